@@ -1,0 +1,77 @@
+"""Sparse training in Keras: RigL and its relatives.
+
+>>> model = rigl_keras.sparsify(model, density=0.1)
+>>> model.compile("sgd", loss, metrics=["accuracy"])
+>>> model.fit(train, epochs=250, callbacks=[rigl_keras.RigL()])
+>>> print(rigl_keras.count(model))
+"""
+
+import os
+
+if os.environ.get("TF_USE_LEGACY_KERAS", "").lower() in ("1", "true"):
+    raise ImportError(
+        "rigl_keras is written for Keras 3, but TF_USE_LEGACY_KERAS="
+        f"{os.environ['TF_USE_LEGACY_KERAS']} turns tf.keras into Keras 2. "
+        "Unset TF_USE_LEGACY_KERAS before Python starts."
+    )
+
+
+def _refuse_backend(backend):
+    raise ImportError(
+        f"rigl_keras needs Keras on TensorFlow, but the backend is {backend!r}."
+        ' Set KERAS_BACKEND=tensorflow, or "backend": "tensorflow" in '
+        "~/.keras/keras.json, before Python starts."
+    )
+
+
+# Before Keras is imported: it would fail on a backend that is not installed.
+if os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow":
+    _refuse_backend(os.environ["KERAS_BACKEND"])
+
+import keras  # noqa: E402
+
+if keras.config.backend() != "tensorflow":
+    _refuse_backend(keras.config.backend())
+
+from rigl_keras import (  # noqa: E402
+    conventions,
+    distributions,
+    flops,
+    layers,
+    models,
+    optimizer_state,
+    schedules,
+    scores,
+    topology,
+)
+from rigl_keras.callbacks import SET, MaskUpdate, RigL  # noqa: E402
+from rigl_keras.conventions import ORIGINAL, REPORT, Conventions  # noqa: E402
+from rigl_keras.flops import count  # noqa: E402
+from rigl_keras.layers import Masked, dense_gradients  # noqa: E402
+from rigl_keras.sparsify import masked_layers, sparsify, strip  # noqa: E402
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ORIGINAL",
+    "REPORT",
+    "SET",
+    "Conventions",
+    "MaskUpdate",
+    "Masked",
+    "RigL",
+    "conventions",
+    "count",
+    "dense_gradients",
+    "distributions",
+    "flops",
+    "layers",
+    "masked_layers",
+    "models",
+    "optimizer_state",
+    "schedules",
+    "scores",
+    "sparsify",
+    "strip",
+    "topology",
+]

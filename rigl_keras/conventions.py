@@ -1,0 +1,137 @@
+"""The choices on which the references of RigL differ, as one value.
+
+Three public codebases implement RigL and no two agree in every detail.
+`ORIGINAL` follows Algorithm 1 of the paper (Evci et al., 2020,
+arXiv:1911.11134) where it speaks and the authors' TensorFlow code
+(google-research/rigl, `rigl/`) where it does not. `REPORT` follows the PyTorch
+reproduction behind the report (varun19299/rigl-reproducibility,
+`sparselearning/`), quirks included, so that its runs can be replayed.
+"""
+
+import dataclasses
+from typing import Literal
+
+__all__ = ["Conventions", "ORIGINAL", "REPORT"]
+
+_CHOICES = {
+    "first_update": ("frequency", "frequency_minus_one"),
+    "drop_rounding": ("floor", "ceil"),
+    "drop_ranking": ("active", "all"),
+    "grow_ranking": ("inactive", "all"),
+    "regrown_value": ("kept", "zero"),
+    "erk_rounding": ("zeros", "zeros_and_ones"),
+    "sampling": ("exact", "bernoulli"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Conventions:
+    """What an update does where the paper, its code and the report disagree.
+
+    Each argument names the ORIGINAL choice first. TF1 stands for the authors'
+    code, PT for the PyTorch reproduction; the numbers are file:line there.
+
+    Args:
+        first_update: `"frequency"`: step t is an update step when
+            t mod frequency = 0 and t > 0 (paper, Algorithm 1).
+            `"frequency_minus_one"`: when (t + 1) mod frequency = 0 (PT,
+            main.py:69-74). Steps are counted from 0.
+        end_is_included: Whether an update may fall on `end_step` itself
+            (True: TF1, sparse_optimizers_base.py:217-226; False: PT,
+            main.py:69-74).
+        drop_fraction_lag: By how many steps the drop fraction of an update
+            is older than the update. 0: it is the schedule's value at the
+            step itself (paper, eq. 1). 1: the value of the step before,
+            which the reproduction computed when it ended that step (PT,
+            core.py:688-692).
+        drop_rounding: The number of connections dropped is n x drop_fraction
+            rounded by `"floor"` (TF1, sparse_optimizers_base.py:286-290) or
+            by `"ceil"` (PT, funcs/prune.py:41).
+        drop_ranking: The entries ranked for the drop. `"active"`: those the
+            mask keeps (paper, section 3). `"all"`: the whole tensor, where
+            active weights that are exactly zero tie with inactive ones, so
+            that fewer may be dropped than asked for (PT,
+            funcs/prune.py:46-50). TF1 ranks all with noise of 1e-5
+            (sparse_optimizers_base.py:260-272), which no default wants.
+        grow_ranking: The entries ranked for growth. `"inactive"`: those off
+            after the drop, dropped ones included (paper, section 3; TF1,
+            sparse_optimizers_base.py:305-316). `"all"`: every entry, with
+            the score of active ones set to zero, so that where gradients
+            vanish an active weight may be picked and zeroed (PT,
+            funcs/grow.py:79-95).
+        regrown_value: What a connection holds that is dropped and grown
+            again in one update: its weight (`"kept"`; TF1,
+            sparse_optimizers_base.py:328-333) or `"zero"` (PT,
+            funcs/grow.py:95). Its optimizer memory stays in both.
+        spare_dense_layers: Whether a layer of sparsity s < 0.2 that holds
+            more than its share (1 / layers) of all nonzero weights drops the
+            fraction min(s, drop_fraction) only (PT, core.py:250-269; not in
+            the paper or in TF1).
+        update_replaces_step: Whether an update takes the place of the
+            optimizer step (paper, Algorithm 1; TF1 for RigL,
+            sparse_optimizers_base.py:521; PT, main.py:69-78). False: the
+            step is taken first, then the masks change (TF1 for SET,
+            sparse_optimizers_base.py:145-146). An update step counts as a
+            step in every case.
+        erk_rounding: How ER and ERK turn a density d into counts for a
+            layer of n weights while solving for their scale.
+            `"zeros"`: floor((1-d) n) zeros, the rest ones (TF1,
+            sparse_utils.py:35, 151-162). `"zeros_and_ones"`: both truncated,
+            so that a layer may lack one (PT, funcs/init_scheme.py:91-92).
+        sampling: Random masks, and SET's random growth, with an `"exact"`
+            number of ones (TF1, sparse_utils.py:48-68) or as independent
+            `"bernoulli"` draws, whose total varies (PT,
+            funcs/init_scheme.py:156, funcs/grow.py:126-130).
+
+    Raises:
+        ValueError: An argument is none of its choices.
+
+    Example:
+
+    >>> import dataclasses
+    >>> dataclasses.replace(ORIGINAL, drop_rounding="ceil").drop_rounding
+    'ceil'
+    """
+
+    first_update: Literal["frequency", "frequency_minus_one"] = "frequency"
+    end_is_included: bool = True
+    drop_fraction_lag: int = 0
+    drop_rounding: Literal["floor", "ceil"] = "floor"
+    drop_ranking: Literal["active", "all"] = "active"
+    grow_ranking: Literal["inactive", "all"] = "inactive"
+    regrown_value: Literal["kept", "zero"] = "kept"
+    spare_dense_layers: bool = False
+    update_replaces_step: bool = True
+    erk_rounding: Literal["zeros", "zeros_and_ones"] = "zeros"
+    sampling: Literal["exact", "bernoulli"] = "exact"
+
+    def __post_init__(self):
+        for field, choices in _CHOICES.items():
+            value = getattr(self, field)
+            if value not in choices:
+                raise ValueError(
+                    f"Conventions.{field} must be one of {choices}. "
+                    f"Received: {field}={value!r}."
+                )
+        if self.drop_fraction_lag not in (0, 1):
+            raise ValueError(
+                "Conventions.drop_fraction_lag must be 0 (the step's own "
+                "value) or 1 (the value of the step before). Received: "
+                f"drop_fraction_lag={self.drop_fraction_lag!r}."
+            )
+
+
+ORIGINAL = Conventions()
+
+REPORT = Conventions(
+    first_update="frequency_minus_one",
+    end_is_included=False,
+    drop_fraction_lag=1,
+    drop_rounding="ceil",
+    drop_ranking="all",
+    grow_ranking="all",
+    regrown_value="zero",
+    spare_dense_layers=True,
+    erk_rounding="zeros_and_ones",
+    sampling="bernoulli",
+)

@@ -1,0 +1,254 @@
+"""What fraction of each kernel is kept: uniform, ER, ERK, overrides.
+
+Everything here is arithmetic on shapes: no model, no tensor.
+"""
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from rigl_keras.conventions import ORIGINAL, Conventions
+
+__all__ = ["DISTRIBUTIONS", "layer_densities", "layer_counts"]
+
+DISTRIBUTIONS = ("uniform", "erdos_renyi", "erdos_renyi_kernel")
+_SHORT_NAMES = {"er": "erdos_renyi", "erk": "erdos_renyi_kernel"}
+
+Shapes = Mapping[str, Sequence[int]]
+
+
+def layer_densities(
+    shapes: Shapes,
+    density: float,
+    distribution: str = "erdos_renyi_kernel",
+    *,
+    conventions: Conventions = ORIGINAL,
+    densities: Mapping[str, float] | None = None,
+) -> dict[str, float]:
+    """Returns the density of each layer, given the density of all together.
+
+    `uniform` keeps the first layer dense, outside the budget (unless
+    `densities` names it), and gives every other layer the density d. `erdos_renyi` and `erdos_renyi_kernel` give
+    layer l the density min(1, epsilon p_l), where
+
+        ER:  p_l = (n_in + n_out) / (n_in n_out)
+        ERK: p_l = (n_in + n_out + kernel height + width) / (their product)
+
+    and epsilon is such that the kept weights add up to d times all weights:
+    solve, make the layers of largest p_l dense if epsilon p_l > 1, repeat.
+    Evci et al., 2020, arXiv:1911.11134, section 3, sparsity distribution;
+    ER after Mocanu et al., 2018.
+
+    Args:
+        shapes: `{name: kernel shape}` in Keras order (spatial dimensions,
+            then input and output channels) and in the order of the model.
+        density: Fraction of the weights kept overall, in (0, 1].
+        distribution: `"uniform"`, `"erdos_renyi"` (`"er"`) or
+            `"erdos_renyi_kernel"` (`"erk"`).
+        conventions: `erk_rounding` decides how counts are rounded.
+        densities: `{name: density}` of layers whose density is given. They
+            count towards the overall density; the rest share what is left.
+
+    Returns:
+        `{name: density}` in the order of `shapes`, each in [0, 1].
+
+    Raises:
+        ValueError: An argument is out of range, or no densities of the
+            remaining layers can make up the overall density.
+
+    Example:
+
+    >>> shapes = {"a": (3, 3, 3, 16), "b": (3, 3, 16, 16), "c": (16, 10)}
+    >>> layer_densities(shapes, 0.1, "uniform")
+    {'a': 1.0, 'b': 0.1, 'c': 0.1}
+    """
+    _check_density(density)
+    distribution = _canonical(distribution)
+    given = dict(densities or {})
+    _check_given(given, shapes)
+    if not shapes:
+        raise ValueError("A distribution needs at least one kernel shape.")
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+
+    if distribution == "uniform":
+        first = next(iter(shapes))
+        if first not in given:
+            del sizes[first]
+        solved = {first: 1.0, **_solve_uniform(sizes, density, given)}
+    elif density == 1.0 and not given:
+        solved = dict.fromkeys(shapes, 1.0)
+    else:
+        weight = (
+            _erdos_renyi
+            if distribution == "erdos_renyi"
+            else _erdos_renyi_kernel
+        )
+        raw = {name: weight(shape) for name, shape in shapes.items()}
+        solved = _solve_scaled(sizes, raw, density, given, conventions)
+    return {name: float(solved[name]) for name in shapes}
+
+
+def layer_counts(
+    sizes: Mapping[str, int], densities: Mapping[str, float], total: int
+) -> dict[str, int]:
+    """Returns how many weights each layer keeps, `total` exactly.
+
+    Largest-remainder rounding: each layer first gets
+    floor(density x size); those of largest remainder then get (or those of
+    smallest remainder lose) one each until the sum is `total`. Ties go to the
+    earlier layer.
+
+    Args:
+        sizes: `{name: number of weights}`.
+        densities: `{name: density in [0, 1]}` of the same names.
+        total: The sum to reach, between 0 and the sum of `sizes`.
+
+    Returns:
+        `{name: count}`, each between 0 and the layer's size.
+
+    Raises:
+        ValueError: `total` is out of range.
+
+    Example:
+
+    >>> layer_counts({"a": 5, "b": 5}, {"a": 0.5, "b": 0.5}, 5)
+    {'a': 3, 'b': 2}
+    """
+    if not 0 <= total <= sum(sizes.values()):
+        raise ValueError(
+            f"Between 0 and {sum(sizes.values())} weights can be kept. "
+            f"Received: total={total}."
+        )
+    quotas = {name: densities[name] * size for name, size in sizes.items()}
+    counts = {name: math.floor(quota) for name, quota in quotas.items()}
+    short = total - sum(counts.values())
+    step = 1 if short > 0 else -1
+    while short:
+        # A layer at its limit is passed over; the others go in the order of
+        # how far rounding has left them from their quota.
+        open_layers = [
+            name for name in sizes if 0 <= counts[name] + step <= sizes[name]
+        ]
+        open_layers.sort(key=lambda n: step * (counts[n] - quotas[n]))
+        for name in open_layers[: abs(short)]:
+            counts[name] += step
+            short -= step
+    return counts
+
+
+def _erdos_renyi(shape):
+    n_in, n_out = shape[-2:]
+    return (n_in + n_out) / (n_in * n_out)
+
+
+def _erdos_renyi_kernel(shape):
+    return float(np.sum(shape) / np.prod(shape, dtype=np.float64))
+
+
+def _solve_uniform(sizes, density, fixed):
+    if not fixed:
+        return dict.fromkeys(sizes, density)
+    free = sum(size for name, size in sizes.items() if name not in fixed)
+    budget = density * sum(sizes.values())
+    left = budget - sum(d * sizes[name] for name, d in fixed.items())
+    _check_reachable(left, free, density, fixed)
+    return {n: fixed.get(n, left / free if free else 0.0) for n in sizes}
+
+
+def _solve_scaled(sizes, raw, density, given, conventions):
+    """Solves sum of min(1, epsilon raw) x size = budget for epsilon."""
+    dense = set()
+    budget = 0.0
+    for name, size in sizes.items():
+        zeros, ones = _rounded(size, density, conventions)
+        budget += ones
+        if name in given:
+            budget -= given[name] * size
+    if given:
+        free = sum(size for name, size in sizes.items() if name not in given)
+        _check_reachable(budget, free, density, given)
+    while True:
+        free = [n for n in sizes if n not in dense and n not in given]
+        if not free:
+            break
+        left = budget
+        for name in dense:
+            # A dense layer keeps its would-be zeros, at the others' expense.
+            zeros, ones = _rounded(sizes[name], density, conventions)
+            left -= zeros + ones
+        epsilon = left / sum(raw[name] * sizes[name] for name in free)
+        largest = max(raw[name] for name in free)
+        if epsilon * largest <= 1:
+            break
+        dense.update(name for name in free if raw[name] == largest)
+    return {
+        name: given[name]
+        if name in given
+        else 1.0
+        if name in dense
+        else epsilon * raw[name]
+        for name in sizes
+    }
+
+
+def _rounded(size, density, conventions):
+    """Returns how many zeros and ones a layer has at the overall density."""
+    zeros = int(size * (1 - density))
+    if conventions.erk_rounding == "zeros":
+        return zeros, size - zeros
+    return zeros, int(size * density)
+
+
+def _canonical(distribution):
+    name = _SHORT_NAMES.get(distribution, distribution)
+    if name not in DISTRIBUTIONS:
+        near = difflib.get_close_matches(
+            str(distribution), (*DISTRIBUTIONS, *_SHORT_NAMES), n=1, cutoff=0.4
+        )
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"distribution must be one of {DISTRIBUTIONS} (or 'er', 'erk'). "
+            f"Received: distribution={distribution!r}.{hint}"
+        )
+    return name
+
+
+def _check_density(density):
+    # `not (a < x <= b)` also catches NaN.
+    if isinstance(density, bool) or not (
+        isinstance(density, (int, float, np.number)) and 0 < density <= 1
+    ):
+        raise ValueError(
+            "density is the fraction of weights kept and must be in (0, 1]; "
+            "for 90 % sparsity pass 0.1. "
+            f"Received: density={density!r}."
+        )
+
+
+def _check_given(given, shapes):
+    for name, value in given.items():
+        if name not in shapes:
+            near = difflib.get_close_matches(str(name), list(shapes), n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(
+                f"densities names {name!r}, which is no masked layer.{hint} "
+                f"Masked layers: {', '.join(shapes)}."
+            )
+        if not (isinstance(value, (int, float, np.number)) and 0 < value <= 1):
+            raise ValueError(
+                "Each of densities must be in (0, 1]. "
+                f"Received: {name}={value!r}."
+            )
+
+
+def _check_reachable(left, free, density, given):
+    """Checks that `free` weights can hold `left` ones."""
+    if -0.5 < left < free + 0.5 and not (left <= 0 and free):
+        return
+    raise ValueError(
+        f"No densities of the other layers reach density={density}: the "
+        f"layers given ({given}) leave {left:.0f} connections for "
+        f"{free} weights. Change density, or the densities of these layers."
+    )

@@ -1,0 +1,7 @@
+"""Plain dense Keras models; `rigl_keras.sparsify` makes them sparse."""
+
+from rigl_keras.models.lenet import lenet5
+from rigl_keras.models.mlp import mlp
+from rigl_keras.models.wide_resnet import wide_resnet
+
+__all__ = ["lenet5", "mlp", "wide_resnet"]

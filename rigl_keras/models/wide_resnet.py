@@ -1,0 +1,122 @@
+"""Wide residual networks for small images."""
+
+import keras
+from keras import layers
+
+__all__ = ["wide_resnet"]
+
+
+def wide_resnet(
+    depth: int = 22,
+    width: int = 2,
+    num_classes: int = 10,
+    input_shape: tuple[int, int, int] = (32, 32, 3),
+    dropout: float = 0.3,
+    *,
+    weight_decay: float = 0.0,
+    name: str | None = None,
+) -> keras.Model:
+    """Returns a wide residual network, WRN-depth-width.
+
+    A 3x3 convolution of 16 channels; three stages of (depth - 4) / 6
+    pre-activation blocks of 16, 32 and 64 x width channels, the second and
+    third starting with stride 2; batch norm, ReLU, mean over all positions
+    and a classifier. In a block that changes the number of channels the
+    shortcut is a 1x1 convolution of the activated input. Zagoruyko and
+    Komodakis, 2016, arXiv:1605.07146, section 2; details as in the report's
+    code: convolutions of stride 2 pad one pixel on each side, batch norm has
+    momentum 0.9 and epsilon 1e-5, convolutions start as
+    N(0, 2 / (9 x channels out)).
+
+    Args:
+        depth: Number of layers, 6 n + 4.
+        width: Factor on the channels, at least 1.
+        num_classes: Number of classes.
+        input_shape: Height, width and channels, at least 8 x 8.
+        dropout: Dropout rate between the convolutions of a block, in [0, 1).
+        weight_decay: Coupled L2: adds weight_decay / 2 x sum of w^2 of every
+            kernel to the loss, which gives the gradient weight_decay x w.
+        name: Name of the model. None: after depth and width.
+
+    Returns:
+        A Functional model whose output is logits, shape (batch, num_classes).
+
+    Raises:
+        ValueError: An argument is out of range.
+
+    Example:
+
+    >>> wide_resnet(depth=22, width=2).count_params()  # with batch statistics
+    1082426
+    """
+    if depth < 10 or (depth - 4) % 6:
+        raise ValueError(
+            "A wide residual network has depth 6 n + 4 with n >= 1 blocks in "
+            f"each stage: 10, 16, 22, 28, ... Received: depth={depth}."
+        )
+    if width < 1 or num_classes < 1:
+        raise ValueError(
+            "width and num_classes must be at least 1. Received: "
+            f"width={width}, num_classes={num_classes}."
+        )
+    if len(input_shape) != 3 or min(input_shape[:2]) < 8:
+        raise ValueError(
+            "input_shape must be (height, width, channels) of at least 8 x 8. "
+            f"Received: input_shape={tuple(input_shape)}."
+        )
+    if not 0 <= dropout < 1:
+        raise ValueError(
+            f"dropout must be in [0, 1). Received: dropout={dropout}."
+        )
+    blocks = (depth - 4) // 6
+    l2 = keras.regularizers.L2(weight_decay / 2) if weight_decay else None
+
+    def convolution(x, channels, size, stride, name):
+        if stride == 2 and size == 3:
+            # `same` would pad below and to the right only.
+            x = layers.ZeroPadding2D(1, name=f"{name}_pad")(x)
+        return layers.Conv2D(
+            channels,
+            size,
+            strides=stride,
+            padding="valid" if stride == 2 else "same",
+            use_bias=False,
+            kernel_initializer=keras.initializers.VarianceScaling(
+                2.0, "fan_out", "untruncated_normal"
+            ),
+            kernel_regularizer=l2,
+            name=name,
+        )(x)
+
+    def normalised(x, name):
+        x = layers.BatchNormalization(momentum=0.9, epsilon=1e-5, name=name)(x)
+        return layers.ReLU(name=f"{name}_relu")(x)
+
+    def block(x, channels, stride, name):
+        activated = normalised(x, f"{name}_bn1")
+        y = convolution(activated, channels, 3, stride, f"{name}_conv1")
+        y = normalised(y, f"{name}_bn2")
+        if dropout:
+            y = layers.Dropout(dropout, name=f"{name}_dropout")(y)
+        y = convolution(y, channels, 3, 1, f"{name}_conv2")
+        if x.shape[-1] != channels:
+            x = convolution(activated, channels, 1, stride, f"{name}_shortcut")
+        return layers.Add(name=f"{name}_add")([x, y])
+
+    inputs = keras.Input(input_shape, name="image")
+    x = convolution(inputs, 16, 3, 1, "conv1")
+    for stage, channels in enumerate((16, 32, 64), start=1):
+        for i in range(blocks):
+            stride = 2 if stage > 1 and i == 0 else 1
+            x = block(x, channels * width, stride, f"block{stage}_{i}")
+    x = normalised(x, "bn")
+    x = layers.GlobalAveragePooling2D(name="pool")(x)
+    outputs = layers.Dense(
+        num_classes,
+        kernel_initializer=keras.initializers.VarianceScaling(
+            1 / 3, "fan_in", "uniform"
+        ),
+        kernel_regularizer=l2,
+        name="classifier",
+    )(x)
+    return keras.Model(inputs, outputs, name=name or f"wrn_{depth}_{width}")

@@ -1,0 +1,115 @@
+"""What an optimizer remembers about a kernel, and how to forget it.
+
+Keras has no interface to an optimizer's slots (momentum, second moments).
+They are found by name and shape: `add_variable_from_reference` names a slot
+after the path of its variable.
+"""
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+__all__ = ["innermost", "slots", "forget"]
+
+
+def innermost(optimizer: keras.Optimizer) -> keras.Optimizer:
+    """Returns the optimizer within any `LossScaleOptimizer`.
+
+    Args:
+        optimizer: A Keras optimizer.
+
+    Returns:
+        The optimizer that moves the weights.
+    """
+    while hasattr(optimizer, "inner_optimizer"):
+        optimizer = optimizer.inner_optimizer
+    return optimizer
+
+
+def slots(
+    optimizer: keras.Optimizer, variable: keras.Variable
+) -> dict[str, keras.Variable]:
+    """Returns what the optimizer remembers for each entry of a variable.
+
+    Args:
+        optimizer: A built Keras optimizer.
+        variable: One of the variables that it trains.
+
+    Returns:
+        `{slot name: slot variable}`, the slots of the variable's shape.
+        Memory shared by entries, as Adafactor's row and column averages, is
+        no entry's own and left out.
+
+    Raises:
+        ValueError: The optimizer is not built, or does not train `variable`.
+
+    Example:
+
+    >>> slots(adam, layer.kernel).keys()
+    dict_keys(['momentum', 'velocity'])
+    """
+    optimizer = innermost(optimizer)
+    if not optimizer.built:
+        raise ValueError(
+            f"Optimizer {optimizer.name!r} is not built, so it remembers "
+            "nothing yet: call optimizer.build(model.trainable_variables)."
+        )
+    trained = optimizer._trainable_variables
+    twins = [v for v in trained if v.path == variable.path]
+    nth = next((i for i, v in enumerate(twins) if v is variable), None)
+    if nth is None:
+        raise ValueError(
+            f"Optimizer {optimizer.name!r} does not train {variable.path!r}."
+        )
+    prefixes = {v.path.replace("/", "_") + "_" for v in trained}
+    prefix = variable.path.replace("/", "_") + "_"
+    found: dict[str, list] = {}
+    for slot in optimizer.variables:
+        # `kernel_` also begins the slots of `kernel_2`: the longest prefix
+        # is the owner's.
+        owner = max(filter(slot.name.startswith, prefixes), key=len, default="")
+        if owner == prefix and slot.shape == variable.shape:
+            found.setdefault(slot.name.removeprefix(prefix), []).append(slot)
+    # Variables of one path (layers of one name in two submodels) have their
+    # slots in the order of the variables.
+    return {name: group[nth] for name, group in found.items()}
+
+
+def forget(
+    optimizer: keras.Optimizer, variable: keras.Variable, keep: tf.Tensor
+) -> None:
+    """Sets the memory of some entries to what a new optimizer starts with.
+
+    Args:
+        optimizer: A built Keras optimizer.
+        variable: One of the variables that it trains.
+        keep: Bool tensor of the variable's shape, True where the memory
+            stays.
+    """
+    optimizer = innermost(optimizer)
+    initial = _initial_values(optimizer, variable)
+    for name, slot in slots(optimizer, variable).items():
+        start = tf.cast(initial.get(name, 0.0), slot.value.dtype)
+        slot.assign(tf.where(keep, slot.value, start))
+
+
+def _initial_values(optimizer, variable):
+    """Returns the value with which each slot starts, by building a twin.
+
+    Adagrad and Ftrl start their accumulators above zero.
+    """
+    with tf.init_scope():
+        try:
+            twin = type(optimizer).from_config(optimizer.get_config())
+        except (TypeError, ValueError, NotImplementedError):
+            # An optimizer of the user's own that cannot be made from its
+            # config; all but accumulators start at zero.
+            return {}
+        small = keras.Variable(
+            np.zeros([1] * len(variable.shape)), dtype=variable.dtype, name="w"
+        )
+        twin.build([small])
+        return {
+            name: float(tf.reshape(slot.value, [-1])[0])
+            for name, slot in slots(twin, small).items()
+        }

@@ -1,0 +1,56 @@
+"""What a connection is worth. Higher is better; each score is a tensor.
+
+A method drops the active connections of lowest score and grows the inactive
+ones of highest score.
+"""
+
+import tensorflow as tf
+
+__all__ = ["magnitude", "gradient_magnitude", "random"]
+
+
+def magnitude(kernel: tf.Tensor) -> tf.Tensor:
+    """Returns |w|, by which every method here drops.
+
+    Args:
+        kernel: Float tensor of weights.
+
+    Returns:
+        Tensor of the same shape and dtype, non-negative.
+    """
+    return tf.abs(kernel)
+
+
+def gradient_magnitude(gradient: tf.Tensor) -> tf.Tensor:
+    """Returns |dL/dw|, by which RigL grows.
+
+    Evci et al., 2020, arXiv:1911.11134, section 3, grow criterion. The
+    gradient is the dense one, averaged over the batch before its absolute
+    value is taken.
+
+    Args:
+        gradient: Float tensor, gradient of the loss with respect to the
+            masked kernel, at inactive entries too.
+
+    Returns:
+        Tensor of the same shape and dtype, non-negative.
+    """
+    return tf.abs(gradient)
+
+
+def random(shape, *, key: int, step) -> tf.Tensor:
+    """Returns uniform draws, by which SET grows.
+
+    Mocanu et al., 2018. The draws depend on `key` and `step` only, so that
+    runs repeat, resumed runs continue and replicas agree.
+
+    Args:
+        shape: Shape of the kernel.
+        key: Int that tells this kernel's draws from another's.
+        step: Optimizer step, an int or an integer scalar tensor.
+
+    Returns:
+        float32 tensor of `shape`, in [0, 1).
+    """
+    seed = tf.stack([tf.cast(key, tf.int64), tf.cast(step, tf.int64)])
+    return tf.random.stateless_uniform(shape, seed)

@@ -1,0 +1,290 @@
+"""RigL's step: drop the worst connections, grow the best.
+
+`drop_and_grow` is the whole algorithm, on one kernel. It works eagerly, in a
+`tf.function` and under XLA, in time linear in the size of the kernel.
+"""
+
+from collections.abc import Sequence
+
+import tensorflow as tf
+
+from rigl_keras.conventions import ORIGINAL, Conventions
+
+__all__ = [
+    "drop_and_grow",
+    "drop_count",
+    "layer_drop_fractions",
+    "select_highest",
+]
+
+
+def drop_and_grow(
+    mask,
+    drop_scores,
+    grow_scores,
+    *,
+    drop_fraction,
+    grow_count=None,
+    conventions: Conventions = ORIGINAL,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Moves a fraction of one kernel's connections from worst to best.
+
+    Of n active connections:
+
+    1. the k = floor(n x drop_fraction) of lowest `drop_scores` leave;
+    2. as many of those now inactive, of highest `grow_scores`, join. A
+       connection that has just left may join again.
+
+    Where scores tie, the lower flat index leaves, or joins, first. Evci et
+    al., 2020, arXiv:1911.11134, section 3, drop and grow criteria.
+
+    Args:
+        mask: Tensor of zeros and ones (or bools), any shape.
+        drop_scores: Tensor of the same shape. Read where `mask` is 1.
+        grow_scores: Tensor of the same shape. Read where the mask is 0 after
+            the drop.
+        drop_fraction: Fraction of the active connections, in [0, 1], a
+            number or a scalar tensor.
+        grow_count: How many connections join, an integer scalar. None: as
+            many as leave.
+        conventions: The `REPORT` conventions change rounding, ranking and
+            what counts as grown.
+
+    Returns:
+        `(new_mask, grown)`, both of `mask`'s shape and dtype. `new_mask` has
+        as many ones as `mask`. `grown` is 1 where a connection starts anew:
+        where `new_mask` is 1 and `mask` is 0 (under `REPORT` also where a
+        connection left and joined again, as its weight restarts at zero).
+        Within a graph, where nothing can be raised, a NaN score leaves the
+        mask unchanged and `grown` empty.
+
+    Raises:
+        ValueError: The shapes differ, `drop_fraction` is outside [0, 1], or
+            a score that is read is NaN (when called eagerly).
+
+    Example:
+
+    >>> new, grown = drop_and_grow(
+    ...     [1, 1, 0, 0], [3, 1, 0, 0], [0, 0, 2, 5], drop_fraction=0.5)
+    >>> new.numpy(), grown.numpy()
+    (array([1, 0, 0, 1], dtype=int32), array([0, 0, 0, 1], dtype=int32))
+    """
+    mask, drop_scores, grow_scores = _checked(
+        mask, drop_scores, grow_scores, drop_fraction
+    )
+    active = tf.cast(mask, tf.bool)
+    everything = tf.ones_like(active)
+
+    count = drop_count(active, drop_fraction, conventions=conventions)
+    if conventions.drop_ranking == "active":
+        dropped = select_highest(-drop_scores, count, among=active)
+    else:
+        ranked = tf.where(active, drop_scores, tf.zeros_like(drop_scores))
+        count += _size(~active)
+        dropped = active & select_highest(-ranked, count, among=everything)
+    kept = active & ~dropped
+
+    joining = _size(dropped) if grow_count is None else grow_count
+    if conventions.grow_ranking == "inactive":
+        joined = select_highest(grow_scores, joining, among=~kept)
+    else:
+        ranked = tf.where(kept, tf.zeros_like(grow_scores), grow_scores)
+        joined = select_highest(ranked, joining, among=everything)
+    new = kept | joined
+    anew = joined if conventions.regrown_value == "zero" else joined & ~active
+
+    defined = _defined(drop_scores, active) & _defined(grow_scores, ~kept)
+    if tf.executing_eagerly() and not bool(defined):
+        raise ValueError(
+            "drop_and_grow cannot rank NaN scores; the mask is unchanged. "
+            f"NaN drop scores: {_nans(drop_scores, active)} of "
+            f"{int(_size(active))} active, NaN grow scores: "
+            f"{_nans(grow_scores, ~kept)} of {int(_size(~kept))} inactive. A "
+            "NaN gradient means that training has diverged: lower the "
+            "learning rate or clip gradients."
+        )
+    new, anew = tf.where(defined, new, active), anew & defined
+    return tf.cast(new, mask.dtype), tf.cast(anew, mask.dtype)
+
+
+def drop_count(
+    mask, drop_fraction, *, conventions: Conventions = ORIGINAL
+) -> tf.Tensor:
+    """Returns how many connections an update of `mask` drops.
+
+    Args:
+        mask: Tensor of zeros and ones (or bools), n of them ones.
+        drop_fraction: Fraction of the active connections, in [0, 1].
+        conventions: `drop_rounding` rounds n x drop_fraction.
+
+    Returns:
+        int32 scalar tensor, at most n.
+    """
+    active = tf.cast(_size(tf.cast(mask, tf.bool)), tf.float64)
+    exact = active * tf.cast(drop_fraction, tf.float64)
+    rounded = (
+        tf.floor(exact)
+        if conventions.drop_rounding == "floor"
+        else tf.math.ceil(exact)
+    )
+    return tf.cast(rounded, tf.int32)
+
+
+def layer_drop_fractions(
+    masks: Sequence,
+    kernels: Sequence,
+    drop_fraction,
+    *,
+    conventions: Conventions = ORIGINAL,
+) -> list:
+    """Returns the fraction that each layer drops.
+
+    `drop_fraction` for all, except that with `spare_dense_layers` a layer of
+    sparsity s < 0.2 holding more than 1 / layers of all nonzero weights drops
+    min(s, drop_fraction) (the reproduction's `adjust_prune_rate`).
+
+    Args:
+        masks: One mask for each layer.
+        kernels: One kernel for each layer, zero outside its mask.
+        drop_fraction: The update's fraction, in [0, 1].
+        conventions: `spare_dense_layers` decides.
+
+    Returns:
+        A list of scalars, one for each layer.
+    """
+    if not conventions.spare_dense_layers:
+        return [drop_fraction] * len(masks)
+    drop_fraction = tf.cast(drop_fraction, tf.float64)
+    nonzeros = [tf.math.count_nonzero(kernel) for kernel in kernels]
+    share = tf.add_n(nonzeros) / len(masks)
+    fractions = []
+    for mask, nonzero in zip(masks, nonzeros, strict=True):
+        sparsity = 1 - tf.reduce_mean(tf.cast(mask, tf.float64))
+        spared = (sparsity < 0.2) & (tf.cast(nonzero, tf.float64) > share)
+        fractions.append(
+            tf.where(
+                spared, tf.minimum(sparsity, drop_fraction), drop_fraction
+            )
+        )
+    return fractions
+
+
+def select_highest(scores, count, *, among) -> tf.Tensor:
+    """Returns which `count` entries among the candidates score highest.
+
+    Exactly `count` are selected (all candidates if there are fewer); ties go
+    to the lower flat index. Linear in the number of entries: the score of
+    rank `count` is found by bisection on the bits of the floats, which costs
+    a sweep per bit and, unlike a partial sort, compiles on every device.
+
+    Args:
+        scores: Float tensor, free of NaN where `among` holds.
+        count: Integer scalar, at least 0.
+        among: Bool tensor of the same shape, True for candidates.
+
+    Returns:
+        Bool tensor of the same shape.
+
+    Example:
+
+    >>> select_highest([1.0, 3.0, 3.0, 2.0], 2, among=[True] * 4).numpy()
+    array([False,  True,  True, False])
+    """
+    scores = _as_float(scores)
+    among = tf.convert_to_tensor(among)
+    count = tf.minimum(tf.cast(count, tf.int32), _size(among))
+    keys = _ordered_bits(scores)
+    keys = tf.where(among, keys, keys.dtype.min)
+    threshold = _largest(keys, count)
+    reached = among & (keys >= threshold)
+
+    def first_of_the_tied():
+        above = among & (keys > threshold)
+        tied = tf.reshape(reached & ~above, [-1])
+        place = tf.cumsum(tf.cast(tied, tf.int32))
+        first = tied & (place <= count - _size(above))
+        return above | tf.reshape(first, tf.shape(reached))
+
+    return tf.cond(
+        tf.equal(_size(reached), count), lambda: reached, first_of_the_tied
+    )
+
+
+def _largest(keys, rank):
+    """Returns a threshold that the `rank` largest of integer `keys` reach.
+
+    It is the `rank`-th largest key, or lower where no more than `rank` keys
+    reach it, so that no further bisection would change the selection.
+    """
+
+    def halve(low, high, reaching):
+        # Average without overflow, rounded down.
+        one = tf.ones_like(low)
+        middle = (
+            tf.bitwise.right_shift(low, one)
+            + tf.bitwise.right_shift(high, one)
+            + (low & high & one)
+        )
+        size = _size(keys >= middle)
+        enough = size >= rank
+        return (
+            tf.where(enough, middle, low),
+            tf.where(enough, high, middle),
+            tf.where(enough, size, reaching),
+        )
+
+    # Invariant: `reaching` >= rank keys are >= low, fewer are >= high.
+    low, _, _ = tf.while_loop(
+        lambda low, high, reaching: (low + 1 < high) & (reaching > rank),
+        halve,
+        (tf.reduce_min(keys), tf.reduce_max(keys) + 1, tf.size(keys)),
+    )
+    return low
+
+
+def _ordered_bits(scores):
+    """Returns integers that are ordered as the floats `scores` are."""
+    integer = tf.int64 if scores.dtype == tf.float64 else tf.int32
+    # -0.0 and 0.0 tie, though their bits differ.
+    scores = tf.where(scores == 0, tf.zeros_like(scores), scores)
+    bits = tf.bitcast(scores, integer)
+    return tf.where(bits < 0, bits ^ integer.max, bits)
+
+
+def _as_float(scores):
+    scores = tf.convert_to_tensor(scores)
+    if scores.dtype == tf.float64:
+        return scores
+    return tf.cast(scores, tf.float32)
+
+
+def _size(selected):
+    return tf.reduce_sum(tf.cast(selected, tf.int32))
+
+
+def _defined(scores, where):
+    return ~tf.reduce_any(where & tf.math.is_nan(scores))
+
+
+def _nans(scores, where):
+    return int(_size(where & tf.math.is_nan(scores)))
+
+
+def _checked(mask, drop_scores, grow_scores, drop_fraction):
+    mask = tf.convert_to_tensor(mask)
+    drop_scores = _as_float(drop_scores)
+    grow_scores = _as_float(grow_scores)
+    shapes = [tuple(t.shape) for t in (mask, drop_scores, grow_scores)]
+    if len(set(shapes)) > 1:
+        raise ValueError(
+            "mask, drop_scores and grow_scores must have one shape. Received "
+            f"shapes {shapes[0]}, {shapes[1]} and {shapes[2]}."
+        )
+    if not tf.is_symbolic_tensor(drop_fraction):
+        value = float(drop_fraction)
+        if not 0 <= value <= 1:
+            raise ValueError(
+                "drop_fraction is a fraction of the active connections and "
+                f"must be in [0, 1]. Received: drop_fraction={value}."
+            )
+    return mask, drop_scores, grow_scores

@@ -1,0 +1,53 @@
+"""Installs rigl_keras. The version ranges live in requirements.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+from setuptools.command.sdist import sdist
+
+
+def requirements(*names):
+    """The lines of requirements.txt for these packages."""
+    text = Path(__file__).with_name("requirements.txt").read_text()
+    lines = [line.split("#")[0].strip() for line in text.splitlines()]
+    by_name = {re.match(r"[\w-]+", line)[0]: line for line in lines if line}
+    return [by_name[name] for name in names]
+
+
+class SourceDistribution(sdist):
+    """Carries requirements.txt along, because this file reads it."""
+
+    def add_defaults(self):
+        super().add_defaults()
+        self.filelist.append("requirements.txt")
+
+
+setup(
+    name="rigl_keras",
+    version="0.1.0",
+    description="RigL and other sparse-to-sparse training in Keras 3",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10,<3.14",
+    packages=find_packages(include=["rigl_keras", "rigl_keras.*"]),
+    install_requires=requirements("tensorflow", "keras", "numpy"),
+    extras_require={
+        "experiments": requirements(
+            "absl-py",
+            "gin-config",
+            "tensorflow-datasets",
+            "importlib_resources",
+            "scikit-learn",
+            "tensorboard",
+        ),
+        "dev": requirements(
+            "pytest",
+            "hypothesis",
+            "ruff",
+            "tensorflow-model-optimization",
+            "tf_keras",
+        ),
+    },
+    cmdclass={"sdist": SourceDistribution},
+)

@@ -1,0 +1,640 @@
+"""What a batch holds, which examples, in which order, and what goes wrong."""
+
+import dataclasses
+import itertools
+import os
+import pathlib
+import socket
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from rigl_keras.experiments import data
+
+RECIPE = data.Recipe(
+    name="toy",
+    input_shape=(32, 32, 3),
+    num_classes=10,
+    mean=(0.0, 0.0, 0.0),
+    std=(1.0, 1.0, 1.0),
+    augmentation="none",
+    validation=3,
+)
+
+
+def toy(count, augmentation="none"):
+    """`count` examples labelled 0, 1, 2, ...; a pixel tells where it was.
+
+    Channel 0 holds 4 * row, channel 1 holds 4 * column.
+    """
+    image = np.zeros((32, 32, 3), np.uint8)
+    image[..., 0] = 4 * np.arange(32)[:, None]
+    image[..., 1] = 4 * np.arange(32)[None, :]
+    images = np.repeat(image[None], count, axis=0)
+    labels = np.arange(count, dtype=np.int32)
+    recipe = dataclasses.replace(RECIPE, augmentation=augmentation)
+    return data.Data(
+        recipe=recipe,
+        train_images=images,
+        train_labels=labels,
+        validation_images=images[:3],
+        validation_labels=labels[:3],
+        test_images=images[:2],
+        test_labels=labels[:2],
+    )
+
+
+def arrays(dataset):
+    """All images and all labels of a dataset."""
+    images, labels = zip(*dataset.as_numpy_iterator(), strict=True)
+    return np.concatenate(images), np.concatenate(labels)
+
+
+def where(images):
+    """Reads (top, left, flip) of pad_crop_flip from toy images.
+
+    Offsets are within -4..4, so the middle is never a reflected pixel.
+    """
+    pixels = np.rint(images * 255 / 4).astype(int)
+    flips = pixels[:, 16, 17, 1] < pixels[:, 16, 16, 1]
+    middle = np.where(flips, pixels[:, 16, 15, 1], pixels[:, 16, 16, 1])
+    return pixels[:, 16, 16, 0] - 12, middle - 12, flips
+
+
+def key(number):
+    return tf.constant([number, 0], tf.int64)
+
+
+# --- crops, flips and scales, by hand
+
+
+def test_a_row_is_reflected_cropped_and_flipped_by_hand():
+    row = tf.reshape(tf.constant([10, 20, 30, 40], tf.uint8), [1, 1, 4, 1])
+    image = tf.repeat(row, 4, axis=1)
+    padded = [30, 20, 10, 20, 30, 40, 30, 20]  # c b | a b c d | c b
+    for left in range(5):
+        for flip in (False, True):
+            crop = data.crop_and_flip(
+                image,
+                tf.constant([2]),
+                tf.constant([left]),
+                tf.constant([flip]),
+                pad=2,
+            )
+            wanted = padded[left : left + 4][:: -1 if flip else 1]
+            assert crop[0, 0, :, 0].numpy().tolist() == wanted
+
+
+def test_every_crop_is_a_slice_of_numpys_reflected_image():
+    image = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    padded = np.pad(image, [(4, 4), (4, 4), (0, 0)], mode="reflect")
+    offsets = list(itertools.product(range(9), range(9), (0, 1)))
+    tops, lefts, flips = np.array(offsets).T
+    images = np.repeat(image[None], len(offsets), axis=0)
+    crops = data.crop_and_flip(
+        tf.constant(images),
+        tf.constant(tops, tf.int32),
+        tf.constant(lefts, tf.int32),
+        tf.constant(flips, tf.bool),
+    ).numpy()
+    assert crops.dtype == np.uint8
+    for crop, (top, left, flip) in zip(crops, offsets, strict=True):
+        wanted = padded[top : top + 32, left : left + 32]
+        np.testing.assert_array_equal(crop, wanted[:, ::-1] if flip else wanted)
+    middle = crops[offsets.index((4, 4, 0))]
+    np.testing.assert_array_equal(middle, image)
+
+
+@pytest.mark.parametrize(
+    ("name", "pixel", "wanted"),
+    [
+        ("cifar10", (0, 0, 0), (-2.4291, -2.4183, -2.2214)),
+        ("cifar100", (255, 255, 255), (1.8440, 2.0027, 2.0243)),
+        ("mnist", (255,), (2.8215,)),
+        ("digits", (51,), (-0.2808,)),  # 51 / 255 = 0.2
+    ],
+)
+def test_normalisation_by_hand(name, pixel, wanted):
+    recipe = data.DATASETS[name]
+    image = tf.constant([[[pixel]]], tf.uint8)
+    scaled = data.normalise(image, recipe)
+    assert scaled.dtype == tf.float32
+    np.testing.assert_allclose(scaled[0, 0, 0], wanted, atol=1e-4)
+
+
+def test_recipes_are_those_of_the_report():
+    held_out = {name: r.validation for name, r in data.DATASETS.items()}
+    assert held_out == {
+        "cifar10": 5_000,
+        "cifar100": 5_000,
+        "mnist": 6_000,
+        "digits": 180,
+    }
+    augmentations = [r.augmentation for r in data.DATASETS.values()]
+    assert augmentations == [
+        "pad_crop_flip",
+        "resized_crop_flip",
+        "none",
+        "none",
+    ]
+
+
+# --- resized crops
+
+
+def test_first_fit_takes_the_first_that_fits_or_the_whole_image():
+    heights = tf.constant([[9, 4, 2], [9, 0, 3], [8, 1, 1]])
+    widths = tf.constant([[4, 8, 2], [4, 4, 9], [8, 1, 1]])
+    heights, widths = data.first_fit(heights, widths, height=8, width=8)
+    assert heights.numpy().tolist() == [4, 8, 8]
+    assert widths.numpy().tolist() == [8, 8, 8]
+
+
+def test_boxes_stay_inside_and_cover_the_range_of_sizes():
+    boxes = data.draw_boxes(20_000, height=32, width=32, key=key(0)).numpy()
+    tops, lefts, heights, widths = boxes.T
+    assert min(tops.min(), lefts.min()) == 0
+    assert (tops + heights).max() == 32
+    assert (lefts + widths).max() == 32
+    area = heights * widths / 32**2
+    # Rounding to pixels moves a small box's area by up to half a side.
+    assert 0.06 < area.min() < 0.09
+    assert area.max() == 1.0
+    # Uniform in 0.08..1 has mean 0.54; boxes that do not fit are large.
+    assert 0.45 < area.mean() < 0.54
+    aspect = np.log(widths / heights)
+    assert -0.40 < aspect.min() < -0.28  # log(3/4) = -0.288, and rounding
+    assert 0.28 < aspect.max() < 0.40
+    assert abs(aspect.mean()) < 0.01
+    small = (heights == 16) & (widths == 16)
+    assert set(tops[small]) == set(range(17))  # every place is possible
+    assert abs(np.corrcoef(tops[small], lefts[small])[0, 1]) < 0.2
+
+
+def test_a_resized_box_is_the_resized_slice():
+    rng = np.random.default_rng(1)
+    image = rng.integers(0, 256, (32, 32, 3), np.uint8)
+    boxes = np.array(
+        [[0, 0, 32, 32], [3, 5, 9, 20], [31, 31, 1, 1], [20, 0, 12, 32]],
+        np.int32,
+    )
+    images = tf.constant(np.repeat(image[None], len(boxes), axis=0))
+    got = data.resize_boxes(images, tf.constant(boxes), tf.fill([4], False))
+    mirrored = data.resize_boxes(images, tf.constant(boxes), tf.fill([4], True))
+    for index, (top, left, height, width) in enumerate(boxes):
+        piece = image[top : top + height, left : left + width]
+        wanted = tf.image.resize(piece, [32, 32]).numpy()
+        np.testing.assert_allclose(got[index], wanted, atol=1e-2)
+        np.testing.assert_allclose(mirrored[index], wanted[:, ::-1], atol=1e-2)
+    np.testing.assert_array_equal(got[0], image)
+
+
+def test_a_resized_box_takes_nothing_from_outside():
+    boxes = data.draw_boxes(500, height=32, width=32, key=key(1))
+    images = np.zeros((500, 32, 32, 1), np.uint8)
+    for index, (top, left, height, width) in enumerate(boxes.numpy()):
+        images[index, top : top + height, left : left + width] = 200
+    flips = tf.constant([False, True] * 250)
+    stretched = data.resize_boxes(tf.constant(images), boxes, flips)
+    np.testing.assert_array_equal(stretched, np.full_like(stretched, 200))
+
+
+# --- epochs: order, streams, resuming
+
+
+@pytest.mark.parametrize(
+    "augmentation", ["none", "pad_crop_flip", "resized_crop_flip"]
+)
+def test_same_seed_and_epoch_are_bit_identical_and_resume(augmentation):
+    source = toy(50, augmentation)
+    images, labels = arrays(source.train(batch_size=16, seed=7, epochs=2))
+    again = arrays(source.train(batch_size=16, seed=7, epochs=2))
+    np.testing.assert_array_equal(images, again[0])
+    np.testing.assert_array_equal(labels, again[1])
+    resumed = arrays(
+        source.train(batch_size=16, seed=7, first_epoch=1, epochs=2)
+    )
+    np.testing.assert_array_equal(images[50:], resumed[0])
+    np.testing.assert_array_equal(labels[50:], resumed[1])
+    assert (labels[:50] != labels[50:]).any()
+    other = arrays(source.train(batch_size=16, seed=8, epochs=2))
+    assert (labels != other[1]).any()
+    # Neither seed + epoch nor another sum may stand for the pair.
+    assert (labels[50:] != other[1][:50]).any()
+
+
+def test_every_example_comes_once_per_epoch_in_a_mixed_order():
+    source = toy(50)
+    dataset = source.train(batch_size=16, seed=0, epochs=3)
+    sizes = [len(labels) for _, labels in dataset]
+    assert sizes == [16, 16, 16, 2] * 3
+    assert len(dataset) == 12
+    epochs = arrays(dataset)[1].reshape(3, 50)
+    for order in epochs:
+        assert sorted(order) == list(range(50))
+        assert list(order) != list(range(50))
+    whole = source.train(batch_size=99, seed=0, epochs=3)
+    np.testing.assert_array_equal(arrays(whole)[1].reshape(3, 50), epochs)
+
+
+def test_image_and_label_stay_together():
+    source = toy(20)
+    source.train_images[:, 0, 0, 2] = np.arange(20)
+    images, labels = arrays(source.train(batch_size=6, seed=3, epochs=1))
+    np.testing.assert_array_equal(np.rint(images[:, 0, 0, 2] * 255), labels)
+
+
+def test_crops_and_flips_are_uniform_and_independent():
+    source = toy(1_800, "pad_crop_flip")
+    images, _ = arrays(source.train(batch_size=900, seed=0, epochs=1))
+    tops, lefts, flips = where(images)
+    for offsets in (tops, lefts):
+        counts = np.bincount(offsets, minlength=9)
+        assert len(counts) == 9
+        # 200 each, standard deviation 13.3: five of them either way.
+        assert 134 < counts.min() <= counts.max() < 266
+    assert 794 < flips.sum() < 1_006  # 900, standard deviation 21
+    pairs = [(tops, lefts), (tops, flips), (lefts, flips)]
+    pairs += [(draw[:900], draw[900:]) for draw in (tops, lefts, flips)]
+    for first, second in pairs:
+        assert abs(np.corrcoef(first, second)[0, 1]) < 0.17
+
+
+def test_seeds_epochs_and_batches_draw_from_streams_of_their_own():
+    source = toy(600, "pad_crop_flip")
+    seen = {}
+    for seed in (0, 1, 2):
+        images, _ = arrays(source.train(batch_size=300, seed=seed, epochs=3))
+        draws = np.stack(where(images)).reshape(3, 3, 2, 300)
+        for epoch in range(3):
+            for batch in range(2):
+                for draw in draws[:, epoch, batch]:
+                    seen[draw.tobytes()] = (seed, epoch, batch)
+    assert len(seen) == 3 * 3 * 2 * 3
+
+
+def test_training_images_are_augmented_and_the_others_are_not():
+    source = toy(30, "pad_crop_flip")
+    raw = source.train_images / np.float32(255)
+    images, _ = arrays(source.train(batch_size=30, seed=0, epochs=1))
+    assert (images != raw).any()
+    for dataset, count in (
+        (source.validation(batch_size=2), 3),
+        (source.test(batch_size=2), 2),
+    ):
+        images, labels = arrays(dataset)
+        np.testing.assert_array_equal(images, raw[:count])
+        np.testing.assert_array_equal(labels, np.arange(count))
+        assert (images.dtype, labels.dtype) == (np.float32, np.int32)
+
+
+def test_batches_have_a_static_image_shape():
+    dataset = toy(5, "resized_crop_flip").train(batch_size=2, seed=0, epochs=1)
+    images, labels = dataset.element_spec
+    assert images == tf.TensorSpec([None, 32, 32, 3], tf.float32)
+    assert labels == tf.TensorSpec([None], tf.int32)
+
+
+def test_steps_count_the_short_batch():
+    assert toy(45).steps_per_epoch(16) == 3
+    assert toy(48).steps_per_epoch(16) == 3
+    assert toy(49).steps_per_epoch(16) == 4
+
+
+def test_fit_takes_whole_epochs_and_never_runs_out():
+    source = data.load("digits")
+    model = keras.Sequential([keras.layers.Flatten(), keras.layers.Dense(10)])
+    model.compile(
+        keras.optimizers.Adam(0.01),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+    history = model.fit(
+        source.train(batch_size=64, seed=0, epochs=3),
+        steps_per_epoch=source.steps_per_epoch(64),
+        epochs=3,
+        shuffle=False,
+        validation_data=source.validation(batch_size=64),
+        verbose=0,
+    )
+    assert model.optimizer.iterations == 3 * 23
+    assert history.history["val_accuracy"][-1] > 0.7
+
+
+# --- datasets
+
+
+def test_digits_are_split_by_index(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    from sklearn.datasets import load_digits
+
+    source = data.load("digits", data_dir="/nowhere")
+    assert repr(source) == (
+        "Data('digits': 1437 training, 180 validation, 180 test images of "
+        "(8, 8, 1))"
+    )
+    ink, target = load_digits(return_X_y=True)
+    ink = ink.reshape(-1, 8, 8, 1)
+    for images, labels, part in (
+        (source.train_images, source.train_labels, slice(0, 1437)),
+        (source.validation_images, source.validation_labels, slice(1437, 1617)),
+        (source.test_images, source.test_labels, slice(1617, 1797)),
+    ):
+        np.testing.assert_array_equal(labels, target[part])
+        np.testing.assert_allclose(images / (255 / 16), ink[part], atol=0.04)
+    assert source.train_images.max() == 255
+    scaled, _ = arrays(source.train(batch_size=500, seed=0, epochs=1))
+    assert abs(scaled.mean()) < 1e-3
+    assert abs(scaled.std() - 1) < 1e-3
+
+
+def needs_cifar10():
+    folder = os.environ.get("TFDS_DATA_DIR")
+    found = folder and any(pathlib.Path(folder).glob("cifar10/*/*.json"))
+    return pytest.mark.skipif(
+        not found, reason="TFDS_DATA_DIR names no folder with cifar10 in it"
+    )
+
+
+@needs_cifar10()
+def test_real_cifar10_has_the_reports_split_and_scale():
+    source = data.load("cifar10")
+    assert len(source.train_images) == 45_000
+    assert len(source.validation_images) == 5_000
+    assert len(source.test_images) == 10_000
+    assert source.steps_per_epoch(128) == 352
+    assert set(source.validation_labels) == set(range(10))
+    images, _ = next(iter(source.train(batch_size=4_000, seed=0, epochs=1)))
+    # The report's std is the mean of the images' own, so pixels exceed 1.
+    np.testing.assert_allclose(tf.reduce_mean(images, [0, 1, 2]), 0, atol=0.05)
+    np.testing.assert_allclose(
+        tf.math.reduce_std(images, [0, 1, 2]), 1.25, atol=0.1
+    )
+
+
+def write_metadata(name, folder, sizes):
+    """Writes the dataset_info.json that tfds would have prepared.
+
+    Without the split sizes in it, tfds reads batch_size=-1 as a batch of
+    sys.maxsize, and under mock_data the process aborts in C++.
+    """
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder(name, data_dir=folder)
+    builder.info.set_splits(
+        tfds.core.splits.SplitDict(
+            [
+                tfds.core.SplitInfo(
+                    name=split,
+                    shard_lengths=[size],
+                    num_bytes=0,
+                    filename_template=tfds.core.ShardedFileTemplate(
+                        dataset_name=name,
+                        data_dir=builder.data_path,
+                        split=split,
+                        filetype_suffix="tfrecord",
+                    ),
+                )
+                for split, size in sizes.items()
+            ]
+        )
+    )
+    os.makedirs(builder.data_dir)
+    builder.info.write_to_directory(builder.data_dir)
+
+
+@pytest.mark.parametrize(
+    ("name", "validation"), [("cifar100", 5_000), ("mnist", 6_000)]
+)
+def test_mocked_datasets_are_split_by_index(name, validation, tmp_path):
+    """MOCKED: neither is on this machine; images are zeros, labels indices."""
+    import tensorflow_datasets as tfds
+
+    sizes = {"train": validation + 10, "test": 7}
+    write_metadata(name, tmp_path, sizes)
+
+    def as_dataset(builder, split, **_):
+        shape = (sizes[split], *data.DATASETS[name].input_shape)
+        return tf.data.Dataset.from_tensor_slices(
+            {
+                "image": np.zeros(shape, np.uint8),
+                "label": np.arange(sizes[split]),
+            }
+        )
+
+    with tfds.testing.mock_data(
+        policy=tfds.testing.MockPolicy.USE_FILES,
+        data_dir=str(tmp_path),
+        as_dataset_fn=as_dataset,
+    ):
+        source = data.load(name, data_dir=tmp_path)
+    assert source.recipe is data.DATASETS[name]
+    np.testing.assert_array_equal(source.train_labels, np.arange(10))
+    np.testing.assert_array_equal(
+        source.validation_labels, np.arange(10, validation + 10)
+    )
+    np.testing.assert_array_equal(source.test_labels, np.arange(7))
+    images, _ = next(iter(source.train(batch_size=4, seed=0, epochs=1)))
+    black = -np.array(source.recipe.mean) / np.array(source.recipe.std)
+    np.testing.assert_allclose(images[3, 5, 5], black, rtol=1e-5)
+
+
+class FakeTfds:
+    """Stands for tfds: notes each call to `load`, and answers or raises."""
+
+    def __init__(self, *answers):
+        self.answers = list(answers)
+        self.calls = []
+
+    def load(self, name, **arguments):
+        self.calls.append(arguments)
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def examples(count, shape=(28, 28, 1)):
+    return {
+        "image": tf.zeros([count, *shape], tf.uint8),
+        "label": tf.zeros([count], tf.int64),
+    }
+
+
+def fake(monkeypatch, *answers):
+    tfds = FakeTfds(*answers)
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", tfds)
+    return tfds
+
+
+def test_data_dir_beats_the_environment_which_beats_the_default(
+    monkeypatch, tmp_path
+):
+    argument, variable = tmp_path / "argument", tmp_path / "variable"
+    argument.mkdir()
+    variable.mkdir()
+    tfds = fake(monkeypatch, *[examples(6_001), examples(1)] * 3)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(variable))
+    data.load("mnist", data_dir=argument)
+    data.load("mnist")
+    monkeypatch.delenv("TFDS_DATA_DIR")
+    data.load("mnist")
+    asked = [call["data_dir"] for call in tfds.calls]
+    assert asked == [str(argument)] * 2 + [str(variable)] * 2 + [None] * 2
+    assert [call["split"] for call in tfds.calls] == ["train", "test"] * 3
+    assert not any(call["shuffle_files"] for call in tfds.calls)
+
+
+def test_an_absent_dataset_is_downloaded(monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "_check_network", lambda name: None)
+    tfds = fake(
+        monkeypatch,
+        AssertionError("could not find data"),
+        examples(6_002),
+        examples(1),
+    )
+    source = data.load("mnist", data_dir=tmp_path)
+    assert len(source.train_images) == 2
+    assert [call["download"] for call in tfds.calls] == [False, True, False]
+
+
+def test_without_a_network_nothing_is_downloaded(monkeypatch, tmp_path):
+    def refuse(address, timeout):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(data.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    tfds = fake(monkeypatch, AssertionError("could not find data"))
+    with pytest.raises(data.DatasetUnavailableError) as caught:
+        data.load("cifar100", data_dir=tmp_path)
+    text = str(caught.value)
+    assert str(tmp_path) in text
+    assert "no connection to www.cs.toronto.edu" in text
+    assert "--data_dir" in text
+    assert "TFDS_DATA_DIR" in text
+    assert "'digits'" in text
+    assert len(tfds.calls) == 1
+
+
+def test_a_proxy_is_trusted_to_reach_the_network(monkeypatch):
+    def refuse(address, timeout):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    monkeypatch.setattr(
+        data.urllib.request, "getproxies", lambda: {"https": "proxy:3128"}
+    )
+    data._check_network("mnist")
+    monkeypatch.setattr(data.urllib.request, "getproxies", dict)
+    with pytest.raises(OSError, match="storage.googleapis.com"):
+        data._check_network("mnist")
+
+
+def test_a_failed_download_names_both_ways_out(monkeypatch, tmp_path):
+    fake(monkeypatch, ConnectionError("Max retries exceeded " + "x" * 900))
+    with pytest.raises(data.DatasetUnavailableError) as caught:
+        data.load("cifar10", data_dir=tmp_path)
+    text = str(caught.value)
+    assert "ConnectionError: Max retries exceeded" in text
+    assert "--data_dir or TFDS_DATA_DIR" in text
+    assert "'digits'" in text
+    assert len(text) < 600
+    assert isinstance(caught.value.__cause__, ConnectionError)
+
+
+def test_a_missing_package_names_the_pip_command(monkeypatch):
+    monkeypatch.delenv("TFDS_DATA_DIR", raising=False)
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
+    with pytest.raises(ImportError, match="pip install tensorflow-datasets"):
+        data.load("mnist")
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(ImportError, match="pip install scikit-learn"):
+        data.load("digits")
+
+
+def test_a_missing_folder_is_refused_before_tfds_is_asked(
+    monkeypatch, tmp_path
+):
+    tfds = fake(monkeypatch)
+    absent = tmp_path / "absent"
+    with pytest.raises(ValueError, match="data_dir must be an existing.*absen"):
+        data.load("mnist", data_dir=absent)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(absent))
+    with pytest.raises(ValueError, match="variable TFDS_DATA_DIR must be an"):
+        data.load("mnist")
+    assert tfds.calls == []
+
+
+def test_a_dataset_cut_short_is_refused(monkeypatch, tmp_path):
+    fake(monkeypatch, examples(6_000), examples(1))
+    with pytest.raises(ValueError, match="more than the 6000.*Received: 6000"):
+        data.load("mnist", data_dir=tmp_path)
+
+
+# --- arguments
+
+
+def test_an_unknown_name_is_answered_with_the_nearest():
+    with pytest.raises(ValueError, match="Did you mean 'cifar10'"):
+        data.load("cifar-10")
+    with pytest.raises(ValueError, match="Received: name='zebra'.$"):
+        data.load("zebra")
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"batch_size": 0}, "batch_size must be an integer >= 1.*=0"),
+        ({"batch_size": 2.0}, "batch_size must be an integer >= 1.*=2.0"),
+        ({"batch_size": True}, "batch_size must be an integer >= 1.*=True"),
+        ({"seed": 0.5}, "seed must be an integer.*=0.5"),
+        ({"seed": 2**63}, "seed must be an integer .* < 9223372036854775808"),
+        ({"first_epoch": -1}, "first_epoch must be an integer >= 0.*=-1"),
+        ({"epochs": 0}, "epochs must be an integer >= 1.*=0"),
+        ({"first_epoch": 2}, "greater than first_epoch.*epochs=2, first_ep"),
+    ],
+)
+def test_training_arguments_are_checked(change, text):
+    arguments = {"batch_size": 2, "seed": 0, "epochs": 2} | change
+    with pytest.raises(ValueError, match=text):
+        toy(5).train(**arguments)
+
+
+def test_evaluation_batch_sizes_are_checked():
+    for method in (toy(5).validation, toy(5).test):
+        with pytest.raises(ValueError, match="batch_size must be .*=0"):
+            method(batch_size=0)
+    with pytest.raises(ValueError, match="batch_size must be .*=-1"):
+        toy(5).steps_per_epoch(-1)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"augmentation": "cutout"}, "must be one of.*'pad_crop_flip'.*cutout"),
+        ({"mean": (0.5,)}, "one value per channel, 3 .*mean=\\(0.5,\\)"),
+        ({"std": (1.0, 0.0, 1.0)}, "std must be > 0"),
+        ({"validation": 0}, "validation must be an integer >= 1"),
+    ],
+)
+def test_recipes_are_checked(change, text):
+    with pytest.raises(ValueError, match=text):
+        dataclasses.replace(RECIPE, **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"train_images": np.zeros((5, 8, 8, 3), np.uint8)}, "train_images"),
+        ({"test_images": np.zeros((2, 32, 32, 3))}, "test_images.*float64"),
+        ({"test_images": np.zeros((0, 32, 32, 3), np.uint8)}, "test_images"),
+        ({"test_labels": np.zeros(3, np.int32)}, "test_labels.*\\(3,\\)"),
+        ({"test_labels": np.zeros(2)}, "test_labels.*float64"),
+    ],
+)
+def test_arrays_are_checked(change, text):
+    with pytest.raises(ValueError, match=text):
+        dataclasses.replace(toy(5), **change)
