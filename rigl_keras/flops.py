@@ -16,7 +16,7 @@ import tensorflow as tf
 from rigl_keras.layers import Masked
 from rigl_keras.sparsify import MASKABLE, leaf_layers
 
-__all__ = ["CONVENTIONS", "Count", "LayerCount", "count"]
+__all__ = ["CONVENTIONS", "Count", "LayerCount", "count", "training_flops"]
 
 CONVENTIONS = ("micronet", "macs")
 
@@ -231,6 +231,61 @@ def count(model: keras.Model, *, convention: str = "micronet") -> Count:
         ),
         convention=convention,
     )
+
+
+def training_flops(
+    method: str,
+    *,
+    sparse_flops: float,
+    dense_flops: float,
+    frequency: int | None = None,
+) -> float:
+    """Returns the cost of training on one sample, averaged over the steps.
+
+    With f_s and f_d the forward cost of the sparse and the dense model, the
+    backward pass costing twice the forward pass, and an update every T steps:
+
+        dense:       3 f_d
+        static, SET: 3 f_s
+        RigL:        (3 f_s T + 2 f_s + f_d) / (T + 1)
+
+    Evci et al., 2020, section 3 and appendix H, which count an update beside
+    the T steps that it follows.
+
+    Args:
+        method: `"dense"`, `"static"`, `"set"` or `"rigl"`, in any case.
+        sparse_flops: f_s for one sample.
+        dense_flops: f_d for one sample.
+        frequency: T, for RigL.
+
+    Returns:
+        FLOPs for one sample.
+
+    Raises:
+        ValueError: The method is unknown, or needs a frequency.
+
+    Example:
+
+    >>> training_flops("rigl", sparse_flops=1, dense_flops=5, frequency=1)
+    5.0
+    """
+    name = method.lower()
+    if name == "dense":
+        return 3 * dense_flops
+    if name in ("static", "set"):
+        return 3 * sparse_flops
+    if name != "rigl":
+        raise ValueError(
+            "method must be 'dense', 'static', 'set' or 'rigl'. Received: "
+            f"method={method!r}."
+        )
+    if not frequency or frequency < 1:
+        raise ValueError(
+            "RigL's training FLOPs need the steps between updates. Received: "
+            f"frequency={frequency!r}."
+        )
+    update = 2 * sparse_flops + dense_flops
+    return (3 * sparse_flops * frequency + update) / (frequency + 1)
 
 
 def _count_layer(leaf, positions, convention):

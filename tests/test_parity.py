@@ -176,48 +176,64 @@ def replay(trace, method):
     return meta, record, model
 
 
+@pytest.fixture(params=["float64", "float32"])
+def floatx(request):
+    keras.config.set_floatx(request.param)
+    keras.config.set_dtype_policy(request.param)
+    yield request.param
+    keras.config.set_floatx("float32")
+    keras.config.set_dtype_policy("float32")
+
+
+def rigl(meta):
+    return [
+        rigl_keras.RigL(
+            frequency=meta["interval"],
+            drop_fraction=meta["prune_rate"],
+            end_step=meta["end"],
+            conventions=REPORT,
+        )
+    ]
+
+
 @pytest.mark.parametrize(
-    "name, method",
-    [
-        ("static", lambda meta: []),
-        (
-            "rigl_erk",
-            lambda meta: [
-                rigl_keras.RigL(
-                    frequency=meta["interval"],
-                    drop_fraction=meta["prune_rate"],
-                    end_step=meta["end"],
-                    conventions=REPORT,
-                )
-            ],
-        ),
-    ],
+    "name, method, drift",
+    [("static", lambda meta: [], 0.2), ("rigl_erk", rigl, 1e-4)],
 )
-def test_trace(name, method):
+def test_trace(name, method, drift, floatx):
+    """The library's own model, callback and fit repeat the reproduction.
+
+    A ReLU input within rounding of zero makes two float32 runs drift apart at
+    this learning rate; theirs is float32 too. In float64 ours meets no such
+    input that theirs does not in `rigl_erk`: every mask entry agrees, and the
+    final weights do to `drift`. In float32 ours does at the first step, so
+    that only losses are compared.
+    """
     with np.load(DATA / f"trace_{name}.npz") as trace:
         meta, record, model = replay(trace, method)
-        first = meta["interval"] - 2
         assert len(record.losses) == meta["steps"]
-        # The loss at the first update is that of the masks before it.
+        before_update = meta["interval"] - 1
         np.testing.assert_allclose(
-            record.losses[: first + 1], meta["losses"][: first + 1], atol=1e-5
+            record.losses[:before_update],
+            meta["losses"][:before_update],
+            atol=1e-5,
         )
         np.testing.assert_allclose(record.losses, meta["losses"], atol=1e-2)
+        if floatx == "float32":
+            return
         for step in meta["update_steps"]:
-            same = total = 0
             for key in trace.files:
                 kind, _, weight = key.partition("/")
                 if kind == f"mask@{step}":
-                    theirs = to_keras(trace[key])
-                    ours = record.masks[step][keras_name(weight)]
-                    same += np.sum(ours == theirs)
-                    total += theirs.size
-            print(name, step, same / total)
-            assert same / total >= 0.99
-        print(np.abs(np.array(record.losses) - meta["losses"]).max())
+                    np.testing.assert_array_equal(
+                        record.masks[step][keras_name(weight)],
+                        to_keras(trace[key]),
+                    )
         for key in trace.files:
             kind, _, weight = key.partition("/")
             if kind == "final" and trace[key].ndim > 1:
                 ours = model.get_layer(keras_name(weight)).kernel.numpy()
-                # Float order grows through batch norm at this learning rate.
-                assert np.abs(ours - to_keras(trace[key])).mean() < 1e-2
+                theirs = to_keras(trace[key])
+                assert np.linalg.norm(ours - theirs) < drift * np.linalg.norm(
+                    theirs
+                )

@@ -1,0 +1,1 @@
+"""gin-configured runs: the only part that knows gin, absl and the disk."""

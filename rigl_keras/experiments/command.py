@@ -1,0 +1,139 @@
+"""The command line of a training run: absl flags over gin files."""
+
+import sys
+
+import gin
+import tensorflow as tf
+from absl import app, flags
+
+from rigl_keras.experiments import config, data
+from rigl_keras.experiments.run_directory import RunDirectory
+
+__all__ = ["main", "run", "table"]
+
+_FLAGS = flags.FLAGS
+
+
+def _define_flags():
+    flags.DEFINE_multi_string(
+        "gin_file", [], "Gin file of the run; may be repeated."
+    )
+    flags.DEFINE_multi_string(
+        "gin_bindings", [], "Binding such as 'train.epochs = 2'; repeatable."
+    )
+    flags.DEFINE_string(
+        "run_dir", None, "Folder of the run. Default: runs/ and its name."
+    )
+    flags.DEFINE_integer("seed", None, "Seed of the run, over train.seed.")
+    flags.DEFINE_float(
+        "density", None, "Fraction of weights kept, over train.density."
+    )
+    flags.DEFINE_string(
+        "data_dir", None, "Folder of prepared data sets, over TFDS_DATA_DIR."
+    )
+    flags.DEFINE_bool("resume", False, "Continue an interrupted run.")
+    flags.DEFINE_bool(
+        "traceback", False, "Show where an error was raised, too."
+    )
+
+
+def run(
+    gin_files=(),
+    *,
+    bindings=(),
+    run_dir=None,
+    seed=None,
+    density=None,
+    data_dir=None,
+    resume=False,
+) -> dict:
+    """Runs one configuration and returns its result.
+
+    Args:
+        gin_files: Paths of gin files. None at all: `gin/quickstart.gin`.
+        bindings: gin bindings, over the files.
+        run_dir: Folder of the run. None: `runs/`, then the file's name,
+            density and seed.
+        seed: Seed, over the files.
+        density: Density, over the files.
+        data_dir: Folder of prepared data sets.
+        resume: Whether to continue an interrupted run.
+
+    Returns:
+        What `train.train` returns.
+
+    Raises:
+        ValueError: The configuration is wrong, or the directory holds
+            another.
+    """
+    gin_files = list(gin_files) or [str(config.GIN_FOLDER / "quickstart.gin")]
+    bindings = list(bindings)
+    if seed is not None:
+        bindings.append(f"train.seed = {seed}")
+    if density is not None:
+        bindings.append(f"train.density = {density!r}")
+    config.parse(gin_files, bindings)
+    if run_dir is None:
+        parts = [config.find(gin_files[-1]).stem]
+        parts += [f"density{density}"] if density is not None else []
+        parts += [f"seed{seed}"] if seed is not None else []
+        run_dir = "runs/" + "-".join(parts)
+    directory = RunDirectory(run_dir, config=gin.config_str(), resume=resume)
+    print(f"Run directory: {directory.path}")
+    return config.configured()["train"](
+        directory, data_dir=data_dir, operative_config=gin.operative_config_str
+    )
+
+
+def table(result: dict) -> str:
+    """Returns the result of a run as a table for the terminal."""
+    rows = [
+        ("method", f"{result['method']}, {result['model']}"),
+        ("data", f"{result['dataset']}, seed {result['seed']}"),
+        ("test accuracy", f"{100 * result['test_accuracy']:.2f} %"),
+        ("validation accuracy", f"{100 * result['validation_accuracy']:.2f} %"),
+        ("density of masked weights", f"{result['density']:.4f}"),
+        (
+            "parameters",
+            f"{result['nonzeros']:,} of {result['parameters']:,} "
+            f"({result['nonzeros'] / result['parameters']:.3f}x dense)",
+        ),
+        (
+            "inference FLOPs",
+            f"{result['inference_flops']:,.0f} "
+            f"({result['inference_flops_ratio']:.3f}x dense)",
+        ),
+        ("training FLOPs", f"{result['training_flops_ratio']:.3f}x dense"),
+        ("steps", f"{result['steps']:,}, {result['seconds']:.0f} s"),
+    ]
+    width = max(len(label) for label, _ in rows)
+    return "\n".join(f"{label.ljust(width)}  {value}" for label, value in rows)
+
+
+def _main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}.")
+    # On a CPU this costs little, and two runs of one seed are then the same.
+    tf.config.experimental.enable_op_determinism()
+    try:
+        result = run(
+            _FLAGS.gin_file,
+            bindings=_FLAGS.gin_bindings,
+            run_dir=_FLAGS.run_dir,
+            seed=_FLAGS.seed,
+            density=_FLAGS.density,
+            data_dir=_FLAGS.data_dir,
+            resume=_FLAGS.resume,
+        )
+    except (ValueError, data.DatasetUnavailableError) as error:
+        if _FLAGS.traceback:
+            raise
+        print(f"train: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"\n{table(result)}")
+
+
+def main() -> None:
+    """Reads the command line and runs it."""
+    _define_flags()
+    app.run(_main)
