@@ -1,5 +1,6 @@
 """The command line of a training run: absl flags over gin files."""
 
+import logging
 import sys
 
 import gin
@@ -113,6 +114,8 @@ def table(result: dict) -> str:
 def _main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}.")
+    # TensorFlow tells of each checkpoint it writes.
+    logging.getLogger("absl").setLevel(logging.WARNING)
     # On a CPU this costs little, and two runs of one seed are then the same.
     tf.config.experimental.enable_op_determinism()
     try:
