@@ -1,0 +1,123 @@
+"""Layer densities by hand, exact counts, and what is refused."""
+
+import math
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rigl_keras import REPORT
+from rigl_keras.distributions import layer_counts, layer_densities
+
+SHAPES = {"a": (3, 3, 2, 8), "b": (10, 10), "c": (40, 10)}
+
+
+def kept(shapes, densities):
+    return sum(densities[n] * math.prod(s) for n, s in shapes.items())
+
+
+def test_uniform_keeps_the_first_layer_dense_outside_the_budget():
+    assert layer_densities(SHAPES, 0.1, "uniform") == {
+        "a": 1.0,
+        "b": 0.1,
+        "c": 0.1,
+    }
+
+
+def test_erdos_renyi_by_hand():
+    # (n_in + n_out) / (n_in n_out): 10 x 10 -> 0.2, 40 x 10 -> 0.125, so that
+    # epsilon counts n_in + n_out: 20 + 50 = 70 for a budget of 0.14 x 500.
+    shapes = {"b": (10, 10), "c": (40, 10)}
+    got = layer_densities(shapes, 0.14, "er")
+    assert got == pytest.approx({"b": 0.2, "c": 0.125})
+
+
+def test_erdos_renyi_kernel_counts_the_kernel():
+    # Sum of dimensions / product: 16 / 144 and 20 / 100.
+    shapes = {"a": (3, 3, 2, 8), "b": (10, 10)}
+    got = layer_densities(shapes, 0.125, "erk")
+    assert got["a"] / got["b"] == pytest.approx((16 / 144) / 0.2)
+    # ER leaves the kernel's height and width out.
+    er = layer_densities(shapes, 0.125, "er")
+    assert er["a"] / er["b"] == pytest.approx((10 / 16) / 0.2)
+
+
+def test_a_layer_over_the_top_becomes_dense():
+    # `small` would need more than it has; `large` takes what is left.
+    shapes = {"small": (2, 2), "large": (100, 100)}
+    got = layer_densities(shapes, 0.1, "erk")
+    assert got["small"] == 1.0
+    assert kept(shapes, got) == pytest.approx(0.1 * 10_004, abs=2)
+
+
+@pytest.mark.parametrize("distribution", ["erk", "er"])
+def test_density_one_is_all_ones(distribution):
+    assert set(layer_densities(SHAPES, 1.0, distribution).values()) == {1.0}
+    report = layer_densities(SHAPES, 1.0, distribution, conventions=REPORT)
+    assert set(report.values()) == {1.0}
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "er", "erk"])
+def test_given_densities_count_towards_the_whole(distribution):
+    got = layer_densities(
+        SHAPES, 0.3, distribution, densities={"a": 0.5, "b": 0.25}
+    )
+    assert (got["a"], got["b"]) == (0.5, 0.25)
+    total = sum(map(math.prod, SHAPES.values()))
+    assert kept(SHAPES, got) == pytest.approx(0.3 * total, abs=3)
+
+
+@pytest.mark.parametrize(
+    "density, densities",
+    [(0.1, {"c": 1.0}), (0.9, {"b": 0.1, "c": 0.1})],
+)
+@pytest.mark.parametrize("distribution", ["er", "erk"])
+def test_unreachable(distribution, density, densities):
+    with pytest.raises(ValueError, match="No densities of the other layers"):
+        layer_densities(SHAPES, density, distribution, densities=densities)
+
+
+@pytest.mark.parametrize("bad", [0, -0.1, 1.01, float("nan"), True, "0.1"])
+def test_bad_density(bad):
+    with pytest.raises(ValueError, match=r"must be in \(0, 1\]"):
+        layer_densities(SHAPES, bad)
+
+
+def test_bad_names():
+    with pytest.raises(ValueError, match="Did you mean 'erdos_renyi'"):
+        layer_densities(SHAPES, 0.1, "erdos_reny")
+    with pytest.raises(ValueError, match="no masked layer.*a, b, c"):
+        layer_densities(SHAPES, 0.1, densities={"d": 0.1})
+    with pytest.raises(ValueError, match="at least one kernel"):
+        layer_densities({}, 0.1)
+
+
+def test_largest_remainder_by_hand():
+    sizes = {"a": 10, "b": 10, "c": 10}
+    densities = {"a": 0.25, "b": 0.29, "c": 0.21}  # 2.5, 2.9 and 2.1
+    assert layer_counts(sizes, densities, 7) == {"a": 2, "b": 3, "c": 2}
+    assert layer_counts(sizes, densities, 8) == {"a": 3, "b": 3, "c": 2}
+    # Too many: the smallest remainder gives first.
+    assert layer_counts(sizes, densities, 5) == {"a": 2, "b": 2, "c": 1}
+    with pytest.raises(ValueError, match="total=31"):
+        layer_counts(sizes, densities, 31)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.lists(st.integers(1, 12), min_size=2, max_size=4), min_size=1),
+    st.floats(0.001, 1.0),
+    st.sampled_from(["er", "erk"]),
+)
+def test_counts_are_exact(shapes, density, distribution):
+    shapes = {str(i): shape for i, shape in enumerate(shapes)}
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    densities = layer_densities(shapes, density, distribution)
+    assert all(0 < d <= 1 for d in densities.values())
+    total = round(density * sum(sizes.values()))
+    counts = layer_counts(sizes, densities, total)
+    assert sum(counts.values()) == total
+    for name, count in counts.items():
+        assert 0 <= count <= sizes[name]
+        # TF1's rounding of zeros moves the quotas by up to one a layer.
+        assert abs(count - densities[name] * sizes[name]) < 1 + len(shapes)

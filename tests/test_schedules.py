@@ -1,0 +1,105 @@
+"""When updates happen and how much they drop."""
+
+import pytest
+import tensorflow as tf
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rigl_keras import ORIGINAL, REPORT, schedules, scores
+
+WINDOWS = [
+    # frequency, begin, end -> steps below 40, ORIGINAL and REPORT
+    (10, 0, 30, [10, 20, 30], [9, 19, 29]),
+    (10, 0, 29, [10, 20], [9, 19]),
+    (10, 15, 100, [20, 30], [19, 29, 39]),
+    (1, 0, 3, [1, 2, 3], [1, 2]),  # never at step 0: nothing is trained yet
+    (50, 0, 100, [], []),
+]
+
+
+@pytest.mark.parametrize("frequency, begin, end, original, report", WINDOWS)
+def test_update_steps(frequency, begin, end, original, report):
+    for conventions, want in ((ORIGINAL, original), (REPORT, report)):
+        window = dict(
+            frequency=frequency,
+            begin_step=begin,
+            end_step=end,
+            conventions=conventions,
+        )
+        due = schedules.is_update_step
+        assert [t for t in range(40) if due(t, **window)] == want
+        steps = tf.range(40, dtype=tf.int64)
+        assert tf.where(due(steps, **window))[:, 0].numpy().tolist() == want
+        assert schedules.planned_updates(0, 40, **window) == len(want)
+
+
+@given(
+    st.integers(0, 60),
+    st.integers(0, 60),
+    st.integers(1, 25),
+    st.integers(0, 60),
+    st.integers(0, 60),
+    st.sampled_from([ORIGINAL, REPORT]),
+)
+def test_planned_updates(first, steps, frequency, begin, end, conventions):
+    window = dict(
+        frequency=frequency,
+        begin_step=begin,
+        end_step=begin + end,
+        conventions=conventions,
+    )
+    assert schedules.planned_updates(first, steps, **window) == sum(
+        schedules.is_update_step(t, **window)
+        for t in range(first, first + steps)
+    )
+
+
+@pytest.mark.parametrize(
+    "decay, values",
+    [
+        ("cosine", [0.4, 0.2, 0.0, 0.0]),
+        ("constant", [0.4, 0.4, 0.4, 0.4]),
+        ("linear", [0.4, 0.2, 0.0, 0.0]),
+        ("polynomial", [0.4, 0.05, 0.0, 0.0]),  # power 3
+    ],
+)
+def test_decays(decay, values):
+    for step, value in zip((10, 60, 110, 200), values, strict=True):
+        got = schedules.decayed_drop_fraction(
+            step, drop_fraction=0.4, begin_step=10, end_step=110, decay=decay
+        )
+        assert float(got) == pytest.approx(value, abs=1e-12)
+
+
+def test_report_uses_the_fraction_of_the_step_before():
+    # drop_fractions of the trace in tests/data.
+    for step, value in ((3, 0.27990381), (7, 0.15), (11, 0.02009619)):
+        got = schedules.decayed_drop_fraction(
+            tf.constant(step, tf.int64),
+            drop_fraction=0.3,
+            begin_step=0,
+            end_step=12,
+            conventions=REPORT,
+        )
+        assert float(got) == pytest.approx(value, abs=1e-8)
+
+
+def test_unknown_decay():
+    with pytest.raises(ValueError, match="decay must be one of.*'cosin'"):
+        schedules.decayed_drop_fraction(
+            0, drop_fraction=0.3, begin_step=0, end_step=9, decay="cosin"
+        )
+
+
+def test_scores():
+    values = tf.constant([-3.0, 0.5])
+    assert scores.magnitude(values).numpy().tolist() == [3.0, 0.5]
+    assert scores.gradient_magnitude(values).numpy().tolist() == [3.0, 0.5]
+    draws = scores.random([3], key=7, step=2)
+    # Fixed numbers: another process, with other hash seeds, draws the same.
+    again = scores.random([3], key=7, step=tf.constant(2, tf.int64))
+    assert draws.numpy().tolist() == again.numpy().tolist()
+    assert draws.numpy() == pytest.approx([0.2803, 0.7009, 0.8227], abs=1)
+    for key, step in ((8, 2), (7, 3)):
+        other = scores.random([3], key=key, step=step)
+        assert other.numpy().tolist() != draws.numpy().tolist()
