@@ -5,6 +5,7 @@ and logs it. A method is a child that says what a connection is worth.
 """
 
 import contextlib
+import math
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -176,7 +177,7 @@ class MaskUpdate(keras.callbacks.Callback):
         _check_set_up(type(self).__name__, optimizer)
         if not optimizer.built:
             optimizer.build(model.trainable_variables)
-        self._weights = sum(m.mask.value.shape.num_elements() for m in self._masked)
+        self._weights = sum(math.prod(m.mask.shape) for m in self._masked)
         self._density = tf.Variable(self._current_density(), trainable=False)
         self._last_fraction = tf.Variable(0.0, trainable=False)
         self._last_grown = tf.Variable(0.0, trainable=False)
@@ -449,8 +450,10 @@ class SET(MaskUpdate):
         # Each inactive entry joins with probability dropped / inactive: the
         # number that join is binomial, and which ones is uniform.
         mask = layer.mask.value
-        inactive = tf.size(mask, tf.int64) - _count(mask) + tf.cast(dropped, tf.int64)
-        seed = tf.stack([tf.constant(layer.draw_key ^ self.seed ^ 1, tf.int64), step])
+        inactive = tf.size(mask, tf.int64) - _count(mask)
+        inactive += tf.cast(dropped, tf.int64)
+        key = tf.constant(layer.draw_key ^ self.seed ^ 1, tf.int64)
+        seed = tf.stack([key, step])
         return tf.random.stateless_binomial(
             [],
             seed,
@@ -491,7 +494,8 @@ def _count(mask):
 
 
 def _check_int(name, value, *, at_least):
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or value < at_least:
         raise ValueError(
             f"{name} counts in whole numbers and must be an int of at least "
             f"{at_least}. Received: {name}={value!r}."
@@ -510,8 +514,9 @@ def _check_set_up(method, optimizer):
             f"{optimizer.gradient_accumulation_steps} micro-batches. Use a "
             "larger batch, or gradient_accumulation_steps=None."
         )
-    if tf.distribute.get_strategy().num_replicas_in_sync > 1:
+    strategy = tf.distribute.get_strategy()
+    if strategy.num_replicas_in_sync > 1:
         raise ValueError(
-            f"{method} does not run under {type(tf.distribute.get_strategy()).__name__} "
-            "yet: train on one device."
+            f"{method} does not run under {type(strategy).__name__} yet: train "
+            "on one device."
         )

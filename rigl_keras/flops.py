@@ -135,9 +135,7 @@ class Count:
         lines = [
             "  ".join(
                 cell.ljust(width) if i < 2 else cell.rjust(width)
-                for i, (cell, width) in enumerate(
-                    zip(row, widths, strict=True)
-                )
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
             )
             for row in rows
         ]

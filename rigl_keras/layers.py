@@ -115,20 +115,25 @@ class Masked(keras.layers.Wrapper):
     def assign_mask(self, mask) -> None:
         """Sets the mask and zeroes the kernel outside it."""
         self.mask.assign(mask)
-        self.kernel.assign(self.kernel.value * self.mask.value)
+        # A product would keep a NaN or an infinity that lies outside.
+        kept = tf.cast(self.mask.value, tf.bool)
+        kernel = tf.convert_to_tensor(self.kernel.value)
+        self.kernel.assign(tf.where(kept, kernel, tf.zeros_like(kernel)))
 
     def masked_kernel(self) -> tf.Tensor:
         """Returns kernel x mask, through which training differentiates."""
-        return _product(
-            tf.convert_to_tensor(self.layer.kernel.value),
-            tf.cast(self.mask.value, self.compute_dtype),
-            _dense_gradients.get(),
-        )
+        kernel = tf.convert_to_tensor(self.layer.kernel.value)
+        # Within a call of mixed precision the kernel comes in half precision.
+        mask = tf.cast(self.mask.value, kernel.dtype)
+        return _product(kernel, mask, _dense_gradients.get())
 
     def call(self, inputs):
-        kernel = self.layer.kernel
+        # A scope hides the values that an outer one gives (stateless_call):
+        # they are passed on.
+        values = [(v, v.value) for v in self.layer.weights]
+        values.append((self.layer.kernel, self.masked_kernel()))
         with keras.StatelessScope(
-            state_mapping=[(kernel, self.masked_kernel())], collect_losses=True
+            state_mapping=values, collect_losses=True
         ) as scope:
             outputs = self.layer(inputs)
         for loss in scope.losses:  # activity regularisation
@@ -171,6 +176,7 @@ class MaskProjection(keras.constraints.Constraint):
     def __call__(self, kernel):
         if self.constraint is not None:
             kernel = self.constraint(kernel)
+        kernel = tf.convert_to_tensor(kernel)
         # A product would keep a NaN or an infinity that lies outside.
-        kept = tf.cast(self.mask.value, tf.bool)
+        kept = tf.cast(tf.convert_to_tensor(self.mask), tf.bool)
         return tf.where(kept, kernel, tf.zeros_like(kernel))

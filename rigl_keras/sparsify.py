@@ -131,17 +131,14 @@ def sparsify(
 
     wrapped = {id(chosen[name]): mask for name, mask in masks.items()}
     keys = {
-        id(chosen[name]): _key(chosen[name].kernel.path, seed)
-        for name in masks
+        id(chosen[name]): _key(chosen[name].kernel.path, seed) for name in masks
     }
 
     def mask_chosen(layer):
         copy = layer.__class__.from_config(layer.get_config())
         if id(layer) not in wrapped:
             return copy
-        return Masked(
-            copy, draw_key=keys[id(layer)], trainable=layer.trainable
-        )
+        return Masked(copy, draw_key=keys[id(layer)], trainable=layer.trainable)
 
     copies = _clone(model, mask_chosen)
     for layer, copy in copies.pairs:
@@ -236,9 +233,7 @@ class MaskedLayers(Sequence):
         lines = [
             "  ".join(
                 cell.ljust(width) if i < 2 else cell.rjust(width)
-                for i, (cell, width) in enumerate(
-                    zip(row, widths, strict=True)
-                )
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
             )
             for row in rows
         ]

@@ -162,9 +162,7 @@ def layer_drop_fractions(
         sparsity = 1 - tf.reduce_mean(tf.cast(mask, tf.float64))
         spared = (sparsity < 0.2) & (tf.cast(nonzero, tf.float64) > share)
         fractions.append(
-            tf.where(
-                spared, tf.minimum(sparsity, drop_fraction), drop_fraction
-            )
+            tf.where(spared, tf.minimum(sparsity, drop_fraction), drop_fraction)
         )
     return fractions
 

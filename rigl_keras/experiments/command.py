@@ -3,10 +3,10 @@
 import logging
 import sys
 
-import gin
 import tensorflow as tf
 from absl import app, flags
 
+import gin
 from rigl_keras.experiments import config, data
 from rigl_keras.experiments.run_directory import RunDirectory
 

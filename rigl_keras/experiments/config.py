@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import gin
-
 import rigl_keras
 from rigl_keras.experiments import train
 

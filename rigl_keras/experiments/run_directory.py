@@ -127,9 +127,7 @@ class Checkpoints(keras.callbacks.Callback):
             model.optimizer.build(model.trainable_variables)
         # `variables` are the weights, the generators' states and metrics.
         known = {id(v) for v in model.weights + model.metrics_variables}
-        generators = [
-            v.value for v in model.variables if id(v) not in known
-        ]
+        generators = [v.value for v in model.variables if id(v) not in known]
         self._epoch = tf.Variable(0, dtype=tf.int64)
         self._manager = tf.train.CheckpointManager(
             tf.train.Checkpoint(

@@ -250,7 +250,9 @@ class _EpochLogs(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         optimizer = self.model.optimizer
         logs["step"] = int(optimizer.iterations.numpy())
-        logs["learning_rate"] = float(tf.convert_to_tensor(optimizer.learning_rate))
+        logs["learning_rate"] = float(
+            tf.convert_to_tensor(optimizer.learning_rate)
+        )
         logs["seconds"] = round(time.perf_counter() - self._start, 2)
 
 

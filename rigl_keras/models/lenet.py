@@ -59,9 +59,7 @@ def lenet5(
             layers.Flatten(name="flatten"),
             layers.Dense(120, activation="relu", name="dense1", **kernel),
             layers.Dense(84, activation="relu", name="dense2", **kernel),
-            layers.Dense(
-                num_classes, name="classifier", kernel_regularizer=l2
-            ),
+            layers.Dense(num_classes, name="classifier", kernel_regularizer=l2),
         ],
         name=name,
     )

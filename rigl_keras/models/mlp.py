@@ -59,9 +59,7 @@ def mlp(
                 )
                 for i, units in enumerate(hidden, start=1)
             ),
-            layers.Dense(
-                num_classes, kernel_regularizer=l2, name="classifier"
-            ),
+            layers.Dense(num_classes, kernel_regularizer=l2, name="classifier"),
         ],
         name=name,
     )

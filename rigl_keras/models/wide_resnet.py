@@ -47,7 +47,7 @@ def wide_resnet(
     Example:
 
     >>> wide_resnet(depth=22, width=2).count_params()  # with batch statistics
-    1082426
+    1082362
     """
     if depth < 10 or (depth - 4) % 6:
         raise ValueError(

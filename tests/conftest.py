@@ -1,0 +1,50 @@
+"""What the tests share: small models and their training."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import rigl_keras
+
+
+def small_model(**kernel):
+    """Returns a dense convolutional network with named layers."""
+    inputs = keras.Input((8, 8, 3))
+    x = layers.Conv2D(8, 3, padding="same", name="conv1", **kernel)(inputs)
+    x = layers.BatchNormalization(name="norm")(x)
+    x = layers.ReLU()(x)
+    x = layers.DepthwiseConv2D(3, name="depthwise")(x)
+    x = layers.Conv2D(16, 3, strides=2, name="conv2", **kernel)(x)
+    x = layers.Flatten()(x)
+    x = layers.Dropout(0.2, seed=1)(x)
+    return keras.Model(inputs, layers.Dense(10, name="head", **kernel)(x))
+
+
+def examples(n=64, seed=0):
+    draw = np.random.default_rng(seed)
+    x = draw.standard_normal((n, 8, 8, 3)).astype(np.float32)
+    return x, draw.integers(0, 10, n)
+
+
+def compiled(model, optimizer="sgd", **options):
+    model.compile(
+        optimizer,
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        **options,
+    )
+    return model
+
+
+def masks(model):
+    return {m.name: m.mask.numpy() for m in rigl_keras.masked_layers(model)}
+
+
+def kernels(model):
+    return {m.name: m.kernel.numpy() for m in rigl_keras.masked_layers(model)}
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    keras.utils.set_random_seed(0)

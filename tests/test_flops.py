@@ -1,0 +1,177 @@
+"""Costs by hand, and the models that they are counted on."""
+
+import keras
+import numpy as np
+import pytest
+from conftest import compiled, examples, small_model
+from keras import layers
+
+import rigl_keras
+from rigl_keras import count, flops, models, sparsify
+
+
+def test_by_hand():
+    model = small_model()
+    # conv1: 3x3x3x8 at 8x8, depthwise 3x3x8 at 6x6, conv2 3x3x8x16 at 2x2,
+    # head 64x10 once.
+    macs = {"conv1": 216 * 64, "depthwise": 72 * 36, "conv2": 1152 * 4}
+    macs["head"] = 640
+    got = count(model, convention="macs")
+    assert {i.name: i.inference_flops for i in got.layers} == macs
+    # micronet adds, for a bias, an addition for each input channel.
+    biases = {"conv1": 3 * 64, "depthwise": 8 * 36, "conv2": 8 * 4, "head": 64}
+    got = count(model)
+    assert {i.name: i.inference_flops for i in got.layers} == {
+        name: 2 * macs[name] + biases[name] for name in macs
+    }
+    # Kernels and biases, and gamma and beta of the normalisation.
+    assert got.parameters == 216 + 8 + 72 + 8 + 1152 + 16 + 640 + 10 + 16
+    assert got.bits == 32 * got.parameters
+    assert got.density == 1.0 and got.nonzeros == got.parameters
+
+
+def test_masked():
+    model = sparsify(small_model(), 0.25)
+    got, dense = count(model), count(small_model())
+    weights = 216 + 72 + 1152 + 640
+    kept = round(0.25 * weights)
+    assert got.density == pytest.approx(kept / weights)
+    assert got.nonzeros == got.parameters - weights + kept
+    assert got.dense_inference_flops == dense.inference_flops
+    by_hand = sum(
+        2 * layer.mask.numpy().sum() * cost.positions
+        for layer, cost in zip(
+            rigl_keras.masked_layers(model), got.layers, strict=True
+        )
+    )
+    biases = 3 * 64 + 8 * 36 + 8 * 4 + 64
+    assert got.inference_flops == pytest.approx(by_hand + biases)
+    bitmasks = sum(
+        layer.mask.numpy().size
+        for layer in rigl_keras.masked_layers(model)
+        if layer.density < 1
+    )
+    assert got.bits == 32 * got.nonzeros + bitmasks
+    assert "0.2500" in str(got) and "conv2" in str(got)
+
+
+@pytest.mark.parametrize(
+    "layer, shape, macs",
+    [
+        (layers.Conv1D(4, 3, strides=2), (9, 2), 3 * 2 * 4 * 4),
+        (layers.Conv3D(2, 2), (3, 3, 3, 1), 8 * 2 * 8),
+        (layers.Conv2D(4, 3, dilation_rate=2), (8, 8, 2), 9 * 2 * 4 * 16),
+        (layers.Conv2D(4, (1, 3), groups=2), (4, 4, 6), 3 * 3 * 4 * 4 * 2),
+        (layers.DepthwiseConv2D(3, depth_multiplier=2), (5, 5, 3), 27 * 2 * 9),
+        (layers.Dense(5), (7, 3), 3 * 5 * 7),
+    ],
+)
+def test_each_layer(layer, shape, macs):
+    model = keras.Sequential([keras.Input(shape), layer])
+    assert count(model, convention="macs").inference_flops == macs
+
+
+def test_shared_and_nested_layers_count_each_use():
+    inputs = keras.Input((4,))
+    shared = layers.Dense(4, name="shared")
+    inner = keras.Sequential([keras.Input((4,)), layers.Dense(4)])
+    model = keras.Model(inputs, inner(shared(shared(inputs))))
+    got = count(model, convention="macs")
+    assert [layer.positions for layer in got.layers] == [2, 1]
+    assert got.inference_flops == 3 * 16
+
+
+def test_counting_changes_nothing():
+    model = compiled(sparsify(small_model(), 0.25))
+    model.fit(*examples(), verbose=0)
+    before = [v.numpy() for v in model.variables]
+    first = count(model)
+    for old, variable in zip(before, model.variables, strict=True):
+        np.testing.assert_array_equal(old, variable.numpy())
+    assert all("call" not in vars(layer) for layer in model.layers)
+    assert count(model) == first
+
+
+def test_what_is_not_counted_is_named():
+    model = keras.Sequential(
+        [keras.Input((8, 8, 3)), layers.SeparableConv2D(4, 3, name="sep")]
+    )
+    got = count(model)
+    assert got.uncounted == (("sep", "SeparableConv2D"),)
+    assert "not counted: sep (SeparableConv2D)" in str(got)
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="convention must be one of"):
+        count(small_model(), convention="flops")
+    with pytest.raises(ValueError, match="built Keras model"):
+        count(keras.Sequential([layers.Dense(3)]))
+    free = keras.Sequential([keras.Input((None, None, 3)), layers.Conv2D(1, 1)])
+    with pytest.raises(ValueError, match="fixed shape"):
+        count(free)
+
+
+def test_training_flops_by_hand():
+    cost = dict(sparse_flops=2.0, dense_flops=10.0)
+    assert flops.training_flops("dense", **cost) == 30
+    assert flops.training_flops("static", **cost) == 6
+    assert flops.training_flops("SET", **cost) == 6
+    # (6 x 9 + 4 + 10) / 10
+    assert flops.training_flops("RigL", frequency=9, **cost) == 6.8
+    with pytest.raises(ValueError, match="method must be"):
+        flops.training_flops("prune", **cost)
+    with pytest.raises(ValueError, match="steps between updates"):
+        flops.training_flops("rigl", **cost)
+
+
+@pytest.mark.parametrize(
+    "make, parameters",
+    [
+        (lambda: models.wide_resnet(22, 2), 1_079_642),
+        (lambda: models.wide_resnet(10, 1, dropout=0.0), 77_850),
+        (lambda: models.lenet5(), 61_706),
+        (lambda: models.mlp(), 266_610),
+    ],
+)
+def test_models(make, parameters):
+    assert count(make()).parameters == parameters
+
+
+@pytest.mark.parametrize("size", [8, 33, 64])
+def test_wide_resnet_takes_any_size_from_8(size):
+    model = models.wide_resnet(10, 1, 7, (size, size, 2))
+    assert model(np.zeros((2, size, size, 2), np.float32)).shape == (2, 7)
+
+
+def test_wide_resnet_is_the_reports():
+    model = models.wide_resnet(22, 2)
+    for layer in model.layers:
+        if isinstance(layer, layers.BatchNormalization):
+            assert (layer.momentum, layer.epsilon) == (0.9, 1e-5)
+        if isinstance(layer, layers.Conv2D):
+            height, width, _, out = layer.kernel.shape
+            wanted = np.sqrt(2 / (height * width * out))
+            assert np.std(layer.kernel) == pytest.approx(wanted, rel=0.2)
+            # One pixel on each side, where `same` pads below and right only.
+            if layer.strides == (2, 2) and height == 3:
+                pad = model.get_layer(f"{layer.name}_pad")
+                assert pad.padding == ((1, 1), (1, 1))
+                assert layer.padding == "valid"
+    assert sum(isinstance(m, layers.Dropout) for m in model.layers) == 9
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: models.wide_resnet(depth=20), "depth 6 n . 4.*depth=20"),
+        (lambda: models.wide_resnet(width=0), "width=0"),
+        (lambda: models.wide_resnet(input_shape=(7, 7, 3)), "8 x 8"),
+        (lambda: models.wide_resnet(dropout=1.0), "dropout"),
+        (lambda: models.lenet5(input_shape=(8, 8, 1)), "12 x 12"),
+        (lambda: models.lenet5(num_classes=0), "num_classes"),
+        (lambda: models.mlp(hidden=(3, 0)), "at least one unit"),
+    ],
+)
+def test_bad_models(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -1,0 +1,269 @@
+"""A dense model to a masked one and back."""
+
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from conftest import compiled, examples, kernels, masks, small_model
+from keras import layers
+
+import rigl_keras
+from rigl_keras import REPORT, masked_layers, sparsify, strip
+
+
+def ones(model):
+    return sum(int(mask.sum()) for mask in masks(model).values())
+
+
+def size(model):
+    return sum(mask.size for mask in masks(model).values())
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "er", "erk"])
+@pytest.mark.parametrize("density", [0.03, 0.1, 0.77, 1.0])
+def test_total_is_exact(distribution, density):
+    model = sparsify(small_model(), density, distribution=distribution)
+    assert ones(model) == round(density * size(model))
+    named = {m.name for m in masked_layers(model)}
+    first = {"conv1"} if distribution != "uniform" else set()
+    assert named == first | {"depthwise", "conv2", "head"}
+    if density == 1.0:
+        assert all(mask.all() for mask in masks(model).values())
+
+
+def test_weights_are_kept_and_the_original_is_left_alone():
+    dense = small_model()
+    before = [v.numpy() for v in dense.variables]
+    sparse = sparsify(dense, 0.2)
+    for layer in masked_layers(sparse):
+        kernel = dense.get_layer(layer.name).kernel.numpy()
+        np.testing.assert_array_equal(
+            layer.kernel.numpy(), kernel * layer.mask.numpy()
+        )
+        np.testing.assert_array_equal(
+            layer.layer.bias.numpy(), dense.get_layer(layer.name).bias.numpy()
+        )
+    compiled(sparse).fit(*examples(), verbose=0)
+    for old, variable in zip(before, dense.variables, strict=True):
+        np.testing.assert_array_equal(old, variable.numpy())
+    assert not masked_layers(dense)
+
+
+def test_seed():
+    dense = small_model()
+    first, again = sparsify(dense, 0.2), sparsify(dense, 0.2)
+    other = sparsify(dense, 0.2, seed=1)
+    for name, mask in masks(first).items():
+        np.testing.assert_array_equal(mask, masks(again)[name])
+    assert any((m != masks(other)[n]).any() for n, m in masks(first).items())
+
+
+def test_report_draws_each_entry():
+    model = sparsify(small_model(), 0.2, conventions=REPORT)
+    assert ones(model) != round(0.2 * size(model))
+    assert ones(model) == pytest.approx(0.2 * size(model), rel=0.15)
+
+
+def nested_model():
+    inputs = keras.Input((8, 8, 3))
+    inner = keras.Sequential(
+        [
+            keras.Input((8, 8, 3)),
+            layers.Conv2D(4, 3, name="conv"),
+            layers.Conv2D(4, 1, name="point"),
+        ],
+        name="inner",
+    )
+    shared = layers.Dense(4, name="shared")
+    x = layers.Flatten()(inner(inputs))
+    x = layers.Dense(4, name="first")(x)
+    return keras.Model(inputs, shared(shared(x)))
+
+
+@pytest.mark.parametrize("build", [small_model, nested_model])
+def test_strip(build):
+    model = sparsify(build(), 0.3)
+    plain = strip(model)
+    x, _ = examples(4)
+    np.testing.assert_array_equal(
+        plain.predict(x, verbose=0), model.predict(x, verbose=0)
+    )
+    assert not masked_layers(plain)
+    again = sparsify(plain, 0.3)
+    assert masks(again).keys() == masks(model).keys()
+    with pytest.raises(ValueError, match="nothing to strip"):
+        strip(plain)
+
+
+def test_nested_and_shared_layers_are_masked_once():
+    model = sparsify(nested_model(), 0.3)
+    assert [m.name for m in masked_layers(model)] == [
+        "conv",
+        "point",
+        "first",
+        "shared",
+    ]
+
+
+def test_which_layers():
+    dense = small_model()
+    head = dense.get_layer("head")
+
+    def names(layers):
+        return {
+            m.name for m in masked_layers(sparsify(dense, 0.5, layers=layers))
+        }
+
+    assert names(head) == {"head"}
+    assert names(keras.layers.Dense) == {"head"}
+    assert names(lambda layer: "conv" in layer.name) == {"conv1", "conv2"}
+    assert names([head, dense.get_layer("conv2")]) == {"conv2", "head"}
+    assert names([head, keras.layers.DepthwiseConv2D]) == {"depthwise", "head"}
+
+
+def test_given_densities():
+    dense = small_model()
+    model = sparsify(
+        dense, 0.2, densities={"conv1": 0.5, dense.get_layer("head"): 0.1}
+    )
+    densities = {m.name: m.density for m in masked_layers(model)}
+    assert densities["conv1"] == pytest.approx(0.5, abs=0.01)
+    assert densities["head"] == pytest.approx(0.1, abs=0.01)
+    assert ones(model) == round(0.2 * size(model))
+    first = sparsify(
+        dense, 0.2, distribution="uniform", densities={"conv1": 1.0}
+    )
+    assert first.get_layer("conv1").density == 1.0
+    assert ones(first) == round(0.2 * size(first))
+
+
+def test_table():
+    text = str(masked_layers(sparsify(small_model(), 0.2)))
+    lines = text.splitlines()
+    assert lines[0].split() == ["layer", "kernel", "density", "nonzeros", "of"]
+    assert any(line.startswith("conv2  3x3x8x16") for line in lines)
+    assert "norm: normalisation, never masked" in text
+    total = next(line for line in lines if line.startswith("all masked"))
+    assert total.split()[2] == "0.2000"
+    uniform = sparsify(small_model(), 0.2, distribution="uniform")
+    assert "conv1: left dense" in str(masked_layers(uniform))
+
+
+def test_save_and_load(tmp_path):
+    model = compiled(sparsify(small_model(), 0.2), "adam")
+    model.fit(*examples(), verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    x, y = examples(8)
+    np.testing.assert_array_equal(
+        loaded.predict(x, verbose=0), model.predict(x, verbose=0)
+    )
+    for name, mask in masks(model).items():
+        np.testing.assert_array_equal(mask, masks(loaded)[name])
+    for one, two in zip(
+        masked_layers(model), masked_layers(loaded), strict=True
+    ):
+        assert one.draw_key == two.draw_key  # paths differ once loaded
+    for old, new in zip(
+        model.optimizer.variables, loaded.optimizer.variables, strict=True
+    ):
+        np.testing.assert_array_equal(old.numpy(), new.numpy())
+    loaded.fit(*examples(), verbose=0)
+    for name, kernel in kernels(loaded).items():
+        assert not kernel[masks(model)[name] == 0].any()
+    # In a process that knows the library only by its name.
+    code = (
+        "import sys, keras, numpy, rigl_keras\n"
+        "m = keras.models.load_model(sys.argv[1])\n"
+        "print(len(rigl_keras.masked_layers(m)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "model.keras")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "4"
+
+
+def test_a_stripped_model_loads_as_plain_keras(tmp_path):
+    strip(sparsify(small_model(), 0.2)).save(tmp_path / "plain.keras")
+    code = (
+        "import sys, keras\n"
+        "m = keras.models.load_model(sys.argv[1])\n"
+        "print('rigl_keras' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "plain.keras")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "False"
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(3)
+
+    def call(self, inputs):
+        return self.dense(inputs)
+
+
+def subclassed():
+    model = Subclassed()
+    model(np.ones((1, 2), np.float32))
+    return model
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: keras.Sequential([layers.Dense(3)]), "is not built"),
+        (subclassed, "Sequential and Functional"),
+        (lambda: "model", "takes a Keras model"),
+        (lambda: sparsify(small_model(), 0.5), "masked already"),
+        (
+            lambda: keras.Sequential(
+                [keras.Input((3,)), layers.BatchNormalization(name="bn")]
+            ),
+            "nothing to mask.*\n.*bn: normalisation",
+        ),
+    ],
+)
+def test_bad_models(make, message):
+    with pytest.raises(ValueError, match=message):
+        sparsify(make(), 0.1)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"density": 0}, r"must be in \(0, 1\]"),
+        ({"density": -0.5}, r"must be in \(0, 1\]"),
+        ({"density": 1.5}, r"must be in \(0, 1\]"),
+        ({"density": float("nan")}, r"must be in \(0, 1\]"),
+        ({"density": 1e-7}, "rounds to no connection"),
+        ({"density": 0.01, "densities": {"head": 1.0}}, "No densities"),
+        ({"density": 0.1, "densities": {"haed": 1.0}}, "Did you mean 'head'"),
+        ({"density": 0.1, "distribution": "erk2"}, "Did you mean 'erk'"),
+        ({"density": 0.1, "layers": "head"}, "not names"),
+        ({"density": 0.1, "layers": layers.Conv3D}, "nothing to mask that"),
+        ({"density": 0.1, "layers": layers.Dense(3)}, "not a layer of this"),
+        ({"density": 0.1, "layers": 3}, "takes layer objects"),
+        ({"density": 0.1, "seed": -1}, "seed must be"),
+    ],
+)
+def test_bad_arguments(options, message):
+    density = options.pop("density")
+    with pytest.raises(ValueError, match=message):
+        sparsify(small_model(), density, **options)
+
+
+def test_a_layer_without_connections_warns():
+    with pytest.warns(UserWarning, match="no connection is left in"):
+        sparsify(small_model(), 0.0004, distribution="uniform")
+    assert rigl_keras.sparsify is sparsify
