@@ -30,8 +30,9 @@ def layer_densities(
     """Returns the density of each layer, given the density of all together.
 
     `uniform` keeps the first layer dense, outside the budget (unless
-    `densities` names it), and gives every other layer the density d. `erdos_renyi` and `erdos_renyi_kernel` give
-    layer l the density min(1, epsilon p_l), where
+    `densities` names it), and gives every other layer the density d.
+    `erdos_renyi` and `erdos_renyi_kernel` give layer l the density
+    min(1, epsilon p_l), where
 
         ER:  p_l = (n_in + n_out) / (n_in n_out)
         ERK: p_l = (n_in + n_out + kernel height + width) / (their product)

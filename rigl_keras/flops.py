@@ -313,7 +313,9 @@ def _plain(leaf):
 def _positions(model, leaves) -> dict[int, int]:
     """Returns at how many positions each layer applies its kernel."""
     shapes = {id(leaf): [] for leaf in leaves}
-    specs = tf.nest.map_structure(_one_sample, model.input)
+    sequential = isinstance(model, keras.Sequential)
+    inputs = model.inputs[0] if sequential else model.input
+    specs = tf.nest.map_structure(_one_sample, inputs)
     with contextlib.ExitStack() as stack:
         for leaf in leaves:
             stack.enter_context(_recording(leaf, shapes[id(leaf)]))

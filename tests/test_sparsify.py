@@ -143,7 +143,8 @@ def test_table():
     text = str(masked_layers(sparsify(small_model(), 0.2)))
     lines = text.splitlines()
     assert lines[0].split() == ["layer", "kernel", "density", "nonzeros", "of"]
-    assert any(line.startswith("conv2  3x3x8x16") for line in lines)
+    conv2 = next(line.split() for line in lines if "conv2" in line)
+    assert conv2[1] == "3x3x8x16" and conv2[4] == "1,152"
     assert "norm: normalisation, never masked" in text
     total = next(line for line in lines if line.startswith("all masked"))
     assert total.split()[2] == "0.2000"

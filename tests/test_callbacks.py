@@ -1,0 +1,457 @@
+"""Mask updates within `fit`: when, what, and what is refused."""
+
+import inspect
+import warnings
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import compiled, examples, kernels, masks, small_model
+from keras import layers
+
+import rigl_keras
+from rigl_keras import ORIGINAL, REPORT, SET, Conventions, RigL, sparsify
+
+# The contracts below hold for every method: a new one is one more row.
+METHODS = {
+    "static": lambda **options: [],
+    "RigL": lambda **options: [RigL(**options)],
+    "SET": lambda **options: [SET(**options)],
+}
+DYNAMIC = {name: METHODS[name] for name in ("RigL", "SET")}
+WINDOW = dict(frequency=3, drop_fraction=0.4, end_step=12)
+
+
+class Steps(keras.callbacks.Callback):
+    """Keeps masks, kernels and logs after every step (an epoch each)."""
+
+    def __init__(self):
+        super().__init__()
+        self.masks, self.kernels, self.logs = [], [], []
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.masks.append(masks(self.model))
+        self.kernels.append(kernels(self.model))
+        self.logs.append(dict(logs))
+
+
+def step_by_step(model, callbacks, steps=14, **options):
+    """Trains with an epoch a step; returns what happened at each."""
+    record = Steps()
+    data = tf.data.Dataset.from_tensor_slices(examples(8 * steps)).batch(8)
+    model.fit(
+        data,
+        epochs=steps,
+        steps_per_epoch=1,
+        shuffle=False,
+        callbacks=[*callbacks, record],
+        verbose=0,
+        **options,
+    )
+    return record
+
+
+def changed(one, two):
+    return any((one[name] != two[name]).any() for name in one)
+
+
+def train(model, callbacks, **options):
+    return model.fit(
+        *examples(),
+        batch_size=8,
+        shuffle=False,
+        callbacks=callbacks,
+        verbose=0,
+        **options,
+    )
+
+
+OPTIMIZERS = {
+    "sgd": lambda: keras.optimizers.SGD(0.05),
+    "nesterov": lambda: keras.optimizers.SGD(0.05, 0.9, nesterov=True),
+    "adam": lambda: keras.optimizers.Adam(0.01),
+    "adamw": lambda: keras.optimizers.AdamW(0.01, weight_decay=0.1),
+    "muon": lambda: keras.optimizers.Muon(0.01),  # moves zeros too
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("method", METHODS)
+def test_counts_and_zeros(method, optimizer):
+    model = sparsify(small_model(), 0.2)
+    before = masks(model)
+    compiled(model, OPTIMIZERS[optimizer]())
+    record = step_by_step(model, METHODS[method](**WINDOW))
+    assert changed(before, masks(model)) == (method != "static")
+    for step, now in enumerate(record.masks):
+        for name, mask in now.items():
+            assert mask.sum() == before[name].sum()
+            assert set(np.unique(mask)) <= {0, 1}
+            assert not record.kernels[step][name][mask == 0].any()
+
+
+@pytest.mark.parametrize("method", DYNAMIC)
+@pytest.mark.parametrize(
+    "conventions, steps", [(ORIGINAL, [3, 6, 9, 12]), (REPORT, [2, 5, 8, 11])]
+)
+def test_updates_fall_on_their_steps(method, conventions, steps):
+    model = compiled(sparsify(small_model(), 0.2))
+    before = masks(model)
+    # A constant fraction: the cosine's last update drops nothing.
+    callbacks = DYNAMIC[method](
+        **WINDOW, decay="constant", conventions=conventions
+    )
+    record = step_by_step(model, callbacks)
+    history = [before, *record.masks]
+    at = [t for t in range(14) if changed(history[t], history[t + 1])]
+    assert at == steps
+    assert int(model.optimizer.iterations.numpy()) == 14
+    for t, logs in enumerate(record.logs):
+        assert logs["drop_fraction"] == pytest.approx(
+            0.4 if t >= steps[0] else 0.0
+        )
+        assert (logs["grown"] > 0) == (t >= steps[0])
+
+
+def test_logs_reach_history():
+    model = compiled(sparsify(small_model(), 0.2))
+    history = train(model, [RigL(**WINDOW)], epochs=2).history
+    ones = sum(mask.sum() for mask in masks(model).values())
+    size = sum(mask.size for mask in masks(model).values())
+    assert history["density"] == pytest.approx([ones / size] * 2)
+    assert len(history["drop_fraction"]) == len(history["grown"]) == 2
+    assert history["accuracy"] and history["loss"]
+
+
+def one_layer(l2=None):
+    inputs = keras.Input((6,))
+    dense = layers.Dense(4, name="d", kernel_regularizer=l2)
+    return keras.Model(inputs, dense(inputs))
+
+
+def first_update(model, method, x, y):
+    """Trains one step and then one update on the same batch."""
+    data = tf.data.Dataset.from_tensors((x, y)).repeat(2)
+    model.fit(data, shuffle=False, callbacks=[method], verbose=0)
+
+
+@pytest.mark.parametrize("l2", [None, keras.regularizers.L2(3.0)])
+def test_rigl_by_hand(l2):
+    """An update replaces the step and follows the dense gradient alone."""
+    draw = np.random.default_rng(0)
+    x = draw.standard_normal((5, 6)).astype(np.float32)
+    y = draw.standard_normal((5, 4)).astype(np.float32)
+    # 12 of 24; the second model stops where the first one updates.
+    model, twin = (sparsify(one_layer(l2), 0.5, seed=3) for _ in range(2))
+    twin.set_weights(model.get_weights())
+    for m in (model, twin):
+        m.compile(keras.optimizers.SGD(0.05, momentum=0.9), "mse")
+    first_update(
+        model,
+        RigL(frequency=1, drop_fraction=0.5, end_step=9, decay="constant"),
+        x,
+        y,
+    )
+    twin.fit(x, y, verbose=0)
+    kernel, mask = kernels(twin)["d"], masks(twin)["d"]
+    bias = twin.get_layer("d").layer.bias.numpy()
+    residual = x @ kernel + bias - y
+    gradient = 2 * x.T @ residual / residual.size
+
+    active = np.flatnonzero(mask)
+    by_magnitude = active[np.argsort(np.abs(kernel).ravel()[active])]
+    dropped, kept = by_magnitude[:6], by_magnitude[6:]
+    off = np.setdiff1d(np.arange(24), kept)
+    grown = off[np.argsort(-np.abs(gradient).ravel()[off])[:6]]
+    want = np.zeros(24)
+    want[kept] = want[grown] = 1
+    np.testing.assert_array_equal(masks(model)["d"].ravel(), want)
+
+    # Kept and rejoined weights hold still, and so do biases; the rest is 0.
+    still = np.union1d(kept, np.intersect1d(dropped, grown))
+    assert len(still) < 12  # something was really grown
+    wanted = np.zeros(24, np.float32)
+    wanted[still] = kernel.ravel()[still]
+    np.testing.assert_allclose(
+        kernels(model)["d"].ravel(), wanted, rtol=1e-5, atol=1e-7
+    )
+    np.testing.assert_allclose(model.get_layer("d").layer.bias, bias, 1e-5)
+    # So does memory: that of a grown connection starts anew.
+    momentum, theirs = (
+        rigl_keras.optimizer_state.slots(m.optimizer, m.get_layer("d").kernel)[
+            "momentum"
+        ].numpy()
+        for m in (model, twin)
+    )
+    wanted = np.zeros(24, np.float32)
+    wanted[still] = theirs.ravel()[still]
+    np.testing.assert_allclose(momentum.ravel(), wanted, rtol=1e-5, atol=1e-7)
+
+
+def test_set_repeats_with_its_seed():
+    def trained(**options):
+        keras.utils.set_random_seed(1)
+        model = compiled(sparsify(small_model(), 0.2))
+        train(model, [SET(**WINDOW, **options)])
+        return masks(model)
+
+    first, again, other = trained(), trained(), trained(seed=1)
+    assert not changed(first, again)
+    assert changed(first, other)
+    report = trained(conventions=REPORT)
+    assert sum(m.sum() for m in report.values()) != sum(
+        m.sum() for m in first.values()
+    )
+
+
+def test_step_before_update():
+    """The TF1 code's SET takes the optimizer step, then changes masks."""
+    conventions = Conventions(update_replaces_step=False)
+    record = step_by_step(
+        compiled(sparsify(small_model(), 0.2)),
+        [SET(**WINDOW, conventions=conventions)],
+        steps=4,
+    )
+    before, after = record.kernels[2]["head"], record.kernels[3]["head"]
+    both = (before != 0) & (after != 0)
+    assert both.any() and (before[both] != after[both]).all()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"steps_per_execution": 4},
+        {"run_eagerly": True},
+        {"jit_compile": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("method", DYNAMIC)
+def test_every_way_to_run_gives_the_same_masks(method, options):
+    def trained(**options):
+        keras.utils.set_random_seed(1)
+        dense = small_model()
+        dense.get_layer("conv1")
+        model = compiled(sparsify(dense, 0.2), **options)
+        train(model, DYNAMIC[method](**WINDOW))
+        return masks(model)
+
+    plain, other = trained(), trained(**options)
+    agree = [np.mean(plain[name] == other[name]) for name in plain]
+    # XLA sums in another order; ties aside the masks are the same.
+    assert min(agree) > (0.95 if "jit_compile" in options else 0.999)
+
+
+def test_three_quarters_of_the_run():
+    def last_update(model, **options):
+        callback = RigL(frequency=1, decay="constant")
+        record = step_by_step(model, [callback], steps=8, **options)
+        fractions = [logs["grown"] for logs in record.logs]
+        return record, fractions
+
+    model = compiled(sparsify(small_model(), 0.2))
+    record, _ = last_update(model)
+    moving = [
+        t for t in range(1, 8) if changed(record.masks[t - 1], record.masks[t])
+    ]
+    assert moving == [1, 2, 3, 4, 5, 6]  # 0.75 x 8
+    callback = RigL(frequency=1, decay="constant")
+    # Resumed at epoch 4 of 8: the end is still that of the whole run.
+    model = compiled(sparsify(small_model(), 0.2))
+    train(model, [], epochs=4)
+    callback = RigL(frequency=1)
+    train(model, [callback], initial_epoch=4, epochs=8)
+    assert callback._window["end_step"] == 48  # of 64 steps
+    # A second run on trained weights is counted from where it starts.
+    callback = RigL(frequency=1)
+    train(model, [callback], epochs=2)
+    assert callback._window["end_step"] == int(0.75 * (64 + 16))
+
+
+def test_unknown_length():
+    def batches():
+        yield from ((examples(8)) for _ in range(3))
+
+    model = compiled(sparsify(small_model(), 0.2))
+    signature = (
+        tf.TensorSpec((8, 8, 8, 3), tf.float32),
+        tf.TensorSpec((8,), tf.int64),
+    )
+    data = tf.data.Dataset.from_generator(batches, output_signature=signature)
+    with pytest.raises(ValueError, match="Pass steps_per_epoch.*or end_step"):
+        model.fit(data, shuffle=False, callbacks=[RigL()], verbose=0)
+    model.fit(data, shuffle=False, callbacks=[RigL(end_step=9)], verbose=0)
+
+
+def test_a_schedule_that_never_fires_warns():
+    model = compiled(sparsify(small_model(), 0.2))
+    with pytest.warns(UserWarning, match="plans 0 updates in the 8 steps"):
+        train(model, [RigL()])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, [RigL(frequency=2)])
+
+
+def test_nan_gradients():
+    model = compiled(sparsify(small_model(), 0.2))
+    before = masks(model)
+    x, y = examples()
+    x[40] = np.nan
+    with pytest.raises(ValueError, match="refused the update at step 6.*NaN"):
+        model.fit(
+            x,
+            y,
+            batch_size=8,
+            shuffle=False,
+            verbose=0,
+            callbacks=[RigL(frequency=6, end_step=50)],
+        )
+    assert not changed(before, masks(model))
+
+
+def test_fit_leaves_the_model_as_it_was():
+    model = compiled(sparsify(small_model(), 0.2))
+    train(model, [RigL(**WINDOW)])
+    assert not hasattr(model.train_step, "mask_update")
+    after = masks(model)
+    train(model, [], epochs=2)
+    assert not changed(after, masks(model))
+
+    class Interrupt(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(model, [RigL(**WINDOW), Interrupt()])
+    train(model, [SET(frequency=2, end_step=99)])  # takes the place of the old
+    assert not hasattr(model.train_step, "mask_update")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_exact_resume(method, tmp_path):
+    def model():
+        keras.utils.set_random_seed(1)
+        dense = one_layer()
+        return sparsify(dense, 0.5)
+
+    draw = np.random.default_rng(0)
+    x = draw.standard_normal((12, 6)).astype(np.float32)
+    y = draw.standard_normal((12, 4)).astype(np.float32)
+    options = dict(batch_size=2, shuffle=False, verbose=0)
+    callbacks = METHODS[method](frequency=2, end_step=99)
+    straight = model()
+    straight.compile("adam", "mse")
+    straight.fit(x, y, epochs=4, callbacks=callbacks, **options)
+
+    stopped = model()
+    stopped.compile("adam", "mse")
+    callbacks = METHODS[method](frequency=2, end_step=99)
+    stopped.fit(x, y, epochs=2, callbacks=callbacks, **options)
+    stopped.save(tmp_path / "model.keras")
+    resumed = keras.models.load_model(tmp_path / "model.keras")
+    callbacks = METHODS[method](frequency=2, end_step=99)
+    resumed.fit(x, y, initial_epoch=2, epochs=4, callbacks=callbacks, **options)
+    for old, new in zip(
+        straight.get_weights(), resumed.get_weights(), strict=True
+    ):
+        np.testing.assert_array_equal(old, new)
+
+
+@pytest.mark.parametrize("method", DYNAMIC)
+def test_config_round_trip(method):
+    """Every argument is in the config, by the signature."""
+    (callback,) = DYNAMIC[method](
+        frequency=7,
+        drop_fraction=0.2,
+        begin_step=5,
+        end_step=50,
+        decay="polynomial",
+        decay_power=2.0,
+        seed=3,
+        conventions=REPORT,
+    )
+    config = callback.get_config()
+    assert set(config) == set(inspect.signature(type(callback)).parameters)
+    assert type(callback)(**config).get_config() == config
+
+
+def test_frozen_layers_keep_their_masks():
+    model = sparsify(small_model(), 0.2)
+    model.get_layer("conv2").trainable = False
+    before = masks(model)
+    compiled(model)
+    train(model, [RigL(**WINDOW)])
+    after = masks(model)
+    assert (before["conv2"] == after["conv2"]).all()
+    assert (before["head"] != after["head"]).any()
+
+
+def test_loss_scaling():
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        model = compiled(sparsify(small_model(), 0.2), "sgd")
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+    model.optimizer.build(model.trainable_variables)
+    model.optimizer.dynamic_scale.assign(16.0)
+    before = masks(model)
+    train(model, [RigL(**WINDOW)])
+    after = masks(model)
+    assert changed(before, after)
+    for name, mask in after.items():
+        assert mask.sum() == before[name].sum()
+        assert not kernels(model)[name][mask == 0].any()
+
+
+def test_every_checkpoint_is_sparse(tmp_path):
+    class Look(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            for name, kernel in kernels(self.model).items():
+                assert not kernel[masks(self.model)[name] == 0].any()
+
+    model = compiled(sparsify(small_model(), 0.2), "adam")
+    save = keras.callbacks.ModelCheckpoint(tmp_path / "at{epoch}.keras")
+    # The order of callbacks does not matter.
+    train(model, [Look(), save, RigL(**WINDOW), Look()], epochs=2)
+    for epoch in (1, 2):
+        saved = keras.models.load_model(tmp_path / f"at{epoch}.keras")
+        for name, kernel in kernels(saved).items():
+            assert not kernel[masks(saved)[name] == 0].any()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"frequency": 0}, "frequency.*at least 1.*frequency=0"),
+        ({"frequency": 2.5}, "frequency.*whole numbers"),
+        ({"begin_step": -1}, "begin_step.*at least 0"),
+        ({"begin_step": 9, "end_step": 5}, "end_step must not come before"),
+        ({"end_step": 1.5}, "end_step.*whole numbers"),
+        ({"drop_fraction": 1.5}, r"must be in \[0, 1\]"),
+        ({"drop_fraction": float("nan")}, r"must be in \[0, 1\]"),
+        ({"decay": "cos"}, "decay must be one of"),
+        ({"decay_power": 0}, "must be positive"),
+        ({"seed": -1}, "seed"),
+        ({"conventions": "REPORT"}, "rigl_keras.ORIGINAL"),
+    ],
+)
+@pytest.mark.parametrize("method", [RigL, SET])
+def test_bad_arguments(method, options, message):
+    with pytest.raises(ValueError, match=message):
+        method(**options)
+
+
+def test_bad_set_ups():
+    with pytest.raises(ValueError, match="sparsify"):
+        train(compiled(small_model()), [RigL(**WINDOW)])
+    model = compiled(sparsify(small_model(), 0.2))
+    with pytest.raises(ValueError, match="one mask update at a time"):
+        train(model, [RigL(**WINDOW), SET(**WINDOW)])
+    accumulating = keras.optimizers.SGD(0.1, gradient_accumulation_steps=2)
+    with pytest.raises(ValueError, match="gradient accumulation"):
+        train(
+            compiled(sparsify(small_model(), 0.2), accumulating),
+            [RigL(**WINDOW)],
+        )
