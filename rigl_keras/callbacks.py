@@ -242,11 +242,13 @@ class MaskUpdate(keras.callbacks.Callback):
                     "long this run is. Pass steps_per_epoch to fit, or "
                     f"end_step to {type(self).__name__}."
                 )
-            # A run may begin on weights that are trained already, or resume
-            # within an epoch.
+            # A run that resumes, within an epoch perhaps, is counted whole;
+            # one on weights that were trained before, from where it starts.
             resumed = epoch * steps <= iterations < (epoch + 1) * steps
-            start = epoch * steps if resumed else iterations
-            end_step = int(0.75 * (start + (epochs - epoch) * steps))
+            if resumed:
+                end_step = int(0.75 * epochs * steps)
+            else:
+                end_step = iterations + int(0.75 * (epochs - epoch) * steps)
         self._window = {
             "begin_step": self.begin_step,
             "end_step": max(end_step, self.begin_step),
@@ -318,8 +320,8 @@ class MaskUpdate(keras.callbacks.Callback):
         optimizer = optimizer_state.innermost(self.model.optimizer)
         apply = optimizer.apply
 
-        def update_instead(gradients, variables=None):
-            variables = variables or self.model.trainable_variables
+        def update_instead(gradients, trainable_variables=None):
+            variables = trainable_variables or self.model.trainable_variables
             if self.conventions.update_replaces_step:
                 self.update(optimizer, gradients, variables, step)
                 optimizer._iterations.assign_add(1)

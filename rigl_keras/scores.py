@@ -53,4 +53,5 @@ def random(shape, *, key: int, step) -> tf.Tensor:
         float32 tensor of `shape`, in [0, 1).
     """
     seed = tf.stack([tf.cast(key, tf.int64), tf.cast(step, tf.int64)])
-    return tf.random.stateless_uniform(shape, seed)
+    # Named, because the default differs between devices.
+    return tf.random.stateless_uniform(shape, seed, alg="philox")

@@ -8,7 +8,7 @@ from keras import layers
 import rigl_keras
 
 
-def small_model(**kernel):
+def small_model(dropout=0.2, **kernel):
     """Returns a dense convolutional network with named layers."""
     inputs = keras.Input((8, 8, 3))
     x = layers.Conv2D(8, 3, padding="same", name="conv1", **kernel)(inputs)
@@ -17,7 +17,7 @@ def small_model(**kernel):
     x = layers.DepthwiseConv2D(3, name="depthwise")(x)
     x = layers.Conv2D(16, 3, strides=2, name="conv2", **kernel)(x)
     x = layers.Flatten()(x)
-    x = layers.Dropout(0.2, seed=1)(x)
+    x = layers.Dropout(dropout, seed=1)(x)
     return keras.Model(inputs, layers.Dense(10, name="head", **kernel)(x))
 
 

@@ -231,9 +231,8 @@ def test_step_before_update():
 def test_every_way_to_run_gives_the_same_masks(method, options):
     def trained(**options):
         keras.utils.set_random_seed(1)
-        dense = small_model()
-        dense.get_layer("conv1")
-        model = compiled(sparsify(dense, 0.2), **options)
+        # Without dropout, whose draws differ under XLA.
+        model = compiled(sparsify(small_model(dropout=0), 0.2), **options)
         train(model, DYNAMIC[method](**WINDOW))
         return masks(model)
 
@@ -244,19 +243,13 @@ def test_every_way_to_run_gives_the_same_masks(method, options):
 
 
 def test_three_quarters_of_the_run():
-    def last_update(model, **options):
-        callback = RigL(frequency=1, decay="constant")
-        record = step_by_step(model, [callback], steps=8, **options)
-        fractions = [logs["grown"] for logs in record.logs]
-        return record, fractions
-
     model = compiled(sparsify(small_model(), 0.2))
-    record, _ = last_update(model)
+    callback = RigL(frequency=1, decay="constant")
+    record = step_by_step(model, [callback], steps=8)
     moving = [
         t for t in range(1, 8) if changed(record.masks[t - 1], record.masks[t])
     ]
     assert moving == [1, 2, 3, 4, 5, 6]  # 0.75 x 8
-    callback = RigL(frequency=1, decay="constant")
     # Resumed at epoch 4 of 8: the end is still that of the whole run.
     model = compiled(sparsify(small_model(), 0.2))
     train(model, [], epochs=4)
@@ -266,12 +259,12 @@ def test_three_quarters_of_the_run():
     # A second run on trained weights is counted from where it starts.
     callback = RigL(frequency=1)
     train(model, [callback], epochs=2)
-    assert callback._window["end_step"] == int(0.75 * (64 + 16))
+    assert callback._window["end_step"] == 64 + 12
 
 
 def test_unknown_length():
     def batches():
-        yield from ((examples(8)) for _ in range(3))
+        yield from (examples(8) for _ in range(9))
 
     model = compiled(sparsify(small_model(), 0.2))
     signature = (
@@ -281,7 +274,9 @@ def test_unknown_length():
     data = tf.data.Dataset.from_generator(batches, output_signature=signature)
     with pytest.raises(ValueError, match="Pass steps_per_epoch.*or end_step"):
         model.fit(data, shuffle=False, callbacks=[RigL()], verbose=0)
-    model.fit(data, shuffle=False, callbacks=[RigL(end_step=9)], verbose=0)
+    method = RigL(frequency=2, end_step=9)
+    model.fit(data, shuffle=False, callbacks=[method], verbose=0)
+    assert int(model.optimizer.iterations.numpy()) == 9
 
 
 def test_a_schedule_that_never_fires_warns():
@@ -324,7 +319,8 @@ def test_fit_leaves_the_model_as_it_was():
 
     with pytest.raises(KeyboardInterrupt):
         train(model, [RigL(**WINDOW), Interrupt()])
-    train(model, [SET(frequency=2, end_step=99)])  # takes the place of the old
+    # Another method takes the place of the one that was cut off.
+    train(model, [SET(frequency=2, end_step=99)])
     assert not hasattr(model.train_step, "mask_update")
 
 

@@ -1,0 +1,69 @@
+"""The README's code runs, and what it names exists."""
+
+import pathlib
+import re
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import rigl_keras
+
+ROOT = pathlib.Path(rigl_keras.__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def dataset():
+    draw = np.random.default_rng(0)
+    images = draw.standard_normal((8, 32, 32, 3)).astype(np.float32)
+    return tf.data.Dataset.from_tensors((images, np.arange(8))).repeat(2)
+
+
+# `fit` warns of its own default, shuffle=True, on every tf.data.Dataset.
+@pytest.mark.filterwarnings("ignore:`shuffle=True` was passed")
+def test_the_first_ten_lines(capsys):
+    code = blocks("python")[0]
+    assert "rigl_keras.sparsify(model, density=0.1)" in code
+    loss = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    # Two steps an epoch: the whole run has 500, of which 3 are updates.
+    code = code.replace("depth=22", "depth=10").replace(
+        "epochs=250", "epochs=101"
+    )
+    names = {"train": dataset(), "loss": loss}
+    exec(code, names)
+    model = names["model"]
+    assert len(rigl_keras.masked_layers(model)) == 10
+    assert model.history.history["drop_fraction"][-1] > 0
+    assert "FLOPs" in capsys.readouterr().out
+
+
+def test_adding_a_method():
+    code = next(b for b in blocks("python") if "class " in b)
+    assert len(code.strip().splitlines()) <= 15
+    names = {"rigl_keras": rigl_keras}
+    exec(code, names)
+    method = next(
+        value
+        for value in names.values()
+        if isinstance(value, type) and issubclass(value, rigl_keras.MaskUpdate)
+    )
+    model = rigl_keras.sparsify(rigl_keras.models.mlp(hidden=(8,)), 0.1)
+    model.compile("sgd", "mse")
+    before = [m.mask.numpy() for m in rigl_keras.masked_layers(model)]
+    x = np.random.default_rng(0).standard_normal((32, 28, 28, 1))
+    y = np.ones((32, 10))
+    callback = method(frequency=2, end_step=9, decay="constant")
+    model.fit(x, y, batch_size=4, callbacks=[callback], verbose=0)
+    after = [m.mask.numpy() for m in rigl_keras.masked_layers(model)]
+    assert any((a != b).any() for a, b in zip(before, after, strict=True))
+    for a, b in zip(before, after, strict=True):
+        assert a.sum() == b.sum()
+
+
+def test_every_file_it_names_exists():
+    for path in re.findall(r"`((?:rigl_keras|gin|bin|tests)/[\w./]+)`", README):
+        assert (ROOT / path).exists(), path
