@@ -53,5 +53,9 @@ def random(shape, *, key: int, step) -> tf.Tensor:
         float32 tensor of `shape`, in [0, 1).
     """
     seed = tf.stack([tf.cast(key, tf.int64), tf.cast(step, tf.int64)])
-    # Named, because the default differs between devices.
-    return tf.random.stateless_uniform(shape, seed, alg="philox")
+    # The bits of a named generator are the same on every device and under
+    # XLA; TensorFlow's own conversion to floats is not.
+    bits = tf.random.stateless_uniform(
+        shape, seed, minval=None, maxval=None, dtype=tf.uint32, alg="philox"
+    )
+    return tf.cast(tf.bitwise.right_shift(bits, 8), tf.float32) * 2.0**-24

@@ -238,7 +238,7 @@ def test_every_way_to_run_gives_the_same_masks(method, options):
 
     plain, other = trained(), trained(**options)
     agree = [np.mean(plain[name] == other[name]) for name in plain]
-    # XLA sums in another order; ties aside the masks are the same.
+    # XLA sums in another order, so that near ties fall the other way.
     assert min(agree) > (0.95 if "jit_compile" in options else 0.999)
 
 
@@ -262,6 +262,8 @@ def test_three_quarters_of_the_run():
     assert callback._window["end_step"] == 64 + 12
 
 
+# Keras warns when a generator of unknown length ends.
+@pytest.mark.filterwarnings("ignore:Your input ran out of data")
 def test_unknown_length():
     def batches():
         yield from (examples(8) for _ in range(9))
@@ -318,7 +320,7 @@ def test_fit_leaves_the_model_as_it_was():
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(model, [RigL(**WINDOW), Interrupt()])
+        train(model, [RigL(frequency=3, end_step=99), Interrupt()])
     # Another method takes the place of the one that was cut off.
     train(model, [SET(frequency=2, end_step=99)])
     assert not hasattr(model.train_step, "mask_update")

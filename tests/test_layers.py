@@ -18,6 +18,11 @@ from rigl_keras.layers import Masked, MaskProjection, dense_gradients
 
 ROOT = pathlib.Path(__file__).parents[1]
 
+# TensorFlow's own, when Keras saves on NumPy 2.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:__array__ implementation doesn't accept:DeprecationWarning"
+)
+
 
 def random_mask(shape, seed=0):
     """About half ones, never all ones and never all zeros."""
@@ -30,7 +35,7 @@ def images(*shape):
     return np.random.default_rng(1).normal(size=shape).astype(np.float32)
 
 
-def keep_kernel_copy(layer):
+def copy_of(layer):
     """The same layer with weights of its own."""
     return type(layer).from_config(layer.get_config())
 
@@ -81,7 +86,7 @@ def test_output_is_that_of_the_plain_layer_on_the_masked_kernel(kind):
     plain.build((None, *shape))
     if plain.use_bias:
         plain.bias.assign(images(*plain.bias.shape))
-    masked = Masked(keep_kernel_copy(plain))
+    masked = Masked(copy_of(plain))
     masked.build((None, *shape))
     for ours, theirs in zip(masked.layer.weights, plain.weights, strict=True):
         ours.assign(theirs)
@@ -341,7 +346,7 @@ def test_projection_composes_with_the_users_constraint():
 
 
 def test_projection_removes_what_a_product_would_keep():
-    projection = MaskProjection(tf.Variable([1.0, 0.0, 0.0]))
+    projection = MaskProjection(keras.Variable([1.0, 0.0, 0.0]))
     got = projection(tf.constant([2.0, np.nan, np.inf])).numpy()
     np.testing.assert_array_equal(got, [2.0, 0.0, 0.0])
 

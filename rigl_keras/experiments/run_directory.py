@@ -8,7 +8,17 @@ from pathlib import Path
 import keras
 import tensorflow as tf
 
-__all__ = ["RunDirectory"]
+__all__ = ["Checkpoints", "RunDirectory"]
+
+# What TensorFlow raises for a checkpoint that is cut short, damaged or of
+# another model.
+_UNREADABLE = (
+    tf.errors.OpError,
+    AssertionError,
+    IndexError,
+    OSError,
+    ValueError,
+)
 
 
 class RunDirectory:
@@ -163,7 +173,7 @@ class Checkpoints(keras.callbacks.Callback):
             try:
                 self._manager.checkpoint.restore(checkpoint).assert_consumed()
                 return int(self._epoch.numpy())
-            except (tf.errors.OpError, ValueError, AssertionError) as error:
+            except _UNREADABLE as error:
                 reason = str(error).splitlines()[0]
                 print(
                     f"Checkpoint {checkpoint} cannot be read ({reason}): "
