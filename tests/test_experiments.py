@@ -164,7 +164,8 @@ def test_a_truncated_checkpoint_falls_back(interrupted, finished, capsys):
     assert result["test_accuracy"] == pytest.approx(
         finished[1]["test_accuracy"], abs=0.05
     )
-    rows = list(csv.DictReader((interrupted / "metrics.csv").open(newline="")))
+    with (interrupted / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
     assert [row["epoch"] for row in rows] == ["0", "1"]
 
 

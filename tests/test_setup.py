@@ -18,7 +18,7 @@ SCRIPTS = sorted((ROOT / "bin").iterdir())
 def test_scripts_are_short_and_run(script):
     assert len(script.read_text().splitlines()) <= 25
     assert script.stat().st_mode & stat.S_IXUSR
-    subprocess.run(["sh", "-n", script], check=True)
+    subprocess.run(["bash", "-n", script], check=True)
 
 
 def test_ci_parses():
