@@ -278,7 +278,7 @@ def test_unknown_length():
         model.fit(data, shuffle=False, callbacks=[RigL()], verbose=0)
     method = RigL(frequency=2, end_step=9)
     model.fit(data, shuffle=False, callbacks=[method], verbose=0)
-    assert int(model.optimizer.iterations.numpy()) == 9
+    assert model.history.history["grown"][-1] > 0
 
 
 def test_a_schedule_that_never_fires_warns():

@@ -3,11 +3,13 @@
 The library knows nothing of gin; what may be configured is registered here.
 """
 
+import contextlib
 import difflib
 import functools
 import inspect
+import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import gin
@@ -85,9 +87,12 @@ def parse(gin_files: Sequence[str], bindings: Sequence[str]) -> None:
     for path in paths:
         gin.add_config_file_search_path(path.parent)
     try:
-        gin.parse_config_files_and_bindings(
-            [str(path) for path in paths], list(bindings), finalize_config=True
-        )
+        with _quiet():
+            gin.parse_config_files_and_bindings(
+                [str(path) for path in paths],
+                list(bindings),
+                finalize_config=True,
+            )
     except (ValueError, OSError) as error:
         # gin appends where in the file it was; that is worth keeping.
         raise ValueError(f"{error}{_nearest(str(error))}") from error
@@ -96,6 +101,18 @@ def parse(gin_files: Sequence[str], bindings: Sequence[str]) -> None:
             f"Not a gin binding: {error.text or ''!s} ({error.msg}). One "
             "reads `train.epochs = 2`; strings need quotes."
         ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps gin from logging each folder in which an include is not."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _nearest(message: str) -> str:
