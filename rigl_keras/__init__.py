@@ -4,6 +4,7 @@
 >>> model.compile("sgd", loss, metrics=["accuracy"])
 >>> model.fit(train, epochs=250, callbacks=[rigl_keras.RigL()])
 >>> print(rigl_keras.count(model))
+>>> rigl_keras.export(model, "exported/")
 """
 
 import os
@@ -46,6 +47,7 @@ from rigl_keras import (  # noqa: E402
 )
 from rigl_keras.callbacks import SET, MaskUpdate, RigL  # noqa: E402
 from rigl_keras.conventions import ORIGINAL, REPORT, Conventions  # noqa: E402
+from rigl_keras.export import export  # noqa: E402
 from rigl_keras.flops import count  # noqa: E402
 from rigl_keras.layers import Masked, dense_gradients  # noqa: E402
 from rigl_keras.sparsify import masked_layers, sparsify, strip  # noqa: E402
@@ -64,6 +66,7 @@ __all__ = [
     "count",
     "dense_gradients",
     "distributions",
+    "export",
     "flops",
     "layers",
     "masked_layers",

@@ -23,6 +23,7 @@ ORDER = [
     "sparsify",
     "callbacks",
     "flops",
+    "export",
     "models",
 ]
 

@@ -97,7 +97,7 @@ def test_conventions():
     with pytest.raises(dataclasses.FrozenInstanceError):
         ORIGINAL.drop_rounding = "ceil"
     for field in dataclasses.fields(Conventions):
-        assert f"        {field.name}: " in Conventions.__doc__
+        assert f" {field.name}: " in Conventions.__doc__
         if field.type != "bool" and not isinstance(field.default, bool):
             with pytest.raises(ValueError, match=field.name):
                 Conventions(**{field.name: "nonsense"})

@@ -25,7 +25,8 @@ def dataset():
 
 # `fit` warns of its own default, shuffle=True, on every tf.data.Dataset.
 @pytest.mark.filterwarnings("ignore:`shuffle=True` was passed")
-def test_the_first_ten_lines(capsys):
+def test_the_first_ten_lines(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     code = blocks("python")[0]
     assert "rigl_keras.sparsify(model, density=0.1)" in code
     loss = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -38,6 +39,7 @@ def test_the_first_ten_lines(capsys):
     model = names["model"]
     assert len(rigl_keras.masked_layers(model)) == 11
     assert model.history.history["drop_fraction"][-1] > 0
+    assert (tmp_path / "exported" / "saved_model.pb").exists()
     assert "FLOPs" in capsys.readouterr().out
 
 
