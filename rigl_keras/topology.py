@@ -243,9 +243,10 @@ def _largest(keys, rank):
 def _ordered_bits(scores):
     """Returns integers that are ordered as the floats `scores` are."""
     integer = tf.int64 if scores.dtype == tf.float64 else tf.int32
-    # -0.0 and 0.0 tie, though their bits differ.
-    scores = tf.where(scores == 0, tf.zeros_like(scores), scores)
     bits = tf.bitcast(scores, integer)
+    # -0.0 and 0.0 tie, though their bits differ. (Comparing floats here would
+    # make denormals tie as well, on devices that flush them.)
+    bits = tf.where(bits == integer.min, tf.zeros_like(bits), bits)
     return tf.where(bits < 0, bits ^ integer.max, bits)
 
 

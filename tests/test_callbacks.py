@@ -72,8 +72,10 @@ OPTIMIZERS = {
     "nesterov": lambda: keras.optimizers.SGD(0.05, 0.9, nesterov=True),
     "adam": lambda: keras.optimizers.Adam(0.01),
     "adamw": lambda: keras.optimizers.AdamW(0.01, weight_decay=0.1),
-    "muon": lambda: keras.optimizers.Muon(0.01),  # moves zeros too
 }
+if keras.version() >= "3.13":  # before, Muon failed on TensorFlow
+    # Its step mixes the entries of a kernel, so that zeros move too.
+    OPTIMIZERS["muon"] = lambda: keras.optimizers.Muon(0.01)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

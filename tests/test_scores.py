@@ -1,0 +1,72 @@
+"""What connections are worth, and that random draws repeat anywhere."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from rigl_keras import scores
+
+# Philox draws, which depend on key and step alone, so that
+# they hold on every device and in every process.
+DRAWS = {
+    (7, 3): [0.98180056, 0.39572632, 0.72238266],
+    (2**32 - 1, 3): [0.59212446, 0.28068066, 0.66237855],  # a crc32 can be it
+}
+
+
+@pytest.mark.parametrize("score", [scores.magnitude, scores.gradient_magnitude])
+def test_magnitudes(score):
+    for dtype in ("float16", "float32", "float64"):
+        got = score(tf.constant([[-3.0, 0.5], [0.0, -np.inf]], dtype))
+        assert got.dtype == dtype
+        np.testing.assert_array_equal(got, [[3.0, 0.5], [0.0, np.inf]])
+    assert np.isnan(score(tf.constant([np.nan]))).all()  # drop_and_grow refuses
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
+@pytest.mark.parametrize("key, step", DRAWS)
+def test_random_is_the_same_everywhere(key, step, mode):
+    def draw(step):
+        return scores.random((3,), key=key, step=step)
+
+    if mode != "eager":
+        draw = tf.function(draw, jit_compile=mode == "xla")
+    tf.random.set_seed(123)  # the global seed has no say
+    for number in (step, tf.constant(step, tf.int64), tf.constant(step)):
+        np.testing.assert_allclose(draw(number), DRAWS[key, step], rtol=1e-6)
+
+
+def test_random_differs_between_keys_and_steps():
+    draws = [
+        scores.random((20, 20), key=key, step=step).numpy()
+        for key in (0, 1, 2**31)
+        for step in (0, 1, 2**31)
+    ]
+    assert all(0 <= d.min() and d.max() < 1 for d in draws)
+    assert len({d.tobytes() for d in draws}) == len(draws)
+    # A key is not a step: (0, 1) and (1, 0) are both among the draws above.
+
+
+def test_random_is_the_same_in_another_process():
+    """Python salts `hash` of strings in each process; nothing here does."""
+    code = (
+        "from rigl_keras import scores;"
+        "print(scores.random((50,), key=7, step=3).numpy().tobytes().hex())"
+    )
+    other = subprocess.run(
+        [sys.executable, "-c", code],
+        env={
+            **os.environ,
+            "PYTHONHASHSEED": "12345",
+            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
+        },
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    here = scores.random((50,), key=7, step=3).numpy()
+    assert other.stdout.strip() == here.tobytes().hex()
