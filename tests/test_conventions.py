@@ -1,6 +1,7 @@
 """The choices of both references, by hand, and what is refused."""
 
 import dataclasses
+import inspect
 import re
 
 import pytest
@@ -48,8 +49,8 @@ def test_is_a_frozen_value():
 @pytest.mark.parametrize("field", TABLE)
 def test_each_field_is_documented_with_its_sources(field):
     documented = re.search(
-        rf"^        {field}: (.*?)(?=^        \w+: |^    Raises:)",
-        Conventions.__doc__,
+        rf"^    {field}: (.*?)(?=^    \w+: |^Raises:)",
+        inspect.getdoc(Conventions),
         re.MULTILINE | re.DOTALL,
     )
     assert documented, field

@@ -121,3 +121,111 @@ def test_counts_are_exact(shapes, density, distribution):
         assert 0 <= count <= sizes[name]
         # TF1's rounding of zeros moves the quotas by up to one a layer.
         assert abs(count - densities[name] * sizes[name]) < 1 + len(shapes)
+
+
+def test_first_layer_named_is_part_of_the_budget():
+    # 0.3 x 644 = 193.2, less 72 for `a`, leaves 121.2 for 500 weights.
+    got = layer_densities(SHAPES, 0.3, "uniform", densities={"a": 0.5})
+    assert got == pytest.approx({"a": 0.5, "b": 121.2 / 500, "c": 121.2 / 500})
+    # Otherwise it is dense beside a budget of 0.3 x 500, less 50 for `b`.
+    got = layer_densities(SHAPES, 0.3, "uniform", densities={"b": 0.5})
+    assert got == pytest.approx({"a": 1.0, "b": 0.5, "c": 0.25})
+
+
+@pytest.mark.parametrize(
+    "density, densities",
+    [(0.1, {"a": 1.0}), (0.9, {"a": 0.1}), (0.5, dict.fromkeys("abc", 0.2))],
+)
+def test_uniform_unreachable(density, densities):
+    with pytest.raises(ValueError, match="No densities of the other layers"):
+        layer_densities(SHAPES, density, "uniform", densities=densities)
+
+
+def test_no_density_above_one():
+    # 0.77 x 20 = 15.4, less 5 for `a`: 10.4 connections for 10 weights, which
+    # rounding to whole connections puts right.
+    shapes = {"a": (2, 5), "b": (10, 1)}
+    for distribution in ("uniform", "er", "erk"):
+        got = layer_densities(shapes, 0.77, distribution, densities={"a": 0.5})
+        assert got == {"a": 0.5, "b": 1.0}
+
+
+def test_given_density_may_be_left_nothing_else():
+    shapes = {"a": (2, 5), "b": (10, 1)}
+    given = {"a": 0.5, "b": 0.1}
+    for distribution in ("uniform", "er", "erk"):
+        got = layer_densities(shapes, 0.3, distribution, densities=given)
+        assert got == given
+
+
+def test_rounding_of_both_references_by_hand():
+    # Two equal layers of 15 weights at density 0.3: 10.5 zeros and 4.5 ones.
+    shapes = {"a": (3, 5), "b": (3, 5)}
+    # ORIGINAL: 10 zeros, hence 5 ones. REPORT: 10 zeros and 4 ones.
+    assert layer_densities(shapes, 0.3, "erk")["a"] == pytest.approx(5 / 15)
+    assert layer_densities(shapes, 0.3, "erk", conventions=REPORT)[
+        "a"
+    ] == pytest.approx(4 / 15)
+
+
+def test_dense_layers_by_hand():
+    # 2 x 2 at raw 1 and 20 x 20 at raw 0.1; 0.25 x 404 is 101 ones.
+    # epsilon = 101 / (4 + 40) > 1: the small one is dense, 97 are left.
+    shapes = {"small": (2, 2), "large": (20, 20)}
+    for distribution in ("er", "erk"):
+        got = layer_densities(shapes, 0.25, distribution)
+        assert got == pytest.approx({"small": 1.0, "large": 97 / 400})
+
+
+def test_order_is_the_models():
+    shapes = {name: (4, 4) for name in "zyxa"}
+    for distribution in ("uniform", "er", "erk"):
+        assert list(layer_densities(shapes, 0.5, distribution)) == [*"zyxa"]
+
+
+def test_short_names():
+    for short, name in (("er", "erdos_renyi"), ("erk", "erdos_renyi_kernel")):
+        assert layer_densities(SHAPES, 0.2, short) == layer_densities(
+            SHAPES, 0.2, name
+        )
+
+
+@pytest.mark.parametrize("bad", [0, -0.1, 1.01, float("nan"), True, "0.1"])
+def test_bad_given_density(bad):
+    with pytest.raises(ValueError, match=r"must be in \(0, 1\].*b="):
+        layer_densities(SHAPES, 0.1, densities={"b": bad})
+
+
+@pytest.mark.parametrize("bad", [None, 3, ["erk"]])
+def test_distribution_is_a_name(bad):
+    with pytest.raises(ValueError, match="distribution must be one of"):
+        layer_densities(SHAPES, 0.1, bad)
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (5, 0)])
+@pytest.mark.parametrize("distribution", ["er", "erk"])
+def test_shape_of_no_kernel(shape, distribution):
+    with pytest.raises(ValueError, match="odd"):  # the layer by name
+        layer_densities({"b": (10, 10), "odd": shape}, 0.1, distribution)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 50), st.floats(0, 1)), min_size=1),
+    st.data(),
+)
+def test_counts_stay_within_one_of_their_quotas(layers, data):
+    sizes = {str(i): size for i, (size, _) in enumerate(layers)}
+    densities = {str(i): density for i, (_, density) in enumerate(layers)}
+    quotas = {name: densities[name] * size for name, size in sizes.items()}
+    total = round(sum(quotas.values()))
+    counts = layer_counts(sizes, densities, total)
+    assert sum(counts.values()) == total
+    for name, count in counts.items():
+        assert abs(count - quotas[name]) < 1 + 1e-9
+        assert 0 <= count <= sizes[name]
+    # Any total that there is room for is met.
+    total = data.draw(st.integers(0, sum(sizes.values())))
+    counts = layer_counts(sizes, densities, total)
+    assert sum(counts.values()) == total
+    assert all(0 <= count <= sizes[name] for name, count in counts.items())

@@ -241,6 +241,8 @@ def test_gin_files_parse(path):
         ([], ["train.density"], "train.epochs = 2"),
         ([], ["train.dataset = 'cifar11'"], "cifar10"),
         ([], ["train.epochs = 0"], "at least 1"),
+        ([], ["train.model = 3"], "@wide_resnet"),
+        ([], ["train.method = 'RigL'"], "@RigL"),
         ([], ["train.density = 0.0"], r"\(0, 1\]"),
         ([], ["train.density = None"], "density=None"),
         ([], ["RigL.frequency = 0"], "frequency"),
@@ -250,6 +252,8 @@ def test_gin_files_parse(path):
 def test_bad_configurations(tmp_path, files, bindings, message):
     with pytest.raises(ValueError, match=message):
         command.run(files, bindings=bindings, run_dir=tmp_path / "run")
+    # Nothing is left that a corrected run would trip over.
+    assert not list(tmp_path.glob("run/*"))
 
 
 def test_the_command_says_what_is_wrong_without_a_traceback(tmp_path):
@@ -266,7 +270,7 @@ def test_the_command_says_what_is_wrong_without_a_traceback(tmp_path):
     )
     assert done.returncode == 2
     assert "train: density is the fraction" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in done.stderr and "<function" not in done.stderr
 
 
 def test_benchmarks_run():

@@ -104,3 +104,177 @@ def test_conventions():
     assert rigl_keras.Conventions() == ORIGINAL != REPORT
     assert ORIGINAL.first_update == "frequency" and ORIGINAL.end_is_included
     assert REPORT.drop_rounding == "ceil" and REPORT.sampling == "bernoulli"
+
+
+def every_optimizer():
+    for name, kind in vars(keras.optimizers).items():
+        if not (isinstance(kind, type) and issubclass(kind, keras.Optimizer)):
+            continue
+        try:
+            kind()
+        except TypeError:  # the base class and the wrappers
+            continue
+        yield name, kind
+
+
+@pytest.mark.parametrize("name, kind", every_optimizer())
+def test_forgetting_is_starting_afresh(name, kind):
+    """Whatever Keras adds: what is forgotten equals a new optimizer's."""
+    if name == "SGD":
+        optimizer, fresh = kind(momentum=0.9), kind(momentum=0.9)
+    else:
+        optimizer, fresh = kind(), kind()
+    kernels = [variable("kernel"), variable("kernel_2")]
+    optimizer.build(kernels)
+    optimizer.apply([tf.fill((2, 3), 0.5)] * 2)
+    keep = np.array([[True, False, True], [True, True, False]])
+    # A connection that grows starts at zero, and some optimizers start with
+    # a copy of the weights.
+    kernels[0].assign(kernels[0] * keep)
+    fresh.build(kernels)
+    slots = optimizer_state.slots(optimizer, kernels[0])
+    started = optimizer_state.slots(fresh, kernels[0])
+    assert slots and slots.keys() == started.keys()
+    before = {v.name: v.numpy() for v in optimizer.variables}
+    own = {slot.name for slot in slots.values()}
+    optimizer_state.forget(optimizer, kernels[0], keep=tf.constant(keep))
+    for slot_name, slot in slots.items():
+        want = np.where(keep, before[slot.name], started[slot_name].numpy())
+        np.testing.assert_array_equal(slot.numpy(), want)
+    for other in optimizer.variables:
+        if other.name not in own and name != "Adafactor":
+            np.testing.assert_array_equal(other.numpy(), before[other.name])
+
+
+def start_after_forgetting(optimizer, kernel=None):
+    kernel = variable("w") if kernel is None else kernel
+    optimizer.build([kernel])
+    slots = optimizer_state.slots(optimizer, kernel)
+    for slot in slots.values():
+        slot.assign(tf.fill(slot.shape, 7.0))
+    optimizer_state.forget(optimizer, kernel, keep=tf.zeros((2, 3), tf.bool))
+    return {name: float(slot.numpy()[0, 0]) for name, slot in slots.items()}
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_forget_in_a_graph(jit_compile):
+    """Where updates run: nothing about it may need to make variables."""
+    optimizer, kernel = keras.optimizers.Adagrad(), variable("w")
+    optimizer.build([kernel])
+    slot = optimizer_state.slots(optimizer, kernel)["accumulator"]
+
+    @tf.function(jit_compile=jit_compile)
+    def forget(keep):
+        optimizer_state.forget(optimizer, kernel, keep)
+
+    # The second has another rank, so that the function is traced again.
+    for keep in (tf.eye(2, 3) > 0, tf.constant(False)):
+        slot.assign(tf.fill((2, 3), 7.0))
+        forget(keep)
+        want = np.where(keep, np.float32(7.0), np.float32(0.1))
+        np.testing.assert_array_equal(
+            slot.numpy(), np.broadcast_to(want, (2, 3))
+        )
+
+
+@pytest.mark.parametrize("optimizer", ["adagrad", "ftrl"])
+def test_forget_within_fit(optimizer):
+    model = keras.Sequential(
+        [keras.Input((8,)), keras.layers.Dense(16), keras.layers.Dense(4)]
+    )
+    model = rigl_keras.sparsify(model, 0.3)
+    model.compile(optimizer, "mse")
+    x = np.random.default_rng(0).standard_normal((42, 8)).astype("float32")
+    # The last of the six batches is smaller, which traces the step again;
+    # step 5, the last, is an update.
+    model.fit(
+        x,
+        x[:, :4],
+        batch_size=8,
+        callbacks=[rigl_keras.RigL(frequency=5, end_step=10)],
+        verbose=0,
+    )
+    for layer in rigl_keras.masked_layers(model):
+        slots = optimizer_state.slots(model.optimizer, layer.kernel)
+        inactive = slots["accumulator"].numpy()[layer.mask.numpy() == 0]
+        np.testing.assert_array_equal(inactive, np.float32(0.1))
+
+
+class Halving(keras.optimizers.schedules.LearningRateSchedule):
+    """A user's schedule, which Keras cannot make from a configuration."""
+
+    def __init__(self, rate):
+        self.rate = rate
+
+    def __call__(self, step):
+        return self.rate / 2.0 ** (step // 1000)
+
+
+def test_learning_rate_has_no_say_in_memory():
+    optimizer = keras.optimizers.Adagrad(Halving(0.1))
+    assert start_after_forgetting(optimizer)["accumulator"] == pytest.approx(
+        0.1
+    )
+
+
+@pytest.mark.parametrize("error", [KeyError, AttributeError, RuntimeError])
+@pytest.mark.parametrize("method", ["from_config", "get_config"])
+def test_a_configuration_that_fails_is_no_end(error, method):
+    def fail(*args, **kwargs):
+        raise error("of the user's own making")
+
+    mine = type("Mine", (keras.optimizers.Adam,), {method: fail})
+    assert start_after_forgetting(mine()) == {"momentum": 0, "velocity": 0}
+
+
+def test_one_path_and_other_shapes():
+    """Layers of one name in two submodels, say heads of other widths."""
+    optimizer = keras.optimizers.SGD(momentum=0.9)
+    kernels = [variable("w", shape) for shape in ((2, 3), (2, 4), (2, 3))]
+    optimizer.build(kernels)
+    found = [optimizer_state.slots(optimizer, k)["momentum"] for k in kernels]
+    assert [slot.shape for slot in found] == [(2, 3), (2, 4), (2, 3)]
+    assert [id(slot) for slot in found] == [id(m) for m in optimizer.momentums]
+
+
+def test_paths_alike_but_for_their_slashes():
+    with keras.name_scope("a"):
+        first = variable("b_kernel")
+    with keras.name_scope("a_b"):
+        second = variable("kernel")
+    optimizer = keras.optimizers.SGD(momentum=0.9)
+    optimizer.build([first, second])
+    for kernel, momentum in zip(
+        (first, second), optimizer.momentums, strict=True
+    ):
+        found = optimizer_state.slots(optimizer, kernel)["momentum"]
+        assert found is momentum
+
+
+def test_moving_averages_and_accumulated_gradients():
+    optimizer = keras.optimizers.SGD(
+        0.1, momentum=0.9, use_ema=True, gradient_accumulation_steps=2
+    )
+    assert start_after_forgetting(optimizer) == {
+        "momentum": 0,
+        "average": 0,
+        "gradient_accumulator": 0,
+    }
+
+
+def test_forget_refuses_as_slots_does():
+    optimizer = keras.optimizers.Adam()
+    keep = tf.zeros((2, 3), tf.bool)
+    with pytest.raises(ValueError, match="'adam.*' is not built.*build"):
+        optimizer_state.forget(optimizer, variable("w"), keep=keep)
+    optimizer.build([variable("w")])
+    # Another variable of the same path is another variable.
+    with pytest.raises(ValueError, match="does not train 'w'"):
+        optimizer_state.forget(optimizer, variable("w"), keep=keep)
+
+
+def test_innermost():
+    inner = keras.optimizers.Adam()
+    wrapped = keras.optimizers.LossScaleOptimizer(inner)
+    assert optimizer_state.innermost(wrapped) is inner
+    assert optimizer_state.innermost(inner) is inner

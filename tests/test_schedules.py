@@ -105,3 +105,56 @@ def test_scores():
     for key, step in ((8, 2), (7, 3)):
         other = scores.random([3], key=key, step=step)
         assert other.numpy().tolist() != draws.numpy().tolist()
+
+
+def test_steps_of_every_kind():
+    window = dict(frequency=10, begin_step=0, end_step=30)
+    assert schedules.is_update_step(20, **window) is True
+    assert schedules.is_update_step(0, **window) is False
+    for dtype in ("int32", "int64"):
+        step = tf.constant(20, dtype)
+        assert schedules.is_update_step(step, **window).dtype == tf.bool
+        assert bool(schedules.is_update_step(step, **window))
+        due = tf.function(schedules.is_update_step)
+        assert bool(due(step, **window)) and not bool(due(step + 1, **window))
+
+
+def test_last_update_step():
+    assert schedules.last_update_step(30) == 30
+    assert schedules.last_update_step(30, conventions=REPORT) == 29
+
+
+@pytest.mark.parametrize("decay", schedules.DECAYS)
+def test_decays_of_every_kind_of_step(decay):
+    window = dict(drop_fraction=0.4, begin_step=10, end_step=110, decay=decay)
+    for step in (0, 10, 37, 110, 500):
+        want = schedules.decayed_drop_fraction(step, **window)
+        assert want.dtype == tf.float64 and 0 <= float(want) <= 0.4
+        for number in (tf.constant(step), tf.constant(step, tf.int64)):
+            got = tf.function(schedules.decayed_drop_fraction)(number, **window)
+            assert float(got) == pytest.approx(float(want), abs=1e-15)
+        # REPORT's value is ORIGINAL's of the step before.
+        after = schedules.decayed_drop_fraction(
+            step + 1, **window, conventions=REPORT
+        )
+        assert float(after) == float(want)
+
+
+def test_decay_of_a_window_of_one_step():
+    for step, want in ((4, 0.3), (5, 0.3), (6, 0.0)):
+        got = schedules.decayed_drop_fraction(
+            step, drop_fraction=0.3, begin_step=5, end_step=5
+        )
+        assert float(got) == pytest.approx(want, abs=1e-15)
+
+
+def test_decay_power():
+    got = schedules.decayed_drop_fraction(
+        50,
+        drop_fraction=0.4,
+        begin_step=0,
+        end_step=100,
+        decay="polynomial",
+        decay_power=2.0,
+    )
+    assert float(got) == pytest.approx(0.1)

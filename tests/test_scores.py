@@ -10,11 +10,11 @@ import tensorflow as tf
 
 from rigl_keras import scores
 
-# Philox draws, which depend on key and step alone, so that
-# they hold on every device and in every process.
+# Numbers written down, so that they hold on every device and in every release:
+# runs recorded with them can be repeated.
 DRAWS = {
-    (7, 3): [0.98180056, 0.39572632, 0.72238266],
-    (2**32 - 1, 3): [0.59212446, 0.28068066, 0.66237855],  # a crc32 can be it
+    (7, 3): [0.18746442, 0.44999164, 0.32367653],
+    (2**32 - 1, 3): [0.9913908, 0.87945443, 0.13019991],  # as crc32 can give
 }
 
 

@@ -209,3 +209,178 @@ def test_report_spares_dense_layers():
     assert topology.layer_drop_fractions(
         masks, masks, 0.3, conventions=ORIGINAL
     ) == [0.3, 0.3, 0.3]
+
+
+@pytest.mark.parametrize(
+    "n, fraction, floor, ceil",
+    [
+        # Products that are whole in double precision and are not when 0.7
+        # passes through float32 (0.69999999) or 0.3 does (0.30000001).
+        (10, 0.7, 7, 7),
+        (10, 0.3, 3, 3),
+        (5, 0.6, 3, 3),
+        (10, 0.25, 2, 3),
+        (3, 0.0, 0, 0),
+        (3, 1.0, 3, 3),
+        (0, 0.5, 0, 0),
+    ],
+)
+@pytest.mark.parametrize(
+    "number", [float, np.float64, lambda f: tf.constant(f, tf.float64)]
+)
+def test_drop_count(n, fraction, floor, ceil, number):
+    for conventions, want in ((ORIGINAL, floor), (REPORT, ceil)):
+        count = topology.drop_count(
+            np.ones(n), number(fraction), conventions=conventions
+        )
+        assert (count.dtype, int(count)) == (tf.int32, want)
+
+
+@pytest.mark.parametrize(
+    "joining, new",
+    [
+        (0, [1, 0, 0, 0]),
+        (1, [1, 0, 0, 1]),
+        (3, [1, 1, 1, 1]),  # the dropped one too, after the better two
+        (9, [1, 1, 1, 1]),  # no more than there is room for
+    ],
+)
+def test_grow_counts(joining, new):
+    for count in (joining, tf.constant(joining, tf.int64)):
+        got, grown = topology.drop_and_grow(
+            [1, 1, 0, 0], [3, 1, 0, 0], [0, 0, 2, 5], drop_fraction=0.5,
+            grow_count=count,
+        )  # fmt: skip
+        np.testing.assert_array_equal(got, new)
+        np.testing.assert_array_equal(grown, np.array(new) * [0, 0, 1, 1])
+
+
+def test_ties_go_by_flat_index():
+    mask = [[1, 1], [1, 0], [0, 0]]
+    new, grown = topology.drop_and_grow(
+        mask, np.ones((3, 2)), np.ones((3, 2)) * [[0], [1], [1]],
+        drop_fraction=0.67,
+    )  # fmt: skip
+    # (0, 0) and (0, 1) leave; (1, 1) and (2, 0) are the first to join.
+    np.testing.assert_array_equal(new, [[0, 0], [1, 1], [1, 0]])
+    np.testing.assert_array_equal(grown, [[0, 0], [0, 1], [1, 0]])
+
+
+def in_modes(function):
+    return [
+        function,
+        tf.function(function),
+        tf.function(function, jit_compile=True),
+    ]
+
+
+# Made once, so that each compiles once for all examples.
+MOVES = {
+    name: in_modes(
+        lambda mask, drop, grow, fraction, conventions=conventions: (
+            topology.drop_and_grow(
+                mask, drop, grow, drop_fraction=fraction,
+                conventions=conventions,
+            )
+        )
+    )
+    for name, conventions in (("ORIGINAL", ORIGINAL), ("REPORT", REPORT))
+}  # fmt: skip
+SELECTS = in_modes(
+    lambda scores, count, among: topology.select_highest(
+        scores, count, among=among
+    )
+)
+FEW = st.sampled_from([-1.0, -0.0, 0.0, 1.0, 2.0, np.inf, -np.inf])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    hnp.arrays(bool, (3, 4)),
+    hnp.arrays(np.float32, (3, 4), elements=FEW),
+    hnp.arrays(np.float32, (3, 4), elements=FEW),
+    st.floats(0, 1),
+    st.sampled_from([*MOVES]),
+)
+def test_graph_and_xla_agree_with_eager(mask, drop, grow, fraction, name):
+    fraction = tf.constant(fraction, tf.float64)
+    eager, *others = (move(mask, drop, grow, fraction) for move in MOVES[name])
+    for other in others:
+        for mine, theirs in zip(eager, other, strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    hnp.arrays(
+        np.float32, 12, elements=FEW | st.floats(width=32, allow_nan=False)
+    ),
+    st.integers(0, 13),
+    hnp.arrays(bool, 12),
+)
+def test_select_highest_in_graph_and_xla(scores, count, among):
+    candidates = sorted(np.flatnonzero(among), key=lambda i: (-scores[i], i))
+    for select in SELECTS:
+        got = select(scores, tf.constant(count), among)
+        assert np.flatnonzero(got).tolist() == sorted(candidates[:count])
+
+
+@pytest.mark.parametrize("name", MOVES)
+@pytest.mark.parametrize("where", ["drop", "grow"])
+def test_nan_in_graph_and_xla(name, where):
+    mask = np.eye(3, 4) > 0
+    scores = {"drop": np.ones((3, 4)), "grow": np.ones((3, 4))}
+    scores[where][(1, 1) if where == "drop" else (1, 0)] = NAN
+    scores = {k: np.float32(v) for k, v in scores.items()}
+    fraction = tf.constant(0.5, tf.float64)
+    eager, *others = MOVES[name]
+    before = mask.copy()
+    with pytest.raises(ValueError, match=f"NaN {where} scores: 1 of"):
+        eager(mask, scores["drop"], scores["grow"], fraction)
+    np.testing.assert_array_equal(mask, before)
+    for move in others:
+        new, grown = move(mask, scores["drop"], scores["grow"], fraction)
+        np.testing.assert_array_equal(new, mask)
+        assert not grown.numpy().any()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.composite(masks_and_scores)(), st.floats(0, 1))
+def test_kept_are_left_alone(case, fraction):
+    mask, drop, grow = case
+    move = topology.drop_and_grow
+    new, grown = (
+        t.numpy() for t in move(mask, drop, grow, drop_fraction=fraction)
+    )
+    # Those that stay are the best, ties going to the higher index; only the
+    # others may leave, and only places that are then free be filled.
+    active = np.flatnonzero(mask)
+    worst_first = sorted(active, key=lambda i: (drop.flat[i], i))
+    count = int(len(active) * fraction)
+    kept = np.zeros(mask.size, bool)
+    kept[worst_first[count:]] = True
+    kept = kept.reshape(mask.shape)
+    assert new[kept].all() and not (grown & kept).any()
+    free = np.flatnonzero(~kept)
+    joined = sorted(free, key=lambda i: (-grow.flat[i], i))[:count]
+    assert np.flatnonzero(new & ~kept).tolist() == sorted(joined)
+    again, _ = move(mask, drop, grow, drop_fraction=fraction)
+    np.testing.assert_array_equal(again, new)
+    still, none = move(new, drop, grow, drop_fraction=0)
+    np.testing.assert_array_equal(still, new)
+    assert not none.numpy().any()
+
+
+def test_unknown_sizes():
+    @tf.function(input_signature=[tf.TensorSpec([None, 3], tf.float32)] * 3)
+    def move(mask, drop, grow):
+        return topology.drop_and_grow(mask, drop, grow, drop_fraction=0.5)
+
+    new, _ = move([[1, 1, 0]], [[2, 1, 0]], [[0, 0, 1]])
+    np.testing.assert_array_equal(new, [[1, 0, 1]])
+
+
+@pytest.mark.parametrize("fraction", [None, "half", [0.1, 0.2]])
+def test_drop_fraction_is_a_number(fraction):
+    with pytest.raises((TypeError, ValueError), match="drop_fraction"):
+        topology.drop_and_grow([1], [1], [1], drop_fraction=fraction)

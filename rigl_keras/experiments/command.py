@@ -131,7 +131,10 @@ def _main(argv):
     except (ValueError, data.DatasetUnavailableError) as error:
         if _FLAGS.traceback:
             raise
-        print(f"train: {error}", file=sys.stderr)
+        # gin adds which of its calls failed; the message says more.
+        lines = str(error).splitlines()
+        message = [s for s in lines if "In call to configurable" not in s]
+        print("train: " + "\n".join(message), file=sys.stderr)
         sys.exit(2)
     print(f"\n{table(result)}")
 

@@ -98,15 +98,15 @@ def parse(gin_files: Sequence[str], bindings: Sequence[str]) -> None:
         raise ValueError(f"{error}{_nearest(str(error))}") from error
     except SyntaxError as error:
         raise ValueError(
-            f"Not a gin binding: {error.text or ''!s} ({error.msg}). One "
-            "reads `train.epochs = 2`; strings need quotes."
+            f"Not gin: {error.text or '; '.join(bindings)!s} ({error.msg}). "
+            "A binding reads `train.epochs = 2`; strings need quotes."
         ) from error
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps gin from logging each folder in which an include is not."""
-    logger = logging.getLogger("absl")
+    logger = logging.getLogger()
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:

@@ -44,6 +44,7 @@ class RunDirectory:
 
     def __init__(self, path: str | os.PathLike, *, config: str, resume: bool):
         self.path = Path(path)
+        self._config = config
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             probe = self.path / f".probe-{os.getpid()}"
@@ -73,8 +74,14 @@ class RunDirectory:
                 f"The run directory {str(self.path)!r} is not empty and holds "
                 "no run. Choose another --run_dir."
             )
-        else:
-            _write(stored, config)
+
+    def begin(self) -> None:
+        """Claims the folder for this configuration.
+
+        Not before the run is known to start: one that is refused leaves
+        nothing behind that a corrected one would trip over.
+        """
+        _write(self.path / "config.gin", self._config)
 
     @property
     def finished(self) -> bool:

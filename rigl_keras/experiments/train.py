@@ -59,7 +59,7 @@ def sgd(
 def train(
     run: RunDirectory,
     *,
-    model: Callable[..., keras.Model],
+    model: Callable[..., keras.Model] = rigl_keras.models.wide_resnet,
     dataset: str = "cifar10",
     data_dir: str | None = None,
     method: Callable[[], rigl_keras.MaskUpdate] | None = None,
@@ -115,6 +115,17 @@ def train(
         raise ValueError(
             f"epochs must be an int of at least 1. Received: {epochs!r}."
         )
+    for name, value in (("model", model), ("optimizer", optimizer)):
+        if not callable(value):
+            raise ValueError(
+                f"{name} must be something that makes one, in gin "
+                f"train.{name} = @wide_resnet or @sgd. Received: {value!r}."
+            )
+    if method is not None and not callable(method):
+        raise ValueError(
+            "method must be something that makes a mask update, in gin "
+            f"train.method = @RigL, or None. Received: {method!r}."
+        )
     keras.utils.set_random_seed(seed)
     examples = data.load(dataset, data_dir=data_dir)
     recipe = examples.recipe
@@ -135,6 +146,7 @@ def train(
         metrics=["accuracy"],
     )
     updates = [] if method is None else [method()]
+    run.begin()
     if operative_config is not None:
         run.write_operative_config(operative_config())
 
