@@ -175,3 +175,63 @@ def test_wide_resnet_is_the_reports():
 def test_bad_models(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_frozen_layers_count():
+    """What a deployed model costs does not depend on what is trained."""
+    model = sparsify(small_model(), 0.25)
+    want = count(model)
+    model.get_layer("conv2").trainable = False
+    got = count(model)
+    assert (got.nonzeros, got.bits) == (want.nonzeros, want.bits)
+    assert got == want
+
+
+def test_counting_leaves_losses_alone():
+    inputs = keras.Input((4,))
+    dense = layers.Dense(3, activity_regularizer="l2", name="d")
+    model = keras.Model(inputs, dense(inputs))
+    for each in (model, sparsify(model, 0.5)):
+        each(np.ones((2, 4), np.float32))
+        before = [float(loss) for loss in each.losses]
+        assert before[0] > 0
+        count(each)
+        assert [float(loss) for loss in each.losses] == before
+
+
+@pytest.mark.parametrize("kind", [dict, list])
+def test_several_inputs(kind):
+    one, two = keras.Input((4,), name="one"), keras.Input((2,), name="two")
+    outputs = layers.Dense(3)(layers.Concatenate()([one, two]))
+    inputs = [one, two] if kind is list else {"one": one, "two": two}
+    model = keras.Model(inputs, outputs)
+    assert count(model, convention="macs").inference_flops == 18
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(3)
+
+    def call(self, inputs):
+        return self.dense(inputs)
+
+
+def test_a_subclassed_model_is_refused():
+    model = Subclassed()
+    model(np.ones((1, 2), np.float32))
+    with pytest.raises(ValueError, match="(?i)input"):
+        count(model)
+
+
+def test_all_ones_need_no_bitmask():
+    got = count(sparsify(small_model(), 1.0))
+    assert got.density == 1.0
+    assert got.bits == 32 * got.parameters == 32 * got.nonzeros
+    assert got.inference_flops == got.dense_inference_flops
+
+
+def test_flops_at_another_density():
+    layer = count(small_model(), convention="macs").layers[0]
+    assert layer.flops_at(0.5) == layer.dense_inference_flops / 2
+    assert layer.flops_at(0.0) == 0

@@ -1,8 +1,12 @@
 """A dense model to a masked one and back."""
 
+import os
 import subprocess
 import sys
+import warnings
 
+import hypothesis
+import hypothesis.strategies as st
 import keras
 import numpy as np
 import pytest
@@ -268,3 +272,136 @@ def test_a_layer_without_connections_warns():
     with pytest.warns(UserWarning, match="no connection is left in"):
         sparsify(small_model(), 0.0004, distribution="uniform")
     assert rigl_keras.sparsify is sparsify
+
+
+def cube(a, b):
+    """A loss of the user's own, which Keras cannot make from a config."""
+    return keras.ops.mean(keras.ops.abs(a - b) ** 3)
+
+
+def small_mlp():
+    inputs = keras.Input((4,))
+    x = layers.Dense(5, name="hidden")(inputs)
+    return keras.Model(inputs, layers.Dense(3, name="head")(x))
+
+
+def test_a_compiled_model():
+    """Dense training first is common; its loss is none of sparsify's cares."""
+    dense = small_mlp()
+    dense.compile("sgd", cube)
+    sparse = sparsify(dense, 0.5)
+    assert not sparse.compiled and dense.compiled
+    sparse.compile("sgd", cube)
+    assert not strip(sparse).compiled
+
+
+def test_state_beyond_weights_is_kept():
+    """A Normalization derives what it subtracts from its variables."""
+    x = np.random.default_rng(0).normal(3, 2, (9, 4)).astype(np.float32)
+    inputs = keras.Input((4,))
+    normalise = layers.Normalization()
+    normalise.adapt(x)
+    dense = keras.Model(inputs, layers.Dense(3)(normalise(inputs)))
+    sparse = sparsify(dense, 1.0)
+    want = dense(x).numpy()
+    np.testing.assert_allclose(sparse(x).numpy(), want, rtol=1e-6)
+    np.testing.assert_allclose(strip(sparse)(x).numpy(), want, rtol=1e-6)
+
+
+def test_a_layer_shared_with_a_submodel_stays_shared():
+    shared = layers.Dense(4, name="shared")
+    inner_inputs = keras.Input((4,))
+    inner = keras.Model(inner_inputs, shared(inner_inputs), name="inner")
+    inputs = keras.Input((4,))
+    dense = keras.Model(inputs, shared(inner(inputs)))
+    sparse = sparsify(dense, 0.5)
+    assert [m.name for m in masked_layers(sparse)] == ["shared"]
+    assert len(sparse.trainable_variables) == len(dense.trainable_variables)
+    assert len(strip(sparse).variables) == len(dense.variables)
+
+
+def test_layers_of_one_name_draw_masks_of_their_own():
+    def submodel(name):
+        inputs = keras.Input((8,))
+        return keras.Model(inputs, layers.Dense(8, name="d")(inputs), name=name)
+
+    inputs = keras.Input((8,))
+    dense = keras.Model(inputs, submodel("b")(submodel("a")(inputs)))
+    one, two = masked_layers(sparsify(dense, 0.5))
+    assert one.draw_key != two.draw_key  # SET's growth, too, would be the same
+    assert (one.mask.numpy() != two.mask.numpy()).any()
+
+
+def test_a_frozen_layer_stays_frozen():
+    dense = small_mlp()
+    dense.get_layer("hidden").trainable = False
+    sparse = sparsify(dense, 0.5)
+    assert len(sparse.trainable_variables) == 2
+    sparse.get_layer("hidden").trainable = True
+    assert len(sparse.trainable_variables) == 4
+
+
+def test_seed_is_the_same_in_every_process():
+    code = (
+        "import keras, numpy, rigl_keras\n"
+        "i = keras.Input((4,), name='i')\n"
+        "m = keras.Model(i, keras.layers.Dense(5, name='hidden')(i))\n"
+        "m = rigl_keras.sparsify(m, 0.5, seed=7)\n"
+        "mask = rigl_keras.masked_layers(m)[0].mask.numpy()\n"
+        "print(''.join(str(int(v)) for v in mask.ravel()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        # Python salts hash() with it.
+        env={**os.environ, "PYTHONHASHSEED": "12345"},
+    )
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, layers.Dense(5, name="hidden")(inputs))
+    mask = masks(sparsify(model, 0.5, seed=7))["hidden"]
+    assert done.stdout.strip() == "".join(str(int(v)) for v in mask.ravel())
+
+
+@hypothesis.settings(max_examples=25, deadline=None, derandomize=True)
+@hypothesis.given(
+    units=st.lists(st.integers(1, 12), min_size=1, max_size=4),
+    density=st.floats(0.2, 1.0),
+    distribution=st.sampled_from(["erdos_renyi", "erdos_renyi_kernel"]),
+)
+def test_total_is_exact_for_any_model(units, density, distribution):
+    hypothesis.assume(round(density * 12 * units[0]) >= 1)
+    model = keras.Sequential(
+        [keras.Input((12,)), *(layers.Dense(n) for n in units)]
+    )
+    with warnings.catch_warnings():
+        # Of a layer that is left without connections.
+        warnings.simplefilter("ignore", UserWarning)
+        sparse = sparsify(model, density, distribution=distribution)
+    assert ones(sparse) == round(density * size(sparse))
+
+
+def nested_subclassed():
+    inputs = keras.Input((2,))
+    return keras.Model(inputs, subclassed()(inputs))
+
+
+@pytest.mark.parametrize(
+    "make, options, message",
+    [
+        (nested_subclassed, {}, "(?i)subclassed"),
+        (small_mlp, {"densities": [0.1, 0.2]}, "densities"),
+        (small_mlp, {"conventions": "REPORT"}, "conventions"),
+        (small_mlp, {"distribution": ["erk"]}, "distribution must be"),
+    ],
+)
+def test_wrong_types_are_named(make, options, message):
+    with pytest.raises(ValueError, match=message):
+        sparsify(make(), 0.5, **options)
+
+
+@pytest.mark.parametrize("function", [strip, masked_layers])
+def test_not_a_model(function):
+    with pytest.raises(ValueError, match="Keras model"):
+        function("model.keras")
