@@ -80,6 +80,10 @@ class MaskUpdate(keras.callbacks.Callback):
         _check_int("frequency", frequency, at_least=1)
         _check_int("begin_step", begin_step, at_least=0)
         _check_int("seed", seed, at_least=0)
+        if seed >= 2**32:
+            raise ValueError(
+                f"seed must be less than 2 ** 32. Received: seed={seed}."
+            )
         if end_step is not None:
             _check_int("end_step", end_step, at_least=0)
             if end_step < begin_step:
@@ -87,20 +91,16 @@ class MaskUpdate(keras.callbacks.Callback):
                     "end_step must not come before begin_step. Received: "
                     f"begin_step={begin_step}, end_step={end_step}."
                 )
-        if not 0 <= drop_fraction <= 1:
-            raise ValueError(
-                "drop_fraction is a fraction of the active connections and "
-                f"must be in [0, 1]. Received: drop_fraction={drop_fraction}."
-            )
+        _check_fraction("drop_fraction", drop_fraction)
         if decay not in schedules.DECAYS:
             raise ValueError(
                 f"decay must be one of {schedules.DECAYS}. Received: "
                 f"decay={decay!r}."
             )
-        if not decay_power > 0:
+        if not (isinstance(decay_power, (int, float)) and decay_power > 0):
             raise ValueError(
                 "decay_power must be positive. Received: "
-                f"decay_power={decay_power}."
+                f"decay_power={decay_power!r}."
             )
         if not isinstance(conventions, Conventions):
             raise ValueError(
@@ -174,7 +174,7 @@ class MaskUpdate(keras.callbacks.Callback):
                 f"model {model.name!r}. Call model = "
                 "rigl_keras.sparsify(model, density) before compile."
             )
-        _check_set_up(type(self).__name__, optimizer)
+        _check_set_up(type(self).__name__, model)
         if not optimizer.built:
             optimizer.build(model.trainable_variables)
         self._weights = sum(math.prod(m.mask.shape) for m in self._masked)
@@ -184,20 +184,13 @@ class MaskUpdate(keras.callbacks.Callback):
         self._refused_at = tf.Variable(-1, trainable=False, dtype=tf.int64)
         self._window = None
 
-        train_step = model.train_step
-        installed = getattr(train_step, "mask_update", None)
-        if installed is not None:
-            # `params` is one object for all callbacks of a `fit`. A step left
-            # over from a `fit` that was interrupted is replaced.
-            if installed.params is self.params:
-                raise ValueError(
-                    "A model takes one mask update at a time. Received both "
-                    f"{type(installed).__name__} and {type(self).__name__}."
-                )
-            train_step = installed._plain_train_step
-        self._plain_train_step = train_step
-        model.train_step = self._with_updates(train_step)
-        model.make_train_function(force=True)
+        if _installed(model) is not None:
+            raise ValueError(
+                "A model takes one mask update at a time. Received both "
+                f"{type(_installed(model)).__name__} and "
+                f"{type(self).__name__}."
+            )
+        self._install()
 
     def on_epoch_begin(self, epoch, logs=None):
         if self._window is None:
@@ -211,8 +204,7 @@ class MaskUpdate(keras.callbacks.Callback):
         self._raise_if_refused()
 
     def on_train_end(self, logs=None):
-        self.model.train_step = self._plain_train_step
-        self.model.make_train_function(force=True)
+        self._uninstall()
 
     def get_config(self) -> dict:
         """Returns the arguments with which to make an equal callback."""
@@ -226,6 +218,34 @@ class MaskUpdate(keras.callbacks.Callback):
             "seed": self.seed,
             "conventions": self.conventions,
         }
+
+    # The model's own step, exchanged while `fit` runs.
+
+    def _install(self):
+        model, train_step = self.model, self.model.train_step
+        make_train_function = model.make_train_function
+        self._replaced = {
+            name: vars(model).get(name)
+            for name in ("train_step", "make_train_function")
+        }
+        model.train_step = self._with_updates(train_step)
+        make_train_function(force=True)
+
+        def next_fit(force=False):
+            # `fit` asks for its function before it calls any callback: an
+            # earlier `fit` must have been cut off before `on_train_end`.
+            self._uninstall()
+            return make_train_function(force=force)
+
+        model.make_train_function = next_fit
+
+    def _uninstall(self):
+        for name, own in self._replaced.items():
+            if own is None:
+                delattr(self.model, name)
+            else:
+                setattr(self.model, name, own)
+        self.model.train_function = None
 
     # Planning, on the host.
 
@@ -484,7 +504,9 @@ def _regularisation_gradient(kernel):
     with tf.GradientTape() as tape:
         tape.watch(value)
         penalty = kernel.regularizer(value)
-    return tape.gradient(penalty, value)
+    return tape.gradient(
+        penalty, value, unconnected_gradients=tf.UnconnectedGradients.ZERO
+    )
 
 
 def _tensors(logs):
@@ -504,19 +526,39 @@ def _check_int(name, value, *, at_least):
         )
 
 
-def _check_set_up(method, optimizer):
-    if optimizer is None:
+def _check_fraction(name, value):
+    # `not (a <= x <= b)` also catches NaN.
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (number and 0 <= value <= 1):
+        raise ValueError(
+            f"{name} is a fraction of the active connections and must be in "
+            f"[0, 1]. Received: {name}={value!r}."
+        )
+
+
+def _installed(model):
+    """Returns the callback whose updates a model's training step runs."""
+    return getattr(model.train_step, "mask_update", None)
+
+
+def _check_set_up(method, model):
+    if model.optimizer is None:
         raise ValueError(
             f"{method} needs a compiled model: call model.compile first."
         )
-    if optimizer.gradient_accumulation_steps:
-        raise ValueError(
-            f"{method} does not support gradient accumulation yet: its growth "
-            "gradient would be that of the last of "
-            f"{optimizer.gradient_accumulation_steps} micro-batches. Use a "
-            "larger batch, or gradient_accumulation_steps=None."
-        )
-    strategy = tf.distribute.get_strategy()
+    for optimizer in (
+        model.optimizer,
+        optimizer_state.innermost(model.optimizer),
+    ):
+        steps = optimizer.gradient_accumulation_steps
+        if steps:
+            raise ValueError(
+                f"{method} does not support gradient accumulation yet: its "
+                f"growth gradient would be that of the last of {steps} "
+                "micro-batches. Use a larger batch, or "
+                "gradient_accumulation_steps=None."
+            )
+    strategy = model.distribute_strategy
     if strategy.num_replicas_in_sync > 1:
         raise ValueError(
             f"{method} does not run under {type(strategy).__name__} yet: train "

@@ -23,6 +23,8 @@ _CHOICES = {
     "sampling": ("exact", "bernoulli"),
 }
 
+_SWITCHES = ("end_is_included", "spare_dense_layers", "update_replaces_step")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Conventions:
@@ -112,6 +114,13 @@ class Conventions:
                 raise ValueError(
                     f"Conventions.{field} must be one of {choices}. "
                     f"Received: {field}={value!r}."
+                )
+        for field in _SWITCHES:
+            value = getattr(self, field)
+            if not isinstance(value, bool):
+                raise ValueError(
+                    f"Conventions.{field} must be True or False. Received: "
+                    f"{field}={value!r}."
                 )
         if self.drop_fraction_lag not in (0, 1):
             raise ValueError(

@@ -71,6 +71,13 @@ def layer_densities(
     _check_given(given, shapes)
     if not shapes:
         raise ValueError("A distribution needs at least one kernel shape.")
+    for name, shape in shapes.items():
+        if len(shape) < 2 or min(shape) < 1:
+            raise ValueError(
+                "A kernel shape has at least two dimensions (input and output "
+                f"channels last), each at least 1. Received: {name!r} with "
+                f"shape {tuple(shape)}."
+            )
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
 
     if distribution == "uniform":
@@ -155,7 +162,8 @@ def _solve_uniform(sizes, density, fixed):
     budget = density * sum(sizes.values())
     left = budget - sum(d * sizes[name] for name, d in fixed.items())
     _check_reachable(left, free, density, fixed)
-    return {n: fixed.get(n, left / free if free else 0.0) for n in sizes}
+    share = min(1.0, left / free) if free else 0.0
+    return {n: fixed.get(n, share) for n in sizes}
 
 
 def _solve_scaled(sizes, raw, density, given, conventions):
@@ -163,8 +171,10 @@ def _solve_scaled(sizes, raw, density, given, conventions):
     dense = set()
     budget = 0.0
     for name, size in sizes.items():
-        zeros, ones = _rounded(size, density, conventions)
-        budget += ones
+        # No reference has layers that are given: nothing to round for.
+        budget += (
+            density * size if given else _rounded(size, density, conventions)[1]
+        )
         if name in given:
             budget -= given[name] * size
     if given:
@@ -177,8 +187,11 @@ def _solve_scaled(sizes, raw, density, given, conventions):
         left = budget
         for name in dense:
             # A dense layer keeps its would-be zeros, at the others' expense.
-            zeros, ones = _rounded(sizes[name], density, conventions)
-            left -= zeros + ones
+            left -= (
+                sizes[name]
+                if given
+                else sum(_rounded(sizes[name], density, conventions))
+            )
         epsilon = left / sum(raw[name] * sizes[name] for name in free)
         largest = max(raw[name] for name in free)
         if epsilon * largest <= 1:
@@ -189,7 +202,7 @@ def _solve_scaled(sizes, raw, density, given, conventions):
         if name in given
         else 1.0
         if name in dense
-        else epsilon * raw[name]
+        else min(1.0, epsilon * raw[name])
         for name in sizes
     }
 
@@ -203,7 +216,9 @@ def _rounded(size, density, conventions):
 
 
 def _canonical(distribution):
-    name = _SHORT_NAMES.get(distribution, distribution)
+    name = distribution
+    if isinstance(name, str):
+        name = _SHORT_NAMES.get(name, name)
     if name not in DISTRIBUTIONS:
         near = difflib.get_close_matches(
             str(distribution), (*DISTRIBUTIONS, *_SHORT_NAMES), n=1, cutoff=0.4
@@ -237,7 +252,8 @@ def _check_given(given, shapes):
                 f"densities names {name!r}, which is no masked layer.{hint} "
                 f"Masked layers: {', '.join(shapes)}."
             )
-        if not (isinstance(value, (int, float, np.number)) and 0 < value <= 1):
+        number = isinstance(value, (int, float, np.number))
+        if isinstance(value, bool) or not (number and 0 < value <= 1):
             raise ValueError(
                 "Each of densities must be in (0, 1]. "
                 f"Received: {name}={value!r}."
@@ -246,6 +262,7 @@ def _check_given(given, shapes):
 
 def _check_reachable(left, free, density, given):
     """Checks that `free` weights can hold `left` ones."""
+    # Up to the rounding of a count.
     if -0.5 < left < free + 0.5 and not (left <= 0 and free):
         return
     raise ValueError(

@@ -195,6 +195,14 @@ def count(model: keras.Model, *, convention: str = "micronet") -> Count:
             "count takes a built Keras model. Received: "
             f"{getattr(model, 'name', model)!r}."
         )
+    if not (
+        isinstance(model, keras.Sequential) or hasattr(model, "operations")
+    ):
+        raise ValueError(
+            "count takes Sequential and Functional models. Received the "
+            f"subclassed model {model.name!r} of type {type(model).__name__}, "
+            "whose inputs are not known."
+        )
     leaves = list({id(leaf): leaf for leaf in leaf_layers(model)}.values())
     countable = [leaf for leaf in leaves if isinstance(_plain(leaf), MASKABLE)]
     positions = _positions(model, countable)
@@ -202,7 +210,14 @@ def count(model: keras.Model, *, convention: str = "micronet") -> Count:
         _count_layer(leaf, positions[id(leaf)], convention)
         for leaf in countable
     )
-    parameters = sum(math.prod(v.shape) for v in model.trainable_variables)
+    # What is frozen counts as well; batch statistics and masks do not.
+    trained = {
+        id(v): v
+        for leaf in leaves
+        for part in leaf._flatten_layers()
+        for v in part._trainable_variables
+    }
+    parameters = sum(math.prod(v.shape) for v in trained.values())
     masked = [
         (math.prod(leaf.mask.shape), int(np.sum(leaf.mask.numpy())))
         for leaf in leaves
@@ -316,12 +331,16 @@ def _positions(model, leaves) -> dict[int, int]:
     sequential = isinstance(model, keras.Sequential)
     inputs = model.inputs[0] if sequential else model.input
     specs = tf.nest.map_structure(_one_sample, inputs)
+
+    def trace(x):
+        # Penalties of activities go to the scope, not to the model.
+        with keras.StatelessScope(collect_losses=True):
+            return model(x, training=False)
+
     with contextlib.ExitStack() as stack:
         for leaf in leaves:
             stack.enter_context(_recording(leaf, shapes[id(leaf)]))
-        tf.function(lambda x: model(x, training=False)).get_concrete_function(
-            specs
-        )
+        tf.function(trace).get_concrete_function(specs)
     positions = {}
     for leaf in leaves:
         plain = _plain(leaf)

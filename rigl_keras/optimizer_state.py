@@ -101,7 +101,7 @@ def _initial_values(optimizer, variable):
     with tf.init_scope():
         try:
             twin = type(optimizer).from_config(optimizer.get_config())
-        except (TypeError, ValueError, NotImplementedError):
+        except Exception:
             # An optimizer of the user's own that cannot be made from its
             # config; all but accumulators start at zero.
             return {}

@@ -105,6 +105,16 @@ def sparsify(
         raise ValueError(
             f"seed must be an int of at least 0. Received: seed={seed!r}."
         )
+    if not isinstance(conventions, Conventions):
+        raise ValueError(
+            "conventions must be rigl_keras.ORIGINAL, rigl_keras.REPORT or a "
+            f"Conventions of your own. Received: conventions={conventions!r}."
+        )
+    if densities is not None and not isinstance(densities, Mapping):
+        raise ValueError(
+            "densities must map layers or their names to densities. Received: "
+            f"densities={densities!r}."
+        )
     chosen = _choose(model, layers)
     given = _by_name(densities, chosen)
     shapes = {name: tuple(layer.kernel.shape) for name, layer in chosen.items()}
@@ -130,9 +140,7 @@ def sparsify(
     masks = _draw_masks(shapes, solved, density, chosen, seed, conventions)
 
     wrapped = {id(chosen[name]): mask for name, mask in masks.items()}
-    keys = {
-        id(chosen[name]): _key(chosen[name].kernel.path, seed) for name in masks
-    }
+    keys = {id(chosen[name]): _key(name, chosen[name], seed) for name in masks}
 
     def mask_chosen(layer):
         copy = layer.__class__.from_config(layer.get_config())
@@ -193,7 +201,12 @@ class MaskedLayers(Sequence):
     def __init__(self, model: keras.Model):
         self._masked = []
         self._skipped = []
-        for layer in leaf_layers(model):
+        if not isinstance(model, keras.Model):
+            raise ValueError(
+                f"masked_layers takes a Keras model. Received: {model!r}."
+            )
+        leaves = {id(leaf): leaf for leaf in leaf_layers(model)}
+        for layer in leaves.values():
             if isinstance(layer, Masked):
                 self._masked.append(layer)
             elif layer.weights:
@@ -299,12 +312,13 @@ def _check_model(model):
             "shape yet. Call model.build(input_shape) first, or begin it "
             "with keras.Input(shape)."
         )
-    functional = hasattr(model, "operations")
-    if not (functional or isinstance(model, keras.Sequential)):
+    for part in (model, *_submodels(model)):
+        if hasattr(part, "operations") or isinstance(part, keras.Sequential):
+            continue
         raise ValueError(
             "sparsify masks Sequential and Functional models. Received the "
-            f"subclassed model {model.name!r} of type "
-            f"{type(model).__name__}: build it from keras.Input, or wrap "
+            f"subclassed model {part.name!r} of type "
+            f"{type(part).__name__}: build it from keras.Input, or wrap "
             "the layers it creates in rigl_keras.Masked."
         )
     masked = masked_layers(model)
@@ -417,7 +431,7 @@ def _draw_masks(shapes, densities, density, chosen, seed, conventions):
     counts = distributions.layer_counts(sizes, densities, total)
     masks = {}
     for name, shape in shapes.items():
-        draw = np.random.default_rng(_key(chosen[name].kernel.path, seed))
+        draw = np.random.default_rng(_key(name, chosen[name], seed))
         if bernoulli:
             masks[name] = draw.random(shape) < densities[name]
         else:
@@ -435,8 +449,18 @@ def _draw_masks(shapes, densities, density, chosen, seed, conventions):
     return {name: mask.astype(np.float32) for name, mask in masks.items()}
 
 
-def _key(path, seed):
+def _key(name, layer, seed):
+    # Layers of one name in two submodels may have one path as well; their
+    # unique names tell them apart.
+    path = layer.kernel.path + name.removeprefix(layer.name)
     return zlib.crc32(f"{seed}/{path}".encode())
+
+
+def _submodels(model):
+    for layer in model.layers:
+        if isinstance(layer, keras.Model):
+            yield layer
+            yield from _submodels(layer)
 
 
 class _clone:
@@ -445,16 +469,32 @@ class _clone:
     def __init__(self, model, clone_layer):
         self.pairs = []
 
-        def clone(layer):
-            copy = clone_layer(layer)
-            self.pairs.append((layer, copy))
-            return copy
+        copies = {}
 
-        self.model = keras.models.clone_model(
-            model, clone_function=clone, recursive=True
-        )
+        def clone(layer):
+            # A model and its submodel may share a layer.
+            if id(layer) not in copies:
+                copies[id(layer)] = clone_layer(layer)
+                self.pairs.append((layer, copies[id(layer)]))
+            return copies[id(layer)]
+
+        # Keras would compile the copy, and fail where the loss is a function
+        # of the user's own.
+        models = [model, *_submodels(model)]
+        compiled = [m.compiled for m in models]
+        try:
+            for m in models:
+                m.compiled = False
+            self.model = keras.models.clone_model(
+                model, clone_function=clone, recursive=True
+            )
+        finally:
+            for m, value in zip(models, compiled, strict=True):
+                m.compiled = value
 
 
 def _copy_variables(source, target):
     for old, new in zip(source.variables, target.variables, strict=True):
         new.assign(old)
+    if hasattr(target, "finalize_state"):
+        target.finalize_state()  # what Normalization derives from them

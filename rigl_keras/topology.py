@@ -121,6 +121,9 @@ def drop_count(
         int32 scalar tensor, at most n.
     """
     active = tf.cast(_size(tf.cast(mask, tf.bool)), tf.float64)
+    if not tf.is_tensor(drop_fraction):
+        # `cast` would go by float32, and 0.7 of 10 would be 6.
+        drop_fraction = tf.constant(drop_fraction, tf.float64)
     exact = active * tf.cast(drop_fraction, tf.float64)
     rounded = (
         tf.floor(exact)
@@ -280,10 +283,13 @@ def _checked(mask, drop_scores, grow_scores, drop_fraction):
             f"shapes {shapes[0]}, {shapes[1]} and {shapes[2]}."
         )
     if not tf.is_symbolic_tensor(drop_fraction):
-        value = float(drop_fraction)
-        if not 0 <= value <= 1:
+        try:
+            value = float(drop_fraction)
+        except (TypeError, ValueError):
+            value = drop_fraction
+        if not (isinstance(value, float) and 0 <= value <= 1):
             raise ValueError(
                 "drop_fraction is a fraction of the active connections and "
-                f"must be in [0, 1]. Received: drop_fraction={value}."
+                f"must be in [0, 1]. Received: drop_fraction={value!r}."
             )
     return mask, drop_scores, grow_scores

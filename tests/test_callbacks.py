@@ -1,6 +1,8 @@
 """Mask updates within `fit`: when, what, and what is refused."""
 
 import inspect
+import subprocess
+import sys
 import warnings
 
 import keras
@@ -455,3 +457,284 @@ def test_bad_set_ups():
             compiled(sparsify(small_model(), 0.2), accumulating),
             [RigL(**WINDOW)],
         )
+
+
+class Interrupt(keras.callbacks.Callback):
+    """As Ctrl-C does, after the first step."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        raise KeyboardInterrupt
+
+
+def small_regression(optimizer="sgd", kernel_regularizer=None, **options):
+    """A masked two-layer network, run eagerly, and its data: 6 steps."""
+    draw = np.random.default_rng(0)
+    x = draw.standard_normal((24, 6)).astype(np.float32)
+    y = draw.standard_normal((24, 4)).astype(np.float32)
+    inputs = keras.Input((6,))
+    x_ = layers.Dense(
+        8,
+        activation="tanh",
+        kernel_regularizer=kernel_regularizer,
+        name="hidden",
+    )(inputs)
+    x_ = layers.BatchNormalization(name="norm")(x_)
+    model = sparsify(keras.Model(inputs, layers.Dense(4, name="d")(x_)), 0.5)
+    model.compile(optimizer, "mse", run_eagerly=True, **options)
+    return model, lambda callbacks, **more: model.fit(
+        x,
+        y,
+        batch_size=4,
+        shuffle=False,
+        verbose=0,
+        callbacks=callbacks,
+        **more,
+    )
+
+
+EVERY_STEP = dict(frequency=1, end_step=99, decay="constant")
+
+
+def test_an_interrupted_fit_does_not_reach_the_next():
+    model, fit = small_regression()
+    with pytest.raises(KeyboardInterrupt):
+        fit([RigL(**EVERY_STEP), Interrupt()])
+    before = masks(model)
+    history = fit([])
+    assert not changed(before, masks(model))
+    assert history.history.keys() == {"loss"}
+
+
+def test_a_callback_can_be_used_again_after_an_interrupt():
+    model, fit = small_regression()
+    method = RigL(**EVERY_STEP)
+    with pytest.raises(KeyboardInterrupt):
+        fit([method, Interrupt()])
+    before = masks(model)
+    fit([method])
+    assert changed(before, masks(model))
+    # And so it can after its own error, and after no error at all.
+    fit([method])
+    assert not hasattr(model.train_step, "mask_update")
+
+
+class Look(keras.callbacks.Callback):
+    """Keeps variables and optimizer memory before and after each step."""
+
+    def __init__(self):
+        super().__init__()
+        self.states = []
+
+    def on_train_begin(self, logs=None):
+        self.on_train_batch_end(-1)
+
+    def on_train_batch_end(self, batch, logs=None):
+        model = self.model
+        slots = {}
+        if model.optimizer.built:
+            for layer in rigl_keras.masked_layers(model):
+                found = rigl_keras.optimizer_state.slots(
+                    model.optimizer, layer.kernel
+                )
+                slots[layer.name] = {n: s.numpy() for n, s in found.items()}
+        self.states.append(
+            {
+                "step": int(model.optimizer.iterations.numpy()),
+                "masks": masks(model),
+                "kernels": kernels(model),
+                "slots": slots,
+                "others": [
+                    v.numpy()
+                    for v in model.trainable_variables
+                    if v.name != "kernel"
+                ],
+            }
+        )
+
+
+@pytest.mark.parametrize(
+    "conventions", [ORIGINAL, REPORT], ids=["ORIGINAL", "REPORT"]
+)
+@pytest.mark.parametrize("method", DYNAMIC)
+@pytest.mark.parametrize("optimizer", ["nesterov", "adam", "adamw"])
+def test_what_an_update_moves(method, optimizer, conventions):
+    """Only masks, weights that leave or join, and their memory."""
+    model, fit = small_regression(OPTIMIZERS[optimizer]())
+    look = Look()
+    ahead = 0 if conventions is ORIGINAL else 1
+    options = dict(frequency=3, drop_fraction=0.9, end_step=99)
+    fit([*DYNAMIC[method](**options, conventions=conventions), look], epochs=2)
+    states = look.states
+    assert [state["step"] for state in states] == list(range(13))
+    rejoined_at_all = False
+    for before, after in zip(states, states[1:], strict=False):
+        step = before["step"]
+        still = all(
+            (one == two).all()
+            for one, two in zip(before["others"], after["others"], strict=True)
+        )
+        update = step > 0 and (step + ahead) % 3 == 0
+        assert still == update  # biases, gamma and beta wait for the update
+        if not update:
+            continue
+        for name, mask in before["masks"].items():
+            new = after["masks"][name]
+            old_kernel, kernel = before["kernels"][name], after["kernels"][name]
+            both = (mask == 1) & (new == 1)
+            anew = (mask == 0) & (new == 1)
+            assert anew.any()
+            assert not kernel[~both].any()
+            if conventions is ORIGINAL:
+                np.testing.assert_array_equal(kernel[both], old_kernel[both])
+                n = int(mask.sum())
+                rejoined_at_all |= both.sum() > n - int(0.9 * n)
+            else:  # a connection that rejoins starts at zero
+                moved = both & (kernel != old_kernel)
+                assert not kernel[moved].any()
+                rejoined_at_all |= bool(moved.any())
+            assert before["slots"][name]
+            for slot, memory in after["slots"][name].items():
+                assert not memory[~both].any()
+                np.testing.assert_array_equal(
+                    memory[both], before["slots"][name][slot][both]
+                )
+    assert rejoined_at_all
+
+
+@pytest.mark.parametrize(
+    "decay, fraction",
+    [
+        ("cosine", lambda x: 0.2 * (1 + np.cos(np.pi * x))),
+        ("constant", lambda x: 0.4),
+        ("linear", lambda x: 0.4 * (1 - x)),
+        ("polynomial", lambda x: 0.4 * (1 - x) ** 2),
+    ],
+)
+def test_decay_of_the_drop_fraction(decay, fraction):
+    _, fit = small_regression()
+    rows = []
+    log = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: rows.append(dict(logs))
+    )
+    method = RigL(
+        frequency=2,
+        begin_step=2,
+        end_step=10,
+        drop_fraction=0.4,
+        decay=decay,
+        decay_power=2.0,
+    )
+    fit([method, log], epochs=2)
+    for step, logs in enumerate(rows):
+        last = min(step - step % 2, 10)  # the update that the logs show
+        want = fraction((last - 2) / 8) if last else 0.0
+        assert logs["drop_fraction"] == pytest.approx(want, abs=1e-6)
+        # 24 and 16 of a half; memory of none when nothing is dropped.
+        if want == 0:
+            assert logs["grown"] == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_ema": True, "ema_momentum": 0.5},
+        {"use_ema": True, "ema_momentum": 0.5, "ema_overwrite_frequency": 2},
+        {"clipnorm": 0.01},
+        {"weight_decay": 0.5},
+    ],
+    ids=str,
+)
+def test_zeros_under_each_option_of_an_optimizer(options):
+    model, fit = small_regression(keras.optimizers.SGD(0.1, 0.9, **options))
+    before = masks(model)
+    # Averages take the place of the weights at the end of fit.
+    fit([RigL(**{**EVERY_STEP, "frequency": 2})])
+    assert changed(before, masks(model))
+    for name, mask in masks(model).items():
+        assert not kernels(model)[name][mask == 0].any()
+
+
+def test_clipping_does_not_reach_growth():
+    """The clip belongs to the optimizer step, which an update replaces."""
+    after = []
+    for clip in (None, 1e-9):
+        keras.utils.set_random_seed(0)
+        optimizer = keras.optimizers.SGD(0.0, clipvalue=clip)
+        model, fit = small_regression(optimizer)
+        fit([RigL(**EVERY_STEP)])
+        after.append(masks(model))
+    assert not changed(*after)
+
+
+def test_a_penalty_of_zero():
+    model, fit = small_regression(
+        kernel_regularizer=keras.regularizers.L1L2(0.0, 0.0)
+    )
+    before = masks(model)
+    fit([RigL(**EVERY_STEP)])
+    assert changed(before, masks(model))
+
+
+def test_accumulation_within_loss_scaling_is_refused():
+    inner = keras.optimizers.SGD(0.1, gradient_accumulation_steps=2)
+    _, fit = small_regression(keras.optimizers.LossScaleOptimizer(inner))
+    with pytest.raises(ValueError, match="gradient accumulation"):
+        fit([RigL(**EVERY_STEP)])
+
+
+def test_several_replicas_are_refused_from_outside_their_scope():
+    """Keras needs the scope where a model is made, not where it is fitted."""
+    code = """
+import numpy as np, keras, tensorflow as tf, rigl_keras
+cpu = tf.config.list_physical_devices("CPU")[0]
+tf.config.set_logical_device_configuration(
+    cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
+with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
+    inputs = keras.Input((3,))
+    model = keras.Model(inputs, keras.layers.Dense(4)(inputs))
+    model = rigl_keras.sparsify(model, 0.5)
+    model.compile("sgd", "mse")
+try:
+    model.fit(np.ones((4, 3)), np.ones((4, 4)), verbose=0,
+              callbacks=[rigl_keras.RigL(frequency=1)])
+except ValueError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True
+    )
+    assert "does not run under MirroredStrategy" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    "options, name",
+    [
+        ({"drop_fraction": "0.3"}, "drop_fraction"),
+        ({"drop_fraction": None}, "drop_fraction"),
+        ({"decay_power": "3"}, "decay_power"),
+        ({"seed": 2**64}, "seed"),  # more than a draw can be seeded with
+    ],
+    ids=str,
+)
+def test_wrong_types_are_named(options, name):
+    with pytest.raises(ValueError, match=f"{name}.*Received"):
+        SET(**options)
+
+
+def test_a_model_that_is_not_compiled():
+    model = sparsify(one_layer(), 0.5)
+    with pytest.raises(ValueError, match="compile"):
+        model.fit(np.ones((2, 6)), np.ones((2, 4)), callbacks=[RigL()])
+
+
+@pytest.mark.parametrize("method", DYNAMIC)
+def test_growth_takes_inactive_entries_only(method):
+    _, fit = small_regression()
+    look = Look()
+    fit([*DYNAMIC[method](**EVERY_STEP), look])
+    for before, after in zip(look.states[1:], look.states[2:], strict=False):
+        for name, mask in before["masks"].items():
+            # 0.3 of the ones leave at most; all others are still there.
+            stayed = int((mask * after["masks"][name]).sum())
+            ones = int(mask.sum())
+            assert ones - int(0.3 * ones) <= stayed < ones

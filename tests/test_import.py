@@ -92,3 +92,23 @@ def test_who_imports_whom():
     modules = {p.stem for p in PACKAGE.rglob("*.py")}
     assert not modules & {"utils", "common", "helpers", "misc"}
     assert {p.stem for p in PACKAGE.glob("*.py")} <= {*ORDER, "__init__"}
+
+
+# Beyond the standard library. Those of the paper's arithmetic know no Keras.
+THIRD_PARTY = {
+    "conventions": set(),
+    "distributions": {"numpy"},
+    "schedules": {"numpy", "tensorflow"},
+    "scores": {"tensorflow"},
+    "topology": {"tensorflow"},
+}
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_what_each_module_needs(name):
+    path = PACKAGE / f"{name}.py"
+    paths = [path] if path.exists() else list((PACKAGE / name).glob("*.py"))
+    assert paths
+    used = {m.split(".")[0] for path in paths for m in imported(path)}
+    used -= {*sys.stdlib_module_names, "rigl_keras"}
+    assert used <= THIRD_PARTY.get(name, {"numpy", "tensorflow", "keras"})

@@ -117,7 +117,7 @@ def every_optimizer():
         yield name, kind
 
 
-@pytest.mark.parametrize("name, kind", every_optimizer())
+@pytest.mark.parametrize("name, kind", list(every_optimizer()))
 def test_forgetting_is_starting_afresh(name, kind):
     """Whatever Keras adds: what is forgotten equals a new optimizer's."""
     if name == "SGD":
