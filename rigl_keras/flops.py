@@ -337,10 +337,14 @@ def _positions(model, leaves) -> dict[int, int]:
         with keras.StatelessScope(collect_losses=True):
             return model(x, training=False)
 
+    # A call forgets the losses of the one before.
+    losses = [(part, list(part._losses)) for part in model._flatten_layers()]
     with contextlib.ExitStack() as stack:
         for leaf in leaves:
             stack.enter_context(_recording(leaf, shapes[id(leaf)]))
         tf.function(trace).get_concrete_function(specs)
+    for part, before in losses:
+        part._losses[:] = before
     positions = {}
     for leaf in leaves:
         plain = _plain(leaf)

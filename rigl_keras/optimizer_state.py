@@ -6,7 +6,6 @@ after the path of its variable.
 """
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 __all__ = ["innermost", "slots", "forget"]
@@ -55,14 +54,16 @@ def slots(
             "nothing yet: call optimizer.build(model.trainable_variables)."
         )
     trained = optimizer._trainable_variables
-    twins = [v for v in trained if v.path == variable.path]
+    prefix = _prefix(variable)
+    twins = [
+        v for v in trained if _prefix(v) == prefix and v.shape == variable.shape
+    ]
     nth = next((i for i, v in enumerate(twins) if v is variable), None)
     if nth is None:
         raise ValueError(
             f"Optimizer {optimizer.name!r} does not train {variable.path!r}."
         )
-    prefixes = {v.path.replace("/", "_") + "_" for v in trained}
-    prefix = variable.path.replace("/", "_") + "_"
+    prefixes = {_prefix(v) for v in trained}
     found: dict[str, list] = {}
     for slot in optimizer.variables:
         # `kernel_` also begins the slots of `kernel_2`: the longest prefix
@@ -87,29 +88,21 @@ def forget(
             stays.
     """
     optimizer = innermost(optimizer)
-    initial = _initial_values(optimizer, variable)
     for name, slot in slots(optimizer, variable).items():
-        start = tf.cast(initial.get(name, 0.0), slot.value.dtype)
+        start = tf.cast(_initial_value(optimizer, name), slot.value.dtype)
         slot.assign(tf.where(keep, slot.value, start))
 
 
-def _initial_values(optimizer, variable):
-    """Returns the value with which each slot starts, by building a twin.
+def _initial_value(optimizer, name):
+    """Returns the value with which the slot `name` starts.
 
-    Adagrad and Ftrl start their accumulators above zero.
+    Adagrad and Ftrl start their accumulators above zero; no other slot of
+    Keras does.
     """
-    with tf.init_scope():
-        try:
-            twin = type(optimizer).from_config(optimizer.get_config())
-        except Exception:
-            # An optimizer of the user's own that cannot be made from its
-            # config; all but accumulators start at zero.
-            return {}
-        small = keras.Variable(
-            np.zeros([1] * len(variable.shape)), dtype=variable.dtype, name="w"
-        )
-        twin.build([small])
-        return {
-            name: float(tf.reshape(slot.value, [-1])[0])
-            for name, slot in slots(twin, small).items()
-        }
+    if name == "accumulator":
+        return getattr(optimizer, "initial_accumulator_value", 0.0)
+    return 0.0
+
+
+def _prefix(variable):
+    return variable.path.replace("/", "_") + "_"
