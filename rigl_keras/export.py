@@ -18,7 +18,12 @@ import numpy as np
 import tensorflow as tf
 
 from rigl_keras.layers import Masked
-from rigl_keras.sparsify import leaf_layers, masked_layers, strip
+from rigl_keras.sparsify import (
+    input_structure,
+    leaf_layers,
+    masked_layers,
+    strip,
+)
 
 __all__ = ["ExportReport", "export"]
 
@@ -201,11 +206,7 @@ class _Served(tf.Module):
             if all(v is not kernel for kernel in replaced)
         ]
         self.size = sum(math.prod(v.shape) for v in plain.weights)
-        structure = (
-            plain.inputs[0]
-            if isinstance(plain, keras.Sequential)
-            else plain.input
-        )
+        structure = input_structure(plain)
 
         # The model is held by the function alone: as an attribute it would be
         # saved, with its dense kernels.
@@ -263,9 +264,7 @@ def _difference(model, path):
         for t in model.inputs
     }
     inputs = {t.name: tf.cast(inputs[t.name], t.dtype) for t in model.inputs}
-    structure = (
-        model.inputs[0] if isinstance(model, keras.Sequential) else model.input
-    )
+    structure = input_structure(model)
     wanted = tf.nest.flatten(
         model(
             tf.nest.pack_sequence_as(structure, list(inputs.values())),

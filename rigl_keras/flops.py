@@ -14,7 +14,12 @@ import numpy as np
 import tensorflow as tf
 
 from rigl_keras.layers import Masked
-from rigl_keras.sparsify import MASKABLE, leaf_layers
+from rigl_keras.sparsify import (
+    MASKABLE,
+    aligned,
+    input_structure,
+    leaf_layers,
+)
 
 __all__ = ["CONVENTIONS", "Count", "LayerCount", "count", "training_flops"]
 
@@ -131,14 +136,7 @@ class Count:
                 _ratio(self),
             )
         )
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if i < 2 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
-        ]
+        lines = aligned(rows)
         lines.append(
             f"{self.nonzeros:,} of {self.parameters:,} trainable parameters, "
             f"{self.bits / 8e6:.2f} MB of {self.parameters * _BITS / 8e6:.2f}, "
@@ -328,9 +326,7 @@ def _plain(leaf):
 def _positions(model, leaves) -> dict[int, int]:
     """Returns at how many positions each layer applies its kernel."""
     shapes = {id(leaf): [] for leaf in leaves}
-    sequential = isinstance(model, keras.Sequential)
-    inputs = model.inputs[0] if sequential else model.input
-    specs = tf.nest.map_structure(_one_sample, inputs)
+    specs = tf.nest.map_structure(_one_sample, input_structure(model))
 
     def trace(x):
         # Penalties of activities go to the scope, not to the model.

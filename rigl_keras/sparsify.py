@@ -15,6 +15,8 @@ from rigl_keras.layers import Masked
 __all__ = [
     "MASKABLE",
     "MaskedLayers",
+    "aligned",
+    "input_structure",
     "leaf_layers",
     "masked_layers",
     "sparsify",
@@ -242,20 +244,47 @@ class MaskedLayers(Sequence):
         if size:
             total = f"{ones / size:.4f}", f"{ones:,}", f"{size:,}"
             rows.append(("all masked", "", *total))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(
-                cell.ljust(width) if i < 2 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
-        ]
+        lines = aligned(rows)
         if self._skipped:
             lines.append("not masked:")
             lines += [f"  {layer.name}: {why}" for layer, why in self.skipped]
         return "\n".join(lines)
 
     __repr__ = __str__
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Returns the rows of a table as lines, the first two columns to the left.
+
+    Args:
+        rows: Cells, as many in each row.
+
+    Returns:
+        A line for each row.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+
+
+def input_structure(model: keras.Model):
+    """Returns a model's symbolic inputs in the structure that it is called on.
+
+    Args:
+        model: A built Sequential or Functional model.
+
+    Returns:
+        A KerasTensor, or a list or dict of them.
+    """
+    # A Sequential model that was never called has no `input`.
+    if isinstance(model, keras.Sequential):
+        return model.inputs[0]
+    return model.input
 
 
 def masked_layers(model: keras.Model) -> MaskedLayers:
