@@ -40,17 +40,31 @@ from rigl_keras import (  # noqa: E402
     flops,
     layers,
     models,
+    one_shot,
     optimizer_state,
+    redistribution,
     schedules,
     scores,
     topology,
 )
-from rigl_keras.callbacks import SET, MaskUpdate, RigL  # noqa: E402
+from rigl_keras.callbacks import (  # noqa: E402
+    SET,
+    SNFS,
+    MagnitudePruning,
+    MaskUpdate,
+    RigL,
+)
 from rigl_keras.conventions import ORIGINAL, REPORT, Conventions  # noqa: E402
 from rigl_keras.export import export  # noqa: E402
 from rigl_keras.flops import count  # noqa: E402
 from rigl_keras.layers import Masked, dense_gradients  # noqa: E402
-from rigl_keras.sparsify import masked_layers, sparsify, strip  # noqa: E402
+from rigl_keras.schedules import SparsityRamp  # noqa: E402
+from rigl_keras.sparsify import (  # noqa: E402
+    masked_layers,
+    sparsify,
+    strip,
+    with_masks,
+)
 
 __version__ = "0.1.0"
 
@@ -58,10 +72,13 @@ __all__ = [
     "ORIGINAL",
     "REPORT",
     "SET",
+    "SNFS",
     "Conventions",
+    "MagnitudePruning",
     "MaskUpdate",
     "Masked",
     "RigL",
+    "SparsityRamp",
     "conventions",
     "count",
     "dense_gradients",
@@ -71,10 +88,13 @@ __all__ = [
     "layers",
     "masked_layers",
     "models",
+    "one_shot",
     "optimizer_state",
+    "redistribution",
     "schedules",
     "scores",
     "sparsify",
     "strip",
     "topology",
+    "with_masks",
 ]

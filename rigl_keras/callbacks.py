@@ -1,48 +1,50 @@
-"""Mask updates within `fit`.
+"""The methods: what they drop, what they grow, and when.
 
-`MaskUpdate` decides when an update happens, has it run in the training step
-and logs it. A method is a child that says what a connection is worth.
+`MaskUpdate` drops and grows; a method is a child that says what a connection
+is worth. How an update comes to run within `fit`, or within a loop of one's
+own, is in `training_step.py`.
 """
 
-import contextlib
+import dataclasses
 import math
-import warnings
-from collections.abc import Callable, Iterator
 
-import keras
 import tensorflow as tf
 
-from rigl_keras import optimizer_state, schedules, scores, topology
+from rigl_keras import (
+    optimizer_state,
+    redistribution,
+    schedules,
+    scores,
+    topology,
+)
 from rigl_keras.conventions import ORIGINAL, Conventions
-from rigl_keras.layers import Masked, dense_gradients
-from rigl_keras.sparsify import masked_layers
+from rigl_keras.layers import Masked
+from rigl_keras.training_step import StepUpdate, warn_of_no_update
 
-__all__ = ["MaskUpdate", "RigL", "SET"]
+__all__ = ["SET", "SNFS", "MagnitudePruning", "MaskUpdate", "RigL"]
 
 
-class MaskUpdate(keras.callbacks.Callback):
-    """Drops and grows connections every so many steps of `fit`.
+class MaskUpdate(StepUpdate):
+    """Drops and grows connections every so many steps of training.
 
-    At an update step (`schedules.is_update_step`) the model's own training
-    step runs with dense gradients, and where the optimizer would be applied
-    the masks change instead:
+    At an update step (`schedules.is_update_step`), which takes the place of
+    the optimizer's:
 
     1. the drop fraction f is that of `schedules.decayed_drop_fraction`;
-    2. each kernel moves the fraction f of its connections
-       (`topology.drop_and_grow`), by this method's `drop_scores` and
-       `grow_scores`;
+    2. each kernel drops the fraction f of its connections, by this method's
+       `drop_scores`, and grows as many by its `grow_scores`
+       (`topology.drop_and_grow`). With `redistribution`, the connections that
+       all layers drop are shared out anew (`redistribution.grow_counts`);
     3. dropped and newly grown weights are zero, and the optimizer forgets
-       what it remembered of them;
-    4. the update counts as an optimizer step.
+       what it remembered of them.
 
-    Evci et al., 2020, arXiv:1911.11134, Algorithm 1. The gradient is that of
-    the current batch with respect to the masked kernel, without
-    regularisation. The step is `optimizer.iterations`, so that a resumed run
-    needs no state of this callback.
+    Evci et al., 2020, arXiv:1911.11134, Algorithm 1; redistribution after
+    Dettmers and Zettlemoyer, 2020, and the report, section 6.2. The gradient
+    is that of the current batch with respect to the masked kernel, without
+    regularisation.
 
-    Logs, which History, the progress bar and TensorBoard show: `density` of
-    all masked weights, and `drop_fraction` and `grown` (connections) of the
-    last update.
+    Logs `drop_fraction`, that of the last update, beside `density` and
+    `grown`.
 
     Args:
         frequency: Steps from one update to the next, at least 1.
@@ -54,13 +56,14 @@ class MaskUpdate(keras.callbacks.Callback):
         decay: How the fraction falls until `end_step`: one of
             `schedules.DECAYS`.
         decay_power: Exponent of the polynomial decay, positive.
+        redistribution: What density moves between layers by: the mean
+            `"gradient"` or `"momentum"` of their active connections. None:
+            each layer keeps its density.
         seed: Seed of random draws, at least 0.
         conventions: Where the references differ.
 
     Raises:
-        ValueError: An argument is out of range; in `fit`, when the model has
-            no masked layers, the run's length is needed and unknown, or
-            gradients are not finite.
+        ValueError: An argument is out of range, or what `StepUpdate` raises.
         UserWarning: No update falls into the run.
     """
 
@@ -73,10 +76,11 @@ class MaskUpdate(keras.callbacks.Callback):
         end_step: int | None = None,
         decay: str = "cosine",
         decay_power: float = 3.0,
+        redistribution: str | None = None,
         seed: int = 0,
         conventions: Conventions = ORIGINAL,
     ):
-        super().__init__()
+        super().__init__(conventions=conventions)
         _check_int("frequency", frequency, at_least=1)
         _check_int("begin_step", begin_step, at_least=0)
         _check_int("seed", seed, at_least=0)
@@ -102,20 +106,23 @@ class MaskUpdate(keras.callbacks.Callback):
                 "decay_power must be positive. Received: "
                 f"decay_power={decay_power!r}."
             )
-        if not isinstance(conventions, Conventions):
-            raise ValueError(
-                "conventions must be rigl_keras.ORIGINAL, rigl_keras.REPORT "
-                "or a Conventions of your own. Received: "
-                f"conventions={conventions!r}."
-            )
+        _check_redistribution(redistribution)
         self.frequency = frequency
         self.drop_fraction = drop_fraction
         self.begin_step = begin_step
         self.end_step = end_step
         self.decay = decay
         self.decay_power = decay_power
+        self.redistribution = redistribution
         self.seed = seed
-        self.conventions = conventions
+        self._window = None
+        # By how much the reproduction corrects what it grows: the correction,
+        # the sum of what was missing, updates so far, and connections at the
+        # start, or -1.
+        self._correction = tf.Variable(
+            [0.0, 0.0, 0.0, -1.0], trainable=False, dtype=tf.float64
+        )
+        self._last_fraction = tf.Variable(0.0, trainable=False)
 
     # What makes a method: what connections are worth.
 
@@ -149,7 +156,7 @@ class MaskUpdate(keras.callbacks.Callback):
 
     def grow_count(
         self, layer: Masked, dropped: tf.Tensor, step: tf.Tensor
-    ) -> tf.Tensor | None:
+    ) -> tf.Tensor:
         """Returns how many connections of a layer are grown.
 
         Args:
@@ -158,53 +165,21 @@ class MaskUpdate(keras.callbacks.Callback):
             step: The optimizer step, an int64 scalar.
 
         Returns:
-            Integer scalar tensor, or None for as many as are dropped.
+            Integer scalar tensor. By default as many as are dropped.
         """
-        del layer, dropped, step
-        return None
+        del layer, step
+        return dropped
 
-    # Keras calls these.
+    @property
+    def name(self) -> str:
+        mean = {"gradient": "-SG", "momentum": "-SM", None: ""}
+        return type(self).__name__ + mean[self.redistribution]
 
-    def on_train_begin(self, logs=None):
-        model, optimizer = self.model, self.model.optimizer
-        self._masked = [m for m in masked_layers(model) if m.trainable]
-        if not self._masked:
-            raise ValueError(
-                f"{type(self).__name__} found no masked layer to train in "
-                f"model {model.name!r}. Call model = "
-                "rigl_keras.sparsify(model, density) before compile."
-            )
-        _check_set_up(type(self).__name__, model)
-        if not optimizer.built:
-            optimizer.build(model.trainable_variables)
-        self._weights = sum(math.prod(m.mask.shape) for m in self._masked)
-        self._density = tf.Variable(self._current_density(), trainable=False)
-        self._last_fraction = tf.Variable(0.0, trainable=False)
-        self._last_grown = tf.Variable(0.0, trainable=False)
-        self._refused_at = tf.Variable(-1, trainable=False, dtype=tf.int64)
-        self._window = None
-
-        if _installed(model) is not None:
-            raise ValueError(
-                "A model takes one mask update at a time. Received both "
-                f"{type(_installed(model)).__name__} and "
-                f"{type(self).__name__}."
-            )
-        self._install()
-
-    def on_epoch_begin(self, epoch, logs=None):
-        if self._window is None:
-            self._plan(epoch)
-
-    def on_train_batch_end(self, batch, logs=None):
-        if (batch + 1) % self.frequency == 0:
-            self._raise_if_refused()
-
-    def on_epoch_end(self, epoch, logs=None):
-        self._raise_if_refused()
-
-    def on_train_end(self, logs=None):
-        self._uninstall()
+    @property
+    def variables(self) -> list[tf.Variable]:
+        if self.conventions.redistribution_total == "corrected":
+            return [self._correction]
+        return []
 
     def get_config(self) -> dict:
         """Returns the arguments with which to make an equal callback."""
@@ -215,52 +190,53 @@ class MaskUpdate(keras.callbacks.Callback):
             "end_step": self.end_step,
             "decay": self.decay,
             "decay_power": self.decay_power,
+            "redistribution": self.redistribution,
             "seed": self.seed,
             "conventions": self.conventions,
         }
 
-    # The model's own step, exchanged while `fit` runs.
+    def lengthened(self, factor: float) -> "MaskUpdate":
+        config = self.get_config()
+        if self.end_step is not None:
+            config["end_step"] = int(self.end_step * factor)
+        return type(self)(**config)
 
-    def _install(self):
-        model, train_step = self.model, self.model.train_step
-        make_train_function = model.make_train_function
-        self._replaced = {
-            name: vars(model).get(name)
-            for name in ("train_step", "make_train_function")
-        }
-        model.train_step = self._with_updates(train_step)
-        make_train_function(force=True)
+    def extra_logs(self) -> dict[str, tf.Tensor]:
+        return {"drop_fraction": self._last_fraction.value()}
 
-        def next_fit(force=False):
-            # `fit` asks for its function before it calls any callback: an
-            # earlier `fit` must have been cut off before `on_train_end`.
-            self._uninstall()
-            return make_train_function(force=force)
+    def set_up(self):
+        if self.redistribution is not None:
+            units = [m.name for m in self.masked if m.granularity != "element"]
+            if units:
+                raise ValueError(
+                    "redistribution moves single weights between layers, and "
+                    f"the mask of {units[0]!r} keeps or removes whole "
+                    "kernels, whose sizes differ. Pass redistribution=None, "
+                    "or sparsify with granularity='element'."
+                )
+        if self.redistribution == "momentum":
+            self._check_momentum()
+        start = self._correction[3]
+        if start < 0 or int(self.optimizer.iterations) == 0:
+            connections = sum(self.trajectory[0][1])
+            self._correction.assign([0.0, 0.0, 0.0, connections])
 
-        model.make_train_function = next_fit
+    def _check_momentum(self):
+        optimizer_state.momentum(self.optimizer, self.masked[0].kernel)
 
-    def _uninstall(self):
-        for name, own in self._replaced.items():
-            if own is None:
-                delattr(self.model, name)
-            else:
-                setattr(self.model, name, own)
-        self.model.train_function = None
+    # When.
 
-    # Planning, on the host.
-
-    def _plan(self, epoch):
-        """Fixes the update window, once the first epoch is known."""
-        iterations = int(self.model.optimizer.iterations)
-        epochs, steps = self.params.get("epochs"), self.params.get("steps")
+    def plan(self, epoch, epochs, steps):
+        """Fixes the update window, once the run is known."""
+        iterations = self.trajectory[0][0]
         end_step = self.end_step
         if end_step is None:
             if not steps or not epochs:
                 raise ValueError(
-                    f"{type(self).__name__}(end_step=None) ends updates at "
-                    "three quarters of the run, but Keras does not know how "
-                    "long this run is. Pass steps_per_epoch to fit, or "
-                    f"end_step to {type(self).__name__}."
+                    f"{self.name}(end_step=None) ends updates at three "
+                    "quarters of the run, but how long this run is is not "
+                    "known. Pass steps_per_epoch to fit, or end_step to "
+                    f"{type(self).__name__}."
                 )
             # A run that resumes, within an epoch perhaps, is counted whole;
             # one on weights that were trained before, from where it starts.
@@ -283,101 +259,25 @@ class MaskUpdate(keras.callbacks.Callback):
                 **self._window,
             )
             if updates == 0:
-                warnings.warn(
-                    f"{type(self).__name__} plans 0 updates in the {left} "
-                    f"steps of this run from step {iterations} on: one comes "
-                    f"every frequency={self.frequency} steps from "
-                    f"begin_step={self.begin_step} to end_step={end_step}. "
-                    "The masks will not change.",
-                    stacklevel=2,
+                warn_of_no_update(
+                    self.name,
+                    left,
+                    iterations,
+                    f"one comes every frequency={self.frequency} steps from "
+                    f"begin_step={self.begin_step} to end_step={end_step}",
                 )
 
-    def _raise_if_refused(self):
-        step = int(self._refused_at.numpy())
-        if step >= 0:
-            raise ValueError(
-                f"{type(self).__name__} refused the update at step {step}: "
-                "the gradient of a masked kernel was NaN or infinite, so "
-                "training has diverged. The masks are unchanged. Lower the "
-                "learning rate or clip gradients, and resume from a "
-                "checkpoint before this step."
-            )
-
-    def _current_density(self):
-        ones = tf.add_n([_count(m.mask.value) for m in self._masked])
-        return tf.cast(ones / self._weights, tf.float32)
+    def is_due(self, step):
+        return schedules.is_update_step(
+            step,
+            frequency=self.frequency,
+            conventions=self.conventions,
+            **self._window,
+        )
 
     # The update, in the graph.
 
-    def _with_updates(self, train_step) -> Callable:
-        """Returns `train_step` with updates at the steps of the schedule."""
-
-        def step_or_update(data):
-            step = tf.cast(self.model.optimizer.iterations, tf.int64)
-            due = schedules.is_update_step(
-                step,
-                frequency=self.frequency,
-                conventions=self.conventions,
-                **self._window,
-            )
-            logs = tf.cond(
-                due,
-                lambda: self._update_step(train_step, data, step),
-                lambda: _tensors(train_step(data)),
-            )
-            return {
-                **logs,
-                "density": self._density.value(),
-                "drop_fraction": self._last_fraction.value(),
-                "grown": self._last_grown.value(),
-            }
-
-        step_or_update.mask_update = self
-        return step_or_update
-
-    def _update_step(self, train_step, data, step):
-        """Runs `train_step` with an update in place of the optimizer."""
-        optimizer = optimizer_state.innermost(self.model.optimizer)
-        apply = optimizer.apply
-
-        def update_instead(gradients, trainable_variables=None):
-            variables = trainable_variables or self.model.trainable_variables
-            if self.conventions.update_replaces_step:
-                self.update(optimizer, gradients, variables, step)
-                optimizer._iterations.assign_add(1)
-            else:
-                masks = {id(m.kernel): m.mask.value for m in self._masked}
-                sparse = [
-                    g * masks[id(v)] if id(v) in masks else g
-                    for g, v in zip(gradients, variables, strict=True)
-                ]
-                apply(sparse, variables)
-                self.update(optimizer, gradients, variables, step)
-
-        with dense_gradients(), _applying(optimizer, update_instead):
-            return _tensors(train_step(data))
-
-    def update(self, optimizer, gradients, variables, step) -> None:
-        """Changes every mask once, by the dense gradients of one batch.
-
-        Args:
-            optimizer: The optimizer that trains the model.
-            gradients: Gradients taken within `dense_gradients()`, one for
-                each of `variables`.
-            variables: The variables they belong to; other variables than
-                masked kernels are left alone.
-            step: The optimizer step, an integer scalar.
-        """
-        of = {id(v): g for v, g in zip(variables, gradients, strict=True)}
-        layers = [m for m in self._masked if of.get(id(m.kernel)) is not None]
-        gradients = [
-            tf.convert_to_tensor(of[id(m.kernel)])
-            - _regularisation_gradient(m.kernel)
-            for m in layers
-        ]
-        finite = tf.reduce_all(
-            [tf.reduce_all(tf.math.is_finite(g)) for g in gradients]
-        )
+    def change_masks(self, optimizer, layers, gradients, step):
         fraction = schedules.decayed_drop_fraction(
             step,
             drop_fraction=self.drop_fraction,
@@ -386,59 +286,104 @@ class MaskUpdate(keras.callbacks.Callback):
             conventions=self.conventions,
             **self._window,
         )
+        self._last_fraction.assign(tf.cast(fraction, tf.float32))
+        # A unit is an entry of the kernel, or all entries between two
+        # channels.
+        masks = [m.by_unit(m.mask.value) > 0 for m in layers]
+        shares = self._shares(optimizer, layers, gradients)
         fractions = topology.layer_drop_fractions(
-            [m.mask.value for m in layers],
-            [m.kernel.value for m in layers],
-            fraction,
-            conventions=self.conventions,
+            masks, shares, fraction, conventions=self.conventions
         )
+        kept = [
+            topology.drop(
+                mask,
+                layer.by_unit(self.drop_scores(layer, gradient, step)),
+                f,
+                conventions=self.conventions,
+            )
+            for layer, gradient, mask, f in zip(
+                layers, gradients, masks, fractions, strict=True
+            )
+        ]
+        counts = self._grow_counts(layers, masks, kept, shares, step)
+        grown = []
+        for layer, gradient, mask, stays, count in zip(
+            layers, gradients, masks, kept, counts, strict=True
+        ):
+            new, anew = topology.grow(
+                mask,
+                stays,
+                layer.by_unit(self.grow_scores(layer, gradient, step)),
+                count,
+                conventions=self.conventions,
+            )
+            new, anew = layer.by_element(new), layer.by_element(anew)
+            grown.append(self.set_kernel_and_mask(optimizer, layer, new, anew))
+        self._keep_correction(layers)
+        return tf.add_n(grown)
 
-        def change_masks():
-            grown = [
-                self._update_layer(optimizer, layer, gradient, f, step)
-                for layer, gradient, f in zip(
-                    layers, gradients, fractions, strict=True
-                )
+    def _shares(self, optimizer, layers, gradients):
+        """Returns each layer's share of what density is redistributed by."""
+        if self.redistribution is None:
+            nonzeros = [tf.math.count_nonzero(m.kernel.value) for m in layers]
+            return redistribution.shares(nonzeros)
+        if self.redistribution == "gradient":
+            statistics = gradients
+        else:
+            statistics = [
+                optimizer_state.momentum(optimizer, m.kernel) for m in layers
             ]
-            self._last_grown.assign(tf.cast(tf.add_n(grown), tf.float32))
-            self._last_fraction.assign(tf.cast(fraction, tf.float32))
-            self._density.assign(self._current_density())
-
-        def refuse():
-            self._refused_at.assign(step)
-
-        tf.cond(finite, change_masks, refuse)
-
-    def _update_layer(self, optimizer, layer, gradient, fraction, step):
-        """Updates one kernel; returns how many connections were grown."""
-        mask = layer.mask.value
-        dropped = topology.drop_count(
-            mask, fraction, conventions=self.conventions
+        return redistribution.shares(
+            [
+                redistribution.layer_mean(statistic, layer.mask.value)
+                for statistic, layer in zip(statistics, layers, strict=True)
+            ]
         )
-        new_mask, grown = topology.drop_and_grow(
-            mask,
-            self.drop_scores(layer, gradient, step),
-            self.grow_scores(layer, gradient, step),
-            drop_fraction=fraction,
-            grow_count=self.grow_count(layer, dropped, step),
-            conventions=self.conventions,
+
+    def _grow_counts(self, layers, masks, kept, shares, step):
+        """Returns how many units each layer grows."""
+        dropped = [
+            _count(mask) - _count(stays)
+            for mask, stays in zip(masks, kept, strict=True)
+        ]
+        if self.redistribution is None:
+            return [
+                self.grow_count(layer, count, step)
+                for layer, count in zip(layers, dropped, strict=True)
+            ]
+        return tf.unstack(
+            redistribution.grow_counts(
+                shares,
+                tf.stack(dropped),
+                tf.stack([_count(~stays) for stays in kept]),
+                correction=self._correction[0],
+                conventions=self.conventions,
+            )
         )
-        kept = (new_mask > 0) & ~(grown > 0)
-        kernel = layer.kernel
-        kernel.assign(tf.where(kept, kernel.value, tf.zeros_like(mask)))
-        # A connection that left and rejoined keeps its memory, even where
-        # the conventions zero its weight.
-        optimizer_state.forget(
-            optimizer, kernel, keep=(mask > 0) & (new_mask > 0)
+
+    def _keep_correction(self, layers):
+        if self.redistribution is None or not self.variables:
+            return
+        connections = tf.add_n([_count(m.mask.value) for m in layers])
+        connections = tf.cast(connections, tf.float64)
+        correction, missing_so_far, updates, start = tf.unstack(
+            self._correction
         )
-        layer.mask.assign(new_mask)
-        return _count(grown)
+        missing = start - connections
+        missing_so_far += missing
+        updates += 1
+        correction = redistribution.corrected(
+            correction, missing, missing_so_far / updates
+        )
+        self._correction.assign([correction, missing_so_far, updates, start])
 
 
 class RigL(MaskUpdate):
     """Grows the connections of largest gradient magnitude.
 
-    Evci et al., 2020, Rigging the Lottery, arXiv:1911.11134.
+    Evci et al., 2020, Rigging the Lottery, arXiv:1911.11134. With
+    `redistribution="gradient"` it is the report's RigL-SG, with `"momentum"`
+    its RigL-SM (section 6.2).
 
     Args, Raises: as in `MaskUpdate`.
 
@@ -461,6 +406,8 @@ class SET(MaskUpdate):
     Args, Raises: as in `MaskUpdate`.
     """
 
+    dense_gradients = "never"
+
     def grow_scores(self, layer, gradient, step):
         return scores.random(
             layer.kernel.shape, key=layer.draw_key ^ self.seed, step=step
@@ -468,12 +415,11 @@ class SET(MaskUpdate):
 
     def grow_count(self, layer, dropped, step):
         if self.conventions.sampling == "exact":
-            return None
-        # Each inactive entry joins with probability dropped / inactive: the
+            return dropped
+        # Each inactive unit joins with probability dropped / inactive: the
         # number that join is binomial, and which ones is uniform.
-        mask = layer.mask.value
-        inactive = tf.size(mask, tf.int64) - _count(mask)
-        inactive += tf.cast(dropped, tf.int64)
+        mask = layer.by_unit(layer.mask.value)
+        inactive = tf.size(mask) - _count(mask) + dropped
         key = tf.constant(layer.draw_key ^ self.seed ^ 1, tf.int64)
         seed = tf.stack([key, step])
         return tf.random.stateless_binomial(
@@ -486,35 +432,224 @@ class SET(MaskUpdate):
         )
 
 
-@contextlib.contextmanager
-def _applying(optimizer, action) -> Iterator[None]:
-    """Within the context, `optimizer.apply` is `action`."""
-    optimizer.apply = action
-    try:
-        yield
-    finally:
-        del optimizer.apply
+class SNFS(MaskUpdate):
+    """Grows the connections of largest momentum, where momentum is largest.
+
+    Gradients are dense at every step, so that the optimizer's momentum is
+    that of every entry, active or not. An update grows by its magnitude, a
+    layer in proportion to its mean over active connections; the optimizer
+    forgets nothing. Dettmers and Zettlemoyer, 2020, Sparse networks from
+    scratch, arXiv:1907.04840, section 3, with the optimizer's own momentum as
+    in their code. It costs a dense backward pass at every step.
+
+    Args, Raises: as in `MaskUpdate`. The optimizer must keep momentum
+        (`optimizer_state.momentum`).
+    """
+
+    dense_gradients = "always"
+
+    def __init__(
+        self,
+        *,
+        frequency: int = 100,
+        drop_fraction: float = 0.3,
+        begin_step: int = 0,
+        end_step: int | None = None,
+        decay: str = "cosine",
+        decay_power: float = 3.0,
+        redistribution: str | None = "momentum",
+        seed: int = 0,
+        conventions: Conventions = ORIGINAL,
+    ):
+        super().__init__(
+            frequency=frequency,
+            drop_fraction=drop_fraction,
+            begin_step=begin_step,
+            end_step=end_step,
+            decay=decay,
+            decay_power=decay_power,
+            redistribution=redistribution,
+            seed=seed,
+            conventions=conventions,
+        )
+        # Even in the reproduction, what SNFS drops and grows again keeps its
+        # weight (funcs/grow.py:45-55).
+        self.conventions = dataclasses.replace(
+            conventions, regrown_value="kept"
+        )
+
+    def set_up(self):
+        super().set_up()
+        self._check_momentum()
+
+    @property
+    def name(self) -> str:
+        other = {"momentum": "", "gradient": "-SG", None: " without moving"}
+        return type(self).__name__ + other[self.redistribution]
+
+    def grow_scores(self, layer, gradient, step):
+        momentum = optimizer_state.momentum(self.optimizer, layer.kernel)
+        return scores.magnitude(momentum)
 
 
-def _regularisation_gradient(kernel):
-    """Returns the gradient of a kernel's own penalty, or 0 without one."""
-    if kernel.regularizer is None:
-        return 0.0
-    value = tf.convert_to_tensor(kernel.value)
-    with tf.GradientTape() as tape:
-        tape.watch(value)
-        penalty = kernel.regularizer(value)
-    return tape.gradient(
-        penalty, value, unconnected_gradients=tf.UnconnectedGradients.ZERO
-    )
+class MagnitudePruning(StepUpdate):
+    """Removes the smallest weights while sparsity rises along a schedule.
+
+    Start with `sparsify(model, density=1.0)`. When the schedule is due with a
+    sparsity s, the round((1 - s) x weights) connections of largest magnitude
+    stay, of all masked layers together or of each on its own. What is removed
+    never returns. Zhu and Gupta, 2018, To prune, or not to prune,
+    arXiv:1710.01878.
+
+    As for every method here the pruning takes the place of an optimizer step;
+    with `update_replaces_step=False` in the conventions it follows one, as in
+    the authors' code.
+
+    Args:
+        schedule: A `schedules.SparsityRamp`, or a
+            `tfmot.sparsity.keras.PruningSchedule`: any callable
+            `step -> (due, sparsity)`.
+        scope: `"global"`: one threshold for all layers, as the report has it.
+            `"layer"`: the same sparsity for each layer, of which one weight
+            at least stays.
+        conventions: Under `REPORT` a ramp is read as the reproduction does.
+
+    Raises:
+        ValueError: The schedule cannot be called, the scope is unknown, or
+            what `StepUpdate` raises.
+        UserWarning: The schedule is never due in the run.
+
+    Example:
+
+    >>> ramp = SparsityRamp(final_density=0.1, begin_step=700, end_step=65_918)
+    >>> model.fit(train, epochs=250, callbacks=[MagnitudePruning(ramp)])
+    """
+
+    dense_gradients = "never"
+
+    def __init__(
+        self,
+        schedule,
+        *,
+        scope: str = "global",
+        conventions: Conventions = ORIGINAL,
+    ):
+        super().__init__(conventions=conventions)
+        if not callable(schedule):
+            raise ValueError(
+                "schedule must be a rigl_keras.SparsityRamp or a "
+                "tfmot.sparsity.keras.PruningSchedule. Received: "
+                f"schedule={schedule!r}. For a density, pass "
+                "SparsityRamp(final_density=..., begin_step=..., end_step=...)."
+            )
+        if scope not in ("global", "layer"):
+            raise ValueError(
+                f"scope must be 'global' or 'layer'. Received: scope={scope!r}."
+            )
+        self.schedule = schedule
+        self.scope = scope
+
+    def get_config(self) -> dict:
+        """Returns the arguments with which to make an equal callback."""
+        return {
+            "schedule": self.schedule,
+            "scope": self.scope,
+            "conventions": self.conventions,
+        }
+
+    def lengthened(self, factor: float) -> "MagnitudePruning":
+        if not hasattr(self.schedule, "lengthened"):
+            raise ValueError(
+                "A longer run needs a longer schedule, and a "
+                f"{type(self.schedule).__name__} cannot be lengthened: pass a "
+                "rigl_keras.SparsityRamp, or the schedule of the whole run."
+            )
+        config = self.get_config()
+        config["schedule"] = self.schedule.lengthened(factor)
+        return type(self)(**config)
+
+    def plan(self, epoch, epochs, steps):
+        if not (steps and epochs):
+            return
+        first = self.trajectory[0][0]
+        left = (epochs - epoch) * steps
+
+        @tf.function
+        def first_due():
+            return tf.while_loop(
+                lambda t: (t < first + left) & ~self.is_due(t),
+                lambda t: (t + 1,),
+                (tf.constant(first, tf.int64),),
+            )
+
+        if int(first_due()[0]) == first + left:
+            warn_of_no_update(
+                self.name, left, first, f"{self.schedule} is never due"
+            )
+
+    def is_due(self, step):
+        return self._planned_sparsity(step)[0]
+
+    def _planned_sparsity(self, step):
+        return schedules.planned_sparsity(
+            self.schedule, step, conventions=self.conventions
+        )
+
+    def change_masks(self, optimizer, layers, gradients, step):
+        density = 1 - tf.cast(self._planned_sparsity(step)[1], tf.float64)
+        masks = [m.mask.value > 0 for m in layers]
+        # Of a kernel that is kept or removed as one, each entry is worth the
+        # same.
+        worth = [
+            m.by_element(m.by_unit(scores.magnitude(m.kernel.value)))
+            for m in layers
+        ]
+        if self.scope == "global":
+            count = _rounded(density * sum(math.prod(m.shape) for m in masks))
+            everything = topology.select_highest(
+                _joined(worth), count, among=_joined(masks)
+            )
+            kept = _split(everything, masks)
+        else:
+            kept = [
+                topology.select_highest(
+                    score, _share(density, layer), among=mask
+                )
+                for score, mask, layer in zip(worth, masks, layers, strict=True)
+            ]
+        for layer, stays in zip(layers, kept, strict=True):
+            # Of the kernel on the threshold, a part may have been selected.
+            whole = layer.by_unit(tf.cast(stays, tf.float32)) == 1
+            stays = layer.by_element(whole)
+            nothing = tf.zeros_like(stays)
+            self.set_kernel_and_mask(optimizer, layer, stays, nothing)
+        return tf.constant(0)
 
 
-def _tensors(logs):
-    return tf.nest.map_structure(tf.convert_to_tensor, logs)
+def _share(density, layer):
+    """Returns how many entries of a layer stay: whole units, one at least."""
+    units = math.prod(layer.by_unit(layer.mask.value).shape)
+    entries = math.prod(layer.mask.shape) // units
+    return tf.maximum(_rounded(density * units), 1) * entries
 
 
-def _count(mask):
-    return tf.math.count_nonzero(mask)
+def _rounded(number):
+    return tf.cast(tf.round(number), tf.int32)
+
+
+def _joined(tensors):
+    return tf.concat([tf.reshape(t, [-1]) for t in tensors], axis=0)
+
+
+def _split(vector, like):
+    parts = tf.split(vector, [math.prod(t.shape) for t in like])
+    return [
+        tf.reshape(part, t.shape) for part, t in zip(parts, like, strict=True)
+    ]
+
+
+def _count(units):
+    return tf.reduce_sum(tf.cast(units, tf.int32))
 
 
 def _check_int(name, value, *, at_least):
@@ -536,31 +671,9 @@ def _check_fraction(name, value):
         )
 
 
-def _installed(model):
-    """Returns the callback whose updates a model's training step runs."""
-    return getattr(model.train_step, "mask_update", None)
-
-
-def _check_set_up(method, model):
-    if model.optimizer is None:
+def _check_redistribution(value):
+    if value is not None and value not in redistribution.CRITERIA:
         raise ValueError(
-            f"{method} needs a compiled model: call model.compile first."
-        )
-    for optimizer in (
-        model.optimizer,
-        optimizer_state.innermost(model.optimizer),
-    ):
-        steps = optimizer.gradient_accumulation_steps
-        if steps:
-            raise ValueError(
-                f"{method} does not support gradient accumulation yet: its "
-                f"growth gradient would be that of the last of {steps} "
-                "micro-batches. Use a larger batch, or "
-                "gradient_accumulation_steps=None."
-            )
-    strategy = model.distribute_strategy
-    if strategy.num_replicas_in_sync > 1:
-        raise ValueError(
-            f"{method} does not run under {type(strategy).__name__} yet: train "
-            "on one device."
+            "redistribution must be None or one of "
+            f"{redistribution.CRITERIA}. Received: redistribution={value!r}."
         )

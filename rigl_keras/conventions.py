@@ -19,6 +19,7 @@ _CHOICES = {
     "drop_ranking": ("active", "all"),
     "grow_ranking": ("inactive", "all"),
     "regrown_value": ("kept", "zero"),
+    "redistribution_total": ("conserved", "corrected"),
     "erk_rounding": ("zeros", "zeros_and_ones"),
     "sampling": ("exact", "bernoulli"),
 }
@@ -66,9 +67,15 @@ class Conventions:
             sparse_optimizers_base.py:328-333) or `"zero"` (PT,
             funcs/grow.py:95). Its optimizer memory stays in both.
         spare_dense_layers: Whether a layer of sparsity s < 0.2 that holds
-            more than its share (1 / layers) of all nonzero weights drops the
-            fraction min(s, drop_fraction) only (PT, core.py:250-269; not in
-            the paper or in TF1).
+            more than its share (1 / layers) of all nonzero weights, or of
+            what density is redistributed by, drops the fraction
+            min(s, drop_fraction) only (PT, core.py:250-269; not in the paper
+            or in TF1).
+        redistribution_total: Whether an update that moves density between
+            layers grows exactly as many connections as it drops
+            (`"conserved"`), or rounds layer by layer and makes up for the
+            difference in later updates (`"corrected"`; PT, core.py:285-346
+            and 763-773). TF1 does not redistribute.
         update_replaces_step: Whether an update takes the place of the
             optimizer step (paper, Algorithm 1; TF1 for RigL,
             sparse_optimizers_base.py:521; PT, main.py:69-78). False: the
@@ -103,6 +110,7 @@ class Conventions:
     grow_ranking: Literal["inactive", "all"] = "inactive"
     regrown_value: Literal["kept", "zero"] = "kept"
     spare_dense_layers: bool = False
+    redistribution_total: Literal["conserved", "corrected"] = "conserved"
     update_replaces_step: bool = True
     erk_rounding: Literal["zeros", "zeros_and_ones"] = "zeros"
     sampling: Literal["exact", "bernoulli"] = "exact"
@@ -141,6 +149,7 @@ REPORT = Conventions(
     grow_ranking="all",
     regrown_value="zero",
     spare_dense_layers=True,
+    redistribution_total="corrected",
     erk_rounding="zeros_and_ones",
     sampling="bernoulli",
 )

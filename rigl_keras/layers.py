@@ -8,7 +8,9 @@ from collections.abc import Iterator
 import keras
 import tensorflow as tf
 
-__all__ = ["Masked", "MaskProjection", "dense_gradients"]
+__all__ = ["GRANULARITIES", "Masked", "MaskProjection", "dense_gradients"]
+
+GRANULARITIES = ("element", "kernel")
 
 _dense_gradients = contextvars.ContextVar("dense_gradients", default=False)
 
@@ -47,6 +49,9 @@ class Masked(keras.layers.Wrapper):
         layer: A layer with one trainable `kernel`, such as Dense or Conv2D.
         draw_key: Int from which random draws for this kernel are seeded.
             None: the crc32 of the name.
+        granularity: What the mask keeps or removes as one: `"element"`, each
+            weight; `"kernel"`, all weights between one input and one output
+            channel, which are the last two axes.
         name: Name of the layer. None: that of the wrapped layer.
         dtype: Dtype or policy. None: that of the wrapped layer.
         trainable: Whether the kernel is trained.
@@ -57,8 +62,8 @@ class Masked(keras.layers.Wrapper):
         density: Fraction of the mask that is 1.
 
     Raises:
-        ValueError: `layer` is masked already, or turns out to have no kernel
-            when it is built.
+        ValueError: `layer` is masked already, turns out to have no kernel
+            when it is built, or `granularity` is unknown.
     """
 
     def __init__(
@@ -66,6 +71,7 @@ class Masked(keras.layers.Wrapper):
         layer,
         *,
         draw_key: int | None = None,
+        granularity: str = "element",
         name: str | None = None,
         dtype=None,
         trainable: bool = True,
@@ -83,6 +89,12 @@ class Masked(keras.layers.Wrapper):
         self.draw_key = (
             zlib.crc32(self.name.encode()) if draw_key is None else draw_key
         )
+        if granularity not in GRANULARITIES:
+            raise ValueError(
+                f"granularity must be one of {GRANULARITIES}. Received: "
+                f"granularity={granularity!r}."
+            )
+        self.granularity = granularity
         self.supports_masking = layer.supports_masking
 
     def build(self, input_shape=None):
@@ -120,6 +132,31 @@ class Masked(keras.layers.Wrapper):
         kernel = tf.convert_to_tensor(self.kernel.value)
         self.kernel.assign(tf.where(kept, kernel, tf.zeros_like(kernel)))
 
+    def by_unit(self, tensor: tf.Tensor) -> tf.Tensor:
+        """Returns one value for each unit that the mask keeps or removes.
+
+        Args:
+            tensor: Float tensor of the kernel's shape.
+
+        Returns:
+            The tensor itself where units are elements; its mean over the
+            spatial axes, of the shape of the last two, where they are kernels.
+        """
+        if self.granularity == "element":
+            return tensor
+        return tf.reduce_mean(tensor, axis=range(len(tensor.shape) - 2))
+
+    def by_element(self, tensor: tf.Tensor) -> tf.Tensor:
+        """Returns the value of its unit for each entry of the kernel.
+
+        Args:
+            tensor: One value for each unit, as `by_unit` returns them.
+
+        Returns:
+            Tensor of the kernel's shape.
+        """
+        return tf.broadcast_to(tensor, self.kernel.shape)
+
     def masked_kernel(self) -> tf.Tensor:
         """Returns kernel x mask, through which training differentiates."""
         kernel = tf.convert_to_tensor(self.layer.kernel.value)
@@ -144,7 +181,11 @@ class Masked(keras.layers.Wrapper):
         return self.layer.compute_output_shape(input_shape)
 
     def get_config(self):
-        return {**super().get_config(), "draw_key": self.draw_key}
+        return {
+            **super().get_config(),
+            "draw_key": self.draw_key,
+            "granularity": self.granularity,
+        }
 
 
 def _product(kernel, mask, dense):

@@ -8,7 +8,7 @@ after the path of its variable.
 import keras
 import tensorflow as tf
 
-__all__ = ["innermost", "slots", "forget"]
+__all__ = ["innermost", "slots", "forget", "momentum"]
 
 
 def innermost(optimizer: keras.Optimizer) -> keras.Optimizer:
@@ -91,6 +91,39 @@ def forget(
     for name, slot in slots(optimizer, variable).items():
         start = tf.cast(_initial_value(optimizer, name), slot.value.dtype)
         slot.assign(tf.where(keep, slot.value, start))
+
+
+def momentum(optimizer: keras.Optimizer, variable: keras.Variable) -> tf.Tensor:
+    """Returns the running mean of a variable's gradients, up to a factor.
+
+    That is SGD's velocity (which holds -learning rate times the mean), Lion's
+    momentum and, for optimizers that keep second moments v as well,
+    m / (sqrt(v) + 1e-8), as the reproduction has it (core.py:477-491).
+
+    Args:
+        optimizer: A built Keras optimizer.
+        variable: One of the variables that it trains.
+
+    Returns:
+        Float tensor of the variable's shape.
+
+    Raises:
+        ValueError: The optimizer keeps no momentum.
+    """
+    kept = slots(optimizer, variable)
+    optimizer = innermost(optimizer)
+    if "momentum" not in kept:
+        raise ValueError(
+            f"{type(optimizer).__name__} keeps no momentum of "
+            f"{variable.path!r}. Use SGD(momentum=0.9) or Adam."
+        )
+    mean = tf.convert_to_tensor(kept["momentum"].value)
+    # RMSprop's momentum is of gradients that are divided already.
+    if "velocity" in kept and not isinstance(
+        optimizer, keras.optimizers.RMSprop
+    ):
+        mean /= tf.sqrt(kept["velocity"].value) + 1e-8
+    return mean
 
 
 def _initial_value(optimizer, name):

@@ -5,6 +5,7 @@ Steps are optimizer steps, counted from 0: step t is the one taken when
 tensors alike.
 """
 
+import dataclasses
 import math
 
 import tensorflow as tf
@@ -13,10 +14,12 @@ from rigl_keras.conventions import ORIGINAL, Conventions
 
 __all__ = [
     "DECAYS",
+    "SparsityRamp",
     "is_update_step",
     "last_update_step",
     "planned_updates",
     "decayed_drop_fraction",
+    "planned_sparsity",
 ]
 
 DECAYS = ("cosine", "constant", "linear", "polynomial")
@@ -176,6 +179,131 @@ def decayed_drop_fraction(
             f"decay must be one of {DECAYS}. Received: decay={decay!r}."
         )
     return drop_fraction * factor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SparsityRamp:
+    """Sparsity that rises along a cubic, for gradual magnitude pruning.
+
+    With s_i = 1 - initial_density, s_f = 1 - final_density and
+    x = (t - begin_step) / (end_step - begin_step), cut to [0, 1]:
+
+        s_t = s_f + (s_i - s_f) (1 - x) ^ power
+
+    pruned to at t = begin_step + k x frequency, and at end_step itself, so
+    that the final density is met whatever the frequency. Zhu and Gupta, 2018,
+    arXiv:1710.01878, section 3.
+
+    Called with a step it returns `(due, sparsity)`, as a
+    `tfmot.sparsity.keras.PruningSchedule` does, in whose place it stands.
+
+    Args:
+        final_density: Fraction of the weights kept in the end, in (0, 1].
+        begin_step: First optimizer step at which weights are pruned.
+        end_step: Last such step, greater than `begin_step`.
+        frequency: Steps from one pruning to the next, at least 1.
+        initial_density: Fraction kept at `begin_step`, at least the final.
+        power: Exponent, positive. 3 is the paper's.
+
+    Raises:
+        ValueError: An argument is out of range.
+
+    Example:
+
+    >>> ramp = SparsityRamp(final_density=0.2, begin_step=0, end_step=100)
+    >>> float(ramp.sparsity(50))  # 0.8 - 0.8 / 8
+    0.7
+    """
+
+    final_density: float
+    begin_step: int
+    end_step: int
+    frequency: int = 100
+    initial_density: float = 1.0
+    power: float = 3.0
+
+    def __post_init__(self):
+        for name in ("begin_step", "end_step", "frequency"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(
+                    f"{name} counts optimizer steps and must be an int. "
+                    f"Received: {name}={value!r}."
+                )
+        if not 0 <= self.begin_step < self.end_step:
+            raise ValueError(
+                "A ramp needs 0 <= begin_step < end_step. Received: "
+                f"begin_step={self.begin_step}, end_step={self.end_step}."
+            )
+        if self.frequency < 1:
+            raise ValueError(
+                f"frequency must be at least 1. Received: {self.frequency}."
+            )
+        # `not (a < b)` also catches NaN.
+        if not 0 < self.final_density <= self.initial_density <= 1:
+            raise ValueError(
+                "Densities are fractions of weights kept, and a ramp needs "
+                "0 < final_density <= initial_density <= 1. Received: "
+                f"final_density={self.final_density!r}, "
+                f"initial_density={self.initial_density!r}."
+            )
+        if not self.power > 0:
+            raise ValueError(
+                f"power must be positive. Received: power={self.power!r}."
+            )
+
+    def __call__(self, step):
+        """Returns whether to prune at `step`, and to which sparsity."""
+        turn = (step - self.begin_step) % self.frequency == 0
+        due = (
+            (turn | (step == self.end_step))
+            & (step >= self.begin_step)
+            & (step <= self.end_step)
+        )
+        return due, self.sparsity(step)
+
+    def sparsity(self, step) -> tf.Tensor:
+        """Returns s_t, a float64 scalar in [0, 1)."""
+        x = (tf.cast(step, tf.float64) - self.begin_step) / (
+            self.end_step - self.begin_step
+        )
+        left = (1 - tf.clip_by_value(x, 0.0, 1.0)) ** self.power
+        return (1 - self.final_density) - (
+            self.initial_density - self.final_density
+        ) * left
+
+    def lengthened(self, factor: float) -> "SparsityRamp":
+        """Returns the ramp of a run that is `factor` times as long."""
+        return dataclasses.replace(self, end_step=int(self.end_step * factor))
+
+
+def planned_sparsity(
+    schedule, step, *, conventions: Conventions = ORIGINAL
+) -> tuple:
+    """Returns whether a schedule prunes at a step, and to which sparsity.
+
+    Args:
+        schedule: A `SparsityRamp`, or any callable `step -> (due, sparsity)`,
+            such as a `tfmot.sparsity.keras.PruningSchedule`, which is asked
+            as it is.
+        step: Optimizer step t, an int or an integer tensor.
+        conventions: Under `REPORT` a ramp prunes when `is_update_step` holds,
+            to the sparsity of the step before.
+
+    Returns:
+        `(due, sparsity)`, a bool and a float, or tensors of these.
+    """
+    asked_as_is = not isinstance(schedule, SparsityRamp)
+    if asked_as_is or conventions.first_update == "frequency":
+        return schedule(step)
+    due = is_update_step(
+        step,
+        frequency=schedule.frequency,
+        begin_step=schedule.begin_step,
+        end_step=schedule.end_step,
+        conventions=conventions,
+    )
+    return due, schedule.sparsity(step - conventions.drop_fraction_lag)
 
 
 def _ahead(conventions):

@@ -6,7 +6,7 @@ ones of highest score.
 
 import tensorflow as tf
 
-__all__ = ["magnitude", "gradient_magnitude", "random"]
+__all__ = ["magnitude", "gradient_magnitude", "random", "saliency"]
 
 
 def magnitude(kernel: tf.Tensor) -> tf.Tensor:
@@ -36,6 +36,22 @@ def gradient_magnitude(gradient: tf.Tensor) -> tf.Tensor:
         Tensor of the same shape and dtype, non-negative.
     """
     return tf.abs(gradient)
+
+
+def saliency(kernel: tf.Tensor, gradient: tf.Tensor) -> tf.Tensor:
+    """Returns |w dL/dw|, what SNIP keeps connections by.
+
+    To first order, by how much the loss changes when w is removed. Lee et
+    al., 2019, arXiv:1810.02340, section 4.
+
+    Args:
+        kernel: Float tensor of weights.
+        gradient: Float tensor of the same shape, gradient of the loss.
+
+    Returns:
+        Tensor of the same shape and dtype, non-negative.
+    """
+    return tf.abs(kernel * gradient)
 
 
 def random(shape, *, key: int, step) -> tf.Tensor:

@@ -10,17 +10,19 @@ import numpy as np
 
 from rigl_keras import distributions
 from rigl_keras.conventions import ORIGINAL, Conventions
-from rigl_keras.layers import Masked
+from rigl_keras.layers import GRANULARITIES, Masked
 
 __all__ = [
     "MASKABLE",
     "MaskedLayers",
     "aligned",
+    "chosen_layers",
     "input_structure",
     "leaf_layers",
     "masked_layers",
     "sparsify",
     "strip",
+    "with_masks",
 ]
 
 MASKABLE = (
@@ -30,6 +32,7 @@ MASKABLE = (
     keras.layers.Conv3D,
     keras.layers.DepthwiseConv1D,
     keras.layers.DepthwiseConv2D,
+    keras.layers.EinsumDense,
 )
 
 _NORMALISATION = (
@@ -59,6 +62,7 @@ def sparsify(
     distribution: str = "erdos_renyi_kernel",
     densities: Mapping | None = None,
     layers: Selector = None,
+    granularity: str = "element",
     seed: int = 0,
     conventions: Conventions = ORIGINAL,
 ) -> keras.Model:
@@ -83,8 +87,14 @@ def sparsify(
         densities: `{layer or its name: density}` of layers whose density is
             given. They count towards `density`; the others share the rest.
         layers: Which layers to mask: layer objects, layer types, a predicate
-            `layer -> bool`, or a list of these. None: every Dense, Conv and
-            DepthwiseConv kernel. Biases and normalisation are never masked.
+            `layer -> bool`, or a list of these. None: every Dense,
+            EinsumDense, Conv and DepthwiseConv kernel. Biases and
+            normalisation are never masked.
+        granularity: `"element"`: single weights. `"kernel"`: all weights
+            between an input and an output channel of a convolution, as one
+            (the reproduction's `struct-*`). Layers without spatial axes then
+            stay at density 1, unless `densities` says otherwise, and the
+            convolutions make up for it.
         seed: Seed of the masks, at least 0.
         conventions: `erk_rounding` and `sampling` apply. Under `"bernoulli"`
             sampling, as the report's, the number of ones is random.
@@ -103,10 +113,7 @@ def sparsify(
     >>> print(masked_layers(model))
     """
     _check_model(model)
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ValueError(
-            f"seed must be an int of at least 0. Received: seed={seed!r}."
-        )
+    _check_seed(seed)
     if not isinstance(conventions, Conventions):
         raise ValueError(
             "conventions must be rigl_keras.ORIGINAL, rigl_keras.REPORT or a "
@@ -117,9 +124,16 @@ def sparsify(
             "densities must map layers or their names to densities. Received: "
             f"densities={densities!r}."
         )
-    chosen = _choose(model, layers)
+    if granularity not in GRANULARITIES:
+        raise ValueError(
+            f"granularity must be one of {GRANULARITIES}. Received: "
+            f"granularity={granularity!r}."
+        )
+    chosen = chosen_layers(model, layers)
     given = _by_name(densities, chosen)
     shapes = {name: tuple(layer.kernel.shape) for name, layer in chosen.items()}
+    if granularity == "kernel":
+        given = {**_without_kernels(shapes), **given}
     solved = distributions.layer_densities(
         shapes,
         density,
@@ -139,16 +153,64 @@ def sparsify(
                 "distribution='erdos_renyi_kernel', or give its density in "
                 "densities."
             )
-    masks = _draw_masks(shapes, solved, density, chosen, seed, conventions)
+    masks = _draw_masks(
+        shapes, solved, density, chosen, granularity, seed, conventions
+    )
+    return with_masks(model, masks, granularity=granularity, seed=seed)
 
-    wrapped = {id(chosen[name]): mask for name, mask in masks.items()}
-    keys = {id(chosen[name]): _key(name, chosen[name], seed) for name in masks}
+
+def with_masks(
+    model: keras.Model,
+    masks: Mapping[str, np.ndarray],
+    *,
+    granularity: str = "element",
+    seed: int = 0,
+) -> keras.Model:
+    """Returns a masked copy of a model with the masks given, its weights kept.
+
+    What `sparsify` does with the masks that it draws, SNIP with those it
+    computes and a lottery ticket with those that another run has found.
+
+    Args:
+        model: A built Sequential or Functional model, nested ones included.
+        masks: `{layer name: array of zeros and ones of the kernel's shape}`.
+            Layers that are not named stay dense.
+        granularity: What later updates keep or remove as one, as in
+            `sparsify`.
+        seed: Seed of later random draws, at least 0.
+
+    Returns:
+        A model of the same kind in which the layers named are `Masked`.
+
+    Raises:
+        ValueError: The model cannot be masked, or a mask fits no layer.
+
+    Example:
+
+    >>> masks = {m.name: m.mask.numpy() for m in masked_layers(trained)}
+    >>> ticket = with_masks(untrained, masks)
+    """
+    _check_model(model)
+    _check_seed(seed)
+    layers = _named(leaf for leaf in leaf_layers(model) if leaf.weights)
+    wrapped, keys = {}, {}
+    for name, mask in masks.items():
+        _check_mask(name, mask, layers)
+        wrapped[id(layers[name])] = np.asarray(mask, np.float32)
+        keys[id(layers[name])] = _key(name, layers[name], seed)
+    if not wrapped:
+        raise ValueError("with_masks takes one mask at least. Received none.")
 
     def mask_chosen(layer):
         copy = layer.__class__.from_config(layer.get_config())
         if id(layer) not in wrapped:
             return copy
-        return Masked(copy, draw_key=keys[id(layer)], trainable=layer.trainable)
+        return Masked(
+            copy,
+            draw_key=keys[id(layer)],
+            granularity=granularity,
+            trainable=layer.trainable,
+        )
 
     copies = _clone(model, mask_chosen)
     for layer, copy in copies.pairs:
@@ -358,12 +420,24 @@ def _check_model(model):
         )
 
 
-def _choose(model, selector):
-    """Returns `{unique name: layer}` of the layers to mask, in order."""
+def chosen_layers(
+    model: keras.Model, selector: Selector = None
+) -> dict[str, keras.layers.Layer]:
+    """Returns the layers of a dense model to mask, by unique name, in order.
+
+    Args:
+        model: A built model.
+        selector: The `layers` of `sparsify`.
+
+    Returns:
+        `{name: layer}`. A second layer of one name, in another submodel, gets
+        a prime after its name.
+
+    Raises:
+        ValueError: Nothing matches, or a layer named cannot be masked.
+    """
     matches = _predicate(selector)
     selected = [layer for layer in leaf_layers(model) if matches(layer)]
-    # A layer may be used, and so be listed, more than once.
-    selected = list({id(layer): layer for layer in selected}.values())
     if selector is not None:
         wrong = [
             layer
@@ -378,13 +452,7 @@ def _choose(model, selector):
                 "or has no kernel that can be masked. Maskable: "
                 f"{', '.join(kind.__name__ for kind in MASKABLE)}."
             )
-    chosen = {}
-    for layer in selected:
-        if isinstance(layer, MASKABLE):
-            name = layer.name
-            while name in chosen:  # one name in two submodels
-                name += "'"
-            chosen[name] = layer
+    chosen = _named(s for s in selected if isinstance(s, MASKABLE))
     if not chosen:
         skipped = "\n".join(
             f"  {layer.name}: {_why_dense(layer)}"
@@ -397,6 +465,58 @@ def _choose(model, selector):
             + f". Its layers with weights:\n{skipped or '  (none)'}"
         )
     return chosen
+
+
+def _named(layers):
+    """Returns `{unique name: layer}`."""
+    named = {}
+    # A layer may be used, and so be listed, more than once.
+    for layer in {id(layer): layer for layer in layers}.values():
+        name = layer.name
+        while name in named:  # one name in two submodels
+            name += "'"
+        named[name] = layer
+    return named
+
+
+def _without_kernels(shapes):
+    """Returns density 1 for each layer that has no spatial axes."""
+    flat = {name: 1.0 for name, shape in shapes.items() if len(shape) < 3}
+    if len(flat) == len(shapes):
+        raise ValueError(
+            "granularity='kernel' keeps or removes whole kernels of "
+            "convolutions, and none of the layers to mask is one: "
+            f"{', '.join(flat)}. Use granularity='element'."
+        )
+    return flat
+
+
+def _check_seed(seed):
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ValueError(
+            f"seed must be an int of at least 0. Received: seed={seed!r}."
+        )
+
+
+def _check_mask(name, mask, layers):
+    layer = layers.get(name)
+    if not isinstance(layer, MASKABLE):
+        raise ValueError(
+            f"There is a mask for {name!r}, which is no layer of this model "
+            f"that can be masked. Its layers with weights: {', '.join(layers)}."
+        )
+    shape, kernel = np.shape(mask), tuple(layer.kernel.shape)
+    if shape != kernel:
+        raise ValueError(
+            f"The mask of {name!r} must have the shape of its kernel, "
+            f"{kernel}. Received: shape {shape}."
+        )
+    values = np.unique(mask)
+    if not np.isin(values, [0, 1]).all():
+        raise ValueError(
+            f"The mask of {name!r} must hold zeros and ones only. Received "
+            f"{values[~np.isin(values, [0, 1])][0]} among its entries."
+        )
 
 
 def _predicate(selector):
@@ -446,11 +566,21 @@ def _by_name(densities, chosen):
     return given
 
 
-def _draw_masks(shapes, densities, density, chosen, seed, conventions):
+def _draw_masks(
+    shapes, densities, density, chosen, granularity, seed, conventions
+):
     """Returns `{name: float32 array of zeros and ones}`."""
-    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    weights = sum(sizes.values())
-    total = round(density * weights)
+    # A unit is what the mask keeps or removes as one.
+    units = {
+        name: shape if granularity == "element" else shape[-2:]
+        for name, shape in shapes.items()
+    }
+    sizes = {name: math.prod(unit) for name, unit in units.items()}
+    weights = sum(math.prod(shape) for shape in shapes.values())
+    if granularity == "element":
+        total = round(density * weights)
+    else:
+        total = round(sum(densities[n] * size for n, size in sizes.items()))
     if total == 0:
         raise ValueError(
             f"density={density} of {weights} weights rounds to no connection "
@@ -459,14 +589,15 @@ def _draw_masks(shapes, densities, density, chosen, seed, conventions):
     bernoulli = conventions.sampling == "bernoulli"
     counts = distributions.layer_counts(sizes, densities, total)
     masks = {}
-    for name, shape in shapes.items():
+    for name, unit in units.items():
         draw = np.random.default_rng(_key(name, chosen[name], seed))
         if bernoulli:
-            masks[name] = draw.random(shape) < densities[name]
+            mask = draw.random(unit) < densities[name]
         else:
             mask = np.zeros(sizes[name], bool)
             mask[: counts[name]] = True
-            masks[name] = draw.permutation(mask).reshape(shape)
+            mask = draw.permutation(mask).reshape(unit)
+        masks[name] = np.broadcast_to(mask, shapes[name])
     empty = [name for name, mask in masks.items() if not mask.any()]
     if empty:
         warnings.warn(

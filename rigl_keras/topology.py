@@ -11,8 +11,10 @@ import tensorflow as tf
 from rigl_keras.conventions import ORIGINAL, Conventions
 
 __all__ = [
+    "drop",
     "drop_and_grow",
     "drop_count",
+    "grow",
     "layer_drop_fractions",
     "select_highest",
 ]
@@ -51,12 +53,13 @@ def drop_and_grow(
             what counts as grown.
 
     Returns:
-        `(new_mask, grown)`, both of `mask`'s shape and dtype. `new_mask` has
-        as many ones as `mask`. `grown` is 1 where a connection starts anew:
-        where `new_mask` is 1 and `mask` is 0 (under `REPORT` also where a
-        connection left and joined again, as its weight restarts at zero).
-        Within a graph, where nothing can be raised, a NaN score leaves the
-        mask unchanged and `grown` empty.
+        `(new_mask, grown)`, both of `mask`'s shape and dtype. Under
+        `ORIGINAL`, and without a `grow_count`, `new_mask` has as many ones as
+        `mask`. `grown` is 1 where a connection starts anew: where `new_mask`
+        is 1 and `mask` is 0 (under `REPORT` also where a connection left and
+        joined again, as its weight restarts at zero). Within a graph, where
+        nothing can be raised, a NaN score leaves the mask unchanged and
+        `grown` empty.
 
     Raises:
         ValueError: The shapes differ, `drop_fraction` is outside [0, 1], or
@@ -73,25 +76,12 @@ def drop_and_grow(
         mask, drop_scores, grow_scores, drop_fraction
     )
     active = tf.cast(mask, tf.bool)
-    everything = tf.ones_like(active)
-
-    count = drop_count(active, drop_fraction, conventions=conventions)
-    if conventions.drop_ranking == "active":
-        dropped = select_highest(-drop_scores, count, among=active)
-    else:
-        ranked = tf.where(active, drop_scores, tf.zeros_like(drop_scores))
-        count += _size(~active)
-        dropped = active & select_highest(-ranked, count, among=everything)
-    kept = active & ~dropped
-
-    joining = _size(dropped) if grow_count is None else grow_count
-    if conventions.grow_ranking == "inactive":
-        joined = select_highest(grow_scores, joining, among=~kept)
-    else:
-        ranked = tf.where(kept, tf.zeros_like(grow_scores), grow_scores)
-        joined = select_highest(ranked, joining, among=everything)
-    new = kept | joined
-    anew = joined if conventions.regrown_value == "zero" else joined & ~active
+    kept = drop(active, drop_scores, drop_fraction, conventions=conventions)
+    if grow_count is None:
+        grow_count = _size(active) - _size(kept)
+    new, grown = grow(
+        active, kept, grow_scores, grow_count, conventions=conventions
+    )
 
     defined = _defined(drop_scores, active) & _defined(grow_scores, ~kept)
     if tf.executing_eagerly() and not bool(defined):
@@ -103,8 +93,60 @@ def drop_and_grow(
             "NaN gradient means that training has diverged: lower the "
             "learning rate or clip gradients."
         )
-    new, anew = tf.where(defined, new, active), anew & defined
-    return tf.cast(new, mask.dtype), tf.cast(anew, mask.dtype)
+    new, grown = tf.where(defined, new, active), grown & defined
+    return tf.cast(new, mask.dtype), tf.cast(grown, mask.dtype)
+
+
+def drop(
+    active, scores, drop_fraction, *, conventions: Conventions = ORIGINAL
+) -> tf.Tensor:
+    """Returns the connections that stay when the worst ones leave.
+
+    The first half of `drop_and_grow`, alone where what joins depends on what
+    all layers have dropped.
+
+    Args:
+        active: Bool tensor, the mask.
+        scores: Float tensor of the same shape, free of NaN.
+        drop_fraction: Fraction of the active connections, in [0, 1].
+        conventions: `drop_rounding` and `drop_ranking` apply.
+
+    Returns:
+        Bool tensor, the part of `active` that stays.
+    """
+    count = drop_count(active, drop_fraction, conventions=conventions)
+    if conventions.drop_ranking == "active":
+        return active & ~select_highest(-scores, count, among=active)
+    ranked = tf.where(active, scores, tf.zeros_like(scores))
+    count += _size(~active)
+    everything = tf.ones_like(active)
+    return active & ~select_highest(-ranked, count, among=everything)
+
+
+def grow(
+    active, kept, scores, count, *, conventions: Conventions = ORIGINAL
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns the mask with the best connections added, and which are new.
+
+    The second half of `drop_and_grow`.
+
+    Args:
+        active: Bool tensor, the mask before the drop.
+        kept: Bool tensor, what of it stayed.
+        scores: Float tensor of the same shape, free of NaN.
+        count: How many connections join, an integer scalar.
+        conventions: `grow_ranking` and `regrown_value` apply.
+
+    Returns:
+        `(new, grown)`, bool tensors as in `drop_and_grow`.
+    """
+    if conventions.grow_ranking == "inactive":
+        joined = select_highest(scores, count, among=~kept)
+    else:
+        ranked = tf.where(kept, tf.zeros_like(scores), scores)
+        joined = select_highest(ranked, count, among=tf.ones_like(kept))
+    anew = joined if conventions.regrown_value == "zero" else joined & ~active
+    return kept | joined, anew
 
 
 def drop_count(
@@ -135,7 +177,7 @@ def drop_count(
 
 def layer_drop_fractions(
     masks: Sequence,
-    kernels: Sequence,
+    shares: Sequence,
     drop_fraction,
     *,
     conventions: Conventions = ORIGINAL,
@@ -143,12 +185,13 @@ def layer_drop_fractions(
     """Returns the fraction that each layer drops.
 
     `drop_fraction` for all, except that with `spare_dense_layers` a layer of
-    sparsity s < 0.2 holding more than 1 / layers of all nonzero weights drops
+    sparsity s < 0.2 whose share is more than 1 / layers drops
     min(s, drop_fraction) (the reproduction's `adjust_prune_rate`).
 
     Args:
         masks: One mask for each layer.
-        kernels: One kernel for each layer, zero outside its mask.
+        shares: One number for each layer, adding to 1: its share of what
+            density is redistributed by, or else of all nonzero weights.
         drop_fraction: The update's fraction, in [0, 1].
         conventions: `spare_dense_layers` decides.
 
@@ -158,12 +201,10 @@ def layer_drop_fractions(
     if not conventions.spare_dense_layers:
         return [drop_fraction] * len(masks)
     drop_fraction = tf.cast(drop_fraction, tf.float64)
-    nonzeros = [tf.math.count_nonzero(kernel) for kernel in kernels]
-    share = tf.add_n(nonzeros) / len(masks)
     fractions = []
-    for mask, nonzero in zip(masks, nonzeros, strict=True):
+    for mask, share in zip(masks, tf.unstack(shares), strict=True):
         sparsity = 1 - tf.reduce_mean(tf.cast(mask, tf.float64))
-        spared = (sparsity < 0.2) & (tf.cast(nonzero, tf.float64) > share)
+        spared = (sparsity < 0.2) & (share > 1 / len(masks))
         fractions.append(
             tf.where(spared, tf.minimum(sparsity, drop_fraction), drop_fraction)
         )

@@ -202,12 +202,12 @@ def test_select_highest_is_a_sort(data):
 def test_report_spares_dense_layers():
     masks = [np.ones(10), np.r_[np.ones(9), 0], np.r_[np.ones(2), np.zeros(8)]]
     fractions = topology.layer_drop_fractions(
-        masks, masks, 0.3, conventions=REPORT
+        masks, [10 / 21, 9 / 21, 2 / 21], 0.3, conventions=REPORT
     )
     # The first two hold 10 and 9 of 21 nonzeros, more than a third.
     np.testing.assert_allclose(fractions, [0.0, 0.1, 0.3], atol=1e-12)
     assert topology.layer_drop_fractions(
-        masks, masks, 0.3, conventions=ORIGINAL
+        masks, [10 / 21, 9 / 21, 2 / 21], 0.3, conventions=ORIGINAL
     ) == [0.3, 0.3, 0.3]
 
 

@@ -1,0 +1,146 @@
+"""Masks from one batch, before training: SNIP."""
+
+import math
+from collections.abc import Callable, Mapping
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from rigl_keras import distributions, scores, topology
+from rigl_keras.sparsify import Selector, chosen_layers, with_masks
+
+__all__ = ["snip"]
+
+
+def snip(
+    model: keras.Model,
+    density: float,
+    batch: tuple,
+    loss: Callable,
+    *,
+    scope: str = "global",
+    distribution: str = "erdos_renyi_kernel",
+    densities: Mapping | None = None,
+    layers: Selector = None,
+    seed: int = 0,
+) -> keras.Model:
+    """Returns a masked copy of a model that keeps its most salient weights.
+
+    1. One forward and backward pass of the dense model on the batch gives the
+       saliency |w dL/dw| of each weight (`scores.saliency`).
+    2. The round(density x weights) of largest saliency are kept: of all
+       layers together, or of each layer as a distribution says.
+
+    Lee et al., 2019, SNIP: single-shot network pruning based on connection
+    sensitivity, arXiv:1810.02340. Without a callback the masks never change.
+
+    Args:
+        model: A built dense Sequential or Functional model, which stays as it
+            is: its batch statistics, too.
+        density: Fraction of the masked weights kept, in (0, 1].
+        batch: `(inputs, targets)`, what `model` and `loss` take.
+        loss: `loss(targets, outputs)`, a Keras loss or any function that
+            returns a tensor of losses.
+        scope: `"global"`, as in the paper, or `"layer"`, as in the code of
+            RigL's authors.
+        distribution: With `"layer"`, how density is spread over layers, as in
+            `sparsify`.
+        densities: With `"layer"`, `{layer name: density}` of layers whose
+            density is given.
+        layers: Which layers to mask, as in `sparsify`.
+        seed: Seed of later random draws.
+
+    Returns:
+        A model of the same kind in which the chosen layers are `Masked`.
+
+    Raises:
+        ValueError: An argument is out of range, or the gradient of the batch
+            is not finite or zero everywhere.
+
+    Example:
+
+    >>> loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    >>> model = snip(model, 0.1, next(iter(train)), loss)
+    """
+    if scope not in ("global", "layer"):
+        raise ValueError(
+            f"scope must be 'global' or 'layer'. Received: scope={scope!r}."
+        )
+    if scope == "global" and densities is not None:
+        raise ValueError(
+            "With scope='global' one threshold decides every density. Pass "
+            f"scope='layer'. Received: densities={densities!r}."
+        )
+    chosen = chosen_layers(model, layers)
+    shapes = {name: tuple(layer.kernel.shape) for name, layer in chosen.items()}
+    solved = distributions.layer_densities(
+        shapes, density, distribution, densities=densities
+    )
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    total = round(density * sum(sizes.values()))
+    saliencies = _saliencies(model, chosen, batch, loss)
+    if scope == "global":
+        joined = tf.concat([tf.reshape(s, [-1]) for s in saliencies], axis=0)
+        kept = topology.select_highest(
+            joined, total, among=tf.ones_like(joined, tf.bool)
+        )
+        kept = np.split(kept.numpy(), np.cumsum(list(sizes.values()))[:-1])
+        masks = {
+            name: mask.reshape(shapes[name])
+            for name, mask in zip(sizes, kept, strict=True)
+        }
+    else:
+        if distribution == "uniform" and next(iter(sizes)) not in (
+            densities or {}
+        ):
+            # As in `sparsify`, the first layer is not masked at all.
+            del sizes[next(iter(sizes))]
+            total = round(density * sum(sizes.values()))
+        counts = distributions.layer_counts(sizes, solved, total)
+        masks = {
+            name: topology.select_highest(
+                saliency, counts[name], among=tf.ones_like(saliency, tf.bool)
+            ).numpy()
+            for name, saliency in zip(shapes, saliencies, strict=True)
+            if name in counts
+        }
+    return with_masks(model, masks, seed=seed)
+
+
+def _saliencies(model, chosen, batch, loss):
+    """Returns |w dL/dw| of each layer; changes nothing of the model."""
+    try:
+        inputs, targets = batch
+    except (TypeError, ValueError):
+        raise ValueError(
+            "batch must be (inputs, targets). Received: "
+            f"{type(batch).__name__}."
+        ) from None
+    kernels = [layer.kernel for layer in chosen.values()]
+    values = [tf.convert_to_tensor(kernel.value) for kernel in kernels]
+    with tf.GradientTape() as tape:
+        tape.watch(values)
+        mapping = list(zip(kernels, values, strict=True))
+        # What the pass would assign (batch statistics) stays in the scope.
+        with keras.StatelessScope(state_mapping=mapping):
+            outputs = model(inputs, training=True)
+            value = tf.reduce_mean(loss(targets, outputs))
+    gradients = tape.gradient(
+        value, values, unconnected_gradients=tf.UnconnectedGradients.ZERO
+    )
+    found = [
+        scores.saliency(value, gradient)
+        for value, gradient in zip(values, gradients, strict=True)
+    ]
+    if not all(bool(tf.reduce_all(tf.math.is_finite(s))) for s in found):
+        raise ValueError(
+            "SNIP cannot rank weights by a gradient that is NaN or infinite: "
+            f"the loss of the batch is {float(value)}."
+        )
+    if not any(bool(tf.reduce_any(s > 0)) for s in found):
+        raise ValueError(
+            "SNIP found no gradient: no weight changes the loss of the batch. "
+            "Check that the loss depends on the outputs of the model."
+        )
+    return found

@@ -1,0 +1,173 @@
+"""Moving density between layers: SNFS, RigL-SG and RigL-SM.
+
+What all layers drop in one update is shared out anew: a layer in which a
+connection is worth more, on average, grows more of them. Everything here is
+arithmetic on one number for each layer.
+"""
+
+from collections.abc import Sequence
+
+import tensorflow as tf
+
+from rigl_keras.conventions import ORIGINAL, Conventions
+
+__all__ = ["CRITERIA", "corrected", "grow_counts", "layer_mean", "shares"]
+
+CRITERIA = ("gradient", "momentum")
+
+_FULL = 0.99  # of its free entries, the most that a layer grows
+_ROUNDS = 1000  # in which the reproduction spreads what overflows
+
+
+def layer_mean(statistic: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
+    """Returns the mean magnitude over the active connections of one layer.
+
+    Dettmers and Zettlemoyer, 2020, section 3.2, with the momentum; the
+    report, section 6.2, with the gradient or the momentum. It is taken before
+    the drop.
+
+    Args:
+        statistic: Float tensor, the gradient or the momentum of a kernel.
+        mask: Tensor of zeros and ones of the same shape.
+
+    Returns:
+        float64 scalar, 0 where nothing is active.
+    """
+    active = tf.cast(mask, tf.float64)
+    total = tf.reduce_sum(tf.cast(tf.abs(statistic), tf.float64) * active)
+    return tf.math.divide_no_nan(total, tf.reduce_sum(active))
+
+
+def shares(values: Sequence) -> tf.Tensor:
+    """Returns each value over the sum of all.
+
+    Args:
+        values: One non-negative number for each layer.
+
+    Returns:
+        float64 vector that adds to 1; equal shares where every value is 0.
+    """
+    values = tf.cast(tf.stack(values), tf.float64)
+    total = tf.reduce_sum(values)
+    equal = tf.ones_like(values) / values.shape[0]
+    return tf.where(total > 0, tf.math.divide_no_nan(values, total), equal)
+
+
+def grow_counts(
+    shares: tf.Tensor,
+    dropped: tf.Tensor,
+    free: tf.Tensor,
+    *,
+    correction: float | tf.Tensor = 0.0,
+    conventions: Conventions = ORIGINAL,
+) -> tf.Tensor:
+    """Returns how many connections each layer grows.
+
+    1. Layer l is to grow q_l = share_l x (all connections dropped).
+    2. No layer grows more than c_l = 0.99 x its free entries. What exceeds
+       that is spread equally over the layers still open, until none is left:
+       layer l grows min(c_l, q_l + r), with r such that the sum is kept.
+    3. Counts are rounded so that as many grow as were dropped, exactly: down,
+       and those of largest remainder up.
+
+    Where the layers together have less room than that, they are filled to the
+    last entry. Dettmers and Zettlemoyer, 2020, section 3.2 and their code.
+
+    The reproduction (`redistribution_total="corrected"`) rounds each q_l on
+    its own, spreads over full layers as well, in at most 1000 rounds, and
+    truncates (core.py:285-346); `corrected` says how it makes up for the
+    connections that this loses or gains.
+
+    Args:
+        shares: Float vector, one for each layer, adding to 1.
+        dropped: Integer vector, what each layer has dropped.
+        free: Integer vector, the entries inactive after the drop.
+        correction: Connections added to the total, in the reproduction only.
+        conventions: `redistribution_total` decides.
+
+    Returns:
+        int32 vector. Each count is between 0 and `free`.
+
+    Example:
+
+    >>> grow_counts([0.5, 0.5], [6, 2], [100, 3]).numpy()  # the second is full
+    array([6, 2], dtype=int32)
+    """
+    shares = tf.cast(shares, tf.float64)
+    dropped = tf.cast(dropped, tf.float64)
+    free = tf.cast(free, tf.float64)
+    total = tf.reduce_sum(dropped)
+    if conventions.redistribution_total == "corrected":
+        return _as_reproduced(shares, total + correction, free)
+    caps = tf.floor(_FULL * free)
+    caps = tf.where(tf.reduce_sum(caps) < total, free, caps)
+    return _rounded(_spread(shares * total, caps), total, caps)
+
+
+def corrected(
+    correction: tf.Tensor, missing: tf.Tensor, mean_missing: tf.Tensor
+) -> tf.Tensor:
+    """Returns by how much the reproduction corrects its next update.
+
+        correction <- correction / 4 + 3/4 missing + mean of all missing
+
+    core.py:763-773 there.
+
+    Args:
+        correction: That of this update.
+        missing: Connections at the start of training less those after this
+            update.
+        mean_missing: Mean of `missing` over all updates so far.
+
+    Returns:
+        Float scalar, the correction of the next update.
+    """
+    return 0.25 * correction + 0.75 * missing + mean_missing
+
+
+def _spread(quotas, caps):
+    """Returns min(cap, quota + r), of the same sum as the quotas."""
+    total = tf.reduce_sum(quotas)
+
+    def spread(counts):
+        still_open = tf.cast(counts < caps, tf.float64)
+        excess = total - tf.reduce_sum(counts)
+        each = tf.math.divide_no_nan(excess, tf.reduce_sum(still_open))
+        return (tf.minimum(caps, counts + each * still_open),)
+
+    # Each round but the last fills a layer.
+    (counts,) = tf.while_loop(
+        lambda counts: tf.reduce_sum(counts) < total,
+        spread,
+        (tf.minimum(quotas, caps),),
+        maximum_iterations=caps.shape[0],
+    )
+    return counts
+
+
+def _rounded(counts, total, caps):
+    """Rounds by largest remainder; ties go to the earlier layer."""
+    down = tf.floor(counts)
+    remainders = tf.where(down < caps, counts - down, -1.0)
+    order = tf.argsort(remainders, direction="DESCENDING", stable=True)
+    place = tf.math.invert_permutation(order)
+    short = total - tf.reduce_sum(down)
+    up = tf.cast(tf.cast(place, tf.float64) < short, tf.float64)
+    return tf.cast(down + up, tf.int32)
+
+
+def _as_reproduced(shares, total, free):
+    caps = _FULL * free
+
+    def spread(counts, residual):
+        counts += residual / caps.shape[0]
+        kept = tf.where(counts > caps, caps, counts)
+        return kept, tf.reduce_sum(counts - kept)
+
+    counts, _ = tf.while_loop(
+        lambda counts, residual: residual > 0,
+        spread,
+        spread(tf.round(shares * total), tf.zeros([], tf.float64)),
+        maximum_iterations=_ROUNDS - 1,
+    )
+    return tf.cast(counts, tf.int32)

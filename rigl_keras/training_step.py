@@ -1,0 +1,521 @@
+"""Mask changes within the training step: of `fit`, or of a loop of one's own.
+
+A Keras callback sees neither batch nor gradient, so `StepUpdate` has its work
+done by the training step itself, where the optimizer would be applied. What
+changes, and when, its children say (`callbacks.py`).
+"""
+
+import contextlib
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import keras
+import tensorflow as tf
+
+from rigl_keras import optimizer_state
+from rigl_keras.conventions import ORIGINAL, Conventions
+from rigl_keras.layers import Masked, dense_gradients
+from rigl_keras.sparsify import masked_layers
+
+__all__ = ["StepUpdate"]
+
+_FETCH_EVERY = 64  # calls of the training function
+_RECORDED = 1024  # updates that the device remembers, at least
+
+
+class StepUpdate(keras.callbacks.Callback):
+    """Changes masks at some training steps. A method is a child of it.
+
+    At a step that `is_due`, the training step runs as always, with gradients
+    that are dense if `dense_gradients` says so, and where the optimizer would
+    be applied `change_masks` is called instead; this counts as an optimizer
+    step (Evci et al., 2020, arXiv:1911.11134, Algorithm 1). With
+    `update_replaces_step=False` the optimizer is applied first.
+
+    The step is `optimizer.iterations`, so that a resumed run needs no state
+    of the callback beyond its `variables`, which are none by default.
+
+    Logs, which History, the progress bar and TensorBoard show: `density` of
+    all masked weights, and `grown` (connections) at the last update.
+
+    Args:
+        conventions: Where the references differ.
+
+    Attributes:
+        dense_gradients: When the method needs gradients at inactive entries:
+            `"never"`, at its `"updates"` or `"always"`. It decides what
+            training costs (`flops.training_flops`).
+        variables: What must be saved for a run to resume exactly, beside the
+            model and its optimizer.
+        masked: The masked layers that are trained, once training begins.
+        optimizer: The optimizer that trains them.
+        trajectory: `[(step, counts)]`: the active connections of each masked
+            layer before the first step and after each update of this run.
+        name: The method as the report names it.
+
+    Raises:
+        ValueError: In `fit`, when the model has no masked layers, the run's
+            length is needed and unknown, or gradients are not finite.
+        UserWarning: No update falls into the run.
+    """
+
+    dense_gradients: Literal["never", "updates", "always"] = "updates"
+
+    def __init__(self, *, conventions: Conventions = ORIGINAL):
+        super().__init__()
+        if not isinstance(conventions, Conventions):
+            raise ValueError(
+                "conventions must be rigl_keras.ORIGINAL, rigl_keras.REPORT "
+                "or a Conventions of your own. Received: "
+                f"conventions={conventions!r}."
+            )
+        self.conventions = conventions
+
+    # What makes a method.
+
+    def is_due(self, step):
+        """Returns whether masks change at a step.
+
+        Args:
+            step: The optimizer step, an int or an integer tensor.
+
+        Returns:
+            A bool, or a bool tensor.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define is_due.")
+
+    def change_masks(
+        self,
+        optimizer: keras.Optimizer,
+        layers: list[Masked],
+        gradients: list[tf.Tensor],
+        step: tf.Tensor,
+    ) -> tf.Tensor:
+        """Changes every mask once.
+
+        Args:
+            optimizer: The optimizer that trains the model.
+            layers: The masked layers whose kernels have a gradient.
+            gradients: dL/d(masked kernel) of each, without regularisation.
+            step: The optimizer step, an int64 scalar.
+
+        Returns:
+            How many connections were grown, an integer scalar.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} must define change_masks."
+        )
+
+    def lengthened(self, factor: float) -> "StepUpdate":
+        """Returns this method for a run that is `factor` times as long.
+
+        The steps at which updates end scale; those at which they begin, and
+        from one to the next, do not (the report, section 5.1).
+
+        Args:
+            factor: Positive number.
+
+        Returns:
+            A callback of the same kind.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} must define lengthened."
+        )
+
+    def set_up(self) -> None:
+        """Is called when training begins, with `masked` and `optimizer` set."""
+
+    def plan(self, epoch: int, epochs: int | None, steps: int | None) -> None:
+        """Is told of the run, before its first step.
+
+        Args:
+            epoch: The epoch that begins.
+            epochs: The epoch to end before, or None where unknown.
+            steps: Steps in an epoch, or None where unknown.
+        """
+
+    def extra_logs(self) -> dict[str, tf.Tensor]:
+        """Returns what the method logs, beside `density` and `grown`."""
+        return {}
+
+    @property
+    def name(self) -> str:
+        return type(self).__name__
+
+    @property
+    def variables(self) -> list[tf.Variable]:
+        return []
+
+    # A loop of one's own.
+
+    def wrap(
+        self,
+        train_step: Callable,
+        *,
+        model: keras.Model,
+        optimizer: keras.Optimizer,
+    ) -> Callable:
+        """Returns a training step of a custom loop, with mask updates.
+
+        Args:
+            train_step: A function of the batch that calls the model within a
+                gradient tape and then `optimizer.apply`, or
+                `apply_gradients`. It is called twice as it is traced: for
+                ordinary steps and for updates.
+            model: The masked model that it trains.
+            optimizer: The optimizer that it applies.
+
+        Returns:
+            A function of the same arguments and results, to be called as it
+            is or in a `tf.function`.
+
+        Raises:
+            ValueError: The model has no masked layer, or the run's length is
+                needed: pass `end_step` to the method.
+
+        Example:
+
+        >>> train_step = tf.function(
+        ...     RigL(end_step=750).wrap(
+        ...         train_step, model=model, optimizer=optimizer))
+        >>> for x, y in batches:
+        ...     loss = train_step(x, y)
+        """
+        self._attach(model, optimizer)
+        self.plan(0, None, None)
+
+        def step_or_update(*args, **kwargs):
+            return self._step_or_update(
+                lambda: train_step(*args, **kwargs), optimizer
+            )
+
+        return step_or_update
+
+    def update(self, optimizer, gradients, variables, step) -> None:
+        """Changes every mask once, by the gradients of one batch.
+
+        Gradients that are not finite are refused: nothing changes.
+
+        Args:
+            optimizer: The optimizer that trains the model.
+            gradients: Gradients taken within `layers.dense_gradients()`, one
+                for each of `variables`.
+            variables: The variables they belong to; other variables than
+                masked kernels are left alone.
+            step: The optimizer step, an integer scalar.
+        """
+        of = {id(v): g for v, g in zip(variables, gradients, strict=True)}
+        layers = [m for m in self.masked if of.get(id(m.kernel)) is not None]
+        gradients = [
+            tf.convert_to_tensor(of[id(m.kernel)])
+            - _regularisation_gradient(m.kernel)
+            for m in layers
+        ]
+        finite = tf.reduce_all(
+            [tf.reduce_all(tf.math.is_finite(g)) for g in gradients]
+            + [tf.reduce_all(tf.math.is_finite(m.kernel.value)) for m in layers]
+        )
+
+        def change():
+            grown = self.change_masks(optimizer, layers, gradients, step)
+            counts = self._counts()
+            self._grown.assign(tf.cast(grown, tf.float32))
+            self._density.assign(self._density_of(counts))
+            row = tf.cond(
+                self._kept < self._record.shape[0],
+                lambda: self._kept.value(),
+                lambda: tf.constant(self._record.shape[0] - 1),
+            )
+            self._record.scatter_nd_update(
+                [[row]], [tf.concat([[step], counts], axis=0)]
+            )
+            self._kept.assign(row + 1)
+
+        def refuse():
+            self._refused_at.assign(step)
+
+        tf.cond(finite, change, refuse)
+
+    def set_kernel_and_mask(self, optimizer, layer, mask, grown) -> tf.Tensor:
+        """Gives a layer its new mask; what is new starts from nothing.
+
+        Weights outside the mask and newly grown ones become zero, and the
+        optimizer forgets what it remembered of them. With dense momentum it
+        remembers all (Dettmers and Zettlemoyer, 2020).
+
+        Args:
+            optimizer: The optimizer that trains the model.
+            layer: A masked layer.
+            mask: Bool tensor of the kernel's shape.
+            grown: Bool tensor of the kernel's shape, within `mask`.
+
+        Returns:
+            How many connections were grown, an integer scalar.
+        """
+        kernel = layer.kernel
+        before = layer.mask.value > 0
+        kernel.assign(
+            tf.where(mask & ~grown, kernel.value, tf.zeros_like(kernel.value))
+        )
+        if self.dense_gradients != "always":
+            # A connection that left and rejoined keeps its memory, even where
+            # the conventions zero its weight.
+            optimizer_state.forget(optimizer, kernel, keep=before & mask)
+        layer.mask.assign(tf.cast(mask, layer.mask.dtype))
+        return tf.math.count_nonzero(grown)
+
+    def fetch(self) -> None:
+        """Takes the record of updates from the device into `trajectory`.
+
+        `fit` does so by itself. A loop of one's own calls it now and then, at
+        least every 1,024 updates.
+
+        Raises:
+            ValueError: An update was refused.
+        """
+        kept = int(self._kept.numpy())
+        if kept:
+            rows = self._record.numpy()[:kept].tolist()
+            self.trajectory += [(step, tuple(counts)) for step, *counts in rows]
+            self._kept.assign(0)
+        step = int(self._refused_at.numpy())
+        if step >= 0:
+            raise ValueError(
+                f"{self.name} refused the update at step {step}: the gradient "
+                "of a masked kernel, or the kernel, was NaN or infinite, so "
+                "training has diverged. The masks are unchanged. Lower the "
+                "learning rate or clip gradients, and resume from a "
+                "checkpoint before this step."
+            )
+
+    # Keras calls these.
+
+    def on_train_begin(self, logs=None):
+        model = self.model
+        if model.optimizer is None:
+            raise ValueError(
+                f"{self.name} needs a compiled model: call model.compile first."
+            )
+        self._attach(model, model.optimizer)
+        if _installed(model) is not None:
+            raise ValueError(
+                "A model takes one mask update at a time. Received both "
+                f"{_installed(model).name} and {self.name}."
+            )
+        self._planned = False
+        self._calls = 0
+        self._install()
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if not self._planned:
+            self.plan(epoch, self.params.get("epochs"), self.params["steps"])
+            self._planned = True
+
+    def on_train_batch_end(self, batch, logs=None):
+        # Not every step: on a GPU the host would wait for it.
+        self._calls += 1
+        if self._calls % _FETCH_EVERY == 0:
+            self.fetch()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.fetch()
+
+    def on_train_end(self, logs=None):
+        self._uninstall()
+
+    # The model's own step, exchanged while `fit` runs.
+
+    def _attach(self, model, optimizer):
+        """Finds what there is to train and makes room for its records."""
+        self.masked = [m for m in masked_layers(model) if m.trainable]
+        if not self.masked:
+            raise ValueError(
+                f"{self.name} found no masked layer to train in model "
+                f"{model.name!r}. Call model = rigl_keras.sparsify(model, "
+                "density) before compile."
+            )
+        _check_set_up(self.name, model, optimizer)
+        if not optimizer.built:
+            optimizer.build(model.trainable_variables)
+        self.optimizer = optimizer_state.innermost(optimizer)
+        counts = self._counts()
+        self.trajectory = [
+            (int(optimizer.iterations), tuple(counts.numpy().tolist()))
+        ]
+        executed = getattr(model, "steps_per_execution", 1)
+        rows = max(_RECORDED, _FETCH_EVERY * executed)
+        self._record = tf.Variable(
+            tf.zeros([rows, 1 + len(self.masked)], tf.int64), trainable=False
+        )
+        self._kept = tf.Variable(0, trainable=False)
+        self._density = tf.Variable(self._density_of(counts), trainable=False)
+        self._grown = tf.Variable(0.0, trainable=False)
+        self._refused_at = tf.Variable(-1, trainable=False, dtype=tf.int64)
+        self.set_up()
+
+    def _install(self):
+        model, train_step = self.model, self.model.train_step
+        make_train_function = model.make_train_function
+        self._replaced = {
+            name: vars(model).get(name)
+            for name in ("train_step", "make_train_function")
+        }
+
+        def with_updates(data):
+            logs = self._step_or_update(
+                lambda: train_step(data), model.optimizer
+            )
+            return {
+                **logs,
+                "density": self._density.value(),
+                "grown": self._grown.value(),
+                **self.extra_logs(),
+            }
+
+        with_updates.mask_update = self
+        model.train_step = with_updates
+        make_train_function(force=True)
+
+        def next_fit(force=False):
+            # `fit` asks for its function before it calls any callback: an
+            # earlier `fit` must have been cut off before `on_train_end`.
+            self._uninstall()
+            return make_train_function(force=force)
+
+        model.make_train_function = next_fit
+
+    def _uninstall(self):
+        for name, own in self._replaced.items():
+            if own is None:
+                delattr(self.model, name)
+            else:
+                setattr(self.model, name, own)
+        self.model.train_function = None
+
+    def _counts(self):
+        return tf.stack(
+            [tf.math.count_nonzero(m.mask.value) for m in self.masked]
+        )
+
+    def _density_of(self, counts):
+        weights = sum(math.prod(m.mask.shape) for m in self.masked)
+        return tf.cast(tf.reduce_sum(counts) / weights, tf.float32)
+
+    # In the graph.
+
+    def _step_or_update(self, train_step, optimizer):
+        """Runs a training step, or an update in place of its optimizer."""
+        step = tf.cast(optimizer.iterations, tf.int64)
+
+        def ordinary():
+            if self.dense_gradients != "always":
+                return _tensors(train_step())
+            with dense_gradients():
+                return _tensors(train_step())
+
+        return tf.cond(
+            self.is_due(step),
+            lambda: self._update_step(train_step, optimizer, step),
+            ordinary,
+        )
+
+    def _update_step(self, train_step, optimizer, step):
+        optimizer = optimizer_state.innermost(optimizer)
+        apply = optimizer.apply
+        applied = []
+
+        def update_instead(gradients, trainable_variables=None):
+            applied.append(True)
+            variables = trainable_variables or optimizer._trainable_variables
+            if self.conventions.update_replaces_step:
+                self.update(optimizer, gradients, variables, step)
+                optimizer._iterations.assign_add(1)
+                return
+            masks = {id(m.kernel): m.mask.value for m in self.masked}
+            if self.dense_gradients == "always":
+                masks = {}
+            sparse = [
+                g * masks[id(v)] if id(v) in masks else g
+                for g, v in zip(gradients, variables, strict=True)
+            ]
+            apply(sparse, variables)
+            self.update(optimizer, gradients, variables, step)
+
+        with dense_gradients(), _applying(optimizer, update_instead):
+            outputs = _tensors(train_step())
+        if not applied:
+            raise ValueError(
+                f"{self.name} takes the place of optimizer.apply, which this "
+                "training step never calls. Pass the optimizer that it applies."
+            )
+        return outputs
+
+
+@contextlib.contextmanager
+def _applying(optimizer, action) -> Iterator[None]:
+    """Within the context, `optimizer.apply` is `action`."""
+    optimizer.apply = action
+    try:
+        yield
+    finally:
+        del optimizer.apply
+
+
+def _regularisation_gradient(kernel):
+    """Returns the gradient of a kernel's own penalty, or 0 without one."""
+    if kernel.regularizer is None:
+        return 0.0
+    value = tf.convert_to_tensor(kernel.value)
+    with tf.GradientTape() as tape:
+        tape.watch(value)
+        penalty = kernel.regularizer(value)
+    return tape.gradient(
+        penalty, value, unconnected_gradients=tf.UnconnectedGradients.ZERO
+    )
+
+
+def _tensors(logs):
+    return tf.nest.map_structure(
+        lambda x: x if x is None else tf.convert_to_tensor(x), logs
+    )
+
+
+def _installed(model):
+    """Returns the callback whose updates a model's training step runs."""
+    return getattr(model.train_step, "mask_update", None)
+
+
+def _check_set_up(method, model, optimizer):
+    for part in (optimizer, optimizer_state.innermost(optimizer)):
+        steps = part.gradient_accumulation_steps
+        if steps:
+            raise ValueError(
+                f"{method} does not support gradient accumulation yet: its "
+                f"growth gradient would be that of the last of {steps} "
+                "micro-batches. Use a larger batch, or "
+                "gradient_accumulation_steps=None."
+            )
+    strategy = getattr(model, "distribute_strategy", None)
+    if strategy is not None and strategy.num_replicas_in_sync > 1:
+        raise ValueError(
+            f"{method} does not run under {type(strategy).__name__} yet: train "
+            "on one device."
+        )
+
+
+def warn_of_no_update(method: str, steps: int, first: int, rule: str) -> None:
+    """Warns that masks will not change in a run.
+
+    Args:
+        method: Name of the method.
+        steps: Steps of the run.
+        first: Its first step.
+        rule: When updates come, in words.
+    """
+    warnings.warn(
+        f"{method} plans 0 updates in the {steps} steps of this run from step "
+        f"{first} on: {rule}. The masks will not change.",
+        stacklevel=4,
+    )
