@@ -56,7 +56,7 @@ from rigl_keras.callbacks import (  # noqa: E402
 )
 from rigl_keras.conventions import ORIGINAL, REPORT, Conventions  # noqa: E402
 from rigl_keras.export import export  # noqa: E402
-from rigl_keras.flops import count  # noqa: E402
+from rigl_keras.flops import count, training_flops  # noqa: E402
 from rigl_keras.layers import Masked, dense_gradients  # noqa: E402
 from rigl_keras.schedules import SparsityRamp  # noqa: E402
 from rigl_keras.sparsify import (  # noqa: E402
@@ -96,5 +96,6 @@ __all__ = [
     "sparsify",
     "strip",
     "topology",
+    "training_flops",
     "with_masks",
 ]

@@ -7,7 +7,7 @@ happen to be zero, so that freshly grown connections count.
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import keras
 import numpy as np
@@ -21,7 +21,14 @@ from rigl_keras.sparsify import (
     leaf_layers,
 )
 
-__all__ = ["CONVENTIONS", "Count", "LayerCount", "count", "training_flops"]
+__all__ = [
+    "CONVENTIONS",
+    "Count",
+    "LayerCount",
+    "count",
+    "training_curve",
+    "training_flops",
+]
 
 CONVENTIONS = ("micronet", "macs")
 
@@ -39,9 +46,9 @@ class LayerCount:
         nonzeros: Trainable parameters that the mask keeps.
         density: Fraction of the kernel that the mask keeps.
         masked: Whether the layer has a mask.
-        positions: How many times a kernel is applied to one sample: the
-            number of output positions.
-        biased: Whether a bias is added at each position.
+        positions: How many times a kernel is applied to one sample: for a
+            convolution, the number of output positions.
+        bias_additions: What a bias costs at each position, 0 without one.
         convention: How FLOPs are counted.
     """
 
@@ -52,7 +59,7 @@ class LayerCount:
     density: float
     masked: bool
     positions: int
-    biased: bool
+    bias_additions: int
     convention: str
 
     @property
@@ -78,7 +85,7 @@ class LayerCount:
         macs = density * math.prod(self.shape) * self.positions
         if self.convention == "macs":
             return macs
-        return 2 * macs + self.biased * self.shape[-2] * self.positions
+        return 2 * macs + self.bias_additions * self.positions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,6 +103,9 @@ class Count:
         bits: Size of the trainable parameters: 32 bits for each that
             remains, and one bit for each entry of a mask that is not all
             ones.
+        csr_bits: The same with each such kernel as compressed sparse rows
+            instead, a row for each output channel: a column index of 32 bits
+            for each weight that remains, and rows + 1 row pointers of 32 bits.
         layers: A `LayerCount` for each counted layer.
         uncounted: Names and types of layers with weights whose FLOPs are not
             counted.
@@ -108,6 +118,7 @@ class Count:
     inference_flops: float
     dense_inference_flops: float
     bits: int
+    csr_bits: int
     layers: tuple[LayerCount, ...]
     uncounted: tuple[tuple[str, str], ...]
     convention: str
@@ -139,8 +150,12 @@ class Count:
         lines = aligned(rows)
         lines.append(
             f"{self.nonzeros:,} of {self.parameters:,} trainable parameters, "
-            f"{self.bits / 8e6:.2f} MB of {self.parameters * _BITS / 8e6:.2f}, "
             f"FLOPs for one sample ({self.convention})"
+        )
+        lines.append(
+            f"{self.bits / 8e6:.2f} MB as bitmask and values, "
+            f"{self.csr_bits / 8e6:.2f} MB as CSR, "
+            f"{self.parameters * _BITS / 8e6:.2f} MB dense"
         )
         if self.uncounted:
             names = ", ".join(f"{n} ({kind})" for n, kind in self.uncounted)
@@ -151,8 +166,9 @@ class Count:
 def count(model: keras.Model, *, convention: str = "micronet") -> Count:
     """Returns the parameters, FLOPs and bits of a model.
 
-    A kernel of which n weights remain and that is applied at P positions
-    costs
+    A kernel of which n weights remain and that is applied at P positions (the
+    output positions of a convolution; for an einsum, the product of all axes
+    but the batch that the kernel does not have) costs
 
         macs:     n P
         micronet: 2 n P, and P x (input channels) for a bias
@@ -217,13 +233,15 @@ def count(model: keras.Model, *, convention: str = "micronet") -> Count:
     }
     parameters = sum(math.prod(v.shape) for v in trained.values())
     masked = [
-        (math.prod(leaf.mask.shape), int(np.sum(leaf.mask.numpy())))
+        (leaf.mask.shape, int(np.sum(leaf.mask.numpy())))
         for leaf in leaves
         if isinstance(leaf, Masked)
     ]
-    removed = sum(size - ones for size, ones in masked)
-    weights = sum(size for size, _ in masked)
-    bitmasks = sum(size for size, ones in masked if ones < size)
+    weights = sum(math.prod(shape) for shape, _ in masked)
+    removed = weights - sum(ones for _, ones in masked)
+    sparse = [(s, ones) for s, ones in masked if ones < math.prod(s)]
+    bitmasks = sum(math.prod(shape) for shape, _ in sparse)
+    indices = sum(ones + shape[-1] + 1 for shape, ones in sparse)
     return Count(
         parameters=parameters,
         nonzeros=parameters - removed,
@@ -233,6 +251,7 @@ def count(model: keras.Model, *, convention: str = "micronet") -> Count:
             layer.dense_inference_flops for layer in layers
         ),
         bits=_BITS * (parameters - removed) + bitmasks,
+        csr_bits=_BITS * (parameters - removed + indices),
         layers=layers,
         uncounted=tuple(
             (leaf.name, type(leaf).__name__)
@@ -256,18 +275,23 @@ def training_flops(
     With f_s and f_d the forward cost of the sparse and the dense model, the
     backward pass costing twice the forward pass, and an update every T steps:
 
-        dense:       3 f_d
-        static, SET: 3 f_s
-        RigL:        (3 f_s T + 2 f_s + f_d) / (T + 1)
+        dense:                            3 f_d
+        static, SET, SNIP, small-dense:   3 f_s
+        RigL, RigL-SG, RigL-SM:           (3 f_s T + 2 f_s + f_d) / (T + 1)
+        SNFS, magnitude pruning:          2 f_s + f_d
 
     Evci et al., 2020, section 3 and appendix H, which count an update beside
-    the T steps that it follows.
+    the T steps that it follows; pruning and SNFS as in the reproduction
+    (counting/inference_train_FLOPs.py). Where f_s changes during training it
+    stands for the mean over the steps; `training_curve` takes it from the
+    masks of a run.
 
     Args:
-        method: `"dense"`, `"static"`, `"set"` or `"rigl"`, in any case.
+        method: Name of the method, as a callback's `name` or class name has
+            it, in any case.
         sparse_flops: f_s for one sample.
         dense_flops: f_d for one sample.
-        frequency: T, for RigL.
+        frequency: T, for RigL and its variants.
 
     Returns:
         FLOPs for one sample.
@@ -280,23 +304,121 @@ def training_flops(
     >>> training_flops("rigl", sparse_flops=1, dense_flops=5, frequency=1)
     5.0
     """
-    name = method.lower()
+    name = method.lower().replace("_", "").replace("-", "")
+    if name not in _GRADIENTS:
+        raise ValueError(
+            f"method must be one of {', '.join(_GRADIENTS)}. Received: "
+            f"method={method!r}. For a method of your own, training_curve "
+            "counts from its masks."
+        )
+    gradients = _GRADIENTS[name]
+    if gradients == "updates" and (not frequency or frequency < 1):
+        raise ValueError(
+            f"{method}'s training FLOPs need the steps between updates. "
+            f"Received: frequency={frequency!r}."
+        )
     if name == "dense":
         return 3 * dense_flops
-    if name in ("static", "set"):
-        return 3 * sparse_flops
-    if name != "rigl":
+    sparse, dense = 3 * sparse_flops, 2 * sparse_flops + dense_flops
+    if gradients == "never":
+        return sparse
+    if gradients == "always":
+        return dense
+    return (sparse * frequency + dense) / (frequency + 1)
+
+
+# When a method's closed form has dense gradients.
+_GRADIENTS = {
+    "dense": "always",
+    "static": "never",
+    "smalldense": "never",
+    "snip": "never",
+    "set": "never",
+    "setsg": "never",
+    "setsm": "never",
+    "rigl": "updates",
+    "riglsg": "updates",
+    "riglsm": "updates",
+    "snfs": "always",
+    "magnitudepruning": "always",
+}
+
+
+def training_curve(
+    cost: Count,
+    trajectory: Sequence[tuple[int, Mapping[str, int]]],
+    *,
+    steps: int,
+    dense_gradients: str,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns what each step of a run cost, by the masks that it really had.
+
+    A step t with masks whose forward cost is f_s(t) costs 3 f_s(t), or
+    2 f_s(t) + f_d where it needed gradients at inactive entries. The masks of
+    an update hold from the step after it.
+
+    Args:
+        cost: The `count` of the model, before or after training.
+        trajectory: `[(step, {layer: connections})]`: the active connections
+            of each masked layer, at the first step and after each update.
+        steps: How many steps the run has from the first on.
+        dense_gradients: When the method needs dense gradients: `"never"`, at
+            its `"updates"` or `"always"` (a callback's attribute of this
+            name).
+
+    Returns:
+        `(inference, training)`, two float64 vectors of length `steps`: FLOPs
+        for one sample, forward and in training. The mean of the second is the
+        cost of the run.
+
+    Raises:
+        ValueError: The trajectory is empty, out of order or of other layers.
+
+    Example:
+
+    >>> _, training = training_curve(
+    ...     cost, [(0, {"conv1": 43})], steps=100, dense_gradients="never")
+    """
+    if dense_gradients not in ("never", "updates", "always"):
         raise ValueError(
-            "method must be 'dense', 'static', 'set' or 'rigl'. Received: "
-            f"method={method!r}."
+            "dense_gradients must be 'never', 'updates' or 'always'. "
+            f"Received: dense_gradients={dense_gradients!r}."
         )
-    if not frequency or frequency < 1:
+    if not trajectory:
         raise ValueError(
-            "RigL's training FLOPs need the steps between updates. Received: "
-            f"frequency={frequency!r}."
+            "A trajectory begins with the masks of the first step. Received "
+            "an empty one."
         )
-    update = 2 * sparse_flops + dense_flops
-    return (3 * sparse_flops * frequency + update) / (frequency + 1)
+    updates = [step for step, _ in trajectory]
+    if any(a >= b for a, b in zip(updates[1:], updates[2:], strict=False)):
+        raise ValueError(
+            f"The steps of a trajectory must increase. Received: {updates}."
+        )
+    layers = {layer.name: layer for layer in cost.layers}
+    unknown = {n for _, counts in trajectory for n in counts} - set(layers)
+    if unknown:
+        raise ValueError(
+            f"The trajectory has layers that the model has not: {unknown}."
+        )
+    first = updates[0]
+    inference = np.empty(steps)
+    dense = np.full(steps, dense_gradients == "always")
+    for i, (step, counts) in enumerate(trajectory):
+        start = 0 if i == 0 else step + 1 - first
+        inference[start:] = sum(
+            layer.flops_at(
+                counts[name] / math.prod(layer.shape)
+                if name in counts
+                else layer.density
+            )
+            for name, layer in layers.items()
+        )
+        if i and dense_gradients == "updates":
+            dense[step - first] = True
+    training = np.where(
+        dense, 2 * inference + cost.dense_inference_flops, 3 * inference
+    )
+    return inference, training
 
 
 def _count_layer(leaf, positions, convention):
@@ -305,7 +427,7 @@ def _count_layer(leaf, positions, convention):
     size = math.prod(shape)
     masked = isinstance(leaf, Masked)
     ones = int(np.sum(leaf.mask.numpy())) if masked else size
-    bias = math.prod(plain.bias.shape) if plain.use_bias else 0
+    bias = 0 if plain.bias is None else math.prod(plain.bias.shape)
     return LayerCount(
         name=leaf.name,
         shape=shape,
@@ -314,7 +436,7 @@ def _count_layer(leaf, positions, convention):
         density=ones / size,
         masked=masked,
         positions=positions,
-        biased=plain.use_bias,
+        bias_additions=shape[-2] if bias else 0,
         convention=convention,
     )
 
@@ -341,25 +463,49 @@ def _positions(model, leaves) -> dict[int, int]:
         tf.function(trace).get_concrete_function(specs)
     for part, before in losses:
         part._losses[:] = before
-    positions = {}
-    for leaf in leaves:
-        plain = _plain(leaf)
-        first = getattr(plain, "data_format", "channels_last").endswith("first")
-        positions[id(leaf)] = sum(
-            math.prod(shape[2:] if first else shape[1:-1])
-            for shape in shapes[id(leaf)]
+    return {
+        id(leaf): sum(
+            _applied(_plain(leaf), *call) for call in shapes[id(leaf)]
         )
-    return positions
+        for leaf in leaves
+    }
+
+
+def _applied(layer, inputs, outputs) -> int:
+    """Returns how often a call on one sample applies a layer's kernel."""
+    if isinstance(layer, keras.layers.EinsumDense):
+        return _applied_in_einsum(layer.equation, inputs, outputs)
+    first = getattr(layer, "data_format", "channels_last").endswith("first")
+    return math.prod(outputs[2:] if first else outputs[1:-1])
+
+
+def _applied_in_einsum(equation, inputs, outputs) -> int:
+    """Returns the product of all axes that an einsum's kernel does not have.
+
+    >>> _applied_in_einsum("abc,cd->abd", (1, 7, 5), (1, 7, 3))
+    7
+    """
+    terms, of_outputs = equation.replace(" ", "").split("->")
+    of_inputs, of_kernel = terms.split(",")
+    sizes = {}
+    for labels, shape in ((of_inputs, inputs), (of_outputs, outputs)):
+        named = len(labels.replace("...", ""))
+        # An ellipsis stands for axes that the kernel has not.
+        rest = [f"axis {i}" for i in range(len(shape) - named)]
+        before, _, after = labels.partition("...")
+        axes = [*before, *(rest if "..." in labels else []), *after]
+        sizes.update(zip(axes, shape, strict=True))
+    return math.prod(n for axis, n in sizes.items() if axis not in of_kernel)
 
 
 @contextlib.contextmanager
 def _recording(leaf, shapes) -> Iterator[None]:
-    """Within the context, appends the shape of each output of a layer."""
+    """Within the context, appends the shapes that each call has and makes."""
     call = leaf.call
 
-    def recorded(*args, **kwargs):
-        outputs = call(*args, **kwargs)
-        shapes.append(tuple(outputs.shape))
+    def recorded(inputs, *args, **kwargs):
+        outputs = call(inputs, *args, **kwargs)
+        shapes.append((tuple(inputs.shape), tuple(outputs.shape)))
         return outputs
 
     leaf.call = recorded

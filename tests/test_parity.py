@@ -20,13 +20,20 @@ DATA = pathlib.Path(__file__).parent / "data"
 
 def keras_name(name):
     """Returns our name of a layer from the name of its PyTorch weight."""
-    if name == "conv1.weight":
+    if name in ("conv1.weight", "conv1.0.weight"):
         return "conv1"
     if name == "fc.weight":
         return "classifier"
-    stage, _, block, layer, _ = name.split(".")
-    layer = {"convShortcut": "shortcut"}.get(layer, layer)
-    return f"{stage}_{block}_{layer}"
+    parts = name.split(".")
+    if parts[0].startswith("block"):  # block2.layer.0.convShortcut.weight
+        stage, _, block, layer, _ = parts
+        layer = {"convShortcut": "shortcut"}.get(layer, layer)
+        return f"{stage}_{block}_{layer}"
+    # conv3_x.0.residual_function.3.weight: a block's first, fourth and
+    # seventh part are convolutions.
+    stage, block, path, place, _ = parts
+    layer = "shortcut" if path == "shortcut" else f"conv{int(place) // 3 + 1}"
+    return f"{stage.removesuffix('_x')}_{block}_{layer}"
 
 
 def to_keras(weight):
@@ -36,18 +43,24 @@ def to_keras(weight):
     return weight.T
 
 
-@pytest.fixture(scope="module")
-def published():
-    data = json.loads((DATA / "densities_and_flops.json").read_text())
-    return data["wrn-22-2"]
+PUBLISHED = json.loads((DATA / "densities_and_flops.json").read_text())
+MODELS = {
+    "wrn-22-2": lambda: rigl_keras.models.wide_resnet(22, 2),
+    "resnet50-cifar100": lambda: rigl_keras.models.resnet50(100),
+}
+CASES = [
+    (model, density)
+    for model in MODELS
+    for density in PUBLISHED[model]["densities"]
+]
 
 
 @pytest.fixture(scope="module")
-def dense_count():
-    return rigl_keras.count(rigl_keras.models.wide_resnet(22, 2))
+def dense_counts():
+    return {name: rigl_keras.count(make()) for name, make in MODELS.items()}
 
 
-@pytest.mark.parametrize("density", ["0.05", "0.1", "0.2", "0.5"])
+@pytest.mark.parametrize("model, density", CASES)
 @pytest.mark.parametrize(
     "ours, theirs",
     [
@@ -56,33 +69,80 @@ def dense_count():
         ("erdos_renyi_kernel", "erdos-renyi-kernel"),
     ],
 )
-def test_layer_densities_and_flops(
-    published, dense_count, density, ours, theirs
-):
-    want = published["densities"][density][theirs]
-    shapes = {layer.name: layer.shape for layer in dense_count.layers}
+def test_layer_densities_and_flops(dense_counts, model, density, ours, theirs):
+    want = PUBLISHED[model]["densities"][density][theirs]
+    dense = dense_counts[model]
+    shapes = {layer.name: layer.shape for layer in dense.layers}
+    wanted = {keras_name(n): d for n, d in want["layer_density"].items()}
     for conventions, tolerance in ((REPORT, 1e-9), (ORIGINAL, 1e-3)):
         got = rigl_keras.distributions.layer_densities(
             shapes, float(density), ours, conventions=conventions
         )
-        wanted = {keras_name(n): d for n, d in want["layer_density"].items()}
         assert got.keys() == wanted.keys()
         for name, value in wanted.items():
             assert got[name] == pytest.approx(value, rel=tolerance)
-        if conventions is REPORT:
-            flops = sum(
-                layer.flops_at(got[layer.name]) for layer in dense_count.layers
-            )
-            assert flops == pytest.approx(want["inference_flops"], rel=1e-9)
-            assert flops / dense_count.dense_inference_flops == pytest.approx(
-                want["inference_ratio"], rel=1e-9
-            )
+    got = rigl_keras.distributions.layer_densities(
+        shapes, float(density), ours, conventions=REPORT
+    )
+    flops = sum(layer.flops_at(got[layer.name]) for layer in dense.layers)
+    dense_flops = dense.inference_flops
+    assert flops == pytest.approx(want["inference_flops"], rel=1e-6)
+    assert flops / dense_flops == pytest.approx(
+        want["inference_ratio"], rel=1e-6
+    )
+    for method, ratio in want["train_ratio"].items():
+        cost = rigl_keras.training_flops(
+            method.removesuffix("_at_init"),
+            sparse_flops=flops,
+            dense_flops=dense_flops,
+            frequency=100,
+        )
+        assert cost / (3 * dense_flops) == pytest.approx(ratio, rel=1e-6)
 
 
-def test_dense_model(published, dense_count):
-    assert dense_count.parameters == published["total_params"] == 1_079_642
-    assert dense_count.inference_flops == published["dense_flops"]
-    assert dense_count.inference_flops == 315_460_224
+@pytest.mark.parametrize("model, density", CASES)
+def test_pruning_flops(dense_counts, model, density):
+    """Of the reproduction's schedule, in its closed form."""
+    want = PUBLISHED[model]["densities"][density]["pruning"]
+    schedule = want["schedule"]
+    ramp = rigl_keras.SparsityRamp(
+        final_density=float(density),
+        begin_step=schedule["T_start"],
+        end_step=schedule["T_max"],
+    )
+    steps = np.arange(schedule["total_steps"])
+    mean_density = float(np.mean(1 - ramp.sparsity(steps)))
+    assert mean_density == pytest.approx(want["inference_ratio"], rel=1e-6)
+    dense_flops = dense_counts[model].inference_flops
+    cost = rigl_keras.training_flops(
+        "MagnitudePruning",
+        sparse_flops=mean_density * dense_flops,
+        dense_flops=dense_flops,
+    )
+    assert cost / (3 * dense_flops) == pytest.approx(
+        want["train_ratio"], rel=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    "model, parameters, flops",
+    [
+        ("wrn-22-2", 1_079_642, 315_460_224),
+        ("resnet50-cifar100", 23_705_252, 2_596_030_464),
+    ],
+)
+def test_dense_model(dense_counts, model, parameters, flops):
+    assert dense_counts[model].parameters == parameters
+    assert PUBLISHED[model]["total_params"] == parameters
+    assert dense_counts[model].inference_flops == flops
+    assert PUBLISHED[model]["dense_flops"] == flops
+    # In the order of the network, which a uniform distribution needs.
+    order = [keras_name(layer["name"]) for layer in PUBLISHED[model]["layers"]]
+    ours = {layer.name: layer.shape for layer in dense_counts[model].layers}
+    assert set(order) == set(ours) and order[0] == next(iter(ours))
+    for layer in PUBLISHED[model]["layers"]:
+        shape = np.zeros(layer["shape"])
+        assert ours[keras_name(layer["name"])] == to_keras(shape).shape
 
 
 @pytest.mark.parametrize(
@@ -96,8 +156,10 @@ def test_dense_model(published, dense_count):
         (ORIGINAL, 0.2, 75.607675),
     ],
 )
-def test_erk_scale_of_both_references(dense_count, ours, density, epsilon):
-    shapes = {layer.name: layer.shape for layer in dense_count.layers}
+def test_erk_scale_of_both_references(dense_counts, ours, density, epsilon):
+    shapes = {
+        layer.name: layer.shape for layer in dense_counts["wrn-22-2"].layers
+    }
     got = rigl_keras.distributions.layer_densities(
         shapes, density, "erk", conventions=ours
     )
@@ -134,6 +196,7 @@ def replay(trace, method):
         weight_decay=meta["weight_decay"],
     )
     distribution = {
+        "random": "uniform",
         "erdos-renyi": "erdos_renyi",
         "erdos-renyi-kernel": "erdos_renyi_kernel",
     }[meta["sparse_init"]]
@@ -143,6 +206,7 @@ def replay(trace, method):
     for key in trace.files:
         kind, _, name = key.partition("/")
         if kind == "init" and trace[key].ndim > 1:
+            # Of one that is not masked, too.
             layer = model.get_layer(keras_name(name))
             layer.kernel.assign(to_keras(trace[key]))
         elif kind == "mask0":
@@ -185,30 +249,63 @@ def floatx(request):
     keras.config.set_dtype_policy("float32")
 
 
-def rigl(meta):
-    return [
-        rigl_keras.RigL(
-            frequency=meta["interval"],
-            drop_fraction=meta["prune_rate"],
-            end_step=meta["end"],
-            conventions=REPORT,
-        )
-    ]
+def updates(kind, redistribution):
+    """Returns what makes the callback of a trace."""
+
+    def method(meta):
+        return [
+            kind(
+                frequency=meta["interval"],
+                drop_fraction=meta["prune_rate"],
+                end_step=meta["end"],
+                redistribution=redistribution,
+                conventions=REPORT,
+            )
+        ]
+
+    return method
 
 
-@pytest.mark.parametrize(
-    "name, method, drift",
-    [("static", lambda meta: [], 0.2), ("rigl_erk", rigl, 1e-4)],
-)
-def test_trace(name, method, drift, floatx):
+def pruning(meta):
+    # The cubic whose finite differences are the trace's drop fractions.
+    ramp = rigl_keras.SparsityRamp(
+        final_density=0.2,
+        begin_step=2,
+        end_step=meta["end"],
+        frequency=meta["interval"],
+    )
+    at = [float(ramp.sparsity(s - 1)) for s in meta["update_steps"]]
+    assert at[:2] == pytest.approx(meta["drop_fractions"][:2])
+    return [rigl_keras.MagnitudePruning(ramp, conventions=REPORT)]
+
+
+# Distance of the final weights, over their norm. `static` runs at half the
+# density and drifts furthest.
+DRIFT = {name: 1e-4 for name in ("rigl_erk", "rigl_sm", "rigl_sg", "snfs")}
+DRIFT |= {"static": 0.2, "pruning": 0.05}
+
+# The method, and the float type in which ours meets no ReLU input within
+# rounding of zero on whose side it and the reproduction's float32 differ: there
+# every mask entry agrees.
+TRACES = {
+    "static": (lambda meta: [], "float32"),
+    "rigl_erk": (updates(rigl_keras.RigL, None), "float64"),
+    "rigl_sg": (updates(rigl_keras.RigL, "gradient"), "float32"),
+    "rigl_sm": (updates(rigl_keras.RigL, "momentum"), "float64"),
+    "snfs": (updates(rigl_keras.SNFS, "momentum"), "float32"),
+    "pruning": (pruning, "float32"),
+}
+
+
+@pytest.mark.parametrize("name", TRACES)
+def test_trace(name, floatx):
     """The library's own model, callback and fit repeat the reproduction.
 
-    A ReLU input within rounding of zero makes two float32 runs drift apart at
-    this learning rate; theirs is float32 too. In float64 ours meets no such
-    input that theirs does not in `rigl_erk`: every mask entry agrees, and the
-    final weights do to `drift`. In float32 ours does at the first step, so
-    that only losses are compared.
+    At this learning rate two runs of different rounding drift apart once a
+    ReLU input changes side. In `rigl_erk` and `rigl_sm` float32 does so in the
+    first batch, so that masks agree to 98 % only; everywhere else to 99 %.
     """
+    method, closest = TRACES[name]
     with np.load(DATA / f"trace_{name}.npz") as trace:
         meta, record, model = replay(trace, method)
         assert len(record.losses) == meta["steps"]
@@ -219,21 +316,31 @@ def test_trace(name, method, drift, floatx):
             atol=1e-5,
         )
         np.testing.assert_allclose(record.losses, meta["losses"], atol=1e-2)
-        if floatx == "float32":
-            return
+        assert [f"mask@{s}" for s in meta["update_steps"]] == sorted(
+            {key.partition("/")[0] for key in trace.files if "@" in key},
+            key=lambda kind: int(kind.removeprefix("mask@")),
+        )
         for step in meta["update_steps"]:
+            ours, theirs = [], []
             for key in trace.files:
                 kind, _, weight = key.partition("/")
                 if kind == f"mask@{step}":
-                    np.testing.assert_array_equal(
-                        record.masks[step][keras_name(weight)],
-                        to_keras(trace[key]),
-                    )
-        for key in trace.files:
-            kind, _, weight = key.partition("/")
-            if kind == "final" and trace[key].ndim > 1:
-                ours = model.get_layer(keras_name(weight)).kernel.numpy()
-                theirs = to_keras(trace[key])
-                assert np.linalg.norm(ours - theirs) < drift * np.linalg.norm(
-                    theirs
-                )
+                    mask = record.masks[step][keras_name(weight)]
+                    ours.append(mask.ravel())
+                    theirs.append(to_keras(trace[key]).ravel())
+            ours, theirs = np.concatenate(ours), np.concatenate(theirs)
+            assert ours.sum() == pytest.approx(theirs.sum(), rel=1e-3)
+            equal = np.mean(ours == theirs)
+            drifting = name in ("rigl_erk", "rigl_sm") and floatx == "float32"
+            assert equal >= (0.98 if drifting else 0.99)
+            if floatx == closest and name != "pruning":
+                # Theirs searches a threshold to within 1e-6 of the count.
+                assert equal == 1
+        if floatx == closest:
+            for key in trace.files:
+                kind, _, weight = key.partition("/")
+                if kind == "final" and trace[key].ndim > 1:
+                    layer = model.get_layer(keras_name(weight))
+                    ours, theirs = layer.kernel.numpy(), to_keras(trace[key])
+                    apart = np.linalg.norm(ours - theirs)
+                    assert apart < DRIFT[name] * np.linalg.norm(theirs)

@@ -13,6 +13,7 @@ def wide_resnet(
     input_shape: tuple[int, int, int] = (32, 32, 3),
     dropout: float = 0.3,
     *,
+    channel_scale: float = 1.0,
     weight_decay: float = 0.0,
     name: str | None = None,
 ) -> keras.Model:
@@ -34,6 +35,9 @@ def wide_resnet(
         num_classes: Number of classes.
         input_shape: Height, width and channels, at least 8 x 8.
         dropout: Dropout rate between the convolutions of a block, in [0, 1).
+        channel_scale: Factor on every number of channels but those of the
+            image, in (0, 1], the product truncated. sqrt(d) makes the report's
+            Small-Dense network of about d times the parameters.
         weight_decay: Coupled L2: adds weight_decay / 2 x sum of w^2 of every
             kernel to the loss, which gives the gradient weight_decay x w.
         name: Name of the model. None: after depth and width.
@@ -67,6 +71,11 @@ def wide_resnet(
     if not 0 <= dropout < 1:
         raise ValueError(
             f"dropout must be in [0, 1). Received: dropout={dropout}."
+        )
+    if not 0 < channel_scale <= 1 or int(16 * channel_scale) < 1:
+        raise ValueError(
+            "channel_scale must be in (0, 1] and leave a channel of 16. "
+            f"Received: channel_scale={channel_scale}."
         )
     blocks = (depth - 4) // 6
     l2 = keras.regularizers.L2(weight_decay / 2) if weight_decay else None
@@ -104,11 +113,12 @@ def wide_resnet(
         return layers.Add(name=f"{name}_add")([x, y])
 
     inputs = keras.Input(input_shape, name="image")
-    x = convolution(inputs, 16, 3, 1, "conv1")
-    for stage, channels in enumerate((16, 32, 64), start=1):
+    x = convolution(inputs, int(16 * channel_scale), 3, 1, "conv1")
+    for stage in (1, 2, 3):
+        channels = int(2 ** (stage + 3) * width * channel_scale)
         for i in range(blocks):
             stride = 2 if stage > 1 and i == 0 else 1
-            x = block(x, channels * width, stride, f"block{stage}_{i}")
+            x = block(x, channels, stride, f"block{stage}_{i}")
     x = normalised(x, "bn")
     x = layers.GlobalAveragePooling2D(name="pool")(x)
     outputs = layers.Dense(

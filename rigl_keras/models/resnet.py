@@ -1,0 +1,192 @@
+"""Residual networks for small images."""
+
+import keras
+from keras import layers
+
+__all__ = ["resnet18", "resnet50"]
+
+
+def resnet50(
+    num_classes: int = 100,
+    input_shape: tuple[int, int, int] = (32, 32, 3),
+    *,
+    channel_scale: float = 1.0,
+    weight_decay: float = 0.0,
+    name: str = "resnet50",
+) -> keras.Model:
+    """Returns ResNet-50 for images of 32 x 32.
+
+    A 3x3 convolution of 64 channels in the place of the 7x7 one and the
+    pooling; stages of 3, 4, 6 and 3 bottleneck blocks (1x1, 3x3, 1x1 with
+    four times the channels) of 64, 128, 256 and 512 channels, all but the
+    first starting with stride 2 on the 3x3 convolution; mean over all
+    positions and a classifier. Where a block changes the shape its shortcut is
+    a 1x1 convolution with batch norm. He et al., 2016, arXiv:1512.03385;
+    details as in the report's code: the last batch norm of each block starts
+    at 0, so that the block starts as the identity (He et al., 2019,
+    arXiv:1812.01187, section 3.1), convolutions of stride 2 pad one pixel on
+    each side, batch norm has momentum 0.9 and epsilon 1e-5, convolutions start
+    as N(0, 2 / (kernel size x channels out)).
+
+    Args:
+        num_classes: Number of classes, at least 1.
+        input_shape: Height, width and channels, at least 8 x 8.
+        channel_scale: Factor on every number of channels but those of the
+            image, in (0, 1], the product truncated.
+        weight_decay: Coupled L2 on kernels, as in `wide_resnet`.
+        name: Name of the model.
+
+    Returns:
+        A Functional model whose output is logits, shape (batch, num_classes).
+
+    Raises:
+        ValueError: An argument is out of range.
+
+    Example:
+
+    >>> resnet50(100).count_params()  # 23,705,252, and batch statistics
+    23758372
+    """
+    return _resnet(
+        (3, 4, 6, 3),
+        _bottleneck,
+        4,
+        num_classes,
+        input_shape,
+        channel_scale,
+        weight_decay,
+        name,
+    )
+
+
+def resnet18(
+    num_classes: int = 100,
+    input_shape: tuple[int, int, int] = (32, 32, 3),
+    *,
+    channel_scale: float = 1.0,
+    weight_decay: float = 0.0,
+    name: str = "resnet18",
+) -> keras.Model:
+    """Returns ResNet-18 for images of 32 x 32.
+
+    As `resnet50`, with four stages of 2 basic blocks (two 3x3 convolutions).
+
+    Args, Returns, Raises: as in `resnet50`.
+    """
+    return _resnet(
+        (2, 2, 2, 2),
+        _basic,
+        1,
+        num_classes,
+        input_shape,
+        channel_scale,
+        weight_decay,
+        name,
+    )
+
+
+def _resnet(
+    blocks,
+    residual,
+    expansion,
+    num_classes,
+    input_shape,
+    channel_scale,
+    weight_decay,
+    name,
+):
+    if num_classes < 1:
+        raise ValueError(
+            f"num_classes must be at least 1. Received: {num_classes}."
+        )
+    if len(input_shape) != 3 or min(input_shape[:2]) < 8:
+        raise ValueError(
+            "input_shape must be (height, width, channels) of at least 8 x 8. "
+            f"Received: input_shape={tuple(input_shape)}."
+        )
+    if not 0 < channel_scale <= 1 or int(64 * channel_scale) < 1:
+        raise ValueError(
+            "channel_scale must be in (0, 1] and leave a channel of 64. "
+            f"Received: channel_scale={channel_scale}."
+        )
+    convolution = _Convolution(weight_decay)
+    inputs = keras.Input(input_shape, name="image")
+    x = convolution(inputs, int(64 * channel_scale), 3, 1, "conv1")
+    x = _normalised(x, "bn1")
+    for stage, count in enumerate(blocks, start=2):
+        channels = int(2 ** (stage + 4) * channel_scale)
+        for i in range(count):
+            stride = 2 if stage > 2 and i == 0 else 1
+            prefix = f"conv{stage}_{i}"
+            y = residual(convolution, x, channels, stride, prefix)
+            if stride != 1 or x.shape[-1] != channels * expansion:
+                x = convolution(
+                    x, channels * expansion, 1, stride, f"{prefix}_shortcut"
+                )
+                x = _batch_norm(f"{prefix}_shortcut_bn")(x)
+            x = layers.Add(name=f"{prefix}_add")([y, x])
+            x = layers.ReLU(name=f"{prefix}_relu")(x)
+    x = layers.GlobalAveragePooling2D(name="pool")(x)
+    uniform = keras.initializers.RandomUniform(
+        -(x.shape[-1] ** -0.5), x.shape[-1] ** -0.5
+    )
+    outputs = layers.Dense(
+        num_classes,
+        kernel_initializer=uniform,
+        bias_initializer=uniform.clone(),
+        kernel_regularizer=convolution.regularizer,
+        name="classifier",
+    )(x)
+    return keras.Model(inputs, outputs, name=name)
+
+
+def _bottleneck(convolution, x, channels, stride, name):
+    x = convolution(x, channels, 1, 1, f"{name}_conv1")
+    x = _normalised(x, f"{name}_bn1")
+    x = convolution(x, channels, 3, stride, f"{name}_conv2")
+    x = _normalised(x, f"{name}_bn2")
+    x = convolution(x, 4 * channels, 1, 1, f"{name}_conv3")
+    return _batch_norm(f"{name}_bn3", gamma="zeros")(x)
+
+
+def _basic(convolution, x, channels, stride, name):
+    x = convolution(x, channels, 3, stride, f"{name}_conv1")
+    x = _normalised(x, f"{name}_bn1")
+    x = convolution(x, channels, 3, 1, f"{name}_conv2")
+    return _batch_norm(f"{name}_bn2", gamma="zeros")(x)
+
+
+class _Convolution:
+    """Makes the convolutions of one network."""
+
+    def __init__(self, weight_decay):
+        self.regularizer = (
+            keras.regularizers.L2(weight_decay / 2) if weight_decay else None
+        )
+
+    def __call__(self, x, channels, size, stride, name):
+        if stride == 2 and size == 3:
+            # `same` would pad below and to the right only.
+            x = layers.ZeroPadding2D(1, name=f"{name}_pad")(x)
+        return layers.Conv2D(
+            channels,
+            size,
+            strides=stride,
+            padding="valid" if stride == 2 else "same",
+            use_bias=False,
+            kernel_initializer=keras.initializers.VarianceScaling(
+                2.0, "fan_out", "untruncated_normal"
+            ),
+            kernel_regularizer=self.regularizer,
+            name=name,
+        )(x)
+
+
+def _batch_norm(name, gamma="ones"):
+    return layers.BatchNormalization(
+        momentum=0.9, epsilon=1e-5, gamma_initializer=gamma, name=name
+    )
+
+
+def _normalised(x, name):
+    return layers.ReLU(name=f"{name}_relu")(_batch_norm(name)(x))
