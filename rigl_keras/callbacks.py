@@ -484,7 +484,7 @@ class SNFS(MaskUpdate):
 
     @property
     def name(self) -> str:
-        other = {"momentum": "", "gradient": "-SG", None: " without moving"}
+        other = {"momentum": "", "gradient": "-SG", None: " (fixed)"}
         return type(self).__name__ + other[self.redistribution]
 
     def grow_scores(self, layer, gradient, step):

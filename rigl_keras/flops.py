@@ -334,8 +334,6 @@ _GRADIENTS = {
     "smalldense": "never",
     "snip": "never",
     "set": "never",
-    "setsg": "never",
-    "setsm": "never",
     "rigl": "updates",
     "riglsg": "updates",
     "riglsm": "updates",
@@ -436,8 +434,21 @@ def _count_layer(leaf, positions, convention):
         density=ones / size,
         masked=masked,
         positions=positions,
-        bias_additions=shape[-2] if bias else 0,
+        bias_additions=_input_channels(plain) if bias else 0,
         convention=convention,
+    )
+
+
+def _input_channels(layer) -> int:
+    shape = layer.kernel.shape
+    if not isinstance(layer, keras.layers.EinsumDense):
+        return shape[-2]
+    terms, of_outputs = layer.equation.replace(" ", "").split("->")
+    of_kernel = terms.split(",")[1]
+    return math.prod(
+        n
+        for axis, n in zip(of_kernel, shape, strict=True)
+        if axis not in of_outputs
     )
 
 
@@ -447,7 +458,7 @@ def _plain(leaf):
 
 def _positions(model, leaves) -> dict[int, int]:
     """Returns at how many positions each layer applies its kernel."""
-    shapes = {id(leaf): [] for leaf in leaves}
+    calls = {id(leaf): [] for leaf in leaves}
     specs = tf.nest.map_structure(_one_sample, input_structure(model))
 
     def trace(x):
@@ -459,14 +470,12 @@ def _positions(model, leaves) -> dict[int, int]:
     losses = [(part, list(part._losses)) for part in model._flatten_layers()]
     with contextlib.ExitStack() as stack:
         for leaf in leaves:
-            stack.enter_context(_recording(leaf, shapes[id(leaf)]))
+            stack.enter_context(_recording(leaf, calls[id(leaf)]))
         tf.function(trace).get_concrete_function(specs)
     for part, before in losses:
         part._losses[:] = before
     return {
-        id(leaf): sum(
-            _applied(_plain(leaf), *call) for call in shapes[id(leaf)]
-        )
+        id(leaf): sum(_applied(_plain(leaf), *call) for call in calls[id(leaf)])
         for leaf in leaves
     }
 
@@ -499,13 +508,13 @@ def _applied_in_einsum(equation, inputs, outputs) -> int:
 
 
 @contextlib.contextmanager
-def _recording(leaf, shapes) -> Iterator[None]:
+def _recording(leaf, calls) -> Iterator[None]:
     """Within the context, appends the shapes that each call has and makes."""
     call = leaf.call
 
     def recorded(inputs, *args, **kwargs):
         outputs = call(inputs, *args, **kwargs)
-        shapes.append((tuple(inputs.shape), tuple(outputs.shape)))
+        calls.append((tuple(inputs.shape), tuple(outputs.shape)))
         return outputs
 
     leaf.call = recorded

@@ -27,7 +27,10 @@ def _define_flags():
     )
     flags.DEFINE_integer("seed", None, "Seed of the run, over train.seed.")
     flags.DEFINE_float(
-        "density", None, "Fraction of weights kept, over train.density."
+        "density",
+        None,
+        "Fraction of weights kept, over DENSITY in the gin file, or, where it "
+        "has none, over train.density.",
     )
     flags.DEFINE_string(
         "data_dir", None, "Folder of prepared data sets, over TFDS_DATA_DIR."
@@ -71,9 +74,11 @@ def run(
     bindings = list(bindings)
     if seed is not None:
         bindings.append(f"train.seed = {seed}")
-    if density is not None:
-        bindings.append(f"train.density = {density!r}")
     config.parse(gin_files, bindings)
+    if density is not None:
+        # Pruning starts dense: there, DENSITY is where it ends.
+        name = "DENSITY" if config.has_macro("DENSITY") else "train.density"
+        config.parse(gin_files, [*bindings, f"{name} = {density!r}"])
     if run_dir is None:
         parts = [config.find(gin_files[-1]).stem]
         parts += [f"density{density}"] if density is not None else []
@@ -92,7 +97,7 @@ def table(result: dict) -> str:
         ("method", f"{result['method']}, {result['model']}"),
         ("data", f"{result['dataset']}, seed {result['seed']}"),
         ("test accuracy", f"{100 * result['test_accuracy']:.2f} %"),
-        ("validation accuracy", f"{100 * result['validation_accuracy']:.2f} %"),
+        ("validation accuracy", _percent(result["validation_accuracy"])),
         ("density of masked weights", f"{result['density']:.4f}"),
         (
             "parameters",
@@ -104,11 +109,19 @@ def table(result: dict) -> str:
             f"{result['inference_flops']:,.0f} "
             f"({result['inference_flops_ratio']:.3f}x dense)",
         ),
-        ("training FLOPs", f"{result['training_flops_ratio']:.3f}x dense"),
+        (
+            "training FLOPs",
+            f"{result['training_flops']:.3e} "
+            f"({result['training_flops_ratio']:.3f}x dense)",
+        ),
         ("steps", f"{result['steps']:,}, {result['seconds']:.0f} s"),
     ]
     width = max(len(label) for label, _ in rows)
     return "\n".join(f"{label.ljust(width)}  {value}" for label, value in rows)
+
+
+def _percent(fraction):
+    return "no examples held out" if fraction is None else f"{fraction:.2%}"
 
 
 def _main(argv):

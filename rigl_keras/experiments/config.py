@@ -16,7 +16,7 @@ import gin
 import rigl_keras
 from rigl_keras.experiments import train
 
-__all__ = ["GIN_FOLDER", "configured", "find", "parse"]
+__all__ = ["GIN_FOLDER", "configured", "find", "has_macro", "parse"]
 
 GIN_FOLDER = Path(rigl_keras.__file__).parents[1] / "gin"
 
@@ -26,8 +26,14 @@ _CONFIGURABLE: dict[str, Callable] = {
     "wide_resnet": rigl_keras.models.wide_resnet,
     "lenet5": rigl_keras.models.lenet5,
     "mlp": rigl_keras.models.mlp,
+    "resnet18": rigl_keras.models.resnet18,
+    "resnet50": rigl_keras.models.resnet50,
     "RigL": rigl_keras.RigL,
     "SET": rigl_keras.SET,
+    "SNFS": rigl_keras.SNFS,
+    "MagnitudePruning": rigl_keras.MagnitudePruning,
+    "SparsityRamp": rigl_keras.SparsityRamp,
+    "snip": rigl_keras.one_shot.snip,
 }
 _CONSTANTS = {"ORIGINAL": rigl_keras.ORIGINAL, "REPORT": rigl_keras.REPORT}
 
@@ -101,6 +107,19 @@ def parse(gin_files: Sequence[str], bindings: Sequence[str]) -> None:
             f"Not gin: {error.text or '; '.join(bindings)!s} ({error.msg}). "
             "A binding reads `train.epochs = 2`; strings need quotes."
         ) from error
+
+
+def has_macro(name: str) -> bool:
+    """Returns whether what was parsed defines a macro.
+
+    Args:
+        name: The macro, without `%`.
+    """
+    try:
+        gin.query_parameter(f"{name}/gin.macro.value")
+    except ValueError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

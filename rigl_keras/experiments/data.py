@@ -58,7 +58,7 @@ class Recipe:
             "resized_crop_flip": a random box of 8 to 100 % of the area,
             resized to the image's own size, and a random horizontal flip.
         validation: number of training examples held out, the last by index,
-            >= 1.
+            >= 0.
     """
 
     name: str
@@ -86,7 +86,7 @@ class Recipe:
             raise ValueError(
                 f"std must be > 0 in every channel. Received: std={self.std}"
             )
-        _check_integer("validation", self.validation, at_least=1)
+        _check_integer("validation", self.validation, at_least=0)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -114,7 +114,9 @@ class Data:
             labels = getattr(self, f"{split}_labels")
             count = len(images)
             wanted = (count, *self.recipe.input_shape)
-            if count == 0 or images.shape != wanted or images.dtype != np.uint8:
+            # Training on all examples leaves none to validate on.
+            empty = count == 0 and split != "validation"
+            if empty or images.shape != wanted or images.dtype != np.uint8:
                 raise ValueError(
                     f"{split}_images of {self.recipe.name!r} must be uint8 of "
                     f"shape (count >= 1, *{self.recipe.input_shape}). "
@@ -151,7 +153,12 @@ class Data:
         return math.ceil(len(self.train_images) / batch_size)
 
     def train(
-        self, *, batch_size: int, seed: int, epochs: int, first_epoch: int = 0
+        self,
+        *,
+        batch_size: int,
+        seed: int,
+        epochs: int,
+        first_epoch: int = 0,
     ) -> tf.data.Dataset:
         """Returns the batches of all epochs, one epoch after the other.
 
@@ -230,8 +237,14 @@ class Data:
             A dataset of (float32 images, int32 labels).
 
         Raises:
-            ValueError: if batch_size is not an integer >= 1.
+            ValueError: if batch_size is not an integer >= 1, or nothing is
+                held out.
         """
+        if not len(self.validation_labels):
+            raise ValueError(
+                "All examples are trained on: none is held out to validate "
+                "on. Load the dataset with validation > 0."
+            )
         return _in_order(
             self.validation_images,
             self.validation_labels,
@@ -259,7 +272,12 @@ class Data:
         )
 
 
-def load(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> Data:
+def load(
+    name: str,
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+    validation: int | None = None,
+) -> Data:
     """Reads a dataset into memory and splits it by index.
 
     The last `Recipe.validation` training examples are held out; the test set
@@ -273,9 +291,12 @@ def load(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> Data:
             environment variable TFDS_DATA_DIR, without that tfds' own
             default. What is not there is downloaded into it. "digits" comes
             with scikit-learn and ignores it.
+        validation: how many training examples are held out, the last by
+            index, >= 0. None: as many as the recipe says.
 
     Raises:
-        ValueError: if name is unknown or the folder does not exist.
+        ValueError: if name is unknown, the folder does not exist, or nothing
+            would be left to train on.
         ImportError: if the package that provides the dataset is missing.
         DatasetUnavailableError: if the dataset is not on this machine and
             can't be downloaded.
@@ -288,8 +309,10 @@ def load(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> Data:
             f"Received: name={name!r}.{hint}"
         )
     recipe = DATASETS[name]
+    if validation is not None:
+        recipe = dataclasses.replace(recipe, validation=validation)
     if name == "digits":
-        splits = _digits(recipe)
+        splits = _digits(DATASETS[name])
     else:
         folder = _data_dir(data_dir)
         splits = [
@@ -300,8 +323,9 @@ def load(name: str, *, data_dir: str | os.PathLike[str] | None = None) -> Data:
     if cut < 1:
         raise ValueError(
             f"{name!r} must have more than the {recipe.validation} training "
-            f"examples that are held out. Received: {len(images)}. The copy "
-            "under data_dir is not the whole dataset; prepare it again."
+            f"examples that are held out. Received: {len(images)}. Hold out "
+            "less, or, where the copy under data_dir is not the whole "
+            "dataset, prepare it again."
         )
     return Data(
         recipe=recipe,

@@ -3,12 +3,22 @@
 import csv
 import json
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import keras
+import numpy as np
 import tensorflow as tf
 
-__all__ = ["Checkpoints", "RunDirectory"]
+import rigl_keras
+
+__all__ = [
+    "Checkpoints",
+    "EarlierRun",
+    "KeepWeights",
+    "RunDirectory",
+    "Trajectory",
+]
 
 # What TensorFlow raises for a checkpoint that is cut short, damaged or of
 # another model.
@@ -27,6 +37,11 @@ class RunDirectory:
     config.gin            every binding the run was started with
     operative_config.gin  every value in use, defaults included
     metrics.csv           a row for each epoch
+    trajectory.csv        connections of each layer, at the start and after
+                          each update
+    flops.csv             what a step costs, a row wherever that changes
+    weights/              weights to rewind to: those of the start, and of
+                          epochs that were asked for
     tensorboard/          the same for TensorBoard
     checkpoints/          the last three epochs, and the start
     result.json           written last: a run that has it is finished
@@ -98,8 +113,54 @@ class RunDirectory:
     def write_result(self, result: dict) -> None:
         _write(self.path / "result.json", json.dumps(result, indent=2) + "\n")
 
-    def checkpoints(self, model: keras.Model) -> "Checkpoints":
-        return Checkpoints(self.path / "checkpoints", model)
+    def checkpoints(
+        self, model: keras.Model, *, variables: Sequence[tf.Variable] = ()
+    ) -> "Checkpoints":
+        return Checkpoints(
+            self.path / "checkpoints", model, variables=variables
+        )
+
+    def save_weights(self, model: keras.Model, epoch: int) -> None:
+        """Saves the weights of a dense model, to which runs may rewind."""
+        path = _weights_path(self.path, epoch)
+        path.parent.mkdir(exist_ok=True)
+        model.save_weights(path)
+
+    @property
+    def trajectory(self) -> list[tuple[int, dict[str, int]]]:
+        """The rows of trajectory.csv, as `flops.training_curve` takes them."""
+        path = self.path / "trajectory.csv"
+        if not path.exists():
+            return []
+        with path.open(newline="") as file:
+            rows = [
+                {name: int(value) for name, value in row.items()}
+                for row in csv.DictReader(file)
+            ]
+        return [(row.pop("step"), row) for row in rows]
+
+    def write_trajectory(
+        self, trajectory: Sequence[tuple[int, Mapping[str, int]]]
+    ) -> None:
+        """Writes trajectory.csv whole."""
+        names = list(trajectory[0][1])
+        lines = [",".join(["step", *names])]
+        for step, counts in trajectory:
+            lines.append(",".join(map(str, [step, *counts.values()])))
+        _write(self.path / "trajectory.csv", "\n".join(lines) + "\n")
+
+    def write_curve(self, inference: np.ndarray, training: np.ndarray) -> None:
+        """Writes flops.csv: a row holds until the next one's step."""
+        lines = ["step,inference_flops,training_flops,training_flops_so_far"]
+        so_far = np.cumsum(training)
+        changes = (np.diff(inference) != 0) | (np.diff(training) != 0)
+        steps = {0, *(np.flatnonzero(changes) + 1).tolist(), len(training) - 1}
+        for step in sorted(steps):
+            lines.append(
+                f"{step},{inference[step]:.0f},{training[step]:.0f},"
+                f"{so_far[step]:.0f}"
+            )
+        _write(self.path / "flops.csv", "\n".join(lines) + "\n")
 
     @property
     def metrics(self) -> list[dict[str, str]]:
@@ -125,6 +186,146 @@ class RunDirectory:
         temporary.replace(path)
 
 
+class EarlierRun:
+    """What a run takes from the directory of another: masks and weights.
+
+    Args:
+        path: A run directory.
+
+    Raises:
+        ValueError: There is no run.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+        if not (self.path / "config.gin").exists():
+            raise ValueError(
+                f"{str(self.path)!r} is not the directory of a run: it holds "
+                "no config.gin. Pass the --run_dir of an earlier run."
+            )
+
+    @property
+    def result(self) -> dict:
+        """The result of the run.
+
+        Raises:
+            ValueError: The run is not finished.
+        """
+        path = self.path / "result.json"
+        if not path.exists():
+            raise ValueError(
+                f"The run in {str(self.path)!r} is not finished: it holds no "
+                "result.json. Continue it with --resume first."
+            )
+        return json.loads(path.read_text())
+
+    @property
+    def masks(self) -> dict[str, np.ndarray]:
+        """The final masks of the run, `{layer name: zeros and ones}`.
+
+        Raises:
+            ValueError: The run is not finished, or was dense.
+        """
+        _ = self.result  # only of a finished run are they final
+        model = keras.models.load_model(
+            self.path / "model.keras", compile=False
+        )
+        masks = {
+            layer.name: layer.mask.numpy()
+            for layer in rigl_keras.masked_layers(model)
+        }
+        if not masks:
+            raise ValueError(
+                f"The run in {str(self.path)!r} was dense: it has no masks."
+            )
+        return masks
+
+    def load_weights(self, model: keras.Model, epoch: int) -> None:
+        """Gives a dense model the weights that the run had at an epoch.
+
+        Raises:
+            ValueError: The run has kept none of that epoch, or its network
+                is another.
+        """
+        path = _weights_path(self.path, epoch)
+        if not path.exists():
+            kept = sorted(
+                int(p.name.removeprefix("epoch-").split(".")[0])
+                for p in path.parent.glob("epoch-*.weights.h5")
+            )
+            raise ValueError(
+                f"The run in {str(self.path)!r} has kept no weights of epoch "
+                f"{epoch}, but of {kept or 'none'}. A run keeps those of "
+                "train.keep_weights."
+            )
+        try:
+            model.load_weights(path)
+        except ValueError as error:
+            raise ValueError(
+                f"The weights of {str(self.path)!r} are of another network "
+                f"than {model.name!r}: {str(error).splitlines()[0]}"
+            ) from error
+
+
+class Trajectory(keras.callbacks.Callback):
+    """Keeps trajectory.csv, epoch by epoch.
+
+    Args:
+        run: The run directory.
+        model: The masked model.
+        method: Its mask update, or None.
+        first_step: The step with which this process begins. Updates from
+            there on are about to be repeated, and forgotten.
+    """
+
+    def __init__(self, run: RunDirectory, model, method, *, first_step: int):
+        super().__init__()
+        self._run, self._method = run, method
+        masked = rigl_keras.masked_layers(model)
+        self._names = [m.name for m in masked if m.trainable]
+        start, *updates = run.trajectory or [
+            (
+                first_step,
+                {m.name: int(np.sum(m.mask.numpy())) for m in masked},
+            )
+        ]
+        self._rows = [start, *(row for row in updates if row[0] < first_step)]
+        run.write_trajectory(self._rows)
+
+    def on_epoch_end(self, epoch, logs=None):
+        updates = self._method.trajectory[1:] if self._method else []
+        _, counts_at_start = self._rows[0]
+        new = [
+            # Layers that are not trained keep theirs.
+            (
+                step,
+                counts_at_start | dict(zip(self._names, counts, strict=True)),
+            )
+            for step, counts in updates
+        ]
+        self._run.write_trajectory([*self._rows, *new])
+
+
+class KeepWeights(keras.callbacks.Callback):
+    """Saves the weights after some epochs, for later runs to rewind to.
+
+    Args:
+        run: The run directory.
+        epochs: After how many epochs.
+    """
+
+    def __init__(self, run: RunDirectory, epochs: Sequence[int]):
+        super().__init__()
+        self._run, self._epochs = run, set(epochs)
+
+    def on_epoch_end(self, epoch, logs=None):
+        if epoch + 1 in self._epochs:
+            plain = self.model
+            if rigl_keras.masked_layers(plain):
+                plain = rigl_keras.strip(plain)
+            self._run.save_weights(plain, epoch + 1)
+
+
 class Checkpoints(keras.callbacks.Callback):
     """Saves all that a run needs to continue, at the end of each epoch.
 
@@ -135,10 +336,18 @@ class Checkpoints(keras.callbacks.Callback):
     Args:
         path: Folder of the checkpoints.
         model: The compiled model.
+        variables: What the method must remember as well.
         keep: How many of the last checkpoints are kept.
     """
 
-    def __init__(self, path: Path, model: keras.Model, *, keep: int = 3):
+    def __init__(
+        self,
+        path: Path,
+        model: keras.Model,
+        *,
+        variables: Sequence[tf.Variable] = (),
+        keep: int = 3,
+    ):
         super().__init__()
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
@@ -151,6 +360,7 @@ class Checkpoints(keras.callbacks.Callback):
                 model=model,
                 optimizer=model.optimizer,
                 generators=generators,
+                method=list(variables),
                 epoch=self._epoch,
             ),
             str(path),
@@ -192,6 +402,10 @@ class Checkpoints(keras.callbacks.Callback):
                 "Delete the run directory to start again."
             )
         return None
+
+
+def _weights_path(run, epoch):
+    return run / "weights" / f"epoch-{epoch:04d}.weights.h5"
 
 
 def _write(path, text):

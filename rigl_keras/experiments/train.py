@@ -7,21 +7,96 @@ The options of the command are in `command.py`.
 """
 
 import importlib.metadata
+import math
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 import rigl_keras
 from rigl_keras import flops
 from rigl_keras.conventions import ORIGINAL, Conventions
 from rigl_keras.experiments import data
-from rigl_keras.experiments.run_directory import RunDirectory
+from rigl_keras.experiments.run_directory import (
+    EarlierRun,
+    KeepWeights,
+    RunDirectory,
+    Trajectory,
+)
+from rigl_keras.training_step import StepUpdate
 
-__all__ = ["sgd", "train"]
+__all__ = ["WarmUpAndSteps", "sgd", "train"]
+
+
+@keras.saving.register_keras_serializable("rigl_keras")
+class WarmUpAndSteps(keras.optimizers.schedules.LearningRateSchedule):
+    """A learning rate that rises linearly, then falls in steps.
+
+    With W the warm-up:
+
+        t < W:   learning_rate x t / W
+        t >= W:  learning_rate x decay_factor ^ floor((t - W) / decay_every)
+
+    The report's code, utils/warmup_scheduler.py and utils/train_helper.py:52.
+
+    Args:
+        learning_rate: Rate after the warm-up, positive.
+        decay_factor: Factor at each fall, positive.
+        decay_every: Steps from one fall to the next. None: no fall.
+        warmup_steps: W, at least 0.
+
+    Raises:
+        ValueError: An argument is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        learning_rate: float,
+        decay_factor: float,
+        decay_every: int | None,
+        warmup_steps: int,
+    ):
+        for name, value in (
+            ("learning_rate", learning_rate),
+            ("decay_factor", decay_factor),
+            ("decay_every", 1 if decay_every is None else decay_every),
+        ):
+            if not value > 0:
+                raise ValueError(
+                    f"{name} must be positive. Received: {name}={value!r}."
+                )
+        if warmup_steps < 0:
+            raise ValueError(
+                "warmup_steps must be at least 0. Received: "
+                f"warmup_steps={warmup_steps!r}."
+            )
+        self.learning_rate = learning_rate
+        self.decay_factor = decay_factor
+        self.decay_every = decay_every
+        self.warmup_steps = warmup_steps
+
+    def __call__(self, step):
+        step = tf.cast(step, tf.float32)
+        rate = tf.constant(self.learning_rate, tf.float32)
+        if self.decay_every is not None:
+            falls = tf.floor((step - self.warmup_steps) / self.decay_every)
+            rate *= self.decay_factor ** tf.maximum(falls, 0.0)
+        if self.warmup_steps:
+            rate *= tf.minimum(step / self.warmup_steps, 1.0)
+        return rate
+
+    def get_config(self):
+        return {
+            "learning_rate": self.learning_rate,
+            "decay_factor": self.decay_factor,
+            "decay_every": self.decay_every,
+            "warmup_steps": self.warmup_steps,
+        }
 
 
 def sgd(
@@ -29,31 +104,32 @@ def sgd(
     learning_rate: float = 0.1,
     decay_factor: float = 0.2,
     decay_every: int | None = 30_000,
+    warmup_steps: int = 0,
     momentum: float = 0.9,
     nesterov: bool = True,
+    length: float = 1.0,
 ) -> keras.Optimizer:
     """Returns SGD whose learning rate falls in steps, as in the report.
 
-    At step t the rate is learning_rate x decay_factor ^ floor(t /
-    decay_every).
-
     Args:
-        learning_rate: Rate at the start, positive.
+        learning_rate: Rate at the start, or after the warm-up, positive.
         decay_factor: Factor at each fall, positive.
         decay_every: Steps from one fall to the next. None: constant rate.
+        warmup_steps: Steps in which the rate rises from 0, at least 0.
         momentum: Momentum, in [0, 1].
         nesterov: Whether Nesterov's momentum is used.
+        length: Factor on `decay_every`, for runs that are longer.
 
     Returns:
-        A Keras optimizer.
+        A Keras optimizer, with `WarmUpAndSteps` as its learning rate.
     """
-    if decay_every is not None:
-        learning_rate = keras.optimizers.schedules.ExponentialDecay(
-            learning_rate, decay_every, decay_factor, staircase=True
-        )
-    return keras.optimizers.SGD(
-        learning_rate, momentum=momentum, nesterov=nesterov
+    schedule = WarmUpAndSteps(
+        learning_rate=learning_rate,
+        decay_factor=decay_factor,
+        decay_every=decay_every and int(decay_every * length),
+        warmup_steps=warmup_steps,
     )
+    return keras.optimizers.SGD(schedule, momentum=momentum, nesterov=nesterov)
 
 
 def train(
@@ -62,13 +138,24 @@ def train(
     model: Callable[..., keras.Model] = rigl_keras.models.wide_resnet,
     dataset: str = "cifar10",
     data_dir: str | None = None,
-    method: Callable[[], rigl_keras.MaskUpdate] | None = None,
+    validation: int | None = None,
+    label_smoothing: float = 0.0,
+    method: Callable[[], StepUpdate] | None = None,
     density: float | None = 0.1,
     distribution: str = "erdos_renyi_kernel",
+    granularity: str = "element",
     conventions: Conventions = ORIGINAL,
-    optimizer: Callable[[], keras.Optimizer] = sgd,
+    small_dense: bool = False,
+    one_shot: Callable[..., keras.Model] | None = None,
+    masks_from: str | None = None,
+    shuffle_masks: bool = False,
+    weights_from: str | None = None,
+    weights_epoch: int = 0,
+    keep_weights: Sequence[int] = (),
+    optimizer: Callable[..., keras.Optimizer] = sgd,
     epochs: int = 250,
     batch_size: int = 128,
+    length: float = 1.0,
     seed: int = 0,
     operative_config: Callable[[], str] | None = None,
 ) -> dict:
@@ -80,32 +167,296 @@ def train(
 
     Args:
         run: Directory of the run.
-        model: Makes the dense model, given `num_classes` and `input_shape`.
+        model: Makes the dense model, given `num_classes` and `input_shape`
+            (and `channel_scale` where `small_dense` is set).
         dataset: One of `data.DATASETS`.
         data_dir: Folder of the prepared data. None: TFDS_DATA_DIR, or where
             TensorFlow Datasets keeps its own.
+        validation: How many training examples are held out. None: as the
+            data set's recipe says. 0: all are trained on.
+        label_smoothing: Share of each label, in training, that is spread
+            over all classes, in [0, 1).
         method: Makes the mask update. None: the masks stay as they are.
-        density: Fraction of the masked weights kept, in (0, 1]. None: the
-            dense model, without masks.
+        density: Fraction of the masked weights kept, in (0, 1], at the start.
+            None: the dense model, without masks.
         distribution: How density is spread over layers.
+        granularity: What a mask keeps or removes as one, `"element"` or
+            `"kernel"`.
         conventions: Where the references differ, for the masks at the start.
             A method has its own.
+        small_dense: Whether, instead of masks, every number of channels is
+            scaled by sqrt(density), truncated (the report's Small-Dense).
+        one_shot: Makes the masks from a batch of training data:
+            `one_shot.snip`, which is given the model, density, batch, loss
+            and seed. None: they are drawn.
+        masks_from: Directory of a finished run whose final masks this run
+            starts with (Frankle and Carbin, 2018, arXiv:1803.03635). They
+            must be of this `density`.
+        shuffle_masks: Whether the connections of each of these masks are
+            placed anew, at random: the layers' densities alone are kept.
+        weights_from: Directory of a run whose weights, before its masks, this
+            run starts with. None: weights are drawn.
+        weights_epoch: After how many epochs of that run; 0 is its start.
+        keep_weights: After which epochs the weights are kept for later runs,
+            beside those of the start.
         optimizer: Makes the optimizer.
         epochs: Passes over the training data, at least 1.
         batch_size: Examples in a step, at least 1.
+        length: Factor on the length of the run: on `epochs`, on the steps at
+            which the optimizer's learning rate falls (its maker is given
+            `length`) and at which mask updates end. Frequency, warm-up and
+            the first update stay where they are (the report, section 5.1).
         seed: Seed of weights, masks, data order, augmentation and dropout.
         operative_config: Returns the configuration in use, as text to keep
             beside the result.
 
     Returns:
         The result: accuracies, density, FLOPs ratios, layers, settings.
+        `inference_flops_ratio` is over the dense model,
+        `training_flops_ratio` over training it for a run of length 1.
 
     Raises:
-        ValueError: An argument is out of range.
+        ValueError: An argument is out of range, or two exclude each other.
     """
     if run.finished:
         print(f"{run.path} holds a finished run: it is not repeated.")
         return run.result
+    _check(
+        model=model,
+        method=method,
+        optimizer=optimizer,
+        density=density,
+        small_dense=small_dense,
+        one_shot=one_shot,
+        masks_from=masks_from,
+        shuffle_masks=shuffle_masks,
+        epochs=epochs,
+        length=length,
+        label_smoothing=label_smoothing,
+    )
+    epochs = int(epochs * length)
+    keras.utils.set_random_seed(seed)
+    examples = data.load(dataset, data_dir=data_dir, validation=validation)
+    recipe = examples.recipe
+
+    def make(**scale):
+        return model(
+            num_classes=recipe.num_classes,
+            input_shape=recipe.input_shape,
+            **scale,
+        )
+
+    reference = None
+    if small_dense:
+        reference = rigl_keras.count(make(channel_scale=1.0))
+        network = make(channel_scale=math.sqrt(density))
+    else:
+        network = make()
+    earlier = {
+        source: EarlierRun(source)
+        for source in (masks_from, weights_from)
+        if source is not None
+    }
+    if weights_from is not None:
+        earlier[weights_from].load_weights(network, weights_epoch)
+    dense = network
+    loss = keras.losses.CategoricalCrossentropy(from_logits=True)
+    if masks_from is not None:
+        network = rigl_keras.with_masks(
+            network,
+            _masks(
+                earlier[masks_from], density, seed if shuffle_masks else None
+            ),
+            seed=seed,
+        )
+    elif one_shot is not None:
+        batch = next(
+            iter(examples.train(batch_size=batch_size, seed=seed, epochs=1))
+        )
+        network = one_shot(
+            network,
+            density,
+            _smoothed(*batch, recipe.num_classes, label_smoothing),
+            loss,
+            seed=seed,
+        )
+    elif density is not None and not small_dense:
+        network = rigl_keras.sparsify(
+            network,
+            density,
+            distribution=distribution,
+            granularity=granularity,
+            seed=seed,
+            conventions=conventions,
+        )
+    network.compile(
+        optimizer() if length == 1 else optimizer(length=length),
+        loss,
+        metrics=["accuracy"],
+    )
+    update = None
+    if method is not None:
+        update = method() if length == 1 else method().lengthened(length)
+    run.begin()
+    if operative_config is not None:
+        run.write_operative_config(operative_config())
+
+    checkpoints = run.checkpoints(
+        network, variables=update.variables if update else ()
+    )
+    first_epoch = checkpoints.restore()
+    if first_epoch is None:
+        first_epoch = 0
+        run.save_weights(dense, 0)
+        checkpoints.save(0)
+    elif first_epoch:
+        print(f"Resuming {run.path} at epoch {first_epoch + 1} of {epochs}.")
+    run.forget_metrics_from(first_epoch)
+    first_step = int(network.optimizer.iterations.numpy())
+    trajectory = Trajectory(run, network, update, first_step=first_step)
+    cost = rigl_keras.count(network)
+
+    def batches(split, smoothing=0.0):
+        return split.map(
+            lambda x, y: _smoothed(x, y, recipe.num_classes, smoothing)
+        )
+
+    held_out = None
+    if recipe.validation:
+        held_out = batches(examples.validation(batch_size=batch_size))
+    if first_epoch < epochs:
+        network.fit(
+            batches(
+                examples.train(
+                    batch_size=batch_size,
+                    seed=seed,
+                    first_epoch=first_epoch,
+                    epochs=epochs,
+                ),
+                label_smoothing,
+            ),
+            steps_per_epoch=examples.steps_per_epoch(batch_size),
+            initial_epoch=first_epoch,
+            epochs=epochs,
+            validation_data=held_out,
+            shuffle=False,  # the data set is shuffled already
+            callbacks=[
+                *([update] if update else []),
+                trajectory,
+                _EpochLogs(cost),
+                keras.callbacks.CSVLogger(
+                    run.path / "metrics.csv", append=first_epoch > 0
+                ),
+                keras.callbacks.TensorBoard(
+                    run.path / "tensorboard", write_graph=False
+                ),
+                KeepWeights(run, keep_weights),
+                checkpoints,  # last: what it saves is logged already
+            ],
+            verbose=1 if sys.stdout.isatty() else 2,
+        )
+
+    def evaluate(split):
+        return network.evaluate(split, verbose=0, return_dict=True)
+
+    test = evaluate(batches(examples.test(batch_size=batch_size)))
+    validated = evaluate(held_out) if held_out else {}
+    cost = rigl_keras.count(network)
+    steps = int(network.optimizer.iterations.numpy())
+    needs = update.dense_gradients if update else "never"
+    inference, training = flops.training_curve(
+        cost, run.trajectory, steps=steps, dense_gradients=needs
+    )
+    run.write_curve(inference, training)
+    dense_flops = (reference or cost).dense_inference_flops
+    ratio = length * float(np.mean(training)) / (3 * dense_flops)
+    sources = {path: source.result for path, source in earlier.items()}
+    name = _name(update, density, small_dense, one_shot, masks_from)
+    result = {
+        "method": name,
+        "model": network.name,
+        "dataset": dataset,
+        "seed": seed,
+        "density": cost.density,
+        "test_accuracy": test["accuracy"],
+        "validation_accuracy": validated.get("accuracy"),
+        "test_loss": test["loss"],
+        "validation_loss": validated.get("loss"),
+        "inference_flops": cost.inference_flops,
+        "inference_flops_ratio": cost.inference_flops / dense_flops,
+        # By the masks of each step, by the closed form, and with the runs
+        # that masks and weights come from.
+        "training_flops": float(np.sum(training)) * batch_size,
+        "training_flops_ratio": ratio,
+        "training_flops_ratio_closed_form": _closed_form(
+            update, inference, dense_flops, length
+        ),
+        "training_flops_ratio_with_sources": ratio
+        + sum(
+            source["training_flops_ratio_with_sources"]
+            for source in sources.values()
+        ),
+        "parameters": (reference or cost).parameters,
+        "nonzeros": cost.nonzeros,
+        "bits": cost.bits,
+        "csr_bits": cost.csr_bits,
+        "steps": steps,
+        "seconds": sum(float(row["seconds"]) for row in run.metrics),
+        "layers": [
+            {
+                "name": layer.name,
+                "shape": list(layer.shape),
+                "density": layer.density,
+                "masked": layer.masked,
+                "nonzeros": layer.nonzeros,
+                "inference_flops": layer.inference_flops,
+            }
+            for layer in cost.layers
+        ],
+        "settings": {
+            "density": density,
+            "distribution": None if density is None else distribution,
+            "granularity": granularity,
+            "masks_from": masks_from,
+            "shuffle_masks": shuffle_masks,
+            "weights_from": weights_from,
+            "weights_epoch": weights_epoch,
+            "epochs": epochs,
+            "length": length,
+            "batch_size": batch_size,
+            "label_smoothing": label_smoothing,
+            "method": {
+                key: value
+                if isinstance(value, (int, float, str, type(None)))
+                else str(value)
+                for key, value in (
+                    update.get_config().items() if update else ()
+                )
+            },
+        },
+        "versions": _versions(),
+    }
+    # The optimizer is in the checkpoints; the model to keep loads without it.
+    network.compiled = False
+    network.save(run.path / "model.keras")
+    run.write_result(result)  # last: it says that the run is finished
+    return result
+
+
+def _check(
+    *,
+    model,
+    method,
+    optimizer,
+    density,
+    small_dense,
+    one_shot,
+    masks_from,
+    shuffle_masks,
+    epochs,
+    length,
+    label_smoothing,
+):
     if density is None and method is not None:
         raise ValueError(
             "A method changes masks, and density=None trains the dense model. "
@@ -126,135 +477,109 @@ def train(
             "method must be something that makes a mask update, in gin "
             f"train.method = @RigL, or None. Received: {method!r}."
         )
-    keras.utils.set_random_seed(seed)
-    examples = data.load(dataset, data_dir=data_dir)
-    recipe = examples.recipe
-    network = model(
-        num_classes=recipe.num_classes, input_shape=recipe.input_shape
-    )
-    if density is not None:
-        network = rigl_keras.sparsify(
-            network,
-            density,
-            distribution=distribution,
-            seed=seed,
-            conventions=conventions,
+    if one_shot is not None and not callable(one_shot):
+        raise ValueError(
+            "one_shot must be something that makes masks from a batch, in gin "
+            f"train.one_shot = @snip, or None. Received: {one_shot!r}."
         )
-    network.compile(
-        optimizer(),
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=["accuracy"],
-    )
-    updates = [] if method is None else [method()]
-    run.begin()
-    if operative_config is not None:
-        run.write_operative_config(operative_config())
-
-    checkpoints = run.checkpoints(network)
-    first_epoch = checkpoints.restore()
-    if first_epoch is None:
-        first_epoch = 0
-        checkpoints.save(0)
-    elif first_epoch:
-        print(f"Resuming {run.path} at epoch {first_epoch + 1} of {epochs}.")
-    run.forget_metrics_from(first_epoch)
-
-    if first_epoch < epochs:
-        network.fit(
-            examples.train(
-                batch_size=batch_size,
-                seed=seed,
-                first_epoch=first_epoch,
-                epochs=epochs,
-            ),
-            steps_per_epoch=examples.steps_per_epoch(batch_size),
-            initial_epoch=first_epoch,
-            epochs=epochs,
-            validation_data=examples.validation(batch_size=batch_size),
-            shuffle=False,  # the data set is shuffled already
-            callbacks=[
-                *updates,
-                _EpochLogs(),
-                keras.callbacks.CSVLogger(
-                    run.path / "metrics.csv", append=first_epoch > 0
-                ),
-                keras.callbacks.TensorBoard(
-                    run.path / "tensorboard", write_graph=False
-                ),
-                checkpoints,  # last: what it saves is logged already
-            ],
-            verbose=1 if sys.stdout.isatty() else 2,
+    if not length > 0 or int(epochs * length) < 1:
+        raise ValueError(
+            "length is a factor on the epochs of the run and must leave one "
+            f"at least. Received: length={length!r} of epochs={epochs}."
         )
-    test = network.evaluate(
-        examples.test(batch_size=batch_size), verbose=0, return_dict=True
-    )
-    validation = network.evaluate(
-        examples.validation(batch_size=batch_size), verbose=0, return_dict=True
-    )
-    cost = rigl_keras.count(network)
-    method_name = (
-        type(updates[0]).__name__
-        if updates
-        else "dense"
-        if density is None
-        else "static"
-    )
-    training = flops.training_flops(
-        method_name,
-        sparse_flops=cost.inference_flops,
-        dense_flops=cost.dense_inference_flops,
-        frequency=getattr(updates[0], "frequency", None) if updates else None,
-    )
-    result = {
-        "method": method_name,
-        "model": network.name,
-        "dataset": dataset,
-        "seed": seed,
-        "density": cost.density,
-        "test_accuracy": test["accuracy"],
-        "validation_accuracy": validation["accuracy"],
-        "test_loss": test["loss"],
-        "validation_loss": validation["loss"],
-        "inference_flops": cost.inference_flops,
-        "inference_flops_ratio": cost.inference_flops
-        / cost.dense_inference_flops,
-        "training_flops_ratio": training / (3 * cost.dense_inference_flops),
-        "parameters": cost.parameters,
-        "nonzeros": cost.nonzeros,
-        "bits": cost.bits,
-        "steps": int(network.optimizer.iterations.numpy()),
-        "seconds": sum(float(row["seconds"]) for row in run.metrics),
-        "layers": [
-            {
-                "name": layer.name,
-                "shape": list(layer.shape),
-                "density": layer.density,
-                "masked": layer.masked,
-                "nonzeros": layer.nonzeros,
-                "inference_flops": layer.inference_flops,
-            }
-            for layer in cost.layers
-        ],
-        "settings": {
-            "density": density,
-            "distribution": None if density is None else distribution,
-            "epochs": epochs,
-            "batch_size": batch_size,
-            "method": {
-                key: value if not isinstance(value, Conventions) else str(value)
-                for update in updates
-                for key, value in update.get_config().items()
-            },
-        },
-        "versions": _versions(),
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(
+            "label_smoothing must be in [0, 1). Received: "
+            f"label_smoothing={label_smoothing!r}."
+        )
+    if small_dense and method is not None:
+        raise ValueError(
+            "A small dense network has no masks to update. Set train.method = "
+            "None, or train.small_dense = False."
+        )
+    makers = {
+        "small_dense": small_dense,
+        "one_shot": one_shot,
+        "masks_from": masks_from,
     }
-    network.save(run.path / "model.keras")
-    run.write_result(result)  # last: it says that the run is finished
-    return result
+    given = [name for name, value in makers.items() if value]
+    if len(given) > 1:
+        raise ValueError(
+            f"A run starts in one way, and {' and '.join(given)} are two. Set "
+            "one of them."
+        )
+    if given and density is None:
+        raise ValueError(
+            f"train.{given[0]} needs train.density, which is None (the dense "
+            "model)."
+        )
+    if shuffle_masks and masks_from is None:
+        raise ValueError(
+            "shuffle_masks shuffles the masks of another run: set "
+            "train.masks_from."
+        )
+
+
+def _masks(source, density):
+    """Returns the masks of an earlier run, if they are of this density."""
+    masks = source.masks
+    ones = sum(int(mask.sum()) for mask in masks.values())
+    found = ones / sum(mask.size for mask in masks.values())
+    if abs(found - density) > 0.01 * density:
+        raise ValueError(
+            f"The masks of {str(source.path)!r} keep {found:.4f} of the "
+            f"weights, and train.density is {density}. Pass "
+            f"--density={found:.4g}, or the directory of another run."
+        )
+    return masks
+
+
+def _shuffled(masks, seed):
+    draw = np.random.default_rng(seed)
+    return {
+        name: draw.permutation(mask.ravel()).reshape(mask.shape)
+        for name, mask in masks.items()
+    }
+
+
+def _smoothed(images, labels, classes, smoothing):
+    targets = tf.one_hot(labels, classes)
+    return images, targets * (1 - smoothing) + smoothing / classes
+
+
+def _name(update, density, small_dense, one_shot, masks_from):
+    if update is not None:
+        return update.name
+    if density is None:
+        return "dense"
+    if small_dense:
+        return "small-dense"
+    if one_shot is not None:
+        return "SNIP"
+    return "static" if masks_from is None else "lottery"
+
+
+def _closed_form(update, inference, dense_flops, length):
+    """Returns the paper's ratio, at the mean forward cost of the run."""
+    method = type(update).__name__ if update else "static"
+    try:
+        cost = flops.training_flops(
+            method,
+            sparse_flops=float(np.mean(inference)),
+            dense_flops=dense_flops,
+            frequency=getattr(update, "frequency", None),
+        )
+    except ValueError:  # a method of the user's own has none
+        return None
+    return length * cost / (3 * dense_flops)
 
 
 class _EpochLogs(keras.callbacks.Callback):
-    """Adds step, learning rate and seconds to the logs of an epoch."""
+    """Adds step, rate, seconds and cost to the logs of an epoch."""
+
+    def __init__(self, cost):
+        super().__init__()
+        self._cost = cost
 
     def on_epoch_begin(self, epoch, logs=None):
         self._start = time.perf_counter()
@@ -265,6 +590,14 @@ class _EpochLogs(keras.callbacks.Callback):
         logs["learning_rate"] = float(
             tf.convert_to_tensor(optimizer.learning_rate)
         )
+        densities = {
+            m.name: m.density for m in rigl_keras.masked_layers(self.model)
+        }
+        now = sum(
+            layer.flops_at(densities.get(layer.name, 1.0))
+            for layer in self._cost.layers
+        )
+        logs["inference_flops_ratio"] = now / self._cost.dense_inference_flops
         logs["seconds"] = round(time.perf_counter() - self._start, 2)
 
 
