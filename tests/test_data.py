@@ -617,7 +617,7 @@ def test_evaluation_batch_sizes_are_checked():
         ({"augmentation": "cutout"}, "must be one of.*'pad_crop_flip'.*cutout"),
         ({"mean": (0.5,)}, "one value per channel, 3 .*mean=\\(0.5,\\)"),
         ({"std": (1.0, 0.0, 1.0)}, "std must be > 0"),
-        ({"validation": 0}, "validation must be an integer >= 1"),
+        ({"validation": -1}, "validation must be an integer >= 0"),
     ],
 )
 def test_recipes_are_checked(change, text):

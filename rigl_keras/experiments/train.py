@@ -262,13 +262,10 @@ def train(
     dense = network
     loss = keras.losses.CategoricalCrossentropy(from_logits=True)
     if masks_from is not None:
-        network = rigl_keras.with_masks(
-            network,
-            _masks(
-                earlier[masks_from], density, seed if shuffle_masks else None
-            ),
-            seed=seed,
-        )
+        masks = _masks(earlier[masks_from], density)
+        if shuffle_masks:
+            masks = _shuffled(masks, seed)
+        network = rigl_keras.with_masks(network, masks, seed=seed)
     elif one_shot is not None:
         batch = next(
             iter(examples.train(batch_size=batch_size, seed=seed, epochs=1))

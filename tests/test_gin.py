@@ -1,0 +1,210 @@
+"""Every gin file: what it says of itself, and that it trains."""
+
+import pathlib
+import re
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from test_data import write_metadata
+
+import gin
+import rigl_keras
+from rigl_keras.experiments import command, config
+from rigl_keras.models import resnet
+
+GIN = pathlib.Path(rigl_keras.__file__).parents[1] / "gin"
+FILES = sorted(path.stem for path in GIN.glob("*.gin"))
+
+# Two steps of the real configuration, on networks of fewer blocks.
+SHORT = [
+    "train.epochs = 1",
+    "train.batch_size = 2",
+    "train.validation = 2",
+    "wide_resnet.depth = 10",
+    "UPDATE_FREQUENCY = 1",
+    "UPDATE_END = 9",
+    "SparsityRamp.begin_step = 0",
+    "SparsityRamp.end_step = 1",
+]
+METHODS = {
+    "dense": "dense",
+    "small_dense": "small-dense",
+    "static": "static",
+    "set": "SET",
+    "rigl": "RigL",
+    "rigl_kernel": "RigL",
+    "rigl_sg": "RigL-SG",
+    "rigl_sm": "RigL-SM",
+    "rigl_reinit": "RigL",
+    "snfs": "SNFS",
+    "pruning": "MagnitudePruning",
+    "lottery": "lottery",
+    "snip": "SNIP",
+}
+# Runs that start where another has ended.
+AFTER = {
+    name: name.replace("lottery", "pruning").replace("reinit", "sm")
+    for name in FILES
+    if "lottery" in name or "reinit" in name
+}
+
+
+@pytest.fixture(autouse=True)
+def clean_gin():
+    yield
+    gin.clear_config()
+
+
+def kind(name):
+    found = [
+        m
+        for m in METHODS
+        if re.match(f"{m}_(uniform|erk?|50k|2x|3x|wrn|resnet50)", name)
+    ]
+    return max(found, key=len)
+
+
+def test_there_is_one_for_every_row():
+    """Tables 1, 2, 3 and 5 of the report."""
+    of_both = [
+        "dense", "small_dense", "static_uniform", "static_erk", "set_uniform",
+        "set_erk", "rigl_uniform", "rigl_erk", "snfs_uniform", "snfs_erk",
+        "pruning", "lottery", "rigl_uniform_2x", "rigl_erk_2x",
+        "rigl_sg_uniform", "rigl_sm_uniform", "rigl_sg_erk", "rigl_sm_erk",
+        "rigl_reinit_uniform", "rigl_reinit_erk",
+    ]  # fmt: skip
+    of_one = [
+        "static_uniform_2x_wrn", "set_uniform_2x_wrn", "snfs_uniform_2x_wrn",
+        "rigl_uniform_3x_resnet50", "dense_50k_wrn", "static_erk_50k_wrn",
+        "pruning_50k_wrn", "rigl_erk_50k_wrn",
+    ]  # fmt: skip
+    rows = {
+        f"{row}_{model}" for row in of_both for model in ("wrn", "resnet50")
+    }
+    assert rows | set(of_one) <= set(FILES)
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if n != "quickstart"])
+def test_header(name):
+    """The row, accuracy and cost published, the hours, and the command."""
+    text = (GIN / f"{name}.gin").read_text()
+    header = text[: text.index("\n\n")].replace("\n# ", " ")
+    assert f"bin/train --gin_file=gin/{name}.gin" in header
+    hours = 6 if "resnet50" in name else 2
+    assert f"The report states {hours} hours a run on a GTX 1080" in header
+    not_of_the_report = ("snip", "static_er_", "rigl_kernel")
+    if name.startswith(not_of_the_report):
+        assert "Not a row of the report" in header
+    elif name == "static_erk_wrn":
+        assert "Table 1 only" in header
+    else:
+        assert "Table" in header and "%" in header
+        assert "FLOPs" in header or "50k" in name
+    for source in re.findall(r"gin/(\w+)\.gin", header):
+        assert source in FILES
+
+
+@pytest.fixture
+def short(monkeypatch, tmp_path):
+    """Trains two steps on two classes of random images, without graphs.
+
+    The graphs of the same steps are tested elsewhere, and take a minute to
+    make for ResNet-50.
+    """
+    import tensorflow_datasets as tfds
+
+    whole = resnet._resnet
+    monkeypatch.setattr(
+        resnet, "_resnet", lambda blocks, *more: whole((1, 1, 1, 1), *more)
+    )
+    for name in ("cifar10", "cifar100"):
+        write_metadata(name, tmp_path, {"train": 6, "test": 2})
+
+    def run(name, *bindings):
+        with tfds.testing.mock_data(
+            num_examples=6,
+            policy=tfds.testing.MockPolicy.USE_FILES,
+            data_dir=str(tmp_path),
+        ):
+            return command.run(
+                [f"{name}.gin"],
+                bindings=[*SHORT, *bindings],
+                run_dir=tmp_path / name,
+                data_dir=tmp_path,
+            )
+
+    keras.config.disable_interactive_logging()
+    tf.config.run_functions_eagerly(True)
+    yield run
+    tf.config.run_functions_eagerly(False)
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if n != "quickstart"])
+@pytest.mark.filterwarnings("ignore:Even though the `tf.config")
+@pytest.mark.filterwarnings("ignore:RigL plans 0 updates")
+def test_two_steps(name, short, tmp_path):
+    bindings = []
+    if name in AFTER:
+        short(AFTER[name])
+        source = str(tmp_path / AFTER[name])
+        bindings = [
+            f"train.masks_from = {source!r}",
+            f"train.weights_from = {source!r}",
+        ]
+    result = short(name, *bindings)
+    assert result["method"] == METHODS[kind(name)]
+    assert result["steps"] == 2 * int(result["settings"]["length"])
+    assert np.isfinite(result["test_loss"])
+    dense = kind(name) in ("dense", "small_dense")
+    assert result["density"] == (1.0 if dense else pytest.approx(0.1, rel=0.01))
+    assert result["dataset"] == ("cifar10" if "wrn" in name else "cifar100")
+    if kind(name) == "small_dense":
+        assert result["nonzeros"] == pytest.approx(
+            0.1 * result["parameters"], rel=0.1
+        )
+    rows = (tmp_path / name / "trajectory.csv").read_text().splitlines()
+    moved = len(rows) - 2
+    dynamic = result["method"].startswith(("RigL", "SET", "SNFS", "Magn"))
+    assert moved == (result["steps"] - 1 if dynamic else 0) or (
+        # The step at which the ramp is begun prunes to nothing.
+        result["method"] == "MagnitudePruning" and moved == result["steps"]
+    )
+    if name in AFTER:
+        assert result["settings"]["masks_from"] == source
+
+
+def test_lengths_are_those_of_the_rows():
+    for name in FILES:
+        config.parse([f"{name}.gin"], [])
+        length = gin.get_bindings("train").get("length", 1)
+        multiple = re.search(r"_(\d)x_", name)
+        assert length == (int(multiple[1]) if multiple else 1)
+
+
+def test_density_reaches_every_row(monkeypatch):
+    """`--density` sets where a run ends, also one that starts dense."""
+    seen = {}
+
+    def train(run, **options):
+        seen.update(gin.get_bindings("train"))
+        seen["ramp"] = gin.get_bindings("SparsityRamp")
+
+    monkeypatch.setattr(command, "RunDirectory", lambda *a, **k: _Nowhere())
+    monkeypatch.setattr(config, "configured", lambda: {"train": train})
+    for name in FILES:
+        if name == "quickstart" or name.startswith("dense"):
+            continue
+        config.parse([f"{name}.gin"], [])
+        seen.clear()
+        command.run([f"{name}.gin"], density=0.3, run_dir="nowhere")
+        if name.startswith("pruning"):
+            assert seen["density"] == 1.0
+            assert seen["ramp"]["final_density"] == 0.3
+        else:
+            assert seen["density"] == 0.3
+
+
+class _Nowhere:
+    path = pathlib.Path("nowhere")
