@@ -8,8 +8,13 @@
 """
 
 import os
+import sys
 
-if os.environ.get("TF_USE_LEGACY_KERAS", "").lower() in ("1", "true"):
+# tfmot, whose schedules MagnitudePruning takes, sets the variable for itself.
+_SET_BY_HAND = "tensorflow_model_optimization" not in sys.modules
+_LEGACY = os.environ.get("TF_USE_LEGACY_KERAS", "").lower() in ("1", "true")
+
+if _LEGACY and _SET_BY_HAND:
     raise ImportError(
         "rigl_keras is written for Keras 3, but TF_USE_LEGACY_KERAS="
         f"{os.environ['TF_USE_LEGACY_KERAS']} turns tf.keras into Keras 2. "

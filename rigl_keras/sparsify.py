@@ -112,7 +112,7 @@ def sparsify(
     >>> model = sparsify(model, density=0.1)
     >>> print(masked_layers(model))
     """
-    _check_model(model)
+    chosen = chosen_layers(model, layers)
     _check_seed(seed)
     if not isinstance(conventions, Conventions):
         raise ValueError(
@@ -129,7 +129,6 @@ def sparsify(
             f"granularity must be one of {GRANULARITIES}. Received: "
             f"granularity={granularity!r}."
         )
-    chosen = chosen_layers(model, layers)
     given = _by_name(densities, chosen)
     shapes = {name: tuple(layer.kernel.shape) for name, layer in chosen.items()}
     if granularity == "kernel":
@@ -434,8 +433,10 @@ def chosen_layers(
         a prime after its name.
 
     Raises:
-        ValueError: Nothing matches, or a layer named cannot be masked.
+        ValueError: The model cannot be masked, nothing matches, or a layer
+            named cannot be masked.
     """
+    _check_model(model)
     matches = _predicate(selector)
     selected = [layer for layer in leaf_layers(model) if matches(layer)]
     if selector is not None:

@@ -27,9 +27,9 @@ def examples(n=64, seed=0):
     return x, draw.integers(0, 10, n)
 
 
-def compiled(model, optimizer="sgd", **options):
+def compiled(model, optimizer=None, **options):
     model.compile(
-        optimizer,
+        optimizer or keras.optimizers.SGD(0.01, momentum=0.9),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
         **options,

@@ -19,6 +19,7 @@ TABLE = {
     "grow_ranking": ("inactive", "all"),
     "regrown_value": ("kept", "zero"),
     "spare_dense_layers": (False, True),
+    "redistribution_total": ("conserved", "corrected"),
     "update_replaces_step": (True, True),
     "erk_rounding": ("zeros", "zeros_and_ones"),
     "sampling": ("exact", "bernoulli"),

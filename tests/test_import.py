@@ -18,10 +18,13 @@ ORDER = [
     "schedules",
     "scores",
     "topology",
+    "redistribution",
     "layers",
     "optimizer_state",
     "sparsify",
+    "training_step",
     "callbacks",
+    "one_shot",
     "flops",
     "export",
     "models",
@@ -69,6 +72,13 @@ def test_other_keras_is_refused(variable, value, message):
     assert message in done.stderr and "ImportError" in done.stderr
 
 
+def test_tfmot_may_come_first():
+    """It sets TF_USE_LEGACY_KERAS for itself, when it is imported."""
+    pytest.importorskip("tensorflow_model_optimization")
+    done = run("import tensorflow_model_optimization, rigl_keras")
+    assert done.returncode == 0, done.stderr
+
+
 def imported(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -101,6 +111,7 @@ THIRD_PARTY = {
     "schedules": {"numpy", "tensorflow"},
     "scores": {"tensorflow"},
     "topology": {"tensorflow"},
+    "redistribution": {"tensorflow"},
 }
 
 
