@@ -596,7 +596,10 @@ class MagnitudePruning(StepUpdate):
         )
 
     def change_masks(self, optimizer, layers, gradients, step):
-        density = 1 - tf.cast(self._planned_sparsity(step)[1], tf.float64)
+        sparsity = self._planned_sparsity(step)[1]
+        if not tf.is_tensor(sparsity):
+            sparsity = tf.constant(sparsity, tf.float64)
+        density = 1 - sparsity
         masks = [m.mask.value > 0 for m in layers]
         # Of a kernel that is kept or removed as one, each entry is worth the
         # same.
@@ -605,7 +608,7 @@ class MagnitudePruning(StepUpdate):
             for m in layers
         ]
         if self.scope == "global":
-            count = _rounded(density * sum(math.prod(m.shape) for m in masks))
+            count = _share(density, sum(math.prod(m.shape) for m in masks))
             everything = topology.select_highest(
                 _joined(worth), count, among=_joined(masks)
             )
@@ -613,7 +616,7 @@ class MagnitudePruning(StepUpdate):
         else:
             kept = [
                 topology.select_highest(
-                    score, _share(density, layer), among=mask
+                    score, _layer_share(density, layer), among=mask
                 )
                 for score, mask, layer in zip(worth, masks, layers, strict=True)
             ]
@@ -626,15 +629,16 @@ class MagnitudePruning(StepUpdate):
         return tf.constant(0)
 
 
-def _share(density, layer):
+def _share(density, size):
+    # In the precision of the schedule, as tfmot rounds.
+    return tf.cast(tf.round(density * tf.cast(size, density.dtype)), tf.int32)
+
+
+def _layer_share(density, layer):
     """Returns how many entries of a layer stay: whole units, one at least."""
     units = math.prod(layer.by_unit(layer.mask.value).shape)
     entries = math.prod(layer.mask.shape) // units
-    return tf.maximum(_rounded(density * units), 1) * entries
-
-
-def _rounded(number):
-    return tf.cast(tf.round(number), tf.int32)
+    return tf.maximum(_share(density, units), 1) * entries
 
 
 def _joined(tensors):

@@ -1,5 +1,8 @@
 """Costs by hand, and the models that they are counted on."""
 
+import functools
+import math
+
 import keras
 import numpy as np
 import pytest
@@ -235,3 +238,90 @@ def test_flops_at_another_density():
     layer = count(small_model(), convention="macs").layers[0]
     assert layer.flops_at(0.5) == layer.dense_inference_flops / 2
     assert layer.flops_at(0.0) == 0
+
+
+@pytest.mark.parametrize(
+    "equation, output, shape, macs, additions",
+    [
+        ("abc,cd->abd", (7, 3), (7, 5), 7 * 5 * 3, 7 * 5),
+        ("abc,cde->abde", (7, 2, 3), (7, 6), 7 * 6 * 2 * 3, 7 * 6),
+        ("abcd,cde->abe", (7, 4), (7, 2, 3), 7 * 2 * 3 * 4, 7 * 6),
+        ("...x,xy->...y", 4, (5, 7, 3), 35 * 12, 35 * 3),
+        # `c` is summed over in the input alone, `d` kept from it.
+        ("abcd,de->abe", (7, 4), (7, 2, 3), 7 * 2 * 3 * 4, 7 * 2 * 3),
+    ],
+)
+def test_einsum(equation, output, shape, macs, additions):
+    axes = equation.split("->")[1]
+    layer = layers.EinsumDense(equation, output, bias_axes=axes[-1])
+    model = keras.Sequential([keras.Input(shape), layer])
+    assert count(model, convention="macs").inference_flops == macs
+    assert count(model).inference_flops == 2 * macs + additions
+
+
+def test_sizes_by_hand():
+    """6 of 24 weights and 4 biases: 10 values, and where they are."""
+    inputs = keras.Input((6,))
+    model = keras.Model(inputs, layers.Dense(4, name="d")(inputs))
+    cost = count(sparsify(model, 0.25))
+    assert cost.bits == 32 * 10 + 24
+    # A column index for each weight, and 5 pointers for the 4 rows.
+    assert cost.csr_bits == 32 * 10 + 32 * (6 + 5)
+    dense = count(model)
+    assert dense.bits == dense.csr_bits == 32 * 28
+    assert "as CSR" in str(cost)
+
+
+def test_a_curve_by_hand():
+    """Two layers of 24 and 8 weights, dense 2 x 32, from 6 and 2 to 4 and 4."""
+    inputs = keras.Input((6,))
+    x = layers.Dense(4, name="a", use_bias=False)(inputs)
+    outputs = layers.Dense(2, name="b", use_bias=False)(x)
+    cost = count(sparsify(keras.Model(inputs, outputs), 0.25))
+    run = [
+        (10, {"a": 6, "b": 2}),
+        (12, {"a": 4, "b": 4}),
+        (13, {"a": 8, "b": 4}),
+    ]
+    curve = functools.partial(flops.training_curve, cost, run, steps=5)
+    inference, training = curve(dense_gradients="updates")
+    assert inference.tolist() == [16, 16, 16, 16, 24]
+    assert training.tolist() == [48, 48, 32 + 64, 32 + 64, 72]
+    _, training = curve(dense_gradients="never")
+    assert training.tolist() == [48, 48, 48, 48, 72]
+    _, training = curve(dense_gradients="always")
+    assert training.tolist() == [96, 96, 96, 96, 112]
+
+
+def test_an_update_at_the_first_step_counts():
+    cost = count(sparsify(small_model(), 0.25))
+    counts = {layer.name: 1 for layer in cost.layers}
+    full = {layer.name: math.prod(layer.shape) for layer in cost.layers}
+    inference, training = flops.training_curve(
+        cost, [(0, full), (0, counts)], steps=2, dense_gradients="updates"
+    )
+    assert inference[0] == cost.dense_inference_flops > 2 * inference[1]
+    assert training[0] == 3 * cost.dense_inference_flops
+
+
+def test_bad_curves():
+    cost = count(sparsify(small_model(), 0.25))
+    good = dict(steps=3, dense_gradients="never")
+    with pytest.raises(ValueError, match="dense_gradients must be"):
+        flops.training_curve(cost, [(0, {})], steps=3, dense_gradients="yes")
+    with pytest.raises(ValueError, match="Received an empty one"):
+        flops.training_curve(cost, [], **good)
+    with pytest.raises(ValueError, match="must increase"):
+        flops.training_curve(cost, [(0, {}), (2, {}), (1, {})], **good)
+    with pytest.raises(ValueError, match="the model has not.*hiden"):
+        flops.training_curve(cost, [(0, {"hiden": 3})], **good)
+
+
+def test_every_method_of_the_report_has_a_closed_form():
+    cost = dict(sparse_flops=2.0, dense_flops=10.0, frequency=9)
+    for name in ("RigL", "RigL-SG", "RigL-SM"):
+        assert flops.training_flops(name, **cost) == 6.8
+    for name in ("SNFS", "MagnitudePruning", "magnitude_pruning"):
+        assert flops.training_flops(name, **cost) == 14
+    for name in ("static", "SET", "SNIP", "small-dense", "Small_Dense"):
+        assert flops.training_flops(name, **cost) == 6

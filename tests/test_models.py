@@ -103,3 +103,81 @@ def test_outputs_are_logits():
 def test_mlp_takes_any_shape():
     model = models.mlp(4, (3, 5), hidden=())
     assert model.count_params() == 15 * 4 + 4
+
+
+def test_resnet50_is_the_reports():
+    model = models.resnet50(100, weight_decay=1e-4)
+    convolutions = of(model, layers.Conv2D)
+    assert len(convolutions) == 53 and not any(c.use_bias for c in convolutions)
+    assert model.count_params() == 23_705_252 + 2 * 26_560
+    # A 3x3 stem at full size, and strides on the 3x3 convolutions.
+    stem = model.get_layer("conv1")
+    assert (stem.kernel_size, stem.strides) == ((3, 3), (1, 1))
+    assert {c.name for c in convolutions if c.strides == (2, 2)} == {
+        f"conv{stage}_0_{part}"
+        for stage in (3, 4, 5)
+        for part in ("conv2", "shortcut")
+    }
+    sizes = [
+        model.get_layer(f"conv{s}_0_add").output.shape[1] for s in (2, 3, 4, 5)
+    ]
+    assert sizes == [32, 16, 8, 4]
+    for norm in of(model, layers.BatchNormalization):
+        assert (norm.momentum, norm.epsilon) == (0.9, 1e-5)
+        last = norm.name.endswith("_bn3")
+        assert (norm.gamma.numpy() == (0 if last else 1)).all(), norm.name
+    for conv in convolutions:
+        height, width, _, out = conv.kernel.shape
+        wanted = np.sqrt(2 / (height * width * out))
+        assert np.std(conv.kernel) == pytest.approx(wanted, rel=0.1)
+        assert conv.kernel_regularizer.l2 == pytest.approx(5e-5)
+    head = model.get_layer("classifier")
+    for values in (head.kernel, head.bias):
+        assert np.abs(values).max() == pytest.approx(2048**-0.5, rel=0.05)
+
+
+def test_resnet_starts_with_blocks_that_do_nothing():
+    """As the last batch norm of each starts at 0: only shortcuts pass."""
+    model = models.resnet18(10, (16, 16, 3))
+    x = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
+    outputs = [
+        model.get_layer(name).output
+        for name in ("conv2_0_relu", "conv2_1_relu")
+    ]
+    first, second = keras.Model(model.input, outputs)(x)
+    np.testing.assert_array_equal(first, second)
+    assert np.abs(first).max() > 0
+    assert model(x).shape == (2, 10)
+    assert len(of(model, layers.Conv2D)) == 20
+
+
+@pytest.mark.parametrize("make", [models.wide_resnet, models.resnet50])
+def test_small_dense_truncates_channels(make):
+    """Channels x sqrt(density), truncated: about density x parameters."""
+    for density in (0.1, 0.2):
+        small, whole = make(channel_scale=density**0.5), make()
+        for one, two in zip(
+            of(small, layers.Conv2D), of(whole, layers.Conv2D), strict=True
+        ):
+            base = two.filters // (4 if two.kernel_size == (1, 1) else 1)
+            assert one.filters in (
+                int(two.filters * density**0.5),
+                4 * int(base * density**0.5),
+            )
+        ratio = small.count_params() / whole.count_params()
+        assert ratio == pytest.approx(density, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "make, options, message",
+    [
+        (models.wide_resnet, dict(channel_scale=0.01), "leave a channel of 16"),
+        (models.wide_resnet, dict(channel_scale=1.5), "channel_scale must be"),
+        (models.resnet18, dict(channel_scale=0.0), "channel_scale must be"),
+        (models.resnet50, dict(num_classes=0), "num_classes"),
+        (models.resnet50, dict(input_shape=(4, 4, 3)), "at least 8 x 8"),
+    ],
+)
+def test_bad_networks(make, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options)

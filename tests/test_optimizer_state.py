@@ -278,3 +278,40 @@ def test_innermost():
     wrapped = keras.optimizers.LossScaleOptimizer(inner)
     assert optimizer_state.innermost(wrapped) is inner
     assert optimizer_state.innermost(inner) is inner
+
+
+@pytest.mark.parametrize(
+    "make, first, want",
+    [
+        # -rate x gradient; m = 0.1 g and v = 0.001 g^2; RMSprop's is -rate g /
+        # sqrt(0.1 g^2 + 1e-7) already.
+        (lambda: keras.optimizers.SGD(0.5, 0.9), 4.0, -2.0),
+        (lambda: keras.optimizers.Lion(), 4.0, 0.04),
+        (lambda: keras.optimizers.Adam(), 4.0, 0.4 / (0.016**0.5 + 1e-8)),
+        (lambda: keras.optimizers.RMSprop(0.5, momentum=0.9), 4.0, 3.1622775),
+        (
+            lambda: keras.optimizers.LossScaleOptimizer(
+                keras.optimizers.SGD(0.5, 0.9)
+            ),
+            4.0 * 2**15,
+            -2.0,
+        ),
+    ],
+)
+def test_momentum_after_one_step(make, first, want):
+    optimizer, kernel = make(), variable("w")
+    optimizer.build([kernel])
+    optimizer.apply([tf.fill((2, 3), first)], [kernel])
+    got = optimizer_state.momentum(optimizer, kernel)
+    np.testing.assert_allclose(got, np.full((2, 3), want), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [keras.optimizers.SGD, keras.optimizers.Adagrad, keras.optimizers.RMSprop],
+)
+def test_no_momentum(make):
+    optimizer, kernel = make(), variable("w")
+    optimizer.build([kernel])
+    with pytest.raises(ValueError, match="keeps no momentum of 'w'"):
+        optimizer_state.momentum(optimizer, kernel)

@@ -70,3 +70,10 @@ def test_random_is_the_same_in_another_process():
     )
     here = scores.random((50,), key=7, step=3).numpy()
     assert other.stdout.strip() == here.tobytes().hex()
+
+
+def test_saliency():
+    got = scores.saliency(
+        tf.constant([2.0, -3.0, 0.0]), tf.constant([-1.0, 2.0, 9.0])
+    )
+    assert got.numpy().tolist() == [2.0, 6.0, 0.0]

@@ -1,5 +1,6 @@
 """A dense model to a masked one and back."""
 
+import math
 import os
 import subprocess
 import sys
@@ -14,7 +15,14 @@ from conftest import compiled, examples, kernels, masks, small_model
 from keras import layers
 
 import rigl_keras
-from rigl_keras import REPORT, masked_layers, sparsify, strip
+from rigl_keras import (
+    REPORT,
+    distributions,
+    masked_layers,
+    sparsify,
+    strip,
+    with_masks,
+)
 
 
 def ones(model):
@@ -405,3 +413,82 @@ def test_wrong_types_are_named(make, options, message):
 def test_not_a_model(function):
     with pytest.raises(ValueError, match="Keras model"):
         function("model.keras")
+
+
+def test_kernels_are_kept_or_removed_whole():
+    model = small_model()
+    sparse = sparsify(model, 0.6, granularity="kernel")
+    found = masks(sparse)
+    for name in ("conv1", "conv2", "depthwise"):
+        assert (found[name] == found[name][:1, :1]).all()
+        assert found[name].any()
+        assert sparse.get_layer(name).granularity == "kernel"
+    assert not found["conv2"].all()
+    assert found["head"].all()  # no spatial axes: the others make up for it
+    total = sum(mask.size for mask in found.values())
+    assert abs(ones(sparse) - 0.6 * total) <= 9 * 3
+    # As if the density of the dense layers had been given.
+    shapes = {name: mask.shape for name, mask in found.items()}
+    wanted = distributions.layer_densities(shapes, 0.6, densities={"head": 1.0})
+    for name, mask in found.items():
+        assert mask.mean() == pytest.approx(
+            wanted[name], abs=1 / math.prod(mask.shape[-2:])
+        )
+    given = sparsify(model, 0.6, granularity="kernel", densities={"head": 0.5})
+    assert masks(given)["head"].mean() == pytest.approx(0.5, abs=1e-2)
+
+
+def test_bad_granularity():
+    with pytest.raises(ValueError, match="granularity must be one of"):
+        sparsify(small_model(), 0.3, granularity="channel")
+    with pytest.raises(ValueError, match="none of the layers to mask is one"):
+        sparsify(small_mlp(), 0.3, granularity="kernel")
+    # The classifier alone holds more than a tenth.
+    with pytest.raises(ValueError, match="No densities of the other layers"):
+        sparsify(small_model(), 0.1, granularity="kernel")
+
+
+def test_masks_that_are_given():
+    model = small_model()
+    found = masks(sparsify(model, 0.2, seed=5))
+    del found["conv1"]
+    sparse = with_masks(model, found)
+    assert [m.name for m in masked_layers(sparse)] == [
+        "depthwise", "conv2", "head",
+    ]  # fmt: skip
+    for layer in masked_layers(sparse):
+        np.testing.assert_array_equal(layer.mask, found[layer.name])
+        kernel = model.get_layer(layer.name).kernel.numpy()
+        np.testing.assert_array_equal(
+            layer.kernel, np.where(found[layer.name] == 1, kernel, 0)
+        )
+    np.testing.assert_array_equal(
+        sparse.get_layer("conv1").kernel, model.get_layer("conv1").kernel
+    )
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({}, "one mask at least"),
+        ({"hiden": np.ones((4, 3))}, "'hiden', which is no layer"),
+        ({"norm": np.ones(8)}, "no layer of this model that can be masked"),
+        ({"head": np.ones((3, 4))}, r"shape of its kernel.*shape \(3, 4\)"),
+        ({"head": np.full((64, 10), 0.5)}, "zeros and ones only.*0.5"),
+        ({"head": np.full((64, 10), np.nan)}, "zeros and ones only.*nan"),
+    ],
+)
+def test_bad_masks(given, message):
+    with pytest.raises(ValueError, match=message):
+        with_masks(small_model(), given)
+
+
+def test_einsum_is_masked():
+    inputs = keras.Input((7, 6))
+    x = layers.EinsumDense("abc,cde->abde", (7, 2, 3), name="heads")(inputs)
+    model = keras.Model(inputs, layers.Dense(4, name="d")(x))
+    sparse = sparsify(model, 0.5)
+    x = np.random.default_rng(0).normal(size=(2, 7, 6)).astype(np.float32)
+    np.testing.assert_allclose(strip(sparse)(x), sparse(x), rtol=1e-5)
+    assert masks(sparse)["heads"].shape == (6, 2, 3)
+    assert ones(sparse) == round(0.5 * size(sparse))

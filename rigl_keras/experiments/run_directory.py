@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -259,7 +260,10 @@ class EarlierRun:
                 "train.keep_weights."
             )
         try:
-            model.load_weights(path)
+            with warnings.catch_warnings():
+                # Of each layer that does not fit, before the error.
+                warnings.simplefilter("ignore")
+                model.load_weights(path)
         except ValueError as error:
             raise ValueError(
                 f"The weights of {str(self.path)!r} are of another network "
