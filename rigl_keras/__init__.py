@@ -70,6 +70,7 @@ from rigl_keras.sparsify import (  # noqa: E402
     strip,
     with_masks,
 )
+from rigl_keras.training_step import StepUpdate  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -84,6 +85,7 @@ __all__ = [
     "Masked",
     "RigL",
     "SparsityRamp",
+    "StepUpdate",
     "conventions",
     "count",
     "dense_gradients",

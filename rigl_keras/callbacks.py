@@ -6,6 +6,7 @@ own, is in `training_step.py`.
 """
 
 import dataclasses
+import functools
 import math
 
 import tensorflow as tf
@@ -116,13 +117,16 @@ class MaskUpdate(StepUpdate):
         self.redistribution = redistribution
         self.seed = seed
         self._window = None
-        # By how much the reproduction corrects what it grows: the correction,
-        # the sum of what was missing, updates so far, and connections at the
-        # start, or -1.
-        self._correction = tf.Variable(
-            [0.0, 0.0, 0.0, -1.0], trainable=False, dtype=tf.float64
-        )
-        self._last_fraction = tf.Variable(0.0, trainable=False)
+
+    @functools.cached_property
+    def _correction(self) -> tf.Variable:
+        """By how much the reproduction corrects what it grows.
+
+        The correction, the sum of what was missing, updates so far, and
+        connections at the start, or -1.
+        """
+        start = [0.0, 0.0, 0.0, -1.0]
+        return tf.Variable(start, trainable=False, dtype=tf.float64)
 
     # What makes a method: what connections are worth.
 
@@ -216,6 +220,7 @@ class MaskUpdate(StepUpdate):
                 )
         if self.redistribution == "momentum":
             self._check_momentum()
+        self._last_fraction = tf.Variable(0.0, trainable=False)
         start = self._correction[3]
         if start < 0 or int(self.optimizer.iterations) == 0:
             connections = sum(self.trajectory[0][1])

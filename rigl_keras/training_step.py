@@ -223,14 +223,11 @@ class StepUpdate(keras.callbacks.Callback):
             counts = self._counts()
             self._grown.assign(tf.cast(grown, tf.float32))
             self._density.assign(self._density_of(counts))
-            row = tf.cond(
-                self._kept < self._record.shape[0],
-                lambda: self._kept.value(),
-                lambda: tf.constant(self._record.shape[0] - 1),
-            )
-            self._record.scatter_nd_update(
-                [[row]], [tf.concat([[step], counts], axis=0)]
-            )
+            rows = self._record.shape[0]
+            row = tf.minimum(self._kept, rows - 1)
+            here = tf.expand_dims(tf.equal(tf.range(rows), row), axis=1)
+            values = tf.concat([[step], counts], axis=0)
+            self._record.assign(tf.where(here, values, self._record))
             self._kept.assign(row + 1)
 
         def refuse():
@@ -310,7 +307,9 @@ class StepUpdate(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         if not self._planned:
-            self.plan(epoch, self.params.get("epochs"), self.params["steps"])
+            self.plan(
+                epoch, self.params.get("epochs"), self.params.get("steps")
+            )
             self._planned = True
 
     def on_train_batch_end(self, batch, logs=None):

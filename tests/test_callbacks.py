@@ -797,3 +797,117 @@ def test_growth_takes_inactive_entries_only(method):
             assert ones - int(0.3 * ones) <= stayed <= ones
             moved |= stayed < ones
     assert moved
+
+
+@pytest.mark.parametrize("method", ["RigL", "SET", "MagnitudePruning"])
+def test_whole_kernels_move(method):
+    """What is dropped and grown as one stays one, and so do counts."""
+    model = sparsify(small_model(), 0.5, granularity="kernel")
+    before = masks(model)
+    record = step_by_step(compiled(model), METHODS[method](**WINDOW))
+    assert changed(before, masks(model))
+    for step, now in enumerate(record.masks):
+        for name, mask in now.items():
+            if mask.ndim == 4:
+                assert (mask == mask[:1, :1]).all()
+            if method != "MagnitudePruning":
+                assert mask.sum() == before[name].sum()
+            assert not record.kernels[step][name][mask == 0].any()
+
+
+def test_kernels_are_ranked_by_their_mean():
+    """Two kernels of one weight's difference, by hand."""
+    inputs = keras.Input((3, 2))
+    conv = layers.Conv1D(2, 3, name="conv", use_bias=False)
+    model = keras.Model(inputs, conv(inputs))
+    model = rigl_keras.with_masks(
+        model,
+        {"conv": np.broadcast_to([[1.0, 1.0], [1.0, 0.0]], (3, 2, 2))},
+        granularity="kernel",
+    )
+    layer = model.get_layer("conv")
+    # Mean magnitudes 2, 3 and 1 of the kernels that are on.
+    kernel = np.zeros((3, 2, 2))
+    kernel[:, 0, 0], kernel[:, 0, 1] = [6, 0, 0], [-3, 3, 3]
+    kernel[:, 1, 0] = [-1, -1, 1]
+    layer.kernel.assign(kernel)
+    x = np.array([[[1, 0], [1, 1], [1, 9]]], np.float32)
+    model.compile(keras.optimizers.SGD(0.0), "mae")
+    data = tf.data.Dataset.from_tensors((x, np.full((1, 1, 2), 99.0))).repeat(2)
+    method = RigL(frequency=1, drop_fraction=0.34, end_step=9, decay="constant")
+    model.fit(data, shuffle=False, callbacks=[method], verbose=0)
+    # One of three leaves, that of mean 1; of the two that are off, both have
+    # the gradients of input 1, and the earlier joins: it has just left.
+    assert layer.mask.numpy()[0].tolist() == [[1, 1], [1, 0]]
+    assert layer.kernel.numpy()[:, 1, 0].tolist() == [-1, -1, 1]
+
+
+@pytest.mark.parametrize("method", ["SNFS", "RigL-SG", "RigL-SM"])
+def test_redistribution_needs_single_weights(method):
+    model = compiled(sparsify(small_model(), 0.5, granularity="kernel"))
+    with pytest.raises(ValueError, match="moves single weights.*'conv1'"):
+        train(model, METHODS[method](**WINDOW))
+
+
+def test_density_moves_to_where_gradients_are():
+    """RigL-SG's counts from the gradients of one batch, by hand."""
+    inputs = keras.Input((6,))
+    outputs = [
+        layers.Dense(4, name=n, use_bias=False)(inputs) for n in ("a", "b")
+    ]
+    model = sparsify(keras.Model(inputs, outputs), 0.5, distribution="er")
+    draw = np.random.default_rng(0)
+    x = draw.standard_normal((5, 6)).astype(np.float32)
+    # Targets of the second are far away: so are its gradients large.
+    y = [draw.standard_normal((5, 4)), 9 * draw.standard_normal((5, 4))]
+    gradients = {}
+    for target, name in zip(y, "ab", strict=True):
+        layer = model.get_layer(name)
+        residual = x @ layer.kernel.numpy() - target
+        gradients[name] = np.abs(2 * x.T @ residual / residual.size)
+    model.compile(keras.optimizers.SGD(0.0), ["mse", "mse"])
+    before = masks(model)
+    means = [gradients[n][before[n] == 1].mean() for n in "ab"]
+    data = tf.data.Dataset.from_tensors((x, tuple(y))).repeat(2)
+    method = RigL(
+        frequency=1,
+        drop_fraction=0.5,
+        end_step=9,
+        decay="constant",
+        redistribution="gradient",
+    )
+    model.fit(data, shuffle=False, callbacks=[method], verbose=0)
+    grown = 12 * np.array(means) / sum(means)  # 6 of 12 leave each layer
+    after = masks(model)
+    assert after["a"].sum() == 6 + np.round(grown[0]) < before["a"].sum()
+    assert after["b"].sum() == 6 + np.round(grown[1]) > before["b"].sum()
+
+
+def test_a_loop_that_never_applies_is_refused():
+    model = sparsify(one_layer(), 0.5)
+    optimizer = keras.optimizers.SGD(0.1)
+    step = RigL(end_step=9).wrap(
+        lambda x: tf.reduce_sum(model(x)), model=model, optimizer=optimizer
+    )
+    with pytest.raises(ValueError, match="never calls"):
+        tf.function(step)(np.ones((2, 6), np.float32))
+    with pytest.raises(ValueError, match="Pass steps_per_epoch to fit, or end"):
+        RigL().wrap(lambda x: x, model=model, optimizer=optimizer)
+
+
+def test_a_refused_update_is_told_in_a_loop_of_ones_own():
+    model = sparsify(one_layer(), 0.5)
+    optimizer = keras.optimizers.SGD(0.0)
+    method = RigL(end_step=9, frequency=1)
+
+    def step(x):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(model(x))
+        variables = model.trainable_variables
+        optimizer.apply(tape.gradient(loss, variables), variables)
+
+    step = tf.function(method.wrap(step, model=model, optimizer=optimizer))
+    step(np.ones((2, 6), np.float32))
+    step(np.full((2, 6), np.nan, np.float32))
+    with pytest.raises(ValueError, match="refused the update at step 1"):
+        method.fetch()

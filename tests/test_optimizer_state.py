@@ -283,12 +283,12 @@ def test_innermost():
 @pytest.mark.parametrize(
     "make, first, want",
     [
-        # -rate x gradient; m = 0.1 g and v = 0.001 g^2; RMSprop's is -rate g /
-        # sqrt(0.1 g^2 + 1e-7) already.
+        # -rate x gradient; m = 0.1 g and v = 0.001 g^2; RMSprop's is
+        # rate x g / sqrt(0.1 g^2) already.
         (lambda: keras.optimizers.SGD(0.5, 0.9), 4.0, -2.0),
         (lambda: keras.optimizers.Lion(), 4.0, 0.04),
         (lambda: keras.optimizers.Adam(), 4.0, 0.4 / (0.016**0.5 + 1e-8)),
-        (lambda: keras.optimizers.RMSprop(0.5, momentum=0.9), 4.0, 3.1622775),
+        (lambda: keras.optimizers.RMSprop(0.5, momentum=0.9), 4.0, 1.5811387),
         (
             lambda: keras.optimizers.LossScaleOptimizer(
                 keras.optimizers.SGD(0.5, 0.9)

@@ -7,6 +7,7 @@ import sys
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from conftest import compiled, examples, kernels, masks, small_model
 from keras import layers
 
@@ -237,7 +238,6 @@ np.savez(out, x=x, y=y, **seen)
 @pytest.fixture(scope="module")
 def of_tfmot(tmp_path_factory):
     """Kernels and masks of their callback and wrapper, weights held still."""
-    pytest.importorskip("tf_keras")
     path = tmp_path_factory.mktemp("tfmot") / "masks.npz"
     done = subprocess.run(
         [sys.executable, "-c", TFMOT, path],
@@ -251,7 +251,9 @@ def of_tfmot(tmp_path_factory):
 
 @pytest.fixture
 def tfmot(monkeypatch):
-    # On import it sets a variable that other tests would inherit.
+    # On import it sets a variable that other tests would inherit, and turns
+    # tf.keras into Keras 2 unless that has been looked at before.
+    assert tf.keras.version() == keras.version()
     monkeypatch.setenv("TF_USE_LEGACY_KERAS", "")
     return pytest.importorskip("tensorflow_model_optimization")
 

@@ -69,3 +69,43 @@ def test_adding_a_method():
 def test_every_file_it_names_exists():
     for path in re.findall(r"`((?:rigl_keras|gin|bin|tests)/[\w./]+)`", README):
         assert (ROOT / path).exists(), path
+
+
+def test_every_method_of_its_table():
+    table = README[README.index("| method | callback") :].split("\n\n")[0]
+    calls = re.findall(r"`([\w.]+\(.*?\))` ?[|,o]", table)
+    assert len(calls) == 8
+    names = {**vars(rigl_keras), "model": None, "masks": {}}
+    for call in calls:
+        if call.startswith(("one_shot", "with_masks", "sparsify")):
+            assert callable(eval(call.partition("(")[0], names))
+        else:
+            assert isinstance(eval(call, names), rigl_keras.StepUpdate)
+
+
+def test_a_loop_of_ones_own():
+    code = next(b for b in blocks("python") if "wrap(" in b)
+    model = rigl_keras.sparsify(rigl_keras.models.mlp(hidden=(8,)), 0.1)
+    optimizer = tf.keras.optimizers.SGD(0.01)
+
+    def train_step(x, y):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((model(x) - y) ** 2)
+        variables = model.trainable_variables
+        optimizer.apply(tape.gradient(loss, variables), variables)
+        return loss
+
+    names = {
+        "rigl_keras": rigl_keras,
+        "tf": tf,
+        "train_step": train_step,
+        "model": model,
+        "optimizer": optimizer,
+    }
+    exec(code.replace("end_step=750", "end_step=750, frequency=2"), names)
+    x = np.random.default_rng(0).normal(size=(4, 28, 28, 1)).astype("float32")
+    y = np.ones((4, 10), np.float32)
+    losses = [float(names["train_step"](x, y)) for _ in range(5)]
+    assert losses[-1] < losses[0]
+    names["rigl"].fetch()
+    assert [step for step, _ in names["rigl"].trajectory] == [0, 2, 4]

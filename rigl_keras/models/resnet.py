@@ -3,6 +3,8 @@
 import keras
 from keras import layers
 
+from rigl_keras.models.parts import batch_norm, convolution, l2, normalised
+
 __all__ = ["resnet18", "resnet50"]
 
 
@@ -93,7 +95,7 @@ def _resnet(
     input_shape,
     channel_scale,
     weight_decay,
-    name,
+    model_name,
 ):
     if num_classes < 1:
         raise ValueError(
@@ -109,21 +111,22 @@ def _resnet(
             "channel_scale must be in (0, 1] and leave a channel of 64. "
             f"Received: channel_scale={channel_scale}."
         )
-    convolution = _Convolution(weight_decay)
+    penalty = l2(weight_decay)
     inputs = keras.Input(input_shape, name="image")
-    x = convolution(inputs, int(64 * channel_scale), 3, 1, "conv1")
-    x = _normalised(x, "bn1")
+    x = convolution(inputs, int(64 * channel_scale), 3, 1, penalty, "conv1")
+    x = normalised(x, "bn1")
     for stage, count in enumerate(blocks, start=2):
         channels = int(2 ** (stage + 4) * channel_scale)
         for i in range(count):
             stride = 2 if stage > 2 and i == 0 else 1
             prefix = f"conv{stage}_{i}"
-            y = residual(convolution, x, channels, stride, prefix)
+            y = residual(x, channels, stride, penalty, prefix)
             if stride != 1 or x.shape[-1] != channels * expansion:
+                name = f"{prefix}_shortcut"
                 x = convolution(
-                    x, channels * expansion, 1, stride, f"{prefix}_shortcut"
+                    x, channels * expansion, 1, stride, penalty, name
                 )
-                x = _batch_norm(f"{prefix}_shortcut_bn")(x)
+                x = batch_norm(x, f"{name}_bn")
             x = layers.Add(name=f"{prefix}_add")([y, x])
             x = layers.ReLU(name=f"{prefix}_relu")(x)
     x = layers.GlobalAveragePooling2D(name="pool")(x)
@@ -134,59 +137,23 @@ def _resnet(
         num_classes,
         kernel_initializer=uniform,
         bias_initializer=uniform.clone(),
-        kernel_regularizer=convolution.regularizer,
+        kernel_regularizer=penalty,
         name="classifier",
     )(x)
-    return keras.Model(inputs, outputs, name=name)
+    return keras.Model(inputs, outputs, name=model_name)
 
 
-def _bottleneck(convolution, x, channels, stride, name):
-    x = convolution(x, channels, 1, 1, f"{name}_conv1")
-    x = _normalised(x, f"{name}_bn1")
-    x = convolution(x, channels, 3, stride, f"{name}_conv2")
-    x = _normalised(x, f"{name}_bn2")
-    x = convolution(x, 4 * channels, 1, 1, f"{name}_conv3")
-    return _batch_norm(f"{name}_bn3", gamma="zeros")(x)
+def _bottleneck(x, channels, stride, penalty, name):
+    x = convolution(x, channels, 1, 1, penalty, f"{name}_conv1")
+    x = normalised(x, f"{name}_bn1")
+    x = convolution(x, channels, 3, stride, penalty, f"{name}_conv2")
+    x = normalised(x, f"{name}_bn2")
+    x = convolution(x, 4 * channels, 1, 1, penalty, f"{name}_conv3")
+    return batch_norm(x, f"{name}_bn3", gamma="zeros")
 
 
-def _basic(convolution, x, channels, stride, name):
-    x = convolution(x, channels, 3, stride, f"{name}_conv1")
-    x = _normalised(x, f"{name}_bn1")
-    x = convolution(x, channels, 3, 1, f"{name}_conv2")
-    return _batch_norm(f"{name}_bn2", gamma="zeros")(x)
-
-
-class _Convolution:
-    """Makes the convolutions of one network."""
-
-    def __init__(self, weight_decay):
-        self.regularizer = (
-            keras.regularizers.L2(weight_decay / 2) if weight_decay else None
-        )
-
-    def __call__(self, x, channels, size, stride, name):
-        if stride == 2 and size == 3:
-            # `same` would pad below and to the right only.
-            x = layers.ZeroPadding2D(1, name=f"{name}_pad")(x)
-        return layers.Conv2D(
-            channels,
-            size,
-            strides=stride,
-            padding="valid" if stride == 2 else "same",
-            use_bias=False,
-            kernel_initializer=keras.initializers.VarianceScaling(
-                2.0, "fan_out", "untruncated_normal"
-            ),
-            kernel_regularizer=self.regularizer,
-            name=name,
-        )(x)
-
-
-def _batch_norm(name, gamma="ones"):
-    return layers.BatchNormalization(
-        momentum=0.9, epsilon=1e-5, gamma_initializer=gamma, name=name
-    )
-
-
-def _normalised(x, name):
-    return layers.ReLU(name=f"{name}_relu")(_batch_norm(name)(x))
+def _basic(x, channels, stride, penalty, name):
+    x = convolution(x, channels, 3, stride, penalty, f"{name}_conv1")
+    x = normalised(x, f"{name}_bn1")
+    x = convolution(x, channels, 3, 1, penalty, f"{name}_conv2")
+    return batch_norm(x, f"{name}_bn2", gamma="zeros")

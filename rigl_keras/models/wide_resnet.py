@@ -3,6 +3,8 @@
 import keras
 from keras import layers
 
+from rigl_keras.models.parts import convolution, l2, normalised
+
 __all__ = ["wide_resnet"]
 
 
@@ -78,42 +80,25 @@ def wide_resnet(
             f"Received: channel_scale={channel_scale}."
         )
     blocks = (depth - 4) // 6
-    l2 = keras.regularizers.L2(weight_decay / 2) if weight_decay else None
-
-    def convolution(x, channels, size, stride, name):
-        if stride == 2 and size == 3:
-            # `same` would pad below and to the right only.
-            x = layers.ZeroPadding2D(1, name=f"{name}_pad")(x)
-        return layers.Conv2D(
-            channels,
-            size,
-            strides=stride,
-            padding="valid" if stride == 2 else "same",
-            use_bias=False,
-            kernel_initializer=keras.initializers.VarianceScaling(
-                2.0, "fan_out", "untruncated_normal"
-            ),
-            kernel_regularizer=l2,
-            name=name,
-        )(x)
-
-    def normalised(x, name):
-        x = layers.BatchNormalization(momentum=0.9, epsilon=1e-5, name=name)(x)
-        return layers.ReLU(name=f"{name}_relu")(x)
+    penalty = l2(weight_decay)
 
     def block(x, channels, stride, name):
         activated = normalised(x, f"{name}_bn1")
-        y = convolution(activated, channels, 3, stride, f"{name}_conv1")
+        y = convolution(
+            activated, channels, 3, stride, penalty, f"{name}_conv1"
+        )
         y = normalised(y, f"{name}_bn2")
         if dropout:
             y = layers.Dropout(dropout, name=f"{name}_dropout")(y)
-        y = convolution(y, channels, 3, 1, f"{name}_conv2")
+        y = convolution(y, channels, 3, 1, penalty, f"{name}_conv2")
         if x.shape[-1] != channels:
-            x = convolution(activated, channels, 1, stride, f"{name}_shortcut")
+            x = convolution(
+                activated, channels, 1, stride, penalty, f"{name}_shortcut"
+            )
         return layers.Add(name=f"{name}_add")([x, y])
 
     inputs = keras.Input(input_shape, name="image")
-    x = convolution(inputs, int(16 * channel_scale), 3, 1, "conv1")
+    x = convolution(inputs, int(16 * channel_scale), 3, 1, penalty, "conv1")
     for stage in (1, 2, 3):
         channels = int(2 ** (stage + 3) * width * channel_scale)
         for i in range(blocks):
@@ -126,7 +111,7 @@ def wide_resnet(
         kernel_initializer=keras.initializers.VarianceScaling(
             1 / 3, "fan_in", "uniform"
         ),
-        kernel_regularizer=l2,
+        kernel_regularizer=penalty,
         name="classifier",
     )(x)
     return keras.Model(inputs, outputs, name=name or f"wrn_{depth}_{width}")

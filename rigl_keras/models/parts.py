@@ -1,0 +1,58 @@
+"""What the report's networks share: their convolutions and batch norm."""
+
+import keras
+from keras import layers
+
+__all__ = ["batch_norm", "convolution", "l2", "normalised"]
+
+
+def l2(weight_decay: float) -> keras.regularizers.Regularizer | None:
+    """Returns the penalty weight_decay / 2 x sum of w^2, or None of 0."""
+    return keras.regularizers.L2(weight_decay / 2) if weight_decay else None
+
+
+def convolution(x, channels: int, size: int, stride: int, penalty, name: str):
+    """Returns a convolution without bias that starts as N(0, 2 / fan out).
+
+    Args:
+        x: Symbolic images.
+        channels: Output channels.
+        size: Height and width of the kernel, 1 or 3.
+        stride: 1 or 2. At 2 a kernel of 3 x 3 sees one pixel more on each
+            side, as in PyTorch.
+        penalty: Regularizer of the kernel, or None.
+        name: Name of the layer.
+    """
+    if stride == 2 and size == 3:
+        # `same` would pad below and to the right only.
+        x = layers.ZeroPadding2D(1, name=f"{name}_pad")(x)
+    return layers.Conv2D(
+        channels,
+        size,
+        strides=stride,
+        padding="valid" if stride == 2 else "same",
+        use_bias=False,
+        kernel_initializer=keras.initializers.VarianceScaling(
+            2.0, "fan_out", "untruncated_normal"
+        ),
+        kernel_regularizer=penalty,
+        name=name,
+    )(x)
+
+
+def batch_norm(x, name: str, *, gamma: str = "ones"):
+    """Returns batch norm of momentum 0.9 and epsilon 1e-5.
+
+    Args:
+        x: Symbolic images.
+        name: Name of the layer.
+        gamma: Initializer of its scale.
+    """
+    return layers.BatchNormalization(
+        momentum=0.9, epsilon=1e-5, gamma_initializer=gamma, name=name
+    )(x)
+
+
+def normalised(x, name: str):
+    """Returns batch norm and ReLU."""
+    return layers.ReLU(name=f"{name}_relu")(batch_norm(x, name))
