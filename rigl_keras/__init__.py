@@ -66,6 +66,7 @@ from rigl_keras.layers import Masked, dense_gradients  # noqa: E402
 from rigl_keras.schedules import SparsityRamp  # noqa: E402
 from rigl_keras.sparsify import (  # noqa: E402
     masked_layers,
+    named_layers,
     sparsify,
     strip,
     with_masks,
@@ -95,6 +96,7 @@ __all__ = [
     "layers",
     "masked_layers",
     "models",
+    "named_layers",
     "one_shot",
     "optimizer_state",
     "redistribution",

@@ -5,6 +5,7 @@ is worth. How an update comes to run within `fit`, or within a loop of one's
 own, is in `training_step.py`.
 """
 
+import copy
 import dataclasses
 import functools
 import math
@@ -33,9 +34,10 @@ class MaskUpdate(StepUpdate):
 
     1. the drop fraction f is that of `schedules.decayed_drop_fraction`;
     2. each kernel drops the fraction f of its connections, by this method's
-       `drop_scores`, and grows as many by its `grow_scores`
-       (`topology.drop_and_grow`). With `redistribution`, the connections that
-       all layers drop are shared out anew (`redistribution.grow_counts`);
+       `drop_scores`, and grows as many by its `grow_scores` (`topology.drop`
+       and `grow`, the halves of `drop_and_grow`). With `redistribution`, the
+       connections that all layers drop are shared out anew
+       (`redistribution.grow_counts`);
     3. dropped and newly grown weights are zero, and the optimizer forgets
        what it remembered of them.
 
@@ -200,10 +202,11 @@ class MaskUpdate(StepUpdate):
         }
 
     def lengthened(self, factor: float) -> "MaskUpdate":
-        config = self.get_config()
+        longer = copy.copy(self)
+        vars(longer).pop("_correction", None)  # that of a run of its own
         if self.end_step is not None:
-            config["end_step"] = int(self.end_step * factor)
-        return type(self)(**config)
+            longer.end_step = int(self.end_step * factor)
+        return longer
 
     def extra_logs(self) -> dict[str, tf.Tensor]:
         return {"drop_fraction": self._last_fraction.value()}
@@ -294,34 +297,40 @@ class MaskUpdate(StepUpdate):
         self._last_fraction.assign(tf.cast(fraction, tf.float32))
         # A unit is an entry of the kernel, or all entries between two
         # channels.
-        masks = [m.by_unit(m.mask.value) > 0 for m in layers]
+        masks = [m.units(m.mask.value > 0) for m in layers]
+        drop_scores, grow_scores = (
+            [
+                layer.by_unit(score(layer, gradient, step))
+                for layer, gradient in zip(layers, gradients, strict=True)
+            ]
+            for score in (self.drop_scores, self.grow_scores)
+        )
+        defined = ~tf.reduce_any(
+            [
+                tf.reduce_any(tf.math.is_nan(s))
+                for s in drop_scores + grow_scores
+            ]
+        )
+        self.refuse_unless(defined, step)
         shares = self._shares(optimizer, layers, gradients)
         fractions = topology.layer_drop_fractions(
             masks, shares, fraction, conventions=self.conventions
         )
         kept = [
-            topology.drop(
-                mask,
-                layer.by_unit(self.drop_scores(layer, gradient, step)),
-                f,
-                conventions=self.conventions,
-            )
-            for layer, gradient, mask, f in zip(
-                layers, gradients, masks, fractions, strict=True
+            topology.drop(mask, score, f, conventions=self.conventions)
+            for mask, score, f in zip(
+                masks, drop_scores, fractions, strict=True
             )
         ]
         counts = self._grow_counts(layers, masks, kept, shares, step)
         grown = []
-        for layer, gradient, mask, stays, count in zip(
-            layers, gradients, masks, kept, counts, strict=True
+        for layer, mask, stays, score, count in zip(
+            layers, masks, kept, grow_scores, counts, strict=True
         ):
             new, anew = topology.grow(
-                mask,
-                stays,
-                layer.by_unit(self.grow_scores(layer, gradient, step)),
-                count,
-                conventions=self.conventions,
+                mask, stays, score, count, conventions=self.conventions
             )
+            new, anew = tf.where(defined, new, mask), anew & defined
             new, anew = layer.by_element(new), layer.by_element(anew)
             grown.append(self.set_kernel_and_mask(optimizer, layer, new, anew))
         self._keep_correction(layers)
@@ -423,7 +432,7 @@ class SET(MaskUpdate):
             return dropped
         # Each inactive unit joins with probability dropped / inactive: the
         # number that join is binomial, and which ones is uniform.
-        mask = layer.by_unit(layer.mask.value)
+        mask = layer.units(layer.mask.value > 0)
         inactive = tf.size(mask) - _count(mask) + dropped
         key = tf.constant(layer.draw_key ^ self.seed ^ 1, tf.int64)
         seed = tf.stack([key, step])
@@ -502,9 +511,9 @@ class MagnitudePruning(StepUpdate):
 
     Start with `sparsify(model, density=1.0)`. When the schedule is due with a
     sparsity s, the round((1 - s) x weights) connections of largest magnitude
-    stay, of all masked layers together or of each on its own. What is removed
-    never returns. Zhu and Gupta, 2018, To prune, or not to prune,
-    arXiv:1710.01878.
+    stay, of all masked layers together or of each on its own (of whole
+    kernels, as many as fit into that). What is removed never returns. Zhu and
+    Gupta, 2018, To prune, or not to prune, arXiv:1710.01878.
 
     As for every method here the pruning takes the place of an optimizer step;
     with `update_replaces_step=False` in the conventions it follows one, as in
@@ -569,9 +578,9 @@ class MagnitudePruning(StepUpdate):
                 f"{type(self.schedule).__name__} cannot be lengthened: pass a "
                 "rigl_keras.SparsityRamp, or the schedule of the whole run."
             )
-        config = self.get_config()
-        config["schedule"] = self.schedule.lengthened(factor)
-        return type(self)(**config)
+        longer = copy.copy(self)
+        longer.schedule = self.schedule.lengthened(factor)
+        return longer
 
     def plan(self, epoch, epochs, steps):
         if not (steps and epochs):
@@ -593,7 +602,8 @@ class MagnitudePruning(StepUpdate):
             )
 
     def is_due(self, step):
-        return self._planned_sparsity(step)[0]
+        # A schedule of one's own may say True.
+        return tf.convert_to_tensor(self._planned_sparsity(step)[0], tf.bool)
 
     def _planned_sparsity(self, step):
         return schedules.planned_sparsity(
@@ -627,7 +637,7 @@ class MagnitudePruning(StepUpdate):
             ]
         for layer, stays in zip(layers, kept, strict=True):
             # Of the kernel on the threshold, a part may have been selected.
-            whole = layer.by_unit(tf.cast(stays, tf.float32)) == 1
+            whole = ~layer.units(~stays)
             stays = layer.by_element(whole)
             nothing = tf.zeros_like(stays)
             self.set_kernel_and_mask(optimizer, layer, stays, nothing)
@@ -647,7 +657,11 @@ def _layer_share(density, layer):
 
 
 def _joined(tensors):
-    return tf.concat([tf.reshape(t, [-1]) for t in tensors], axis=0)
+    # Layers of a model in mixed precision may differ in type.
+    dtype = max((t.dtype for t in tensors), key=lambda dtype: dtype.size)
+    return tf.concat(
+        [tf.reshape(tf.cast(t, dtype), [-1]) for t in tensors], axis=0
+    )
 
 
 def _split(vector, like):

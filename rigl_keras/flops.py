@@ -18,7 +18,7 @@ from rigl_keras.sparsify import (
     MASKABLE,
     aligned,
     input_structure,
-    leaf_layers,
+    named_layers,
 )
 
 __all__ = [
@@ -40,7 +40,7 @@ class LayerCount:
     """What one layer costs, for one sample.
 
     Attributes:
-        name: Name of the layer.
+        name: Unique name of the layer (`sparsify.named_layers`).
         shape: Shape of its kernel.
         parameters: Trainable parameters, dense.
         nonzeros: Trainable parameters that the mask keeps.
@@ -217,12 +217,14 @@ def count(model: keras.Model, *, convention: str = "micronet") -> Count:
             f"subclassed model {model.name!r} of type {type(model).__name__}, "
             "whose inputs are not known."
         )
-    leaves = list({id(leaf): leaf for leaf in leaf_layers(model)}.values())
+    named = named_layers(model)
+    leaves = list(named.values())
     countable = [leaf for leaf in leaves if isinstance(_plain(leaf), MASKABLE)]
     positions = _positions(model, countable)
     layers = tuple(
-        _count_layer(leaf, positions[id(leaf)], convention)
-        for leaf in countable
+        _count_layer(name, leaf, positions[id(leaf)], convention)
+        for name, leaf in named.items()
+        if leaf in countable
     )
     # What is frozen counts as well; batch statistics and masks do not.
     trained = {
@@ -233,7 +235,7 @@ def count(model: keras.Model, *, convention: str = "micronet") -> Count:
     }
     parameters = sum(math.prod(v.shape) for v in trained.values())
     masked = [
-        (leaf.mask.shape, int(np.sum(leaf.mask.numpy())))
+        (leaf.mask.shape, int(np.count_nonzero(leaf.mask.numpy())))
         for leaf in leaves
         if isinstance(leaf, Masked)
     ]
@@ -287,8 +289,8 @@ def training_flops(
     masks of a run.
 
     Args:
-        method: Name of the method, as a callback's `name` or class name has
-            it, in any case.
+        method: Name of the method as above, or of the callback's class, in
+            any case.
         sparse_flops: f_s for one sample.
         dense_flops: f_d for one sample.
         frequency: T, for RigL and its variants.
@@ -388,7 +390,10 @@ def training_curve(
             "an empty one."
         )
     updates = [step for step, _ in trajectory]
-    if any(a >= b for a, b in zip(updates[1:], updates[2:], strict=False)):
+    ordered = updates[:1] <= updates[1:2] or len(updates) == 1
+    if not ordered or any(
+        a >= b for a, b in zip(updates[1:], updates[2:], strict=False)
+    ):
         raise ValueError(
             f"The steps of a trajectory must increase. Received: {updates}."
         )
@@ -419,15 +424,15 @@ def training_curve(
     return inference, training
 
 
-def _count_layer(leaf, positions, convention):
+def _count_layer(name, leaf, positions, convention):
     plain = _plain(leaf)
     shape = tuple(plain.kernel.shape)
     size = math.prod(shape)
     masked = isinstance(leaf, Masked)
-    ones = int(np.sum(leaf.mask.numpy())) if masked else size
+    ones = int(np.count_nonzero(leaf.mask.numpy())) if masked else size
     bias = 0 if plain.bias is None else math.prod(plain.bias.shape)
     return LayerCount(
-        name=leaf.name,
+        name=name,
         shape=shape,
         parameters=size + bias,
         nonzeros=ones + bias,

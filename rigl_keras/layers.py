@@ -146,6 +146,19 @@ class Masked(keras.layers.Wrapper):
             return tensor
         return tf.reduce_mean(tensor, axis=range(len(tensor.shape) - 2))
 
+    def units(self, mask: tf.Tensor) -> tf.Tensor:
+        """Returns whether anything of each unit is kept.
+
+        Args:
+            mask: Bool tensor of the kernel's shape.
+
+        Returns:
+            Bool tensor, a value for each unit as in `by_unit`.
+        """
+        if self.granularity == "element":
+            return mask
+        return tf.reduce_any(mask, axis=range(len(mask.shape) - 2))
+
     def by_element(self, tensor: tf.Tensor) -> tf.Tensor:
         """Returns the value of its unit for each entry of the kernel.
 

@@ -1,6 +1,7 @@
 """Masks from one batch, before training: SNIP."""
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 
 import keras
@@ -56,7 +57,8 @@ def snip(
 
     Raises:
         ValueError: An argument is out of range, or the gradient of the batch
-            is not finite or zero everywhere.
+            is not finite, or zero in all of a layer.
+        UserWarning: A layer keeps no connection.
 
     Example:
 
@@ -79,9 +81,17 @@ def snip(
     )
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     total = round(density * sum(sizes.values()))
+    if total == 0:
+        raise ValueError(
+            f"density={density} of {sum(sizes.values())} weights rounds to no "
+            f"connection at all. Pass at least {1 / sum(sizes.values()):.2g}."
+        )
     saliencies = _saliencies(model, chosen, batch, loss)
     if scope == "global":
-        joined = tf.concat([tf.reshape(s, [-1]) for s in saliencies], axis=0)
+        joined = tf.concat(
+            [tf.reshape(tf.cast(s, tf.float32), [-1]) for s in saliencies],
+            axis=0,
+        )
         kept = topology.select_highest(
             joined, total, among=tf.ones_like(joined, tf.bool)
         )
@@ -95,7 +105,14 @@ def snip(
             densities or {}
         ):
             # As in `sparsify`, the first layer is not masked at all.
-            del sizes[next(iter(sizes))]
+            first = next(iter(sizes))
+            del sizes[first]
+            if not sizes:
+                raise ValueError(
+                    "There is nothing to mask: under 'uniform' the first layer "
+                    f"stays dense and {first!r} is the only one. Use another "
+                    "distribution, or give its density in densities."
+                )
             total = round(density * sum(sizes.values()))
         counts = distributions.layer_counts(sizes, solved, total)
         masks = {
@@ -105,6 +122,14 @@ def snip(
             for name, saliency in zip(shapes, saliencies, strict=True)
             if name in counts
         }
+    empty = [name for name, mask in masks.items() if not mask.any()]
+    if empty:
+        warnings.warn(
+            f"SNIP keeps no connection of {', '.join(empty)} at "
+            f"density={density}: nothing passes through. Raise density, or "
+            "pass scope='layer'.",
+            stacklevel=2,
+        )
     return with_masks(model, masks, seed=seed)
 
 
@@ -138,9 +163,16 @@ def _saliencies(model, chosen, batch, loss):
             "SNIP cannot rank weights by a gradient that is NaN or infinite: "
             f"the loss of the batch is {float(value)}."
         )
-    if not any(bool(tf.reduce_any(s > 0)) for s in found):
+    flat = [
+        name
+        for name, s in zip(chosen, found, strict=True)
+        if not bool(tf.reduce_any(s > 0))
+    ]
+    if flat:
         raise ValueError(
-            "SNIP found no gradient: no weight changes the loss of the batch. "
-            "Check that the loss depends on the outputs of the model."
+            "SNIP found no gradient to rank the weights of "
+            f"{', '.join(flat)} by: none changes the loss of the batch. Check "
+            "that the loss depends on the outputs, and that no scale after "
+            "these layers starts at 0 (in our ResNets, zero_init_residual)."
         )
     return found

@@ -5,6 +5,8 @@ They are found by name and shape: `add_variable_from_reference` names a slot
 after the path of its variable.
 """
 
+from collections.abc import Sequence
+
 import keras
 import tensorflow as tf
 
@@ -77,7 +79,11 @@ def slots(
 
 
 def forget(
-    optimizer: keras.Optimizer, variable: keras.Variable, keep: tf.Tensor
+    optimizer: keras.Optimizer,
+    variable: keras.Variable,
+    keep: tf.Tensor,
+    *,
+    only: Sequence[str] | None = None,
 ) -> None:
     """Sets the memory of some entries to what a new optimizer starts with.
 
@@ -86,9 +92,12 @@ def forget(
         variable: One of the variables that it trains.
         keep: Bool tensor of the variable's shape, True where the memory
             stays.
+        only: Names of the slots to forget. None: all.
     """
     optimizer = innermost(optimizer)
     for name, slot in slots(optimizer, variable).items():
+        if only is not None and name not in only:
+            continue
         start = tf.cast(_initial_value(optimizer, name), slot.value.dtype)
         slot.assign(tf.where(keep, slot.value, start))
 

@@ -20,20 +20,21 @@ __all__ = [
     "input_structure",
     "leaf_layers",
     "masked_layers",
+    "named_layers",
     "sparsify",
     "strip",
     "with_masks",
 ]
 
-MASKABLE = (
-    keras.layers.Dense,
+_CONVOLUTIONS = (
     keras.layers.Conv1D,
     keras.layers.Conv2D,
     keras.layers.Conv3D,
     keras.layers.DepthwiseConv1D,
     keras.layers.DepthwiseConv2D,
-    keras.layers.EinsumDense,
 )
+
+MASKABLE = (keras.layers.Dense, keras.layers.EinsumDense, *_CONVOLUTIONS)
 
 _NORMALISATION = (
     keras.layers.BatchNormalization,
@@ -132,7 +133,7 @@ def sparsify(
     given = _by_name(densities, chosen)
     shapes = {name: tuple(layer.kernel.shape) for name, layer in chosen.items()}
     if granularity == "kernel":
-        given = {**_without_kernels(shapes), **given}
+        given = {**_without_kernels(chosen), **given}
     solved = distributions.layer_densities(
         shapes,
         density,
@@ -172,8 +173,8 @@ def with_masks(
 
     Args:
         model: A built Sequential or Functional model, nested ones included.
-        masks: `{layer name: array of zeros and ones of the kernel's shape}`.
-            Layers that are not named stay dense.
+        masks: `{layer name: array of zeros and ones of the kernel's shape}`,
+            names as in `named_layers`. Layers that are not named stay dense.
         granularity: What later updates keep or remove as one, as in
             `sparsify`.
         seed: Seed of later random draws, at least 0.
@@ -186,15 +187,20 @@ def with_masks(
 
     Example:
 
-    >>> masks = {m.name: m.mask.numpy() for m in masked_layers(trained)}
+    >>> masks = masked_layers(trained).masks
     >>> ticket = with_masks(untrained, masks)
     """
     _check_model(model)
     _check_seed(seed)
-    layers = _named(leaf for leaf in leaf_layers(model) if leaf.weights)
+    layers = named_layers(model)
+    if granularity not in GRANULARITIES:
+        raise ValueError(
+            f"granularity must be one of {GRANULARITIES}. Received: "
+            f"granularity={granularity!r}."
+        )
     wrapped, keys = {}, {}
     for name, mask in masks.items():
-        _check_mask(name, mask, layers)
+        _check_mask(name, mask, layers, granularity)
         wrapped[id(layers[name])] = np.asarray(mask, np.float32)
         keys[id(layers[name])] = _key(name, layers[name], seed)
     if not wrapped:
@@ -207,7 +213,7 @@ def with_masks(
         return Masked(
             copy,
             draw_key=keys[id(layer)],
-            granularity=granularity,
+            granularity=_granularity(layer, granularity),
             trainable=layer.trainable,
         )
 
@@ -268,6 +274,7 @@ class MaskedLayers(Sequence):
             raise ValueError(
                 f"masked_layers takes a Keras model. Received: {model!r}."
             )
+        self._model = model
         leaves = {id(leaf): leaf for leaf in leaf_layers(model)}
         for layer in leaves.values():
             if isinstance(layer, Masked):
@@ -282,6 +289,15 @@ class MaskedLayers(Sequence):
         return len(self._masked)
 
     @property
+    def masks(self) -> dict[str, np.ndarray]:
+        """The masks, `{unique name: zeros and ones}` as `with_masks` takes."""
+        return {
+            name: layer.mask.numpy()
+            for name, layer in named_layers(self._model).items()
+            if isinstance(layer, Masked)
+        }
+
+    @property
     def skipped(self) -> list[tuple[keras.layers.Layer, str]]:
         """Layers with weights that are not masked, each with the reason."""
         return [(layer, _why_dense(layer)) for layer in self._skipped]
@@ -290,7 +306,7 @@ class MaskedLayers(Sequence):
         rows = [("layer", "kernel", "density", "nonzeros", "of")]
         ones = size = 0
         for layer in self._masked:
-            nonzeros = int(np.sum(layer.mask.numpy(), dtype=np.int64))
+            nonzeros = int(np.count_nonzero(layer.mask.numpy()))
             weights = math.prod(layer.kernel.shape)
             ones, size = ones + nonzeros, size + weights
             rows.append(
@@ -379,6 +395,27 @@ def leaf_layers(model) -> Iterator[keras.layers.Layer]:
             yield layer
 
 
+def named_layers(model: keras.Model) -> dict[str, keras.layers.Layer]:
+    """Returns the layers of a model that have weights, by unique names.
+
+    Args:
+        model: A built model, dense or masked.
+
+    Returns:
+        `{name: layer}` in order. The second layer of one name, in another
+        submodel, gets a prime after its name; masking changes no name.
+    """
+    named = {}
+    # A layer may be used, and so be listed, more than once.
+    leaves = {id(leaf): leaf for leaf in leaf_layers(model) if leaf.weights}
+    for leaf in leaves.values():
+        name = leaf.name
+        while name in named:
+            name += "'"
+        named[name] = leaf
+    return named
+
+
 def _why_dense(layer):
     if isinstance(layer, _NORMALISATION):
         return "normalisation, never masked"
@@ -453,7 +490,8 @@ def chosen_layers(
                 "or has no kernel that can be masked. Maskable: "
                 f"{', '.join(kind.__name__ for kind in MASKABLE)}."
             )
-    chosen = _named(s for s in selected if isinstance(s, MASKABLE))
+    wanted = {id(s) for s in selected if isinstance(s, MASKABLE)}
+    chosen = {n: s for n, s in named_layers(model).items() if id(s) in wanted}
     if not chosen:
         skipped = "\n".join(
             f"  {layer.name}: {_why_dense(layer)}"
@@ -468,22 +506,19 @@ def chosen_layers(
     return chosen
 
 
-def _named(layers):
-    """Returns `{unique name: layer}`."""
-    named = {}
-    # A layer may be used, and so be listed, more than once.
-    for layer in {id(layer): layer for layer in layers}.values():
-        name = layer.name
-        while name in named:  # one name in two submodels
-            name += "'"
-        named[name] = layer
-    return named
+def _granularity(layer, wanted):
+    """Returns what the mask of a layer keeps as one; kernels are convolved."""
+    return wanted if isinstance(layer, _CONVOLUTIONS) else "element"
 
 
-def _without_kernels(shapes):
+def _without_kernels(chosen):
     """Returns density 1 for each layer that has no spatial axes."""
-    flat = {name: 1.0 for name, shape in shapes.items() if len(shape) < 3}
-    if len(flat) == len(shapes):
+    flat = {
+        name: 1.0
+        for name, layer in chosen.items()
+        if not isinstance(layer, _CONVOLUTIONS)
+    }
+    if len(flat) == len(chosen):
         raise ValueError(
             "granularity='kernel' keeps or removes whole kernels of "
             "convolutions, and none of the layers to mask is one: "
@@ -499,7 +534,7 @@ def _check_seed(seed):
         )
 
 
-def _check_mask(name, mask, layers):
+def _check_mask(name, mask, layers, granularity):
     layer = layers.get(name)
     if not isinstance(layer, MASKABLE):
         raise ValueError(
@@ -518,6 +553,14 @@ def _check_mask(name, mask, layers):
             f"The mask of {name!r} must hold zeros and ones only. Received "
             f"{values[~np.isin(values, [0, 1])][0]} among its entries."
         )
+    if _granularity(layer, granularity) == "kernel":
+        spatial = tuple(range(np.ndim(mask) - 2))
+        if (np.max(mask, axis=spatial) != np.min(mask, axis=spatial)).any():
+            raise ValueError(
+                f"The mask of {name!r} keeps a part of some kernels, and "
+                "granularity='kernel' keeps or removes them whole. Pass "
+                "granularity='element'."
+            )
 
 
 def _predicate(selector):
@@ -573,7 +616,9 @@ def _draw_masks(
     """Returns `{name: float32 array of zeros and ones}`."""
     # A unit is what the mask keeps or removes as one.
     units = {
-        name: shape if granularity == "element" else shape[-2:]
+        name: shape[-2:]
+        if _granularity(chosen[name], granularity) == "kernel"
+        else shape
         for name, shape in shapes.items()
     }
     sizes = {name: math.prod(unit) for name, unit in units.items()}

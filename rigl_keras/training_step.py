@@ -140,6 +140,10 @@ class StepUpdate(keras.callbacks.Callback):
         """Returns what the method logs, beside `density` and `grown`."""
         return {}
 
+    def get_config(self) -> dict:
+        """Returns the arguments with which to make an equal callback."""
+        return {"conventions": self.conventions}
+
     @property
     def name(self) -> str:
         return type(self).__name__
@@ -230,10 +234,11 @@ class StepUpdate(keras.callbacks.Callback):
             self._record.assign(tf.where(here, values, self._record))
             self._kept.assign(row + 1)
 
-        def refuse():
-            self._refused_at.assign(step)
+        tf.cond(finite, change, lambda: self.refuse_unless(False, step))
 
-        tf.cond(finite, change, refuse)
+    def refuse_unless(self, defined, step) -> None:
+        """Notes that the update at a step was refused, unless `defined`."""
+        self._refused_at.assign(tf.where(defined, self._refused_at, step))
 
     def set_kernel_and_mask(self, optimizer, layer, mask, grown) -> tf.Tensor:
         """Gives a layer its new mask; what is new starts from nothing.
@@ -256,10 +261,15 @@ class StepUpdate(keras.callbacks.Callback):
         kernel.assign(
             tf.where(mask & ~grown, kernel.value, tf.zeros_like(kernel.value))
         )
-        if self.dense_gradients != "always":
-            # A connection that left and rejoined keeps its memory, even where
-            # the conventions zero its weight.
-            optimizer_state.forget(optimizer, kernel, keep=before & mask)
+        # A connection that left and rejoined keeps its memory, even where the
+        # conventions zero its weight.
+        optimizer_state.forget(
+            optimizer,
+            kernel,
+            keep=before & mask,
+            # Of weights, not of gradients: it is zero where they are.
+            only=["average"] if self.dense_gradients == "always" else None,
+        )
         layer.mask.assign(tf.cast(mask, layer.mask.dtype))
         return tf.math.count_nonzero(grown)
 
@@ -281,10 +291,10 @@ class StepUpdate(keras.callbacks.Callback):
         if step >= 0:
             raise ValueError(
                 f"{self.name} refused the update at step {step}: the gradient "
-                "of a masked kernel, or the kernel, was NaN or infinite, so "
-                "training has diverged. The masks are unchanged. Lower the "
-                "learning rate or clip gradients, and resume from a "
-                "checkpoint before this step."
+                "of a masked kernel, or the kernel, was NaN or infinite, or a "
+                "score was NaN. The masks are unchanged. Where training has "
+                "diverged, lower the learning rate or clip gradients, and "
+                "resume from a checkpoint before this step."
             )
 
     # Keras calls these.
@@ -323,12 +333,19 @@ class StepUpdate(keras.callbacks.Callback):
 
     def on_train_end(self, logs=None):
         self._uninstall()
+        # An optimizer that averages weights does so before their constraint
+        # applies, and has written its averages back by now.
+        for layer in self.masked:
+            layer.assign_mask(layer.mask.value)
 
     # The model's own step, exchanged while `fit` runs.
 
     def _attach(self, model, optimizer):
         """Finds what there is to train and makes room for its records."""
-        self.masked = [m for m in masked_layers(model) if m.trainable]
+        trained = {id(v) for v in model.trainable_variables}
+        self.masked = [
+            m for m in masked_layers(model) if id(m.kernel) in trained
+        ]
         if not self.masked:
             raise ValueError(
                 f"{self.name} found no masked layer to train in model "
@@ -378,9 +395,11 @@ class StepUpdate(keras.callbacks.Callback):
         make_train_function(force=True)
 
         def next_fit(force=False):
-            # `fit` asks for its function before it calls any callback: an
-            # earlier `fit` must have been cut off before `on_train_end`.
-            self._uninstall()
+            # `fit` asks for its function, not by force, before it calls any
+            # callback: an earlier one was cut off before `on_train_end`. By
+            # force others ask within a `fit`, as after freezing a layer.
+            if not force:
+                self._uninstall()
             return make_train_function(force=force)
 
         model.make_train_function = next_fit
@@ -388,9 +407,10 @@ class StepUpdate(keras.callbacks.Callback):
     def _uninstall(self):
         for name, own in self._replaced.items():
             if own is None:
-                delattr(self.model, name)
+                vars(self.model).pop(name, None)
             else:
                 setattr(self.model, name, own)
+        self._replaced = {}
         self.model.train_function = None
 
     def _counts(self):
@@ -436,7 +456,7 @@ class StepUpdate(keras.callbacks.Callback):
             if self.dense_gradients == "always":
                 masks = {}
             sparse = [
-                g * masks[id(v)] if id(v) in masks else g
+                g * masks[id(v)] if g is not None and id(v) in masks else g
                 for g, v in zip(gradients, variables, strict=True)
             ]
             apply(sparse, variables)
@@ -455,11 +475,14 @@ class StepUpdate(keras.callbacks.Callback):
 @contextlib.contextmanager
 def _applying(optimizer, action) -> Iterator[None]:
     """Within the context, `optimizer.apply` is `action`."""
+    before = vars(optimizer).get("apply")
     optimizer.apply = action
     try:
         yield
     finally:
         del optimizer.apply
+        if before is not None:
+            optimizer.apply = before
 
 
 def _regularisation_gradient(kernel):

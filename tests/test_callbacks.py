@@ -911,3 +911,85 @@ def test_a_refused_update_is_told_in_a_loop_of_ones_own():
     step(np.full((2, 6), np.nan, np.float32))
     with pytest.raises(ValueError, match="refused the update at step 1"):
         method.fetch()
+
+
+def test_nan_scores_are_refused():
+    """Those of a method of one's own: gradients and kernels are finite."""
+
+    class Logarithm(rigl_keras.MaskUpdate):
+        def grow_scores(self, layer, gradient, step):
+            return tf.math.log(gradient)
+
+    model = compiled(sparsify(small_model(), 0.2))
+    before = masks(model)
+    with pytest.raises(ValueError, match="at step 3.*a score was NaN"):
+        train(model, [Logarithm(frequency=3, end_step=5)])
+    assert not changed(before, masks(model))
+
+
+def test_a_train_function_that_is_rebuilt_within_fit():
+    """As is done after layers are frozen: updates go on."""
+
+    class Rebuild(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 1:
+                self.model.make_train_function(force=True)
+
+    model = compiled(sparsify(small_model(), 0.2))
+    method = RigL(frequency=3, end_step=99)
+    train(model, [method, Rebuild()], epochs=2)
+    assert [step for step, _ in method.trajectory] == [0, 3, 6, 9, 12, 15]
+    assert not hasattr(model.train_step, "mask_update")
+
+
+def test_a_head_without_a_loss():
+    inputs = keras.Input((6,))
+    heads = [layers.Dense(4, name=name)(inputs) for name in ("a", "b")]
+    model = sparsify(keras.Model(inputs, heads), 0.5)
+    before = masks(model)
+    model.compile(keras.optimizers.SGD(0.1), ["mse", None])
+    conventions = Conventions(update_replaces_step=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Keras's, of missing gradients
+        model.fit(
+            np.random.default_rng(0).normal(size=(8, 6)),
+            [np.ones((8, 4)), np.ones((8, 4))],
+            batch_size=2,
+            verbose=0,
+            callbacks=[RigL(frequency=1, end_step=9, conventions=conventions)],
+        )
+    after = masks(model)
+    assert (before["a"] != after["a"]).any()
+    assert (before["b"] == after["b"]).all()
+
+
+def test_averaged_weights_of_snfs_are_sparse():
+    model = sparsify(small_model(), 0.2)
+    optimizer = keras.optimizers.SGD(0.05, 0.9, use_ema=True, ema_momentum=0.5)
+    compiled(model, optimizer)
+    train(model, [SNFS(frequency=2, end_step=9)])
+    for layer in rigl_keras.masked_layers(model):
+        assert not layer.kernel.numpy()[layer.mask.numpy() == 0].any()
+
+
+def test_a_method_with_arguments_of_its_own_is_lengthened_whole():
+    class Warm(RigL):
+        def __init__(self, temperature=1.0, **options):
+            super().__init__(**options)
+            self.temperature = temperature
+
+    warm = Warm(temperature=5.0, end_step=10)
+    assert warm.lengthened(2).temperature == 5.0
+    assert (warm.end_step, warm.lengthened(2).end_step) == (10, 20)
+
+
+def test_only_what_the_optimizer_trains_is_updated():
+    """The layer within may be frozen, and not the mask around it."""
+    model = sparsify(small_model(), 0.2)
+    frozen = rigl_keras.masked_layers(model)[0]
+    frozen.layer.trainable = False
+    before = masks(model)
+    train(compiled(model), [SNFS(frequency=2, end_step=9)])
+    after = masks(model)
+    assert (before[frozen.name] == after[frozen.name]).all()
+    assert changed(before, after)

@@ -325,3 +325,20 @@ def test_every_method_of_the_report_has_a_closed_form():
         assert flops.training_flops(name, **cost) == 14
     for name in ("static", "SET", "SNIP", "small-dense", "Small_Dense"):
         assert flops.training_flops(name, **cost) == 6
+
+
+@pytest.mark.parametrize("policy", ["bfloat16", "float16"])
+def test_masks_of_half_precision_are_counted_whole(policy):
+    """A sum of ones in bfloat16 ends at 256."""
+    inputs = keras.Input((512,))
+    dense = layers.Dense(512, dtype=policy)(inputs)
+    cost = count(sparsify(keras.Model(inputs, dense), 0.5))
+    assert cost.density == 0.5
+
+
+def test_steps_of_a_trajectory_do_not_go_back():
+    cost = count(sparsify(small_model(), 0.25))
+    with pytest.raises(ValueError, match="must increase"):
+        flops.training_curve(
+            cost, [(100, {}), (50, {})], steps=3, dense_gradients="never"
+        )

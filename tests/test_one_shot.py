@@ -6,7 +6,7 @@ import pytest
 from conftest import compiled, examples, masks, small_model
 from keras import layers
 
-from rigl_keras import count, masked_layers, one_shot
+from rigl_keras import count, masked_layers, models, one_shot
 
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
@@ -94,10 +94,35 @@ def test_bad_batches():
         one_shot.snip(small_model(), 0.1, x[:3], LOSS)
     with pytest.raises(ValueError, match="NaN or infinite"):
         one_shot.snip(small_model(), 0.1, (x * np.nan, y), LOSS)
-    with pytest.raises(ValueError, match="no gradient"):
+    with pytest.raises(ValueError, match="no gradient.*conv1, depthwise"):
         one_shot.snip(
             small_model(), 0.1, (x, y), lambda targets, outputs: targets * 0.0
         )
     masked = one_shot.snip(small_model(), 0.5, (x, y), LOSS)
     with pytest.raises(ValueError, match="masked already"):
         one_shot.snip(masked, 0.1, (x, y), LOSS)
+
+
+def test_blocks_that_start_at_nothing_are_refused():
+    """The first gradient of a residual block whose last scale is 0 is 0."""
+    model = models.resnet18(10, (8, 8, 3))
+    with pytest.raises(ValueError, match="conv2_0_conv1.*zero_init_residual"):
+        one_shot.snip(model, 0.1, examples(8), LOSS)
+    model = models.resnet18(10, (8, 8, 3), zero_init_residual=False)
+    found = masks(one_shot.snip(model, 0.1, examples(8), LOSS))
+    assert all(mask.any() for mask in found.values())
+
+
+def test_too_few_connections():
+    with pytest.raises(ValueError, match="rounds to no connection"):
+        one_shot.snip(small_model(), 1e-9, examples(), LOSS)
+    with pytest.warns(UserWarning, match="SNIP keeps no connection of"):
+        one_shot.snip(small_model(), 0.001, examples(), LOSS)
+    inputs = keras.Input((2,))
+    one = keras.Model(inputs, layers.Dense(2)(inputs))
+    batch, options = (np.ones((1, 2)), np.zeros((1, 2))), dict(scope="layer")
+    with pytest.raises(ValueError, match="nothing to mask"):
+        one_shot.snip(
+            one, 0.5, batch, keras.losses.MeanSquaredError(),
+            distribution="uniform", **options,
+        )  # fmt: skip

@@ -302,3 +302,58 @@ def test_same_masks_as_tfmot(of_tfmot, tfmot):
             )
         ones.append(sum(int(mask.sum()) for mask in found.values()))
     assert len(set(ones)) == 6  # whole, and pruned at 1, 3, 5, 7 and 9
+
+
+def test_kernels_of_any_size_under_xla():
+    """The mean of 121 ones, there, is less than one."""
+    model = keras.Sequential(
+        [
+            keras.Input((12, 12, 1)),
+            layers.Conv2D(4, 11, name="large"),
+            layers.Flatten(),
+            layers.Dense(2, name="head"),
+        ]
+    )
+    model = sparsify(model, 1.0, granularity="kernel")
+    model.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=True)
+    ramp = SparsityRamp(final_density=0.5, begin_step=0, end_step=3)
+    model.fit(
+        np.ones((8, 12, 12, 1)),
+        np.ones((8, 2)),
+        batch_size=2,
+        verbose=0,
+        callbacks=[MagnitudePruning(ramp, scope="layer")],
+    )
+    assert {n: m.mean() for n, m in masks(model).items()} == {
+        "large": 0.5,
+        "head": 0.5,
+    }
+
+
+def test_a_schedule_of_ones_own():
+    callback = MagnitudePruning(lambda step: (step == 3, 0.5), scope="layer")
+    last, _ = trained(callback)[-1]
+    assert all(mask.mean() == pytest.approx(0.5) for mask in last.values())
+    always = MagnitudePruning(lambda step: (True, 0.25), scope="layer")
+    last, _ = trained(always, steps=2)[-1]
+    assert all(mask.mean() == pytest.approx(0.75) for mask in last.values())
+
+
+def test_layers_of_two_precisions():
+    inputs = keras.Input((6,))
+    x = layers.Dense(8, dtype="mixed_bfloat16", name="half")(inputs)
+    x = layers.Dense(8, dtype="bfloat16", name="less")(x)
+    model = keras.Model(inputs, layers.Dense(3, dtype="float32", name="d")(x))
+    model = sparsify(model, 1.0)
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    ramp = SparsityRamp(final_density=0.5, begin_step=0, end_step=3)
+    model.fit(
+        np.ones((8, 6)),
+        np.ones((8, 3)),
+        batch_size=2,
+        verbose=0,
+        callbacks=[MagnitudePruning(ramp)],
+    )
+    found = masks(model)
+    ones = sum(np.count_nonzero(mask) for mask in found.values())
+    assert ones == 68  # of 48 + 64 + 24

@@ -492,3 +492,40 @@ def test_einsum_is_masked():
     np.testing.assert_allclose(strip(sparse)(x), sparse(x), rtol=1e-5)
     assert masks(sparse)["heads"].shape == (6, 2, 3)
     assert ones(sparse) == round(0.5 * size(sparse))
+
+
+def test_einsum_has_no_kernels_to_keep_whole():
+    inputs = keras.Input((8, 6))
+    x = layers.EinsumDense("abc,cde->abde", (8, 2, 3), name="heads")(inputs)
+    x = layers.Reshape((8, 6))(x)
+    model = keras.Model(inputs, layers.Conv1D(6, 3, name="conv")(x))
+    sparse = sparsify(model, 0.6, granularity="kernel")
+    assert masks(sparse)["heads"].all()
+    assert sparse.get_layer("heads").granularity == "element"
+    assert sparse.get_layer("conv").granularity == "kernel"
+
+
+def test_masks_of_layers_of_one_name():
+    """In two submodels: a ticket has both, and each its own."""
+
+    def part(inputs):
+        x = keras.Input((5,))
+        return keras.Model(x, layers.Dense(5, name="d")(x))(inputs)
+
+    inputs = keras.Input((5,))
+    model = keras.Model(inputs, part(part(inputs)))
+    found = masked_layers(sparsify(model, 0.4)).masks
+    assert list(found) == ["d", "d'"]
+    ticket = masked_layers(with_masks(model, found)).masks
+    for name, mask in found.items():
+        np.testing.assert_array_equal(ticket[name], mask)
+    # Only the second, by a predicate: not the first of its name.
+    second = rigl_keras.named_layers(model)["d'"]
+    alone = masked_layers(sparsify(model, 0.4, layers=second)).masks
+    assert list(alone) == ["d'"]
+
+
+def test_whole_kernels_are_asked_of_given_masks():
+    mask = masks(sparsify(small_model(), 0.2))["conv2"]
+    with pytest.raises(ValueError, match="a part of some kernels"):
+        with_masks(small_model(), {"conv2": mask}, granularity="kernel")

@@ -184,6 +184,8 @@ def test_a_run_of_updates_may_start_from_masks(pruned, tmp_path):
         ),
         (["train.one_shot = @snip"], "one_shot and masks_from are two"),
         (["train.density = None"], "train.masks_from needs train.density"),
+        (["train.granularity = 'kernel'"], "a part of some kernels"),
+        (["train.keep_weights = 1"], "keep_weights lists the epochs"),
         (
             ["train.masks_from = None", "train.shuffle_masks = True"],
             "set train.masks_from",
@@ -218,7 +220,7 @@ def test_masks_of_a_dense_or_unfinished_run(tmp_path):
     "bindings, method, density",
     [
         (["train.one_shot = @snip"], "SNIP", 0.1),
-        (["train.small_dense = True"], "small-dense", 1.0),
+        (["train.small_dense = True"], "small-dense", 0.1),
         (
             ["train.granularity = 'kernel'", "train.density = 0.3"],
             "static",
@@ -369,3 +371,43 @@ def test_the_corrections_of_the_report_survive_a_restart(tmp_path):
     )
     assert one["test_loss"] == two["test_loss"]
     assert one["training_flops"] == two["training_flops"]
+
+
+def test_whole_kernels_stay_whole_from_run_to_run(tmp_path):
+    kernel = ["train.granularity = 'kernel'", "train.density = 0.3"]
+    bindings = [*SMALL, "train.method = None", *kernel]
+    command.run(bindings=bindings, run_dir=tmp_path / "first")
+    gin.clear_config()
+    result = ticket(
+        tmp_path / "second",
+        tmp_path / "first",
+        *kernel,
+        "train.method = @RigL",
+        "RigL.end_step = 40",
+        "train.shuffle_masks = True",
+    )
+    assert result["settings"]["granularity"] == "kernel"
+    assert result["settings"]["distribution"] is None
+    for mask, _ in found(tmp_path / "second").values():
+        if mask.ndim == 4:
+            assert (mask == mask[:1, :1]).all()
+
+
+def test_weights_of_an_unfinished_run(tmp_path):
+    """Those of its start are there from the start, and cost nothing."""
+    command.run(bindings=TICKET, run_dir=tmp_path / "first")
+    gin.clear_config()
+    (tmp_path / "first" / "result.json").unlink()
+    source = f"train.weights_from = {str(tmp_path / 'first')!r}"
+    result = command.run(bindings=[*TICKET, source], run_dir=tmp_path / "next")
+    assert result["training_flops_ratio_with_sources"] == pytest.approx(
+        result["training_flops_ratio"]
+    )
+
+
+def test_small_dense_takes_a_model_that_scales(tmp_path):
+    bindings = ["train.model = @mlp", "train.small_dense = True"]
+    with pytest.raises(ValueError, match="takes `channel_scale`"):
+        command.run(
+            bindings=[*bindings, "train.method = None"], run_dir=tmp_path / "x"
+        )

@@ -198,7 +198,7 @@ class EarlierRun:
     """
 
     def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
+        self.path = Path(path).resolve()
         if not (self.path / "config.gin").exists():
             raise ValueError(
                 f"{str(self.path)!r} is not the directory of a run: it holds "
@@ -231,10 +231,7 @@ class EarlierRun:
         model = keras.models.load_model(
             self.path / "model.keras", compile=False
         )
-        masks = {
-            layer.name: layer.mask.numpy()
-            for layer in rigl_keras.masked_layers(model)
-        }
+        masks = rigl_keras.masked_layers(model).masks
         if not masks:
             raise ValueError(
                 f"The run in {str(self.path)!r} was dense: it has no masks."
@@ -286,24 +283,28 @@ class Trajectory(keras.callbacks.Callback):
         super().__init__()
         self._run, self._method = run, method
         masked = rigl_keras.masked_layers(model)
-        self._names = [m.name for m in masked if m.trainable]
-        start, *updates = run.trajectory or [
-            (
-                first_step,
-                {m.name: int(np.sum(m.mask.numpy())) for m in masked},
-            )
-        ]
+        self._names = {
+            id(layer): name
+            for name, layer in rigl_keras.named_layers(model).items()
+        }
+        counts = {
+            name: int(np.count_nonzero(mask))
+            for name, mask in masked.masks.items()
+        }
+        start, *updates = run.trajectory or [(first_step, counts)]
         self._rows = [start, *(row for row in updates if row[0] < first_step)]
         run.write_trajectory(self._rows)
 
     def on_epoch_end(self, epoch, logs=None):
-        updates = self._method.trajectory[1:] if self._method else []
+        method = self._method
+        updates = method.trajectory[1:] if method else []
+        names = [self._names[id(m)] for m in method.masked] if method else []
         _, counts_at_start = self._rows[0]
         new = [
             # Layers that are not trained keep theirs.
             (
                 step,
-                counts_at_start | dict(zip(self._names, counts, strict=True)),
+                counts_at_start | dict(zip(names, counts, strict=True)),
             )
             for step, counts in updates
         ]

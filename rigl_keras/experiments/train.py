@@ -7,6 +7,7 @@ The options of the command are in `command.py`.
 """
 
 import importlib.metadata
+import inspect
 import math
 import platform
 import sys
@@ -179,9 +180,10 @@ def train(
         method: Makes the mask update. None: the masks stay as they are.
         density: Fraction of the masked weights kept, in (0, 1], at the start.
             None: the dense model, without masks.
-        distribution: How density is spread over layers.
+        distribution: How density is spread over layers, where masks are
+            drawn.
         granularity: What a mask keeps or removes as one, `"element"` or
-            `"kernel"`.
+            `"kernel"`. Masks from another run must be of it.
         conventions: Where the references differ, for the masks at the start.
             A method has its own.
         small_dense: Whether, instead of masks, every number of channels is
@@ -194,9 +196,11 @@ def train(
             must be of this `density`.
         shuffle_masks: Whether the connections of each of these masks are
             placed anew, at random: the layers' densities alone are kept.
-        weights_from: Directory of a run whose weights, before its masks, this
-            run starts with. None: weights are drawn.
-        weights_epoch: After how many epochs of that run; 0 is its start.
+        weights_from: Directory of a run whose weights this run starts with.
+            None: weights are drawn.
+        weights_epoch: After how many epochs of that run. 0: those it was
+            begun with, before any mask; later ones are zero where its masks
+            of that time were.
         keep_weights: After which epochs the weights are kept for later runs,
             beside those of the start.
         optimizer: Makes the optimizer.
@@ -230,10 +234,13 @@ def train(
         one_shot=one_shot,
         masks_from=masks_from,
         shuffle_masks=shuffle_masks,
+        granularity=granularity,
+        keep_weights=keep_weights,
         epochs=epochs,
         length=length,
         label_smoothing=label_smoothing,
     )
+    times_as_long = int(epochs * length) / epochs
     epochs = int(epochs * length)
     keras.utils.set_random_seed(seed)
     examples = data.load(dataset, data_dir=data_dir, validation=validation)
@@ -246,40 +253,36 @@ def train(
             **scale,
         )
 
-    reference = None
-    if small_dense:
-        reference = rigl_keras.count(make(channel_scale=1.0))
-        network = make(channel_scale=math.sqrt(density))
-    else:
-        network = make()
-    earlier = {
-        source: EarlierRun(source)
-        for source in (masks_from, weights_from)
-        if source is not None
-    }
+    dense = make(channel_scale=math.sqrt(density)) if small_dense else make()
+    # Whether masks are drawn, and not computed or found.
+    drawn = density is not None and not (small_dense or one_shot or masks_from)
+    sources = {}  # runs whose training this one could not do without
     if weights_from is not None:
-        earlier[weights_from].load_weights(network, weights_epoch)
-    dense = network
+        source = EarlierRun(weights_from)
+        source.load_weights(dense, weights_epoch)
+        if weights_epoch:
+            sources[source.path] = source.result
     loss = keras.losses.CategoricalCrossentropy(from_logits=True)
-    if masks_from is not None:
-        masks = _masks(earlier[masks_from], density)
+    if density is None or small_dense:
+        network = dense
+    elif masks_from is not None:
+        source = EarlierRun(masks_from)
+        sources[source.path] = source.result
+        masks = _masks(source, density)
         if shuffle_masks:
-            masks = _shuffled(masks, seed)
-        network = rigl_keras.with_masks(network, masks, seed=seed)
+            masks = _shuffled(masks, granularity, seed)
+        network = rigl_keras.with_masks(
+            dense, masks, granularity=granularity, seed=seed
+        )
     elif one_shot is not None:
-        batch = next(
-            iter(examples.train(batch_size=batch_size, seed=seed, epochs=1))
+        first = examples.train(batch_size=batch_size, seed=seed, epochs=1)
+        batch = _smoothed(
+            *next(iter(first)), recipe.num_classes, label_smoothing
         )
-        network = one_shot(
-            network,
-            density,
-            _smoothed(*batch, recipe.num_classes, label_smoothing),
-            loss,
-            seed=seed,
-        )
-    elif density is not None and not small_dense:
+        network = one_shot(dense, density, batch, loss, seed=seed)
+    else:
         network = rigl_keras.sparsify(
-            network,
+            dense,
             density,
             distribution=distribution,
             granularity=granularity,
@@ -310,8 +313,10 @@ def train(
         print(f"Resuming {run.path} at epoch {first_epoch + 1} of {epochs}.")
     run.forget_metrics_from(first_epoch)
     first_step = int(network.optimizer.iterations.numpy())
-    trajectory = Trajectory(run, network, update, first_step=first_step)
     cost = rigl_keras.count(network)
+    # What all ratios are over.
+    whole = rigl_keras.count(make(channel_scale=1.0)) if small_dense else cost
+    dense_flops = whole.dense_inference_flops
 
     def batches(split, smoothing=0.0):
         return split.map(
@@ -339,8 +344,8 @@ def train(
             shuffle=False,  # the data set is shuffled already
             callbacks=[
                 *([update] if update else []),
-                trajectory,
-                _EpochLogs(cost),
+                Trajectory(run, network, update, first_step=first_step),
+                _EpochLogs(network, cost, dense_flops),
                 keras.callbacks.CSVLogger(
                     run.path / "metrics.csv", append=first_epoch > 0
                 ),
@@ -365,16 +370,16 @@ def train(
         cost, run.trajectory, steps=steps, dense_gradients=needs
     )
     run.write_curve(inference, training)
-    dense_flops = (reference or cost).dense_inference_flops
-    ratio = length * float(np.mean(training)) / (3 * dense_flops)
-    sources = {path: source.result for path, source in earlier.items()}
+    ratio = times_as_long * float(np.mean(training)) / (3 * dense_flops)
     name = _name(update, density, small_dense, one_shot, masks_from)
     result = {
         "method": name,
         "model": network.name,
         "dataset": dataset,
         "seed": seed,
-        "density": cost.density,
+        "density": cost.nonzeros / whole.parameters
+        if small_dense
+        else cost.density,
         "test_accuracy": test["accuracy"],
         "validation_accuracy": validated.get("accuracy"),
         "test_loss": test["loss"],
@@ -383,17 +388,19 @@ def train(
         "inference_flops_ratio": cost.inference_flops / dense_flops,
         # By the masks of each step, by the closed form, and with the runs
         # that masks and weights come from.
-        "training_flops": float(np.sum(training)) * batch_size,
+        "training_flops": float(np.mean(training))
+        * len(examples.train_labels)
+        * epochs,
         "training_flops_ratio": ratio,
         "training_flops_ratio_closed_form": _closed_form(
-            update, inference, dense_flops, length
+            update, inference, dense_flops, times_as_long
         ),
         "training_flops_ratio_with_sources": ratio
         + sum(
-            source["training_flops_ratio_with_sources"]
-            for source in sources.values()
+            earlier["training_flops_ratio_with_sources"]
+            for earlier in sources.values()
         ),
-        "parameters": (reference or cost).parameters,
+        "parameters": whole.parameters,
         "nonzeros": cost.nonzeros,
         "bits": cost.bits,
         "csr_bits": cost.csr_bits,
@@ -412,7 +419,7 @@ def train(
         ],
         "settings": {
             "density": density,
-            "distribution": None if density is None else distribution,
+            "distribution": distribution if drawn else None,
             "granularity": granularity,
             "masks_from": masks_from,
             "shuffle_masks": shuffle_masks,
@@ -450,10 +457,32 @@ def _check(
     one_shot,
     masks_from,
     shuffle_masks,
+    granularity,
+    keep_weights,
     epochs,
     length,
     label_smoothing,
 ):
+    whole = isinstance(keep_weights, Sequence) and all(
+        isinstance(epoch, int) and epoch > 0 for epoch in keep_weights
+    )
+    if not whole:
+        raise ValueError(
+            "keep_weights lists the epochs after which weights are kept, such "
+            f"as [1, 2]. Received: keep_weights={keep_weights!r}."
+        )
+    if small_dense and callable(model):
+        if "channel_scale" not in inspect.signature(model).parameters:
+            raise ValueError(
+                "small_dense scales the channels of wide_resnet, resnet18 or "
+                "resnet50, or of a model of yours that takes `channel_scale`. "
+                f"Received: model={getattr(model, '__name__', model)!r}."
+            )
+    if one_shot is not None and granularity != "element":
+        raise ValueError(
+            "one_shot chooses single weights. Set train.granularity = "
+            f"'element'. Received: granularity={granularity!r}."
+        )
     if density is None and method is not None:
         raise ValueError(
             "A method changes masks, and density=None trains the dense model. "
@@ -520,7 +549,7 @@ def _check(
 def _masks(source, density):
     """Returns the masks of an earlier run, if they are of this density."""
     masks = source.masks
-    ones = sum(int(mask.sum()) for mask in masks.values())
+    ones = sum(int(np.count_nonzero(mask)) for mask in masks.values())
     found = ones / sum(mask.size for mask in masks.values())
     if abs(found - density) > 0.01 * density:
         raise ValueError(
@@ -531,12 +560,18 @@ def _masks(source, density):
     return masks
 
 
-def _shuffled(masks, seed):
+def _shuffled(masks, granularity, seed):
+    """Returns masks of the same counts, placed anew by unit."""
     draw = np.random.default_rng(seed)
-    return {
-        name: draw.permutation(mask.ravel()).reshape(mask.shape)
-        for name, mask in masks.items()
-    }
+    shuffled = {}
+    for name, mask in masks.items():
+        # Where units are kernels, one entry of each tells them all.
+        units = mask[(0,) * (mask.ndim - 2)]
+        if granularity == "element" or (mask != units).any():
+            units = mask
+        placed = draw.permutation(units.ravel()).reshape(units.shape)
+        shuffled[name] = np.broadcast_to(placed, mask.shape)
+    return shuffled
 
 
 def _smoothed(images, labels, classes, smoothing):
@@ -556,7 +591,7 @@ def _name(update, density, small_dense, one_shot, masks_from):
     return "static" if masks_from is None else "lottery"
 
 
-def _closed_form(update, inference, dense_flops, length):
+def _closed_form(update, inference, dense_flops, times_as_long):
     """Returns the paper's ratio, at the mean forward cost of the run."""
     method = type(update).__name__ if update else "static"
     try:
@@ -568,15 +603,17 @@ def _closed_form(update, inference, dense_flops, length):
         )
     except ValueError:  # a method of the user's own has none
         return None
-    return length * cost / (3 * dense_flops)
+    return times_as_long * cost / (3 * dense_flops)
 
 
 class _EpochLogs(keras.callbacks.Callback):
     """Adds step, rate, seconds and cost to the logs of an epoch."""
 
-    def __init__(self, cost):
+    def __init__(self, network, cost, dense_flops):
         super().__init__()
+        self._layers = rigl_keras.named_layers(network)
         self._cost = cost
+        self._dense_flops = dense_flops
 
     def on_epoch_begin(self, epoch, logs=None):
         self._start = time.perf_counter()
@@ -587,14 +624,11 @@ class _EpochLogs(keras.callbacks.Callback):
         logs["learning_rate"] = float(
             tf.convert_to_tensor(optimizer.learning_rate)
         )
-        densities = {
-            m.name: m.density for m in rigl_keras.masked_layers(self.model)
-        }
         now = sum(
-            layer.flops_at(densities.get(layer.name, 1.0))
+            layer.flops_at(getattr(self._layers[layer.name], "density", 1.0))
             for layer in self._cost.layers
         )
-        logs["inference_flops_ratio"] = now / self._cost.dense_inference_flops
+        logs["inference_flops_ratio"] = now / self._dense_flops
         logs["seconds"] = round(time.perf_counter() - self._start, 2)
 
 

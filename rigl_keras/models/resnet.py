@@ -13,6 +13,7 @@ def resnet50(
     input_shape: tuple[int, int, int] = (32, 32, 3),
     *,
     channel_scale: float = 1.0,
+    zero_init_residual: bool = True,
     weight_decay: float = 0.0,
     name: str = "resnet50",
 ) -> keras.Model:
@@ -35,6 +36,9 @@ def resnet50(
         input_shape: Height, width and channels, at least 8 x 8.
         channel_scale: Factor on every number of channels but those of the
             image, in (0, 1], the product truncated.
+        zero_init_residual: Whether the last batch norm of each block starts
+            at 0 and not at 1. At 0 the first gradient of every block is 0,
+            which SNIP cannot rank by.
         weight_decay: Coupled L2 on kernels, as in `wide_resnet`.
         name: Name of the model.
 
@@ -56,6 +60,7 @@ def resnet50(
         num_classes,
         input_shape,
         channel_scale,
+        zero_init_residual,
         weight_decay,
         name,
     )
@@ -66,6 +71,7 @@ def resnet18(
     input_shape: tuple[int, int, int] = (32, 32, 3),
     *,
     channel_scale: float = 1.0,
+    zero_init_residual: bool = True,
     weight_decay: float = 0.0,
     name: str = "resnet18",
 ) -> keras.Model:
@@ -82,6 +88,7 @@ def resnet18(
         num_classes,
         input_shape,
         channel_scale,
+        zero_init_residual,
         weight_decay,
         name,
     )
@@ -94,6 +101,7 @@ def _resnet(
     num_classes,
     input_shape,
     channel_scale,
+    zero_init_residual,
     weight_decay,
     model_name,
 ):
@@ -112,6 +120,7 @@ def _resnet(
             f"Received: channel_scale={channel_scale}."
         )
     penalty = l2(weight_decay)
+    gamma = "zeros" if zero_init_residual else "ones"
     inputs = keras.Input(input_shape, name="image")
     x = convolution(inputs, int(64 * channel_scale), 3, 1, penalty, "conv1")
     x = normalised(x, "bn1")
@@ -120,7 +129,7 @@ def _resnet(
         for i in range(count):
             stride = 2 if stage > 2 and i == 0 else 1
             prefix = f"conv{stage}_{i}"
-            y = residual(x, channels, stride, penalty, prefix)
+            y = residual(x, channels, stride, penalty, gamma, prefix)
             if stride != 1 or x.shape[-1] != channels * expansion:
                 name = f"{prefix}_shortcut"
                 x = convolution(
@@ -143,17 +152,17 @@ def _resnet(
     return keras.Model(inputs, outputs, name=model_name)
 
 
-def _bottleneck(x, channels, stride, penalty, name):
+def _bottleneck(x, channels, stride, penalty, gamma, name):
     x = convolution(x, channels, 1, 1, penalty, f"{name}_conv1")
     x = normalised(x, f"{name}_bn1")
     x = convolution(x, channels, 3, stride, penalty, f"{name}_conv2")
     x = normalised(x, f"{name}_bn2")
     x = convolution(x, 4 * channels, 1, 1, penalty, f"{name}_conv3")
-    return batch_norm(x, f"{name}_bn3", gamma="zeros")
+    return batch_norm(x, f"{name}_bn3", gamma=gamma)
 
 
-def _basic(x, channels, stride, penalty, name):
+def _basic(x, channels, stride, penalty, gamma, name):
     x = convolution(x, channels, 3, stride, penalty, f"{name}_conv1")
     x = normalised(x, f"{name}_bn1")
     x = convolution(x, channels, 3, 1, penalty, f"{name}_conv2")
-    return batch_norm(x, f"{name}_bn2", gamma="zeros")
+    return batch_norm(x, f"{name}_bn2", gamma=gamma)
