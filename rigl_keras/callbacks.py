@@ -312,7 +312,9 @@ class MaskUpdate(StepUpdate):
             ]
         )
         self.refuse_unless(defined, step)
-        shares = self._shares(optimizer, layers, gradients)
+        shares = None
+        if self.redistribution or self.conventions.spare_dense_layers:
+            shares = self._shares(optimizer, layers, gradients)
         fractions = topology.layer_drop_fractions(
             masks, shares, fraction, conventions=self.conventions
         )

@@ -11,7 +11,7 @@ reproduction behind the report (varun19299/rigl-reproducibility,
 import dataclasses
 from typing import Literal
 
-__all__ = ["Conventions", "ORIGINAL", "REPORT"]
+__all__ = ["Conventions", "ORIGINAL", "REPORT", "check_conventions"]
 
 _CHOICES = {
     "first_update": ("frequency", "frequency_minus_one"),
@@ -153,3 +153,12 @@ REPORT = Conventions(
     erk_rounding="zeros_and_ones",
     sampling="bernoulli",
 )
+
+
+def check_conventions(conventions) -> None:
+    """Raises ValueError unless it is a `Conventions`."""
+    if not isinstance(conventions, Conventions):
+        raise ValueError(
+            "conventions must be rigl_keras.ORIGINAL, rigl_keras.REPORT or a "
+            f"Conventions of your own. Received: conventions={conventions!r}."
+        )

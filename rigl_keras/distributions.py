@@ -11,7 +11,13 @@ import numpy as np
 
 from rigl_keras.conventions import ORIGINAL, Conventions
 
-__all__ = ["DISTRIBUTIONS", "layer_densities", "layer_counts"]
+__all__ = [
+    "DISTRIBUTIONS",
+    "layer_counts",
+    "layer_densities",
+    "masked_shapes",
+    "total_count",
+]
 
 DISTRIBUTIONS = ("uniform", "erdos_renyi", "erdos_renyi_kernel")
 _SHORT_NAMES = {"er": "erdos_renyi", "erk": "erdos_renyi_kernel"}
@@ -96,6 +102,62 @@ def layer_densities(
         raw = {name: weight(shape) for name, shape in shapes.items()}
         solved = _solve_scaled(sizes, raw, density, given, conventions)
     return {name: float(solved[name]) for name in shapes}
+
+
+def masked_shapes(
+    shapes: Shapes, distribution: str, densities: Mapping[str, float]
+) -> dict[str, Sequence[int]]:
+    """Returns the shapes of the layers that a distribution masks.
+
+    Under `uniform` the first layer stays dense and is not masked at all,
+    unless its density is given.
+
+    Args:
+        shapes: `{name: kernel shape}` in the order of the model.
+        distribution: As in `layer_densities`.
+        densities: `{name: density}` of layers whose density is given.
+
+    Returns:
+        `{name: kernel shape}` in the order of `shapes`.
+
+    Raises:
+        ValueError: None is left.
+    """
+    masked = dict(shapes)
+    first = next(iter(shapes))
+    if distribution == "uniform" and first not in densities:
+        del masked[first]
+    if not masked:
+        raise ValueError(
+            "There is nothing to mask: under 'uniform' the first layer "
+            f"stays dense and {first!r} is the only one. Use "
+            "distribution='erdos_renyi_kernel', or give its density in "
+            "densities."
+        )
+    return masked
+
+
+def total_count(exact: float, density: float, weights: int) -> int:
+    """Returns how many connections all layers keep together.
+
+    Args:
+        exact: The number to round.
+        density: The density it comes from.
+        weights: How many weights there are.
+
+    Returns:
+        round(exact), at least 1.
+
+    Raises:
+        ValueError: It rounds to none.
+    """
+    total = round(exact)
+    if total == 0:
+        raise ValueError(
+            f"density={density} of {weights} weights rounds to no connection "
+            f"at all. Pass at least {1 / weights:.2g}."
+        )
+    return total
 
 
 def layer_counts(

@@ -8,11 +8,26 @@ from collections.abc import Iterator
 import keras
 import tensorflow as tf
 
-__all__ = ["GRANULARITIES", "Masked", "MaskProjection", "dense_gradients"]
+__all__ = [
+    "GRANULARITIES",
+    "Masked",
+    "MaskProjection",
+    "check_granularity",
+    "dense_gradients",
+]
 
 GRANULARITIES = ("element", "kernel")
 
 _dense_gradients = contextvars.ContextVar("dense_gradients", default=False)
+
+
+def check_granularity(granularity: str) -> None:
+    """Raises ValueError unless it is one of `GRANULARITIES`."""
+    if granularity not in GRANULARITIES:
+        raise ValueError(
+            f"granularity must be one of {GRANULARITIES}. Received: "
+            f"granularity={granularity!r}."
+        )
 
 
 @contextlib.contextmanager
@@ -89,11 +104,7 @@ class Masked(keras.layers.Wrapper):
         self.draw_key = (
             zlib.crc32(self.name.encode()) if draw_key is None else draw_key
         )
-        if granularity not in GRANULARITIES:
-            raise ValueError(
-                f"granularity must be one of {GRANULARITIES}. Received: "
-                f"granularity={granularity!r}."
-            )
+        check_granularity(granularity)
         self.granularity = granularity
         self.supports_masking = layer.supports_masking
 

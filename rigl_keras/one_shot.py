@@ -79,13 +79,13 @@ def snip(
     solved = distributions.layer_densities(
         shapes, density, distribution, densities=densities
     )
-    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    total = round(density * sum(sizes.values()))
-    if total == 0:
-        raise ValueError(
-            f"density={density} of {sum(sizes.values())} weights rounds to no "
-            f"connection at all. Pass at least {1 / sum(sizes.values()):.2g}."
+    if scope == "layer":
+        shapes = distributions.masked_shapes(
+            shapes, distribution, densities or {}
         )
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    weights = sum(sizes.values())
+    total = distributions.total_count(density * weights, density, weights)
     saliencies = _saliencies(model, chosen, batch, loss)
     if scope == "global":
         joined = tf.concat(
@@ -101,25 +101,12 @@ def snip(
             for name, mask in zip(sizes, kept, strict=True)
         }
     else:
-        if distribution == "uniform" and next(iter(sizes)) not in (
-            densities or {}
-        ):
-            # As in `sparsify`, the first layer is not masked at all.
-            first = next(iter(sizes))
-            del sizes[first]
-            if not sizes:
-                raise ValueError(
-                    "There is nothing to mask: under 'uniform' the first layer "
-                    f"stays dense and {first!r} is the only one. Use another "
-                    "distribution, or give its density in densities."
-                )
-            total = round(density * sum(sizes.values()))
         counts = distributions.layer_counts(sizes, solved, total)
         masks = {
             name: topology.select_highest(
                 saliency, counts[name], among=tf.ones_like(saliency, tf.bool)
             ).numpy()
-            for name, saliency in zip(shapes, saliencies, strict=True)
+            for name, saliency in zip(chosen, saliencies, strict=True)
             if name in counts
         }
     empty = [name for name, mask in masks.items() if not mask.any()]

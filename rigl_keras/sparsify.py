@@ -9,8 +9,8 @@ import keras
 import numpy as np
 
 from rigl_keras import distributions
-from rigl_keras.conventions import ORIGINAL, Conventions
-from rigl_keras.layers import GRANULARITIES, Masked
+from rigl_keras.conventions import ORIGINAL, Conventions, check_conventions
+from rigl_keras.layers import Masked, check_granularity
 
 __all__ = [
     "MASKABLE",
@@ -115,21 +115,13 @@ def sparsify(
     """
     chosen = chosen_layers(model, layers)
     _check_seed(seed)
-    if not isinstance(conventions, Conventions):
-        raise ValueError(
-            "conventions must be rigl_keras.ORIGINAL, rigl_keras.REPORT or a "
-            f"Conventions of your own. Received: conventions={conventions!r}."
-        )
+    check_conventions(conventions)
     if densities is not None and not isinstance(densities, Mapping):
         raise ValueError(
             "densities must map layers or their names to densities. Received: "
             f"densities={densities!r}."
         )
-    if granularity not in GRANULARITIES:
-        raise ValueError(
-            f"granularity must be one of {GRANULARITIES}. Received: "
-            f"granularity={granularity!r}."
-        )
+    check_granularity(granularity)
     given = _by_name(densities, chosen)
     shapes = {name: tuple(layer.kernel.shape) for name, layer in chosen.items()}
     if granularity == "kernel":
@@ -141,18 +133,7 @@ def sparsify(
         conventions=conventions,
         densities=given,
     )
-    if distribution == "uniform":
-        first = next(iter(shapes))
-        if first not in given:
-            # The first layer stays dense: it is not masked at all.
-            del shapes[first]
-        if not shapes:
-            raise ValueError(
-                "There is nothing to mask: under 'uniform' the first layer "
-                f"stays dense and {first!r} is the only one. Use "
-                "distribution='erdos_renyi_kernel', or give its density in "
-                "densities."
-            )
+    shapes = distributions.masked_shapes(shapes, distribution, given)
     masks = _draw_masks(
         shapes, solved, density, chosen, granularity, seed, conventions
     )
@@ -193,11 +174,7 @@ def with_masks(
     _check_model(model)
     _check_seed(seed)
     layers = named_layers(model)
-    if granularity not in GRANULARITIES:
-        raise ValueError(
-            f"granularity must be one of {GRANULARITIES}. Received: "
-            f"granularity={granularity!r}."
-        )
+    check_granularity(granularity)
     wrapped, keys = {}, {}
     for name, mask in masks.items():
         _check_mask(name, mask, layers, granularity)
@@ -624,14 +601,10 @@ def _draw_masks(
     sizes = {name: math.prod(unit) for name, unit in units.items()}
     weights = sum(math.prod(shape) for shape in shapes.values())
     if granularity == "element":
-        total = round(density * weights)
+        exact = density * weights
     else:
-        total = round(sum(densities[n] * size for n, size in sizes.items()))
-    if total == 0:
-        raise ValueError(
-            f"density={density} of {weights} weights rounds to no connection "
-            f"at all. Pass at least {1 / weights:.2g}."
-        )
+        exact = sum(densities[n] * size for n, size in sizes.items())
+    total = distributions.total_count(exact, density, weights)
     bernoulli = conventions.sampling == "bernoulli"
     counts = distributions.layer_counts(sizes, densities, total)
     masks = {}

@@ -177,7 +177,7 @@ def drop_count(
 
 def layer_drop_fractions(
     masks: Sequence,
-    shares: Sequence,
+    shares: Sequence | None,
     drop_fraction,
     *,
     conventions: Conventions = ORIGINAL,
@@ -192,6 +192,7 @@ def layer_drop_fractions(
         masks: One mask for each layer.
         shares: One number for each layer, adding to 1: its share of what
             density is redistributed by, or else of all nonzero weights.
+            Read with `spare_dense_layers` only.
         drop_fraction: The update's fraction, in [0, 1].
         conventions: `spare_dense_layers` decides.
 

@@ -15,7 +15,7 @@ import keras
 import tensorflow as tf
 
 from rigl_keras import optimizer_state
-from rigl_keras.conventions import ORIGINAL, Conventions
+from rigl_keras.conventions import ORIGINAL, Conventions, check_conventions
 from rigl_keras.layers import Masked, dense_gradients
 from rigl_keras.sparsify import masked_layers
 
@@ -65,12 +65,7 @@ class StepUpdate(keras.callbacks.Callback):
 
     def __init__(self, *, conventions: Conventions = ORIGINAL):
         super().__init__()
-        if not isinstance(conventions, Conventions):
-            raise ValueError(
-                "conventions must be rigl_keras.ORIGINAL, rigl_keras.REPORT "
-                "or a Conventions of your own. Received: "
-                f"conventions={conventions!r}."
-            )
+        check_conventions(conventions)
         self.conventions = conventions
 
     # What makes a method.

@@ -130,14 +130,10 @@ class RunDirectory:
     @property
     def trajectory(self) -> list[tuple[int, dict[str, int]]]:
         """The rows of trajectory.csv, as `flops.training_curve` takes them."""
-        path = self.path / "trajectory.csv"
-        if not path.exists():
-            return []
-        with path.open(newline="") as file:
-            rows = [
-                {name: int(value) for name, value in row.items()}
-                for row in csv.DictReader(file)
-            ]
+        rows = [
+            {name: int(value) for name, value in row.items()}
+            for row in _rows(self.path / "trajectory.csv")
+        ]
         return [(row.pop("step"), row) for row in rows]
 
     def write_trajectory(
@@ -166,11 +162,7 @@ class RunDirectory:
     @property
     def metrics(self) -> list[dict[str, str]]:
         """The rows of metrics.csv."""
-        path = self.path / "metrics.csv"
-        if not path.exists():
-            return []
-        with path.open(newline="") as file:
-            return list(csv.DictReader(file))
+        return _rows(self.path / "metrics.csv")
 
     def forget_metrics_from(self, epoch: int) -> None:
         """Drops the rows of epochs that are about to be trained again."""
@@ -411,6 +403,14 @@ class Checkpoints(keras.callbacks.Callback):
 
 def _weights_path(run, epoch):
     return run / "weights" / f"epoch-{epoch:04d}.weights.h5"
+
+
+def _rows(path):
+    """Returns the rows of a table, none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def _write(path, text):

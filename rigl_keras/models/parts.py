@@ -1,9 +1,33 @@
 """What the report's networks share: their convolutions and batch norm."""
 
+from collections.abc import Sequence
+
 import keras
 from keras import layers
 
-__all__ = ["batch_norm", "convolution", "l2", "normalised"]
+__all__ = ["batch_norm", "check_sizes", "convolution", "l2", "normalised"]
+
+
+def check_sizes(
+    input_shape: Sequence[int], channel_scale: float, *, channels: int
+) -> None:
+    """Raises ValueError unless a network of these sizes can be built.
+
+    Args:
+        input_shape: Height, width and channels of an image.
+        channel_scale: Factor on every number of channels.
+        channels: The smallest of these.
+    """
+    if len(input_shape) != 3 or min(input_shape[:2]) < 8:
+        raise ValueError(
+            "input_shape must be (height, width, channels) of at least 8 x 8. "
+            f"Received: input_shape={tuple(input_shape)}."
+        )
+    if not 0 < channel_scale <= 1 or int(channels * channel_scale) < 1:
+        raise ValueError(
+            "channel_scale must be in (0, 1] and leave a channel of "
+            f"{channels}. Received: channel_scale={channel_scale}."
+        )
 
 
 def l2(weight_decay: float) -> keras.regularizers.Regularizer | None:

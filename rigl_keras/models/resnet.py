@@ -3,7 +3,13 @@
 import keras
 from keras import layers
 
-from rigl_keras.models.parts import batch_norm, convolution, l2, normalised
+from rigl_keras.models.parts import (
+    batch_norm,
+    check_sizes,
+    convolution,
+    l2,
+    normalised,
+)
 
 __all__ = ["resnet18", "resnet50"]
 
@@ -109,16 +115,7 @@ def _resnet(
         raise ValueError(
             f"num_classes must be at least 1. Received: {num_classes}."
         )
-    if len(input_shape) != 3 or min(input_shape[:2]) < 8:
-        raise ValueError(
-            "input_shape must be (height, width, channels) of at least 8 x 8. "
-            f"Received: input_shape={tuple(input_shape)}."
-        )
-    if not 0 < channel_scale <= 1 or int(64 * channel_scale) < 1:
-        raise ValueError(
-            "channel_scale must be in (0, 1] and leave a channel of 64. "
-            f"Received: channel_scale={channel_scale}."
-        )
+    check_sizes(input_shape, channel_scale, channels=64)
     penalty = l2(weight_decay)
     gamma = "zeros" if zero_init_residual else "ones"
     inputs = keras.Input(input_shape, name="image")

@@ -3,7 +3,7 @@
 import keras
 from keras import layers
 
-from rigl_keras.models.parts import convolution, l2, normalised
+from rigl_keras.models.parts import check_sizes, convolution, l2, normalised
 
 __all__ = ["wide_resnet"]
 
@@ -65,19 +65,10 @@ def wide_resnet(
             "width and num_classes must be at least 1. Received: "
             f"width={width}, num_classes={num_classes}."
         )
-    if len(input_shape) != 3 or min(input_shape[:2]) < 8:
-        raise ValueError(
-            "input_shape must be (height, width, channels) of at least 8 x 8. "
-            f"Received: input_shape={tuple(input_shape)}."
-        )
+    check_sizes(input_shape, channel_scale, channels=16)
     if not 0 <= dropout < 1:
         raise ValueError(
             f"dropout must be in [0, 1). Received: dropout={dropout}."
-        )
-    if not 0 < channel_scale <= 1 or int(16 * channel_scale) < 1:
-        raise ValueError(
-            "channel_scale must be in (0, 1] and leave a channel of 16. "
-            f"Received: channel_scale={channel_scale}."
         )
     blocks = (depth - 4) // 6
     penalty = l2(weight_decay)
