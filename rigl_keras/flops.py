@@ -267,7 +267,7 @@ def count(model: keras.Model, *, convention: str = "micronet") -> Count:
             (leaf.name, type(leaf).__name__)
             for leaf in leaves
             if any(
-                len(v.shape) > 1 and id(v) not in counted
+                len(v.shape) > 1 and v.name != "bias" and id(v) not in counted
                 for v in leaf.trainable_variables
             )
         ),

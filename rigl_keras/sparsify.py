@@ -199,7 +199,7 @@ def with_masks(
             "with_masks takes {name: mask}, one mask at least. Received: "
             f"{masks!r}."
         )
-    named = named_kernels(model, kernels)
+    named = named_kernels(model, _with_embeddings(kernels))
     check_granularity(granularity)
     by_layer = {}
     for name, mask in masks.items():
@@ -625,9 +625,9 @@ def chosen_kernels(
     _check_model(model)
     _check_kernels(kernels)
     matches = _predicate(selector)
-    if selector is not None and kernels == "auto":
+    if selector is not None:
         # Only who asks for an embedding gets one.
-        kernels = {keras.layers.Embedding: "embeddings"}
+        kernels = _with_embeddings(kernels)
     chosen = {
         name: kernel
         for name, kernel in named_kernels(model, kernels).items()
@@ -654,6 +654,11 @@ def chosen_kernels(
             + f". Its layers with weights:\n{skipped or '  (none)'}"
         )
     return chosen
+
+
+def _with_embeddings(kernels):
+    given = {} if kernels == "auto" else kernels
+    return {**given, keras.layers.Embedding: "embeddings"}
 
 
 def _check_kernels(kernels):
