@@ -115,7 +115,7 @@ def _fresh(layer):
         raise ValueError(
             f"Layer {layer.name!r}, a {type(layer).__name__}, cannot be copied "
             "from its config: its class needs a get_config that returns the "
-            "arguments of its constructor (which Keras needs to load the model, "
+            "arguments of its constructor (so that Keras can load the model, "
             "too). Or build the model as a subclass of keras.Model, whose "
             "layers are masked in place."
         ) from error
