@@ -297,6 +297,8 @@ def train(
     update = None
     if method is not None:
         update = method() if length == 1 else method().lengthened(length)
+        # What the method remembers is made here, for a checkpoint to restore.
+        update.attach(network, network.optimizer)
     run.begin()
     if operative_config is not None:
         run.write_operative_config(operative_config())
@@ -365,9 +367,12 @@ def train(
     validated = evaluate(held_out) if held_out else {}
     cost = rigl_keras.count(network)
     steps = int(network.optimizer.iterations.numpy())
-    needs = update.dense_gradients if update else "never"
     inference, training = flops.training_curve(
-        cost, run.trajectory, steps=steps, dense_gradients=needs
+        cost,
+        run.trajectory,
+        steps=steps,
+        dense_gradients=update.dense_gradients if update else "never",
+        gradient_batches=update.gradient_batches if update else 1,
     )
     run.write_curve(inference, training)
     ratio = times_as_long * float(np.mean(training)) / (3 * dense_flops)
@@ -600,6 +605,7 @@ def _closed_form(update, inference, dense_flops, times_as_long):
             sparse_flops=float(np.mean(inference)),
             dense_flops=dense_flops,
             frequency=getattr(update, "frequency", None),
+            gradient_batches=getattr(update, "gradient_batches", 1),
         )
     except ValueError:  # a method of the user's own has none
         return None
