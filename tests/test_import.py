@@ -27,6 +27,7 @@ ORDER = [
     "callbacks",
     "one_shot",
     "flops",
+    "diagnostics",
     "export",
     "models",
 ]
@@ -115,6 +116,7 @@ THIRD_PARTY = {
     "scores": {"tensorflow"},
     "topology": {"tensorflow"},
     "redistribution": {"tensorflow"},
+    "diagnostics": {"numpy", "tensorflow", "keras", "matplotlib"},
 }
 
 
