@@ -4,14 +4,11 @@ The measures are functions of masks, `{layer: array of zeros and ones}`.
 `TopologyDiagnostics` takes them beside training, `figures` draws them.
 """
 
-import csv
-import dataclasses
-import importlib.util
 import io
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import keras
@@ -21,6 +18,14 @@ import tensorflow as tf
 from rigl_keras.flops import Count, count
 from rigl_keras.layers import Masked
 from rigl_keras.sparsify import named_layers
+from rigl_keras.topology_record import (
+    ALL,
+    COLUMNS,
+    as_csv,
+    check_installed,
+    figures,
+    read_rows,
+)
 from rigl_keras.training_step import installed_update
 
 __all__ = [
@@ -39,28 +44,7 @@ __all__ = [
     "unit_axes",
 ]
 
-ALL = "all"  # in the place of a layer: all of them together
-
-COLUMNS = (
-    "step",
-    "layer",
-    "density",
-    "inference_flops",
-    "ever_active",
-    "overlap",
-    "churn",
-    "grown",
-    "no_incoming",
-    "outputs",
-    "no_outgoing",
-    "inputs",
-    "loss_before",
-    "loss_after",
-)
-
 _SCALARS = COLUMNS[2:]
-_COUNTS = ("step", "grown", "no_incoming", "outputs", "no_outgoing", "inputs")
-
 Masks = Mapping[str, np.ndarray]
 Axes = int | Sequence[int]
 
@@ -94,8 +78,9 @@ def densities(masks: Masks) -> dict[str, float]:
 def churn(old: Masks, new: Masks) -> dict[str, float]:
     """Returns the share of each layer's connections that were replaced.
 
-    |new and not old| / |old|: what joined, over what there was. 0 for a layer
-    that had no connection.
+    |new and not old| / |old|: what joined, over what there was. It exceeds 1
+    where density moves into a layer that then more than doubles, and is 0
+    for a layer that had no connection.
 
     Args:
         old: Masks before an update.
@@ -330,10 +315,12 @@ class TopologyDiagnostics(keras.callbacks.Callback):
                           at the end of each epoch
             topology.npz  what a resumed run needs
             events.*      the same for TensorBoard: topology/<column>/<layer>
-            *.png         `figures`, drawn when training ends
+            *.png         `figures`, drawn when training ends if `draw`
 
             A resumed run continues these files; one that begins at step 0
             begins them anew.
+        draw: Whether figures are drawn when training ends, which takes
+            seconds.
 
     Attributes:
         rows: The rows, dicts with the keys `COLUMNS`; those of the layer
@@ -353,10 +340,13 @@ class TopologyDiagnostics(keras.callbacks.Callback):
     ...     RigL(), TopologyDiagnostics("logs/topology")])
     """
 
-    def __init__(self, log_dir: str | os.PathLike | None = None):
+    def __init__(
+        self, log_dir: str | os.PathLike | None = None, *, draw: bool = True
+    ):
         super().__init__()
         if log_dir is not None:
-            _check_installed("matplotlib", "tensorboard")
+            check_installed("tensorboard", *(["matplotlib"] if draw else []))
+        self.draw = draw
         self.log_dir = None if log_dir is None else Path(log_dir)
         self.rows: list[dict] = []
         self._layers: dict[str, Masked] = {}
@@ -441,7 +431,8 @@ class TopologyDiagnostics(keras.callbacks.Callback):
     def on_train_end(self, logs=None):
         if self._writer is not None:
             self._writer.close()
-            figures(self._csv, self.log_dir)
+            if self.draw:
+                figures(self._csv, self.log_dir)
 
     # The record.
 
@@ -496,7 +487,7 @@ class TopologyDiagnostics(keras.callbacks.Callback):
         self._written = len(self.rows)
         if self.log_dir is not None:
             self.log_dir.mkdir(parents=True, exist_ok=True)
-            text = _as_csv(self.rows, header=True)
+            text = as_csv(self.rows, header=True)
             _replace(self._csv, text.encode())
             self._writer = tf.summary.create_file_writer(str(self.log_dir))
             self._write_scalars(self.rows[kept:])
@@ -550,7 +541,7 @@ class TopologyDiagnostics(keras.callbacks.Callback):
         if self._writer is None:
             return
         with self._csv.open("a", newline="") as file:
-            file.write(_as_csv(self.rows[self._written :]))
+            file.write(as_csv(self.rows[self._written :]))
         self._written = len(self.rows)
         archive = io.BytesIO()
         np.savez(
@@ -604,312 +595,6 @@ class TopologyDiagnostics(keras.callbacks.Callback):
                 archive["layers"].tolist() == self._signature()
             )
             return (archive["initial"], archive["ever"]) if fits else None
-
-
-def read_rows(path: str | os.PathLike) -> list[dict]:
-    """Returns the rows of a topology.csv.
-
-    Args:
-        path: The file. What an interrupted run has begun to write of an
-            update is left out.
-
-    Returns:
-        Dicts with the keys `COLUMNS`; an empty cell is None.
-
-    Raises:
-        ValueError: The file has other columns.
-    """
-    text = Path(path).read_text()
-    complete = text[: text.rfind("\n") + 1]
-    reader = csv.DictReader(io.StringIO(complete))
-    if tuple(reader.fieldnames or ()) != COLUMNS:
-        raise ValueError(
-            f"{str(path)!r} is not a table of TopologyDiagnostics: its columns "
-            f"must be {','.join(COLUMNS)}. Received: {reader.fieldnames}."
-        )
-    rows = [{k: _cell(k, v) for k, v in row.items()} for row in reader]
-    ends = [i for i, row in enumerate(rows, start=1) if row["layer"] == ALL]
-    return rows[: ends[-1]] if ends else []
-
-
-# Figures.
-
-
-def figures(
-    csv_path: str | os.PathLike, out_dir: str | os.PathLike
-) -> list[Path]:
-    """Draws the record of `TopologyDiagnostics`, from its table alone.
-
-    Args:
-        csv_path: A topology.csv with a row at least.
-        out_dir: Folder for the figures; made if it does not exist.
-
-    Returns:
-        Paths of what was drawn: `density.png`, `exploration.png` and
-        `dead_units.png`; `churn.png` if there was an update; `loss.png` if
-        losses were kept.
-
-    Raises:
-        ImportError: matplotlib is missing.
-        ValueError: The file is no such table, or empty.
-
-    Example:
-
-    >>> figures("logs/topology/topology.csv", "figures/")
-    """
-    _check_installed("matplotlib")
-    rows = read_rows(csv_path)
-    if not rows:
-        raise ValueError(f"{str(csv_path)!r} has no complete update to draw.")
-    out_dir = Path(out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    # A block of rows for each update, in which the layers come in order.
-    layers = [row["layer"] for row in rows[: _block(rows)]]
-    blocks = [
-        rows[i : i + len(layers)] for i in range(0, len(rows), len(layers))
-    ]
-    drawn = {
-        "density.png": _layer_figure(blocks, _DENSITY),
-        "exploration.png": _layer_figure(blocks, _EXPLORATION),
-        "dead_units.png": _layer_figure(blocks, _DEAD_UNITS),
-    }
-    if len(blocks) > 1:
-        drawn["churn.png"] = _layer_figure(blocks[1:], _CHURN)
-    losses = [b[-1] for b in blocks if b[-1]["loss_before"] is not None]
-    if losses:
-        drawn["loss.png"] = _loss_figure(losses)
-    for name, figure in drawn.items():
-        figure.savefig(out_dir / name, dpi=120)
-    return [out_dir / name for name in drawn]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Quantity:
-    """What a panel shows of each row, and how."""
-
-    title: str
-    unit: str
-    of: Callable[[dict], float | None]
-    whole: str  # title of the line for all layers
-    of_whole: Callable[[dict], float | None] | None = None
-    log: bool = False
-    digits: int = 3
-
-
-def _dead_share(dead, units):
-    return lambda row: 100 * row[dead] / row[units]
-
-
-def _percent(column):
-    return lambda row: 100 * row[column]
-
-
-_DENSITY = [
-    _Quantity(
-        title="Density of each layer",
-        unit="density",
-        of=lambda row: row["density"],
-        whole="Density of all masked layers",
-        log=True,
-    ),
-    _Quantity(
-        title="Inference FLOPs of each layer",
-        unit="FLOPs for one sample, in millions",
-        of=lambda row: _millions(row["inference_flops"]),
-        whole="Inference FLOPs of the model, in millions",
-        log=True,
-    ),
-]
-_EXPLORATION = [
-    _Quantity(
-        title="Connections that were ever active",
-        unit="% of all connections of the layer",
-        of=_percent("ever_active"),
-        whole="Ever active, % of all connections (R_s)",
-        digits=1,
-    ),
-    _Quantity(
-        title="Initial connections that are active now",
-        unit="% of the initial connections of the layer",
-        of=_percent("overlap"),
-        whole="Still active, % of the initial connections",
-        digits=1,
-    ),
-]
-_CHURN = [
-    _Quantity(
-        title="Connections replaced by an update",
-        unit="% of the connections of the layer",
-        of=_percent("churn"),
-        whole="Replaced by an update, % of the connections",
-        digits=1,
-    ),
-]
-_DEAD_UNITS = [
-    _Quantity(
-        title="Outputs without an incoming connection",
-        unit="% of the outputs of the layer",
-        of=_dead_share("no_incoming", "outputs"),
-        whole="Outputs without an incoming connection, all layers",
-        of_whole=lambda row: row["no_incoming"],
-        digits=1,
-    ),
-    _Quantity(
-        title="Inputs without an outgoing connection",
-        unit="% of the inputs of the layer",
-        of=_dead_share("no_outgoing", "inputs"),
-        whole="Inputs without an outgoing connection, all layers",
-        of_whole=lambda row: row["no_outgoing"],
-        digits=1,
-    ),
-]
-
-# Of Okabe and Ito's palette, which colour-blind people can tell apart; the
-# map cividis is made for them as well.
-_BLUE, _VERMILION = "#0072B2", "#D55E00"
-_COLOURS = "cividis"
-_EMPTY = "#d9d9d9"
-
-
-def _layer_figure(blocks, quantities):
-    """Returns a figure: a line for all layers, below it a map of each."""
-    from matplotlib.figure import Figure
-
-    quantities = [
-        q for q in quantities if any(q.of(row) for row in sum(blocks, []))
-    ] or quantities[:1]
-    layers = [row["layer"] for row in blocks[0][:-1]]
-    height = 1 + 0.19 * max(len(layers), 8)
-    figure = Figure(
-        figsize=(1.5 + 5.6 * len(quantities), 2.3 + height),
-        layout="constrained",
-    )
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)
-    axes = figure.subplots(
-        2,
-        len(quantities),
-        sharex=True,
-        squeeze=False,
-        height_ratios=[1.7, height],
-    )
-    steps = np.array([block[-1]["step"] for block in blocks])
-    edges = np.append(steps, steps[-1] + _typical_gap(steps))
-    for quantity, (line, heat) in zip(quantities, axes.T, strict=True):
-        of_whole = quantity.of_whole or quantity.of
-        _draw_line(
-            line, edges, _array([of_whole(block[-1]) for block in blocks])
-        )
-        line.set_title(quantity.whole, fontsize=10, loc="left")
-        values = _array([[quantity.of(r) for r in b[:-1]] for b in blocks]).T
-        image = _draw_map(heat, edges, values, log=quantity.log)
-        heat.set_title(quantity.title, fontsize=10, loc="left")
-        heat.set_xlabel("optimizer step")
-        heat.set_yticks(np.arange(len(layers)) + 0.5, [])
-        for row, value in enumerate(values[:, -1]):
-            if np.isfinite(value):
-                heat.text(
-                    1.01,
-                    row + 0.5,
-                    f"{value:.{quantity.digits}f}",
-                    transform=heat.get_yaxis_transform(),
-                    va="center",
-                    fontsize=7,
-                )
-        bar = figure.colorbar(image, ax=heat, pad=0.09, aspect=30)
-        bar.set_label(f"{quantity.unit} (at the right: the last)", fontsize=8)
-        bar.ax.tick_params(labelsize=8)
-    axes[1, 0].set_yticklabels(layers, fontsize=8)
-    return figure
-
-
-def _draw_line(axes, edges, values):
-    # A value holds until the next update.
-    axes.step(
-        edges, np.append(values, values[-1]), where="post", color=_BLUE, lw=1.8
-    )
-    axes.grid(alpha=0.3)
-    axes.margins(x=0)
-    axes.tick_params(labelsize=8)
-    axes.ticklabel_format(useOffset=False, axis="y")
-    finite = values[np.isfinite(values)]
-    if finite.size and np.ptp(finite) < 1e-6 * max(abs(finite).max(), 1e-9):
-        middle = finite[0]
-        axes.set_ylim(0, 2 * middle if middle else 1)
-    else:
-        axes.set_ylim(bottom=0)
-
-
-def _draw_map(axes, edges, values, *, log):
-    from matplotlib.colors import LogNorm, Normalize
-
-    shown = np.ma.masked_invalid(values)
-    if log:
-        shown = np.ma.masked_less_equal(shown, 0)
-    low, high = shown.min(), shown.max()
-    if shown.count() == 0:
-        low, high = 1, 10
-    if log:
-        norm = LogNorm(low, high if high > low else 10 * low)
-    else:
-        norm = Normalize(0, high if high > 0 else 1)
-    axes.set_facecolor(_EMPTY)
-    image = axes.pcolormesh(
-        edges,
-        np.arange(len(values) + 1),
-        shown,
-        norm=norm,
-        cmap=_COLOURS,
-        rasterized=True,
-    )
-    axes.invert_yaxis()
-    axes.tick_params(labelsize=8)
-    return image
-
-
-def _loss_figure(rows):
-    """Returns a figure of the loss of an update's batch, before and after."""
-    from matplotlib.figure import Figure
-
-    steps = [row["step"] for row in rows]
-    before, after = (
-        _array([row[column] for row in rows])
-        for column in ("loss_before", "loss_after")
-    )
-    figure = Figure(figsize=(7.5, 5.5), layout="constrained")
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
-    for values, label, colour, marker in (
-        (before, "before the update", _BLUE, "o"),
-        (after, "after the update", _VERMILION, "^"),
-    ):
-        top.plot(
-            steps, values, label=label, color=colour, marker=marker, ms=3, lw=1
-        )
-    top.set_title("Loss of the batch of an update", fontsize=10, loc="left")
-    top.set_ylabel("loss")
-    top.legend(frameon=False, fontsize=9)
-    bottom.axhline(0, color="black", lw=0.8)
-    bottom.plot(steps, after - before, color="black", marker=".", ms=4, lw=0.8)
-    bottom.set_title("After - before", fontsize=10, loc="left")
-    bottom.set_ylabel("change of the loss")
-    bottom.set_xlabel("optimizer step")
-    for axes in (top, bottom):
-        axes.grid(alpha=0.3)
-        axes.tick_params(labelsize=8)
-    return figure
-
-
-def _typical_gap(steps):
-    gaps = np.diff(steps)
-    return max(float(np.median(gaps)), 1.0) if gaps.size else 1.0
-
-
-def _millions(flops):
-    return None if flops is None else flops / 1e6
-
-
-def _array(values):
-    """Returns floats; what is not known is NaN."""
-    return np.array(values, dtype=float)
 
 
 # Masks.
@@ -997,43 +682,8 @@ def _unpacked(packed, like):
     }
 
 
-# Files.
-
-
-def _as_csv(rows, *, header=False):
-    file = io.StringIO()
-    writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-    if header:
-        writer.writeheader()
-    writer.writerows(rows)  # None is an empty cell
-    return file.getvalue()
-
-
-def _cell(column, text):
-    if column == "layer":
-        return text
-    if not text:
-        return None
-    return int(text) if column in _COUNTS else float(text)
-
-
-def _block(rows):
-    """Returns how many rows an update has."""
-    return next(i for i, row in enumerate(rows, start=1) if row["layer"] == ALL)
-
-
 def _replace(path, content):
     """Writes a file whole or not at all."""
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_bytes(content)
     temporary.replace(path)
-
-
-def _check_installed(*packages):
-    missing = [p for p in packages if importlib.util.find_spec(p) is None]
-    if missing:
-        raise ImportError(
-            f"The record of topology needs {' and '.join(missing)}: install "
-            "rigl_keras[experiments], or pass log_dir=None to keep it in "
-            "memory alone."
-        )

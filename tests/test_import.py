@@ -27,6 +27,7 @@ ORDER = [
     "callbacks",
     "one_shot",
     "flops",
+    "topology_record",
     "diagnostics",
     "export",
     "models",
@@ -116,7 +117,7 @@ THIRD_PARTY = {
     "scores": {"tensorflow"},
     "topology": {"tensorflow"},
     "redistribution": {"tensorflow"},
-    "diagnostics": {"numpy", "tensorflow", "keras", "matplotlib"},
+    "topology_record": {"numpy", "matplotlib"},
 }
 
 
