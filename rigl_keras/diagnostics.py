@@ -44,7 +44,13 @@ __all__ = [
     "unit_axes",
 ]
 
-_SCALARS = COLUMNS[2:]
+# For TensorBoard; the others are constant.
+_SCALARS = tuple(
+    column
+    for column in COLUMNS
+    if column not in ("step", "layer", "outputs", "inputs")
+)
+
 Masks = Mapping[str, np.ndarray]
 Axes = int | Sequence[int]
 
@@ -185,7 +191,7 @@ def dead_units(
     >>> dead_units(np.array([[1, 0], [0, 0], [1, 0]]))  # 3 inputs, 2 outputs
     (1, 1)
     """
-    mask = np.asarray(mask) > 0
+    mask = _as_bool(mask)
     incoming, outgoing = (
         mask.any(axis=_other_axes(mask.shape, axes))
         for axes in (output_axes, input_axes)
@@ -262,14 +268,16 @@ def measure(
         ValueError: The masks are of other layers or shapes, or a layer is
             named `"all"`.
     """
+    masks, before = _alike(masks, before)
+    density = densities(masks)
     columns = {
-        "density": densities(masks),
-        "inference_flops": _flops(densities(masks), cost),
+        "density": density,
+        "inference_flops": _flops(density, cost),
         "ever_active": densities(ever),
         "overlap": overlap(initial, masks),
         "churn": churn(before, masks),
         "grown": {
-            name: int(np.sum((masks[name] > 0) & ~(before[name] > 0)))
+            name: int(np.count_nonzero(masks[name] & ~before[name]))
             for name in masks
         },
     }
@@ -557,7 +565,7 @@ class TopologyDiagnostics(keras.callbacks.Callback):
     def _write_scalars(self, rows, columns=_SCALARS):
         if self._writer is None:
             return
-        with self._writer.as_default():
+        with tf.device("CPU:0"), self._writer.as_default():
             for row in rows:
                 for column in columns:
                     if row[column] is not None:
@@ -603,7 +611,7 @@ class TopologyDiagnostics(keras.callbacks.Callback):
 def _alike(*tables):
     """Returns tables of masks as bools, if they are of the same layers."""
     arrays = [
-        {name: np.asarray(mask) > 0 for name, mask in table.items()}
+        {name: _as_bool(mask) for name, mask in table.items()}
         for table in tables
     ]
     shapes = [{n: mask.shape for n, mask in table.items()} for table in arrays]
@@ -619,6 +627,11 @@ def _alike(*tables):
             "name: rename the layer."
         )
     return arrays
+
+
+def _as_bool(mask):
+    mask = np.asarray(mask)
+    return mask if mask.dtype == bool else mask > 0
 
 
 def _sizes(masks):
