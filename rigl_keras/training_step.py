@@ -19,7 +19,7 @@ from rigl_keras.conventions import ORIGINAL, Conventions, check_conventions
 from rigl_keras.layers import Masked, dense_gradients
 from rigl_keras.sparsify import masked_layers
 
-__all__ = ["StepUpdate"]
+__all__ = ["StepUpdate", "installed_update"]
 
 _FETCH_EVERY = 64  # calls of the training function
 _RECORDED = 1024  # updates that the device remembers, at least
@@ -415,10 +415,10 @@ class StepUpdate(keras.callbacks.Callback):
                 f"{self.name} needs a compiled model: call model.compile first."
             )
         self.attach(model, model.optimizer)
-        if _installed(model) is not None:
+        if installed_update(model) is not None:
             raise ValueError(
                 "A model takes one mask update at a time. Received both "
-                f"{_installed(model).name} and {self.name}."
+                f"{installed_update(model).name} and {self.name}."
             )
         self._calls = 0
         self._install()
@@ -717,6 +717,18 @@ class StepUpdate(keras.callbacks.Callback):
                 )
 
 
+def installed_update(model: keras.Model) -> StepUpdate | None:
+    """Returns the callback whose updates a model's training step runs.
+
+    Args:
+        model: A model in `fit`.
+
+    Returns:
+        The mask update, from its `on_train_begin` to its `on_train_end`.
+    """
+    return getattr(model.train_step, "mask_update", None)
+
+
 @contextlib.contextmanager
 def _applying(optimizer, action) -> Iterator[None]:
     """Within the context, `optimizer.apply` is `action`."""
@@ -802,11 +814,6 @@ def _tensors(logs):
     return tf.nest.map_structure(
         lambda x: x if x is None else tf.convert_to_tensor(x), logs
     )
-
-
-def _installed(model):
-    """Returns the callback whose updates a model's training step runs."""
-    return getattr(model.train_step, "mask_update", None)
 
 
 def _check_set_up(method, model, optimizer):

@@ -29,6 +29,8 @@ ORDER = [
     "callbacks",
     "one_shot",
     "flops",
+    "topology_record",
+    "diagnostics",
     "export",
     "models",
 ]
@@ -117,6 +119,7 @@ THIRD_PARTY = {
     "scores": {"tensorflow"},
     "topology": {"tensorflow"},
     "redistribution": {"tensorflow"},
+    "topology_record": {"numpy", "matplotlib"},
 }
 
 

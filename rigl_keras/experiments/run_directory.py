@@ -44,6 +44,9 @@ class RunDirectory:
     weights/              weights to rewind to: those of the start, and of
                           epochs that were asked for
     tensorboard/          the same for TensorBoard
+    topology/             how the masks moved: topology.csv, a row for each
+                          layer and update, figures (density, exploration,
+                          churn, dead_units, loss), TensorBoard events
     checkpoints/          the last three epochs, and the start
     result.json           written last: a run that has it is finished
     model.keras           the trained model, masks included

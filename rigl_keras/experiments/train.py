@@ -21,6 +21,7 @@ import tensorflow as tf
 import rigl_keras
 from rigl_keras import flops
 from rigl_keras.conventions import ORIGINAL, Conventions
+from rigl_keras.diagnostics import TopologyDiagnostics
 from rigl_keras.experiments import data
 from rigl_keras.experiments.run_directory import (
     EarlierRun,
@@ -153,6 +154,7 @@ def train(
     weights_from: str | None = None,
     weights_epoch: int = 0,
     keep_weights: Sequence[int] = (),
+    diagnostics: bool = True,
     optimizer: Callable[..., keras.Optimizer] = sgd,
     epochs: int = 250,
     batch_size: int = 128,
@@ -203,6 +205,8 @@ def train(
             of that time were.
         keep_weights: After which epochs the weights are kept for later runs,
             beside those of the start.
+        diagnostics: Whether the run records how its masks move
+            (`TopologyDiagnostics`), the loss around each update included.
         optimizer: Makes the optimizer.
         epochs: Passes over the training data, at least 1.
         batch_size: Examples in a step, at least 1.
@@ -297,6 +301,13 @@ def train(
     update = None
     if method is not None:
         update = method() if length == 1 else method().lengthened(length)
+    topology = None
+    if diagnostics and rigl_keras.masked_layers(network):
+        topology = TopologyDiagnostics(run.path / "topology")
+        topology.set_model(network)
+        if update is not None:
+            update.watch_loss = True
+    if update is not None:
         # What the method remembers is made here, for a checkpoint to restore.
         update.attach(network, network.optimizer)
     run.begin()
@@ -304,7 +315,11 @@ def train(
         run.write_operative_config(operative_config())
 
     checkpoints = run.checkpoints(
-        network, variables=update.variables if update else ()
+        network,
+        variables=[
+            *(update.variables if update else []),
+            *(topology.variables if topology else []),
+        ],
     )
     first_epoch = checkpoints.restore()
     if first_epoch is None:
@@ -347,6 +362,7 @@ def train(
             callbacks=[
                 *([update] if update else []),
                 Trajectory(run, network, update, first_step=first_step),
+                *([topology] if topology else []),
                 _EpochLogs(network, cost, dense_flops),
                 keras.callbacks.CSVLogger(
                     run.path / "metrics.csv", append=first_epoch > 0
