@@ -25,6 +25,7 @@ from rigl_keras.experiments import data
 from rigl_keras.experiments.run_directory import (
     EarlierRun,
     KeepWeights,
+    Metrics,
     RunDirectory,
     Trajectory,
 )
@@ -311,7 +312,6 @@ def train(
         checkpoints.save(0)
     elif first_epoch:
         print(f"Resuming {run.path} at epoch {first_epoch + 1} of {epochs}.")
-    run.forget_metrics_from(first_epoch)
     first_step = int(network.optimizer.iterations.numpy())
     cost = rigl_keras.count(network)
     # What all ratios are over.
@@ -346,9 +346,7 @@ def train(
                 *([update] if update else []),
                 Trajectory(run, network, update, first_step=first_step),
                 _EpochLogs(network, cost, dense_flops),
-                keras.callbacks.CSVLogger(
-                    run.path / "metrics.csv", append=first_epoch > 0
-                ),
+                Metrics(run, first_epoch=first_epoch),
                 keras.callbacks.TensorBoard(
                     run.path / "tensorboard", write_graph=False
                 ),
@@ -442,7 +440,7 @@ def train(
     }
     # The optimizer is in the checkpoints; the model to keep loads without it.
     network.compiled = False
-    network.save(run.path / "model.keras")
+    run.save_model(network)
     run.write_result(result)  # last: it says that the run is finished
     return result
 
