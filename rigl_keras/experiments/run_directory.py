@@ -159,6 +159,11 @@ class RunDirectory:
         path = _weights_path(self.path, epoch)
         path.parent.mkdir(exist_ok=True)
         with _whole(path) as temporary:
+            # HDF5 has pages to say where it runs out of space midway.
+            size = sum(weights.nbytes for weights in model.get_weights())
+            needed = size + 8192 * (1 + len(model.weights))
+            if shutil.disk_usage(path.parent).free < needed:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             model.save_weights(temporary)
 
     def save_model(self, model: keras.Model) -> None:

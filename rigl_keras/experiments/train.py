@@ -310,6 +310,8 @@ def train(
         first_epoch = 0
         run.save_weights(dense, 0)
         checkpoints.save(0)
+    elif first_epoch == epochs:
+        print(f"Resuming {run.path} after its last epoch.")
     elif first_epoch:
         print(f"Resuming {run.path} at epoch {first_epoch + 1} of {epochs}.")
     first_step = int(network.optimizer.iterations.numpy())
