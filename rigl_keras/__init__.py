@@ -44,6 +44,7 @@ from rigl_keras import (  # noqa: E402
     distributions,
     flops,
     layers,
+    maskable,
     models,
     one_shot,
     optimizer_state,
@@ -65,7 +66,9 @@ from rigl_keras.flops import count, training_flops  # noqa: E402
 from rigl_keras.layers import Masked, dense_gradients  # noqa: E402
 from rigl_keras.schedules import SparsityRamp  # noqa: E402
 from rigl_keras.sparsify import (  # noqa: E402
+    load_weights,
     masked_layers,
+    named_kernels,
     named_layers,
     sparsify,
     strip,
@@ -94,8 +97,11 @@ __all__ = [
     "export",
     "flops",
     "layers",
+    "load_weights",
+    "maskable",
     "masked_layers",
     "models",
+    "named_kernels",
     "named_layers",
     "one_shot",
     "optimizer_state",

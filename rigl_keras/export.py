@@ -18,6 +18,7 @@ import numpy as np
 import tensorflow as tf
 
 from rigl_keras.layers import Masked
+from rigl_keras.maskable import is_graph, kernel_at
 from rigl_keras.sparsify import (
     input_structure,
     leaf_layers,
@@ -102,6 +103,12 @@ def export(
             "another path."
         )
     _check_weights(model)
+    if not is_graph(model):
+        raise ValueError(
+            f"Model {model.name!r} is subclassed, and export takes Sequential "
+            "and Functional models: it builds a graph of inputs and outputs. "
+            "strip(model).export(path) writes a dense SavedModel."
+        )
     served = _Served(model)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
@@ -194,11 +201,16 @@ class _Served(tf.Module):
             leaf_layers(model), leaf_layers(plain), strict=True
         ):
             # A mask of ones would cost a bit an entry and save nothing.
-            if isinstance(layer, Masked) and layer.density < 1:
+            if not isinstance(layer, Masked):
+                continue
+            for masked in layer.masked_kernels():
+                if masked.density == 1:
+                    continue
+                kernel = kernel_at(copy, masked.found.path).variable
                 self.kernels.append(
-                    _SparseKernel(copy.kernel.numpy(), layer.mask.numpy())
+                    _SparseKernel(kernel.numpy(), masked.mask.numpy())
                 )
-                replaced.append(copy.kernel)
+                replaced.append(kernel)
         self.stored = [v for kernel in self.kernels for v in kernel.stored]
         self.others = [
             v.value

@@ -14,10 +14,18 @@ import numpy as np
 import tensorflow as tf
 
 from rigl_keras.layers import Masked
+from rigl_keras.maskable import (
+    CONVOLUTIONS,
+    Kernel,
+    einsum_axes,
+    find_kernels,
+    is_graph,
+    step_to,
+)
 from rigl_keras.sparsify import (
-    MASKABLE,
     aligned,
     input_structure,
+    leaf_layers,
     named_layers,
 )
 
@@ -37,17 +45,18 @@ _BITS = 32  # of a parameter
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerCount:
-    """What one layer costs, for one sample.
+    """What one kernel of a layer costs, for one sample.
 
     Attributes:
-        name: Unique name of the layer (`sparsify.named_layers`).
+        name: Unique name of the kernel (`sparsify.named_kernels`).
         shape: Shape of its kernel.
         parameters: Trainable parameters, dense.
         nonzeros: Trainable parameters that the mask keeps.
         density: Fraction of the kernel that the mask keeps.
         masked: Whether the layer has a mask.
         positions: How many times a kernel is applied to one sample: for a
-            convolution, the number of output positions.
+            convolution, the number of output positions (of a transposed one,
+            of input positions); for a recurrent layer, that of time steps.
         bias_additions: What a bias costs at each position, 0 without one.
         convention: How FLOPs are counted.
     """
@@ -167,8 +176,9 @@ def count(model: keras.Model, *, convention: str = "micronet") -> Count:
     """Returns the parameters, FLOPs and bits of a model.
 
     A kernel of which n weights remain and that is applied at P positions (the
-    output positions of a convolution; for an einsum, the product of all axes
-    but the batch that the kernel does not have) costs
+    output positions of a convolution, or the input positions of a transposed
+    one; the steps of a recurrent layer; for an einsum, the product of all
+    axes but the batch that the kernel does not have) costs
 
         macs:     n P
         micronet: 2 n P, and P x (input channels) for a bias
@@ -176,7 +186,8 @@ def count(model: keras.Model, *, convention: str = "micronet") -> Count:
     micronet is how the report counts, after the MicroNet challenge (Evci et
     al., 2020, appendix H): multiplications and additions, a ReLU for each
     output in place of the addition that a sum of n terms saves, nothing for
-    normalisation, pooling and sums. Its code reads the channels of a weight
+    normalisation, pooling, sums, embeddings and the products of attention
+    that have no weights. Its code reads the channels of a weight
     the other way round, so that a bias costs an addition for each input
     channel instead of each output channel; this is kept, to agree with the
     published numbers to the digit.
@@ -185,7 +196,8 @@ def count(model: keras.Model, *, convention: str = "micronet") -> Count:
 
     Args:
         model: A built model, masked or dense, whose input shape is known but
-            for the batch.
+            for the batch. A subclassed one is taken to be called on inputs of
+            the shapes that it was built with.
         convention: One of `CONVENTIONS`.
 
     Returns:
@@ -193,7 +205,7 @@ def count(model: keras.Model, *, convention: str = "micronet") -> Count:
 
     Raises:
         ValueError: The convention is unknown, the model is not built, or a
-            spatial dimension of its input is not known.
+            dimension of its input is not known.
 
     Example:
 
@@ -209,23 +221,19 @@ def count(model: keras.Model, *, convention: str = "micronet") -> Count:
             "count takes a built Keras model. Received: "
             f"{getattr(model, 'name', model)!r}."
         )
-    if not (
-        isinstance(model, keras.Sequential) or hasattr(model, "operations")
-    ):
-        raise ValueError(
-            "count takes Sequential and Functional models. Received the "
-            f"subclassed model {model.name!r} of type {type(model).__name__}, "
-            "whose inputs are not known."
-        )
-    named = named_layers(model)
-    leaves = list(named.values())
-    countable = [leaf for leaf in leaves if isinstance(_plain(leaf), MASKABLE)]
-    positions = _positions(model, countable)
+    leaves = list({id(leaf): leaf for leaf in leaf_layers(model)}.values())
+    places = [
+        place
+        for name, leaf in named_layers(model).items()
+        for place in _places(name, leaf)
+    ]
+    positions = _positions(model, leaves, places)
     layers = tuple(
-        _count_layer(name, leaf, positions[id(leaf)], convention)
-        for name, leaf in named.items()
-        if leaf in countable
+        _count_layer(place, positions[id(place.kernel.variable)], convention)
+        for place in places
+        if id(place.kernel.variable) in positions
     )
+    counted = {id(place.kernel.variable) for place in places} & set(positions)
     # What is frozen counts as well; batch statistics and masks do not.
     trained = {
         id(v): v
@@ -235,9 +243,9 @@ def count(model: keras.Model, *, convention: str = "micronet") -> Count:
     }
     parameters = sum(math.prod(v.shape) for v in trained.values())
     masked = [
-        (leaf.mask.shape, int(np.count_nonzero(leaf.mask.numpy())))
-        for leaf in leaves
-        if isinstance(leaf, Masked)
+        (place.mask.shape, int(np.count_nonzero(place.mask.numpy())))
+        for place in places
+        if place.mask is not None
     ]
     weights = sum(math.prod(shape) for shape, _ in masked)
     removed = weights - sum(ones for _, ones in masked)
@@ -258,8 +266,10 @@ def count(model: keras.Model, *, convention: str = "micronet") -> Count:
         uncounted=tuple(
             (leaf.name, type(leaf).__name__)
             for leaf in leaves
-            if leaf not in countable
-            and any(len(v.shape) > 1 for v in leaf.trainable_variables)
+            if any(
+                len(v.shape) > 1 and id(v) not in counted
+                for v in leaf.trainable_variables
+            )
         ),
         convention=convention,
     )
@@ -424,73 +434,127 @@ def training_curve(
     return inference, training
 
 
-def _count_layer(name, leaf, positions, convention):
-    plain = _plain(leaf)
-    shape = tuple(plain.kernel.shape)
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """A kernel of the model, with its unique name and its mask, if any."""
+
+    name: str
+    kernel: Kernel
+    mask: keras.Variable | None
+
+
+def _places(name, leaf):
+    if not isinstance(leaf, Masked):
+        masked, found = {}, find_kernels(leaf)
+    else:
+        masked = {m.found.path: m for m in leaf.masked_kernels()}
+        found = find_kernels(leaf.layer)
+        # One of a name of its own is found only by those who know it.
+        known = {kernel.path for kernel in found}
+        found += [m.found for p, m in masked.items() if p not in known]
+    for kernel in found:
+        mask = masked[kernel.path].mask if kernel.path in masked else None
+        yield _Place(kernel.named(name), kernel, mask)
+
+
+def _count_layer(place, positions, convention):
+    kernel = place.kernel
+    shape = tuple(kernel.variable.shape)
     size = math.prod(shape)
-    masked = isinstance(leaf, Masked)
-    ones = int(np.count_nonzero(leaf.mask.numpy())) if masked else size
-    bias = 0 if plain.bias is None else math.prod(plain.bias.shape)
+    masked = place.mask is not None
+    ones = int(np.count_nonzero(place.mask.numpy())) if masked else size
+    bias = getattr(kernel.owner, "bias", None)
+    # Of the kernels of one layer, the last to be applied goes with the bias.
+    if bias is None or kernel.attribute in (
+        "depthwise_kernel",
+        "recurrent_kernel",
+    ):
+        bias = None
+    biases = 0 if bias is None else math.prod(bias.shape)
     return LayerCount(
-        name=name,
+        name=place.name,
         shape=shape,
-        parameters=size + bias,
-        nonzeros=ones + bias,
+        parameters=size + biases,
+        nonzeros=ones + biases,
         density=ones / size,
         masked=masked,
         positions=positions,
-        bias_additions=_input_channels(plain) if bias else 0,
+        bias_additions=math.prod(shape[axis] for axis in kernel.input_axes)
+        if biases
+        else 0,
         convention=convention,
     )
 
 
-def _input_channels(layer) -> int:
-    shape = layer.kernel.shape
-    if not isinstance(layer, keras.layers.EinsumDense):
-        return shape[-2]
-    terms, of_outputs = layer.equation.replace(" ", "").split("->")
-    of_kernel = terms.split(",")[1]
-    return math.prod(
-        n
-        for axis, n in zip(of_kernel, shape, strict=True)
-        if axis not in of_outputs
-    )
+def _positions(model, leaves, places) -> dict[int, int]:
+    """Returns at how many positions each kernel is applied, by variable.
 
-
-def _plain(leaf):
-    return leaf.layer if isinstance(leaf, Masked) else leaf
-
-
-def _positions(model, leaves) -> dict[int, int]:
-    """Returns at how many positions each layer applies its kernel."""
-    calls = {id(leaf): [] for leaf in leaves}
+    Kernels whose use cannot be told from the calls of their layer are left
+    out.
+    """
     specs = tf.nest.map_structure(_one_sample, input_structure(model))
+    # What is called once a step is told by the layer that steps.
+    callers = {
+        id(p.kernel.variable): _caller(p.kernel)
+        for p in places
+        if _caller(p.kernel) is not None
+    }
+    calls = {id(caller): [] for caller in callers.values()}
 
     def trace(x):
         # Penalties of activities go to the scope, not to the model.
         with keras.StatelessScope(collect_losses=True):
+            if isinstance(x, Mapping) and not is_graph(model):
+                return model(**x, training=False)
             return model(x, training=False)
 
     # A call forgets the losses of the one before.
     losses = [(part, list(part._losses)) for part in model._flatten_layers()]
     with contextlib.ExitStack() as stack:
-        for leaf in leaves:
-            stack.enter_context(_recording(leaf, calls[id(leaf)]))
+        for caller in {id(c): c for c in callers.values()}.values():
+            stack.enter_context(_recording(caller, calls[id(caller)]))
         tf.function(trace).get_concrete_function(specs)
     for part, before in losses:
         part._losses[:] = before
     return {
-        id(leaf): sum(_applied(_plain(leaf), *call) for call in calls[id(leaf)])
-        for leaf in leaves
+        key: sum(_applied(kernel, caller, *call) for call in calls[id(caller)])
+        for place in places
+        for key, kernel in [(id(place.kernel.variable), place.kernel)]
+        if key in callers
+        for caller in [callers[key]]
     }
 
 
-def _applied(layer, inputs, outputs) -> int:
-    """Returns how often a call on one sample applies a layer's kernel."""
-    if isinstance(layer, keras.layers.EinsumDense):
-        return _applied_in_einsum(layer.equation, inputs, outputs)
-    first = getattr(layer, "data_format", "channels_last").endswith("first")
-    return math.prod(outputs[2:] if first else outputs[1:-1])
+def _caller(kernel) -> keras.layers.Layer | None:
+    """Returns the layer whose calls tell how often a kernel is applied."""
+    owner = kernel.layer
+    steps = owner if isinstance(owner, keras.layers.RNN) else None
+    for part in kernel.path.split(".")[:-1]:
+        owner = step_to(owner, part)
+        if isinstance(owner, keras.layers.RNN):
+            steps = owner
+    if steps is not None:
+        # A convolution within a step has positions of its own.
+        return steps if len(kernel.variable.shape) == 2 else None
+    return owner if isinstance(owner, _COUNTED) else None
+
+
+_COUNTED = (
+    keras.layers.Dense,
+    keras.layers.EinsumDense,
+    *CONVOLUTIONS,
+)
+
+
+def _applied(kernel, caller, inputs, outputs) -> int:
+    """Returns how often a call on one sample applies a kernel."""
+    if isinstance(caller, keras.layers.RNN):
+        return inputs[1]
+    if isinstance(caller, keras.layers.EinsumDense):
+        return _applied_in_einsum(caller.equation, inputs, outputs)
+    shape = inputs if kernel.is_transposed else outputs
+    first = getattr(caller, "data_format", "channels_last").endswith("first")
+    return math.prod(shape[2:] if first else shape[1:-1])
 
 
 def _applied_in_einsum(equation, inputs, outputs) -> int:
@@ -499,8 +563,7 @@ def _applied_in_einsum(equation, inputs, outputs) -> int:
     >>> _applied_in_einsum("abc,cd->abd", (1, 7, 5), (1, 7, 3))
     7
     """
-    terms, of_outputs = equation.replace(" ", "").split("->")
-    of_inputs, of_kernel = terms.split(",")
+    of_inputs, of_kernel, of_outputs = einsum_axes(equation)
     sizes = {}
     for labels, shape in ((of_inputs, inputs), (of_outputs, outputs)):
         named = len(labels.replace("...", ""))
@@ -513,20 +576,21 @@ def _applied_in_einsum(equation, inputs, outputs) -> int:
 
 
 @contextlib.contextmanager
-def _recording(leaf, calls) -> Iterator[None]:
+def _recording(layer, calls) -> Iterator[None]:
     """Within the context, appends the shapes that each call has and makes."""
-    call = leaf.call
+    call = layer.call
 
     def recorded(inputs, *args, **kwargs):
         outputs = call(inputs, *args, **kwargs)
-        calls.append((tuple(inputs.shape), tuple(outputs.shape)))
+        first = tf.nest.flatten(outputs)[0]
+        calls.append((tuple(inputs.shape), tuple(first.shape)))
         return outputs
 
-    leaf.call = recorded
+    layer.call = recorded
     try:
         yield
     finally:
-        del leaf.call
+        del layer.call
 
 
 def _one_sample(tensor):

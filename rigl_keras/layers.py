@@ -2,15 +2,22 @@
 
 import contextlib
 import contextvars
+import dataclasses
+import functools
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import keras
+import numpy as np
 import tensorflow as tf
+
+from rigl_keras.maskable import Kernel, find_kernels, kernel_at
 
 __all__ = [
     "GRANULARITIES",
+    "KernelMask",
     "Masked",
+    "MaskedKernel",
     "MaskProjection",
     "check_granularity",
     "dense_gradients",
@@ -51,85 +58,33 @@ def dense_gradients() -> Iterator[None]:
         _dense_gradients.reset(token)
 
 
-@keras.saving.register_keras_serializable("rigl_keras")
-class Masked(keras.layers.Wrapper):
-    """A layer whose kernel is multiplied by a mask of zeros and ones.
+class KernelMask:
+    """A kernel and the mask on it: what a method changes.
 
-    Computes the wrapped layer's output with kernel x mask in the place of its
-    kernel. The mask is a weight that is saved but not trained; the kernel is
-    kept exactly zero outside it, because its constraint projects it there
-    whenever an optimizer has moved it.
+    A `Masked` layer with one `kernel` is one itself; those of others (an
+    LSTM, attention) are listed by `Masked.masked_kernels()`.
 
-    Args:
-        layer: A layer with one trainable `kernel`, such as Dense or Conv2D.
+    Attributes:
+        name: Unique within the model, but for layers of one name.
+        kernel: The kernel variable, zero outside the mask.
+        mask: Variable of the kernel's shape and dtype, 1 where kept.
+        found: Where the kernel is, and the axes that it joins.
         draw_key: Int from which random draws for this kernel are seeded.
-            None: the crc32 of the name.
         granularity: What the mask keeps or removes as one: `"element"`, each
             weight; `"kernel"`, all weights between one input and one output
             channel, which are the last two axes.
-        name: Name of the layer. None: that of the wrapped layer.
-        dtype: Dtype or policy. None: that of the wrapped layer.
-        trainable: Whether the kernel is trained.
-
-    Attributes:
-        kernel: The wrapped layer's kernel variable, zero outside the mask.
-        mask: Variable of the kernel's shape and dtype, 1 where kept.
         density: Fraction of the mask that is 1.
-
-    Raises:
-        ValueError: `layer` is masked already, turns out to have no kernel
-            when it is built, or `granularity` is unknown.
     """
 
-    def __init__(
-        self,
-        layer,
-        *,
-        draw_key: int | None = None,
-        granularity: str = "element",
-        name: str | None = None,
-        dtype=None,
-        trainable: bool = True,
-    ):
-        if isinstance(layer, Masked):
-            raise ValueError(
-                f"Layer {layer.name!r} is masked already. Mask a plain layer."
-            )
-        super().__init__(
-            layer,
-            name=name or getattr(layer, "name", None),
-            dtype=dtype or getattr(layer, "dtype_policy", None),
-            trainable=trainable,
-        )
-        self.draw_key = (
-            zlib.crc32(self.name.encode()) if draw_key is None else draw_key
-        )
-        check_granularity(granularity)
-        self.granularity = granularity
-        self.supports_masking = layer.supports_masking
-
-    def build(self, input_shape=None):
-        super().build(input_shape)
-        kernel = getattr(self.layer, "kernel", None)
-        if not isinstance(kernel, keras.Variable):
-            raise ValueError(
-                "Masked wraps layers with one `kernel` variable, such as "
-                f"Dense or Conv2D. Received: layer={self.layer!r}, a "
-                f"{type(self.layer).__name__}."
-            )
-        self.mask = self.add_weight(
-            name="mask",
-            shape=kernel.shape,
-            dtype=kernel.dtype,
-            initializer="ones",
-            trainable=False,
-            autocast=False,
-        )
-        kernel.constraint = MaskProjection(self.mask, kernel.constraint)
+    name: str
+    mask: keras.Variable
+    found: Kernel
+    draw_key: int
+    granularity: str
 
     @property
     def kernel(self) -> keras.Variable:
-        return self.layer.kernel
+        return self.found.variable
 
     @property
     def density(self) -> float:
@@ -183,33 +138,255 @@ class Masked(keras.layers.Wrapper):
 
     def masked_kernel(self) -> tf.Tensor:
         """Returns kernel x mask, through which training differentiates."""
-        kernel = tf.convert_to_tensor(self.layer.kernel.value)
+        kernel = tf.convert_to_tensor(self.kernel.value)
         # Within a call of mixed precision the kernel comes in half precision.
         mask = tf.cast(self.mask.value, kernel.dtype)
         return _product(kernel, mask, _dense_gradients.get())
 
-    def call(self, inputs):
-        # A scope hides the values that an outer one gives (stateless_call):
-        # they are passed on.
-        values = [(v, v.value) for v in self.layer.weights]
-        values.append((self.layer.kernel, self.masked_kernel()))
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MaskedKernel(KernelMask):
+    """A masked kernel within a layer, perhaps one of several."""
+
+    name: str
+    mask: keras.Variable
+    found: Kernel
+    draw_key: int
+    granularity: str
+    layer: keras.layers.Layer
+
+
+@keras.saving.register_keras_serializable("rigl_keras")
+class Masked(KernelMask, keras.layers.Wrapper):
+    """A layer whose kernels are multiplied by masks of zeros and ones.
+
+    Computes the wrapped layer's output with kernel x mask in the place of
+    each kernel. A mask is a weight that is saved but not trained; a kernel is
+    kept exactly zero outside it, because its constraint projects it there
+    whenever an optimizer has moved it, and saving does.
+
+    Args:
+        layer: Any layer with a kernel, such as Dense, Conv2D or LSTM, or that
+            has such layers within it, as attention and layers of one's own.
+        kernels: Paths of the kernels to mask (`maskable.Kernel.path`). None:
+            all that are found.
+        draw_key: Int from which random draws are seeded. None: the crc32 of
+            the name.
+        granularity: `"element"` or `"kernel"`, as in `KernelMask`; the latter
+            holds for convolutions.
+        name: Name of the layer. None: that of the wrapped layer.
+        dtype: Dtype or policy. None: that of the wrapped layer.
+        trainable: Whether the layer is trained.
+
+    Attributes:
+        layer: The wrapped layer.
+        kernel, mask, density: Of the one kernel; of several,
+            `masked_kernels()` tells.
+
+    Raises:
+        ValueError: `layer` is masked already, turns out to have no kernel
+            when it is built, or `granularity` is unknown.
+    """
+
+    def __init__(
+        self,
+        layer,
+        *,
+        kernels: Sequence[str] | None = None,
+        draw_key: int | None = None,
+        granularity: str = "element",
+        name: str | None = None,
+        dtype=None,
+        trainable: bool = True,
+    ):
+        if isinstance(layer, Masked):
+            raise ValueError(
+                f"Layer {layer.name!r} is masked already. Mask a plain layer."
+            )
+        if isinstance(layer, keras.layers.Layer):
+            # Keras reads from the signature what a call takes.
+            self.call = _with_signature_of(layer.call, self._call_masked)
+        super().__init__(
+            layer,
+            name=name or getattr(layer, "name", None),
+            dtype=dtype or getattr(layer, "dtype_policy", None),
+            trainable=trainable,
+        )
+        self.draw_key = (
+            zlib.crc32(self.name.encode()) if draw_key is None else draw_key
+        )
+        check_granularity(granularity)
+        self.granularity = granularity
+        self.kernels = None if kernels is None else tuple(kernels)
+        self.supports_masking = layer.supports_masking
+        self._masks = []
+
+    def build(self, input_shape=None):
+        super().build(input_shape)
+        found = find_kernels(self.layer)
+        if self.kernels is not None:
+            found = [kernel_at(self.layer, path) for path in self.kernels]
+        if not found:
+            raise ValueError(
+                "Masked wraps layers with a `kernel` variable, such as Dense, "
+                f"Conv2D or LSTM. Received: layer={self.layer!r}, a "
+                f"{type(self.layer).__name__}. Where it has another name, pass "
+                "kernels=[name]."
+            )
+        self.kernels = tuple(kernel.path for kernel in found)
+        for kernel in found:
+            several = len(found) > 1
+            mask = self.add_weight(
+                name=kernel.path.replace(".", "_") + "_mask"
+                if several
+                else "mask",
+                shape=kernel.variable.shape,
+                dtype=kernel.variable.dtype,
+                initializer="ones",
+                trainable=False,
+                autocast=False,
+            )
+            self._masks.append(mask)
+            kernel.variable.constraint = MaskProjection(
+                mask, kernel.variable.constraint
+            )
+
+    def masked_kernels(self) -> tuple[KernelMask, ...]:
+        """Returns a `KernelMask` for each kernel: itself, for a `kernel`."""
+        # Not a property: Keras saves what the attributes of a layer hold.
+        if self.kernels == ("kernel",):
+            return (self,)
+        found = [kernel_at(self.layer, path) for path in self.kernels or ()]
+        return tuple(
+            MaskedKernel(
+                name=kernel.named(self.name),
+                mask=mask,
+                found=kernel,
+                draw_key=zlib.crc32(f"{self.draw_key}/{kernel.path}".encode()),
+                granularity=self.granularity
+                if kernel.is_convolution
+                else "element",
+                layer=self.layer,
+            )
+            for kernel, mask in zip(found, self._masks, strict=False)
+        )
+
+    @property
+    def found(self) -> Kernel:
+        return kernel_at(self.layer, self.kernels[self._only()])
+
+    @property
+    def mask(self) -> keras.Variable:
+        return self._masks[self._only()]
+
+    def _only(self):
+        """Returns the index of the one kernel, 0."""
+        if len(self._masks) != 1:
+            raise AttributeError(
+                f"Layer {self.name!r} has {len(self._masks)} masked kernels, "
+                "not one: see its masked_kernels()."
+            )
+        return 0
+
+    def __call__(self, *args, **kwargs):
+        if not self.built:
+            # What a layer is built from, only its own call knows.
+            self.layer(*_symbolic(args), **_symbolic(kwargs))
+        return super().__call__(*args, **kwargs)
+
+    def _call_masked(self, *args, **kwargs):
+        masked = {
+            id(m.kernel): m.masked_kernel() for m in self.masked_kernels()
+        }
+        # A scope hides the values that an outer one gives (stateless_call),
+        # and keeps what is assigned within: both are passed on.
+        before = [(v, masked.get(id(v), v.value)) for v in self.layer.variables]
         with keras.StatelessScope(
-            state_mapping=values, collect_losses=True
+            state_mapping=before, collect_losses=True
         ) as scope:
-            outputs = self.layer(inputs)
+            given = [scope.get_current_value(v) for v, _ in before]
+            outputs = self.layer(*args, **kwargs)
+        # What the layer has assigned: statistics, generators, RNN states.
+        for (variable, _), value in zip(before, given, strict=True):
+            now = scope.get_current_value(variable)
+            if now is not value:
+                variable.assign(now)
         for loss in scope.losses:  # activity regularisation
             self.add_loss(loss)
         return outputs
 
-    def compute_output_shape(self, input_shape):
-        return self.layer.compute_output_shape(input_shape)
+    def compute_output_spec(self, *args, **kwargs):
+        return self.layer.compute_output_spec(*args, **kwargs)
+
+    def compute_output_shape(self, *args, **kwargs):
+        return self.layer.compute_output_shape(*args, **kwargs)
+
+    def compute_mask(self, inputs, previous_mask):
+        return self.layer.compute_mask(inputs, previous_mask)
+
+    def get_build_config(self):
+        # A layer without `build` is built by being called, here as there.
+        if getattr(type(self.layer).build, "_is_default", False):
+            return None
+        return self.layer.get_build_config()
+
+    def build_from_config(self, config):
+        if not self.layer.built:
+            self.layer.build_from_config(config)
+            self.layer.built = True
+        self.build()
+
+    def save_own_variables(self, store):
+        # However weights came to lie outside, no file holds them.
+        for masked in self.masked_kernels():
+            masked.assign_mask(masked.mask.value)
+        super().save_own_variables(store)
+
+    def load_own_variables(self, store):
+        if self._masks and not len(store.keys()):
+            raise ValueError(
+                f"The file has no mask for layer {self.name!r}. To load the "
+                "weights of a dense model into a masked one: "
+                "rigl_keras.load_weights(model, path)."
+            )
+        self._check_load_own_variables(store)
+        for i in range(len(self._masks)):
+            values = np.unique(np.asarray(store[f"{i}"]))
+            if not np.isin(values, [0, 1]).all():
+                raise ValueError(
+                    f"The mask of layer {self.name!r} in this file holds "
+                    f"{values[~np.isin(values, [0, 1])][0]}, and masks are "
+                    "zeros and ones: the file is damaged, or not ours."
+                )
+        super().load_own_variables(store)
 
     def get_config(self):
         return {
             **super().get_config(),
+            "kernels": None if self.kernels is None else list(self.kernels),
             "draw_key": self.draw_key,
             "granularity": self.granularity,
         }
+
+
+def _symbolic(arguments):
+    """Returns call arguments with each tensor as a symbol of its shape."""
+    return keras.tree.map_structure(
+        lambda x: (
+            keras.KerasTensor(x.shape, x.dtype)
+            if hasattr(x, "shape") and hasattr(x, "dtype")
+            else x
+        ),
+        arguments,
+    )
+
+
+def _with_signature_of(call, function):
+    @functools.wraps(call)
+    def with_signature(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return with_signature
 
 
 def _product(kernel, mask, dense):

@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from rigl_keras import distributions, scores, topology
-from rigl_keras.sparsify import Selector, chosen_layers, with_masks
+from rigl_keras.sparsify import Selector, chosen_kernels, with_masks
 
 __all__ = ["snip"]
 
@@ -74,8 +74,8 @@ def snip(
             "With scope='global' one threshold decides every density. Pass "
             f"scope='layer'. Received: densities={densities!r}."
         )
-    chosen = chosen_layers(model, layers)
-    shapes = {name: tuple(layer.kernel.shape) for name, layer in chosen.items()}
+    chosen = chosen_kernels(model, layers)
+    shapes = {n: tuple(kernel.variable.shape) for n, kernel in chosen.items()}
     solved = distributions.layer_densities(
         shapes, density, distribution, densities=densities
     )
@@ -129,7 +129,7 @@ def _saliencies(model, chosen, batch, loss):
             "batch must be (inputs, targets). Received: "
             f"{type(batch).__name__}."
         ) from None
-    kernels = [layer.kernel for layer in chosen.values()]
+    kernels = [kernel.variable for kernel in chosen.values()]
     values = [tf.convert_to_tensor(kernel.value) for kernel in kernels]
     with tf.GradientTape() as tape:
         tape.watch(values)

@@ -1,49 +1,40 @@
 """A dense model to a masked one and back; says what it skipped and why."""
 
 import math
+import os
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import keras
 import numpy as np
 
 from rigl_keras import distributions
 from rigl_keras.conventions import ORIGINAL, Conventions, check_conventions
-from rigl_keras.layers import Masked, check_granularity
+from rigl_keras.layers import KernelMask, Masked, check_granularity
+from rigl_keras.maskable import (
+    Kernel,
+    find_kernels,
+    is_graph,
+    is_normalisation,
+    kernel_at,
+)
+from rigl_keras.surgery import exchange, leaf_layers, release
 
 __all__ = [
-    "MASKABLE",
     "MaskedLayers",
     "aligned",
-    "chosen_layers",
+    "chosen_kernels",
     "input_structure",
     "leaf_layers",
+    "load_weights",
     "masked_layers",
+    "named_kernels",
     "named_layers",
     "sparsify",
     "strip",
     "with_masks",
 ]
-
-_CONVOLUTIONS = (
-    keras.layers.Conv1D,
-    keras.layers.Conv2D,
-    keras.layers.Conv3D,
-    keras.layers.DepthwiseConv1D,
-    keras.layers.DepthwiseConv2D,
-)
-
-MASKABLE = (keras.layers.Dense, keras.layers.EinsumDense, *_CONVOLUTIONS)
-
-_NORMALISATION = (
-    keras.layers.BatchNormalization,
-    keras.layers.LayerNormalization,
-    keras.layers.GroupNormalization,
-    keras.layers.UnitNormalization,
-    keras.layers.SpectralNormalization,
-    keras.layers.RMSNormalization,
-)
 
 # What may be asked to be masked: layers, types of layers, a predicate, or a
 # collection of these.
@@ -64,10 +55,13 @@ def sparsify(
     densities: Mapping | None = None,
     layers: Selector = None,
     granularity: str = "element",
+    kernels: str | Mapping = "auto",
+    scale_to_fan_in: bool = False,
     seed: int = 0,
     conventions: Conventions = ORIGINAL,
+    strict: bool = False,
 ) -> keras.Model:
-    """Returns a masked copy of a model, its weights kept.
+    """Returns a masked model, its weights kept.
 
     1. Each kernel gets a density from the distribution
        (`distributions.layer_densities`).
@@ -76,44 +70,59 @@ def sparsify(
     3. Each mask is drawn with its count of ones, seeded by `seed` and the
        kernel's path.
 
-    The copy is not compiled and shares nothing with `model`, which stays
-    dense. It trains, saves and loads as any Keras model; without a callback
-    the masks never change (static sparse training).
+    Of a Sequential or Functional model the result is a copy, which shares
+    nothing with `model`. A subclassed model is masked in place, because only
+    its own code knows how its layers are called: each layer it owns with a
+    kernel gives way to a `Masked` one of the same weights, and `model` itself
+    is returned. Either is to be compiled anew. It trains, saves and loads as
+    any Keras model; without a callback the masks never change (static sparse
+    training).
 
     Args:
-        model: A built Sequential or Functional model, nested ones included.
+        model: A built model of any kind, models within it included.
         density: Fraction of the masked weights kept, in (0, 1].
         distribution: `"erdos_renyi_kernel"` (`"erk"`), `"erdos_renyi"`
             (`"er"`) or `"uniform"`, which leaves the first layer dense.
         densities: `{layer or its name: density}` of layers whose density is
             given. They count towards `density`; the others share the rest.
         layers: Which layers to mask: layer objects, layer types, a predicate
-            `layer -> bool`, or a list of these. None: every Dense,
-            EinsumDense, Conv and DepthwiseConv kernel. Biases and
+            `layer -> bool`, or a list of these; it may mean a layer of the
+            model or one within it, such as the cell of an LSTM. None: all
+            with a kernel, so that embeddings are left out. Biases and
             normalisation are never masked.
         granularity: `"element"`: single weights. `"kernel"`: all weights
             between an input and an output channel of a convolution, as one
             (the reproduction's `struct-*`). Layers without spatial axes then
             stay at density 1, unless `densities` says otherwise, and the
             convolutions make up for it.
+        kernels: Which variables of a layer are masked. `"auto"`: those that
+            are named `kernel`, `recurrent_kernel`, `depthwise_kernel` or
+            `pointwise_kernel`. `{layer or layer type: name or names}` for
+            layers of your own that call them otherwise.
+        scale_to_fan_in: Whether the weights of each output unit are
+            multiplied by sqrt(n / m), where m of its n connections are kept,
+            so that what a unit sums has the variance it has in the dense
+            model (Evci et al., 2022, Gradient flow in sparse neural networks,
+            arXiv:2010.03533, section 3.1). For weights that were just drawn.
         seed: Seed of the masks, at least 0.
         conventions: `erk_rounding` and `sampling` apply. Under `"bernoulli"`
             sampling, as the report's, the number of ones is random.
+        strict: Whether a layer that has weights of two axes or more and no
+            kernel that can be masked raises, instead of being left dense.
 
     Returns:
         A model of the same kind in which the chosen layers are `Masked`.
 
     Raises:
-        ValueError: The model is not built, is masked already or is of an
-            unsupported kind, nothing matches `layers`, or a density is out
-            of reach.
+        ValueError: The model is not built, is masked already or cannot be
+            copied, nothing matches `layers`, or a density is out of reach.
 
     Example:
 
     >>> model = sparsify(model, density=0.1)
     >>> print(masked_layers(model))
     """
-    chosen = chosen_layers(model, layers)
+    chosen = chosen_kernels(model, layers, kernels=kernels, strict=strict)
     _check_seed(seed)
     check_conventions(conventions)
     if densities is not None and not isinstance(densities, Mapping):
@@ -123,7 +132,7 @@ def sparsify(
         )
     check_granularity(granularity)
     given = _by_name(densities, chosen)
-    shapes = {name: tuple(layer.kernel.shape) for name, layer in chosen.items()}
+    shapes = {n: tuple(kernel.variable.shape) for n, kernel in chosen.items()}
     if granularity == "kernel":
         given = {**_without_kernels(chosen), **given}
     solved = distributions.layer_densities(
@@ -137,7 +146,14 @@ def sparsify(
     masks = _draw_masks(
         shapes, solved, density, chosen, granularity, seed, conventions
     )
-    return with_masks(model, masks, granularity=granularity, seed=seed)
+    return with_masks(
+        model,
+        masks,
+        granularity=granularity,
+        kernels=kernels,
+        scale_to_fan_in=scale_to_fan_in,
+        seed=seed,
+    )
 
 
 def with_masks(
@@ -145,26 +161,31 @@ def with_masks(
     masks: Mapping[str, np.ndarray],
     *,
     granularity: str = "element",
+    kernels: str | Mapping = "auto",
+    scale_to_fan_in: bool = False,
     seed: int = 0,
 ) -> keras.Model:
-    """Returns a masked copy of a model with the masks given, its weights kept.
+    """Returns a masked model with the masks given, its weights kept.
 
     What `sparsify` does with the masks that it draws, SNIP with those it
-    computes and a lottery ticket with those that another run has found.
+    computes and a lottery ticket with those that another run has found. A
+    copy, or the model itself, as there.
 
     Args:
-        model: A built Sequential or Functional model, nested ones included.
-        masks: `{layer name: array of zeros and ones of the kernel's shape}`,
-            names as in `named_layers`. Layers that are not named stay dense.
+        model: A built model.
+        masks: `{name: array of zeros and ones of the kernel's shape}`, names
+            as in `named_kernels`. Kernels that are not named stay dense.
         granularity: What later updates keep or remove as one, as in
             `sparsify`.
+        kernels: Which variables of a layer can be masked, as in `sparsify`.
+        scale_to_fan_in: As in `sparsify`.
         seed: Seed of later random draws, at least 0.
 
     Returns:
         A model of the same kind in which the layers named are `Masked`.
 
     Raises:
-        ValueError: The model cannot be masked, or a mask fits no layer.
+        ValueError: The model cannot be masked, or a mask fits no kernel.
 
     Example:
 
@@ -173,41 +194,57 @@ def with_masks(
     """
     _check_model(model)
     _check_seed(seed)
-    layers = named_layers(model)
+    if not isinstance(masks, Mapping) or not masks:
+        raise ValueError(
+            "with_masks takes {name: mask}, one mask at least. Received: "
+            f"{masks!r}."
+        )
+    named = named_kernels(model, kernels)
     check_granularity(granularity)
-    wrapped, keys = {}, {}
+    by_layer = {}
     for name, mask in masks.items():
-        _check_mask(name, mask, layers, granularity)
-        wrapped[id(layers[name])] = np.asarray(mask, np.float32)
-        keys[id(layers[name])] = _key(name, layers[name], seed)
-    if not wrapped:
-        raise ValueError("with_masks takes one mask at least. Received none.")
+        _check_mask(name, mask, named, granularity)
+        by_layer.setdefault(id(named[name].layer), {})[name] = np.asarray(
+            mask, np.float32
+        )
 
-    def mask_chosen(layer):
-        copy = layer.__class__.from_config(layer.get_config())
-        if id(layer) not in wrapped:
-            return copy
+    def mask_chosen(layer, fresh):
+        if id(layer) not in by_layer:
+            return fresh
+        names = list(by_layer[id(layer)])
         return Masked(
-            copy,
-            draw_key=keys[id(layer)],
-            granularity=_granularity(layer, granularity),
+            fresh,
+            kernels=[named[name].path for name in names],
+            draw_key=_key(names[0], named[names[0]], seed),
+            granularity=_granularity(named[names[0]], granularity),
             trainable=layer.trainable,
         )
 
-    copies = _clone(model, mask_chosen)
-    for layer, copy in copies.pairs:
-        inner = copy.layer if isinstance(copy, Masked) else copy
-        _copy_variables(layer, inner)
-        if isinstance(copy, Masked):
-            copy.assign_mask(wrapped[id(layer)])
-    return copies.model
+    model, pairs = exchange(model, mask_chosen)
+    for layer, new in pairs:
+        if not isinstance(new, Masked):
+            _copy_variables(layer, new)
+            continue
+        _copy_variables(layer, new.layer)
+        if not new.built:
+            new.build()
+        for masked, mask in zip(
+            new.masked_kernels(), by_layer[id(layer)].values(), strict=True
+        ):
+            masked.assign_mask(mask)
+            if scale_to_fan_in:
+                masked.kernel.assign(
+                    masked.kernel.value * _fan_in_scale(masked.found, mask)
+                )
+    return model
 
 
 def strip(model: keras.Model) -> keras.Model:
-    """Returns the plain copy of a masked model, with the same outputs.
+    """Returns the plain model of a masked one, with the same outputs.
 
-    Each `Masked` layer gives way to the layer it wraps, whose kernel is zero
-    outside the mask. The copy loads without this package.
+    Each `Masked` layer gives way to the layer it wraps, whose kernels are
+    zero outside the masks. The result is a copy, or of a subclassed model the
+    model itself, as in `sparsify`. It loads without this package.
 
     Args:
         model: A model that `sparsify` returned, trained or not.
@@ -223,18 +260,109 @@ def strip(model: keras.Model) -> keras.Model:
             f"Model {model.name!r} has no masked layer: there is nothing to "
             "strip."
         )
+    kept = {
+        id(layer): [m.masked_kernel() for m in layer.masked_kernels()]
+        for layer in leaf_layers(model)
+        if isinstance(layer, Masked)
+    }
 
-    def unmask(layer):
-        plain = layer.layer if isinstance(layer, Masked) else layer
-        return plain.__class__.from_config(plain.get_config())
+    def unmask(layer, fresh):
+        if not isinstance(layer, Masked):
+            return fresh
+        return release(layer) if fresh is layer else fresh.layer
 
-    copies = _clone(model, unmask)
-    for layer, copy in copies.pairs:
-        plain = layer.layer if isinstance(layer, Masked) else layer
-        _copy_variables(plain, copy)
-        if isinstance(layer, Masked):
-            copy.kernel.assign(layer.masked_kernel())
-    return copies.model
+    model, pairs = exchange(model, unmask)
+    for layer, new in pairs:
+        if not isinstance(layer, Masked):
+            _copy_variables(layer, new)
+            continue
+        _copy_variables(layer.layer, new)
+        for path, kernel in zip(layer.kernels, kept[id(layer)], strict=True):
+            kernel_at(new, path).variable.assign(kernel)
+    return model
+
+
+def load_weights(model: keras.Model, path: str | os.PathLike) -> None:
+    """Loads weights into a masked model: of a masked one, or of a dense one.
+
+    A file of a masked model brings its masks. One of the dense model is
+    masked by those that the model has, and how many weights that removes is
+    said. Either the whole file is loaded or nothing.
+
+    Args:
+        model: A masked model.
+        path: A file that `save_weights` has written (`.weights.h5`), or a
+            `.keras` file.
+
+    Raises:
+        ValueError: The model is dense, or the file is of another network or
+            cannot be read. The model is unchanged then.
+
+    Example:
+
+    >>> dense.save_weights("dense.weights.h5")
+    >>> load_weights(sparsify(dense, 0.1), "dense.weights.h5")
+    """
+    if not masked_layers(model):
+        raise ValueError(
+            f"Model {model.name!r} has no masked layer. Keras loads weights "
+            "into a dense model: model.load_weights(path)."
+        )
+    variables = list(model.variables)
+    if getattr(model, "optimizer", None) is not None:
+        variables += model.optimizer.variables
+    before = [variable.numpy() for variable in variables]
+    try:
+        # That of the class: a copy that `sparsify` makes has this one.
+        type(model).load_weights(model, path)
+        return
+    except (ValueError, OSError, KeyError) as error:
+        for variable, value in zip(variables, before, strict=True):
+            variable.assign(value)
+        if not is_graph(model):
+            raise ValueError(
+                f"{str(path)!r} does not hold masked weights of this model "
+                f"({_first_line(error)}). The weights of a dense model are "
+                "loaded into a dense one of its class, and "
+                "with_masks(dense, masked_layers(model).masks) masks them."
+            ) from error
+    plain = strip(model)
+    try:
+        plain.load_weights(path)
+    except (ValueError, OSError, KeyError) as error:
+        raise ValueError(
+            f"{str(path)!r} holds the weights of another network than "
+            f"{model.name!r}, masked or dense, or cannot be read: "
+            f"{_last_line(error)} The model is unchanged."
+        ) from error
+    removed = 0
+    for layer, loaded in zip(
+        leaf_layers(model), leaf_layers(plain), strict=True
+    ):
+        if not isinstance(layer, Masked):
+            _copy_variables(loaded, layer)
+            continue
+        _copy_variables(loaded, layer.layer)
+        for masked in layer.masked_kernels():
+            kernel, mask = masked.kernel.numpy(), masked.mask.numpy()
+            removed += np.count_nonzero(kernel[mask == 0])
+            masked.assign_mask(mask)
+    warnings.warn(
+        f"{str(path)!r} holds dense weights: the masks of model "
+        f"{model.name!r} were applied, and set {removed:,} of them to zero.",
+        stacklevel=2,
+    )
+
+
+def _first_line(error):
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _last_line(error):
+    """Returns what Keras says of the first layer that does not fit."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if "shape" in line or "expected" in line]
+    return (telling or lines or [type(error).__name__])[0]
 
 
 class MaskedLayers(Sequence):
@@ -245,19 +373,18 @@ class MaskedLayers(Sequence):
     """
 
     def __init__(self, model: keras.Model):
-        self._masked = []
-        self._skipped = []
         if not isinstance(model, keras.Model):
             raise ValueError(
                 f"masked_layers takes a Keras model. Received: {model!r}."
             )
         self._model = model
-        leaves = {id(leaf): leaf for leaf in leaf_layers(model)}
-        for layer in leaves.values():
-            if isinstance(layer, Masked):
-                self._masked.append(layer)
-            elif layer.weights:
-                self._skipped.append(layer)
+        leaves = {id(leaf): leaf for leaf in leaf_layers(model)}.values()
+        self._masked = [
+            masked
+            for leaf in leaves
+            if isinstance(leaf, Masked)
+            for masked in leaf.masked_kernels()
+        ]
 
     def __getitem__(self, index):
         return self._masked[index]
@@ -266,29 +393,40 @@ class MaskedLayers(Sequence):
         return len(self._masked)
 
     @property
-    def masks(self) -> dict[str, np.ndarray]:
-        """The masks, `{unique name: zeros and ones}` as `with_masks` takes."""
+    def named(self) -> dict[str, KernelMask]:
+        """The same by unique names, as in `named_kernels`."""
         return {
-            name: layer.mask.numpy()
+            kernel.named(name): masked
             for name, layer in named_layers(self._model).items()
             if isinstance(layer, Masked)
+            for masked in layer.masked_kernels()
+            for kernel in [masked.found]
         }
+
+    @property
+    def masks(self) -> dict[str, np.ndarray]:
+        """The masks, `{unique name: zeros and ones}` as `with_masks` takes."""
+        return {name: m.mask.numpy() for name, m in self.named.items()}
 
     @property
     def skipped(self) -> list[tuple[keras.layers.Layer, str]]:
         """Layers with weights that are not masked, each with the reason."""
-        return [(layer, _why_dense(layer)) for layer in self._skipped]
+        return [
+            (layer, _why_dense(layer))
+            for layer in named_layers(self._model).values()
+            if not isinstance(layer, Masked)
+        ]
 
     def __str__(self) -> str:
         rows = [("layer", "kernel", "density", "nonzeros", "of")]
         ones = size = 0
-        for layer in self._masked:
+        for name, layer in self.named.items():
             nonzeros = int(np.count_nonzero(layer.mask.numpy()))
             weights = math.prod(layer.kernel.shape)
             ones, size = ones + nonzeros, size + weights
             rows.append(
                 (
-                    layer.name,
+                    name,
                     "x".join(map(str, layer.kernel.shape)),
                     f"{nonzeros / weights:.4f}",
                     f"{nonzeros:,}",
@@ -299,9 +437,10 @@ class MaskedLayers(Sequence):
             total = f"{ones / size:.4f}", f"{ones:,}", f"{size:,}"
             rows.append(("all masked", "", *total))
         lines = aligned(rows)
-        if self._skipped:
+        skipped = self.skipped
+        if skipped:
             lines.append("not masked:")
-            lines += [f"  {layer.name}: {why}" for layer, why in self.skipped]
+            lines += [f"  {layer.name}: {why}" for layer, why in skipped]
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -330,15 +469,39 @@ def input_structure(model: keras.Model):
     """Returns a model's symbolic inputs in the structure that it is called on.
 
     Args:
-        model: A built Sequential or Functional model.
+        model: A built model. If it is subclassed, the shapes are those with
+            which it was built, and the type its compute type.
 
     Returns:
-        A KerasTensor, or a list or dict of them.
+        A KerasTensor, or a list, tuple or dict of them.
+
+    Raises:
+        ValueError: A subclassed model does not know the shapes.
     """
     # A Sequential model that was never called has no `input`.
     if isinstance(model, keras.Sequential):
         return model.inputs[0]
-    return model.input
+    if is_graph(model):
+        return model.input
+    config = model.get_build_config() or {}
+    shapes = config.get("input_shape", config.get("shapes_dict"))
+    if shapes is None:
+        raise ValueError(
+            f"Model {model.name!r} is subclassed and does not know what it is "
+            "called on. Build it by model.build(input_shape)."
+        )
+    return _symbols(shapes, model.compute_dtype)
+
+
+def _symbols(shapes, dtype):
+    if isinstance(shapes, Mapping):
+        return {
+            name.removesuffix("_shape"): _symbols(shape, dtype)
+            for name, shape in shapes.items()
+        }
+    if all(isinstance(n, (int, type(None))) for n in shapes):
+        return keras.KerasTensor(tuple(shapes), dtype)
+    return [_symbols(shape, dtype) for shape in shapes]
 
 
 def masked_layers(model: keras.Model) -> MaskedLayers:
@@ -349,27 +512,12 @@ def masked_layers(model: keras.Model) -> MaskedLayers:
 
     Returns:
         A sequence of `Masked`, each with `name`, `kernel`, `mask` and
-        `density`. Its string is a table of shape, density and nonzeros, with
-        each layer that is not masked and the reason.
+        `density`; for a layer whose kernels have other names than `kernel`,
+        or that has several, of `MaskedKernel` with the same. Its string is a
+        table of shape, density and nonzeros, with each layer that is not
+        masked and the reason.
     """
     return MaskedLayers(model)
-
-
-def leaf_layers(model) -> Iterator[keras.layers.Layer]:
-    """Yields the layers of a model, those of nested models in their place.
-
-    Args:
-        model: A Keras model.
-
-    Yields:
-        Each layer that is not itself a model; a shared layer once for each
-        model that lists it.
-    """
-    for layer in model.layers:
-        if isinstance(layer, keras.Model):
-            yield from leaf_layers(layer)
-        else:
-            yield layer
 
 
 def named_layers(model: keras.Model) -> dict[str, keras.layers.Layer]:
@@ -393,15 +541,43 @@ def named_layers(model: keras.Model) -> dict[str, keras.layers.Layer]:
     return named
 
 
+def named_kernels(
+    model: keras.Model, kernels: str | Mapping = "auto"
+) -> dict[str, Kernel]:
+    """Returns the kernels of a dense model that can be masked, by unique names.
+
+    Args:
+        model: A built dense model.
+        kernels: Which variables are kernels, as in `sparsify`.
+
+    Returns:
+        `{name: kernel}` in order: for `layer.kernel` the name of the layer
+        (`named_layers`), for others with their path, as in
+        `"lstm/cell/recurrent_kernel"`.
+    """
+    return {
+        kernel.named(name): kernel
+        for name, layer in named_layers(model).items()
+        if not isinstance(layer, Masked)
+        for kernel in find_kernels(layer, kernels)
+    }
+
+
 def _why_dense(layer):
-    if isinstance(layer, _NORMALISATION):
+    if is_normalisation(layer):
         return "normalisation, never masked"
-    if isinstance(layer, MASKABLE):
+    if find_kernels(layer):
         return (
             "left dense: the first layer under 'uniform', or not selected by "
             "`layers`"
         )
-    return f"{type(layer).__name__} has no kernel that can be masked"
+    kind = type(layer).__name__
+    if isinstance(layer, keras.layers.Embedding):
+        return "an Embedding is masked only if `layers` names it"
+    return (
+        f"{kind} has no kernel that can be masked; where it has one of another "
+        f"name, pass kernels={{{kind}: name}}"
+    )
 
 
 def _check_model(model):
@@ -413,67 +589,64 @@ def _check_model(model):
     if not model.built:
         raise ValueError(
             f"Model {model.name!r} is not built, so its kernels have no "
-            "shape yet. Call model.build(input_shape) first, or begin it "
-            "with keras.Input(shape)."
-        )
-    for part in (model, *_submodels(model)):
-        if hasattr(part, "operations") or isinstance(part, keras.Sequential):
-            continue
-        raise ValueError(
-            "sparsify masks Sequential and Functional models. Received the "
-            f"subclassed model {part.name!r} of type "
-            f"{type(part).__name__}: build it from keras.Input, or wrap "
-            "the layers it creates in rigl_keras.Masked."
+            "shape yet. Call model.build(input_shape) first, call it on a "
+            "batch, or begin it with keras.Input(shape)."
         )
     masked = masked_layers(model)
     if masked:
         raise ValueError(
-            f"Model {model.name!r} is masked already ({len(masked)} layers). "
+            f"Model {model.name!r} is masked already ({len(masked)} kernels). "
             "To mask it anew, sparsify(strip(model), ...)."
         )
 
 
-def chosen_layers(
-    model: keras.Model, selector: Selector = None
-) -> dict[str, keras.layers.Layer]:
-    """Returns the layers of a dense model to mask, by unique name, in order.
+def chosen_kernels(
+    model: keras.Model,
+    selector: Selector = None,
+    *,
+    kernels: str | Mapping = "auto",
+    strict: bool = False,
+) -> dict[str, Kernel]:
+    """Returns the kernels of a dense model to mask, by unique name, in order.
 
     Args:
         model: A built model.
         selector: The `layers` of `sparsify`.
+        kernels: As in `sparsify`.
+        strict: As in `sparsify`.
 
     Returns:
-        `{name: layer}`. A second layer of one name, in another submodel, gets
-        a prime after its name.
+        `{name: kernel}`, names as in `named_kernels`.
 
     Raises:
         ValueError: The model cannot be masked, nothing matches, or a layer
             named cannot be masked.
     """
     _check_model(model)
+    _check_kernels(kernels)
     matches = _predicate(selector)
-    selected = [layer for layer in leaf_layers(model) if matches(layer)]
-    if selector is not None:
-        wrong = [
-            layer
-            for layer in _named_layers(selector)
-            if not isinstance(layer, MASKABLE)
-            or all(layer is not leaf for leaf in leaf_layers(model))
-        ]
-        if wrong:
+    if selector is not None and kernels == "auto":
+        # Only who asks for an embedding gets one.
+        kernels = {keras.layers.Embedding: "embeddings"}
+    chosen = {
+        name: kernel
+        for name, kernel in named_kernels(model, kernels).items()
+        if matches(kernel.layer) or matches(kernel.owner)
+    }
+    for layer in _named_layers(selector):
+        if all(layer not in (k.layer, k.owner) for k in chosen.values()):
             raise ValueError(
-                f"`layers` names {wrong[0].name!r}, a "
-                f"{type(wrong[0]).__name__} that is not a layer of this model "
-                "or has no kernel that can be masked. Maskable: "
-                f"{', '.join(kind.__name__ for kind in MASKABLE)}."
+                f"`layers` names {layer.name!r}, a {type(layer).__name__} that "
+                "is not a layer of this model or has no kernel that can be "
+                "masked. Where it has one of another name, pass kernels="
+                f"{{{type(layer).__name__}: name}}."
             )
-    wanted = {id(s) for s in selected if isinstance(s, MASKABLE)}
-    chosen = {n: s for n, s in named_layers(model).items() if id(s) in wanted}
+    leaves = named_layers(model).values()
+    if strict:
+        _check_all_masked(leaves, chosen, matches)
     if not chosen:
         skipped = "\n".join(
-            f"  {layer.name}: {_why_dense(layer)}"
-            for layer in leaf_layers(model)
-            if layer.weights
+            f"  {layer.name}: {_why_dense(layer)}" for layer in leaves
         )
         raise ValueError(
             f"Model {model.name!r} has nothing to mask"
@@ -483,17 +656,67 @@ def chosen_layers(
     return chosen
 
 
-def _granularity(layer, wanted):
-    """Returns what the mask of a layer keeps as one; kernels are convolved."""
-    return wanted if isinstance(layer, _CONVOLUTIONS) else "element"
+def _check_kernels(kernels):
+    named = isinstance(kernels, Mapping) and all(
+        isinstance(key, (type, keras.layers.Layer))
+        and (
+            isinstance(names, str)
+            or (
+                isinstance(names, Sequence)
+                and all(isinstance(name, str) for name in names)
+            )
+        )
+        for key, names in kernels.items()
+    )
+    if kernels != "auto" and not named:
+        raise ValueError(
+            "kernels must be 'auto' or {layer or layer type: name or names of "
+            f"its variables}}. Received: kernels={kernels!r}."
+        )
+
+
+def _check_all_masked(leaves, chosen, matches):
+    masked = {id(kernel.layer) for kernel in chosen.values()}
+    left = [
+        layer
+        for layer in leaves
+        if id(layer) not in masked
+        and matches(layer)
+        and not is_normalisation(layer)
+        and not isinstance(layer, keras.layers.Embedding)
+        and any(len(v.shape) > 1 for v in layer.trainable_variables)
+    ]
+    if left:
+        raise ValueError(
+            "strict=True, and these layers have weights that cannot be "
+            "masked:\n"
+            + "\n".join(
+                f"  {layer.name}: {_why_dense(layer)}" for layer in left
+            )
+        )
+
+
+def _fan_in_scale(kernel, mask):
+    """Returns sqrt(n / m) for each output unit with m of n connections."""
+    units = tuple(
+        axis for axis in range(mask.ndim) if axis not in kernel.output_axes
+    )
+    kept = mask.sum(axis=units, keepdims=True)
+    connections = math.prod(mask.shape[axis] for axis in units)
+    return np.sqrt(connections / np.maximum(kept, 1)).astype(np.float32)
+
+
+def _granularity(kernel, wanted):
+    """Returns what a mask keeps as one; whole kernels are convolved."""
+    return wanted if kernel.is_convolution else "element"
 
 
 def _without_kernels(chosen):
-    """Returns density 1 for each layer that has no spatial axes."""
+    """Returns density 1 for each kernel that has no spatial axes."""
     flat = {
         name: 1.0
-        for name, layer in chosen.items()
-        if not isinstance(layer, _CONVOLUTIONS)
+        for name, kernel in chosen.items()
+        if not kernel.is_convolution
     }
     if len(flat) == len(chosen):
         raise ValueError(
@@ -511,14 +734,13 @@ def _check_seed(seed):
         )
 
 
-def _check_mask(name, mask, layers, granularity):
-    layer = layers.get(name)
-    if not isinstance(layer, MASKABLE):
+def _check_mask(name, mask, named, granularity):
+    if name not in named:
         raise ValueError(
-            f"There is a mask for {name!r}, which is no layer of this model "
-            f"that can be masked. Its layers with weights: {', '.join(layers)}."
+            f"There is a mask for {name!r}, which is no kernel of this model "
+            f"that can be masked. Its kernels: {', '.join(named)}."
         )
-    shape, kernel = np.shape(mask), tuple(layer.kernel.shape)
+    shape, kernel = np.shape(mask), tuple(named[name].variable.shape)
     if shape != kernel:
         raise ValueError(
             f"The mask of {name!r} must have the shape of its kernel, "
@@ -530,7 +752,7 @@ def _check_mask(name, mask, layers, granularity):
             f"The mask of {name!r} must hold zeros and ones only. Received "
             f"{values[~np.isin(values, [0, 1])][0]} among its entries."
         )
-    if _granularity(layer, granularity) == "kernel":
+    if _granularity(named[name], granularity) == "kernel":
         spatial = tuple(range(np.ndim(mask) - 2))
         if (np.max(mask, axis=spatial) != np.min(mask, axis=spatial)).any():
             raise ValueError(
@@ -567,23 +789,29 @@ def _predicate(selector):
 def _named_layers(selector):
     if isinstance(selector, keras.layers.Layer):
         return [selector]
-    if isinstance(selector, (type, str)) or callable(selector):
+    if not isinstance(selector, Iterable) or isinstance(selector, str):
         return []
     return [item for item in selector if isinstance(item, keras.layers.Layer)]
 
 
 def _by_name(densities, chosen):
-    names = {id(layer): name for name, layer in chosen.items()}
+    """Returns densities by name; those of a layer hold for its kernels."""
     given = {}
     for key, value in (densities or {}).items():
-        if isinstance(key, keras.layers.Layer):
-            if id(key) not in names:
-                raise ValueError(
-                    f"densities names {key.name!r}, which is no masked layer. "
-                    f"Masked layers: {', '.join(chosen)}."
-                )
-            key = names[id(key)]
-        given[key] = value
+        names = [
+            name
+            for name, kernel in chosen.items()
+            if name == key
+            or key is kernel.layer
+            or (isinstance(key, str) and name.startswith(f"{key}/"))
+        ]
+        if not names and isinstance(key, keras.layers.Layer):
+            raise ValueError(
+                f"densities names {key.name!r}, which is no masked layer. "
+                f"Masked layers: {', '.join(chosen)}."
+            )
+        # A name that fits nothing is refused where densities are solved.
+        given.update(dict.fromkeys(names or [key], value))
     return given
 
 
@@ -628,51 +856,20 @@ def _draw_masks(
     return {name: mask.astype(np.float32) for name, mask in masks.items()}
 
 
-def _key(name, layer, seed):
+def _key(name, kernel, seed):
     # Layers of one name in two submodels may have one path as well; their
     # unique names tell them apart.
-    path = layer.kernel.path + name.removeprefix(layer.name)
+    path = kernel.variable.path
+    if kernel.path == "kernel":
+        path += name.removeprefix(kernel.layer.name)
+    else:  # within a layer names may be made by counting
+        path = f"{kernel.layer.path}/{name}"
     return zlib.crc32(f"{seed}/{path}".encode())
 
 
-def _submodels(model):
-    for layer in model.layers:
-        if isinstance(layer, keras.Model):
-            yield layer
-            yield from _submodels(layer)
-
-
-class _clone:
-    """A copy of a model, and which layer became which."""
-
-    def __init__(self, model, clone_layer):
-        self.pairs = []
-
-        copies = {}
-
-        def clone(layer):
-            # A model and its submodel may share a layer.
-            if id(layer) not in copies:
-                copies[id(layer)] = clone_layer(layer)
-                self.pairs.append((layer, copies[id(layer)]))
-            return copies[id(layer)]
-
-        # Keras would compile the copy, and fail where the loss is a function
-        # of the user's own.
-        models = [model, *_submodels(model)]
-        compiled = [m.compiled for m in models]
-        try:
-            for m in models:
-                m.compiled = False
-            self.model = keras.models.clone_model(
-                model, clone_function=clone, recursive=True
-            )
-        finally:
-            for m, value in zip(models, compiled, strict=True):
-                m.compiled = value
-
-
 def _copy_variables(source, target):
+    if source is target:
+        return
     for old, new in zip(source.variables, target.variables, strict=True):
         new.assign(old)
     if hasattr(target, "finalize_state"):

@@ -334,14 +334,11 @@ class Trajectory(keras.callbacks.Callback):
     def __init__(self, run: RunDirectory, model, method, *, first_step: int):
         super().__init__()
         self._run, self._method = run, method
-        masked = rigl_keras.masked_layers(model)
-        self._names = {
-            id(layer): name
-            for name, layer in rigl_keras.named_layers(model).items()
-        }
+        masked = rigl_keras.masked_layers(model).named
+        self._names = {id(m.kernel): name for name, m in masked.items()}
         counts = {
-            name: int(np.count_nonzero(mask))
-            for name, mask in masked.masks.items()
+            name: int(np.count_nonzero(m.mask.numpy()))
+            for name, m in masked.items()
         }
         start, *updates = run.trajectory or [(first_step, counts)]
         self._rows = [start, *(row for row in updates if row[0] < first_step)]
@@ -350,7 +347,9 @@ class Trajectory(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         method = self._method
         updates = method.trajectory[1:] if method else []
-        names = [self._names[id(m)] for m in method.masked] if method else []
+        names = (
+            [self._names[id(m.kernel)] for m in method.masked] if method else []
+        )
         _, counts_at_start = self._rows[0]
         new = [
             # Layers that are not trained keep theirs.

@@ -611,7 +611,7 @@ class _EpochLogs(keras.callbacks.Callback):
 
     def __init__(self, network, cost, dense_flops):
         super().__init__()
-        self._layers = rigl_keras.named_layers(network)
+        self._masked = rigl_keras.masked_layers(network).named
         self._cost = cost
         self._dense_flops = dense_flops
 
@@ -625,7 +625,9 @@ class _EpochLogs(keras.callbacks.Callback):
             tf.convert_to_tensor(optimizer.learning_rate)
         )
         now = sum(
-            layer.flops_at(getattr(self._layers[layer.name], "density", 1.0))
+            layer.flops_at(
+                self._masked[layer.name].density if layer.masked else 1.0
+            )
             for layer in self._cost.layers
         )
         logs["inference_flops_ratio"] = now / self._dense_flops
