@@ -11,7 +11,7 @@ import tensorflow as tf
 import gin
 import rigl_keras
 from rigl_keras.experiments import command, data
-from rigl_keras.experiments.run_directory import EarlierRun
+from rigl_keras.experiments.run_directory import EarlierRun, Metrics
 from rigl_keras.experiments.train import WarmUpAndSteps, sgd
 
 # Two epochs of 23 steps on digits.
@@ -350,15 +350,10 @@ def test_the_corrections_of_the_report_survive_a_restart(tmp_path):
 
     def stop_in_the_second_epoch(self, epoch, logs=None):
         if epoch:
-            self.csv_file.close()
             raise Stop
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            keras.callbacks.CSVLogger,
-            "on_epoch_begin",
-            stop_in_the_second_epoch,
-        )
+        patch.setattr(Metrics, "on_epoch_begin", stop_in_the_second_epoch)
         with pytest.raises(Stop):
             command.run(bindings=bindings, run_dir=cut)
     gin.clear_config()

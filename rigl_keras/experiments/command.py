@@ -8,7 +8,7 @@ from absl import app, flags
 
 import gin
 from rigl_keras.experiments import config, data
-from rigl_keras.experiments.run_directory import RunDirectory
+from rigl_keras.experiments.run_directory import DiskFullError, RunDirectory
 
 __all__ = ["main", "run", "table"]
 
@@ -141,7 +141,11 @@ def _main(argv):
             data_dir=_FLAGS.data_dir,
             resume=_FLAGS.resume,
         )
-    except (ValueError, data.DatasetUnavailableError) as error:
+    except (
+        ValueError,
+        data.DatasetUnavailableError,
+        DiskFullError,
+    ) as error:
         if _FLAGS.traceback:
             raise
         # gin adds which of its calls failed; the message says more.

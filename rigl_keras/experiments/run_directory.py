@@ -1,10 +1,14 @@
 """A run on disk: its configuration, checkpoints, metrics and result."""
 
+import contextlib
 import csv
+import errno
+import io
 import json
 import os
+import shutil
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import keras
@@ -15,8 +19,10 @@ import rigl_keras
 
 __all__ = [
     "Checkpoints",
+    "DiskFullError",
     "EarlierRun",
     "KeepWeights",
+    "Metrics",
     "RunDirectory",
     "Trajectory",
 ]
@@ -31,9 +37,34 @@ _UNREADABLE = (
     ValueError,
 )
 
+# Before the name of a folder of files that are being written. A run that is
+# killed leaves it, and the next one removes it.
+_UNFINISHED = ".unfinished-"
+
+
+class DiskFullError(OSError):
+    """A file of a run could not be written, for want of space.
+
+    What was written before is intact, so that the run can be resumed.
+
+    Args:
+        path: The file, or the folder that it is in.
+        reason: What the system says.
+    """
+
+    def __init__(self, path: str | os.PathLike, reason: str):
+        super().__init__(
+            f"The disk is full: {str(path)!r} could not be written "
+            f"({reason}). The last checkpoint is intact. Make room, then pass "
+            "--resume to continue."
+        )
+
 
 class RunDirectory:
     """The folder of one run, which holds one configuration for good.
+
+    Each file is written whole or not at all, so that a run which is killed,
+    or whose disk is full, loses no more than the epoch it was in.
 
     config.gin            every binding the run was started with
     operative_config.gin  every value in use, defaults included
@@ -66,9 +97,8 @@ class RunDirectory:
         self._config = config
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / f".probe-{os.getpid()}"
-            probe.write_text("")
-            probe.unlink()
+            with _unfinished_folder(self.path):
+                pass
         except OSError as error:
             raise ValueError(
                 f"The run directory {str(self.path)!r} cannot be written "
@@ -88,7 +118,7 @@ class RunDirectory:
                     "unfinished run of this configuration. Pass --resume to "
                     "continue it, or delete the folder."
                 )
-        elif any(self.path.iterdir()):
+        elif set(self.path.iterdir()) - set(_unfinished(self.path)):
             raise ValueError(
                 f"The run directory {str(self.path)!r} is not empty and holds "
                 "no run. Choose another --run_dir."
@@ -98,8 +128,11 @@ class RunDirectory:
         """Claims the folder for this configuration.
 
         Not before the run is known to start: one that is refused leaves
-        nothing behind that a corrected one would trip over.
+        nothing behind that a corrected one would trip over. What a run that
+        was killed has left half written goes.
         """
+        for folder in (self.path, self.path / "weights"):
+            _remove_all(_unfinished(folder))
         _write(self.path / "config.gin", self._config)
 
     @property
@@ -128,7 +161,18 @@ class RunDirectory:
         """Saves the weights of a dense model, to which runs may rewind."""
         path = _weights_path(self.path, epoch)
         path.parent.mkdir(exist_ok=True)
-        model.save_weights(path)
+        with _whole(path) as temporary:
+            # HDF5 has pages to say where it runs out of space midway.
+            size = sum(weights.nbytes for weights in model.get_weights())
+            needed = size + 8192 * (1 + len(model.weights))
+            if shutil.disk_usage(path.parent).free < needed:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            model.save_weights(temporary)
+
+    def save_model(self, model: keras.Model) -> None:
+        """Saves the trained model."""
+        with _whole(self.path / "model.keras") as temporary:
+            model.save(temporary)
 
     @property
     def trajectory(self) -> list[tuple[int, dict[str, int]]]:
@@ -167,19 +211,14 @@ class RunDirectory:
         """The rows of metrics.csv."""
         return _rows(self.path / "metrics.csv")
 
-    def forget_metrics_from(self, epoch: int) -> None:
-        """Drops the rows of epochs that are about to be trained again."""
-        rows = [row for row in self.metrics if int(row["epoch"]) < epoch]
-        path = self.path / "metrics.csv"
-        if not rows:
-            path.unlink(missing_ok=True)
-            return
-        temporary = path.with_suffix(".tmp")
-        with temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-        temporary.replace(path)
+    def write_metrics(self, rows: Sequence[Mapping[str, object]]) -> None:
+        """Writes metrics.csv whole."""
+        names = ["epoch", *sorted({n for row in rows for n in row} - {"epoch"})]
+        table = io.StringIO()
+        writer = csv.DictWriter(table, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        _write(self.path / "metrics.csv", table.getvalue())
 
 
 class EarlierRun:
@@ -261,6 +300,27 @@ class EarlierRun:
                 f"The weights of {str(self.path)!r} are of another network "
                 f"than {model.name!r}: {str(error).splitlines()[0]}"
             ) from error
+
+
+class Metrics(keras.callbacks.Callback):
+    """Keeps metrics.csv, a row for each epoch.
+
+    Args:
+        run: The run directory.
+        first_epoch: With which this process begins. Rows from there on are of
+            epochs that are about to be trained again, and forgotten.
+    """
+
+    def __init__(self, run: RunDirectory, *, first_epoch: int):
+        super().__init__()
+        self._run = run
+        self._rows = [
+            row for row in run.metrics if int(row["epoch"]) < first_epoch
+        ]
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._rows.append({"epoch": epoch, **logs})
+        self._run.write_metrics(self._rows)
 
 
 class Trajectory(keras.callbacks.Callback):
@@ -350,30 +410,51 @@ class Checkpoints(keras.callbacks.Callback):
         super().__init__()
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
+        self._path = path
         # `variables` are the weights, the generators' states and metrics.
         known = {id(v) for v in model.weights + model.metrics_variables}
         generators = [v.value for v in model.variables if id(v) not in known]
         self._epoch = tf.Variable(0, dtype=tf.int64)
-        self._manager = tf.train.CheckpointManager(
-            tf.train.Checkpoint(
-                model=model,
-                optimizer=model.optimizer,
-                generators=generators,
-                method=list(variables),
-                epoch=self._epoch,
-            ),
-            str(path),
-            max_to_keep=keep,
-            checkpoint_name="epoch",
+        self._checkpoint = tf.train.Checkpoint(
+            model=model,
+            optimizer=model.optimizer,
+            generators=generators,
+            method=list(variables),
+            epoch=self._epoch,
         )
+        _ = self._checkpoint.save_counter  # made now, it is written, too
+        self._path, self._keep = path, keep
+        _remove_all(_unfinished(path))
 
     def on_epoch_end(self, epoch, logs=None):
         self.save(epoch + 1)
 
+    @property
+    def saved(self) -> dict[int, Path]:
+        """The checkpoints there are, `{epoch: path}`, the last one last."""
+        # TensorFlow's CheckpointManager keeps a list, which may name what is
+        # half deleted, and forgets it all when the clock is put back.
+        paths = [p.with_suffix("") for p in self._path.glob("epoch-*.index")]
+        numbered = {int(p.name.removeprefix("epoch-")): p for p in paths}
+        return dict(sorted(numbered.items()))
+
     def save(self, epoch: int) -> None:
-        """Saves the state before `epoch`."""
+        """Saves the state before `epoch`.
+
+        Raises:
+            DiskFullError: There is no room. Those saved before are intact.
+        """
         self._epoch.assign(epoch)
-        self._manager.save(checkpoint_number=epoch)
+        path = self._path / f"epoch-{epoch}"
+        with _unfinished_folder(self._path) as folder, _naming(path):
+            self._checkpoint.write(str(folder / path.name))
+            # The index is the last to come and the first to go: where it is,
+            # the checkpoint is whole.
+            _remove_checkpoint(path)
+            for part in sorted(folder.iterdir()):  # .data-..., .index
+                part.replace(self._path / part.name)
+        for old in list(self.saved.values())[: -self._keep]:
+            _remove_checkpoint(old)
 
     def restore(self) -> int | None:
         """Restores the last checkpoint that can be read.
@@ -384,15 +465,15 @@ class Checkpoints(keras.callbacks.Callback):
         Raises:
             ValueError: There are checkpoints and none can be read.
         """
-        saved = self._manager.checkpoints
-        for checkpoint in reversed(saved):
+        saved = [str(path) for path in self.saved.values()]
+        for path in reversed(saved):
             try:
-                self._manager.checkpoint.restore(checkpoint).assert_consumed()
+                self._checkpoint.restore(path).assert_consumed()
                 return int(self._epoch.numpy())
             except _UNREADABLE as error:
                 reason = str(error).splitlines()[0]
                 print(
-                    f"Checkpoint {checkpoint} cannot be read ({reason}): "
+                    f"Checkpoint {path} cannot be read ({reason}): "
                     "falling back to the one before."
                 )
         if saved:
@@ -416,10 +497,58 @@ def _rows(path):
 
 
 def _write(path, text):
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    with _whole(path) as temporary:
+        temporary.write_text(text)
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """Gives a file to write, which then appears at `path`, whole."""
+    with _unfinished_folder(path.parent) as folder, _naming(path):
+        yield folder / path.name  # Keras knows the format by the name
+        (folder / path.name).replace(path)
+
+
+@contextlib.contextmanager
+def _unfinished_folder(path: Path) -> Iterator[Path]:
+    """Gives a folder for files that are not whole yet, gone at the end."""
+    folder = path / f"{_UNFINISHED}{os.getpid()}"
+    with _naming(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+def _unfinished(path):
+    """Returns what runs that were killed have left in a folder."""
+    return list(path.glob(f"{_UNFINISHED}*"))
+
+
+def _remove_all(folders):
+    for folder in folders:
+        shutil.rmtree(folder)
+
+
+def _remove_checkpoint(path):
+    for part in (".index", ".data-*"):
+        for file in path.parent.glob(path.name + part):
+            file.unlink()
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Within the context, a full disk is an error that names `path`."""
+    try:
+        yield
+    except (OSError, RuntimeError, tf.errors.OpError) as error:
+        # TensorFlow and HDF5 tell by their message alone.
+        for code in (errno.ENOSPC, errno.EDQUOT):
+            reason = os.strerror(code)
+            if getattr(error, "errno", None) == code or reason in str(error):
+                raise DiskFullError(path, reason) from error
+        raise
 
 
 def _first_difference(stored, config):

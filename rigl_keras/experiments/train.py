@@ -26,6 +26,7 @@ from rigl_keras.experiments import data
 from rigl_keras.experiments.run_directory import (
     EarlierRun,
     KeepWeights,
+    Metrics,
     RunDirectory,
     Trajectory,
 )
@@ -326,9 +327,10 @@ def train(
         first_epoch = 0
         run.save_weights(dense, 0)
         checkpoints.save(0)
+    elif first_epoch == epochs:
+        print(f"Resuming {run.path} after its last epoch.")
     elif first_epoch:
         print(f"Resuming {run.path} at epoch {first_epoch + 1} of {epochs}.")
-    run.forget_metrics_from(first_epoch)
     first_step = int(network.optimizer.iterations.numpy())
     cost = rigl_keras.count(network)
     # What all ratios are over.
@@ -364,9 +366,7 @@ def train(
                 Trajectory(run, network, update, first_step=first_step),
                 *([topology] if topology else []),
                 _EpochLogs(network, cost, dense_flops),
-                keras.callbacks.CSVLogger(
-                    run.path / "metrics.csv", append=first_epoch > 0
-                ),
+                Metrics(run, first_epoch=first_epoch),
                 keras.callbacks.TensorBoard(
                     run.path / "tensorboard", write_graph=False
                 ),
@@ -463,7 +463,7 @@ def train(
     }
     # The optimizer is in the checkpoints; the model to keep loads without it.
     network.compiled = False
-    network.save(run.path / "model.keras")
+    run.save_model(network)
     run.write_result(result)  # last: it says that the run is finished
     return result
 

@@ -1,0 +1,382 @@
+"""Runs that are killed, and disks that are full: nothing is lost.
+
+This file is a program, too: a server that imports TensorFlow once, runs none
+of it, and starts each run in a fork, which it may kill.
+"""
+
+import contextlib
+import csv
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+KILLS = 20  # at random moments
+AIMED = 6  # of these, while a checkpoint is being written
+# Where a run is killed for sure, beside random moments: before the file of
+# that name appears, or is removed. Checkpoints are of epochs 0 to 10, and 3
+# are kept.
+POINTS = [
+    "mkdir .unfinished",
+    "replace epoch-0.index",
+    "replace trajectory.csv",
+    "unlink epoch-1.index",
+    "unlink epoch-2.data-00000-of-00001",
+    "replace epoch-9.index",
+    "replace model.keras",
+    "replace result.json",
+]
+EPOCHS = 10
+BINDINGS = [
+    "train.model = @small",
+    f"train.epochs = {EPOCHS}",
+    "train.batch_size = 360",
+    "train.density = 0.3",
+    "train.keep_weights = [4]",
+    "RigL.frequency = 3",
+    "RigL.end_step = 35",
+]
+
+
+def test_killed_at_any_moment(tmp_path):
+    """However often it is killed, a run ends bit for bit as if it was not."""
+    report = serve("kill", tmp_path)
+    assert report["threads"] == 1  # or a fork may hang
+    assert report["at a point"] == len(POINTS)
+    assert report["at random"] + report["while saving"] >= KILLS
+    assert checkpoints_read(tmp_path) >= KILLS
+    assert len(list(tmp_path.glob("run-*"))) == report["runs"] + 1
+    check_equal(tmp_path)
+
+
+# What is being written as the disk becomes full, in the order of a run: the
+# method that writes it, its how-manieth call and what the message names.
+FULL = [
+    ("write_trajectory", 2, "trajectory.csv"),
+    ("write_metrics", 2, "metrics.csv"),
+    ("save_weights", 1, "epoch-0004.weights.h5"),
+    ("save", 2, "epoch-5"),
+    ("save_model", 1, "model.keras"),
+    ("write_result", 1, "result.json"),
+]
+
+
+def test_a_full_disk(tmp_path):
+    """A run says which file, leaves what it has, and goes on with room."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["unshare", "-rm", "sh", "-c"]
+    small_disk = f"mount -t tmpfs -o size=2m none {disk}"
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run([*mount, small_disk], capture_output=True).returncode
+    ):
+        pytest.skip("No small file system may be mounted here.")
+    report = serve("fill", tmp_path, [*mount, f'{small_disk} && exec "$@"', ""])
+    for (_, _, name), (status, said) in zip(FULL, report["ends"], strict=True):
+        assert status == 2, said
+        (line,) = said
+        assert line.startswith("train: The disk is full") and name in line
+        assert "No space left on device" in line and "--resume" in line
+    assert checkpoints_read(tmp_path) >= len(FULL)
+    check_equal(tmp_path)
+
+
+def serve(task, folder, before=()):
+    done = subprocess.run(
+        [*before, sys.executable, __file__, task, folder],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **QUIET},
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    return json.loads((folder / "report.json").read_text())
+
+
+def checkpoints_read(folder):
+    return sum(int(note.read_text()) for note in folder.glob("read-*"))
+
+
+def check_equal(folder):
+    """Checks that all runs in a folder ended as the first one."""
+    straight, *others = sorted(folder.glob("run-*"))
+    wanted = record(straight)
+    assert others
+    for other in others:
+        found = record(other)
+        assert found.keys() == wanted.keys()
+        for name, value in wanted.items():
+            assert found[name] == value, (other.name, name)
+        assert not [p for p in other.rglob("*") if ".unfinished" in p.name]
+
+
+def record(run_dir):
+    """Returns all that a run has left, but what depends on the clock."""
+    import tensorflow as tf
+
+    tables = {}
+    for name in ("metrics", "trajectory", "flops"):
+        with (run_dir / f"{name}.csv").open(newline="") as file:
+            tables[name] = list(csv.DictReader(file))
+    assert all(row.pop("seconds") for row in tables["metrics"])
+    assert [row["epoch"] for row in tables["metrics"]] == [
+        str(epoch) for epoch in range(EPOCHS)
+    ]
+    assert len(tables["trajectory"]) > 9
+    result = json.loads((run_dir / "result.json").read_text())
+    assert result.pop("seconds") > 0
+    saved = {"model": bits_of_model(run_dir / "model.keras")}
+    # Weights, masks, batch statistics, momentum, steps, generators, epoch.
+    for index in run_dir.glob("checkpoints/*.index"):
+        reader = tf.train.load_checkpoint(str(index.with_suffix("")))
+        saved[index.stem] = {
+            name: reader.get_tensor(name).tobytes()
+            for name in reader.get_variable_to_shape_map()
+            if name != "_CHECKPOINTABLE_OBJECT_GRAPH"
+        }
+    assert len(saved) == 4
+    assert sum("optimizer/_variables" in n for n in saved["epoch-10"]) == 6
+    assert "generators/0" in "".join(saved["epoch-10"])
+    weights = [p.name for p in run_dir.glob("weights/*")]
+    return {**tables, **saved, "result": result, "kept": sorted(weights)}
+
+
+def bits_of_model(path):
+    import keras
+
+    return [w.tobytes() for w in keras.models.load_model(path).get_weights()]
+
+
+# What follows is the server.
+
+QUIET = {
+    # Libraries that start no threads of their own when they are imported.
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
+
+
+def small(num_classes=10, input_shape=(8, 8, 1)):
+    """Returns a network with batch norm, whose statistics are state, too."""
+    import keras
+    from keras import layers
+
+    return keras.Sequential(
+        [
+            keras.Input(input_shape),
+            layers.Flatten(),
+            layers.Dense(96, "relu", name="hidden"),
+            layers.BatchNormalization(),
+            layers.Dropout(0.3),
+            layers.Dense(num_classes, name="head"),
+        ],
+        name="small",
+    )
+
+
+def server(task, folder):
+    import sklearn.datasets  # noqa: F401  imported before any fork
+    import tensorflow as tf
+
+    import gin
+    from rigl_keras.experiments import command  # noqa: F401
+
+    gin.external_configurable(small, name="small")
+    tf.config.experimental.enable_op_determinism()
+    threads = len(os.listdir("/proc/self/task"))
+    report = {"kill": kill, "fill": fill}[task](folder)
+    report["threads"] = threads
+    (folder / "report.json").write_text(json.dumps(report))
+
+
+def kill(folder):
+    report = {"at random": 0, "at a point": 0, "while saving": 0, "runs": 0}
+    start = time.monotonic()
+    assert attempt(lambda: train(folder / "run-00")) == 0
+    whole = time.monotonic() - start
+    draw = random.Random(0)
+    points = list(POINTS)
+    while points or report["at random"] + report["while saving"] < KILLS:
+        report["runs"] += 1
+        run_dir = folder / f"run-{report['runs']:02d}"
+        status = None
+        while status != 0:
+            point = moment = None
+            if points:
+                kind, point = "at a point", points.pop(0)
+            elif report["at random"] < KILLS - AIMED:
+                kind, moment = "at random", draw.uniform(0, whole)
+            elif report["while saving"] < AIMED:
+                kind = "while saving"
+                epoch = min(next_epoch(run_dir) + draw.randrange(3), EPOCHS)
+                moment = f"{run_dir}/checkpoints/.unfinished-*/epoch-{epoch}"
+            status = attempt(lambda: train(run_dir, point), moment)  # noqa: B023
+            assert status in (0, -signal.SIGKILL)
+            report[kind] += status != 0
+    return report
+
+
+def fill(folder):
+    disk = folder / "disk"
+    assert attempt(lambda: train(folder / "run-00")) == 0
+    ends = []
+    for method, call, _ in [*FULL, (None, 0, "")]:
+        said = folder / "stderr"
+        status = attempt(lambda: command_on_full_disk(disk, method, call, said))  # noqa: B023
+        ends.append((status, said.read_text().splitlines()))
+        (disk / "ballast").unlink(missing_ok=True)
+    assert ends.pop() == (0, [])
+    shutil.copytree(disk / "run", folder / "run-01")
+    return {"ends": ends}
+
+
+def next_epoch(run_dir):
+    saved = run_dir.glob("checkpoints/epoch-*.index")
+    return 1 + max(
+        (int(p.stem.removeprefix("epoch-")) for p in saved), default=-1
+    )
+
+
+def attempt(task, moment=None):
+    """Runs a fork until it ends or is killed; returns how it ended.
+
+    Args:
+        task: What it does.
+        moment: Seconds after which it is killed, or the beginning of a path:
+            it is killed when there is such a file.
+    """
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            task()
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    if isinstance(moment, str):
+        moment = moment.replace("*", str(child))
+    start, ended = time.monotonic(), 0
+    while not ended:
+        time.sleep(0.0005)
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if isinstance(moment, float):
+            due = time.monotonic() - start >= moment
+        else:
+            due = moment and os.path.exists(f"{moment}_temp")
+        if due and not ended:
+            os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(status)
+
+
+def train(run_dir, point=None):
+    from rigl_keras.experiments import command
+
+    watch_checkpoints(run_dir.parent)
+    if point:
+        kill_at(*point.split())
+    command.run(
+        bindings=BINDINGS, run_dir=run_dir, seed=3, resume=run_dir.exists()
+    )
+
+
+def command_on_full_disk(disk, method, call, said):
+    """Runs the command on a disk which becomes full as a method is called."""
+    from rigl_keras.experiments import command
+    from rigl_keras.experiments.run_directory import Checkpoints, RunDirectory
+
+    watch_checkpoints(disk.parent)
+    if method:
+        owner = Checkpoints if method == "save" else RunDirectory
+        before, calls = getattr(owner, method), []
+
+        def on_full_disk(*args, **options):
+            calls.append(method)
+            if len(calls) == call:
+                leave(disk, 8192 if method.startswith("save") else 0)
+            return before(*args, **options)
+
+        setattr(owner, method, on_full_disk)
+    os.dup2(os.open(said, os.O_CREAT | os.O_TRUNC | os.O_WRONLY), 2)
+    sys.argv = ["train", f"--run_dir={disk / 'run'}", "--seed=3", "--resume"]
+    sys.argv += [f"--gin_bindings={binding}" for binding in BINDINGS]
+    command.main()
+
+
+def leave(disk, room):
+    """Fills a disk but for some bytes."""
+    with (disk / "ballast").open("wb", buffering=0) as ballast:
+        with contextlib.suppress(OSError):
+            while ballast.write(bytes(4096)):
+                pass
+        ballast.truncate(ballast.tell() - room)
+
+
+def watch_checkpoints(folder):
+    """Has a run read every checkpoint before it resumes, into its model."""
+    from rigl_keras.experiments.run_directory import Checkpoints
+
+    begin, restore = Checkpoints.__init__, Checkpoints.restore
+
+    def remember(checkpoints, path, model, **options):
+        checkpoints.network = model
+        begin(checkpoints, path, model, **options)
+
+    def read_all_first(checkpoints):
+        saved = checkpoints.saved
+        for epoch, path in saved.items():
+            checkpoints._checkpoint.restore(str(path)).assert_consumed()
+            assert int(checkpoints._epoch.numpy()) == epoch
+            check_zeros(checkpoints.network)
+        (folder / f"read-{os.getpid()}").write_text(str(len(saved)))
+        return restore(checkpoints)
+
+    Checkpoints.__init__, Checkpoints.restore = remember, read_all_first
+
+
+def check_zeros(model):
+    import numpy as np
+
+    import rigl_keras
+
+    layers = rigl_keras.masked_layers(model)
+    assert len(layers) == 2
+    for layer in layers:
+        mask, kernel = layer.mask.numpy(), layer.kernel.numpy()
+        assert set(np.unique(mask)) == {0, 1}
+        assert kernel.any() and not kernel[mask == 0].any()
+
+
+def kill_at(action, name):
+    """Has this process kill itself when it is about to touch a file."""
+    act = getattr(pathlib.Path, action)
+
+    def act_or_die(path, *args, **options):
+        if path.name.startswith(name):
+            if action == "replace":  # half of it is written
+                os.truncate(path, path.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return act(path, *args, **options)
+
+    setattr(pathlib.Path, action, act_or_die)
+
+
+if __name__ == "__main__":
+    server(sys.argv[1], pathlib.Path(sys.argv[2]))
