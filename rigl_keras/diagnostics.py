@@ -16,8 +16,8 @@ import numpy as np
 import tensorflow as tf
 
 from rigl_keras.flops import Count, count
-from rigl_keras.layers import Masked
-from rigl_keras.sparsify import named_layers
+from rigl_keras.layers import KernelMask
+from rigl_keras.sparsify import masked_layers
 from rigl_keras.topology_record import (
     ALL,
     COLUMNS,
@@ -41,7 +41,6 @@ __all__ = [
     "measure",
     "overlap",
     "read_rows",
-    "unit_axes",
 ]
 
 # For TensorBoard; the others are constant.
@@ -199,44 +198,6 @@ def dead_units(
     return int(np.sum(~incoming)), int(np.sum(~outgoing))
 
 
-def unit_axes(layer: keras.layers.Layer) -> tuple[tuple, tuple]:
-    """Returns which axes of a layer's kernel count its units.
-
-    Args:
-        layer: A built layer with a `kernel`, masked or plain.
-
-    Returns:
-        `(input_axes, output_axes)`, as `dead_units` takes them: those of an
-        equation's labels for an EinsumDense; of a kernel with one axis, that
-        axis twice.
-    """
-    plain = layer.layer if isinstance(layer, Masked) else layer
-    rank = len(plain.kernel.shape)
-    if isinstance(plain, keras.layers.EinsumDense):
-        terms, of_outputs = plain.equation.replace(" ", "").split("->")
-        of_inputs, of_kernel = terms.split(",")
-        return tuple(
-            tuple(i for i, axis in enumerate(of_kernel) if axis in labels)
-            for labels in (of_inputs, of_outputs)
-        )
-    if rank == 1:
-        return (0,), (0,)
-    if isinstance(
-        plain, (keras.layers.DepthwiseConv1D, keras.layers.DepthwiseConv2D)
-    ):
-        return (rank - 2,), (rank - 2, rank - 1)
-    if isinstance(
-        plain,
-        (
-            keras.layers.Conv1DTranspose,
-            keras.layers.Conv2DTranspose,
-            keras.layers.Conv3DTranspose,
-        ),
-    ):
-        return (rank - 1,), (rank - 2,)
-    return (rank - 2,), (rank - 1,)
-
-
 def measure(
     step: int,
     masks: Masks,
@@ -357,7 +318,7 @@ class TopologyDiagnostics(keras.callbacks.Callback):
         self.draw = draw
         self.log_dir = None if log_dir is None else Path(log_dir)
         self.rows: list[dict] = []
-        self._layers: dict[str, Masked] = {}
+        self._layers: dict[str, KernelMask] = {}
 
     def set_model(self, model: keras.Model) -> None:
         """Makes room for the masks of a model. `fit` calls it too.
@@ -366,21 +327,21 @@ class TopologyDiagnostics(keras.callbacks.Callback):
             model: A built model with masked layers.
         """
         super().set_model(model)
-        layers = {
-            name: layer
-            for name, layer in named_layers(model).items()
-            if isinstance(layer, Masked)
-        }
+        layers = masked_layers(model).named
         if not layers:
             raise ValueError(
                 "TopologyDiagnostics records masks, and model "
                 f"{model.name!r} has no masked layer. Call model = "
                 "rigl_keras.sparsify(model, density) first."
             )
-        if [*map(id, layers.values())] == [*map(id, self._layers.values())]:
+        known = [id(m.mask) for m in self._layers.values()]
+        if [id(m.mask) for m in layers.values()] == known:
             return
         self._layers = layers
-        self._axes = {name: unit_axes(m) for name, m in layers.items()}
+        self._axes = {
+            name: (m.found.input_axes, m.found.output_axes)
+            for name, m in layers.items()
+        }
         bits = sum(math.prod(m.mask.shape) for m in layers.values())
         empty = np.zeros(-(-bits // 8), np.uint8)
         with tf.device("CPU:0"):

@@ -12,7 +12,14 @@ from keras import layers
 from test_callbacks import METHODS
 from test_contract import fit, tiny
 
-from rigl_keras import RigL, TopologyDiagnostics, count, diagnostics, sparsify
+from rigl_keras import (
+    RigL,
+    TopologyDiagnostics,
+    count,
+    diagnostics,
+    maskable,
+    sparsify,
+)
 
 # 3 inputs, 2 outputs. The first update moves one connection of three, the
 # second one two.
@@ -104,8 +111,10 @@ def test_layers_weigh_as_much_as_they_have_entries():
 def test_units_of_a_kernel(layer, shape, axes):
     """Of ones, no unit is cut off; without one unit's entries, that one is."""
     layer.build(shape)
-    assert diagnostics.unit_axes(layer) == axes
+    (kernel,) = maskable.find_kernels(layer)
     inputs, outputs = axes
+    assert kernel.input_axes == inputs
+    assert kernel.output_axes == outputs
     mask = np.ones(layer.kernel.shape)
     options = dict(input_axes=inputs, output_axes=outputs)
     assert diagnostics.dead_units(mask, **options) == (0, 0)
