@@ -198,7 +198,9 @@ class Masked(keras.layers.Wrapper):
         ) as scope:
             outputs = self.layer(inputs)
         for loss in scope.losses:  # activity regularisation
-            self.add_loss(loss)
+            # A copy: the layer within knows its own, and in an outer scope
+            # both would count it.
+            self.add_loss(tf.identity(loss))
         return outputs
 
     def compute_output_shape(self, input_shape):
