@@ -338,9 +338,13 @@ class StepUpdate(keras.callbacks.Callback):
         )
 
     def refuse_unless(self, defined, step, reason=_NOT_FINITE) -> None:
-        """Notes that the update at a step was refused, unless `defined`."""
+        """Notes that the update at a step was refused, unless `defined`.
+
+        The first such update is the one that `fetch` tells of.
+        """
         refused = tf.stack([step, tf.constant(reason, tf.int64)])
-        self._refused.assign(tf.where(defined, self._refused, refused))
+        keeps = defined | (self._refused[0] >= 0)
+        self._refused.assign(tf.where(keeps, self._refused, refused))
 
     def set_kernel_and_mask(
         self, optimizer, layer, mask, grown, values=None
@@ -480,12 +484,13 @@ class StepUpdate(keras.callbacks.Callback):
                 lambda: train_step(data),
                 _loss_on(model, data) if self.watch_loss else None,
             )
-            if self._outermost is not self.optimizer:
-                logs["skipped_updates"] = self._skipped.value()
+            scaled = self._outermost is not self.optimizer
+            skipped = {"skipped_updates": self._skipped.value()}
             return {
                 **logs,
                 "density": self._density.value(),
                 "grown": self._grown.value(),
+                **(skipped if scaled else {}),
                 **self.extra_logs(),
             }
 
@@ -643,29 +648,28 @@ class StepUpdate(keras.callbacks.Callback):
         return [masked(g, v) for g, v in zip(gradients, variables, strict=True)]
 
     def _gather(self, layers, gradients, batches):
-        """Adds the gradients of a batch to those of the batches before it."""
+        """Adds the gradients of a batch to those of the batches before it.
+
+        Returns the sums so far, and of how many gradients.
+        """
         count, following = tf.unstack(self._gathered)
         # What an earlier run has left is of no use.
         goes_on = (count > 0) & tf.equal(following, batches)
+        count = tf.where(goes_on, count, 0) + 1
+        self._gathered.assign([count, tf.cast(batches, tf.int64) + 1])
         buffers = dict(zip(map(id, self.masked), self._buffers, strict=True))
+        sums = []
         for layer, gradient in zip(layers, gradients, strict=True):
             buffer = buffers[id(layer)]
             before = tf.where(goes_on, buffer, tf.zeros_like(buffer))
-            buffer.assign(before + tf.cast(gradient, buffer.dtype))
-        self._gathered.assign(
-            [tf.where(goes_on, count, 0) + 1, tf.cast(batches, tf.int64) + 1]
-        )
+            sums.append(before + tf.cast(gradient, buffer.dtype))
+            buffer.assign(sums[-1])
+        return sums, count
 
     def _gathered_mean(self, layers, gradients, batches):
-        self._gather(layers, gradients, batches)
-        buffers = dict(zip(map(id, self.masked), self._buffers, strict=True))
-        count = self._gathered[0]
-        mean = [
-            buffers[id(m)] / tf.cast(count, buffers[id(m)].dtype)
-            for m in layers
-        ]
+        sums, count = self._gather(layers, gradients, batches)
         self._gathered.assign([0, 0])
-        return mean
+        return [total / tf.cast(count, total.dtype) for total in sums]
 
     def _change(self, layers, gradients, step, loss, by_hand):
         """Changes every mask once, unless the gradients are refused."""
@@ -673,12 +677,12 @@ class StepUpdate(keras.callbacks.Callback):
             [tf.reduce_all(tf.math.is_finite(g)) for g in gradients]
             + [tf.reduce_all(tf.math.is_finite(m.kernel.value)) for m in layers]
         )
+        self.refuse_unless(finite, step)
         accepted = finite
         if by_hand and self.dense_gradients != "never":
             dense = _is_dense(layers, gradients)
             accepted &= dense
             self.refuse_unless(dense, step, _NOT_DENSE)
-        self.refuse_unless(finite, step)
 
         def change():
             before = loss() if loss else math.nan
