@@ -783,8 +783,10 @@ def _loss_on(model, data):
 
     def loss():
         x, y, weight = keras.utils.unpack_x_y_sample_weight(data)
-        # What the call would assign stays in the scope.
-        with keras.StatelessScope(collect_losses=True):
+        # What the call would assign stays in the scope; of what it is given,
+        # Keras takes the penalties.
+        given = [(v, v.value) for v in model.trainable_variables]
+        with keras.StatelessScope(given, collect_losses=True):
             outputs = model(x, training=False)
             # Keras's own way to a `compute_loss` with or without `training`.
             value = model._compute_loss(
