@@ -262,7 +262,9 @@ class StepUpdate(keras.callbacks.Callback):
             train_step: A function of the batch that calls the model within a
                 gradient tape and then `optimizer.apply`, or
                 `apply_gradients`. It is called twice as it is traced: for
-                ordinary steps and for updates.
+                ordinary steps and for updates. A `tf.function` within it, or
+                as a layer's `call`, would be traced once for both: decorate
+                what this method returns instead.
             model: The masked model that it trains.
             optimizer: The optimizer that it applies.
 
