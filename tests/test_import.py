@@ -14,6 +14,7 @@ PACKAGE = pathlib.Path(rigl_keras.__file__).parent
 
 # Each module imports only from those before it.
 ORDER = [
+    "arguments",
     "conventions",
     "distributions",
     "schedules",
@@ -111,6 +112,7 @@ def test_who_imports_whom():
 
 # Beyond the standard library. Those of the paper's arithmetic know no Keras.
 THIRD_PARTY = {
+    "arguments": set(),
     "conventions": set(),
     "distributions": {"numpy"},
     "schedules": {"numpy", "tensorflow"},
