@@ -235,7 +235,8 @@ def fill(folder):
         status = attempt(lambda: command_on_full_disk(disk, method, call, said))  # noqa: B023
         ends.append((status, said.read_text().splitlines()))
         (disk / "ballast").unlink(missing_ok=True)
-    assert ends.pop() == (0, [])
+    last = ends.pop()
+    assert last == (0, []), last
     shutil.copytree(disk / "run", folder / "run-01")
     return {"ends": ends}
 
