@@ -39,6 +39,7 @@ setup(
             "tensorflow-datasets",
             "importlib_resources",
             "scikit-learn",
+            "matplotlib",
             "tensorboard",
         ),
         "dev": requirements(

@@ -41,8 +41,10 @@ if keras.config.backend() != "tensorflow":
 
 from rigl_keras import (  # noqa: E402
     conventions,
+    diagnostics,
     distributions,
     flops,
+    initial_values,
     layers,
     maskable,
     models,
@@ -61,6 +63,7 @@ from rigl_keras.callbacks import (  # noqa: E402
     RigL,
 )
 from rigl_keras.conventions import ORIGINAL, REPORT, Conventions  # noqa: E402
+from rigl_keras.diagnostics import TopologyDiagnostics  # noqa: E402
 from rigl_keras.export import export  # noqa: E402
 from rigl_keras.flops import count, training_flops  # noqa: E402
 from rigl_keras.layers import Masked, dense_gradients  # noqa: E402
@@ -90,12 +93,15 @@ __all__ = [
     "RigL",
     "SparsityRamp",
     "StepUpdate",
+    "TopologyDiagnostics",
     "conventions",
     "count",
     "dense_gradients",
+    "diagnostics",
     "distributions",
     "export",
     "flops",
+    "initial_values",
     "layers",
     "load_weights",
     "maskable",

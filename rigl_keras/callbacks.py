@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 
+import numpy as np
 import tensorflow as tf
 
 from rigl_keras import (
@@ -21,6 +22,7 @@ from rigl_keras import (
     topology,
 )
 from rigl_keras.conventions import ORIGINAL, Conventions
+from rigl_keras.initial_values import check_grow_init, grown_values
 from rigl_keras.layers import Masked
 from rigl_keras.redistribution import CRITERIA
 from rigl_keras.training_step import StepUpdate, warn_of_no_update
@@ -40,13 +42,16 @@ class MaskUpdate(StepUpdate):
        and `grow`, the halves of `drop_and_grow`). With `redistribution`, the
        connections that all layers drop are shared out anew
        (`redistribution.grow_counts`);
-    3. dropped and newly grown weights are zero, and the optimizer forgets
-       what it remembered of them.
+    3. dropped weights are zero, newly grown ones start as `grow_init` says,
+       and the optimizer forgets what it remembered of them.
 
     Evci et al., 2020, arXiv:1911.11134, Algorithm 1; redistribution after
     Dettmers and Zettlemoyer, 2020, and the report, section 6.2. The gradient
     is that of the current batch with respect to the masked kernel, without
-    regularisation.
+    regularisation. With `gradient_batches` n it is the mean over the update's
+    step and the n - 1 before it, at which the backward pass is dense too; a
+    run that starts among them takes the mean over those that it has, unless
+    `variables` were saved and restored.
 
     Logs `drop_fraction`, that of the last update, beside `density` and
     `grown`.
@@ -64,6 +69,13 @@ class MaskUpdate(StepUpdate):
         redistribution: What density moves between layers by: the mean
             `"gradient"` or `"momentum"` of their active connections. None:
             each layer keeps its density.
+        gradient_batches: How many steps, the update's own the last, the
+            gradient is the mean of, at least 1 and at most `frequency`.
+        grow_init: What newly grown weights start with
+            (`initial_values.grown_values`): `"zeros"`; or `"initial_dist"`,
+            `"random_normal"`, `"random_uniform"`, and where the method needs
+            dense gradients `"grad_scale"` or `"grad_sign"`, each by a
+            divisor if one follows, as in `"random_normal_10"`.
         seed: Seed of random draws, at least 0.
         conventions: Where the references differ.
 
@@ -82,6 +94,8 @@ class MaskUpdate(StepUpdate):
         decay: str = "cosine",
         decay_power: float = 3.0,
         redistribution: str | None = None,
+        gradient_batches: int = 1,
+        grow_init: str = "zeros",
         seed: int = 0,
         conventions: Conventions = ORIGINAL,
     ):
@@ -109,10 +123,22 @@ class MaskUpdate(StepUpdate):
         )
         arguments.choice("redistribution", redistribution, (None, *CRITERIA))
         self.redistribution = redistribution
+        self.gradient_batches = _whole(
+            "gradient_batches", gradient_batches, at_least=1
+        )
+        if self.gradient_batches > self.frequency:
+            raise ValueError(
+                "gradient_batches must be at most frequency, as each update "
+                "has gradients of its own. Received: "
+                f"gradient_batches={gradient_batches}, frequency={frequency}."
+            )
+        check_grow_init(grow_init, self.dense_gradients)
+        self.grow_init = grow_init
         self.seed = arguments.integer(
             "seed", seed, at_least=0, at_most=2**32 - 1
         )
         self._window = None
+        self._initial = []
 
     @functools.cached_property
     def _correction(self) -> tf.Variable:
@@ -177,9 +203,9 @@ class MaskUpdate(StepUpdate):
 
     @property
     def variables(self) -> list[tf.Variable]:
-        if self.conventions.redistribution_total == "corrected":
-            return [self._correction]
-        return []
+        corrected = self.conventions.redistribution_total == "corrected"
+        correction = [self._correction] if corrected else []
+        return [*correction, *self._initial, *super().variables]
 
     def get_config(self) -> dict:
         """Returns the arguments with which to make an equal callback."""
@@ -191,13 +217,17 @@ class MaskUpdate(StepUpdate):
             "decay": self.decay,
             "decay_power": self.decay_power,
             "redistribution": self.redistribution,
+            "gradient_batches": self.gradient_batches,
+            "grow_init": self.grow_init,
             "seed": self.seed,
             "conventions": self.conventions,
         }
 
     def lengthened(self, factor: float) -> "MaskUpdate":
         longer = copy.copy(self)
-        vars(longer).pop("_correction", None)  # that of a run of its own
+        # Those of a run of its own.
+        vars(longer).pop("_correction", None)
+        longer._initial, longer._buffers = [], []
         if self.end_step is not None:
             longer.end_step = int(self.end_step * factor)
         return longer
@@ -218,10 +248,29 @@ class MaskUpdate(StepUpdate):
         if self.redistribution == "momentum":
             self._check_momentum()
         self._last_fraction = tf.Variable(0.0, trainable=False)
+        begins = int(self.optimizer.iterations) == 0
+        if self.grow_init.startswith("initial_dist"):
+            self._remember_initial(begins)
         start = self._correction[3]
-        if start < 0 or int(self.optimizer.iterations) == 0:
+        if start < 0 or begins:
             connections = sum(self.trajectory[0][1])
             self._correction.assign([0.0, 0.0, 0.0, connections])
+
+    def _remember_initial(self, begins):
+        """Keeps the weights that training starts from, to draw from.
+
+        A run that resumes without `variables` takes those that it has.
+        """
+        if [v.shape[0] for v in self._initial] != [
+            math.prod(m.kernel.shape) for m in self.masked
+        ]:
+            self._initial = [
+                tf.Variable(_repeated_nonzeros(m.kernel), trainable=False)
+                for m in self.masked
+            ]
+        elif begins:
+            for kept, layer in zip(self._initial, self.masked, strict=True):
+                kept.assign(_repeated_nonzeros(layer.kernel))
 
     def _check_momentum(self):
         optimizer_state.momentum(self.optimizer, self.masked[0].kernel)
@@ -242,17 +291,20 @@ class MaskUpdate(StepUpdate):
                 )
             # A run that resumes, within an epoch perhaps, is counted whole;
             # one on weights that were trained before, from where it starts.
-            resumed = epoch * steps <= iterations < (epoch + 1) * steps
+            batches = int(optimizer_state.batches(self.optimizer))
+            each = optimizer_state.batches_per_step(self.optimizer)
+            resumed = epoch * steps <= batches < (epoch + 1) * steps
             if resumed:
-                end_step = int(0.75 * epochs * steps)
+                end_step = int(0.75 * epochs * steps) // each
             else:
-                end_step = iterations + int(0.75 * (epochs - epoch) * steps)
+                rest = int(0.75 * (epochs - epoch) * steps) // each
+                end_step = iterations + rest
         self._window = {
             "begin_step": self.begin_step,
             "end_step": max(end_step, self.begin_step),
         }
         if steps and epochs:
-            left = (epochs - epoch) * steps
+            left = self.steps_in((epochs - epoch) * steps)
             updates = schedules.planned_updates(
                 iterations,
                 left,
@@ -272,6 +324,17 @@ class MaskUpdate(StepUpdate):
     def is_due(self, step):
         return schedules.is_update_step(
             step,
+            frequency=self.frequency,
+            conventions=self.conventions,
+            **self._window,
+        )
+
+    def is_gathered(self, step):
+        if self.gradient_batches == 1:
+            return self.is_due(step)
+        return schedules.is_gathered_step(
+            step,
+            gradient_batches=self.gradient_batches,
             frequency=self.frequency,
             conventions=self.conventions,
             **self._window,
@@ -320,17 +383,33 @@ class MaskUpdate(StepUpdate):
         ]
         counts = self._grow_counts(layers, masks, kept, shares, step)
         grown = []
-        for layer, mask, stays, score, count in zip(
-            layers, masks, kept, grow_scores, counts, strict=True
+        for layer, mask, stays, score, count, gradient in zip(
+            layers, masks, kept, grow_scores, counts, gradients, strict=True
         ):
             new, anew = topology.grow(
                 mask, stays, score, count, conventions=self.conventions
             )
             new, anew = tf.where(defined, new, mask), anew & defined
             new, anew = layer.by_element(new), layer.by_element(anew)
-            grown.append(self.set_kernel_and_mask(optimizer, layer, new, anew))
+            values = self._grown_values(layer, gradient, step)
+            grown.append(
+                self.set_kernel_and_mask(optimizer, layer, new, anew, values)
+            )
         self._keep_correction(layers)
         return tf.add_n(grown)
+
+    def _grown_values(self, layer, gradient, step):
+        initial = dict(zip(map(id, self.masked), self._initial, strict=False))
+        return grown_values(
+            self.grow_init,
+            layer.kernel.value,
+            layer.mask.value,
+            gradient=gradient,
+            initial=initial.get(id(layer)),
+            # SET grows by the draws of the key itself.
+            key=layer.draw_key ^ self.seed ^ 2,
+            step=step,
+        )
 
     def _shares(self, optimizer, layers, gradients):
         """Returns each layer's share of what density is redistributed by."""
@@ -468,6 +547,8 @@ class SNFS(MaskUpdate):
         decay: str = "cosine",
         decay_power: float = 3.0,
         redistribution: str | None = "momentum",
+        gradient_batches: int = 1,
+        grow_init: str = "zeros",
         seed: int = 0,
         conventions: Conventions = ORIGINAL,
     ):
@@ -479,6 +560,8 @@ class SNFS(MaskUpdate):
             decay=decay,
             decay_power=decay_power,
             redistribution=redistribution,
+            gradient_batches=gradient_batches,
+            grow_init=grow_init,
             seed=seed,
             conventions=conventions,
         )
@@ -579,7 +662,7 @@ class MagnitudePruning(StepUpdate):
         if not (steps and epochs):
             return
         first = self.trajectory[0][0]
-        left = (epochs - epoch) * steps
+        left = self.steps_in((epochs - epoch) * steps)
 
         @tf.function
         def first_due():
@@ -635,6 +718,13 @@ class MagnitudePruning(StepUpdate):
             nothing = tf.zeros_like(stays)
             self.set_kernel_and_mask(optimizer, layer, stays, nothing)
         return tf.constant(0)
+
+
+def _repeated_nonzeros(kernel):
+    """Returns a kernel's nonzero weights, repeated to its own size."""
+    weights = kernel.numpy().ravel()
+    nonzeros = weights[weights != 0]
+    return np.resize(nonzeros if nonzeros.size else weights, weights.shape)
 
 
 def _share(density, size):

@@ -264,7 +264,7 @@ def count(model: keras.Model, *, convention: str = "micronet") -> Count:
             (leaf.name, type(leaf).__name__)
             for leaf in leaves
             if any(
-                len(v.shape) > 1 and id(v) not in counted
+                len(v.shape) > 1 and v.name != "bias" and id(v) not in counted
                 for v in leaf.trainable_variables
             )
         ),
@@ -278,6 +278,7 @@ def training_flops(
     sparse_flops: float,
     dense_flops: float,
     frequency: int | None = None,
+    gradient_batches: int = 1,
 ) -> float:
     """Returns the cost of training on one sample, averaged over the steps.
 
@@ -290,7 +291,10 @@ def training_flops(
         SNFS, magnitude pruning:          2 f_s + f_d
 
     Evci et al., 2020, section 3 and appendix H, which count an update beside
-    the T steps that it follows; pruning and SNFS as in the reproduction
+    the T steps that it follows. Where an update's gradient is the mean of n
+    batches, n of these T + 1 steps have a dense backward pass:
+    (3 f_s (T + 1 - n) + n (2 f_s + f_d)) / (T + 1).
+    Pruning and SNFS are as in the reproduction
     (counting/inference_train_FLOPs.py). Where f_s changes during training it
     stands for the mean over the steps; `training_curve` takes it from the
     masks of a run.
@@ -301,6 +305,7 @@ def training_flops(
         sparse_flops: f_s for one sample.
         dense_flops: f_d for one sample.
         frequency: T, for RigL and its variants.
+        gradient_batches: n, for RigL and its variants, at most T.
 
     Returns:
         FLOPs for one sample.
@@ -337,7 +342,15 @@ def training_flops(
         return sparse
     if gradients == "always":
         return dense
-    return (sparse * frequency + dense) / (frequency + 1)
+    if not 1 <= gradient_batches <= frequency:
+        raise ValueError(
+            "gradient_batches must be at least 1 and at most frequency. "
+            f"Received: gradient_batches={gradient_batches!r}, "
+            f"frequency={frequency!r}."
+        )
+    steps = frequency + 1
+    expensive = gradient_batches * dense
+    return (sparse * (steps - gradient_batches) + expensive) / steps
 
 
 # When a method's closed form has dense gradients.
@@ -361,6 +374,7 @@ def training_curve(
     *,
     steps: int,
     dense_gradients: str,
+    gradient_batches: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns what each step of a run cost, by the masks that it really had.
 
@@ -376,6 +390,9 @@ def training_curve(
         dense_gradients: When the method needs dense gradients: `"never"`, at
             its `"updates"` or `"always"` (a callback's attribute of this
             name).
+        gradient_batches: How many steps, each update's own the last, it
+            needs them at (a callback's attribute as well). Those before an
+            update that the run did not come to are not known, nor counted.
 
     Returns:
         `(inference, training)`, two float64 vectors of length `steps`: FLOPs
@@ -442,7 +459,8 @@ def training_curve(
             for name, layer in layers.items()
         )
         if i and dense_gradients == "updates":
-            dense[step - first] = True
+            last = step - first
+            dense[max(last + 1 - gradient_batches, 0) : last + 1] = True
     training = np.where(
         dense, 2 * inference + cost.dense_inference_flops, 3 * inference
     )

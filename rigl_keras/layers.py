@@ -312,7 +312,9 @@ class Masked(KernelMask, keras.layers.Wrapper):
             if now is not value:
                 variable.assign(now)
         for loss in scope.losses:  # activity regularisation
-            self.add_loss(loss)
+            # A copy: the layer within knows its own, and in an outer scope
+            # both would count it.
+            self.add_loss(tf.identity(loss))
         return outputs
 
     def compute_output_spec(self, *args, **kwargs):

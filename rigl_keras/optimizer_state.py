@@ -10,7 +10,17 @@ from collections.abc import Sequence
 import keras
 import tensorflow as tf
 
-__all__ = ["innermost", "slots", "forget", "momentum"]
+__all__ = [
+    "innermost",
+    "parts",
+    "owner",
+    "batches",
+    "batches_per_step",
+    "count_step",
+    "slots",
+    "forget",
+    "momentum",
+]
 
 
 def innermost(optimizer: keras.Optimizer) -> keras.Optimizer:
@@ -25,6 +35,87 @@ def innermost(optimizer: keras.Optimizer) -> keras.Optimizer:
     while hasattr(optimizer, "inner_optimizer"):
         optimizer = optimizer.inner_optimizer
     return optimizer
+
+
+def parts(optimizer: keras.Optimizer) -> list[keras.Optimizer]:
+    """Returns the optimizers of a `MultiOptimizer`, or the optimizer itself.
+
+    Args:
+        optimizer: A Keras optimizer without loss scaling.
+
+    Returns:
+        Keras optimizers, each of which moves variables of its own.
+    """
+    return list(getattr(optimizer, "optimizers", [optimizer]))
+
+
+def owner(
+    optimizer: keras.Optimizer, variable: keras.Variable
+) -> keras.Optimizer:
+    """Returns the one of an optimizer's `parts` that trains a variable.
+
+    Args:
+        optimizer: A built Keras optimizer.
+        variable: One of the variables that it trains.
+
+    Returns:
+        A Keras optimizer.
+
+    Raises:
+        ValueError: The optimizer is not built, or does not train `variable`.
+    """
+    optimizer = innermost(optimizer)
+    if not optimizer.built:
+        raise ValueError(
+            f"Optimizer {optimizer.name!r} is not built, so it remembers "
+            "nothing yet: call optimizer.build(model.trainable_variables)."
+        )
+    for part in parts(optimizer):
+        if any(v is variable for v in part._trainable_variables):
+            return part
+    raise ValueError(
+        f"Optimizer {optimizer.name!r} does not train {variable.path!r}."
+    )
+
+
+def batches(optimizer: keras.Optimizer) -> keras.Variable:
+    """Returns the variable that counts the batches an optimizer has seen.
+
+    Its `iterations` are whole steps, of several batches each where it
+    accumulates gradients; what it counts in is private.
+
+    Args:
+        optimizer: A Keras optimizer without loss scaling.
+
+    Returns:
+        An integer scalar variable.
+    """
+    return optimizer._iterations
+
+
+def batches_per_step(optimizer: keras.Optimizer) -> int:
+    """Returns of how many batches the gradients make up a step.
+
+    Args:
+        optimizer: A Keras optimizer without loss scaling.
+    """
+    return optimizer.gradient_accumulation_steps or 1
+
+
+def count_step(optimizer: keras.Optimizer) -> None:
+    """Ends a step that moves nothing.
+
+    It counts as one, and the gradients accumulated for it are dropped.
+
+    Args:
+        optimizer: A built Keras optimizer without loss scaling.
+    """
+    for part in parts(optimizer):
+        if part.gradient_accumulation_steps:
+            part._backend_reset_gradient_accumulators()
+        if part is not optimizer and part.built:
+            batches(part).assign_add(1)
+    batches(optimizer).assign_add(1)
 
 
 def slots(
@@ -49,29 +140,20 @@ def slots(
     >>> slots(adam, layer.kernel).keys()
     dict_keys(['momentum', 'velocity'])
     """
-    optimizer = innermost(optimizer)
-    if not optimizer.built:
-        raise ValueError(
-            f"Optimizer {optimizer.name!r} is not built, so it remembers "
-            "nothing yet: call optimizer.build(model.trainable_variables)."
-        )
+    optimizer = owner(optimizer, variable)
     trained = optimizer._trainable_variables
     prefix = _prefix(variable)
     twins = [
         v for v in trained if _prefix(v) == prefix and v.shape == variable.shape
     ]
-    nth = next((i for i, v in enumerate(twins) if v is variable), None)
-    if nth is None:
-        raise ValueError(
-            f"Optimizer {optimizer.name!r} does not train {variable.path!r}."
-        )
+    nth = next(i for i, v in enumerate(twins) if v is variable)
     prefixes = {_prefix(v) for v in trained}
     found: dict[str, list] = {}
     for slot in optimizer.variables:
         # `kernel_` also begins the slots of `kernel_2`: the longest prefix
-        # is the owner's.
-        owner = max(filter(slot.name.startswith, prefixes), key=len, default="")
-        if owner == prefix and slot.shape == variable.shape:
+        # tells whose it is.
+        whose = max(filter(slot.name.startswith, prefixes), key=len, default="")
+        if whose == prefix and slot.shape == variable.shape:
             found.setdefault(slot.name.removeprefix(prefix), []).append(slot)
     # Variables of one path (layers of one name in two submodels) have their
     # slots in the order of the variables.
@@ -87,6 +169,10 @@ def forget(
 ) -> None:
     """Sets the memory of some entries to what a new optimizer starts with.
 
+    That is zero, Adagrad's and Ftrl's `initial_accumulator_value`, and for a
+    memory of weights (averaged ones, `ScheduleFreeAdamW`'s momentum) the
+    variable's own value.
+
     Args:
         optimizer: A built Keras optimizer.
         variable: One of the variables that it trains.
@@ -94,12 +180,14 @@ def forget(
             stays.
         only: Names of the slots to forget. None: all.
     """
-    optimizer = innermost(optimizer)
+    optimizer = owner(optimizer, variable)
     for name, slot in slots(optimizer, variable).items():
         if only is not None and name not in only:
             continue
-        start = tf.cast(_initial_value(optimizer, name), slot.value.dtype)
-        slot.assign(tf.where(keep, slot.value, start))
+        start = _initial_value(optimizer, name, variable)
+        slot.assign(
+            tf.where(keep, slot.value, tf.cast(start, slot.value.dtype))
+        )
 
 
 def momentum(optimizer: keras.Optimizer, variable: keras.Variable) -> tf.Tensor:
@@ -120,8 +208,9 @@ def momentum(optimizer: keras.Optimizer, variable: keras.Variable) -> tf.Tensor:
         ValueError: The optimizer keeps no momentum.
     """
     kept = slots(optimizer, variable)
-    optimizer = innermost(optimizer)
-    if "momentum" not in kept:
+    optimizer = owner(optimizer, variable)
+    of_weights = _remembers_weights(optimizer, "momentum")
+    if "momentum" not in kept or of_weights:
         raise ValueError(
             f"{type(optimizer).__name__} keeps no momentum of "
             f"{variable.path!r}. Use SGD(momentum=0.9) or Adam."
@@ -135,15 +224,19 @@ def momentum(optimizer: keras.Optimizer, variable: keras.Variable) -> tf.Tensor:
     return mean
 
 
-def _initial_value(optimizer, name):
-    """Returns the value with which the slot `name` starts.
-
-    Adagrad and Ftrl start their accumulators above zero; no other slot of
-    Keras does.
-    """
+def _initial_value(optimizer, name, variable):
+    """Returns the value with which the slot `name` of a variable starts."""
+    if _remembers_weights(optimizer, name):
+        return variable.value
     if name == "accumulator":
         return getattr(optimizer, "initial_accumulator_value", 0.0)
     return 0.0
+
+
+def _remembers_weights(optimizer, name):
+    # By its name, as the class is not in every version of Keras.
+    schedule_free = type(optimizer).__name__ == "ScheduleFreeAdamW"
+    return name == "average" or (schedule_free and name == "momentum")
 
 
 def _prefix(variable):

@@ -17,6 +17,7 @@ __all__ = [
     "DECAYS",
     "SparsityRamp",
     "is_update_step",
+    "is_gathered_step",
     "last_update_step",
     "planned_updates",
     "decayed_drop_fraction",
@@ -69,6 +70,47 @@ def is_update_step(
         & (step >= begin_step)
         & (step <= last)
     )
+
+
+def is_gathered_step(
+    step,
+    *,
+    gradient_batches: int,
+    frequency: int,
+    begin_step: int,
+    end_step: int,
+    conventions: Conventions = ORIGINAL,
+):
+    """Returns whether `step` is one of the last up to and with an update.
+
+    Args:
+        step: Optimizer step t, an int or an integer tensor.
+        gradient_batches: How many steps that end with an update are meant,
+            at least 1 and at most `frequency`.
+        frequency: Steps from one update to the next.
+        begin_step: First step at which an update may happen.
+        end_step: Last step at which an update may happen.
+        conventions: As in `is_update_step`.
+
+    Returns:
+        A bool, or a bool tensor where `step` is a tensor.
+
+    Example:
+
+    >>> window = dict(frequency=10, begin_step=0, end_step=20)
+    >>> [t for t in range(50)
+    ...  if is_gathered_step(t, gradient_batches=3, **window)]
+    [8, 9, 10, 18, 19, 20]
+    """
+    ahead = -(step + _ahead(conventions)) % frequency
+    due = is_update_step(
+        step + ahead,
+        frequency=frequency,
+        begin_step=begin_step,
+        end_step=end_step,
+        conventions=conventions,
+    )
+    return due & (ahead < gradient_batches)
 
 
 def last_update_step(

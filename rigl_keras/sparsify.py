@@ -1,5 +1,6 @@
 """A dense model to a masked one and back; says what it skipped and why."""
 
+import functools
 import math
 import os
 import warnings
@@ -199,7 +200,7 @@ def with_masks(
             "with_masks takes {name: mask}, one mask at least. Received: "
             f"{masks!r}."
         )
-    named = named_kernels(model, kernels)
+    named = named_kernels(model, _with_embeddings(kernels))
     check_granularity(granularity)
     by_layer = {}
     for name, mask in masks.items():
@@ -236,6 +237,9 @@ def with_masks(
                 masked.kernel.assign(
                     masked.kernel.value * _fan_in_scale(masked.found, mask)
                 )
+    if is_graph(model):
+        # Keras's own would leave the weights of a dense file half loaded.
+        model.load_weights = functools.partial(load_weights, model)
     return model
 
 
@@ -313,8 +317,11 @@ def load_weights(model: keras.Model, path: str | os.PathLike) -> None:
         variables += model.optimizer.variables
     before = [variable.numpy() for variable in variables]
     try:
-        # That of the class: a copy that `sparsify` makes has this one.
-        type(model).load_weights(model, path)
+        with warnings.catch_warnings():
+            # Keras warns of each layer that does not fit, before it fails.
+            warnings.simplefilter("ignore")
+            # That of the class: a copy that `sparsify` makes has this one.
+            type(model).load_weights(model, path)
         return
     except (ValueError, OSError, KeyError) as error:
         for variable, value in zip(variables, before, strict=True):
@@ -328,7 +335,9 @@ def load_weights(model: keras.Model, path: str | os.PathLike) -> None:
             ) from error
     plain = strip(model)
     try:
-        plain.load_weights(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            plain.load_weights(path)
     except (ValueError, OSError, KeyError) as error:
         raise ValueError(
             f"{str(path)!r} holds the weights of another network than "
@@ -625,9 +634,9 @@ def chosen_kernels(
     _check_model(model)
     _check_kernels(kernels)
     matches = _predicate(selector)
-    if selector is not None and kernels == "auto":
+    if selector is not None:
         # Only who asks for an embedding gets one.
-        kernels = {keras.layers.Embedding: "embeddings"}
+        kernels = _with_embeddings(kernels)
     chosen = {
         name: kernel
         for name, kernel in named_kernels(model, kernels).items()
@@ -654,6 +663,11 @@ def chosen_kernels(
             + f". Its layers with weights:\n{skipped or '  (none)'}"
         )
     return chosen
+
+
+def _with_embeddings(kernels):
+    given = {} if kernels == "auto" else kernels
+    return {**given, keras.layers.Embedding: "embeddings"}
 
 
 def _check_kernels(kernels):

@@ -82,6 +82,9 @@ def _exchange_in_copy(model, change):
     pairs, copies = [], {}
 
     def clone(layer):
+        # The sums and slices of symbolic tensors are no layers.
+        if not isinstance(layer, Layer):
+            return layer.__class__.from_config(layer.get_config())
         # A model and its submodel may share a layer.
         if id(layer) not in copies:
             copies[id(layer)] = change(layer, _fresh(layer))
@@ -108,12 +111,13 @@ def _exchange_in_copy(model, change):
 def _fresh(layer):
     try:
         return layer.__class__.from_config(layer.get_config())
-    except NotImplementedError as error:
+    except (NotImplementedError, TypeError) as error:
         raise ValueError(
             f"Layer {layer.name!r}, a {type(layer).__name__}, cannot be copied "
-            "because it has no get_config. Write one that returns the "
-            "arguments of its constructor, or build the model as a subclass "
-            "of keras.Model, whose layers are masked in place."
+            "from its config: its class needs a get_config that returns the "
+            "arguments of its constructor (so that Keras can load the model, "
+            "too). Or build the model as a subclass of keras.Model, whose "
+            "layers are masked in place."
         ) from error
 
 

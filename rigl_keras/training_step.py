@@ -19,10 +19,22 @@ from rigl_keras.conventions import ORIGINAL, Conventions, check_conventions
 from rigl_keras.layers import Masked, dense_gradients
 from rigl_keras.sparsify import masked_layers
 
-__all__ = ["StepUpdate"]
+__all__ = ["StepUpdate", "installed_update"]
 
 _FETCH_EVERY = 64  # calls of the training function
 _RECORDED = 1024  # updates that the device remembers, at least
+
+# Why an update was refused: the device notes the index.
+_NOT_FINITE, _NOT_DENSE = range(2)
+_REASONS = (
+    "the gradient of a masked kernel, or the kernel, was NaN or infinite, or "
+    "a score was NaN. The masks are unchanged. Where training has diverged, "
+    "lower the learning rate or clip gradients, and resume from a checkpoint "
+    "before this step.",
+    "every gradient was exactly zero where masks are zero, so that there is "
+    "nothing to grow by. The masks are unchanged. Call the model within "
+    "`with rigl_keras.dense_gradients():`, around the gradient tape.",
+)
 
 
 class StepUpdate(keras.callbacks.Callback):
@@ -37,8 +49,14 @@ class StepUpdate(keras.callbacks.Callback):
     The step is `optimizer.iterations`, so that a resumed run needs no state
     of the callback beyond its `variables`, which are none by default.
 
+    Where the optimizer accumulates gradients, a step is several batches, and
+    the update goes by the mean of their gradients. Where it scales the loss
+    (`LossScaleOptimizer`), a batch whose gradients are not finite moves
+    nothing and is no step: the update is put off to the next batch.
+
     Logs, which History, the progress bar and TensorBoard show: `density` of
-    all masked weights, and `grown` (connections) at the last update.
+    all masked weights, and `grown` (connections) at the last update; with
+    loss scaling also `skipped_updates`, how often one was put off.
 
     Args:
         conventions: Where the references differ.
@@ -47,10 +65,16 @@ class StepUpdate(keras.callbacks.Callback):
         dense_gradients: When the method needs gradients at inactive entries:
             `"never"`, at its `"updates"` or `"always"`. It decides what
             training costs (`flops.training_flops`).
+        gradient_batches: At how many steps, an update's own the last, the
+            gradients are taken of which it goes by the mean.
+        watch_loss: Whether `fit` evaluates the loss of an update's batch
+            before and after it. To be set before training begins.
+        update_losses: `[(step, before, after)]`, these losses, which are NaN
+            where the model is compiled without one.
         variables: What must be saved for a run to resume exactly, beside the
             model and its optimizer.
-        masked: The masked layers that are trained, once training begins.
-        optimizer: The optimizer that trains them.
+        masked: The masked layers that are trained, once attached to a model.
+        optimizer: The optimizer that trains them, within any loss scaling.
         trajectory: `[(step, counts)]`: the active connections of each masked
             layer before the first step and after each update of this run.
         name: The method as the report names it.
@@ -62,11 +86,16 @@ class StepUpdate(keras.callbacks.Callback):
     """
 
     dense_gradients: Literal["never", "updates", "always"] = "updates"
+    gradient_batches: int = 1
+    watch_loss: bool = False
 
     def __init__(self, *, conventions: Conventions = ORIGINAL):
         super().__init__()
         check_conventions(conventions)
         self.conventions = conventions
+        self.optimizer = None
+        self.update_losses = []
+        self._buffers = []
 
     # What makes a method.
 
@@ -80,6 +109,17 @@ class StepUpdate(keras.callbacks.Callback):
             A bool, or a bool tensor.
         """
         raise NotImplementedError(f"{type(self).__name__} must define is_due.")
+
+    def is_gathered(self, step):
+        """Returns whether the gradients of a step count for an update.
+
+        Args:
+            step: The optimizer step, an integer tensor.
+
+        Returns:
+            A bool tensor. By default they do at the update itself.
+        """
+        return self.is_due(step)
 
     def change_masks(
         self,
@@ -120,7 +160,13 @@ class StepUpdate(keras.callbacks.Callback):
         )
 
     def set_up(self) -> None:
-        """Is called when training begins, with `masked` and `optimizer` set."""
+        """Is called when attached, with `masked` and `optimizer` set."""
+
+    def steps_in(self, batches: int) -> int:
+        """Returns how many optimizer steps end within the next batches."""
+        taken = int(optimizer_state.batches(self.optimizer))
+        each = optimizer_state.batches_per_step(self.optimizer)
+        return (taken + batches) // each - taken // each
 
     def plan(self, epoch: int, epochs: int | None, steps: int | None) -> None:
         """Is told of the run, before its first step.
@@ -128,7 +174,7 @@ class StepUpdate(keras.callbacks.Callback):
         Args:
             epoch: The epoch that begins.
             epochs: The epoch to end before, or None where unknown.
-            steps: Steps in an epoch, or None where unknown.
+            steps: Batches in an epoch, or None where unknown.
         """
 
     def extra_logs(self) -> dict[str, tf.Tensor]:
@@ -144,10 +190,64 @@ class StepUpdate(keras.callbacks.Callback):
         return type(self).__name__
 
     @property
+    def skipped_updates(self) -> int:
+        """How often loss scaling has put an update off to the next batch."""
+        return int(self._skipped.numpy())
+
+    @property
     def variables(self) -> list[tf.Variable]:
-        return []
+        return [self._gathered, *self._buffers] if self._buffers else []
 
     # A loop of one's own.
+
+    def attach(self, model: keras.Model, optimizer: keras.Optimizer) -> None:
+        """Makes ready to train a model, as `fit` and `wrap` do by themselves.
+
+        Call it before `update`, or where `variables` are needed before
+        training begins, so as to restore them.
+
+        Args:
+            model: A masked model.
+            optimizer: The optimizer that trains it.
+
+        Raises:
+            ValueError: The model has no masked layer, or is trained in a way
+                that is not supported.
+        """
+        trained = {id(v) for v in model.trainable_variables}
+        masked = [m for m in masked_layers(model) if id(m.kernel) in trained]
+        if not masked:
+            raise ValueError(
+                f"{self.name} found no masked layer to train in model "
+                f"{model.name!r}. Call model = rigl_keras.sparsify(model, "
+                "density) before compile."
+            )
+        _check_set_up(self.name, model, optimizer)
+        if not optimizer.built:
+            optimizer.build(model.trainable_variables)
+        self._outermost = optimizer
+        self.optimizer = optimizer_state.innermost(optimizer)
+        self._make_room(masked)
+        counts = self._counts()
+        self.trajectory = [
+            (int(optimizer.iterations), tuple(counts.numpy().tolist()))
+        ]
+        executed = getattr(model, "steps_per_execution", 1)
+        rows = max(_RECORDED, _FETCH_EVERY * executed)
+        self._record = tf.Variable(
+            tf.zeros([rows, 1 + len(self.masked)], tf.int64), trainable=False
+        )
+        self._losses = tf.Variable(tf.zeros([rows, 2]), trainable=False)
+        self._kept = tf.Variable(0, trainable=False)
+        self._density = tf.Variable(self._density_of(counts), trainable=False)
+        self._grown = tf.Variable(0.0, trainable=False)
+        self._skipped = tf.Variable(0, trainable=False, dtype=tf.int64)
+        self._refused = tf.Variable(
+            [-1, _NOT_FINITE], trainable=False, dtype=tf.int64
+        )
+        self._planned = False
+        self.update_losses = []
+        self.set_up()
 
     def wrap(
         self,
@@ -182,80 +282,95 @@ class StepUpdate(keras.callbacks.Callback):
         >>> for x, y in batches:
         ...     loss = train_step(x, y)
         """
-        self._attach(model, optimizer)
-        self.plan(0, None, None)
+        self.attach(model, optimizer)
+        self._plan(0, None, None)
+        train_step = _untraced(train_step)
 
         def step_or_update(*args, **kwargs):
-            return self._step_or_update(
-                lambda: train_step(*args, **kwargs), optimizer
-            )
+            return self._step_or_update(lambda: train_step(*args, **kwargs))
 
         return step_or_update
 
-    def update(self, optimizer, gradients, variables, step) -> None:
-        """Changes every mask once, by the gradients of one batch.
+    @tf.autograph.experimental.do_not_convert
+    def update(self, gradients, variables) -> None:
+        """Applies gradients, or changes masks where an update is due.
 
-        Gradients that are not finite are refused: nothing changes.
+        To be called in place of `optimizer.apply`, after `attach`. What the
+        optimizer gets is zero outside the masks, but for a method of dense
+        momentum. A `LossScaleOptimizer` takes the gradients of the loss that
+        its `scale_loss` has scaled, as always.
 
         Args:
-            optimizer: The optimizer that trains the model.
-            gradients: Gradients taken within `layers.dense_gradients()`, one
-                for each of `variables`.
-            variables: The variables they belong to; other variables than
-                masked kernels are left alone.
-            step: The optimizer step, an integer scalar.
+            gradients: Gradients of the loss, one for each of `variables`,
+                taken within `dense_gradients()`.
+            variables: The variables to train.
+
+        Raises:
+            ValueError: `attach` was not called, or the run's length is
+                needed: pass `end_step` to the method. That gradients were
+                not dense is told by `fetch`.
+
+        Example:
+
+        >>> updater = RigL(end_step=750)
+        >>> updater.attach(model, optimizer)
+        >>> @tf.function
+        ... def train_step(x, y):
+        ...     with rigl_keras.dense_gradients(), tf.GradientTape() as tape:
+        ...         loss = loss_of(y, model(x, training=True))
+        ...     variables = model.trainable_variables
+        ...     updater.update(tape.gradient(loss, variables), variables)
         """
-        of = {id(v): g for v, g in zip(variables, gradients, strict=True)}
-        layers = [m for m in self.masked if of.get(id(m.kernel)) is not None]
-        gradients = [
-            tf.convert_to_tensor(of[id(m.kernel)])
-            - _regularisation_gradient(m.kernel)
-            for m in layers
-        ]
-        finite = tf.reduce_all(
-            [tf.reduce_all(tf.math.is_finite(g)) for g in gradients]
-            + [tf.reduce_all(tf.math.is_finite(m.kernel.value)) for m in layers]
+        if self.optimizer is None:
+            raise ValueError(
+                f"{self.name} does not know what it trains: call "
+                "attach(model, optimizer) before update."
+            )
+        if not self._planned:
+            self._plan(0, None, None)
+        gradients, variables = list(gradients), list(variables)
+        self._either(
+            ordinary=lambda: self._outermost.apply(
+                self._masked_gradients(gradients, variables), variables
+            ),
+            dense=lambda: self._outermost.apply(gradients, variables),
+            by_hand=True,
         )
 
-        def change():
-            grown = self.change_masks(optimizer, layers, gradients, step)
-            counts = self._counts()
-            self._grown.assign(tf.cast(grown, tf.float32))
-            self._density.assign(self._density_of(counts))
-            rows = self._record.shape[0]
-            row = tf.minimum(self._kept, rows - 1)
-            here = tf.expand_dims(tf.equal(tf.range(rows), row), axis=1)
-            values = tf.concat([[step], counts], axis=0)
-            self._record.assign(tf.where(here, values, self._record))
-            self._kept.assign(row + 1)
+    def refuse_unless(self, defined, step, reason=_NOT_FINITE) -> None:
+        """Notes that the update at a step was refused, unless `defined`.
 
-        tf.cond(finite, change, lambda: self.refuse_unless(False, step))
+        The first such update is the one that `fetch` tells of.
+        """
+        refused = tf.stack([step, tf.constant(reason, tf.int64)])
+        keeps = defined | (self._refused[0] >= 0)
+        self._refused.assign(tf.where(keeps, self._refused, refused))
 
-    def refuse_unless(self, defined, step) -> None:
-        """Notes that the update at a step was refused, unless `defined`."""
-        self._refused_at.assign(tf.where(defined, self._refused_at, step))
+    def set_kernel_and_mask(
+        self, optimizer, layer, mask, grown, values=None
+    ) -> tf.Tensor:
+        """Gives a layer its new mask; what is new starts anew.
 
-    def set_kernel_and_mask(self, optimizer, layer, mask, grown) -> tf.Tensor:
-        """Gives a layer its new mask; what is new starts from nothing.
-
-        Weights outside the mask and newly grown ones become zero, and the
-        optimizer forgets what it remembered of them. With dense momentum it
-        remembers all (Dettmers and Zettlemoyer, 2020).
+        Weights outside the mask become zero, newly grown ones `values`, and
+        the optimizer forgets what it remembered of them. With dense momentum
+        it remembers all (Dettmers and Zettlemoyer, 2020).
 
         Args:
             optimizer: The optimizer that trains the model.
             layer: A masked layer.
             mask: Bool tensor of the kernel's shape.
             grown: Bool tensor of the kernel's shape, within `mask`.
+            values: What grown weights start with, of the kernel's shape and
+                dtype. None: zero.
 
         Returns:
             How many connections were grown, an integer scalar.
         """
         kernel = layer.kernel
         before = layer.mask.value > 0
-        kernel.assign(
-            tf.where(mask & ~grown, kernel.value, tf.zeros_like(kernel.value))
-        )
+        zeros = tf.zeros_like(kernel.value)
+        start = zeros if values is None else tf.where(grown, values, zeros)
+        kernel.assign(tf.where(mask & ~grown, kernel.value, start))
         # A connection that left and rejoined keeps its memory, even where the
         # conventions zero its weight.
         optimizer_state.forget(
@@ -281,15 +396,18 @@ class StepUpdate(keras.callbacks.Callback):
         if kept:
             rows = self._record.numpy()[:kept].tolist()
             self.trajectory += [(step, tuple(counts)) for step, *counts in rows]
+            if self.watch_loss:
+                losses = self._losses.numpy()[:kept].tolist()
+                self.update_losses += [
+                    (row[0], *loss)
+                    for row, loss in zip(rows, losses, strict=True)
+                ]
             self._kept.assign(0)
-        step = int(self._refused_at.numpy())
+        step, reason = self._refused.numpy().tolist()
         if step >= 0:
             raise ValueError(
-                f"{self.name} refused the update at step {step}: the gradient "
-                "of a masked kernel, or the kernel, was NaN or infinite, or a "
-                "score was NaN. The masks are unchanged. Where training has "
-                "diverged, lower the learning rate or clip gradients, and "
-                "resume from a checkpoint before this step."
+                f"{self.name} refused the update at step {step}: "
+                f"{_REASONS[reason]}"
             )
 
     # Keras calls these.
@@ -300,22 +418,20 @@ class StepUpdate(keras.callbacks.Callback):
             raise ValueError(
                 f"{self.name} needs a compiled model: call model.compile first."
             )
-        self._attach(model, model.optimizer)
-        if _installed(model) is not None:
+        self.attach(model, model.optimizer)
+        if installed_update(model) is not None:
             raise ValueError(
                 "A model takes one mask update at a time. Received both "
-                f"{_installed(model).name} and {self.name}."
+                f"{installed_update(model).name} and {self.name}."
             )
-        self._planned = False
         self._calls = 0
         self._install()
 
     def on_epoch_begin(self, epoch, logs=None):
         if not self._planned:
-            self.plan(
+            self._plan(
                 epoch, self.params.get("epochs"), self.params.get("steps")
             )
-            self._planned = True
 
     def on_train_batch_end(self, batch, logs=None):
         # Not every step: on a GPU the host would wait for it.
@@ -328,46 +444,35 @@ class StepUpdate(keras.callbacks.Callback):
 
     def on_train_end(self, logs=None):
         self._uninstall()
-        # An optimizer that averages weights does so before their constraint
-        # applies, and has written its averages back by now.
-        for layer in self.masked:
-            layer.assign_mask(layer.mask.value)
 
     # The model's own step, exchanged while `fit` runs.
 
-    def _attach(self, model, optimizer):
-        """Finds what there is to train and makes room for its records."""
-        trained = {id(v) for v in model.trainable_variables}
-        self.masked = [
-            m for m in masked_layers(model) if id(m.kernel) in trained
+    def _plan(self, epoch, epochs, steps):
+        self.plan(epoch, epochs, steps)
+        self._planned = True
+
+    def _make_room(self, masked):
+        """Keeps what was gathered for these kernels, or starts with nothing."""
+        same = [id(m.kernel) for m in masked] == [
+            id(m.kernel) for m in getattr(self, "masked", [])
         ]
-        if not self.masked:
-            raise ValueError(
-                f"{self.name} found no masked layer to train in model "
-                f"{model.name!r}. Call model = rigl_keras.sparsify(model, "
-                "density) before compile."
+        self.masked = masked
+        each = optimizer_state.batches_per_step(self.optimizer)
+        if self.gradient_batches == 1 and each == 1:
+            self._buffers = []
+        elif not (same and self._buffers):
+            # How many gradients each buffer is the sum of, and the batch
+            # (as the optimizer counts them) that would be the next.
+            self._gathered = tf.Variable(
+                [0, 0], trainable=False, dtype=tf.int64
             )
-        _check_set_up(self.name, model, optimizer)
-        if not optimizer.built:
-            optimizer.build(model.trainable_variables)
-        self.optimizer = optimizer_state.innermost(optimizer)
-        counts = self._counts()
-        self.trajectory = [
-            (int(optimizer.iterations), tuple(counts.numpy().tolist()))
-        ]
-        executed = getattr(model, "steps_per_execution", 1)
-        rows = max(_RECORDED, _FETCH_EVERY * executed)
-        self._record = tf.Variable(
-            tf.zeros([rows, 1 + len(self.masked)], tf.int64), trainable=False
-        )
-        self._kept = tf.Variable(0, trainable=False)
-        self._density = tf.Variable(self._density_of(counts), trainable=False)
-        self._grown = tf.Variable(0.0, trainable=False)
-        self._refused_at = tf.Variable(-1, trainable=False, dtype=tf.int64)
-        self.set_up()
+            self._buffers = [
+                tf.Variable(tf.zeros_like(m.kernel.value), trainable=False)
+                for m in masked
+            ]
 
     def _install(self):
-        model, train_step = self.model, self.model.train_step
+        model, train_step = self.model, _untraced(self.model.train_step)
         make_train_function = model.make_train_function
         self._replaced = {
             name: vars(model).get(name)
@@ -376,12 +481,16 @@ class StepUpdate(keras.callbacks.Callback):
 
         def with_updates(data):
             logs = self._step_or_update(
-                lambda: train_step(data), model.optimizer
+                lambda: train_step(data),
+                _loss_on(model, data) if self.watch_loss else None,
             )
+            scaled = self._outermost is not self.optimizer
+            skipped = {"skipped_updates": self._skipped.value()}
             return {
                 **logs,
                 "density": self._density.value(),
                 "grown": self._grown.value(),
+                **(skipped if scaled else {}),
                 **self.extra_logs(),
             }
 
@@ -419,52 +528,209 @@ class StepUpdate(keras.callbacks.Callback):
 
     # In the graph.
 
-    def _step_or_update(self, train_step, optimizer):
+    def _step_or_update(self, train_step, loss=None):
         """Runs a training step, or an update in place of its optimizer."""
-        step = tf.cast(optimizer.iterations, tf.int64)
 
-        def ordinary():
-            if self.dense_gradients != "always":
-                return _tensors(train_step())
+        def dense():
             with dense_gradients():
-                return _tensors(train_step())
+                return train_step()
 
-        return tf.cond(
-            self.is_due(step),
-            lambda: self._update_step(train_step, optimizer, step),
-            ordinary,
+        always = self.dense_gradients == "always"
+        return self._either(
+            ordinary=dense if always else train_step, dense=dense, loss=loss
         )
 
-    def _update_step(self, train_step, optimizer, step):
-        optimizer = optimizer_state.innermost(optimizer)
+    def _either(self, ordinary, dense, *, loss=None, by_hand=False):
+        """Runs an ordinary step, or one whose gradients count for an update."""
+        step = tf.cast(self._outermost.iterations, tf.int64)
+
+        def ordinary_step():
+            outputs = _tensors(ordinary())
+            self._project_averages()
+            return outputs
+
+        return tf.cond(
+            self.is_gathered(step),
+            lambda: self._gather_or_update(dense, step, loss, by_hand),
+            ordinary_step,
+        )
+
+    def _gather_or_update(self, train_step, step, loss, by_hand):
+        optimizer = self.optimizer
         apply = optimizer.apply
         applied = []
+        batches = tf.identity(optimizer_state.batches(optimizer).value)
+        each = optimizer_state.batches_per_step(optimizer)
+        last = tf.equal((batches + 1) % each, 0)
 
-        def update_instead(gradients, trainable_variables=None):
+        def gather_or_update(gradients, trainable_variables=None):
             applied.append(True)
             variables = trainable_variables or optimizer._trainable_variables
-            if self.conventions.update_replaces_step:
-                self.update(optimizer, gradients, variables, step)
-                optimizer._iterations.assign_add(1)
-                return
-            masks = {id(m.kernel): m.mask.value for m in self.masked}
-            if self.dense_gradients == "always":
-                masks = {}
-            sparse = [
-                g * masks[id(v)] if g is not None and id(v) in masks else g
-                for g, v in zip(gradients, variables, strict=True)
-            ]
-            apply(sparse, variables)
-            self.update(optimizer, gradients, variables, step)
+            layers, dense = self._of_kernels(gradients, variables)
 
-        with dense_gradients(), _applying(optimizer, update_instead):
+            def apply_masked():
+                apply(self._masked_gradients(gradients, variables), variables)
+
+            def gather():
+                self._gather(layers, dense, batches)
+                apply_masked()
+
+            def update():
+                growth = dense
+                if self._buffers:
+                    growth = self._gathered_mean(layers, dense, batches)
+                if not self.conventions.update_replaces_step:
+                    apply_masked()
+                self._change(layers, growth, step, loss, by_hand)
+                if self.conventions.update_replaces_step:
+                    optimizer_state.count_step(optimizer)
+
+            if self._buffers:
+                tf.cond(self.is_due(step) & last, update, gather)
+            else:
+                update()
+
+        with _applying(optimizer, gather_or_update):
             outputs = _tensors(train_step())
-        if not applied:
+        scaled = self._outermost is not optimizer
+        # Eagerly, loss scaling passes over gradients that are not finite.
+        if not applied and not (scaled and tf.executing_eagerly()):
             raise ValueError(
                 f"{self.name} takes the place of optimizer.apply, which this "
                 "training step never calls. Pass the optimizer that it applies."
             )
+        self._project_averages()
+        if scaled:
+            after = optimizer_state.batches(optimizer).value
+            skipped = self.is_due(step) & tf.equal(batches, after)
+            self._skipped.assign_add(tf.cast(skipped, tf.int64))
         return outputs
+
+    def _of_kernels(self, gradients, variables):
+        """Returns the layers that have a gradient, and dL/d(masked kernel)."""
+        of = {_key(v): g for v, g in zip(variables, gradients, strict=True)}
+        layers = [m for m in self.masked if of.get(_key(m.kernel)) is not None]
+        if not layers:
+            raise ValueError(
+                f"{self.name} needs the gradient of a masked kernel. Received "
+                f"gradients of {[v.name for v in variables]}: does the loss "
+                "depend on the masked layers?"
+            )
+        scale = self.optimizer.loss_scale_factor
+        dense = []
+        for layer in layers:
+            gradient = tf.convert_to_tensor(of[_key(layer.kernel)])
+            if scale is not None:  # a fixed one, which `apply` divides by
+                gradient /= scale
+            dense.append(gradient - _regularisation_gradient(layer.kernel))
+        return layers, dense
+
+    def _masked_gradients(self, gradients, variables):
+        """Returns what the optimizer gets, zero outside the masks."""
+        masks = {}
+        if self.dense_gradients != "always":
+            masks = {_key(m.kernel): m.mask for m in self.masked}
+
+        def masked(gradient, variable):
+            if gradient is None:
+                return None
+            if _key(variable) not in masks:
+                # Within a branch, which the optimizer takes all or none from.
+                return tf.identity(gradient)
+            gradient = tf.convert_to_tensor(gradient)
+            # A product would keep a NaN or an infinity that lies outside.
+            return tf.where(
+                masks[_key(variable)].value > 0,
+                gradient,
+                tf.zeros_like(gradient),
+            )
+
+        return [masked(g, v) for g, v in zip(gradients, variables, strict=True)]
+
+    def _gather(self, layers, gradients, batches):
+        """Adds the gradients of a batch to those of the batches before it.
+
+        Returns the sums so far, and of how many gradients.
+        """
+        count, following = tf.unstack(self._gathered)
+        # What an earlier run has left is of no use.
+        goes_on = (count > 0) & tf.equal(following, batches)
+        count = tf.where(goes_on, count, 0) + 1
+        self._gathered.assign([count, tf.cast(batches, tf.int64) + 1])
+        buffers = dict(zip(map(id, self.masked), self._buffers, strict=True))
+        sums = []
+        for layer, gradient in zip(layers, gradients, strict=True):
+            buffer = buffers[id(layer)]
+            before = tf.where(goes_on, buffer, tf.zeros_like(buffer))
+            sums.append(before + tf.cast(gradient, buffer.dtype))
+            buffer.assign(sums[-1])
+        return sums, count
+
+    def _gathered_mean(self, layers, gradients, batches):
+        sums, count = self._gather(layers, gradients, batches)
+        self._gathered.assign([0, 0])
+        return [total / tf.cast(count, total.dtype) for total in sums]
+
+    def _change(self, layers, gradients, step, loss, by_hand):
+        """Changes every mask once, unless the gradients are refused."""
+        finite = tf.reduce_all(
+            [tf.reduce_all(tf.math.is_finite(g)) for g in gradients]
+            + [tf.reduce_all(tf.math.is_finite(m.kernel.value)) for m in layers]
+        )
+        self.refuse_unless(finite, step)
+        accepted = finite
+        if by_hand and self.dense_gradients != "never":
+            dense = _is_dense(layers, gradients)
+            accepted &= dense
+            self.refuse_unless(dense, step, _NOT_DENSE)
+
+        def change():
+            before = loss() if loss else math.nan
+            grown = self.change_masks(self.optimizer, layers, gradients, step)
+            after = loss() if loss else math.nan
+            counts = self._counts()
+            self._grown.assign(tf.cast(grown, tf.float32))
+            self._density.assign(self._density_of(counts))
+            rows = self._record.shape[0]
+            row = tf.minimum(self._kept, rows - 1)
+            here = tf.expand_dims(tf.equal(tf.range(rows), row), axis=1)
+            values = tf.concat([[step], counts], axis=0)
+            self._record.assign(tf.where(here, values, self._record))
+            if loss:
+                self._losses.assign(
+                    tf.where(here, [[before, after]], self._losses)
+                )
+            self._kept.assign(row + 1)
+
+        tf.cond(accepted, change, lambda: None)
+
+    def _project_averages(self):
+        """Zeroes averaged weights outside the masks.
+
+        An optimizer averages before constraints apply, so that what dense
+        momentum or Muon moved there has reached the average.
+        """
+        parts = optimizer_state.parts(self.optimizer)
+        for layer in self.masked if any(p.use_ema for p in parts) else ():
+            slots = optimizer_state.slots(self.optimizer, layer.kernel)
+            average = slots.get("average")
+            if average is not None:
+                kept = layer.mask.value > 0
+                average.assign(
+                    tf.where(kept, average.value, tf.zeros_like(average.value))
+                )
+
+
+def installed_update(model: keras.Model) -> StepUpdate | None:
+    """Returns the callback whose updates a model's training step runs.
+
+    Args:
+        model: A model in `fit`.
+
+    Returns:
+        The mask update, from its `on_train_begin` to its `on_train_end`.
+    """
+    return getattr(model.train_step, "mask_update", None)
 
 
 @contextlib.contextmanager
@@ -493,26 +759,77 @@ def _regularisation_gradient(kernel):
     )
 
 
+def _is_dense(layers, gradients):
+    """Returns whether gradients reach entries that masks remove.
+
+    They may all be zero, as those of a dead network, and nothing may be
+    removed.
+    """
+    removed = [m.mask.value <= 0 for m in layers]
+    moved = [g != 0 for g in gradients]
+    reached = tf.reduce_any(
+        [tf.reduce_any(m & r) for m, r in zip(moved, removed, strict=True)]
+    )
+    any_removed = tf.reduce_any([tf.reduce_any(r) for r in removed])
+    any_moved = tf.reduce_any([tf.reduce_any(m) for m in moved])
+    return reached | ~(any_removed & any_moved)
+
+
+def _loss_on(model, data):
+    """Returns a function that evaluates the loss on a batch, as it is then."""
+    compiles_none = getattr(model, "_compile_loss", None) is None
+    if compiles_none and type(model).compute_loss is keras.Model.compute_loss:
+        return lambda: tf.constant(math.nan)
+
+    def loss():
+        x, y, weight = keras.utils.unpack_x_y_sample_weight(data)
+        # What the call would assign stays in the scope.
+        with keras.StatelessScope(collect_losses=True):
+            outputs = model(x, training=False)
+            # Keras's own way to a `compute_loss` with or without `training`.
+            value = model._compute_loss(
+                x=x,
+                y=y,
+                y_pred=outputs,
+                sample_weight=weight,
+                training=False,
+            )
+        return tf.cast(value, tf.float32)
+
+    return loss
+
+
+def _untraced(train_step):
+    """Returns the Python function within a `tf.function`.
+
+    One trace would serve ordinary steps and updates alike.
+    """
+    return getattr(train_step, "python_function", train_step)
+
+
+def _key(variable):
+    # An optimizer takes Keras variables and those that they hold.
+    return id(
+        variable.value if isinstance(variable, keras.Variable) else variable
+    )
+
+
 def _tensors(logs):
     return tf.nest.map_structure(
         lambda x: x if x is None else tf.convert_to_tensor(x), logs
     )
 
 
-def _installed(model):
-    """Returns the callback whose updates a model's training step runs."""
-    return getattr(model.train_step, "mask_update", None)
-
-
 def _check_set_up(method, model, optimizer):
-    for part in (optimizer, optimizer_state.innermost(optimizer)):
-        steps = part.gradient_accumulation_steps
-        if steps:
+    innermost = optimizer_state.innermost(optimizer)
+    for part in optimizer_state.parts(innermost):
+        if part is not innermost and part.gradient_accumulation_steps:
             raise ValueError(
-                f"{method} does not support gradient accumulation yet: its "
-                f"growth gradient would be that of the last of {steps} "
-                "micro-batches. Use a larger batch, or "
-                "gradient_accumulation_steps=None."
+                f"{method} does not support gradient accumulation within "
+                f"{type(innermost).__name__}, whose optimizers may differ in "
+                "what a step is. Received gradient_accumulation_steps="
+                f"{part.gradient_accumulation_steps} of {part.name!r}. Use a "
+                "larger batch, or one optimizer."
             )
     strategy = getattr(model, "distribute_strategy", None)
     if strategy is not None and strategy.num_replicas_in_sync > 1:

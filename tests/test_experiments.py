@@ -15,6 +15,7 @@ import pytest
 
 import gin
 import rigl_keras
+from rigl_keras import diagnostics
 from rigl_keras.experiments import benchmark, command, config
 from rigl_keras.experiments.run_directory import RunDirectory
 
@@ -26,7 +27,9 @@ SMALL = [
     "wide_resnet.dropout = 0.3",
     "RigL.frequency = 5",
     "RigL.end_step = 60",
+    "train.diagnostics = False",  # whose figures take seconds
 ]
+RECORDED = "train.diagnostics = True"
 
 
 def small_run(run_dir, *more, **options):
@@ -46,7 +49,7 @@ def weights(run_dir):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("runs") / "straight"
-    return run_dir, small_run(run_dir, seed=3)
+    return run_dir, small_run(run_dir, RECORDED, seed=3)
 
 
 def test_a_run_leaves_a_full_record(finished):
@@ -75,6 +78,17 @@ def test_a_run_leaves_a_full_record(finished):
     assert "sgd.momentum = 0.9" in operative  # a default in use
     assert any((run_dir / "tensorboard").rglob("events*"))
     assert any((run_dir / "checkpoints").iterdir())
+    topology = {path.name for path in (run_dir / "topology").iterdir()}
+    assert {
+        "topology.csv", "density.png", "exploration.png", "churn.png",
+        "dead_units.png",
+    } <= topology  # fmt: skip
+    rows = diagnostics.read_rows(run_dir / "topology" / "topology.csv")
+    updates = [row for row in rows if row["layer"] == "all"]
+    assert [row["step"] for row in updates] == list(range(0, 46, 5))
+    last = updates[-1]
+    assert last["inference_flops"] == pytest.approx(result["inference_flops"])
+    assert last["density"] == pytest.approx(result["density"])
     table = command.table(result)
     for label in ("test accuracy", "density", "parameters", "inference FLOPs"):
         assert label in table
@@ -83,7 +97,7 @@ def test_a_run_leaves_a_full_record(finished):
 def test_a_finished_run_is_not_repeated(finished, capsys):
     run_dir, result = finished
     before = (run_dir / "result.json").stat().st_mtime_ns
-    assert small_run(run_dir, seed=3) == result
+    assert small_run(run_dir, RECORDED, seed=3) == result
     assert "not repeated" in capsys.readouterr().out
     assert (run_dir / "result.json").stat().st_mtime_ns == before
 
@@ -99,7 +113,7 @@ command.run(bindings=sys.argv[2].split(";"), run_dir=sys.argv[1],
 
 def test_killed_and_resumed(tmp_path):
     """Killed within an epoch, a run ends as if it had not been."""
-    bindings = ";".join([*SMALL, "train.epochs = 4"])
+    bindings = ";".join([*SMALL, RECORDED, "train.epochs = 4"])
 
     def start(run_dir, *resume):
         return subprocess.Popen(
@@ -134,6 +148,8 @@ def test_killed_and_resumed(tmp_path):
         with (run_dir / "metrics.csv").open(newline="") as file:
             losses.append([row["loss"] for row in csv.DictReader(file)])
     assert losses[0] == losses[1] and len(losses[0]) == 4
+    table = pathlib.Path("topology") / "topology.csv"
+    assert (killed / table).read_text() == (straight / table).read_text()
 
 
 class Interrupted(Exception):

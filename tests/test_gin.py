@@ -22,6 +22,7 @@ SHORT = [
     "train.epochs = 1",
     "train.batch_size = 2",
     "train.validation = 2",
+    "train.diagnostics = False",
     "wide_resnet.depth = 10",
     "UPDATE_FREQUENCY = 1",
     "UPDATE_END = 9",

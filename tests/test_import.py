@@ -30,6 +30,8 @@ ORDER = [
     "callbacks",
     "one_shot",
     "flops",
+    "topology_record",
+    "diagnostics",
     "export",
     "models",
 ]
@@ -119,6 +121,7 @@ THIRD_PARTY = {
     "scores": {"tensorflow"},
     "topology": {"tensorflow"},
     "redistribution": {"tensorflow"},
+    "topology_record": {"numpy", "matplotlib"},
 }
 
 

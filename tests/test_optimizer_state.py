@@ -257,7 +257,7 @@ def test_moving_averages_and_accumulated_gradients():
     )
     assert start_after_forgetting(optimizer) == {
         "momentum": 0,
-        "average": 0,
+        "average": 1,  # the weight's own value, as at an optimizer's start
         "gradient_accumulator": 0,
     }
 

@@ -75,6 +75,9 @@ class RunDirectory:
     weights/              weights to rewind to: those of the start, and of
                           epochs that were asked for
     tensorboard/          the same for TensorBoard
+    topology/             how the masks moved: topology.csv, a row for each
+                          layer and update, figures (density, exploration,
+                          churn, dead_units, loss), TensorBoard events
     checkpoints/          the last three epochs, and the start
     result.json           written last: a run that has it is finished
     model.keras           the trained model, masks included
@@ -407,15 +410,16 @@ class Checkpoints(keras.callbacks.Callback):
         super().__init__()
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
-        self._path = path
         # `variables` are the weights, the generators' states and metrics.
-        known = {id(v) for v in model.weights + model.metrics_variables}
-        generators = [v.value for v in model.variables if id(v) not in known]
+        metrics = {id(v) for v in model.metrics_variables}
+        state = [v.value for v in model.variables if id(v) not in metrics]
         self._epoch = tf.Variable(0, dtype=tf.int64)
         self._checkpoint = tf.train.Checkpoint(
             model=model,
             optimizer=model.optimizer,
-            generators=generators,
+            # TensorFlow finds variables by attributes, and so not all: not
+            # those within objects of one's own, as masks may be.
+            state=state,
             method=list(variables),
             epoch=self._epoch,
         )

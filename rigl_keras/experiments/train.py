@@ -21,6 +21,7 @@ import tensorflow as tf
 import rigl_keras
 from rigl_keras import flops
 from rigl_keras.conventions import ORIGINAL, Conventions
+from rigl_keras.diagnostics import TopologyDiagnostics
 from rigl_keras.experiments import data
 from rigl_keras.experiments.run_directory import (
     EarlierRun,
@@ -154,6 +155,7 @@ def train(
     weights_from: str | None = None,
     weights_epoch: int = 0,
     keep_weights: Sequence[int] = (),
+    diagnostics: bool = True,
     optimizer: Callable[..., keras.Optimizer] = sgd,
     epochs: int = 250,
     batch_size: int = 128,
@@ -204,6 +206,8 @@ def train(
             of that time were.
         keep_weights: After which epochs the weights are kept for later runs,
             beside those of the start.
+        diagnostics: Whether the run records how its masks move
+            (`TopologyDiagnostics`), the loss around each update included.
         optimizer: Makes the optimizer.
         epochs: Passes over the training data, at least 1.
         batch_size: Examples in a step, at least 1.
@@ -298,12 +302,25 @@ def train(
     update = None
     if method is not None:
         update = method() if length == 1 else method().lengthened(length)
+    topology = None
+    if diagnostics and rigl_keras.masked_layers(network):
+        topology = TopologyDiagnostics(run.path / "topology")
+        topology.set_model(network)
+        if update is not None:
+            update.watch_loss = True
+    if update is not None:
+        # What the method remembers is made here, for a checkpoint to restore.
+        update.attach(network, network.optimizer)
     run.begin()
     if operative_config is not None:
         run.write_operative_config(operative_config())
 
     checkpoints = run.checkpoints(
-        network, variables=update.variables if update else ()
+        network,
+        variables=[
+            *(update.variables if update else []),
+            *(topology.variables if topology else []),
+        ],
     )
     first_epoch = checkpoints.restore()
     if first_epoch is None:
@@ -347,6 +364,7 @@ def train(
             callbacks=[
                 *([update] if update else []),
                 Trajectory(run, network, update, first_step=first_step),
+                *([topology] if topology else []),
                 _EpochLogs(network, cost, dense_flops),
                 Metrics(run, first_epoch=first_epoch),
                 keras.callbacks.TensorBoard(
@@ -365,9 +383,12 @@ def train(
     validated = evaluate(held_out) if held_out else {}
     cost = rigl_keras.count(network)
     steps = int(network.optimizer.iterations.numpy())
-    needs = update.dense_gradients if update else "never"
     inference, training = flops.training_curve(
-        cost, run.trajectory, steps=steps, dense_gradients=needs
+        cost,
+        run.trajectory,
+        steps=steps,
+        dense_gradients=update.dense_gradients if update else "never",
+        gradient_batches=update.gradient_batches if update else 1,
     )
     run.write_curve(inference, training)
     ratio = times_as_long * float(np.mean(training)) / (3 * dense_flops)
@@ -600,6 +621,7 @@ def _closed_form(update, inference, dense_flops, times_as_long):
             sparse_flops=float(np.mean(inference)),
             dense_flops=dense_flops,
             frequency=getattr(update, "frequency", None),
+            gradient_batches=getattr(update, "gradient_batches", 1),
         )
     except ValueError:  # a method of the user's own has none
         return None

@@ -1,0 +1,663 @@
+"""What became of the topology: how masks moved, and how far they explored.
+
+The measures are functions of masks, `{layer: array of zeros and ones}`.
+`TopologyDiagnostics` takes them beside training, `figures` draws them.
+"""
+
+import io
+import math
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from rigl_keras.flops import Count, count
+from rigl_keras.layers import KernelMask
+from rigl_keras.sparsify import masked_layers
+from rigl_keras.topology_record import (
+    ALL,
+    COLUMNS,
+    as_csv,
+    check_installed,
+    figures,
+    read_rows,
+)
+from rigl_keras.training_step import installed_update
+
+__all__ = [
+    "ALL",
+    "COLUMNS",
+    "TopologyDiagnostics",
+    "churn",
+    "dead_units",
+    "densities",
+    "ever_active",
+    "explored",
+    "figures",
+    "measure",
+    "overlap",
+    "read_rows",
+]
+
+# For TensorBoard; the others are constant.
+_SCALARS = tuple(
+    column
+    for column in COLUMNS
+    if column not in ("step", "layer", "outputs", "inputs")
+)
+
+Masks = Mapping[str, np.ndarray]
+Axes = int | Sequence[int]
+
+
+# Measures of masks.
+
+
+def densities(masks: Masks) -> dict[str, float]:
+    """Returns the fraction of its connections that each layer keeps.
+
+    Args:
+        masks: `{layer: array of zeros and ones}`.
+
+    Returns:
+        `{layer: density}`, and under `"all"` that of all layers together, of
+        which each weighs as much as it has entries.
+
+    Raises:
+        ValueError: A layer is named `"all"`.
+
+    Example:
+
+    >>> densities({"a": np.array([1, 0]), "b": np.array([1, 1, 0, 0, 0, 0])})
+    {'a': 0.5, 'b': 0.3333333333333333, 'all': 0.375}
+    """
+    (masks,) = _alike(masks)
+    sizes = {name: mask.size for name, mask in masks.items()}
+    return _shares(_sizes(masks), sizes, of_nothing=0.0)
+
+
+def churn(old: Masks, new: Masks) -> dict[str, float]:
+    """Returns the share of each layer's connections that were replaced.
+
+    |new and not old| / |old|: what joined, over what there was. It exceeds 1
+    where density moves into a layer that then more than doubles, and is 0
+    for a layer that had no connection.
+
+    Args:
+        old: Masks before an update.
+        new: Masks after it, of the same layers and shapes.
+
+    Returns:
+        `{layer: share}`, and under `"all"` that of all layers together.
+
+    Raises:
+        ValueError: The masks are of other layers or shapes, or a layer is
+            named `"all"`.
+
+    Example:
+
+    >>> churn({"a": np.array([1, 1, 0])}, {"a": np.array([0, 1, 1])})
+    {'a': 0.5, 'all': 0.5}
+    """
+    old, new = _alike(old, new)
+    joined = {name: new[name] & ~old[name] for name in old}
+    return _shares(_sizes(joined), _sizes(old), of_nothing=0.0)
+
+
+def overlap(initial: Masks, masks: Masks) -> dict[str, float]:
+    """Returns the share of the initial connections that are active now.
+
+    |initial and now| / |initial|. 1 for a layer that had no connection.
+
+    Args, Returns, Raises: as in `churn`.
+
+    Example:
+
+    >>> overlap({"a": np.array([1, 1, 0])}, {"a": np.array([0, 1, 1])})
+    {'a': 0.5, 'all': 0.5}
+    """
+    initial, masks = _alike(initial, masks)
+    stayed = {name: initial[name] & masks[name] for name in initial}
+    return _shares(_sizes(stayed), _sizes(initial), of_nothing=1.0)
+
+
+def explored(*history: Masks) -> dict[str, np.ndarray]:
+    """Returns the connections that any of several masks has, as bools.
+
+    Args:
+        history: Masks, one at least, of the same layers and shapes.
+
+    Returns:
+        `{layer: bool array}`, which is a mask of its own: more masks may be
+        joined to it later.
+    """
+    history = _alike(*history)
+    return {
+        name: np.logical_or.reduce([masks[name] for masks in history])
+        for name in history[0]
+    }
+
+
+def ever_active(*history: Masks) -> dict[str, float]:
+    """Returns the share of all connections that have ever been active.
+
+    R_s, the in-time over-parameterisation rate of Liu et al., 2021, Do we
+    actually need dense over-parameterization?, arXiv:2102.02887, section 2:
+    connections explored so far over connections of the dense model.
+
+    Args, Raises: as in `explored`, and a layer may not be named `"all"`.
+
+    Returns:
+        `{layer: share}`, and under `"all"` that of all layers together.
+
+    Example:
+
+    >>> ever_active({"a": np.array([1, 0, 0])}, {"a": np.array([0, 1, 0])})
+    {'a': 0.6666666666666666, 'all': 0.6666666666666666}
+    """
+    return densities(explored(*history))
+
+
+def dead_units(
+    mask: np.ndarray, *, input_axes: Axes = -2, output_axes: Axes = -1
+) -> tuple[int, int]:
+    """Returns how many units of a kernel are cut off.
+
+    An output without an incoming connection computes its bias alone; an input
+    without an outgoing one is not read by this kernel. A convolution's units
+    are its channels.
+
+    Args:
+        mask: Array of zeros and ones, of two axes at least unless both kinds
+            of axes are given.
+        input_axes: The axis, or axes, that count input units. By default as in
+            the kernel of a Dense or Conv layer.
+        output_axes: The same of output units. An axis may be of both, as the
+            channels of a depthwise convolution are.
+
+    Returns:
+        `(no_incoming, no_outgoing)`: outputs, then inputs.
+
+    Raises:
+        ValueError: The mask lacks an axis.
+
+    Example:
+
+    >>> dead_units(np.array([[1, 0], [0, 0], [1, 0]]))  # 3 inputs, 2 outputs
+    (1, 1)
+    """
+    mask = _as_bool(mask)
+    incoming, outgoing = (
+        mask.any(axis=_other_axes(mask.shape, axes))
+        for axes in (output_axes, input_axes)
+    )
+    return int(np.sum(~incoming)), int(np.sum(~outgoing))
+
+
+def measure(
+    step: int,
+    masks: Masks,
+    *,
+    before: Masks,
+    initial: Masks,
+    ever: Masks,
+    cost: Count | None = None,
+    axes: Mapping[str, tuple[Axes, Axes]] | None = None,
+) -> list[dict]:
+    """Returns what a table says of one update: a row for each layer, and all.
+
+    Args:
+        step: The optimizer step of the update.
+        masks: The masks after it.
+        before: The masks before it.
+        initial: The masks at the start.
+        ever: The connections that were ever active, these masks included.
+        cost: The `flops.count` of the model. None: FLOPs are left open.
+        axes: `{layer: (input axes, output axes)}` of kernels whose last two
+            axes are not their inputs and outputs.
+
+    Returns:
+        Dicts with the keys `COLUMNS`, the last of the layer `"all"`, whose
+        FLOPs are those of the whole model and whose other values are of all
+        masked layers together. What is not known is None.
+
+    Raises:
+        ValueError: The masks are of other layers or shapes, or a layer is
+            named `"all"`.
+    """
+    masks, before = _alike(masks, before)
+    density = densities(masks)
+    columns = {
+        "density": density,
+        "inference_flops": _flops(density, cost),
+        "ever_active": densities(ever),
+        "overlap": overlap(initial, masks),
+        "churn": churn(before, masks),
+        "grown": {
+            name: int(np.count_nonzero(masks[name] & ~before[name]))
+            for name in masks
+        },
+    }
+    units = {"no_incoming": {}, "outputs": {}, "no_outgoing": {}, "inputs": {}}
+    for name, mask in masks.items():
+        inputs, outputs = (axes or {}).get(name, (-2, -1))
+        dead = dead_units(mask, input_axes=inputs, output_axes=outputs)
+        units["no_incoming"][name], units["no_outgoing"][name] = dead
+        units["outputs"][name] = _product(mask.shape, outputs)
+        units["inputs"][name] = _product(mask.shape, inputs)
+    for values in (columns["grown"], *units.values()):
+        values[ALL] = sum(values.values())
+    columns |= units
+    empty = dict.fromkeys(COLUMNS)
+    return [
+        empty
+        | {"step": step, "layer": name}
+        | {key: values[name] for key, values in columns.items()}
+        for name in [*masks, ALL]
+    ]
+
+
+class TopologyDiagnostics(keras.callbacks.Callback):
+    """Records how a model's masks move as it trains.
+
+    Rows are taken at the start and after each update of the mask update that
+    trains the model, whichever comes first among the callbacks; without one,
+    at the start only. Masks are read from the device then, not at other
+    steps. Of several updates within one execution (`steps_per_execution`) the
+    last is seen, and the others count with it.
+
+    Logs, at the end of an epoch, of all layers together: `ever_active` and,
+    of the last update, `churn`.
+
+    A run resumes exactly where `variables` are in its checkpoint, or where
+    `log_dir` was last written at the step from which it resumes. Otherwise
+    exploration is counted anew, with a warning.
+
+    Args:
+        log_dir: Folder for the record. None: it is kept in memory alone.
+
+            topology.csv  a row for each update and layer (`COLUMNS`), written
+                          at the end of each epoch
+            topology.npz  what a resumed run needs
+            events.*      the same for TensorBoard: topology/<column>/<layer>
+            *.png         `figures`, drawn when training ends if `draw`
+
+            A resumed run continues these files; one that begins at step 0
+            begins them anew.
+        draw: Whether figures are drawn when training ends, which takes
+            seconds.
+
+    Attributes:
+        rows: The rows, dicts with the keys `COLUMNS`; those of the layer
+            `"all"` hold the losses of an update's batch where the method
+            keeps them (`update_losses`).
+
+    Raises:
+        ImportError: `log_dir` is given and matplotlib or tensorboard is
+            missing.
+        ValueError: The model has no masked layer, or one named `"all"`.
+        UserWarning: A run that resumes is counted anew, or the FLOPs of the
+            model cannot be counted.
+
+    Example:
+
+    >>> model.fit(train, epochs=250, callbacks=[
+    ...     RigL(), TopologyDiagnostics("logs/topology")])
+    """
+
+    def __init__(
+        self, log_dir: str | os.PathLike | None = None, *, draw: bool = True
+    ):
+        super().__init__()
+        if log_dir is not None:
+            check_installed("tensorboard", *(["matplotlib"] if draw else []))
+        self.draw = draw
+        self.log_dir = None if log_dir is None else Path(log_dir)
+        self.rows: list[dict] = []
+        self._layers: dict[str, KernelMask] = {}
+
+    def set_model(self, model: keras.Model) -> None:
+        """Makes room for the masks of a model. `fit` calls it too.
+
+        Args:
+            model: A built model with masked layers.
+        """
+        super().set_model(model)
+        layers = masked_layers(model).named
+        if not layers:
+            raise ValueError(
+                "TopologyDiagnostics records masks, and model "
+                f"{model.name!r} has no masked layer. Call model = "
+                "rigl_keras.sparsify(model, density) first."
+            )
+        known = [id(m.mask) for m in self._layers.values()]
+        if [id(m.mask) for m in layers.values()] == known:
+            return
+        self._layers = layers
+        self._axes = {
+            name: (m.found.input_axes, m.found.output_axes)
+            for name, m in layers.items()
+        }
+        bits = sum(math.prod(m.mask.shape) for m in layers.values())
+        empty = np.zeros(-(-bits // 8), np.uint8)
+        with tf.device("CPU:0"):
+            self._step = tf.Variable(-1, trainable=False, dtype=tf.int64)
+            self._initial_bits = tf.Variable(empty, trainable=False)
+            self._ever_bits = tf.Variable(empty, trainable=False)
+
+    @property
+    def variables(self) -> list[tf.Variable]:
+        """What a checkpoint saves for a run to resume exactly.
+
+        The step, and of each connection a bit whether it was there at the
+        start and one whether it was ever.
+
+        Raises:
+            ValueError: There is no model yet: call `set_model`.
+        """
+        if not self._layers:
+            raise ValueError(
+                "What TopologyDiagnostics must remember depends on the model: "
+                "call set_model(model) before its variables are saved."
+            )
+        return [self._step, self._initial_bits, self._ever_bits]
+
+    # Keras calls these.
+
+    def on_train_begin(self, logs=None):
+        self._begun = False
+        self._writer = None
+
+    def on_epoch_begin(self, epoch, logs=None):
+        # Not when training begins: the mask update may be set up after this
+        # callback, and a checkpoint restored.
+        if not self._begun:
+            self._begin()
+            self._begun = True
+
+    def on_train_batch_end(self, batch, logs=None):
+        # Keras has waited for the device already, to show its logs.
+        end = self._iterations()
+        last = self._last_update(int(self._step.numpy()), end)
+        if last is not None:
+            self._record(last)
+        self._step.assign(end)
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self._method is not None:
+            self._method.fetch()
+        self._take_losses()
+        self._save()
+        if logs is not None:
+            last = self.rows[-1]
+            logs["ever_active"] = last["ever_active"]
+            logs["churn"] = last["churn"]
+
+    def on_train_end(self, logs=None):
+        if self._writer is not None:
+            self._writer.close()
+            if self.draw:
+                figures(self._csv, self.log_dir)
+
+    # The record.
+
+    @property
+    def _csv(self):
+        return self.log_dir / "topology.csv"
+
+    def _iterations(self):
+        return int(self.model.optimizer.iterations.numpy())
+
+    def _masks(self):
+        return {name: m.mask.numpy() > 0 for name, m in self._layers.items()}
+
+    def _last_update(self, begin, end):
+        """Returns the last of the steps at which masks changed, or None."""
+        if self._method is None:
+            return None
+        with tf.device("CPU:0"):  # where a schedule is made of tensors
+            return next(
+                filter(self._method.is_due, reversed(range(begin, end))), None
+            )
+
+    def _begin(self):
+        """Finds the mask update, and what of the record is still true."""
+        self._method = installed_update(self.model)
+        step = self._iterations()
+        try:
+            self._cost = count(self.model)
+        except ValueError as error:
+            warnings.warn(
+                f"The column inference_flops stays empty: {error}", stacklevel=2
+            )
+            self._cost = None
+        self._now = self._masks()
+        state = self._remembered(step) if step else None
+        if step and state is None:
+            warnings.warn(
+                f"TopologyDiagnostics begins at step {step} without a record "
+                "that ends there: ever_active and overlap are counted anew, "
+                f"from step {step} on. Save its `variables` in the checkpoint, "
+                "or resume with the log_dir, at the end of an epoch.",
+                stacklevel=2,
+            )
+        self._initial, ever = state or (self._now, self._now)
+        self._ever = explored(ever, self._now)
+        self._remember()
+        self._step.assign(step)
+        self.rows = self._rows_before(step)
+        kept = len(self.rows)
+        if state is None or not self.rows:
+            self.rows += self._measured(step, before=self._now)
+        self._written = len(self.rows)
+        if self.log_dir is not None:
+            self.log_dir.mkdir(parents=True, exist_ok=True)
+            text = as_csv(self.rows, header=True)
+            _replace(self._csv, text.encode())
+            self._writer = tf.summary.create_file_writer(str(self.log_dir))
+            self._write_scalars(self.rows[kept:])
+
+    def _rows_before(self, step):
+        """Returns the rows that a run which begins at a step continues."""
+        rows = self.rows
+        if not rows and step and self.log_dir is not None:
+            rows = read_rows(self._csv) if self._csv.exists() else []
+        if {row["layer"] for row in rows} != {*self._layers, ALL}:
+            return []
+        return [row for row in rows if row["step"] < step]
+
+    def _record(self, step):
+        before, self._now = self._now, self._masks()
+        self._ever = explored(self._ever, self._now)
+        self._remember()
+        rows = self._measured(step, before=before)
+        self.rows += rows
+        self._write_scalars(rows)
+
+    def _measured(self, step, *, before):
+        return measure(
+            step,
+            self._now,
+            before=before,
+            initial=self._initial,
+            ever=self._ever,
+            cost=self._cost,
+            axes=self._axes,
+        )
+
+    def _take_losses(self):
+        """Adds the losses of updates, which the method fetches now and then."""
+        losses = {
+            step: {"loss_before": before, "loss_after": after}
+            for step, before, after in getattr(
+                self._method, "update_losses", []
+            )
+        }
+        pending = [
+            row
+            for row in self.rows[self._written :]
+            if row["layer"] == ALL and row["step"] in losses
+        ]
+        for row in pending:
+            row |= {k: float(v) for k, v in losses[row["step"]].items()}
+        self._write_scalars(pending, ["loss_before", "loss_after"])
+
+    def _save(self):
+        if self._writer is None:
+            return
+        with self._csv.open("a", newline="") as file:
+            file.write(as_csv(self.rows[self._written :]))
+        self._written = len(self.rows)
+        archive = io.BytesIO()
+        np.savez(
+            archive,
+            step=self._step.numpy(),
+            layers=np.array(self._signature()),
+            initial=self._initial_bits.numpy(),
+            ever=self._ever_bits.numpy(),
+        )
+        _replace(self.log_dir / "topology.npz", archive.getvalue())
+        self._writer.flush()
+
+    def _write_scalars(self, rows, columns=_SCALARS):
+        if self._writer is None:
+            return
+        with tf.device("CPU:0"), self._writer.as_default():
+            for row in rows:
+                for column in columns:
+                    if row[column] is not None:
+                        tf.summary.scalar(
+                            f"topology/{column}/{row['layer']}",
+                            row[column],
+                            step=row["step"],
+                        )
+
+    # What a resumed run needs.
+
+    def _signature(self):
+        return [f"{name} {m.mask.shape}" for name, m in self._layers.items()]
+
+    def _remember(self):
+        self._initial_bits.assign(_packed(self._initial))
+        self._ever_bits.assign(_packed(self._ever))
+
+    def _remembered(self, step):
+        """Returns the initial and the explored masks at a step, or None."""
+        if int(self._step.numpy()) == step:
+            bits = self._initial_bits.numpy(), self._ever_bits.numpy()
+        else:
+            bits = self._saved_bits(step)
+        if bits is None:
+            return None
+        return tuple(_unpacked(part, self._now) for part in bits)
+
+    def _saved_bits(self, step):
+        path = self.log_dir and self.log_dir / "topology.npz"
+        if path is None or not path.exists():
+            return None
+        with np.load(path, allow_pickle=False) as archive:
+            fits = int(archive["step"]) == step and (
+                archive["layers"].tolist() == self._signature()
+            )
+            return (archive["initial"], archive["ever"]) if fits else None
+
+
+# Masks.
+
+
+def _alike(*tables):
+    """Returns tables of masks as bools, if they are of the same layers."""
+    arrays = [
+        {name: _as_bool(mask) for name, mask in table.items()}
+        for table in tables
+    ]
+    shapes = [{n: mask.shape for n, mask in table.items()} for table in arrays]
+    for other in shapes[1:]:
+        if other != shapes[0]:
+            raise ValueError(
+                "Masks are compared layer by layer and must be of the same "
+                f"layers and shapes. Received: {shapes[0]} and {other}."
+            )
+    if ALL in shapes[0]:
+        raise ValueError(
+            f"{ALL!r} stands for all layers together, and a layer has that "
+            "name: rename the layer."
+        )
+    return arrays
+
+
+def _as_bool(mask):
+    mask = np.asarray(mask)
+    return mask if mask.dtype == bool else mask > 0
+
+
+def _sizes(masks):
+    return {name: int(np.count_nonzero(mask)) for name, mask in masks.items()}
+
+
+def _shares(parts, wholes, *, of_nothing):
+    parts = {**parts, ALL: sum(parts.values())}
+    wholes = {**wholes, ALL: sum(wholes.values())}
+    return {
+        name: part / wholes[name] if wholes[name] else of_nothing
+        for name, part in parts.items()
+    }
+
+
+def _flops(by_layer, cost):
+    """Returns the forward cost of each layer, and of the whole model."""
+    if cost is None:
+        return dict.fromkeys(by_layer)
+    now = {
+        layer.name: layer.flops_at(by_layer.get(layer.name, layer.density))
+        for layer in cost.layers
+    }
+    return {name: now.get(name) for name in by_layer} | {ALL: sum(now.values())}
+
+
+def _tuple(axes):
+    return (axes,) if isinstance(axes, int) else tuple(axes)
+
+
+def _other_axes(shape, axes):
+    rank = len(shape)
+    axes = _tuple(axes)
+    if not all(-rank <= axis < rank for axis in axes):
+        raise ValueError(
+            f"A mask of shape {shape} has no axes {axes}: pass the input_axes "
+            "and output_axes of its kernel."
+        )
+    counted = {axis % rank for axis in axes}
+    return tuple(axis for axis in range(rank) if axis not in counted)
+
+
+def _product(shape, axes):
+    return math.prod(shape[axis] for axis in _tuple(axes))
+
+
+def _packed(masks):
+    """Returns all masks as one vector of bits, eight to a byte."""
+    return np.packbits(np.concatenate([m.ravel() for m in masks.values()]))
+
+
+def _unpacked(packed, like):
+    """Returns the masks of which `_packed` made a vector."""
+    bits = np.unpackbits(packed).astype(bool)
+    ends = np.cumsum([mask.size for mask in like.values()])
+    return {
+        name: part.reshape(mask.shape)
+        for (name, mask), part in zip(
+            like.items(), np.split(bits, ends)[:-1], strict=True
+        )
+    }
+
+
+def _replace(path, content):
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_bytes(content)
+    temporary.replace(path)

@@ -1,0 +1,124 @@
+"""What a grown connection starts with."""
+
+import re
+
+import tensorflow as tf
+
+from rigl_keras import scores
+
+__all__ = ["GROW_INITS", "check_grow_init", "grown_values"]
+
+GROW_INITS = (
+    "zeros",
+    "initial_dist",
+    "random_normal",
+    "random_uniform",
+    "grad_scale",
+    "grad_sign",
+)
+
+
+def check_grow_init(grow_init: str, dense_gradients: str = "updates") -> None:
+    """Raises ValueError unless newly grown weights can start so.
+
+    Args:
+        grow_init: `"zeros"`, or another of `GROW_INITS` that a divisor may
+            follow, such as `"random_normal_10"`.
+        dense_gradients: When the method needs gradients at inactive entries;
+            one that never does has none to start from.
+    """
+    kind, divisor = _parsed(grow_init)
+    if kind is None or divisor == 0:
+        raise ValueError(
+            f"grow_init must be one of {GROW_INITS}, all but 'zeros' with a "
+            "positive divisor after it if wanted, as in 'random_normal_10'. "
+            f"Received: grow_init={grow_init!r}."
+        )
+    if kind.startswith("grad") and dense_gradients == "never":
+        raise ValueError(
+            "Weights can start from their gradient only where a method needs "
+            f"dense gradients, and this one does not. Received: "
+            f"grow_init={grow_init!r}. Use RigL, or 'random_normal'."
+        )
+
+
+def grown_values(
+    grow_init: str,
+    kernel: tf.Tensor,
+    mask: tf.Tensor,
+    *,
+    gradient: tf.Tensor,
+    initial: tf.Tensor | None,
+    key: int,
+    step,
+) -> tf.Tensor | None:
+    """Returns what each entry of a kernel would start with if it were grown.
+
+    With s and m the standard deviation and the mean magnitude of the active
+    weights, g the gradient and d the divisor:
+
+        zeros:          0
+        initial_dist:   one of the weights that training started from / d
+        random_normal:  a draw from N(0, s^2) / d
+        random_uniform: a draw from [-m, m) / d
+        grad_scale:     g / d
+        grad_sign:      sign(g) / d
+
+    The choices of the authors' code (sparse_optimizers_base.py,
+    `get_grow_tensor`). There inactive weights keep stale values, of which s
+    and m are taken too; here they are zero and left out.
+
+    Args:
+        grow_init: As `check_grow_init` has it.
+        kernel: Float tensor, zero outside the mask.
+        mask: Tensor of its shape, 1 where active.
+        gradient: dL/d(masked kernel), of its shape.
+        initial: Vector of weights that `initial_dist` draws from.
+        key: Int that tells this kernel's draws from another's.
+        step: Optimizer step, an integer scalar.
+
+    Returns:
+        Tensor of the kernel's shape and dtype, or None for zeros.
+    """
+    kind, divisor = _parsed(grow_init)
+    if kind == "zeros":
+        return None
+    if kind == "grad_scale":
+        values = gradient
+    elif kind == "grad_sign":
+        values = tf.sign(gradient)
+    else:
+        uniform = scores.random(kernel.shape, key=key, step=step)
+        if kind == "initial_dist":
+            size = tf.cast(tf.size(initial), tf.float64)
+            index = tf.cast(tf.cast(uniform, tf.float64) * size, tf.int32)
+            values = tf.gather(initial, index)
+        else:
+            values = _drawn(kind, uniform, kernel, mask)
+    return tf.cast(values, kernel.dtype) / tf.cast(divisor, kernel.dtype)
+
+
+def _drawn(kind, uniform, kernel, mask):
+    kernel = tf.cast(kernel, tf.float32)
+    active = tf.cast(mask, tf.float32)
+    count = tf.maximum(tf.reduce_sum(active), 1.0)
+    # Symmetric in (-1, 1), in steps that float32 holds exactly.
+    centred = 2 * uniform - 1 + 2.0**-24
+    if kind == "random_uniform":
+        return centred * tf.reduce_sum(tf.abs(kernel) * active) / count
+    mean = tf.reduce_sum(kernel * active) / count
+    variance = tf.reduce_sum(active * tf.square(kernel - mean)) / count
+    # TensorFlow's own normal draws differ under XLA.
+    normal = tf.math.erfinv(centred) * 2**0.5
+    return normal * tf.sqrt(variance)
+
+
+def _parsed(grow_init):
+    """Returns the kind and the divisor, or (None, None)."""
+    if grow_init == "zeros":
+        return "zeros", 1.0
+    pattern = rf"({'|'.join(GROW_INITS[1:])})(?:_(\d+\.?\d*|\.\d+))?"
+    match = isinstance(grow_init, str) and re.fullmatch(pattern, grow_init)
+    if not match:
+        return None, None
+    return match[1], float(match[2] or 1)

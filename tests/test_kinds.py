@@ -1,0 +1,487 @@
+"""Models of every kind: masked, saved, loaded, counted and stripped."""
+
+import functools
+import math
+import pathlib
+import subprocess
+import sys
+
+import keras
+import kinds
+import numpy as np
+import pytest
+from keras import layers
+
+from rigl_keras import (
+    Masked,
+    count,
+    load_weights,
+    masked_layers,
+    sparsify,
+    strip,
+    with_masks,
+)
+
+every_kind = pytest.mark.parametrize("kind", kinds.KINDS)
+
+
+def make(kind):
+    keras.utils.set_random_seed(0)
+    return kinds.KINDS[kind]()
+
+
+def masked(kind, density=0.4, **options):
+    return sparsify(
+        make(kind), density, **kinds.OPTIONS.get(kind, {}), **options
+    )
+
+
+def outputs(model, x):
+    return [np.asarray(y) for y in keras.tree.flatten(model(x, training=False))]
+
+
+def assert_same(one, two):
+    for ours, theirs in zip(one, two, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+KERNELS = {
+    "Sequential": ["hidden", "head"],
+    "Functional": ["conv1", "depthwise", "conv2", "head"],
+    "nested": ["outer", "inner", "head"],
+    "subclassed": [
+        "first",
+        "b0/dense/0/kernel",
+        "b0/dense/1/kernel",
+        "b0/heads/one/kernel",
+        "b1",
+        "p0",
+        "deep",
+        "last",
+    ],
+    "shared layer": ["twice", "head"],
+    "several inputs and outputs": ["d1", "d2", "a", "b"],
+    "MultiHeadAttention, EinsumDense": [
+        "attention/query_dense/kernel",
+        "attention/key_dense/kernel",
+        "attention/value_dense/kernel",
+        "attention/output_dense/kernel",
+        "einsum",
+        "head",
+    ],
+    "SeparableConv2D": [
+        "separable/depthwise_kernel",
+        "separable/pointwise_kernel",
+        "head",
+    ],
+    "Conv2DTranspose": ["transposed", "head"],
+    "LSTM, GRU, Bidirectional": [
+        "lstm/cell/kernel",
+        "lstm/cell/recurrent_kernel",
+        "both/forward_layer/cell/kernel",
+        "both/forward_layer/cell/recurrent_kernel",
+        "both/backward_layer/cell/kernel",
+        "both/backward_layer/cell/recurrent_kernel",
+        "head",
+    ],
+    "Embedding": [
+        "embedding/embeddings",
+        "lstm/cell/kernel",
+        "lstm/cell/recurrent_kernel",
+        "head",
+    ],
+    "custom layers": [
+        "block/dense/0/kernel",
+        "block/dense/1/kernel",
+        "block/heads/one/kernel",
+        "linear/w",
+        "head",
+    ],
+    "own train_step": ["hidden", "head"],
+}
+
+
+@pytest.mark.parametrize("kind", KERNELS)
+def test_which_kernels(kind):
+    model = masked(kind)
+    assert list(masked_layers(model).masks) == KERNELS[kind]
+
+
+@every_kind
+def test_masks_and_weights(kind):
+    """An exact total, zeros outside the masks, all else as it was."""
+    dense = make(kind)
+    x, _ = kinds.data(dense)
+    before = outputs(dense, x)
+    variables = [v.numpy() for v in dense.weights]
+    whole = sparsify(dense, 1.0, **kinds.OPTIONS.get(kind, {}))
+    assert_same(outputs(whole, x), before)
+    assert (whole is dense) == (kind == "subclassed")
+    if whole is not dense:
+        for old, variable in zip(variables, dense.weights, strict=True):
+            np.testing.assert_array_equal(old, variable.numpy())
+
+    model = masked(kind)
+    found = masked_layers(model)
+    size = sum(m.mask.numpy().size for m in found)
+    assert sum(m.mask.numpy().sum() for m in found) == round(0.4 * size)
+    for m in found:
+        mask, kernel = m.mask.numpy(), m.kernel.numpy()
+        assert set(np.unique(mask)) <= {0, 1}
+        assert not kernel[mask == 0].any() and kernel[mask == 1].any()
+        assert m.density == pytest.approx(mask.mean())
+    with pytest.raises(ValueError, match="masked already"):
+        sparsify(model, 0.4)
+
+
+@every_kind
+def test_strip(kind):
+    model = masked(kind)
+    x, _ = kinds.data(model)
+    want = outputs(model, x)
+    kernels = {
+        n: m.kernel.numpy() for n, m in masked_layers(model).named.items()
+    }
+    plain = strip(model)
+    assert not masked_layers(plain)
+    assert not any(isinstance(part, Masked) for part in plain._flatten_layers())
+    assert_same(outputs(plain, x), want)
+    again = sparsify(plain, 1.0, **kinds.OPTIONS.get(kind, {}))
+    for name, m in masked_layers(again).named.items():
+        np.testing.assert_array_equal(m.kernel.numpy(), kernels[name])
+
+
+@every_kind
+def test_save_and_load(kind, tmp_path):
+    model = masked(kind)
+    x, y = kinds.data(model)
+    model.compile(keras.optimizers.SGD(0.01, momentum=0.9), "mse")
+    model.fit(x, y, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert type(loaded).__name__ == type(model).__name__
+    assert_same(outputs(loaded, x), outputs(model, x))
+    for (name, ours), theirs in zip(
+        masked_layers(model).named.items(), masked_layers(loaded), strict=True
+    ):
+        np.testing.assert_array_equal(
+            ours.mask.numpy(), theirs.mask.numpy(), err_msg=name
+        )
+        assert ours.draw_key == theirs.draw_key
+    loaded.fit(x, y, verbose=0)  # and trains on
+    model.fit(x, y, verbose=0)
+    assert_zeros(loaded)
+
+    other = masked(kind, seed=3)
+    other.compile(keras.optimizers.SGD(0.01, momentum=0.9), "mse")
+    other.fit(x, y, verbose=0)
+    model.save_weights(tmp_path / "m.weights.h5")
+    other.load_weights(tmp_path / "m.weights.h5")
+    assert_same(outputs(other, x), outputs(model, x))
+    plain = strip(loaded)
+    plain.save(tmp_path / "plain.keras")
+    assert_same(
+        outputs(keras.models.load_model(tmp_path / "plain.keras"), x),
+        outputs(plain, x),
+    )
+
+
+def assert_zeros(model):
+    for m in masked_layers(model):
+        assert not m.kernel.numpy()[m.mask.numpy() == 0].any()
+
+
+@every_kind
+def test_count(kind):
+    dense = count(make(kind))
+    cost = count(masked(kind))
+    assert not [name for name, _ in cost.uncounted if name != "embedding"] or (
+        kind in ("custom layers", "subclassed, nested")
+    )
+    assert cost.dense_inference_flops == dense.inference_flops > 0
+    assert cost.inference_flops < dense.inference_flops
+    assert cost.parameters == dense.parameters
+    assert cost.density == pytest.approx(0.4, abs=0.02)
+
+
+APPLICATIONS = {
+    "MobileNetV2": (keras.applications.MobileNetV2, 53),
+    "ResNet50": (keras.applications.ResNet50, 54),
+    "EfficientNetB0": (keras.applications.EfficientNetB0, 82),
+}
+
+
+@pytest.mark.parametrize("name", APPLICATIONS)
+def test_applications(name):
+    make, kernels = APPLICATIONS[name]
+    dense = make(weights=None, input_shape=(32, 32, 3), classes=10)
+    model = sparsify(dense, 0.2)
+    found = masked_layers(model)
+    assert len(found) == kernels
+    size = sum(math.prod(m.kernel.shape) for m in found)
+    ones = sum(np.count_nonzero(m.mask.numpy()) for m in found)
+    assert ones == round(0.2 * size)
+    cost = count(model)
+    assert not cost.uncounted
+    assert cost.dense_inference_flops == count(dense).inference_flops
+    x = np.random.default_rng(0).uniform(0, 255, (2, 32, 32, 3))
+    plain = strip(model)
+    assert_same(outputs(plain, x), outputs(model, x))
+    assert isinstance(plain, type(dense))
+
+
+def test_a_layer_within_is_chosen_or_left_out():
+    dense = make("custom layers")
+    model = sparsify(dense, 0.5, layers=layers.Dense)
+    assert list(masked_layers(model).masks) == [
+        "block/dense/0/kernel",
+        "block/dense/1/kernel",
+        "block/heads/one/kernel",
+        "head",
+    ]
+    one = dense.get_layer("block").dense[1]
+    model = sparsify(dense, 0.5, layers=one)
+    assert list(masked_layers(model).masks) == ["block/dense/1/kernel"]
+    model = sparsify(
+        dense, 0.5, kernels={kinds.Linear: ["w"]}, densities={"block": 0.6}
+    )
+    densities = {n: m.density for n, m in masked_layers(model).named.items()}
+    assert densities["block/heads/one/kernel"] == pytest.approx(0.6, abs=0.02)
+    assert densities["linear/w"] < 0.5
+    report = str(masked_layers(sparsify(dense, 0.5)))
+    assert "linear: Linear has no kernel that can be masked" in report
+    assert "pass kernels={Linear: name}" in report
+
+
+def test_embeddings_are_left_out_by_default():
+    dense = make("Embedding")
+    model = sparsify(dense, 0.5)
+    assert "embedding/embeddings" not in masked_layers(model).masks
+    assert "embedding: an Embedding is masked only if" in str(
+        masked_layers(model)
+    )
+    for options in (
+        {"layers": layers.Embedding},
+        {"layers": dense.get_layer("embedding")},
+        {"kernels": {layers.Embedding: "embeddings"}},
+    ):
+        model = sparsify(dense, 0.5, **options)
+        assert "embedding/embeddings" in masked_layers(model).masks
+
+
+def test_strict():
+    dense = make("custom layers")
+    with pytest.raises(
+        ValueError, match="(?s)strict=True.*linear: Linear has no"
+    ):
+        sparsify(dense, 0.5, strict=True)
+    sparsify(dense, 0.5, strict=True, kernels={kinds.Linear: "w"})
+    sparsify(make("Embedding"), 0.5, strict=True)  # left out by rule
+    sparsify(make("Functional"), 0.5, strict=True)
+
+
+@pytest.mark.parametrize(
+    "kernels", [None, "kernel", ["w"], {"Linear": "w"}, {kinds.Linear: 3}]
+)
+def test_kernels_of_a_wrong_type(kernels):
+    with pytest.raises(ValueError, match="kernels must be 'auto' or"):
+        sparsify(make("custom layers"), 0.5, kernels=kernels)
+
+
+def test_what_a_masked_layer_assigns_reaches_its_variables():
+    """Statistics and random states of a layer with layers within."""
+    model = masked("custom layers")
+    block = model.get_layer("block").layer
+    x, _ = kinds.data(model, n=64)
+    mean = block.norm.moving_mean.numpy()
+    seeds = block.drop.seed_generator.state.numpy()
+    model(x, training=False)
+    np.testing.assert_array_equal(block.norm.moving_mean.numpy(), mean)
+    model(x, training=True)
+    assert (block.norm.moving_mean.numpy() != mean).all()
+    assert (block.drop.seed_generator.state.numpy() != seeds).any()
+    # As the plain layer has it, up to the masks.
+    plain = strip(model)
+    model(x, training=True)
+    plain(x, training=True)
+    np.testing.assert_allclose(
+        plain.get_layer("block").norm.moving_mean.numpy(),
+        block.norm.moving_mean.numpy(),
+        rtol=1e-5,
+    )
+
+
+def test_a_masked_layer_passes_masks_of_time_steps_on():
+    model = masked("Embedding")
+    x = np.array([[1, 2, 0, 0], [3, 4, 5, 6]])
+    assert_same(outputs(model, x), outputs(strip(model), x))
+    lstm = model.get_layer("lstm")
+    states = model.get_layer("embedding")(x)
+    np.testing.assert_allclose(
+        lstm(states)[0], lstm(states[:1, :2])[0], rtol=1e-5
+    )
+
+
+def test_scaled_to_the_fan_in_by_hand():
+    inputs = keras.Input((4,))
+    head = layers.Dense(2, kernel_initializer="ones", name="d")
+    dense = keras.Model(inputs, head(inputs))
+    mask = np.array([[1, 1], [0, 1], [0, 1], [0, 1]])
+    model = with_masks(dense, {"d": mask}, scale_to_fan_in=True)
+    np.testing.assert_allclose(
+        masked_layers(model)[0].kernel.numpy(), mask * [2.0, 1.0]
+    )
+
+
+@pytest.mark.parametrize(
+    "layer, shape, units",
+    [
+        (layers.Conv2D(64, 3, name="d"), (9, 9, 32), (0, 1, 2)),
+        (layers.Conv2DTranspose(64, 3, name="d"), (9, 9, 32), (0, 1, 3)),
+        (layers.DepthwiseConv2D(15, name="d"), (20, 20, 64), (0, 1)),
+        (layers.Dense(64, name="d"), (288,), (0,)),
+        (
+            layers.EinsumDense("abc,cde->abde", (None, 8, 8), name="d"),
+            (3, 288),
+            (0,),
+        ),
+    ],
+    ids=lambda v: type(v).__name__,
+)
+def test_scaling_restores_the_size_of_each_unit(layer, shape, units):
+    """The squares that a unit sums, before and after."""
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input(shape)
+    dense = keras.Model(inputs, layer(inputs))
+    plain = sparsify(dense, 0.3)
+    scaled = sparsify(dense, 0.3, scale_to_fan_in=True)
+    (
+        (one,),
+        (two,),
+    ) = masked_layers(plain), masked_layers(scaled)
+    mask = one.mask.numpy()
+    np.testing.assert_array_equal(mask, two.mask.numpy())
+    want = (layer.kernel.numpy() ** 2).sum(axis=units)
+    before = (one.kernel.numpy() ** 2).sum(axis=units)
+    after = (two.kernel.numpy() ** 2).sum(axis=units)
+    assert np.mean(before / want) == pytest.approx(0.3, abs=0.02)
+    assert np.mean(after / want) == pytest.approx(1.0, abs=0.05)
+
+
+FRESH = """
+import sys, keras, numpy as np
+sys.path.insert(0, sys.argv[2])
+import kinds, rigl_keras
+model = keras.models.load_model(sys.argv[1])
+print(type(model).__name__, len(rigl_keras.masked_layers(model)))
+np.save(sys.argv[1] + ".npy", model(np.ones((2, 5), np.float32)))
+"""
+
+
+def test_a_subclassed_model_loads_in_another_process(tmp_path):
+    model = masked("subclassed")
+    path = tmp_path / "m.keras"
+    model.save(path)
+    done = subprocess.run(
+        [sys.executable, "-c", FRESH, path, pathlib.Path(__file__).parent],
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split() == ["Subclassed", "8"], done.stderr
+    want = model(np.ones((2, 5), np.float32))
+    np.testing.assert_allclose(np.load(f"{path}.npy"), want, rtol=1e-5)
+
+
+class Wrapping(keras.Model):
+    """Functional inside, but built from something else."""
+
+    def __init__(self, units):
+        inputs = keras.Input((4,))
+        super().__init__(inputs, layers.Dense(units)(inputs))
+
+    def train_step(self, data):
+        raise NotImplementedError
+
+
+def test_a_copy_that_would_lose_methods_is_refused():
+    with pytest.raises(ValueError, match="train_step a masked copy would lose"):
+        sparsify(Wrapping(3), 0.5)
+
+
+@pytest.mark.filterwarnings("ignore:Skipping nested container")
+def test_dense_weights_into_a_masked_model(tmp_path):
+    dense, model = make("Functional"), masked("Functional", 0.3)
+    for variable in dense.variables:
+        variable.assign(np.random.default_rng(1).normal(size=variable.shape))
+    path = tmp_path / "dense.weights.h5"
+    dense.save_weights(path)
+    masks = masked_layers(model).masks
+    removed = sum(int((1 - mask).sum()) for mask in masks.values())
+    for load in (model.load_weights, functools.partial(load_weights, model)):
+        with pytest.warns(
+            UserWarning, match=f"set {removed:,} of them to zero"
+        ):
+            load(path)
+        for m, name in zip(masked_layers(model), masks, strict=True):
+            np.testing.assert_array_equal(m.mask.numpy(), masks[name])
+            np.testing.assert_array_equal(
+                m.kernel.numpy(),
+                dense.get_layer(name).kernel.numpy() * masks[name],
+            )
+        np.testing.assert_array_equal(
+            model.get_layer("norm").gamma, dense.get_layer("norm").gamma
+        )
+    dense.save(tmp_path / "dense.keras")
+    with pytest.warns(UserWarning, match="dense weights"):
+        load_weights(model, tmp_path / "dense.keras")
+    # Loaded from a file, a model says what to do.
+    model.save(tmp_path / "masked.keras")
+    loaded = keras.models.load_model(tmp_path / "masked.keras")
+    with pytest.raises(
+        ValueError, match=r"rigl_keras.load_weights\(model, path"
+    ):
+        loaded.load_weights(path)
+    load_weights(loaded, tmp_path / "masked.keras")  # a masked one, silently
+
+
+@pytest.mark.parametrize("kind", ["Functional", "subclassed"])
+def test_weights_of_another_network_change_nothing(kind, tmp_path):
+    model = masked(kind)
+    before = [v.numpy() for v in model.variables]
+    other = make("several inputs and outputs")
+    other.save_weights(tmp_path / "other.weights.h5")
+    (tmp_path / "noise.weights.h5").write_bytes(b"\x00noise")
+    wider = sparsify(
+        keras.Sequential([keras.Input((5,)), layers.Dense(9, name="d")]), 0.5
+    )
+    wider.save_weights(tmp_path / "wider.weights.h5")
+    for name in ("other", "noise", "wider", "missing"):
+        with pytest.raises(ValueError, match=f"{name}.weights.h5"):
+            load_weights(model, tmp_path / f"{name}.weights.h5")
+        for old, variable in zip(before, model.variables, strict=True):
+            np.testing.assert_array_equal(old, variable.numpy())
+    with pytest.raises(ValueError, match="no masked layer"):
+        load_weights(other, tmp_path / "other.weights.h5")
+
+
+def test_no_file_holds_a_weight_outside_its_mask(tmp_path):
+    """However it came there."""
+    model = masked("Sequential")
+    for m in masked_layers(model):
+        m.kernel.assign(np.ones(m.kernel.shape))
+    model.save(tmp_path / "m.keras")
+    model.save_weights(tmp_path / "m.weights.h5")
+    assert_zeros(keras.models.load_model(tmp_path / "m.keras"))
+    other = masked("Sequential", seed=2)
+    other.load_weights(tmp_path / "m.weights.h5")
+    assert_zeros(other)
+
+
+def test_masks_of_a_damaged_file_are_refused(tmp_path):
+    model = masked("Sequential")
+    masked_layers(model)[0].mask.assign(np.full((5, 8), 0.5))
+    keras.Model.save_weights(model, tmp_path / "half.weights.h5")
+    with pytest.raises(ValueError, match="(?s)holds 0.5, and masks are"):
+        keras.Model.load_weights(
+            masked("Sequential"), tmp_path / "half.weights.h5"
+        )
