@@ -70,16 +70,15 @@ def number(
         ValueError: It is no number, not finite or out of bounds.
     """
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    # NaN fails each comparison; ints are compared before they may overflow.
-    if not (
-        real
-        and -math.inf < value < math.inf
-        and at_least <= value <= at_most
-        and (above == -math.inf or value > above)
-        and abs(value) < 1e308
-    ):
+    try:
+        converted = float(value) if real else math.nan
+    except OverflowError:  # of a very large int
+        converted = math.nan
+    # NaN fails each comparison.
+    finite = math.isfinite(converted) and converted > above
+    if not (finite and at_least <= converted <= at_most):
         raise ValueError(f"{name} {rule}. {_received(name, value)}")
-    return float(value)
+    return converted
 
 
 def fraction(name: str, value, *, rule: str = "must be in [0, 1]") -> float:

@@ -162,7 +162,8 @@ def total_count(exact: float, density: float, weights: int) -> int:
     if total == 0:
         raise ValueError(
             f"density={density} of {weights} weights rounds to no connection "
-            f"at all. Pass at least {1 / weights:.2g}."
+            f"at all. Pass at least {1 / weights:.2g}. Received: "
+            f"density={density!r}."
         )
     return total
 

@@ -326,8 +326,10 @@ def training_flops(
             "counts from its masks."
         )
     gradients = _GRADIENTS[name]
-    sparse_flops = number("sparse_flops", sparse_flops, at_least=0)
-    dense_flops = number("dense_flops", dense_flops, at_least=0)
+    sparse_flops = number(
+        "sparse_flops", sparse_flops, at_least=0, at_most=1e300
+    )
+    dense_flops = number("dense_flops", dense_flops, at_least=0, at_most=1e300)
     if gradients == "updates":
         frequency = integer(
             "frequency",
@@ -413,11 +415,11 @@ def training_curve(
             f"cost must be what count(model) returns. Received: cost={cost!r}."
         )
     steps = integer("steps", steps, at_least=1)
-    trajectory = _checked_trajectory(trajectory)
+    received, trajectory = trajectory, _checked_trajectory(trajectory)
     if not trajectory:
         raise ValueError(
             "A trajectory begins with the masks of the first step. Received "
-            "an empty one."
+            f"an empty one: trajectory={received!r}."
         )
     updates = [step for step, _ in trajectory]
     ordered = updates[:1] <= updates[1:2] or len(updates) == 1

@@ -62,9 +62,11 @@ def shares(values: Sequence) -> tf.Tensor:
     Raises:
         ValueError: There is no value, or one is negative or not finite.
     """
-    values = _vector("values", values)
+    received, values = values, _vector("values", values)
     if values.shape[0] == 0:
-        raise ValueError("There is nothing to share. Received: values=[].")
+        raise ValueError(
+            f"There is nothing to share. Received: values={received!r}."
+        )
     total = tf.reduce_sum(values)
     _check_finite("sum of values", total)
     equal = tf.ones_like(values) / values.shape[0]
@@ -155,31 +157,35 @@ def corrected(
         )
     )
     for value in (correction, missing, mean_missing):
-        _check_finite("correction", value)
+        if value.shape.rank:
+            raise ValueError(
+                "A correction is of numbers, not of vectors. Received: "
+                f"{value!r}."
+            )
+        _check_finite("A correction", value)
     return 0.25 * correction + 0.75 * missing + mean_missing
 
 
 def _vector(name, values):
     """Returns non-negative numbers as a float64 vector."""
+    received = values
     if isinstance(values, (list, tuple)) and values:
         # Scalars of several types.
-        values = tf.stack([_scalar(name, value) for value in values])
+        values = [tf.cast(as_scores(name, v), tf.float64) for v in values]
+        flat = all(value.shape.rank in (0, None) for value in values)
+        values = tf.stack(values) if flat else tf.zeros([0, 0])
     values = tf.cast(as_scores(name, values), tf.float64)
     if values.shape.rank not in (1, None):
         raise ValueError(
             f"{name} must be a vector, a number for each layer. Received: "
-            f"{name}={values!r}."
+            f"{name}={received!r}."
         )
     _check_finite(name, values)
     if tf.executing_eagerly() and bool(tf.reduce_any(values < 0)):
         raise ValueError(
-            f"{name} must not be negative. Received: {name}={values!r}."
+            f"{name} must not be negative. Received: {name}={received!r}."
         )
     return values
-
-
-def _scalar(name, value):
-    return tf.cast(as_scores(name, value), tf.float64)
 
 
 def _counts(name, values):

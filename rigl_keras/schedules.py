@@ -374,7 +374,7 @@ def _checked_step(step):
     """Returns a step as an int, or as an int64 tensor."""
     if isinstance(step, tf.Variable):
         step = tf.convert_to_tensor(step)
-    if not tf.is_tensor(step):
+    if not isinstance(step, tf.Tensor):
         return integer("step", step)
     if not step.dtype.is_integer:
         raise ValueError(
@@ -385,4 +385,5 @@ def _checked_step(step):
 
 
 def _ahead(conventions):
+    check_conventions(conventions)
     return 1 if conventions.first_update == "frequency_minus_one" else 0

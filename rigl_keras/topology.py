@@ -247,11 +247,11 @@ def layer_drop_fractions(
     masks = [as_mask("masks", mask) for mask in masks]
     if not conventions.spare_dense_layers:
         return [drop_fraction] * len(masks)
-    shares = as_scores("shares", shares)
+    received, shares = shares, as_scores("shares", shares)
     if shares.shape.rank != 1 or shares.shape[0] not in (None, len(masks)):
         raise ValueError(
             f"shares must be a number for each of {len(masks)} masks. "
-            f"Received: shares={shares!r}."
+            f"Received: shares={received!r}."
         )
     _check_defined("shares", shares, tf.ones_like(shares, tf.bool))
     fractions = []
@@ -417,8 +417,7 @@ def as_scores(name: str, scores) -> tf.Tensor:
         return tf.cast(scores, tf.float32)
     if not (dtype.is_integer or dtype.is_bool) or dtype.is_quantized:
         raise ValueError(
-            f"{name} must be a tensor of numbers. Received: {name} of dtype "
-            f"{dtype.name}."
+            f"{name} must be a tensor of numbers. Received: {name}={scores!r}."
         )
     return tf.cast(scores, tf.float64)
 

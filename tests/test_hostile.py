@@ -9,7 +9,6 @@ import fractions
 import inspect
 import math
 import pathlib
-import re
 
 import keras
 import numpy as np
@@ -59,12 +58,14 @@ HOSTILE = st.sampled_from(SCALARS + OBJECTS)
 
 
 def mixed(**valid):
-    """Returns a strategy of arguments, each hostile one time in eight."""
+    """Returns a strategy of arguments, of which now and then one is hostile."""
 
     @st.composite
     def arguments(draw):
         return {
-            name: draw(HOSTILE if draw(st.integers(0, 7)) == 0 else values)
+            name: draw(
+                HOSTILE if draw(st.integers(0, 2 * len(valid))) == 1 else values
+            )
             for name, values in valid.items()
         }
 
@@ -79,19 +80,22 @@ def check_error(error, arguments):
     ours = pathlib.Path(trace.tb_frame.f_code.co_filename).parent == PACKAGE
     if ours and isinstance(error, ValueError):
         message = str(error)
-        found = re.search(r"[Rr]eceived:? (.+)", message, re.DOTALL)
-        assert found, message
         # Of plain values, the value itself.
         assert not arguments or any(
-            repr(value) in message or str(value) in message
+            text.lower() in message.lower()
             for value in leaves(arguments)
+            for text in (repr(value), str(value))
         ), message
 
 
 def leaves(values):
+    """Yields what a message may show of arguments."""
     for value in values.values() if isinstance(values, dict) else values:
         yield value
-        if isinstance(value, (dict, list, tuple)):
+        yield type(value).__name__
+        if isinstance(value, float):
+            yield f"{value:g}"  # as an array shows it
+        if isinstance(value, (dict, list, tuple, range, set)):
             yield from leaves(value)
         if isinstance(value, dict):
             yield from value
@@ -113,6 +117,8 @@ shapes = st.dictionaries(
 )
 share = st.floats(0.001, 1.0)
 presets = st.sampled_from([ORIGINAL, REPORT])
+# Some devices flush what is next to nothing.
+part = st.floats(0, 1, allow_subnormal=False)
 names = st.sampled_from(
     ["uniform", "er", "erk", "erdos_renyi", "erdos_renyi_kernel"]
 )
@@ -179,7 +185,9 @@ def is_due(t, frequency, begin_step, end_step, conventions):
 
 
 def check_due(got, step, **window):
-    assert bool(got) == is_due(int(step), **window)
+    # A vector of steps is as good.
+    for t, due in zip(np.ravel(step), np.ravel(got), strict=True):
+        assert due == is_due(int(t), **window)
 
 
 def check_planned(got, first_step, steps, **window):
@@ -250,7 +258,7 @@ def of_one_shape(parts, **others):
                 made[name] = made[name].astype(
                     draw(st.sampled_from(["int32", "float32", "uint8"]))
                 )
-            if draw(st.integers(0, 9)) == 0:
+            if draw(st.integers(0, 9)) == 1:
                 made[name] = draw(HOSTILE)
             elif part == "scores" and draw(st.integers(0, 15)) == 0:
                 made[name].flat[0] = NAN
@@ -345,11 +353,16 @@ counts = st.lists(st.integers(0, 50), min_size=2, max_size=2)
 
 def check_magnitude(got, **arguments):
     (values,) = arguments.values()
+    with np.errstate(over="ignore"):
+        values = np.asarray(values, got.dtype.as_numpy_dtype)
     np.testing.assert_array_equal(got, np.abs(values))
+    assert not (np.asarray(got) < 0).any()
 
 
 def check_saliency(got, kernel, gradient):
-    np.testing.assert_array_equal(got, np.abs(kernel * gradient))
+    # Some devices flush what is next to nothing.
+    want = np.abs(kernel * gradient)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-37)
 
 
 def check_random(got, shape, key, step):
@@ -397,12 +410,14 @@ def check_conventions(got, **fields):
 
 METHOD = dict(
     frequency=st.integers(1, 99),
-    drop_fraction=st.floats(0, 1),
+    drop_fraction=part,
     begin_step=st.integers(0, 50),
     end_step=st.none() | st.integers(50, 999),
     decay=st.sampled_from(schedules.DECAYS),
     decay_power=st.floats(0.1, 9),
     redistribution=st.sampled_from([None, "gradient", "momentum"]),
+    gradient_batches=st.just(1),
+    grow_init=st.sampled_from(["zeros", "random_normal", "initial_dist_10"]),
     seed=st.integers(0, 2**32 - 1),
     conventions=presets,
 )
@@ -414,7 +429,7 @@ def check_method(got, **arguments):
     for name, value in arguments.items():
         kept = config[name]
         if name != "conventions":
-            assert kept == value
+            assert kept == value or kept == float(value)
             assert isinstance(kept, (str, int, float, type(None)))
             assert not isinstance(kept, (bool, np.generic))
     assert type(got)(**config).get_config() == config
@@ -550,7 +565,7 @@ CASES = {
         schedules.decayed_drop_fraction,
         mixed(
             step=step,
-            drop_fraction=st.floats(0, 1),
+            drop_fraction=part,
             begin_step=st.integers(0, 100),
             end_step=st.integers(0, 300),
             decay=st.sampled_from(schedules.DECAYS),
@@ -614,7 +629,7 @@ CASES = {
         topology.drop,
         of_one_shape(
             dict(active="mask", scores="scores"),
-            drop_fraction=st.floats(0, 1),
+            drop_fraction=part,
             conventions=presets,
         ),
         check_drop,
@@ -634,7 +649,7 @@ CASES = {
         topology.drop_and_grow,
         of_one_shape(
             dict(mask="mask", drop_scores="scores", grow_scores="scores"),
-            drop_fraction=st.floats(0, 1),
+            drop_fraction=part,
             grow_count=st.none() | st.integers(0, 12),
             conventions=presets,
         ),
@@ -645,7 +660,7 @@ CASES = {
         topology.drop_count,
         of_one_shape(
             dict(mask="mask"),
-            drop_fraction=st.floats(0, 1),
+            drop_fraction=part,
             conventions=presets,
         ),
         check_drop_count,
@@ -656,7 +671,7 @@ CASES = {
         mixed(
             masks=st.just([np.eye(3), np.ones([2, 2])]),
             shares=st.sampled_from([[0.5, 0.5], [0.1, 0.9], [1.0]]),
-            drop_fraction=st.floats(0, 1),
+            drop_fraction=part,
             conventions=presets,
         ),
         check_drop_fractions,

@@ -415,11 +415,10 @@ class Checkpoints(keras.callbacks.Callback):
         state = [v.value for v in model.variables if id(v) not in metrics]
         self._epoch = tf.Variable(0, dtype=tf.int64)
         self._checkpoint = tf.train.Checkpoint(
-            model=model,
-            optimizer=model.optimizer,
-            # TensorFlow finds variables by attributes, and so not all: not
-            # those within objects of one's own, as masks may be.
-            state=state,
+            # Lists of variables: by attributes TensorFlow would not find
+            # those within objects of one's own, as masks are.
+            model=state,
+            optimizer=[v.value for v in model.optimizer.variables],
             method=list(variables),
             epoch=self._epoch,
         )
