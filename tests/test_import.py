@@ -19,6 +19,7 @@ ORDER = [
     "distributions",
     "schedules",
     "scores",
+    "initial_values",
     "topology",
     "redistribution",
     "maskable",
