@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from rigl_keras import (
+    arguments,
     optimizer_state,
     redistribution,
     schedules,
@@ -23,6 +24,7 @@ from rigl_keras import (
 from rigl_keras.conventions import ORIGINAL, Conventions
 from rigl_keras.initial_values import check_grow_init, grown_values
 from rigl_keras.layers import Masked
+from rigl_keras.redistribution import CRITERIA
 from rigl_keras.training_step import StepUpdate, warn_of_no_update
 
 __all__ = ["SET", "SNFS", "MagnitudePruning", "MaskUpdate", "RigL"]
@@ -98,50 +100,43 @@ class MaskUpdate(StepUpdate):
         conventions: Conventions = ORIGINAL,
     ):
         super().__init__(conventions=conventions)
-        _check_int("frequency", frequency, at_least=1)
-        _check_int("begin_step", begin_step, at_least=0)
-        _check_int("seed", seed, at_least=0)
-        if seed >= 2**32:
-            raise ValueError(
-                f"seed must be less than 2 ** 32. Received: seed={seed}."
-            )
+        self.frequency = _whole("frequency", frequency, at_least=1)
+        self.begin_step = _whole("begin_step", begin_step, at_least=0)
         if end_step is not None:
-            _check_int("end_step", end_step, at_least=0)
-            if end_step < begin_step:
+            end_step = _whole("end_step", end_step, at_least=0)
+            if end_step < self.begin_step:
                 raise ValueError(
                     "end_step must not come before begin_step. Received: "
                     f"begin_step={begin_step}, end_step={end_step}."
                 )
-        _check_fraction("drop_fraction", drop_fraction)
-        if decay not in schedules.DECAYS:
-            raise ValueError(
-                f"decay must be one of {schedules.DECAYS}. Received: "
-                f"decay={decay!r}."
-            )
-        if not (isinstance(decay_power, (int, float)) and decay_power > 0):
-            raise ValueError(
-                "decay_power must be positive. Received: "
-                f"decay_power={decay_power!r}."
-            )
-        _check_redistribution(redistribution)
-        _check_int("gradient_batches", gradient_batches, at_least=1)
-        if gradient_batches > frequency:
+        self.end_step = end_step
+        self.drop_fraction = arguments.fraction(
+            "drop_fraction",
+            drop_fraction,
+            rule="is a fraction of the active connections and must be in "
+            "[0, 1]",
+        )
+        arguments.choice("decay", decay, schedules.DECAYS)
+        self.decay = decay
+        self.decay_power = arguments.number(
+            "decay_power", decay_power, above=0, rule="must be positive"
+        )
+        arguments.choice("redistribution", redistribution, (None, *CRITERIA))
+        self.redistribution = redistribution
+        self.gradient_batches = _whole(
+            "gradient_batches", gradient_batches, at_least=1
+        )
+        if self.gradient_batches > self.frequency:
             raise ValueError(
                 "gradient_batches must be at most frequency, as each update "
                 "has gradients of its own. Received: "
                 f"gradient_batches={gradient_batches}, frequency={frequency}."
             )
         check_grow_init(grow_init, self.dense_gradients)
-        self.frequency = frequency
-        self.drop_fraction = drop_fraction
-        self.begin_step = begin_step
-        self.end_step = end_step
-        self.decay = decay
-        self.decay_power = decay_power
-        self.redistribution = redistribution
-        self.gradient_batches = gradient_batches
         self.grow_init = grow_init
-        self.seed = seed
+        self.seed = arguments.integer(
+            "seed", seed, at_least=0, at_most=2**32 - 1
+        )
         self._window = None
         self._initial = []
 
@@ -640,10 +635,7 @@ class MagnitudePruning(StepUpdate):
                 f"schedule={schedule!r}. For a density, pass "
                 "SparsityRamp(final_density=..., begin_step=..., end_step=...)."
             )
-        if scope not in ("global", "layer"):
-            raise ValueError(
-                f"scope must be 'global' or 'layer'. Received: scope={scope!r}."
-            )
+        arguments.choice("scope", scope, ("global", "layer"))
         self.schedule = schedule
         self.scope = scope
 
@@ -766,28 +758,8 @@ def _count(units):
     return tf.reduce_sum(tf.cast(units, tf.int32))
 
 
-def _check_int(name, value, *, at_least):
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    if not whole or value < at_least:
-        raise ValueError(
-            f"{name} counts in whole numbers and must be an int of at least "
-            f"{at_least}. Received: {name}={value!r}."
-        )
-
-
-def _check_fraction(name, value):
-    # `not (a <= x <= b)` also catches NaN.
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (number and 0 <= value <= 1):
-        raise ValueError(
-            f"{name} is a fraction of the active connections and must be in "
-            f"[0, 1]. Received: {name}={value!r}."
-        )
-
-
-def _check_redistribution(value):
-    if value is not None and value not in redistribution.CRITERIA:
-        raise ValueError(
-            "redistribution must be None or one of "
-            f"{redistribution.CRITERIA}. Received: redistribution={value!r}."
-        )
+def _whole(name, value, *, at_least):
+    rule = "counts in whole numbers and must be an int of at least"
+    return arguments.integer(
+        name, value, at_least=at_least, rule=f"{rule} {at_least}"
+    )

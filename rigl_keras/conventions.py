@@ -11,6 +11,8 @@ reproduction behind the report (varun19299/rigl-reproducibility,
 import dataclasses
 from typing import Literal
 
+from rigl_keras.arguments import choice, integer
+
 __all__ = ["Conventions", "ORIGINAL", "REPORT", "check_conventions"]
 
 _CHOICES = {
@@ -117,12 +119,7 @@ class Conventions:
 
     def __post_init__(self):
         for field, choices in _CHOICES.items():
-            value = getattr(self, field)
-            if value not in choices:
-                raise ValueError(
-                    f"Conventions.{field} must be one of {choices}. "
-                    f"Received: {field}={value!r}."
-                )
+            choice(f"Conventions.{field}", getattr(self, field), choices)
         for field in _SWITCHES:
             value = getattr(self, field)
             if not isinstance(value, bool):
@@ -130,12 +127,15 @@ class Conventions:
                     f"Conventions.{field} must be True or False. Received: "
                     f"{field}={value!r}."
                 )
-        if self.drop_fraction_lag not in (0, 1):
-            raise ValueError(
-                "Conventions.drop_fraction_lag must be 0 (the step's own "
-                "value) or 1 (the value of the step before). Received: "
-                f"drop_fraction_lag={self.drop_fraction_lag!r}."
-            )
+        lag = integer(
+            "Conventions.drop_fraction_lag",
+            self.drop_fraction_lag,
+            at_least=0,
+            at_most=1,
+            rule="must be 0 (the step's own value) or 1 (the value of the "
+            "step before)",
+        )
+        object.__setattr__(self, "drop_fraction_lag", lag)
 
 
 ORIGINAL = Conventions()

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from rigl_keras.conventions import ORIGINAL, Conventions
+from rigl_keras.arguments import INT64, fraction, integer, number
+from rigl_keras.conventions import ORIGINAL, Conventions, check_conventions
 
 __all__ = [
     "DISTRIBUTIONS",
@@ -21,6 +22,11 @@ __all__ = [
 
 DISTRIBUTIONS = ("uniform", "erdos_renyi", "erdos_renyi_kernel")
 _SHORT_NAMES = {"er": "erdos_renyi", "erk": "erdos_renyi_kernel"}
+
+_DENSITY = (
+    "is the fraction of weights kept and must be in (0, 1]; for 90 % sparsity "
+    "pass 0.1"
+)
 
 Shapes = Mapping[str, Sequence[int]]
 
@@ -71,19 +77,11 @@ def layer_densities(
     >>> layer_densities(shapes, 0.1, "uniform")
     {'a': 1.0, 'b': 0.1, 'c': 0.1}
     """
-    _check_density(density)
+    density = number("density", density, above=0, at_most=1, rule=_DENSITY)
     distribution = _canonical(distribution)
-    given = dict(densities or {})
-    _check_given(given, shapes)
-    if not shapes:
-        raise ValueError("A distribution needs at least one kernel shape.")
-    for name, shape in shapes.items():
-        if len(shape) < 2 or min(shape) < 1:
-            raise ValueError(
-                "A kernel shape has at least two dimensions (input and output "
-                f"channels last), each at least 1. Received: {name!r} with "
-                f"shape {tuple(shape)}."
-            )
+    check_conventions(conventions)
+    shapes = _checked_shapes(shapes)
+    given = _checked_given(densities, shapes)
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
 
     if distribution == "uniform":
@@ -123,9 +121,10 @@ def masked_shapes(
     Raises:
         ValueError: None is left.
     """
-    masked = dict(shapes)
-    first = next(iter(shapes))
-    if distribution == "uniform" and first not in densities:
+    masked = _checked_shapes(shapes)
+    first = next(iter(masked))
+    given = _checked_given(densities, masked)
+    if _canonical(distribution) == "uniform" and first not in given:
         del masked[first]
     if not masked:
         raise ValueError(
@@ -149,13 +148,22 @@ def total_count(exact: float, density: float, weights: int) -> int:
         round(exact), at least 1.
 
     Raises:
-        ValueError: It rounds to none.
+        ValueError: It rounds to none, or an argument is out of range.
     """
+    weights = integer("weights", weights, at_least=1)
+    exact = number(
+        "exact",
+        exact,
+        at_least=0,
+        at_most=weights,
+        rule=f"must be a number from 0 to {weights}, all weights",
+    )
     total = round(exact)
     if total == 0:
         raise ValueError(
             f"density={density} of {weights} weights rounds to no connection "
-            f"at all. Pass at least {1 / weights:.2g}."
+            f"at all. Pass at least {1 / weights:.2g}. Received: "
+            f"density={density!r}."
         )
     return total
 
@@ -179,18 +187,32 @@ def layer_counts(
         `{name: count}`, each between 0 and the layer's size.
 
     Raises:
-        ValueError: `total` is out of range.
+        ValueError: An argument is out of range.
 
     Example:
 
     >>> layer_counts({"a": 5, "b": 5}, {"a": 0.5, "b": 0.5}, 5)
     {'a': 3, 'b': 2}
     """
-    if not 0 <= total <= sum(sizes.values()):
+    for name, value in (("sizes", sizes), ("densities", densities)):
+        _check_mapping(name, value)
+    if set(sizes) != set(densities):
         raise ValueError(
-            f"Between 0 and {sum(sizes.values())} weights can be kept. "
-            f"Received: total={total}."
+            "sizes and densities must name the same layers. Received: "
+            f"sizes={sizes!r}, densities={densities!r}."
         )
+    sizes = {
+        name: integer(f"{name}", n, at_least=0) for name, n in sizes.items()
+    }
+    densities = {name: fraction(f"{name}", densities[name]) for name in sizes}
+    everything = sum(sizes.values())
+    total = integer(
+        "total",
+        total,
+        at_least=0,
+        at_most=everything,
+        rule=f"is how many of {everything} weights are kept",
+    )
     quotas = {name: densities[name] * size for name, size in sizes.items()}
     counts = {name: math.floor(quota) for name, quota in quotas.items()}
     short = total - sum(counts.values())
@@ -281,7 +303,7 @@ def _canonical(distribution):
     name = distribution
     if isinstance(name, str):
         name = _SHORT_NAMES.get(name, name)
-    if name not in DISTRIBUTIONS:
+    if not isinstance(name, str) or name not in DISTRIBUTIONS:
         near = difflib.get_close_matches(
             str(distribution), (*DISTRIBUTIONS, *_SHORT_NAMES), n=1, cutoff=0.4
         )
@@ -293,33 +315,63 @@ def _canonical(distribution):
     return name
 
 
-def _check_density(density):
-    # `not (a < x <= b)` also catches NaN.
-    if isinstance(density, bool) or not (
-        isinstance(density, (int, float, np.number)) and 0 < density <= 1
-    ):
+def _checked_shapes(shapes):
+    """Returns `{name: tuple of ints}`."""
+    _check_mapping("shapes", shapes)
+    if not shapes:
         raise ValueError(
-            "density is the fraction of weights kept and must be in (0, 1]; "
-            "for 90 % sparsity pass 0.1. "
-            f"Received: density={density!r}."
+            "A distribution needs at least one kernel shape. Received: "
+            f"shapes={shapes!r}."
         )
+    checked = {}
+    for name, shape in shapes.items():
+        try:
+            checked[name] = tuple(
+                integer("A dimension", n, at_least=1) for n in shape
+            )
+        except (TypeError, ValueError):
+            checked[name] = ()
+        shortest = len(checked[name]) < 2
+        if shortest or math.prod(checked[name]) > INT64:
+            raise ValueError(
+                "A kernel shape has at least two dimensions (input and output "
+                f"channels last), each at least 1. Received: {name!r} with "
+                f"shape {shape!r}."
+            )
+    return checked
 
 
-def _check_given(given, shapes):
+def _checked_given(given, shapes):
+    """Returns `{name: float}`."""
+    if given is None:
+        return {}
+    _check_mapping("densities", given)
+    checked = {}
     for name, value in given.items():
         if name not in shapes:
-            near = difflib.get_close_matches(str(name), list(shapes), n=1)
+            near = difflib.get_close_matches(
+                str(name), [str(shape) for shape in shapes], n=1
+            )
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(
                 f"densities names {name!r}, which is no masked layer.{hint} "
-                f"Masked layers: {', '.join(shapes)}."
+                f"Masked layers: {', '.join(map(str, shapes))}."
             )
-        number = isinstance(value, (int, float, np.number))
-        if isinstance(value, bool) or not (number and 0 < value <= 1):
-            raise ValueError(
-                "Each of densities must be in (0, 1]. "
-                f"Received: {name}={value!r}."
-            )
+        checked[name] = number(
+            str(name),
+            value,
+            above=0,
+            at_most=1,
+            rule="must be in (0, 1], as each of densities",
+        )
+    return checked
+
+
+def _check_mapping(name, value):
+    if not isinstance(value, Mapping):
+        raise ValueError(
+            f"{name} must map names of layers. Received: {name}={value!r}."
+        )
 
 
 def _check_reachable(left, free, density, given):

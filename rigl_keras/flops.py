@@ -13,6 +13,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from rigl_keras.arguments import choice, integer, number
 from rigl_keras.layers import Masked
 from rigl_keras.maskable import (
     CONVOLUTIONS,
@@ -211,11 +212,7 @@ def count(model: keras.Model, *, convention: str = "micronet") -> Count:
 
     >>> print(count(sparsify(models.wide_resnet(), 0.1)))
     """
-    if convention not in CONVENTIONS:
-        raise ValueError(
-            f"convention must be one of {CONVENTIONS}. Received: "
-            f"convention={convention!r}."
-        )
+    choice("convention", convention, CONVENTIONS)
     if not isinstance(model, keras.Model) or not model.built:
         raise ValueError(
             "count takes a built Keras model. Received: "
@@ -321,7 +318,7 @@ def training_flops(
     >>> training_flops("rigl", sparse_flops=1, dense_flops=5, frequency=1)
     5.0
     """
-    name = method.lower().replace("_", "").replace("-", "")
+    name = str(method).lower().replace("_", "").replace("-", "")
     if name not in _GRADIENTS:
         raise ValueError(
             f"method must be one of {', '.join(_GRADIENTS)}. Received: "
@@ -329,10 +326,16 @@ def training_flops(
             "counts from its masks."
         )
     gradients = _GRADIENTS[name]
-    if gradients == "updates" and (not frequency or frequency < 1):
-        raise ValueError(
-            f"{method}'s training FLOPs need the steps between updates. "
-            f"Received: frequency={frequency!r}."
+    sparse_flops = number(
+        "sparse_flops", sparse_flops, at_least=0, at_most=1e300
+    )
+    dense_flops = number("dense_flops", dense_flops, at_least=0, at_most=1e300)
+    if gradients == "updates":
+        frequency = integer(
+            "frequency",
+            frequency,
+            at_least=1,
+            rule=f"must be the steps between the updates of {method}",
         )
     if name == "dense":
         return 3 * dense_flops
@@ -406,15 +409,17 @@ def training_curve(
     >>> _, training = training_curve(
     ...     cost, [(0, {"conv1": 43})], steps=100, dense_gradients="never")
     """
-    if dense_gradients not in ("never", "updates", "always"):
+    choice("dense_gradients", dense_gradients, ("never", "updates", "always"))
+    if not isinstance(cost, Count):
         raise ValueError(
-            "dense_gradients must be 'never', 'updates' or 'always'. "
-            f"Received: dense_gradients={dense_gradients!r}."
+            f"cost must be what count(model) returns. Received: cost={cost!r}."
         )
+    steps = integer("steps", steps, at_least=1)
+    received, trajectory = trajectory, _checked_trajectory(trajectory)
     if not trajectory:
         raise ValueError(
             "A trajectory begins with the masks of the first step. Received "
-            "an empty one."
+            f"an empty one: trajectory={received!r}."
         )
     updates = [step for step, _ in trajectory]
     ordered = updates[:1] <= updates[1:2] or len(updates) == 1
@@ -425,12 +430,24 @@ def training_curve(
             f"The steps of a trajectory must increase. Received: {updates}."
         )
     layers = {layer.name: layer for layer in cost.layers}
+    for _, counts in trajectory:
+        for name, ones in counts.items():
+            if name in layers and ones > math.prod(layers[name].shape):
+                raise ValueError(
+                    f"{name!r} has no more than {math.prod(layers[name].shape)}"
+                    f" connections. Received: {ones}."
+                )
     unknown = {n for _, counts in trajectory for n in counts} - set(layers)
     if unknown:
         raise ValueError(
             f"The trajectory has layers that the model has not: {unknown}."
         )
     first = updates[0]
+    if updates[-1] >= first + steps:
+        raise ValueError(
+            f"The trajectory goes beyond the run. Received: steps={steps} "
+            f"from step {first} on, and an update at {updates[-1]}."
+        )
     inference = np.empty(steps)
     dense = np.full(steps, dense_gradients == "always")
     for i, (step, counts) in enumerate(trajectory):
@@ -473,6 +490,22 @@ def _places(name, leaf):
     for kernel in found:
         mask = masked[kernel.path].mask if kernel.path in masked else None
         yield _Place(kernel.named(name), kernel, mask)
+
+
+def _checked_trajectory(trajectory):
+    try:
+        return [
+            (
+                integer("step", step, at_least=0),
+                {n: integer(n, c, at_least=0) for n, c in counts.items()},
+            )
+            for step, counts in trajectory
+        ]
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            "trajectory must be a list of (step, {layer: connections}). "
+            f"Received: trajectory={trajectory!r}."
+        ) from error
 
 
 def _count_layer(place, positions, convention):

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from rigl_keras import distributions, scores, topology
+from rigl_keras import arguments, distributions, scores, topology
 from rigl_keras.sparsify import Selector, chosen_kernels, with_masks
 
 __all__ = ["snip"]
@@ -65,9 +65,11 @@ def snip(
     >>> loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     >>> model = snip(model, 0.1, next(iter(train)), loss)
     """
-    if scope not in ("global", "layer"):
+    arguments.choice("scope", scope, ("global", "layer"))
+    if not callable(loss):
         raise ValueError(
-            f"scope must be 'global' or 'layer'. Received: scope={scope!r}."
+            "loss must be a function of targets and outputs. Received: "
+            f"loss={loss!r}."
         )
     if scope == "global" and densities is not None:
         raise ValueError(

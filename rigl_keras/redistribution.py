@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from rigl_keras.conventions import ORIGINAL, Conventions
+from rigl_keras.conventions import ORIGINAL, Conventions, check_conventions
+from rigl_keras.topology import as_mask, as_scores
 
 __all__ = ["CRITERIA", "corrected", "grow_counts", "layer_mean", "shares"]
 
@@ -32,8 +33,19 @@ def layer_mean(statistic: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
 
     Returns:
         float64 scalar, 0 where nothing is active.
+
+    Raises:
+        ValueError: An argument is no such tensor.
     """
-    active = tf.cast(mask, tf.float64)
+    statistic = as_scores("statistic", statistic)
+    active = as_mask("mask", mask)
+    if not statistic.shape.is_compatible_with(active.shape):
+        raise ValueError(
+            "statistic and mask must have one shape. Received shapes "
+            f"{statistic.shape} and {active.shape}."
+        )
+    _check_finite("statistic", statistic)
+    active = tf.cast(active, tf.float64)
     total = tf.reduce_sum(tf.cast(tf.abs(statistic), tf.float64) * active)
     return tf.math.divide_no_nan(total, tf.reduce_sum(active))
 
@@ -46,9 +58,17 @@ def shares(values: Sequence) -> tf.Tensor:
 
     Returns:
         float64 vector that adds to 1; equal shares where every value is 0.
+
+    Raises:
+        ValueError: There is no value, or one is negative or not finite.
     """
-    values = tf.cast(tf.stack(values), tf.float64)
+    received, values = values, _vector("values", values)
+    if values.shape[0] == 0:
+        raise ValueError(
+            f"There is nothing to share. Received: values={received!r}."
+        )
     total = tf.reduce_sum(values)
+    _check_finite("sum of values", total)
     equal = tf.ones_like(values) / values.shape[0]
     return tf.where(total > 0, tf.math.divide_no_nan(values, total), equal)
 
@@ -88,14 +108,20 @@ def grow_counts(
     Returns:
         int32 vector. Each count is between 0 and `free`.
 
+    Raises:
+        ValueError: An argument is out of range: more is dropped than there
+            are free entries, or the vectors differ in length.
+
     Example:
 
     >>> grow_counts([0.5, 0.5], [6, 2], [100, 3]).numpy()  # the second is full
     array([6, 2], dtype=int32)
     """
-    shares = tf.cast(shares, tf.float64)
-    dropped = tf.cast(dropped, tf.float64)
-    free = tf.cast(free, tf.float64)
+    check_conventions(conventions)
+    shares = _vector("shares", shares)
+    dropped, free = _counts("dropped", dropped), _counts("free", free)
+    correction = tf.cast(as_scores("correction", correction), tf.float64)
+    _check_together(shares, dropped, free, correction)
     total = tf.reduce_sum(dropped)
     if conventions.redistribution_total == "corrected":
         return _as_reproduced(shares, total + correction, free)
@@ -122,7 +148,88 @@ def corrected(
     Returns:
         Float scalar, the correction of the next update.
     """
+    correction, missing, mean_missing = (
+        tf.cast(as_scores(name, value), tf.float64)
+        for name, value in (
+            ("correction", correction),
+            ("missing", missing),
+            ("mean_missing", mean_missing),
+        )
+    )
+    for value in (correction, missing, mean_missing):
+        if value.shape.rank:
+            raise ValueError(
+                "A correction is of numbers, not of vectors. Received: "
+                f"{value!r}."
+            )
+        _check_finite("A correction", value)
     return 0.25 * correction + 0.75 * missing + mean_missing
+
+
+def _vector(name, values):
+    """Returns non-negative numbers as a float64 vector."""
+    received = values
+    if isinstance(values, (list, tuple)) and values:
+        # Scalars of several types.
+        values = [tf.cast(as_scores(name, v), tf.float64) for v in values]
+        flat = all(value.shape.rank in (0, None) for value in values)
+        values = tf.stack(values) if flat else tf.zeros([0, 0])
+    values = tf.cast(as_scores(name, values), tf.float64)
+    if values.shape.rank not in (1, None):
+        raise ValueError(
+            f"{name} must be a vector, a number for each layer. Received: "
+            f"{name}={received!r}."
+        )
+    _check_finite(name, values)
+    if tf.executing_eagerly() and bool(tf.reduce_any(values < 0)):
+        raise ValueError(
+            f"{name} must not be negative. Received: {name}={received!r}."
+        )
+    return values
+
+
+def _counts(name, values):
+    counts = _vector(name, values)
+    whole = tf.executing_eagerly() and not bool(
+        tf.reduce_all(counts == tf.floor(counts))
+    )
+    if whole:
+        raise ValueError(
+            f"{name} must be whole numbers. Received: {name}={values!r}."
+        )
+    return counts
+
+
+def _check_together(shares, dropped, free, correction):
+    lengths = [v.shape[0] for v in (shares, dropped, free)]
+    if len(set(lengths) - {None}) > 1 or 0 in lengths:
+        raise ValueError(
+            "shares, dropped and free must be of one length, a number for "
+            f"each layer. Received lengths: {lengths}."
+        )
+    _check_finite("correction", correction)
+    if not tf.executing_eagerly():
+        return
+    if abs(float(tf.reduce_sum(shares)) - 1) > 1e-6:
+        raise ValueError(f"shares must add to 1. Received: shares={shares!r}.")
+    total, room = (float(tf.reduce_sum(v)) for v in (dropped, free))
+    if total > room or room > tf.int32.max:
+        raise ValueError(
+            "No more can be dropped than there are free entries. Received: "
+            f"dropped={dropped!r}, free={free!r}."
+        )
+    if correction.shape.rank:
+        raise ValueError(
+            f"correction must be a number. Received: correction={correction!r}."
+        )
+
+
+def _check_finite(name, values):
+    """Refuses NaN and infinity, when called eagerly."""
+    if tf.executing_eagerly():
+        finite = tf.math.is_finite(values)
+        if not bool(tf.reduce_all(finite)):
+            raise ValueError(f"{name} must be finite. Received: {values!r}.")
 
 
 def _spread(quotas, caps):
@@ -170,4 +277,5 @@ def _as_reproduced(shares, total, free):
         spread(tf.round(shares * total), tf.zeros([], tf.float64)),
         maximum_iterations=_ROUNDS - 1,
     )
-    return tf.cast(counts, tf.int32)
+    # A correction may outweigh all that is dropped.
+    return tf.cast(tf.maximum(counts, 0), tf.int32)

@@ -10,7 +10,8 @@ import math
 
 import tensorflow as tf
 
-from rigl_keras.conventions import ORIGINAL, Conventions
+from rigl_keras.arguments import choice, fraction, integer, number
+from rigl_keras.conventions import ORIGINAL, Conventions, check_conventions
 
 __all__ = [
     "DECAYS",
@@ -22,6 +23,8 @@ __all__ = [
     "decayed_drop_fraction",
     "planned_sparsity",
 ]
+
+_POSITIVE = "must be positive"
 
 DECAYS = ("cosine", "constant", "linear", "polynomial")
 
@@ -56,6 +59,9 @@ def is_update_step(
     >>> [t for t in range(50) if is_update_step(t, **window)]
     [10, 20, 30]
     """
+    step = _checked_step(step)
+    frequency = integer("frequency", frequency, at_least=1)
+    begin_step = integer("begin_step", begin_step)
     counted = step + _ahead(conventions)
     last = last_update_step(end_step, conventions=conventions)
     return (
@@ -119,6 +125,8 @@ def last_update_step(
     Returns:
         `end_step`, or `end_step - 1` where the end is left out.
     """
+    check_conventions(conventions)
+    end_step = integer("end_step", end_step)
     return end_step if conventions.end_is_included else end_step - 1
 
 
@@ -149,6 +157,10 @@ def planned_updates(
     >>> planned_updates(0, 25, frequency=10, begin_step=0, end_step=99)
     2
     """
+    first_step = integer("first_step", first_step)
+    steps = integer("steps", steps, at_least=0)
+    frequency = integer("frequency", frequency, at_least=1)
+    begin_step = integer("begin_step", begin_step)
     ahead = _ahead(conventions)
     first = max(first_step, begin_step, 1)
     last = min(
@@ -199,13 +211,23 @@ def decayed_drop_fraction(
         A float64 scalar tensor in [0, drop_fraction]. Double, because the
         count n x fraction is rounded and must not depend on float32.
 
+    Raises:
+        ValueError: An argument is out of range.
+
     Example:
 
     >>> float(decayed_drop_fraction(
     ...     50, drop_fraction=0.3, begin_step=0, end_step=100))
     0.15
     """
-    step = tf.cast(step, tf.float64) - conventions.drop_fraction_lag
+    check_conventions(conventions)
+    choice("decay", decay, DECAYS)
+    drop_fraction = fraction("drop_fraction", drop_fraction)
+    decay_power = number("decay_power", decay_power, above=0, rule=_POSITIVE)
+    begin_step = integer("begin_step", begin_step)
+    end_step = integer("end_step", end_step)
+    step = tf.cast(_checked_step(step), tf.float64)
+    step -= conventions.drop_fraction_lag
     length = max(end_step - begin_step, 1)
     x = tf.clip_by_value((step - begin_step) / length, 0.0, 1.0)
     if decay == "cosine":
@@ -214,12 +236,8 @@ def decayed_drop_fraction(
         factor = tf.ones_like(x)
     elif decay == "linear":
         factor = 1 - x
-    elif decay == "polynomial":
-        factor = (1 - x) ** decay_power
     else:
-        raise ValueError(
-            f"decay must be one of {DECAYS}. Received: decay={decay!r}."
-        )
+        factor = (1 - x) ** decay_power
     return drop_fraction * factor
 
 
@@ -266,12 +284,14 @@ class SparsityRamp:
 
     def __post_init__(self):
         for name in ("begin_step", "end_step", "frequency"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise ValueError(
-                    f"{name} counts optimizer steps and must be an int. "
-                    f"Received: {name}={value!r}."
-                )
+            rule = "counts optimizer steps and must be an int"
+            value = integer(name, getattr(self, name), rule=rule)
+            object.__setattr__(self, name, value)
+        for name in ("final_density", "initial_density"):
+            value = fraction(name, getattr(self, name))
+            object.__setattr__(self, name, value)
+        power = number("power", self.power, above=0, rule=_POSITIVE)
+        object.__setattr__(self, "power", power)
         if not 0 <= self.begin_step < self.end_step:
             raise ValueError(
                 "A ramp needs 0 <= begin_step < end_step. Received: "
@@ -281,21 +301,17 @@ class SparsityRamp:
             raise ValueError(
                 f"frequency must be at least 1. Received: {self.frequency}."
             )
-        # `not (a < b)` also catches NaN.
-        if not 0 < self.final_density <= self.initial_density <= 1:
+        if not 0 < self.final_density <= self.initial_density:
             raise ValueError(
                 "Densities are fractions of weights kept, and a ramp needs "
                 "0 < final_density <= initial_density <= 1. Received: "
                 f"final_density={self.final_density!r}, "
                 f"initial_density={self.initial_density!r}."
             )
-        if not self.power > 0:
-            raise ValueError(
-                f"power must be positive. Received: power={self.power!r}."
-            )
 
     def __call__(self, step):
         """Returns whether to prune at `step`, and to which sparsity."""
+        step = _checked_step(step)
         turn = (step - self.begin_step) % self.frequency == 0
         due = (
             (turn | (step == self.end_step))
@@ -306,9 +322,8 @@ class SparsityRamp:
 
     def sparsity(self, step) -> tf.Tensor:
         """Returns s_t, a float64 scalar in [0, 1)."""
-        x = (tf.cast(step, tf.float64) - self.begin_step) / (
-            self.end_step - self.begin_step
-        )
+        step = tf.cast(_checked_step(step), tf.float64)
+        x = (step - self.begin_step) / (self.end_step - self.begin_step)
         left = (1 - tf.clip_by_value(x, 0.0, 1.0)) ** self.power
         return (1 - self.final_density) - (
             self.initial_density - self.final_density
@@ -316,6 +331,7 @@ class SparsityRamp:
 
     def lengthened(self, factor: float) -> "SparsityRamp":
         """Returns the ramp of a run that is `factor` times as long."""
+        factor = number("factor", factor, above=0, rule=_POSITIVE)
         return dataclasses.replace(self, end_step=int(self.end_step * factor))
 
 
@@ -335,6 +351,12 @@ def planned_sparsity(
     Returns:
         `(due, sparsity)`, a bool and a float, or tensors of these.
     """
+    check_conventions(conventions)
+    if not callable(schedule):
+        raise ValueError(
+            "schedule must be a SparsityRamp or a callable `step -> (due, "
+            f"sparsity)`. Received: schedule={schedule!r}."
+        )
     asked_as_is = not isinstance(schedule, SparsityRamp)
     if asked_as_is or conventions.first_update == "frequency":
         return schedule(step)
@@ -348,5 +370,20 @@ def planned_sparsity(
     return due, schedule.sparsity(step - conventions.drop_fraction_lag)
 
 
+def _checked_step(step):
+    """Returns a step as an int, or as an int64 tensor."""
+    if isinstance(step, tf.Variable):
+        step = tf.convert_to_tensor(step)
+    if not isinstance(step, tf.Tensor):
+        return integer("step", step)
+    if not step.dtype.is_integer:
+        raise ValueError(
+            "step must be an int or an integer tensor. Received: "
+            f"step={step!r}."
+        )
+    return tf.cast(step, tf.int64)
+
+
 def _ahead(conventions):
+    check_conventions(conventions)
     return 1 if conventions.first_update == "frequency_minus_one" else 0

@@ -6,6 +6,8 @@ ones of highest score.
 
 import tensorflow as tf
 
+from rigl_keras.arguments import integer
+
 __all__ = ["magnitude", "gradient_magnitude", "random", "saliency"]
 
 
@@ -18,7 +20,7 @@ def magnitude(kernel: tf.Tensor) -> tf.Tensor:
     Returns:
         Tensor of the same shape and dtype, non-negative.
     """
-    return tf.abs(kernel)
+    return tf.abs(_floats("kernel", kernel))
 
 
 def gradient_magnitude(gradient: tf.Tensor) -> tf.Tensor:
@@ -35,7 +37,7 @@ def gradient_magnitude(gradient: tf.Tensor) -> tf.Tensor:
     Returns:
         Tensor of the same shape and dtype, non-negative.
     """
-    return tf.abs(gradient)
+    return tf.abs(_floats("gradient", gradient))
 
 
 def saliency(kernel: tf.Tensor, gradient: tf.Tensor) -> tf.Tensor:
@@ -51,7 +53,13 @@ def saliency(kernel: tf.Tensor, gradient: tf.Tensor) -> tf.Tensor:
     Returns:
         Tensor of the same shape and dtype, non-negative.
     """
-    return tf.abs(kernel * gradient)
+    kernel, gradient = _floats("kernel", kernel), _floats("gradient", gradient)
+    if not kernel.shape.is_compatible_with(gradient.shape):
+        raise ValueError(
+            "kernel and gradient must have one shape. Received shapes "
+            f"{kernel.shape} and {gradient.shape}."
+        )
+    return tf.abs(kernel * tf.cast(gradient, kernel.dtype))
 
 
 def random(shape, *, key: int, step) -> tf.Tensor:
@@ -68,10 +76,26 @@ def random(shape, *, key: int, step) -> tf.Tensor:
     Returns:
         float32 tensor of `shape`, in [0, 1).
     """
-    seed = tf.stack([tf.cast(key, tf.int64), tf.cast(step, tf.int64)])
+    if not tf.is_tensor(step):
+        step = integer("step", step)
+    elif not step.dtype.is_integer:
+        raise ValueError(
+            f"step must be an int or an integer scalar. Received: {step!r}."
+        )
+    if not isinstance(shape, tf.TensorShape):
+        shape = [integer("A dimension", n, at_least=0) for n in shape]
+    key = integer("key", key)
+    seed = tf.stack([tf.constant(key, tf.int64), tf.cast(step, tf.int64)])
     # The bits of a named generator are the same on every device and under
     # XLA; TensorFlow's own conversion to floats is not.
     bits = tf.random.stateless_uniform(
         shape, seed, minval=None, maxval=None, dtype=tf.uint32, alg="philox"
     )
     return tf.cast(tf.bitwise.right_shift(bits, 8), tf.float32) * 2.0**-24
+
+
+def _floats(name, value):
+    value = tf.convert_to_tensor(value)
+    if not value.dtype.is_floating:
+        raise ValueError(f"{name} must be a float tensor. Received: {value!r}.")
+    return value

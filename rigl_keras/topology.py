@@ -8,9 +8,12 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from rigl_keras.conventions import ORIGINAL, Conventions
+from rigl_keras.arguments import fraction, integer
+from rigl_keras.conventions import ORIGINAL, Conventions, check_conventions
 
 __all__ = [
+    "as_mask",
+    "as_scores",
     "drop",
     "drop_and_grow",
     "drop_count",
@@ -46,7 +49,7 @@ def drop_and_grow(
         grow_scores: Tensor of the same shape. Read where the mask is 0 after
             the drop.
         drop_fraction: Fraction of the active connections, in [0, 1], a
-            number or a scalar tensor.
+            number or a scalar float tensor.
         grow_count: How many connections join, an integer scalar. None: as
             many as leave.
         conventions: The `REPORT` conventions change rounding, ranking and
@@ -62,8 +65,8 @@ def drop_and_grow(
         `grown` empty.
 
     Raises:
-        ValueError: The shapes differ, `drop_fraction` is outside [0, 1], or
-            a score that is read is NaN (when called eagerly).
+        ValueError: The shapes differ, an argument is out of range, or a score
+            that is read is NaN (when called eagerly).
 
     Example:
 
@@ -72,16 +75,21 @@ def drop_and_grow(
     >>> new.numpy(), grown.numpy()
     (array([1, 0, 0, 1], dtype=int32), array([0, 0, 0, 1], dtype=int32))
     """
-    mask, drop_scores, grow_scores = _checked(
-        mask, drop_scores, grow_scores, drop_fraction
+    check_conventions(conventions)
+    mask = _tensor("mask", mask)
+    active = as_mask("mask", mask)
+    drop_scores = as_scores("drop_scores", drop_scores)
+    grow_scores = as_scores("grow_scores", grow_scores)
+    _check_one_shape(
+        mask=active, drop_scores=drop_scores, grow_scores=grow_scores
     )
-    active = tf.cast(mask, tf.bool)
-    kept = drop(active, drop_scores, drop_fraction, conventions=conventions)
+    drop_fraction = _checked_fraction(drop_fraction)
+    if grow_count is not None:
+        grow_count = _checked_count("grow_count", grow_count)
+    kept = _drop(active, drop_scores, drop_fraction, conventions)
     if grow_count is None:
         grow_count = _size(active) - _size(kept)
-    new, grown = grow(
-        active, kept, grow_scores, grow_count, conventions=conventions
-    )
+    new, grown = _grow(active, kept, grow_scores, grow_count, conventions)
 
     defined = _defined(drop_scores, active) & _defined(grow_scores, ~kept)
     if tf.executing_eagerly() and not bool(defined):
@@ -113,14 +121,27 @@ def drop(
 
     Returns:
         Bool tensor, the part of `active` that stays.
+
+    Raises:
+        ValueError: An argument is out of range.
     """
-    count = drop_count(active, drop_fraction, conventions=conventions)
+    check_conventions(conventions)
+    active = as_mask("active", active)
+    scores = as_scores("scores", scores)
+    _check_one_shape(active=active, scores=scores)
+    _check_defined("scores", scores, active)
+    drop_fraction = _checked_fraction(drop_fraction)
+    return _drop(active, scores, drop_fraction, conventions)
+
+
+def _drop(active, scores, drop_fraction, conventions):
+    count = _drop_count(active, drop_fraction, conventions)
     if conventions.drop_ranking == "active":
-        return active & ~select_highest(-scores, count, among=active)
+        return active & ~_select_highest(-scores, count, active)
     ranked = tf.where(active, scores, tf.zeros_like(scores))
     count += _size(~active)
     everything = tf.ones_like(active)
-    return active & ~select_highest(-ranked, count, among=everything)
+    return active & ~_select_highest(-ranked, count, everything)
 
 
 def grow(
@@ -139,12 +160,25 @@ def grow(
 
     Returns:
         `(new, grown)`, bool tensors as in `drop_and_grow`.
+
+    Raises:
+        ValueError: An argument is out of range.
     """
+    check_conventions(conventions)
+    active, kept = as_mask("active", active), as_mask("kept", kept)
+    scores = as_scores("scores", scores)
+    _check_one_shape(active=active, kept=kept, scores=scores)
+    _check_defined("scores", scores, ~kept)
+    count = _checked_count("count", count)
+    return _grow(active, kept, scores, count, conventions)
+
+
+def _grow(active, kept, scores, count, conventions):
     if conventions.grow_ranking == "inactive":
-        joined = select_highest(scores, count, among=~kept)
+        joined = _select_highest(scores, count, ~kept)
     else:
         ranked = tf.where(kept, tf.zeros_like(scores), scores)
-        joined = select_highest(ranked, count, among=tf.ones_like(kept))
+        joined = _select_highest(ranked, count, tf.ones_like(kept))
     anew = joined if conventions.regrown_value == "zero" else joined & ~active
     return kept | joined, anew
 
@@ -161,12 +195,17 @@ def drop_count(
 
     Returns:
         int32 scalar tensor, at most n.
+
+    Raises:
+        ValueError: An argument is out of range.
     """
-    active = tf.cast(_size(tf.cast(mask, tf.bool)), tf.float64)
-    if not tf.is_tensor(drop_fraction):
-        # `cast` would go by float32, and 0.7 of 10 would be 6.
-        drop_fraction = tf.constant(drop_fraction, tf.float64)
-    exact = active * tf.cast(drop_fraction, tf.float64)
+    check_conventions(conventions)
+    drop_fraction = _checked_fraction(drop_fraction)
+    return _drop_count(as_mask("mask", mask), drop_fraction, conventions)
+
+
+def _drop_count(active, drop_fraction, conventions):
+    exact = tf.cast(_size(active), tf.float64) * drop_fraction
     rounded = (
         tf.floor(exact)
         if conventions.drop_rounding == "floor"
@@ -197,13 +236,27 @@ def layer_drop_fractions(
         conventions: `spare_dense_layers` decides.
 
     Returns:
-        A list of scalars, one for each layer.
+        A list of float64 scalars, one for each layer.
+
+    Raises:
+        ValueError: An argument is out of range, or there is not one share for
+            each mask.
     """
+    check_conventions(conventions)
+    drop_fraction = _checked_fraction(drop_fraction)
+    masks = [as_mask("masks", mask) for mask in masks]
     if not conventions.spare_dense_layers:
         return [drop_fraction] * len(masks)
-    drop_fraction = tf.cast(drop_fraction, tf.float64)
+    received, shares = shares, as_scores("shares", shares)
+    if shares.shape.rank != 1 or shares.shape[0] not in (None, len(masks)):
+        raise ValueError(
+            f"shares must be a number for each of {len(masks)} masks. "
+            f"Received: shares={received!r}."
+        )
+    _check_defined("shares", shares, tf.ones_like(shares, tf.bool))
     fractions = []
-    for mask, share in zip(masks, tf.unstack(shares), strict=True):
+    for i, mask in enumerate(masks):
+        share = shares[i]
         sparsity = 1 - tf.reduce_mean(tf.cast(mask, tf.float64))
         spared = (sparsity < 0.2) & (share > 1 / len(masks))
         fractions.append(
@@ -228,14 +281,22 @@ def select_highest(scores, count, *, among) -> tf.Tensor:
     Returns:
         Bool tensor of the same shape.
 
+    Raises:
+        ValueError: An argument is out of range.
+
     Example:
 
     >>> select_highest([1.0, 3.0, 3.0, 2.0], 2, among=[True] * 4).numpy()
     array([False,  True,  True, False])
     """
-    scores = _as_float(scores)
-    among = tf.convert_to_tensor(among)
-    count = tf.minimum(tf.cast(count, tf.int32), _size(among))
+    scores, among = as_scores("scores", scores), as_mask("among", among)
+    _check_one_shape(scores=scores, among=among)
+    _check_defined("scores", scores, among)
+    return _select_highest(scores, _checked_count("count", count), among)
+
+
+def _select_highest(scores, count, among):
+    count = tf.minimum(count, _size(among))
     keys = _ordered_bits(scores)
     keys = tf.where(among, keys, keys.dtype.min)
     threshold = _largest(keys, count)
@@ -295,13 +356,6 @@ def _ordered_bits(scores):
     return tf.where(bits < 0, bits ^ integer.max, bits)
 
 
-def _as_float(scores):
-    scores = tf.convert_to_tensor(scores)
-    if scores.dtype == tf.float64:
-        return scores
-    return tf.cast(scores, tf.float32)
-
-
 def _size(selected):
     return tf.reduce_sum(tf.cast(selected, tf.int32))
 
@@ -314,24 +368,115 @@ def _nans(scores, where):
     return int(_size(where & tf.math.is_nan(scores)))
 
 
-def _checked(mask, drop_scores, grow_scores, drop_fraction):
-    mask = tf.convert_to_tensor(mask)
-    drop_scores = _as_float(drop_scores)
-    grow_scores = _as_float(grow_scores)
-    shapes = [tuple(t.shape) for t in (mask, drop_scores, grow_scores)]
-    if len(set(shapes)) > 1:
-        raise ValueError(
-            "mask, drop_scores and grow_scores must have one shape. Received "
-            f"shapes {shapes[0]}, {shapes[1]} and {shapes[2]}."
-        )
-    if not tf.is_symbolic_tensor(drop_fraction):
-        try:
-            value = float(drop_fraction)
-        except (TypeError, ValueError):
-            value = drop_fraction
-        if not (isinstance(value, float) and 0 <= value <= 1):
+def as_mask(name: str, mask) -> tf.Tensor:
+    """Returns a mask as a bool tensor.
+
+    Args:
+        name: What the argument is called.
+        mask: Tensor of zeros and ones, or of bools.
+
+    Returns:
+        Bool tensor.
+
+    Raises:
+        ValueError: It cannot be a mask. Within a graph, where values are not
+            known, its dtype alone tells.
+    """
+    mask = _tensor(name, mask)
+    if mask.dtype == tf.bool:
+        return mask
+    values = as_scores(name, mask)
+    if tf.executing_eagerly():
+        other = values[(values != 0) & (values != 1)]
+        if other.shape[0]:
             raise ValueError(
-                "drop_fraction is a fraction of the active connections and "
-                f"must be in [0, 1]. Received: drop_fraction={value!r}."
+                f"{name} must hold zeros and ones only. Received "
+                f"{other[0].numpy()} among its entries."
             )
-    return mask, drop_scores, grow_scores
+    return tf.cast(values, tf.bool)
+
+
+def as_scores(name: str, scores) -> tf.Tensor:
+    """Returns scores as a float tensor; whole numbers become float64.
+
+    Args:
+        name: What the argument is called.
+        scores: Tensor of real numbers.
+
+    Returns:
+        float32 or float64 tensor.
+
+    Raises:
+        ValueError: They are no numbers.
+    """
+    scores = _tensor(name, scores)
+    dtype = scores.dtype
+    if dtype in (tf.float32, tf.float64):
+        return scores
+    if dtype.is_floating:
+        return tf.cast(scores, tf.float32)
+    if not (dtype.is_integer or dtype.is_bool) or dtype.is_quantized:
+        raise ValueError(
+            f"{name} must be a tensor of numbers. Received: {name}={scores!r}."
+        )
+    return tf.cast(scores, tf.float64)
+
+
+def _tensor(name, value):
+    try:
+        return tf.convert_to_tensor(value)
+    except (TypeError, ValueError, OverflowError, tf.errors.OpError) as error:
+        raise ValueError(
+            f"{name} must be a tensor, or an array. Received: {name}={value!r}."
+        ) from error
+
+
+def _check_one_shape(**tensors):
+    shapes = [tensor.shape for tensor in tensors.values()]
+    if not all(shape.is_compatible_with(shapes[0]) for shape in shapes):
+        *names, last = tensors
+        *others, shape = [str(shape) for shape in shapes]
+        raise ValueError(
+            f"{', '.join(names)} and {last} must have one shape. Received "
+            f"shapes {', '.join(others)} and {shape}."
+        )
+
+
+def _check_defined(name, scores, where):
+    """Refuses NaN where it would be ranked, when called eagerly."""
+    if tf.executing_eagerly() and not bool(_defined(scores, where)):
+        raise ValueError(
+            f"NaN cannot be ranked. Received: {name} with "
+            f"{_nans(scores, where)} NaN."
+        )
+
+
+def _checked_fraction(value):
+    """Returns a fraction as a float64 scalar tensor."""
+    rule = "is a fraction of the active connections and must be in [0, 1]"
+    if not (tf.is_tensor(value) or isinstance(value, tf.Variable)):
+        return tf.constant(
+            fraction("drop_fraction", value, rule=rule), tf.float64
+        )
+    value = tf.convert_to_tensor(value)
+    if not value.dtype.is_floating or value.shape.rank not in (0, None):
+        raise ValueError(f"drop_fraction {rule}. Received: {value!r}.")
+    value = tf.cast(value, tf.float64)
+    if tf.executing_eagerly():
+        fraction("drop_fraction", float(value), rule=rule)
+    return value
+
+
+def _checked_count(name, value):
+    """Returns a number of connections as an int32 scalar tensor."""
+    if tf.is_tensor(value) or isinstance(value, tf.Variable):
+        value = tf.convert_to_tensor(value)
+        if not value.dtype.is_integer or value.shape.rank not in (0, None):
+            raise ValueError(
+                f"{name} must be a whole number. Received: {name}={value!r}."
+            )
+        if not tf.executing_eagerly():
+            return tf.cast(value, tf.int32)
+        value = value.numpy()
+    value = integer(name, value, at_least=0)
+    return tf.constant(min(value, tf.int32.max), tf.int32)

@@ -14,10 +14,12 @@ PACKAGE = pathlib.Path(rigl_keras.__file__).parent
 
 # Each module imports only from those before it.
 ORDER = [
+    "arguments",
     "conventions",
     "distributions",
     "schedules",
     "scores",
+    "initial_values",
     "topology",
     "redistribution",
     "maskable",
@@ -113,6 +115,7 @@ def test_who_imports_whom():
 
 # Beyond the standard library. Those of the paper's arithmetic know no Keras.
 THIRD_PARTY = {
+    "arguments": set(),
     "conventions": set(),
     "distributions": {"numpy"},
     "schedules": {"numpy", "tensorflow"},

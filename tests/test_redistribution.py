@@ -88,7 +88,11 @@ def reproduced(shares, total, free):
         if left <= 0:
             break
         counts = [c + left / len(counts) for c in counts]
-    return [int(min(c, cap)) for c, cap in zip(counts, caps, strict=True)]
+    # It has no rule for a correction that outweighs all that is dropped:
+    # nothing grows.
+    return [
+        max(0, int(min(c, cap))) for c, cap in zip(counts, caps, strict=True)
+    ]
 
 
 @settings(max_examples=100, deadline=None)

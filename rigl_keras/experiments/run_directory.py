@@ -410,15 +410,15 @@ class Checkpoints(keras.callbacks.Callback):
         super().__init__()
         if not model.optimizer.built:
             model.optimizer.build(model.trainable_variables)
-        self._path = path
         # `variables` are the weights, the generators' states and metrics.
-        known = {id(v) for v in model.weights + model.metrics_variables}
-        generators = [v.value for v in model.variables if id(v) not in known]
+        metrics = {id(v) for v in model.metrics_variables}
+        state = [v.value for v in model.variables if id(v) not in metrics]
         self._epoch = tf.Variable(0, dtype=tf.int64)
         self._checkpoint = tf.train.Checkpoint(
-            model=model,
-            optimizer=model.optimizer,
-            generators=generators,
+            # Lists of variables: by attributes TensorFlow would not find
+            # those within objects of one's own, as masks are.
+            model=state,
+            optimizer=[v.value for v in model.optimizer.variables],
             method=list(variables),
             epoch=self._epoch,
         )

@@ -1,0 +1,119 @@
+"""What a number given to this package may be, or an error that says so.
+
+NumPy's numbers are as good as Python's, and come out as Python's; bools,
+strings and NaN are none.
+"""
+
+import math
+import numbers
+from collections.abc import Sequence
+
+__all__ = ["INT64", "choice", "fraction", "integer", "number"]
+
+INT64 = 2**63 - 1  # the largest step
+
+
+def integer(
+    name: str,
+    value,
+    *,
+    at_least: int = -INT64,
+    at_most: int = INT64,
+    rule: str = "",
+) -> int:
+    """Returns a whole number as an int.
+
+    Args:
+        name: What the argument is called.
+        value: What was received.
+        at_least: Smallest value.
+        at_most: Largest value.
+        rule: What it must be, for the error. "": says so by the bounds.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: It is no whole number, or out of bounds.
+    """
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or not at_least <= value <= at_most:
+        if not rule:
+            rule = "must be an int" + _bounds(at_least, at_most)
+        raise ValueError(f"{name} {rule}. {_received(name, value)}")
+    return int(value)
+
+
+def number(
+    name: str,
+    value,
+    *,
+    at_least: float = -math.inf,
+    above: float = -math.inf,
+    at_most: float = math.inf,
+    rule: str = "must be a finite number",
+) -> float:
+    """Returns a finite number as a float.
+
+    Args:
+        name: What the argument is called.
+        value: What was received.
+        at_least: Smallest value.
+        above: What it must be greater than.
+        at_most: Largest value.
+        rule: What it must be, for the error.
+
+    Returns:
+        The value.
+
+    Raises:
+        ValueError: It is no number, not finite or out of bounds.
+    """
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    try:
+        converted = float(value) if real else math.nan
+    except OverflowError:  # of a very large int
+        converted = math.nan
+    # NaN fails each comparison.
+    finite = math.isfinite(converted) and converted > above
+    if not (finite and at_least <= converted <= at_most):
+        raise ValueError(f"{name} {rule}. {_received(name, value)}")
+    return converted
+
+
+def fraction(name: str, value, *, rule: str = "must be in [0, 1]") -> float:
+    """Returns a number in [0, 1] as a float.
+
+    Args, Raises: as in `number`.
+
+    Returns:
+        The value.
+    """
+    return number(name, value, at_least=0, at_most=1, rule=rule)
+
+
+def choice(name: str, value, choices: Sequence) -> None:
+    """Raises ValueError unless a value is one of some strings, or None.
+
+    Args:
+        name: What the argument is called.
+        value: What was received.
+        choices: What it may be.
+    """
+    # An array is compared entry by entry, and has no truth.
+    if not (isinstance(value, str) or value is None) or value not in choices:
+        raise ValueError(
+            f"{name} must be one of {tuple(choices)}. {_received(name, value)}"
+        )
+
+
+def _received(name, value):
+    return f"Received: {name.rpartition('.')[2]}={value!r}."
+
+
+def _bounds(at_least, at_most):
+    if at_least > -INT64 and at_most < INT64:
+        return f" from {at_least} to {at_most}"
+    if at_least > -INT64:
+        return f" of at least {at_least}"
+    return "" if at_most == INT64 else f" of at most {at_most}"
