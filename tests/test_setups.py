@@ -1036,3 +1036,28 @@ def test_a_model_without_a_loss_to_watch():
     fit(model, [method])
     ((step, *losses),) = method.update_losses
     assert step == 2 and np.isnan(losses).all()
+
+
+def test_all_of_it_at_once_under_xla():
+    model = in_precision(
+        "mixed_float16",
+        momentum(
+            gradient_accumulation_steps=2, use_ema=True, global_clipnorm=1.0
+        ),
+        run_eagerly=False,
+        jit_compile=True,
+    )
+    counts = tuple(int(mask.sum()) for mask in masks(model).values())
+    method = RigL(
+        frequency=3,
+        end_step=9,
+        decay="constant",
+        gradient_batches=2,
+        grow_init="random_normal_2",
+    )
+    method.watch_loss = True
+    fit(model, [method], epochs=2)
+    assert method.trajectory == [(step, counts) for step in (0, 3, 6, 9)]
+    assert [step for step, *_ in method.update_losses] == [3, 6, 9]
+    assert all(a != b for _, a, b in method.update_losses)
+    assert_sparse(model)
