@@ -225,7 +225,7 @@ class MaskUpdate(StepUpdate):
             self._check_momentum()
         self._last_fraction = tf.Variable(0.0, trainable=False)
         start = self._correction[3]
-        if start < 0 or int(self.optimizer.iterations) == 0:
+        if start < 0 or int(self.optimizer.iterations.numpy()) == 0:
             connections = sum(self.trajectory[0][1])
             self._correction.assign([0.0, 0.0, 0.0, connections])
 

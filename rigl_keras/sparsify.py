@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import keras
 import numpy as np
 
-from rigl_keras import distributions
+from rigl_keras import distributions, replicas
 from rigl_keras.conventions import ORIGINAL, Conventions, check_conventions
 from rigl_keras.layers import Masked, check_granularity
 
@@ -78,7 +78,8 @@ def sparsify(
 
     The copy is not compiled and shares nothing with `model`, which stays
     dense. It trains, saves and loads as any Keras model; without a callback
-    the masks never change (static sparse training).
+    the masks never change (static sparse training). A model that was made in
+    the scope of a strategy is masked in that scope.
 
     Args:
         model: A built Sequential or Functional model, nested ones included.
@@ -194,12 +195,13 @@ def with_masks(
             trainable=layer.trainable,
         )
 
-    copies = _clone(model, mask_chosen)
-    for layer, copy in copies.pairs:
-        inner = copy.layer if isinstance(copy, Masked) else copy
-        _copy_variables(layer, inner)
-        if isinstance(copy, Masked):
-            copy.assign_mask(wrapped[id(layer)])
+    with replicas.scope(model):
+        copies = _clone(model, mask_chosen)
+        for layer, copy in copies.pairs:
+            inner = copy.layer if isinstance(copy, Masked) else copy
+            _copy_variables(layer, inner)
+            if isinstance(copy, Masked):
+                copy.assign_mask(wrapped[id(layer)])
     return copies.model
 
 

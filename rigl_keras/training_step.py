@@ -6,6 +6,7 @@ changes, and when, its children say (`callbacks.py`).
 """
 
 import contextlib
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from typing import Literal
 import keras
 import tensorflow as tf
 
-from rigl_keras import optimizer_state
+from rigl_keras import optimizer_state, replicas
 from rigl_keras.conventions import ORIGINAL, Conventions, check_conventions
 from rigl_keras.layers import Masked, dense_gradients
 from rigl_keras.sparsify import masked_layers
@@ -57,7 +58,8 @@ class StepUpdate(keras.callbacks.Callback):
 
     Raises:
         ValueError: In `fit`, when the model has no masked layers, the run's
-            length is needed and unknown, or gradients are not finite.
+            length is needed and unknown, gradients are not finite, or the
+            masks of two replicas differ.
         UserWarning: No update falls into the run.
     """
 
@@ -172,7 +174,8 @@ class StepUpdate(keras.callbacks.Callback):
 
         Raises:
             ValueError: The model has no masked layer, or the run's length is
-                needed: pass `end_step` to the method.
+                needed: pass `end_step` to the method. Or the model was made
+                in the scope of a strategy.
 
         Example:
 
@@ -182,6 +185,14 @@ class StepUpdate(keras.callbacks.Callback):
         >>> for x, y in batches:
         ...     loss = train_step(x, y)
         """
+        if replicas.is_distributed(model):
+            raise ValueError(
+                "wrap takes the training step of one device, and the model "
+                "was made in the scope of a "
+                f"{type(model.distribute_strategy).__name__}. Override "
+                "keras.Model.train_step and call model.fit, or make the model "
+                "outside the scope."
+            )
         self._attach(model, optimizer)
         self.plan(0, None, None)
 
@@ -195,7 +206,8 @@ class StepUpdate(keras.callbacks.Callback):
     def update(self, optimizer, gradients, variables, step) -> None:
         """Changes every mask once, by the gradients of one batch.
 
-        Gradients that are not finite are refused: nothing changes.
+        Gradients that are not finite are refused: nothing changes. Under a
+        strategy, where this is called by each replica, they are summed first.
 
         Args:
             optimizer: The optimizer that trains the model.
@@ -207,10 +219,24 @@ class StepUpdate(keras.callbacks.Callback):
         """
         of = {id(v): g for v, g in zip(variables, gradients, strict=True)}
         layers = [m for m in self.masked if of.get(id(m.kernel)) is not None]
+        summed = replicas.summed(
+            [tf.convert_to_tensor(of[id(m.kernel)]) for m in layers]
+        )
+        replicas.once(
+            functools.partial(self._update, optimizer, layers),
+            [step, *summed],
+        )
+        if tf.distribute.has_strategy():
+            same = replicas.agree([m.mask.value for m in self.masked])
+            replicas.once(self._note_unless, [same, step])
+
+    def _note_unless(self, same, step):
+        self._differ_at.assign(tf.where(same, self._differ_at, step))
+
+    def _update(self, optimizer, layers, step, *gradients):
         gradients = [
-            tf.convert_to_tensor(of[id(m.kernel)])
-            - _regularisation_gradient(m.kernel)
-            for m in layers
+            gradient - _regularisation_gradient(m.kernel)
+            for gradient, m in zip(gradients, layers, strict=True)
         ]
         finite = tf.reduce_all(
             [tf.reduce_all(tf.math.is_finite(g)) for g in gradients]
@@ -275,7 +301,8 @@ class StepUpdate(keras.callbacks.Callback):
         least every 1,024 updates.
 
         Raises:
-            ValueError: An update was refused.
+            ValueError: An update was refused, or has left replicas with
+                different masks.
         """
         kept = int(self._kept.numpy())
         if kept:
@@ -291,6 +318,14 @@ class StepUpdate(keras.callbacks.Callback):
                 "diverged, lower the learning rate or clip gradients, and "
                 "resume from a checkpoint before this step."
             )
+        step = int(self._differ_at.numpy())
+        if step >= 0:
+            raise ValueError(
+                f"After the update at step {step} the replicas hold different "
+                "masks. Every process must make the model with the same seed, "
+                "load the same checkpoint and be given the same arguments of "
+                f"{self.name}. Resume from a checkpoint before this step."
+            )
 
     # Keras calls these.
 
@@ -300,7 +335,8 @@ class StepUpdate(keras.callbacks.Callback):
             raise ValueError(
                 f"{self.name} needs a compiled model: call model.compile first."
             )
-        self._attach(model, model.optimizer)
+        with replicas.scope(model):
+            self._attach(model, model.optimizer)
         if _installed(model) is not None:
             raise ValueError(
                 "A model takes one mask update at a time. Received both "
@@ -353,7 +389,7 @@ class StepUpdate(keras.callbacks.Callback):
         self.optimizer = optimizer_state.innermost(optimizer)
         counts = self._counts()
         self.trajectory = [
-            (int(optimizer.iterations), tuple(counts.numpy().tolist()))
+            (int(optimizer.iterations.numpy()), tuple(counts.numpy().tolist()))
         ]
         executed = getattr(model, "steps_per_execution", 1)
         rows = max(_RECORDED, _FETCH_EVERY * executed)
@@ -364,6 +400,7 @@ class StepUpdate(keras.callbacks.Callback):
         self._density = tf.Variable(self._density_of(counts), trainable=False)
         self._grown = tf.Variable(0.0, trainable=False)
         self._refused_at = tf.Variable(-1, trainable=False, dtype=tf.int64)
+        self._differ_at = tf.Variable(-1, trainable=False, dtype=tf.int64)
         self.set_up()
 
     def _install(self):
@@ -374,28 +411,35 @@ class StepUpdate(keras.callbacks.Callback):
             for name in ("train_step", "make_train_function")
         }
 
-        def with_updates(data):
-            logs = self._step_or_update(
-                lambda: train_step(data), model.optimizer
-            )
-            return {
-                **logs,
-                "density": self._density.value(),
-                "grown": self._grown.value(),
-                **self.extra_logs(),
-            }
+        def with_logs(step):
+            def logged(data):
+                return {
+                    **step(lambda: train_step(data)),
+                    "density": self._density.value(),
+                    "grown": self._grown.value(),
+                    **self.extra_logs(),
+                }
 
+            return logged
+
+        with_updates = with_logs(
+            lambda step: self._step_or_update(step, model.optimizer)
+        )
         with_updates.mask_update = self
         model.train_step = with_updates
-        make_train_function(force=True)
+        make = functools.partial(make_train_function, force=True)
+        if replicas.is_distributed(model):
+            make = self._choosing(make_train_function, with_logs)
+        make()
 
         def next_fit(force=False):
             # `fit` asks for its function, not by force, before it calls any
             # callback: an earlier one was cut off before `on_train_end`. By
             # force others ask within a `fit`, as after freezing a layer.
-            if not force:
-                self._uninstall()
-            return make_train_function(force=force)
+            if force:
+                return make()
+            self._uninstall()
+            return make_train_function()
 
         model.make_train_function = next_fit
 
@@ -417,31 +461,48 @@ class StepUpdate(keras.callbacks.Callback):
         weights = sum(math.prod(m.mask.shape) for m in self.masked)
         return tf.cast(tf.reduce_sum(counts) / weights, tf.float32)
 
+    def _choosing(self, make_train_function, with_logs):
+        applied = []
+        return replicas.choosing(
+            self.model,
+            make_train_function,
+            ordinary=with_logs(self._ordinary_step),
+            update=with_logs(_dense_step),
+            is_due=self.is_due,
+            updating=lambda: self._updating(self.model.optimizer, applied),
+        )
+
     # In the graph.
 
     def _step_or_update(self, train_step, optimizer):
         """Runs a training step, or an update in place of its optimizer."""
-        step = tf.cast(optimizer.iterations, tf.int64)
-
-        def ordinary():
-            if self.dense_gradients != "always":
-                return _tensors(train_step())
-            with dense_gradients():
-                return _tensors(train_step())
-
         return tf.cond(
-            self.is_due(step),
-            lambda: self._update_step(train_step, optimizer, step),
-            ordinary,
+            self.is_due(tf.cast(optimizer.iterations, tf.int64)),
+            lambda: self._update_step(train_step, optimizer),
+            lambda: self._ordinary_step(train_step),
         )
 
-    def _update_step(self, train_step, optimizer, step):
+    def _ordinary_step(self, train_step):
+        if self.dense_gradients != "always":
+            return _tensors(train_step())
+        return _dense_step(train_step)
+
+    def _update_step(self, train_step, optimizer):
+        with self._updating(optimizer, []):
+            return _dense_step(train_step)
+
+    @contextlib.contextmanager
+    def _updating(self, optimizer, applied):
+        """Within the context, an update takes the place of the optimizer.
+
+        `applied` grows as the training step is traced, which happens once.
+        """
         optimizer = optimizer_state.innermost(optimizer)
         apply = optimizer.apply
-        applied = []
 
         def update_instead(gradients, trainable_variables=None):
             applied.append(True)
+            step = tf.cast(optimizer.iterations, tf.int64)
             variables = trainable_variables or optimizer._trainable_variables
             if self.conventions.update_replaces_step:
                 self.update(optimizer, gradients, variables, step)
@@ -457,14 +518,18 @@ class StepUpdate(keras.callbacks.Callback):
             apply(sparse, variables)
             self.update(optimizer, gradients, variables, step)
 
-        with dense_gradients(), _applying(optimizer, update_instead):
-            outputs = _tensors(train_step())
+        with _applying(optimizer, update_instead):
+            yield
         if not applied:
             raise ValueError(
                 f"{self.name} takes the place of optimizer.apply, which this "
                 "training step never calls. Pass the optimizer that it applies."
             )
-        return outputs
+
+
+def _dense_step(train_step):
+    with dense_gradients():
+        return _tensors(train_step())
 
 
 @contextlib.contextmanager
@@ -514,12 +579,8 @@ def _check_set_up(method, model, optimizer):
                 "micro-batches. Use a larger batch, or "
                 "gradient_accumulation_steps=None."
             )
-    strategy = getattr(model, "distribute_strategy", None)
-    if strategy is not None and strategy.num_replicas_in_sync > 1:
-        raise ValueError(
-            f"{method} does not run under {type(strategy).__name__} yet: train "
-            "on one device."
-        )
+    parts = [optimizer, optimizer_state.innermost(optimizer)]
+    replicas.check_set_up(method, model, parts)
 
 
 def warn_of_no_update(method: str, steps: int, first: int, rule: str) -> None:

@@ -21,6 +21,7 @@ ORDER = [
     "topology",
     "redistribution",
     "layers",
+    "replicas",
     "optimizer_state",
     "sparsify",
     "training_step",
