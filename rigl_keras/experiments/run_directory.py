@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 import rigl_keras
+from rigl_keras.experiments import devices
 
 __all__ = [
     "Checkpoints",
@@ -52,25 +54,27 @@ class RunDirectory:
         path: The folder; made if it does not exist.
         config: The configuration, as text.
         resume: Whether a run that has been begun may be continued.
+        writes: Whether this process writes. Of the workers of one run, which
+            must all see the folder, one does.
 
     Raises:
         ValueError: The folder cannot be written, holds another
             configuration, or an unfinished run while `resume` is false.
     """
 
-    def __init__(self, path: str | os.PathLike, *, config: str, resume: bool):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        *,
+        config: str,
+        resume: bool,
+        writes: bool = True,
+    ):
         self.path = Path(path)
+        self.writes = writes
         self._config = config
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            probe = self.path / f".probe-{os.getpid()}"
-            probe.write_text("")
-            probe.unlink()
-        except OSError as error:
-            raise ValueError(
-                f"The run directory {str(self.path)!r} cannot be written "
-                f"({error.strerror}). Pass --run_dir with a folder that can."
-            ) from error
+        if writes:
+            self._make()
         stored = self.path / "config.gin"
         if stored.exists():
             if stored.read_text() != config:
@@ -85,11 +89,27 @@ class RunDirectory:
                     "unfinished run of this configuration. Pass --resume to "
                     "continue it, or delete the folder."
                 )
-        elif any(self.path.iterdir()):
+        elif writes and any(self.path.iterdir()):
             raise ValueError(
                 f"The run directory {str(self.path)!r} is not empty and holds "
                 "no run. Choose another --run_dir."
             )
+
+    def _make(self):
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            probe = self.path / f".probe-{os.getpid()}"
+            probe.write_text("")
+            probe.unlink()
+        except OSError as error:
+            raise ValueError(
+                f"The run directory {str(self.path)!r} cannot be written "
+                f"({error.strerror}). Pass --run_dir with a folder that can."
+            ) from error
+
+    def _write(self, name, text):
+        if self.writes:
+            _write(self.path / name, text)
 
     def begin(self) -> None:
         """Claims the folder for this configuration.
@@ -97,7 +117,7 @@ class RunDirectory:
         Not before the run is known to start: one that is refused leaves
         nothing behind that a corrected one would trip over.
         """
-        _write(self.path / "config.gin", self._config)
+        self._write("config.gin", self._config)
 
     @property
     def finished(self) -> bool:
@@ -109,23 +129,38 @@ class RunDirectory:
         return json.loads((self.path / "result.json").read_text())
 
     def write_operative_config(self, text: str) -> None:
-        _write(self.path / "operative_config.gin", text)
+        self._write("operative_config.gin", text)
 
     def write_result(self, result: dict) -> None:
-        _write(self.path / "result.json", json.dumps(result, indent=2) + "\n")
+        self._write("result.json", json.dumps(result, indent=2) + "\n")
 
     def checkpoints(
         self, model: keras.Model, *, variables: Sequence[tf.Variable] = ()
     ) -> "Checkpoints":
         return Checkpoints(
-            self.path / "checkpoints", model, variables=variables
+            self.path / "checkpoints",
+            model,
+            variables=variables,
+            writes=self.writes,
         )
 
     def save_weights(self, model: keras.Model, epoch: int) -> None:
         """Saves the weights of a dense model, to which runs may rewind."""
+        if not self.writes:
+            return
         path = _weights_path(self.path, epoch)
         path.parent.mkdir(exist_ok=True)
         model.save_weights(path)
+
+    def save_model(self, model: keras.Model) -> None:
+        """Saves the trained model.
+
+        Every worker must call it: Keras makes variables as it saves, and
+        under a strategy workers make these together.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = self.path if self.writes else Path(scratch)
+            model.save(folder / "model.keras")
 
     @property
     def trajectory(self) -> list[tuple[int, dict[str, int]]]:
@@ -144,7 +179,7 @@ class RunDirectory:
         lines = [",".join(["step", *names])]
         for step, counts in trajectory:
             lines.append(",".join(map(str, [step, *counts.values()])))
-        _write(self.path / "trajectory.csv", "\n".join(lines) + "\n")
+        self._write("trajectory.csv", "\n".join(lines) + "\n")
 
     def write_curve(self, inference: np.ndarray, training: np.ndarray) -> None:
         """Writes flops.csv: a row holds until the next one's step."""
@@ -157,7 +192,7 @@ class RunDirectory:
                 f"{step},{inference[step]:.0f},{training[step]:.0f},"
                 f"{so_far[step]:.0f}"
             )
-        _write(self.path / "flops.csv", "\n".join(lines) + "\n")
+        self._write("flops.csv", "\n".join(lines) + "\n")
 
     @property
     def metrics(self) -> list[dict[str, str]]:
@@ -166,6 +201,8 @@ class RunDirectory:
 
     def forget_metrics_from(self, epoch: int) -> None:
         """Drops the rows of epochs that are about to be trained again."""
+        if not self.writes:
+            return
         rows = [row for row in self.metrics if int(row["epoch"]) < epoch]
         path = self.path / "metrics.csv"
         if not rows:
@@ -335,6 +372,9 @@ class Checkpoints(keras.callbacks.Callback):
         model: The compiled model.
         variables: What the method must remember as well.
         keep: How many of the last checkpoints are kept.
+        writes: Whether this process writes them. Workers save together, as
+            some values are spread over all; those that do not write throw
+            away what they save.
     """
 
     def __init__(
@@ -344,6 +384,7 @@ class Checkpoints(keras.callbacks.Callback):
         *,
         variables: Sequence[tf.Variable] = (),
         keep: int = 3,
+        writes: bool = True,
     ):
         super().__init__()
         if not model.optimizer.built:
@@ -352,6 +393,9 @@ class Checkpoints(keras.callbacks.Callback):
         known = {id(v) for v in model.weights + model.metrics_variables}
         generators = [v.value for v in model.variables if id(v) not in known]
         self._epoch = tf.Variable(0, dtype=tf.int64)
+        self._path, self._writes = path, writes
+        if not writes:
+            self._scratch = tempfile.TemporaryDirectory()
         self._manager = tf.train.CheckpointManager(
             tf.train.Checkpoint(
                 model=model,
@@ -360,7 +404,7 @@ class Checkpoints(keras.callbacks.Callback):
                 method=list(variables),
                 epoch=self._epoch,
             ),
-            str(path),
+            str(path) if writes else self._scratch.name,
             max_to_keep=keep,
             checkpoint_name="epoch",
         )
@@ -374,7 +418,7 @@ class Checkpoints(keras.callbacks.Callback):
         self._manager.save(checkpoint_number=epoch)
 
     def restore(self) -> int | None:
-        """Restores the last checkpoint that can be read.
+        """Restores the last checkpoint that can be read, in each worker.
 
         Returns:
             The epoch to continue with, or None where there is no checkpoint.
@@ -382,6 +426,16 @@ class Checkpoints(keras.callbacks.Callback):
         Raises:
             ValueError: There are checkpoints and none can be read.
         """
+        epoch = self._restore_last() if self._writes else None
+        epoch = devices.from_chief(-1 if epoch is None else epoch)
+        if epoch < 0:
+            return None
+        if not self._writes:
+            saved = str(self._path / f"epoch-{epoch}")
+            self._manager.checkpoint.restore(saved).assert_consumed()
+        return epoch
+
+    def _restore_last(self):
         saved = self._manager.checkpoints
         for checkpoint in reversed(saved):
             try:
