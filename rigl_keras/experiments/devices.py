@@ -91,8 +91,8 @@ def from_chief(value: int) -> int:
         The chief's.
     """
     strategy = tf.distribute.get_strategy()
-    if strategy.num_replicas_in_sync == 1:
-        return value
+    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return value  # there is one process
 
     @tf.function
     def shared():

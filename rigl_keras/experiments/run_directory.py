@@ -394,16 +394,20 @@ class Checkpoints(keras.callbacks.Callback):
         generators = [v.value for v in model.variables if id(v) not in known]
         self._epoch = tf.Variable(0, dtype=tf.int64)
         self._path, self._writes = path, writes
+        checkpoint = tf.train.Checkpoint(
+            model=model,
+            optimizer=model.optimizer,
+            generators=generators,
+            method=list(variables),
+            epoch=self._epoch,
+        )
+        # It would be made at the first save or restore, and the workers of a
+        # run make variables together.
+        _ = checkpoint.save_counter
         if not writes:
             self._scratch = tempfile.TemporaryDirectory()
         self._manager = tf.train.CheckpointManager(
-            tf.train.Checkpoint(
-                model=model,
-                optimizer=model.optimizer,
-                generators=generators,
-                method=list(variables),
-                epoch=self._epoch,
-            ),
+            checkpoint,
             str(path) if writes else self._scratch.name,
             max_to_keep=keep,
             checkpoint_name="epoch",
