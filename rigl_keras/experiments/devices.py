@@ -142,21 +142,33 @@ def evened(x: tf.Tensor, y: tf.Tensor) -> tuple[tf.Tensor, ...]:
 
 
 def lost_workers(error: tf.errors.OpError) -> list[str]:
-    """Returns the other workers that an error of this process names.
+    """Returns which other workers an error says were lost.
 
     Args:
         error: What was raised while workers trained together.
 
     Returns:
-        Names such as `"worker 1 (host:2222)"`, none where the error is no
-        other process's.
+        Names such as `"worker 1 (host:2222)"`, or `"another worker"` where
+        the error does not tell which. None where no worker was lost.
     """
+    if not isinstance(error, _LOST):
+        return []
     resolver = _cluster()
     spec = resolver.cluster_spec().as_dict()
     named = re.findall(r"/job:(\w+)/(?:replica:\d+/)?task:(\d+)", error.message)
     own = (resolver.task_type, resolver.task_id)
     others = {(job, int(task)) for job, task in named} - {own}
-    return [f"{job} {task} ({spec[job][task]})" for job, task in sorted(others)]
+    return [
+        f"{job} {task} ({spec[job][task]})" for job, task in sorted(others)
+    ] or ["another worker"]
+
+
+# What a sum over workers raises when one of them has ended.
+_LOST = (
+    tf.errors.AbortedError,
+    tf.errors.CancelledError,
+    tf.errors.UnavailableError,
+)
 
 
 def _cluster():
