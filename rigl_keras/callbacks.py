@@ -248,7 +248,7 @@ class MaskUpdate(StepUpdate):
         if self.redistribution == "momentum":
             self._check_momentum()
         self._last_fraction = tf.Variable(0.0, trainable=False)
-        begins = int(self.optimizer.iterations) == 0
+        begins = int(self.optimizer.iterations.numpy()) == 0
         if self.grow_init.startswith("initial_dist"):
             self._remember_initial(begins)
         start = self._correction[3]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import keras
 import numpy as np
 
-from rigl_keras import distributions
+from rigl_keras import distributions, replicas
 from rigl_keras.conventions import ORIGINAL, Conventions, check_conventions
 from rigl_keras.layers import KernelMask, Masked, check_granularity
 from rigl_keras.maskable import (
@@ -77,7 +77,8 @@ def sparsify(
     kernel gives way to a `Masked` one of the same weights, and `model` itself
     is returned. Either is to be compiled anew. It trains, saves and loads as
     any Keras model; without a callback the masks never change (static sparse
-    training).
+    training). A model that was made in the scope of a strategy is masked in
+    that scope.
 
     Args:
         model: A built model of any kind, models within it included.
@@ -221,22 +222,23 @@ def with_masks(
             trainable=layer.trainable,
         )
 
-    model, pairs = exchange(model, mask_chosen)
-    for layer, new in pairs:
-        if not isinstance(new, Masked):
-            _copy_variables(layer, new)
-            continue
-        _copy_variables(layer, new.layer)
-        if not new.built:
-            new.build()
-        for masked, mask in zip(
-            new.masked_kernels(), by_layer[id(layer)].values(), strict=True
-        ):
-            masked.assign_mask(mask)
-            if scale_to_fan_in:
-                masked.kernel.assign(
-                    masked.kernel.value * _fan_in_scale(masked.found, mask)
-                )
+    with replicas.scope(model):
+        model, pairs = exchange(model, mask_chosen)
+        for layer, new in pairs:
+            if not isinstance(new, Masked):
+                _copy_variables(layer, new)
+                continue
+            _copy_variables(layer, new.layer)
+            if not new.built:
+                new.build()
+            for masked, mask in zip(
+                new.masked_kernels(), by_layer[id(layer)].values(), strict=True
+            ):
+                masked.assign_mask(mask)
+                if scale_to_fan_in:
+                    masked.kernel.assign(
+                        masked.kernel.value * _fan_in_scale(masked.found, mask)
+                    )
     if is_graph(model):
         # Keras's own would leave the weights of a dense file half loaded.
         model.load_weights = functools.partial(load_weights, model)
@@ -275,14 +277,16 @@ def strip(model: keras.Model) -> keras.Model:
             return fresh
         return release(layer) if fresh is layer else fresh.layer
 
-    model, pairs = exchange(model, unmask)
-    for layer, new in pairs:
-        if not isinstance(layer, Masked):
-            _copy_variables(layer, new)
-            continue
-        _copy_variables(layer.layer, new)
-        for path, kernel in zip(layer.kernels, kept[id(layer)], strict=True):
-            kernel_at(new, path).variable.assign(kernel)
+    with replicas.scope(model):
+        model, pairs = exchange(model, unmask)
+        for layer, new in pairs:
+            if not isinstance(layer, Masked):
+                _copy_variables(layer, new)
+                continue
+            _copy_variables(layer.layer, new)
+            kernels = zip(layer.kernels, kept[id(layer)], strict=True)
+            for path, kernel in kernels:
+                kernel_at(new, path).variable.assign(kernel)
     return model
 
 

@@ -6,6 +6,7 @@ changes, and when, its children say (`callbacks.py`).
 """
 
 import contextlib
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from typing import Literal
 import keras
 import tensorflow as tf
 
-from rigl_keras import optimizer_state
+from rigl_keras import optimizer_state, replicas
 from rigl_keras.conventions import ORIGINAL, Conventions, check_conventions
 from rigl_keras.layers import Masked, dense_gradients
 from rigl_keras.sparsify import masked_layers
@@ -81,7 +82,8 @@ class StepUpdate(keras.callbacks.Callback):
 
     Raises:
         ValueError: In `fit`, when the model has no masked layers, the run's
-            length is needed and unknown, or gradients are not finite.
+            length is needed and unknown, gradients are not finite, or the
+            masks of two replicas differ.
         UserWarning: No update falls into the run.
     """
 
@@ -222,15 +224,19 @@ class StepUpdate(keras.callbacks.Callback):
                 f"{model.name!r}. Call model = rigl_keras.sparsify(model, "
                 "density) before compile."
             )
-        _check_set_up(self.name, model, optimizer)
+        _check_set_up(self.name, model, optimizer, self.gradient_batches)
+        with replicas.scope(model):
+            self._attach(model, optimizer, masked)
+
+    def _attach(self, model, optimizer, masked):
         if not optimizer.built:
             optimizer.build(model.trainable_variables)
-        self._outermost = optimizer
+        self._model, self._outermost = model, optimizer
         self.optimizer = optimizer_state.innermost(optimizer)
         self._make_room(masked)
         counts = self._counts()
         self.trajectory = [
-            (int(optimizer.iterations), tuple(counts.numpy().tolist()))
+            (int(optimizer.iterations.numpy()), tuple(counts.numpy().tolist()))
         ]
         executed = getattr(model, "steps_per_execution", 1)
         rows = max(_RECORDED, _FETCH_EVERY * executed)
@@ -245,6 +251,7 @@ class StepUpdate(keras.callbacks.Callback):
         self._refused = tf.Variable(
             [-1, _NOT_FINITE], trainable=False, dtype=tf.int64
         )
+        self._differ_at = tf.Variable(-1, trainable=False, dtype=tf.int64)
         self._planned = False
         self.update_losses = []
         self.set_up()
@@ -274,7 +281,8 @@ class StepUpdate(keras.callbacks.Callback):
 
         Raises:
             ValueError: The model has no masked layer, or the run's length is
-                needed: pass `end_step` to the method.
+                needed: pass `end_step` to the method. Or the model was made
+                in the scope of a strategy.
 
         Example:
 
@@ -284,6 +292,7 @@ class StepUpdate(keras.callbacks.Callback):
         >>> for x, y in batches:
         ...     loss = train_step(x, y)
         """
+        _check_one_device("wrap", model)
         self.attach(model, optimizer)
         self._plan(0, None, None)
         train_step = _untraced(train_step)
@@ -328,6 +337,7 @@ class StepUpdate(keras.callbacks.Callback):
                 f"{self.name} does not know what it trains: call "
                 "attach(model, optimizer) before update."
             )
+        _check_one_device("update", self._model)
         if not self._planned:
             self._plan(0, None, None)
         gradients, variables = list(gradients), list(variables)
@@ -392,7 +402,8 @@ class StepUpdate(keras.callbacks.Callback):
         least every 1,024 updates.
 
         Raises:
-            ValueError: An update was refused.
+            ValueError: An update was refused, or has left replicas with
+                different masks.
         """
         kept = int(self._kept.numpy())
         if kept:
@@ -410,6 +421,14 @@ class StepUpdate(keras.callbacks.Callback):
             raise ValueError(
                 f"{self.name} refused the update at step {step}: "
                 f"{_REASONS[reason]}"
+            )
+        step = int(self._differ_at.numpy())
+        if step >= 0:
+            raise ValueError(
+                f"After the update at step {step} the replicas hold different "
+                "masks. Every process must make the model with the same seed, "
+                "load the same checkpoint and be given the same arguments of "
+                f"{self.name}. Resume from a checkpoint before this step."
             )
 
     # Keras calls these.
@@ -481,32 +500,39 @@ class StepUpdate(keras.callbacks.Callback):
             for name in ("train_step", "make_train_function")
         }
 
-        def with_updates(data):
-            logs = self._step_or_update(
-                lambda: train_step(data),
-                _loss_on(model, data) if self.watch_loss else None,
-            )
-            scaled = self._outermost is not self.optimizer
-            skipped = {"skipped_updates": self._skipped.value()}
-            return {
-                **logs,
-                "density": self._density.value(),
-                "grown": self._grown.value(),
-                **(skipped if scaled else {}),
-                **self.extra_logs(),
-            }
+        scaled = self._outermost is not self.optimizer
 
+        def with_logs(step):
+            def logged(data):
+                loss = _loss_on(model, data) if self.watch_loss else None
+                logs = step(lambda: train_step(data), loss)
+                skipped = {"skipped_updates": self._skipped.value()}
+                return {
+                    **logs,
+                    "density": self._density.value(),
+                    "grown": self._grown.value(),
+                    **(skipped if scaled else {}),
+                    **self.extra_logs(),
+                }
+
+            return logged
+
+        with_updates = with_logs(self._step_or_update)
         with_updates.mask_update = self
         model.train_step = with_updates
-        make_train_function(force=True)
+        make = functools.partial(make_train_function, force=True)
+        if replicas.is_distributed(model):
+            make = self._choosing(make_train_function, with_logs)
+        make()
 
         def next_fit(force=False):
             # `fit` asks for its function, not by force, before it calls any
             # callback: an earlier one was cut off before `on_train_end`. By
             # force others ask within a `fit`, as after freezing a layer.
-            if not force:
-                self._uninstall()
-            return make_train_function(force=force)
+            if force:
+                return make()
+            self._uninstall()
+            return make_train_function()
 
         model.make_train_function = next_fit
 
@@ -528,47 +554,91 @@ class StepUpdate(keras.callbacks.Callback):
         weights = sum(math.prod(m.mask.shape) for m in self.masked)
         return tf.cast(tf.reduce_sum(counts) / weights, tf.float32)
 
+    def _choosing(self, make_train_function, with_logs):
+        always = self.dense_gradients == "always"
+        applied = []
+
+        # The loss of an update's batch is not watched: each replica has a
+        # part of it.
+        def ordinary(train_step, loss):
+            return self._ordinary_step(
+                _densely(train_step) if always else train_step
+            )
+
+        def update(train_step, loss):
+            return self._counted_step(_densely(train_step))
+
+        return replicas.choosing(
+            self.model,
+            make_train_function,
+            ordinary=with_logs(ordinary),
+            update=with_logs(update),
+            is_due=self.is_due,
+            updating=lambda: self._updating(applied),
+        )
+
     # In the graph.
 
     def _step_or_update(self, train_step, loss=None):
         """Runs a training step, or an update in place of its optimizer."""
-
-        def dense():
-            with dense_gradients():
-                return train_step()
-
         always = self.dense_gradients == "always"
         return self._either(
-            ordinary=dense if always else train_step, dense=dense, loss=loss
+            ordinary=_densely(train_step) if always else train_step,
+            dense=_densely(train_step),
+            loss=loss,
         )
 
     def _either(self, ordinary, dense, *, loss=None, by_hand=False):
         """Runs an ordinary step, or one whose gradients count for an update."""
-        step = tf.cast(self._outermost.iterations, tf.int64)
 
-        def ordinary_step():
-            outputs = _tensors(ordinary())
-            self._project_averages()
-            return outputs
+        def gather_or_update():
+            with self._updating([], loss, by_hand):
+                return self._counted_step(dense)
 
         return tf.cond(
-            self.is_gathered(step),
-            lambda: self._gather_or_update(dense, step, loss, by_hand),
-            ordinary_step,
+            self.is_gathered(tf.cast(self._outermost.iterations, tf.int64)),
+            gather_or_update,
+            lambda: self._ordinary_step(ordinary),
         )
 
-    def _gather_or_update(self, train_step, step, loss, by_hand):
+    def _ordinary_step(self, train_step):
+        outputs = _tensors(train_step())
+        self._project_averages()
+        return outputs
+
+    def _counted_step(self, train_step):
+        """Runs a step that loss scaling may put off, which is counted."""
+        step = tf.cast(self._outermost.iterations, tf.int64)
+        batches = tf.identity(optimizer_state.batches(self.optimizer).value)
+        outputs = self._ordinary_step(train_step)
+        if self._outermost is not self.optimizer:
+            replicas.once(self._count_skipped, [batches, step])
+        return outputs
+
+    def _count_skipped(self, batches, step):
+        after = optimizer_state.batches(self.optimizer).value
+        skipped = self.is_due(step) & tf.equal(batches, after)
+        self._skipped.assign_add(tf.cast(skipped, tf.int64))
+
+    @contextlib.contextmanager
+    def _updating(self, applied, loss=None, by_hand=False):
+        """Within the context, an update takes the place of the optimizer.
+
+        `applied` grows as the training step is traced, which on several
+        replicas happens once, for all the times that it runs.
+        """
         optimizer = self.optimizer
         apply = optimizer.apply
-        applied = []
-        batches = tf.identity(optimizer_state.batches(optimizer).value)
-        each = optimizer_state.batches_per_step(optimizer)
-        last = tf.equal((batches + 1) % each, 0)
 
         def gather_or_update(gradients, trainable_variables=None):
             applied.append(True)
+            step = tf.cast(self._outermost.iterations, tf.int64)
             variables = trainable_variables or optimizer._trainable_variables
             layers, dense = self._of_kernels(gradients, variables)
+
+            batches = tf.identity(optimizer_state.batches(optimizer).value)
+            each = optimizer_state.batches_per_step(optimizer)
+            last = tf.equal((batches + 1) % each, 0)
 
             def apply_masked():
                 apply(self._masked_gradients(gradients, variables), variables)
@@ -583,7 +653,7 @@ class StepUpdate(keras.callbacks.Callback):
                     growth = self._gathered_mean(layers, dense, batches)
                 if not self.conventions.update_replaces_step:
                     apply_masked()
-                self._change(layers, growth, step, loss, by_hand)
+                self._change_once(layers, growth, step, loss, by_hand)
                 if self.conventions.update_replaces_step:
                     optimizer_state.count_step(optimizer)
 
@@ -593,7 +663,7 @@ class StepUpdate(keras.callbacks.Callback):
                 update()
 
         with _applying(optimizer, gather_or_update):
-            outputs = _tensors(train_step())
+            yield
         scaled = self._outermost is not optimizer
         # Eagerly, loss scaling passes over gradients that are not finite.
         if not applied and not (scaled and tf.executing_eagerly()):
@@ -601,12 +671,6 @@ class StepUpdate(keras.callbacks.Callback):
                 f"{self.name} takes the place of optimizer.apply, which this "
                 "training step never calls. Pass the optimizer that it applies."
             )
-        self._project_averages()
-        if scaled:
-            after = optimizer_state.batches(optimizer).value
-            skipped = self.is_due(step) & tf.equal(batches, after)
-            self._skipped.assign_add(tf.cast(skipped, tf.int64))
-        return outputs
 
     def _of_kernels(self, gradients, variables):
         """Returns the layers that have a gradient, and dL/d(masked kernel)."""
@@ -618,13 +682,15 @@ class StepUpdate(keras.callbacks.Callback):
                 f"gradients of {[v.name for v in variables]}: does the loss "
                 "depend on the masked layers?"
             )
-        scale = self.optimizer.loss_scale_factor
-        dense = []
-        for layer in layers:
-            gradient = tf.convert_to_tensor(of[_key(layer.kernel)])
-            if scale is not None:  # a fixed one, which `apply` divides by
-                gradient /= scale
-            dense.append(gradient - _regularisation_gradient(layer.kernel))
+        scale = self.optimizer.loss_scale_factor or 1.0  # a fixed one
+        summed = replicas.summed(
+            [tf.convert_to_tensor(of[_key(m.kernel)]) for m in layers]
+        )
+        dense = [
+            gradient / tf.cast(scale, gradient.dtype)
+            - _regularisation_gradient(m.kernel)
+            for gradient, m in zip(summed, layers, strict=True)
+        ]
         return layers, dense
 
     def _masked_gradients(self, gradients, variables):
@@ -673,7 +739,20 @@ class StepUpdate(keras.callbacks.Callback):
         self._gathered.assign([0, 0])
         return [total / tf.cast(count, total.dtype) for total in sums]
 
-    def _change(self, layers, gradients, step, loss, by_hand):
+    def _change_once(self, layers, gradients, step, loss, by_hand):
+        """Changes masks for all replicas, and sees whether they agree."""
+        replicas.once(
+            functools.partial(self._change, layers, loss, by_hand),
+            [step, *gradients],
+        )
+        if tf.distribute.has_strategy():
+            same = replicas.agree([m.mask.value for m in self.masked])
+            replicas.once(self._note_unless, [same, step])
+
+    def _note_unless(self, same, step):
+        self._differ_at.assign(tf.where(same, self._differ_at, step))
+
+    def _change(self, layers, loss, by_hand, step, *gradients):
         """Changes every mask once, unless the gradients are refused."""
         finite = tf.reduce_all(
             [tf.reduce_all(tf.math.is_finite(g)) for g in gradients]
@@ -698,7 +777,7 @@ class StepUpdate(keras.callbacks.Callback):
             here = tf.expand_dims(tf.equal(tf.range(rows), row), axis=1)
             values = tf.concat([[step], counts], axis=0)
             self._record.assign(tf.where(here, values, self._record))
-            if loss:
+            if self.watch_loss:
                 self._losses.assign(
                     tf.where(here, [[before, after]], self._losses)
                 )
@@ -713,7 +792,11 @@ class StepUpdate(keras.callbacks.Callback):
         momentum or Muon moved there has reached the average.
         """
         parts = optimizer_state.parts(self.optimizer)
-        for layer in self.masked if any(p.use_ema for p in parts) else ():
+        if any(part.use_ema for part in parts):
+            replicas.once(self._project_each_average, [])
+
+    def _project_each_average(self):
+        for layer in self.masked:
             slots = optimizer_state.slots(self.optimizer, layer.kernel)
             average = slots.get("average")
             if average is not None:
@@ -818,13 +901,32 @@ def _key(variable):
     )
 
 
+def _densely(train_step):
+    def with_dense_gradients():
+        with dense_gradients():
+            return train_step()
+
+    return with_dense_gradients
+
+
 def _tensors(logs):
     return tf.nest.map_structure(
         lambda x: x if x is None else tf.convert_to_tensor(x), logs
     )
 
 
-def _check_set_up(method, model, optimizer):
+def _check_one_device(function, model):
+    if replicas.is_distributed(model):
+        raise ValueError(
+            f"{function} is for training steps of one device, and the model "
+            "was made in the scope of a "
+            f"{type(model.distribute_strategy).__name__}. Override "
+            "keras.Model.train_step and call model.fit, or make the model "
+            "outside the scope."
+        )
+
+
+def _check_set_up(method, model, optimizer, gradient_batches):
     innermost = optimizer_state.innermost(optimizer)
     for part in optimizer_state.parts(innermost):
         if part is not innermost and part.gradient_accumulation_steps:
@@ -835,12 +937,9 @@ def _check_set_up(method, model, optimizer):
                 f"{part.gradient_accumulation_steps} of {part.name!r}. Use a "
                 "larger batch, or one optimizer."
             )
-    strategy = getattr(model, "distribute_strategy", None)
-    if strategy is not None and strategy.num_replicas_in_sync > 1:
-        raise ValueError(
-            f"{method} does not run under {type(strategy).__name__} yet: train "
-            "on one device."
-        )
+    replicas.check_set_up(
+        method, model, [optimizer, innermost], gradient_batches
+    )
 
 
 def warn_of_no_update(method: str, steps: int, first: int, rule: str) -> None:

@@ -1,8 +1,6 @@
 """Mask updates within `fit`: when, what, and what is refused."""
 
 import inspect
-import subprocess
-import sys
 import warnings
 
 import keras
@@ -731,30 +729,6 @@ def test_a_penalty_of_zero():
     before = masks(model)
     fit([RigL(**EVERY_STEP)])
     assert changed(before, masks(model))
-
-
-def test_several_replicas_are_refused_from_outside_their_scope():
-    """Keras needs the scope where a model is made, not where it is fitted."""
-    code = """
-import numpy as np, keras, tensorflow as tf, rigl_keras
-cpu = tf.config.list_physical_devices("CPU")[0]
-tf.config.set_logical_device_configuration(
-    cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-with tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope():
-    inputs = keras.Input((3,))
-    model = keras.Model(inputs, keras.layers.Dense(4)(inputs))
-    model = rigl_keras.sparsify(model, 0.5)
-    model.compile("sgd", "mse")
-try:
-    model.fit(np.ones((4, 3)), np.ones((4, 4)), verbose=0,
-              callbacks=[rigl_keras.RigL(frequency=1)])
-except ValueError as error:
-    print(error)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True
-    )
-    assert "does not run under MirroredStrategy" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(

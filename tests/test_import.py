@@ -25,6 +25,7 @@ ORDER = [
     "maskable",
     "layers",
     "surgery",
+    "replicas",
     "optimizer_state",
     "sparsify",
     "training_step",

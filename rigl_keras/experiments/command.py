@@ -7,7 +7,7 @@ import tensorflow as tf
 from absl import app, flags
 
 import gin
-from rigl_keras.experiments import config, data
+from rigl_keras.experiments import config, data, devices
 from rigl_keras.experiments.run_directory import DiskFullError, RunDirectory
 
 __all__ = ["main", "run", "table"]
@@ -36,6 +36,12 @@ def _define_flags():
         "data_dir", None, "Folder of prepared data sets, over TFDS_DATA_DIR."
     )
     flags.DEFINE_bool("resume", False, "Continue an interrupted run.")
+    flags.DEFINE_string(
+        "strategy",
+        "one",
+        f"Devices to train on, one of {', '.join(devices.STRATEGIES)}. The "
+        "batch size is that of all together.",
+    )
     flags.DEFINE_bool(
         "traceback", False, "Show where an error was raised, too."
     )
@@ -50,6 +56,7 @@ def run(
     density=None,
     data_dir=None,
     resume=False,
+    strategy="one",
 ) -> dict:
     """Runs one configuration and returns its result.
 
@@ -62,13 +69,14 @@ def run(
         density: Density, over the files.
         data_dir: Folder of prepared data sets.
         resume: Whether to continue an interrupted run.
+        strategy: Devices to train on, one of `devices.STRATEGIES`.
 
     Returns:
         What `train.train` returns.
 
     Raises:
-        ValueError: The configuration is wrong, or the directory holds
-            another.
+        ValueError: The configuration is wrong, the directory holds another,
+            or there are no such devices.
     """
     gin_files = list(gin_files) or [str(config.GIN_FOLDER / "quickstart.gin")]
     bindings = list(bindings)
@@ -84,11 +92,22 @@ def run(
         parts += [f"density{density}"] if density is not None else []
         parts += [f"seed{seed}"] if seed is not None else []
         run_dir = "runs/" + "-".join(parts)
-    directory = RunDirectory(run_dir, config=gin.config_str(), resume=resume)
-    print(f"Run directory: {directory.path}")
-    return config.configured()["train"](
-        directory, data_dir=data_dir, operative_config=gin.operative_config_str
+    directory = RunDirectory(
+        run_dir,
+        config=gin.config_str(),
+        resume=resume,
+        writes=devices.is_chief(strategy),
     )
+    print(f"Run directory: {directory.path}")
+    # Workers meet here, when each has found the directory in order.
+    with devices.make_strategy(strategy).scope():
+        if strategy != "one":
+            print(f"Strategy {strategy}: {devices.replica_count()} replicas.")
+        return config.configured()["train"](
+            directory,
+            data_dir=data_dir,
+            operative_config=gin.operative_config_str,
+        )
 
 
 def table(result: dict) -> str:
@@ -129,6 +148,8 @@ def _main(argv):
         raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}.")
     # TensorFlow tells of each checkpoint it writes.
     logging.getLogger("absl").setLevel(logging.WARNING)
+    # And of each sum over replicas that it plans.
+    tf.get_logger().setLevel(logging.WARNING)
     # On a CPU this costs little, and two runs of one seed are then the same.
     tf.config.experimental.enable_op_determinism()
     try:
@@ -140,6 +161,7 @@ def _main(argv):
             density=_FLAGS.density,
             data_dir=_FLAGS.data_dir,
             resume=_FLAGS.resume,
+            strategy=_FLAGS.strategy,
         )
     except (
         ValueError,
@@ -153,6 +175,18 @@ def _main(argv):
         message = [s for s in lines if "In call to configurable" not in s]
         print("train: " + "\n".join(message), file=sys.stderr)
         sys.exit(2)
+    except tf.errors.OpError as error:
+        lost = None
+        if _FLAGS.strategy == "multi_worker":
+            lost = devices.lost_workers(error)
+        if not lost or _FLAGS.traceback:
+            raise
+        print(
+            f"train: {', '.join(lost)} stopped answering, and no worker can go "
+            "on without. Start it and all others again, each with --resume.",
+            file=sys.stderr,
+        )
+        sys.exit(1)
     print(f"\n{table(result)}")
 
 

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 import rigl_keras
+from rigl_keras.experiments import devices
 
 __all__ = [
     "Checkpoints",
@@ -86,24 +88,27 @@ class RunDirectory:
         path: The folder; made if it does not exist.
         config: The configuration, as text.
         resume: Whether a run that has been begun may be continued.
+        writes: Whether this process writes. Of the workers of one run, which
+            must all see the folder, one does.
 
     Raises:
         ValueError: The folder cannot be written, holds another
             configuration, or an unfinished run while `resume` is false.
     """
 
-    def __init__(self, path: str | os.PathLike, *, config: str, resume: bool):
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        *,
+        config: str,
+        resume: bool,
+        writes: bool = True,
+    ):
         self.path = Path(path)
+        self.writes = writes
         self._config = config
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            with _unfinished_folder(self.path):
-                pass
-        except OSError as error:
-            raise ValueError(
-                f"The run directory {str(self.path)!r} cannot be written "
-                f"({error.strerror}). Pass --run_dir with a folder that can."
-            ) from error
+        if writes:
+            self._make()
         stored = self.path / "config.gin"
         if stored.exists():
             if stored.read_text() != config:
@@ -118,11 +123,26 @@ class RunDirectory:
                     "unfinished run of this configuration. Pass --resume to "
                     "continue it, or delete the folder."
                 )
-        elif set(self.path.iterdir()) - set(_unfinished(self.path)):
+        elif writes and set(self.path.iterdir()) - set(_unfinished(self.path)):
             raise ValueError(
                 f"The run directory {str(self.path)!r} is not empty and holds "
                 "no run. Choose another --run_dir."
             )
+
+    def _make(self):
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with _unfinished_folder(self.path):
+                pass
+        except OSError as error:
+            raise ValueError(
+                f"The run directory {str(self.path)!r} cannot be written "
+                f"({error.strerror}). Pass --run_dir with a folder that can."
+            ) from error
+
+    def _write(self, name, text):
+        if self.writes:
+            _write(self.path / name, text)
 
     def begin(self) -> None:
         """Claims the folder for this configuration.
@@ -131,9 +151,10 @@ class RunDirectory:
         nothing behind that a corrected one would trip over. What a run that
         was killed has left half written goes.
         """
-        for folder in (self.path, self.path / "weights"):
-            _remove_all(_unfinished(folder))
-        _write(self.path / "config.gin", self._config)
+        if self.writes:
+            for folder in (self.path, self.path / "weights"):
+                _remove_all(_unfinished(folder))
+        self._write("config.gin", self._config)
 
     @property
     def finished(self) -> bool:
@@ -145,20 +166,25 @@ class RunDirectory:
         return json.loads((self.path / "result.json").read_text())
 
     def write_operative_config(self, text: str) -> None:
-        _write(self.path / "operative_config.gin", text)
+        self._write("operative_config.gin", text)
 
     def write_result(self, result: dict) -> None:
-        _write(self.path / "result.json", json.dumps(result, indent=2) + "\n")
+        self._write("result.json", json.dumps(result, indent=2) + "\n")
 
     def checkpoints(
         self, model: keras.Model, *, variables: Sequence[tf.Variable] = ()
     ) -> "Checkpoints":
         return Checkpoints(
-            self.path / "checkpoints", model, variables=variables
+            self.path / "checkpoints",
+            model,
+            variables=variables,
+            writes=self.writes,
         )
 
     def save_weights(self, model: keras.Model, epoch: int) -> None:
         """Saves the weights of a dense model, to which runs may rewind."""
+        if not self.writes:
+            return
         path = _weights_path(self.path, epoch)
         path.parent.mkdir(exist_ok=True)
         with _whole(path) as temporary:
@@ -170,9 +196,18 @@ class RunDirectory:
             model.save_weights(temporary)
 
     def save_model(self, model: keras.Model) -> None:
-        """Saves the trained model."""
-        with _whole(self.path / "model.keras") as temporary:
-            model.save(temporary)
+        """Saves the trained model.
+
+        Every worker must call it: Keras makes variables as it saves, and
+        under a strategy workers make these together.
+        """
+        with contextlib.ExitStack() as stack:
+            if self.writes:
+                path = stack.enter_context(_whole(self.path / "model.keras"))
+            else:
+                scratch = tempfile.TemporaryDirectory()
+                path = Path(stack.enter_context(scratch)) / "model.keras"
+            model.save(path)
 
     @property
     def trajectory(self) -> list[tuple[int, dict[str, int]]]:
@@ -191,7 +226,7 @@ class RunDirectory:
         lines = [",".join(["step", *names])]
         for step, counts in trajectory:
             lines.append(",".join(map(str, [step, *counts.values()])))
-        _write(self.path / "trajectory.csv", "\n".join(lines) + "\n")
+        self._write("trajectory.csv", "\n".join(lines) + "\n")
 
     def write_curve(self, inference: np.ndarray, training: np.ndarray) -> None:
         """Writes flops.csv: a row holds until the next one's step."""
@@ -204,7 +239,7 @@ class RunDirectory:
                 f"{step},{inference[step]:.0f},{training[step]:.0f},"
                 f"{so_far[step]:.0f}"
             )
-        _write(self.path / "flops.csv", "\n".join(lines) + "\n")
+        self._write("flops.csv", "\n".join(lines) + "\n")
 
     @property
     def metrics(self) -> list[dict[str, str]]:
@@ -218,7 +253,7 @@ class RunDirectory:
         writer = csv.DictWriter(table, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        _write(self.path / "metrics.csv", table.getvalue())
+        self._write("metrics.csv", table.getvalue())
 
 
 class EarlierRun:
@@ -397,6 +432,9 @@ class Checkpoints(keras.callbacks.Callback):
         model: The compiled model.
         variables: What the method must remember as well.
         keep: How many of the last checkpoints are kept.
+        writes: Whether this process writes them. Workers save together, as
+            some values are spread over all; those that do not write throw
+            away what they save.
     """
 
     def __init__(
@@ -406,6 +444,7 @@ class Checkpoints(keras.callbacks.Callback):
         *,
         variables: Sequence[tf.Variable] = (),
         keep: int = 3,
+        writes: bool = True,
     ):
         super().__init__()
         if not model.optimizer.built:
@@ -422,9 +461,14 @@ class Checkpoints(keras.callbacks.Callback):
             method=list(variables),
             epoch=self._epoch,
         )
-        _ = self._checkpoint.save_counter  # made now, it is written, too
-        self._path, self._keep = path, keep
-        _remove_all(_unfinished(path))
+        # Made now, it is written, too; and the workers of a run make variables
+        # together.
+        _ = self._checkpoint.save_counter
+        self._path, self._keep, self._writes = path, keep, writes
+        if writes:
+            _remove_all(_unfinished(path))
+        else:
+            self._scratch = tempfile.TemporaryDirectory()
 
     def on_epoch_end(self, epoch, logs=None):
         self.save(epoch + 1)
@@ -445,6 +489,9 @@ class Checkpoints(keras.callbacks.Callback):
             DiskFullError: There is no room. Those saved before are intact.
         """
         self._epoch.assign(epoch)
+        if not self._writes:
+            self._checkpoint.write(f"{self._scratch.name}/epoch")
+            return
         path = self._path / f"epoch-{epoch}"
         with _unfinished_folder(self._path) as folder, _naming(path):
             self._checkpoint.write(str(folder / path.name))
@@ -457,7 +504,7 @@ class Checkpoints(keras.callbacks.Callback):
             _remove_checkpoint(old)
 
     def restore(self) -> int | None:
-        """Restores the last checkpoint that can be read.
+        """Restores the last checkpoint that can be read, in each worker.
 
         Returns:
             The epoch to continue with, or None where there is no checkpoint.
@@ -465,6 +512,16 @@ class Checkpoints(keras.callbacks.Callback):
         Raises:
             ValueError: There are checkpoints and none can be read.
         """
+        epoch = self._restore_last() if self._writes else None
+        epoch = devices.from_chief(-1 if epoch is None else epoch)
+        if epoch < 0:
+            return None
+        if not self._writes:
+            saved = str(self._path / f"epoch-{epoch}")
+            self._checkpoint.restore(saved).assert_consumed()
+        return epoch
+
+    def _restore_last(self):
         saved = [str(path) for path in self.saved.values()]
         for path in reversed(saved):
             try:

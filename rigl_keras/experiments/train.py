@@ -22,7 +22,7 @@ import rigl_keras
 from rigl_keras import flops
 from rigl_keras.conventions import ORIGINAL, Conventions
 from rigl_keras.diagnostics import TopologyDiagnostics
-from rigl_keras.experiments import data
+from rigl_keras.experiments import data, devices
 from rigl_keras.experiments.run_directory import (
     EarlierRun,
     KeepWeights,
@@ -167,7 +167,8 @@ def train(
 
     A run that was interrupted continues from its last checkpoint, to the
     same masks and weights as if it had not been; a finished run is not
-    repeated.
+    repeated. In the scope of a `tf.distribute` strategy it trains on all its
+    replicas, in each process that the strategy has.
 
     Args:
         run: Directory of the run.
@@ -210,7 +211,8 @@ def train(
             (`TopologyDiagnostics`), the loss around each update included.
         optimizer: Makes the optimizer.
         epochs: Passes over the training data, at least 1.
-        batch_size: Examples in a step, at least 1.
+        batch_size: Examples in a step, of all replicas together, at least as
+            many as there are replicas.
         length: Factor on the length of the run: on `epochs`, on the steps at
             which the optimizer's learning rate falls (its maker is given
             `length`) and at which mask updates end. Frequency, warm-up and
@@ -242,6 +244,7 @@ def train(
         granularity=granularity,
         keep_weights=keep_weights,
         epochs=epochs,
+        batch_size=batch_size,
         length=length,
         label_smoothing=label_smoothing,
     )
@@ -304,7 +307,9 @@ def train(
         update = method() if length == 1 else method().lengthened(length)
     topology = None
     if diagnostics and rigl_keras.masked_layers(network):
-        topology = TopologyDiagnostics(run.path / "topology")
+        topology = TopologyDiagnostics(
+            run.path / "topology" if run.writes else None
+        )
         topology.set_model(network)
         if update is not None:
             update.watch_loss = True
@@ -338,9 +343,20 @@ def train(
     dense_flops = whole.dense_inference_flops
 
     def batches(split, smoothing=0.0):
-        return split.map(
-            lambda x, y: _smoothed(x, y, recipe.num_classes, smoothing)
+        return devices.sharded(
+            split.map(
+                lambda x, y: _smoothed(x, y, recipe.num_classes, smoothing)
+            )
         )
+
+    def written():
+        return [
+            Trajectory(run, network, update, first_step=first_step),
+            Metrics(run, first_epoch=first_epoch),
+            keras.callbacks.TensorBoard(
+                run.path / "tensorboard", write_graph=False
+            ),
+        ]
 
     held_out = None
     if recipe.validation:
@@ -355,7 +371,7 @@ def train(
                     epochs=epochs,
                 ),
                 label_smoothing,
-            ),
+            ).map(devices.evened),
             steps_per_epoch=examples.steps_per_epoch(batch_size),
             initial_epoch=first_epoch,
             epochs=epochs,
@@ -363,17 +379,13 @@ def train(
             shuffle=False,  # the data set is shuffled already
             callbacks=[
                 *([update] if update else []),
-                Trajectory(run, network, update, first_step=first_step),
                 *([topology] if topology else []),
                 _EpochLogs(network, cost, dense_flops),
-                Metrics(run, first_epoch=first_epoch),
-                keras.callbacks.TensorBoard(
-                    run.path / "tensorboard", write_graph=False
-                ),
+                *(written() if run.writes else []),
                 KeepWeights(run, keep_weights),
                 checkpoints,  # last: what it saves is logged already
             ],
-            verbose=1 if sys.stdout.isatty() else 2,
+            verbose=(1 if sys.stdout.isatty() else 2) if run.writes else 0,
         )
 
     def evaluate(split):
@@ -449,6 +461,7 @@ def train(
             "epochs": epochs,
             "length": length,
             "batch_size": batch_size,
+            "replicas": devices.replica_count(),
             "label_smoothing": label_smoothing,
             "method": {
                 key: value
@@ -481,9 +494,16 @@ def _check(
     granularity,
     keep_weights,
     epochs,
+    batch_size,
     length,
     label_smoothing,
 ):
+    if batch_size < devices.replica_count():
+        raise ValueError(
+            "batch_size counts the examples of all replicas and must leave "
+            f"each at least one. Received: batch_size={batch_size} for "
+            f"{devices.replica_count()} replicas."
+        )
     whole = isinstance(keep_weights, Sequence) and all(
         isinstance(epoch, int) and epoch > 0 for epoch in keep_weights
     )

@@ -1,0 +1,268 @@
+"""Several devices: what `tf.distribute` asks of a training step.
+
+Each replica trains on its part of the batch. Keras scales each loss by one
+over the replicas and sums the gradients, so that what is summed is the
+gradient of the whole batch. Masks change once for all replicas, by these sums.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+import keras
+import tensorflow as tf
+
+__all__ = [
+    "MultiWorkerMirroredStrategy",
+    "agree",
+    "check_set_up",
+    "choosing",
+    "is_distributed",
+    "once",
+    "scope",
+    "summed",
+]
+
+
+class MultiWorkerMirroredStrategy(tf.distribute.MultiWorkerMirroredStrategy):
+    """TensorFlow's strategy of this name, made to work with `fit` of Keras 3.
+
+    Keras reduces a batch, which is a structure, and logs, which are scalars,
+    over their first axis; TensorFlow's strategy takes neither (Keras issue
+    20585).
+
+    Args: those of TensorFlow's.
+
+    Example:
+
+    >>> strategy = MultiWorkerMirroredStrategy()  # TF_CONFIG names the workers
+    >>> with strategy.scope():
+    ...     model = rigl_keras.sparsify(make_model(), density=0.1)
+    """
+
+    def reduce(self, reduce_op, value, axis):
+        """Reduces each value of a structure over all replicas.
+
+        Args:
+            reduce_op: `"SUM"` or `"MEAN"`.
+            value: A structure of tensors, or of values per replica.
+            axis: The axis to reduce as well, or None. Scalars have none.
+
+        Returns:
+            The structure with a tensor for each value.
+        """
+
+        def reduced(part):
+            scalar = self.experimental_local_results(part)[0].shape.rank == 0
+            over = None if scalar else axis
+            return tf.distribute.MultiWorkerMirroredStrategy.reduce(
+                self, reduce_op, part, axis=over
+            )
+
+        return tf.nest.map_structure(reduced, value)
+
+
+def is_distributed(model: keras.Model) -> bool:
+    """Returns whether a model was made in the scope of a strategy."""
+    with scope(model):
+        return tf.distribute.has_strategy()
+
+
+def scope(model: keras.Model):
+    """Returns the scope in which variables are placed as a model's are."""
+    return model.distribute_strategy.scope()
+
+
+def check_set_up(
+    method: str,
+    model: keras.Model,
+    optimizers: Sequence[keras.Optimizer],
+    gradient_batches: int,
+) -> None:
+    """Refuses what does not work on several replicas.
+
+    Args:
+        method: Name of the method.
+        model: The model to be trained.
+        optimizers: Its optimizer, and those within.
+        gradient_batches: Of how many batches growth takes the mean gradient.
+
+    Raises:
+        ValueError: Gradients are gathered over batches.
+    """
+    if not is_distributed(model):
+        return
+    if gradient_batches > 1:
+        raise ValueError(
+            f"{method} does not gather gradients over batches under a "
+            f"{type(model.distribute_strategy).__name__}. Received: "
+            f"gradient_batches={gradient_batches}. Use 1, and a larger batch: "
+            "the replicas share it."
+        )
+    for optimizer in optimizers:
+        if optimizer.gradient_accumulation_steps:
+            raise ValueError(
+                f"{method} does not accumulate gradients under a "
+                f"{type(model.distribute_strategy).__name__}. Received: "
+                "gradient_accumulation_steps="
+                f"{optimizer.gradient_accumulation_steps}. Use None: the "
+                "batch is shared by the replicas as it is."
+            )
+
+
+# Within a replica's part of a step.
+
+
+def summed(tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+    """Returns the sums of tensors over all replicas.
+
+    Args:
+        tensors: One replica's tensors.
+
+    Returns:
+        A list of tensors, the same on every replica. Without a strategy, the
+        tensors themselves.
+    """
+    tensors = list(tensors)
+    if not tf.distribute.has_strategy() or not tensors:
+        return tensors
+    context = tf.distribute.get_replica_context()
+    return context.all_reduce(tf.distribute.ReduceOp.SUM, tensors)
+
+
+def once(action: Callable, tensors: Sequence[tf.Tensor]) -> None:
+    """Acts once for all replicas; what it assigns is assigned on each.
+
+    Args:
+        action: A function of these tensors, whose result is not used.
+        tensors: Tensors that are the same on every replica.
+    """
+    if not tf.distribute.has_strategy():
+        action(*tensors)
+        return
+
+    def act(strategy, *values):
+        # Of the replicas of another worker there is nothing here.
+        action(*(strategy.experimental_local_results(v)[0] for v in values))
+
+    tf.distribute.get_replica_context().merge_call(act, args=tuple(tensors))
+
+
+def agree(masks: Sequence[tf.Variable]) -> tf.Tensor:
+    """Returns whether all replicas hold the same masks.
+
+    Each replica sums the random 32-bit numbers of the places that its own
+    copies keep. Masks that differ have equal sums once in 2^32.
+
+    Args:
+        masks: Variables of zeros and ones.
+
+    Returns:
+        A bool scalar, the same on every replica.
+    """
+    replicas = tf.distribute.get_strategy().num_replicas_in_sync
+    own = tf.add_n([_checksum(m, seed) for seed, m in enumerate(masks)])
+    (total,) = summed([own])
+    # Equal to n times one's own on every replica only where all are equal.
+    (dissenters,) = summed([tf.cast(total != own * replicas, tf.int64)])
+    return tf.equal(dissenters, 0)
+
+
+def _checksum(mask, seed):
+    numbers = tf.random.stateless_uniform(
+        mask.shape,
+        seed=[seed, 0],
+        minval=None,
+        maxval=None,
+        dtype=tf.int32,
+        alg="philox",
+    )
+    kept = tf.cast(tf.convert_to_tensor(mask) > 0, tf.int64)
+    return tf.reduce_sum(kept * tf.cast(numbers, tf.int64))
+
+
+# On the host.
+
+
+def choosing(
+    model: keras.Model,
+    make_train_function: Callable[..., None],
+    *,
+    ordinary: Callable,
+    update: Callable,
+    is_due: Callable[[int], bool],
+    updating: Callable[[], contextlib.AbstractContextManager],
+) -> Callable[[], None]:
+    """Returns what makes a train function that chooses between two steps.
+
+    Replicas meet where gradients are summed, and may not within `tf.cond`:
+    the choice is made on the host, before each step. So the steps of
+    `steps_per_execution` run one by one, which is also the only way that
+    works: in a block, Keras 3.15 fails on several replicas.
+
+    Args:
+        model: The compiled model.
+        make_train_function: Its own, which compiles `model.train_step`.
+        ordinary: The training step of most steps, a function of the data.
+        update: The one of the steps that are due.
+        is_due: Tells of a step whether it is.
+        updating: Makes the context in which `update` runs.
+
+    Returns:
+        A function that sets `model.train_function`.
+    """
+
+    def function_of(train_step):
+        before = model.train_step
+        model.train_step = train_step
+        make_train_function(force=True)
+        model.train_step = before
+        return model.train_function
+
+    def make():
+        ordinary_step, update_step = function_of(ordinary), function_of(update)
+
+        def one_step(iterator):
+            if not is_due(int(model.optimizer.iterations.numpy())):
+                return ordinary_step(iterator)
+            with updating():
+                return update_step(iterator)
+
+        def next_steps(iterator):
+            if model.steps_per_execution == 1:
+                return one_step(iterator)
+            with _one_by_one(model) as steps:
+                logs = None
+                for batch in _first(steps, iterator):
+                    logs = one_step(iter([batch]))
+            if logs is None:
+                raise StopIteration
+            return logs
+
+        model.train_function = next_steps
+
+    return make
+
+
+def _first(count, iterator):
+    """Yields as many of the next batches, or those that there are."""
+    if not isinstance(iterator, tf.distribute.DistributedIterator):
+        yield from itertools.islice(iterator, count)
+        return
+    for _ in range(count):
+        # A step that finds no data would still count, on several replicas.
+        batch = iterator.get_next_as_optional()
+        if not batch.has_value():
+            return
+        yield batch.get_value()
+
+
+@contextlib.contextmanager
+def _one_by_one(model) -> Iterator[int]:
+    """Within the context, a train function runs one step, and not a block."""
+    steps = model.steps_per_execution
+    model.steps_per_execution = 1
+    try:
+        yield steps
+    finally:
+        model.steps_per_execution = steps

@@ -1,0 +1,209 @@
+"""Several devices: the same masks as on one, and what ends when one is lost.
+
+TensorFlow counts devices once, as it starts, so that all of this runs in
+processes of its own.
+"""
+
+import json
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import keras
+import numpy as np
+import pytest
+import two_devices
+
+import gin
+import rigl_keras
+from rigl_keras.experiments import command
+
+LIMIT = 150  # seconds, after which a process hangs
+
+
+def environment(**more):
+    root = pathlib.Path(rigl_keras.__file__).parents[1]
+    path = [str(root), os.environ.get("PYTHONPATH", "")]
+    plain = {k: v for k, v in os.environ.items() if k != "TF_CONFIG"}
+    return {**plain, "PYTHONPATH": os.pathsep.join(path), **more}
+
+
+ALONE = "a_run_on_two_devices"
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        list(two_devices.METHODS),
+        [
+            name
+            for name in two_devices.CHECKS
+            if name not in two_devices.METHODS and name != ALONE
+        ],
+        [ALONE],
+    ],
+    ids=["methods", "library", "run"],
+)
+def test_on_two_devices(names):
+    done = subprocess.run(
+        [sys.executable, two_devices.__file__, *names],
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        env=environment(),
+    )
+    output = done.stdout + done.stderr
+    assert re.findall(r"^(\S+): failed", done.stdout, re.M) == [], output
+    assert done.returncode == 0, output
+    passed = re.findall(r"^(\S+): passed", done.stdout, re.M)
+    assert passed == names
+
+
+def free_ports():
+    with socket.socket() as one, socket.socket() as two:
+        for each in (one, two):
+            each.bind(("localhost", 0))
+        return [each.getsockname()[1] for each in (one, two)]
+
+
+SMALL = [
+    "train.model = @mlp",
+    "mlp.hidden = (24, 16)",
+    "train.density = 0.3",
+    "train.epochs = 3",
+    "RigL.frequency = 5",
+]
+
+
+def train(run_dir, *flags, **more):
+    """Starts one process of a run."""
+    return subprocess.Popen(
+        [
+            *[sys.executable, "-m", "rigl_keras.experiments.train"],
+            *[f"--gin_bindings={binding}" for binding in SMALL],
+            *[f"--run_dir={run_dir}", *flags],
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(**more),
+    )
+
+
+def pair(run_dir, *flags):
+    """Starts the two workers of a run."""
+    workers = [f"localhost:{port}" for port in free_ports()]
+    return [
+        train(
+            run_dir,
+            "--strategy=multi_worker",
+            *flags,
+            TF_CONFIG=json.dumps(
+                {
+                    "cluster": {"worker": workers},
+                    "task": {"type": "worker", "index": index},
+                }
+            ),
+        )
+        for index in range(2)
+    ]
+
+
+def ended(*processes):
+    """Waits for processes; returns their exit codes and what they said."""
+    try:
+        said = [process.communicate(timeout=LIMIT) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [p.returncode for p in processes], [out + err for out, err in said]
+
+
+def trained(run_dir):
+    model = keras.models.load_model(run_dir / "model.keras")
+    return rigl_keras.masked_layers(model).masks, model.get_weights()
+
+
+def test_two_workers(tmp_path):
+    """As one does; and with one killed, then both resumed, no other way."""
+    codes, said = ended(*pair(tmp_path / "pair"))
+    assert codes == [0, 0], said
+    masks, weights = trained(tmp_path / "pair")
+    result = json.loads((tmp_path / "pair" / "result.json").read_text())
+    assert (result["settings"]["replicas"], result["steps"]) == (2, 69)
+
+    command.run(bindings=SMALL, run_dir=tmp_path / "one")
+    gin.clear_config()
+    on_one = trained(tmp_path / "one")
+    for name, mask in on_one[0].items():
+        np.testing.assert_array_equal(masks[name], mask)
+    for ours, theirs in zip(weights, on_one[1], strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5)
+
+    chief, worker = pair(tmp_path / "killed")
+    first_epoch = tmp_path / "killed" / "checkpoints" / "epoch-1.index"
+    start = time.monotonic()
+    while not first_epoch.exists() and chief.poll() is None:
+        assert time.monotonic() < start + LIMIT, ended(chief, worker)
+        time.sleep(0.05)
+    worker.send_signal(signal.SIGKILL)
+    codes, said = ended(chief, worker)
+    assert codes == [1, -signal.SIGKILL], said
+    assert "worker 1 (localhost:" in said[0]
+    assert "stopped answering" in said[0] and "--resume" in said[0]
+    assert not (tmp_path / "killed" / "result.json").exists()
+
+    codes, said = ended(*pair(tmp_path / "killed", "--resume"))
+    assert codes == [0, 0], said
+    assert "Resuming" in said[0]
+    resumed = trained(tmp_path / "killed")
+    for name, mask in resumed[0].items():
+        np.testing.assert_array_equal(masks[name], mask)
+    for ours, theirs in zip(weights, resumed[1], strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert names_in(tmp_path / "killed") == names_in(tmp_path / "pair")
+
+
+def names_in(run_dir):
+    """The chief's files alone: events of TensorBoard name their process."""
+    return sorted(
+        path.relative_to(run_dir).as_posix()
+        for path in run_dir.rglob("*")
+        if path.is_file() and "tensorboard" not in path.parts
+    )
+
+
+def test_without_a_tpu(tmp_path):
+    codes, said = ended(train(tmp_path / "run", "--strategy=tpu"))
+    assert codes == [2], said
+    assert "finds no TPU named 'local'" in said[0]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        None,
+        "{",
+        '{"cluster": {"worker": ["a:1"]}}',
+        '{"cluster": {"worker": ["a:1"]}, "task": '
+        '{"type": "worker", "index": 1}}',
+    ],
+    ids=["none", "not json", "no task", "no such task"],
+)
+def test_workers_need_a_cluster(config, tmp_path, monkeypatch):
+    monkeypatch.delenv("TF_CONFIG", raising=False)
+    if config is not None:
+        monkeypatch.setenv("TF_CONFIG", config)
+    with pytest.raises(ValueError, match="multi_worker needs TF_CONFIG"):
+        command.run(run_dir=tmp_path / "run", strategy="multi_worker")
+    assert not (tmp_path / "run").exists()
+
+
+def test_strategies_have_names(tmp_path):
+    with pytest.raises(ValueError, match="must be one of one, mirrored"):
+        command.run(run_dir=tmp_path / "run", strategy="many")

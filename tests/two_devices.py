@@ -1,0 +1,343 @@
+"""Checks that need two devices: run by test_devices.py, in their own process.
+
+    python two_devices.py NAME...
+
+TensorFlow must be told of two before it starts, and two strategies that it has
+at a time mix up their sums: `a_run_on_two_devices` must be alone.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import sys
+import tempfile
+import traceback
+import warnings
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import layers
+
+import gin
+from rigl_keras import (
+    ORIGINAL,
+    SET,
+    SNFS,
+    MagnitudePruning,
+    RigL,
+    SparsityRamp,
+    masked_layers,
+    sparsify,
+)
+from rigl_keras.experiments import command
+
+ONE = tf.distribute.get_strategy()
+WINDOW = dict(frequency=3, drop_fraction=0.4, end_step=12)
+RAMP = SparsityRamp(
+    final_density=0.2,
+    initial_density=0.5,
+    begin_step=1,
+    end_step=9,
+    frequency=2,
+)
+METHODS = {
+    "RigL": lambda: RigL(**WINDOW),
+    "SET": lambda: SET(**WINDOW),
+    "SNFS": lambda: SNFS(**WINDOW),
+    "RigL-SG": lambda: RigL(redistribution="gradient", **WINDOW),
+    "MagnitudePruning": lambda: MagnitudePruning(RAMP),
+}
+
+
+@functools.cache
+def two():
+    return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+
+
+def examples():
+    draw = np.random.default_rng(0)
+    x = draw.standard_normal((48, 6)).astype(np.float32)
+    return x, draw.integers(0, 3, 48)
+
+
+def made(strategy, optimizer=None, **options):
+    keras.utils.set_random_seed(0)
+    with strategy.scope():
+        dense = keras.Sequential(
+            [
+                keras.Input((6,)),
+                layers.Dense(
+                    16,
+                    activation="relu",
+                    kernel_regularizer=keras.regularizers.L2(1e-2),
+                    name="hidden",
+                ),
+                layers.Dense(3, name="head"),
+            ],
+            name="net",  # of which the masks are drawn
+        )
+        model = sparsify(dense, 0.5)
+        model.compile(
+            optimizer() if optimizer else keras.optimizers.SGD(0.1, 0.9),
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            **options,
+        )
+    return model
+
+
+def trained(strategy, method, **options):
+    """Returns a model after 18 steps of 8 examples, and its method."""
+    model = made(strategy, **options)
+    data = tf.data.Dataset.from_tensor_slices(examples()).batch(8)
+    model.fit(data, epochs=3, shuffle=False, verbose=0, callbacks=[method])
+    assert int(model.optimizer.iterations.numpy()) == 18
+    return model, method
+
+
+def copies(strategy, variable):
+    return [
+        copy.numpy()
+        for copy in strategy.experimental_local_results(variable.value)
+    ]
+
+
+def assert_same(method, strategy=None, **options):
+    """On two devices as on one."""
+    strategy = strategy or two()
+    start = [m.mask.numpy() for m in masked_layers(made(ONE))]
+    one, on_one = trained(ONE, method(), **options)
+    many, on_many = trained(strategy, method(), **options)
+    assert on_one.trajectory == on_many.trajectory
+    assert len(on_one.trajectory) > 3
+    moved = False
+    for was, ours, theirs in zip(
+        start, masked_layers(one), masked_layers(many), strict=True
+    ):
+        mask = ours.mask.numpy()
+        moved |= (mask != was).any()
+        found = copies(strategy, theirs.mask)
+        assert len(found) == strategy.num_replicas_in_sync
+        for copy in found:
+            np.testing.assert_array_equal(copy, mask)
+        for copy in copies(strategy, theirs.kernel):
+            assert not copy[mask == 0].any()
+    assert moved
+    state = [*one.weights, *one.optimizer.variables]
+    same = [*many.weights, *many.optimizer.variables]
+    for ours, theirs in zip(state, same, strict=True):
+        for copy in copies(strategy, theirs):
+            np.testing.assert_allclose(copy, ours.numpy(), rtol=1e-4, atol=1e-6)
+
+
+def refused(action, *words):
+    try:
+        action()
+    except ValueError as error:
+        for word in words:
+            assert word in str(error), error
+    else:
+        raise AssertionError(f"Not refused: {words}")
+
+
+def check_gradients_are_averaged_before_their_magnitude():
+    """Two examples, one for each device, whose gradients cancel at input 1.
+
+    With w = 0 at inactive entries, loss = mean of y_hat: its gradient is the
+    mean of the inputs, (1, 0, 0.5), while that of magnitudes is (1, 4, 0.5).
+    Input 0 is active; of 1 and 2, the latter is to grow.
+    """
+    with two().scope():
+        dense = keras.Sequential(
+            [keras.Input((3,)), layers.Dense(1, use_bias=False, name="d")]
+        )
+        model = sparsify(dense, 1 / 3)
+        layer = masked_layers(model)[0]
+        layer.assign_mask([[1.0], [0.0], [0.0]])
+        model.compile(
+            keras.optimizers.SGD(0.0),
+            lambda target, output: output - target,
+        )
+    x = np.array([[1, 4, 0.5], [1, -4, 0.5]], np.float32)
+    data = tf.data.Dataset.from_tensor_slices((x, np.zeros((2, 1), "f")))
+
+    class Growing(RigL):
+        def drop_scores(self, layer, gradient, step):
+            tf.debugging.assert_near(gradient, [[1.0], [0.0], [0.5]])
+            return super().drop_scores(layer, gradient, step)
+
+        # What has been dropped would be the first to rejoin.
+        def grow_scores(self, layer, gradient, step):
+            inactive = 1 - tf.convert_to_tensor(layer.mask.value)
+            return super().grow_scores(layer, gradient, step) * inactive
+
+    method = Growing(
+        frequency=1, drop_fraction=1.0, end_step=1, decay="constant"
+    )
+    model.fit(
+        data.batch(2).repeat(),
+        steps_per_epoch=2,
+        shuffle=False,
+        verbose=0,
+        callbacks=[method],
+    )
+    np.testing.assert_array_equal(layer.mask.numpy(), [[0], [0], [1]])
+
+
+def check_masks_that_differ_are_refused():
+    class Broken(RigL):
+        def change_masks(self, optimizer, layers, gradients, step):
+            grown = super().change_masks(optimizer, layers, gradients, step)
+            _, other = strategy.experimental_local_results(layers[0].mask.value)
+            other.assign(tf.reverse(other, axis=[1]))
+            return grown
+
+    strategy = two()
+    refused(
+        lambda: trained(strategy, Broken(**WINDOW)),
+        "After the update at step 3 the replicas hold different masks",
+    )
+
+
+def check_infinite_gradients_are_refused():
+    def spoilt(target, output):
+        return tf.reduce_mean(output) * np.inf
+
+    model = made(two())
+    with two().scope():
+        model.compile("sgd", spoilt)
+    refused(
+        lambda: model.fit(
+            *examples(), batch_size=8, verbose=0, callbacks=[RigL(**WINDOW)]
+        ),
+        "RigL refused the update at step 3",
+    )
+
+
+def check_blocks_of_steps():
+    """4 steps, then the 2 that an epoch has left; updates fall into both."""
+    assert_same(METHODS["RigL"], steps_per_execution=4)
+
+
+def check_loss_scaling():
+    def optimizer():
+        inner = keras.optimizers.SGD(0.1, 0.9)
+        return keras.optimizers.LossScaleOptimizer(inner, initial_scale=4.0)
+
+    assert_same(METHODS["RigL"], optimizer=optimizer)
+
+
+def check_updates_after_a_step():
+    after = dataclasses.replace(ORIGINAL, update_replaces_step=False)
+    assert_same(lambda: RigL(conventions=after, **WINDOW))
+
+
+def check_a_strategy_of_one_device():
+    strategy = tf.distribute.MirroredStrategy(["CPU:0"])
+    assert_same(METHODS["RigL"], strategy=strategy)
+
+
+def check_masked_where_it_was_made():
+    """Without the scope, a model made in one is masked in it."""
+    strategy = two()
+    with strategy.scope():
+        dense = keras.Sequential([keras.Input((6,)), layers.Dense(3)])
+    model = sparsify(dense, 0.5)
+    assert model.distribute_strategy is strategy
+    (layer,) = masked_layers(model)
+    for variable in (layer.mask, layer.kernel):
+        found = copies(strategy, variable)
+        assert len(found) == 2
+        np.testing.assert_array_equal(*found)
+    assert copies(strategy, layer.mask)[1].sum() == 9
+
+
+def check_what_does_not_work_is_refused():
+    accumulating = made(
+        two(),
+        lambda: keras.optimizers.SGD(0.1, gradient_accumulation_steps=2),
+    )
+    refused(
+        lambda: accumulating.fit(
+            *examples(), batch_size=8, verbose=0, callbacks=[RigL(**WINDOW)]
+        ),
+        "gradient_accumulation_steps",
+    )
+    model = made(two())
+    refused(
+        lambda: RigL(**WINDOW).wrap(
+            lambda x: x, model=model, optimizer=model.optimizer
+        ),
+        "MirroredStrategy",
+        "model.fit",
+    )
+
+
+def check_a_run_on_two_devices():
+    """The last batch of an epoch, of 29, does not fall into halves."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = []
+        for strategy in ("one", "mirrored"):
+            run_dir = pathlib.Path(folder, strategy)
+            result = command.run(
+                bindings=SMALL, run_dir=run_dir, strategy=strategy
+            )
+            gin.clear_config()
+            model = keras.models.load_model(run_dir / "model.keras")
+            found.append((result, model))
+    (one, plain), (many, mirrored) = found
+    assert one["settings"]["replicas"] == 1
+    assert many["settings"]["replicas"] == 2
+    assert many["steps"] == one["steps"] == 46
+    assert many["test_accuracy"] == one["test_accuracy"]
+    wanted = masked_layers(plain).masks
+    for name, mask in masked_layers(mirrored).masks.items():
+        np.testing.assert_array_equal(mask, wanted[name])
+    for ours, theirs in zip(
+        plain.get_weights(), mirrored.get_weights(), strict=True
+    ):
+        np.testing.assert_allclose(theirs, ours, rtol=1e-4, atol=1e-6)
+
+
+SMALL = [
+    "train.model = @mlp",
+    "mlp.hidden = (24, 16)",
+    "train.density = 0.3",
+    "train.epochs = 2",
+    "train.keep_weights = [1]",
+    "RigL.frequency = 5",
+]
+
+CHECKS = {
+    **{
+        name: lambda method=method: assert_same(method)
+        for name, method in METHODS.items()
+    },
+    **{
+        name.removeprefix("check_"): check
+        for name, check in globals().items()
+        if name.startswith("check_")
+    },
+}
+
+
+def main(names):
+    warnings.simplefilter("error")
+    # keras, where numpy 2 turns one of its variables into an array.
+    warnings.filterwarnings("ignore", "__array__", DeprecationWarning)
+    (cpu,) = tf.config.list_physical_devices("CPU")
+    halves = [tf.config.LogicalDeviceConfiguration()] * 2
+    tf.config.set_logical_device_configuration(cpu, halves)
+    failed = False
+    for name in names:
+        try:
+            CHECKS[name]()
+            print(f"{name}: passed", flush=True)
+        except Exception:
+            failed = True
+            print(f"{name}: failed\n{traceback.format_exc()}", flush=True)
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
