@@ -234,22 +234,25 @@ class Masked(KernelMask, keras.layers.Wrapper):
                 "kernels=[name]."
             )
         self.kernels = tuple(kernel.path for kernel in found)
-        for kernel in found:
-            several = len(found) > 1
-            mask = self.add_weight(
-                name=kernel.path.replace(".", "_") + "_mask"
-                if several
-                else "mask",
-                shape=kernel.variable.shape,
-                dtype=kernel.variable.dtype,
-                initializer="ones",
-                trainable=False,
-                autocast=False,
-            )
-            self._masks.append(mask)
+        self._masks = [self._make_mask(kernel) for kernel in found]
+        show_to_tensorflow(self, [*self._masks, *self.layer.variables])
+        for kernel, mask in zip(found, self._masks, strict=True):
             kernel.variable.constraint = MaskProjection(
                 mask, kernel.variable.constraint
             )
+
+    def _make_mask(self, kernel):
+        name = "mask"
+        if kernel.path != "kernel":
+            name = kernel.path.replace(".", "_") + "_mask"
+        return self.add_weight(
+            name=name,
+            shape=kernel.variable.shape,
+            dtype=kernel.variable.dtype,
+            initializer="ones",
+            trainable=False,
+            autocast=False,
+        )
 
     def masked_kernels(self) -> tuple[KernelMask, ...]:
         """Returns a `KernelMask` for each kernel: itself, for a `kernel`."""
@@ -369,6 +372,19 @@ class Masked(KernelMask, keras.layers.Wrapper):
             "draw_key": self.draw_key,
             "granularity": self.granularity,
         }
+
+
+def show_to_tensorflow(layer, variables: Sequence[keras.Variable]) -> None:
+    """Has `tf.train.Checkpoint` save variables with a layer.
+
+    By itself it finds those that are attributes, and not what is in lists.
+
+    Args:
+        layer: A layer or model.
+        variables: Variables of it, or of layers within it.
+    """
+    layer.checkpointed = tf.Module()
+    layer.checkpointed.variables_within = list(variables)
 
 
 def _symbolic(arguments):

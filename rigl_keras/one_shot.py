@@ -103,7 +103,9 @@ def snip(
             for name, mask in zip(sizes, kept, strict=True)
         }
     else:
-        counts = distributions.layer_counts(sizes, solved, total)
+        counts = distributions.layer_counts(
+            sizes, {name: solved[name] for name in sizes}, total
+        )
         masks = {
             name: topology.select_highest(
                 saliency, counts[name], among=tf.ones_like(saliency, tf.bool)

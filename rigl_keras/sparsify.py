@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import keras
 import numpy as np
 
-from rigl_keras import distributions, replicas
+from rigl_keras import arguments, distributions, replicas
 from rigl_keras.conventions import ORIGINAL, Conventions, check_conventions
 from rigl_keras.layers import KernelMask, Masked, check_granularity
 from rigl_keras.maskable import (
@@ -125,7 +125,7 @@ def sparsify(
     >>> print(masked_layers(model))
     """
     chosen = chosen_kernels(model, layers, kernels=kernels, strict=strict)
-    _check_seed(seed)
+    seed = arguments.integer("seed", seed, at_least=0)
     check_conventions(conventions)
     if densities is not None and not isinstance(densities, Mapping):
         raise ValueError(
@@ -195,7 +195,7 @@ def with_masks(
     >>> ticket = with_masks(untrained, masks)
     """
     _check_model(model)
-    _check_seed(seed)
+    seed = arguments.integer("seed", seed, at_least=0)
     if not isinstance(masks, Mapping) or not masks:
         raise ValueError(
             "with_masks takes {name: mask}, one mask at least. Received: "
@@ -229,8 +229,6 @@ def with_masks(
                 _copy_variables(layer, new)
                 continue
             _copy_variables(layer, new.layer)
-            if not new.built:
-                new.build()
             for masked, mask in zip(
                 new.masked_kernels(), by_layer[id(layer)].values(), strict=True
             ):
@@ -745,13 +743,6 @@ def _without_kernels(chosen):
     return flat
 
 
-def _check_seed(seed):
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ValueError(
-            f"seed must be an int of at least 0. Received: seed={seed!r}."
-        )
-
-
 def _check_mask(name, mask, named, granularity):
     if name not in named:
         raise ValueError(
@@ -852,6 +843,7 @@ def _draw_masks(
         exact = sum(densities[n] * size for n, size in sizes.items())
     total = distributions.total_count(exact, density, weights)
     bernoulli = conventions.sampling == "bernoulli"
+    densities = {name: densities[name] for name in sizes}
     counts = distributions.layer_counts(sizes, densities, total)
     masks = {}
     for name, unit in units.items():

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import keras
 
-from rigl_keras.layers import Masked, MaskProjection
+from rigl_keras.layers import Masked, MaskProjection, show_to_tensorflow
 from rigl_keras.maskable import is_graph, sublayers
 
 __all__ = ["exchange", "leaf_layers", "release"]
@@ -165,10 +165,13 @@ def _exchange_in_place(model, change):
                 pairs += inner
             else:
                 new = change(layer, layer)
+                if isinstance(new, Masked) and not new.built:
+                    new.build()  # what it wraps is built
                 pairs.append((layer, new))
             done[id(layer)] = new
         if done[id(layer)] is not layer:
             _put(model, path, layer, done[id(layer)])
+    show_to_tensorflow(model, model.variables)
     _forget_functions(model)
     masked = any(isinstance(leaf, Masked) for leaf in leaf_layers(model))
     _set_class(model, masked)
@@ -189,23 +192,20 @@ def _put(owner, path, old, new):
         else:
             tracker.replace_tracked_value("layers", old, new)
     name, *keys = path.split(".")
-    if not keys:
-        setattr(owner, name, new)
-        return
-    container = _with_item(getattr(owner, name), keys, new)
-    if container is not getattr(owner, name):
-        setattr(owner, name, container)
+    # A container is made anew: TensorFlow saves none that was changed.
+    setattr(owner, name, _with_item(getattr(owner, name), keys, new))
 
 
 def _with_item(container, keys, new):
+    """Returns a container with one item exchanged, or what comes for it."""
     if not keys:
         return new
-    key = keys[0] if isinstance(container, dict) else int(keys[0])
-    item = _with_item(container[key], keys[1:], new)
-    if isinstance(container, tuple):
-        return container[:key] + (item,) + container[key + 1 :]
-    container[key] = item
-    return container
+    if isinstance(container, dict):
+        key, items = keys[0], dict(container)
+    else:
+        key, items = int(keys[0]), list(container)
+    items[key] = _with_item(items[key], keys[1:], new)
+    return tuple(items) if isinstance(container, tuple) else items
 
 
 def _forget_functions(model):
@@ -258,11 +258,7 @@ class _MaskedModel:
             config = masked.get(at.get(id(layer)))
             return fresh if config is None else Masked(fresh, **config)
 
-        model, pairs = exchange(model, mask)
-        for old, new in pairs:
-            if new is not old and old.built and not new.built:
-                new.build()
-        return model
+        return exchange(model, mask)[0]
 
 
 def _set_class(model, masked):

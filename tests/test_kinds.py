@@ -10,6 +10,7 @@ import keras
 import kinds
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import layers
 
 from rigl_keras import (
@@ -189,6 +190,33 @@ def test_save_and_load(kind, tmp_path):
 def assert_zeros(model):
     for m in masked_layers(model):
         assert not m.kernel.numpy()[m.mask.numpy() == 0].any()
+
+
+@every_kind
+def test_checkpoints_of_tensorflow(kind, tmp_path):
+    def compiled(seed):
+        model = masked(kind, seed=seed)
+        model.compile(keras.optimizers.Adam(), "mse")
+        model.optimizer.build(model.trainable_variables)
+        return model
+
+    one, two = compiled(0), compiled(1)
+    for model, value in ((one, 1.0), (two, 2.0)):
+        for variable in model.optimizer.variables[2:]:
+            variable.assign(np.full(variable.shape, value))
+    paths = [
+        tf.train.Checkpoint(model=model, optimizer=model.optimizer)
+        for model in (one, two)
+    ]
+    saved = paths[0].save(str(tmp_path / "at"))
+    paths[1].restore(saved).assert_consumed()
+    for ours, theirs in zip(
+        one.variables + one.optimizer.variables,
+        two.variables + two.optimizer.variables,
+        strict=True,
+    ):
+        np.testing.assert_array_equal(ours.numpy(), theirs.numpy(), ours.path)
+    assert_zeros(two)
 
 
 @every_kind
