@@ -121,7 +121,8 @@ class MaskUpdate(StepUpdate):
         self.decay_power = arguments.number(
             "decay_power", decay_power, above=0, rule="must be positive"
         )
-        arguments.choice("redistribution", redistribution, (None, *CRITERIA))
+        if redistribution is not None:
+            arguments.choice("redistribution", redistribution, CRITERIA)
         self.redistribution = redistribution
         self.gradient_batches = _whole(
             "gradient_batches", gradient_batches, at_least=1
