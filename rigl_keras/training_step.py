@@ -262,7 +262,9 @@ class StepUpdate(keras.callbacks.Callback):
             train_step: A function of the batch that calls the model within a
                 gradient tape and then `optimizer.apply`, or
                 `apply_gradients`. It is called twice as it is traced: for
-                ordinary steps and for updates.
+                ordinary steps and for updates. A `tf.function` within it, or
+                as a layer's `call`, would be traced once for both: decorate
+                what this method returns instead.
             model: The masked model that it trains.
             optimizer: The optimizer that it applies.
 
@@ -783,8 +785,10 @@ def _loss_on(model, data):
 
     def loss():
         x, y, weight = keras.utils.unpack_x_y_sample_weight(data)
-        # What the call would assign stays in the scope.
-        with keras.StatelessScope(collect_losses=True):
+        # What the call would assign stays in the scope; of what it is given,
+        # Keras takes the penalties.
+        given = [(v, v.value) for v in model.trainable_variables]
+        with keras.StatelessScope(given, collect_losses=True):
             outputs = model(x, training=False)
             # Keras's own way to a `compute_loss` with or without `training`.
             value = model._compute_loss(

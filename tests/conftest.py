@@ -48,3 +48,11 @@ def kernels(model):
 @pytest.fixture(autouse=True)
 def seeded():
     keras.utils.set_random_seed(0)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--every-combination",
+        action="store_true",
+        help="Kinds of models x methods x set-ups, not only each pair.",
+    )

@@ -82,6 +82,16 @@ def assert_sparse(model):
         assert average is None or not average.numpy()[off].any()
 
 
+def assert_equal(one, two):
+    for ours, theirs in zip(one, two, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def assert_close(one, two):
+    for ours, theirs in zip(one, two, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
 class Sparse(keras.callbacks.Callback):
     """Looks wherever Keras lets a callback look."""
 
@@ -131,8 +141,7 @@ def test_accumulated_steps_are_those_of_a_larger_batch(method, conventions):
         assert equal_masks(start, masks(model)) == (method == "static")
         states.append((masks(model), model.get_weights(), callbacks))
     assert equal_masks(states[0][0], states[1][0])
-    for ours, theirs in zip(states[0][1], states[1][1], strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert_close(states[0][1], states[1][1])
     for one, two in zip(states[0][2], states[1][2], strict=True):
         assert one.trajectory == two.trajectory
 
@@ -180,10 +189,7 @@ def test_accumulation_resumes_at_the_border_of_a_step(tmp_path):
     model = keras.models.load_model(tmp_path / "model.keras")
     model.run_eagerly = True
     fit(model, [method()], initial_epoch=1, epochs=2)
-    for ours, theirs in zip(
-        model.get_weights(), whole.get_weights(), strict=True
-    ):
-        np.testing.assert_array_equal(ours, theirs)
+    assert_equal(model.get_weights(), whole.get_weights())
 
 
 def test_accumulation_within_several_optimizers_is_refused():
@@ -483,8 +489,7 @@ def test_a_train_step_of_ones_own(cls):
         fit(model, [RigL(frequency=2, end_step=9)])
         after.append((masks(model), model.get_weights()))
     assert equal_masks(after[0][0], after[1][0])
-    for ours, theirs in zip(after[0][1], after[1][1], strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert_close(after[0][1], after[1][1])
 
 
 # Weights of samples, classes and outputs: what weighs nothing grows nothing.
@@ -529,20 +534,24 @@ def test_class_weights_reach_growth():
     assert not equal_masks(clean, grown_on(model(), noise, y))
 
 
+def two_headed(optimizer, weights=None):
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((6,))
+    x = layers.Dense(8, name="hidden")(inputs)
+    outputs = {n: layers.Dense(4, name=n)(x) for n in ("a", "b")}
+    model = sparsify(keras.Model(inputs, outputs), 0.5)
+    model.compile(
+        optimizer,
+        {"a": "mse", "b": "mae"},
+        loss_weights=weights,
+        run_eagerly=True,
+    )
+    return model
+
+
 def test_several_outputs_and_losses_reach_growth():
     def model(weights):
-        keras.utils.set_random_seed(0)
-        inputs = keras.Input((6,))
-        x = layers.Dense(8, name="hidden")(inputs)
-        outputs = {n: layers.Dense(4, name=n)(x) for n in ("a", "b")}
-        masked = sparsify(keras.Model(inputs, outputs), 0.5)
-        masked.compile(
-            keras.optimizers.SGD(0.0),
-            {"a": "mse", "b": "mae"},
-            loss_weights=weights,
-            run_eagerly=True,
-        )
-        return masked
+        return two_headed(keras.optimizers.SGD(0.0), weights)
 
     x, y = examples()
     one, two = {"a": y, "b": y}, {"a": y, "b": 100 * y[::-1]}
@@ -590,8 +599,9 @@ def test_update_in_place_of_apply(method):
     if method == "static":
         fit(want, [], examples(40))
     by_hand(got, callbacks[0], examples(40))
-    for ours, theirs in zip(got.get_weights(), want.get_weights(), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert_close(got.get_weights(), want.get_weights())
+    memory = [[v.numpy() for v in m.optimizer.variables] for m in (got, want)]
+    assert_close(*memory)
     assert len(callbacks[0].trajectory) > 1 or method == "static"
 
 
@@ -617,10 +627,7 @@ def test_update_of_scaled_gradients():
     others = np.r_[0:8, 12:48]
     method = RigL(frequency=2, end_step=4, decay="constant")
     by_hand(plain, method, (x[others], y[others]))
-    for ours, theirs in zip(
-        model.get_weights(), plain.get_weights(), strict=True
-    ):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert_close(model.get_weights(), plain.get_weights())
 
 
 class Nothing:
@@ -691,27 +698,30 @@ def test_growth_by_the_mean_of_several_batches(eager):
 
 
 def test_batches_before_an_update_train_as_always():
+    """To the same weights, and the same memory of them."""
     records = []
     for batches in (1, 3):
         model, record = network(momentum()), Weights()
         method = RigL(frequency=5, end_step=9, gradient_batches=batches)
         fit(model, [method, record])
-        records.append(record.weights)
-    for one, two in zip(*(r[:5] for r in records), strict=True):
-        for ours, theirs in zip(one, two, strict=True):
-            np.testing.assert_array_equal(ours, theirs)
-    assert any(
-        (a != b).any() for a, b in zip(*(r[5] for r in records), strict=True)
-    )
+        records.append(record)
+    one, two = records
+    for step in range(5):
+        assert_equal(one.weights[step], two.weights[step])
+        assert_equal(one.memory[step], two.memory[step])
+    with pytest.raises(AssertionError):
+        assert_equal(one.weights[5], two.weights[5])
 
 
 class Weights(keras.callbacks.Callback):
     def __init__(self):
         super().__init__()
-        self.weights = []
+        self.weights, self.memory = [], []
 
     def on_train_batch_end(self, batch, logs=None):
         self.weights.append(self.model.get_weights())
+        memory = self.model.optimizer.variables
+        self.memory.append([v.numpy() for v in memory])
 
 
 def several(**options):
@@ -761,17 +771,14 @@ def test_what_was_gathered_can_be_saved():
 @pytest.mark.filterwarnings("ignore:RigL plans 0 updates")
 def test_what_an_earlier_run_gathered_is_forgotten():
     x, y = examples(40)
-    used = several()
-    fit(network(momentum()), [used], (x[:12], y[:12]))
     after = []
-    for method in (used, several()):
-        model = network(momentum())
-        fit(model, [], (x[:12], y[:12]))
-        fit(model, [], (x[:4], y[:4]))
-        fit(model, [method], (x, y))
+    for again in (True, False):
+        model, first = network(momentum()), several()
+        fit(model, [first], (x[:12], y[:12]))
+        fit(model, [], (x[:4], y[:4]))  # step 3, which it does not see
+        fit(model, [first if again else several()], (x, y))
         after.append(model.get_weights())
-    for ours, theirs in zip(*after, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    assert_equal(*after)
 
 
 def test_two_traces_are_enough():
@@ -881,8 +888,7 @@ def test_only_grown_weights_start_anew(kind):
             if kind == "grad_sign_100":
                 np.testing.assert_allclose(np.abs(now[grown]), 0.01)
         ends.append(model.get_weights())
-    for one, two in zip(*ends, strict=True):
-        np.testing.assert_array_equal(one, two)
+    assert_equal(*ends)
 
 
 def test_draws_have_the_spread_of_active_weights():
@@ -949,10 +955,17 @@ def test_drawn_weights_resume_exactly(kind):
         ours.assign(theirs)
     assert len(second.variables) == (2 if kind == "initial_dist" else 0)
     fit(model, [second], (x[20:], y[20:]))
-    for ours, theirs in zip(
-        model.get_weights(), whole.get_weights(), strict=True
-    ):
-        np.testing.assert_array_equal(ours, theirs)
+    assert_equal(model.get_weights(), whole.get_weights())
+
+
+def test_a_callback_remembers_the_start_of_the_run_it_is_in():
+    method = SET(frequency=2, end_step=99, grow_init="initial_dist")
+    fit(network(momentum()), [method])
+    model = network(momentum())
+    for layer in masked_layers(model):
+        layer.kernel.assign(tf.sign(layer.kernel.value))
+    method.attach(model, model.optimizer)
+    assert all((np.abs(v.numpy()) == 1).all() for v in method.variables)
 
 
 # The loss of an update's batch.
@@ -991,17 +1004,19 @@ def test_loss_before_and_after_an_update(eager):
 
 
 def test_watching_the_loss_changes_nothing():
+    """Not even the mean losses of an epoch, which Keras sums as it goes."""
+    x, y = examples()
     after = []
     for watch in (True, False):
-        model = network(momentum(), metrics=["mae"])
+        model = two_headed(momentum())
         method = RigL(frequency=2, end_step=9)
         method.watch_loss = watch
-        history = fit(model, [method]).history
+        history = fit(model, [method], (x, {"a": y, "b": y})).history
+        assert "a_loss" in history
         after.append((model.get_weights(), history))
         assert len(method.update_losses) == (4 if watch else 0)
     assert after[0][1] == after[1][1]
-    for ours, theirs in zip(after[0][0], after[1][0], strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    assert_equal(after[0][0], after[1][0])
 
 
 class WithoutLoss(keras.Model):
@@ -1021,3 +1036,28 @@ def test_a_model_without_a_loss_to_watch():
     fit(model, [method])
     ((step, *losses),) = method.update_losses
     assert step == 2 and np.isnan(losses).all()
+
+
+def test_all_of_it_at_once_under_xla():
+    model = in_precision(
+        "mixed_float16",
+        momentum(
+            gradient_accumulation_steps=2, use_ema=True, global_clipnorm=1.0
+        ),
+        run_eagerly=False,
+        jit_compile=True,
+    )
+    counts = tuple(int(mask.sum()) for mask in masks(model).values())
+    method = RigL(
+        frequency=3,
+        end_step=9,
+        decay="constant",
+        gradient_batches=2,
+        grow_init="random_normal_2",
+    )
+    method.watch_loss = True
+    fit(model, [method], epochs=2)
+    assert method.trajectory == [(step, counts) for step in (0, 3, 6, 9)]
+    assert [step for step, *_ in method.update_losses] == [3, 6, 9]
+    assert all(a != b for _, a, b in method.update_losses)
+    assert_sparse(model)

@@ -1,0 +1,234 @@
+"""Every kind of model in every training set-up, with every method.
+
+Each kind meets each set-up once, and the methods take turns, so that each
+method meets every kind and every set-up: all pairs, in a seventh of the runs
+of all triples. `--every-combination` runs those. The README's table of what is
+supported is made here: `python tests/test_matrix.py` prints it.
+"""
+
+import keras
+import kinds
+import numpy as np
+import pytest
+import tensorflow as tf
+from test_callbacks import METHODS
+
+import rigl_keras
+from rigl_keras import (
+    MagnitudePruning,
+    SparsityRamp,
+    masked_layers,
+    sparsify,
+    strip,
+)
+
+DENSITY = 0.4
+BATCH = 4
+WINDOW = dict(frequency=2, end_step=9, drop_fraction=0.5, decay="constant")
+
+
+def sgd(**options):
+    return keras.optimizers.SGD(0.01, momentum=0.9, **options)
+
+
+# How a model is trained: what is given to whom.
+SETUPS = {
+    "float32": {},
+    "mixed_float16": {"policy": "mixed_float16"},
+    "mixed_bfloat16": {"policy": "mixed_bfloat16"},
+    "jit_compile": {"compile": {"jit_compile": True}},
+    "steps_per_execution": {"compile": {"steps_per_execution": 3}},
+    "run_eagerly": {"compile": {"run_eagerly": True}},
+    "Adam": {"optimizer": lambda: keras.optimizers.Adam(0.01)},
+    "gradient accumulation": {
+        "optimizer": lambda: sgd(gradient_accumulation_steps=2),
+        "batch_size": BATCH // 2,
+    },
+    "clipnorm": {"optimizer": lambda: sgd(clipnorm=0.1)},
+    "EMA": {"optimizer": lambda: sgd(use_ema=True)},
+    "sample_weight": {"weighted": True},
+    "growth by several batches": {"method": {"gradient_batches": 2}},
+    "own loop": {"by_hand": True},
+}
+
+# What is not claimed, and why.
+UNSUPPORTED = {}
+
+
+def pruning(**options):
+    ramp = SparsityRamp(
+        final_density=0.2,
+        initial_density=DENSITY,
+        begin_step=1,
+        end_step=9,
+        frequency=2,
+    )
+    return [MagnitudePruning(ramp)]
+
+
+def combinations(every):
+    for i, kind in enumerate(kinds.KINDS):
+        for j, setup in enumerate(SETUPS):
+            for k, method in enumerate(METHODS):
+                if (kind, setup) in UNSUPPORTED:
+                    continue
+                if every or (i + j) % len(METHODS) == k:
+                    yield kind, setup, method
+
+
+def pytest_generate_tests(metafunc):
+    if "combination" in metafunc.fixturenames:
+        every = metafunc.config.getoption("every_combination")
+        chosen = list(combinations(every))
+        metafunc.parametrize("combination", chosen, ids=map(" - ".join, chosen))
+
+
+def test_each_pair_is_there():
+    chosen = set(combinations(every=False))
+    assert {(k, s) for k, s, _ in chosen} | set(UNSUPPORTED) == {
+        (k, s) for k in kinds.KINDS for s in SETUPS
+    }
+    for method in METHODS:
+        assert {k for k, _, m in chosen if m == method} == set(kinds.KINDS)
+        assert {s for _, s, m in chosen if m == method} == set(SETUPS)
+
+
+@pytest.fixture
+def policy():
+    yield keras.config.set_dtype_policy
+    keras.config.set_dtype_policy("float32")
+
+
+def weights_of(y, n):
+    draw = np.random.default_rng(1)
+    structure = y if isinstance(y, dict) else None
+    if structure is None:
+        return draw.uniform(0.5, 1.5, n).astype(np.float32)
+    return {k: draw.uniform(0.5, 1.5, n).astype(np.float32) for k in structure}
+
+
+def train(model, callbacks, setup):
+    """Trains for six optimizer steps."""
+    options = SETUPS[setup]
+    n = 6 * BATCH
+    x, y = kinds.data(model, n=n)
+    optimizer = options.get("optimizer", sgd)()
+    if options.get("by_hand"):
+        train_by_hand(model, optimizer, callbacks, x, y)
+        return
+    model.compile(optimizer, "mse", **options.get("compile", {}))
+    model.fit(
+        x,
+        y,
+        sample_weight=weights_of(y, n) if options.get("weighted") else None,
+        batch_size=options.get("batch_size", BATCH),
+        shuffle=False,
+        callbacks=callbacks,
+        verbose=0,
+    )
+    assert int(model.optimizer.iterations) == 6
+
+
+def train_by_hand(model, optimizer, callbacks, x, y):
+    optimizer.build(model.trainable_variables)
+    for updater in callbacks:
+        updater.attach(model, optimizer)
+
+    @tf.function
+    def train_step(x, y):
+        with rigl_keras.dense_gradients(), tf.GradientTape() as tape:
+            outputs = tf.nest.flatten(model(x, training=True))
+            loss = tf.add_n(
+                [
+                    tf.reduce_mean((tf.cast(a, b.dtype) - b) ** 2)
+                    for a, b in zip(outputs, tf.nest.flatten(y), strict=True)
+                ]
+            )
+        variables = model.trainable_variables
+        gradients = tape.gradient(loss, variables)
+        if not callbacks:  # static: the optimizer keeps to the masks
+            optimizer.apply(gradients, variables)
+        for updater in callbacks:
+            updater.update(gradients, variables)
+
+    batches = tf.data.Dataset.from_tensor_slices((x, y)).batch(BATCH)
+    for batch in batches:
+        train_step(*batch)
+    for updater in callbacks:
+        updater.fetch()
+
+
+def outputs(model, x):
+    return [
+        np.asarray(y, np.float32)
+        for y in keras.tree.flatten(model(x, training=False))
+    ]
+
+
+def assert_same(one, two):
+    for ours, theirs in zip(one, two, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def counts(model):
+    named = masked_layers(model).named
+    return {name: int(m.mask.numpy().sum()) for name, m in named.items()}
+
+
+# A loss that is a little off in half precision may overflow at first.
+def test_combination(combination, policy, tmp_path):
+    kind, setup, method = combination
+    options = SETUPS[setup]
+    policy(options.get("policy", "float32"))
+    keras.utils.set_random_seed(0)
+    model = sparsify(
+        kinds.KINDS[kind](), DENSITY, **kinds.OPTIONS.get(kind, {})
+    )
+    make = pruning if method == "MagnitudePruning" else METHODS[method]
+    given = options.get("method", {}) if method in UPDATING else {}
+    before, masks = counts(model), masked_layers(model).masks
+    train(model, make(**WINDOW, **given), setup)
+
+    after = counts(model)
+    moved = masked_layers(model).masks
+    changed = any((moved[name] != masks[name]).any() for name in masks)
+    assert changed == (method != "static")
+    if method == "MagnitudePruning":
+        assert sum(after.values()) < sum(before.values())
+    else:
+        assert sum(after.values()) == sum(before.values())
+    if method in ("static", "RigL", "SET"):
+        assert after == before
+    for m in masked_layers(model):
+        kernel, mask = m.kernel.numpy(), m.mask.numpy()
+        assert np.isfinite(kernel).all() and not kernel[mask == 0].any()
+
+    x, _ = kinds.data(model)
+    want = outputs(model, x)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert_same(outputs(loaded, x), want)
+    for name, mask in masked_layers(loaded).masks.items():
+        np.testing.assert_array_equal(mask, moved[name])
+    plain = strip(loaded)
+    assert not masked_layers(plain)
+    assert_same(outputs(plain, x), want)
+
+
+UPDATING = [m for m in METHODS if m not in ("static", "MagnitudePruning")]
+
+
+def support_table() -> str:
+    """Returns the README's table: kinds of models by set-ups."""
+    lines = [
+        "| | " + " | ".join(SETUPS) + " |",
+        "|---" * (len(SETUPS) + 1) + "|",
+    ]
+    for kind in kinds.KINDS:
+        cells = ["–" if (kind, s) in UNSUPPORTED else "✓" for s in SETUPS]
+        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(support_table())
