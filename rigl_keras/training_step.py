@@ -251,10 +251,13 @@ class StepUpdate(keras.callbacks.Callback):
         self._losses = tf.Variable(tf.zeros([rows, 2]), trainable=False)
         self._kept = tf.Variable(0, trainable=False)
         self._density = tf.Variable(self._density_of(counts), trainable=False)
-        if int(optimizer.iterations) == 0 or not self._last:
-            self._last = {
-                name: tf.Variable(0.0, trainable=False) for name in self._logged
-            }
+        # The same variables for as long as the callback lives: a checkpoint
+        # may hold them already.
+        for name in self._logged:
+            if name not in self._last:
+                self._last[name] = tf.Variable(0.0, trainable=False)
+            elif int(optimizer.iterations) == 0:
+                self._last[name].assign(0.0)
         self._skipped = tf.Variable(0, trainable=False, dtype=tf.int64)
         self._refused = tf.Variable(
             [-1, _NOT_FINITE], trainable=False, dtype=tf.int64
