@@ -84,6 +84,8 @@ class MaskUpdate(StepUpdate):
         UserWarning: No update falls into the run.
     """
 
+    _logged = ("grown", "drop_fraction")
+
     def __init__(
         self,
         *,
@@ -121,7 +123,8 @@ class MaskUpdate(StepUpdate):
         self.decay_power = arguments.number(
             "decay_power", decay_power, above=0, rule="must be positive"
         )
-        arguments.choice("redistribution", redistribution, (None, *CRITERIA))
+        if redistribution is not None:
+            arguments.choice("redistribution", redistribution, CRITERIA)
         self.redistribution = redistribution
         self.gradient_batches = _whole(
             "gradient_batches", gradient_batches, at_least=1
@@ -233,7 +236,7 @@ class MaskUpdate(StepUpdate):
         return longer
 
     def extra_logs(self) -> dict[str, tf.Tensor]:
-        return {"drop_fraction": self._last_fraction.value()}
+        return {"drop_fraction": self._last["drop_fraction"].value()}
 
     def set_up(self):
         if self.redistribution is not None:
@@ -247,7 +250,6 @@ class MaskUpdate(StepUpdate):
                 )
         if self.redistribution == "momentum":
             self._check_momentum()
-        self._last_fraction = tf.Variable(0.0, trainable=False)
         begins = int(self.optimizer.iterations.numpy()) == 0
         if self.grow_init.startswith("initial_dist"):
             self._remember_initial(begins)
@@ -351,7 +353,7 @@ class MaskUpdate(StepUpdate):
             conventions=self.conventions,
             **self._window,
         )
-        self._last_fraction.assign(tf.cast(fraction, tf.float32))
+        self._last["drop_fraction"].assign(tf.cast(fraction, tf.float32))
         # A unit is an entry of the kernel, or all entries between two
         # channels.
         masks = [m.units(m.mask.value > 0) for m in layers]

@@ -88,6 +88,7 @@ class StepUpdate(keras.callbacks.Callback):
     """
 
     dense_gradients: Literal["never", "updates", "always"] = "updates"
+    _logged = ("grown",)  # of the last update
     gradient_batches: int = 1
     watch_loss: bool = False
 
@@ -98,6 +99,7 @@ class StepUpdate(keras.callbacks.Callback):
         self.optimizer = None
         self.update_losses = []
         self._buffers = []
+        self._last = {}
 
     # What makes a method.
 
@@ -200,6 +202,15 @@ class StepUpdate(keras.callbacks.Callback):
     def variables(self) -> list[tf.Variable]:
         return [self._gathered, *self._buffers] if self._buffers else []
 
+    @property
+    def logged_variables(self) -> list[tf.Variable]:
+        """What is logged of the last update, until the next one.
+
+        Training does not depend on it; saved beside `variables` it makes the
+        logs of a run that resumes those of one that was never interrupted.
+        """
+        return list(self._last.values())
+
     # A loop of one's own.
 
     def attach(self, model: keras.Model, optimizer: keras.Optimizer) -> None:
@@ -246,7 +257,13 @@ class StepUpdate(keras.callbacks.Callback):
         self._losses = tf.Variable(tf.zeros([rows, 2]), trainable=False)
         self._kept = tf.Variable(0, trainable=False)
         self._density = tf.Variable(self._density_of(counts), trainable=False)
-        self._grown = tf.Variable(0.0, trainable=False)
+        # The same variables for as long as the callback lives: a checkpoint
+        # may hold them already.
+        for name in self._logged:
+            if name not in self._last:
+                self._last[name] = tf.Variable(0.0, trainable=False)
+            elif int(optimizer.iterations) == 0:
+                self._last[name].assign(0.0)
         self._skipped = tf.Variable(0, trainable=False, dtype=tf.int64)
         self._refused = tf.Variable(
             [-1, _NOT_FINITE], trainable=False, dtype=tf.int64
@@ -510,7 +527,7 @@ class StepUpdate(keras.callbacks.Callback):
                 return {
                     **logs,
                     "density": self._density.value(),
-                    "grown": self._grown.value(),
+                    "grown": self._last["grown"].value(),
                     **(skipped if scaled else {}),
                     **self.extra_logs(),
                 }
@@ -770,7 +787,7 @@ class StepUpdate(keras.callbacks.Callback):
             grown = self.change_masks(self.optimizer, layers, gradients, step)
             after = loss() if loss else math.nan
             counts = self._counts()
-            self._grown.assign(tf.cast(grown, tf.float32))
+            self._last["grown"].assign(tf.cast(grown, tf.float32))
             self._density.assign(self._density_of(counts))
             rows = self._record.shape[0]
             row = tf.minimum(self._kept, rows - 1)

@@ -487,7 +487,7 @@ def test_every_checkpoint_is_sparse(tmp_path):
         ({"decay_power": 0}, "must be positive"),
         ({"seed": -1}, "seed"),
         ({"conventions": "REPORT"}, "rigl_keras.ORIGINAL"),
-        ({"redistribution": "weights"}, "redistribution must be None or one"),
+        ({"redistribution": "weights"}, "redistribution must be one"),
         ({"gradient_batches": 0}, "gradient_batches.*at least 1"),
         ({"gradient_batches": 4, "frequency": 3}, "at most frequency.*=4"),
         ({"grow_init": "ones"}, "grow_init must be one of.*'ones'"),

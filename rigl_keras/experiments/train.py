@@ -324,6 +324,7 @@ def train(
         network,
         variables=[
             *(update.variables if update else []),
+            *(update.logged_variables if update else []),
             *(topology.variables if topology else []),
         ],
     )
