@@ -19,6 +19,7 @@ __all__ = [
     "Masked",
     "MaskedKernel",
     "MaskProjection",
+    "called_kernels",
     "check_granularity",
     "dense_gradients",
 ]
@@ -26,6 +27,7 @@ __all__ = [
 GRANULARITIES = ("element", "kernel")
 
 _dense_gradients = contextvars.ContextVar("dense_gradients", default=False)
+_called = contextvars.ContextVar("called", default=None)
 
 
 def check_granularity(granularity: str) -> None:
@@ -56,6 +58,24 @@ def dense_gradients() -> Iterator[None]:
         yield
     finally:
         _dense_gradients.reset(token)
+
+
+@contextlib.contextmanager
+def called_kernels() -> Iterator[dict[int, str]]:
+    """Gives the kernels that layers multiply by masks within the context.
+
+    A `tf.function` that was traced before multiplies no more: it has no part
+    in what `dense_gradients` says of a later call.
+
+    Yields:
+        `{id of the kernel: name}`, filled as layers are called.
+    """
+    kernels: dict[int, str] = {}
+    token = _called.set(kernels)
+    try:
+        yield kernels
+    finally:
+        _called.reset(token)
 
 
 class KernelMask:
@@ -138,6 +158,8 @@ class KernelMask:
 
     def masked_kernel(self) -> tf.Tensor:
         """Returns kernel x mask, through which training differentiates."""
+        if _called.get() is not None:
+            _called.get()[id(self.kernel)] = self.name
         kernel = tf.convert_to_tensor(self.kernel.value)
         # Within a call of mixed precision the kernel comes in half precision.
         mask = tf.cast(self.mask.value, kernel.dtype)

@@ -17,7 +17,7 @@ import tensorflow as tf
 
 from rigl_keras import optimizer_state, replicas
 from rigl_keras.conventions import ORIGINAL, Conventions, check_conventions
-from rigl_keras.layers import Masked, dense_gradients
+from rigl_keras.layers import Masked, called_kernels, dense_gradients
 from rigl_keras.sparsify import masked_layers
 
 __all__ = ["StepUpdate", "installed_update"]
@@ -168,7 +168,7 @@ class StepUpdate(keras.callbacks.Callback):
 
     def steps_in(self, batches: int) -> int:
         """Returns how many optimizer steps end within the next batches."""
-        taken = int(optimizer_state.batches(self.optimizer))
+        taken = int(optimizer_state.batches(self.optimizer).numpy())
         each = optimizer_state.batches_per_step(self.optimizer)
         return (taken + batches) // each - taken // each
 
@@ -262,7 +262,7 @@ class StepUpdate(keras.callbacks.Callback):
         for name in self._logged:
             if name not in self._last:
                 self._last[name] = tf.Variable(0.0, trainable=False)
-            elif int(optimizer.iterations) == 0:
+            elif int(optimizer.iterations.numpy()) == 0:
                 self._last[name].assign(0.0)
         self._skipped = tf.Variable(0, trainable=False, dtype=tf.int64)
         self._refused = tf.Variable(
@@ -270,6 +270,7 @@ class StepUpdate(keras.callbacks.Callback):
         )
         self._differ_at = tf.Variable(-1, trainable=False, dtype=tf.int64)
         self._planned = False
+        self._called = {}
         self.update_losses = []
         self.set_up()
 
@@ -287,8 +288,8 @@ class StepUpdate(keras.callbacks.Callback):
                 gradient tape and then `optimizer.apply`, or
                 `apply_gradients`. It is called twice as it is traced: for
                 ordinary steps and for updates. A `tf.function` within it, or
-                as a layer's `call`, would be traced once for both: decorate
-                what this method returns instead.
+                as a layer's `call`, would be traced once for both, and is
+                refused: decorate what this method returns instead.
             model: The masked model that it trains.
             optimizer: The optimizer that it applies.
 
@@ -619,9 +620,24 @@ class StepUpdate(keras.callbacks.Callback):
         )
 
     def _ordinary_step(self, train_step):
-        outputs = _tensors(train_step())
+        with called_kernels() as called:
+            outputs = _tensors(train_step())
+        self._check_called(called)
         self._project_averages()
         return outputs
+
+    def _check_called(self, called):
+        """Sees that each kind of step was traced down to the kernels."""
+        missing = [n for k, n in self._called.items() if k not in called]
+        if missing:
+            raise ValueError(
+                f"{self.name} needs the layers to be traced once for ordinary "
+                "steps and once for updates, and what calls "
+                f"{', '.join(missing)} is traced only once: it is within a "
+                "tf.function of its own. Remove that decorator; the training "
+                "step as a whole is compiled anyway."
+            )
+        self._called.update(called)
 
     def _counted_step(self, train_step):
         """Runs a step that loss scaling may put off, which is counted."""

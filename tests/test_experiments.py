@@ -293,7 +293,9 @@ def test_the_command_says_what_is_wrong_without_a_traceback(tmp_path):
 
 
 def test_benchmarks_run():
-    seconds = benchmark.training_step(depth=10, width=1, batch_size=2, rounds=1)
+    seconds = benchmark.training_step(
+        depth=10, width=1, batch_size=2, rounds=1, steps_per_execution=2
+    )
     assert set(seconds) == {"dense", "RigL", "update"}
     assert sum(np.prod(s) for s in benchmark._resnet50_shapes()) == 23_652_032
     assert benchmark.input_pipeline("digits", steps=3) > 0

@@ -1061,3 +1061,26 @@ def test_all_of_it_at_once_under_xla():
     assert [step for step, *_ in method.update_losses] == [3, 6, 9]
     assert all(a != b for _, a, b in method.update_losses)
     assert_sparse(model)
+
+
+class TracedByItself(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(4, name="inner")
+
+    @tf.function
+    def call(self, x):
+        return self.dense(x)
+
+
+def test_what_is_traced_once_for_both_kinds_of_step_is_refused():
+    """Its gradients would be those of whichever came first."""
+    model = TracedByItself()
+    x = np.ones((8, 3), np.float32)
+    model(x)
+    model = sparsify(model, 0.5)
+    model.compile("sgd", "mse")
+    y = np.ones((8, 4), np.float32)
+    with pytest.raises(ValueError, match="inner is traced only once"):
+        model.fit(x, y, batch_size=2, callbacks=[RigL(frequency=2, end_step=9)])
+    model.fit(x, y, verbose=0)  # without a method it does no harm

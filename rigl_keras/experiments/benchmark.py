@@ -1,8 +1,9 @@
 """What sparsity costs: the training step and the mask update, measured.
 
-    bin/benchmark               both tables, about three minutes on 2 cores
-    bin/benchmark --part=step   the training step alone
-    bin/benchmark --part=update the mask update alone
+    bin/benchmark                  all tables, half an hour on 2 cores
+    bin/benchmark --part=step      the training step alone
+    bin/benchmark --part=compiled  it under XLA, and in blocks of ten
+    bin/benchmark --part=update    the mask update alone
 
 Both sides of a comparison alternate in one process, so that whatever else
 the machine does falls on both; medians of their times are compared.
@@ -52,6 +53,8 @@ def training_step(
     batch_size: int = 128,
     density: float = 0.1,
     rounds: int = 15,
+    jit_compile: bool = False,
+    steps_per_execution: int = 1,
 ) -> dict[str, float]:
     """Times a training step of a wide ResNet, dense and sparse with RigL.
 
@@ -63,11 +66,17 @@ def training_step(
         width: Width of the network.
         batch_size: Images in a step.
         density: Fraction of the weights kept.
-        rounds: Timed steps of each.
+        rounds: Timed calls of each.
+        jit_compile: As in `model.compile`.
+        steps_per_execution: As in `model.compile`; so many steps are a call.
 
     Returns:
-        `{"dense" | "RigL" | "update": median seconds}`.
+        `{"dense" | "RigL" | "update": median seconds of a step}`.
     """
+    options = {
+        "jit_compile": jit_compile,
+        "steps_per_execution": steps_per_execution,
+    }
     images = np.random.default_rng(0).standard_normal(
         (batch_size, 32, 32, 3), np.float32
     )
@@ -75,19 +84,22 @@ def training_step(
     batches = tf.data.Dataset.from_tensors((images, labels)).repeat()
     dense = rigl_keras.models.wide_resnet(depth, width)
     sides = {
-        "dense": _stepper(dense, batches, None),
+        "dense": _stepper(dense, batches, None, options),
         "RigL": _stepper(
             rigl_keras.sparsify(dense, density),
             batches,
             rigl_keras.RigL(frequency=10**6, end_step=10**7),
+            options,
         ),
         "update": _stepper(
             rigl_keras.sparsify(dense, density),
             batches,
             rigl_keras.RigL(frequency=1, end_step=10**7),
+            options,
         ),
     }
-    return interleaved(sides, rounds=rounds)
+    seconds = interleaved(sides, rounds=rounds)
+    return {name: s / steps_per_execution for name, s in seconds.items()}
 
 
 def mask_update(*, density: float = 0.1, rounds: int = 7) -> dict[str, float]:
@@ -161,12 +173,13 @@ def input_pipeline(
     return images / (time.perf_counter() - start)
 
 
-def _stepper(model, batches, method) -> Callable[[], None]:
+def _stepper(model, batches, method, options) -> Callable[[], None]:
     """Returns a function that trains `model` on one batch, as `fit` does."""
     model.compile(
         keras.optimizers.SGD(0.01, momentum=0.9, nesterov=True),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
+        **options,
     )
     model.optimizer.build(model.trainable_variables)
     model.train_on_batch(*next(iter(batches)))  # builds the metrics
@@ -218,12 +231,34 @@ def _resnet50_shapes():
     yield channels, 100
 
 
+def _print_steps(said, batch_size, rounds, **options):
+    seconds = training_step(batch_size=batch_size, rounds=rounds, **options)
+    print(
+        f"Training step, WRN-22-2 at batch {batch_size}{said}, median of "
+        f"{rounds}, interleaved"
+    )
+    for name, label in (
+        ("dense", "dense"),
+        ("RigL", "RigL at density 0.1, a step without update"),
+        ("update", "RigL at density 0.1, a step that is an update"),
+    ):
+        print(
+            f"  {label:46}{1e3 * seconds[name]:9.1f} ms"
+            f"{seconds[name] / seconds['dense']:8.3f}x",
+            flush=True,
+        )
+    return seconds
+
+
 def main() -> None:
     """Prints the tables that the command line asks for."""
     from absl import app, flags
 
     part = flags.DEFINE_enum(
-        "part", "all", ["all", "step", "update", "input"], "What to measure."
+        "part",
+        "all",
+        ["all", "step", "compiled", "update", "input"],
+        "What to measure.",
     )
     batch_size = flags.DEFINE_integer("batch_size", 128, "Images in a step.")
     rounds = flags.DEFINE_integer("rounds", 15, "Timed steps of each side.")
@@ -233,23 +268,16 @@ def main() -> None:
         del argv
         rate = None
         if part.value in ("all", "step"):
-            seconds = training_step(
-                batch_size=batch_size.value, rounds=rounds.value
-            )
+            seconds = _print_steps("", batch_size.value, rounds.value)
             rate = batch_size.value / seconds["RigL"]
-            print(
-                f"Training step, WRN-22-2 at batch {batch_size.value}, median "
-                f"of {rounds.value}, interleaved"
-            )
-            for name, label in (
-                ("dense", "dense"),
-                ("RigL", "RigL at density 0.1, a step without update"),
-                ("update", "RigL at density 0.1, a step that is an update"),
+        if part.value in ("all", "compiled"):
+            few = max(1, rounds.value // 3)
+            for options in (
+                {"jit_compile": True},
+                {"steps_per_execution": 10},
             ):
-                print(
-                    f"  {label:46}{1e3 * seconds[name]:9.1f} ms"
-                    f"{seconds[name] / seconds['dense']:8.3f}x"
-                )
+                said = ", ".join(f"{k}={v}" for k, v in options.items())
+                _print_steps(f", {said}", batch_size.value, few, **options)
         if part.value in ("all", "update"):
             seconds = mask_update()
             print("Mask update, all 54 kernels of ResNet-50 (23.7 M weights)")

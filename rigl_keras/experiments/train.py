@@ -147,6 +147,7 @@ def train(
     density: float | None = 0.1,
     distribution: str = "erdos_renyi_kernel",
     granularity: str = "element",
+    scale_to_fan_in: bool = False,
     conventions: Conventions = ORIGINAL,
     small_dense: bool = False,
     one_shot: Callable[..., keras.Model] | None = None,
@@ -188,6 +189,9 @@ def train(
             drawn.
         granularity: What a mask keeps or removes as one, `"element"` or
             `"kernel"`. Masks from another run must be of it.
+        scale_to_fan_in: Whether weights at the start are scaled to the number
+            of connections that each unit keeps, as in `sparsify`. Not for
+            masks of `one_shot`.
         conventions: Where the references differ, for the masks at the start.
             A method has its own.
         small_dense: Whether, instead of masks, every number of channels is
@@ -242,6 +246,7 @@ def train(
         masks_from=masks_from,
         shuffle_masks=shuffle_masks,
         granularity=granularity,
+        scale_to_fan_in=scale_to_fan_in,
         keep_weights=keep_weights,
         epochs=epochs,
         batch_size=batch_size,
@@ -280,7 +285,11 @@ def train(
         if shuffle_masks:
             masks = _shuffled(masks, granularity, seed)
         network = rigl_keras.with_masks(
-            dense, masks, granularity=granularity, seed=seed
+            dense,
+            masks,
+            granularity=granularity,
+            scale_to_fan_in=scale_to_fan_in,
+            seed=seed,
         )
     elif one_shot is not None:
         first = examples.train(batch_size=batch_size, seed=seed, epochs=1)
@@ -294,6 +303,7 @@ def train(
             density,
             distribution=distribution,
             granularity=granularity,
+            scale_to_fan_in=scale_to_fan_in,
             seed=seed,
             conventions=conventions,
         )
@@ -455,6 +465,7 @@ def train(
             "density": density,
             "distribution": distribution if drawn else None,
             "granularity": granularity,
+            "scale_to_fan_in": scale_to_fan_in,
             "masks_from": masks_from,
             "shuffle_masks": shuffle_masks,
             "weights_from": weights_from,
@@ -493,6 +504,7 @@ def _check(
     masks_from,
     shuffle_masks,
     granularity,
+    scale_to_fan_in,
     keep_weights,
     epochs,
     batch_size,
@@ -524,6 +536,11 @@ def _check(
         raise ValueError(
             "one_shot chooses single weights. Set train.granularity = "
             f"'element'. Received: granularity={granularity!r}."
+        )
+    if scale_to_fan_in and (density is None or small_dense or one_shot):
+        raise ValueError(
+            "scale_to_fan_in scales the weights that masks keep: set "
+            "train.density, and neither train.small_dense nor train.one_shot."
         )
     if density is None and method is not None:
         raise ValueError(
