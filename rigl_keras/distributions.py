@@ -180,7 +180,7 @@ def layer_counts(
 
     Args:
         sizes: `{name: number of weights}`.
-        densities: `{name: density in [0, 1]}` of the same names.
+        densities: `{name: density in [0, 1]}` of these names at least.
         total: The sum to reach, between 0 and the sum of `sizes`.
 
     Returns:
@@ -196,9 +196,9 @@ def layer_counts(
     """
     for name, value in (("sizes", sizes), ("densities", densities)):
         _check_mapping(name, value)
-    if set(sizes) != set(densities):
+    if not set(sizes) <= set(densities):
         raise ValueError(
-            "sizes and densities must name the same layers. Received: "
+            "densities must name every layer of sizes. Received: "
             f"sizes={sizes!r}, densities={densities!r}."
         )
     sizes = {

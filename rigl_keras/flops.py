@@ -335,7 +335,7 @@ def training_flops(
             "frequency",
             frequency,
             at_least=1,
-            rule=f"must be the steps between the updates of {method}",
+            rule=f"of {method} must be the steps between updates",
         )
     if name == "dense":
         return 3 * dense_flops
