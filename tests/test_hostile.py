@@ -499,6 +499,49 @@ def check_snip(got, model, density, batch, loss, scope, densities, seed):
     assert all(set(np.unique(mask)) <= {0, 1} for mask in masks.values())
 
 
+def check_sparsified(got, model, density, densities, granularity, **options):
+    masks = rigl_keras.masked_layers(got).masks
+    size = sum(mask.size for mask in masks.values())
+    ones = sum(int(mask.sum()) for mask in masks.values())
+    assert ones == round(float(density) * size)
+    for m in rigl_keras.masked_layers(got):
+        mask = m.mask.numpy()
+        assert set(np.unique(mask)) <= {0, 1}
+        assert not m.kernel.numpy()[mask == 0].any()
+
+
+def check_with_masks(got, model, masks, granularity, seed):
+    found = rigl_keras.masked_layers(got).masks
+    assert set(found) == set(masks)
+    for name, mask in found.items():
+        np.testing.assert_array_equal(mask, masks[name])
+
+
+def check_stripped(got, model):
+    assert not rigl_keras.masked_layers(got)
+
+
+def check_table(got, model):
+    assert (len(got), "not masked" in str(got)) in ((0, True), (2, False))
+
+
+def check_cost(got, model, convention):
+    assert got.inference_flops <= got.dense_inference_flops
+    assert got.nonzeros <= got.parameters == 42 + 9
+
+
+def check_gathered(got, step, gradient_batches, frequency, **window):
+    if not tf.is_tensor(step):
+        due = [
+            schedules.is_update_step(t, frequency=frequency, **window)
+            for t in range(int(step), int(step) + int(gradient_batches))
+        ]
+        assert bool(got) == any(map(bool, due))
+
+
+MASKED = rigl_keras.sparsify(MODEL, 0.5)
+MASKS = rigl_keras.masked_layers(MASKED).masks
+
 CASES = {
     # Name: the function, its arguments, what is checked, how many calls.
     "layer_densities": (
@@ -760,6 +803,71 @@ CASES = {
         ),
         check_snip,
         100,
+    ),
+    "sparsify": (
+        rigl_keras.sparsify,
+        mixed(
+            model=st.just(MODEL),
+            density=st.floats(0.3, 1.0),
+            distribution=names,
+            densities=st.none() | st.just({"a": 0.9}),
+            layers=st.none() | st.just(keras.layers.Dense),
+            granularity=st.just("element"),
+            kernels=st.just("auto"),
+            scale_to_fan_in=st.booleans(),
+            seed=st.integers(0, 2**32),
+            conventions=st.just(ORIGINAL),
+            strict=st.booleans(),
+        ),
+        check_sparsified,
+        150,
+    ),
+    "with_masks": (
+        rigl_keras.with_masks,
+        mixed(
+            model=st.just(MODEL),
+            masks=st.just(MASKS)
+            | st.just({"a": np.full((4, 6), 0.5)})
+            | st.just({"b": HOSTILE}),
+            granularity=st.sampled_from(["element", "kernel"]),
+            seed=st.integers(0, 2**32),
+        ),
+        check_with_masks,
+        100,
+    ),
+    "strip": (
+        rigl_keras.strip,
+        mixed(model=st.sampled_from([MODEL, MASKED])),
+        check_stripped,
+        60,
+    ),
+    "masked_layers": (
+        rigl_keras.masked_layers,
+        mixed(model=st.sampled_from([MODEL, MASKED])),
+        check_table,
+        60,
+    ),
+    "count": (
+        rigl_keras.count,
+        mixed(
+            model=st.sampled_from([MODEL, MASKED]),
+            convention=st.sampled_from(flops.CONVENTIONS),
+        ),
+        check_cost,
+        80,
+    ),
+    "is_gathered_step": (
+        schedules.is_gathered_step,
+        mixed(
+            step=st.integers(0, 60),
+            gradient_batches=st.integers(1, 5),
+            frequency=st.integers(5, 20),
+            begin_step=st.integers(0, 30),
+            end_step=st.integers(0, 60),
+            conventions=presets,
+        ),
+        check_gathered,
+        200,
     ),
 }
 
