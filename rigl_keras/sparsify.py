@@ -1,6 +1,5 @@
 """A dense model to a masked one and back; says what it skipped and why."""
 
-import functools
 import math
 import os
 import warnings
@@ -239,7 +238,7 @@ def with_masks(
                     )
     if is_graph(model):
         # Keras's own would leave the weights of a dense file half loaded.
-        model.load_weights = functools.partial(load_weights, model)
+        model.load_weights = _loading(model)
     return model
 
 
@@ -363,6 +362,15 @@ def load_weights(model: keras.Model, path: str | os.PathLike) -> None:
         f"{model.name!r} were applied, and set {removed:,} of them to zero.",
         stacklevel=2,
     )
+
+
+def _loading(model):
+    def loading(filepath, **options):
+        if options:  # of Keras's own, which this knows nothing of
+            return type(model).load_weights(model, filepath, **options)
+        return load_weights(model, filepath)
+
+    return loading
 
 
 def _first_line(error):

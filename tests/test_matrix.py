@@ -126,7 +126,9 @@ def train(model, callbacks, setup):
         callbacks=callbacks,
         verbose=0,
     )
-    assert int(model.optimizer.iterations) == 6
+    taken = int(model.optimizer.iterations)
+    # The first loss scale is high: a batch may overflow, and is no step.
+    assert taken == 6 or (setup == "mixed_float16" and 4 <= taken < 6)
 
 
 def train_by_hand(model, optimizer, callbacks, x, y):
@@ -175,7 +177,6 @@ def counts(model):
     return {name: int(m.mask.numpy().sum()) for name, m in named.items()}
 
 
-# A loss that is a little off in half precision may overflow at first.
 def test_combination(combination, policy, tmp_path):
     kind, setup, method = combination
     options = SETUPS[setup]

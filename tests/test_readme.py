@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import tensorflow as tf
+from test_matrix import support_table
 
 import rigl_keras
 
@@ -109,3 +110,7 @@ def test_a_loop_of_ones_own():
     assert losses[-1] < losses[0]
     names["rigl"].fetch()
     assert [step for step, _ in names["rigl"].trajectory] == [0, 2, 4]
+
+
+def test_what_is_supported_is_what_is_tested():
+    assert support_table() in README
