@@ -293,7 +293,7 @@ class MaskUpdate(StepUpdate):
                 )
             # A run that resumes, within an epoch perhaps, is counted whole;
             # one on weights that were trained before, from where it starts.
-            batches = int(optimizer_state.batches(self.optimizer))
+            batches = int(optimizer_state.batches(self.optimizer).numpy())
             each = optimizer_state.batches_per_step(self.optimizer)
             resumed = epoch * steps <= batches < (epoch + 1) * steps
             if resumed:

@@ -427,6 +427,9 @@ class TopologyDiagnostics(keras.callbacks.Callback):
     def _begin(self):
         """Finds the mask update, and what of the record is still true."""
         self._method = installed_update(self.model)
+        if self._method is not None:
+            # In time: the training step is traced at its first batch.
+            self._method.watch_loss = True
         step = self._iterations()
         try:
             self._cost = count(self.model)

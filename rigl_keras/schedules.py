@@ -8,6 +8,7 @@ tensors alike.
 import dataclasses
 import math
 
+import numpy as np
 import tensorflow as tf
 
 from rigl_keras.arguments import choice, fraction, integer, number
@@ -371,7 +372,9 @@ def planned_sparsity(
 
 
 def _checked_step(step):
-    """Returns a step as an int, or as an int64 tensor."""
+    """Returns a step as an int, or as an int64 tensor; steps as they are."""
+    if isinstance(step, np.ndarray) and np.issubdtype(step.dtype, np.integer):
+        return step
     if isinstance(step, tf.Variable):
         step = tf.convert_to_tensor(step)
     if not isinstance(step, tf.Tensor):

@@ -124,7 +124,7 @@ def test_training_flops_by_hand():
     assert flops.training_flops("RigL", frequency=9, **cost) == 6.8
     with pytest.raises(ValueError, match="method must be"):
         flops.training_flops("prune", **cost)
-    with pytest.raises(ValueError, match="steps between updates"):
+    with pytest.raises(ValueError, match="frequency .*steps between"):
         flops.training_flops("rigl", **cost)
 
 

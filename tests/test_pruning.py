@@ -55,8 +55,8 @@ def test_ramp_under_report():
     "change, message",
     [
         ({"final_density": 0.0}, "0 < final_density"),
-        ({"final_density": 1.2}, "<= 1"),
-        ({"final_density": float("nan")}, "fractions"),
+        ({"final_density": 1.2}, r"in \[0, 1\]"),
+        ({"final_density": float("nan")}, "nan"),
         ({"initial_density": 0.1}, "final_density <= initial_density"),
         ({"begin_step": 10}, "begin_step < end_step"),
         ({"begin_step": -1}, "begin_step < end_step"),

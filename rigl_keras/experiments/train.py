@@ -321,8 +321,6 @@ def train(
             run.path / "topology" if run.writes else None
         )
         topology.set_model(network)
-        if update is not None:
-            update.watch_loss = True
     if update is not None:
         # What the method remembers is made here, for a checkpoint to restore.
         update.attach(network, network.optimizer)
