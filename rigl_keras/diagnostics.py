@@ -44,6 +44,8 @@ __all__ = [
 ]
 
 # For TensorBoard; the others are constant.
+_WORD = 32  # bits: workers share int32 variables, and no bytes
+
 _SCALARS = tuple(
     column
     for column in COLUMNS
@@ -343,7 +345,7 @@ class TopologyDiagnostics(keras.callbacks.Callback):
             for name, m in layers.items()
         }
         bits = sum(math.prod(m.mask.shape) for m in layers.values())
-        empty = np.zeros(-(-bits // 8), np.uint8)
+        empty = np.zeros(-(-bits // _WORD), np.int32)
         with tf.device("CPU:0"):
             self._step = tf.Variable(-1, trainable=False, dtype=tf.int64)
             self._initial_bits = tf.Variable(empty, trainable=False)
@@ -643,13 +645,14 @@ def _product(shape, axes):
 
 
 def _packed(masks):
-    """Returns all masks as one vector of bits, eight to a byte."""
-    return np.packbits(np.concatenate([m.ravel() for m in masks.values()]))
+    """Returns all masks as one vector of bits, 32 to an int."""
+    bits = np.concatenate([m.ravel() for m in masks.values()])
+    return np.packbits(np.pad(bits, (0, -bits.size % _WORD))).view(np.int32)
 
 
 def _unpacked(packed, like):
     """Returns the masks of which `_packed` made a vector."""
-    bits = np.unpackbits(packed).astype(bool)
+    bits = np.unpackbits(packed.view(np.uint8)).astype(bool)
     ends = np.cumsum([mask.size for mask in like.values()])
     return {
         name: part.reshape(mask.shape)
