@@ -176,7 +176,7 @@ def names_in(run_dir):
     return sorted(
         path.relative_to(run_dir).as_posix()
         for path in run_dir.rglob("*")
-        if path.is_file() and "tensorboard" not in path.parts
+        if path.is_file() and "tfevents" not in path.name
     )
 
 
