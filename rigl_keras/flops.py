@@ -552,10 +552,12 @@ def _positions(model, leaves, places) -> dict[int, int]:
     }
     calls = {id(caller): [] for caller in callers.values()}
 
+    by_name = not is_graph(model) and "shapes_dict" in model.get_build_config()
+
     def trace(x):
         # Penalties of activities go to the scope, not to the model.
         with keras.StatelessScope(collect_losses=True):
-            if isinstance(x, Mapping) and not is_graph(model):
+            if by_name:
                 return model(**x, training=False)
             return model(x, training=False)
 
@@ -564,7 +566,14 @@ def _positions(model, leaves, places) -> dict[int, int]:
     with contextlib.ExitStack() as stack:
         for caller in {id(c): c for c in callers.values()}.values():
             stack.enter_context(_recording(caller, calls[id(caller)]))
-        tf.function(trace).get_concrete_function(specs)
+        try:
+            tf.function(trace).get_concrete_function(specs)
+        except Exception as error:  # whatever a model of the user's raises
+            raise ValueError(
+                f"The FLOPs of model {model.name!r} cannot be counted: called "
+                f"on {specs} it fails, with {type(error).__name__}: "
+                f"{_first_line(error)}"
+            ) from error
     for part, before in losses:
         part._losses[:] = before
     return {
@@ -602,7 +611,8 @@ def _applied(kernel, caller, inputs, outputs) -> int:
     if isinstance(caller, keras.layers.RNN):
         return inputs[1]
     if isinstance(caller, keras.layers.EinsumDense):
-        return _applied_in_einsum(caller.equation, inputs, outputs)
+        sample = (1, *inputs[1:]), (1, *outputs[1:])
+        return _applied_in_einsum(caller.equation, *sample)
     shape = inputs if kernel.is_transposed else outputs
     first = getattr(caller, "data_format", "channels_last").endswith("first")
     return math.prod(shape[2:] if first else shape[1:-1])
@@ -631,10 +641,11 @@ def _recording(layer, calls) -> Iterator[None]:
     """Within the context, appends the shapes that each call has and makes."""
     call = layer.call
 
-    def recorded(inputs, *args, **kwargs):
-        outputs = call(inputs, *args, **kwargs)
-        first = tf.nest.flatten(outputs)[0]
-        calls.append((tuple(inputs.shape), tuple(first.shape)))
+    def recorded(*args, **kwargs):
+        outputs = call(*args, **kwargs)
+        given, *_ = _tensors_in((args, kwargs))
+        made, *_ = _tensors_in(outputs)
+        calls.append((tuple(given.shape), tuple(made.shape)))
         return outputs
 
     layer.call = recorded
@@ -644,6 +655,10 @@ def _recording(layer, calls) -> Iterator[None]:
         del layer.call
 
 
+def _tensors_in(structure):
+    return [x for x in keras.tree.flatten(structure) if tf.is_tensor(x)]
+
+
 def _one_sample(tensor):
     if None in tensor.shape[1:]:
         raise ValueError(
@@ -651,7 +666,14 @@ def _one_sample(tensor):
             f"input {tensor.name!r} has shape {tuple(tensor.shape)}: build it "
             "with a fixed shape."
         )
-    return tf.TensorSpec((1, *tensor.shape[1:]), tensor.dtype)
+    # Some layers, which carry states along, have a batch size of their own.
+    return tf.TensorSpec(
+        (tensor.shape[0] or 1, *tensor.shape[1:]), tensor.dtype
+    )
+
+
+def _first_line(error):
+    return next(iter(str(error).splitlines()), "")
 
 
 def _ratio(cost):

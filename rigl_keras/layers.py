@@ -22,6 +22,8 @@ __all__ = [
     "called_kernels",
     "check_granularity",
     "dense_gradients",
+    "show_to_tensorflow",
+    "zero_outside",
 ]
 
 GRANULARITIES = ("element", "kernel")
@@ -58,6 +60,23 @@ def dense_gradients() -> Iterator[None]:
         yield
     finally:
         _dense_gradients.reset(token)
+
+
+def zero_outside(mask: keras.Variable, tensor) -> tf.Tensor:
+    """Returns a tensor with zeros where a mask has them.
+
+    A product would keep a NaN or an infinity that lies there.
+
+    Args:
+        mask: Variable of zeros and ones.
+        tensor: Float tensor or variable of its shape.
+
+    Returns:
+        Tensor of the same shape and dtype.
+    """
+    tensor = tf.convert_to_tensor(tensor)
+    kept = tf.convert_to_tensor(mask.value) > 0
+    return tf.where(kept, tensor, tf.zeros_like(tensor))
 
 
 @contextlib.contextmanager
@@ -113,10 +132,7 @@ class KernelMask:
     def assign_mask(self, mask) -> None:
         """Sets the mask and zeroes the kernel outside it."""
         self.mask.assign(mask)
-        # A product would keep a NaN or an infinity that lies outside.
-        kept = tf.cast(self.mask.value, tf.bool)
-        kernel = tf.convert_to_tensor(self.kernel.value)
-        self.kernel.assign(tf.where(kept, kernel, tf.zeros_like(kernel)))
+        self.kernel.assign(zero_outside(self.mask, self.kernel.value))
 
     def by_unit(self, tensor: tf.Tensor) -> tf.Tensor:
         """Returns one value for each unit that the mask keeps or removes.
@@ -156,12 +172,17 @@ class KernelMask:
         """
         return tf.broadcast_to(tensor, self.kernel.shape)
 
-    def masked_kernel(self) -> tf.Tensor:
-        """Returns kernel x mask, through which training differentiates."""
+    def masked_kernel(self, kernel=None) -> tf.Tensor:
+        """Returns kernel x mask, through which training differentiates.
+
+        Args:
+            kernel: The kernel's value. None: that of the variable.
+        """
         if _called.get() is not None:
             _called.get()[id(self.kernel)] = self.name
-        kernel = tf.convert_to_tensor(self.kernel.value)
-        # Within a call of mixed precision the kernel comes in half precision.
+        if kernel is None:
+            kernel = self.kernel.value
+        kernel = tf.convert_to_tensor(kernel)
         mask = tf.cast(self.mask.value, kernel.dtype)
         return _product(kernel, mask, _dense_gradients.get())
 
@@ -185,7 +206,8 @@ class Masked(KernelMask, keras.layers.Wrapper):
     Computes the wrapped layer's output with kernel x mask in the place of
     each kernel. A mask is a weight that is saved but not trained; a kernel is
     kept exactly zero outside it, because its constraint projects it there
-    whenever an optimizer has moved it, and saving does.
+    whenever an optimizer has moved it, and saving does. Attributes that are
+    not of the wrapper are those of the layer.
 
     Args:
         layer: Any layer with a kernel, such as Dense, Conv2D or LSTM, or that
@@ -320,27 +342,33 @@ class Masked(KernelMask, keras.layers.Wrapper):
         return super().__call__(*args, **kwargs)
 
     def _call_masked(self, *args, **kwargs):
-        masked = {
-            id(m.kernel): m.masked_kernel() for m in self.masked_kernels()
-        }
-        # A scope hides the values that an outer one gives (stateless_call),
-        # and keeps what is assigned within: both are passed on.
-        before = [(v, masked.get(id(v), v.value)) for v in self.layer.variables]
-        with keras.StatelessScope(
-            state_mapping=before, collect_losses=True
-        ) as scope:
-            given = [scope.get_current_value(v) for v, _ in before]
+        with _KernelScope() as scope:
+            for masked in self.masked_kernels():
+                kernel = scope.value_outside(masked.kernel)
+                scope.give(masked.kernel, masked.masked_kernel(kernel))
             outputs = self.layer(*args, **kwargs)
         # What the layer has assigned: statistics, generators, RNN states.
-        for (variable, _), value in zip(before, given, strict=True):
-            now = scope.get_current_value(variable)
-            if now is not value:
-                variable.assign(now)
+        for variable in scope.assigned.values():
+            variable.assign(scope.get_current_value(variable))
         for loss in scope.losses:  # activity regularisation
-            # A copy: the layer within knows its own, and in an outer scope
-            # both would count it.
             self.add_loss(tf.identity(loss))
         return outputs
+
+    def __getattr__(self, name):
+        # What is not this wrapper's is the layer's: `units`, `reset_state`,
+        # methods beside `call` (which see the kernel, zero outside the mask).
+        layer = vars(self).get("layer")
+        if layer is None or name.startswith("_") or name in _OF_ONE_KERNEL:
+            raise AttributeError(
+                f"{type(self).__name__!r} has no attribute {name!r}"
+                + (
+                    f": {vars(self).get('name', 'it')} has no one `kernel`; "
+                    "see its masked_kernels()."
+                    if name in _OF_ONE_KERNEL
+                    else "."
+                )
+            )
+        return getattr(layer, name)
 
     def compute_output_spec(self, *args, **kwargs):
         return self.layer.compute_output_spec(*args, **kwargs)
@@ -396,6 +424,42 @@ class Masked(KernelMask, keras.layers.Wrapper):
         }
 
 
+_OF_ONE_KERNEL = ("found", "kernel", "mask")
+
+
+class _KernelScope(keras.StatelessScope):
+    """A scope that gives kernels other values, and keeps what is assigned.
+
+    All else is as it is outside, where another scope may be (stateless_call).
+    """
+
+    def __init__(self):
+        super().__init__(collect_losses=True)
+        self.assigned = {}
+
+    def give(self, variable, value):
+        """Has a variable read as a value."""
+        self.state_mapping[id(variable)] = value
+
+    def value_outside(self, variable):
+        """Returns a variable's value outside, in its own precision."""
+        outer = self.original_scope
+        value = None if outer is None else outer.get_current_value(variable)
+        # `variable.value` would be in the precision of the call.
+        return variable._value if value is None else value
+
+    def add_update(self, update):
+        variable, _ = update
+        self.assigned[id(variable)] = variable
+        super().add_update(update)
+
+    def get_current_value(self, variable):
+        value = super().get_current_value(variable)
+        if value is None and self.original_scope is not None:
+            return self.original_scope.get_current_value(variable)
+        return value
+
+
 def show_to_tensorflow(layer, variables: Sequence[keras.Variable]) -> None:
     """Has `tf.train.Checkpoint` save variables with a layer.
 
@@ -405,8 +469,8 @@ def show_to_tensorflow(layer, variables: Sequence[keras.Variable]) -> None:
         layer: A layer or model.
         variables: Variables of it, or of layers within it.
     """
-    layer.checkpointed = tf.Module()
-    layer.checkpointed.variables_within = list(variables)
+    layer._rigl_keras_variables = tf.Module()
+    layer._rigl_keras_variables.within = list(variables)
 
 
 def _symbolic(arguments):
@@ -458,7 +522,4 @@ class MaskProjection(keras.constraints.Constraint):
     def __call__(self, kernel):
         if self.constraint is not None:
             kernel = self.constraint(kernel)
-        kernel = tf.convert_to_tensor(kernel)
-        # A product would keep a NaN or an infinity that lies outside.
-        kept = tf.cast(tf.convert_to_tensor(self.mask), tf.bool)
-        return tf.where(kept, kernel, tf.zeros_like(kernel))
+        return zero_outside(self.mask, kernel)

@@ -19,6 +19,7 @@ __all__ = [
     "is_graph",
     "is_normalisation",
     "kernel_at",
+    "key_of",
     "step_to",
     "sublayers",
 ]
@@ -216,7 +217,9 @@ def einsum_axes(equation: str) -> tuple[str, str, str]:
 
 def is_graph(model) -> bool:
     """Returns whether a model is a Sequential or Functional one."""
-    return isinstance(model, keras.Sequential) or hasattr(model, "operations")
+    return isinstance(model, keras.Sequential) or (
+        isinstance(model, keras.Model) and hasattr(model, "operations")
+    )
 
 
 def is_normalisation(layer) -> bool:
@@ -234,7 +237,7 @@ def sublayers(
 
     Yields:
         `(path, layer)`: `"dense"` for an attribute, `"blocks.0"` for an item
-        of a list or dict.
+        of a list, `"heads.one"` or `"heads.#0"` for one of a dict.
     """
     if is_graph(layer):
         for i, inner in enumerate(layer.layers):
@@ -242,9 +245,16 @@ def sublayers(
         return
     # Keras and TensorFlow keep lists of what is owned under their own names.
     owned = {id(inner) for inner in layer._layers}
+    reached = set()
     for name, value in vars(layer).items():
         if name not in _OF_KERAS and not name.startswith("_self_"):
-            yield from _layers_in(value, name, owned)
+            for path, inner in _layers_in(value, name, owned):
+                reached.add(id(inner))
+                yield path, inner
+    for i, inner in enumerate(layer._layers):
+        # Within an object that is no layer, but was known to Keras before.
+        if id(inner) not in reached:
+            yield f"_layers.{i}", inner
 
 
 _OF_KERAS = ("_layers", "_metrics", "_tracker", "_obj_reference_counts_dict")
@@ -258,9 +268,10 @@ def _layers_in(value, path, owned):
         for i, item in enumerate(value):
             yield from _layers_in(item, f"{path}.{i}", owned)
     elif isinstance(value, dict):
-        for key, item in value.items():
-            if isinstance(key, str) and "." not in key:
-                yield from _layers_in(item, f"{path}.{key}", owned)
+        for i, (key, item) in enumerate(value.items()):
+            named = isinstance(key, str) and key.isidentifier()
+            part = key if named else f"#{i}"
+            yield from _layers_in(item, f"{path}.{part}", owned)
 
 
 def _within(layer, path, seen):
@@ -278,8 +289,13 @@ def step_to(owner, part: str):
     if isinstance(owner, (list, tuple)):
         return owner[int(part)]
     if isinstance(owner, dict):
-        return owner[part]
+        return owner[key_of(owner, part)]
     return getattr(owner, part)
+
+
+def key_of(container: dict, part: str):
+    """Returns the key that one part of a path means: `"#2"`, the third."""
+    return list(container)[int(part[1:])] if part[0] == "#" else part
 
 
 def _names(layer, kernels):

@@ -11,7 +11,12 @@ import numpy as np
 
 from rigl_keras import arguments, distributions, replicas
 from rigl_keras.conventions import ORIGINAL, Conventions, check_conventions
-from rigl_keras.layers import KernelMask, Masked, check_granularity
+from rigl_keras.layers import (
+    KernelMask,
+    Masked,
+    MaskProjection,
+    check_granularity,
+)
 from rigl_keras.maskable import (
     Kernel,
     find_kernels,
@@ -572,14 +577,19 @@ def named_kernels(
     Returns:
         `{name: kernel}` in order: for `layer.kernel` the name of the layer
         (`named_layers`), for others with their path, as in
-        `"lstm/cell/recurrent_kernel"`.
+        `"lstm/cell/recurrent_kernel"`. One that two layers share is named
+        after the first.
     """
-    return {
-        kernel.named(name): kernel
-        for name, layer in named_layers(model).items()
-        if not isinstance(layer, Masked)
-        for kernel in find_kernels(layer, kernels)
-    }
+    found, seen = {}, set()
+    for name, layer in named_layers(model).items():
+        if isinstance(layer, Masked):
+            continue
+        for kernel in find_kernels(layer, kernels):
+            # A kernel that two layers share has one mask.
+            if id(kernel.variable) not in seen:
+                seen.add(id(kernel.variable))
+                found[kernel.named(name)] = kernel
+    return found
 
 
 def _why_dense(layer):
@@ -652,7 +662,7 @@ def chosen_kernels(
         for name, kernel in named_kernels(model, kernels).items()
         if matches(kernel.layer) or matches(kernel.owner)
     }
-    for layer in _named_layers(selector):
+    for layer in _selected_layers(selector):
         if all(layer not in (k.layer, k.owner) for k in chosen.values()):
             raise ValueError(
                 f"`layers` names {layer.name!r}, a {type(layer).__name__} that "
@@ -663,6 +673,12 @@ def chosen_kernels(
     leaves = named_layers(model).values()
     if strict:
         _check_all_masked(leaves, chosen, matches)
+    for name, kernel in chosen.items():
+        if isinstance(kernel.variable.constraint, MaskProjection):
+            raise ValueError(
+                f"The kernel {name!r} of model {model.name!r} is masked "
+                "already, in another model that shares it."
+            )
     if not chosen:
         skipped = "\n".join(
             f"  {layer.name}: {_why_dense(layer)}" for layer in leaves
@@ -803,7 +819,7 @@ def _predicate(selector):
     )
 
 
-def _named_layers(selector):
+def _selected_layers(selector):
     if isinstance(selector, keras.layers.Layer):
         return [selector]
     if not isinstance(selector, Iterable) or isinstance(selector, str):
@@ -890,5 +906,10 @@ def _copy_variables(source, target):
         return
     for old, new in zip(source.variables, target.variables, strict=True):
         new.assign(old)
+    # A layer's config does not say which of those within it are frozen.
+    parts = zip(source._flatten_layers(), target._flatten_layers(), strict=True)
+    for old, new in parts:
+        if new.trainable != old.trainable:
+            new.trainable = old.trainable
     if hasattr(target, "finalize_state"):
         target.finalize_state()  # what Normalization derives from them

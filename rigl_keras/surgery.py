@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import keras
 
 from rigl_keras.layers import Masked, MaskProjection, show_to_tensorflow
-from rigl_keras.maskable import is_graph, sublayers
+from rigl_keras.maskable import is_graph, key_of, sublayers
 
 __all__ = ["exchange", "leaf_layers", "release"]
 
@@ -69,7 +69,7 @@ def release(layer: Masked) -> Layer:
 
 def _leaf_paths(model, path=""):
     for name, layer in sublayers(model):
-        if isinstance(layer, keras.Model) and is_graph(layer):
+        if is_graph(layer):
             yield from _leaf_paths(layer, f"{path}{name}.")
         else:
             yield path + name, layer
@@ -79,6 +79,8 @@ def _leaf_paths(model, path=""):
 
 
 def _exchange_in_copy(model, change):
+    leaves = {id(leaf): leaf for leaf in leaf_layers(model)}
+    _check_nothing_shared(list(leaves.values()))
     pairs, copies = [], {}
 
     def clone(layer):
@@ -108,22 +110,39 @@ def _exchange_in_copy(model, change):
     return copy, pairs
 
 
+def _check_nothing_shared(layers):
+    """Refuses layers of which copies would not share what they share."""
+    owners = {}
+    for layer in layers:
+        for variable in layer.weights:
+            owner = owners.setdefault(id(variable), layer)
+            if owner is not layer:
+                raise ValueError(
+                    f"Layers {owner.name!r} and {layer.name!r} share the "
+                    f"weights {variable.path!r}, and copies of them would "
+                    "not. Call one layer twice, or build the model as a "
+                    "subclass of keras.Model, whose layers are masked in "
+                    "place."
+                )
+
+
 def _fresh(layer):
     try:
         return layer.__class__.from_config(layer.get_config())
-    except (NotImplementedError, TypeError) as error:
+    except (NotImplementedError, TypeError, ValueError) as error:
         raise ValueError(
             f"Layer {layer.name!r}, a {type(layer).__name__}, cannot be copied "
             "from its config: its class needs a get_config that returns the "
             "arguments of its constructor (so that Keras can load the model, "
-            "too). Or build the model as a subclass of keras.Model, whose "
-            "layers are masked in place."
+            "too), and a Lambda a named function. Or build the model as a "
+            "subclass of keras.Model, whose layers are masked in place. Keras "
+            f"says: {str(error).splitlines()[0] if str(error) else error!r}"
         ) from error
 
 
 def _graphs_within(model):
     for layer in model.layers:
-        if isinstance(layer, keras.Model) and is_graph(layer):
+        if is_graph(layer):
             yield layer
             yield from _graphs_within(layer)
 
@@ -155,9 +174,12 @@ def _check_class(model, copy):
 
 def _exchange_in_place(model, change):
     pairs, done = [], {}
+    owned = {id(layer): layer for _, layer in sublayers(model)}.values()
+    if any(is_graph(layer) for layer in owned):
+        _check_nothing_shared(owned)
     for path, layer in list(sublayers(model)):
         if id(layer) not in done:
-            if isinstance(layer, keras.Model) and is_graph(layer):
+            if is_graph(layer):
                 new, inner = _exchange_in_copy(layer, change)
                 # Masks alone are worth a copy.
                 if not any(_differs(old, now) for old, now in inner):
@@ -184,6 +206,12 @@ def _differs(old, new):
 
 def _put(owner, path, old, new):
     """Replaces a layer where its owner, which is built, keeps it."""
+    if path.startswith("_layers."):
+        raise ValueError(
+            f"Layer {old.name!r} of {owner.name!r} is kept in an object that "
+            "is no layer, list or dict, where it cannot be replaced. Make it "
+            "an attribute of the model."
+        )
     tracker = owner._tracker
     if tracker.is_in_store("layers", old):
         # In its own place: the order of weights is that of layers.
@@ -201,10 +229,12 @@ def _with_item(container, keys, new):
     if not keys:
         return new
     if isinstance(container, dict):
-        key, items = keys[0], dict(container)
+        key, items = key_of(container, keys[0]), dict(container)
     else:
         key, items = int(keys[0]), list(container)
     items[key] = _with_item(items[key], keys[1:], new)
+    if hasattr(container, "_fields"):  # a named tuple
+        return container._make(items)
     return tuple(items) if isinstance(container, tuple) else items
 
 

@@ -17,7 +17,12 @@ import tensorflow as tf
 
 from rigl_keras import optimizer_state, replicas
 from rigl_keras.conventions import ORIGINAL, Conventions, check_conventions
-from rigl_keras.layers import Masked, called_kernels, dense_gradients
+from rigl_keras.layers import (
+    Masked,
+    called_kernels,
+    dense_gradients,
+    zero_outside,
+)
 from rigl_keras.sparsify import masked_layers
 
 __all__ = ["StepUpdate", "installed_update"]
@@ -738,13 +743,7 @@ class StepUpdate(keras.callbacks.Callback):
             if _key(variable) not in masks:
                 # Within a branch, which the optimizer takes all or none from.
                 return tf.identity(gradient)
-            gradient = tf.convert_to_tensor(gradient)
-            # A product would keep a NaN or an infinity that lies outside.
-            return tf.where(
-                masks[_key(variable)].value > 0,
-                gradient,
-                tf.zeros_like(gradient),
-            )
+            return zero_outside(masks[_key(variable)], gradient)
 
         return [masked(g, v) for g, v in zip(gradients, variables, strict=True)]
 
@@ -833,10 +832,7 @@ class StepUpdate(keras.callbacks.Callback):
             slots = optimizer_state.slots(self.optimizer, layer.kernel)
             average = slots.get("average")
             if average is not None:
-                kept = layer.mask.value > 0
-                average.assign(
-                    tf.where(kept, average.value, tf.zeros_like(average.value))
-                )
+                average.assign(zero_outside(layer.mask, average.value))
 
 
 def installed_update(model: keras.Model) -> StepUpdate | None:

@@ -1,5 +1,6 @@
 """Models of every kind: masked, saved, loaded, counted and stripped."""
 
+import collections
 import functools
 import math
 import pathlib
@@ -513,3 +514,182 @@ def test_masks_of_a_damaged_file_are_refused(tmp_path):
         keras.Model.load_weights(
             masked("Sequential"), tmp_path / "half.weights.h5"
         )
+
+
+def test_states_of_time_steps_are_carried_along():
+    inputs = keras.Input(batch_shape=(2, 3, 4))
+    x = layers.LSTM(5, stateful=True, name="lstm")(inputs)
+    dense = keras.Model(inputs, layers.Dense(2, name="head")(x))
+    model = sparsify(dense, 1.0)
+    draw = np.random.default_rng(0)
+    for _ in range(3):
+        x = draw.standard_normal((2, 3, 4)).astype(np.float32)
+        assert_same(outputs(model, x), outputs(dense, x))
+    assert count(model).inference_flops == count(dense).inference_flops > 0
+    before = outputs(model, x)
+    model.get_layer("lstm").reset_state()  # the layer's own method
+    assert not np.allclose(before[0], outputs(model, x)[0])
+
+
+@keras.saving.register_keras_serializable("tests")
+class Watched(layers.Layer):
+    """Has a metric, and a float32 layer within half precision."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = layers.Dense(1, use_bias=False, dtype="float32")
+        self.mean = keras.metrics.Mean(name="watched")
+
+    def build(self, shape):
+        self.dense.build(shape)
+
+    def call(self, x):
+        self.mean.update_state(keras.ops.mean(x))
+        return self.dense(x)
+
+    def double(self, x):
+        return 2 * self(x)
+
+
+def test_metrics_precision_and_methods_of_a_masked_layer():
+    inputs = keras.Input((4,))
+    watched = Watched(name="w", dtype="mixed_float16")
+    dense = keras.Model(inputs, watched(inputs))
+    watched.dense.kernel.assign(np.full((4, 1), 1.0003))
+    model = sparsify(dense, 1.0)
+    x = np.eye(4, dtype=np.float32)[:2]
+    np.testing.assert_array_equal(model(x), dense(x))
+    assert abs(float(model(x)[0, 0]) - 1.0003) < 1e-6
+    masked = model.get_layer("w")
+    assert float(masked.mean.result()) == float(watched.mean.result()) > 0
+    np.testing.assert_array_equal(masked.double(x), 2 * model(x))
+    masked_model = sparsify(make("Embedding"), 0.5)
+    with pytest.raises(AttributeError, match="no one `kernel`"):
+        _ = masked_model.get_layer("lstm").kernel
+    with pytest.raises(AttributeError, match="neither"):
+        _ = masked.neither
+
+
+@keras.saving.register_keras_serializable("tests")
+class Around(layers.Layer):
+    def __init__(self, inner, **kwargs):
+        super().__init__(**kwargs)
+        self.inner = inner
+
+    def call(self, x):
+        return self.inner(x)
+
+
+class Odd(keras.Model):
+    """Keeps layers in every kind of container."""
+
+    def __init__(self):
+        super().__init__()
+        pair = collections.namedtuple("pair", "one two")
+        self.numbered = {0: layers.Dense(4), 1: layers.Dense(4)}
+        self.dotted = {"conv1.a": layers.Dense(4, name="dotted")}
+        self.pair = pair(layers.Dense(4), [(layers.Dense(4), "text")])
+        self.checkpointed = True
+        self.out = layers.Dense(4, name="out")
+
+    def call(self, x):
+        x = self.numbered[1](self.numbered[0](x))
+        x = self.pair.two[0][0](self.pair.one(self.dotted["conv1.a"](x)))
+        return self.out(x) * (1.0 if self.checkpointed is True else 0.0)
+
+
+def test_layers_in_every_kind_of_container():
+    model = Odd()
+    x = np.ones((2, 4), np.float32)
+    want = outputs(model, x)
+    parameters = model.count_params()
+    model = sparsify(model, 1.0, strict=True)
+    assert len(masked_layers(model)) == 6
+    assert_same(outputs(model, x), want)
+    assert count(model).parameters == parameters
+    assert_same(outputs(strip(model), x), want)
+
+
+class Tied(keras.Model):
+    """One layer within two, and by itself."""
+
+    def __init__(self):
+        super().__init__()
+        dense = layers.Dense(20, name="d")
+        self.one, self.two = (
+            Around(dense, name="one"),
+            Around(dense, name="two"),
+        )
+
+    def call(self, x):
+        return self.two(self.one(x))
+
+
+def test_a_kernel_that_layers_share_has_one_mask():
+    model = Tied()
+    x = np.ones((2, 20), np.float32)
+    model(x)
+    model = sparsify(model, 0.5)
+    (masked,) = masked_layers(model)
+    assert np.count_nonzero(masked.kernel.numpy()) == 200
+    assert count(model).nonzeros == 200 + 20
+    # In a copy the layers would be two.
+    dense = layers.Dense(8, name="d")
+    inputs = keras.Input((4, 8))
+    tied = keras.Model(inputs, dense(layers.TimeDistributed(dense)(inputs)))
+    with pytest.raises(ValueError, match="share the weights"):
+        sparsify(tied, 0.5)
+
+
+def test_a_layer_that_another_model_has_masked_is_refused():
+    one, two = kinds.subclassed(), kinds.Subclassed()
+    two.first = one.first
+    two(np.zeros((1, 5), np.float32))
+    sparsify(one, 0.5)
+    with pytest.raises(ValueError, match="masked already, in another model"):
+        sparsify(two, 0.5)
+
+
+def test_what_is_frozen_stays_frozen():
+    dense = make("custom layers")
+    dense.get_layer("block").dense[0].trainable = False
+    dense.get_layer("head").trainable = False
+    for model in (sparsify(dense, 0.5), strip(sparsify(dense, 0.5))):
+        names = [v.path for v in model.trainable_variables]
+        assert len(names) == len(dense.trainable_variables)
+    model = sparsify(dense, 0.5)
+    frozen = model.get_layer("block").layer.dense[0].kernel
+    before = frozen.numpy()
+    model.compile("sgd", "mse")
+    model.fit(*kinds.data(model), verbose=0)
+    np.testing.assert_array_equal(frozen.numpy(), before)
+
+
+class Named(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(3)
+        self.rnn = layers.LSTM(3)
+
+    def call(self, inputs):
+        return self.dense(inputs["a"]) + self.rnn(sequences=inputs["b"])
+
+
+class Whole(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.dense = layers.Dense(3)
+
+    def call(self, ids):
+        return self.dense(tf.one_hot(ids, 7))
+
+
+def test_counting_what_is_called_in_other_ways():
+    model = Named()
+    model({"a": np.ones((1, 2)), "b": np.ones((1, 5, 4))})
+    cost = count(sparsify(model, 1.0), convention="macs")
+    assert cost.inference_flops == 2 * 3 + 5 * (4 * 12 + 3 * 12)
+    whole = Whole()
+    whole(np.ones((2,), np.int32))
+    with pytest.raises(ValueError, match="FLOPs of model .* cannot be counted"):
+        count(whole)
