@@ -329,10 +329,7 @@ class Masked(KernelMask, keras.layers.Wrapper):
     def _only(self):
         """Returns the index of the one kernel, 0."""
         if len(self._masks) != 1:
-            raise AttributeError(
-                f"Layer {self.name!r} has {len(self._masks)} masked kernels, "
-                "not one: see its masked_kernels()."
-            )
+            raise AttributeError  # `__getattr__` says more
         return 0
 
     def __call__(self, *args, **kwargs):
@@ -358,16 +355,13 @@ class Masked(KernelMask, keras.layers.Wrapper):
         # What is not this wrapper's is the layer's: `units`, `reset_state`,
         # methods beside `call` (which see the kernel, zero outside the mask).
         layer = vars(self).get("layer")
-        if layer is None or name.startswith("_") or name in _OF_ONE_KERNEL:
+        if name in _OF_ONE_KERNEL:
             raise AttributeError(
-                f"{type(self).__name__!r} has no attribute {name!r}"
-                + (
-                    f": {vars(self).get('name', 'it')} has no one `kernel`; "
-                    "see its masked_kernels()."
-                    if name in _OF_ONE_KERNEL
-                    else "."
-                )
+                f"Layer {vars(self).get('name')!r} has no one `kernel`, and so "
+                f"no {name!r}: see its masked_kernels()."
             )
+        if layer is None or name.startswith("_"):
+            raise AttributeError(f"A Masked layer has no attribute {name!r}.")
         return getattr(layer, name)
 
     def compute_output_spec(self, *args, **kwargs):
@@ -424,7 +418,7 @@ class Masked(KernelMask, keras.layers.Wrapper):
         }
 
 
-_OF_ONE_KERNEL = ("found", "kernel", "mask")
+_OF_ONE_KERNEL = ("density", "found", "kernel", "mask")
 
 
 class _KernelScope(keras.StatelessScope):
