@@ -545,6 +545,10 @@ class StepUpdate(keras.callbacks.Callback):
         model.train_step = with_updates
         make = functools.partial(make_train_function, force=True)
         if replicas.is_distributed(model):
+            make = self._choosing_together(make_train_function, with_logs)
+        elif model.jit_compile and model.steps_per_execution == 1:
+            # Within a `tf.cond` XLA computes convolutions on CPUs with one
+            # thread: a step would take four times as long.
             make = self._choosing(make_train_function, with_logs)
         make()
 
@@ -578,26 +582,40 @@ class StepUpdate(keras.callbacks.Callback):
         return tf.cast(tf.reduce_sum(counts) / weights, tf.float32)
 
     def _choosing(self, make_train_function, with_logs):
-        always = self.dense_gradients == "always"
+        def update(train_step, loss):
+            with self._updating([], loss):
+                return self._counted_step(_densely(train_step))
+
+        return replicas.choosing(
+            self.model,
+            make_train_function,
+            ordinary=with_logs(self._chosen_ordinary),
+            update=with_logs(update),
+            is_due=self.is_gathered,
+            updating=contextlib.nullcontext,
+        )
+
+    def _choosing_together(self, make_train_function, with_logs):
         applied = []
 
         # The loss of an update's batch is not watched: each replica has a
         # part of it.
-        def ordinary(train_step, loss):
-            return self._ordinary_step(
-                _densely(train_step) if always else train_step
-            )
-
         def update(train_step, loss):
             return self._counted_step(_densely(train_step))
 
         return replicas.choosing(
             self.model,
             make_train_function,
-            ordinary=with_logs(ordinary),
+            ordinary=with_logs(self._chosen_ordinary),
             update=with_logs(update),
             is_due=self.is_due,
             updating=lambda: self._updating(applied),
+        )
+
+    def _chosen_ordinary(self, train_step, loss):
+        always = self.dense_gradients == "always"
+        return self._ordinary_step(
+            _densely(train_step) if always else train_step
         )
 
     # In the graph.
