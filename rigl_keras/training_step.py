@@ -544,12 +544,14 @@ class StepUpdate(keras.callbacks.Callback):
         with_updates.mask_update = self
         model.train_step = with_updates
         make = functools.partial(make_train_function, force=True)
-        if replicas.is_distributed(model):
-            make = self._choosing_together(make_train_function, with_logs)
-        elif model.jit_compile and model.steps_per_execution == 1:
-            # Within a `tf.cond` XLA computes convolutions on CPUs with one
-            # thread: a step would take four times as long.
-            make = self._choosing(make_train_function, with_logs)
+        together = replicas.is_distributed(model)
+        # Within a `tf.cond` XLA computes convolutions on CPUs with one thread:
+        # a step would take four times as long.
+        alone = model.jit_compile and model.steps_per_execution == 1
+        if together or alone:
+            make = self._choosing(
+                make_train_function, with_logs, together=together
+            )
         make()
 
         def next_fit(force=False):
@@ -581,53 +583,54 @@ class StepUpdate(keras.callbacks.Callback):
         weights = sum(math.prod(m.mask.shape) for m in self.masked)
         return tf.cast(tf.reduce_sum(counts) / weights, tf.float32)
 
-    def _choosing(self, make_train_function, with_logs):
-        def update(train_step, loss):
-            with self._updating([], loss):
-                return self._counted_step(_densely(train_step))
-
-        return replicas.choosing(
-            self.model,
-            make_train_function,
-            ordinary=with_logs(self._chosen_ordinary),
-            update=with_logs(update),
-            is_due=self.is_gathered,
-            updating=contextlib.nullcontext,
-        )
-
-    def _choosing_together(self, make_train_function, with_logs):
+    def _choosing(self, make_train_function, with_logs, *, together):
         applied = []
 
-        # The loss of an update's batch is not watched: each replica has a
-        # part of it.
+        def ordinary(train_step, loss):
+            return self._ordinary_step(self._as_ordinary(train_step))
+
+        # Replicas are traced side by side, so that the host exchanges the
+        # optimizer's part for all of them. The loss is not watched there:
+        # each replica has a part of the batch.
         def update(train_step, loss):
-            return self._counted_step(_densely(train_step))
+            alone = (
+                contextlib.nullcontext()
+                if together
+                else (self._updating([], loss))
+            )
+            with alone:
+                return self._counted_step(_densely(train_step))
+
+        def updating():
+            return (
+                self._updating(applied)
+                if together
+                else (contextlib.nullcontext())
+            )
 
         return replicas.choosing(
             self.model,
             make_train_function,
-            ordinary=with_logs(self._chosen_ordinary),
+            ordinary=with_logs(ordinary),
             update=with_logs(update),
-            is_due=self.is_due,
-            updating=lambda: self._updating(applied),
-        )
-
-    def _chosen_ordinary(self, train_step, loss):
-        always = self.dense_gradients == "always"
-        return self._ordinary_step(
-            _densely(train_step) if always else train_step
+            is_due=self.is_gathered,
+            updating=updating,
         )
 
     # In the graph.
 
     def _step_or_update(self, train_step, loss=None):
         """Runs a training step, or an update in place of its optimizer."""
-        always = self.dense_gradients == "always"
         return self._either(
-            ordinary=_densely(train_step) if always else train_step,
+            ordinary=self._as_ordinary(train_step),
             dense=_densely(train_step),
             loss=loss,
         )
+
+    def _as_ordinary(self, train_step):
+        """Returns a training step with the gradients of most steps."""
+        always = self.dense_gradients == "always"
+        return _densely(train_step) if always else train_step
 
     def _either(self, ordinary, dense, *, loss=None, by_hand=False):
         """Runs an ordinary step, or one whose gradients count for an update."""
