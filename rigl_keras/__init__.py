@@ -65,6 +65,7 @@ from rigl_keras.callbacks import (  # noqa: E402
 from rigl_keras.conventions import ORIGINAL, REPORT, Conventions  # noqa: E402
 from rigl_keras.diagnostics import TopologyDiagnostics  # noqa: E402
 from rigl_keras.export import export  # noqa: E402
+from rigl_keras.export_report import ExportReport, check_export  # noqa: E402
 from rigl_keras.flops import count, training_flops  # noqa: E402
 from rigl_keras.layers import Masked, dense_gradients  # noqa: E402
 from rigl_keras.schedules import SparsityRamp  # noqa: E402
@@ -87,6 +88,7 @@ __all__ = [
     "SET",
     "SNFS",
     "Conventions",
+    "ExportReport",
     "MagnitudePruning",
     "MaskUpdate",
     "Masked",
@@ -94,6 +96,7 @@ __all__ = [
     "SparsityRamp",
     "StepUpdate",
     "TopologyDiagnostics",
+    "check_export",
     "conventions",
     "count",
     "dense_gradients",

@@ -1,62 +1,34 @@
-"""A finished model to a SavedModel that plain TensorFlow loads.
+"""A finished model to an artefact that is small, checked and measured."""
 
-Each masked kernel is stored as its values and one bit an entry, and put
-together once, when the SavedModel is loaded; a call then reads a ready dense
-kernel. Nothing of this package is needed to load or to serve it.
-"""
-
-import dataclasses
-import hashlib
 import math
 import os
-import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import keras
 import numpy as np
-import tensorflow as tf
 
-from rigl_keras.layers import Masked
-from rigl_keras.maskable import is_graph, kernel_at
-from rigl_keras.sparsify import (
-    input_structure,
-    leaf_layers,
-    masked_layers,
-    strip,
+from rigl_keras import artefacts, compaction, serving, timing, writing
+from rigl_keras.arguments import choice
+from rigl_keras.export_report import (
+    REPORT,
+    ExportReport,
+    size_of,
+    write_report,
 )
+from rigl_keras.flops import count
+from rigl_keras.sparsify import masked_layers, named_kernels, trained_weights
 
-__all__ = ["ExportReport", "export"]
+__all__ = ["TOLERANCES", "export"]
 
-_TOLERANCE = 1e-5
+# By how much outputs may differ, in units of the largest (or of 1, where that
+# is less), by the precision that is computed in. Half precision has 8 to 11
+# bits; what int8 loses depends on the network, and more is no rounding.
+TOLERANCES = {"float32": 1e-5, "float16": 2e-2, "int8": 0.25}
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ExportReport:
-    """What an export wrote.
-
-    Attributes:
-        path: Folder of the SavedModel.
-        variable_bytes: Size of its weights on disk.
-        dense_bytes: Size of the same weights stored dense, 4 bytes each.
-        density: Fraction of the masked weights that is stored.
-        max_difference: Largest difference between the outputs of the
-            SavedModel, loaded back, and those of the model, on random inputs,
-            in units of the largest output (or of 1, where that is less).
-    """
-
-    path: str
-    variable_bytes: int
-    dense_bytes: int
-    density: float
-    max_difference: float
-
-    def __str__(self) -> str:
-        return (
-            f"{self.path}: {self.variable_bytes / 1e6:.2f} MB of weights, "
-            f"{self.variable_bytes / self.dense_bytes:.3f}x dense, at density "
-            f"{self.density:.4f}; outputs differ by {self.max_difference:.1e}"
-        )
+_BATCHES = (1, 32)  # of which the latency is measured
+_SECONDS = 4.0  # that each of these measurements may take
 
 
 def export(
@@ -64,230 +36,401 @@ def export(
     path: str | os.PathLike,
     *,
     format: str = "saved_model",
+    fold_batch_norm: bool = False,
+    remove_dead_units: bool = False,
+    quantization: str | None = None,
+    inputs=None,
+    measure: bool = True,
     overwrite: bool = False,
 ) -> ExportReport:
-    """Writes a masked model as a SavedModel with sparse kernels.
+    """Writes a model for inference, small on disk and checked.
 
-    The SavedModel has the signature `serving_default`, with the model's
-    inputs by name and any batch size, and one output for each of the model's
-    (`output_0`, `output_1`, ...). It is loaded back and compared with the
-    model before it takes its place at `path`.
+    1. The model is refused if it holds NaNs, or weights outside its masks.
+    2. Batch norms are folded and dead units removed, where asked for
+       (`compaction`).
+    3. The artefact is written beside `path`, loaded back, and compared with
+       the model on random inputs, and on those given.
+    4. It is measured against a dense SavedModel of the same model: size,
+       time to load, and latency, by calls that alternate.
+    5. It takes its place at `path`, with the report as `export.json`. An
+       error at any point leaves `path` as it was.
+
+    A SavedModel loads with TensorFlow alone and has the signature
+    `serving_default`, with the inputs of the model by name, any batch size,
+    and its outputs: by the keys of a dict, else `output_0`, `output_1`, ...
+    Its kernels become dense again when it is loaded, so that a call costs
+    what it costs in the dense model; the other formats are those of
+    `artefacts.write`.
 
     Args:
-        model: A model with masked layers.
+        model: A masked model of any kind, or one that `strip` returned.
         path: Folder to write.
-        format: `"saved_model"`.
-        overwrite: Whether a folder at `path` may be replaced.
+        format: `"saved_model"`; `"tflite"`, `"onnx"` or `"keras"`, of which
+            the folder holds a file `model.tflite`, `model.onnx` or
+            `model.keras`.
+        fold_batch_norm: Whether batch norms become part of the layer before
+            them, where the graph allows.
+        remove_dead_units: Whether units without a connection to the input or
+            the output are removed, and layers get smaller.
+        quantization: Of `"tflite"`: `"float16"`, or `"int8"`, which needs
+            `inputs`. None: float32.
+        inputs: Examples on which the outputs are compared too, in the
+            structure on which the model is called. Under `"int8"` they
+            calibrate the ranges of activations, and a hundred or more should
+            be typical of what is served.
+        measure: Whether sizes, load time and latency of the dense SavedModel
+            are measured. False is quicker.
+        overwrite: Whether an earlier export at `path` may be replaced.
 
     Returns:
         An `ExportReport`.
 
     Raises:
-        ValueError: The model has no masks or holds NaNs or weights outside
-            its masks, `path` exists, the format is unknown, or the written
-            model disagrees with the one in memory. Nothing is written then.
+        ValueError: An argument is wrong, `path` exists, or the model cannot
+            be exported or disagrees with what was written.
+        DiskFullError: There is no room.
 
     Example:
 
     >>> print(export(model, "exported/"))
     >>> tf.saved_model.load("exported/").signatures["serving_default"]
     """
-    if format != "saved_model":
-        raise ValueError(
-            f"format must be 'saved_model'. Received: format={format!r}."
-        )
+    _check_arguments(format, quantization, inputs)
     target = Path(path)
-    if target.exists() and not overwrite:
+    _check_target(target, overwrite)
+    _check_weights(model)
+    signature = serving.signature_of(model, inputs)
+    examples = _examples(signature, inputs, quantization)
+    wanted = [serving.outputs_of(model, signature, x) for x in examples]
+    if not all(np.isfinite(y).all() for w in wanted for y in w.values()):
+        raise ValueError(
+            f"Model {model.name!r} computes NaN or infinite outputs: a model "
+            "like this is not exported."
+        )
+    notes = []
+    small, folded, removed = model, (), {}
+    if remove_dead_units:
+        small, removal = compaction.remove_dead_units(small)
+        removed = removal.units
+    if fold_batch_norm:
+        small, folding = compaction.fold_batch_norm(small)
+        folded = tuple(folding.folded)
+        notes += [f"{n} is kept: {why}" for n, why in folding.kept.items()]
+    with (
+        writing.set_aside(target) as folder,
+        tempfile.TemporaryDirectory() as scratch,
+    ):
+        tolerance = _tolerance(model, quantization)
+        try:
+            difference, conceded = _write_and_compare(
+                small,
+                signature,
+                folder,
+                format,
+                quantization,
+                examples,
+                wanted,
+                tolerance,
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"Model {model.name!r} cannot be exported as {format}: {error}"
+                + _way_out(fold_batch_norm, quantization)
+                + f" Nothing was written to {str(target)!r}."
+            ) from error
+        notes += conceded
+        if measure:
+            dense = Path(scratch) / "dense"
+            artefacts.write(
+                model, signature, dense, "saved_model", sparse=False
+            )
+            measured = _measured(folder, dense, format, signature, wanted[0])
+        else:
+            measured = {}
+        report = ExportReport(
+            path=str(target),
+            format=format,
+            quantization=quantization,
+            bytes=size_of(folder),
+            variable_bytes=_variable_bytes(folder, format),
+            **_accounts(model, small),
+            max_difference=difference,
+            tolerance=tolerance,
+            **measured,
+            folded=folded,
+            removed=removed,
+            notes=tuple(notes),
+        )
+        write_report(report, folder)
+    return report
+
+
+def _check_arguments(format, quantization, inputs):
+    choice("format", format, tuple(artefacts.FORMATS))
+    choice("quantization", quantization, (None, *artefacts.QUANTIZATIONS))
+    if format is None:
+        choice("format", "None", tuple(artefacts.FORMATS))
+    artefacts.check_installed(format)
+    if quantization is not None and format != "tflite":
+        raise ValueError(
+            f"quantization={quantization!r} is of format='tflite'. Received: "
+            f"format={format!r}."
+        )
+    if quantization == "int8" and inputs is None:
+        raise ValueError(
+            "quantization='int8' reads the ranges of activations from typical "
+            "examples. Pass inputs, a hundred or more."
+        )
+
+
+def _check_target(target, overwrite):
+    file = target.suffix.removeprefix(".")
+    if file in artefacts.FORMATS:
+        raise ValueError(
+            f"path is the folder that is written, and the file in it is named "
+            f"{artefacts.FORMATS[file].file}. Received: path={str(target)!r}. "
+            f"Pass {str(target.with_suffix(''))!r}."
+        )
+    if not target.exists() and not target.is_symlink():
+        return
+    if not overwrite:
         raise ValueError(
             f"{str(target)!r} exists. Pass overwrite=True to replace it, or "
             "another path."
         )
-    _check_weights(model)
-    if not is_graph(model):
+    is_export = (target / REPORT).is_file()
+    if not is_export and not (target / "saved_model.pb").is_file():
         raise ValueError(
-            f"Model {model.name!r} is subclassed, and export takes Sequential "
-            "and Functional models: it builds a graph of inputs and outputs. "
-            "strip(model).export(path) writes a dense SavedModel."
-        )
-    served = _Served(model)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        written = Path(folder) / "saved_model"
-        tf.saved_model.save(served, str(written), signatures=served.signature)
-        difference = _difference(model, written)
-        if not difference <= _TOLERANCE:
-            raise ValueError(
-                "The SavedModel, loaded back, disagrees with the model: its "
-                f"outputs differ by {difference:.1e}, more than {_TOLERANCE}. "
-                f"Nothing was written to {str(target)!r}."
-            )
-        if target.exists():
-            shutil.rmtree(target)
-        written.replace(target)
-    masks = [layer.mask.numpy() for layer in masked_layers(model)]
-    return ExportReport(
-        path=str(target),
-        variable_bytes=sum(
-            file.stat().st_size for file in (target / "variables").iterdir()
-        ),
-        dense_bytes=4 * served.size,
-        density=float(sum(m.sum() for m in masks) / sum(m.size for m in masks)),
-        max_difference=difference,
-    )
-
-
-class _SparseKernel(tf.saved_model.experimental.TrackableResource):
-    """A dense kernel, made of its values and a bitmask when it is loaded.
-
-    It is never destroyed while the process lives: whoever keeps only a
-    signature of a loaded model would find its kernels gone. A model that is
-    loaded again finds its kernels there, and shares them.
-    """
-
-    def __init__(self, kernel: np.ndarray, mask: np.ndarray):
-        super().__init__()
-        kept = mask.ravel() > 0
-        self._shape = kernel.shape
-        # Handles of one name are one variable in a process: kernels that
-        # differ must differ in name, also between exports.
-        content = b"".join(
-            [repr((kernel.shape, kernel.dtype)).encode(), kernel.tobytes()]
-        )
-        self._name = f"rigl_keras_{hashlib.sha256(content).hexdigest()}"
-        self._values = tf.Variable(kernel.ravel()[kept], trainable=False)
-        self._bits = tf.Variable(np.packbits(kept), trainable=False)
-        # What is saved; the owner tracks it, as a resource tracks nothing.
-        self.stored = [self._values, self._bits]
-        self._initialize()
-
-    def _create_resource(self):
-        return tf.raw_ops.VarHandleOp(
-            dtype=self._values.dtype,
-            shape=self._shape,
-            shared_name=self._name,
-        )
-
-    def _initialize(self):
-        # The first entry is the highest bit, as numpy packs them.
-        shifts = tf.constant([7, 6, 5, 4, 3, 2, 1, 0], tf.uint8)
-        bits = tf.bitwise.right_shift(self._bits[:, tf.newaxis], shifts) & 1
-        kept = tf.where(tf.reshape(bits, [-1]) > 0)
-        kernel = tf.scatter_nd(
-            kept, self._values, tf.constant([math.prod(self._shape)], tf.int64)
-        )
-        tf.raw_ops.AssignVariableOp(
-            resource=self.resource_handle,
-            value=tf.reshape(kernel, self._shape),
-        )
-
-    def read(self) -> tf.Tensor:
-        return tf.ensure_shape(
-            tf.raw_ops.ReadVariableOp(
-                resource=self.resource_handle, dtype=self._values.dtype
-            ),
-            self._shape,
-        )
-
-
-class _Served(tf.Module):
-    """What is saved: sparse kernels, the other weights and a signature."""
-
-    def __init__(self, model):
-        super().__init__()
-        plain = strip(model)
-        self.kernels, replaced = [], []
-        # A copy lists its layers in the order of the original.
-        for layer, copy in zip(
-            leaf_layers(model), leaf_layers(plain), strict=True
-        ):
-            # A mask of ones would cost a bit an entry and save nothing.
-            if not isinstance(layer, Masked):
-                continue
-            for masked in layer.masked_kernels():
-                if masked.density == 1:
-                    continue
-                kernel = kernel_at(copy, masked.found.path).variable
-                self.kernels.append(
-                    _SparseKernel(kernel.numpy(), masked.mask.numpy())
-                )
-                replaced.append(kernel)
-        self.stored = [v for kernel in self.kernels for v in kernel.stored]
-        self.others = [
-            v.value
-            for v in plain.weights
-            if all(v is not kernel for kernel in replaced)
-        ]
-        self.size = sum(math.prod(v.shape) for v in plain.weights)
-        structure = input_structure(plain)
-
-        # The model is held by the function alone: as an attribute it would be
-        # saved, with its dense kernels.
-        @tf.function
-        def serve(**inputs):
-            flat = [inputs[t.name] for t in plain.inputs]
-            kernels = [kernel.read() for kernel in self.kernels]
-            with keras.StatelessScope(
-                state_mapping=list(zip(replaced, kernels, strict=True))
-            ):
-                outputs = plain(
-                    tf.nest.pack_sequence_as(structure, flat), training=False
-                )
-            return {
-                f"output_{i}": output
-                for i, output in enumerate(tf.nest.flatten(outputs))
-            }
-
-        self.signature = serve.get_concrete_function(
-            **{
-                t.name: tf.TensorSpec((None, *t.shape[1:]), t.dtype, t.name)
-                for t in plain.inputs
-            }
+            f"{str(target)!r} is not an export, and overwrite=True replaces "
+            "exports only. Delete it yourself, or pass another path."
         )
 
 
 def _check_weights(model):
-    if not masked_layers(model):
+    if not isinstance(model, keras.Model) or not model.built:
         raise ValueError(
-            f"Model {model.name!r} has no masked layer. Keras exports a dense "
-            "model: model.export(path)."
+            "export takes a built Keras model. Received: "
+            f"{getattr(model, 'name', model)!r}."
         )
     for variable in model.weights:
-        if not np.all(np.isfinite(variable.numpy())):
+        values = variable.numpy()
+        if variable.dtype != "string" and not np.all(
+            np.isfinite(values.astype(np.float64))
+        ):
             raise ValueError(
                 f"Weight {variable.path!r} holds NaN or infinite values: a "
                 "model like this is not exported."
             )
     for layer in masked_layers(model):
-        outside = layer.kernel.numpy()[layer.mask.numpy() == 0]
+        mask = layer.mask.numpy()
+        if not np.isin(mask, [0, 1]).all():
+            raise ValueError(
+                f"The mask of layer {layer.name!r} holds other values than "
+                "zeros and ones: it is damaged."
+            )
+        outside = layer.kernel.numpy()[mask == 0]
         if outside.any():
             raise ValueError(
                 f"Layer {layer.name!r} holds {np.count_nonzero(outside)} "
                 "weights outside its mask. layer.assign_mask(layer.mask) "
                 "removes them."
             )
-
-
-def _difference(model, path):
-    """Returns how far the written model is from the one in memory."""
-    served = tf.saved_model.load(str(path)).signatures["serving_default"]
-    draw = np.random.default_rng(0)
-    inputs = {
-        t.name: draw.standard_normal((2, *(d or 8 for d in t.shape[1:])))
-        for t in model.inputs
-    }
-    inputs = {t.name: tf.cast(inputs[t.name], t.dtype) for t in model.inputs}
-    structure = input_structure(model)
-    wanted = tf.nest.flatten(
-        model(
-            tf.nest.pack_sequence_as(structure, list(inputs.values())),
-            training=False,
+    if not masked_layers(model) and not serving.served_kernels(model):
+        raise ValueError(
+            f"Model {model.name!r} has no masked layer, and no kernel with "
+            "zeros enough to leave out. Keras exports a dense model: "
+            "model.export(path)."
         )
+
+
+def _examples(signature, inputs, quantization):
+    """Returns what outputs are compared on: inputs by name, those given last.
+
+    Random inputs are of two batch sizes, to see that both can be served. An
+    int8 model knows the ranges of what it was calibrated on, and nothing else.
+    """
+    given = [] if inputs is None else [signature.named(inputs)]
+    if quantization == "int8":
+        return given
+    try:
+        drawn = [signature.random(n, seed=n) for n in (1, 3)]
+    except ValueError:
+        if not given:
+            raise
+        return given
+    return [*drawn[signature.batch_size is not None :], *given]
+
+
+def _tolerance(model, quantization):
+    if quantization is not None:
+        return TOLERANCES[quantization]
+    half = any(
+        "16" in (layer.compute_dtype or "") for layer in model._flatten_layers()
     )
-    got = served(**inputs)
-    return max(
-        float(
-            np.max(np.abs(got[f"output_{i}"] - want))
-            / max(1.0, np.max(np.abs(want)))
+    return TOLERANCES["float16" if half else "float32"]
+
+
+def _write_and_compare(
+    model,
+    signature,
+    folder,
+    format,
+    quantization,
+    examples,
+    wanted,
+    tolerance,
+):
+    """Writes an artefact whose outputs, loaded back, are those wanted.
+
+    Returns:
+        `(difference, notes)`: the largest difference, and what was given up
+        to get there.
+
+    Raises:
+        ValueError: No way of writing it agrees, with the reason.
+    """
+    failures = []
+    for options, given_up in [({}, ""), *artefacts.FORMATS[format].concessions]:
+        try:
+            artefacts.write(
+                model,
+                signature,
+                folder,
+                format,
+                quantization=quantization,
+                calibration=examples[-1] if quantization == "int8" else None,
+                **options,
+            )
+            run = artefacts.load(folder, format, signature, list(wanted[0]))
+            difference = max(
+                _difference(run(arrays), outputs)
+                for arrays, outputs in zip(examples, wanted, strict=True)
+            )
+        except (RuntimeError, ValueError) as error:
+            failures.append(str(error).splitlines()[0])
+            continue
+        if difference <= tolerance:
+            if not failures:
+                return difference, []
+            return difference, [f"{given_up}, because {failures[0]}"]
+        failures.append(
+            f"the file, loaded back, disagrees with the model: its outputs "
+            f"differ by {difference:.1e} of the largest, more than "
+            f"{tolerance:.0e}."
         )
-        for i, want in enumerate(wanted)
+    raise ValueError(failures[0])
+
+
+def _difference(got, wanted):
+    """Returns how far outputs are from others, over the largest of these."""
+    differences = []
+    for name, want in wanted.items():
+        want = want.astype(np.float64)
+        if got[name].shape != want.shape:
+            return math.inf
+        if want.size:
+            difference = np.abs(got[name].astype(np.float64) - want)
+            scale = max(1.0, np.max(np.abs(want)))
+            differences.append(float(np.max(difference) / scale))
+    # Not max, which may pass over a NaN.
+    return float(np.max(differences, initial=0.0))
+
+
+def _way_out(folded, quantization):
+    if quantization == "int8":
+        return (
+            " Pass more, and more typical, inputs, or quantization='float16'."
+        )
+    return " Pass fold_batch_norm=False." if folded else ""
+
+
+def _measured(folder, dense, format, signature, wanted):
+    """Returns sizes and times of an artefact and of the dense SavedModel."""
+    sides = {
+        "ours": lambda: artefacts.load(folder, format, signature, list(wanted)),
+        "dense": lambda: artefacts.load(
+            dense, "saved_model", signature, list(wanted)
+        ),
+    }
+    loading = timing.interleaved(
+        sides, rounds=_rounds(sides, at_least=3, at_most=9)
+    )
+    run, run_dense = sides["ours"](), sides["dense"]()
+    latency, dense_latency = {}, {}
+    for batch in _BATCHES:
+        if signature.batch_size not in (None, batch):
+            continue
+        try:
+            x = signature.random(batch)
+        except ValueError:  # strings cannot be drawn
+            continue
+        calls = {"ours": lambda: run(x), "dense": lambda: run_dense(x)}  # noqa: B023
+        seconds = timing.interleaved(
+            calls, rounds=_rounds(calls, at_least=5, at_most=200)
+        )
+        latency[batch] = seconds["ours"]
+        dense_latency[batch] = seconds["dense"]
+    return {
+        "gzip_bytes": size_of(folder, compressed=True),
+        "dense_bytes": size_of(dense),
+        "dense_gzip_bytes": size_of(dense, compressed=True),
+        "dense_variable_bytes": _variable_bytes(dense, "saved_model"),
+        "load_seconds": loading["ours"],
+        "dense_load_seconds": loading["dense"],
+        "latency": latency,
+        "dense_latency": dense_latency,
+    }
+
+
+def _rounds(sides: dict[str, Callable[[], object]], **bounds):
+    return timing.rounds_within(_SECONDS, sides, **bounds)
+
+
+def _variable_bytes(folder, format):
+    if format == "saved_model":
+        folder = folder / "variables"
+    return size_of(folder)
+
+
+def _accounts(model, small):
+    """Returns what a model costs, and what it costs as it is exported."""
+    masked = masked_layers(model)
+    kernels = [m.kernel.numpy() for m in masked] or [
+        kernel.variable.numpy() for kernel in named_kernels(model).values()
+    ]
+    weights = sum(kernel.size for kernel in kernels)
+    ones = sum(int(np.count_nonzero(m.mask.numpy())) for m in masked) or sum(
+        int(np.count_nonzero(kernel)) for kernel in kernels
+    )
+    trained = trained_weights(model)
+    try:
+        dense_flops = count(model).dense_inference_flops
+        flops = _flops(small)
+    except ValueError:  # an axis of the input is free
+        dense_flops = flops = None
+    return {
+        "density": ones / weights,
+        "parameters": sum(math.prod(v.shape) for v in trained),
+        "nonzeros": sum(
+            int(np.count_nonzero(v.numpy()))
+            if len(v.shape) > 1
+            else math.prod(v.shape)
+            for v in trained_weights(small)
+        ),
+        "inference_flops": flops,
+        "dense_inference_flops": dense_flops,
+    }
+
+
+def _flops(model):
+    """Returns the cost of one sample by the weights that are not zero."""
+    masked = masked_layers(model).named
+    kernels = {name: m.kernel for name, m in masked.items()}
+    kernels |= {n: k.variable for n, k in named_kernels(model).items()}
+    return sum(
+        layer.flops_at(
+            np.count_nonzero(kernels[layer.name].numpy())
+            / math.prod(layer.shape)
+        )
+        for layer in count(model).layers
     )

@@ -20,14 +20,15 @@ from rigl_keras.maskable import (
     Kernel,
     einsum_axes,
     find_kernels,
-    is_graph,
     step_to,
 )
 from rigl_keras.sparsify import (
     aligned,
+    call_model,
     input_structure,
     leaf_layers,
     named_layers,
+    trained_weights,
 )
 
 __all__ = [
@@ -231,14 +232,7 @@ def count(model: keras.Model, *, convention: str = "micronet") -> Count:
         if id(place.kernel.variable) in positions
     )
     counted = {id(place.kernel.variable) for place in places} & set(positions)
-    # What is frozen counts as well; batch statistics and masks do not.
-    trained = {
-        id(v): v
-        for leaf in leaves
-        for part in leaf._flatten_layers()
-        for v in part._trainable_variables
-    }
-    parameters = sum(math.prod(v.shape) for v in trained.values())
+    parameters = sum(math.prod(v.shape) for v in trained_weights(model))
     masked = [
         (place.mask.shape, int(np.count_nonzero(place.mask.numpy())))
         for place in places
@@ -552,14 +546,10 @@ def _positions(model, leaves, places) -> dict[int, int]:
     }
     calls = {id(caller): [] for caller in callers.values()}
 
-    by_name = not is_graph(model) and "shapes_dict" in model.get_build_config()
-
     def trace(x):
         # Penalties of activities go to the scope, not to the model.
         with keras.StatelessScope(collect_losses=True):
-            if by_name:
-                return model(**x, training=False)
-            return model(x, training=False)
+            return call_model(model, x)
 
     # A call forgets the losses of the one before.
     losses = [(part, list(part._losses)) for part in model._flatten_layers()]

@@ -16,12 +16,14 @@ from rigl_keras.maskable import Kernel, find_kernels, kernel_at
 __all__ = [
     "GRANULARITIES",
     "KernelMask",
+    "KernelScope",
     "Masked",
     "MaskedKernel",
     "MaskProjection",
     "called_kernels",
     "check_granularity",
     "dense_gradients",
+    "masks_applied",
     "show_to_tensorflow",
     "zero_outside",
 ]
@@ -30,6 +32,7 @@ GRANULARITIES = ("element", "kernel")
 
 _dense_gradients = contextvars.ContextVar("dense_gradients", default=False)
 _called = contextvars.ContextVar("called", default=None)
+_masks_applied = contextvars.ContextVar("masks_applied", default=False)
 
 
 def check_granularity(granularity: str) -> None:
@@ -60,6 +63,20 @@ def dense_gradients() -> Iterator[None]:
         yield
     finally:
         _dense_gradients.reset(token)
+
+
+@contextlib.contextmanager
+def masks_applied() -> Iterator[None]:
+    """Within the context, masked layers use kernels as they are.
+
+    For inference, whose kernels are zero outside their masks: the product
+    would be the kernel again, and the mask one more array to keep.
+    """
+    token = _masks_applied.set(True)
+    try:
+        yield
+    finally:
+        _masks_applied.reset(token)
 
 
 def zero_outside(mask: keras.Variable, tensor) -> tf.Tensor:
@@ -183,6 +200,8 @@ class KernelMask:
         if kernel is None:
             kernel = self.kernel.value
         kernel = tf.convert_to_tensor(kernel)
+        if _masks_applied.get():
+            return kernel
         mask = tf.cast(self.mask.value, kernel.dtype)
         return _product(kernel, mask, _dense_gradients.get())
 
@@ -339,7 +358,7 @@ class Masked(KernelMask, keras.layers.Wrapper):
         return super().__call__(*args, **kwargs)
 
     def _call_masked(self, *args, **kwargs):
-        with _KernelScope() as scope:
+        with KernelScope() as scope:
             for masked in self.masked_kernels():
                 kernel = scope.value_outside(masked.kernel)
                 scope.give(masked.kernel, masked.masked_kernel(kernel))
@@ -421,7 +440,7 @@ class Masked(KernelMask, keras.layers.Wrapper):
 _OF_ONE_KERNEL = ("density", "found", "kernel", "mask")
 
 
-class _KernelScope(keras.StatelessScope):
+class KernelScope(keras.StatelessScope):
     """A scope that gives kernels other values, and keeps what is assigned.
 
     All else is as it is outside, where another scope may be (stateless_call).

@@ -29,6 +29,7 @@ from rigl_keras.surgery import exchange, leaf_layers, release
 __all__ = [
     "MaskedLayers",
     "aligned",
+    "call_model",
     "chosen_kernels",
     "input_structure",
     "leaf_layers",
@@ -38,6 +39,7 @@ __all__ = [
     "named_layers",
     "sparsify",
     "strip",
+    "trained_weights",
     "with_masks",
 ]
 
@@ -515,6 +517,41 @@ def input_structure(model: keras.Model):
             "called on. Build it by model.build(input_shape)."
         )
     return _symbols(shapes, model.compute_dtype)
+
+
+def call_model(model: keras.Model, inputs):
+    """Returns a model's outputs in inference.
+
+    Args:
+        model: A built model.
+        inputs: Tensors in the structure of `input_structure`.
+
+    Returns:
+        What the model returns.
+    """
+    # Keras names what a model is built with, if its `call` takes several.
+    if not is_graph(model) and "shapes_dict" in (
+        model.get_build_config() or {}
+    ):
+        return model(**inputs, training=False)
+    return model(inputs, training=False)
+
+
+def trained_weights(model: keras.Model) -> list[keras.Variable]:
+    """Returns the weights that training changes, those that are frozen too.
+
+    Args:
+        model: A built model, masked or not.
+
+    Returns:
+        Each once; masks, statistics and states are not among them.
+    """
+    trained = {
+        id(variable): variable
+        for layer in model._flatten_layers()
+        for variable in layer._trainable_variables
+    }
+    return list(trained.values())
 
 
 def _symbols(shapes, dtype):

@@ -19,31 +19,9 @@ import tensorflow as tf
 import rigl_keras
 from rigl_keras import topology
 from rigl_keras.experiments import data
+from rigl_keras.timing import interleaved
 
 __all__ = ["input_pipeline", "mask_update", "training_step"]
-
-
-def interleaved(
-    sides: dict[str, Callable[[], None]], *, rounds: int
-) -> dict[str, float]:
-    """Returns the median seconds of each side, run in turn.
-
-    Args:
-        sides: `{name: what to time}`; each is run once before, untimed.
-        rounds: How often each is timed, at least 1.
-
-    Returns:
-        `{name: median seconds}`.
-    """
-    for run in sides.values():
-        run()
-    seconds = {name: [] for name in sides}
-    for _ in range(rounds):
-        for name, run in sides.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: float(np.median(s)) for name, s in seconds.items()}
 
 
 def training_step(

@@ -8,7 +8,8 @@ from absl import app, flags
 
 import gin
 from rigl_keras.experiments import config, data, devices
-from rigl_keras.experiments.run_directory import DiskFullError, RunDirectory
+from rigl_keras.experiments.run_directory import RunDirectory
+from rigl_keras.writing import DiskFullError
 
 __all__ = ["main", "run", "table"]
 

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import errno
+import functools
 import io
 import json
 import os
@@ -17,11 +18,11 @@ import numpy as np
 import tensorflow as tf
 
 import rigl_keras
+from rigl_keras import writing
 from rigl_keras.experiments import devices
 
 __all__ = [
     "Checkpoints",
-    "DiskFullError",
     "EarlierRun",
     "KeepWeights",
     "Metrics",
@@ -39,27 +40,16 @@ _UNREADABLE = (
     ValueError,
 )
 
+# A full disk is an error that names the file.
+_naming = functools.partial(
+    writing.naming,
+    advice="The last checkpoint is intact. Make room, then pass --resume to "
+    "continue.",
+)
+
 # Before the name of a folder of files that are being written. A run that is
 # killed leaves it, and the next one removes it.
 _UNFINISHED = ".unfinished-"
-
-
-class DiskFullError(OSError):
-    """A file of a run could not be written, for want of space.
-
-    What was written before is intact, so that the run can be resumed.
-
-    Args:
-        path: The file, or the folder that it is in.
-        reason: What the system says.
-    """
-
-    def __init__(self, path: str | os.PathLike, reason: str):
-        super().__init__(
-            f"The disk is full: {str(path)!r} could not be written "
-            f"({reason}). The last checkpoint is intact. Make room, then pass "
-            "--resume to continue."
-        )
 
 
 class RunDirectory:
@@ -592,20 +582,6 @@ def _remove_checkpoint(path):
     for part in (".index", ".data-*"):
         for file in path.parent.glob(path.name + part):
             file.unlink()
-
-
-@contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Within the context, a full disk is an error that names `path`."""
-    try:
-        yield
-    except (OSError, RuntimeError, tf.errors.OpError) as error:
-        # TensorFlow and HDF5 tell by their message alone.
-        for code in (errno.ENOSPC, errno.EDQUOT):
-            reason = os.strerror(code)
-            if getattr(error, "errno", None) == code or reason in str(error):
-                raise DiskFullError(path, reason) from error
-        raise
 
 
 def _first_difference(stored, config):

@@ -1,0 +1,247 @@
+"""What an export wrote: sizes, speed, and files that can be checked again."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+__all__ = [
+    "REPORT",
+    "ExportReport",
+    "check_export",
+    "size_of",
+    "write_report",
+]
+
+REPORT = "export.json"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportReport:
+    """What an export wrote; printing it shows a table.
+
+    Attributes:
+        path: The folder that was written.
+        format: One of `artefacts.FORMATS`.
+        quantization: As in `export`.
+        bytes: Size of the artefact on disk.
+        gzip_bytes: The same, each file compressed by itself.
+        dense_bytes: Size of the dense SavedModel of the same model.
+        dense_gzip_bytes: The same, compressed.
+        variable_bytes: Of a SavedModel, size of its `variables` folder; of
+            other formats that of the artefact.
+        dense_variable_bytes: Of the dense SavedModel, likewise.
+        density: Fraction of the masked weights that is kept.
+        parameters: Trainable parameters of the dense model.
+        nonzeros: Parameters that are left: those of biases and
+            normalisation, and of kernels what is not zero.
+        inference_flops: Cost of one sample with what is left (`count`), None
+            where it cannot be counted.
+        dense_inference_flops: Cost of one sample of the dense model.
+        max_difference: Largest difference of the outputs from those of the
+            model, in units of the largest output (or of 1, where that is
+            less).
+        tolerance: What it may be at most.
+        load_seconds: Time to load the artefact.
+        dense_load_seconds: Time to load the dense SavedModel.
+        latency: `{batch size: seconds}` of one call.
+        dense_latency: The same of the dense SavedModel; the calls of both
+            alternate.
+        folded: Layers that a batch norm was folded into.
+        removed: `{layer: (units before, units after)}` of the layers from
+            which dead units were removed.
+        notes: What was not done, and why.
+        versions: Of the packages with which it was written.
+    """
+
+    path: str
+    format: str
+    quantization: str | None
+    bytes: int
+    gzip_bytes: int | None = None
+    dense_bytes: int | None = None
+    dense_gzip_bytes: int | None = None
+    variable_bytes: int
+    dense_variable_bytes: int | None = None
+    density: float
+    parameters: int
+    nonzeros: int
+    inference_flops: float | None
+    dense_inference_flops: float | None
+    max_difference: float
+    tolerance: float
+    load_seconds: float | None = None
+    dense_load_seconds: float | None = None
+    latency: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    dense_latency: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    folded: tuple[str, ...] = ()
+    removed: Mapping[str, tuple[int, int]] = dataclasses.field(
+        default_factory=dict
+    )
+    notes: tuple[str, ...] = ()
+    versions: Mapping[str, str] = dataclasses.field(
+        default_factory=lambda: _versions()
+    )
+
+    def __str__(self) -> str:
+        rows = [
+            ("on disk", self.bytes, self.dense_bytes, _megabytes),
+            ("  gzip", self.gzip_bytes, self.dense_gzip_bytes, _megabytes),
+            ("parameters", self.nonzeros, self.parameters, "{:,}".format),
+            (
+                "FLOPs for one sample",
+                self.inference_flops,
+                self.dense_inference_flops,
+                "{:,.0f}".format,
+            ),
+            (
+                "time to load",
+                self.load_seconds,
+                self.dense_load_seconds,
+                _milliseconds,
+            ),
+            *(
+                (
+                    f"latency at batch {batch}",
+                    self.latency[batch],
+                    self.dense_latency[batch],
+                    _milliseconds,
+                )
+                for batch in self.latency
+            ),
+        ]
+        cells = [("", "exported", "dense", "ratio")]
+        for label, ours, dense, shown in rows:
+            if ours is not None:
+                known = bool(dense)
+                cells.append(
+                    (
+                        label,
+                        shown(ours),
+                        shown(dense) if known else "",
+                        f"{ours / dense:.3f}x" if known else "",
+                    )
+                )
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        kind = self.format
+        if self.quantization:
+            kind += f", {self.quantization}"
+        lines = [f"{self.path}: {kind}, at density {self.density:.4f}"]
+        for label, *others in cells:
+            numbers = zip(others, widths[1:], strict=True)
+            lines.append(
+                "  ".join(
+                    [label.ljust(widths[0]), *(c.rjust(w) for c, w in numbers)]
+                ).rstrip()
+            )
+        lines.append(
+            f"outputs differ by {self.max_difference:.1e} of the largest, at "
+            f"most {self.tolerance:.0e} allowed"
+        )
+        if self.folded:
+            lines.append(f"batch norm folded into {len(self.folded)} layers")
+        if self.removed:
+            before, after = map(sum, zip(*self.removed.values(), strict=True))
+            lines.append(
+                f"dead units removed from {len(self.removed)} layers: "
+                f"{after:,} of their {before:,} units are left"
+            )
+        return "\n".join([*lines, *self.notes])
+
+
+def write_report(report: ExportReport, folder: Path) -> None:
+    """Writes a report, and what its files are, into their folder."""
+    content = {**dataclasses.asdict(report), "files": _digests(folder)}
+    (folder / REPORT).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def check_export(path: str | os.PathLike) -> ExportReport:
+    """Returns the report of an export whose files are all as they were written.
+
+    Args:
+        path: A folder that `export` has written, perhaps moved or copied.
+
+    Raises:
+        ValueError: It is no export, or a file of it is missing, cut short,
+            changed or not of it.
+
+    Example:
+
+    >>> check_export("exported/").bytes
+    """
+    folder = Path(path)
+    report = folder / REPORT
+    if not report.is_file():
+        raise ValueError(
+            f"{str(folder)!r} is not an export: it holds no {REPORT}."
+        )
+    try:
+        content = json.loads(report.read_text())
+        files = content.pop("files")
+        for name in ("latency", "dense_latency"):
+            content[name] = {int(n): s for n, s in content[name].items()}
+        content = ExportReport(**{**content, "path": str(folder)})
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{str(report)!r} is damaged, or no report of an export: {error}."
+        ) from error
+    found = _digests(folder)
+    for name in files.keys() | found.keys():
+        if files.get(name) == found.get(name):
+            continue
+        what = "has changed since it was written"
+        if name not in found:
+            what = "is missing"
+        elif name not in files:
+            what = "is not part of the export"
+        raise ValueError(
+            f"The export in {str(folder)!r} is damaged: {name} {what}. Export "
+            "the model again."
+        )
+    return content
+
+
+def _files(folder):
+    return [p for p in sorted(folder.rglob("*")) if p.is_file()]
+
+
+def size_of(folder: Path, *, compressed: bool = False) -> int:
+    """Returns the bytes of all files in a folder.
+
+    Args:
+        folder: The folder.
+        compressed: Whether each is compressed first.
+    """
+    files = _files(folder)
+    if compressed:
+        return sum(len(zlib.compress(file.read_bytes())) for file in files)
+    return sum(file.stat().st_size for file in files)
+
+
+def _digests(folder):
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(
+            file.read_bytes()
+        ).hexdigest()
+        for file in _files(folder)
+        if file != folder / REPORT
+    }
+
+
+def _versions():
+    return {
+        package: importlib.metadata.version(package)
+        for package in ("tensorflow", "keras", "numpy")
+    }
+
+
+def _megabytes(size):
+    return f"{size / 1e6:,.3f} MB"
+
+
+def _milliseconds(seconds):
+    return f"{1e3 * seconds:,.2f} ms"

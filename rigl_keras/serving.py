@@ -1,0 +1,323 @@
+"""What is served: a model as one function of named arrays, with its weights."""
+
+import dataclasses
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from rigl_keras.layers import KernelScope, masks_applied
+from rigl_keras.maskable import is_graph
+from rigl_keras.sparse_storage import SparseKernels, cheapest_encoding
+from rigl_keras.sparsify import (
+    call_model,
+    input_structure,
+    trained_weights,
+)
+
+__all__ = [
+    "Served",
+    "Signature",
+    "named_outputs",
+    "outputs_of",
+    "save",
+    "served_kernels",
+    "signature_of",
+]
+
+_FREE_AXIS = 8  # the length of an axis that is not known, in examples
+
+_COUNTED = re.compile(r"(keras_tensor|input_layer)(_\d+)?")
+
+
+@dataclasses.dataclass(frozen=True)
+class Signature:
+    """What a model is called on, by name.
+
+    Attributes:
+        structure: A `tf.TensorSpec`, or a list, tuple or dict of them, as the
+            model's call takes them.
+        inputs: `{name: spec}`, in the order in which `tf.nest` flattens the
+            structure. The batch size is free, unless the model's is fixed.
+        integers: Integers below which random inputs stay, for embeddings.
+    """
+
+    structure: object
+    inputs: dict[str, tf.TensorSpec]
+    integers: int
+
+    def pack(self, arrays: Mapping[str, object]):
+        """Returns named arrays in the structure of the call."""
+        return tf.nest.pack_sequence_as(
+            self.structure, [arrays[name] for name in self.inputs]
+        )
+
+    def named(self, examples) -> dict[str, np.ndarray]:
+        """Returns arrays in the structure of the call by their names.
+
+        Raises:
+            ValueError: They are not of this structure, type or shape.
+        """
+        flat = [examples]
+        if tf.nest.is_nested(self.structure):
+            try:
+                tf.nest.assert_same_structure(
+                    self.structure, examples, check_types=False
+                )
+            except (TypeError, ValueError) as error:
+                raise ValueError(
+                    "inputs must have the structure on which the model is "
+                    f"called, {self._shown()}. Received: "
+                    f"{type(examples).__name__}."
+                ) from error
+            flat = tf.nest.flatten(examples)
+        named = {}
+        for (name, spec), array in zip(self.inputs.items(), flat, strict=True):
+            array = np.asarray(array)
+            fits = spec.shape.is_compatible_with(array.shape)
+            dtype = spec.dtype.as_numpy_dtype
+            kinds = np.can_cast(array.dtype, dtype, "same_kind")
+            if not fits or not kinds or not len(array):
+                raise ValueError(
+                    f"The model's input {name!r} is {spec.dtype.name} of shape "
+                    f"{tuple(spec.shape)}, an example or more. Received: "
+                    f"{array.dtype} of shape {array.shape}."
+                )
+            named[name] = array.astype(dtype)
+        if len({len(array) for array in named.values()}) > 1:
+            raise ValueError(
+                "All inputs must hold as many examples. Received: "
+                f"{ {name: len(array) for name, array in named.items()} }."
+            )
+        return named
+
+    @property
+    def batch_size(self) -> int | None:
+        """The model's batch size, where it is fixed."""
+        sizes = {spec.shape[0] for spec in self.inputs.values()} - {None}
+        return next(iter(sizes), None)
+
+    def with_batch_size(self, size: int | None) -> "Signature":
+        """Returns the signature for one batch size, or itself for None."""
+        if size is None:
+            return self
+        inputs = {
+            name: tf.TensorSpec((size, *spec.shape[1:]), spec.dtype, name)
+            for name, spec in self.inputs.items()
+        }
+        return dataclasses.replace(
+            self,
+            structure=tf.nest.pack_sequence_as(
+                self.structure, list(inputs.values())
+            ),
+            inputs=inputs,
+        )
+
+    def random(self, batch: int, *, seed: int = 0) -> dict[str, np.ndarray]:
+        """Returns named arrays, standard normal or of integers.
+
+        Args:
+            batch: How many examples, where the model leaves it free.
+            seed: Seed of the draw.
+
+        Raises:
+            ValueError: An input is of strings.
+        """
+        draw = np.random.default_rng(seed)
+        arrays = {}
+        for name, spec in self.inputs.items():
+            first, *rest = spec.shape
+            shape = (first or batch, *(n or _FREE_AXIS for n in rest))
+            if spec.dtype.is_floating:
+                array = draw.standard_normal(shape)
+            elif spec.dtype.is_integer or spec.dtype.is_bool:
+                array = draw.integers(0, self.integers, shape)
+            else:
+                raise ValueError(
+                    f"The model's input {name!r} is of {spec.dtype.name}, of "
+                    "which no random examples can be drawn. Pass inputs."
+                )
+            arrays[name] = array.astype(spec.dtype.as_numpy_dtype)
+        return arrays
+
+    def _shown(self):
+        return tf.nest.map_structure(
+            lambda spec: f"{spec.dtype.name}{list(spec.shape)}", self.structure
+        )
+
+
+def signature_of(model: keras.Model, examples=None) -> Signature:
+    """Returns what a model is called on.
+
+    Inputs have the names that a Sequential or Functional model gives its
+    `keras.Input`s, else the keys of the dict that is passed, or `inputs` (of
+    a list `inputs_0`, `inputs_1`, ...).
+
+    Args:
+        model: A built model.
+        examples: Arrays that it is called on. The types of the inputs of a
+            subclassed model are theirs; it is taken to be called on its
+            compute type otherwise.
+    """
+    structure = input_structure(model)
+    flat = tf.nest.flatten(structure)
+    names = [name for name, _ in _paths(structure, "inputs")]
+    if is_graph(model):
+        names = [
+            # Keras counts what has no name of its own, differently each time.
+            name if _COUNTED.fullmatch(tensor.name) else tensor.name
+            for name, tensor in zip(names, flat, strict=True)
+        ]
+    dtypes = [tensor.dtype for tensor in flat]
+    if examples is not None and not is_graph(model):
+        given = tf.nest.flatten(examples)
+        if len(given) == len(flat):
+            dtypes = [np.asarray(array).dtype for array in given]
+            dtypes = ["float32" if d == np.float64 else d for d in dtypes]
+    inputs = {
+        name: tf.TensorSpec(tensor.shape, dtype, name)
+        for name, tensor, dtype in zip(names, flat, dtypes, strict=True)
+    }
+    if not is_graph(model):  # built with a batch, it is called on any
+        inputs = {
+            name: tf.TensorSpec((None, *spec.shape[1:]), spec.dtype, name)
+            for name, spec in inputs.items()
+        }
+    sizes = [
+        layer.input_dim
+        for layer in model._flatten_layers()
+        if isinstance(layer, keras.layers.Embedding)
+    ]
+    return Signature(
+        structure=tf.nest.pack_sequence_as(structure, list(inputs.values())),
+        inputs=inputs,
+        integers=min(sizes, default=2),
+    )
+
+
+def named_outputs(outputs) -> dict[str, tf.Tensor]:
+    """Returns a model's outputs by name.
+
+    Args:
+        outputs: What it returns: of a dict the keys are the names, of a list
+            or a single tensor they are `output_0`, `output_1`, ...
+    """
+    if isinstance(outputs, Mapping):
+        return dict(_paths(outputs, "output"))
+    flat = tf.nest.flatten(outputs)
+    return {f"output_{i}": output for i, output in enumerate(flat)}
+
+
+def _paths(structure, prefix):
+    """Yields `(name, leaf)` in the order in which `tf.nest` flattens."""
+    if isinstance(structure, Mapping):
+        for key in sorted(structure):
+            yield from _paths(structure[key], str(key))
+    elif isinstance(structure, (list, tuple)):
+        for i, item in enumerate(structure):
+            yield from _paths(item, f"{prefix}_{i}")
+    else:
+        yield prefix, structure
+
+
+def outputs_of(
+    model: keras.Model, signature: Signature, arrays: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """Returns what a model computes, its states left as they are.
+
+    Args:
+        model: A built model, masked or not.
+        signature: Of the model.
+        arrays: Inputs by name.
+
+    Returns:
+        Outputs by name.
+    """
+    tensors = {name: tf.constant(array) for name, array in arrays.items()}
+    with keras.StatelessScope(collect_losses=True):
+        outputs = named_outputs(call_model(model, signature.pack(tensors)))
+    return {name: tensor.numpy() for name, tensor in outputs.items()}
+
+
+def served_kernels(model: keras.Model) -> list[keras.Variable]:
+    """Returns the weights that take less space if their zeros are left out.
+
+    Args:
+        model: A built model, masked or not.
+    """
+    return [
+        variable
+        for variable in trained_weights(model)
+        if len(variable.shape) > 1
+        and keras.backend.is_float_dtype(variable.dtype)
+        and cheapest_encoding(variable.numpy()) != "dense"
+    ]
+
+
+class Served(tf.Module):
+    """A model as one `tf.function` of its named inputs, and its weights.
+
+    Args:
+        model: A built model. Kernels of a masked one must be zero outside
+            their masks.
+        signature: What it is called on.
+        sparse: Whether kernels that take less space so are stored sparse.
+
+    Attributes:
+        function: The concrete function.
+    """
+
+    def __init__(
+        self, model: keras.Model, signature: Signature, *, sparse: bool
+    ):
+        super().__init__()
+        replaced = served_kernels(model) if sparse else []
+        self._kernels = None
+        if replaced:
+            self._kernels = SparseKernels([v.numpy() for v in replaced])
+            self._stored = self._kernels.stored
+
+        # The model is held by the function alone: as an attribute it would be
+        # saved, with its masks and its dense kernels.
+        @tf.function
+        def serve(**inputs):
+            kernels = self._kernels.read() if replaced else []
+            with KernelScope() as scope, masks_applied():
+                for variable, kernel in zip(replaced, kernels, strict=True):
+                    scope.give(variable, kernel)
+                outputs = call_model(model, signature.pack(inputs))
+            # The states of stateful layers.
+            for variable in scope.assigned.values():
+                variable.assign(scope.get_current_value(variable))
+            return named_outputs(outputs)
+
+        self.function = serve.get_concrete_function(**signature.inputs)
+        self._weights = list(self.function.variables)
+        self._tables = [
+            layer.lookup_table
+            for layer in model._flatten_layers()
+            if hasattr(layer, "lookup_table")
+        ]
+
+
+def save(
+    model: keras.Model,
+    signature: Signature,
+    path: str | os.PathLike,
+    *,
+    sparse: bool = True,
+) -> None:
+    """Writes a SavedModel that plain TensorFlow loads.
+
+    It has the signature `serving_default`.
+
+    Args:
+        model, signature, sparse: As in `Served`.
+        path: Folder to write.
+    """
+    served = Served(model, signature, sparse=sparse)
+    tf.saved_model.save(served, str(Path(path)), signatures=served.function)

@@ -1,0 +1,105 @@
+"""Files and folders that appear whole or not at all."""
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import tensorflow as tf
+
+__all__ = ["DiskFullError", "naming", "set_aside"]
+
+
+class DiskFullError(OSError):
+    """Something could not be written, for want of space.
+
+    Args:
+        path: The file, or the folder that it is in.
+        reason: What the system says.
+        advice: What is left, and what to do.
+    """
+
+    def __init__(self, path: str | os.PathLike, reason: str, advice: str):
+        super().__init__(
+            f"The disk is full: {str(path)!r} could not be written "
+            f"({reason}). {advice}"
+        )
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike, *, advice: str) -> Iterator[None]:
+    """Within the context, a full disk is an error that names `path`.
+
+    Args:
+        path: What is being written.
+        advice: What the error says of what to do.
+
+    Raises:
+        DiskFullError: Something within the context ran out of space.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, tf.errors.OpError) as error:
+        # TensorFlow and HDF5 tell by their message alone.
+        for code in (errno.ENOSPC, errno.EDQUOT):
+            reason = os.strerror(code)
+            if getattr(error, "errno", None) == code or reason in str(error):
+                raise DiskFullError(path, reason, advice) from error
+        raise
+
+
+@contextlib.contextmanager
+def set_aside(target: Path) -> Iterator[Path]:
+    """Gives a new folder, which takes the place of `target` at the end.
+
+    It lies beside `target`, so that the two are on one disk and the last step
+    is a rename. If the context is left by an error, the folder goes and
+    `target` is as it was.
+
+    Args:
+        target: A folder, which may exist.
+
+    Raises:
+        ValueError: Nothing can be written there.
+    """
+    advice = "Nothing was written. Make room, or pass another path."
+    aside = None
+    made = [p for p in target.parents if not p.exists()]
+    try:
+        try:
+            with naming(target, advice=advice):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                aside = Path(
+                    tempfile.mkdtemp(
+                        prefix=f".{target.name}-", dir=target.parent
+                    )
+                )
+        except DiskFullError:
+            raise
+        except OSError as error:
+            raise ValueError(
+                f"{str(target)!r} cannot be written ({error.strerror}). Pass "
+                "a path in a folder that can."
+            ) from error
+        new, old = aside / "new", aside / "old"
+        with naming(target, advice=advice):
+            new.mkdir()
+            yield new
+            if target.exists():
+                target.rename(old)
+            try:
+                new.rename(target)
+            except OSError:
+                if old.exists():
+                    old.rename(target)
+                raise
+    finally:
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)
+        if not target.exists():
+            for folder in made:  # the innermost first
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
