@@ -229,6 +229,7 @@ def _tflite(model, signature, sparse, quantization, calibration):
     if quantization == "float16":
         converter.target_spec.supported_types = [tf.float16]
     if quantization == "int8":
+        _check_no_loop(served.function)
         converter.representative_dataset = lambda: _examples(calibration)
     try:
         return converter.convert()
@@ -238,6 +239,19 @@ def _tflite(model, signature, sparse, quantization, calibration):
         raise ValueError(
             f"LiteRT's converter fails: {reasons[0][:200]}"
         ) from error
+
+
+def _check_no_loop(function):
+    """Refuses what ends the process when LiteRT calibrates it."""
+    graph = function.graph.as_graph_def()
+    nodes = [*graph.node]
+    for inner in graph.library.function:
+        nodes += inner.node_def
+    if any(node.op in ("While", "StatelessWhile") for node in nodes):
+        raise ValueError(
+            "LiteRT cannot calibrate the loops of recurrent layers. Pass "
+            "quantization='float16'."
+        )
 
 
 def _examples(arrays):
