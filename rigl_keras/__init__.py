@@ -40,10 +40,12 @@ if keras.config.backend() != "tensorflow":
     _refuse_backend(keras.config.backend())
 
 from rigl_keras import (  # noqa: E402
+    compaction,
     conventions,
     diagnostics,
     distributions,
     flops,
+    graphs,
     initial_values,
     layers,
     maskable,
@@ -61,6 +63,10 @@ from rigl_keras.callbacks import (  # noqa: E402
     MagnitudePruning,
     MaskUpdate,
     RigL,
+)
+from rigl_keras.compaction import (  # noqa: E402
+    fold_batch_norm,
+    remove_dead_units,
 )
 from rigl_keras.conventions import ORIGINAL, REPORT, Conventions  # noqa: E402
 from rigl_keras.diagnostics import TopologyDiagnostics  # noqa: E402
@@ -97,6 +103,7 @@ __all__ = [
     "StepUpdate",
     "TopologyDiagnostics",
     "check_export",
+    "compaction",
     "conventions",
     "count",
     "dense_gradients",
@@ -104,6 +111,8 @@ __all__ = [
     "distributions",
     "export",
     "flops",
+    "fold_batch_norm",
+    "graphs",
     "initial_values",
     "layers",
     "load_weights",
@@ -115,6 +124,7 @@ __all__ = [
     "one_shot",
     "optimizer_state",
     "redistribution",
+    "remove_dead_units",
     "schedules",
     "scores",
     "sparsify",

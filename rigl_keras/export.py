@@ -115,14 +115,11 @@ def export(
             "like this is not exported."
         )
     notes = []
-    small, folded, removed = model, (), {}
+    small, removal, folding = model, None, None
     if remove_dead_units:
         small, removal = compaction.remove_dead_units(small)
-        removed = removal.units
     if fold_batch_norm:
         small, folding = compaction.fold_batch_norm(small)
-        folded = tuple(folding.folded)
-        notes += [f"{n} is kept: {why}" for n, why in folding.kept.items()]
     with (
         writing.set_aside(target) as folder,
         tempfile.TemporaryDirectory() as scratch,
@@ -165,8 +162,9 @@ def export(
             max_difference=difference,
             tolerance=tolerance,
             **measured,
-            folded=folded,
-            removed=removed,
+            folded=folding.folded if folding else {},
+            not_folded=folding.kept if folding else {},
+            removed=removal.layers if removal else {},
             notes=tuple(notes),
         )
         write_report(report, folder)

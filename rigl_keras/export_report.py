@@ -51,7 +51,9 @@ class ExportReport:
         latency: `{batch size: seconds}` of one call.
         dense_latency: The same of the dense SavedModel; the calls of both
             alternate.
-        folded: Layers that a batch norm was folded into.
+        folded: `{batch norm: the layer that it was folded into}`.
+        not_folded: `{batch norm: why it was kept}`, where folding was asked
+            for.
         removed: `{layer: (units before, units after)}` of the layers from
             which dead units were removed.
         notes: What was not done, and why.
@@ -78,7 +80,8 @@ class ExportReport:
     dense_load_seconds: float | None = None
     latency: Mapping[int, float] = dataclasses.field(default_factory=dict)
     dense_latency: Mapping[int, float] = dataclasses.field(default_factory=dict)
-    folded: tuple[str, ...] = ()
+    folded: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    not_folded: Mapping[str, str] = dataclasses.field(default_factory=dict)
     removed: Mapping[str, tuple[int, int]] = dataclasses.field(
         default_factory=dict
     )
@@ -142,8 +145,9 @@ class ExportReport:
             f"outputs differ by {self.max_difference:.1e} of the largest, at "
             f"most {self.tolerance:.0e} allowed"
         )
-        if self.folded:
-            lines.append(f"batch norm folded into {len(self.folded)} layers")
+        if self.folded or self.not_folded:
+            norms = len(self.folded) + len(self.not_folded)
+            lines.append(f"{len(self.folded)} of {norms} batch norms folded")
         if self.removed:
             before, after = map(sum, zip(*self.removed.values(), strict=True))
             lines.append(

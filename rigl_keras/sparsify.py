@@ -31,6 +31,7 @@ __all__ = [
     "aligned",
     "call_model",
     "chosen_kernels",
+    "copy_variables",
     "input_structure",
     "leaf_layers",
     "load_weights",
@@ -232,9 +233,9 @@ def with_masks(
         model, pairs = exchange(model, mask_chosen)
         for layer, new in pairs:
             if not isinstance(new, Masked):
-                _copy_variables(layer, new)
+                copy_variables(layer, new)
                 continue
-            _copy_variables(layer, new.layer)
+            copy_variables(layer, new.layer)
             for masked, mask in zip(
                 new.masked_kernels(), by_layer[id(layer)].values(), strict=True
             ):
@@ -285,9 +286,9 @@ def strip(model: keras.Model) -> keras.Model:
         model, pairs = exchange(model, unmask)
         for layer, new in pairs:
             if not isinstance(layer, Masked):
-                _copy_variables(layer, new)
+                copy_variables(layer, new)
                 continue
-            _copy_variables(layer.layer, new)
+            copy_variables(layer.layer, new)
             kernels = zip(layer.kernels, kept[id(layer)], strict=True)
             for path, kernel in kernels:
                 kernel_at(new, path).variable.assign(kernel)
@@ -357,9 +358,9 @@ def load_weights(model: keras.Model, path: str | os.PathLike) -> None:
         leaf_layers(model), leaf_layers(plain), strict=True
     ):
         if not isinstance(layer, Masked):
-            _copy_variables(loaded, layer)
+            copy_variables(loaded, layer)
             continue
-        _copy_variables(loaded, layer.layer)
+        copy_variables(loaded, layer.layer)
         for masked in layer.masked_kernels():
             kernel, mask = masked.kernel.numpy(), masked.mask.numpy()
             removed += np.count_nonzero(kernel[mask == 0])
@@ -938,7 +939,15 @@ def _key(name, kernel, seed):
     return zlib.crc32(f"{seed}/{path}".encode())
 
 
-def _copy_variables(source, target):
+def copy_variables(
+    source: keras.layers.Layer, target: keras.layers.Layer
+) -> None:
+    """Gives a layer the weights of another, and what is frozen in it.
+
+    Args:
+        source: A built layer.
+        target: A built layer of the same kind and sizes.
+    """
     if source is target:
         return
     for old, new in zip(source.variables, target.variables, strict=True):

@@ -34,6 +34,8 @@ ORDER = [
     "flops",
     "topology_record",
     "diagnostics",
+    "graphs",
+    "compaction",
     "export",
     "models",
 ]

@@ -1,0 +1,249 @@
+"""A Sequential or Functional model as a flat list of layer calls, and back.
+
+Models within a model are opened: what is left is one list, in the order in
+which the layers are called. Replaying it with other layers is a new model.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+from rigl_keras.maskable import is_graph
+from rigl_keras.sparsify import (
+    copy_variables,
+    input_structure,
+    masked_layers,
+    strip,
+)
+from rigl_keras.surgery import exchange
+
+__all__ = ["Call", "Graph", "plain_copy", "rebuild", "tensors_in", "trace"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One call of a layer.
+
+    Attributes:
+        layer: The layer, or a Keras operation such as the `+` of two tensors.
+        args: What it is called on, KerasTensors in any structure.
+        kwargs: The same by name.
+        outputs: KerasTensors, in the structure in which it returns them.
+    """
+
+    layer: Any
+    args: tuple
+    kwargs: dict
+    outputs: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    """A model as a list of calls.
+
+    Attributes:
+        inputs: KerasTensors, in the structure in which the model takes them.
+        outputs: KerasTensors, in the structure in which it returns them.
+        calls: `Call`s, each after those whose outputs it reads.
+        name: Name of the model.
+    """
+
+    inputs: Any
+    outputs: Any
+    calls: list[Call]
+    name: str
+
+
+def plain_copy(model: keras.Model) -> keras.Model:
+    """Returns a copy of a model without masks, with the same weights.
+
+    Args:
+        model: A built Sequential or Functional model, masked or not.
+
+    Returns:
+        A model that shares nothing with it, not compiled.
+
+    Raises:
+        ValueError: The model is subclassed or not built, or a layer cannot be
+            copied.
+    """
+    _check_graph(model)
+    if masked_layers(model):
+        return strip(model)
+    model, pairs = exchange(model, lambda layer, fresh: fresh)
+    for layer, new in pairs:
+        copy_variables(layer, new)
+    return model
+
+
+def trace(model: keras.Model) -> Graph:
+    """Returns the calls of a model's layers, those of models in it included.
+
+    A model within it stays one call where it is more than its graph: its
+    class has a `call` of its own, it is called with arguments besides its
+    inputs, or it converts the type or the rank of these.
+
+    Args:
+        model: A built Sequential or Functional model, masked or not.
+
+    Returns:
+        A `Graph` of a plain copy (`plain_copy`), the names of its layers
+        unique: of two layers of one name in two models the later is renamed.
+
+    Raises:
+        ValueError: As in `plain_copy`.
+
+    Example:
+
+    >>> inner = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4)])
+    >>> model = keras.Sequential([inner, keras.layers.ReLU()])
+    >>> [call.layer.name for call in trace(model).calls]
+    ['dense', 're_lu']
+    """
+    return _trace(plain_copy(model))
+
+
+def rebuild(
+    graph: Graph, replacement: Callable[[Any], Any] | None = None
+) -> keras.Model:
+    """Returns the model of a graph, with some of its layers replaced.
+
+    Args:
+        graph: What `trace` returned.
+        replacement: `replacement(layer) -> layer` is called instead of it:
+            another one, the same, or None, which passes on the first
+            argument. Replacements of the same names are for the caller to
+            choose. Default: every layer stays.
+
+    Returns:
+        A Functional model, not compiled, that shares nothing with the graph.
+        Its inputs and outputs have the names and structures of those of the
+        model that was traced.
+    """
+
+    def call(layer, *args, **kwargs):
+        new = replacement(layer) if replacement else layer
+        return args[0] if new is None else new(*args, **kwargs)
+
+    inputs = _new_inputs(graph.inputs)
+    outputs = _replay(graph, keras.tree.flatten(inputs), call)
+    # The layers have been called before: only copies of them know one graph.
+    return plain_copy(keras.Model(inputs, outputs, name=graph.name))
+
+
+def tensors_in(structure) -> list[keras.KerasTensor]:
+    """Returns the KerasTensors of a structure, such as a call's arguments."""
+    return [x for x in keras.tree.flatten(structure) if _is_tensor(x)]
+
+
+def _is_tensor(x):
+    return isinstance(x, keras.KerasTensor)
+
+
+def _check_graph(model):
+    if not isinstance(model, keras.Model):
+        raise ValueError(
+            f"A Sequential or Functional model is needed. Received: {model!r}."
+        )
+    if not is_graph(model) or not _is_its_graph(model):
+        raise ValueError(
+            f"Model {model.name!r}, a {type(model).__name__}, is subclassed: "
+            "only its own `call` knows how its layers are connected. Build "
+            "the network as a Sequential or Functional model, "
+            "keras.Model(inputs, outputs), and give it these weights."
+        )
+    if not model.built or not getattr(model, "inputs", None):
+        raise ValueError(
+            f"Model {model.name!r} is not built. Give it a keras.Input, or "
+            "call model.build(input_shape)."
+        )
+
+
+def _is_its_graph(model):
+    """Returns whether calling a model is nothing but its graph."""
+    owner = next(k for k in type(model).__mro__ if "call" in vars(k))
+    return owner.__module__.startswith("keras.")
+
+
+def _trace(model):
+    inputs = _new_inputs(input_structure(model))
+    calls, named = [], {t.name: None for t in keras.tree.flatten(inputs)}
+
+    def record(layer, *args, **kwargs):
+        if _can_be_opened(layer, args, kwargs):
+            outputs = _replay(
+                _trace(layer), keras.tree.flatten(args[0]), record
+            )
+            # Keras, too, takes a list of one output for the output.
+            one = isinstance(outputs, (list, tuple)) and len(outputs) == 1
+            return outputs[0] if one else outputs
+        _name_apart(layer, named)
+        outputs = layer(*args, **kwargs)
+        calls.append(Call(layer, args, kwargs, outputs))
+        return outputs
+
+    if isinstance(model, keras.Sequential):
+        outputs = inputs
+        for layer in model.layers:
+            outputs = record(layer, outputs)
+    else:
+        outputs = keras.models.clone_model(
+            model,
+            input_tensors=inputs,
+            clone_function=lambda layer: layer,
+            call_function=record,
+        ).output
+    return Graph(inputs, outputs, calls, model.name)
+
+
+def _new_inputs(structure):
+    return keras.tree.map_structure(
+        lambda t: keras.Input(
+            batch_shape=t.shape,
+            dtype=t.dtype,
+            sparse=t.sparse,
+            ragged=t.ragged,
+            name=t.name,
+        ),
+        structure,
+    )
+
+
+def _can_be_opened(layer, args, kwargs):
+    if not is_graph(layer) or not _is_its_graph(layer):
+        return False
+    if len(args) != 1 or any(value is not None for value in kwargs.values()):
+        return False
+    given = keras.tree.flatten(args[0])
+    return len(given) == len(layer.inputs) and all(
+        _is_tensor(x) and x.dtype == t.dtype and len(x.shape) == len(t.shape)
+        for x, t in zip(given, layer.inputs, strict=True)
+    )
+
+
+def _name_apart(layer, named):
+    """Renames a layer that has the name of another; `named` says whose."""
+    name, n = layer.name, 0
+    while named.setdefault(name, layer) is not layer:
+        n += 1
+        name = f"{layer.name}_{n}"
+    layer.name = name
+
+
+def _replay(graph, inputs, call):
+    """Returns the outputs of a graph on other inputs."""
+    old = keras.tree.flatten(graph.inputs)
+    now = {id(t): new for t, new in zip(old, inputs, strict=True)}
+
+    def current(structure):
+        return keras.tree.map_structure(
+            lambda x: now[id(x)] if _is_tensor(x) else x, structure
+        )
+
+    for c in graph.calls:
+        outputs = call(c.layer, *current(c.args), **current(c.kwargs))
+        old, new = keras.tree.flatten(c.outputs), keras.tree.flatten(outputs)
+        now.update({id(t): x for t, x in zip(old, new, strict=True)})
+    return current(graph.outputs)
