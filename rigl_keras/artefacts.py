@@ -1,5 +1,6 @@
 """The formats of an exported model: how each is written, and run again."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -232,7 +233,8 @@ def _tflite(model, signature, sparse, quantization, calibration):
         _check_no_loop(served.function)
         converter.representative_dataset = lambda: _examples(calibration)
     try:
-        return converter.convert()
+        with _quiet_interpreter():
+            return converter.convert()
     except Exception as error:  # the converter's own classes are private
         # Where it was traced comes first, and then what is wrong.
         reasons = re.findall(r"error: (.*)", str(error)) or [str(error)]
@@ -260,10 +262,16 @@ def _examples(arrays):
         yield {name: array[i : i + 1] for name, array in arrays.items()}
 
 
-def _load_tflite(path):
+@contextlib.contextmanager
+def _quiet_interpreter():
+    """Keeps TensorFlow from saying that its interpreter will move."""
     with warnings.catch_warnings():
-        # That the interpreter will move to a package of its own.
-        warnings.simplefilter("ignore")
+        warnings.filterwarnings("ignore", r"\s*Warning: tf.lite.Interpreter")
+        yield
+
+
+def _load_tflite(path):
+    with _quiet_interpreter():
         interpreter = tf.lite.Interpreter(str(path), num_threads=os.cpu_count())
     runner = interpreter.get_signature_runner("serving_default")
     one_by_one = any(

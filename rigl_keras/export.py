@@ -199,7 +199,7 @@ def _check_target(target, overwrite):
         return
     if not overwrite:
         raise ValueError(
-            f"{str(target)!r} exists. Pass overwrite=True to replace it, or "
+            f"{str(target)!r} exists. Pass overwrite=True (--overwrite) to replace it, or "
             "another path."
         )
     is_export = (target / REPORT).is_file()

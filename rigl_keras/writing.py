@@ -2,7 +2,9 @@
 
 import contextlib
 import errno
+import glob
 import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -51,6 +53,24 @@ def naming(path: str | os.PathLike, *, advice: str) -> Iterator[None]:
         raise
 
 
+def _aside(target):
+    """Returns how the name of a folder begins that this machine makes."""
+    return f".{target.name}-{platform.node()}-"
+
+
+def _remove_abandoned(target):
+    """Removes what processes of this machine have left that were killed."""
+    begin = _aside(target)
+    for folder in target.parent.glob(f"{glob.escape(begin)}*"):
+        process = folder.name.removeprefix(begin).split("-")[0]
+        try:
+            os.kill(int(process), 0)
+        except ProcessLookupError:
+            shutil.rmtree(folder, ignore_errors=True)
+        except (ValueError, OSError):  # not ours to judge
+            continue
+
+
 @contextlib.contextmanager
 def set_aside(target: Path) -> Iterator[Path]:
     """Gives a new folder, which takes the place of `target` at the end.
@@ -72,9 +92,11 @@ def set_aside(target: Path) -> Iterator[Path]:
         try:
             with naming(target, advice=advice):
                 target.parent.mkdir(parents=True, exist_ok=True)
+                _remove_abandoned(target)
                 aside = Path(
                     tempfile.mkdtemp(
-                        prefix=f".{target.name}-", dir=target.parent
+                        prefix=f"{_aside(target)}{os.getpid()}-",
+                        dir=target.parent,
                     )
                 )
         except DiskFullError:

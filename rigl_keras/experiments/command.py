@@ -5,6 +5,7 @@ import sys
 
 import tensorflow as tf
 from absl import app, flags
+from absl import logging as absl_logging
 
 import gin
 from rigl_keras.experiments import config, data, devices
@@ -88,6 +89,15 @@ def run(
         # Pruning starts dense: there, DENSITY is where it ends.
         name = "DENSITY" if config.has_macro("DENSITY") else "train.density"
         config.parse(gin_files, [*bindings, f"{name} = {density!r}"])
+    exports = config.configured()["Exports"]()
+    trained = gin.get_bindings("train")
+    if exports.formats and (
+        trained.get("density", 0) is None or trained.get("small_dense")
+    ):
+        raise ValueError(
+            "Exports.formats exports sparse models, and this run is dense. "
+            "Leave it out; a dense model is exported by Keras's model.export."
+        )
     if run_dir is None:
         parts = [config.find(gin_files[-1]).stem]
         parts += [f"density{density}"] if density is not None else []
@@ -104,11 +114,15 @@ def run(
     with devices.make_strategy(strategy).scope():
         if strategy != "one":
             print(f"Strategy {strategy}: {devices.replica_count()} replicas.")
-        return config.configured()["train"](
+        result = config.configured()["train"](
             directory,
             data_dir=data_dir,
             operative_config=gin.operative_config_str,
         )
+    # Outside of the strategy: what is exported is what was saved.
+    if directory.writes:
+        exports.write(directory.path, data_dir=data_dir, keep=True)
+    return result
 
 
 def table(result: dict) -> str:
@@ -148,7 +162,7 @@ def _main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}.")
     # TensorFlow tells of each checkpoint it writes.
-    logging.getLogger("absl").setLevel(logging.WARNING)
+    absl_logging.set_verbosity(absl_logging.WARNING)
     # And of each sum over replicas that it plans.
     tf.get_logger().setLevel(logging.WARNING)
     # On a CPU this costs little, and two runs of one seed are then the same.

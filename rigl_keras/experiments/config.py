@@ -14,7 +14,7 @@ from pathlib import Path
 
 import gin
 import rigl_keras
-from rigl_keras.experiments import train
+from rigl_keras.experiments import exports, train
 
 __all__ = ["GIN_FOLDER", "configured", "find", "has_macro", "parse"]
 
@@ -34,6 +34,7 @@ _CONFIGURABLE: dict[str, Callable] = {
     "MagnitudePruning": rigl_keras.MagnitudePruning,
     "SparsityRamp": rigl_keras.SparsityRamp,
     "snip": rigl_keras.one_shot.snip,
+    "Exports": exports.Exports,
 }
 _CONSTANTS = {"ORIGINAL": rigl_keras.ORIGINAL, "REPORT": rigl_keras.REPORT}
 
