@@ -42,6 +42,7 @@ setup(
             "matplotlib",
             "tensorboard",
         ),
+        "onnx": requirements("tf2onnx", "onnx", "onnxruntime"),
         "dev": requirements(
             "pytest",
             "hypothesis",

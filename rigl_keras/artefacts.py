@@ -279,20 +279,24 @@ def _load_tflite(path):
         for detail in runner.get_input_details().values()
     )
 
-    def run(arrays):
+    def call(arrays):
+        try:
+            outputs = runner(**arrays)
+        except RuntimeError as error:
+            raise ValueError(
+                f"LiteRT's interpreter fails: {str(error).splitlines()[0]}"
+            ) from error
         # What it returns is its own memory, which the next call overwrites.
-        if not one_by_one:
-            return {n: np.array(out) for n, out in runner(**arrays).items()}
-        outputs = [
-            {n: np.array(out) for n, out in runner(**example).items()}
-            for example in _examples(arrays)
-        ]
+        return {name: np.array(output) for name, output in outputs.items()}
+
+    def call_one_by_one(arrays):
+        outputs = [call(example) for example in _examples(arrays)]
         return {
             name: np.concatenate([output[name] for output in outputs])
             for name in outputs[0]
         }
 
-    return run
+    return call_one_by_one if one_by_one else call
 
 
 # ONNX.

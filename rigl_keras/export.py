@@ -126,22 +126,34 @@ def export(
     ):
         if tolerance is None:
             tolerance = _tolerance(model, quantization)
-        try:
-            difference, conceded = _write_and_compare(
+
+        def write(**concession):
+            artefacts.write(
                 small,
                 signature,
                 folder,
                 format,
-                quantization,
+                quantization=quantization,
+                calibration=examples[-1] if quantization == "int8" else None,
+                **concession,
+            )
+            return artefacts.load(folder, format, signature, list(wanted[0]))
+
+        try:
+            difference, conceded = _write_and_compare(
+                write,
+                artefacts.FORMATS[format].concessions,
                 examples,
                 wanted,
                 tolerance,
             )
         except ValueError as error:
+            way_out = ""
+            if isinstance(error, _DisagreesError):
+                way_out = _way_out(fold_batch_norm, quantization)
             raise ValueError(
                 f"Model {model.name!r} cannot be exported as {format}: {error}"
-                + _way_out(fold_batch_norm, quantization)
-                + f" Nothing was written to {str(target)!r}."
+                f"{way_out} Nothing was written to {str(target)!r}."
             ) from error
         notes += conceded
         if measure:
@@ -199,8 +211,8 @@ def _check_target(target, overwrite):
         return
     if not overwrite:
         raise ValueError(
-            f"{str(target)!r} exists. Pass overwrite=True (--overwrite) to replace it, or "
-            "another path."
+            f"{str(target)!r} exists. Pass overwrite=True (--overwrite) to "
+            "replace it, or another path."
         )
     is_export = (target / REPORT).is_file()
     if not is_export and not (target / "saved_model.pb").is_file():
@@ -274,55 +286,46 @@ def _tolerance(model, quantization):
     return TOLERANCES["float16" if half else "float32"]
 
 
-def _write_and_compare(
-    model,
-    signature,
-    folder,
-    format,
-    quantization,
-    examples,
-    wanted,
-    tolerance,
-):
+class _DisagreesError(ValueError):
+    """What was written computes something else than the model."""
+
+
+def _write_and_compare(write, concessions, examples, wanted, tolerance):
     """Writes an artefact whose outputs, loaded back, are those wanted.
+
+    Args:
+        write: Writes it, given a concession, and loads it.
+        concessions: What may be given up, and how that is said.
+        examples, wanted: Inputs and outputs by name, a pair for each batch.
+        tolerance: By how much outputs may differ.
 
     Returns:
         `(difference, notes)`: the largest difference, and what was given up
         to get there.
 
     Raises:
-        ValueError: No way of writing it agrees, with the reason.
+        ValueError: No way of writing it agrees; why the first does not.
     """
     failures = []
-    for options, given_up in [({}, ""), *artefacts.FORMATS[format].concessions]:
+    for concession, said in [({}, ""), *concessions]:
         try:
-            artefacts.write(
-                model,
-                signature,
-                folder,
-                format,
-                quantization=quantization,
-                calibration=examples[-1] if quantization == "int8" else None,
-                **options,
-            )
-            run = artefacts.load(folder, format, signature, list(wanted[0]))
+            run = write(**concession)
             difference = max(
                 _difference(run(arrays), outputs)
                 for arrays, outputs in zip(examples, wanted, strict=True)
             )
-        except (RuntimeError, ValueError) as error:
-            failures.append(str(error).splitlines()[0])
-            continue
-        if difference <= tolerance:
-            if not failures:
-                return difference, []
-            return difference, [f"{given_up}, because {failures[0]}"]
-        failures.append(
-            f"the file, loaded back, disagrees with the model: its outputs "
-            f"differ by {difference:.1e} of the largest, more than "
-            f"{tolerance:.0e}."
-        )
-    raise ValueError(failures[0])
+            if not difference <= tolerance:
+                raise _DisagreesError(
+                    "the artefact, loaded back, disagrees with the model: its "
+                    f"outputs differ by {difference:.1e} of the largest, more "
+                    f"than {tolerance:.0e}."
+                )
+        except ValueError as error:
+            failures.append(error)
+        else:
+            notes = [f"{said}: otherwise {failures[0]}"] if failures else []
+            return difference, notes
+    raise failures[0]
 
 
 def _difference(got, wanted):

@@ -188,6 +188,10 @@ def check_export(path: str | os.PathLike) -> ExportReport:
         files = content.pop("files")
         for name in ("latency", "dense_latency"):
             content[name] = {int(n): s for n, s in content[name].items()}
+        content["removed"] = {
+            n: tuple(u) for n, u in content["removed"].items()
+        }
+        content["notes"] = tuple(content["notes"])
         content = ExportReport(**{**content, "path": str(folder)})
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(

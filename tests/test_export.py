@@ -1,5 +1,10 @@
-"""A SavedModel with sparse kernels that plain TensorFlow loads."""
+"""Exports: what is written, that it is right, and what is refused."""
 
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -9,17 +14,26 @@ import pytest
 import tensorflow as tf
 from conftest import compiled, examples, small_model
 from keras import layers
+from kinds import KINDS, OPTIONS
 
 import rigl_keras
+from rigl_keras import artefacts, serving
 from rigl_keras.export import export
+from rigl_keras.export_report import check_export
 
-LOAD = """
-import sys, numpy as np, tensorflow as tf
-serve = tf.saved_model.load(sys.argv[1]).signatures["serving_default"]
-inputs = dict(np.load(sys.argv[2]))
-got = serve(**{k: tf.constant(v) for k, v in inputs.items()})
-np.savez(sys.argv[3], **{k: v.numpy() for k, v in got.items()})
-print("rigl_keras" in sys.modules, "keras" in sys.modules)
+# Loads every export of a folder in a process that cannot import this package,
+# runs the examples beside it, and keeps what comes out.
+SERVE = """
+import pathlib, sys
+sys.modules["rigl_keras"] = None  # importing it fails
+import numpy as np, tensorflow as tf
+for path in sorted(pathlib.Path(sys.argv[1]).iterdir()):
+    serve = tf.saved_model.load(str(path / "model")).signatures[
+        "serving_default"
+    ]
+    with np.load(path / "in.npz") as inputs:
+        got = serve(**{k: tf.constant(v) for k, v in inputs.items()})
+    np.savez(path / "out.npz", **{k: v.numpy() for k, v in got.items()})
 """
 
 
@@ -30,7 +44,7 @@ def two_headed():
     return keras.Model({"a": a, "b": b}, heads)
 
 
-def nested():
+def shared_within():
     inner = keras.Sequential(
         [keras.Input((8, 8, 3)), layers.Conv2D(4, 3), layers.Flatten()]
     )
@@ -39,78 +53,385 @@ def nested():
     return keras.Model(inputs, shared(shared(inner(inputs))))
 
 
-@pytest.mark.parametrize(
-    "build", [small_model, two_headed, nested, rigl_keras.models.lenet5]
-)
-def test_serves_without_this_package(build, tmp_path):
-    model = rigl_keras.sparsify(build(), 0.2)
-    report = export(model, tmp_path / "exported")
-    assert report.max_difference < 1e-5
-    draw = np.random.default_rng(3)
-    inputs = {
-        t.name: draw.standard_normal((5, *t.shape[1:])).astype(np.float32)
-        for t in model.inputs
-    }
-    np.savez(tmp_path / "in.npz", **inputs)
-    done = subprocess.run(
+def float64():
+    return keras.Sequential(
         [
-            sys.executable,
-            "-c",
-            LOAD,
-            tmp_path / "exported",
-            tmp_path / "in.npz",
-            tmp_path / "out.npz",
-        ],
+            keras.Input((5,), dtype="float64"),
+            layers.Dense(8, dtype="float64"),
+            layers.Dense(3, dtype="float64"),
+        ]
+    )
+
+
+def half():
+    return keras.Sequential(
+        [
+            keras.Input((8, 8, 2)),
+            layers.Conv2D(8, 3, dtype="mixed_bfloat16"),
+            layers.Flatten(),
+            layers.Dense(3, dtype="mixed_float16"),
+        ]
+    )
+
+
+def stateful():
+    inputs = keras.Input(batch_shape=(3, 4, 5))
+    return keras.Model(
+        inputs, layers.Dense(2)(layers.LSTM(6, stateful=True)(inputs))
+    )
+
+
+SERVED = {
+    **KINDS,
+    "two heads": two_headed,
+    "shared within": shared_within,
+    "LeNet-5": rigl_keras.models.lenet5,
+    "ResNet-18": lambda: rigl_keras.models.resnet18(channel_scale=0.1),
+    "float64": float64,
+    "half precision": half,
+    "stateful": stateful,
+}
+
+
+def test_every_kind_of_model_is_served_without_this_package(tmp_path):
+    wanted = {}
+    for name, build in SERVED.items():
+        model = rigl_keras.sparsify(build(), 0.2, **OPTIONS.get(name, {}))
+        folder = tmp_path / name.replace(" ", "_")
+        report = export(model, folder / "model", measure=False)
+        assert report.max_difference <= 1e-5, name
+        signature = serving.signature_of(model)
+        inputs = signature.random(5, seed=11)
+        np.savez(folder / "in.npz", **inputs)
+        wanted[folder] = serving.outputs_of(model, signature, inputs)
+    done = subprocess.run(
+        [sys.executable, "-c", SERVE, tmp_path],
+        cwd=tmp_path.parent,  # and not beside the package
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("False")
-    single = len(inputs) == 1
-    wanted = model(next(iter(inputs.values())) if single else inputs)
-    with np.load(tmp_path / "out.npz") as got:
-        for i, want in enumerate(tf.nest.flatten(wanted)):
-            np.testing.assert_allclose(got[f"output_{i}"], want, atol=1e-4)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for folder, outputs in wanted.items():
+        with np.load(folder / "out.npz") as got:
+            assert set(got) == set(outputs)
+            for name, want in outputs.items():
+                # The same operations on the same numbers.
+                np.testing.assert_allclose(
+                    got[name].astype(np.float64),
+                    want.astype(np.float64),
+                    rtol=1e-5,
+                    atol=1e-5,
+                    err_msg=folder.name,
+                )
 
 
-def test_size(tmp_path):
-    model = rigl_keras.sparsify(
-        rigl_keras.models.mlp(hidden=(300, 100)), 0.1, distribution="er"
+def test_states_go_on_from_call_to_call(tmp_path):
+    model = rigl_keras.sparsify(stateful(), 0.5)
+    before = [v.numpy() for v in model.variables]
+    export(model, tmp_path / "exported", measure=False)
+    # Comparing has not moved the model's own.
+    for variable, value in zip(model.variables, before, strict=True):
+        np.testing.assert_array_equal(variable, value)
+    serve = tf.saved_model.load(str(tmp_path / "exported")).signatures[
+        "serving_default"
+    ]
+    x = np.random.default_rng(0).standard_normal((3, 4, 5)).astype("float32")
+    for _ in range(3):
+        got = serve(inputs=tf.constant(x))["output_0"]
+        np.testing.assert_allclose(got, model(x), atol=1e-6)
+
+
+def test_names_of_inputs_and_outputs(tmp_path):
+    def names(build):
+        model = rigl_keras.sparsify(build(), 0.5)
+        export(model, tmp_path / "names", measure=False, overwrite=True)
+        serve = tf.saved_model.load(str(tmp_path / "names")).signatures[
+            "serving_default"
+        ]
+        given = serve.structured_input_signature[1]
+        assert all(spec.shape[0] is None for spec in given.values())
+        return sorted(given), sorted(serve.structured_outputs)
+
+    assert names(two_headed) == (["a", "b"], ["output_0", "output_1"])
+    assert names(shared_within) == (["image"], ["output_0"])
+    # Outputs that have names keep them; inputs that have none get one.
+    several = KINDS["several inputs and outputs"]
+    assert names(several) == (["one", "two"], ["a", "b"])
+    assert names(small_model) == (["inputs"], ["output_0"])
+    assert names(KINDS["subclassed"]) == (["inputs"], ["output_0"])
+
+
+def test_in_a_session(tmp_path):
+    """As TensorFlow Serving and saved_model_cli load it."""
+    model = rigl_keras.sparsify(small_model(), 0.2)
+    export(model, tmp_path / "exported", measure=False)
+    x = examples(3)[0]
+    np.save(tmp_path / "in.npy", x)
+    command = shutil.which(
+        "saved_model_cli", path=pathlib.Path(sys.executable).parent
     )
-    report = export(model, tmp_path / "exported")
-    cost = rigl_keras.count(model)
-    # Values, a bit for each masked weight, and TensorFlow's index.
-    assert cost.bits / 8 < report.variable_bytes < cost.bits / 8 + 5_000
-    assert report.dense_bytes == 4 * cost.parameters
+    done = subprocess.run(
+        [
+            *(command, "run", "--dir", tmp_path / "exported"),
+            *("--tag_set", "serve", "--signature_def", "serving_default"),
+            *("--inputs", f"inputs={tmp_path / 'in.npy'}"),
+            *("--outdir", tmp_path),
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    got = np.load(tmp_path / "output_0.npy")
+    np.testing.assert_allclose(got, model(x), atol=1e-5)
+
+
+def bound(model):
+    """Returns 1.05 x (values + one bit for each masked weight + the rest)."""
+    masks = rigl_keras.masked_layers(model).masks
+    masked = sum(mask.size for mask in masks.values())
+    ones = sum(int(mask.sum()) for mask in masks.values())
+    weights = sum(
+        int(np.prod(v.shape)) for v in rigl_keras.strip(model).weights
+    )
+    return 1.05 * (4 * ones + masked / 8 + 4 * (weights - masked))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [rigl_keras.models.wide_resnet, lambda: rigl_keras.models.resnet50(100)],
+)
+def test_size_of_the_report_networks(build, tmp_path):
+    model = rigl_keras.sparsify(build(), 0.1)
+    report = export(model, tmp_path / "exported", measure=False)
+    variables = tmp_path / "exported" / "variables"
+    size = sum(file.stat().st_size for file in variables.iterdir())
+    assert report.variable_bytes == size
+    # As small as promised, and all of it there.
+    assert 4 * report.nonzeros < size < bound(model)
+    assert report.max_difference <= 1e-5
     assert report.density == pytest.approx(0.1, abs=1e-4)
-    assert "x dense" in str(report)
+    cost = rigl_keras.count(model)
+    assert report.nonzeros == cost.nonzeros
+    assert report.parameters == cost.parameters
+    assert report.inference_flops == pytest.approx(cost.inference_flops)
+    assert report.dense_inference_flops == cost.dense_inference_flops
+
+
+def test_what_is_measured(tmp_path):
+    model = rigl_keras.sparsify(rigl_keras.models.mlp(), 0.1)
+    report = export(model, tmp_path / "exported")
+    assert report.dense_variable_bytes > 4 * 266_610 > report.variable_bytes
+    assert report.bytes < report.dense_bytes
+    assert report.gzip_bytes < report.dense_gzip_bytes
+    assert report.load_seconds > 0 and report.dense_load_seconds > 0
+    assert set(report.latency) == set(report.dense_latency) == {1, 32}
+    assert min(report.latency.values()) > 0
+    table = str(report)
+    for said in ("on disk", "gzip", "time to load", "latency at batch 32"):
+        assert said in table
+    assert f"{report.bytes / report.dense_bytes:.3f}x" in table
+    # The same, from disk, also where the folder has moved.
+    (tmp_path / "exported").rename(tmp_path / "moved")
+    moved = dataclasses.replace(report, path=str(tmp_path / "moved"))
+    assert check_export(tmp_path / "moved") == moved
+
+
+def trained():
+    """Returns a trained masked model whose batch norms do something."""
+    model = rigl_keras.sparsify(small_model(), 0.1)
+    compiled(model).fit(*examples(), epochs=2, verbose=0)
+    return model
+
+
+def test_folded_and_without_dead_units(tmp_path):
+    model = trained()
+    plain = export(model, tmp_path / "plain", measure=False)
+    small = export(
+        model,
+        tmp_path / "small",
+        measure=False,
+        fold_batch_norm=True,
+        remove_dead_units=True,
+    )
+    assert small.folded == {"norm": "conv1"} and not small.not_folded
+    assert "conv1" in small.removed or "conv2" in small.removed
+    assert small.variable_bytes < plain.variable_bytes
+    assert small.nonzeros < plain.nonzeros
+    assert small.inference_flops < plain.inference_flops
+    assert small.parameters == plain.parameters
+    assert small.max_difference <= 1e-5
+    assert "1 of 1 batch norms folded" in str(small)
+    assert "dead units removed from" in str(small)
+
+
+@pytest.mark.parametrize("format", ["tflite", "onnx", "keras"])
+@pytest.mark.parametrize(
+    "kind", ["Functional", "several inputs and outputs", "subclassed"]
+)
+def test_other_formats(format, kind, tmp_path):
+    model = rigl_keras.sparsify(KINDS[kind](), 0.2)
+    masks = rigl_keras.masked_layers(model).masks
+    report = export(model, tmp_path / "out", format=format, measure=False)
+    file = artefacts.FORMATS[format].file
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        file,
+        "export.json",
+    }
+    assert report.bytes >= (tmp_path / "out" / file).stat().st_size
+    assert report.max_difference <= 1e-5 and not report.notes
+    # A subclassed model is exported without being changed.
+    for name, mask in rigl_keras.masked_layers(model).masks.items():
+        np.testing.assert_array_equal(mask, masks[name])
+
+
+def test_sparse_files_are_smaller(tmp_path):
+    model = rigl_keras.sparsify(rigl_keras.models.mlp(), 0.1)
+    signature = serving.signature_of(model)
+    for format in ("saved_model", "tflite", "onnx"):
+        sizes = {}
+        for sparse in (True, False):
+            folder = tmp_path / f"{format}{sparse}"
+            folder.mkdir()
+            artefacts.write(model, signature, folder, format, sparse=sparse)
+            files = [p for p in folder.rglob("*") if p.is_file()]
+            sizes[sparse] = sum(p.stat().st_size for p in files)
+        assert sizes[False] > 4 * 266_000, format
+        # Values and indices: a byte, 8 to 16 bits, and 8 bytes each.
+        assert sizes[True] < (0.35 if format == "onnx" else 0.2) * sizes[False]
+
+
+def test_quantised(tmp_path):
+    model = rigl_keras.sparsify(rigl_keras.models.mlp(), 0.2)
+    x = np.random.default_rng(0).standard_normal((100, 28, 28, 1))
+    sizes = []
+    for quantization in (None, "float16", "int8"):
+        report = export(
+            model,
+            tmp_path / str(quantization),
+            format="tflite",
+            quantization=quantization,
+            inputs=x if quantization else None,
+            measure=False,
+        )
+        assert report.max_difference <= report.tolerance and not report.notes
+        assert report.quantization == quantization
+        sizes.append(report.bytes)
+    assert sizes[0] > sizes[1] > sizes[2]
+    with pytest.raises(ValueError, match="differ by .* more than 1e-06"):
+        export(
+            model,
+            tmp_path / "strict",
+            format="tflite",
+            quantization="float16",
+            tolerance=1e-6,
+            measure=False,
+        )
+
+
+def test_what_a_format_gives_up_is_said(tmp_path):
+    """LiteRT knows loops of a fixed batch only."""
+    model = rigl_keras.sparsify(KINDS["Embedding"](), 0.5)
+    report = export(model, tmp_path / "out", format="tflite", measure=False)
+    assert any("the batch size is 1" in note for note in report.notes)
+    with pytest.raises(ValueError, match="cannot calibrate the loops"):
+        export(
+            model,
+            tmp_path / "int8",
+            format="tflite",
+            quantization="int8",
+            inputs=np.ones((4, 4), np.int32),
+            measure=False,
+        )
+
+
+def test_a_stripped_model(tmp_path):
+    plain = rigl_keras.strip(rigl_keras.sparsify(small_model(), 0.1))
+    report = export(plain, tmp_path / "out", measure=False)
+    assert report.density == pytest.approx(0.1, abs=1e-3)
+    masked = rigl_keras.with_masks(
+        plain,
+        {
+            name: (kernel.variable.numpy() != 0).astype(np.float32)
+            for name, kernel in rigl_keras.named_kernels(plain).items()
+        },
+    )
+    again = export(masked, tmp_path / "again", measure=False)
+    assert again.nonzeros == report.nonzeros
+
+
+def test_given_inputs(tmp_path):
+    model = rigl_keras.sparsify(two_headed(), 0.5)
+    a, b = np.ones((2, 6)), np.ones((2, 4))
+    export(model, tmp_path / "out", inputs={"a": a, "b": b}, measure=False)
+    for inputs, said in (
+        (a, "structure on which the model is called"),
+        ({"a": a}, "structure on which the model is called"),
+        ({"a": b, "b": b}, "input 'a' is float32 of shape"),
+        ({"a": a[:0], "b": b[:0]}, "an example or more"),
+        ({"a": a, "b": b[:1]}, "as many examples"),
+        ({"a": a.astype(complex), "b": b}, "Received: complex128"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            export(model, tmp_path / "b", inputs=inputs, measure=False)
+    assert not (tmp_path / "b").exists()
 
 
 def test_refuses(tmp_path):
     model = compiled(rigl_keras.sparsify(small_model(), 0.2))
     model.fit(*examples(), verbose=0)
-    with pytest.raises(ValueError, match="format must be"):
-        export(model, tmp_path / "a", format="onnx")
+    for options, said in (
+        ({"format": "pickle"}, "format must be one of"),
+        ({"format": None}, "format must be one of"),
+        ({"quantization": "int4"}, "quantization must be one of"),
+        ({"quantization": "int8"}, "is of format='tflite'"),
+        ({"format": "tflite", "quantization": "int8"}, "Pass inputs"),
+        ({"tolerance": 0}, "tolerance must be a positive number"),
+        ({"tolerance": "loose"}, "tolerance must be a positive number"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            export(model, tmp_path / "a", **options)
     with pytest.raises(ValueError, match="no masked layer"):
         export(small_model(), tmp_path / "a")
-    export(model, tmp_path / "a")
-    with pytest.raises(ValueError, match="overwrite=True"):
-        export(model, tmp_path / "a")
-    export(model, tmp_path / "a", overwrite=True)
+    with pytest.raises(ValueError, match="takes a built Keras model"):
+        export("model.keras", tmp_path / "a")
+    with pytest.raises(ValueError, match="is the folder that is written"):
+        export(model, tmp_path / "model.tflite", format="tflite")
+    with pytest.raises(ValueError, match="is subclassed"):
+        subclassed = rigl_keras.sparsify(KINDS["subclassed"](), 0.5)
+        export(subclassed, tmp_path / "a", fold_batch_norm=True)
 
     head = model.get_layer("head")
     kernel = head.kernel.numpy()
     head.kernel.assign(np.ones_like(kernel))
     with pytest.raises(ValueError, match="'head' holds .* outside its mask"):
-        export(model, tmp_path / "b")
+        export(model, tmp_path / "a")
     head.kernel.assign(np.full_like(kernel, np.nan) * head.mask.numpy())
     with pytest.raises(ValueError, match="NaN"):
-        export(model, tmp_path / "b")
-    assert not (tmp_path / "b").exists()
-    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+        export(model, tmp_path / "a")
+    head.kernel.assign(kernel)
+    head.mask.assign(head.mask * 0.5)
+    with pytest.raises(ValueError, match="other values than zeros and ones"):
+        export(model, tmp_path / "a")
+    assert not list(tmp_path.iterdir())
 
 
-def test_a_model_that_disagrees_is_not_written(tmp_path, monkeypatch):
+@pytest.mark.parametrize("format", list(artefacts.FORMATS))
+def test_what_disagrees_is_not_written(format, tmp_path, monkeypatch):
+    model = rigl_keras.sparsify(small_model(), 0.2)
+    load = artefacts.load
+
+    def load_wrongly(*arguments):
+        run = load(*arguments)
+        return lambda x: {n: y + 1e-3 for n, y in run(x).items()}
+
+    monkeypatch.setattr(artefacts, "load", load_wrongly)
+    with pytest.raises(ValueError, match="disagrees with the model"):
+        export(model, tmp_path / "new" / "exported", format=format)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bits_that_are_wrong_are_noticed(tmp_path, monkeypatch):
     model = rigl_keras.sparsify(small_model(), 0.2)
     monkeypatch.setattr(
         np, "packbits", lambda bits, real=np.packbits: real(bits)[::-1]
@@ -118,3 +439,151 @@ def test_a_model_that_disagrees_is_not_written(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="disagrees with the model"):
         export(model, tmp_path / "exported")
     assert not list(tmp_path.iterdir())
+
+
+def test_nan_outputs_are_refused(tmp_path):
+    model = rigl_keras.sparsify(small_model(), 0.2)
+    norm = model.get_layer("norm")
+    norm.moving_variance.assign(norm.moving_variance * 0 - 1)
+    with pytest.raises(ValueError, match="NaN or infinite outputs"):
+        export(model, tmp_path / "exported")
+
+
+def test_overwriting(tmp_path):
+    model = rigl_keras.sparsify(small_model(), 0.2)
+    target = tmp_path / "exported"
+    export(model, target, measure=False)
+    with pytest.raises(ValueError, match="overwrite=True"):
+        export(model, target, measure=False)
+    old = (target / "export.json").read_text()
+    # An error leaves what is there as it is.
+    with pytest.raises(ValueError, match="disagrees"):
+        export(
+            model,
+            target,
+            format="tflite",
+            quantization="float16",
+            tolerance=1e-12,
+            overwrite=True,
+            measure=False,
+        )
+    assert (target / "export.json").read_text() == old
+    check_export(target)
+    export(model, target, format="keras", overwrite=True, measure=False)
+    assert check_export(target).format == "keras"
+    assert [p.name for p in tmp_path.iterdir()] == ["exported"]
+    # What is no export is nobody's to replace.
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("All of it")
+    with pytest.raises(ValueError, match="is not an export"):
+        export(model, tmp_path / "thesis", overwrite=True)
+    assert (tmp_path / "thesis" / "chapter.tex").exists()
+
+
+def test_damaged(tmp_path):
+    model = rigl_keras.sparsify(small_model(), 0.2)
+    export(model, tmp_path / "exported", measure=False)
+
+    def damaged(change):
+        folder = tmp_path / "copy"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(tmp_path / "exported", folder)
+        check_export(folder)
+        change(folder)
+        with pytest.raises(ValueError) as caught:
+            check_export(folder)
+        return str(caught.value)
+
+    def cut(folder):
+        with (folder / "saved_model.pb").open("r+b") as file:
+            file.truncate(1000)
+
+    def flip(folder):
+        file = next((folder / "variables").glob("*.data*"))
+        content = bytearray(file.read_bytes())
+        content[100] ^= 1
+        file.write_bytes(content)
+
+    def foreign(folder):
+        (folder / "export.json").write_text('{"files": {}}')
+
+    assert "saved_model.pb has changed" in damaged(cut)
+    assert "data-00000-of-00001 has changed" in damaged(flip)
+    assert "fingerprint.pb is missing" in damaged(
+        lambda folder: (folder / "fingerprint.pb").unlink()
+    )
+    assert "extra is not part" in damaged(
+        lambda folder: (folder / "extra").write_text("")
+    )
+    assert "no report of an export" in damaged(foreign)
+    assert "is damaged" in damaged(
+        lambda folder: (folder / "export.json").write_text("{")
+    )
+    assert "is not an export" in damaged(
+        lambda folder: (folder / "export.json").unlink()
+    )
+
+
+def test_where_nothing_can_be_written(tmp_path):
+    model = rigl_keras.sparsify(small_model(), 0.2)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be written"):
+        export(model, tmp_path / "file" / "exported")
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_what_a_killed_export_has_left_goes(tmp_path):
+    model = rigl_keras.sparsify(small_model(), 0.2)
+    code = (
+        "import os, sys, pathlib; from rigl_keras import writing\n"
+        "with writing.set_aside(pathlib.Path(sys.argv[1])) as folder:\n"
+        "    (folder / 'half').write_text('written')\n"
+        "    os.kill(os.getpid(), 9)"
+    )
+    target = tmp_path / "exported"
+    done = subprocess.run([sys.executable, "-c", code, target])
+    assert done.returncode == -9
+    assert len(list(tmp_path.iterdir())) == 1 and not target.exists()
+    export(model, target, measure=False)
+    assert [p.name for p in tmp_path.iterdir()] == ["exported"]
+
+
+FILL = """
+import json, pathlib, sys
+import rigl_keras
+from conftest import small_model
+model = rigl_keras.sparsify(small_model(), 0.2)
+disk, ends = pathlib.Path(sys.argv[1]), {}
+for format in rigl_keras.artefacts.FORMATS:
+    try:
+        rigl_keras.export(model, disk / "new" / format, format=format)
+    except Exception as error:
+        ends[format] = type(error).__name__, str(error)
+    assert not list(disk.iterdir()), list(disk.rglob("*"))
+print(json.dumps(ends))
+"""
+
+
+def test_a_full_disk(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    small = f"mount -t tmpfs -o size=4k none {disk}"
+    mount = ["unshare", "-rm", "sh", "-c"]
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run([*mount, small], capture_output=True).returncode
+    ):
+        pytest.skip("No small file system may be mounted here.")
+    done = subprocess.run(
+        [*mount, f'{small} && exec "$@"', "", sys.executable, "-c", FILL, disk],
+        capture_output=True,
+        text=True,
+        cwd=pathlib.Path(__file__).parent,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    ends = json.loads(done.stdout.splitlines()[-1])
+    assert set(ends) == set(artefacts.FORMATS)
+    for format, (kind, said) in ends.items():
+        assert kind == "DiskFullError", (format, said)
+        assert said.startswith("The disk is full") and format in said
+        assert "Nothing was written" in said

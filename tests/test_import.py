@@ -36,6 +36,12 @@ ORDER = [
     "diagnostics",
     "graphs",
     "compaction",
+    "timing",
+    "writing",
+    "sparse_storage",
+    "serving",
+    "artefacts",
+    "export_report",
     "export",
     "models",
 ]
@@ -126,6 +132,12 @@ THIRD_PARTY = {
     "topology": {"tensorflow"},
     "redistribution": {"tensorflow"},
     "topology_record": {"numpy", "matplotlib"},
+    "timing": {"numpy"},
+    "writing": {"tensorflow"},
+    "sparse_storage": {"numpy", "tensorflow"},
+    # The last two for one format, where that is asked for.
+    "artefacts": {"numpy", "tensorflow", "keras", "onnx", "onnxruntime"},
+    "export_report": set(),
 }
 
 

@@ -1,0 +1,140 @@
+"""How sparse kernels are stored: bits, gaps and what they take."""
+
+import math
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rigl_keras import sparse_storage
+from rigl_keras.sparse_storage import (
+    ENCODINGS,
+    cheapest_encoding,
+    decode,
+    encode,
+    encoded_bytes,
+)
+
+# Two kernels of 2 x 3, one after the other: entries 2, 5 and 10 of 12.
+KERNELS = [
+    np.array([[0, 0, 7.0], [0, 0, 8.0]], np.float32),
+    np.array([[0, 0, 0], [0, 9.0, 0]], np.float32),
+]
+
+
+def test_bits_by_hand():
+    values, bits = encode(KERNELS, "bitmask")
+    assert values.tolist() == [7, 8, 9]
+    assert [f"{byte:08b}" for byte in bits] == ["00100100", "00100000"]
+
+
+def test_gaps_by_hand():
+    values, gaps = encode(KERNELS, "gaps")
+    assert values.tolist() == [7, 8, 9]
+    assert gaps.tolist() == [2, 3, 5] and gaps.dtype == np.uint8
+
+
+@pytest.mark.parametrize(
+    "position, gaps",
+    [
+        (0, [0]),
+        (255, [255]),
+        (256, [255, 1]),
+        (510, [255, 255]),
+        (511, [255, 255, 1]),
+    ],
+)
+def test_wide_gaps_are_bridged(position, gaps):
+    kernel = np.zeros(600)
+    kernel[position] = 3.0
+    values, found = encode([kernel], "gaps")
+    assert found.tolist() == gaps
+    assert values.tolist() == [0.0] * (len(gaps) - 1) + [3.0]
+    assert encoded_bytes(kernel)["gaps"] == values.nbytes + found.nbytes
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    density=st.sampled_from([0, 0.001, 0.01, 0.1, 0.5, 1]),
+    shapes=st.lists(
+        st.lists(st.integers(1, 12), min_size=1, max_size=4).map(tuple),
+        min_size=1,
+        max_size=3,
+    ),
+    encoding=st.sampled_from(ENCODINGS),
+    dtype=st.sampled_from(["float16", "float32", "float64"]),
+)
+def test_what_is_decoded_is_what_was_encoded(
+    seed, density, shapes, encoding, dtype
+):
+    draw = np.random.default_rng(seed)
+    kernels = [
+        (draw.standard_normal(s) * (draw.random(s) < density)).astype(dtype)
+        for s in shapes
+    ]
+    values, positions = encode(kernels, encoding)
+    decoded = decode(
+        tf.constant(values), tf.constant(positions), encoding, shapes
+    )
+    for kernel, found in zip(kernels, decoded, strict=True):
+        assert found.dtype == dtype
+        np.testing.assert_array_equal(kernel, found)
+
+
+def sparse(density, size=100_000):
+    kernel = np.zeros(size, np.float32)
+    kernel[: round(density * size)] = 1.0
+    return np.random.default_rng(0).permutation(kernel)
+
+
+@pytest.mark.parametrize(
+    "density, cheapest",
+    # A bit for each entry, or a byte for each value: equal at 1/8. Dense is
+    # cheaper where a bit more than 31 of 32 are kept.
+    [
+        (0.01, "gaps"),
+        (0.12, "gaps"),
+        (0.13, "bitmask"),
+        (0.96, "bitmask"),
+        (0.98, "dense"),
+    ],
+)
+def test_the_cheapest(density, cheapest):
+    kernel = sparse(density)
+    assert cheapest_encoding(kernel) == cheapest
+    sizes = encoded_bytes(kernel)
+    ones = np.count_nonzero(kernel)
+    assert sizes["dense"] == 400_000
+    assert sizes["bitmask"] == 4 * ones + 12_500
+    for encoding in ENCODINGS:
+        arrays = encode([kernel], encoding)
+        assert sizes[encoding] == sum(array.nbytes for array in arrays)
+
+
+def test_kernels_are_told_apart_by_what_they_hold():
+    one = sparse_storage.SparseKernels(KERNELS)
+    other = sparse_storage.SparseKernels([-kernel for kernel in KERNELS])
+    again = sparse_storage.SparseKernels(KERNELS)
+    for kernel, read in zip(KERNELS, one.read(), strict=True):
+        np.testing.assert_array_equal(read, kernel)
+    for kernel, read in zip(KERNELS, other.read(), strict=True):
+        np.testing.assert_array_equal(read, -kernel)
+    for read, same in zip(one.read(), again.read(), strict=True):
+        np.testing.assert_array_equal(read, same)
+
+
+def test_of_several_types_and_encodings():
+    kernels = [
+        sparse(0.01).reshape(100, 1000),
+        sparse(0.5).reshape(1000, 100),
+        sparse(0.02).astype(np.float64).reshape(10, 10, 10, 100),
+    ]
+    stored = sparse_storage.SparseKernels(kernels)
+    assert len(stored.stored) == 6  # values and positions of three kinds
+    taken = sum(math.prod(v.shape) * v.dtype.size for v in stored.stored)
+    assert taken == sum(min(encoded_bytes(k).values()) for k in kernels)
+    for kernel, read in zip(kernels, stored.read(), strict=True):
+        np.testing.assert_array_equal(read, kernel)
