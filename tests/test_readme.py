@@ -1,8 +1,15 @@
 """The README's code runs, and what it names exists."""
 
+import json
 import pathlib
 import re
+import socket
+import subprocess
+import sys
 import tempfile
+import time
+import urllib.error
+import urllib.request
 
 import numpy as np
 import pytest
@@ -45,8 +52,44 @@ def test_the_first_ten_lines(capsys, tmp_path, monkeypatch):
     assert "FLOPs" in capsys.readouterr().out
 
 
+def test_the_server_answers(tmp_path):
+    """In a process that cannot import this package."""
+    model = rigl_keras.sparsify(rigl_keras.models.wide_resnet(10, 1), 0.1)
+    call = next(b for b in blocks("python") if "remove_dead_units" in b)
+    call = call.replace('"exported/"', repr(str(tmp_path / "exported")))
+    exec(call, {"rigl_keras": rigl_keras, "model": model})
+    code = next(b for b in blocks("python") if "serve_forever" in b)
+    assert "rigl_keras" not in code
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    code = code.replace("8501", str(port))
+    code = f"import sys; sys.modules['rigl_keras'] = None\n{code}"
+    images = np.random.default_rng(0).standard_normal((2, 32, 32, 3))
+    request = urllib.request.Request(
+        f"http://localhost:{port}",
+        json.dumps({"instances": images.tolist()}).encode(),
+    )
+    server = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
+    try:
+        answer = None
+        while answer is None:
+            assert server.poll() is None, "The server has ended."
+            try:
+                with urllib.request.urlopen(request, timeout=60) as response:
+                    answer = json.load(response)
+            except urllib.error.URLError:
+                time.sleep(0.2)  # it imports TensorFlow first
+    finally:
+        server.kill()
+        server.wait()
+    np.testing.assert_allclose(
+        answer["predictions"], model(images), rtol=1e-4, atol=1e-5
+    )
+
+
 def test_adding_a_method():
-    code = next(b for b in blocks("python") if "class " in b)
+    code = next(b for b in blocks("python") if "MaskUpdate)" in b)
     assert len(code.strip().splitlines()) <= 15
     names = {"rigl_keras": rigl_keras}
     exec(code, names)

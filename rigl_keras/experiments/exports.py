@@ -197,10 +197,11 @@ def read_inputs(path: str | os.PathLike, model: keras.Model):
     """
     signature = serving.signature_of(model)
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except AttributeError:  # .npy holds one array, which is no context
-        arrays = {"": np.load(path, allow_pickle=False)}
+        loaded = np.load(path, allow_pickle=False)
+        arrays = {"": loaded}
+        if not isinstance(loaded, np.ndarray):
+            with loaded:
+                arrays = {name: loaded[name] for name in loaded.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"--inputs={str(path)!r} cannot be read as .npy or .npz: {error}"
@@ -211,7 +212,7 @@ def read_inputs(path: str | os.PathLike, model: keras.Model):
         raise ValueError(
             f"--inputs={str(path)!r} must hold an array for each input of the "
             f"model: {', '.join(signature.inputs)}. Received: "
-            f"{', '.join(arrays)}."
+            f"{', '.join(arrays) or 'none'}."
         )
     return signature.pack(arrays)
 

@@ -1,0 +1,226 @@
+"""bin/export, and exports at the end of a run."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from conftest import small_model
+from kinds import KINDS
+
+import gin
+import rigl_keras
+from rigl_keras.experiments import command
+from rigl_keras.experiments.exports import Exports, load_model, read_inputs
+
+SMALL = [
+    "train.epochs = 1",
+    "train.diagnostics = False",
+    "train.method = None",
+    "Exports.measure = False",
+]
+
+
+def run(run_dir, *bindings):
+    return command.run(bindings=[*SMALL, *bindings], run_dir=run_dir)
+
+
+@pytest.fixture(autouse=True)
+def clean_gin():
+    yield
+    gin.clear_config()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Returns the directory of a finished run that has exported."""
+    path = tmp_path_factory.mktemp("runs") / "run"
+    run(path, 'Exports.formats = ["saved_model", "keras"]')
+    return path
+
+
+def bin_export(*arguments, cwd):
+    return subprocess.run(
+        [sys.executable, "-m", "rigl_keras.experiments.exports", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"},
+    )
+
+
+def test_a_run_exports_when_asked(finished):
+    exported = finished / "exported"
+    assert {p.name for p in exported.iterdir()} == {"saved_model", "keras"}
+    report = rigl_keras.check_export(exported / "saved_model")
+    result = json.loads((finished / "result.json").read_text())
+    assert report.density == pytest.approx(result["density"])
+    assert report.nonzeros == result["nonzeros"]
+    assert report.inference_flops == result["inference_flops"]
+    # What is exported is what was saved.
+    x = np.random.default_rng(0).random((3, 8, 8, 1), np.float32)
+    plain = keras.models.load_model(exported / "keras" / "model.keras")
+    np.testing.assert_allclose(
+        plain(x), load_model(finished)(x), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_a_finished_run_exports_what_is_missing(finished, tmp_path):
+    path = shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(path / "exported" / "keras")
+    before = (path / "exported" / "saved_model" / "export.json").stat()
+    run(path, 'Exports.formats = ["saved_model", "keras"]')
+    rigl_keras.check_export(path / "exported" / "keras")
+    after = (path / "exported" / "saved_model" / "export.json").stat()
+    assert after.st_mtime_ns == before.st_mtime_ns
+
+
+def test_a_dense_run_is_refused_before_it_trains(tmp_path):
+    for binding in ("train.density = None", "train.small_dense = True"):
+        with pytest.raises(ValueError, match="this run is dense"):
+            run(tmp_path / "run", binding, 'Exports.formats = ["saved_model"]')
+    with pytest.raises(ValueError, match="formats must be one of"):
+        run(tmp_path / "run", 'Exports.formats = ["tensorrt"]')
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command(finished, tmp_path):
+    done = bin_export(
+        finished,
+        "--output=out",
+        "--formats=saved_model,tflite",
+        "--quantization=int8",  # calibrated on the run's own data
+        "--fold_batch_norm",
+        "--remove_dead_units",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "saved_model",
+        "tflite_int8",
+    }
+    for said in ("latency at batch 32", "batch norms folded", "tflite, int8"):
+        assert said in done.stdout
+    # Nothing of TensorFlow's own between the tables.
+    assert "Sharding" not in done.stderr and "Warning" not in done.stderr
+    report = rigl_keras.check_export(tmp_path / "out" / "saved_model")
+    assert report.folded and report.dense_latency
+
+    done = bin_export("--check=out/saved_model", cwd=tmp_path)
+    assert done.returncode == 0 and "All files are as they" in done.stdout
+    (tmp_path / "out" / "saved_model" / "saved_model.pb").write_bytes(b"")
+    done = bin_export("--check=out/saved_model", cwd=tmp_path)
+    assert done.returncode == 2
+    (line,) = [s for s in done.stderr.splitlines() if s.startswith("export:")]
+    assert "saved_model.pb has changed" in line
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ([], "Pass one run directory or .keras file"),
+        (["nowhere"], "There is no 'nowhere'"),
+        (["RUN", "--formats=pickle"], "formats must be one of"),
+        (["RUN", "--quantization=float16"], "is of the format 'tflite'"),
+        (["RUN"], "exported/saved_model' exists. Pass overwrite=True"),
+    ],
+)
+def test_nonsense(arguments, said, finished, tmp_path):
+    arguments = [finished if a == "RUN" else a for a in arguments]
+    done = bin_export(*arguments, cwd=tmp_path)
+    assert done.returncode != 0
+    assert said in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_files_that_cannot_be_read(finished, tmp_path):
+    whole = (finished / "model.keras").read_bytes()
+    for name, content, said in (
+        ("cut.keras", whole[: len(whole) // 2], "is cut short"),
+        ("text.keras", b"Not a model", "no .keras file"),
+        ("flipped.keras", flipped(whole), "cannot be loaded"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=said):
+            load_model(tmp_path / name)
+    unfinished = tmp_path / "run"
+    unfinished.mkdir()
+    with pytest.raises(ValueError, match="is not the directory of a run"):
+        load_model(unfinished)
+    (unfinished / "config.gin").write_text("")
+    with pytest.raises(ValueError, match="is not finished"):
+        load_model(unfinished)
+    # A dense one has nothing to leave out.
+    small_model().save(tmp_path / "dense.keras")
+    with pytest.raises(ValueError, match="no masked layer"):
+        Exports(formats=["saved_model"]).write(tmp_path / "dense.keras")
+    assert not (tmp_path / "exported").exists()
+
+
+def flipped(content):
+    """Returns an archive with the weights in it damaged."""
+    content = bytearray(content)
+    at = content.index(b"model.weights.h5") + 500
+    content[at : at + 200] = bytes(200)
+    return bytes(content)
+
+
+def test_one_format_fails_and_the_others_do_not(finished, tmp_path):
+    """An int8 file of a `.keras` file has nothing to be calibrated on."""
+    file = shutil.copy(finished / "model.keras", tmp_path)
+    (tmp_path / "exported" / "keras").mkdir(parents=True)
+    exports = Exports(formats=["keras", "saved_model"], measure=False)
+    with pytest.raises(ValueError, match="keras' exists"):
+        exports.write(file)
+    rigl_keras.check_export(tmp_path / "exported" / "saved_model")
+
+
+def test_inputs_from_files(tmp_path):
+    model = rigl_keras.sparsify(KINDS["several inputs and outputs"](), 0.5)
+    one, two = np.ones((2, 5)), np.ones((2, 4))
+    np.savez(tmp_path / "both.npz", one=one, two=two)
+    read = read_inputs(tmp_path / "both.npz", model)
+    np.testing.assert_array_equal(read["one"], one)
+    np.savez(tmp_path / "one.npz", one=one)
+    np.save(tmp_path / "array.npy", one)
+    (tmp_path / "text.npz").write_text("Not an archive")
+    (tmp_path / "empty.npy").write_bytes(b"")
+    for name, said in (
+        ("one.npz", "an array for each input of the model: one, two"),
+        ("array.npy", "an array for each input"),
+        ("text.npz", "cannot be read"),
+        ("empty.npy", "cannot be read"),
+        ("nowhere.npy", "cannot be read"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            read_inputs(tmp_path / name, model)
+    single = rigl_keras.sparsify(small_model(), 0.5)
+    x = np.ones((2, 8, 8, 3))
+    np.save(tmp_path / "x.npy", x)
+    np.savez(tmp_path / "x.npz", anything=x)
+    for name in ("x.npy", "x.npz"):
+        np.testing.assert_array_equal(read_inputs(tmp_path / name, single), x)
+
+
+def test_what_exports_refuses():
+    for options, said in (
+        ({"formats": "saved_model"}, "is a list"),
+        ({"formats": [None]}, "formats must be one of"),
+        ({"quantization": "int8"}, "is of the format 'tflite'"),
+        ({"formats": ["tflite"], "quantization": "int4"}, "quantization must"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            Exports(**options)
+    assert Exports().write("nowhere") == []
+
+
+def test_the_script_is_there():
+    script = pathlib.Path(rigl_keras.__file__).parents[1] / "bin" / "export"
+    assert os.access(script, os.X_OK)
+    assert "experiments.exports" in script.read_text()
