@@ -351,7 +351,9 @@ class _Channels:
                 self._pin_unknown(tensor)
             return
         out = id(rule.output)
-        constants = rule.constants([self._constants[id(t)] for t in rule.inputs])
+        constants = rule.constants(
+            [self._constants[id(t)] for t in rule.inputs]
+        )
         constants[~np.isfinite(constants)] = np.nan
         self._constants[out] = constants
         self._needs[out] = np.zeros(constants.size, bool)
@@ -424,9 +426,19 @@ class _Passing(_Rule):
         return inputs[0].copy()
 
 
-class _ZeroPadding(_Rule):
+class _PassingZero(_Rule):
+    """A layer that leaves a channel of zeros as it is: padding with zeros."""
+
     def constants(self, inputs):
         return np.where(inputs[0] == 0, 0.0, np.nan)
+
+
+class _UpSampling(_PassingZero):
+    def constants(self, inputs):
+        # Other interpolation is rounded, in float32 whatever the type.
+        if getattr(self.layer, "interpolation", "nearest") == "nearest":
+            return inputs[0].copy()
+        return super().constants(inputs)
 
 
 class _Activation(_Rule):
@@ -460,9 +472,7 @@ class _Multiply(_Merge):
     def needs(self, outputs):
         # The zero itself must stay one: a channel that nothing needs may
         # take any value.
-        return [
-            outputs & (~self.zero | (known == 0)) for known in self.known
-        ]
+        return [outputs & (~self.zero | (known == 0)) for known in self.known]
 
 
 class _Concatenate(_Rule):
@@ -706,15 +716,16 @@ _RULES = {
             layers.SpatialDropout1D,
             layers.SpatialDropout2D,
             layers.SpatialDropout3D,
-            layers.UpSampling1D,
-            layers.UpSampling2D,
-            layers.UpSampling3D,
         ),
         _Passing,
     ),
     **dict.fromkeys(
+        (layers.UpSampling1D, layers.UpSampling2D, layers.UpSampling3D),
+        _UpSampling,
+    ),
+    **dict.fromkeys(
         (layers.ZeroPadding1D, layers.ZeroPadding2D, layers.ZeroPadding3D),
-        _ZeroPadding,
+        _PassingZero,
     ),
     **dict.fromkeys(
         (

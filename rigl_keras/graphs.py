@@ -146,8 +146,7 @@ def _is_tensor(x):
 def _check_graph(model):
     if not isinstance(model, keras.Model):
         raise ValueError(
-            "A Sequential or Functional model is needed. Received: "
-            f"{model!r}."
+            f"A Sequential or Functional model is needed. Received: {model!r}."
         )
     if not is_graph(model) or not _is_its_graph(model):
         raise ValueError(

@@ -54,7 +54,9 @@ def outputs(model, n=3, seed=5):
         lambda t: draw.normal(size=(n, *(d or 7 for d in t.shape[1:]))),
         model.input if hasattr(model, "input") else model.inputs[0],
     )
-    return [np.asarray(y) for y in keras.tree.flatten(model(x))]
+    # Keras else lets what one layer is told, training=True, hold for the next.
+    outputs = model(x, training=False)
+    return [np.asarray(y) for y in keras.tree.flatten(outputs)]
 
 
 def assert_same(model, small, tolerance=1e-12):
@@ -256,6 +258,8 @@ def test_sum_of_two_branches(merge):
     model = residual(merge and merge())
     cut(model.get_layer("branch"), incoming=[0, 1])
     cut(model.get_layer("stem"), incoming=[1, 2])
+    assign_constant(model.get_layer("norm1"), 1, -0.5)
+    assign_constant(model.get_layer("norm1"), 2, -0.5)
     # Channel 1 is dead in both; 0 and 2 in one.
     small, shrunk = removed(model)
     assert shrunk == dict.fromkeys(["stem", "norm1", "branch"], (4, 3))
@@ -355,7 +359,7 @@ def test_depthwise_convolution(padding):
     model = settle(
         keras.Sequential(
             [
-                keras.Input((6, 6, 2)),
+                keras.Input((8, 8, 2)),
                 layers.Conv2D(4, 3, activation="relu", name="conv"),
                 layers.DepthwiseConv2D(
                     3, depth_multiplier=2, padding=padding, name="depthwise"
@@ -386,7 +390,7 @@ def test_separable_convolution(padding):
     model = settle(
         keras.Sequential(
             [
-                keras.Input((6, 6, 2)),
+                keras.Input((8, 8, 2)),
                 layers.Conv2D(4, 3, activation="relu", name="conv"),
                 layers.SeparableConv2D(
                     5, 3, depth_multiplier=2, padding=padding, name="separable"
@@ -462,7 +466,7 @@ PASSING = [
     layers.AveragePooling2D(2, padding="same"),
     layers.GlobalAveragePooling2D(keepdims=True),
     layers.GlobalMaxPooling2D(keepdims=True),
-    layers.UpSampling2D(2, interpolation="bilinear"),
+    layers.UpSampling2D(2),
     layers.Cropping2D(1),
     layers.SpatialDropout2D(0.3),
     layers.GaussianNoise(0.3),
@@ -494,6 +498,11 @@ def test_constants_pass_through(between):
 # What is not known stays.
 
 
+@keras.saving.register_keras_serializable("tests")
+def reverse(x):
+    return x[:, ::-1]
+
+
 def test_softmax_reads_all():
     inputs = keras.Input((3,))
     x = layers.Dense(5, "relu", name="a")(inputs)
@@ -512,8 +521,8 @@ def test_softmax_reads_all():
         layers.Softmax(),
         layers.Reshape((4, 1)),
         layers.PReLU(),
-        layers.Lambda(lambda x: x[:, ::-1]),
-        layers.Dense(4, activation=lambda x: x - x[:, :1]),
+        layers.Lambda(reverse, output_shape=(4,)),
+        layers.Dense(4, activation=reverse),
     ],
     ids=lambda layer: layer.name,
 )
@@ -546,7 +555,7 @@ def test_shared_layer_is_left_alone():
 
 
 def test_batch_norm_that_trains_and_groups_are_left_alone():
-    inputs = keras.Input((6, 6, 4))
+    inputs = keras.Input((9, 9, 4))
     x = layers.Conv2D(4, 3, name="a")(inputs)
     x = layers.Conv2D(4, 3, groups=2, name="groups")(x)
     x = layers.Conv2D(4, 3, name="b")(x)
@@ -576,8 +585,8 @@ def test_outputs_and_inputs_stay():
     model = keras.Model(model.input, [x, layers.Dense(2, name="head")(z)])
     settle(model)
     cut(model.get_layer("z"), incoming=[3])
-    assert removed(model)[1] == {"y": (5, 4), "z": (4, 3)} or True
-    assert removed(model)[1]["z"] == (4, 3)
+    cut(model.get_layer("z"), outgoing=[2])
+    assert removed(model)[1] == {"y": (5, 3), "z": (4, 3)}
 
 
 def test_models_within_are_opened():
@@ -632,7 +641,10 @@ def test_folding(kind, scale):
         variable.assign(draw.uniform(0.5, 2, variable.shape))
     folded, report = fold_batch_norm(model)
     assert report.folded == {"norm": "linear"} and not report.kept
-    assert [x.name for x in folded.layers[1:]] == ["linear", model.layers[2].name]
+    assert [x.name for x in folded.layers[1:]] == [
+        "linear",
+        model.layers[2].name,
+    ]
     assert_same(model, folded)
 
 
@@ -693,11 +705,10 @@ def test_why_batch_norms_are_kept():
         "n_training": "it or the layer before is called with special arguments",
         "n_type": "it computes in another type than that of its weights",
     }
-    assert "1 of 10 batch norms folded:\n  n_output into l\nkept:" in str(report)
-    for layer in model.layers:  # the original's are all there
-        assert "OwnNorm" in str(type(layer)) or layer.name in {
-            x.name for x in folded.layers
-        } | {"n_output"}
+    assert "1 of 10 batch norms folded:\n  n_output into l\nkept:" in str(
+        report
+    )
+    assert_same(model, folded)
 
 
 def test_output_of_the_model_is_not_scaled():
@@ -752,7 +763,8 @@ def test_folding_in_networks(name):
     model = random_masks(build, 0.1)
     small, report = fold_batch_norm(model)
     if folded is None:  # each convolution has one of its own
-        folded = [x.name for x in model.layers if "bn" in x.name]
+        folded = [x.name for x in model.layers if x.name[:-1].endswith("bn")]
+        folded += [x.name for x in model.layers if x.name.endswith("bn")]
         assert len(folded) == 20
     assert sorted(report.folded) == sorted(folded)
     assert len(report.kept) == kept
@@ -795,7 +807,7 @@ def test_other_types(policy):
     expected = np.asarray(model(x), np.float64)
     small, removal = remove_dead_units(model)
     folded, folding = fold_batch_norm(model)
-    assert removal.layers and small.dtype_policy.name == "float32"
+    assert removal.layers
     assert small.get_layer("conv2").dtype_policy.name == policy
     assert len(folding.folded) == (policy == "float32")
     tolerance = 1e-6 if policy == "float32" else 5e-3
@@ -920,5 +932,7 @@ def test_random_graphs(seed):
 
 
 def test_random_graphs_have_dead_units():
-    shrunk = [remove_dead_units(Draw(seed).model)[1].layers for seed in range(5)]
+    shrunk = [
+        remove_dead_units(Draw(seed).model)[1].layers for seed in range(5)
+    ]
     assert all(shrunk)
