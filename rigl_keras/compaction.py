@@ -50,7 +50,7 @@ class Folding:
 
     def __str__(self) -> str:
         total = len(self.folded) + len(self.kept)
-        lines = [f"{len(self.folded)} of {total} batch norms folded:"]
+        lines = [f"{len(self.folded)} of {total} batch norms folded"]
         lines += [f"  {norm} into {into}" for norm, into in self.folded.items()]
         if self.kept:
             lines.append("kept:")
@@ -116,7 +116,7 @@ def fold_batch_norm(model: keras.Model) -> tuple[keras.Model, Folding]:
 
     >>> folded, folding = fold_batch_norm(model)
     >>> print(folding)
-    2 of 3 batch norms folded:
+    2 of 3 batch norms folded
       bn1 into conv1
       bn2 into conv2
     kept:
@@ -134,7 +134,8 @@ def fold_batch_norm(model: keras.Model) -> tuple[keras.Model, Folding]:
         norm = call.layer
         if not isinstance(norm, layers.BatchNormalization):
             continue
-        before = producers.get(id(tensors_in(call.args)[0]))
+        read = tensors_in((call.args, call.kwargs))[0]
+        before = producers.get(id(read))
         why = _why_not_folded(call, before, times, readers)
         if why:
             kept[norm.name] = why
@@ -153,11 +154,9 @@ def _why_not_folded(call, before, times, readers):
         return "it follows an input of the model"
     layer = before.layer
     if type(layer) not in _LINEAR:
-        kind = type(layer).__name__
-        article = "an" if kind[0] in "AEIOU" else "a"
-        return f"it follows {layer.name!r}, {article} {kind}"
+        return f"it follows {layer.name!r}, {_kind(layer)}"
     if type(norm) is not layers.BatchNormalization:
-        return f"it is a {type(norm).__name__}, which may compute otherwise"
+        return f"it is {_kind(norm)}, which may compute otherwise"
     if times[id(norm)] > 1:
         return f"it is called {times[id(norm)]} times"
     if times[id(layer)] > 1:
@@ -172,11 +171,19 @@ def _why_not_folded(call, before, times, readers):
         _is_channels_last(layer)
     ):
         return "the channels are not the last axis"
-    if any(x.compute_dtype != x.variable_dtype for x in (layer, norm)):
-        return "it computes in another type than that of its weights"
+    types = {
+        t for x in (layer, norm) for t in (x.compute_dtype, x.variable_dtype)
+    }
+    if len(types) > 1:
+        return f"more than one type: {', '.join(sorted(types))}"
     if _is_special(layer):
         return f"{layer.name!r} is quantised or has LoRA weights"
     return None
+
+
+def _kind(layer):
+    name = type(layer).__name__
+    return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
 
 
 def _scaled(call, norm):
