@@ -701,11 +701,11 @@ def test_why_batch_norms_are_kept():
         "n_activation": "'e' has an activation",
         "n_twice": "'twice' is called 2 times",
         "n_axis": "the channels are not the last axis",
-        "n_own": "it is a OwnNorm, which may compute otherwise",
+        "n_own": "it is an OwnNorm, which may compute otherwise",
         "n_training": "it or the layer before is called with special arguments",
-        "n_type": "it computes in another type than that of its weights",
+        "n_type": "more than one type: float16, float32, float64",
     }
-    assert "1 of 10 batch norms folded:\n  n_output into l\nkept:" in str(
+    assert "1 of 10 batch norms folded\n  n_output into l\nkept:" in str(
         report
     )
     assert_same(model, folded)
