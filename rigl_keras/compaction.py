@@ -75,12 +75,11 @@ class Removal:
 
     def __str__(self) -> str:
         before, after = self.parameters_before, self.parameters_after
-        rows = [("layer", "", "units", "of")]
-        rows += [
-            (name, "", f"{now:,}", f"{was:,}")
+        rows = [
+            (name, f"{now:,} of {was:,} units")
             for name, (was, now) in self.layers.items()
         ]
-        lines = aligned(rows) if self.layers else ["no unit is dead"]
+        lines = aligned(rows) if rows else ["no unit is dead"]
         share = f" ({after / before:.1%})" if before else ""
         return "\n".join(
             [*lines, f"parameters: {after:,} of {before:,}{share}"]
@@ -242,9 +241,8 @@ def remove_dead_units(model: keras.Model) -> tuple[keras.Model, Removal]:
 
     >>> small, removal = remove_dead_units(model)
     >>> print(removal)
-    layer    units  of
-    conv1        5   8
-    conv2       11  16
+    conv1  5 of 8 units
+    conv2  11 of 16 units
     parameters: 1,024 of 2,210 (46.3%)
     """
     graph = trace(model)
@@ -809,33 +807,11 @@ def _is_special(layer):
 _ELEMENTWISE = [
     getattr(keras.activations, name)
     for name in (
-        "celu",
-        "elu",
-        "exponential",
-        "gelu",
-        "hard_shrink",
-        "hard_sigmoid",
-        "hard_silu",
-        "hard_tanh",
-        "leaky_relu",
-        "linear",
-        "log_sigmoid",
-        "mish",
-        "relu",
-        "relu6",
-        "selu",
-        "sigmoid",
-        "silu",
-        "soft_shrink",
-        "softplus",
-        "softsign",
-        "sparse_plus",
-        "sparse_sigmoid",
-        "squareplus",
-        "tanh",
-        "tanh_shrink",
-        "threshold",
-    )
+        "celu elu exponential gelu hard_shrink hard_sigmoid hard_silu "
+        "hard_tanh leaky_relu linear log_sigmoid mish relu relu6 selu "
+        "sigmoid silu soft_shrink softplus softsign sparse_plus "
+        "sparse_sigmoid squareplus tanh tanh_shrink threshold"
+    ).split()
 ]
 
 

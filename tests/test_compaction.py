@@ -287,14 +287,14 @@ def test_product_with_zero_is_zero(sign):
 
 
 def test_zero_of_a_product_stays_zero():
-    """A layer that is not known reads it: sigmoid(0) would show."""
+    """A layer that is not known reads it: hard_sigmoid(0) would show."""
     inputs = keras.Input((3,))
-    a = layers.Dense(4, name="a")(inputs)
+    a = layers.Dense(4, "hard_sigmoid", name="a")(inputs)
     b = layers.Dense(4, "sigmoid", name="b")(inputs)
     x = layers.LayerNormalization()(layers.Multiply()([b, a]))
     model = settle(keras.Model(inputs, x))
     cut(model.get_layer("a"), incoming=[0])
-    model.get_layer("a").bias.assign([0, 1, 1, 1])
+    model.get_layer("a").bias.assign([-5, 0, 0, 0])
     small, shrunk = removed(model)
     assert not shrunk
     # What is multiplied by 0 need not be computed.
@@ -494,6 +494,49 @@ def test_constants_pass_through(between):
     cut(model.layers[0], incoming=[1])
     cut(model.layers[2], outgoing=[3])
     assert removed(model)[1] == {"conv": (4, 2)}
+
+
+@pytest.mark.parametrize("padding", ["causal", "valid"])
+def test_causal_convolution_pads(padding):
+    model = settle(
+        keras.Sequential(
+            [
+                keras.Input((7, 2)),
+                layers.Conv1D(4, 3, name="conv"),
+                layers.Conv1D(3, 2, padding=padding, name="head"),
+            ]
+        )
+    )
+    cut(model.layers[0], incoming=[1])
+    shrunk = {"conv": (4, 3)} if padding == "valid" else {}
+    assert removed(model)[1] == shrunk
+
+
+def test_operations_are_known_as_layers_are():
+    inputs = keras.Input((3,))
+    x = keras.ops.relu(layers.Dense(4, name="a")(inputs))
+    y = keras.ops.gelu(layers.Dense(4, name="b")(inputs), approximate=True)
+    model = settle(keras.Model(inputs, layers.Dense(2, name="head")(x - y)))
+    for name in "ab":
+        cut(model.get_layer(name), incoming=[1, int(name == "b")])
+    assert removed(model)[1] == {"a": (4, 3), "b": (4, 3)}
+    # A sum with a number is not.
+    model = keras.Model(inputs, layers.Dense(2, name="head")(x + 1.0))
+    cut(settle(model).get_layer("head"), outgoing=[0])
+    assert not removed(model)[1]
+
+
+def test_reports_read_well():
+    model = convolutions()
+    cut(model.get_layer("conv2"), outgoing=[0, 3])
+    assert str(remove_dead_units(model)[1]) == (
+        "conv1  2 of 4 units\n"
+        "norm   2 of 4 units\n"
+        "parameters: 98 of 196 (50.0%)"
+    )
+    assert str(fold_batch_norm(model)[1]) == (
+        "1 of 1 batch norms folded\n  norm into conv1"
+    )
 
 
 # What is not known stays.
@@ -885,7 +928,9 @@ class Draw:
         return layers.BatchNormalization()(x)
 
     def act(self, x):
-        return self.choice([layers.ReLU(), layers.Activation("gelu")])(x)
+        return self.choice(
+            [layers.ReLU(), layers.Activation("gelu"), keras.ops.silu]
+        )(x)
 
     def merge(self, x):
         merge = self.choice(
