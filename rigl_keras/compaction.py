@@ -79,11 +79,11 @@ class Removal:
             (name, f"{now:,} of {was:,} units")
             for name, (was, now) in self.layers.items()
         ]
-        lines = aligned(rows) if rows else ["no unit is dead"]
+        lines = [line.rstrip() for line in aligned(rows)] if rows else []
         share = f" ({after / before:.1%})" if before else ""
-        return "\n".join(
-            [*lines, f"parameters: {after:,} of {before:,}{share}"]
-        )
+        lines = lines or ["no unit is dead"]
+        lines.append(f"parameters: {after:,} of {before:,}{share}")
+        return "\n".join(lines)
 
 
 def fold_batch_norm(model: keras.Model) -> tuple[keras.Model, Folding]:
