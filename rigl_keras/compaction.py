@@ -78,10 +78,9 @@ class Removal:
         rows = [
             (name, f"{now:,} of {was:,} units")
             for name, (was, now) in self.layers.items()
-        ]
-        lines = [line.rstrip() for line in aligned(rows)] if rows else []
+        ] or [("no unit is dead", "")]
+        lines = [line.rstrip() for line in aligned(rows)]
         share = f" ({after / before:.1%})" if before else ""
-        lines = lines or ["no unit is dead"]
         lines.append(f"parameters: {after:,} of {before:,}{share}")
         return "\n".join(lines)
 

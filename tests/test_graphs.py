@@ -130,6 +130,16 @@ def test_arguments_survive():
     assert abs(np.mean(again(x))) < 1e-3  # by the batch's own statistics
 
 
+def test_model_that_converts_its_inputs_stays_one_call():
+    inner = keras.Sequential(
+        [keras.Input((4,)), layers.Dense(4, name="dense")], name="inner"
+    )
+    inputs = keras.Input((4,), dtype="float16")
+    model = keras.Model(inputs, inner(inputs))
+    assert names(trace(model)) == ["inner"]
+    assert_same(model, rebuild(trace(model)), np.ones((2, 4), np.float16))
+
+
 def test_layers_are_replaced_and_left_out():
     model = keras.Sequential(
         [
