@@ -316,7 +316,6 @@ class _Channels:
             self._forward(call, rule)
         for tensor in tensors_in(graph.outputs):
             self._need_all(tensor)
-            self._slots.pin(self._of.get(id(tensor), ()))
         for call, rule in reversed(self._rules):
             self._backward(call, rule)
         self._decide()

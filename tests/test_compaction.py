@@ -406,6 +406,7 @@ def test_separable_convolution(padding):
     kernel = separable.depthwise_kernel.numpy()
     kernel[:, :, 1] = 0
     kernel[:, :, 2, 0] = 0
+    kernel[:, :, 3, 1] = 0  # channel 3 has the other path still
     separable.depthwise_kernel.assign(kernel)
     kernel = separable.pointwise_kernel.numpy()
     kernel[:, :, 5] = 0  # the other path of channel 2
@@ -417,6 +418,28 @@ def test_separable_convolution(padding):
     assert small.get_layer("separable").pointwise_kernel.shape == (
         (1, 1, 2 * left, 4)
     )
+
+
+@pytest.mark.parametrize(
+    "reader",
+    [
+        layers.Dense(3),
+        layers.Conv2D(3, 2),
+        layers.Conv2D(3, 2, padding="same"),
+        layers.DepthwiseConv2D(2, depth_multiplier=2),
+        layers.SeparableConv2D(3, 2, depth_multiplier=2),
+        layers.Conv2DTranspose(3, 2),
+    ],
+    ids=lambda layer: layer.name,
+)
+def test_constant_that_stays_is_not_added_twice(reader):
+    """It is an output of the model as well."""
+    inputs = keras.Input((6, 6, 2))
+    x = layers.Conv2D(4, 3, name="conv")(inputs)
+    y = type(reader).from_config({**reader.get_config(), "dtype": None})(x)
+    model = settle(keras.Model(inputs, [x, y]))
+    cut(model.get_layer("conv"), incoming=[0, 2])
+    assert not removed(model)[1]
 
 
 def test_transposed_convolution():
@@ -922,7 +945,12 @@ class Draw:
                 size, depth_multiplier=int(self.draw.integers(1, 3)), **options
             )(x)
         if kind == 1:
-            return layers.SeparableConv2D(units, size, **options)(x)
+            return layers.SeparableConv2D(
+                units,
+                size,
+                depth_multiplier=int(self.draw.integers(1, 3)),
+                **options,
+            )(x)
         if kind == 2:
             return layers.Conv2DTranspose(units, size, **options)(x)
         if kind == 3:
