@@ -178,10 +178,7 @@ def _trace(model, inputs):
     def record(layer, *args, **kwargs):
         if _can_be_opened(layer, args, kwargs):
             inner = _trace(layer, input_structure(layer))
-            outputs = _replay(inner, keras.tree.flatten(args[0]), record)
-            # Keras, too, takes a list of one output for the output.
-            one = isinstance(outputs, (list, tuple)) and len(outputs) == 1
-            return outputs[0] if one else outputs
+            return _replay(inner, keras.tree.flatten(args[0]), record)
         _name_apart(layer, named)
         outputs = layer(*args, **kwargs)
         calls.append(Call(layer, args, kwargs, outputs))

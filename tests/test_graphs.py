@@ -166,6 +166,25 @@ def test_masked_model_is_stripped():
     assert_same(model, copy, x)
 
 
+def test_one_graph_makes_many_models():
+    graph = trace(functional())
+    one, other = rebuild(graph), rebuild(graph)
+    assert not {id(v) for v in one.variables} & {id(v) for v in other.variables}
+    # Each of their layers has been called once, so that Keras knows `output`.
+    assert one.get_layer("conv1").output.shape == (None, 8, 8, 4)
+
+
+def test_lists_of_outputs_of_models_within():
+    inputs = keras.Input((4,))
+    x = layers.Dense(4, name="dense")(inputs)
+    one = keras.Model(inputs, [x])
+    two = keras.Model(inputs, {"a": x, "b": layers.ReLU(name="relu")(x)})
+    x = two(one(inputs)[0])
+    model = keras.Model(inputs, layers.Dense(2, name="head")(x["b"]))
+    assert names(trace(model)) == ["dense", "dense", "relu", "head"]
+    assert_same(model, rebuild(trace(model)), np.ones((2, 4), np.float32))
+
+
 def test_many_inputs_keep_their_order():
     model = several_inputs_and_outputs()
     again = rebuild(trace(model))
