@@ -50,7 +50,7 @@ class Folding:
 
     def __str__(self) -> str:
         total = len(self.folded) + len(self.kept)
-        lines = [f"{len(self.folded)} of {total} batch norms folded:"]
+        lines = [f"{len(self.folded)} of {total} batch norms folded"]
         lines += [f"  {norm} into {into}" for norm, into in self.folded.items()]
         if self.kept:
             lines.append("kept:")
@@ -75,16 +75,14 @@ class Removal:
 
     def __str__(self) -> str:
         before, after = self.parameters_before, self.parameters_after
-        rows = [("layer", "", "units", "of")]
-        rows += [
-            (name, "", f"{now:,}", f"{was:,}")
+        rows = [
+            (name, f"{now:,} of {was:,} units")
             for name, (was, now) in self.layers.items()
-        ]
-        lines = aligned(rows) if self.layers else ["no unit is dead"]
+        ] or [("no unit is dead", "")]
+        lines = [line.rstrip() for line in aligned(rows)]
         share = f" ({after / before:.1%})" if before else ""
-        return "\n".join(
-            [*lines, f"parameters: {after:,} of {before:,}{share}"]
-        )
+        lines.append(f"parameters: {after:,} of {before:,}{share}")
+        return "\n".join(lines)
 
 
 def fold_batch_norm(model: keras.Model) -> tuple[keras.Model, Folding]:
@@ -116,7 +114,7 @@ def fold_batch_norm(model: keras.Model) -> tuple[keras.Model, Folding]:
 
     >>> folded, folding = fold_batch_norm(model)
     >>> print(folding)
-    2 of 3 batch norms folded:
+    2 of 3 batch norms folded
       bn1 into conv1
       bn2 into conv2
     kept:
@@ -134,7 +132,8 @@ def fold_batch_norm(model: keras.Model) -> tuple[keras.Model, Folding]:
         norm = call.layer
         if not isinstance(norm, layers.BatchNormalization):
             continue
-        before = producers.get(id(tensors_in(call.args)[0]))
+        read = tensors_in((call.args, call.kwargs))[0]
+        before = producers.get(id(read))
         why = _why_not_folded(call, before, times, readers)
         if why:
             kept[norm.name] = why
@@ -153,11 +152,9 @@ def _why_not_folded(call, before, times, readers):
         return "it follows an input of the model"
     layer = before.layer
     if type(layer) not in _LINEAR:
-        kind = type(layer).__name__
-        article = "an" if kind[0] in "AEIOU" else "a"
-        return f"it follows {layer.name!r}, {article} {kind}"
+        return f"it follows {layer.name!r}, {_kind(layer)}"
     if type(norm) is not layers.BatchNormalization:
-        return f"it is a {type(norm).__name__}, which may compute otherwise"
+        return f"it is {_kind(norm)}, which may compute otherwise"
     if times[id(norm)] > 1:
         return f"it is called {times[id(norm)]} times"
     if times[id(layer)] > 1:
@@ -172,11 +169,19 @@ def _why_not_folded(call, before, times, readers):
         _is_channels_last(layer)
     ):
         return "the channels are not the last axis"
-    if any(x.compute_dtype != x.variable_dtype for x in (layer, norm)):
-        return "it computes in another type than that of its weights"
+    types = {
+        t for x in (layer, norm) for t in (x.compute_dtype, x.variable_dtype)
+    }
+    if len(types) > 1:
+        return f"more than one type: {', '.join(sorted(types))}"
     if _is_special(layer):
         return f"{layer.name!r} is quantised or has LoRA weights"
     return None
+
+
+def _kind(layer):
+    name = type(layer).__name__
+    return f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
 
 
 def _scaled(call, norm):
@@ -235,9 +240,8 @@ def remove_dead_units(model: keras.Model) -> tuple[keras.Model, Removal]:
 
     >>> small, removal = remove_dead_units(model)
     >>> print(removal)
-    layer    units  of
-    conv1        5   8
-    conv2       11  16
+    conv1  5 of 8 units
+    conv2  11 of 16 units
     parameters: 1,024 of 2,210 (46.3%)
     """
     graph = trace(model)
@@ -312,7 +316,6 @@ class _Channels:
             self._forward(call, rule)
         for tensor in tensors_in(graph.outputs):
             self._need_all(tensor)
-            self._slots.pin(self._of.get(id(tensor), ()))
         for call, rule in reversed(self._rules):
             self._backward(call, rule)
         self._decide()
@@ -426,9 +429,19 @@ class _Passing(_Rule):
         return inputs[0].copy()
 
 
-class _ZeroPadding(_Rule):
+class _PassingZero(_Rule):
+    """A layer that leaves a channel of zeros as it is: padding with zeros."""
+
     def constants(self, inputs):
         return np.where(inputs[0] == 0, 0.0, np.nan)
+
+
+class _UpSampling(_PassingZero):
+    def constants(self, inputs):
+        # Other interpolation is rounded, in float32 whatever the type.
+        if getattr(self.layer, "interpolation", "nearest") == "nearest":
+            return inputs[0].copy()
+        return super().constants(inputs)
 
 
 class _Activation(_Rule):
@@ -706,15 +719,16 @@ _RULES = {
             layers.SpatialDropout1D,
             layers.SpatialDropout2D,
             layers.SpatialDropout3D,
-            layers.UpSampling1D,
-            layers.UpSampling2D,
-            layers.UpSampling3D,
         ),
         _Passing,
     ),
     **dict.fromkeys(
+        (layers.UpSampling1D, layers.UpSampling2D, layers.UpSampling3D),
+        _UpSampling,
+    ),
+    **dict.fromkeys(
         (layers.ZeroPadding1D, layers.ZeroPadding2D, layers.ZeroPadding3D),
-        _ZeroPadding,
+        _PassingZero,
     ),
     **dict.fromkeys(
         (
@@ -791,33 +805,11 @@ def _is_special(layer):
 _ELEMENTWISE = [
     getattr(keras.activations, name)
     for name in (
-        "celu",
-        "elu",
-        "exponential",
-        "gelu",
-        "hard_shrink",
-        "hard_sigmoid",
-        "hard_silu",
-        "hard_tanh",
-        "leaky_relu",
-        "linear",
-        "log_sigmoid",
-        "mish",
-        "relu",
-        "relu6",
-        "selu",
-        "sigmoid",
-        "silu",
-        "soft_shrink",
-        "softplus",
-        "softsign",
-        "sparse_plus",
-        "sparse_sigmoid",
-        "squareplus",
-        "tanh",
-        "tanh_shrink",
-        "threshold",
-    )
+        "celu elu exponential gelu hard_shrink hard_sigmoid hard_silu "
+        "hard_tanh leaky_relu linear log_sigmoid mish relu relu6 selu "
+        "sigmoid silu soft_shrink softplus softsign sparse_plus "
+        "sparse_sigmoid squareplus tanh tanh_shrink threshold"
+    ).split()
 ]
 
 

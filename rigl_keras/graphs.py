@@ -57,7 +57,7 @@ class Graph:
 
 
 def plain_copy(model: keras.Model) -> keras.Model:
-    """Returns a copy of a model without masks, with the same weights.
+    """Returns a copy of a model, without masks and with the same weights.
 
     Args:
         model: A built Sequential or Functional model, masked or not.
@@ -81,9 +81,9 @@ def plain_copy(model: keras.Model) -> keras.Model:
 def trace(model: keras.Model) -> Graph:
     """Returns the calls of a model's layers, those of models in it included.
 
-    A model within it stays one call where it is more than its graph: its
-    class has a `call` of its own, it is called with arguments besides its
-    inputs, or it converts the type or the rank of these.
+    A model within it stays one call where it is more than its graph: it is
+    called with arguments besides its inputs, or converts the type or the rank
+    of these.
 
     Args:
         model: A built Sequential or Functional model, masked or not.
@@ -102,7 +102,8 @@ def trace(model: keras.Model) -> Graph:
     >>> [call.layer.name for call in trace(model).calls]
     ['dense', 're_lu']
     """
-    return _trace(plain_copy(model))
+    # Copies of a Sequential model name its input anew.
+    return _trace(plain_copy(model), input_structure(model))
 
 
 def rebuild(
@@ -159,26 +160,25 @@ def _check_graph(model):
             f"Model {model.name!r} is not built. Give it a keras.Input, or "
             "call model.build(input_shape)."
         )
+    for layer in model.layers:
+        if is_graph(layer):
+            _check_graph(layer)
 
 
 def _is_its_graph(model):
-    """Returns whether calling a model is nothing but its graph."""
+    """Returns whether its class has no `call` of its own, lost in a copy."""
     owner = next(k for k in type(model).__mro__ if "call" in vars(k))
     return owner.__module__.startswith("keras.")
 
 
-def _trace(model):
-    inputs = _new_inputs(input_structure(model))
+def _trace(model, inputs):
+    inputs = _new_inputs(inputs)
     calls, named = [], {t.name: None for t in keras.tree.flatten(inputs)}
 
     def record(layer, *args, **kwargs):
         if _can_be_opened(layer, args, kwargs):
-            outputs = _replay(
-                _trace(layer), keras.tree.flatten(args[0]), record
-            )
-            # Keras, too, takes a list of one output for the output.
-            one = isinstance(outputs, (list, tuple)) and len(outputs) == 1
-            return outputs[0] if one else outputs
+            inner = _trace(layer, input_structure(layer))
+            return _replay(inner, keras.tree.flatten(args[0]), record)
         _name_apart(layer, named)
         outputs = layer(*args, **kwargs)
         calls.append(Call(layer, args, kwargs, outputs))
@@ -212,9 +212,9 @@ def _new_inputs(structure):
 
 
 def _can_be_opened(layer, args, kwargs):
-    if not is_graph(layer) or not _is_its_graph(layer):
+    if not is_graph(layer) or len(args) != 1:
         return False
-    if len(args) != 1 or any(value is not None for value in kwargs.values()):
+    if any(value is not None for value in kwargs.values()):
         return False
     given = keras.tree.flatten(args[0])
     return len(given) == len(layer.inputs) and all(
