@@ -12,6 +12,7 @@ from test_data import write_metadata
 import gin
 import rigl_keras
 from rigl_keras.experiments import command, config
+from rigl_keras.experiments.exports import Exports
 from rigl_keras.models import resnet
 
 GIN = pathlib.Path(rigl_keras.__file__).parents[1] / "gin"
@@ -196,7 +197,8 @@ def test_density_reaches_every_row(monkeypatch):
         seen["ramp"] = gin.get_bindings("SparsityRamp")
 
     monkeypatch.setattr(command, "RunDirectory", lambda *a, **k: _Nowhere())
-    monkeypatch.setattr(config, "configured", lambda: {"train": train})
+    configured = {"train": train, "Exports": Exports}
+    monkeypatch.setattr(config, "configured", lambda: configured)
     for name in FILES:
         if name == "quickstart" or name.startswith("dense"):
             continue
@@ -212,3 +214,4 @@ def test_density_reaches_every_row(monkeypatch):
 
 class _Nowhere:
     path = pathlib.Path("nowhere")
+    writes = True
