@@ -197,6 +197,7 @@ def test_density_reaches_every_row(monkeypatch):
         seen["ramp"] = gin.get_bindings("SparsityRamp")
 
     monkeypatch.setattr(command, "RunDirectory", lambda *a, **k: _Nowhere())
+    config.configured()  # what the files name is known to gin from here on
     configured = {"train": train, "Exports": Exports}
     monkeypatch.setattr(config, "configured", lambda: configured)
     for name in FILES:
