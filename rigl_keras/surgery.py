@@ -106,7 +106,9 @@ def _exchange_in_copy(model, change):
     finally:
         for m, value in zip(models, compiled, strict=True):
             m.compiled = value
-    _check_class(model, copy)
+    copied = [copy, *_graphs_within(copy)]
+    for old, new in zip(models, copied, strict=True):
+        _check_class(old, new)
     return copy, pairs
 
 

@@ -437,6 +437,20 @@ def test_a_copy_that_would_lose_methods_is_refused():
         sparsify(Wrapping(3), 0.5)
 
 
+class Doubled(keras.Sequential):
+    """Computes something else than its layers, one after the other."""
+
+    def call(self, inputs, training=None, mask=None):
+        return 2 * super().call(inputs, training=training, mask=mask)
+
+
+def test_a_model_within_that_would_lose_its_call_is_refused():
+    inputs = keras.Input((4,))
+    inner = Doubled([keras.Input((4,)), layers.Dense(3)])
+    with pytest.raises(ValueError, match="whose call a masked copy would"):
+        sparsify(keras.Model(inputs, inner(inputs)), 0.5)
+
+
 @pytest.mark.filterwarnings("ignore:Skipping nested container")
 def test_dense_weights_into_a_masked_model(tmp_path):
     dense, model = make("Functional"), masked("Functional", 0.3)
