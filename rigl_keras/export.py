@@ -114,18 +114,13 @@ def export(
             f"Model {model.name!r} computes NaN or infinite outputs: a model "
             "like this is not exported."
         )
-    notes = []
-    small, removal, folding = model, None, None
-    if remove_dead_units:
-        small, removal = compaction.remove_dead_units(small)
-    if fold_batch_norm:
-        small, folding = compaction.fold_batch_norm(small)
+    if tolerance is None:
+        tolerance = _tolerance(model, quantization)
+    small, compacted = _compacted(model, fold_batch_norm, remove_dead_units)
     with (
         writing.set_aside(target) as folder,
         tempfile.TemporaryDirectory() as scratch,
     ):
-        if tolerance is None:
-            tolerance = _tolerance(model, quantization)
 
         def write(**concession):
             artefacts.write(
@@ -140,7 +135,7 @@ def export(
             return artefacts.load(folder, format, signature, list(wanted[0]))
 
         try:
-            difference, conceded = _write_and_compare(
+            difference, notes = _write_and_compare(
                 write,
                 artefacts.FORMATS[format].concessions,
                 examples,
@@ -155,15 +150,13 @@ def export(
                 f"Model {model.name!r} cannot be exported as {format}: {error}"
                 f"{way_out} Nothing was written to {str(target)!r}."
             ) from error
-        notes += conceded
+        measured = {}
         if measure:
             dense = Path(scratch) / "dense"
             artefacts.write(
                 model, signature, dense, "saved_model", sparse=False
             )
             measured = _measured(folder, dense, format, signature, wanted[0])
-        else:
-            measured = {}
         report = ExportReport(
             path=str(target),
             format=format,
@@ -174,9 +167,7 @@ def export(
             max_difference=difference,
             tolerance=tolerance,
             **measured,
-            folded=folding.folded if folding else {},
-            not_folded=folding.kept if folding else {},
-            removed=removal.layers if removal else {},
+            **compacted,
             notes=tuple(notes),
         )
         write_report(report, folder)
@@ -275,6 +266,18 @@ def _examples(signature, inputs, quantization):
             raise
         return given
     return [*drawn[signature.batch_size is not None :], *given]
+
+
+def _compacted(model, fold_batch_norm, remove_dead_units):
+    """Returns what is exported of a model, and what went, for the report."""
+    went = {}
+    if remove_dead_units:
+        model, removal = compaction.remove_dead_units(model)
+        went["removed"] = removal.layers
+    if fold_batch_norm:
+        model, folding = compaction.fold_batch_norm(model)
+        went |= {"folded": folding.folded, "not_folded": folding.kept}
+    return model, went
 
 
 def _tolerance(model, quantization):
@@ -407,8 +410,9 @@ def _accounts(model, small):
         kernel.variable.numpy() for kernel in named_kernels(model).values()
     ]
     weights = sum(kernel.size for kernel in kernels)
-    ones = sum(int(np.count_nonzero(m.mask.numpy())) for m in masked) or sum(
-        int(np.count_nonzero(kernel)) for kernel in kernels
+    ones = sum(
+        int(np.count_nonzero(array))
+        for array in [m.mask.numpy() for m in masked] or kernels
     )
     trained = trained_weights(model)
     try:
@@ -432,13 +436,15 @@ def _accounts(model, small):
 
 def _flops(model):
     """Returns the cost of one sample by the weights that are not zero."""
-    masked = masked_layers(model).named
-    kernels = {name: m.kernel for name, m in masked.items()}
+    kernels = {n: m.kernel for n, m in masked_layers(model).named.items()}
     kernels |= {n: k.variable for n, k in named_kernels(model).items()}
     return sum(
         layer.flops_at(
             np.count_nonzero(kernels[layer.name].numpy())
             / math.prod(layer.shape)
+            # A kernel beside masked ones of its layer has no name of its own.
+            if layer.name in kernels
+            else layer.density
         )
         for layer in count(model).layers
     )

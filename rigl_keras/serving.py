@@ -155,7 +155,8 @@ def signature_of(model: keras.Model, examples=None) -> Signature:
 
     Inputs have the names that a Sequential or Functional model gives its
     `keras.Input`s, else the keys of the dict that is passed, or `inputs` (of
-    a list `inputs_0`, `inputs_1`, ...).
+    a list `inputs_0`, `inputs_1`, ...). What is no letter, digit or underscore
+    in a name becomes an underscore, as the names are those of arguments.
 
     Args:
         model: A built model.
@@ -172,6 +173,7 @@ def signature_of(model: keras.Model, examples=None) -> Signature:
             name if _COUNTED.fullmatch(tensor.name) else tensor.name
             for name, tensor in zip(names, flat, strict=True)
         ]
+    names = _as_arguments(names)
     dtypes = [tensor.dtype for tensor in flat]
     if examples is not None and not is_graph(model):
         given = tf.nest.flatten(examples)
@@ -197,6 +199,18 @@ def signature_of(model: keras.Model, examples=None) -> Signature:
         inputs=inputs,
         integers=min(sizes, default=2),
     )
+
+
+def _as_arguments(names):
+    """Returns names that a function's arguments can have, each once."""
+    arguments = []
+    for name in names:
+        name = re.sub(r"\W", "_", name, flags=re.ASCII)
+        name = f"input_{name}" if not name or name[0].isdigit() else name
+        while name in arguments:
+            name += "_"
+        arguments.append(name)
+    return arguments
 
 
 def named_outputs(outputs) -> dict[str, tf.Tensor]:

@@ -160,6 +160,21 @@ def test_names_of_inputs_and_outputs(tmp_path):
     assert names(small_model) == (["inputs"], ["output_0"])
     assert names(KINDS["subclassed"]) == (["inputs"], ["output_0"])
 
+    def oddly_named():
+        inputs = [
+            keras.Input((4,), name="an image"),
+            keras.Input((4,), name="an-image"),
+            keras.Input((4,), name="1"),
+        ]
+        x = layers.Concatenate()(inputs)
+        return keras.Model(inputs, {"class/1": layers.Dense(5)(x)})
+
+    # The names of arguments are letters, digits and underscores.
+    assert names(oddly_named) == (
+        ["an_image", "an_image_", "input_1"],
+        ["class/1"],
+    )
+
 
 def test_in_a_session(tmp_path):
     """As TensorFlow Serving and saved_model_cli load it."""
@@ -343,6 +358,17 @@ def test_what_a_format_gives_up_is_said(tmp_path):
             inputs=np.ones((4, 4), np.int32),
             measure=False,
         )
+
+
+def test_a_layer_of_which_one_kernel_is_masked(tmp_path):
+    """As the first layer under `uniform`, whose kernel on inputs is dense."""
+    inputs = keras.Input((4, 5))
+    model = keras.Model(inputs, layers.Dense(3)(layers.LSTM(4)(inputs)))
+    model = rigl_keras.sparsify(model, 0.5, distribution="uniform")
+    report = export(model, tmp_path / "out", measure=False)
+    cost = rigl_keras.count(model)
+    assert report.inference_flops == pytest.approx(cost.inference_flops)
+    assert report.nonzeros == cost.nonzeros
 
 
 def test_a_stripped_model(tmp_path):
