@@ -103,8 +103,7 @@ def export(
         tolerance = number(
             "tolerance", tolerance, above=0, rule="must be a positive number"
         )
-    target = Path(path)
-    _check_target(target, overwrite)
+    target = _checked_target(path, overwrite)
     _check_weights(model)
     signature = serving.signature_of(model, inputs)
     examples = _examples(signature, inputs, quantization)
@@ -190,7 +189,14 @@ def _check_arguments(format, quantization, inputs):
         )
 
 
-def _check_target(target, overwrite):
+def _checked_target(path, overwrite):
+    """Returns the folder to write, if it may be written."""
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        raise ValueError(
+            "path must be that of the folder to write. Received: "
+            f"path={path!r}."
+        )
+    target = Path(path)
     file = target.suffix.removeprefix(".")
     if file in artefacts.FORMATS:
         raise ValueError(
@@ -199,7 +205,7 @@ def _check_target(target, overwrite):
             f"Pass {str(target.with_suffix(''))!r}."
         )
     if not target.exists() and not target.is_symlink():
-        return
+        return target
     if not overwrite:
         raise ValueError(
             f"{str(target)!r} exists. Pass overwrite=True (--overwrite) to "
@@ -209,8 +215,10 @@ def _check_target(target, overwrite):
     if not is_export and not (target / "saved_model.pb").is_file():
         raise ValueError(
             f"{str(target)!r} is not an export, and overwrite=True replaces "
-            "exports only. Delete it yourself, or pass another path."
+            "exports only. Delete it yourself, or pass another path. "
+            f"Received: path={path!r}."
         )
+    return target
 
 
 def _check_weights(model):

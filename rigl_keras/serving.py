@@ -77,7 +77,13 @@ class Signature:
             flat = tf.nest.flatten(examples)
         named = {}
         for (name, spec), array in zip(self.inputs.items(), flat, strict=True):
-            array = np.asarray(array)
+            try:
+                array = np.asarray(array)
+            except ValueError as error:
+                raise ValueError(
+                    f"The model's input {name!r} must be an array. Received: "
+                    f"{array!r}."
+                ) from error
             fits = spec.shape.is_compatible_with(array.shape)
             dtype = spec.dtype.as_numpy_dtype
             kinds = np.can_cast(array.dtype, dtype, "same_kind")

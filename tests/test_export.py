@@ -613,3 +613,46 @@ def test_a_full_disk(tmp_path):
         assert kind == "DiskFullError", (format, said)
         assert said.startswith("The disk is full") and format in said
         assert "Nothing was written" in said
+
+
+NONSENSE = [
+    None,
+    True,
+    "",
+    b"x",
+    float("nan"),
+    -1,
+    3.7,
+    [],
+    {},
+    [[1], [2, 3]],
+    int,
+    object(),
+    np.array(1),
+    np.array([]),
+    np.array(["a"]),
+    np.array([None]),
+    np.array([1j]),
+    tf.constant("a"),
+]
+
+
+@pytest.mark.parametrize(
+    "name", ["path", "format", "quantization", "inputs", "tolerance"]
+)
+def test_nonsense(name, tmp_path, monkeypatch):
+    """Each argument is used, or refused with its name and what it was."""
+    monkeypatch.chdir(tmp_path)
+    model = rigl_keras.sparsify(KINDS["Sequential"](), 0.5)
+    written = tmp_path / "out"
+    for value in NONSENSE:
+        arguments = {"path": written, "measure": False, name: value}
+        try:
+            export(model, **arguments)
+        except ValueError as error:
+            assert "eceived" in str(error), (value, error)
+        else:
+            # None, and numbers that are one.
+            assert value is None or name in ("tolerance", "path"), value
+            shutil.rmtree(written)
+        assert not list(tmp_path.iterdir()), value
