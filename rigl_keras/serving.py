@@ -299,7 +299,7 @@ class Served(tf.Module):
         self._kernels = None
         if replaced:
             self._kernels = SparseKernels([v.numpy() for v in replaced])
-            self._stored = self._kernels.stored
+            self._stored = self._kernels.variables
 
         # The model is held by the function alone: as an attribute it would be
         # saved, with its masks and its dense kernels.

@@ -5,7 +5,6 @@ either one bit for each entry of the kernel, or one byte for each entry that
 is stored, whichever takes less.
 """
 
-import hashlib
 import math
 from collections.abc import Sequence
 
@@ -130,77 +129,77 @@ def _bridges(gaps):
 
 
 class SparseKernels(tf.saved_model.experimental.TrackableResource):
-    """Dense kernels in memory, made once, when a SavedModel is loaded.
+    """Kernels that are sparse in a SavedModel, and dense once it is loaded.
 
-    On disk they are values and positions, in few variables for all of them.
-    Plain TensorFlow runs `_initialize` when it has read these, in a session
-    as well; a call then reads ready dense kernels, as it reads variables.
+    On disk they are values and positions, in few variables for all of them,
+    and beside these a variable for each kernel, which is empty. Plain
+    TensorFlow, in a session as well, runs `_initialize` when it has read all
+    variables: it makes the dense kernels and puts them into the empty ones. A
+    call then reads variables as in any other model.
 
-    The kernels are found by name, not through objects of their own: each of
-    those would bring three functions, which take longer to load than the
-    kernel. They are never destroyed while the process lives, because whoever
-    keeps only a signature of a loaded model would find them gone. A model
-    that is loaded again finds its kernels there, and shares them.
+    It is a resource for the sake of that function; there is nothing else to
+    it.
 
     Args:
         kernels: Arrays of float dtypes, each cheaper encoded than dense.
 
     Attributes:
-        stored: The variables that are saved. The owner must track them.
+        variables: The variables that are saved. The owner must track them.
     """
 
     def __init__(self, kernels: Sequence[np.ndarray]):
         super().__init__()
-        # Names are those of a whole process: kernels that differ must differ
-        # in name, also between exports.
-        content = hashlib.sha256()
-        for kernel in kernels:
-            content.update(repr((kernel.shape, kernel.dtype)).encode())
-            content.update(np.ascontiguousarray(kernel).view(np.uint8))
-        self._name = f"rigl_keras_{content.hexdigest()}"
-        self._specs = [(k.shape, tf.as_dtype(k.dtype)) for k in kernels]
-        self._groups = {}
+        self._shapes = [kernel.shape for kernel in kernels]
+        self._dense = [
+            tf.Variable(
+                # Empty, until its first axis gets its length.
+                np.zeros((0, *kernel.shape[1:]), kernel.dtype),
+                shape=(None, *kernel.shape[1:]),
+                trainable=False,
+                name="kernel",
+            )
+            for kernel in kernels
+        ]
+        members = {}
         for i, kernel in enumerate(kernels):
             key = str(kernel.dtype), cheapest_encoding(kernel)
-            self._groups.setdefault(key, []).append(i)
-        self._encoded = {}
-        for (dtype, encoding), members in self._groups.items():
-            arrays = encode([kernels[i] for i in members], encoding)
-            self._encoded[dtype, encoding] = [
-                tf.Variable(array, trainable=False) for array in arrays
-            ]
-        self.stored = [v for pair in self._encoded.values() for v in pair]
-        self._initialize()
+            members.setdefault(key, []).append(i)
+        # What is of one type and encoding is one pair of variables.
+        self._groups = [
+            (
+                encoding,
+                indices,
+                [
+                    tf.Variable(array, trainable=False, name=name)
+                    for name, array in zip(
+                        ("values", "positions"),
+                        encode([kernels[i] for i in indices], encoding),
+                        strict=True,
+                    )
+                ],
+            )
+            for (_, encoding), indices in members.items()
+        ]
+        stored = [v for _, _, pair in self._groups for v in pair]
+        self.variables = [*stored, *self._dense]
 
     def _create_resource(self):
-        return tf.raw_ops.VarHandleOp(
-            dtype=tf.bool, shape=(), shared_name=self._name
-        )
+        return tf.raw_ops.VarHandleOp(dtype=tf.bool, shape=())
 
     def _initialize(self):
-        for key, members in self._groups.items():
-            values, positions = (v.read_value() for v in self._encoded[key])
-            shapes = [self._specs[i][0] for i in members]
-            kernels = decode(values, positions, key[1], shapes)
-            for i, kernel in zip(members, kernels, strict=True):
-                tf.raw_ops.AssignVariableOp(
-                    resource=self._handle(i), value=kernel
-                )
-
-    def _handle(self, i):
-        shape, dtype = self._specs[i]
-        return tf.raw_ops.VarHandleOp(
-            dtype=dtype, shape=shape, shared_name=f"{self._name}_{i}"
-        )
+        for encoding, indices, (values, positions) in self._groups:
+            kernels = decode(
+                values.read_value(),
+                positions.read_value(),
+                encoding,
+                [self._shapes[i] for i in indices],
+            )
+            for i, kernel in zip(indices, kernels, strict=True):
+                self._dense[i].assign(kernel)
 
     def read(self) -> list[tf.Tensor]:
-        """Returns the dense kernels."""
+        """Returns the dense kernels, in a function that is saved."""
         return [
-            tf.ensure_shape(
-                tf.raw_ops.ReadVariableOp(
-                    resource=self._handle(i), dtype=dtype
-                ),
-                shape,
-            )
-            for i, (shape, dtype) in enumerate(self._specs)
+            tf.ensure_shape(variable.read_value(), shape)
+            for variable, shape in zip(self._dense, self._shapes, strict=True)
         ]

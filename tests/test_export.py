@@ -1,6 +1,7 @@
 """Exports: what is written, that it is right, and what is refused."""
 
 import dataclasses
+import gc
 import json
 import os
 import pathlib
@@ -199,6 +200,46 @@ def test_in_a_session(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     got = np.load(tmp_path / "output_0.npy")
     np.testing.assert_allclose(got, model(x), atol=1e-5)
+
+
+def test_what_others_make_of_it(tmp_path):
+    """XLA compiles it, and converters read its variables as any other's."""
+    model = rigl_keras.sparsify(rigl_keras.models.mlp(hidden=(20,)), 0.2)
+    export(model, tmp_path / "out", measure=False)
+    x = np.random.default_rng(0).standard_normal((2, 28, 28, 1))
+    x = x.astype(np.float32)
+    loaded = tf.saved_model.load(str(tmp_path / "out"))
+    serve = loaded.signatures["serving_default"]
+
+    @tf.function(jit_compile=True)
+    def compiled(x):
+        return serve(input=x)["output_0"]
+
+    np.testing.assert_allclose(compiled(x), model(x), atol=1e-5)
+    converter = tf.lite.TFLiteConverter.from_saved_model(str(tmp_path / "out"))
+    (tmp_path / "model.tflite").write_bytes(converter.convert())
+    run = artefacts.load(tmp_path, "tflite", None, None)
+    got = run({"input": x})["output_0"]
+    np.testing.assert_allclose(got, model(x), atol=1e-5)
+
+
+def test_two_in_one_process(tmp_path):
+    models = [
+        rigl_keras.sparsify(KINDS["Sequential"](), 0.5, seed=i)
+        for i in range(2)
+    ]
+    x = np.ones((2, 5), np.float32)
+    serve = []
+    for i, model in enumerate(models):
+        export(model, tmp_path / str(i), measure=False)
+        # The signature alone is kept.
+        loaded = tf.saved_model.load(str(tmp_path / str(i)))
+        serve.append(loaded.signatures["serving_default"])
+        del loaded
+    gc.collect()
+    for model, served in zip(models, serve, strict=True):
+        got = served(inputs=tf.constant(x))["output_0"]
+        np.testing.assert_allclose(got, model(x), atol=1e-6)
 
 
 def bound(model):
