@@ -14,14 +14,15 @@ take the same NumPy arrays and return NumPy arrays. They alternate in one
 process, so that whatever else the machine does falls on all of them; medians
 are compared. Each runtime has threads of its own, on all cores, which wait
 actively for some milliseconds after a call, and so slow down whoever comes
-next. Therefore a turn is many calls where one is short.
+next. Therefore a turn is many calls where one is short, and PyTorch's threads
+wait passively (OMP_WAIT_POLICY, unless it is set): where other programs use
+the cores, active waiting makes it up to a hundred times slower.
 """
 
 import dataclasses
 import functools
 import importlib.metadata
 import json
-import logging
 import math
 import os
 import platform
@@ -422,6 +423,7 @@ def _environment():
         "cores": cores,
         "machine": platform.machine(),
         "threads": threads,
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "versions": {"python": platform.python_version(), **versions},
     }
 
@@ -506,9 +508,13 @@ def _draw_panel(axes, comparison, model, batch):
             edgecolor="black",
             linewidth=0.7,
         )
-        axes.bar_label(
-            bars, fmt="%.2f", fontsize=_TICKS - 1, rotation=90, padding=2
+        labels = axes.bar_label(
+            bars, fmt="%.2f", fontsize=_TICKS - 1, rotation=90, padding=3
         )
+        for label in labels:  # the line at 1 stays off the numbers
+            label.set_bbox(
+                {"facecolor": "white", "edgecolor": "none", "pad": 1}
+            )
     axes.axhline(
         1, color="black", lw=1.2, ls="--", label=DENSE + " (1)", zorder=0.5
     )
@@ -518,13 +524,18 @@ def _draw_panel(axes, comparison, model, batch):
     ]
     axes.set_xticks(
         np.arange(len(densities)),
-        [f"{m.density:g}\n{1e3 * m.seconds:.3g} ms" for m in dense],
+        [f"{m.density:g}\n{_milliseconds(m.seconds)}" for m in dense],
     )
     axes.set_ylim(0, 1.2 * highest)
     axes.set_title(f"{model}, batch {batch}", fontsize=_TITLE, loc="left")
     axes.tick_params(labelsize=_TICKS)
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
+
+
+def _milliseconds(seconds):
+    digits = max(0, 2 - math.floor(math.log10(1e3 * seconds)))
+    return f"{1e3 * seconds:,.{min(digits, 3)}f} ms"
 
 
 def _check_paths(figure, json_path):
@@ -564,6 +575,7 @@ def _numbers(name, texts, kind):
 def main() -> None:
     """Prints the tables that the command line asks for, and draws them."""
     from absl import app, flags
+    from absl import logging as absl_logging
 
     models = flags.DEFINE_list("models", list(MODELS), "Networks to measure.")
     densities = flags.DEFINE_list(
@@ -583,8 +595,10 @@ def main() -> None:
         if len(argv) > 1:
             raise app.UsageError(f"Unexpected: {' '.join(argv[1:])}.")
         # TensorFlow tells of each SavedModel that it writes.
-        tf.get_logger().setLevel(logging.WARNING)
-        logging.getLogger("absl").setLevel(logging.WARNING)
+        absl_logging.set_verbosity(absl_logging.WARNING)
+        tf.get_logger().setLevel("WARNING")
+        # Read when PyTorch is imported, which is later: see the top.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         try:
             _check_paths(figure.value, json_path.value)
             comparison = compare(
