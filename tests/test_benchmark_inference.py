@@ -11,7 +11,13 @@ from keras import layers
 
 from rigl_keras import artefacts, models
 from rigl_keras.experiments import benchmark_inference as benchmark
-from rigl_keras.experiments import torch_network
+from rigl_keras.experiments import inference_comparison, torch_network
+from rigl_keras.experiments.inference_comparison import (
+    DENSE,
+    SIDES,
+    TORCH,
+    Comparison,
+)
 
 needs_torch = pytest.mark.skipif(
     not torch_network.is_installed(), reason="PyTorch is not installed"
@@ -49,9 +55,9 @@ def measured(**changes):
 def test_compares_all_sides(tiny, tmp_path):
     lines = []
     comparison = measured(batches=[1, 3], progress=lines.append)
-    sides = set(benchmark.SIDES)
+    sides = set(SIDES)
     if not torch_network.is_installed():
-        sides -= {benchmark.TORCH}
+        sides -= {TORCH}
         assert any("pip install torch" in note for note in comparison.notes)
     assert len(comparison.measurements) == 2 * len(sides)
     for batch in (1, 3):
@@ -59,9 +65,9 @@ def test_compares_all_sides(tiny, tmp_path):
         assert {m.side for m in found} == sides
     for m in comparison.measurements:
         assert m.seconds > 0 and 0 <= m.difference <= 1e-4 and m.rounds == 2
-        assert (m.bytes is None) == (m.side == benchmark.TORCH)
+        assert (m.bytes is None) == (m.side == TORCH)
         assert comparison.ratio(m) > 0
-        if m.side == benchmark.DENSE:
+        if m.side == DENSE:
             assert comparison.ratio(m) == 1
     assert any("tiny at density 0.1, batch 3" in line for line in lines)
 
@@ -76,17 +82,17 @@ def test_compares_all_sides(tiny, tmp_path):
     assert "batch norms are folded" in table and "TFLite" in table
 
     comparison.save(tmp_path / "numbers.json")
-    again = benchmark.Comparison.load(tmp_path / "numbers.json")
+    again = Comparison.load(tmp_path / "numbers.json")
     assert again == comparison
 
-    benchmark.draw(again, tmp_path / "figure.png")
+    inference_comparison.draw(again, tmp_path / "figure.png")
     pixels = tf.io.decode_png((tmp_path / "figure.png").read_bytes()).numpy()
     assert min(pixels.shape[:2]) > 300 and len(np.unique(pixels)) > 50
 
 
 @pytest.mark.parametrize(
     "format, side, wrong",
-    [("saved_model", benchmark.DENSE, 1.001), ("tflite", "TFLite", np.nan)],
+    [("saved_model", DENSE, 1.001), ("tflite", "TFLite", np.nan)],
 )
 def test_a_side_that_computes_something_else_is_refused(
     tiny, monkeypatch, format, side, wrong
@@ -195,7 +201,7 @@ def test_the_command_says_what_is_wrong_without_a_traceback(tmp_path):
 )
 def test_what_cannot_be_written_is_refused_at_once(figure, numbers, message):
     with pytest.raises(ValueError, match=message):
-        benchmark._check_paths(figure, numbers)
+        inference_comparison.check_paths(figure, numbers)
 
 
 def test_numbers_of_a_flag():
@@ -301,6 +307,6 @@ def test_without_torch(tiny, monkeypatch):
     with pytest.raises(ImportError, match="pip install torch"):
         torch_network.torch_network(models.lenet5())
     comparison = measured(rounds=1)
-    assert benchmark.TORCH not in comparison.values("side")
+    assert TORCH not in comparison.values("side")
     assert "pip install torch" in str(comparison)
     assert "torch" not in comparison.environment["versions"]
