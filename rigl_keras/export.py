@@ -29,6 +29,7 @@ TOLERANCES = {"float32": 1e-5, "float16": 2e-2, "int8": 0.1}
 
 _BATCHES = (1, 32)  # of which the latency is measured
 _SECONDS = 4.0  # that each of these measurements may take
+_TURN = 0.05  # seconds of calls, before the other side has its turn
 
 
 def export(
@@ -385,7 +386,9 @@ def _measured(folder, dense, format, signature, wanted):
             continue
         calls = {"ours": lambda: run(x), "dense": lambda: run_dense(x)}  # noqa: B023
         seconds = timing.interleaved(
-            calls, rounds=_rounds(calls, at_least=5, at_most=200)
+            calls,
+            rounds=_rounds(calls, at_least=5, at_most=50, turn=_TURN),
+            turn=_TURN,
         )
         latency[batch] = seconds["ours"]
         dense_latency[batch] = seconds["dense"]

@@ -1,61 +1,82 @@
 """Seconds that things take, compared fairly on a machine that others use."""
 
+import math
+import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
 __all__ = ["interleaved", "rounds_within"]
 
+Sides = Mapping[str, Callable[[], object]]
+
 
 def interleaved(
-    sides: dict[str, Callable[[], object]], *, rounds: int
+    sides: Sides, *, rounds: int, turn: float = 0.0
 ) -> dict[str, float]:
-    """Returns the median seconds of each side, run in turn.
+    """Returns the median seconds of a call of each side, which take turns.
 
-    The sides alternate, so that whatever else the machine does falls on all
-    of them alike.
+    In each round every side has one turn, so that whatever else the machine
+    does falls on all of them alike, in an order that is drawn anew: a side
+    may be slowed down by the one before it, whose threads still wait for
+    work, and that shall not always be the same one.
 
     Args:
-        sides: `{name: what to time}`; each is run once before, untimed.
-        rounds: How often each is timed, at least 1.
+        sides: `{name: what to time}`; each is called twice before, untimed.
+        rounds: How many turns each has, at least 1.
+        turn: Seconds that a turn takes at least: a call that is shorter is
+            repeated in it.
 
     Returns:
-        `{name: median seconds}`.
+        `{name: median seconds of a call}`.
     """
-    for run in sides.values():
-        run()
+    calls = {
+        name: max(1, math.ceil(turn / once))
+        for name, once in _seconds_of_a_call(sides).items()
+    }
     seconds = {name: [] for name in sides}
+    order, draw = list(sides), random.Random(0)
     for _ in range(rounds):
-        for name, run in sides.items():
+        draw.shuffle(order)
+        for name in order:
             start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
+            for _ in range(calls[name]):
+                sides[name]()
+            taken = time.perf_counter() - start
+            seconds[name].append(taken / calls[name])
     return {name: float(np.median(s)) for name, s in seconds.items()}
 
 
 def rounds_within(
     seconds: float,
-    sides: dict[str, Callable[[], object]],
+    sides: Sides,
     *,
     at_least: int,
     at_most: int,
+    turn: float = 0.0,
 ) -> int:
     """Returns how many rounds of all sides fit into some seconds.
 
     Args:
         seconds: Time that there is.
-        sides: As in `interleaved`; each is run twice, once to warm up.
+        sides, turn: As in `interleaved`.
         at_least: Rounds that are worth it however long they take.
         at_most: Rounds that are enough.
 
     Returns:
         A number of rounds.
     """
-    for run in sides.values():
-        run()
-    start = time.perf_counter()
-    for run in sides.values():
-        run()
-    once = max(time.perf_counter() - start, 1e-9)
+    once = sum(max(turn, s) for s in _seconds_of_a_call(sides).values())
     return int(min(max(seconds / once, at_least), at_most))
+
+
+def _seconds_of_a_call(sides):
+    """Returns what the second call of each side takes."""
+    seconds = {}
+    for name, run in sides.items():
+        run()
+        start = time.perf_counter()
+        run()
+        seconds[name] = max(time.perf_counter() - start, 1e-9)
+    return seconds

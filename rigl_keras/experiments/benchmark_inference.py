@@ -10,23 +10,22 @@ norms are part of the convolutions, and units that sparsity has cut off are
 gone. It is the measure for kernels that do skip zeros.
 
 All sides compute the same function, which is checked before they are timed,
-take the same NumPy arrays and return NumPy arrays. They alternate in one
-process, so that whatever else the machine does falls on all of them; medians
-are compared. Each runtime has threads of its own, on all cores, which wait
-actively for some milliseconds after a call, and so slow down whoever comes
-next. Therefore a turn is many calls where one is short, and PyTorch's threads
-wait passively (OMP_WAIT_POLICY, unless it is set): where other programs use
-the cores, active waiting makes it up to a hundred times slower.
+take the same NumPy arrays and return NumPy arrays. They take turns in one
+process, in an order drawn anew each round, so that whatever else the machine
+does falls on all of them; medians are compared. Each runtime has threads of
+its own, on all cores, which wait actively for some milliseconds after a call,
+and so slow down whoever comes next. Therefore a turn is many calls where one
+is short, and PyTorch's threads wait passively (OMP_WAIT_POLICY, unless it is
+set): where other programs use the cores, active waiting makes it up to a
+hundred times slower.
 """
 
 import functools
 import importlib.metadata
-import math
 import os
 import platform
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -51,7 +50,7 @@ from rigl_keras.experiments.inference_comparison import (
     draw,
 )
 from rigl_keras.export_report import size_of
-from rigl_keras.timing import interleaved
+from rigl_keras.timing import interleaved, rounds_within
 
 __all__ = ["MODELS", "compare", "sparse_network"]
 
@@ -242,18 +241,22 @@ def _measured(network, sides, batch, rounds, seconds):
     signature = serving.signature_of(network)
     arrays = signature.random(batch)
     wanted = _outputs(network, signature, arrays)
-    differences, calls, round_seconds, turns = {}, {}, 0.0, {}
-    for side, run in sides.items():
-        differences[side] = _difference(side, run(arrays)["output_0"], wanted)
-        start = time.perf_counter()
-        run(arrays)
-        once = max(time.perf_counter() - start, 1e-6)
-        calls[side] = math.ceil(_TURN / once)
-        round_seconds += calls[side] * once
-        turns[side] = functools.partial(_turn, run, arrays, calls[side])
-    rounds = int(min(max(seconds / round_seconds, _FEWEST), rounds))
-    taken = interleaved(turns, rounds=rounds)
-    return {s: t / calls[s] for s, t in taken.items()}, differences, rounds
+    differences = {
+        side: _difference(side, run(arrays)["output_0"], wanted)
+        for side, run in sides.items()
+    }
+    calls = {
+        side: functools.partial(run, arrays) for side, run in sides.items()
+    }
+    rounds = rounds_within(
+        seconds,
+        calls,
+        turn=_TURN,
+        at_least=min(_FEWEST, rounds),
+        at_most=rounds,
+    )
+    taken = interleaved(calls, rounds=rounds, turn=_TURN)
+    return taken, differences, rounds
 
 
 def _outputs(network, signature, arrays):
@@ -268,11 +271,6 @@ def _outputs(network, signature, arrays):
             for part in np.split(array, range(_PART, len(array), _PART))
         ]
     )
-
-
-def _turn(run, arrays, calls):
-    for _ in range(calls):
-        run(arrays)
 
 
 def _difference(side, got, wanted):
