@@ -31,7 +31,7 @@ def torch_network(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
     channels first as PyTorch wants them, but lie in memory channels last
     (`torch.channels_last`), as do the kernels: Keras's images are taken as
     they are, and on a CPU this was up to a quarter faster than contiguous
-    memory, and never slower.
+    memory.
 
     Args:
         model: A built Sequential or Functional model of one input and one
