@@ -8,7 +8,9 @@ import math
 import numbers
 from collections.abc import Sequence
 
-__all__ = ["INT64", "choice", "fraction", "integer", "number"]
+import numpy as np
+
+__all__ = ["INT64", "boolean", "choice", "fraction", "integer", "number"]
 
 INT64 = 2**63 - 1  # the largest step
 
@@ -90,6 +92,23 @@ def fraction(name: str, value, *, rule: str = "must be in [0, 1]") -> float:
         The value.
     """
     return number(name, value, at_least=0, at_most=1, rule=rule)
+
+
+def boolean(name: str, value) -> bool:
+    """Returns a bool.
+
+    Args:
+        name: What the argument is called.
+        value: What was received. "False" is none: it would count as true.
+
+    Raises:
+        ValueError: It is no bool of Python or NumPy.
+    """
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(
+            f"{name} must be True or False. {_received(name, value)}"
+        )
+    return bool(value)
 
 
 def choice(name: str, value, choices: Sequence) -> None:

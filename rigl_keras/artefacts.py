@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from rigl_keras import serving
+from rigl_keras.graphs import plain_copy
 from rigl_keras.layers import masks_applied
 from rigl_keras.maskable import is_graph
 from rigl_keras.serving import Signature
@@ -193,10 +194,10 @@ def _arrays(tensors):
 
 def _plain(model):
     """Returns a model without masks; the given one stays as it is."""
+    if is_graph(model):
+        return plain_copy(model)  # and without an optimizer
     if not masked_layers(model):
         return model
-    if is_graph(model):
-        return strip(model)
     # Stripping would change a subclassed model in place: a copy is stripped.
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "model.keras"

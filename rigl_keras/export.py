@@ -1,5 +1,6 @@
 """A finished model to an artefact that is small, checked and measured."""
 
+import functools
 import math
 import os
 import tempfile
@@ -8,12 +9,13 @@ from pathlib import Path
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from rigl_keras import artefacts, compaction, serving, timing, writing
-from rigl_keras.arguments import choice, number
+from rigl_keras.arguments import boolean, choice, number
 from rigl_keras.export_report import (
-    REPORT,
     ExportReport,
+    foreign_files,
     size_of,
     write_report,
 )
@@ -22,9 +24,9 @@ from rigl_keras.sparsify import masked_layers, named_kernels, trained_weights
 
 __all__ = ["TOLERANCES", "export"]
 
-# By how much outputs may differ, in units of the largest (or of 1, where that
-# is less), by the precision that is computed in. What int8 loses depends on
-# the network: a few hundredths in convolutional ones.
+# By how much outputs may differ, in units of `_spread`, by the precision that
+# is computed in. What int8 loses depends on the network: a few hundredths in
+# convolutional ones.
 TOLERANCES = {"float32": 1e-5, "float16": 2e-2, "int8": 0.1}
 
 _BATCHES = (1, 32)  # of which the latency is measured
@@ -80,8 +82,8 @@ def export(
             structure on which the model is called. Under `"int8"` they
             calibrate the ranges of activations, and a hundred or more should
             be typical of what is served.
-        tolerance: By how much outputs may differ, in units of the largest (or
-            of 1, where that is less). None: `TOLERANCES`, by the precision.
+        tolerance: By how much outputs may differ, in units of how far they
+            spread around their mean. None: `TOLERANCES`, by the precision.
         measure: Whether sizes, load time and latency of the dense SavedModel
             are measured. False is quicker.
         overwrite: Whether an earlier export at `path` may be replaced.
@@ -100,16 +102,37 @@ def export(
     >>> tf.saved_model.load("exported/").signatures["serving_default"]
     """
     _check_arguments(format, quantization, inputs)
+    for name, value in (
+        ("fold_batch_norm", fold_batch_norm),
+        ("remove_dead_units", remove_dead_units),
+        ("measure", measure),
+        ("overwrite", overwrite),
+    ):
+        boolean(name, value)
     if tolerance is not None:
         tolerance = number(
             "tolerance", tolerance, above=0, rule="must be a positive number"
         )
     target = _checked_target(path, overwrite)
     _check_weights(model)
+    if tf.distribute.has_strategy():
+        raise ValueError(
+            "export loads what it writes, which TensorFlow cannot in the scope "
+            f"of a {type(tf.distribute.get_strategy()).__name__}. Call it "
+            "outside of strategy.scope()."
+        )
     signature = serving.signature_of(model, inputs)
     examples = _examples(signature, inputs, quantization)
-    wanted = [serving.outputs_of(model, signature, x) for x in examples]
-    if not all(np.isfinite(y).all() for w in wanted for y in w.values()):
+    try:
+        wanted = [serving.outputs_of(model, signature, x) for x in examples]
+    except tf.errors.OpError as error:
+        raise ValueError(
+            f"Model {model.name!r} fails on the inputs that outputs are "
+            f"compared on: {str(error.message).splitlines()[0]} Received: "
+            f"inputs of shape {[x.shape for x in examples[-1].values()]}. "
+            "Pass inputs that it takes."
+        ) from error
+    if not all(serving.is_finite(y) for w in wanted for y in w.values()):
         raise ValueError(
             f"Model {model.name!r} computes NaN or infinite outputs: a model "
             "like this is not exported."
@@ -118,7 +141,7 @@ def export(
         tolerance = _tolerance(model, quantization)
     small, compacted = _compacted(model, fold_batch_norm, remove_dead_units)
     with (
-        writing.set_aside(target) as folder,
+        writing.set_aside(target, replace=overwrite) as folder,
         tempfile.TemporaryDirectory() as scratch,
     ):
 
@@ -132,7 +155,9 @@ def export(
                 calibration=examples[-1] if quantization == "int8" else None,
                 **concession,
             )
-            return artefacts.load(folder, format, signature, list(wanted[0]))
+            return functools.partial(
+                artefacts.load, folder, format, signature, list(wanted[0])
+            )
 
         try:
             difference, notes = _write_and_compare(
@@ -205,19 +230,24 @@ def _checked_target(path, overwrite):
             f"{artefacts.FORMATS[file].file}. Received: path={str(target)!r}. "
             f"Pass {str(target.with_suffix(''))!r}."
         )
-    if not target.exists() and not target.is_symlink():
+    if any(character in str(target) for character in "*?[]"):
+        raise ValueError(
+            "path may not hold *, ?, [ or ], which TensorFlow takes for a "
+            f"pattern. Received: path={str(target)!r}."
+        )
+    if not os.path.lexists(target):
         return target
     if not overwrite:
         raise ValueError(
             f"{str(target)!r} exists. Pass overwrite=True (--overwrite) to "
             "replace it, or another path."
         )
-    is_export = (target / REPORT).is_file()
-    if not is_export and not (target / "saved_model.pb").is_file():
+    foreign = foreign_files(target)
+    if foreign:
         raise ValueError(
-            f"{str(target)!r} is not an export, and overwrite=True replaces "
-            "exports only. Delete it yourself, or pass another path. "
-            f"Received: path={path!r}."
+            "overwrite=True replaces what an export has written, and "
+            f"{str(target)!r} holds something else: {foreign[0]}. Delete it "
+            f"yourself, or pass another path. Received: path={str(target)!r}."
         )
     return target
 
@@ -306,7 +336,7 @@ def _write_and_compare(write, concessions, examples, wanted, tolerance):
     """Writes an artefact whose outputs, loaded back, are those wanted.
 
     Args:
-        write: Writes it, given a concession, and loads it.
+        write: Writes it, given a concession, and returns how to load it.
         concessions: What may be given up, and how that is said.
         examples, wanted: Inputs and outputs by name, a pair for each batch.
         tolerance: By how much outputs may differ.
@@ -321,16 +351,17 @@ def _write_and_compare(write, concessions, examples, wanted, tolerance):
     failures = []
     for concession, said in [({}, ""), *concessions]:
         try:
-            run = write(**concession)
+            load = write(**concession)
+            # Loaded anew, states begin where those of the model are.
             difference = max(
-                _difference(run(arrays), outputs)
+                _difference(load()(arrays), outputs)
                 for arrays, outputs in zip(examples, wanted, strict=True)
             )
             if not difference <= tolerance:
                 raise _DisagreesError(
                     "the artefact, loaded back, disagrees with the model: its "
-                    f"outputs differ by {difference:.1e} of the largest, more "
-                    f"than {tolerance:.0e}."
+                    f"outputs differ by {difference:.1e} of their spread, "
+                    f"more than {tolerance:.0e}."
                 )
         except ValueError as error:
             failures.append(error)
@@ -341,18 +372,30 @@ def _write_and_compare(write, concessions, examples, wanted, tolerance):
 
 
 def _difference(got, wanted):
-    """Returns how far outputs are from others, over the largest of these."""
+    """Returns how far outputs are from others, in units of `_spread`."""
     differences = []
     for name, want in wanted.items():
-        want = want.astype(np.float64)
         if got[name].shape != want.shape:
             return math.inf
-        if want.size:
+        if want.dtype.kind in "SUO":
+            differences.append(0.0 if (got[name] == want).all() else math.inf)
+        elif want.size:
+            want = want.astype(np.float64)
             difference = np.abs(got[name].astype(np.float64) - want)
-            scale = max(1.0, np.max(np.abs(want)))
-            differences.append(float(np.max(difference) / scale))
+            differences.append(float(np.max(difference) / _spread(want)))
     # Not max, which may pass over a NaN.
     return float(np.max(differences, initial=0.0))
+
+
+def _spread(output):
+    """Returns how far an output is from its mean, at most.
+
+    Against that a constant is as wrong as it is. Rounding is relative to the
+    size of numbers, so that it counts as a tenth of the largest at least, and
+    as a thousandth where all are next to nothing.
+    """
+    spread = np.max(np.abs(output - np.mean(output)))
+    return max(spread, np.max(np.abs(output)) / 10, 1e-3)
 
 
 def _way_out(folded, quantization):
@@ -427,8 +470,8 @@ def _accounts(model, small):
     )
     trained = trained_weights(model)
     try:
-        dense_flops = count(model).dense_inference_flops
-        flops = _flops(small)
+        dense_flops = float(count(model).dense_inference_flops)
+        flops = float(_flops(small))
     except ValueError:  # an axis of the input is free
         dense_flops = flops = None
     return {

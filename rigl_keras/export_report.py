@@ -1,11 +1,11 @@
 """What an export wrote: sizes, speed, and files that can be checked again."""
 
 import dataclasses
+import gzip
 import hashlib
 import importlib.metadata
 import json
 import os
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,6 +13,7 @@ __all__ = [
     "REPORT",
     "ExportReport",
     "check_export",
+    "foreign_files",
     "size_of",
     "write_report",
 ]
@@ -43,8 +44,8 @@ class ExportReport:
             where it cannot be counted.
         dense_inference_flops: Cost of one sample of the dense model.
         max_difference: Largest difference of the outputs from those of the
-            model, in units of the largest output (or of 1, where that is
-            less).
+            model, in units of how far these spread around their mean (at
+            least a tenth of the largest, and a thousandth).
         tolerance: What it may be at most.
         load_seconds: Time to load the artefact.
         dense_load_seconds: Time to load the dense SavedModel.
@@ -142,7 +143,7 @@ class ExportReport:
                 ).rstrip()
             )
         lines.append(
-            f"outputs differ by {self.max_difference:.1e} of the largest, at "
+            f"outputs differ by {self.max_difference:.1e} of their spread, at "
             f"most {self.tolerance:.0e} allowed"
         )
         if self.folded or self.not_folded:
@@ -177,6 +178,8 @@ def check_export(path: str | os.PathLike) -> ExportReport:
 
     >>> check_export("exported/").bytes
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise ValueError(f"path must be that of an export. Received: {path!r}.")
     folder = Path(path)
     report = folder / REPORT
     if not report.is_file():
@@ -185,7 +188,7 @@ def check_export(path: str | os.PathLike) -> ExportReport:
         )
     try:
         content = json.loads(report.read_text())
-        files = content.pop("files")
+        files = dict(content.pop("files"))
         for name in ("latency", "dense_latency"):
             content[name] = {int(n): s for n, s in content[name].items()}
         content["removed"] = {
@@ -193,6 +196,7 @@ def check_export(path: str | os.PathLike) -> ExportReport:
         }
         content["notes"] = tuple(content["notes"])
         content = ExportReport(**{**content, "path": str(folder)})
+        str(content)  # its numbers are numbers
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{str(report)!r} is damaged, or no report of an export: {error}."
@@ -213,6 +217,27 @@ def check_export(path: str | os.PathLike) -> ExportReport:
     return content
 
 
+def foreign_files(path: Path) -> list[str]:
+    """Returns what is in an export's place and was not written by it.
+
+    Args:
+        path: A folder, or anything else that is there.
+
+    Returns:
+        Names of files; all that there is where no report tells otherwise.
+    """
+    try:
+        known = {REPORT, *json.loads((path / REPORT).read_text())["files"]}
+    except (OSError, KeyError, TypeError, ValueError):
+        known = set()
+    if not path.is_dir():
+        return [path.name]
+    found = [str(file.relative_to(path)) for file in _files(path)]
+    return [name for name in found if name not in known] or (
+        [] if known else ["no export.json"]
+    )
+
+
 def _files(folder):
     return [p for p in sorted(folder.rglob("*")) if p.is_file()]
 
@@ -226,7 +251,7 @@ def size_of(folder: Path, *, compressed: bool = False) -> int:
     """
     files = _files(folder)
     if compressed:
-        return sum(len(zlib.compress(file.read_bytes())) for file in files)
+        return sum(len(gzip.compress(file.read_bytes())) for file in files)
     return sum(file.stat().st_size for file in files)
 
 

@@ -1,6 +1,7 @@
 """What is served: a model as one function of named arrays, with its weights."""
 
 import dataclasses
+import keyword
 import os
 import re
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from rigl_keras.sparsify import (
 __all__ = [
     "Served",
     "Signature",
+    "is_finite",
     "named_outputs",
     "outputs_of",
     "save",
@@ -29,7 +31,7 @@ __all__ = [
     "signature_of",
 ]
 
-_FREE_AXIS = 8  # the length of an axis that is not known, in examples
+_FREE_AXES = (64, 224, 32, 8)  # lengths of axes that are not known, to try
 
 _COUNTED = re.compile(r"(keras_tensor|input_layer)(_\d+)?")
 
@@ -43,12 +45,15 @@ class Signature:
             model's call takes them.
         inputs: `{name: spec}`, in the order in which `tf.nest` flattens the
             structure. The batch size is free, unless the model's is fixed.
-        integers: Integers below which random inputs stay, for embeddings.
+        lengths: `{name: shape}` of one random example: that of the spec, with
+            lengths for axes that are free.
+        limits: `{name: n}` of inputs of integers: random ones are below n.
     """
 
     structure: object
     inputs: dict[str, tf.TensorSpec]
-    integers: int
+    lengths: dict[str, tuple[int, ...]]
+    limits: dict[str, int]
 
     def pack(self, arrays: Mapping[str, object]):
         """Returns named arrays in the structure of the call."""
@@ -93,7 +98,12 @@ class Signature:
                     f"{tuple(spec.shape)}, an example or more. Received: "
                     f"{array.dtype} of shape {array.shape}."
                 )
-            named[name] = array.astype(dtype)
+            named[name] = array = array.astype(dtype)
+            if spec.dtype.is_floating and not np.isfinite(array).all():
+                raise ValueError(
+                    f"inputs must be finite. Received NaN or infinite values "
+                    f"for the model's input {name!r}."
+                )
         if len({len(array) for array in named.values()}) > 1:
             raise ValueError(
                 "All inputs must hold as many examples. Received: "
@@ -136,12 +146,11 @@ class Signature:
         draw = np.random.default_rng(seed)
         arrays = {}
         for name, spec in self.inputs.items():
-            first, *rest = spec.shape
-            shape = (first or batch, *(n or _FREE_AXIS for n in rest))
+            shape = (spec.shape[0] or batch, *self.lengths[name])
             if spec.dtype.is_floating:
                 array = draw.standard_normal(shape)
             elif spec.dtype.is_integer or spec.dtype.is_bool:
-                array = draw.integers(0, self.integers, shape)
+                array = draw.integers(0, self.limits[name], shape)
             else:
                 raise ValueError(
                     f"The model's input {name!r} is of {spec.dtype.name}, of "
@@ -195,16 +204,81 @@ def signature_of(model: keras.Model, examples=None) -> Signature:
             name: tf.TensorSpec((None, *spec.shape[1:]), spec.dtype, name)
             for name, spec in inputs.items()
         }
-    sizes = [
+    signature = Signature(
+        structure=tf.nest.pack_sequence_as(structure, list(inputs.values())),
+        inputs=inputs,
+        lengths={n: tuple(spec.shape[1:]) for n, spec in inputs.items()},
+        limits={
+            n: 256 if spec.dtype == tf.uint8 else 2
+            for n, spec in inputs.items()
+            if spec.dtype.is_integer or spec.dtype.is_bool
+        },
+    )
+    if any(spec.dtype == tf.string for spec in inputs.values()):
+        return signature
+    signature = _with_lengths(signature, model, examples)
+    return _with_limits(signature, model)
+
+
+def _with_lengths(signature, model, examples):
+    """Returns a signature with lengths of free axes that the model can use."""
+    free = [n for n, shape in signature.lengths.items() if None in shape]
+    if not free:
+        return signature
+    if examples is not None:
+        given = signature.named(examples)
+        return dataclasses.replace(
+            signature, lengths={n: a.shape[1:] for n, a in given.items()}
+        )
+    for length in _FREE_AXES:
+        longer = dataclasses.replace(
+            signature,
+            lengths={
+                n: tuple(length if axis is None else axis for axis in shape)
+                for n, shape in signature.lengths.items()
+            },
+        )
+        if _can_be_called(model, longer, longer.random(1)):
+            return longer
+    raise ValueError(
+        f"Model {model.name!r} has inputs with free axes ({', '.join(free)}), "
+        f"and fails where these are of length {', '.join(map(str, _FREE_AXES))}"
+        ". Pass inputs."
+    )
+
+
+def _with_limits(signature, model):
+    """Returns a signature with integers as large as embeddings take them."""
+    sizes = {
         layer.input_dim
         for layer in model._flatten_layers()
         if isinstance(layer, keras.layers.Embedding)
-    ]
-    return Signature(
-        structure=tf.nest.pack_sequence_as(structure, list(inputs.values())),
-        inputs=inputs,
-        integers=min(sizes, default=2),
-    )
+    }
+    limits = dict(signature.limits)
+    zeros = {n: np.zeros_like(a) for n, a in signature.random(1).items()}
+    for name, limit in signature.limits.items():
+        if zeros[name].dtype == bool:
+            continue
+        bound = np.iinfo(zeros[name].dtype).max
+        for size in sorted({*sizes, limit}, reverse=True):
+            limits[name] = min(size, bound + 1)
+            largest = np.full_like(zeros[name], limits[name] - 1)
+            if _can_be_called(model, signature, {**zeros, name: largest}):
+                break
+    return dataclasses.replace(signature, limits=limits)
+
+
+def _can_be_called(model, signature, arrays):
+    try:
+        outputs = outputs_of(model, signature, arrays)
+    except (tf.errors.OpError, ValueError):
+        return False
+    return all(is_finite(output) for output in outputs.values())
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """Returns whether an array has no NaN or infinity, as strings have none."""
+    return array.dtype.kind in "SUO" or bool(np.isfinite(array).all())
 
 
 def _as_arguments(names):
@@ -213,7 +287,7 @@ def _as_arguments(names):
     for name in names:
         name = re.sub(r"\W", "_", name, flags=re.ASCII)
         name = f"input_{name}" if not name or name[0].isdigit() else name
-        while name in arguments:
+        while name in arguments or name == "self" or keyword.iskeyword(name):
             name += "_"
         arguments.append(name)
     return arguments

@@ -58,21 +58,27 @@ def _aside(target):
     return f".{target.name}-{platform.node()}-"
 
 
-def _remove_abandoned(target):
-    """Removes what processes of this machine have left that were killed."""
+def _clear_abandoned(target):
+    """Clears up what processes of this machine have left that were killed.
+
+    One that was killed between its last two steps has put the old folder
+    aside, and not yet the new one in its place: the old one goes back.
+    """
     begin = _aside(target)
     for folder in target.parent.glob(f"{glob.escape(begin)}*"):
         process = folder.name.removeprefix(begin).split("-")[0]
         try:
             os.kill(int(process), 0)
         except ProcessLookupError:
+            if (folder / "old").exists() and not target.exists():
+                (folder / "old").rename(target)
             shutil.rmtree(folder, ignore_errors=True)
         except (ValueError, OSError):  # not ours to judge
             continue
 
 
 @contextlib.contextmanager
-def set_aside(target: Path) -> Iterator[Path]:
+def set_aside(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """Gives a new folder, which takes the place of `target` at the end.
 
     It lies beside `target`, so that the two are on one disk and the last step
@@ -80,19 +86,23 @@ def set_aside(target: Path) -> Iterator[Path]:
     `target` is as it was.
 
     Args:
-        target: A folder, which may exist.
+        target: A folder.
+        replace: Whether there may be one already.
 
     Raises:
-        ValueError: Nothing can be written there.
+        ValueError: Nothing can be written there, or a folder is there that
+            may not be replaced.
     """
+    # Renaming may move the folder that relative paths begin with.
+    target = Path(os.path.abspath(target))
     advice = "Nothing was written. Make room, or pass another path."
     aside = None
-    made = [p for p in target.parents if not p.exists()]
+    made = [p for p in target.parents if not os.path.exists(p)]
     try:
         try:
             with naming(target, advice=advice):
                 target.parent.mkdir(parents=True, exist_ok=True)
-                _remove_abandoned(target)
+                _clear_abandoned(target)
                 aside = Path(
                     tempfile.mkdtemp(
                         prefix=f"{_aside(target)}{os.getpid()}-",
@@ -110,18 +120,27 @@ def set_aside(target: Path) -> Iterator[Path]:
         with naming(target, advice=advice):
             new.mkdir()
             yield new
-            if target.exists():
-                target.rename(old)
-            try:
-                new.rename(target)
-            except OSError:
-                if old.exists():
-                    old.rename(target)
-                raise
+            _put(new, target, old, replace)
     finally:
         if aside is not None:
             shutil.rmtree(aside, ignore_errors=True)
-        if not target.exists():
+        if not os.path.lexists(target):
             for folder in made:  # the innermost first
                 with contextlib.suppress(OSError):
                     folder.rmdir()
+
+
+def _put(new, target, old, replace):
+    """Puts a folder in the place of another, or leaves all as it is."""
+    if os.path.lexists(target) and not replace:
+        raise ValueError(
+            f"{str(target)!r} has appeared in the meantime. Pass another path."
+        )
+    try:
+        if os.path.lexists(target):
+            target.rename(old)
+        new.rename(target)
+    except BaseException:  # Ctrl-C as well
+        if os.path.lexists(old) and not os.path.lexists(target):
+            old.rename(target)
+        raise

@@ -18,7 +18,7 @@ from keras import layers
 from kinds import KINDS, OPTIONS
 
 import rigl_keras
-from rigl_keras import artefacts, serving
+from rigl_keras import artefacts, serving, writing
 from rigl_keras.export import export
 from rigl_keras.export_report import check_export
 
@@ -137,6 +137,7 @@ def test_states_go_on_from_call_to_call(tmp_path):
         "serving_default"
     ]
     x = np.random.default_rng(0).standard_normal((3, 4, 5)).astype("float32")
+    export(model, tmp_path / "given", inputs=x, measure=False)
     for _ in range(3):
         got = serve(inputs=tf.constant(x))["output_0"]
         np.testing.assert_allclose(got, model(x), atol=1e-6)
@@ -166,13 +167,15 @@ def test_names_of_inputs_and_outputs(tmp_path):
             keras.Input((4,), name="an image"),
             keras.Input((4,), name="an-image"),
             keras.Input((4,), name="1"),
+            keras.Input((4,), name="class"),
+            keras.Input((4,), name="self"),
         ]
         x = layers.Concatenate()(inputs)
         return keras.Model(inputs, {"class/1": layers.Dense(5)(x)})
 
     # The names of arguments are letters, digits and underscores.
     assert names(oddly_named) == (
-        ["an_image", "an_image_", "input_1"],
+        ["an_image", "an_image_", "class_", "input_1", "self_"],
         ["class/1"],
     )
 
@@ -412,6 +415,30 @@ def test_a_layer_of_which_one_kernel_is_masked(tmp_path):
     assert report.nonzeros == cost.nonzeros
 
 
+def test_no_optimizer_is_written(tmp_path):
+    plain = compiled(rigl_keras.strip(rigl_keras.sparsify(small_model(), 0.1)))
+    before = export(plain, tmp_path / "a", format="keras", measure=False)
+    plain.optimizer.build(plain.trainable_variables)
+    after = export(plain, tmp_path / "b", format="keras", measure=False)
+    assert after.bytes == pytest.approx(before.bytes, rel=0.05)
+
+
+def test_outputs_of_strings(tmp_path):
+    inputs = keras.Input((4,), name="text", dtype="string")
+    index = layers.StringLookup(vocabulary=["a", "b"], output_mode="int")
+    back = layers.StringLookup(vocabulary=["a", "b"], invert=True)
+    x = index(inputs)
+    outputs = {
+        "label": back(x),
+        "score": layers.Dense(8)(layers.Flatten()(layers.Embedding(3, 4)(x))),
+    }
+    model = rigl_keras.sparsify(keras.Model(inputs, outputs), 0.2)
+    text = np.array([["a", "b", "a", "c"]])
+    export(model, tmp_path / "out", inputs=text, measure=False)
+    with pytest.raises(ValueError, match="is of string, of which no random"):
+        export(model, tmp_path / "b", measure=False)
+
+
 def test_a_stripped_model(tmp_path):
     plain = rigl_keras.strip(rigl_keras.sparsify(small_model(), 0.1))
     report = export(plain, tmp_path / "out", measure=False)
@@ -437,6 +464,7 @@ def test_given_inputs(tmp_path):
         ({"a": b, "b": b}, "input 'a' is float32 of shape"),
         ({"a": a[:0], "b": b[:0]}, "an example or more"),
         ({"a": a, "b": b[:1]}, "as many examples"),
+        ({"a": a * np.nan, "b": b}, "NaN or infinite values"),
         ({"a": a.astype(complex), "b": b}, "Received: complex128"),
     ):
         with pytest.raises(ValueError, match=said):
@@ -455,6 +483,8 @@ def test_refuses(tmp_path):
         ({"format": "tflite", "quantization": "int8"}, "Pass inputs"),
         ({"tolerance": 0}, "tolerance must be a positive number"),
         ({"tolerance": "loose"}, "tolerance must be a positive number"),
+        ({"overwrite": "False"}, "overwrite must be True or False"),
+        ({"fold_batch_norm": 1}, "fold_batch_norm must be True or False"),
     ):
         with pytest.raises(ValueError, match=said):
             export(model, tmp_path / "a", **options)
@@ -462,6 +492,13 @@ def test_refuses(tmp_path):
         export(small_model(), tmp_path / "a")
     with pytest.raises(ValueError, match="takes a built Keras model"):
         export("model.keras", tmp_path / "a")
+    with pytest.raises(ValueError, match="takes for a pattern"):
+        export(model, tmp_path / "lr[0.1]")
+    with pytest.raises(ValueError, match="cannot be written .File name too"):
+        export(model, tmp_path / ("a" * 300))
+    with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
+        with pytest.raises(ValueError, match="outside of strategy.scope"):
+            export(model, tmp_path / "a")
     with pytest.raises(ValueError, match="is the folder that is written"):
         export(model, tmp_path / "model.tflite", format="tflite")
     with pytest.raises(ValueError, match="is subclassed"):
@@ -496,6 +533,113 @@ def test_what_disagrees_is_not_written(format, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="disagrees with the model"):
         export(model, tmp_path / "new" / "exported", format=format)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_batch_size_fixed_by_mistake_is_noticed(tmp_path, monkeypatch):
+    model = rigl_keras.sparsify(small_model(), 0.2)
+    load = artefacts.load
+
+    def load_for_one(*arguments):
+        run = load(*arguments)
+        return lambda x: {n: y[:1] for n, y in run(x).items()}
+
+    monkeypatch.setattr(artefacts, "load", load_for_one)
+    with pytest.raises(ValueError, match="differ by inf"):
+        export(model, tmp_path / "exported", measure=False)
+
+
+@pytest.mark.parametrize("quantization", [None, "float16", "int8"])
+def test_a_constant_does_not_agree(quantization, tmp_path, monkeypatch):
+    """However small outputs are, they are told from their mean."""
+    model = rigl_keras.sparsify(
+        keras.Sequential(
+            [
+                keras.Input((32,)),
+                layers.Dense(64, activation="relu"),
+                layers.Dense(100, activation="softmax"),
+            ]
+        ),
+        0.2,
+    )
+    load = artefacts.load
+
+    def load_a_constant(*arguments):
+        run = load(*arguments)
+        return lambda x: {n: np.full_like(y, 0.01) for n, y in run(x).items()}
+
+    monkeypatch.setattr(artefacts, "load", load_a_constant)
+    with pytest.raises(ValueError, match="disagrees with the model"):
+        export(
+            model,
+            tmp_path / "exported",
+            format="tflite" if quantization else "saved_model",
+            quantization=quantization,
+            inputs=np.random.default_rng(0).standard_normal((64, 32)),
+            measure=False,
+        )
+
+
+def test_integers_reach_all_rows_of_an_embedding(tmp_path, monkeypatch):
+    few = keras.Input((4,), dtype="int32", name="few")
+    many = keras.Input((4,), dtype="int32", name="many")
+    image = keras.Input((4,), dtype="uint8", name="image")
+    x = layers.Concatenate()(
+        [
+            layers.Flatten()(layers.Embedding(10, 3, name="e1")(few)),
+            layers.Flatten()(layers.Embedding(5000, 3, name="e2")(many)),
+            layers.Rescaling(1 / 255)(image),
+        ]
+    )
+    model = keras.Model([few, many, image], layers.Dense(3)(x))
+    signature = serving.signature_of(rigl_keras.sparsify(model, 0.5))
+    assert signature.limits == {"few": 10, "many": 5000, "image": 256}
+    drawn = signature.random(200)
+    assert drawn["few"].max() == 9 and drawn["image"].max() > 250
+    assert drawn["many"].max() > 4900
+
+
+def test_free_image_sizes(tmp_path):
+    def network(padding, size=3):
+        x = inputs = keras.Input((None, None, 3), name="image")
+        for _ in range(4):
+            x = layers.Conv2D(6, size, padding=padding)(x)
+            x = layers.MaxPooling2D()(x)
+        x = layers.GlobalAveragePooling2D()(x)
+        model = keras.Model(inputs, layers.Dense(3)(x))
+        return rigl_keras.sparsify(model, 0.5)
+
+    # Of 8 pixels nothing would be left.
+    report = export(network("same"), tmp_path / "a", measure=False)
+    assert report.max_difference <= 1e-5 and report.inference_flops is None
+    export(network("valid"), tmp_path / "b", measure=False)
+    export(
+        network("valid", 60),
+        tmp_path / "c",
+        inputs=np.ones((1, 1000, 1000, 3)),
+        measure=False,
+    )
+    with pytest.raises(ValueError, match="fails where these are of length"):
+        export(network("valid", 60), tmp_path / "d", measure=False)
+    with pytest.raises(ValueError, match="fails on the inputs"):
+        export(
+            network("valid", 60),
+            tmp_path / "d",
+            inputs=np.ones((1, 9, 9, 3)),
+            measure=False,
+        )
+
+
+def test_times_are_of_the_side_that_they_name(tmp_path, monkeypatch):
+    model = rigl_keras.sparsify(small_model(), 0.2)
+    monkeypatch.setattr(
+        rigl_keras.timing,
+        "interleaved",
+        lambda sides, **_: {"ours": 1.0, "dense": 2.0},
+    )
+    report = export(model, tmp_path / "exported")
+    assert (report.load_seconds, report.dense_load_seconds) == (1.0, 2.0)
+    assert report.latency == {1: 1.0, 32: 1.0}
+    assert report.dense_latency == {1: 2.0, 32: 2.0}
 
 
 def test_bits_that_are_wrong_are_noticed(tmp_path, monkeypatch):
@@ -539,12 +683,77 @@ def test_overwriting(tmp_path):
     export(model, target, format="keras", overwrite=True, measure=False)
     assert check_export(target).format == "keras"
     assert [p.name for p in tmp_path.iterdir()] == ["exported"]
+    # Nor is what others have put into an export.
+    (target / "notes.txt").write_text("Mine")
+    with pytest.raises(ValueError, match="holds something else: notes.txt"):
+        export(model, target, overwrite=True)
     # What is no export is nobody's to replace.
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("All of it")
-    with pytest.raises(ValueError, match="is not an export"):
+    with pytest.raises(ValueError, match="something else: chapter.tex"):
         export(model, tmp_path / "thesis", overwrite=True)
     assert (tmp_path / "thesis" / "chapter.tex").exists()
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_interrupted_between_the_last_steps(which, tmp_path, monkeypatch):
+    """The folder that is there goes aside, and the new one in its place."""
+    target = tmp_path / "exported"
+    target.mkdir()
+    (target / "old").write_text("")
+    rename, renamed = pathlib.Path.rename, []
+
+    def interrupted(path, to):
+        renamed.append(path)
+        if len(renamed) == which + 1:
+            raise KeyboardInterrupt
+        return rename(path, to)
+
+    monkeypatch.setattr(pathlib.Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        with writing.set_aside(target, replace=True) as folder:
+            (folder / "new").write_text("")
+    assert [p.name for p in target.iterdir()] == ["old"]
+    assert [p.name for p in tmp_path.iterdir()] == ["exported"]
+
+
+def test_killed_between_the_last_steps(tmp_path):
+    target = tmp_path / "exported"
+    target.mkdir()
+    (target / "old").write_text("")
+    code = (
+        "import os, sys, pathlib; from rigl_keras import writing\n"
+        "pathlib.Path.rename = lambda path, to: (os.rename(path, to),\n"
+        "    os.kill(os.getpid(), 9))\n"
+        "with writing.set_aside(pathlib.Path(sys.argv[1]), replace=True):\n"
+        "    pass"
+    )
+    done = subprocess.run([sys.executable, "-c", code, target])
+    assert done.returncode == -9 and not target.exists()
+    # Whatever is exported there next, the old one is back.
+    with pytest.raises(RuntimeError):
+        with writing.set_aside(target, replace=True):
+            raise RuntimeError
+    assert [p.name for p in target.iterdir()] == ["old"]
+    assert [p.name for p in tmp_path.iterdir()] == ["exported"]
+
+
+def test_from_within_the_folder(tmp_path, monkeypatch):
+    model = rigl_keras.sparsify(small_model(), 0.2)
+    export(model, tmp_path / "exported", measure=False)
+    monkeypatch.chdir(tmp_path / "exported")
+    export(model, "../exported", measure=False, overwrite=True)
+    check_export(tmp_path / "exported")
+    assert [p.name for p in tmp_path.iterdir()] == ["exported"]
+
+
+def test_a_folder_that_appears_meanwhile_is_kept(tmp_path):
+    target = tmp_path / "exported"
+    with pytest.raises(ValueError, match="has appeared in the meantime"):
+        with writing.set_aside(target):
+            target.mkdir()
+            (target / "file").write_text("")
+    assert [p.name for p in target.iterdir()] == ["file"]
 
 
 def test_damaged(tmp_path):
@@ -574,6 +783,15 @@ def test_damaged(tmp_path):
     def foreign(folder):
         (folder / "export.json").write_text('{"files": {}}')
 
+    def changed(**values):
+        def change(folder):
+            content = json.loads((folder / "export.json").read_text())
+            (folder / "export.json").write_text(
+                json.dumps({**content, **values})
+            )
+
+        return change
+
     assert "saved_model.pb has changed" in damaged(cut)
     assert "data-00000-of-00001 has changed" in damaged(flip)
     assert "fingerprint.pb is missing" in damaged(
@@ -586,6 +804,11 @@ def test_damaged(tmp_path):
     assert "is damaged" in damaged(
         lambda folder: (folder / "export.json").write_text("{")
     )
+    assert "is damaged" in damaged(changed(files=[]))
+    assert "is damaged" in damaged(changed(files=None))
+    assert "is damaged" in damaged(changed(density="x"))
+    with pytest.raises(ValueError, match="path must be"):
+        check_export(None)
     assert "is not an export" in damaged(
         lambda folder: (folder / "export.json").unlink()
     )

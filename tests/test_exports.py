@@ -127,6 +127,8 @@ def test_the_command(finished, tmp_path):
         (["nowhere"], "There is no 'nowhere'"),
         (["RUN", "--formats=pickle"], "formats must be one of"),
         (["RUN", "--quantization=float16"], "is of the format 'tflite'"),
+        (["RUN", "--formats="], "Pass one format at least"),
+        (["RUN", "--check=out"], "--check exports nothing"),
         (["RUN"], "exported/saved_model' exists. Pass overwrite=True"),
     ],
 )
@@ -212,6 +214,7 @@ def test_what_exports_refuses():
     for options, said in (
         ({"formats": "saved_model"}, "is a list"),
         ({"formats": [None]}, "formats must be one of"),
+        ({"fold_batch_norm": "no"}, "fold_batch_norm must be True or False"),
         ({"quantization": "int8"}, "is of the format 'tflite'"),
         ({"formats": ["tflite"], "quantization": "int4"}, "quantization must"),
     ):

@@ -121,7 +121,11 @@ def run(
         )
     # Outside of the strategy: what is exported is what was saved.
     if directory.writes:
-        exports.write(directory.path, data_dir=data_dir, keep=True)
+        try:
+            exports.write(directory.path, data_dir=data_dir, keep=True)
+        except (ValueError, DiskFullError):
+            print(f"\n{table(result)}\n")  # the run is finished all the same
+            raise
     return result
 
 

@@ -20,7 +20,7 @@ import numpy as np
 
 import rigl_keras
 from rigl_keras import artefacts, serving
-from rigl_keras.arguments import choice
+from rigl_keras.arguments import boolean, choice
 from rigl_keras.experiments import data
 from rigl_keras.experiments.run_directory import EarlierRun
 from rigl_keras.export_report import ExportReport
@@ -64,6 +64,8 @@ class Exports:
         choice(
             "quantization", self.quantization, (None, *artefacts.QUANTIZATIONS)
         )
+        for name in ("fold_batch_norm", "remove_dead_units", "measure"):
+            boolean(name, getattr(self, name))
         if self.quantization and "tflite" not in self.formats:
             raise ValueError(
                 "quantization is of the format 'tflite'. Received: "
@@ -166,6 +168,8 @@ def load_model(source: str | os.PathLike) -> keras.Model:
             f"There is no {str(path)!r}. Pass the directory of a finished run, "
             "or a .keras file."
         )
+    if not os.access(path, os.R_OK):
+        raise ValueError(f"{str(path)!r} may not be read: permission denied.")
     if not zipfile.is_zipfile(path):
         raise ValueError(
             f"{str(path)!r} is cut short, or no .keras file: those are zip "
@@ -282,6 +286,11 @@ def main() -> None:
         logging.set_verbosity(logging.WARNING)
         try:
             if check.value is not None:
+                if len(argv) > 1:
+                    raise app.UsageError(
+                        "--check exports nothing. Received with it: "
+                        f"{' '.join(argv[1:])}."
+                    )
                 print(rigl_keras.check_export(check.value))
                 print("All files are as they were written.")
                 return
@@ -290,6 +299,8 @@ def main() -> None:
                     "Pass one run directory or .keras file. Received: "
                     f"{' '.join(argv[1:]) or 'none'}."
                 )
+            if not formats.value:
+                raise app.UsageError("Pass one format at least.")
             Exports(
                 formats=formats.value,
                 fold_batch_norm=fold.value,
@@ -306,6 +317,9 @@ def main() -> None:
         except (ValueError, OSError, data.DatasetUnavailableError) as error:
             print(f"export: {error}", file=sys.stderr)
             sys.exit(2)
+        except KeyboardInterrupt:
+            print("export: interrupted, nothing half-written", file=sys.stderr)
+            sys.exit(130)
 
     app.run(run)
 
