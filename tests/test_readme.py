@@ -112,7 +112,7 @@ def test_adding_a_method():
 
 
 def test_every_file_it_names_exists():
-    for path in re.findall(r"`((?:rigl_keras|gin|bin|tests)/[\w./]+)`", README):
+    for path in re.findall(r"`((?:rigl_keras|gin|bin|tests|docs)/[\w./]+)`", README):
         assert (ROOT / path).exists(), path
 
 
