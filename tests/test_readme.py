@@ -112,7 +112,8 @@ def test_adding_a_method():
 
 
 def test_every_file_it_names_exists():
-    for path in re.findall(r"`((?:rigl_keras|gin|bin|tests|docs)/[\w./]+)`", README):
+    folders = "rigl_keras|gin|bin|tests|docs"
+    for path in re.findall(rf"`((?:{folders})/[\w./]+)`", README):
         assert (ROOT / path).exists(), path
 
 
