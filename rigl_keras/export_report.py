@@ -277,4 +277,5 @@ def _megabytes(size):
 
 
 def _milliseconds(seconds):
-    return f"{1e3 * seconds:,.2f} ms"
+    digits = 2 if seconds >= 1e-3 else 3
+    return f"{1e3 * seconds:,.{digits}f} ms"
