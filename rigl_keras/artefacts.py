@@ -19,7 +19,12 @@ from rigl_keras.graphs import plain_copy
 from rigl_keras.layers import masks_applied
 from rigl_keras.maskable import is_graph
 from rigl_keras.serving import Signature
-from rigl_keras.sparsify import input_structure, masked_layers, strip
+from rigl_keras.sparsify import (
+    first_line,
+    input_structure,
+    masked_layers,
+    strip,
+)
 
 __all__ = [
     "FORMATS",
@@ -209,7 +214,7 @@ def _plain(model):
                 f"Model {model.name!r} is subclassed, and Keras cannot make a "
                 "copy of it to strip: its class needs a get_config, and "
                 "@keras.saving.register_keras_serializable(). Keras says: "
-                f"{str(error).splitlines()[0]}"
+                f"{first_line(error)}"
             ) from error
     return strip(copy)
 
@@ -285,7 +290,7 @@ def _load_tflite(path):
             outputs = runner(**arrays)
         except RuntimeError as error:
             raise ValueError(
-                f"LiteRT's interpreter fails: {str(error).splitlines()[0]}"
+                f"LiteRT's interpreter fails: {first_line(error)}"
             ) from error
         # What it returns is its own memory, which the next call overwrites.
         return {name: np.array(output) for name, output in outputs.items()}
@@ -317,8 +322,7 @@ def _write_onnx(model, path, sparse):
             plain.export(path, format="onnx", verbose=False)
         except (NotImplementedError, TypeError, ValueError) as error:
             raise ValueError(
-                "Keras's ONNX exporter fails: "
-                f"{next(iter(str(error).splitlines()), '')}"
+                f"Keras's ONNX exporter fails: {first_line(error)}"
             ) from error
     if sparse:
         written = onnx.load(path)

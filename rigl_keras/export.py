@@ -101,7 +101,7 @@ def export(
     >>> print(export(model, "exported/"))
     >>> tf.saved_model.load("exported/").signatures["serving_default"]
     """
-    _check_arguments(format, quantization, inputs)
+    _check_format(format, quantization, inputs)
     for name, value in (
         ("fold_batch_norm", fold_batch_norm),
         ("remove_dead_units", remove_dead_units),
@@ -199,7 +199,7 @@ def export(
     return report
 
 
-def _check_arguments(format, quantization, inputs):
+def _check_format(format, quantization, inputs):
     choice("format", format, tuple(artefacts.FORMATS))
     choice("quantization", quantization, (None, *artefacts.QUANTIZATIONS))
     artefacts.check_installed(format)
@@ -259,10 +259,7 @@ def _check_weights(model):
             f"{getattr(model, 'name', model)!r}."
         )
     for variable in model.weights:
-        values = variable.numpy()
-        if variable.dtype != "string" and not np.all(
-            np.isfinite(values.astype(np.float64))
-        ):
+        if not serving.is_finite(variable.numpy()):
             raise ValueError(
                 f"Weight {variable.path!r} holds NaN or infinite values: a "
                 "model like this is not exported."
@@ -468,15 +465,16 @@ def _accounts(model, small):
         int(np.count_nonzero(array))
         for array in [m.mask.numpy() for m in masked] or kernels
     )
-    trained = trained_weights(model)
     try:
-        dense_flops = float(count(model).dense_inference_flops)
-        flops = float(_flops(small))
+        cost = count(model)
+        small_cost = cost if small is model else count(small)
+        dense_flops = float(cost.dense_inference_flops)
+        flops = float(_flops(small, small_cost))
     except ValueError:  # an axis of the input is free
         dense_flops = flops = None
     return {
         "density": ones / weights,
-        "parameters": sum(math.prod(v.shape) for v in trained),
+        "parameters": sum(math.prod(v.shape) for v in trained_weights(model)),
         "nonzeros": sum(
             int(np.count_nonzero(v.numpy()))
             if len(v.shape) > 1
@@ -488,7 +486,7 @@ def _accounts(model, small):
     }
 
 
-def _flops(model):
+def _flops(model, cost):
     """Returns the cost of one sample by the weights that are not zero."""
     kernels = {n: m.kernel for n, m in masked_layers(model).named.items()}
     kernels |= {n: k.variable for n, k in named_kernels(model).items()}
@@ -500,5 +498,5 @@ def _flops(model):
             if layer.name in kernels
             else layer.density
         )
-        for layer in count(model).layers
+        for layer in cost.layers
     )

@@ -9,6 +9,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from rigl_keras.sparsify import aligned
+
 __all__ = [
     "REPORT",
     "ExportReport",
@@ -130,18 +132,11 @@ class ExportReport:
                         f"{ours / dense:.3f}x" if known else "",
                     )
                 )
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         kind = self.format
         if self.quantization:
             kind += f", {self.quantization}"
         lines = [f"{self.path}: {kind}, at density {self.density:.4f}"]
-        for label, *others in cells:
-            numbers = zip(others, widths[1:], strict=True)
-            lines.append(
-                "  ".join(
-                    [label.ljust(widths[0]), *(c.rjust(w) for c, w in numbers)]
-                ).rstrip()
-            )
+        lines += [line.rstrip() for line in aligned(cells, left=1)]
         lines.append(
             f"outputs differ by {self.max_difference:.1e} of their spread, at "
             f"most {self.tolerance:.0e} allowed"

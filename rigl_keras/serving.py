@@ -41,8 +41,8 @@ class Signature:
     """What a model is called on, by name.
 
     Attributes:
-        structure: A `tf.TensorSpec`, or a list, tuple or dict of them, as the
-            model's call takes them.
+        structure: The name of the input, or a list, tuple or dict of names,
+            as the model's call takes them.
         inputs: `{name: spec}`, in the order in which `tf.nest` flattens the
             structure. The batch size is free, unless the model's is fixed.
         lengths: `{name: shape}` of one random example: that of the spec, with
@@ -57,9 +57,7 @@ class Signature:
 
     def pack(self, arrays: Mapping[str, object]):
         """Returns named arrays in the structure of the call."""
-        return tf.nest.pack_sequence_as(
-            self.structure, [arrays[name] for name in self.inputs]
-        )
+        return tf.nest.map_structure(arrays.__getitem__, self.structure)
 
     def named(self, examples) -> dict[str, np.ndarray]:
         """Returns arrays in the structure of the call by their names.
@@ -99,7 +97,7 @@ class Signature:
                     f"{array.dtype} of shape {array.shape}."
                 )
             named[name] = array = array.astype(dtype)
-            if spec.dtype.is_floating and not np.isfinite(array).all():
+            if not is_finite(array):
                 raise ValueError(
                     f"inputs must be finite. Received NaN or infinite values "
                     f"for the model's input {name!r}."
@@ -125,13 +123,7 @@ class Signature:
             name: tf.TensorSpec((size, *spec.shape[1:]), spec.dtype, name)
             for name, spec in self.inputs.items()
         }
-        return dataclasses.replace(
-            self,
-            structure=tf.nest.pack_sequence_as(
-                self.structure, list(inputs.values())
-            ),
-            inputs=inputs,
-        )
+        return dataclasses.replace(self, inputs=inputs)
 
     def random(self, batch: int, *, seed: int = 0) -> dict[str, np.ndarray]:
         """Returns named arrays, standard normal or of integers.
@@ -160,8 +152,11 @@ class Signature:
         return arrays
 
     def _shown(self):
-        return tf.nest.map_structure(
-            lambda spec: f"{spec.dtype.name}{list(spec.shape)}", self.structure
+        return self.pack(
+            {
+                name: f"{spec.dtype.name}{list(spec.shape)}"
+                for name, spec in self.inputs.items()
+            }
         )
 
 
@@ -205,7 +200,7 @@ def signature_of(model: keras.Model, examples=None) -> Signature:
             for name, spec in inputs.items()
         }
     signature = Signature(
-        structure=tf.nest.pack_sequence_as(structure, list(inputs.values())),
+        structure=tf.nest.pack_sequence_as(structure, names),
         inputs=inputs,
         lengths={n: tuple(spec.shape[1:]) for n, spec in inputs.items()},
         limits={

@@ -32,6 +32,7 @@ __all__ = [
     "call_model",
     "chosen_kernels",
     "copy_variables",
+    "first_line",
     "input_structure",
     "leaf_layers",
     "load_weights",
@@ -338,7 +339,7 @@ def load_weights(model: keras.Model, path: str | os.PathLike) -> None:
         if not is_graph(model):
             raise ValueError(
                 f"{str(path)!r} does not hold masked weights of this model "
-                f"({_first_line(error)}). The weights of a dense model are "
+                f"({first_line(error)}). The weights of a dense model are "
                 "loaded into a dense one of its class, and "
                 "with_masks(dense, masked_layers(model).masks) masks them."
             ) from error
@@ -381,7 +382,8 @@ def _loading(model):
     return loading
 
 
-def _first_line(error):
+def first_line(error: Exception) -> str:
+    """Returns what an error says first, or its type where it says nothing."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
@@ -473,11 +475,12 @@ class MaskedLayers(Sequence):
     __repr__ = __str__
 
 
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Returns the rows of a table as lines, the first two columns to the left.
+def aligned(rows: Sequence[Sequence[str]], *, left: int = 2) -> list[str]:
+    """Returns the rows of a table as lines, the first columns to the left.
 
     Args:
         rows: Cells, as many in each row.
+        left: How many columns these are.
 
     Returns:
         A line for each row.
@@ -485,7 +488,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
+            cell.ljust(width) if i < left else cell.rjust(width)
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         for row in rows

@@ -24,6 +24,7 @@ from rigl_keras.arguments import boolean, choice
 from rigl_keras.experiments import data
 from rigl_keras.experiments.run_directory import EarlierRun
 from rigl_keras.export_report import ExportReport
+from rigl_keras.sparsify import first_line
 
 __all__ = ["Exports", "load_model", "read_inputs"]
 
@@ -106,9 +107,8 @@ class Exports:
         if not self.formats:
             return []
         source = Path(source)
-        folder = Path(output or source.parent / "exported")
-        if output is None and source.is_dir():
-            folder = source / "exported"
+        home = source if source.is_dir() else source.parent
+        folder = Path(output or home / "exported")
         targets = {
             name: folder / self._folder_name(name) for name in self.formats
         }
@@ -181,8 +181,7 @@ def load_model(source: str | os.PathLike) -> keras.Model:
             return keras.models.load_model(path, compile=False)
     except Exception as error:  # what a damaged archive raises is anything
         raise ValueError(
-            f"{str(path)!r} cannot be loaded: "
-            f"{next(iter(str(error).splitlines()), type(error).__name__)} A "
+            f"{str(path)!r} cannot be loaded: {first_line(error)} A "
             "model with layers of your own is exported from Python, where "
             "they are known: rigl_keras.export(model, path)."
         ) from error
