@@ -40,6 +40,8 @@ setup(
             "importlib_resources",
             "scikit-learn",
             "matplotlib",
+            "tqdm",
+            "optuna",
             "tensorboard",
         ),
         "onnx": requirements("tf2onnx", "onnx", "onnxruntime"),

@@ -1,7 +1,10 @@
 """The command line of a training run: absl flags over gin files."""
 
 import logging
+import os
 import sys
+import threading
+import time
 
 import tensorflow as tf
 from absl import app, flags
@@ -12,7 +15,7 @@ from rigl_keras.experiments import config, data, devices
 from rigl_keras.experiments.run_directory import RunDirectory
 from rigl_keras.writing import DiskFullError
 
-__all__ = ["main", "run", "table"]
+__all__ = ["configure", "main", "run", "table"]
 
 _FLAGS = flags.FLAGS
 
@@ -47,6 +50,33 @@ def _define_flags():
     flags.DEFINE_bool(
         "traceback", False, "Show where an error was raised, too."
     )
+    flags.DEFINE_integer(
+        "parent",
+        None,
+        "End when the process of this number, which started this one, is gone.",
+    )
+
+
+def configure(gin_files=(), *, bindings=(), seed=None, density=None) -> None:
+    """Configures gin for one run.
+
+    Args:
+        gin_files: Paths of gin files, later ones over earlier ones.
+        bindings: gin bindings, over the files.
+        seed: Seed, over the files.
+        density: Density, over the files.
+
+    Raises:
+        ValueError: The configuration is wrong.
+    """
+    bindings = list(bindings)
+    if seed is not None:
+        bindings.append(f"train.seed = {seed}")
+    config.parse(gin_files, bindings)
+    if density is not None:
+        # Pruning starts dense: there, DENSITY is where it ends.
+        name = "DENSITY" if config.has_macro("DENSITY") else "train.density"
+        config.parse(gin_files, [*bindings, f"{name} = {density!r}"])
 
 
 def run(
@@ -81,14 +111,7 @@ def run(
             or there are no such devices.
     """
     gin_files = list(gin_files) or [str(config.GIN_FOLDER / "quickstart.gin")]
-    bindings = list(bindings)
-    if seed is not None:
-        bindings.append(f"train.seed = {seed}")
-    config.parse(gin_files, bindings)
-    if density is not None:
-        # Pruning starts dense: there, DENSITY is where it ends.
-        name = "DENSITY" if config.has_macro("DENSITY") else "train.density"
-        config.parse(gin_files, [*bindings, f"{name} = {density!r}"])
+    configure(gin_files, bindings=bindings, seed=seed, density=density)
     exports = config.configured()["Exports"]()
     trained = gin.get_bindings("train")
     if exports.formats and (
@@ -162,9 +185,26 @@ def _percent(fraction):
     return "no examples held out" if fraction is None else f"{fraction:.2%}"
 
 
+def _end_with(parent):
+    """Ends this process as soon as its parent is another one.
+
+    Whoever started a run and is killed shall not leave it behind, on cores
+    that are taken for free. Where it ends does not matter to a run.
+    """
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}.")
+    if _FLAGS.parent is not None:
+        _end_with(_FLAGS.parent)
     # TensorFlow tells of each checkpoint it writes.
     absl_logging.set_verbosity(absl_logging.WARNING)
     # And of each sum over replicas that it plans.

@@ -59,6 +59,7 @@ class Recipe:
             resized to the image's own size, and a random horizontal flip.
         validation: number of training examples held out, the last by index,
             >= 0.
+        examples: number of training examples, those held out included.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Recipe:
     std: tuple[float, ...]
     augmentation: str
     validation: int
+    examples: int
 
     def __post_init__(self) -> None:
         if self.augmentation not in _AUGMENTATIONS:
@@ -723,6 +725,7 @@ DATASETS: dict[str, Recipe] = {
     for recipe in (
         Recipe(
             name="cifar10",
+            examples=50_000,
             input_shape=(32, 32, 3),
             num_classes=10,
             mean=(0.4914, 0.4822, 0.4465),
@@ -732,6 +735,7 @@ DATASETS: dict[str, Recipe] = {
         ),
         Recipe(
             name="cifar100",
+            examples=50_000,
             input_shape=(32, 32, 3),
             num_classes=100,
             mean=(0.5071, 0.4865, 0.4409),
@@ -741,6 +745,7 @@ DATASETS: dict[str, Recipe] = {
         ),
         Recipe(
             name="mnist",
+            examples=60_000,
             input_shape=(28, 28, 1),
             num_classes=10,
             mean=(0.1307,),
@@ -750,6 +755,7 @@ DATASETS: dict[str, Recipe] = {
         ),
         Recipe(
             name="digits",
+            examples=1_617,
             input_shape=(8, 8, 1),
             num_classes=10,
             mean=(0.3054,),  # of the 1,437 training images

@@ -1,0 +1,161 @@
+"""A folder of results: one folder for each run, claimed by who trains it.
+
+    results/small/rigl_erk_wrn-density0.1-seed0/
+        about.json   what the run is: row, preset, density, seed, changes
+        claim        locked for as long as a process trains the run
+        log.txt      what the run has said
+        failure.txt  why it failed the last time, if it did
+        run/         its run directory; with run/result.json it is finished
+
+Processes, and machines that see the same folder, may share it. A claim is a
+lock that the kernel holds for the process that trains the run: when that is
+killed the claim is free again, and whoever takes it continues the run.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from rigl_keras.experiments.plans import Run
+
+__all__ = ["Results"]
+
+
+class Results:
+    """The results of one preset.
+
+    Args:
+        path: Folder of all results; made if it does not exist.
+        preset: The name of the preset's folder in it.
+
+    Raises:
+        ValueError: The folder cannot be made.
+    """
+
+    def __init__(self, path: str | os.PathLike, preset: str):
+        self.path = Path(path).resolve() / preset
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"The results folder {str(self.path)!r} cannot be made "
+                f"({error.strerror}). Pass --results_dir with one that can."
+            ) from error
+
+    def folder(self, run: Run) -> Path:
+        """Returns the folder of a run, which may not exist yet."""
+        return self.path / run.name
+
+    def finished(self, run: Run) -> bool:
+        """Returns whether a run has a result.
+
+        Raises:
+            ValueError: It has one, of another configuration.
+        """
+        directory = self.folder(run) / "run"
+        if not (directory / "result.json").exists():
+            return False
+        if (directory / "config.gin").read_text() != run.configure():
+            raise ValueError(
+                f"{str(directory)!r} holds the result of another configuration "
+                f"of {run.name}: a gin file has changed since. Move the folder "
+                "away, or pass another --results_dir."
+            )
+        return True
+
+    def result(self, run: Run) -> dict:
+        """Returns the result of a finished run."""
+        return json.loads((self.folder(run) / "run/result.json").read_text())
+
+    def epochs(self, run: Run) -> int:
+        """Returns how many epochs of a run are trained."""
+        metrics = self.folder(run) / "run/metrics.csv"
+        try:
+            return max(metrics.read_text().count("\n") - 1, 0)
+        except FileNotFoundError:
+            return 0
+
+    def failure(self, run: Run, *, since: float = 0.0) -> str | None:
+        """Returns why a run failed the last time, or None.
+
+        Args:
+            run: The run.
+            since: Failures before this time, as of `time.time`, are forgotten.
+        """
+        path = self.folder(run) / "failure.txt"
+        try:
+            return path.read_text() if path.stat().st_mtime >= since else None
+        except FileNotFoundError:
+            return None
+
+    def record_failure(self, run: Run, reason: str) -> None:
+        """Keeps why a run failed."""
+        _write(self.folder(run) / "failure.txt", reason + "\n")
+
+    def forget_failure(self, run: Run) -> None:
+        """Removes why a run failed before."""
+        (self.folder(run) / "failure.txt").unlink(missing_ok=True)
+
+    def claimed(self, run: Run) -> bool:
+        """Returns whether a process trains a run now."""
+        path = self.folder(run) / "claim"
+        if not path.exists():
+            return False
+        with _lock(path, shared=True) as claim:
+            return claim is None
+
+    @contextlib.contextmanager
+    def claim(self, run: Run) -> Iterator[int | None]:
+        """Claims a run, until the end of the block.
+
+        Yields:
+            A file descriptor, for a child process to inherit, which then
+            holds the claim as well; or None where another process has it.
+        """
+        folder = self.folder(run)
+        folder.mkdir(exist_ok=True)
+        with _lock(folder / "claim") as claim:
+            if claim is not None:
+                about = json.dumps(run.as_json(), indent=2) + "\n"
+                _write(folder / "about.json", about)
+            yield claim
+
+
+@contextlib.contextmanager
+def _lock(path, *, shared=False):
+    """Locks a file, and yields its descriptor, or None if it is locked."""
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield None
+            return
+        except OSError as error:
+            raise ValueError(
+                f"{str(path)!r} cannot be locked ({error.strerror}), so that "
+                "others could train the same run. Pass --results_dir with a "
+                "folder on a file system that has locks."
+            ) from error
+        if shared:
+            yield descriptor
+            return
+        os.ftruncate(descriptor, 0)
+        who = f"{socket.gethostname()} {os.getpid()} {time.time():.0f}\n"
+        os.pwrite(descriptor, who.encode(), 0)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _write(path, text):
+    """Writes a file whole or not at all; who writes has the claim."""
+    unfinished = path.with_name(f".unfinished-{path.name}")
+    unfinished.write_text(text)
+    unfinished.replace(path)
