@@ -101,11 +101,11 @@ class Bar(Progress):
             dynamic_ncols=True,
             disable=not sys.stderr.isatty(),
         )
-        self._epoch = None
+        self._run = self._epoch = None
         self._left()
 
     def start(self, run):
-        self._epoch = None
+        self._run, self._epoch = run, None
         again = "continues" if self._results.epochs(run) else "begins"
         self._say(f"{run.name} {again}")
 
@@ -146,7 +146,10 @@ class Bar(Progress):
     def _left(self, doing=""):
         """Shows and returns the time left, at the pace of what is done."""
         pace = sum(self._pace) / len(self._pace) if self._pace else 1.0
-        at_work = sum(map(self._results.claimed, self._estimates)) or 1
+        at_work = 1 + sum(
+            run != self._run and self._results.claimed(run)
+            for run in self._estimates
+        )
         seconds = sum(s for _, s in self._estimates.values())
         left = tqdm.tqdm.format_interval(pace * seconds / at_work)
         self._bar.set_description_str(f"<{left}  {doing}")
