@@ -11,6 +11,7 @@ thread each train more than one process of two:
     TF_NUM_INTRAOP_THREADS=1 bin/reproduce table2 --preset=small
 """
 
+import ast
 import sys
 from collections.abc import Sequence
 
@@ -166,6 +167,24 @@ def _numbers(name, kind, values):
         ) from error
 
 
+def _changes(bindings):
+    """Returns bindings as names and values."""
+    changes = []
+    for binding in bindings:
+        name, equals, value = binding.partition("=")
+        try:
+            number = ast.literal_eval(value.strip())
+            if not equals or not isinstance(number, (int, float)):
+                raise ValueError
+        except (ValueError, SyntaxError):
+            raise ValueError(
+                "--gin_bindings takes numbers, such as 'train.length = 4'; "
+                f"for anything else write a preset. Received: {binding!r}."
+            ) from None
+        changes.append((name.strip(), number))
+    return tuple(changes)
+
+
 def main() -> None:
     """Reads the command line and reproduces what it names."""
     preset = flags.DEFINE_string(
@@ -178,6 +197,15 @@ def main() -> None:
         "densities", [], "Densities, in place of the report's."
     )
     seeds = flags.DEFINE_list("seeds", [], "Seeds, in place of 0,1,2.")
+    rows = flags.DEFINE_list(
+        "rows", [], "Only these rows, gin files or patterns such as 'rigl_*'."
+    )
+    bindings = flags.DEFINE_multi_string(
+        "gin_bindings",
+        [],
+        "Binding such as 'train.length = 4', over those of all runs; these "
+        "are then other runs.",
+    )
     dry_run = flags.DEFINE_bool("dry_run", False, "Show the plan, and stop.")
     results_dir = flags.DEFINE_string(
         "results_dir", "results", "Folder of all results."
@@ -200,6 +228,8 @@ def main() -> None:
                 preset=chosen,
                 densities=_numbers("densities", float, densities.value),
                 seeds=_numbers("seeds", int, seeds.value),
+                rows=rows.value,
+                changes=_changes(bindings.value),
             )
             results = Results(results_dir.value, chosen.folder)
             failed = reproduce(
