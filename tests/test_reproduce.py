@@ -193,7 +193,7 @@ def test_claimed_runs_are_left_to_others_and_taken_over(tmp_path, quick):
             claimed.set()
             release.wait()
 
-    process = threading.Thread(target=other)
+    process = threading.Thread(target=other, daemon=True)
     process.start()
     claimed.wait()
     with results.claim(runs[0]) as claim:
