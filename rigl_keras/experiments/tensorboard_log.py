@@ -14,49 +14,32 @@ __all__ = ["TensorBoardLog", "density_figure"]
 
 _TRAIN, _VALIDATION, _TEST = "train", "validation", "test"
 
-# Columns of metrics.csv: their tags, and what the charts say of them. A group
-# of charts has one name before the slash.
-_CHARTS = {
-    "accuracy": (
-        "metrics/accuracy",
-        "Share of the examples that are classified right: of the training "
-        "examples as they were trained on, of the validation examples after "
-        "each epoch, and of the test examples after the last.",
-    ),
-    "loss": ("metrics/loss", "The loss, penalties on weights included."),
-    "learning_rate": ("training/learning_rate", "As the epoch ends."),
-    "seconds": ("training/seconds", "Of the epoch, validation included."),
-    "density": ("masks/density", "Fraction of the masked weights kept."),
-    "drop_fraction": (
-        "masks/drop_fraction",
-        "Fraction of the connections that the last update dropped; 0 where "
-        "there was none.",
-    ),
-    "grown": ("masks/grown", "Connections that the last update grew."),
-    "ever_active": (
-        "masks/ever_active",
-        "Share of all connections that have ever been active.",
-    ),
-    "churn": (
-        "masks/churn",
-        "Share of the connections that the last update replaced.",
-    ),
-    "skipped_updates": (
-        "masks/skipped_updates",
-        "How often an update was put off, as gradients were not finite.",
-    ),
-    "inference_flops_ratio": (
-        "flops/inference_ratio",
-        "Inference FLOPs over those of the dense model.",
-    ),
-    "training_flops_ratio": (
-        "flops/training_ratio",
-        "Training FLOPs so far, over those of all of the dense model's "
-        "training.",
-    ),
+# Two groups of charts, as TensorBoard unfolds no more by itself, and what the
+# charts say of the columns of metrics.csv.
+_LEARNING = {
+    "accuracy": "Share of the examples that are classified right: of the "
+    "training examples as they were trained on, of the validation examples "
+    "after each epoch, and of the test examples after the last.",
+    "loss": "The loss, penalties on weights included.",
+    "learning_rate": "As the epoch ends.",
+    "seconds": "Of the epoch, validation included.",
+}
+_SPARSITY = {
+    "density": "Fraction of the masked weights kept; of a small dense network, "
+    "its parameters over the dense one's.",
+    "drop_fraction": "Fraction of the connections that the last update "
+    "dropped; 0 where there was none.",
+    "grown": "Connections that the last update grew.",
+    "ever_active": "Share of all connections that have ever been active.",
+    "churn": "Share of the connections that the last update replaced.",
+    "skipped_updates": "How often an update was put off, as gradients were not "
+    "finite.",
+    "inference_flops_ratio": "Inference FLOPs over those of the dense model.",
+    "training_flops_ratio": "Training FLOPs so far, over those of all of the "
+    "dense model's training.",
 }
 _FIGURE = (
-    "masks/layer_density",
+    "sparsity/layer_density",
     "Fraction of its weights that each layer keeps: at the start, and as "
     "training goes on.",
 )
@@ -144,10 +127,12 @@ class TensorBoardLog(keras.callbacks.Callback):
     def _write(self, name, step, scalars):
         with tf.device("CPU:0"), self._writer(name).as_default(step):
             for column, value in sorted(scalars.items()):
-                tag, description = _CHARTS.get(
-                    column, (f"metrics/{column}", None)
+                group = "sparsity" if column in _SPARSITY else "learning"
+                tf.summary.scalar(
+                    f"{group}/{column}",
+                    value,
+                    description=(_LEARNING | _SPARSITY).get(column),
                 )
-                tf.summary.scalar(tag, value, description=description)
         self._writer(name).flush()
 
     def _write_figure(self, step):
