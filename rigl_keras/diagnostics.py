@@ -15,6 +15,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from rigl_keras.events import forget_events
 from rigl_keras.flops import Count, count
 from rigl_keras.layers import KernelMask
 from rigl_keras.sparsify import masked_layers
@@ -43,9 +44,10 @@ __all__ = [
     "read_rows",
 ]
 
-# For TensorBoard; the others are constant.
 _WORD = 32  # bits: workers share int32 variables, and no bytes
 
+_PREFIX = "topology/"  # of TensorBoard's tags
+# For TensorBoard; the others are constant.
 _SCALARS = tuple(
     column
     for column in COLUMNS
@@ -463,6 +465,7 @@ class TopologyDiagnostics(keras.callbacks.Callback):
             self.log_dir.mkdir(parents=True, exist_ok=True)
             text = as_csv(self.rows, header=True)
             _replace(self._csv, text.encode())
+            forget_events(self.log_dir, first_step=step, prefix=_PREFIX)
             self._writer = tf.summary.create_file_writer(str(self.log_dir))
             self._write_scalars(self.rows[kept:])
 
@@ -536,7 +539,7 @@ class TopologyDiagnostics(keras.callbacks.Callback):
                 for column in columns:
                     if row[column] is not None:
                         tf.summary.scalar(
-                            f"topology/{column}/{row['layer']}",
+                            f"{_PREFIX}{column}/{row['layer']}",
                             row[column],
                             step=row["step"],
                         )

@@ -66,7 +66,8 @@ class RunDirectory:
     flops.csv             what a step costs, a row wherever that changes
     weights/              weights to rewind to: those of the start, and of
                           epochs that were asked for
-    tensorboard/          the same for TensorBoard
+    tensorboard/          the same for TensorBoard, by steps, and a figure of
+                          the layers' densities (`TensorBoardLog`)
     topology/             how the masks moved: topology.csv, a row for each
                           layer and update, figures (density, exploration,
                           churn, dead_units, loss), TensorBoard events
@@ -372,7 +373,9 @@ class Trajectory(keras.callbacks.Callback):
         self._rows = [start, *(row for row in updates if row[0] < first_step)]
         run.write_trajectory(self._rows)
 
-    def on_epoch_end(self, epoch, logs=None):
+    @property
+    def rows(self) -> list[tuple[int, dict[str, int]]]:
+        """All rows until now, `[(step, {layer: connections})]`."""
         method = self._method
         updates = method.trajectory[1:] if method else []
         names = (
@@ -387,7 +390,10 @@ class Trajectory(keras.callbacks.Callback):
             )
             for step, counts in updates
         ]
-        self._run.write_trajectory([*self._rows, *new])
+        return [*self._rows, *new]
+
+    def on_epoch_end(self, epoch, logs=None):
+        self._run.write_trajectory(self.rows)
 
 
 class KeepWeights(keras.callbacks.Callback):

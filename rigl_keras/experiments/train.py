@@ -30,6 +30,7 @@ from rigl_keras.experiments.run_directory import (
     RunDirectory,
     Trajectory,
 )
+from rigl_keras.experiments.tensorboard_log import TensorBoardLog
 from rigl_keras.training_step import StepUpdate
 
 __all__ = ["WarmUpAndSteps", "sgd", "train"]
@@ -350,6 +351,8 @@ def train(
     # What all ratios are over.
     whole = rigl_keras.count(make(channel_scale=1.0)) if small_dense else cost
     dense_flops = whole.dense_inference_flops
+    # A small network has no masks to take its density from.
+    share_of_dense = cost.nonzeros / whole.parameters if small_dense else None
 
     def batches(split, smoothing=0.0):
         return devices.sharded(
@@ -358,14 +361,25 @@ def train(
             )
         )
 
-    def written():
-        return [
-            Trajectory(run, network, update, first_step=first_step),
-            Metrics(run, first_epoch=first_epoch),
-            keras.callbacks.TensorBoard(
-                run.path / "tensorboard", write_graph=False
-            ),
-        ]
+    trajectory = Trajectory(run, network, update, first_step=first_step)
+    board = None
+    if run.writes:
+        board = TensorBoardLog(
+            run, trajectory, cost, first_epoch=first_epoch, epochs=epochs
+        )
+
+    def curves(steps):
+        return flops.training_curve(
+            cost,
+            trajectory.rows,
+            steps=steps,
+            dense_gradients=update.dense_gradients if update else "never",
+            gradient_batches=update.gradient_batches if update else 1,
+        )
+
+    def training_ratio(training, epochs_trained):
+        share = times_as_long * epochs_trained / epochs
+        return share * float(np.mean(training)) / (3 * dense_flops)
 
     held_out = None
     if recipe.validation:
@@ -389,8 +403,19 @@ def train(
             callbacks=[
                 *([update] if update else []),
                 *([topology] if topology else []),
-                _EpochLogs(network, cost, dense_flops),
-                *(written() if run.writes else []),
+                trajectory,
+                _EpochLogs(
+                    network,
+                    cost,
+                    trajectory,
+                    dense_flops=dense_flops,
+                    training_ratio=lambda epochs_trained, steps: training_ratio(
+                        curves(steps)[1], epochs_trained
+                    ),
+                    share_of_dense=share_of_dense,
+                ),
+                *([Metrics(run, first_epoch=first_epoch)] if board else []),
+                *([board] if board else []),
                 KeepWeights(run, keep_weights),
                 checkpoints,  # last: what it saves is logged already
             ],
@@ -404,24 +429,18 @@ def train(
     validated = evaluate(held_out) if held_out else {}
     cost = rigl_keras.count(network)
     steps = int(network.optimizer.iterations.numpy())
-    inference, training = flops.training_curve(
-        cost,
-        run.trajectory,
-        steps=steps,
-        dense_gradients=update.dense_gradients if update else "never",
-        gradient_batches=update.gradient_batches if update else 1,
-    )
+    inference, training = curves(steps)
     run.write_curve(inference, training)
-    ratio = times_as_long * float(np.mean(training)) / (3 * dense_flops)
+    ratio = training_ratio(training, epochs)
+    if board:
+        board.write_test(steps, test)
     name = _name(update, density, small_dense, one_shot, masks_from)
     result = {
         "method": name,
         "model": network.name,
         "dataset": dataset,
         "seed": seed,
-        "density": cost.nonzeros / whole.parameters
-        if small_dense
-        else cost.density,
+        "density": share_of_dense if small_dense else cost.density,
         "test_accuracy": test["accuracy"],
         "validation_accuracy": validated.get("accuracy"),
         "test_loss": test["loss"],
@@ -665,23 +684,52 @@ def _closed_form(update, inference, dense_flops, times_as_long):
 
 
 class _EpochLogs(keras.callbacks.Callback):
-    """Adds step, rate, seconds and cost to the logs of an epoch."""
+    """Adds step, rate, seconds, density and cost to the logs of an epoch.
 
-    def __init__(self, network, cost, dense_flops):
+    What the method logs is left as it is.
+
+    Args:
+        network: The model, masked or not.
+        cost: Its `count`.
+        trajectory: The connections of each layer.
+        dense_flops: Inference FLOPs of the dense model.
+        training_ratio: Returns the training FLOPs so far over those of the
+            dense model's whole training, given epochs and steps so far.
+        share_of_dense: Of a small dense network, its density.
+    """
+
+    def __init__(
+        self,
+        network,
+        cost,
+        trajectory,
+        *,
+        dense_flops,
+        training_ratio,
+        share_of_dense,
+    ):
         super().__init__()
         self._masked = rigl_keras.masked_layers(network).named
         self._cost = cost
+        self._trajectory = trajectory
         self._dense_flops = dense_flops
+        self._training_ratio = training_ratio
+        self._share_of_dense = share_of_dense
 
     def on_epoch_begin(self, epoch, logs=None):
         self._start = time.perf_counter()
 
     def on_epoch_end(self, epoch, logs=None):
         optimizer = self.model.optimizer
-        logs["step"] = int(optimizer.iterations.numpy())
+        step = int(optimizer.iterations.numpy())
+        logs["step"] = step
         logs["learning_rate"] = float(
             tf.convert_to_tensor(optimizer.learning_rate)
         )
+        connections = [sum(now.values()) for _, now in self._trajectory.rows]
+        logs.setdefault("density", self._density(connections[-1]))
+        logs.setdefault("grown", 0.0)
+        logs.setdefault("drop_fraction", _dropped(connections, logs["grown"]))
         now = sum(
             layer.flops_at(
                 self._masked[layer.name].density if layer.masked else 1.0
@@ -689,7 +737,22 @@ class _EpochLogs(keras.callbacks.Callback):
             for layer in self._cost.layers
         )
         logs["inference_flops_ratio"] = now / self._dense_flops
+        logs["training_flops_ratio"] = self._training_ratio(epoch + 1, step)
         logs["seconds"] = round(time.perf_counter() - self._start, 2)
+
+    def _density(self, connections):
+        if self._share_of_dense is not None:
+            return self._share_of_dense
+        weights = sum(math.prod(m.kernel.shape) for m in self._masked.values())
+        return connections / weights if weights else 1.0
+
+
+def _dropped(connections, grown):
+    """Returns the share of the connections that the last update dropped."""
+    if len(connections) < 2 or not connections[-2]:
+        return 0.0
+    before, after = connections[-2:]
+    return (before - after + grown) / before
 
 
 def _versions():
