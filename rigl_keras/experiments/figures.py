@@ -97,9 +97,13 @@ def _ticks_at(axis, values):
 
 
 def _finished(records, network):
-    """The rows of a network that have a result without changes."""
-    found = {run.row for run in records.finished if not run.changes}
-    return [gin for gin in found if rows.row(gin).network == network]
+    """The rows of a network that have a result, each with its changes."""
+    found = {
+        (run.row, run.changes): None
+        for run in records.finished
+        if not summaries.is_trial(run) and rows.row(run.row).network == network
+    }
+    return list(found)
 
 
 # Accuracy by method.
@@ -109,40 +113,37 @@ def methods(records: Records) -> Figure:
     """Draws the test accuracy of each row, all seeds, a panel per density.
 
     Args:
-        records: All runs, at least one of them finished without changes.
+        records: All runs, at least one of them finished and of no search.
     """
     blocks = []
     for network in rows.NETWORKS:
-        gins = _finished(records, network)
-        at = [
-            density
-            for density in summaries.densities(records, gins)
-            if any(
-                run.density == density and not run.changes
-                for run in records.finished
-                if run.row in gins
-            )
-        ]
-        masked = [gin for gin in gins if not rows.row(gin).dense]
-        if at and masked:
-            blocks.append((network, gins, _by_accuracy(records, masked), at))
-    if not blocks:  # dense ones alone
-        for network in rows.NETWORKS:
-            gins = _finished(records, network)
-            if gins:
-                blocks.append((network, gins, sorted(gins), [None]))
+        every = _finished(records, network)
+        masked = [key for key in every if not rows.row(key[0]).dense]
+        at = summaries.densities(records, {gin for gin, _ in masked})
+        means = {
+            density: {
+                key: summaries.of(records, key[0], density, key[1]).mean
+                for key in masked
+            }
+            for density in at
+        }
+        at = [d for d in at if any(m is not None for m in means[d].values())]
+        if at:
+            blocks.append((network, every, _by_accuracy(masked, means), at))
+        elif every:  # dense ones alone
+            blocks.append((network, every, every, [None]))
     columns = max(len(at) for *_, at in blocks)
-    heights = [0.9 + 0.27 * len(masked) for _, _, masked, _ in blocks]
+    heights = [0.9 + 0.27 * len(shown) for _, _, shown, _ in blocks]
     figure = _figure(2.2 + 3.2 * columns, 0.6 + sum(heights))
     grid = figure.subplots(
         len(blocks), columns, squeeze=False, height_ratios=heights
     )
     handles = {}
-    for line, (network, gins, masked, at) in zip(grid, blocks, strict=True):
+    for line, (network, every, shown, at) in zip(grid, blocks, strict=True):
         for axes in line[len(at) :]:
             axes.set_visible(False)
         for axes, density in zip(line, at, strict=False):
-            _draw_methods(axes, records, gins, masked, density)
+            _draw_methods(axes, records, every, shown, density)
             where = "" if density is None else f"density {density:g}"
             title = rows.NETWORKS[network].split()[-1] + ", " + where
             _dress(axes, title.strip(", "), "test accuracy (%)")
@@ -157,25 +158,28 @@ def methods(records: Records) -> Figure:
         handles.values(),
         handles,
         loc="outside upper center",
-        ncols=len(handles),
+        ncols=len(handles) if columns > 1 else 3,
         frameon=False,
         fontsize=_TEXT,
     )
     return figure
 
 
-def _by_accuracy(records, gins):
-    """Rows from the worst to the best, by their mean over densities."""
+def _by_accuracy(keys, means):
+    """Rows from the worst to the best, by how far they are from the others.
 
-    def mean(gin):
-        found = [
-            run.test
-            for run in records.finished
-            if run.row == gin and not run.changes
-        ]
-        return statistics.fmean(found)
+    Not by their mean alone: a row may have no run at one of the densities.
+    """
 
-    return sorted(gins, key=lambda gin: (mean(gin), gin))
+    def place(key):
+        distances = []
+        for by_row in means.values():
+            present = [mean for mean in by_row.values() if mean is not None]
+            if by_row[key] is not None:
+                distances.append(by_row[key] - statistics.fmean(present))
+        return statistics.fmean(distances) if distances else -np.inf, key
+
+    return sorted(keys, key=place)
 
 
 _KINDS = {
@@ -185,14 +189,16 @@ _KINDS = {
 }
 
 
-def _draw_methods(axes, records, gins, masked, density):
-    for at, gin in enumerate(masked):
+def _draw_methods(axes, records, every, shown, density):
+    for at, (gin, changes) in enumerate(shown):
         row = rows.row(gin)
         kind = {"uniform": "uniform masks", "ERK": "ERK masks"}.get(
             row.distribution, "others"
         )
         colour, marker = _KINDS[kind]
-        summary = summaries.of(records, gin, None if row.dense else density)
+        summary = summaries.of(
+            records, gin, None if row.dense else density, changes
+        )
         if at % 2:
             axes.axhspan(at - 0.5, at + 0.5, color="#F4F4F4", zorder=0)
         if not summary.n:
@@ -216,65 +222,74 @@ def _draw_methods(axes, records, gins, masked, density):
             mew=2,
             label="mean" if kind == "others" else None,
         )
-    for gin in sorted(gins):
+    for gin, changes in sorted(every):
         row = rows.row(gin)
-        dense = summaries.of(records, gin, None)
-        if density is not None and row.dense and not row.all_data and dense.n:
-            axes.axvline(dense.mean, color=_BLACK, ls="--", lw=1, label="Dense")
-            axes.axvspan(
-                min(dense.accuracies),
-                max(dense.accuracies),
-                color=_BLACK,
-                alpha=0.12,
-                lw=0,
-            )
-    axes.set_ylim(-0.5, len(masked) - 0.5)
-    labels = [rows.row(gin).label for gin in masked]
-    axes.set_yticks(range(len(masked)), labels)
+        dense = summaries.of(records, gin, None, changes)
+        if density is None or not row.dense or row.all_data or changes:
+            continue
+        axes.axvline(dense.mean, color=_BLACK, ls="--", lw=1, label="Dense")
+        axes.axvspan(
+            min(dense.accuracies),
+            max(dense.accuracies),
+            color=_BLACK,
+            alpha=0.12,
+            lw=0,
+        )
+    axes.set_ylim(-0.5, len(shown) - 0.5)
+    axes.set_yticks(range(len(shown)), [summaries.label(*key) for key in shown])
     axes.margins(x=0.08)
     axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
 
 
-def panels(records: Records, network: str) -> dict[str, list[str]]:
-    """Returns the panels of `across_densities`: their titles and rows.
+Keys = list[tuple[str, tuple]]
+_UNIFORM = (
+    "small_dense",
+    "static_uniform",
+    "set_uniform",
+    "snfs_uniform",
+    "rigl_uniform",
+    "pruning",
+)
+_ERK = ("static_erk", "set_erk", "snfs_erk", "rigl_erk", "pruning")
+_LONGER = (
+    "static_uniform_2x",
+    "set_uniform_2x",
+    "snfs_uniform_2x",
+    "rigl_uniform_2x",
+    "rigl_uniform_3x",
+    "rigl_erk_2x",
+)
+
+
+def panels(records: Records, network: str) -> dict[str, Keys]:
+    """Returns the panels of `across_densities`: titles, rows and changes.
 
     Args:
         records: All runs.
         network: One of `rows.NETWORKS`.
     """
-    finished = set(_finished(records, network))
+    finished = _finished(records, network)
 
-    def those(*names):
-        gins = [f"{name}_{network}" for name in names]
-        return [gin for gin in gins if gin in finished]
+    def those(names, changes=()):
+        keys = [(f"{name}_{network}", changes) for name in names]
+        return [key for key in keys if key in finished]
 
-    longer = (
-        "static_uniform_2x",
-        "set_uniform_2x",
-        "snfs_uniform_2x",
-        "rigl_uniform_2x",
-        "rigl_uniform_3x",
-        "rigl_erk_2x",
-    )
-    found = {
-        "uniform masks": those(
-            "small_dense",
-            "static_uniform",
-            "set_uniform",
-            "snfs_uniform",
-            "rigl_uniform",
-            "pruning",
-        ),
-        "ERK masks": those(
-            "static_erk", "set_erk", "snfs_erk", "rigl_erk", "pruning"
-        ),
-        "longer runs": those(*longer, "pruning", "lottery"),
-    }
-    if not those(*longer):
-        found.pop("longer runs")
+    found = {"uniform masks": those(_UNIFORM), "ERK masks": those(_ERK)}
+    if those(_LONGER):
+        found["longer runs"] = those((*_LONGER, "pruning", "lottery"))
+    # Runs that were told to be longer than their row.
+    every = (*_UNIFORM, *_ERK[:-1])
+    lengths = {changes for _, changes in finished if len(changes) == 1}
+    for ((name, value),) in sorted(lengths):
+        if name == "train.length":
+            of_length = those(every, ((name, value),))
+            found[f"{value:g} times as long"] = of_length
     # Pruning is for comparison.
-    alone = those("pruning")
-    return {title: gins for title, gins in found.items() if gins != alone}
+    return {
+        title: keys
+        for title, keys in found.items()
+        if {gin for gin, _ in keys} - {f"pruning_{network}"}
+    }
 
 
 def across_densities(records: Records, network: str) -> Figure:
@@ -285,16 +300,23 @@ def across_densities(records: Records, network: str) -> Figure:
         network: One of `rows.NETWORKS`.
     """
     shown = panels(records, network)
-    figure = _figure(0.6 + 3.6 * len(shown), 4.4)
+    figure = _figure(0.6 + 3.6 * len(shown), 4.6)
     every = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
-    all_rows = {gin for gins in shown.values() for gin in gins}
+    all_rows = {gin for keys in shown.values() for gin, _ in keys}
     densities = summaries.densities(records, all_rows)
-    dense = summaries.of(records, f"dense_{network}", None)
-    for axes, (title, gins) in zip(every, shown.items(), strict=True):
-        for gin in gins:
-            _draw_row(axes, records, gin, densities)
+    for axes, (title, keys) in zip(every, shown.items(), strict=True):
+        mixed = len({rows.row(gin).distribution for gin, _ in keys} - {""}) > 1
+        for gin, changes in keys:
+            _draw_row(axes, records, gin, changes, densities, mixed)
+        of_length = keys[0][1] if "times" in title else ()
+        dense = summaries.of(records, f"dense_{network}", None, of_length)
         if dense.n:
-            axes.axhline(dense.mean, color=_BLACK, lw=1.2, label="Dense")
+            axes.axhline(
+                dense.mean,
+                color=_BLACK,
+                lw=1.2,
+                label=summaries.label(dense.row, of_length),
+            )
         axes.set_xscale("log")
         _dress(axes, title, "density (1 - sparsity)")
         _ticks_at(axes.xaxis, densities)
@@ -304,16 +326,18 @@ def across_densities(records: Records, network: str) -> Figure:
     return figure
 
 
-def _draw_row(axes, records, gin, densities):
+def _draw_row(axes, records, gin, changes, densities, mixed):
     row = rows.row(gin)
     colour, marker, line = _LOOKS.get(row.method, _OTHER)
     if row.length == 3:
         line = (0, (1, 1))
     # In a panel of several distributions ERK is the hollow one.
-    hollow = row.length > 1 and row.distribution == "ERK"
-    found = [summaries.of(records, gin, density) for density in densities]
+    hollow = mixed and row.distribution == "ERK"
+    found = [
+        summaries.of(records, gin, density, changes) for density in densities
+    ]
     found = [summary for summary in found if summary.n]
-    label = row.label if row.length > 1 else row.method
+    label = summaries.label(gin, changes)
     axes.plot(
         [summary.density for summary in found],
         [summary.mean for summary in found],
@@ -323,7 +347,7 @@ def _draw_row(axes, records, gin, densities):
         color=colour,
         mfc="white" if hollow else colour,
         lw=1.6,
-        label=label.replace(" (uniform)", ""),
+        label=label if mixed else label.split(" (")[0],
     )
     for summary in found:
         axes.plot(
@@ -505,16 +529,12 @@ def equal_flops(records: Records, *, with_published: bool) -> Figure:
             label = None
     if with_published:
         _draw_published(axes, points["uniform"])
-    axes.set_xscale("log")
     _dress(
         axes,
         None,
         "training FLOPs / training the dense network",
         "test accuracy (%)",
     )
-    axes.xaxis.set_major_formatter(ticker.FormatStrFormatter("%g"))
-    axes.xaxis.set_minor_formatter(ticker.FormatStrFormatter("%g"))
-    axes.tick_params(which="minor", labelsize=_TICKS - 1)
     axes.margins(0.1)
     _legend_below(axes, ncols=3, down=0.15)
     return figure
@@ -627,9 +647,9 @@ def redistribution(records: Records) -> Figure:
             "training step",
             "inference FLOPs / dense",
         )
-        left.set_ylim(bottom=0)
+        left.set_ylim(0, 1.15 * left.dataLim.ymax)
         left.xaxis.set_major_locator(ticker.MaxNLocator(4))
-        _dress(right, None, None, "density of a layer, at the end")
+        _dress(right, None, None, "density at the end")
         right.grid(axis="x", visible=False)
         right.set_xticks(
             range(len(layers)),

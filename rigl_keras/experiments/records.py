@@ -16,9 +16,12 @@ from pathlib import Path
 
 from rigl_keras.experiments import rows
 
-__all__ = ["Record", "Records", "as_lines", "read"]
+__all__ = ["TUNED", "Record", "Records", "as_lines", "read"]
 
 Changes = tuple[tuple[str, float], ...]
+
+# The changes by which Figure 2 and Table 4 search; others make other rows.
+TUNED = frozenset({"UPDATE_FRACTION", "UPDATE_FREQUENCY", "sgd.learning_rate"})
 
 _CURVE_POINTS = 120  # of a curve that are kept
 _REASON = 400  # letters of a failure that are kept
@@ -89,6 +92,11 @@ class Record:
     def key(self) -> tuple:
         """What two runs have in common that are the same run."""
         return self.row, self.density, self.seed, self.changes
+
+    @property
+    def variant(self) -> Changes:
+        """Its changes without those that are searched for."""
+        return tuple(pair for pair in self.changes if pair[0] not in TUNED)
 
     @property
     def name(self) -> str:
@@ -456,7 +464,9 @@ def _selected(preset, found, broken):
             runs.append(record)
     runs = _once(runs, notes)
     runs = _alike(runs, notes, _settings)
-    runs = _alike(runs, notes, _updates, only=lambda run: not run.changes)
+    runs = _alike(
+        runs, notes, _updates, only=lambda run: run.changes == run.variant
+    )
     for run in runs:
         if run.result is None:
             continue
@@ -512,14 +522,14 @@ def _alike(
 ) -> list[Record]:
     """Returns the runs without those whose settings are not their row's.
 
-    A row's are those that most of its finished runs have.
+    A row's are those that most of its finished runs of the same changes have.
     """
-    by_row = collections.defaultdict(list)
+    groups = collections.defaultdict(list)
     for run in runs:
         if run.result is not None and only(run):
-            by_row[run.row].append(run)
+            groups[run.row, run.variant].append(run)
     odd = set()
-    for group in by_row.values():
+    for group in groups.values():
         of_run = {run.folder: settings(run) for run in group}
         counts = collections.Counter(
             json.dumps(of_run[run.folder], sort_keys=True) for run in group

@@ -190,7 +190,7 @@ def _has_any(gins):
 
 
 _HAS = {
-    "methods": lambda found: any(not run.changes for run in found.finished),
+    "methods": lambda found: not all(map(summaries.is_trial, found.finished)),
     **{table: _has_row(table) for table in published.TABLES},
     # Their reference settings alone are in Table 2 and Figure 1.
     "table4": figures.has_trials,
@@ -650,58 +650,59 @@ def _methods(context, name):
         return Section(name, _TITLES[name])
     blocks = []
     for network, title in rows.NETWORKS.items():
-        gins = [
-            gin
-            for gin in _ordered({r.row for r in found.runs if not r.changes})
-            if rows.row(gin).network == network
-        ]
-        densities = summaries.densities(found, gins)
-        if not gins:
-            continue
-        columns = ["method"]
-        for density in densities:
-            columns += [f"density {density:g} (%)", "FLOPs train, test"]
-        lines = []
-        for gin in gins:
-            row = rows.row(gin)
-            if row.dense:
-                summary = summaries.of(found, gin, None)
-                _add_line(context, name, row.label, summary)
-                cell = _with_seeds(summary)
-                blank = [""] * (2 * len(densities) - 2)
-                flops = ", ".join(_flops(context, summary))
-                lines.append([row.label, cell, flops, *blank])
-                continue
-            line = [row.label]
+        keys = _ordered(
+            {
+                (run.row, run.changes)
+                for run in found.runs
+                if rows.row(run.row).network == network
+                and not summaries.is_trial(run)
+            }
+        )
+        if keys:
+            densities = summaries.densities(found, {gin for gin, _ in keys})
+            lines = [
+                _method_line(context, name, *key, densities) for key in keys
+            ]
+            columns = ["method"]
             for density in densities:
-                summary = summaries.of(found, gin, density)
-                if summary.n or summary.others:
-                    _add_line(context, name, row.label, summary)
-                flops = ", ".join(_flops(context, summary))
-                line += [_with_seeds(summary), flops]
-            lines.append(line)
-        if not densities:  # dense ones alone
-            columns += ["(%)", "FLOPs train, test"]
-        blocks.append(Block(columns, lines, title.split()[-1]))
+                columns += [f"density {density:g} (%)", "FLOPs train, test"]
+            if not densities:  # dense ones alone
+                columns += ["accuracy (%)", "FLOPs train, test"]
+            blocks.append(Block(columns, lines, title.split()[-1]))
     text = (
-        "Every row that has a run with its own settings. A number in brackets "
-        "says how many seeds are finished where some are not.",
+        "Every row that has a run. A number in brackets says how many seeds "
+        "are finished where some are not.",
     )
     picture = _picture(name, figures.methods(found))
     return Section(name, _TITLES[name], text, picture, blocks)
 
 
-def _ordered(gins):
+def _method_line(context, name, gin, changes, densities):
+    label = summaries.label(gin, changes)
+    line = [label]
+    dense = rows.row(gin).dense
+    for density in [None] if dense else densities:
+        summary = summaries.of(context.records, gin, density, changes)
+        if summary.n or summary.others:
+            _add_line(context, name, label, summary)
+        line += [_with_seeds(summary), ", ".join(_flops(context, summary))]
+    if dense:
+        line += [""] * (2 * len(densities) - 2)
+    return line
+
+
+def _ordered(keys):
     """Sorts rows by method, as Table 2 has them, then by masks and length."""
     order = ["Dense", "Small-Dense", "Static", "SET", "SNFS", "RigL"]
 
-    def key(gin):
+    def place(key):
+        gin, changes = key
         row = rows.row(gin)
-        place = order.index(row.method) if row.method in order else len(order)
+        method = order.index(row.method) if row.method in order else len(order)
         masks = ["uniform", "ER", "ERK", ""].index(row.distribution)
-        return place, row.method, row.all_data, row.length, masks, gin
+        return changes, method, row.method, row.all_data, row.length, masks, gin
 
-    return sorted(gins, key=key)
+    return sorted(keys, key=place)
 
 
 def _with_seeds(summary):
@@ -785,8 +786,8 @@ def _figure_3(context, name):
             lines.append(line)
             _add_line(context, name, rows.row(gin).label, summary, cell)
     text = [
-        "Numbers beside the points are densities. At a density, ERK costs "
-        "more than uniform masks; dotted lines join points that cost the same."
+        "Numbers beside the points are densities. Uniform and ERK masks of one "
+        "density cost differently; dotted lines join points that cost the same."
     ]
     if printed:
         text.append(
@@ -855,20 +856,19 @@ _SECTIONS = {
 
 
 def _others(context):
-    """Runs that no other section shows."""
+    """Runs that no other section shows: at densities of their own."""
     found, lines = context.records, []
-    tuned = {"UPDATE_FRACTION", "UPDATE_FREQUENCY", "sgd.learning_rate"}
     shared = summaries.densities(found, {run.row for run in found.runs})
     groups = dict.fromkeys(
-        (run.row, run.density, run.changes) for run in found.finished
+        (run.row, run.density, run.changes, summaries.is_trial(run))
+        for run in found.finished
     )
-    for row, density, changes in groups:
+    for row, density, changes, is_trial in groups:
         names = {name for name, _ in changes}
-        if changes and row in _RIGL.values() and names <= tuned:
-            continue
-        if not changes and row in _RIGL.values():
-            continue  # Figure 3 has all densities
-        if not changes and (density is None or density in shared):
+        shown = "sgd.learning_rate" not in names or _HAS["figure2"](found)
+        if row in _RIGL.values() and names <= records.TUNED and shown:
+            continue  # in Figures 2 and 3, or in Table 4
+        if not is_trial and (density is None or density in shared):
             continue
         summary = summaries.of(found, row, density, changes)
         lines.append(

@@ -51,7 +51,7 @@ class Row:
     gin: str
     method: str
     distribution: str = ""
-    length: int = 1
+    length: float = 1
     all_data: bool = False
     network: str = ""
 
@@ -62,7 +62,7 @@ class Row:
         if self.distribution:
             parts.append(f"({self.distribution})")
         if self.length > 1:
-            parts.append(f"{self.length}x")
+            parts.append(f"{self.length:g}x")
         if self.all_data:
             parts.append("50k")
         return " ".join(parts)

@@ -5,7 +5,7 @@ import math
 import statistics
 from collections.abc import Iterable
 
-from rigl_keras.experiments import plans
+from rigl_keras.experiments import plans, rows
 from rigl_keras.experiments.records import Record, Records
 
 __all__ = [
@@ -13,6 +13,8 @@ __all__ = [
     "Trial",
     "best",
     "densities",
+    "is_trial",
+    "label",
     "of",
     "settings_of",
     "trials",
@@ -206,6 +208,26 @@ def best(found: Iterable[Trial]) -> Trial | None:
     )
 
 
+def is_trial(run: Record) -> bool:
+    """Returns whether a run is of a search, for Figure 2 or Table 4."""
+    return run.changes != run.variant
+
+
+def label(gin: str, changes: Changes = ()) -> str:
+    """Returns what a row with changes is called, without its network.
+
+    Args:
+        gin: The gin file, without folder and ending.
+        changes: gin bindings over the files.
+    """
+    changed, row = dict(changes), rows.row(gin)
+    longer = changed.pop("train.length", 1)
+    row = dataclasses.replace(row, length=row.length * longer)
+    return ", ".join(
+        [row.label, *(f"{name} = {value:g}" for name, value in changed.items())]
+    )
+
+
 def densities(records: Records, gins: Iterable[str]) -> list[float]:
     """Returns at which densities rows can be compared, the smallest first.
 
@@ -218,7 +240,7 @@ def densities(records: Records, gins: Iterable[str]) -> list[float]:
     """
     rows_at: dict[float, set] = {}
     for run in records.runs:
-        if run.row in set(gins) and run.density and not run.changes:
+        if run.row in set(gins) and run.density and not is_trial(run):
             rows_at.setdefault(run.density, set()).add(run.row)
     return sorted(
         density
