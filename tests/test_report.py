@@ -5,6 +5,8 @@ import html.parser
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -804,3 +806,16 @@ def test_flops_are_those_that_the_library_counts(tmp_path):
     (line,) = lines_of(found, table="table2", gin="rigl_erk_wrn")
     assert float(line["inference_flops_ratio"]) == ratio
     assert float(line["training_flops_ratio"]) == result["training_flops_ratio"]
+
+
+def test_the_command_says_what_is_wrong(results, tmp_path):
+    """And ends with status 2, without a traceback."""
+    (tmp_path / "file").write_text("")
+    command = [sys.executable, "-m", "rigl_keras.experiments.report"]
+    command += [f"--results_dir={results}", f"--output={tmp_path / 'file'}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    said = [s for s in done.stderr.splitlines() if s.startswith("report: ")]
+    assert len(said) == 1 and "is no folder. Pass --output" in said[0]
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "file").read_text() == ""

@@ -475,7 +475,7 @@ def equal_flops(records: Records, *, with_published: bool) -> Figure:
         records: All runs, one of RigL at least finished.
         with_published: Whether the report's numbers are drawn, too.
     """
-    figure = _figure(7.2, 4.4)
+    figure = _figure(7.2, 4.8)
     axes = figure.subplots()
     points = {}
     for mask, gin in _RIGL.items():
@@ -536,7 +536,7 @@ def equal_flops(records: Records, *, with_published: bool) -> Figure:
         "test accuracy (%)",
     )
     axes.margins(0.1)
-    _legend_below(axes, ncols=3, down=0.15)
+    _legend_below(axes, ncols=2, down=0.15)
     return figure
 
 
@@ -590,7 +590,14 @@ def _redistributed(records):
         for gin in _REDISTRIBUTED
         for density in summaries.densities(records, _REDISTRIBUTED)
     }
-    return {key: summary for key, summary in found.items() if summary.n}
+    found = {key: summary for key, summary in found.items() if summary.n}
+    # RigL alone has level lines: shown beside the others, where there are any.
+    moved = {density for gin, density in found if gin not in _RIGL.values()}
+    return {
+        (gin, density): summary
+        for (gin, density), summary in found.items()
+        if density in moved or not moved
+    }
 
 
 def redistribution(records: Records) -> Figure:
@@ -801,6 +808,7 @@ def _draw_search(figure, axes, records, gin, density, tried):
             label="reference setting",
             zorder=4,
         )
+    axes.use_sticky_edges = False  # of the contours, where points would be cut
     best = summaries.best(tried)
     if best is not None:
         axes.scatter(

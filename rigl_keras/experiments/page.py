@@ -131,7 +131,7 @@ def _cell(text):
 # HTML.
 
 _STYLE = """
-body { max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222;
+body { max-width: 66rem; margin: 2rem auto; padding: 0 1rem; color: #222;
   font: 16px/1.5 system-ui, sans-serif; }
 h1 { line-height: 1.2; }
 h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc; }
@@ -141,7 +141,7 @@ nav ul { columns: 2; margin: 0; padding-left: 1.2rem; }
 table { border-collapse: collapse; font-size: .85rem; margin: .5rem 0 1.2rem;
   font-variant-numeric: tabular-nums; }
 caption { text-align: left; font-weight: 600; padding: .3rem 0; }
-th, td { padding: .2rem .7rem; text-align: right; white-space: nowrap; }
+th, td { padding: .2rem .5rem; text-align: right; white-space: nowrap; }
 thead th { border-bottom: 2px solid #555; vertical-align: bottom;
   white-space: normal; }
 tbody td, tbody th { border-bottom: 1px solid #e4e4e4; }

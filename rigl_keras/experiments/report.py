@@ -226,6 +226,12 @@ def _seeds(summary):
     return text + (f", {summary.failed} failed" if summary.failed else "")
 
 
+def _signed(difference):
+    if difference is None:
+        return _NONE
+    return f"{round(difference, 2) + 0.0:+.2f}"  # without -0.00
+
+
 def _ratio(value):
     return _NONE if value is None else f"{value:.2f}x"
 
@@ -349,8 +355,8 @@ def _introduction(context):
         line = (
             f"{result['model']} on {result['dataset']}: {own.get('epochs')} "
             f"epochs of batch {own.get('batch_size')}, {result['steps']:,} "
-            f"steps; the dense network costs {dense:.3g} FLOPs a sample to "
-            "test and three times as many to train"
+            f"steps; the dense network costs {_scientific(dense)} FLOPs a "
+            "sample to test and three times as many to train"
         )
         settings.setdefault(line, None)
     if context.comparable:
@@ -466,22 +472,27 @@ def _densities(context, cells, gins):
 def _block(context, name, cells, density, title, marks):
     columns = ["method", "accuracy (%)", "seeds", "FLOPs train", "test"]
     of_report = "report" if context.comparable else "report, its own setting"
-    if context.with_published:
+    in_report = density in {cell.density for cell in cells}
+    with_published = context.with_published and in_report
+    if with_published:
         columns.append(f"{of_report}: accuracy (%)")
         if name == "table1":
             columns.append("RigL paper")
         else:
-            columns.append("FLOPs train, test")
+            columns.append("report: FLOPs")
         if context.comparable:
             columns.append("difference")
     columns.append("gin file")
     lines, group = [], ""
     for cell in _rows_of(cells):
+        at = None if cell.density is None else density
+        summary = summaries.of(context.records, cell.gin, at)
+        # What the report does not have at this density is not missing.
+        if not (in_report or summary.n or summary.others):
+            continue
         if cell.group != group:
             group = cell.group
             lines.append(group.split(": ")[-1] or "dense")
-        at = None if cell.density is None else density
-        summary = summaries.of(context.records, cell.gin, at)
         printed = next(
             (
                 c
@@ -497,11 +508,10 @@ def _block(context, name, cells, density, title, marks):
             _seeds(summary),
             *_flops(context, summary),
         ]
-        if context.with_published:
+        if with_published:
             line += _published(name, printed, marks)
             if context.comparable:
-                value = _difference(context, summary, printed)
-                line.append(_NONE if value is None else f"{value:+.2f}")
+                line.append(_signed(_difference(context, summary, printed)))
         lines.append([*line, cell.gin])
         _add_line(context, name, cell.row, summary, printed)
     return Block(columns, lines, title)
@@ -523,11 +533,8 @@ def _published(name, cell, marks):
         return [accuracy, _NONE if original is None else f"{original:.1f}"]
     if cell.dense_train_flops is not None:
         costs_of = (cell.dense_train_flops, cell.dense_test_flops)
-        return [accuracy, ", ".join(f"{value:.2e}" for value in costs_of)]
-    return [
-        accuracy,
-        f"{_ratio(cell.train_flops)}, {_ratio(cell.test_flops)}",
-    ]
+        return [accuracy, ", ".join(map(_scientific, costs_of))]
+    return [accuracy, _pair(_ratio(cell.train_flops), _ratio(cell.test_flops))]
 
 
 def _table_4(context, name):
@@ -605,9 +612,12 @@ def _setting(context, label, summary, cell, marks):
             cell.printed + marks.of(cell.note),
         ]
     if context.comparable:
-        value = summary and _difference(context, summary, cell)
-        line.append(_NONE if value is None else f"{value:+.2f}")
+        line.append(_signed(summary and _difference(context, summary, cell)))
     return line
+
+
+def _scientific(value):
+    return f"{value:.2e}".replace("e+0", "e")
 
 
 def _updates(drop_fraction, frequency):
@@ -660,15 +670,7 @@ def _methods(context, name):
         )
         if keys:
             densities = summaries.densities(found, {gin for gin, _ in keys})
-            lines = [
-                _method_line(context, name, *key, densities) for key in keys
-            ]
-            columns = ["method"]
-            for density in densities:
-                columns += [f"density {density:g} (%)", "FLOPs train, test"]
-            if not densities:  # dense ones alone
-                columns += ["accuracy (%)", "FLOPs train, test"]
-            blocks.append(Block(columns, lines, title.split()[-1]))
+            blocks += _of_methods(context, name, keys, densities, title)
     text = (
         "Every row that has a run. A number in brackets says how many seeds "
         "are finished where some are not.",
@@ -677,18 +679,33 @@ def _methods(context, name):
     return Section(name, _TITLES[name], text, picture, blocks)
 
 
-def _method_line(context, name, gin, changes, densities):
-    label = summaries.label(gin, changes)
-    line = [label]
-    dense = rows.row(gin).dense
-    for density in [None] if dense else densities:
-        summary = summaries.of(context.records, gin, density, changes)
-        if summary.n or summary.others:
-            _add_line(context, name, label, summary)
-        line += [_with_seeds(summary), ", ".join(_flops(context, summary))]
-    if dense:
-        line += [""] * (2 * len(densities) - 2)
-    return line
+def _of_methods(context, name, keys, densities, title):
+    """Two tables of rows by densities: accuracies, and what they cost."""
+    accuracies, costs_of = [], []
+    for gin, changes in keys:
+        label = summaries.label(gin, changes)
+        dense = rows.row(gin).dense
+        found = [
+            summaries.of(context.records, gin, density, changes)
+            for density in ([None] if dense else densities)
+        ]
+        for summary in found:
+            if summary.n or summary.others:
+                _add_line(context, name, label, summary)
+        blank = [""] * (len(densities) - 1 if dense else 0)
+        accuracies.append([label, *map(_with_seeds, found), *blank])
+        flops = [_pair(*_flops(context, summary)) for summary in found]
+        costs_of.append([label, *flops, *blank])
+    heads = [f"density {density:g}" for density in densities] or ["dense"]
+    data = title.split()[-1]
+    return [
+        Block(["method", *heads], accuracies, f"{data}: test accuracy (%)"),
+        Block(["method", *heads], costs_of, f"{data}: FLOPs to train, to test"),
+    ]
+
+
+def _pair(train, test):
+    return _NONE if train == test == _NONE else f"{train}, {test}"
 
 
 def _ordered(keys):
@@ -781,8 +798,7 @@ def _figure_3(context, name):
                     accuracy += marks.of(cell.note)
                 line.append(accuracy)
                 if context.comparable:
-                    value = _difference(context, summary, cell)
-                    line.append(_NONE if value is None else f"{value:+.2f}")
+                    line.append(_signed(_difference(context, summary, cell)))
             lines.append(line)
             _add_line(context, name, rows.row(gin).label, summary, cell)
     text = [
