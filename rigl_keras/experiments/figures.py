@@ -301,7 +301,9 @@ def across_densities(records: Records, network: str) -> Figure:
     """
     shown = panels(records, network)
     figure = _figure(0.6 + 3.6 * len(shown), 4.6)
-    every = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    every = figure.subplots(
+        1, len(shown), sharex=True, sharey=True, squeeze=False
+    )[0]
     all_rows = {gin for keys in shown.values() for gin, _ in keys}
     densities = summaries.densities(records, all_rows)
     for axes, (title, keys) in zip(every, shown.items(), strict=True):
@@ -347,7 +349,7 @@ def _draw_row(axes, records, gin, changes, densities, mixed):
         color=colour,
         mfc="white" if hollow else colour,
         lw=1.6,
-        label=label if mixed else label.split(" (")[0],
+        label=label if mixed or changes else label.split(" (")[0],
     )
     for summary in found:
         axes.plot(

@@ -155,6 +155,7 @@ ol.notes, ul.items { font-size: .85rem; overflow-wrap: anywhere; }
   body { max-width: none; margin: 0; font-size: 10pt; }
   nav { display: none; }
   .wide { overflow: visible; }
+  img { max-height: 18cm; }
   figure, tr, h2, caption { break-inside: avoid; }
   h2, caption { break-after: avoid; }
   table { font-size: 7.5pt; }
