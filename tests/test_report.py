@@ -456,6 +456,9 @@ def test_results_that_cannot_be_read(results, content):
         {"settings": []},
         {"validation_accuracy": "high"},
         {"inference_flops_ratio": True},
+        {"training_flops_ratio": float("inf")},
+        {"inference_flops_ratio": 0.0},
+        {"steps": None},
     ],
     ids=str,
 )
@@ -484,6 +487,26 @@ def test_folders_that_are_no_runs(results):
     assert (
         "moved is left out: its about.json says that it is of 'small'" in told
     )
+
+
+def test_densities_that_a_row_cannot_have(results):
+    made(results, "dense_wrn", 0.1, 1, 0.9)
+    made(results, "set_erk_wrn", None, 0, 0.9)
+    made(results, "set_erk_wrn", 1.5, 0, 0.9)
+    found = records.read(results)
+    assert len(found.finished) == 4
+    assert ["is left out" in note for note in found.notes] == [True] * 3
+
+
+def test_rows_that_were_added(results, monkeypatch):
+    """A gin file of one's own is shown, though no table has it."""
+    made(results, "my_row", 0.1, 0, 0.9)
+    names = [*rows.known(), "my_row"]
+    monkeypatch.setattr(rows, "known", lambda: names)
+    made_report = report.report(records.read(results))
+    assert [line["n"] for line in lines_of(made_report, gin="my_row")] == ["1"]
+    text = page.as_markdown(made_report.page)
+    assert "| my\\_row | 0.1 | - | 90.00 | 1 of 3 |" in text
 
 
 def test_a_loss_that_is_no_number_is_noted(results):
@@ -609,6 +632,35 @@ def test_a_broken_line_of_results_jsonl(results, tmp_path):
     found = records.read(path)
     assert len(found.finished) == 4
     assert [note[:6] for note in found.notes] == ["Line 1", "Line 2", "Line 3"]
+
+
+def test_lines_that_are_wrong_in_one_place(results, tmp_path):
+    """None is an error, and none is taken for what it cannot be."""
+    text = records.as_lines(records.read(results)).splitlines()
+    good = json.loads(text[-1])
+    wrong = (None, "x", -1, 1e400, True, [], {}, [[1]], {"a": None})
+    lines = []
+    for outer in good:
+        for value in wrong:
+            lines.append(good | {outer: value})
+    for inner in good["result"]:
+        for value in wrong:
+            result = good["result"] | {inner: value}
+            lines.append(good | {"result": result})
+    for at, line in enumerate(lines):
+        # Each a run of its own, as far as it still says which.
+        if isinstance(line["density"], float):
+            line["density"] = (1 + at) / 1_000
+        if isinstance(line["folder"], str):
+            line["folder"] = f"full/{at:03}"
+    path = tmp_path / "results.jsonl"
+    path.write_text("\n".join(text + [json.dumps(line) for line in lines]))
+    found = records.read(path, "full")
+    accuracies = {run.test for run in found.finished}
+    assert accuracies <= {92.0, 93.0, 95.5, 94.0, 100.0}  # of True: none
+    made_report = report.report(found)
+    assert "nan" not in str(made_report.lines)
+    page.as_html(made_report.page)
 
 
 class Checked(html.parser.HTMLParser):

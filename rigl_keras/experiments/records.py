@@ -293,7 +293,8 @@ def _about(content):
     fits = {
         "row": isinstance(found["row"], str),
         "preset": isinstance(found["preset"], str),
-        "density": found["density"] is None or _is_number(found["density"]),
+        "density": found["density"] is None
+        or (_is_number(found["density"]) and 0 < found["density"] <= 1),
         "seed": isinstance(found["seed"], int)
         and not isinstance(found["seed"], bool),
         "changes": isinstance(found["changes"], dict)
@@ -308,9 +309,11 @@ def _about(content):
 
 def _result(content, record):
     """Returns what is kept of a result, if it can be one of the run."""
-    for name in ("test_accuracy", *_RATIOS):
-        if not _is_number(content.get(name)):
-            raise ValueError(f"{name} is {content.get(name)!r}")
+    for name in ("test_accuracy", "inference_flops", "steps", *_RATIOS):
+        value = content.get(name)
+        positive = name != "test_accuracy"
+        if not _is_number(value) or (positive and value <= 0):
+            raise ValueError(f"{name} is {value!r}")
     accuracies = [content["test_accuracy"]]
     if content.get("validation_accuracy") is not None:
         accuracies.append(content["validation_accuracy"])
@@ -325,6 +328,9 @@ def _result(content, record):
     if not isinstance(content.get("settings"), dict):
         raise ValueError(f"settings is {content.get('settings')!r}")
     kept = {name: content.get(name) for name in _KEPT}
+    kept["steps"] = int(kept["steps"])
+    if not _is_number(kept["seconds"]):
+        kept["seconds"] = 0.0
     layers = content.get("layers")
     kept["layers"] = [
         {"name": layer["name"], "density": layer["density"]}
@@ -372,10 +378,7 @@ def _learning_rate(path):
 
 def _curve(path, result):
     """Returns what inference costs from which step on, thinned."""
-    ratio = result["inference_flops_ratio"]
-    if not (_is_number(result["inference_flops"]) and ratio > 0):
-        return ()
-    dense = result["inference_flops"] / ratio
+    dense = result["inference_flops"] / result["inference_flops_ratio"]
     points = []
     try:
         with path.open(newline="", encoding="utf-8") as file:
@@ -393,9 +396,8 @@ def _curve(path, result):
     if len(points) > _CURVE_POINTS:
         stride = (len(points) - 1) / (_CURVE_POINTS - 1)
         points = [points[round(i * stride)] for i in range(_CURVE_POINTS)]
-    last = result["steps"]
-    if isinstance(last, int) and last > points[-1][0]:
-        points.append((last, points[-1][1]))
+    if result["steps"] > points[-1][0]:
+        points.append((result["steps"], points[-1][1]))
     return tuple(points)
 
 
@@ -415,7 +417,7 @@ def _in_file(path):
             continue
         try:
             found.append(_from_line(line))
-        except (*_UNREADABLE, TypeError, AttributeError) as error:
+        except (*_UNREADABLE, TypeError) as error:
             broken.append(
                 f"Line {number} of {path.name} is left out: it cannot be read "
                 f"({error})."
@@ -427,20 +429,29 @@ def _from_line(line):
     fields = json.loads(line)
     if not isinstance(fields, dict):
         raise ValueError("it is no object")
-    for name in ("folder", "preset"):
-        if not isinstance(fields.get(name), str):
+    rate = fields.get("learning_rate")
+    fits = {
+        "folder": isinstance(fields.get("folder"), str),
+        "preset": isinstance(fields.get("preset"), str),
+        "failure": isinstance(fields.get("failure"), str | None),
+        "failed": isinstance(fields.get("failed"), bool),
+        "learning_rate": rate is None or _is_number(rate),
+        "result": isinstance(fields.get("result"), dict | None),
+        "curve": isinstance(fields.get("curve"), list),
+    }
+    for name, fit in fits.items():
+        if not fit:
             raise ValueError(f"{name} is {fields.get(name)!r}")
-    if fields.get("row") is not None:
-        fields |= _about(fields)
-    else:
+    if fields.get("row") is None:
         fields["changes"] = ()
+    else:
+        fields |= _about(fields)
     fields["curve"] = tuple(
-        (int(step), float(value)) for step, value in fields.get("curve", ())
+        (int(step), float(value)) for step, value in fields["curve"]
     )
     record = Record(**fields)  # a field too many is a TypeError
     if record.result is not None:
-        layers = record.result.get("layers")
-        result = _result(record.result, record) | {"layers": layers}
+        result = _result(record.result, record)
         record = dataclasses.replace(record, result=result)
     return record
 
@@ -460,6 +471,11 @@ def _selected(preset, found, broken):
                 f"{record.name} is left out: there is no gin file "
                 f"{record.row!r}."
             )
+        elif _misplaced(record):
+            notes.append(
+                f"{record.name} is left out: a row {record.row} has not the "
+                f"density {record.density}."
+            )
         else:
             runs.append(record)
     runs = _once(runs, notes)
@@ -477,6 +493,12 @@ def _selected(preset, found, broken):
                 "accuracy counts like any other."
             )
     return Records(preset, tuple(runs), tuple(notes), tuple(found))
+
+
+def _misplaced(record):
+    """Whether a row of the report has the density of another kind of row."""
+    row = rows.row(record.row)
+    return row.network != "" and row.dense != (record.density is None)
 
 
 def _once(runs, notes):

@@ -872,7 +872,7 @@ _SECTIONS = {
 
 
 def _others(context):
-    """Runs that no other section shows: at densities of their own."""
+    """Runs that no other section shows, such as those of gin files added."""
     found, lines = context.records, []
     shared = summaries.densities(found, {run.row for run in found.runs})
     groups = dict.fromkeys(
@@ -884,8 +884,9 @@ def _others(context):
         shown = "sgd.learning_rate" not in names or _HAS["figure2"](found)
         if row in _RIGL.values() and names <= records.TUNED and shown:
             continue  # in Figures 2 and 3, or in Table 4
-        if not is_trial and (density is None or density in shared):
-            continue
+        compared = density is None or density in shared
+        if rows.row(row).network and compared and not is_trial:
+            continue  # among all methods
         summary = summaries.of(found, row, density, changes)
         lines.append(
             [

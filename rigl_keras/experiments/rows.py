@@ -70,7 +70,7 @@ class Row:
     @property
     def dense(self) -> bool:
         """Whether it is the dense network, which has no density."""
-        return self.method == "Dense"
+        return self.method == _METHODS["dense"]
 
 
 def row(gin: str) -> Row:
