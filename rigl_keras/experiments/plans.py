@@ -16,6 +16,7 @@ import gin
 from rigl_keras.experiments import command, config, costs, published
 
 __all__ = [
+    "DENSITIES",
     "FULL",
     "LEARNING_RATES",
     "SEEDS",
@@ -31,6 +32,7 @@ __all__ = [
 
 FULL = "full"  # the preset that changes nothing
 SEEDS = (0, 1, 2)  # the report's, section 4.5
+DENSITIES = (0.05, 0.1, 0.2, 0.5)  # of Figure 1
 
 Changes = tuple[tuple[str, object], ...]
 
@@ -260,7 +262,7 @@ def _grid(rows, at, changes=((),)):
 def _figure_3(preset, densities):
     """Uniform masks, and ERK masks at the density and at the FLOPs of each."""
     uniform, erk = _RIGL
-    for density in densities or _DENSITIES[1:]:
+    for density in densities or DENSITIES[1:]:
         equal = same_training_flops(erk, uniform, density, preset)
         yield from [
             (uniform, density, ()),
@@ -279,7 +281,6 @@ def _table_4(preset, densities):
             yield cell.gin, cell.density, changes
 
 
-_DENSITIES = (0.05, 0.1, 0.2, 0.5)  # of Figure 1
 _LEARNING_RATE_GRID = [
     (*updates_of(*updates), *learning_rate_of(rate))
     for updates in UPDATES
@@ -290,8 +291,8 @@ _LEARNING_RATE_GRID = [
 TARGETS = {
     **{table: _of_table(table) for table in published.TABLES},
     "table4": _table_4,
-    "figure1": _grid(_FIGURE_1, _DENSITIES),
-    "figure2": _grid(_RIGL, _DENSITIES[1:], _LEARNING_RATE_GRID),
+    "figure1": _grid(_FIGURE_1, DENSITIES),
+    "figure2": _grid(_RIGL, DENSITIES[1:], _LEARNING_RATE_GRID),
     "figure3": _figure_3,
     "figure4": _grid(_FIGURE_4, (0.1, 0.2)),
 }
