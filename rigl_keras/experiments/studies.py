@@ -64,7 +64,7 @@ class Study:
         self._study = None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         if (self.path / "journal.log").exists():
-            self._open()
+            self._open(create=False)
 
     def begin(self) -> None:
         """Makes the study, if there is none, and queues what has failed.
@@ -76,7 +76,7 @@ class Study:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             with self._locked():
-                self._open()
+                self._open(create=True)
                 for trial in self.trials():
                     if trial.state == TrialState.FAIL:
                         self._queue(trial)
@@ -162,15 +162,23 @@ class Study:
         self._study.tell(trial, value, state)
         self._claim_of(trial).unlink(missing_ok=True)
 
-    def _open(self):
+    def _open(self, *, create):
+        """Opens the study; who creates it has its lock."""
         path = self.path / "journal.log"
         try:
-            self._study = optuna.create_study(
-                storage=JournalStorage(_Journal(path)),
+            storage = JournalStorage(_Journal(path))
+            if not storage.get_all_studies():
+                if not create:
+                    return
+                optuna.create_study(
+                    storage=storage,
+                    study_name=self.path.name,
+                    direction="maximize",
+                )
+            self._study = optuna.load_study(
+                storage=storage,
                 study_name=self.path.name,
-                direction="maximize",
                 pruner=optuna.pruners.PercentilePruner(_KEPT, _BEFORE),
-                load_if_exists=True,
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
@@ -179,7 +187,8 @@ class Study:
             ) from error
         made = self._study.user_attrs.get(_ABOUT)
         if made is None:
-            self._study.set_user_attr(_ABOUT, self._about)
+            if create:
+                self._study.set_user_attr(_ABOUT, self._about)
         elif made != self._about:
             other = {k: v for k, v in made.items() if self._about.get(k) != v}
             raise ValueError(

@@ -324,7 +324,7 @@ def _plan(searched, study, results):
             f"{left.runs * left.seconds / 3600:.1f} h in one process here",
         ),
     ]
-    return "\n".join(aligned(rows, left=2))
+    return "\n".join(line.rstrip() for line in aligned(rows, left=2))
 
 
 class _Bar(TrialProgress):
@@ -422,6 +422,7 @@ def updates(
     results: Results,
     *,
     prune: bool = True,
+    train: Callable[..., dict[Run, str]] = work_off,
     data_dir: str | None = None,
     dry_run: bool = False,
 ) -> dict[Run, str]:
@@ -431,6 +432,7 @@ def updates(
         searched: What is searched.
         results: Where runs and the study are kept.
         prune: Whether hopeless trials are cut.
+        train: Trains runs that are missing, as in `search`.
         data_dir: Folder of prepared data sets, over TFDS_DATA_DIR.
         dry_run: Whether the plan is shown, and nothing trained.
 
@@ -459,10 +461,11 @@ def updates(
                 study,
                 results,
                 prune=prune,
+                train=train,
                 progress=bar,
                 data_dir=data_dir,
             )
-            failed |= work_off(
+            failed |= train(
                 searched.reference(),
                 results,
                 progress=bar,
