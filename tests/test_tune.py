@@ -5,16 +5,21 @@ of it, and makes each search in a fork, which it may kill. Nothing is trained:
 a run's result is a function of its setting.
 """
 
+import functools
 import json
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+import traceback
 
+import optuna
 import pytest
+from optuna.storages.journal import JournalFileBackend
 
 from rigl_keras.experiments import plans, tune
 from rigl_keras.experiments.results import Results
@@ -385,8 +390,6 @@ def test_nonsense_on_the_command_line(arguments, says, monkeypatch, capsys):
     assert exit.value.code == 2
     said = capsys.readouterr().err
     assert said.startswith("tune: ") and len(said.splitlines()) == 1
-    import re
-
     assert re.search(says, said)
 
 
@@ -461,7 +464,7 @@ def test_the_grid_is_figure_2(tmp_path, monkeypatch, capsys):
         tune.learning_rate(ROW, SMALL, 2.0, results)
 
 
-KILLS = 12  # of one of two processes, at random moments
+KILLS = 8  # of one of two processes, at random moments
 
 
 @pytest.fixture(scope="module")
@@ -477,12 +480,11 @@ def server(tmp_path_factory):
     return folder, json.loads((folder / "report.json").read_text())
 
 
-def test_killed_at_any_point(server, tmp_path):
+def test_killed_at_any_point(server):
     """Killed at a write, or in it, a search finds what it would have found."""
     folder, report = server
-    assert report["points"] > 60 and report["killed"] == 3 * report["points"]
-    found, study, results = begun(tmp_path, **AT_POINTS)
-    tune.search(found, study, results, train=Trainer())
+    assert report["points"] > 18 and report["killed"] == 3 * report["points"]
+    _, study, _ = begun(folder / "straight", **AT_POINTS)
     wanted = sorted(settings(study))
     for at in folder.glob("point-*"):
         found, study, results = begun(at, **AT_POINTS)
@@ -508,7 +510,7 @@ def test_one_of_two_is_killed(server):
     assert repeated >= KILLS / 3  # killed in a trial
 
 
-AT_POINTS = {"trials": 11, "seeds": (0,)}
+AT_POINTS = {"trials": 3, "seeds": (0,)}
 IN_PAIRS = {"trials": 15, "seeds": (0, 1)}
 
 
@@ -518,7 +520,11 @@ def forked(folder, options, at=None, how="", seconds=0.0):
     if process:
         return process
     try:
-        count = counter(folder, at, how)
+        count = counter(at, how)
+        # The first is drawn at random, and not the first 10.
+        optuna.samplers.TPESampler = functools.partial(
+            optuna.samplers.TPESampler, n_startup_trials=1
+        )
         found, study, results = begun(folder, **options)
         trainer = Trainer(seconds=seconds)
 
@@ -531,16 +537,12 @@ def forked(folder, options, at=None, how="", seconds=0.0):
         (folder / "points").write_text(str(count(None)))
         os._exit(0)
     finally:
-        import traceback
-
         traceback.print_exc()
         os._exit(1)
 
 
-def counter(folder, at, how):
+def counter(at, how):
     """Counts writes to the journal and runs, and kills at one of these."""
-    from optuna.storages.journal import JournalFileBackend
-
     points = 0
 
     def count(go_on, half=None):

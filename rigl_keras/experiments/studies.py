@@ -127,7 +127,7 @@ class Study:
             with self._locked():
                 trial = self._next(trials)
                 if trial is not None:
-                    claimed = _lock(self._claim_of(trial))
+                    claimed = _lock(self._claim_of(trial.number))
             yield trial
         finally:
             if claimed is not None:
@@ -160,7 +160,7 @@ class Study:
             state = TrialState.FAIL
             trial.set_user_attr("failure", failure)
         self._study.tell(trial, value, state)
-        self._claim_of(trial).unlink(missing_ok=True)
+        self._claim_of(trial.number).unlink(missing_ok=True)
 
     def _open(self, *, create):
         """Opens the study; who creates it has its lock."""
@@ -210,11 +210,18 @@ class Study:
     def _next(self, trials):
         """Returns the next trial; who calls has the study's lock."""
         for trial in self.trials():
-            if trial.state == TrialState.RUNNING and not self._claimed(trial):
+            if trial.state == TrialState.RUNNING and not self._claimed(
+                trial.number
+            ):
                 # In this order: killed in between, it will not be queued
                 # again, since there is one that repeats it.
                 self._queue(trial)
-        self._end_abandoned()
+        for trial in self._study.get_trials(states=[TrialState.RUNNING]):
+            if not self._claimed(trial.number):
+                self._study.tell(trial.number, state=TrialState.FAIL)
+        for path in self.path.glob("trial-*"):  # of killed processes
+            if not self._claimed(int(path.name.removeprefix("trial-"))):
+                path.unlink(missing_ok=True)
         now = self.trials()
         waiting = sum(trial.state == TrialState.WAITING for trial in now)
         if len(now) - waiting >= trials:
@@ -223,12 +230,6 @@ class Study:
         # there are does not, and is never the same for two that are asked.
         self._study.sampler = _sampler(self._seed, len(now))
         return self._study.ask(self._space)
-
-    def _end_abandoned(self):
-        for trial in self._study.get_trials(states=[TrialState.RUNNING]):
-            if not self._claimed(trial):
-                self._study.tell(trial.number, state=TrialState.FAIL)
-                self._claim_of(trial).unlink(missing_ok=True)
 
     def _queue(self, trial):
         self._study.enqueue_trial(
@@ -244,12 +245,13 @@ class Study:
             return None
         return self._params(everything[repeats], everything)
 
-    def _claim_of(self, trial):
-        return self.path / f"trial-{trial.number}"
+    def _claim_of(self, number):
+        return self.path / f"trial-{number}"
 
-    def _claimed(self, trial):
+    def _claimed(self, number):
+        """Returns whether a process has a trial; the lock is the caller's."""
         try:
-            descriptor = os.open(self._claim_of(trial), os.O_RDWR)
+            descriptor = os.open(self._claim_of(number), os.O_RDWR)
         except FileNotFoundError:
             return False
         try:
