@@ -231,6 +231,28 @@ def test_a_trial_that_is_claimed_is_left_alone(tmp_path):
         assert [third.params, fourth.params] == [first.params, second.params]
 
 
+@pytest.mark.parametrize("writes", range(4))
+def test_taking_over_may_end_at_any_write(tmp_path, monkeypatch, writes):
+    """For one that has begun long since, the trial is as free as before."""
+    _, study, results = begun(tmp_path, trials=1)
+    with study.claim(1) as trial:
+        params = trial.params
+    append, left = JournalFileBackend.append_logs, list(range(writes))
+
+    def full(self, logs):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        append(self, logs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(JournalFileBackend, "append_logs", full)
+        with pytest.raises(KeyboardInterrupt), study.claim(1):
+            pass
+    with study.claim(1) as trial:
+        assert trial.params == params
+
+
 def test_failures(tmp_path):
     """They count as trials, and the next command tries again."""
     found, study, results = begun(tmp_path, trials=3)
@@ -319,6 +341,15 @@ def test_a_study_that_cannot_be_written(tmp_path):
     (study.path / "journal.log").write_text("nonsense\nnonsense\n")
     with pytest.raises(ValueError, match="is no journal.*Move"):
         study_of(results, searched()).begin()
+
+
+def test_looking_at_a_study_writes_nothing(tmp_path):
+    """Not even where a process was killed before it had made one."""
+    study = study_of(Results(tmp_path, "small"), searched())
+    study.path.mkdir(parents=True)
+    (study.path / "journal.log").touch()
+    assert study_of(Results(tmp_path, "small"), searched()).trials() == []
+    assert [path.name for path in study.path.iterdir()] == ["journal.log"]
 
 
 @pytest.mark.parametrize("text", ["", "a\n", "a\nb\n", "a\nb", "b"])
