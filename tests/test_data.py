@@ -22,6 +22,7 @@ RECIPE = data.Recipe(
     std=(1.0, 1.0, 1.0),
     augmentation="none",
     validation=3,
+    examples=12,
 )
 
 

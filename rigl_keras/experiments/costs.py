@@ -24,6 +24,7 @@ __all__ = ["Cost", "planned", "seconds_of_step"]
 
 _STEPS = 8  # that are timed
 _WARM_UP = 3  # steps before these
+_GRID = 200  # steps of a run at which pruning is looked up
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +33,8 @@ class Cost:
 
     Args:
         network: What the time of a step depends on, to be compared.
-        inference_flops: Of one sample, as the masks start; of pruning, the
-            mean over the run.
+        inference_flops: Of one sample, with the masks of the start, or those
+            that pruning ends with.
         dense_flops: Of one sample, in the dense network.
         training_flops: Of one sample and one step, the mean over the run.
         samples: Training examples seen in the run.
@@ -76,44 +77,43 @@ def planned() -> Cost:
     cost more; masks of an earlier run are taken to be uniform.
     """
     settings = _settings()
-    recipe = data.DATASETS[settings["dataset"]]
-    small = settings["small_dense"]
-    density = settings["density"]
-    scale = math.sqrt(density) if small else 1.0
+    length, density = settings["length"], settings["density"]
+    scale = math.sqrt(density) if settings["small_dense"] else 1.0
     dense = _counted(_network(settings, 1.0))
-    sparse = dense
-    if small:
-        sparse = _counted(_network(settings, scale))
-    forward = sparse.dense_inference_flops
+    dense_flops = dense.dense_inference_flops
     update = settings["method"] and settings["method"]()
-    length = settings["length"]
+    if update and length != 1:
+        update = update.lengthened(length)
     epochs = int(settings["epochs"] * length)
-    held_out = settings["validation"]
-    held_out = recipe.validation if held_out is None else held_out
-    examples = recipe.examples - held_out
-    steps_per_epoch = math.ceil(examples / settings["batch_size"])
-    steps = epochs * steps_per_epoch
-    if density is not None and not small:
-        ramp = getattr(update, "schedule", None)
-        if ramp is not None:
-            density = float(np.mean(1 - _sparsities(ramp, length, steps)))
-        forward = _sparse_flops(dense, density, settings)
+    examples = _examples(settings)
+    steps = epochs * math.ceil(examples / settings["batch_size"])
+    if settings["small_dense"]:
+        small = _counted(_network(settings, scale))
+        inference = mean = small.dense_inference_flops
+    elif density is None:
+        inference = mean = dense_flops
+    elif hasattr(update, "schedule"):
+        densities = 1 - _sparsities(update.schedule, steps)
+        costs = [_sparse_flops(dense, d, settings) for d in densities]
+        inference, mean = costs[-1], float(np.mean(costs))
+    else:
+        inference = mean = _sparse_flops(dense, density, settings)
     gradients = update.dense_gradients if update else "never"
-    training = 3 * forward
+    training = 3 * mean
     if gradients == "updates":
         training = flops.training_flops(
             "RigL",
-            sparse_flops=forward,
-            dense_flops=dense.dense_inference_flops,
+            sparse_flops=mean,
+            dense_flops=dense_flops,
             frequency=update.frequency,
             gradient_batches=update.gradient_batches,
         )
     elif gradients == "always":
-        training = 2 * forward + dense.dense_inference_flops
+        training = 2 * mean + dense_flops
     return Cost(
         network=(*_network(settings, scale), settings["batch_size"]),
-        inference_flops=forward,
-        dense_flops=dense.dense_inference_flops,
+        inference_flops=inference,
+        dense_flops=dense_flops,
         training_flops=training,
         samples=epochs * examples,
         epochs=epochs,
@@ -161,6 +161,14 @@ def _settings():
     return defaults | gin.get_bindings("train")
 
 
+def _examples(settings):
+    recipe = data.DATASETS[settings["dataset"]]
+    held_out = settings["validation"]
+    return recipe.examples - (
+        recipe.validation if held_out is None else held_out
+    )
+
+
 def _network(settings, scale):
     """Returns what makes the configured network, to be called or compared."""
     recipe = data.DATASETS[settings["dataset"]]
@@ -196,7 +204,7 @@ def _sparse_flops(cost, density, settings):
     return sum(layer.flops_at(densities[layer.name]) for layer in cost.layers)
 
 
-def _sparsities(ramp, length, steps):
-    """Returns the sparsity of a schedule at a thousand steps of a run."""
-    at = np.linspace(0, steps / length, 1_000)
-    return np.array([float(ramp(int(step))[1]) for step in at])
+def _sparsities(schedule, steps):
+    """Returns the sparsities of a run, at the steps of a fine grid."""
+    at = np.unique(np.linspace(0, steps - 1, _GRID).astype(int))
+    return np.array([float(schedule(step)[1]) for step in at])

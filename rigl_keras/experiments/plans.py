@@ -304,6 +304,8 @@ def runs(
     preset: Preset,
     densities: Sequence[float] = (),
     seeds: Sequence[int] = (),
+    rows: Sequence[str] = (),
+    changes: Changes = (),
 ) -> list[Run]:
     """Returns the runs of a table or figure, each after those it needs.
 
@@ -312,6 +314,8 @@ def runs(
         preset: How large the experiment is.
         densities: In place of those of the report. A dense row has none.
         seeds: In place of the report's 0, 1 and 2.
+        rows: Only these of its rows, names or patterns such as `"rigl_*"`.
+        changes: gin bindings of one's own, over those of all its runs.
 
     Returns:
         The runs, no two alike, all of one seed before those of the next.
@@ -332,8 +336,8 @@ def runs(
             )
     pattern = preset.rows
     wanted = [
-        (row, None if _is_dense(row) else density, changes)
-        for row, density, changes in TARGETS[target](preset, densities)
+        (row, None if _is_dense(row) else density, (*own, *changes))
+        for row, density, own in TARGETS[target](preset, densities)
         if fnmatch.fnmatch(row, pattern)
     ]
     if not wanted:
@@ -341,6 +345,15 @@ def runs(
             f"{target} has no row for the preset {preset.name!r}, which is "
             f"made for {pattern}. Pass --preset=full."
         )
+    if rows:
+        there = {row: None for row, _, _ in wanted}
+        chosen = {r for p in rows for r in fnmatch.filter(there, p)}
+        if not chosen:
+            raise ValueError(
+                f"{target} has no row {', '.join(rows)}. It has "
+                f"{', '.join(there)}."
+            )
+        wanted = [each for each in wanted if each[0] in chosen]
     ordered: dict[Run, None] = {}
     for seed in seeds or SEEDS:
         for row, density, changes in wanted:
@@ -381,11 +394,19 @@ def _different(run, changes):
     run.configure()
     found = []
     for name, value in changes:
-        own = gin.query_parameter(
-            name if "." in name else f"{name}/gin.macro.value"
-        )
+        own = _own_value(name)
         if name == "UPDATE_FREQUENCY":
             value = round(value * own / 100)
         if value != own:
             found.append((name, value))
     return tuple(found)
+
+
+def _own_value(name):
+    """Returns what a binding is configured to, or None."""
+    try:
+        return gin.query_parameter(
+            name if "." in name else f"{name}/gin.macro.value"
+        )
+    except ValueError:  # it is bound to nothing, so far
+        return None

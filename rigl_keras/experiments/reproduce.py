@@ -11,6 +11,7 @@ thread each train more than one process of two:
     TF_NUM_INTRAOP_THREADS=1 bin/reproduce table2 --preset=small
 """
 
+import ast
 import sys
 from collections.abc import Sequence
 
@@ -101,11 +102,11 @@ class Bar(Progress):
             dynamic_ncols=True,
             disable=not sys.stderr.isatty(),
         )
-        self._epoch = None
+        self._run = self._epoch = None
         self._left()
 
     def start(self, run):
-        self._epoch = None
+        self._run, self._epoch = run, None
         again = "continues" if self._results.epochs(run) else "begins"
         self._say(f"{run.name} {again}")
 
@@ -146,7 +147,10 @@ class Bar(Progress):
     def _left(self, doing=""):
         """Shows and returns the time left, at the pace of what is done."""
         pace = sum(self._pace) / len(self._pace) if self._pace else 1.0
-        at_work = sum(map(self._results.claimed, self._estimates)) or 1
+        at_work = 1 + sum(
+            run != self._run and self._results.claimed(run)
+            for run in self._estimates
+        )
         seconds = sum(s for _, s in self._estimates.values())
         left = tqdm.tqdm.format_interval(pace * seconds / at_work)
         self._bar.set_description_str(f"<{left}  {doing}")
@@ -163,6 +167,24 @@ def _numbers(name, kind, values):
         ) from error
 
 
+def _changes(bindings):
+    """Returns bindings as names and values."""
+    changes = []
+    for binding in bindings:
+        name, equals, value = binding.partition("=")
+        try:
+            number = ast.literal_eval(value.strip())
+            if not equals or not isinstance(number, (int, float)):
+                raise ValueError
+        except (ValueError, SyntaxError):
+            raise ValueError(
+                "--gin_bindings takes numbers, such as 'train.length = 4'; "
+                f"for anything else write a preset. Received: {binding!r}."
+            ) from None
+        changes.append((name.strip(), number))
+    return tuple(changes)
+
+
 def main() -> None:
     """Reads the command line and reproduces what it names."""
     preset = flags.DEFINE_string(
@@ -175,6 +197,15 @@ def main() -> None:
         "densities", [], "Densities, in place of the report's."
     )
     seeds = flags.DEFINE_list("seeds", [], "Seeds, in place of 0,1,2.")
+    rows = flags.DEFINE_list(
+        "rows", [], "Only these rows, gin files or patterns such as 'rigl_*'."
+    )
+    bindings = flags.DEFINE_multi_string(
+        "gin_bindings",
+        [],
+        "Binding such as 'train.length = 4', over those of all runs; these "
+        "are then other runs.",
+    )
     dry_run = flags.DEFINE_bool("dry_run", False, "Show the plan, and stop.")
     results_dir = flags.DEFINE_string(
         "results_dir", "results", "Folder of all results."
@@ -197,6 +228,8 @@ def main() -> None:
                 preset=chosen,
                 densities=_numbers("densities", float, densities.value),
                 seeds=_numbers("seeds", int, seeds.value),
+                rows=rows.value,
+                changes=_changes(bindings.value),
             )
             results = Results(results_dir.value, chosen.folder)
             failed = reproduce(

@@ -89,7 +89,8 @@ class Results:
         """
         path = self.folder(run) / "failure.txt"
         try:
-            return path.read_text() if path.stat().st_mtime >= since else None
+            recent = path.stat().st_mtime >= since
+            return path.read_text().strip() if recent else None
         except FileNotFoundError:
             return None
 

@@ -1,0 +1,213 @@
+"""Which runs a table or figure consists of, and what they will cost."""
+
+import pytest
+
+import gin
+import rigl_keras
+from rigl_keras.experiments import command, config, costs, data, plans
+
+FULL = plans.Preset("full")
+SMALL = plans.Preset("small")
+
+
+@pytest.fixture(autouse=True)
+def clean_gin():
+    yield
+    gin.clear_config()
+
+
+def names(target, preset=SMALL, **options):
+    return [run.name for run in plans.runs(target, preset=preset, **options)]
+
+
+def test_figure_1_is_rows_x_densities_x_seeds():
+    runs = names("figure1", densities=[0.05, 0.1])
+    assert len(runs) == len(set(runs)) == 3 * (10 * 2 + 1)
+    assert runs[:3] == [
+        "dense_wrn-seed0",
+        "small_dense_wrn-density0.05-seed0",
+        "small_dense_wrn-density0.1-seed0",
+    ]
+    # All of a seed before the next: three seeds of half the rows compare
+    # nothing.
+    assert [run[-5:] for run in runs] == sorted(run[-5:] for run in runs)
+    assert names("figure1", FULL, seeds=[7])[-1].endswith("density0.5-seed7")
+
+
+def test_what_a_run_starts_from_comes_before_it():
+    runs = plans.runs("table2", preset=FULL, densities=[0.2], seeds=[1])
+    ticket = next(run for run in runs if run.row == "lottery_wrn")
+    assert ticket.source.name == "pruning_wrn-density0.2-seed1"
+    assert runs.index(ticket.source) < runs.index(ticket)
+    ticket.configure()
+    bound = gin.get_bindings("train")
+    assert bound["masks_from"] == f"{ticket.source.name}/run"
+    assert bound["weights_from"] == f"{ticket.source.name}/run"
+    again = plans.Run("rigl_reinit_erk_wrn", FULL, 0.1, seed=0)
+    assert again.source.row == "rigl_sm_erk_wrn"
+    assert plans.Run("rigl_erk_wrn", FULL, 0.1, seed=0).source is None
+
+
+def test_a_run_is_the_one_that_bin_train_makes():
+    """The plan's configuration is its command's."""
+    run = plans.Run("rigl_erk_wrn", SMALL, 0.1, 2, plans.learning_rate_of(0.05))
+    text = run.configure()
+    assert "DENSITY = 0.1" in text and "train.seed = 2" in text
+    assert "sgd.learning_rate = 0.05" in text
+    assert "wide_resnet.depth = 10" in text  # of the preset, over the row's
+    command.configure(
+        ["gin/rigl_erk_wrn.gin", "gin/presets/small.gin"],
+        bindings=["sgd.learning_rate = 0.05"],
+        seed=2,
+        density=0.1,
+    )
+    assert gin.config_str() == text
+    assert run.name == "rigl_erk_wrn-density0.1-learning_rate0.05-seed2"
+
+
+def test_figure_2_shares_what_it_has_in_common():
+    """A change to what the row has already is none."""
+    runs = names("figure2", FULL, densities=[0.1], seeds=[0])
+    assert len(runs) == 2 * 4 * 4
+    assert "rigl_erk_wrn-density0.1-seed0" in runs  # 0.3, 100 and 0.1
+    assert set(names("figure1", FULL, densities=[0.1], seeds=[0])) & set(runs)
+
+
+def test_frequencies_are_in_the_steps_of_the_preset():
+    """Whose own is 50, where the report's is 100."""
+    (run,) = [
+        run
+        for run in plans.runs(
+            "figure2", preset=SMALL, densities=[0.1], seeds=[0]
+        )
+        if run.name.startswith("rigl_erk")
+        and dict(run.changes)
+        == {"UPDATE_FRACTION": 0.5, "UPDATE_FREQUENCY": 375}
+    ]
+    run.configure()
+    assert gin.get_bindings("RigL")["frequency"] == 375
+
+
+def test_figure_3_compares_at_equal_training_flops():
+    runs = plans.runs("figure3", preset=FULL, densities=[0.2], seeds=[0])
+    uniform, erk, equal = runs
+    assert (uniform.row, erk.row) == ("rigl_uniform_wrn", "rigl_erk_wrn")
+    assert equal.row == erk.row and equal.density < erk.density
+    ratios = []
+    for run in runs:
+        run.configure()
+        ratios.append(costs.planned().training_flops_ratio)
+    assert ratios[2] == pytest.approx(ratios[0], rel=0.01)
+    assert ratios[1] > 1.5 * ratios[0]
+
+
+@pytest.mark.parametrize("target", plans.TARGETS)
+def test_every_target_can_be_planned(target):
+    runs = plans.runs(target, preset=FULL, seeds=[0])
+    assert len(set(runs)) == len(runs) > 3
+    for run in runs:
+        assert (config.GIN_FOLDER / f"{run.row}.gin").is_file()
+        assert run.source is None or run.source in runs
+
+
+def test_a_preset_is_for_some_rows():
+    with pytest.raises(ValueError, match="table3 has no row.*--preset=full"):
+        plans.runs("table3", preset=SMALL)
+    assert all("resnet50" not in name for name in names("table5"))
+
+
+def test_a_preset_of_ones_own(tmp_path):
+    own = tmp_path / "tiny.gin"
+    own.write_text("train.epochs = 1\n")
+    preset = plans.Preset(str(own))
+    assert preset.folder == "tiny"
+    run = plans.Run("static_erk_wrn", preset, 0.1, 0)
+    run.configure()
+    assert gin.get_bindings("train")["epochs"] == 1
+
+
+def test_nonsense():
+    with pytest.raises(ValueError, match="table1.*Received: 'table9'"):
+        plans.runs("table9", preset=FULL)
+    with pytest.raises(ValueError, match=r"in \(0, 1\]. Received: 1.5"):
+        plans.runs("table2", preset=FULL, densities=[1.5])
+    with pytest.raises(ValueError, match="full, small or the path.*'smal'"):
+        plans.Preset("smal")
+    with pytest.raises(ValueError, match="no gin file"):
+        plans.Preset("nowhere/tiny.gin")
+
+
+def test_examples_are_those_of_the_data_sets(monkeypatch):
+    """The cost of a run is known before its data is."""
+    digits = data.load("digits")
+    held_out = digits.recipe.validation
+    assert len(digits.train_labels) + held_out == digits.recipe.examples
+
+
+# Rows of every kind, and what their cost follows from.
+KINDS = [
+    "dense_wrn",
+    "small_dense_wrn",
+    "static_uniform_wrn",
+    "set_erk_wrn",
+    "rigl_erk_wrn",
+    "rigl_uniform_2x_wrn",
+]
+
+
+@pytest.mark.parametrize("row", KINDS)
+def test_planned_flops_are_those_of_count(row):
+    """Of the network as it will be made and masked."""
+    density = None if row.startswith("dense") else 0.1
+    plans.Run(row, SMALL, density, seed=0).configure()
+    cost = costs.planned()
+    scale = 0.1**0.5 if row.startswith("small") else 1.0
+    model = rigl_keras.models.wide_resnet(10, 1, channel_scale=scale)
+    if row not in ("dense_wrn", "small_dense_wrn"):
+        distribution = "erk" if "erk" in row else "uniform"
+        model = rigl_keras.sparsify(model, 0.1, distribution=distribution)
+    counted = rigl_keras.count(model)
+    assert cost.inference_flops == pytest.approx(
+        counted.inference_flops,
+        rel=5e-3,  # connections are whole
+    )
+    whole = rigl_keras.count(rigl_keras.models.wide_resnet(10, 1))
+    assert cost.dense_flops == whole.dense_inference_flops
+    length = 2 if "2x" in row else 1
+    assert cost.epochs == 3 * length
+    assert cost.steps == cost.epochs * 704  # 45,000 images in batches of 64
+    assert cost.samples == cost.epochs * 45_000
+    method = {"dense": "dense", "rigl": "RigL"}.get(row.split("_")[0], "static")
+    closed_form = rigl_keras.training_flops(
+        method,
+        sparse_flops=cost.inference_flops,
+        dense_flops=cost.dense_flops,
+        frequency=50,
+    )
+    assert cost.training_flops == pytest.approx(closed_form)
+    assert cost.training_flops_ratio == pytest.approx(
+        length * closed_form / (3 * cost.dense_flops)
+    )
+
+
+def test_planned_flops_of_pruning():
+    """Dense at first, sparse in the end."""
+    plans.Run("pruning_wrn", SMALL, 0.1, seed=0).configure()
+    pruned = costs.planned()
+    plans.Run("static_uniform_wrn", SMALL, 0.1, seed=0).configure()
+    static = costs.planned()
+    assert pruned.inference_flops == pytest.approx(static.inference_flops)
+    assert static.training_flops < pruned.training_flops
+    # s_t = 0.9 (1 - (1 - x)^3) from step 50 to 1,500, whose mean is
+    # 0.9 x 3 / 4 = 0.675; then 0.9 until step 2,112.
+    prunable = (pruned.dense_flops - pruned.inference_flops) / 0.9
+    mean_sparsity = (1_450 * 0.675 + 612 * 0.9) / 2_112
+    mean = pruned.dense_flops - mean_sparsity * prunable
+    assert pruned.training_flops == pytest.approx(3 * mean, rel=0.01)
+
+
+def test_a_step_is_measured_once():
+    plans.Run("small_dense_wrn", SMALL, 0.01, seed=0).configure()
+    network = costs.planned().network
+    assert 0 < costs.seconds_of_step(network) < 60
+    assert costs.seconds_of_step(network) == costs.seconds_of_step(network)

@@ -1,0 +1,366 @@
+"""Runs that several processes share, are killed in, fail in and go on with.
+
+This file is two programs, too: a stand-in for bin/train, which takes a moment
+instead of minutes, and a process that works off runs with it.
+"""
+
+import contextlib
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+HERE = pathlib.Path(__file__)
+
+
+def stand_in(name, configuration, seconds, epochs, fails):
+    """Does what bin/train does, as far as files can tell."""
+    parent = os.getppid()
+    run = pathlib.Path(name)
+    directory = run / "run"
+    directory.mkdir(exist_ok=True)
+    busy = run / "busy"
+    # Two at once would meet here.
+    assert not busy.exists() or gone(int(busy.read_text())), "two at once"  # noqa: S101
+    busy.write_text(str(os.getpid()))
+    if fails:
+        print("a stack of frames\ntrain: there is no such thing")
+        sys.exit(2)
+    (directory / "config.gin").write_text(configuration)
+    metrics = directory / "metrics.csv"
+    if not metrics.exists():
+        metrics.write_text("epoch\n")
+    while (done := metrics.read_text().count("\n") - 1) < int(epochs):
+        time.sleep(float(seconds) / int(epochs))
+        if os.getppid() != parent:
+            sys.exit(1)
+        with metrics.open("a") as file:
+            file.write(f"{done}\n")
+    with (run / "finished").open("a") as file:
+        file.write("once\n")
+    result = directory / "result.json"
+    result.with_suffix(".new").write_text('{"test_accuracy": 0.5}')
+    result.with_suffix(".new").replace(result)
+    busy.unlink()
+
+
+def gone(process):
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
+if __name__ == "__main__" and sys.argv[1] == "run":
+    stand_in(*sys.argv[2:6], fails=sys.argv[6:])
+    sys.exit()
+
+import pytest  # noqa: E402
+
+import gin  # noqa: E402
+from rigl_keras.experiments import (  # noqa: E402
+    plans,
+    reproduce,
+    work,
+)
+from rigl_keras.experiments.results import Results  # noqa: E402
+
+FULL = plans.Preset("full")
+
+
+def command_of(run, *, data_dir=None, parent=None, seconds=0.2, failing=()):
+    command = [sys.executable, str(HERE), "run", run.name, run.configure()]
+    command += [str(seconds), "2"]
+    return [*command, "fails"] if run.row in failing else command
+
+
+@pytest.fixture(autouse=True)
+def clean_gin():
+    yield
+    gin.clear_config()
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Trains with the stand-in, of which some rows may fail."""
+    failing = set()
+    monkeypatch.setattr(
+        work,
+        "command_of",
+        lambda run, **options: command_of(run, failing=failing),
+    )
+    monkeypatch.setattr(work, "_POLL", 0.05)
+    monkeypatch.setattr(work, "_WAIT", 0.05)
+    return failing
+
+
+class Told(work.Progress):
+    """Keeps what it is told."""
+
+    def __init__(self):
+        self.events = []
+
+    def start(self, run):
+        self.events.append(("start", run.name))
+
+    def epoch(self, run, epochs):
+        pass
+
+    def finish(self, run, *, seconds, failure):
+        self.events.append(("failed" if failure else "finish", run.name))
+
+    def elsewhere(self, run):
+        self.events.append(("elsewhere", run.name))
+
+    def wait(self, runs):
+        self.events.append(("wait", tuple(run.name for run in runs)))
+
+
+def some_runs(seeds=(0, 1)):
+    rows = ("static_erk_wrn", "rigl_erk_wrn")
+    return [plans.Run(row, FULL, 0.1, seed) for seed in seeds for row in rows]
+
+
+def finished(results, runs):
+    """Checks that each run was trained to its end once, and by one."""
+    for run in runs:
+        folder = results.folder(run)
+        assert results.finished(run)
+        assert (folder / "finished").read_text() == "once\n"
+        assert results.epochs(run) == 2
+        assert "two at once" not in (folder / "log.txt").read_text()
+
+
+def test_what_is_missing_is_trained(tmp_path, quick):
+    runs, told = some_runs(), Told()
+    results = Results(tmp_path, "full")
+    assert work.work_off(runs[1:2], results, progress=told) == {}
+    assert work.work_off(runs, results, progress=told) == {}
+    finished(results, runs)
+    order = [name for what, name in told.events if what == "start"]
+    assert order == [runs[i].name for i in (1, 0, 2, 3)]
+    assert work.work_off(runs, results, progress=Told()) == {}
+    finished(results, runs)
+    about = (results.folder(runs[1]) / "about.json").read_text()
+    assert '"row": "rigl_erk_wrn"' in about and '"seed": 0' in about
+
+
+def test_a_failure_stops_nothing_else(tmp_path, quick):
+    """It is named, with what it said, and tried again by the next command."""
+    ticket = plans.Run("lottery_wrn", FULL, 0.1, 0)
+    runs = [ticket.source, ticket, *some_runs([0])]
+    results, told = Results(tmp_path, "full"), Told()
+    quick.add("pruning_wrn")
+    failed = work.work_off(runs, results, progress=told)
+    assert failed == {
+        ticket.source: "train: there is no such thing",
+        ticket: f"it starts from {ticket.source.name}, which failed",
+    }
+    finished(results, runs[2:])
+    assert results.failure(ticket.source) == "train: there is no such thing"
+    assert not results.folder(ticket).exists()
+    quick.clear()
+    assert work.work_off(runs, results) == {}
+    finished(results, runs)
+    assert results.failure(ticket.source) is None
+
+
+def test_a_process_that_is_killed_has_failed(tmp_path, quick, monkeypatch):
+    monkeypatch.setattr(
+        work, "command_of", lambda run, **o: ["sh", "-c", "kill -9 $$"]
+    )
+    (run, *_) = some_runs()
+    failed = work.work_off([run], Results(tmp_path, "full"))
+    assert failed == {run: "its process was killed by SIGKILL"}
+    monkeypatch.setattr(work, "command_of", lambda run, **o: ["true"])
+    failed = work.work_off([run], Results(tmp_path, "full"))
+    assert failed == {run: "its process ended with status 0"}
+
+
+def test_claimed_runs_are_left_to_others_and_taken_over(tmp_path, quick):
+    runs, told = some_runs([0]), Told()
+    results = Results(tmp_path, "full")
+    claimed, release = threading.Event(), threading.Event()
+
+    def other():
+        with results.claim(runs[0]) as claim:
+            assert claim is not None
+            claimed.set()
+            release.wait()
+
+    process = threading.Thread(target=other, daemon=True)
+    process.start()
+    claimed.wait()
+    with results.claim(runs[0]) as claim:
+        assert claim is None
+    assert results.claimed(runs[0]) and not results.claimed(runs[1])
+    # Given up a moment after there is nothing else to do.
+    told.wait = lambda runs: release.set() or told.events.append("wait")
+    assert work.work_off(runs, results, progress=told) == {}
+    process.join()
+    assert told.events[:3] == [
+        ("start", runs[1].name),
+        ("finish", runs[1].name),
+        "wait",
+    ]
+    finished(results, runs)
+    assert not results.claimed(runs[0])
+
+
+def test_results_of_another_configuration_are_refused(tmp_path, quick):
+    results = Results(tmp_path, "full")
+    (run, *_) = some_runs()
+    work.work_off([run], results)
+    config = results.folder(run) / "run" / "config.gin"
+    config.write_text(config.read_text() + "\ntrain.epochs = 3\n")
+    with pytest.raises(ValueError, match="another configuration.*Move the"):
+        work.work_off([run], results)
+
+
+def test_the_command_is_that_of_bin_train(tmp_path):
+    run = plans.Run("rigl_erk_wrn", plans.Preset("small"), 0.1, 1)
+    command = work.command_of(run, data_dir=tmp_path, parent=7)
+    assert command[1:3] == ["-m", "rigl_keras.experiments.train"]
+    assert command[3] == "--gin_file=gin/rigl_erk_wrn.gin"
+    assert command[4].endswith("gin/presets/small.gin")
+    assert command[5:] == [
+        "--seed=1",
+        "--run_dir=rigl_erk_wrn-density0.1-seed1/run",
+        "--resume",
+        "--density=0.1",
+        f"--data_dir={tmp_path}",
+        "--parent=7",
+    ]
+
+
+def test_killed_and_shared(tmp_path):
+    """Of three processes one is killed with -9: each run is done once."""
+    results, runs = Results(tmp_path, "full"), some_runs(range(6))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(HERE), "work", str(tmp_path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(3)
+    ]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    killed, *others = processes
+    assert killed.stdout.readline().startswith("start ")
+    time.sleep(random.uniform(0, 0.5))  # at any moment of a run
+    killed.kill()
+    killed.communicate()
+    ends = [process.communicate()[0] for process in others]
+    assert [process.returncode for process in others] == [0, 0], ends
+    finished(results, runs)
+    for said in ends:  # both had a share of the work
+        assert "finish" in said
+
+
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_ends_with_who_started_it(kill):
+    """bin/train --parent: nobody pays for cores that nobody watches."""
+    wait = "from rigl_keras.experiments import command; import os, time; "
+    wait += "command._end_with(os.getppid()); print('up', flush=True); "
+    wait += "time.sleep(60)"
+    starts = f"import subprocess, sys; p = subprocess.Popen([{sys.executable!r}"
+    starts += f", '-c', {wait!r}]); print(p.pid, flush=True); p.wait()"
+    with subprocess.Popen(
+        [sys.executable, "-c", starts], stdout=subprocess.PIPE, text=True
+    ) as parent:
+        child = int(parent.stdout.readline())
+        assert parent.stdout.readline() == "up\n"
+        parent.send_signal(kill)
+    for _ in range(100):
+        if gone(child):
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("the child goes on")
+
+
+def test_plan_and_progress(tmp_path, quick, monkeypatch, capfd):
+    """What is planned, what it costs, what is done, what failed."""
+    monkeypatch.setattr(reproduce.costs, "seconds_of_step", lambda network: 0.5)
+    runs = some_runs()
+    results = Results(tmp_path, "full")
+    work.work_off(runs[:1], results)
+    quick.add("rigl_erk_wrn")
+    failed = reproduce.reproduce(runs, results)
+    assert set(failed) == {runs[1], runs[3]}
+    said, errors = capfd.readouterr()
+    table = [line.split() for line in said.splitlines()]
+    assert ["static_erk_wrn", "0.1", "0,1", "1", "0.17x", "0.17x"] == next(
+        row[:6] for row in table if row and row[0] == "static_erk_wrn"
+    )
+    # 88,000 steps of half a second.
+    assert next(r for r in table if r and r[0] == "rigl_erk_wrn")[-1] == "24.4"
+    assert "4 runs, 1 finished, 3 left" in said
+    assert "seed1 finished after" in said
+    assert "rigl_erk_wrn-density0.1-seed0 FAILED: train: there is no" in said
+    assert "2 of 4 runs are finished, 2 failed." in said
+    assert f"{runs[3].name} failed: train: there is no such thing" in errors
+    assert str(results.folder(runs[3]) / "log.txt") in errors
+    quick.clear()
+    assert reproduce.reproduce(runs, results, dry_run=True) == {}
+    assert not results.finished(runs[3])
+    assert reproduce.reproduce(runs, results) == {}
+    said = capfd.readouterr().out
+    assert "4 runs, 2 finished, 2 left" in said
+    assert "4 of 4 runs are finished, 0 failed." in said
+
+
+def test_nonsense():
+    """The command ends with what is wrong, and what to do about it."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "rigl_keras.experiments.reproduce",
+            "table3",
+            "--preset=small",
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    last = [line for line in done.stderr.splitlines() if line][-1]
+    assert last.startswith("reproduce: table3 has no row for the preset")
+    with pytest.raises(ValueError, match="--densities takes.*0.1,much"):
+        reproduce._numbers("densities", float, ["0.1", "much"])
+    with pytest.raises(ValueError, match="cannot be made.*--results_dir"):
+        Results("/dev/null/x", "full")
+
+
+def _work(path):
+    work.command_of = command_of
+    work._POLL = work._WAIT = 0.05
+
+    class Printed(Told):
+        def start(self, run):
+            print("start", run.name, flush=True)
+
+        def finish(self, run, *, seconds, failure):
+            print("failed" if failure else "finish", run.name, flush=True)
+
+    print("ready", flush=True)
+    sys.stdin.readline()
+    with contextlib.suppress(KeyboardInterrupt):
+        failed = work.work_off(
+            some_runs(range(6)), Results(path, "full"), progress=Printed()
+        )
+        sys.exit(len(failed))
+
+
+if __name__ == "__main__":
+    _work(sys.argv[2])
