@@ -28,6 +28,7 @@ __all__ = [
     "runs",
     "same_training_flops",
     "updates_of",
+    "with_changes",
 ]
 
 FULL = "full"  # the preset that changes nothing
@@ -358,11 +359,26 @@ def runs(
     for seed in seeds or SEEDS:
         for row, density, changes in wanted:
             run = Run(row, preset, density, seed)
-            run = dataclasses.replace(run, changes=_different(run, changes))
+            run = with_changes(run, changes)
             if run.source is not None:
                 ordered[run.source] = None
             ordered[run] = None
     return list(ordered)
+
+
+def with_changes(run: Run, changes: Changes) -> Run:
+    """Returns a run with other values than its row has.
+
+    Args:
+        run: The run as its row has it.
+        changes: The values, as `updates_of` and `learning_rate_of` return
+            them. A frequency is meant for runs of the report's length, and
+            becomes one in steps of the preset.
+
+    Returns:
+        The run; those values alone are in its name that the row has not.
+    """
+    return dataclasses.replace(run, changes=_different(run, changes))
 
 
 def _is_dense(row):
