@@ -33,6 +33,7 @@ ORDER = [
     "one_shot",
     "flops",
     "topology_record",
+    "events",
     "diagnostics",
     "graphs",
     "compaction",
