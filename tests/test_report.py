@@ -822,6 +822,16 @@ def test_planned_flops_are_marked(tmp_path):
     line = next(s for s in text.splitlines() if s.startswith("| Static |"))
     assert "| - | - | (0.13x) | (0.13x) |" in line
     assert "They are no results" in text
+    # A longer run is planned as the longer one it is.
+    longer = (("train.length", 4),)
+    made(tmp_path, "set_erk_wrn", 0.1, 0, 0.5, preset="small")
+    made(tmp_path, "set_erk_wrn", 0.2, 0, 0.5, preset="small", changes=longer)
+    methods = report.report(
+        records.read(tmp_path), ["methods"], with_planned=True
+    )
+    assert "| SET (ERK) 4x | (0.63x), (0.16x) | 0.17x, 0.16x |" in (
+        page.as_markdown(methods.page)
+    )
     (cell,) = lines_of(made_report, row="Static", density="0.1")
     assert cell["training_flops_ratio"] == ""
 

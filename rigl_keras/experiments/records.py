@@ -339,6 +339,8 @@ def _result(content, record):
         and isinstance(layer.get("name"), str)
         and _is_number(layer.get("density"))
     ]
+    if not kept["layers"]:
+        raise ValueError("layers are missing")
     return kept
 
 

@@ -37,6 +37,7 @@ from rigl_keras.experiments.page import (
     as_markdown,
 )
 from rigl_keras.experiments.records import Records
+from rigl_keras.experiments.summaries import Summary
 
 __all__ = ["NAMES", "Report", "main", "report", "write"]
 
@@ -96,7 +97,7 @@ class _Context:
     records: Records
     comparable: bool  # whether the runs are of the report's own setting
     with_published: bool
-    planned: Callable[[str, float | None], tuple[float, float]] | None
+    planned: Callable[[Summary], tuple[float, float]] | None
     asked: bool
     lines: list
 
@@ -239,7 +240,7 @@ def _ratio(value):
 def _flops(context, summary):
     """Returns FLOPs to train and to test; planned ones in brackets."""
     if not summary.n and context.planned is not None:
-        planned = context.planned(summary.row, summary.density)
+        planned = context.planned(summary)
         return tuple(f"({_ratio(value)})" for value in planned)
     return (
         _ratio(summary.training_flops_ratio),
@@ -254,11 +255,17 @@ def _planned(preset):
         run.configure()
         return costs.planned()
 
-    def planned(gin, density):
-        run = plans.Run(gin, plans.Preset(preset), density, seed=0)
+    def planned(summary):
+        run = plans.Run(
+            summary.row,
+            plans.Preset(preset),
+            summary.density,
+            seed=0,
+            changes=summary.changes,
+        )
         cost = one(run)
         training = cost.training_flops_ratio
-        if rows.row(gin).method == "Lottery":
+        if rows.row(summary.row).method == "Lottery":
             training += one(run.source).training_flops_ratio
         return training, cost.inference_flops_ratio
 
@@ -398,7 +405,8 @@ def _introduction(context):
     if context.planned is not None:
         text.append(
             "FLOPs in brackets are planned, by closed forms, where no run is "
-            "finished. They are no results."
+            "finished. They are no results; SNFS and redistribution cost more, "
+            "for density moves."
         )
     return text
 

@@ -232,7 +232,8 @@ def densities(records: Records, gins: Iterable[str]) -> list[float]:
     """Returns at which densities rows can be compared, the smallest first.
 
     Those of the report, and others that more than one row has been run at: a
-    row may have densities of its own, at the training FLOPs of another.
+    row may have densities of its own, at the training FLOPs of another. Where
+    there are no such densities, all.
 
     Args:
         records: All runs.
@@ -242,8 +243,9 @@ def densities(records: Records, gins: Iterable[str]) -> list[float]:
     for run in records.runs:
         if run.row in set(gins) and run.density and not is_trial(run):
             rows_at.setdefault(run.density, set()).add(run.row)
-    return sorted(
+    shared = [
         density
         for density, found in rows_at.items()
         if len(found) > 1 or density in plans.DENSITIES
-    )
+    ]
+    return sorted(shared or rows_at)
