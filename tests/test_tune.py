@@ -492,7 +492,8 @@ def test_the_grid_is_figure_2(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 1 + 1 + 16 + 1 + 1
     assert said[2].split()[1:3] == ["0.4", "500"]  # 250 steps
-    assert said[-1].startswith("Best by validation accuracy, 89.80%: learning")
+    assert said[-1].startswith("Best of 16 of 16 settings by validation")
+    assert "accuracy, 89.80%: learning rate" in said[-1]
     with pytest.raises(ValueError, match="--density"):
         tune.learning_rate(ROW, SMALL, 2.0, results)
 
