@@ -270,6 +270,10 @@ def test_failures(tmp_path):
     assert states(study) == ["FAIL", "COMPLETE", "COMPLETE"]
     assert study.trials()[0].user_attrs["failure"] == f"{run.name}: no luck"
     assert len(trainer.trained) == 6  # once each
+    table = tune._trial_table(found, study, results).splitlines()
+    assert table[3].split()[:2] == ["0", "failed"]
+    assert table[4].startswith("Trial 0 failed, and is begun again by the")
+    assert table[4].endswith(f"{run.name}: no luck")
 
     before = settings(study)
     study.begin()
@@ -437,9 +441,7 @@ def test_what_is_shown(tmp_path, monkeypatch, capsys):
     assert "about 1.1 h" in said and "100 are 50 here" in said
     assert not (results.path / "studies").exists()
 
-    failing = (trained := Trainer())._fails
-    assert not failing(None)
-    tune.updates(found, results, train=trained)
+    tune.updates(found, results, train=Trainer())
     said = capsys.readouterr().out
     study = study_of(results, found)
     assert said.count(" complete: validation accuracy") == states(study).count(
@@ -490,7 +492,8 @@ def test_the_grid_is_figure_2(tmp_path, monkeypatch, capsys):
     said = capsys.readouterr().out.splitlines()
     assert len(said) == 1 + 1 + 16 + 1 + 1
     assert said[2].split()[1:3] == ["0.4", "500"]  # 250 steps
-    assert said[-1].startswith("Best by validation accuracy, 89.80%: learning")
+    assert said[-1].startswith("Best of 16 of 16 settings by validation")
+    assert "accuracy, 89.80%: learning rate" in said[-1]
     with pytest.raises(ValueError, match="--density"):
         tune.learning_rate(ROW, SMALL, 2.0, results)
 

@@ -543,9 +543,9 @@ def learning_rate(
         (all_seeds, accuracy), (rate, fraction, frequency, *_) = rows[0]
         if all_seeds:
             print(
-                f"\nBest by validation accuracy, {accuracy:.2%}: learning rate "
-                f"{rate}, with drop fraction {fraction} and frequency "
-                f"{frequency}."
+                f"\nBest of {len(rows)} of {len(grid)} settings by validation "
+                f"accuracy, {accuracy:.2%}: learning rate {rate}, with drop "
+                f"fraction {fraction} and frequency {frequency}."
             )
     return failed
 
