@@ -131,6 +131,10 @@ def record(run_dir):
         str(epoch) for epoch in range(EPOCHS)
     ]
     assert len(tables["trajectory"]) > 9
+    steps = [int(row["step"]) for row in tables["metrics"]]
+    assert steps_shown(run_dir / "tensorboard/train", "learning/loss") == steps
+    updates = [int(row["step"]) for row in tables["trajectory"]]
+    assert steps_shown(run_dir / "topology", "topology/grown/all") == updates
     result = json.loads((run_dir / "result.json").read_text())
     assert result.pop("seconds") > 0
     saved = {"model": bits_of_model(run_dir / "model.keras")}
@@ -150,6 +154,15 @@ def record(run_dir):
     assert held.count("optimizer") >= 1 + 6
     weights = [p.name for p in run_dir.glob("weights/*")]
     return {**tables, **saved, "result": result, "kept": sorted(weights)}
+
+
+def steps_shown(folder, tag):
+    """Returns the steps of which TensorBoard shows a point."""
+    from tensorboard.backend.event_processing import event_accumulator
+
+    reader = event_accumulator.EventAccumulator(str(folder))
+    reader.Reload()
+    return [event.step for event in reader.Tensors(tag)]
 
 
 def bits_of_model(path):
@@ -188,7 +201,9 @@ def small(num_classes=10, input_shape=(8, 8, 1)):
 
 
 def server(task, folder):
-    import sklearn.datasets  # noqa: F401  imported before any fork
+    # Imported before any fork.
+    import matplotlib.backends.backend_agg  # noqa: F401
+    import sklearn.datasets  # noqa: F401
     import tensorflow as tf
 
     import gin

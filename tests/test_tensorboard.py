@@ -164,6 +164,10 @@ def test_all_is_shown(kind, finished):
         [float(row[column]) for row in rows]
         for column in ("density", "drop_fraction", "grown")
     )
+    first, last = (float(row["training_flops_ratio"]) for row in rows)
+    assert first < last
+    if kind in ("dense", "static", "small-dense"):
+        assert first == pytest.approx(last / 2)
     if kind == "MagnitudePruning":
         assert density[0] > density[1] == pytest.approx(0.2, abs=1e-3)
         (_, before), (_, after) = (
