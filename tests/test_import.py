@@ -133,6 +133,7 @@ THIRD_PARTY = {
     "topology": {"tensorflow"},
     "redistribution": {"tensorflow"},
     "topology_record": {"numpy", "matplotlib"},
+    "events": {"tensorflow", "tensorboard"},
     "timing": {"numpy"},
     "writing": {"tensorflow"},
     "sparse_storage": {"numpy", "tensorflow"},
