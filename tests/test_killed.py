@@ -160,7 +160,9 @@ def steps_shown(folder, tag):
     """Returns the steps of which TensorBoard shows a point."""
     from tensorboard.backend.event_processing import event_accumulator
 
-    reader = event_accumulator.EventAccumulator(str(folder))
+    reader = event_accumulator.EventAccumulator(
+        str(folder), size_guidance={"tensors": 0}
+    )
     reader.Reload()
     return [event.step for event in reader.Tensors(tag)]
 
