@@ -116,6 +116,24 @@ def test_a_preset_is_for_some_rows():
     assert all("resnet50" not in name for name in names("table5"))
 
 
+def test_some_rows_and_bindings_of_ones_own():
+    """Which are other runs, and called so."""
+    chosen = names(
+        "figure1",
+        densities=[0.1],
+        seeds=[0],
+        rows=["static_*", "rigl_erk_wrn"],
+        changes=(("train.length", 4),),
+    )
+    assert chosen == [
+        f"{row}-density0.1-length4-seed0"
+        for row in ("static_uniform_wrn", "static_erk_wrn", "rigl_erk_wrn")
+    ]
+    run = plans.Run("rigl_erk_wrn", SMALL, 0.1, 0, (("train.length", 4),))
+    run.configure()
+    assert costs.planned().epochs == 12
+
+
 def test_a_preset_of_ones_own(tmp_path):
     own = tmp_path / "tiny.gin"
     own.write_text("train.epochs = 1\n")
@@ -131,6 +149,12 @@ def test_nonsense():
         plans.runs("table9", preset=FULL)
     with pytest.raises(ValueError, match=r"in \(0, 1\]. Received: 1.5"):
         plans.runs("table2", preset=FULL, densities=[1.5])
+    with pytest.raises(ValueError, match="at least 0. Received: 0, -1"):
+        plans.runs("table2", preset=FULL, seeds=[0, -1])
+    with pytest.raises(
+        ValueError, match="no row nothing. It has small_dense_wrn"
+    ):
+        plans.runs("table2", preset=FULL, rows=["nothing"])
     with pytest.raises(ValueError, match="full, small or the path.*'smal'"):
         plans.Preset("smal")
     with pytest.raises(ValueError, match="no gin file"):

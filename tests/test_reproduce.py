@@ -336,6 +336,11 @@ def test_nonsense():
     assert done.returncode == 2
     last = [line for line in done.stderr.splitlines() if line][-1]
     assert last.startswith("reproduce: table3 has no row for the preset")
+    with pytest.raises(ValueError, match="numbers, such as.*'a 4'"):
+        reproduce._changes(["a 4"])
+    assert reproduce._changes(["train.length = 4"]) == (("train.length", 4),)
+    with pytest.raises(ValueError, match="data_dir must be an existing folder"):
+        reproduce.check_data(some_runs(), data_dir="/nowhere")
     with pytest.raises(ValueError, match="--densities takes.*0.1,much"):
         reproduce._numbers("densities", float, ["0.1", "much"])
     with pytest.raises(ValueError, match="cannot be made.*--results_dir"):

@@ -335,6 +335,10 @@ def runs(
             raise ValueError(
                 f"Densities must be in (0, 1]. Received: {density!r}."
             )
+    if any(seed < 0 for seed in seeds):
+        raise ValueError(
+            f"Seeds must be at least 0. Received: {', '.join(map(str, seeds))}."
+        )
     pattern = preset.rows
     wanted = [
         (row, None if _is_dense(row) else density, (*own, *changes))

@@ -18,13 +18,21 @@ from collections.abc import Sequence
 import tqdm
 from absl import app, flags, logging
 
+import gin
 from rigl_keras.experiments import costs, data, plans
 from rigl_keras.experiments.plans import Run
 from rigl_keras.experiments.results import Results
 from rigl_keras.experiments.work import Progress, work_off
 from rigl_keras.sparsify import aligned
 
-__all__ = ["Bar", "estimate", "main", "plan_table", "reproduce"]
+__all__ = [
+    "Bar",
+    "check_data",
+    "estimate",
+    "main",
+    "plan_table",
+    "reproduce",
+]
 
 Estimate = dict[Run, tuple[costs.Cost, float]]
 
@@ -232,6 +240,9 @@ def main() -> None:
                 changes=_changes(bindings.value),
             )
             results = Results(results_dir.value, chosen.folder)
+            if not dry_run.value:
+                missing = [run for run in runs if not results.finished(run)]
+                check_data(missing, data_dir=data_dir.value)
             failed = reproduce(
                 runs, results, data_dir=data_dir.value, dry_run=dry_run.value
             )
@@ -249,6 +260,28 @@ def main() -> None:
             sys.exit(1)
 
     app.run(run)
+
+
+def check_data(runs: Sequence[Run], *, data_dir: str | None = None) -> None:
+    """Reads each data set that some runs need, once.
+
+    So that data which is not there is one error, and not one of each run, and
+    several processes do not download the same.
+
+    Args:
+        runs: The runs.
+        data_dir: Folder of prepared data sets, over TFDS_DATA_DIR.
+
+    Raises:
+        ValueError: There is no such folder, or data set.
+        DatasetUnavailableError: It is neither here nor can it be downloaded.
+    """
+    names = {}
+    for run in runs:
+        run.configure()
+        names[gin.get_bindings("train")["dataset"]] = None
+    for name in names:
+        data.load(name, data_dir=data_dir)
 
 
 def reproduce(

@@ -36,7 +36,7 @@ import gin
 from rigl_keras import arguments
 from rigl_keras.experiments import costs, data, plans, published
 from rigl_keras.experiments.plans import Preset, Run
-from rigl_keras.experiments.reproduce import reproduce
+from rigl_keras.experiments.reproduce import check_data, reproduce
 from rigl_keras.experiments.results import Results
 from rigl_keras.experiments.studies import Study
 from rigl_keras.experiments.work import Progress, work_off
@@ -791,6 +791,7 @@ def main() -> None:
             density.value,
         )
         chosen = _numbers("seeds", int, seeds.value)
+        needed = [] if dry_run.value else [Run(*of_runs, seed=0)]
         options = {"data_dir": data_dir.value, "dry_run": dry_run.value}
         if subject == "updates":
             searched = Search(
@@ -803,6 +804,7 @@ def main() -> None:
                 frequency=_numbers("frequency", int, frequency.value),
                 sampler_seed=sampler_seed.value,
             )
+            check_data(needed, data_dir=data_dir.value)
             results = Results(results_dir.value, searched.preset.folder)
             return updates(searched, results, prune=prune.value, **options)
         unused = [flag.name for flag in of_updates if flag.present]
@@ -812,6 +814,7 @@ def main() -> None:
                 f"flags. Received: --{', --'.join(unused)}. Leave them out."
             )
         _check_runs(*of_runs, chosen)
+        check_data(needed, data_dir=data_dir.value)
         results = Results(results_dir.value, of_runs[1].folder)
         return learning_rate(*of_runs, results, seeds=chosen, **options)
 
