@@ -337,7 +337,7 @@ def test_nonsense():
     with pytest.raises(ValueError, match="data_dir must be an existing folder"):
         reproduce.check_data(some_runs(), data_dir="/nowhere")
     with pytest.raises(ValueError, match="--densities takes.*0.1,much"):
-        reproduce._numbers("densities", float, ["0.1", "much"])
+        reproduce.numbers("densities", float, ["0.1", "much"])
     with pytest.raises(ValueError, match="cannot be made.*--results_dir"):
         Results("/dev/null/x", "full")
 

@@ -87,6 +87,24 @@ def _legend_below(axes, ncols=2, down=0.2):
         )
 
 
+def _legend_above(figure, ncols=None):
+    """Says once what all axes show; None: in one line."""
+    handles = {}
+    for axes in figure.axes:
+        for handle, label in zip(
+            *axes.get_legend_handles_labels(), strict=True
+        ):
+            handles.setdefault(label, handle)
+    figure.legend(
+        handles.values(),
+        handles,
+        loc="outside upper center",
+        ncols=ncols or len(handles),
+        frameon=False,
+        fontsize=_TEXT,
+    )
+
+
 def _ticks_at(axis, values):
     """Puts ticks of a logarithmic axis at values, written out."""
     axis.set_major_locator(ticker.FixedLocator(values))
@@ -138,7 +156,6 @@ def methods(records: Records) -> Figure:
     grid = figure.subplots(
         len(blocks), columns, squeeze=False, height_ratios=heights
     )
-    handles = {}
     for line, (network, every, shown, at) in zip(grid, blocks, strict=True):
         for axes in line[len(at) :]:
             axes.set_visible(False)
@@ -150,18 +167,7 @@ def methods(records: Records) -> Figure:
             axes.grid(axis="y", visible=False)
             if axes is not line[0]:
                 axes.set_yticklabels([])
-            for handle, label in zip(
-                *axes.get_legend_handles_labels(), strict=True
-            ):
-                handles.setdefault(label, handle)
-    figure.legend(
-        handles.values(),
-        handles,
-        loc="outside upper center",
-        ncols=len(handles) if columns > 1 else 3,
-        frameon=False,
-        fontsize=_TEXT,
-    )
+    _legend_above(figure, ncols=None if columns > 1 else 3)
     return figure
 
 
@@ -729,7 +735,6 @@ def tuning(records: Records) -> Figure:
     densities = sorted({density for _, density in searches})
     figure = _figure(0.6 + 3.7 * len(densities), 0.6 + 2.9 * len(masks))
     grid = figure.subplots(len(masks), len(densities), squeeze=False)
-    handles = {}
     for mask, line in zip(masks, grid, strict=True):
         for density, axes in zip(densities, line, strict=True):
             tried = searches.get((mask, density))
@@ -743,18 +748,7 @@ def tuning(records: Records) -> Figure:
                 "steps between mask updates",
                 "drop fraction",
             )
-            for handle, label in zip(
-                *axes.get_legend_handles_labels(), strict=True
-            ):
-                handles.setdefault(label, handle)
-    figure.legend(
-        handles.values(),
-        handles,
-        loc="outside upper center",
-        ncols=2 if len(densities) == 1 else 4,
-        frameon=False,
-        fontsize=_TEXT,
-    )
+    _legend_above(figure, ncols=2 if len(densities) == 1 else 4)
     return figure
 
 

@@ -163,14 +163,7 @@ def report(
 
 
 def _has_row(of_table):
-    gins = {cell.gin for cell in published.cells(of_table)}
-
-    def has(found):
-        return any(
-            run.row in gins and not run.changes for run in found.finished
-        )
-
-    return has
+    return _has_any({cell.gin for cell in published.cells(of_table)})
 
 
 _RIGL = {"uniform": "rigl_uniform_wrn", "ERK": "rigl_erk_wrn"}

@@ -30,6 +30,7 @@ __all__ = [
     "check_data",
     "estimate",
     "main",
+    "numbers",
     "plan_table",
     "reproduce",
 ]
@@ -165,13 +166,23 @@ class Bar(Progress):
         return left
 
 
-def _numbers(name, kind, values):
+def numbers(name: str, kind: type, texts: Sequence[str]) -> tuple:
+    """Returns the numbers that a flag lists.
+
+    Args:
+        name: The flag.
+        kind: int or float.
+        texts: What is between its commas.
+
+    Raises:
+        ValueError: One of them is none.
+    """
     try:
-        return [kind(value) for value in values]
+        return tuple(kind(text) for text in texts)
     except ValueError as error:
         raise ValueError(
-            f"--{name} takes numbers, separated by commas. Received: "
-            f"{','.join(values)}."
+            f"--{name} takes {'whole ' if kind is int else ''}numbers, "
+            f"separated by commas. Received: {','.join(texts)}."
         ) from error
 
 
@@ -234,8 +245,8 @@ def main() -> None:
             runs = plans.runs(
                 argv[1],
                 preset=chosen,
-                densities=_numbers("densities", float, densities.value),
-                seeds=_numbers("seeds", int, seeds.value),
+                densities=numbers("densities", float, densities.value),
+                seeds=numbers("seeds", int, seeds.value),
                 rows=rows.value,
                 changes=_changes(bindings.value),
             )

@@ -36,7 +36,7 @@ import gin
 from rigl_keras import arguments
 from rigl_keras.experiments import costs, data, plans, published
 from rigl_keras.experiments.plans import Preset, Run
-from rigl_keras.experiments.reproduce import check_data, reproduce
+from rigl_keras.experiments.reproduce import check_data, numbers, reproduce
 from rigl_keras.experiments.results import Results
 from rigl_keras.experiments.studies import Study
 from rigl_keras.experiments.work import Progress, work_off
@@ -359,8 +359,8 @@ class _Bar(TrialProgress):
         )
 
     def idle(self, trials):
-        numbers = ", ".join(str(trial.number) for trial in trials)
-        self._left(f"waiting for trials of others: {numbers}")
+        others = ", ".join(str(trial.number) for trial in trials)
+        self._left(f"waiting for trials of others: {others}")
 
     def start(self, run):
         self._epoch = None
@@ -727,16 +727,6 @@ def _commas(values):
     return ",".join(map(str, values))
 
 
-def _numbers(name, kind, texts):
-    try:
-        return tuple(kind(text) for text in texts)
-    except ValueError as error:
-        raise ValueError(
-            f"--{name} takes {'whole ' if kind is int else ''}numbers, "
-            f"separated by commas. Received: {','.join(texts)}."
-        ) from error
-
-
 def main() -> None:
     """Reads the command line and searches what it names."""
     preset = flags.DEFINE_string(
@@ -790,7 +780,7 @@ def main() -> None:
             Preset(preset.value),
             density.value,
         )
-        chosen = _numbers("seeds", int, seeds.value)
+        chosen = numbers("seeds", int, seeds.value)
         needed = [] if dry_run.value else [Run(*of_runs, seed=0)]
         options = {"data_dir": data_dir.value, "dry_run": dry_run.value}
         if subject == "updates":
@@ -798,10 +788,10 @@ def main() -> None:
                 *of_runs,
                 seeds=chosen,
                 trials=trials.value,
-                drop_fraction=_numbers(
+                drop_fraction=numbers(
                     "drop_fraction", float, drop_fraction.value
                 ),
-                frequency=_numbers("frequency", int, frequency.value),
+                frequency=numbers("frequency", int, frequency.value),
                 sampler_seed=sampler_seed.value,
             )
             check_data(needed, data_dir=data_dir.value)
