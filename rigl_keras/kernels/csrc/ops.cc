@@ -1,0 +1,565 @@
+// TensorFlow operations over lanes.h: convolutions with a sparse kernel.
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <list>
+#include <limits>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "lanes.h"
+#include "plans.h"
+#include "tensorflow/core/framework/common_shape_fns.h"
+#include "tensorflow/core/framework/op.h"
+#include "tensorflow/core/framework/op_kernel.h"
+#include "tensorflow/core/framework/shape_inference.h"
+#include "tensorflow/core/lib/core/threadpool.h"
+
+namespace rigl_keras {
+namespace {
+
+using tensorflow::OpKernel;
+using tensorflow::OpKernelConstruction;
+using tensorflow::OpKernelContext;
+using tensorflow::Tensor;
+using tensorflow::TensorShape;
+using tensorflow::errors::InvalidArgument;
+
+// The instruction set of this machine's processor. RIGL_KERAS_ISA names
+// another one that it has, for tests.
+const RiglLanes& BestLanes() {
+  static const RiglLanes* const best = [] {
+    std::vector<const RiglLanes*> have;
+#ifdef RIGL_X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") &&
+        __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq"))
+      have.push_back(&rigl_lanes_avx512);
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+      have.push_back(&rigl_lanes_avx2);
+#endif
+    have.push_back(&rigl_lanes_portable);
+    if (const char* wanted = std::getenv("RIGL_KERAS_ISA"))
+      for (const RiglLanes* lanes : have)
+        if (!std::strcmp(lanes->name, wanted)) return lanes;
+    return have.front();
+  }();
+  return *best;
+}
+
+// Memory of one thread, kept for its next use.
+float* Memory(int64_t floats) {
+  struct Kept {
+    float* begin = nullptr;
+    int64_t floats = 0;
+    ~Kept() { std::free(begin); }
+  };
+  thread_local Kept kept;
+  if (kept.floats < floats) {
+    std::free(kept.begin);
+    const size_t bytes = (floats * sizeof(float) + 63) / 64 * 64;
+    kept.begin = static_cast<float*>(std::aligned_alloc(64, bytes));
+    kept.floats = kept.begin ? floats : 0;
+  }
+  return kept.begin;
+}
+
+// What was made of a mask, for as long as TensorFlow holds it.
+//
+// The version of a mask is the buffer that it is in. TensorFlow never writes
+// to a buffer that somebody else holds, and these hold theirs: a mask that has
+// been assigned is in another one.
+class Plans {
+ public:
+  struct Made {
+    Tensor mask;    // or the places of weights
+    Tensor frozen;  // values that never change, or nothing
+    Convolution conv;
+    OwnedPlan owned;
+    std::vector<float> weights;  // the frozen values, in the plan's order
+  };
+
+  // Returns what was made, or makes it: `make(Made*)` fills in the rest.
+  template <typename Make>
+  std::shared_ptr<const Made> Get(const Tensor& mask, const Tensor& frozen,
+                                  const Convolution& conv, const Make& make) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      for (auto at = made_.begin(); at != made_.end(); ++at) {
+        if ((*at)->mask.SharesBufferWith(mask) &&
+            (*at)->frozen.SharesBufferWith(frozen) && Same((*at)->conv, conv)) {
+          made_.splice(made_.begin(), made_, at);
+          return made_.front();
+        }
+      }
+    }
+    auto fresh = std::make_shared<Made>();
+    fresh->mask = mask;
+    fresh->frozen = frozen;
+    fresh->conv = conv;
+    make(fresh.get());
+    std::lock_guard<std::mutex> lock(mutex_);
+    // Masks that nobody else holds will not come again.
+    made_.remove_if([](const std::shared_ptr<const Made>& one) {
+      return one->mask.RefCountIsOne();
+    });
+    made_.push_front(fresh);
+    if (made_.size() > kMost) made_.pop_back();
+    return fresh;
+  }
+
+ private:
+  static constexpr size_t kMost = 64;  // run eagerly, layers share kernels
+
+  static bool Same(const Convolution& a, const Convolution& b) {
+    static_assert(std::has_unique_object_representations_v<Convolution>);
+    return !std::memcmp(&a, &b, sizeof(Convolution));
+  }
+
+  std::mutex mutex_;
+  std::list<std::shared_ptr<const Made>> made_;
+};
+
+std::vector<int32_t> ActiveOf(const Tensor& mask) {
+  std::vector<int32_t> active;
+  auto values = mask.flat<float>();
+  for (int64_t i = 0; i < values.size(); ++i)
+    if (values(i) > 0) active.push_back(i);
+  return active;
+}
+
+// Attributes that all have, and what follows from shapes.
+class SparseConvolution : public OpKernel {
+ public:
+  explicit SparseConvolution(OpKernelConstruction* context)
+      : OpKernel(context) {
+    OP_REQUIRES_OK(context, context->GetAttr("strides", &strides_));
+    OP_REQUIRES_OK(context, context->GetAttr("dilations", &dilations_));
+    OP_REQUIRES_OK(context, context->GetAttr("padding", &padding_));
+    for (const auto& given : {strides_, dilations_}) {
+      OP_REQUIRES(context,
+                  given.size() == 4 && given[0] == 1 && given[3] == 1 &&
+                      given[1] > 0 && given[2] > 0,
+                  InvalidArgument("strides and dilations must be [1, rows, "
+                                  "columns, 1], positive."));
+    }
+  }
+
+ protected:
+  tensorflow::Status Describe(const TensorShape& x, const TensorShape& kernel,
+                              Convolution* conv) const {
+    *conv = {};
+    if (x.dims() != 4 || kernel.dims() != 4)
+      return InvalidArgument("images must be [batch, rows, columns, channels] "
+                             "and kernels [rows, columns, in, out]. Received: ",
+                             x.DebugString(), " and ", kernel.DebugString());
+    if (x.dim_size(3) != kernel.dim_size(2))
+      return InvalidArgument("the kernel takes ", kernel.dim_size(2),
+                             " channels and the images have ", x.dim_size(3));
+    if (kernel.num_elements() > std::numeric_limits<int32_t>::max())
+      return InvalidArgument("kernels of more than 2^31 weights");
+    conv->images = x.dim_size(0);
+    conv->height = x.dim_size(1), conv->width = x.dim_size(2);
+    conv->channels = x.dim_size(3), conv->filters = kernel.dim_size(3);
+    int64_t out[2];
+    for (int a = 0; a < 2; ++a) {
+      conv->kernel[a] = kernel.dim_size(a);
+      conv->stride[a] = strides_[a + 1];
+      conv->dilation[a] = dilations_[a + 1];
+      const int64_t length = x.dim_size(a + 1);
+      const int64_t extent =
+          int64_t{conv->kernel[a] - 1} * conv->dilation[a] + 1;
+      if (padding_ == "VALID") {
+        out[a] = std::max<int64_t>(
+            0, CeilDivide(length - extent + 1, conv->stride[a]));
+      } else {
+        out[a] = CeilDivide(length, conv->stride[a]);
+        conv->padding[a] = std::max<int64_t>(
+            0, (out[a] - 1) * conv->stride[a] + extent - length) / 2;
+      }
+    }
+    conv->out_height = out[0], conv->out_width = out[1];
+    // Rows of a matrix, which may be dealt to lanes as they come.
+    if (conv->kernel[0] == 1 && conv->kernel[1] == 1 &&
+        conv->stride[0] == 1 && conv->stride[1] == 1) {
+      conv->width = conv->images * conv->height * conv->width;
+      conv->images = conv->height = conv->out_height = 1;
+      conv->out_width = conv->width;
+    }
+    return tensorflow::OkStatus();
+  }
+
+  static tensorflow::Status Check(const TensorShape& is,
+                                  const TensorShape& should,
+                                  const char* what) {
+    if (is == should) return tensorflow::OkStatus();
+    return InvalidArgument(what, " must have shape ", should.DebugString(),
+                           ". Received: ", is.DebugString());
+  }
+
+  static int Threads(OpKernelContext* context) {
+    return context->device()->tensorflow_cpu_worker_threads()->num_threads;
+  }
+
+  // Calls a function for each of [0, count), on TensorFlow's own threads.
+  static void ForEach(OpKernelContext* context, int64_t count,
+                      const std::function<void(int64_t)>& run) {
+    if (count == 1) return run(0);
+    auto* workers = context->device()->tensorflow_cpu_worker_threads();
+    workers->workers->ParallelFor(
+        count,
+        tensorflow::thread::ThreadPool::SchedulingParams(
+            tensorflow::thread::ThreadPool::SchedulingStrategy::
+                kFixedBlockSize,
+            std::nullopt, 1),
+        [&run](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) run(i);
+        });
+  }
+
+  std::vector<int32_t> strides_, dilations_;
+  std::string padding_;
+  Plans plans_;
+};
+
+// y = x * (kernel, where the mask is 1); or with `transposed` the gradient of
+// x for that of y.
+template <bool transposed>
+class SparseConv2D : public SparseConvolution {
+ public:
+  using SparseConvolution::SparseConvolution;
+
+  void Compute(OpKernelContext* context) override {
+    const Tensor& x = context->input(0);
+    const Tensor& kernel = context->input(1);
+    const Tensor& mask = context->input(2);
+    TensorShape x_shape = x.shape();
+    if (transposed) {
+      const Tensor& sizes = context->input(3);
+      OP_REQUIRES(context, sizes.dims() == 1 && sizes.dim_size(0) == 4,
+                  InvalidArgument("input_sizes must be four sizes."));
+      x_shape = TensorShape();
+      for (int i = 0; i < 4; ++i) {
+        OP_REQUIRES(context, sizes.flat<int32_t>()(i) >= 0,
+                    InvalidArgument("input_sizes must not be negative."));
+        x_shape.AddDim(sizes.flat<int32_t>()(i));
+      }
+    }
+    OP_REQUIRES_OK(context, Check(mask.shape(), kernel.shape(), "mask"));
+    Convolution conv;
+    OP_REQUIRES_OK(context, Describe(x_shape, kernel.shape(), &conv));
+    TensorShape y_shape = OutputShape(x_shape, kernel.shape());
+    if (transposed)
+      OP_REQUIRES_OK(context, Check(x.shape(), y_shape, "out_backprop"));
+    Tensor* y = nullptr;
+    OP_REQUIRES_OK(context, context->allocate_output(
+                                0, transposed ? x_shape : y_shape, &y));
+    if (y->NumElements() == 0) return;
+    if (x.NumElements() == 0) {
+      y->flat<float>().setZero();
+      return;
+    }
+    auto made = plans_.Get(mask, Tensor(), conv, [&](Plans::Made* fresh) {
+      fresh->owned = MakePlan(conv, ActiveOf(mask), transposed, true,
+                              Threads(context), BestLanes());
+    });
+    const OwnedPlan& owned = made->owned;
+    Tensor gathered;
+    OP_REQUIRES_OK(context, context->allocate_temp(
+                                tensorflow::DT_FLOAT,
+                                TensorShape({int64_t(owned.weights.size())}),
+                                &gathered));
+    float* weights = gathered.flat<float>().data();
+    const float* dense = kernel.flat<float>().data();
+    for (size_t e = 0; e < owned.weights.size(); ++e)
+      weights[e] = dense[owned.weights[e]];
+    Run(context, owned.plan, nullptr, x.flat<float>().data(), weights,
+        y->flat<float>().data());
+  }
+
+ protected:
+  TensorShape OutputShape(const TensorShape& x,
+                          const TensorShape& kernel) const {
+    TensorShape y = x;
+    for (int a = 0; a < 2; ++a) {
+      const int64_t extent = (kernel.dim_size(a) - 1) * dilations_[a + 1] + 1;
+      const int64_t length = x.dim_size(a + 1);
+      y.set_dim(a + 1,
+                padding_ == "VALID"
+                    ? std::max<int64_t>(0, CeilDivide(length - extent + 1,
+                                                      strides_[a + 1]))
+                    : CeilDivide(length, strides_[a + 1]));
+    }
+    y.set_dim(3, kernel.dim_size(3));
+    return y;
+  }
+
+  void Run(OpKernelContext* context, const RiglPlan& plan,
+           const RiglFused* fused, const float* x, const float* weights,
+           float* y) {
+    const RiglLanes& lanes = BestLanes();
+    ForEach(context, plan.groups * plan.splits, [&](int64_t unit) {
+      float* memory = Memory(plan.packed_floats + plan.micro_floats);
+      lanes.correlate(&plan, fused, x, weights, y, unit, memory);
+    });
+  }
+};
+
+// The gradient of the kernel where the mask is 1, and zero elsewhere.
+class SparseConv2DBackpropFilter : public SparseConvolution {
+ public:
+  using SparseConvolution::SparseConvolution;
+
+  void Compute(OpKernelContext* context) override {
+    const Tensor& x = context->input(0);
+    const Tensor& mask = context->input(1);
+    const Tensor& dy = context->input(2);
+    Convolution conv;
+    OP_REQUIRES_OK(context, Describe(x.shape(), mask.shape(), &conv));
+    OP_REQUIRES(context,
+                dy.NumElements() == conv.images * conv.out_height *
+                                        conv.out_width * conv.filters,
+                InvalidArgument("out_backprop does not fit: received ",
+                                dy.shape().DebugString()));
+    Tensor* dw = nullptr;
+    OP_REQUIRES_OK(context,
+                   context->allocate_output(0, mask.shape(), &dw));
+    float* gradient = dw->flat<float>().data();
+    std::fill_n(gradient, dw->NumElements(), 0.0f);
+    if (dy.NumElements() == 0 || x.NumElements() == 0) return;
+    auto made = plans_.Get(mask, Tensor(), conv, [&](Plans::Made* fresh) {
+      fresh->owned = MakePlan(conv, ActiveOf(mask), false, false,
+                              Threads(context), BestLanes());
+    });
+    const OwnedPlan& owned = made->owned;
+    const RiglPlan& plan = owned.plan;
+    const int64_t count = owned.weights.size();
+    if (!count) return;
+    // Each part sums up groups of its own, whichever thread takes it: the
+    // order of additions, and so the result, is always the same.
+    const int64_t parts =
+        std::min<int64_t>(plan.groups, std::max(8, Threads(context)));
+    Tensor sums;
+    OP_REQUIRES_OK(context, context->allocate_temp(
+                                tensorflow::DT_FLOAT,
+                                TensorShape({parts, count}), &sums));
+    float* partial = sums.flat<float>().data();
+    const RiglLanes& lanes = BestLanes();
+    ForEach(context, parts, [&](int64_t part) {
+      float* sum = partial + part * count;
+      std::fill_n(sum, count, 0.0f);
+      float* memory = Memory(plan.packed_floats +
+                             plan.micro_floats);
+      for (int64_t group = plan.groups * part / parts;
+           group < plan.groups * (part + 1) / parts; ++group)
+        lanes.correlate_weights(&plan, x.flat<float>().data(),
+                                dy.flat<float>().data(), sum, group, memory);
+    });
+    for (int64_t part = 1; part < parts; ++part)
+      for (int64_t e = 0; e < count; ++e)
+        partial[e] += partial[part * count + e];
+    for (int64_t e = 0; e < count; ++e) gradient[owned.weights[e]] = partial[e];
+  }
+};
+
+// For inference: the weights that are left with their places, and what comes
+// before and after the convolution.
+class FrozenSparseConv2D : public SparseConv2D<false> {
+ public:
+  explicit FrozenSparseConv2D(OpKernelConstruction* context)
+      : SparseConv2D<false>(context) {
+    OP_REQUIRES_OK(context, context->GetAttr("kernel_shape", &kernel_shape_));
+    OP_REQUIRES_OK(context, context->GetAttr("relu_before", &relu_before_));
+    OP_REQUIRES_OK(context, context->GetAttr("relu_after", &relu_after_));
+    OP_REQUIRES(context, kernel_shape_.dims() == 4,
+                InvalidArgument("kernel_shape must have four sizes."));
+  }
+
+  void Compute(OpKernelContext* context) override {
+    const Tensor& x = context->input(0);
+    const Tensor& values = context->input(1);
+    const Tensor& places = context->input(2);
+    const Tensor& scale = context->input(3);
+    const Tensor& shift = context->input(4);
+    const Tensor& bias = context->input(5);
+    const Tensor& residual = context->input(6);
+    OP_REQUIRES_OK(context, Check(values.shape(), places.shape(), "values"));
+    Convolution conv;
+    OP_REQUIRES_OK(context, Describe(x.shape(), kernel_shape_, &conv));
+    const TensorShape y_shape = OutputShape(x.shape(), kernel_shape_);
+    for (const Tensor* one : {&scale, &shift})
+      if (one->NumElements())
+        OP_REQUIRES_OK(context, Check(one->shape(), {conv.channels},
+                                      "scale and shift"));
+    OP_REQUIRES(context, scale.NumElements() == shift.NumElements(),
+                InvalidArgument("scale and shift are given both or neither."));
+    if (bias.NumElements())
+      OP_REQUIRES_OK(context, Check(bias.shape(), {conv.filters}, "bias"));
+    if (residual.NumElements())
+      OP_REQUIRES_OK(context, Check(residual.shape(), y_shape, "residual"));
+    Tensor* y = nullptr;
+    OP_REQUIRES_OK(context, context->allocate_output(0, y_shape, &y));
+    if (y->NumElements() == 0) return;
+    const auto at = places.flat<int32_t>();
+    const std::vector<int32_t> active(at.data(), at.data() + at.size());
+    OP_REQUIRES(context,
+                std::adjacent_find(active.begin(), active.end(),
+                                   std::greater_equal<int32_t>()) ==
+                        active.end() &&
+                    (active.empty() ||
+                     (active.front() >= 0 &&
+                      active.back() < kernel_shape_.num_elements())),
+                InvalidArgument("places must rise, within the kernel."));
+    auto made = plans_.Get(places, values, conv, [&](Plans::Made* fresh) {
+      fresh->owned = MakePlan(conv, active, false, true, Threads(context),
+                              BestLanes());
+      for (int32_t w : fresh->owned.weights)
+        fresh->weights.push_back(values.flat<float>()(
+            std::lower_bound(active.begin(), active.end(), w) -
+            active.begin()));
+    });
+    auto data = [](const Tensor& tensor) {
+      return tensor.NumElements() ? tensor.flat<float>().data() : nullptr;
+    };
+    const RiglFused fused = {data(scale), data(shift),    relu_before_,
+                             data(bias),  data(residual), relu_after_};
+    Run(context, made->owned.plan, &fused, x.flat<float>().data(),
+        made->weights.data(), y->flat<float>().data());
+  }
+
+ private:
+  TensorShape kernel_shape_;
+  bool relu_before_, relu_after_;
+};
+
+namespace shapes = tensorflow::shape_inference;
+
+tensorflow::Status SameAsConv2D(shapes::InferenceContext* context) {
+  return shapes::Conv2DShape(context);
+}
+
+REGISTER_OP("RiglKerasConv2D")
+    .Input("input: float")
+    .Input("filter: float")
+    .Input("mask: float")
+    .Output("output: float")
+    .Attr("strides: list(int)")
+    .Attr("padding: {'SAME', 'VALID'}")
+    .Attr("dilations: list(int) = [1, 1, 1, 1]")
+    .Attr("dense_gradient: bool = false")
+    .SetShapeFn(SameAsConv2D);
+
+REGISTER_OP("RiglKerasConv2DBackpropInput")
+    .Input("out_backprop: float")
+    .Input("filter: float")
+    .Input("mask: float")
+    .Input("input_sizes: int32")
+    .Output("output: float")
+    .Attr("strides: list(int)")
+    .Attr("padding: {'SAME', 'VALID'}")
+    .Attr("dilations: list(int) = [1, 1, 1, 1]")
+    .SetShapeFn([](shapes::InferenceContext* context) {
+      shapes::ShapeHandle x;
+      TF_RETURN_IF_ERROR(context->MakeShapeFromShapeTensor(3, &x));
+      TF_RETURN_IF_ERROR(context->WithRank(x, 4, &x));
+      context->set_output(0, x);
+      return tensorflow::OkStatus();
+    });
+
+REGISTER_OP("RiglKerasConv2DBackpropFilter")
+    .Input("input: float")
+    .Input("mask: float")
+    .Input("out_backprop: float")
+    .Output("output: float")
+    .Attr("strides: list(int)")
+    .Attr("padding: {'SAME', 'VALID'}")
+    .Attr("dilations: list(int) = [1, 1, 1, 1]")
+    .SetShapeFn([](shapes::InferenceContext* context) {
+      context->set_output(0, context->input(1));
+      return tensorflow::OkStatus();
+    });
+
+REGISTER_OP("RiglKerasFrozenConv2D")
+    .Input("input: float")
+    .Input("values: float")
+    .Input("places: int32")
+    .Input("scale: float")
+    .Input("shift: float")
+    .Input("bias: float")
+    .Input("residual: float")
+    .Output("output: float")
+    .Attr("kernel_shape: shape")
+    .Attr("strides: list(int)")
+    .Attr("padding: {'SAME', 'VALID'}")
+    .Attr("dilations: list(int) = [1, 1, 1, 1]")
+    .Attr("relu_before: bool = false")
+    .Attr("relu_after: bool = false")
+    .SetShapeFn([](shapes::InferenceContext* context) {
+      std::vector<int32_t> strides, dilations;
+      std::string padding;
+      tensorflow::PartialTensorShape kernel;
+      TF_RETURN_IF_ERROR(context->GetAttr("strides", &strides));
+      TF_RETURN_IF_ERROR(context->GetAttr("dilations", &dilations));
+      TF_RETURN_IF_ERROR(context->GetAttr("padding", &padding));
+      TF_RETURN_IF_ERROR(context->GetAttr("kernel_shape", &kernel));
+      shapes::ShapeHandle x;
+      TF_RETURN_IF_ERROR(context->WithRank(context->input(0), 4, &x));
+      if (kernel.dims() != 4 || strides.size() != 4 || dilations.size() != 4)
+        return InvalidArgument("kernel_shape, strides and dilations have four "
+                               "numbers.");
+      shapes::ShapeHandle y = x;
+      for (int a = 1; a <= 2; ++a) {
+        shapes::DimensionHandle length = context->UnknownDim();
+        if (context->ValueKnown(context->Dim(x, a))) {
+          const int64_t known = context->Value(context->Dim(x, a));
+          const int64_t extent =
+              (kernel.dim_size(a - 1) - 1) * dilations[a] + 1;
+          length = context->MakeDim(
+              padding == "VALID"
+                  ? std::max<int64_t>(
+                        0, CeilDivide(known - extent + 1, strides[a]))
+                  : CeilDivide(known, strides[a]));
+        }
+        TF_RETURN_IF_ERROR(context->ReplaceDim(y, a, length, &y));
+      }
+      TF_RETURN_IF_ERROR(context->ReplaceDim(
+          y, 3, context->MakeDim(kernel.dim_size(3)), &y));
+      context->set_output(0, y);
+      return tensorflow::OkStatus();
+    });
+
+// Which instruction set is in use.
+REGISTER_OP("RiglKerasInstructionSet")
+    .Output("name: string")
+    .SetShapeFn(shapes::ScalarShape);
+
+class InstructionSet : public OpKernel {
+ public:
+  using OpKernel::OpKernel;
+
+  void Compute(OpKernelContext* context) override {
+    Tensor* name = nullptr;
+    OP_REQUIRES_OK(context, context->allocate_output(0, TensorShape(), &name));
+    name->scalar<tensorflow::tstring>()() = BestLanes().name;
+  }
+};
+
+#define RIGL_REGISTER(name, ...)                                   \
+  REGISTER_KERNEL_BUILDER(Name(name).Device(tensorflow::DEVICE_CPU), \
+                          __VA_ARGS__)
+RIGL_REGISTER("RiglKerasConv2D", SparseConv2D<false>);
+RIGL_REGISTER("RiglKerasConv2DBackpropInput", SparseConv2D<true>);
+RIGL_REGISTER("RiglKerasConv2DBackpropFilter", SparseConv2DBackpropFilter);
+RIGL_REGISTER("RiglKerasFrozenConv2D", FrozenSparseConv2D);
+RIGL_REGISTER("RiglKerasInstructionSet", InstructionSet);
+
+}  // namespace
+}  // namespace rigl_keras
