@@ -47,6 +47,7 @@ from rigl_keras import (  # noqa: E402
     flops,
     graphs,
     initial_values,
+    kernels,
     layers,
     maskable,
     models,
@@ -76,6 +77,7 @@ from rigl_keras.flops import count, training_flops  # noqa: E402
 from rigl_keras.layers import Masked, dense_gradients  # noqa: E402
 from rigl_keras.schedules import SparsityRamp  # noqa: E402
 from rigl_keras.sparsify import (  # noqa: E402
+    choose_kernels,
     load_weights,
     masked_layers,
     named_kernels,
@@ -103,6 +105,7 @@ __all__ = [
     "StepUpdate",
     "TopologyDiagnostics",
     "check_export",
+    "choose_kernels",
     "compaction",
     "conventions",
     "count",
@@ -114,6 +117,7 @@ __all__ = [
     "fold_batch_norm",
     "graphs",
     "initial_values",
+    "kernels",
     "layers",
     "load_weights",
     "maskable",

@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from rigl_keras import kernels, products
 from rigl_keras.maskable import Kernel, find_kernels, kernel_at
 
 __all__ = [
@@ -189,14 +190,18 @@ class KernelMask:
         """
         return tf.broadcast_to(tensor, self.kernel.shape)
 
+    def note_called(self) -> None:
+        """Tells `called_kernels` that a layer is multiplied by this mask."""
+        if _called.get() is not None:
+            _called.get()[id(self.kernel)] = self.name
+
     def masked_kernel(self, kernel=None) -> tf.Tensor:
         """Returns kernel x mask, through which training differentiates.
 
         Args:
             kernel: The kernel's value. None: that of the variable.
         """
-        if _called.get() is not None:
-            _called.get()[id(self.kernel)] = self.name
+        self.note_called()
         if kernel is None:
             kernel = self.kernel.value
         kernel = tf.convert_to_tensor(kernel)
@@ -237,6 +242,11 @@ class Masked(KernelMask, keras.layers.Wrapper):
             the name.
         granularity: `"element"` or `"kernel"`, as in `KernelMask`; the latter
             holds for convolutions.
+        product: How kernel x mask is multiplied with inputs: `"dense"`, by
+            TensorFlow; `"sparse"`, by kernels that leave out what the mask
+            removes, where the layer has such a product
+            (`products.why_dense`); `"auto"`: whichever was faster when both
+            were timed. It may be set anew, for what is traced later.
         name: Name of the layer. None: that of the wrapped layer.
         dtype: Dtype or policy. None: that of the wrapped layer.
         trainable: Whether the layer is trained.
@@ -258,6 +268,7 @@ class Masked(KernelMask, keras.layers.Wrapper):
         kernels: Sequence[str] | None = None,
         draw_key: int | None = None,
         granularity: str = "element",
+        product: str = "auto",
         name: str | None = None,
         dtype=None,
         trainable: bool = True,
@@ -280,6 +291,9 @@ class Masked(KernelMask, keras.layers.Wrapper):
         )
         check_granularity(granularity)
         self.granularity = granularity
+        products.check_product(product)
+        self.product = product
+        self._chosen = _ChosenProducts()
         self.kernels = None if kernels is None else tuple(kernels)
         self.supports_masking = layer.supports_masking
         self._masks = []
@@ -359,6 +373,8 @@ class Masked(KernelMask, keras.layers.Wrapper):
 
     def _call_masked(self, *args, **kwargs):
         with KernelScope() as scope:
+            if self._is_sparse(args, kwargs):
+                return self._sparse_outputs(scope, *args)
             for masked in self.masked_kernels():
                 kernel = scope.value_outside(masked.kernel)
                 scope.give(masked.kernel, masked.masked_kernel(kernel))
@@ -369,6 +385,59 @@ class Masked(KernelMask, keras.layers.Wrapper):
         for loss in scope.losses:  # activity regularisation
             self.add_loss(tf.identity(loss))
         return outputs
+
+    def _is_sparse(self, args, kwargs):
+        """Returns whether a call is computed by sparse kernels."""
+        if self.product == "dense" or self.kernels != ("kernel",):
+            return False
+        if len(args) != 1 or kwargs or not tf.is_tensor(args[0]):
+            return False
+        if args[0].dtype != tf.float32:
+            return False
+        if _masks_applied.get() or self.why_dense() or products.in_xla():
+            return False
+        return self.choose_product(args[0].shape).sparse
+
+    def why_dense(self) -> str | None:
+        """Returns why the layer has no sparse product, or None."""
+        if self.kernels != ("kernel",):
+            return "its kernels have other names"
+        return products.why_dense(self.layer)
+
+    def choose_product(self, shape: tf.TensorShape) -> kernels.Choice:
+        """Returns which product the layer uses for inputs of a shape.
+
+        Args:
+            shape: Of the inputs; the batch may be free.
+        """
+        if self.product == "sparse":
+            have = kernels.load() is not None
+            choice = kernels.Choice(have, kernels.unavailable() or "as asked")
+        else:
+            with tf.init_scope():
+                mask = tf.convert_to_tensor(self.mask._value)
+                density = float(tf.reduce_mean(mask))
+            choice = products.chosen(self.layer, shape, density)
+        self._chosen.by_shape[tuple(shape)] = choice
+        return choice
+
+    def chosen_products(self) -> dict[tuple, kernels.Choice]:
+        """Returns what was chosen, by the shape of the inputs."""
+        return dict(self._chosen.by_shape)
+
+    def forget_products(self) -> None:
+        """Forgets what was chosen."""
+        self._chosen.by_shape.clear()
+
+    def _sparse_outputs(self, scope, inputs):
+        self.note_called()
+        return products.outputs(
+            self.layer,
+            inputs,
+            tf.convert_to_tensor(scope.value_outside(self.kernel)),
+            tf.convert_to_tensor(self.mask.value),
+            dense_gradient=_dense_gradients.get(),
+        )
 
     def __getattr__(self, name):
         # What is not this wrapper's is the layer's: `units`, `reset_state`,
@@ -434,7 +503,15 @@ class Masked(KernelMask, keras.layers.Wrapper):
             "kernels": None if self.kernels is None else list(self.kernels),
             "draw_key": self.draw_key,
             "granularity": self.granularity,
+            "product": self.product,
         }
+
+
+class _ChosenProducts:
+    """What neither Keras nor TensorFlow shall track, as they do a dict."""
+
+    def __init__(self):
+        self.by_shape = {}
 
 
 _OF_ONE_KERNEL = ("density", "found", "kernel", "mask")

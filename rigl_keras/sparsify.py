@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from rigl_keras import arguments, distributions, replicas
 from rigl_keras.conventions import ORIGINAL, Conventions, check_conventions
@@ -24,12 +25,14 @@ from rigl_keras.maskable import (
     is_normalisation,
     kernel_at,
 )
+from rigl_keras.products import PRODUCTS, check_product
 from rigl_keras.surgery import exchange, leaf_layers, release
 
 __all__ = [
     "MaskedLayers",
     "aligned",
     "call_model",
+    "choose_kernels",
     "chosen_kernels",
     "copy_variables",
     "first_line",
@@ -105,10 +108,14 @@ def sparsify(
             (the reproduction's `struct-*`). Layers without spatial axes then
             stay at density 1, unless `densities` says otherwise, and the
             convolutions make up for it.
-        kernels: Which variables of a layer are masked. `"auto"`: those that
-            are named `kernel`, `recurrent_kernel`, `depthwise_kernel` or
-            `pointwise_kernel`. `{layer or layer type: name or names}` for
-            layers of your own that call them otherwise.
+        kernels: How products with them are computed: `"dense"`, by
+            TensorFlow, which multiplies by zeros as well; `"sparse"`, by
+            kernels that leave out what a mask removes, wherever a layer has
+            them; `"auto"`: whichever was faster when both were timed on this
+            machine (`choose_kernels`). Or `{layer or layer type: name or
+            names}` of the variables that are masked, for layers of your own
+            that call them other than `kernel`, `recurrent_kernel`,
+            `depthwise_kernel` or `pointwise_kernel`.
         scale_to_fan_in: Whether the weights of each output unit are
             multiplied by sqrt(n / m), where m of its n connections are kept,
             so that what a unit sums has the variance it has in the dense
@@ -132,7 +139,8 @@ def sparsify(
     >>> model = sparsify(model, density=0.1)
     >>> print(masked_layers(model))
     """
-    chosen = chosen_kernels(model, layers, kernels=kernels, strict=strict)
+    names, product = _names_and_product(kernels)
+    chosen = chosen_kernels(model, layers, kernels=names, strict=strict)
     seed = arguments.integer("seed", seed, at_least=0)
     check_conventions(conventions)
     if densities is not None and not isinstance(densities, Mapping):
@@ -187,7 +195,7 @@ def with_masks(
             as in `named_kernels`. Kernels that are not named stay dense.
         granularity: What later updates keep or remove as one, as in
             `sparsify`.
-        kernels: Which variables of a layer can be masked, as in `sparsify`.
+        kernels: As in `sparsify`.
         scale_to_fan_in: As in `sparsify`.
         seed: Seed of later random draws, at least 0.
 
@@ -209,7 +217,8 @@ def with_masks(
             "with_masks takes {name: mask}, one mask at least. Received: "
             f"{masks!r}."
         )
-    named = named_kernels(model, _with_embeddings(kernels))
+    names, product = _names_and_product(kernels)
+    named = named_kernels(model, _with_embeddings(names))
     check_granularity(granularity)
     by_layer = {}
     for name, mask in masks.items():
@@ -227,6 +236,7 @@ def with_masks(
             kernels=[named[name].path for name in names],
             draw_key=_key(names[0], named[names[0]], seed),
             granularity=_granularity(named[names[0]], granularity),
+            product=product,
             trainable=layer.trainable,
         )
 
@@ -447,7 +457,7 @@ class MaskedLayers(Sequence):
         ]
 
     def __str__(self) -> str:
-        rows = [("layer", "kernel", "density", "nonzeros", "of")]
+        rows = [("layer", "kernel", "density", "nonzeros", "of", "product")]
         ones = size = 0
         for name, layer in self.named.items():
             nonzeros = int(np.count_nonzero(layer.mask.numpy()))
@@ -460,12 +470,15 @@ class MaskedLayers(Sequence):
                     f"{nonzeros / weights:.4f}",
                     f"{nonzeros:,}",
                     f"{weights:,}",
+                    _product_of(layer),
                 )
             )
         if size:
             total = f"{ones / size:.4f}", f"{ones:,}", f"{size:,}"
-            rows.append(("all masked", "", *total))
-        lines = aligned(rows)
+            rows.append(("all masked", "", *total, ""))
+        if not any(product for *_, product in rows[1:]):
+            rows = [row[:-1] for row in rows]  # nothing was called yet
+        lines = [line.rstrip() for line in aligned(rows)]
         skipped = self.skipped
         if skipped:
             lines.append("not masked:")
@@ -473,6 +486,16 @@ class MaskedLayers(Sequence):
         return "\n".join(lines)
 
     __repr__ = __str__
+
+
+def _product_of(masked):
+    """Returns how a layer was computed when it was called last, and why."""
+    chosen = masked.chosen_products() if isinstance(masked, Masked) else {}
+    if not chosen:
+        return ""
+    choice = list(chosen.values())[-1]
+    kind = "sparse" if choice.sparse else "dense"
+    return f"{kind}: {choice.reason}"
 
 
 def aligned(rows: Sequence[Sequence[str]], *, left: int = 2) -> list[str]:
@@ -583,6 +606,63 @@ def masked_layers(model: keras.Model) -> MaskedLayers:
         masked and the reason.
     """
     return MaskedLayers(model)
+
+
+def choose_kernels(
+    model: keras.Model, kernels: str = "auto", *, batch_size: int | None = None
+) -> MaskedLayers:
+    """Decides how the masked layers of a model compute their products.
+
+    Layers decide for themselves when they are traced; this does it before, or
+    anew: of a model that was loaded, or for a batch that tracing does not see
+    (where it is free, 128 is timed).
+
+    Args:
+        model: A masked model. What it has compiled is traced anew.
+        kernels: As in `sparsify`.
+        batch_size: Batch to time `"auto"` at, at least 1. None: nothing is
+            timed before the layers are called.
+
+    Returns:
+        The masked layers, whose table shows what was chosen and why.
+
+    Raises:
+        ValueError: The model has no masked layer, or an argument is out of
+            range.
+
+    Example:
+
+    >>> print(choose_kernels(model, batch_size=32))
+    """
+    check_product(kernels)
+    if batch_size is not None:
+        batch_size = arguments.integer("batch_size", batch_size, at_least=1)
+    layers = masked_layers(model)
+    if not layers:
+        raise ValueError(
+            f"Model {model.name!r} has no masked layer, whose products could "
+            "be chosen. Pass it to sparsify first."
+        )
+    for layer in leaf_layers(model):
+        if isinstance(layer, Masked):
+            layer.product = kernels
+            layer.forget_products()
+            for shape in _input_shapes(layer) if batch_size else ():
+                layer.choose_product(tf.TensorShape((batch_size, *shape[1:])))
+    for function in ("train_function", "test_function", "predict_function"):
+        setattr(model, function, None)
+    return layers
+
+
+def _input_shapes(layer):
+    """Returns the shapes that a layer of a graph is called on."""
+    if layer.product == "dense" or layer.why_dense():
+        return []
+    return {
+        tuple(tensor.shape)
+        for node in layer._inbound_nodes
+        for tensor in node.input_tensors
+    }
 
 
 def named_layers(model: keras.Model) -> dict[str, keras.layers.Layer]:
@@ -735,6 +815,19 @@ def chosen_kernels(
 def _with_embeddings(kernels):
     given = {} if kernels == "auto" else kernels
     return {**given, keras.layers.Embedding: "embeddings"}
+
+
+def _names_and_product(kernels):
+    """Returns which variables are masked, and how they are multiplied."""
+    if isinstance(kernels, str):
+        if kernels not in PRODUCTS:
+            raise ValueError(
+                f"kernels must be one of {PRODUCTS}, or {{layer or layer "
+                "type: name or names of its variables}. Received: "
+                f"kernels={kernels!r}."
+            )
+        return "auto", kernels
+    return kernels, "auto"
 
 
 def _check_kernels(kernels):

@@ -62,7 +62,7 @@ inline double Cost(const RiglPlan& p, const RiglLanes& lanes, int64_t weights,
   const double units = 1.0 * p.groups * p.splits;
   // Beyond a core's own cache, memory is slower.
   const double floats = p.packed_floats + p.micro_floats;
-  const double slow = floats > 180'000 ? 1.6 : 1.0;
+  const double slow = floats > 240'000 ? 1.15 : 1.0;
   return std::ceil(units / threads) * (slow * (pack + compute) + unpack + 500);
 }
 
@@ -81,7 +81,7 @@ inline void SetTile(RiglPlan* p, int th, int tw, int r, int c, int splits,
   const int64_t floats =
       int64_t{r + p->halo[0]} * (c + p->halo[1]) * p->in_phases * l;
   p->channel_block = std::max<int64_t>(
-      1, std::min<int64_t>(p->in_channels, 8'000 / floats));
+      1, std::min<int64_t>(p->in_channels, 10'000 / floats));
   p->blocks = CeilDivide(p->in_channels, p->channel_block);
   p->packed_floats = p->in_channels * p->in_phases * p->packed[0] *
                      p->packed[1] * l;

@@ -1,0 +1,31 @@
+"""Convolutions and products with sparse kernels, faster than dense ones.
+
+The operations are in C++ (`csrc/`), built on first use (`library`), wrapped
+with their gradients (`operations`), and taken where they have been measured
+to win (`choice`).
+"""
+
+from rigl_keras.kernels.choice import Choice, Problem, choose
+from rigl_keras.kernels.library import BuildError, build, load, unavailable
+from rigl_keras.kernels.operations import (
+    FrozenKernel,
+    frozen_conv2d,
+    instruction_set,
+    sparse_conv2d,
+    sparse_dense,
+)
+
+__all__ = [
+    "BuildError",
+    "Choice",
+    "FrozenKernel",
+    "Problem",
+    "build",
+    "choose",
+    "frozen_conv2d",
+    "instruction_set",
+    "load",
+    "sparse_conv2d",
+    "sparse_dense",
+    "unavailable",
+]

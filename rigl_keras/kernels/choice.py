@@ -1,0 +1,253 @@
+"""Which of two products a layer uses: the one that was faster here.
+
+Both are timed once for each shape, batch and range of densities, and what
+they took is kept in the cache of the op library, for other processes.
+"""
+
+import bisect
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import threading
+
+import numpy as np
+import tensorflow as tf
+
+from rigl_keras.kernels import library
+from rigl_keras.kernels.operations import instruction_set, sparse_conv2d
+from rigl_keras.timing import interleaved
+
+__all__ = ["Choice", "Problem", "choose"]
+
+# Upper ends of the ranges of density, for which the choice is the same. Above
+# the last, dense products are taken as they are.
+_DENSITIES = (0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
+# Products below which neither takes any time.
+_LEAST_WORK = 1 << 21
+# What sparse products must win by: a layer has more to do than its product.
+_MARGIN = 0.95
+_MOST_FLOATS = 1 << 26  # of images that are made up for timing
+_ROUNDS = 5
+
+_lock = threading.Lock()
+_known: dict[str, "Choice"] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A convolution, or a dense layer as one of single pixels.
+
+    Attributes:
+        kernel: Rows, columns, channels, filters.
+        images: Batch, rows, columns.
+        strides, dilations: Of rows and columns.
+        padding: `"SAME"` or `"VALID"`.
+    """
+
+    kernel: tuple[int, int, int, int]
+    images: tuple[int, int, int]
+    strides: tuple[int, int] = (1, 1)
+    padding: str = "SAME"
+    dilations: tuple[int, int] = (1, 1)
+
+    @property
+    def products(self) -> int:
+        """Products of a forward pass, were it dense."""
+        rows, columns = (
+            math.ceil(length / stride)
+            for length, stride in zip(
+                self.images[1:], self.strides, strict=True
+            )
+        )
+        return math.prod(self.kernel) * self.images[0] * rows * columns
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """Which product is used, and why.
+
+    Attributes:
+        sparse: Whether it is the sparse one.
+        reason: A few words: `"3.1x at batch 128"`, `"density above 0.5"`.
+        dense_seconds, sparse_seconds: Of a forward and a backward pass; NaN
+            where they were not timed.
+        batch: At which they were.
+    """
+
+    sparse: bool
+    reason: str
+    dense_seconds: float = math.nan
+    sparse_seconds: float = math.nan
+    batch: int | None = None
+
+    @classmethod
+    def timed(cls, dense: float, sparse: float, batch: int) -> "Choice":
+        """Returns what follows from the seconds that both take."""
+        return cls(
+            sparse=sparse < _MARGIN * dense,
+            reason=f"{dense / sparse:.1f}x at batch {batch}",
+            dense_seconds=dense,
+            sparse_seconds=sparse,
+            batch=batch,
+        )
+
+
+def choose(problem: Problem, density: float) -> Choice:
+    """Returns which product is faster, timed once on this machine.
+
+    Dense and sparse products take turns on random images of the problem's
+    shape, forwards and backwards, at the upper end of the range of densities.
+
+    Args:
+        problem: What the layer computes.
+        density: Fraction of the kernel that is left, in [0, 1].
+
+    Returns:
+        The choice.
+    """
+    at = bisect.bisect_left(_DENSITIES, density)
+    if at == len(_DENSITIES):
+        return Choice(False, f"density above {_DENSITIES[-1]}")
+    if problem.products < _LEAST_WORK:
+        return Choice(False, "too small to matter")
+    if library.load() is None:
+        return Choice(False, library.unavailable())
+    batch = problem.images[0]
+    limit = _MOST_FLOATS // math.prod(
+        (*problem.images[1:], max(problem.kernel[2:]))
+    )
+    # Sixteen images are worked off side by side.
+    batch = max(1, min(batch, max(16, limit)))
+    problem = dataclasses.replace(problem, images=(batch, *problem.images[1:]))
+    # Whatever is being traced, it is timed now.
+    with _lock, tf.init_scope():
+        key = _key(problem, _DENSITIES[at])
+        if key not in _known:
+            # Of processes that ask at once, one times, and all choose alike.
+            with _locked():
+                _known.update(_read())
+                if key not in _known:
+                    seconds = _seconds(problem, _DENSITIES[at])
+                    _known[key] = Choice.timed(*seconds, batch)
+                    _write(key, _known[key])
+        return _known[key]
+
+
+def _key(problem, density):
+    """Returns what the times depend on, but for the load of the machine."""
+    threads = tf.config.threading.get_intra_op_parallelism_threads()
+    return " ".join(
+        str(part)
+        for part in (
+            instruction_set(),
+            f"{os.cpu_count()} cores",
+            f"{threads} threads",
+            "x".join(map(str, problem.kernel)),
+            "x".join(map(str, problem.images)),
+            "x".join(map(str, problem.strides)),
+            problem.padding,
+            "x".join(map(str, problem.dilations)),
+            density,
+        )
+    )
+
+
+def _seconds(problem, density):
+    """Returns what a forward and backward pass takes, dense and sparse."""
+    draw = np.random.default_rng(0)
+
+    def normal(*shape):
+        return tf.constant(draw.standard_normal(shape, np.float32))
+
+    images = normal(*problem.images, problem.kernel[2])
+    kernel = normal(*problem.kernel)
+    kept = draw.permutation(math.prod(problem.kernel)) < density * math.prod(
+        problem.kernel
+    )
+    mask = tf.constant(kept.reshape(problem.kernel).astype(np.float32))
+
+    def passes(product):
+        @tf.function(autograph=False)
+        def both(images, kernel, upstream):
+            with tf.GradientTape() as tape:
+                tape.watch([images, kernel])
+                outputs = product(images, kernel)
+            return tape.gradient(
+                outputs, [images, kernel], output_gradients=upstream
+            ), outputs
+
+        return both
+
+    def dense(images, kernel):
+        return tf.nn.convolution(
+            images,
+            kernel * mask,
+            strides=problem.strides,
+            padding=problem.padding,
+            dilations=problem.dilations,
+        )
+
+    def sparse(images, kernel):
+        return sparse_conv2d(
+            images,
+            kernel,
+            mask,
+            strides=problem.strides,
+            padding=problem.padding,
+            dilations=problem.dilations,
+        )
+
+    upstream = tf.ones_like(sparse(images, kernel))
+    sides = {}
+    for name, product in (("dense", dense), ("sparse", sparse)):
+        run = passes(product)
+        # Bound now: the loop's variable will change.
+        sides[name] = lambda run=run: run(images, kernel, upstream)
+    try:
+        sides["dense"]()
+    except (tf.errors.UnimplementedError, tf.errors.InvalidArgumentError):
+        # TensorFlow has no such product on a CPU, or not its gradient.
+        return math.inf, 1.0
+    seconds = interleaved(sides, rounds=_ROUNDS, turn=0.002)
+    return seconds["dense"], seconds["sparse"]
+
+
+# The cache: {key: [dense seconds, sparse seconds, batch]}. Without one, all
+# goes on, and is timed in each process.
+
+
+def _path():
+    return library.path().with_name("choices.json")
+
+
+@contextlib.contextmanager
+def _locked():
+    import fcntl  # on every platform that has an op library
+
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            lock = stack.enter_context(_path().with_suffix(".lock").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _read():
+    try:
+        written = json.loads(_path().read_text())
+        return {key: Choice.timed(*given) for key, given in written.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}  # none yet, or not ours: they are timed anew
+
+
+def _write(key, choice):
+    """Adds a choice to those of other processes."""
+    kept = {
+        key: [c.dense_seconds, c.sparse_seconds, c.batch]
+        for key, c in {**_read(), key: choice}.items()
+    }
+    with contextlib.suppress(OSError):
+        fresh = _path().with_suffix(f".{os.getpid()}")
+        fresh.write_text(json.dumps(kept, indent=0))
+        fresh.replace(_path())

@@ -1,0 +1,270 @@
+"""The C++ operations as functions of tensors, with their gradients."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from rigl_keras.kernels import library
+
+__all__ = [
+    "FrozenKernel",
+    "frozen_conv2d",
+    "instruction_set",
+    "sparse_conv2d",
+    "sparse_dense",
+]
+
+_ATTRIBUTES = ("strides", "padding", "dilations")
+
+
+def sparse_conv2d(
+    images: tf.Tensor,
+    kernel: tf.Tensor,
+    mask: tf.Tensor,
+    *,
+    strides: Sequence[int] = (1, 1),
+    padding: str = "SAME",
+    dilations: Sequence[int] = (1, 1),
+    dense_gradient: bool = False,
+) -> tf.Tensor:
+    """Returns `conv2d(images, kernel x mask)`, without what the mask removes.
+
+    Differentiable in images and kernel, any number of times. Weights are
+    worked off in an order that is made anew when the mask has been assigned,
+    and kept otherwise.
+
+    Args:
+        images: Float32 of shape (batch, rows, columns, channels).
+        kernel: Float32 of shape (rows, columns, channels, filters).
+        mask: Float32 zeros and ones of the kernel's shape. Best the value of
+            a variable: of a tensor that is computed in each call, the order
+            is made in each call too.
+        strides: Of rows and columns, at least 1.
+        padding: `"SAME"` or `"VALID"`, as in `tf.nn.conv2d`.
+        dilations: Of rows and columns, at least 1.
+        dense_gradient: Whether the kernel's gradient is dL/d(kernel x mask)
+            at every entry, at the cost of a dense pass, or zero where the
+            mask is.
+
+    Returns:
+        Float32 of shape (batch, new rows, new columns, filters).
+
+    Raises:
+        RuntimeError: There is no op library (`library.unavailable`).
+        tf.errors.InvalidArgumentError: Shapes do not fit.
+    """
+    return _operations().rigl_keras_conv2d(
+        input=images,
+        filter=kernel,
+        mask=mask,
+        strides=[1, *strides, 1],
+        padding=padding.upper(),
+        dilations=[1, *dilations, 1],
+        dense_gradient=dense_gradient,
+    )
+
+
+def sparse_dense(
+    inputs: tf.Tensor,
+    kernel: tf.Tensor,
+    mask: tf.Tensor,
+    *,
+    dense_gradient: bool = False,
+) -> tf.Tensor:
+    """Returns `inputs @ (kernel x mask)`, without what the mask removes.
+
+    Args:
+        inputs: Float32 of shape (..., inputs).
+        kernel, mask: Float32 of shape (inputs, units).
+        dense_gradient: As in `sparse_conv2d`.
+
+    Returns:
+        Float32 of shape (..., units).
+    """
+    shape = tf.shape(inputs)
+    rows = tf.reshape(inputs, [-1, 1, 1, kernel.shape[0]])
+    # A mask of another shape, but in the same memory.
+    outputs = sparse_conv2d(
+        rows,
+        tf.reshape(kernel, [1, 1, *kernel.shape]),
+        tf.reshape(mask, [1, 1, *mask.shape]),
+        dense_gradient=dense_gradient,
+    )
+    outputs = tf.reshape(
+        outputs, tf.concat([shape[:-1], [kernel.shape[1]]], axis=0)
+    )
+    outputs.set_shape([*inputs.shape[:-1], kernel.shape[1]])
+    return outputs
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenKernel:
+    """The weights that are left of a kernel, and their places in it.
+
+    Attributes:
+        values: Float32 of shape (weights,).
+        places: Int32 of the same shape: positions in the kernel, row by row,
+            rising.
+        shape: Of the kernel: rows, columns, channels, filters.
+    """
+
+    values: tf.Tensor
+    places: tf.Tensor
+    shape: tuple[int, int, int, int]
+
+    @classmethod
+    def of(cls, kernel: np.ndarray) -> "FrozenKernel":
+        """Returns the weights of a kernel that are not zero.
+
+        Args:
+            kernel: Float32 of four axes; of two for a dense layer.
+        """
+        shape = (1,) * (4 - kernel.ndim) + kernel.shape
+        places = np.flatnonzero(kernel).astype(np.int32)
+        return cls(kernel.ravel()[places], places, shape)
+
+
+def frozen_conv2d(
+    images: tf.Tensor,
+    kernel: FrozenKernel,
+    *,
+    strides: Sequence[int] = (1, 1),
+    padding: str = "SAME",
+    dilations: Sequence[int] = (1, 1),
+    scale: tf.Tensor | None = None,
+    shift: tf.Tensor | None = None,
+    relu_before: bool = False,
+    bias: tf.Tensor | None = None,
+    residual: tf.Tensor | None = None,
+    relu_after: bool = False,
+) -> tf.Tensor:
+    """Returns a convolution for inference, with what is around it.
+
+    x' = relu?(x * scale + shift), padded with zeros;
+    y = relu?(conv2d(x', kernel) + bias + residual).
+
+    Args:
+        images, strides, padding, dilations: As in `sparse_conv2d`.
+        kernel: Its weights. Their order is made once, for as long as values
+            and places are the same tensors.
+        scale, shift: Float32 of shape (channels,), or None: x' = x.
+        relu_before: Whether negative x' are 0.
+        bias: Float32 of shape (filters,), or None.
+        residual: Float32 of the output's shape, or None.
+        relu_after: Whether negative y are 0.
+
+    Returns:
+        Float32 of shape (batch, new rows, new columns, filters).
+    """
+    nothing = tf.zeros([0])
+    return _operations().rigl_keras_frozen_conv2d(
+        input=images,
+        values=kernel.values,
+        places=kernel.places,
+        scale=nothing if scale is None else scale,
+        shift=nothing if shift is None else shift,
+        bias=nothing if bias is None else bias,
+        residual=nothing if residual is None else residual,
+        kernel_shape=kernel.shape,
+        strides=[1, *strides, 1],
+        padding=padding.upper(),
+        dilations=[1, *dilations, 1],
+        relu_before=relu_before,
+        relu_after=relu_after,
+    )
+
+
+def instruction_set() -> str:
+    """Returns what the kernels run on here: avx512, avx2 or portable."""
+    return _operations().rigl_keras_instruction_set().numpy().decode()
+
+
+def _operations():
+    module = library.load()
+    if module is None:
+        raise RuntimeError(
+            f"Sparse kernels are not available: {library.unavailable()}. Use "
+            "the masked product of dense TensorFlow."
+        )
+    return module
+
+
+def _attributes(op):
+    attributes = {name: op.get_attr(name) for name in _ATTRIBUTES}
+    attributes["padding"] = attributes["padding"].decode()
+    return attributes
+
+
+@tf.RegisterGradient("RiglKerasConv2D")
+def _conv2d_gradient(op, upstream):
+    images, kernel, mask = op.inputs
+    attributes = _attributes(op)
+    to_images = _operations().rigl_keras_conv2d_backprop_input(
+        out_backprop=upstream,
+        filter=kernel,
+        mask=mask,
+        input_sizes=tf.shape(images),
+        **attributes,
+    )
+    to_images.set_shape(images.shape)
+    if op.get_attr("dense_gradient"):
+        to_kernel = _dense_kernel_gradient(images, mask, upstream, attributes)
+    else:
+        to_kernel = _operations().rigl_keras_conv2d_backprop_filter(
+            input=images, mask=mask, out_backprop=upstream, **attributes
+        )
+    return to_images, to_kernel, None
+
+
+def _dense_kernel_gradient(images, mask, upstream, attributes):
+    if max(attributes["dilations"]) > 1:
+        # TensorFlow has no such gradient on a CPU.
+        return _operations().rigl_keras_conv2d_backprop_filter(
+            input=images,
+            mask=tf.ones_like(mask),
+            out_backprop=upstream,
+            **attributes,
+        )
+    return tf.raw_ops.Conv2DBackpropFilter(
+        input=images,
+        filter_sizes=mask.shape,
+        out_backprop=upstream,
+        **attributes,
+    )
+
+
+@tf.RegisterGradient("RiglKerasConv2DBackpropInput")
+def _backprop_input_gradient(op, upstream):
+    out_backprop, kernel, mask, _ = op.inputs
+    attributes = _attributes(op)
+    operations = _operations()
+    return (
+        operations.rigl_keras_conv2d(
+            input=upstream, filter=kernel, mask=mask, **attributes
+        ),
+        operations.rigl_keras_conv2d_backprop_filter(
+            input=upstream, mask=mask, out_backprop=out_backprop, **attributes
+        ),
+        None,
+        None,
+    )
+
+
+@tf.RegisterGradient("RiglKerasConv2DBackpropFilter")
+def _backprop_filter_gradient(op, upstream):
+    images, mask, out_backprop = op.inputs
+    attributes = _attributes(op)
+    operations = _operations()
+    to_images = operations.rigl_keras_conv2d_backprop_input(
+        out_backprop=out_backprop,
+        filter=upstream,
+        mask=mask,
+        input_sizes=tf.shape(images),
+        **attributes,
+    )
+    to_out_backprop = operations.rigl_keras_conv2d(
+        input=images, filter=upstream, mask=mask, **attributes
+    )
+    return to_images, None, to_out_backprop

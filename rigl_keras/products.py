@@ -1,0 +1,133 @@
+"""How a masked layer computes its product: densely, or by sparse kernels."""
+
+import keras
+import tensorflow as tf
+
+from rigl_keras import arguments, kernels
+
+__all__ = ["PRODUCTS", "check_product", "chosen", "outputs", "why_dense"]
+
+PRODUCTS = ("auto", "dense", "sparse")
+
+# The batch that is timed where a layer is called on batches of any size.
+_USUAL_BATCH = 128
+
+
+def check_product(product: str) -> None:
+    """Raises ValueError unless it is one of `PRODUCTS`."""
+    arguments.choice("kernels", product, PRODUCTS)
+
+
+def why_dense(layer: keras.layers.Layer) -> str | None:
+    """Returns why a layer has no sparse product, or None if it has one.
+
+    Convolutions and dense layers have one, of Keras's own classes: what
+    others do in their `call` is not known.
+
+    Args:
+        layer: A built layer with a `kernel`.
+    """
+    kind = type(layer)
+    if kind not in (keras.layers.Conv2D, keras.layers.Dense):
+        return f"no sparse kernels for {kind.__name__}"
+    dtypes = {layer.compute_dtype, layer.variable_dtype}
+    if dtypes != {"float32"}:
+        return f"sparse kernels are float32, not {layer.compute_dtype}"
+    if getattr(layer, "lora_enabled", False) or layer.quantization_mode:
+        return "quantised or with LoRA"
+    if layer.activity_regularizer is not None:
+        return "its activity is regularised"
+    if kind is keras.layers.Conv2D:
+        if layer.data_format != "channels_last":
+            return f"sparse kernels are channels_last, not {layer.data_format}"
+        if layer.groups != 1:
+            return f"{layer.groups} groups"
+    if tf.config.list_physical_devices("GPU"):
+        return "sparse kernels are for CPUs, and there is a GPU"
+    return None
+
+
+def chosen(
+    layer: keras.layers.Layer, shape: tf.TensorShape, density: float
+) -> kernels.Choice:
+    """Returns which product is faster for a layer, timed once.
+
+    Args:
+        layer: One that has a sparse product.
+        shape: Of its inputs. Where the batch is free, 128 is timed.
+        density: Of its mask.
+    """
+    problem = _problem(layer, shape)
+    if problem is None:
+        return kernels.Choice(False, "images of any size")
+    return kernels.choose(problem, density)
+
+
+def outputs(
+    layer: keras.layers.Layer,
+    inputs: tf.Tensor,
+    kernel: tf.Tensor,
+    mask: tf.Tensor,
+    *,
+    dense_gradient: bool,
+) -> tf.Tensor:
+    """Returns what a layer computes, its product by sparse kernels.
+
+    Args:
+        layer: One that has a sparse product.
+        inputs: What it is called on.
+        kernel, mask: Their values.
+        dense_gradient: As in `kernels.sparse_conv2d`.
+    """
+    if isinstance(layer, keras.layers.Dense):
+        product = kernels.sparse_dense(
+            inputs, kernel, mask, dense_gradient=dense_gradient
+        )
+    else:
+        product = kernels.sparse_conv2d(
+            inputs,
+            kernel,
+            mask,
+            strides=layer.strides,
+            padding=layer.padding,
+            dilations=layer.dilation_rate,
+            dense_gradient=dense_gradient,
+        )
+    if layer.use_bias:
+        product = product + tf.convert_to_tensor(layer.bias)
+    return product if layer.activation is None else layer.activation(product)
+
+
+def in_xla() -> bool:
+    """Returns whether what is traced will be compiled by XLA.
+
+    It knows of no operations but TensorFlow's own.
+    """
+    graph = tf.compat.v1.get_default_graph()
+    while graph is not None:
+        context = graph._get_control_flow_context()
+        if context is not None and context.IsXLAContext():
+            return True
+        graph = getattr(graph, "outer_graph", None)
+    return False
+
+
+def _problem(layer, shape):
+    """Returns the `kernels.Problem` of a layer, or None if it is not known."""
+    batch, *between = shape.as_list()[:-1]
+    batch = _USUAL_BATCH if batch is None else batch
+    if None in between:
+        return None
+    if isinstance(layer, keras.layers.Dense):
+        for length in between:
+            batch *= length
+        return kernels.Problem(
+            kernel=(1, 1, *layer.kernel.shape), images=(batch, 1, 1)
+        )
+    return kernels.Problem(
+        kernel=tuple(layer.kernel.shape),
+        images=(batch, *between),
+        strides=tuple(layer.strides),
+        padding=layer.padding.upper(),
+        dilations=tuple(layer.dilation_rate),
+    )
