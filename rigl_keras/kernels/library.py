@@ -39,9 +39,10 @@ __all__ = ["BuildError", "build", "load", "path", "unavailable"]
 
 _SOURCES = Path(__file__).with_name("csrc")
 _NAME = "rigl_keras_kernels.so"
+_PER_INSTRUCTION_SET = ("lanes.cc", "rows.cc")
 _COMPILERS = ("g++", "c++", "clang++")
 _SANITIZERS = ("address", "thread")
-# What lanes.cc is compiled for on x86_64; elsewhere only for the last.
+# What these are compiled for on x86_64; elsewhere only for the last.
 _INSTRUCTION_SETS = {
     "avx512": [
         "-mavx512f",
@@ -284,7 +285,7 @@ def _sources():
     """Returns `{name: bytes}` of the sources."""
     paths = [*_SOURCES.glob("*.cc"), *_SOURCES.glob("*.h")]
     sources = {path.name: path.read_bytes() for path in sorted(paths)}
-    for name in ("ops.cc", "lanes.cc"):
+    for name in ("ops.cc", *_PER_INSTRUCTION_SET):
         if name not in sources:
             raise BuildError(
                 f"the source {str(_SOURCES / name)!r} is missing. Install "
@@ -310,7 +311,8 @@ def _flags(sanitizer):
     objects = {"ops.o": ["ops.cc", *tensorflow, *common]}
     for name in names:
         flags = [*common, f"-DRIGL_ISA={name}", *_INSTRUCTION_SETS[name]]
-        objects[f"lanes_{name}.o"] = ["lanes.cc", *flags]
+        for source in _PER_INSTRUCTION_SET:
+            objects[f"{Path(source).stem}_{name}.o"] = [source, *flags]
     link = ["-shared", *common, *tf.sysconfig.get_link_flags()]
     if sys.platform == "darwin":
         # As TensorFlow's own documentation has it; untested, for want of one.

@@ -38,12 +38,20 @@ RIGL_INLINE Vector Relu(Vector v) {
 // or of the second ones.
 template <int run, bool second>
 RIGL_INLINE Vector Interleaved(Vector a, Vector b) {
+#if defined(__clang__)
+  Vector both;
+#pragma unroll
+  for (int i = 0; i < L; ++i)
+    both[i] = ((i / run) % 2 ? b : a)[(i / (2 * run)) * run + i % run +
+                                      (second ? L / 2 : 0)];
+  return both;
+#else
   Indices at{};
-  for (int i = 0; i < L; ++i) {
-    const int from = (i / (2 * run)) * run + i % run + (second ? L / 2 : 0);
-    at[i] = from + ((i / run) % 2) * L;
-  }
+  for (int i = 0; i < L; ++i)
+    at[i] = (i / (2 * run)) * run + i % run + (second ? L / 2 : 0) +
+            (i / run) % 2 * L;
   return __builtin_shuffle(a, b, at);
+#endif
 }
 
 // Turns L vectors of L values on their diagonal. Each pass interleaves row i

@@ -15,6 +15,7 @@
 
 #include "lanes.h"
 #include "plans.h"
+#include "rows.h"
 #include "tensorflow/core/framework/common_shape_fns.h"
 #include "tensorflow/core/framework/op.h"
 #include "tensorflow/core/framework/op_kernel.h"
@@ -55,6 +56,18 @@ const RiglLanes& BestLanes() {
   return *best;
 }
 
+const RiglRows& BestRows() {
+  static const RiglRows* const best = []() -> const RiglRows* {
+    const std::string name = BestLanes().name;
+#ifdef RIGL_X86
+    if (name == rigl_rows_avx512.name) return &rigl_rows_avx512;
+    if (name == rigl_rows_avx2.name) return &rigl_rows_avx2;
+#endif
+    return &rigl_rows_portable;
+  }();
+  return *best;
+}
+
 // Memory of one thread, kept for its next use.
 float* Memory(int64_t floats) {
   struct Kept {
@@ -70,6 +83,26 @@ float* Memory(int64_t floats) {
     kept.floats = kept.begin ? floats : 0;
   }
   return kept.begin;
+}
+
+int Threads(OpKernelContext* context) {
+  return context->device()->tensorflow_cpu_worker_threads()->num_threads;
+}
+
+// Calls a function for each of [0, count), on TensorFlow's own threads.
+void ForEach(OpKernelContext* context, int64_t count,
+                    const std::function<void(int64_t)>& run) {
+  if (count == 1) return run(0);
+  auto* workers = context->device()->tensorflow_cpu_worker_threads();
+  workers->workers->ParallelFor(
+      count,
+      tensorflow::thread::ThreadPool::SchedulingParams(
+          tensorflow::thread::ThreadPool::SchedulingStrategy::
+              kFixedBlockSize,
+          std::nullopt, 1),
+      [&run](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) run(i);
+      });
 }
 
 // What was made of a mask, for as long as TensorFlow holds it.
@@ -203,26 +236,6 @@ class SparseConvolution : public OpKernel {
     if (is == should) return tensorflow::OkStatus();
     return InvalidArgument(what, " must have shape ", should.DebugString(),
                            ". Received: ", is.DebugString());
-  }
-
-  static int Threads(OpKernelContext* context) {
-    return context->device()->tensorflow_cpu_worker_threads()->num_threads;
-  }
-
-  // Calls a function for each of [0, count), on TensorFlow's own threads.
-  static void ForEach(OpKernelContext* context, int64_t count,
-                      const std::function<void(int64_t)>& run) {
-    if (count == 1) return run(0);
-    auto* workers = context->device()->tensorflow_cpu_worker_threads();
-    workers->workers->ParallelFor(
-        count,
-        tensorflow::thread::ThreadPool::SchedulingParams(
-            tensorflow::thread::ThreadPool::SchedulingStrategy::
-                kFixedBlockSize,
-            std::nullopt, 1),
-        [&run](int64_t begin, int64_t end) {
-          for (int64_t i = begin; i < end; ++i) run(i);
-        });
   }
 
   std::vector<int32_t> strides_, dilations_;
@@ -440,6 +453,220 @@ class FrozenSparseConv2D : public SparseConv2D<false> {
   bool relu_before_, relu_after_;
 };
 
+// Rows of channels, in pieces that stay in a core's own cache while they are
+// read twice. What each piece sums up is added in their order, so that the
+// result does not depend on threads.
+class OverRows : public OpKernel {
+ public:
+  using OpKernel::OpKernel;
+
+ protected:
+  struct Pieces {
+    int64_t rows, channels, each, count;
+  };
+
+  static Pieces PiecesOf(const Tensor& x) {
+    Pieces p;
+    p.channels = x.dim_size(x.dims() - 1);
+    p.rows = p.channels ? x.NumElements() / p.channels : 0;
+    p.each = std::max<int64_t>(1, 16'384 / std::max<int64_t>(1, p.channels));
+    p.count = CeilDivide(p.rows, p.each);
+    return p;
+  }
+
+  // Calls run(piece, first row, rows) for each.
+  static void ForPieces(
+      OpKernelContext* context, const Pieces& p,
+      const std::function<void(int64_t, int64_t, int64_t)>& run) {
+    ForEach(context, p.count, [&](int64_t i) {
+      const int64_t first = i * p.each;
+      run(i, first, std::min(p.each, p.rows - first));
+    });
+  }
+
+  static tensorflow::Status CheckChannels(
+      const Tensor& x, std::initializer_list<const Tensor*> vectors) {
+    if (x.dims() < 2)
+      return InvalidArgument("rows of channels are needed. Received: ",
+                             x.shape().DebugString());
+    for (const Tensor* one : vectors)
+      if (one->dims() != 1 || one->dim_size(0) != x.dim_size(x.dims() - 1))
+        return InvalidArgument("one number for each channel is needed. "
+                               "Received: ",
+                               one->shape().DebugString());
+    return tensorflow::OkStatus();
+  }
+};
+
+// y = (x - mean) / sqrt(variance + epsilon) * gamma + beta, with the moments
+// of the batch.
+class BatchNorm : public OverRows {
+ public:
+  explicit BatchNorm(OpKernelConstruction* context) : OverRows(context) {
+    OP_REQUIRES_OK(context, context->GetAttr("epsilon", &epsilon_));
+  }
+
+  void Compute(OpKernelContext* context) override {
+    const Tensor& x = context->input(0);
+    const Tensor& gamma = context->input(1);
+    const Tensor& beta = context->input(2);
+    OP_REQUIRES_OK(context, CheckChannels(x, {&gamma, &beta}));
+    const Pieces p = PiecesOf(x);
+    Tensor *y, *mean, *variance;
+    OP_REQUIRES_OK(context, context->allocate_output(0, x.shape(), &y));
+    OP_REQUIRES_OK(context, context->allocate_output(
+                                1, TensorShape({p.channels}), &mean));
+    OP_REQUIRES_OK(context, context->allocate_output(
+                                2, TensorShape({p.channels}), &variance));
+    const RiglRows& rows = BestRows();
+    const float* from = x.flat<float>().data();
+    std::vector<float> moments(2 * p.count * p.channels);
+    ForPieces(context, p, [&](int64_t i, int64_t first, int64_t count) {
+      float* mine = moments.data() + 2 * i * p.channels;
+      rows.moments(from + first * p.channels, count, p.channels, mine,
+                   mine + p.channels);
+    });
+    // Moments of pieces make those of the whole (Chan, Golub and LeVeque,
+    // 1979, Updating formulae and a pairwise algorithm for computing sample
+    // variances).
+    std::vector<float> scale(p.channels);
+    for (int64_t c = 0; c < p.channels; ++c) {
+      double center = 0, squares = 0, seen = 0;
+      for (int64_t i = 0; i < p.count; ++i) {
+        const float* one = moments.data() + 2 * i * p.channels + c;
+        const double more = std::min(p.each, p.rows - i * p.each);
+        const double apart = one[0] - center;
+        squares += one[p.channels] + apart * apart * seen * more /
+                                         (seen + more);
+        seen += more;
+        center += apart * more / seen;
+      }
+      const double var = squares / p.rows;
+      mean->flat<float>()(c) = center;
+      variance->flat<float>()(c) = var;
+      scale[c] = gamma.flat<float>()(c) / std::sqrt(var + epsilon_);
+    }
+    float* to = y->flat<float>().data();
+    ForPieces(context, p, [&](int64_t, int64_t first, int64_t count) {
+      rows.normalise(from + first * p.channels, count, p.channels,
+                     mean->flat<float>().data(), scale.data(),
+                     beta.flat<float>().data(), to + first * p.channels);
+    });
+  }
+
+ private:
+  float epsilon_;
+};
+
+// The gradients of x, gamma and beta, for those of y, mean and variance.
+class BatchNormGrad : public OverRows {
+ public:
+  explicit BatchNormGrad(OpKernelConstruction* context) : OverRows(context) {
+    OP_REQUIRES_OK(context, context->GetAttr("epsilon", &epsilon_));
+  }
+
+  void Compute(OpKernelContext* context) override {
+    const Tensor& dy = context->input(0);
+    const Tensor& dmean = context->input(1);
+    const Tensor& dvariance = context->input(2);
+    const Tensor& x = context->input(3);
+    const Tensor& gamma = context->input(4);
+    const Tensor& mean = context->input(5);
+    const Tensor& variance = context->input(6);
+    OP_REQUIRES_OK(context, CheckChannels(x, {&dmean, &dvariance, &gamma,
+                                              &mean, &variance}));
+    OP_REQUIRES(context, dy.shape() == x.shape(),
+                InvalidArgument("the gradient must be of shape ",
+                                x.shape().DebugString(), ". Received: ",
+                                dy.shape().DebugString()));
+    const Pieces p = PiecesOf(x);
+    Tensor *dx, *dgamma, *dbeta;
+    OP_REQUIRES_OK(context, context->allocate_output(0, x.shape(), &dx));
+    OP_REQUIRES_OK(context, context->allocate_output(
+                                1, TensorShape({p.channels}), &dgamma));
+    OP_REQUIRES_OK(context, context->allocate_output(
+                                2, TensorShape({p.channels}), &dbeta));
+    const RiglRows& rows = BestRows();
+    const float* from = x.flat<float>().data();
+    const float* upstream = dy.flat<float>().data();
+    const float* center = mean.flat<float>().data();
+    std::vector<float> sums(2 * p.count * p.channels);
+    ForPieces(context, p, [&](int64_t i, int64_t first, int64_t count) {
+      float* mine = sums.data() + 2 * i * p.channels;
+      rows.upstream_sums(from + first * p.channels,
+                         upstream + first * p.channels, count, p.channels,
+                         center, mine, mine + p.channels);
+    });
+    std::vector<float> scale(p.channels), slope(p.channels),
+        shift(p.channels);
+    for (int64_t c = 0; c < p.channels; ++c) {
+      double sum = 0, product = 0;
+      for (int64_t i = 0; i < p.count; ++i) {
+        sum += sums[2 * i * p.channels + c];
+        product += sums[(2 * i + 1) * p.channels + c];
+      }
+      const double inverse =
+          1 / std::sqrt(double{variance.flat<float>()(c)} + epsilon_);
+      const double a = gamma.flat<float>()(c) * inverse;
+      const double n = p.rows;
+      scale[c] = a;
+      slope[c] = -a * inverse * inverse * product / n +
+                 2 * dvariance.flat<float>()(c) / n;
+      shift[c] = -a * sum / n + dmean.flat<float>()(c) / n;
+      dgamma->flat<float>()(c) = product * inverse;
+      dbeta->flat<float>()(c) = sum;
+    }
+    float* to = dx->flat<float>().data();
+    ForPieces(context, p, [&](int64_t, int64_t first, int64_t count) {
+      rows.combine(from + first * p.channels, upstream + first * p.channels,
+                   count, p.channels, center, scale.data(), slope.data(),
+                   shift.data(), to + first * p.channels);
+    });
+  }
+
+ private:
+  float epsilon_;
+};
+
+// Dropout by the numbers of tf.random.stateless_uniform.
+class Dropout : public OpKernel {
+ public:
+  explicit Dropout(OpKernelConstruction* context) : OpKernel(context) {
+    OP_REQUIRES_OK(context, context->GetAttr("rate", &rate_));
+  }
+
+  void Compute(OpKernelContext* context) override {
+    const Tensor& x = context->input(0);
+    const Tensor& key = context->input(1);
+    const Tensor& counter = context->input(2);
+    OP_REQUIRES(context,
+                key.NumElements() == 1 && counter.NumElements() == 2,
+                InvalidArgument("a key and two counters are needed."));
+    Tensor* y = nullptr;
+    OP_REQUIRES_OK(context, context->forward_input_or_allocate_output(
+                                {0}, 0, x.shape(), &y));
+    const RiglRows& rows = BestRows();
+    const uint64_t with =
+        static_cast<uint64_t>(key.flat<tensorflow::uint64>()(0));
+    const uint64_t counters[2] = {
+        static_cast<uint64_t>(counter.flat<tensorflow::uint64>()(0)),
+        static_cast<uint64_t>(counter.flat<tensorflow::uint64>()(1))};
+    const float* from = x.flat<float>().data();
+    float* to = y->flat<float>().data();
+    constexpr int64_t kEach = 16'384;
+    const float scale = static_cast<float>(1 / (1 - double{rate_}));
+    const int64_t all = x.NumElements();
+    ForEach(context, CeilDivide(all, kEach), [&](int64_t i) {
+      const int64_t first = i * kEach;
+      rows.dropout(from + first, std::min(kEach, all - first), first,
+                   counters, with, rate_, scale, to + first);
+    });
+  }
+
+ private:
+  float rate_;
+};
+
 namespace shapes = tensorflow::shape_inference;
 
 tensorflow::Status SameAsConv2D(shapes::InferenceContext* context) {
@@ -536,6 +763,48 @@ REGISTER_OP("RiglKerasFrozenConv2D")
       return tensorflow::OkStatus();
     });
 
+REGISTER_OP("RiglKerasBatchNorm")
+    .Input("x: float")
+    .Input("gamma: float")
+    .Input("beta: float")
+    .Output("y: float")
+    .Output("mean: float")
+    .Output("variance: float")
+    .Attr("epsilon: float")
+    .SetShapeFn([](shapes::InferenceContext* context) {
+      context->set_output(0, context->input(0));
+      context->set_output(1, context->input(1));
+      context->set_output(2, context->input(1));
+      return tensorflow::OkStatus();
+    });
+
+REGISTER_OP("RiglKerasBatchNormGrad")
+    .Input("dy: float")
+    .Input("dmean: float")
+    .Input("dvariance: float")
+    .Input("x: float")
+    .Input("gamma: float")
+    .Input("mean: float")
+    .Input("variance: float")
+    .Output("dx: float")
+    .Output("dgamma: float")
+    .Output("dbeta: float")
+    .Attr("epsilon: float")
+    .SetShapeFn([](shapes::InferenceContext* context) {
+      context->set_output(0, context->input(3));
+      context->set_output(1, context->input(4));
+      context->set_output(2, context->input(4));
+      return tensorflow::OkStatus();
+    });
+
+REGISTER_OP("RiglKerasDropout")
+    .Input("x: float")
+    .Input("key: uint64")
+    .Input("counter: uint64")
+    .Output("y: float")
+    .Attr("rate: float")
+    .SetShapeFn(shapes::UnchangedShape);
+
 // Which instruction set is in use.
 REGISTER_OP("RiglKerasInstructionSet")
     .Output("name: string")
@@ -559,6 +828,9 @@ RIGL_REGISTER("RiglKerasConv2D", SparseConv2D<false>);
 RIGL_REGISTER("RiglKerasConv2DBackpropInput", SparseConv2D<true>);
 RIGL_REGISTER("RiglKerasConv2DBackpropFilter", SparseConv2DBackpropFilter);
 RIGL_REGISTER("RiglKerasFrozenConv2D", FrozenSparseConv2D);
+RIGL_REGISTER("RiglKerasBatchNorm", BatchNorm);
+RIGL_REGISTER("RiglKerasBatchNormGrad", BatchNormGrad);
+RIGL_REGISTER("RiglKerasDropout", Dropout);
 RIGL_REGISTER("RiglKerasInstructionSet", InstructionSet);
 
 }  // namespace

@@ -1,0 +1,211 @@
+// The arithmetic of rows.h for one instruction set, RIGL_ISA.
+
+#include "rows.h"
+
+#define RIGL_JOIN_(a, b) a##b
+#define RIGL_JOIN(a, b) RIGL_JOIN_(a, b)
+#define RIGL_TEXT_(a) #a
+#define RIGL_TEXT(a) RIGL_TEXT_(a)
+
+#define RIGL_INLINE static inline __attribute__((always_inline))
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int L = 16;
+#elif defined(__AVX2__)
+constexpr int L = 8;
+#else
+constexpr int L = 4;
+#endif
+
+typedef float Vector
+    __attribute__((vector_size(L * 4), aligned(4), may_alias));
+
+// One channel, for those that fill no vector.
+typedef float Single __attribute__((aligned(4), may_alias));
+
+constexpr int kChains = 4;  // sums at once, to hide what an addition takes
+
+// Calls `column` for each vector of channels, and for each channel left over.
+#define RIGL_FOR_COLUMNS(channels, column, ...)                     \
+  {                                                                 \
+    int64_t c = 0;                                                  \
+    for (; c + L <= (channels); c += L) column<Vector>(__VA_ARGS__); \
+    for (; c < (channels); ++c) column<Single>(__VA_ARGS__);         \
+  }
+
+template <typename V>
+RIGL_INLINE const V& At(const float* from) {
+  return *reinterpret_cast<const V*>(from);
+}
+
+template <typename V>
+RIGL_INLINE V& At(float* from) {
+  return *reinterpret_cast<V*>(from);
+}
+
+// The sum over rows of f(row).
+template <typename V, typename F>
+RIGL_INLINE V SumOfRows(int64_t rows, F f) {
+  V sums[kChains] = {};
+  int64_t r = 0;
+  for (; r + kChains <= rows; r += kChains)
+#pragma GCC unroll 4
+    for (int i = 0; i < kChains; ++i) sums[i] += f(r + i);
+  for (; r < rows; ++r) sums[0] += f(r);
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+template <typename V>
+void ColumnMoments(const float* x, int64_t rows, int64_t channels,
+                   float* mean, float* squares) {
+  const V center =
+      SumOfRows<V>(rows, [&](int64_t r) { return At<V>(x + r * channels); }) /
+      static_cast<float>(rows);
+  At<V>(squares) = SumOfRows<V>(rows, [&](int64_t r) {
+    const V left = At<V>(x + r * channels) - center;
+    return left * left;
+  });
+  At<V>(mean) = center;
+}
+
+void Moments(const float* x, int64_t rows, int64_t channels, float* mean,
+             float* squares) {
+  RIGL_FOR_COLUMNS(channels, ColumnMoments, x + c, rows, channels, mean + c,
+                   squares + c);
+}
+
+template <typename V>
+void ColumnNormalise(const float* x, int64_t rows, int64_t channels,
+                     const float* mean, const float* scale,
+                     const float* shift, float* y) {
+  const V m = At<V>(mean), s = At<V>(scale), b = At<V>(shift);
+  for (int64_t r = 0; r < rows; ++r)
+    At<V>(y + r * channels) = (At<V>(x + r * channels) - m) * s + b;
+}
+
+void Normalise(const float* x, int64_t rows, int64_t channels,
+               const float* mean, const float* scale, const float* shift,
+               float* y) {
+  RIGL_FOR_COLUMNS(channels, ColumnNormalise, x + c, rows, channels, mean + c,
+                   scale + c, shift + c, y + c);
+}
+
+template <typename V>
+void ColumnUpstreamSums(const float* x, const float* dy, int64_t rows,
+                        int64_t channels, const float* mean, float* sum,
+                        float* product) {
+  const V m = At<V>(mean);
+  At<V>(sum) =
+      SumOfRows<V>(rows, [&](int64_t r) { return At<V>(dy + r * channels); });
+  At<V>(product) = SumOfRows<V>(rows, [&](int64_t r) {
+    return At<V>(dy + r * channels) * (At<V>(x + r * channels) - m);
+  });
+}
+
+void UpstreamSums(const float* x, const float* dy, int64_t rows,
+                  int64_t channels, const float* mean, float* sum,
+                  float* product) {
+  RIGL_FOR_COLUMNS(channels, ColumnUpstreamSums, x + c, dy + c, rows, channels,
+                   mean + c, sum + c, product + c);
+}
+
+template <typename V>
+void ColumnCombine(const float* x, const float* dy, int64_t rows,
+                   int64_t channels, const float* mean, const float* scale,
+                   const float* slope, const float* shift, float* dx) {
+  const V m = At<V>(mean), a = At<V>(scale), k = At<V>(slope),
+          b = At<V>(shift);
+  for (int64_t r = 0; r < rows; ++r)
+    At<V>(dx + r * channels) = At<V>(dy + r * channels) * a +
+                               (At<V>(x + r * channels) - m) * k + b;
+}
+
+void Combine(const float* x, const float* dy, int64_t rows, int64_t channels,
+             const float* mean, const float* scale, const float* slope,
+             const float* shift, float* dx) {
+  RIGL_FOR_COLUMNS(channels, ColumnCombine, x + c, dy + c, rows, channels,
+                   mean + c, scale + c, slope + c, shift + c, dx + c);
+}
+
+// Philox 4x32-10 (Salmon et al., 2011, Parallel random numbers: as easy as 1,
+// 2, 3) of eight counters at once. Each word has 64 bits, of which the upper
+// half is zero.
+typedef uint64_t Words __attribute__((vector_size(64)));
+typedef uint32_t Bits __attribute__((vector_size(64)));
+typedef float Numbers __attribute__((vector_size(64), aligned(4), may_alias));
+
+RIGL_INLINE void Philox(Words* counter, uint64_t key) {
+  uint32_t low = static_cast<uint32_t>(key);
+  uint32_t high = static_cast<uint32_t>(key >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const Words a = counter[0] * 0xD2511F53ull;
+    const Words b = counter[2] * 0xCD9E8D57ull;
+    const Words mask = Words{} + 0xFFFFFFFFull;
+    counter[0] = (b >> 32) ^ counter[1] ^ uint64_t{low};
+    counter[1] = b & mask;
+    counter[2] = (a >> 32) ^ counter[3] ^ uint64_t{high};
+    counter[3] = a & mask;
+    low += 0x9E3779B9u;
+    high += 0xBB67AE85u;
+  }
+}
+
+// Sixteen uniform numbers in [0, 1), of 23 bits, as TensorFlow makes them.
+RIGL_INLINE void Uniform(const Words& words, Numbers* numbers) {
+  const Bits bits = ((Bits)words & 0x7FFFFFu) | 0x3F800000u;
+  *numbers = (Numbers)bits - 1.0f;
+}
+
+// The words of two vectors in turn: of their first halves, or the second ones.
+template <bool second>
+RIGL_INLINE void InTurn(const Words& a, const Words& b, Words* both) {
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i)
+    (*both)[i] = (i % 2 ? b : a)[i / 2 + (second ? 4 : 0)];
+}
+
+void Dropout(const float* x, int64_t count, uint64_t first,
+             const uint64_t* counter, uint64_t key, float rate, float scale,
+             float* y) {
+  for (int64_t done = 0; done < count; done += 32) {
+    // Four numbers to a counter, which counts in 128 bits.
+    Words words[4];
+    for (int g = 0; g < 8; ++g) {
+      const uint64_t step = (first + done) / 4 + g;
+      const uint64_t low = counter[0] + step;
+      const uint64_t high = counter[1] + (low < step);
+      words[0][g] = low & 0xFFFFFFFFu;
+      words[1][g] = low >> 32;
+      words[2][g] = high & 0xFFFFFFFFu;
+      words[3][g] = high >> 32;
+    }
+    Philox(words, key);
+    const Words front = words[0] | (words[1] << 32);
+    const Words back = words[2] | (words[3] << 32);
+    Words turned[2];
+    InTurn<false>(front, back, &turned[0]);
+    InTurn<true>(front, back, &turned[1]);
+    Numbers numbers[2];
+    for (int half = 0; half < 2; ++half)
+      Uniform(turned[half], &numbers[half]);
+    if (done + 32 <= count) {
+      for (int half = 0; half < 2; ++half) {
+        const int64_t at = done + 16 * half;
+        const Numbers value = At<Numbers>(x + at) * scale;
+        At<Numbers>(y + at) = numbers[half] >= rate ? value : Numbers{};
+      }
+    } else {
+      for (int64_t i = done; i < count; ++i)
+        y[i] = numbers[(i - done) / 16][(i - done) % 16] >= rate ? x[i] * scale
+                                                                 : 0.0f;
+    }
+  }
+}
+
+}  // namespace
+
+extern "C" const RiglRows RIGL_JOIN(rigl_rows_, RIGL_ISA) = {
+    RIGL_TEXT(RIGL_ISA), Moments,      Normalise,
+    UpstreamSums,        Combine,      Dropout};
