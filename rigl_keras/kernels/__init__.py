@@ -1,0 +1,1 @@
+"""Layers of masked kernels, computed without their zeros."""
