@@ -415,6 +415,10 @@ def _build(plan, folder):
 
 def _run(command, work=None):
     """Runs a compiler; what it prints is in `stdout`."""
+    environment = {**os.environ, "LC_ALL": "C"}  # `_ERROR` knows English
+    # The runtime of a sanitizer is for this process: it would speak up in
+    # the name of the compiler, which is part of the version.
+    environment.pop("LD_PRELOAD", None)
     return subprocess.run(
         command,
         cwd=work,
@@ -423,7 +427,7 @@ def _run(command, work=None):
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        env={**os.environ, "LC_ALL": "C"},  # `_ERROR` knows English
+        env=environment,
     )
 
 
