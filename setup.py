@@ -31,7 +31,11 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10,<3.14",
     packages=find_packages(include=["rigl_keras", "rigl_keras.*"]),
-    package_data={"rigl_keras.experiments": ["published.csv"]},
+    package_data={
+        "rigl_keras.experiments": ["published.csv"],
+        # Compiled where they are first used.
+        "rigl_keras.kernels": ["csrc/*.cc", "csrc/*.h"],
+    },
     install_requires=requirements("tensorflow", "keras", "numpy"),
     extras_require={
         "experiments": requirements(

@@ -23,6 +23,7 @@ ORDER = [
     "topology",
     "redistribution",
     "maskable",
+    "kernels",
     "layers",
     "surgery",
     "replicas",

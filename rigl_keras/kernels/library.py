@@ -185,25 +185,24 @@ def main() -> None:
     except BuildError as error:
         sys.exit(f"Sparse kernels cannot be built: {error}")
     seconds = time.perf_counter() - start
-    done = "was there" if there else f"built in {seconds:.1f} s"
-    print(f"{built}\n{done}, with {plan.compiler[0]}: {plan.identity}")
+    if there:
+        print(f"{built}\nwas there")
+    else:
+        compiler, identity = _compiler()
+        print(f"{built}\nbuilt in {seconds:.1f} s by {compiler[0]}: {identity}")
 
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """What is built, and by whom.
+    """What is built.
 
     Attributes:
-        compiler: A command.
-        identity: What the compiler says that it is.
         objects: `{file name: [source, flag, ...]}`.
         link: Flags that make a library of the objects.
         version: Name of a folder in the cache: it changes with all of these,
             the sources and TensorFlow.
     """
 
-    compiler: list[str]
-    identity: str
     objects: dict[str, list[str]]
     link: list[str]
     version: str
@@ -216,15 +215,15 @@ def _plan():
         raise BuildError(
             f"they are built on Linux and macOS, and this is {sys.platform!r}"
         )
-    compiler, identity = _compiler()
     objects, link = _flags(sanitizer)
-    told = hashlib.sha256(repr((compiler, identity, objects, link)).encode())
+    # Not the compiler: what it has built serves machines that have none.
+    told = hashlib.sha256(repr((objects, link)).encode())
     for name, source in _sources().items():
         told.update(f"{name} {len(source)} ".encode() + source)
     parts = [tf.__version__, platform.system(), platform.machine(), sanitizer]
     parts.append(told.hexdigest()[:12])
     version = "-".join(part for part in parts if part)
-    return _Plan(compiler, identity, objects, link, version)
+    return _Plan(objects, link, version)
 
 
 def _sanitizer():
@@ -297,6 +296,8 @@ def _sources():
 def _flags(sanitizer):
     """Returns `{object: [source, flag, ...]}`, and how these are linked."""
     common = ["-std=c++17", "-O3", "-fPIC", "-DNDEBUG", "-Wall"]
+    # Of TensorFlow's own macros and names.
+    common.append("-Wno-deprecated-declarations")
     if sanitizer:
         common[1:2] = ["-O1", "-g", "-fno-omit-frame-pointer"]
         common.append(f"-fsanitize={sanitizer}")
@@ -384,19 +385,20 @@ def _locked(folder) -> Iterator[None]:
 
 def _build(plan, folder):
     """Builds into a folder, which the caller has locked."""
+    compiler, _ = _compiler()
     _log.warning(
         "Building the sparse kernels with %s (once, about half a minute) ...",
-        plan.compiler[0],
+        compiler[0],
     )
     # Builds that were killed; nobody else is at work.
     for abandoned in folder.glob(".building-*"):
         shutil.rmtree(abandoned, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".building-", dir=folder) as work:
         compiles = [
-            [*plan.compiler, *flags, "-c", str(_SOURCES / source), "-o", made]
+            [*compiler, *flags, "-c", str(_SOURCES / source), "-o", made]
             for made, (source, *flags) in plan.objects.items()
         ]
-        link = [*plan.compiler, *plan.objects, *plan.link, "-o", _NAME]
+        link = [*compiler, *plan.objects, *plan.link, "-o", _NAME]
         run = functools.partial(_run, work=work)
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             done = list(pool.map(run, compiles))

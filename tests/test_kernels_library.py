@@ -1,0 +1,445 @@
+"""How the op library of the kernels is built, found and loaded."""
+
+import os
+import pathlib
+import shutil
+import stat
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from rigl_keras.kernels import library
+
+OPS = """
+#include "tensorflow/core/framework/op.h"
+#include "tensorflow/core/framework/op_kernel.h"
+#include "lanes.h"
+
+REGISTER_OP("RiglStandIn").Output("doubled: int32");
+
+class StandIn : public tensorflow::OpKernel {
+ public:
+  using OpKernel::OpKernel;
+  void Compute(tensorflow::OpKernelContext* context) override {
+    tensorflow::Tensor* output = nullptr;
+    OP_REQUIRES_OK(context, context->allocate_output(0, {}, &output));
+    int sum = rigl::portable::twice(20);
+#ifdef RIGL_X86
+    // Only compiled in, and not called: the machine may not have them.
+    sum += (&rigl::avx2::twice != &rigl::avx512::twice) ? 2 : 0;
+#else
+    sum += 2;
+#endif
+    output->scalar<int>()() = sum;
+  }
+};
+REGISTER_KERNEL_BUILDER(
+    Name("RiglStandIn").Device(tensorflow::DEVICE_CPU), StandIn);
+"""
+LANES = """
+#include "lanes.h"
+namespace rigl::RIGL_ISA { int twice(int x) { return 2 * x; } }
+"""
+HEADER = """
+namespace rigl::portable { int twice(int x); }
+#ifdef RIGL_X86
+namespace rigl::avx2 { int twice(int x); }
+namespace rigl::avx512 { int twice(int x); }
+#endif
+"""
+
+# Stands in for a compiler where only files matter: it notes what it is asked
+# for, takes a moment, and writes the file after -o.
+STUB = """#!{python}
+import pathlib, sys, time
+with open({calls!r}, "a") as calls:
+    calls.write(" ".join(sys.argv[1:]) + "\\n")
+if "--version" in sys.argv:
+    print("stub {version}")
+elif "-c" in sys.argv and {broken!r} in sys.argv[sys.argv.index("-c") + 1]:
+    sys.exit("lanes.cc: In function:\\nlanes.cc:3:1: error: no such lane\\n"
+             "lanes.cc:4:1: error: another")
+else:
+    time.sleep({seconds})
+    pathlib.Path(sys.argv[sys.argv.index("-o") + 1]).write_text("made")
+"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with sources, and nothing built or tried."""
+    sources = tmp_path / "sources"
+    sources.mkdir()
+    (sources / "ops.cc").write_text(OPS)
+    (sources / "lanes.cc").write_text(LANES)
+    (sources / "lanes.h").write_text(HEADER)
+    monkeypatch.setattr(library, "_SOURCES", sources)
+    monkeypatch.setattr(library, "_module", None)
+    monkeypatch.setattr(library, "_reason", None)
+    monkeypatch.setattr(library.tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("RIGL_KERAS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("RIGL_KERAS_KERNELS", raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def stub(place, monkeypatch):
+    """Makes compilers that write files and note their calls."""
+
+    def make(version=1, seconds=0.0, broken="nothing"):
+        compiler = place / "stub compiler"
+        compiler.write_text(
+            STUB.format(
+                python=sys.executable,
+                calls=str(place / "calls"),
+                version=version,
+                seconds=seconds,
+                broken=broken,
+            )
+        )
+        compiler.chmod(0o755)
+        monkeypatch.setenv("CXX", str(compiler))
+        return compiler
+
+    make()
+    return make
+
+
+def calls(place, *, building=True):
+    path = place / "calls"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [c for c in lines if not building or c != "--version"]
+
+
+def said(caplog):
+    return [r.getMessage() for r in caplog.records if r.name == "rigl_keras"]
+
+
+def in_threads(n, call):
+    start, results = threading.Barrier(n), []
+
+    def run():
+        start.wait()
+        results.append(call())
+
+    threads = [threading.Thread(target=run) for _ in range(n)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == n
+    return results
+
+
+def objects():
+    return len(library._plan().objects)
+
+
+def test_four_threads_build_once(place, stub, caplog, monkeypatch):
+    stub(seconds=0.2)
+    loads = []
+
+    def loaded(built):
+        loads.append(built)
+        return library
+
+    monkeypatch.setattr(library, "_loaded", loaded)
+    assert library.unavailable() is None and calls(place) == []
+    assert in_threads(4, library.load) == [library] * 4
+    assert library.load() is library and library.unavailable() is None
+    assert loads == [library.path()]
+    assert len(calls(place)) == objects() + 1
+    assert len(said(caplog)) == 1 and "stub compiler" in said(caplog)[0]
+    # And they are told apart by what they are for.
+    assert sum("-DRIGL_ISA=portable" in c for c in calls(place)) == 1
+    assert sum("tensorflow" in c and " -c " in c for c in calls(place)) == 1
+
+
+def test_threads_that_build_at_once(place, stub):
+    """The lock is of files that each opens, so that it is theirs as well."""
+    stub(seconds=0.2)
+    assert set(in_threads(3, library.build)) == {library.path()}
+    assert len(calls(place)) == objects() + 1
+
+
+def test_forced(place, stub):
+    built = library.build()
+    built.write_text("old")
+    assert library.build() == built and built.read_text() == "old"
+    assert library.build(force=True) == built and built.read_text() == "made"
+
+
+LOADS = """
+import pathlib, sys
+from rigl_keras.kernels import library
+library._SOURCES = pathlib.Path(sys.argv[1])
+module = library.load()
+assert library.unavailable() is None, library.unavailable()
+print("answer", int(module.rigl_stand_in()), library.path())
+"""
+
+
+def start(code, *arguments, **environment):
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2", **environment},
+    )
+
+
+def real_compiler():
+    for name in ("g++", "c++", "clang++"):
+        if shutil.which(name):
+            return shutil.which(name)
+    pytest.skip("there is no C++ compiler")
+
+
+def test_two_processes_build_once_and_load(place):
+    """With the real compiler, whose calls a script counts."""
+    script = place / "counting"
+    script.write_text(
+        f'#!/bin/sh\necho "$*" >>"{place}/calls"\n'
+        f'exec "{real_compiler()}" "$@"\n'
+    )
+    script.chmod(0o755)
+    both = [start(LOADS, place / "sources", CXX=str(script)) for _ in range(2)]
+    for process in both:
+        out, err = process.communicate()
+        assert process.returncode == 0, err
+        answer, path = out.split()[1:]
+        assert answer == "42" and path.startswith(str(place / "cache"))
+    links = [c for c in calls(place) if "-shared" in c.split()]
+    compiles = [c for c in calls(place) if "-c" in c.split()]
+    assert len(links) == 1
+    assert len(compiles) == len({c.split("-o ")[1] for c in compiles})
+    assert len(compiles) in (2, 4)
+
+
+def test_what_is_undefined_fails_the_build(place, monkeypatch):
+    """And not only where it is called."""
+    if sys.platform != "linux":
+        pytest.skip("only the linker of Linux is asked")
+    monkeypatch.setenv("CXX", real_compiler())
+    (place / "sources" / "ops.cc").write_text(
+        "int missing(); int ops() { return missing(); }"
+    )
+    with pytest.raises(library.BuildError, match="undefined reference"):
+        library.build()
+
+
+def test_no_compiler(place, monkeypatch, caplog):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CXX", "/nonexistent")
+    assert library.load() is None
+    assert "CXX='/nonexistent' was not found" in library.unavailable()
+    # Not tried again, though it could be had now.
+    monkeypatch.delenv("CXX")
+    monkeypatch.setattr(library, "build", lambda: pytest.fail("again"))
+    assert library.load() is None
+    assert said(caplog) == [
+        f"Sparse kernels are not available: {library.unavailable()}. "
+        "Masked layers are computed densely."
+    ]
+    with pytest.raises(library.BuildError, match=r"apt install g\+\+.*CXX"):
+        library.path()
+
+
+def test_a_compiler_that_is_none(place, monkeypatch):
+    monkeypatch.setenv("CXX", str(shutil.which("false")))
+    with pytest.raises(library.BuildError, match="--version failed"):
+        library.build()
+    monkeypatch.setenv("CXX", "an 'open quote")
+    with pytest.raises(library.BuildError, match="is no command"):
+        library.build()
+
+
+def test_a_compile_that_fails(place, stub, caplog):
+    stub(broken="lanes.cc")
+    assert library.load() is None
+    reason = library.unavailable()
+    assert "lanes.cc:3:1: error: no such lane" in reason
+    assert "another" not in reason and "\n" not in reason
+    log = pathlib.Path(reason.split("'")[1])
+    text = log.read_text()
+    assert "error: another" in text and "-DRIGL_ISA=portable" in text
+    # Nothing is left that looks whole, or is half done.
+    assert {p.name for p in log.parent.iterdir()} == {".lock", "build.log"}
+    assert len(said(caplog)) == 2
+
+
+KILLED = """
+import pathlib, sys
+from rigl_keras.kernels import library
+library._SOURCES = pathlib.Path(sys.argv[1])
+library.build()
+"""
+
+
+def test_a_build_that_is_killed(place, stub):
+    stub(seconds=60)
+    process = start(KILLED, place / "sources")
+    folder = library.path().parent
+    until = time.monotonic() + 60
+    while not list(folder.glob(".building-*")):
+        assert time.monotonic() < until and process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    assert list(folder.glob(".building-*"))
+    assert not library.path().exists()
+    stub()
+    # The same version, as the stub says: in the place of the killed one.
+    assert library.build().parent == folder
+    assert not list(folder.glob(".building-*"))
+
+
+def test_a_half_made_library_is_not_seen(place, stub):
+    stub(seconds=0.5)
+    seen, done = [], threading.Event()
+    name = library.path()
+
+    def watch():
+        while not done.is_set():
+            if name.exists():
+                seen.append(name.read_text())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    library.build()
+    time.sleep(0.1)
+    done.set()
+    watcher.join()
+    assert set(seen) == {"made"}
+
+
+def test_a_file_that_is_no_library(place, stub, caplog):
+    built = library.build()
+    assert library.load() is None
+    assert f"'{built}' cannot be loaded" in library.unavailable()
+    assert "Remove it" in library.unavailable()
+
+
+def test_a_cache_that_cannot_be_written(place, stub, monkeypatch):
+    (place / "file").write_text("")
+    monkeypatch.setenv("RIGL_KERAS_CACHE", str(place / "file" / "cache"))
+    own = place / "tmp" / f"rigl_keras-{os.getuid()}"
+    would_be = library.path()
+    assert would_be.parents[1] == own and not own.exists()
+    assert library.build() == would_be == library.path()
+    about = own.stat()
+    assert stat.S_IMODE(about.st_mode) == 0o700
+    assert len(calls(place)) == objects() + 1
+
+
+@pytest.mark.parametrize("how", ["open", "another's", "link"])
+def test_a_folder_in_tmp_of_somebody_else(place, stub, monkeypatch, how):
+    (place / "file").write_text("")
+    monkeypatch.setenv("RIGL_KERAS_CACHE", str(place / "file"))
+    built = library.build()
+    own = built.parents[1]
+    if how == "open":
+        own.chmod(0o777)
+    elif how == "another's":
+        uid = os.getuid()
+        monkeypatch.setattr(
+            library, "_places", lambda: [(place / "file", False), (own, True)]
+        )
+        monkeypatch.setattr(library.os, "getuid", lambda: uid + 1)
+    else:
+        own.rename(place / "elsewhere")
+        own.symlink_to(place / "elsewhere")
+    # Not loaded, though it is there, and not written.
+    with pytest.raises(library.BuildError) as error:
+        library.build()
+    assert "not yours alone" in str(error.value)
+    assert str(place / "file") in str(error.value)
+    assert "RIGL_KERAS_CACHE" in str(error.value)
+    assert len(calls(place)) == objects() + 1
+
+
+def test_where_the_cache_is(place, stub, monkeypatch):
+    assert library.path().parents[1] == place / "cache"
+    monkeypatch.delenv("RIGL_KERAS_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place / "xdg"))
+    assert library.path().parents[1] == place / "xdg" / "rigl_keras"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(place))
+    assert library.path().parents[1] == place / ".cache" / "rigl_keras"
+    monkeypatch.setenv("RIGL_KERAS_CACHE", "~/mine")
+    assert library.path().parents[1] == place / "mine"
+
+
+def test_another_version_has_another_folder(place, stub, monkeypatch):
+    paths = [library.build()]
+    (place / "sources" / "lanes.h").write_text(HEADER + "\n")
+    paths.append(library.build())
+    stub(version=2)
+    paths.append(library.build())
+    for sanitizer in ("address", "thread"):
+        monkeypatch.setenv("RIGL_KERAS_KERNELS", sanitizer)
+        paths.append(library.build())
+        assert f"-fsanitize={sanitizer}" in calls(place)[-1]
+    monkeypatch.delenv("RIGL_KERAS_KERNELS")
+    monkeypatch.setattr(library.tf, "__version__", "99.0")
+    paths.append(library.build())
+    assert paths[-1].parent.name.startswith("99.0-")
+    assert len({path.parent for path in paths}) == 6
+    assert all(path.read_text() == "made" for path in paths)
+    assert len(calls(place)) == 6 * (objects() + 1)
+
+
+def test_switched_off(place, stub, monkeypatch, caplog):
+    library.build()
+    before = calls(place, building=False)
+    monkeypatch.setenv("RIGL_KERAS_KERNELS", "off")
+    assert library.load() is None and library.load() is None
+    assert library.unavailable() == "RIGL_KERAS_KERNELS=off"
+    assert calls(place, building=False) == before
+    assert sum("RIGL_KERAS_KERNELS=off" in line for line in said(caplog)) == 1
+    monkeypatch.setenv("RIGL_KERAS_KERNELS", "maybe")
+    with pytest.raises(library.BuildError, match="maybe is none of on, off"):
+        library.build()
+
+
+def test_other_platforms(place, stub, monkeypatch):
+    monkeypatch.setattr(library.sys, "platform", "win32")
+    with pytest.raises(library.BuildError, match="Linux and macOS.*'win32'"):
+        library.build()
+
+
+def test_sources_that_are_missing(place, stub):
+    (place / "sources" / "lanes.cc").unlink()
+    with pytest.raises(library.BuildError, match="lanes.cc' is missing"):
+        library.build()
+
+
+def test_an_import_compiles_nothing(place, stub):
+    process = start(
+        "import rigl_keras\n"
+        "from rigl_keras.kernels import library\n"
+        "assert library.unavailable() is None"
+    )
+    _, err = process.communicate()
+    assert process.returncode == 0, err
+    assert calls(place, building=False) == []
+    library.path()  # a call is noted
+    assert calls(place, building=False) == ["--version"]
+
+
+def test_ahead_of_time(place, stub, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["build_kernels"])
+    library.main()
+    first = capsys.readouterr().out
+    assert str(library.path()) in first and "built in" in first
+    assert "stub compiler: stub 1" in first
+    library.main()
+    assert "was there" in capsys.readouterr().out
+    monkeypatch.setenv("CXX", "/nonexistent")
+    with pytest.raises(SystemExit, match="cannot be built: the compiler CXX"):
+        library.main()
