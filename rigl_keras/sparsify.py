@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from rigl_keras import arguments, distributions, replicas
+from rigl_keras import arguments, between, distributions, replicas
 from rigl_keras.conventions import ORIGINAL, Conventions, check_conventions
 from rigl_keras.layers import (
     KernelMask,
@@ -255,6 +255,9 @@ def with_masks(
                     masked.kernel.assign(
                         masked.kernel.value * _fan_in_scale(masked.found, mask)
                     )
+    if product != "dense":
+        for layer in model._flatten_layers():
+            between.hasten(layer)
     if is_graph(model):
         # Keras's own would leave the weights of a dense file half loaded.
         model.load_weights = _loading(model)
@@ -287,6 +290,9 @@ def strip(model: keras.Model) -> keras.Model:
         for layer in leaf_layers(model)
         if isinstance(layer, Masked)
     }
+
+    for layer in [] if is_graph(model) else model._flatten_layers():
+        between.slow_down(layer)
 
     def unmask(layer, fresh):
         if not isinstance(layer, Masked):
@@ -643,7 +649,11 @@ def choose_kernels(
             f"Model {model.name!r} has no masked layer, whose products could "
             "be chosen. Pass it to sparsify first."
         )
-    for layer in leaf_layers(model):
+    for layer in model._flatten_layers():
+        if kernels == "dense":
+            between.slow_down(layer)
+        else:
+            between.hasten(layer)
         if isinstance(layer, Masked):
             layer.product = kernels
             layer.forget_products()

@@ -9,6 +9,8 @@ from rigl_keras.kernels.choice import Choice, Problem, choose
 from rigl_keras.kernels.library import BuildError, build, load, unavailable
 from rigl_keras.kernels.operations import (
     FrozenKernel,
+    batch_norm,
+    dropout,
     frozen_conv2d,
     instruction_set,
     sparse_conv2d,
@@ -20,8 +22,10 @@ __all__ = [
     "Choice",
     "FrozenKernel",
     "Problem",
+    "batch_norm",
     "build",
     "choose",
+    "dropout",
     "frozen_conv2d",
     "instruction_set",
     "load",

@@ -10,6 +10,8 @@ from rigl_keras.kernels import library
 
 __all__ = [
     "FrozenKernel",
+    "batch_norm",
+    "dropout",
     "frozen_conv2d",
     "instruction_set",
     "sparse_conv2d",
@@ -176,6 +178,49 @@ def frozen_conv2d(
     )
 
 
+def batch_norm(
+    x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, *, epsilon: float
+) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Normalises by the moments of a batch, in few passes over memory.
+
+    y = (x - mean) / sqrt(variance + epsilon) * gamma + beta. Differentiable
+    in all of x, gamma and beta, any number of times.
+
+    Args:
+        x: Float32 of shape (..., channels).
+        gamma, beta: Float32 of shape (channels,).
+        epsilon: Added to the variance, positive.
+
+    Returns:
+        y, and the mean and the (biased) variance of each channel.
+    """
+    return _operations().rigl_keras_batch_norm(
+        x=x, gamma=gamma, beta=beta, epsilon=epsilon
+    )
+
+
+def dropout(x: tf.Tensor, rate: float, seed: tf.Tensor) -> tf.Tensor:
+    """Returns what `tf.nn.experimental.stateless_dropout` does, faster.
+
+    The random numbers are the same (Philox, as on every CPU), and drawn where
+    they are used.
+
+    Args:
+        x: Float32 of any shape.
+        rate: Fraction of entries that become 0, in [0, 1).
+        seed: Integers of shape (2,).
+
+    Returns:
+        Float32 of the same shape.
+    """
+    key, counter = tf.raw_ops.StatelessRandomGetKeyCounter(
+        seed=tf.cast(seed, tf.int64)
+    )
+    return _operations().rigl_keras_dropout(
+        x=x, key=key, counter=counter, rate=rate
+    )
+
+
 def instruction_set() -> str:
     """Returns what the kernels run on here: avx512, avx2 or portable."""
     return _operations().rigl_keras_instruction_set().numpy().decode()
@@ -268,3 +313,57 @@ def _backprop_filter_gradient(op, upstream):
         input=images, filter=upstream, mask=mask, **attributes
     )
     return to_images, None, to_out_backprop
+
+
+@tf.RegisterGradient("RiglKerasBatchNorm")
+def _batch_norm_gradient(op, upstream, to_mean, to_variance):
+    x, gamma, _ = op.inputs
+    _, mean, variance = op.outputs
+    nothing = tf.zeros_like(mean)
+    return _operations().rigl_keras_batch_norm_grad(
+        dy=tf.zeros_like(x) if upstream is None else upstream,
+        dmean=nothing if to_mean is None else to_mean,
+        dvariance=nothing if to_variance is None else to_variance,
+        x=x,
+        gamma=gamma,
+        mean=mean,
+        variance=variance,
+        epsilon=op.get_attr("epsilon"),
+    )
+
+
+@tf.RegisterGradient("RiglKerasBatchNormGrad")
+def _batch_norm_second_gradient(op, *upstream):
+    # Rare enough for TensorFlow's own operations to do.
+    inputs = [tf.identity(tensor) for tensor in op.inputs]
+    with tf.GradientTape() as tape:
+        tape.watch(inputs)
+        outputs = _gradients_of_batch_norm(*inputs, op.get_attr("epsilon"))
+    return tape.gradient(outputs, inputs, output_gradients=list(upstream))
+
+
+def _gradients_of_batch_norm(
+    upstream, to_mean, to_variance, x, gamma, mean, variance, epsilon
+):
+    """Returns what the operation does, differentiable in everything."""
+    rows = list(range(len(x.shape) - 1))
+    count = tf.cast(tf.size(x) / tf.size(mean), x.dtype)
+    inverse = tf.math.rsqrt(variance + epsilon)
+    apart = x - mean
+    total = tf.reduce_sum(upstream, rows)
+    product = tf.reduce_sum(upstream * apart, rows)
+    to_x = (
+        gamma * inverse * (upstream - total / count)
+        - apart * gamma * inverse**3 * product / count
+        + (to_mean + 2 * apart * to_variance) / count
+    )
+    return to_x, product * inverse, total
+
+
+@tf.RegisterGradient("RiglKerasDropout")
+def _dropout_gradient(op, upstream):
+    _, key, counter = op.inputs
+    to_x = _operations().rigl_keras_dropout(
+        x=upstream, key=key, counter=counter, rate=op.get_attr("rate")
+    )
+    return to_x, None, None

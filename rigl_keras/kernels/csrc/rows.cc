@@ -19,36 +19,40 @@ constexpr int L = 8;
 constexpr int L = 4;
 #endif
 
-typedef float Vector
+typedef float Vector __attribute__((vector_size(L * 4), may_alias));
+typedef float Unaligned
     __attribute__((vector_size(L * 4), aligned(4), may_alias));
 
-// One channel, for those that fill no vector.
-typedef float Single __attribute__((aligned(4), may_alias));
+// How columns are read and written: by vectors, or for what fills none, one by
+// one. (A template of vectors would forget how these are aligned.)
+struct ByVector {
+  typedef Vector Value;
+  static constexpr int kColumns = L;
+  RIGL_INLINE Value Read(const float* from) { return *(const Unaligned*)from; }
+  RIGL_INLINE void Write(float* to, Value v) { *(Unaligned*)to = v; }
+};
+
+struct ByOne {
+  typedef float Value;
+  static constexpr int kColumns = 1;
+  RIGL_INLINE Value Read(const float* from) { return *from; }
+  RIGL_INLINE void Write(float* to, Value v) { *to = v; }
+};
 
 constexpr int kChains = 4;  // sums at once, to hide what an addition takes
 
 // Calls `column` for each vector of channels, and for each channel left over.
-#define RIGL_FOR_COLUMNS(channels, column, ...)                     \
-  {                                                                 \
-    int64_t c = 0;                                                  \
-    for (; c + L <= (channels); c += L) column<Vector>(__VA_ARGS__); \
-    for (; c < (channels); ++c) column<Single>(__VA_ARGS__);         \
+#define RIGL_FOR_COLUMNS(channels, column, ...)                       \
+  {                                                                   \
+    int64_t c = 0;                                                    \
+    for (; c + L <= (channels); c += L) column<ByVector>(__VA_ARGS__); \
+    for (; c < (channels); ++c) column<ByOne>(__VA_ARGS__);            \
   }
 
-template <typename V>
-RIGL_INLINE const V& At(const float* from) {
-  return *reinterpret_cast<const V*>(from);
-}
-
-template <typename V>
-RIGL_INLINE V& At(float* from) {
-  return *reinterpret_cast<V*>(from);
-}
-
 // The sum over rows of f(row).
-template <typename V, typename F>
-RIGL_INLINE V SumOfRows(int64_t rows, F f) {
-  V sums[kChains] = {};
+template <typename By, typename F>
+RIGL_INLINE typename By::Value SumOfRows(int64_t rows, F f) {
+  typename By::Value sums[kChains] = {};
   int64_t r = 0;
   for (; r + kChains <= rows; r += kChains)
 #pragma GCC unroll 4
@@ -57,17 +61,17 @@ RIGL_INLINE V SumOfRows(int64_t rows, F f) {
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-template <typename V>
+template <typename By>
 void ColumnMoments(const float* x, int64_t rows, int64_t channels,
                    float* mean, float* squares) {
-  const V center =
-      SumOfRows<V>(rows, [&](int64_t r) { return At<V>(x + r * channels); }) /
-      static_cast<float>(rows);
-  At<V>(squares) = SumOfRows<V>(rows, [&](int64_t r) {
-    const V left = At<V>(x + r * channels) - center;
+  const auto sum = SumOfRows<By>(
+      rows, [&](int64_t r) { return By::Read(x + r * channels); });
+  const auto center = sum / static_cast<float>(rows);
+  By::Write(squares, SumOfRows<By>(rows, [&](int64_t r) {
+    const auto left = By::Read(x + r * channels) - center;
     return left * left;
-  });
-  At<V>(mean) = center;
+  }));
+  By::Write(mean, center);
 }
 
 void Moments(const float* x, int64_t rows, int64_t channels, float* mean,
@@ -76,13 +80,13 @@ void Moments(const float* x, int64_t rows, int64_t channels, float* mean,
                    squares + c);
 }
 
-template <typename V>
+template <typename By>
 void ColumnNormalise(const float* x, int64_t rows, int64_t channels,
                      const float* mean, const float* scale,
                      const float* shift, float* y) {
-  const V m = At<V>(mean), s = At<V>(scale), b = At<V>(shift);
+  const auto m = By::Read(mean), s = By::Read(scale), b = By::Read(shift);
   for (int64_t r = 0; r < rows; ++r)
-    At<V>(y + r * channels) = (At<V>(x + r * channels) - m) * s + b;
+    By::Write(y + r * channels, (By::Read(x + r * channels) - m) * s + b);
 }
 
 void Normalise(const float* x, int64_t rows, int64_t channels,
@@ -92,16 +96,17 @@ void Normalise(const float* x, int64_t rows, int64_t channels,
                    scale + c, shift + c, y + c);
 }
 
-template <typename V>
+template <typename By>
 void ColumnUpstreamSums(const float* x, const float* dy, int64_t rows,
                         int64_t channels, const float* mean, float* sum,
                         float* product) {
-  const V m = At<V>(mean);
-  At<V>(sum) =
-      SumOfRows<V>(rows, [&](int64_t r) { return At<V>(dy + r * channels); });
-  At<V>(product) = SumOfRows<V>(rows, [&](int64_t r) {
-    return At<V>(dy + r * channels) * (At<V>(x + r * channels) - m);
-  });
+  const auto m = By::Read(mean);
+  By::Write(sum, SumOfRows<By>(rows, [&](int64_t r) {
+    return By::Read(dy + r * channels);
+  }));
+  By::Write(product, SumOfRows<By>(rows, [&](int64_t r) {
+    return By::Read(dy + r * channels) * (By::Read(x + r * channels) - m);
+  }));
 }
 
 void UpstreamSums(const float* x, const float* dy, int64_t rows,
@@ -111,15 +116,16 @@ void UpstreamSums(const float* x, const float* dy, int64_t rows,
                    mean + c, sum + c, product + c);
 }
 
-template <typename V>
+template <typename By>
 void ColumnCombine(const float* x, const float* dy, int64_t rows,
                    int64_t channels, const float* mean, const float* scale,
                    const float* slope, const float* shift, float* dx) {
-  const V m = At<V>(mean), a = At<V>(scale), k = At<V>(slope),
-          b = At<V>(shift);
+  const auto m = By::Read(mean), a = By::Read(scale), k = By::Read(slope),
+             b = By::Read(shift);
   for (int64_t r = 0; r < rows; ++r)
-    At<V>(dx + r * channels) = At<V>(dy + r * channels) * a +
-                               (At<V>(x + r * channels) - m) * k + b;
+    By::Write(dx + r * channels,
+              By::Read(dy + r * channels) * a +
+                  (By::Read(x + r * channels) - m) * k + b);
 }
 
 void Combine(const float* x, const float* dy, int64_t rows, int64_t channels,
@@ -134,7 +140,9 @@ void Combine(const float* x, const float* dy, int64_t rows, int64_t channels,
 // half is zero.
 typedef uint64_t Words __attribute__((vector_size(64)));
 typedef uint32_t Bits __attribute__((vector_size(64)));
-typedef float Numbers __attribute__((vector_size(64), aligned(4), may_alias));
+typedef float Numbers __attribute__((vector_size(64), may_alias));
+typedef float LooseNumbers
+    __attribute__((vector_size(64), aligned(4), may_alias));
 
 RIGL_INLINE void Philox(Words* counter, uint64_t key) {
   uint32_t low = static_cast<uint32_t>(key);
@@ -184,7 +192,7 @@ void Dropout(const float* x, int64_t count, uint64_t first,
     Philox(words, key);
     const Words front = words[0] | (words[1] << 32);
     const Words back = words[2] | (words[3] << 32);
-    Words turned[2];
+    Words turned[2] = {};
     InTurn<false>(front, back, &turned[0]);
     InTurn<true>(front, back, &turned[1]);
     Numbers numbers[2];
@@ -193,8 +201,8 @@ void Dropout(const float* x, int64_t count, uint64_t first,
     if (done + 32 <= count) {
       for (int half = 0; half < 2; ++half) {
         const int64_t at = done + 16 * half;
-        const Numbers value = At<Numbers>(x + at) * scale;
-        At<Numbers>(y + at) = numbers[half] >= rate ? value : Numbers{};
+        const Numbers value = *(const LooseNumbers*)(x + at) * scale;
+        *(LooseNumbers*)(y + at) = numbers[half] >= rate ? value : Numbers{};
       }
     } else {
       for (int64_t i = done; i < count; ++i)

@@ -1,0 +1,100 @@
+"""What lies between convolutions, computed in fewer passes over memory.
+
+Once products skip what masks remove, batch normalisation and dropout take
+most of a training step's time: Keras computes them by a dozen operations that
+each read and write whole images. The op library has one operation for each,
+of the same numbers.
+"""
+
+import functools
+
+import keras
+import tensorflow as tf
+
+from rigl_keras import kernels
+from rigl_keras.products import in_xla
+
+__all__ = ["hasten", "slow_down"]
+
+_MARK = "_rigl_keras_hastened"
+
+
+def hasten(layer: keras.layers.Layer) -> None:
+    """Has a layer use the op library in training, if there is a way.
+
+    Its class, configuration and weights stay as they are, and so does what it
+    computes, up to rounding.
+
+    Args:
+        layer: Any layer. All but batch normalisation and dropout of Keras's
+            own classes are left alone.
+    """
+    call = _CALLS.get(type(layer))
+    if call is not None:
+        # As Keras looks it up: what is an instance's own comes first.
+        layer.call = functools.wraps(layer.call)(functools.partial(call, layer))
+
+
+def slow_down(layer: keras.layers.Layer) -> None:
+    """Undoes `hasten`."""
+    if type(layer) in _CALLS and "call" in vars(layer):
+        del layer.call
+
+
+def _batch_norm(layer, inputs, training=None, mask=None):
+    if not (
+        training
+        and layer.trainable
+        and mask is None
+        and not layer.renorm
+        and not layer.synchronized
+        and layer.axis in (-1, len(inputs.shape) - 1)
+        and _fits(inputs)
+    ):
+        return type(layer).call(layer, inputs, training=training, mask=mask)
+    channels = inputs.shape[-1]
+    outputs, mean, variance = kernels.batch_norm(
+        inputs,
+        tf.convert_to_tensor(layer.gamma) if layer.scale else tf.ones(channels),
+        tf.convert_to_tensor(layer.beta)
+        if layer.center
+        else tf.zeros(channels),
+        epsilon=layer.epsilon,
+    )
+    for moving, now in (
+        (layer.moving_mean, mean),
+        (layer.moving_variance, variance),
+    ):
+        moving.assign(moving * layer.momentum + now * (1.0 - layer.momentum))
+    return outputs
+
+
+def _dropout(layer, inputs, training=False):
+    if not (
+        training
+        and 0 < layer.rate < 1
+        and layer.noise_shape is None
+        and _fits(inputs)
+    ):
+        return type(layer).call(layer, inputs, training=training)
+    return kernels.dropout(inputs, layer.rate, layer.seed_generator.next())
+
+
+def _fits(inputs):
+    """Returns whether the op library can be used for inputs."""
+    return (
+        tf.is_tensor(inputs)
+        and inputs.dtype == tf.float32
+        and inputs.shape.rank is not None
+        and inputs.shape.rank > 1
+        and inputs.shape[-1] is not None
+        and not tf.config.list_physical_devices("GPU")
+        and not in_xla()
+        and kernels.load() is not None
+    )
+
+
+_CALLS = {
+    keras.layers.BatchNormalization: _batch_norm,
+    keras.layers.Dropout: _dropout,
+}
