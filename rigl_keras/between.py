@@ -16,8 +16,6 @@ from rigl_keras.products import in_xla
 
 __all__ = ["hasten", "slow_down"]
 
-_MARK = "_rigl_keras_hastened"
-
 
 def hasten(layer: keras.layers.Layer) -> None:
     """Has a layer use the op library in training, if there is a way.
@@ -53,12 +51,12 @@ def _batch_norm(layer, inputs, training=None, mask=None):
     ):
         return type(layer).call(layer, inputs, training=training, mask=mask)
     channels = inputs.shape[-1]
+    gamma = layer.gamma if layer.scale else tf.ones(channels)
+    beta = layer.beta if layer.center else tf.zeros(channels)
     outputs, mean, variance = kernels.batch_norm(
         inputs,
-        tf.convert_to_tensor(layer.gamma) if layer.scale else tf.ones(channels),
-        tf.convert_to_tensor(layer.beta)
-        if layer.center
-        else tf.zeros(channels),
+        tf.convert_to_tensor(gamma),
+        tf.convert_to_tensor(beta),
         epsilon=layer.epsilon,
     )
     for moving, now in (

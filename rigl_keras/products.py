@@ -48,7 +48,11 @@ def why_dense(layer: keras.layers.Layer) -> str | None:
 
 
 def chosen(
-    layer: keras.layers.Layer, shape: tf.TensorShape, density: float
+    layer: keras.layers.Layer,
+    shape: tf.TensorShape,
+    density: float,
+    *,
+    backward: bool = True,
 ) -> kernels.Choice:
     """Returns which product is faster for a layer, timed once.
 
@@ -56,11 +60,12 @@ def chosen(
         layer: One that has a sparse product.
         shape: Of its inputs. Where the batch is free, 128 is timed.
         density: Of its mask.
+        backward: Whether for training, or for inference.
     """
     problem = _problem(layer, shape)
     if problem is None:
         return kernels.Choice(False, "images of any size")
-    return kernels.choose(problem, density)
+    return kernels.choose(problem, density, backward=backward)
 
 
 def outputs(

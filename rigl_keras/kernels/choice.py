@@ -71,8 +71,8 @@ class Choice:
     Attributes:
         sparse: Whether it is the sparse one.
         reason: A few words: `"3.1x at batch 128"`, `"density above 0.5"`.
-        dense_seconds, sparse_seconds: Of a forward and a backward pass; NaN
-            where they were not timed.
+        dense_seconds, sparse_seconds: Of the passes; NaN where they were not
+            timed.
         batch: At which they were.
     """
 
@@ -94,7 +94,9 @@ class Choice:
         )
 
 
-def choose(problem: Problem, density: float) -> Choice:
+def choose(
+    problem: Problem, density: float, *, backward: bool = True
+) -> Choice:
     """Returns which product is faster, timed once on this machine.
 
     Dense and sparse products take turns on random images of the problem's
@@ -103,6 +105,8 @@ def choose(problem: Problem, density: float) -> Choice:
     Args:
         problem: What the layer computes.
         density: Fraction of the kernel that is left, in [0, 1].
+        backward: Whether gradients are timed as well, or only what inference
+            does.
 
     Returns:
         The choice.
@@ -123,19 +127,19 @@ def choose(problem: Problem, density: float) -> Choice:
     problem = dataclasses.replace(problem, images=(batch, *problem.images[1:]))
     # Whatever is being traced, it is timed now.
     with _lock, tf.init_scope():
-        key = _key(problem, _DENSITIES[at])
+        key = _key(problem, _DENSITIES[at], backward)
         if key not in _known:
             # Of processes that ask at once, one times, and all choose alike.
             with _locked():
                 _known.update(_read())
                 if key not in _known:
-                    seconds = _seconds(problem, _DENSITIES[at])
+                    seconds = _seconds(problem, _DENSITIES[at], backward)
                     _known[key] = Choice.timed(*seconds, batch)
                     _write(key, _known[key])
         return _known[key]
 
 
-def _key(problem, density):
+def _key(problem, density, backward):
     """Returns what the times depend on, but for the load of the machine."""
     threads = tf.config.threading.get_intra_op_parallelism_threads()
     return " ".join(
@@ -150,12 +154,13 @@ def _key(problem, density):
             problem.padding,
             "x".join(map(str, problem.dilations)),
             density,
+            "both passes" if backward else "forward",
         )
     )
 
 
-def _seconds(problem, density):
-    """Returns what a forward and backward pass takes, dense and sparse."""
+def _seconds(problem, density, backward):
+    """Returns what the passes take, dense and sparse."""
     draw = np.random.default_rng(0)
 
     def normal(*shape):
@@ -171,6 +176,8 @@ def _seconds(problem, density):
     def passes(product):
         @tf.function(autograph=False)
         def both(images, kernel, upstream):
+            if not backward:
+                return product(images, kernel)
             with tf.GradientTape() as tape:
                 tape.watch([images, kernel])
                 outputs = product(images, kernel)

@@ -135,6 +135,7 @@ def frozen_conv2d(
     strides: Sequence[int] = (1, 1),
     padding: str = "SAME",
     dilations: Sequence[int] = (1, 1),
+    pads: Sequence[int] = (0, 0, 0, 0),
     scale: tf.Tensor | None = None,
     shift: tf.Tensor | None = None,
     relu_before: bool = False,
@@ -151,6 +152,8 @@ def frozen_conv2d(
         images, strides, padding, dilations: As in `sparse_conv2d`.
         kernel: Its weights. Their order is made once, for as long as values
             and places are the same tensors.
+        pads: Zeros beyond the images with `"VALID"`: above, below, to the
+            left, to the right.
         scale, shift: Float32 of shape (channels,), or None: x' = x.
         relu_before: Whether negative x' are 0.
         bias: Float32 of shape (filters,), or None.
@@ -173,6 +176,7 @@ def frozen_conv2d(
         strides=[1, *strides, 1],
         padding=padding.upper(),
         dilations=[1, *dilations, 1],
+        pads=list(pads),
         relu_before=relu_before,
         relu_after=relu_after,
     )

@@ -207,10 +207,12 @@ class SparseConvolution : public OpKernel {
       conv->kernel[a] = kernel.dim_size(a);
       conv->stride[a] = strides_[a + 1];
       conv->dilation[a] = dilations_[a + 1];
-      const int64_t length = x.dim_size(a + 1);
+      const int64_t length = x.dim_size(a + 1) + pads_[2 * a] +
+                             pads_[2 * a + 1];
       const int64_t extent =
           int64_t{conv->kernel[a] - 1} * conv->dilation[a] + 1;
       if (padding_ == "VALID") {
+        conv->padding[a] = pads_[2 * a];
         out[a] = std::max<int64_t>(
             0, CeilDivide(length - extent + 1, conv->stride[a]));
       } else {
@@ -222,7 +224,8 @@ class SparseConvolution : public OpKernel {
     conv->out_height = out[0], conv->out_width = out[1];
     // Rows of a matrix, which may be dealt to lanes as they come.
     if (conv->kernel[0] == 1 && conv->kernel[1] == 1 &&
-        conv->stride[0] == 1 && conv->stride[1] == 1) {
+        conv->stride[0] == 1 && conv->stride[1] == 1 &&
+        out[0] == conv->height && out[1] == conv->width) {
       conv->width = conv->images * conv->height * conv->width;
       conv->images = conv->height = conv->out_height = 1;
       conv->out_width = conv->width;
@@ -239,6 +242,7 @@ class SparseConvolution : public OpKernel {
   }
 
   std::vector<int32_t> strides_, dilations_;
+  std::vector<int32_t> pads_ = {0, 0, 0, 0};  // of VALID
   std::string padding_;
   Plans plans_;
 };
@@ -304,7 +308,8 @@ class SparseConv2D : public SparseConvolution {
     TensorShape y = x;
     for (int a = 0; a < 2; ++a) {
       const int64_t extent = (kernel.dim_size(a) - 1) * dilations_[a + 1] + 1;
-      const int64_t length = x.dim_size(a + 1);
+      const int64_t length =
+          x.dim_size(a + 1) + pads_[2 * a] + pads_[2 * a + 1];
       y.set_dim(a + 1,
                 padding_ == "VALID"
                     ? std::max<int64_t>(0, CeilDivide(length - extent + 1,
@@ -390,6 +395,15 @@ class FrozenSparseConv2D : public SparseConv2D<false> {
   explicit FrozenSparseConv2D(OpKernelConstruction* context)
       : SparseConv2D<false>(context) {
     OP_REQUIRES_OK(context, context->GetAttr("kernel_shape", &kernel_shape_));
+    pads_.clear();  // what is read is appended
+    OP_REQUIRES_OK(context, context->GetAttr("pads", &pads_));
+    OP_REQUIRES(context,
+                pads_.size() == 4 &&
+                    *std::min_element(pads_.begin(), pads_.end()) >= 0 &&
+                    (padding_ == "VALID" ||
+                     pads_ == std::vector<int32_t>{0, 0, 0, 0}),
+                InvalidArgument("pads are four numbers of at least 0, with "
+                                "padding VALID."));
     OP_REQUIRES_OK(context, context->GetAttr("relu_before", &relu_before_));
     OP_REQUIRES_OK(context, context->GetAttr("relu_after", &relu_after_));
     OP_REQUIRES(context, kernel_shape_.dims() == 4,
@@ -727,26 +741,30 @@ REGISTER_OP("RiglKerasFrozenConv2D")
     .Attr("strides: list(int)")
     .Attr("padding: {'SAME', 'VALID'}")
     .Attr("dilations: list(int) = [1, 1, 1, 1]")
+    .Attr("pads: list(int) = [0, 0, 0, 0]")
     .Attr("relu_before: bool = false")
     .Attr("relu_after: bool = false")
     .SetShapeFn([](shapes::InferenceContext* context) {
-      std::vector<int32_t> strides, dilations;
+      std::vector<int32_t> strides, dilations, pads;
       std::string padding;
       tensorflow::PartialTensorShape kernel;
+      TF_RETURN_IF_ERROR(context->GetAttr("pads", &pads));
       TF_RETURN_IF_ERROR(context->GetAttr("strides", &strides));
       TF_RETURN_IF_ERROR(context->GetAttr("dilations", &dilations));
       TF_RETURN_IF_ERROR(context->GetAttr("padding", &padding));
       TF_RETURN_IF_ERROR(context->GetAttr("kernel_shape", &kernel));
       shapes::ShapeHandle x;
       TF_RETURN_IF_ERROR(context->WithRank(context->input(0), 4, &x));
-      if (kernel.dims() != 4 || strides.size() != 4 || dilations.size() != 4)
-        return InvalidArgument("kernel_shape, strides and dilations have four "
-                               "numbers.");
+      if (kernel.dims() != 4 || strides.size() != 4 || dilations.size() != 4 ||
+          pads.size() != 4)
+        return InvalidArgument("kernel_shape, strides, dilations and pads "
+                               "have four numbers.");
       shapes::ShapeHandle y = x;
       for (int a = 1; a <= 2; ++a) {
         shapes::DimensionHandle length = context->UnknownDim();
         if (context->ValueKnown(context->Dim(x, a))) {
-          const int64_t known = context->Value(context->Dim(x, a));
+          const int64_t known = context->Value(context->Dim(x, a)) +
+                                pads[2 * a - 2] + pads[2 * a - 1];
           const int64_t extent =
               (kernel.dim_size(a - 1) - 1) * dilations[a] + 1;
           length = context->MakeDim(
