@@ -1,6 +1,7 @@
 // TensorFlow operations over lanes.h: convolutions with a sparse kernel.
 
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
@@ -105,6 +106,9 @@ void ForEach(OpKernelContext* context, int64_t count,
       });
 }
 
+// Of all operations, for tests.
+std::atomic<int64_t> plans_made{0};
+
 // What was made of a mask, for as long as TensorFlow holds it.
 //
 // The version of a mask is the buffer that it is in. TensorFlow never writes
@@ -127,8 +131,8 @@ class Plans {
     {
       std::lock_guard<std::mutex> lock(mutex_);
       for (auto at = made_.begin(); at != made_.end(); ++at) {
-        if ((*at)->mask.SharesBufferWith(mask) &&
-            (*at)->frozen.SharesBufferWith(frozen) && Same((*at)->conv, conv)) {
+        if (IsSame((*at)->mask, mask) && IsSame((*at)->frozen, frozen) &&
+            IsSame((*at)->conv, conv)) {
           made_.splice(made_.begin(), made_, at);
           return made_.front();
         }
@@ -139,6 +143,7 @@ class Plans {
     fresh->frozen = frozen;
     fresh->conv = conv;
     make(fresh.get());
+    plans_made.fetch_add(1, std::memory_order_relaxed);
     std::lock_guard<std::mutex> lock(mutex_);
     // Masks that nobody else holds will not come again.
     made_.remove_if([](const std::shared_ptr<const Made>& one) {
@@ -152,7 +157,12 @@ class Plans {
  private:
   static constexpr size_t kMost = 64;  // run eagerly, layers share kernels
 
-  static bool Same(const Convolution& a, const Convolution& b) {
+  static bool IsSame(const Tensor& a, const Tensor& b) {
+    // Empty ones have no buffer to share.
+    return a.SharesBufferWith(b) || (!a.NumElements() && !b.NumElements());
+  }
+
+  static bool IsSame(const Convolution& a, const Convolution& b) {
     static_assert(std::has_unique_object_representations_v<Convolution>);
     return !std::memcmp(&a, &b, sizeof(Convolution));
   }
@@ -828,6 +838,23 @@ REGISTER_OP("RiglKerasInstructionSet")
     .Output("name: string")
     .SetShapeFn(shapes::ScalarShape);
 
+// How often a mask was turned into a plan in this process.
+REGISTER_OP("RiglKerasPlansMade")
+    .Output("count: int64")
+    .SetIsStateful()
+    .SetShapeFn(shapes::ScalarShape);
+
+class PlansMade : public OpKernel {
+ public:
+  using OpKernel::OpKernel;
+
+  void Compute(OpKernelContext* context) override {
+    Tensor* count = nullptr;
+    OP_REQUIRES_OK(context, context->allocate_output(0, TensorShape(), &count));
+    count->scalar<int64_t>()() = plans_made.load(std::memory_order_relaxed);
+  }
+};
+
 class InstructionSet : public OpKernel {
  public:
   using OpKernel::OpKernel;
@@ -849,6 +876,7 @@ RIGL_REGISTER("RiglKerasFrozenConv2D", FrozenSparseConv2D);
 RIGL_REGISTER("RiglKerasBatchNorm", BatchNorm);
 RIGL_REGISTER("RiglKerasBatchNormGrad", BatchNormGrad);
 RIGL_REGISTER("RiglKerasDropout", Dropout);
+RIGL_REGISTER("RiglKerasPlansMade", PlansMade);
 RIGL_REGISTER("RiglKerasInstructionSet", InstructionSet);
 
 }  // namespace
