@@ -14,7 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from rigl_keras import serving
+from rigl_keras import fusion, kernels, serving
 from rigl_keras.graphs import plain_copy
 from rigl_keras.layers import masks_applied
 from rigl_keras.maskable import is_graph
@@ -62,6 +62,7 @@ class Format:
 
 FORMATS = {
     "saved_model": Format(None),
+    "sparse_saved_model": Format(None),
     "tflite": Format(
         "model.tflite",
         concessions=(
@@ -89,6 +90,11 @@ def check_installed(format: str) -> None:
         for package in FORMATS[format].needs
         if importlib.util.find_spec(package) is None
     ]
+    if format == "sparse_saved_model" and kernels.load() is None:
+        raise ValueError(
+            f"format={format!r} needs the op library of the sparse kernels: "
+            f"{kernels.unavailable()}. Pass format='saved_model'."
+        )
     if missing:
         raise ValueError(
             f"format={format!r} needs packages that are not installed. pip "
@@ -110,6 +116,8 @@ def write(
     """Writes a model in one format.
 
         saved_model  kernels as values and positions (`sparse_storage`)
+        sparse_saved_model
+                     the same weights, computed with sparsely (`fusion`)
         tflite       LiteRT's sparse encoding (EXPERIMENTAL_SPARSITY)
         onnx         sparse initializers, through Keras's exporter
         keras        the plain Keras model, kernels dense
@@ -133,6 +141,8 @@ def write(
     path = _path(folder, format)
     if format == "saved_model":
         serving.save(model, signature, path, sparse=sparse)
+    elif format == "sparse_saved_model":
+        fusion.save(model, signature, path)
     elif format == "tflite":
         path.write_bytes(
             _tflite(
@@ -167,8 +177,10 @@ def load(
         A function from named inputs to named outputs.
     """
     path = _path(folder, format)
-    if format == "saved_model":
-        served = tf.saved_model.load(str(path)).signatures["serving_default"]
+    if format in ("saved_model", "sparse_saved_model"):
+        sparse = format == "sparse_saved_model"
+        loaded = (fusion.load if sparse else tf.saved_model.load)(str(path))
+        served = loaded.signatures["serving_default"]
         return lambda arrays: _arrays(
             served(**{n: tf.constant(array) for n, array in arrays.items()})
         )

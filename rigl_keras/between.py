@@ -12,7 +12,7 @@ import keras
 import tensorflow as tf
 
 from rigl_keras import kernels
-from rigl_keras.products import in_xla
+from rigl_keras.products import only_dense
 
 __all__ = ["hasten", "slow_down"]
 
@@ -87,7 +87,7 @@ def _fits(inputs):
         and inputs.shape.rank > 1
         and inputs.shape[-1] is not None
         and not tf.config.list_physical_devices("GPU")
-        and not in_xla()
+        and not only_dense()
         and kernels.load() is not None
     )
 

@@ -63,15 +63,18 @@ def export(
     `serving_default`, with the inputs of the model by name, any batch size,
     and its outputs: by the keys of a dict, else `output_0`, `output_1`, ...
     Its kernels become dense again when it is loaded, so that a call costs
-    what it costs in the dense model; the other formats are those of
+    what it costs in the dense model; under `"sparse_saved_model"` they stay
+    sparse, and a call costs less. The other formats are those of
     `artefacts.write`.
 
     Args:
         model: A masked model of any kind, or one that `strip` returned.
         path: Folder to write.
-        format: `"saved_model"`; `"tflite"`, `"onnx"` or `"keras"`, of which
-            the folder holds a file `model.tflite`, `model.onnx` or
-            `model.keras`.
+        format: `"saved_model"`; `"sparse_saved_model"`, whose layers compute
+            with sparse kernels wherever these are faster on this machine, and
+            which needs their op library: it is in the folder, with a
+            `load.py`; `"tflite"`, `"onnx"` or `"keras"`, of which the folder
+            holds a file `model.tflite`, `model.onnx` or `model.keras`.
         fold_batch_norm: Whether batch norms become part of the layer before
             them, where the graph allows.
         remove_dead_units: Whether units without a connection to the input or

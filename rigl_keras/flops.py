@@ -548,7 +548,10 @@ def _positions(model, leaves, places) -> dict[int, int]:
 
     def trace(x):
         # Penalties of activities go to the scope, not to the model.
-        with keras.StatelessScope(collect_losses=True):
+        with (
+            keras.StatelessScope(collect_losses=True),
+            keras.SymbolicScope(),
+        ):
             return call_model(model, x)
 
     # A call forgets the losses of the one before.

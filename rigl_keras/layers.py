@@ -394,7 +394,7 @@ class Masked(KernelMask, keras.layers.Wrapper):
             return False
         if args[0].dtype != tf.float32:
             return False
-        if _masks_applied.get() or self.why_dense() or products.in_xla():
+        if _masks_applied.get() or self.why_dense() or products.only_dense():
             return False
         return self.choose_product(args[0].shape).sparse
 
@@ -424,6 +424,19 @@ class Masked(KernelMask, keras.layers.Wrapper):
     def chosen_products(self) -> dict[tuple, kernels.Choice]:
         """Returns what was chosen, by the shape of the inputs."""
         return dict(self._chosen.by_shape)
+
+    def product_changes(self) -> bool:
+        """Returns whether another product is faster by now, for some inputs.
+
+        As it is where the mask's density has changed much.
+        """
+        return any(
+            [
+                self.choose_product(tf.TensorShape(shape)).sparse
+                != choice.sparse
+                for shape, choice in self.chosen_products().items()
+            ]
+        )
 
     def forget_products(self) -> None:
         """Forgets what was chosen."""

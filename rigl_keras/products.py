@@ -1,16 +1,30 @@
 """How a masked layer computes its product: densely, or by sparse kernels."""
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
 import keras
 import tensorflow as tf
 
 from rigl_keras import arguments, kernels
 
-__all__ = ["PRODUCTS", "check_product", "chosen", "outputs", "why_dense"]
+__all__ = [
+    "PRODUCTS",
+    "check_product",
+    "chosen",
+    "dense_products",
+    "only_dense",
+    "outputs",
+    "why_dense",
+]
 
 PRODUCTS = ("auto", "dense", "sparse")
 
 # The batch that is timed where a layer is called on batches of any size.
 _USUAL_BATCH = 128
+
+_dense_products = contextvars.ContextVar("dense_products", default=False)
 
 
 def check_product(product: str) -> None:
@@ -103,11 +117,28 @@ def outputs(
     return product if layer.activation is None else layer.activation(product)
 
 
-def in_xla() -> bool:
-    """Returns whether what is traced will be compiled by XLA.
+@contextlib.contextmanager
+def dense_products() -> Iterator[None]:
+    """Within the context, what is traced has dense products only."""
+    token = _dense_products.set(True)
+    try:
+        yield
+    finally:
+        _dense_products.reset(token)
 
-    It knows of no operations but TensorFlow's own.
+
+def only_dense() -> bool:
+    """Returns whether what is traced now can have dense products only.
+
+    XLA knows of no operations but TensorFlow's own, and what Keras traces for
+    shapes alone needs no others.
     """
+    with keras.SymbolicScope() as scope:
+        symbolic = scope.original_scope is not None
+    return symbolic or _dense_products.get() or _in_xla()
+
+
+def _in_xla():
     graph = tf.compat.v1.get_default_graph()
     while graph is not None:
         context = graph._get_control_flow_context()

@@ -23,7 +23,8 @@ from rigl_keras.layers import (
     dense_gradients,
     zero_outside,
 )
-from rigl_keras.sparsify import masked_layers
+from rigl_keras.products import dense_products
+from rigl_keras.sparsify import leaf_layers, masked_layers
 
 __all__ = ["StepUpdate", "installed_update"]
 
@@ -485,6 +486,9 @@ class StepUpdate(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         self.fetch()
+        # Of a mask that has changed in density, another product may be faster.
+        if any([m.product_changes() for m in _wrappers(self.model)]):
+            self.model.make_train_function(force=True)
 
     def on_train_end(self, logs=None):
         self._uninstall()
@@ -646,7 +650,11 @@ class StepUpdate(keras.callbacks.Callback):
         )
 
     def _ordinary_step(self, train_step):
-        with called_kernels() as called:
+        jit = getattr(self.model, "jit_compile", False)
+        with (
+            called_kernels() as called,
+            dense_products() if jit else contextlib.nullcontext(),
+        ):
             outputs = _tensors(train_step())
         self._check_called(called)
         self._project_averages()
@@ -854,6 +862,10 @@ class StepUpdate(keras.callbacks.Callback):
             average = slots.get("average")
             if average is not None:
                 average.assign(zero_outside(layer.mask, average.value))
+
+
+def _wrappers(model):
+    return [leaf for leaf in leaf_layers(model) if isinstance(leaf, Masked)]
 
 
 def installed_update(model: keras.Model) -> StepUpdate | None:

@@ -5,6 +5,7 @@ with their gradients (`operations`), and taken where they have been measured
 to win (`choice`).
 """
 
+from rigl_keras.kernels import library
 from rigl_keras.kernels.choice import Choice, Problem, choose
 from rigl_keras.kernels.library import BuildError, build, load, unavailable
 from rigl_keras.kernels.operations import (
@@ -28,6 +29,7 @@ __all__ = [
     "dropout",
     "frozen_conv2d",
     "instruction_set",
+    "library",
     "load",
     "sparse_conv2d",
     "sparse_dense",
