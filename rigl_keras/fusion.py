@@ -479,7 +479,7 @@ def load(path: str | os.PathLike):
     return tf.saved_model.load(str(path))
 
 
-_LOADER = '''"""Loads the model of this folder, and the operations that it needs.
+_LOADER = '''"""Loads the model here, and the operations that it needs.
 
     import load
     serve = load.model().signatures["serving_default"]

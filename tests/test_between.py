@@ -1,0 +1,138 @@
+"""Batch norm and dropout by the op library: the numbers of Keras."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import compiled, examples, small_model
+from keras import layers
+
+import rigl_keras
+from rigl_keras import between, kernels
+
+pytestmark = pytest.mark.skipif(
+    kernels.load() is None, reason=f"no op library: {kernels.unavailable()}"
+)
+
+
+def normed(x, *, fast, **options):
+    """Returns outputs, gradients (of these, too) and moving statistics."""
+    layer = layers.BatchNormalization(epsilon=0.01, **options)
+    layer.build(x.shape)
+    draw = np.random.default_rng(1)
+    for variable in layer.trainable_variables:
+        variable.assign(draw.uniform(0.5, 2, variable.shape))
+    if fast:
+        between.hasten(layer)
+    watched = [x, *[v.value for v in layer.trainable_variables]]
+    with tf.GradientTape() as second:
+        second.watch(x)
+        with tf.GradientTape() as first:
+            first.watch(x)
+            y = layer(x, training=True)
+            loss = tf.reduce_sum(tf.sin(y) * y)
+        gradients = first.gradient(loss, watched)
+        steepness = tf.add_n([tf.reduce_sum(g**2) for g in gradients])
+    again = second.gradient(steepness, watched)
+    return [y, *gradients, *again, *layer.non_trainable_variables]
+
+
+@pytest.mark.parametrize(
+    "shape", [(4, 3), (130, 17), (7, 5, 3, 32), (33, 9, 9, 20), (16, 2)]
+)
+@pytest.mark.parametrize("options", [{}, {"scale": False}, {"center": False}])
+def test_batch_norm_is_that_of_keras(shape, options):
+    draw = np.random.default_rng(0)
+    x = tf.constant(draw.standard_normal(shape, np.float32) * 3 + 1)
+    ours = normed(x, fast=True, **options)
+    for got, want in zip(ours, normed(x, fast=False, **options), strict=True):
+        largest = np.abs(want).max()
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * largest)
+
+
+def test_a_mean_that_is_far_from_zero():
+    """Sums of squares, less the square of the mean, would lose all digits."""
+    x = tf.constant(np.linspace(1e4, 1e4 + 1, 8000), tf.float32)[:, None]
+    _, mean, variance = kernels.batch_norm(
+        tf.tile(x, [1, 16]), tf.ones(16), tf.zeros(16), epsilon=1e-3
+    )
+    np.testing.assert_allclose(mean, np.float64(x).mean(), rtol=1e-6)
+    np.testing.assert_allclose(variance, np.float64(x).var(), rtol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(1,), (31, 1), (32,), (5, 7, 3), (99, 512)])
+@pytest.mark.parametrize("rate", [0.05, 0.3, 0.5])
+def test_dropout_has_the_numbers_of_tensorflow(shape, rate):
+    x = tf.constant(np.random.default_rng(0).standard_normal(shape), tf.float32)
+    seed = tf.constant([-7, 2**30], tf.int32)
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(x)
+        ours = kernels.dropout(x, rate, seed)
+        theirs = tf.nn.experimental.stateless_dropout(x, rate=rate, seed=seed)
+    np.testing.assert_array_equal(ours, theirs)
+    np.testing.assert_array_equal(
+        tape.gradient(ours, x), tape.gradient(theirs, x)
+    )
+
+
+def test_a_layer_drops_what_that_of_keras_drops():
+    x = tf.ones((64, 100))
+    plain, fast = layers.Dropout(0.4, seed=3), layers.Dropout(0.4, seed=3)
+    between.hasten(fast)
+    for _ in range(3):  # each call draws anew
+        y = plain(x, training=True)
+        np.testing.assert_array_equal(fast(x, training=True), y)
+        assert 0.3 < np.mean(y == 0) < 0.5
+    np.testing.assert_array_equal(fast(x, training=False), x)
+    np.testing.assert_array_equal(fast(x), x)
+
+
+@pytest.mark.parametrize(
+    "layer, shape",
+    [
+        (layers.BatchNormalization(axis=1), (4, 3, 5)),
+        (layers.BatchNormalization(renorm=True), (4, 3)),
+        (layers.BatchNormalization(trainable=False), (4, 3)),
+        (layers.BatchNormalization(dtype="mixed_float16"), (4, 3)),
+        (layers.Dropout(0.0), (4, 3)),
+        (layers.Dropout(0.5, noise_shape=(4, 1), seed=1), (4, 3)),
+        (layers.Dense(3), (4, 3)),
+    ],
+    ids=["axis", "renorm", "frozen", "half", "none", "noise", "dense"],
+)
+def test_what_is_left_to_keras(monkeypatch, layer, shape):
+    monkeypatch.setattr(kernels, "batch_norm", None)  # not to be called
+    monkeypatch.setattr(kernels, "dropout", None)
+    layer.build(shape)
+    call = layer.call
+    between.hasten(layer)
+    assert (layer.call == call) == isinstance(layer, layers.Dense)
+    layer(tf.ones(shape), training=True)
+    between.slow_down(layer)
+    assert layer.call == call
+
+
+def test_models_train_alike():
+    x, y = examples()
+    losses = {}
+    for product in ("dense", "sparse"):
+        keras.utils.set_random_seed(0)
+        model = rigl_keras.sparsify(small_model(), 0.3, kernels=product)
+        history = compiled(model).fit(x, y, epochs=3, verbose=0)
+        losses[product] = history.history["loss"]
+        norm = model.get_layer("norm")
+        assert ("call" in vars(norm)) == (product == "sparse")
+    np.testing.assert_allclose(losses["sparse"], losses["dense"], rtol=2e-4)
+
+
+def test_files_know_nothing_of_it(tmp_path):
+    model = rigl_keras.sparsify(small_model(), 0.3, kernels="sparse")
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert type(loaded.get_layer("norm")) is layers.BatchNormalization
+    assert "call" not in vars(loaded.get_layer("norm"))
+    rigl_keras.choose_kernels(loaded, "sparse")
+    assert "call" in vars(loaded.get_layer("norm"))
+    rigl_keras.choose_kernels(loaded, "dense")
+    assert "call" not in vars(loaded.get_layer("norm"))
+    assert "call" not in vars(rigl_keras.strip(model).get_layer("norm"))
