@@ -176,7 +176,7 @@ def stepper(
         **options,
     )
     model.optimizer.build(model.trainable_variables)
-    model.train_on_batch(*next(iter(batches)))  # builds the metrics
+    model.test_step(next(iter(batches)))  # builds the metrics, traces nothing
     model.make_train_function(force=True)
     if method is not None:
         method.set_model(model)
