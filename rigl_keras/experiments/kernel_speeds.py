@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -75,15 +76,17 @@ class Line:
 def crossover(speed_ups: Mapping[float, float]) -> float | None:
     """Returns the density at which sparse and dense take the same time.
 
-    Between the last density at which sparse is as fast and the one after it,
-    the logarithm of the speed-up is taken as linear in that of the density.
+    That is where, on the way up, sparse is the slower one for the first time:
+    where it wins once more, it is by chance, or does as the dense one does.
+    In between, the logarithm of the speed-up is taken as linear in that of
+    the density.
 
     Args:
         speed_ups: `{density: speed-up over dense}`.
 
     Returns:
-        The density; infinity where sparse is faster at the highest one, None
-        where it is so at none.
+        The density; infinity where sparse is faster up to the highest one,
+        None where it is faster at none.
 
     Example:
 
@@ -91,15 +94,11 @@ def crossover(speed_ups: Mapping[float, float]) -> float | None:
     0.2
     """
     densities = sorted(speed_ups)
-    faster = [i for i, d in enumerate(densities) if speed_ups[d] >= 1]
-    if not faster:
-        return None
-    if faster[-1] == len(densities) - 1:
-        return math.inf
-    low, high = densities[faster[-1] : faster[-1] + 2]
-    above, below = math.log(speed_ups[low]), math.log(speed_ups[high])
-    share = above / (above - below)
-    return math.exp(math.log(low) + share * (math.log(high) - math.log(low)))
+    for low, high in itertools.pairwise(densities):
+        if speed_ups[low] >= 1 > speed_ups[high]:
+            above, below = math.log(speed_ups[low]), math.log(speed_ups[high])
+            return low * (high / low) ** (above / (above - below))
+    return math.inf if speed_ups[densities[-1]] >= 1 else None
 
 
 def lines_of(measurements: Sequence[Measurement]) -> list[Line]:
