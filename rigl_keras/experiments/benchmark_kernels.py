@@ -264,6 +264,13 @@ def train(
         torch = False
     measured = []
     for distribution in distributions:
+        say(
+            table_head(
+                f"Training step of {model}, masks {distribution}, batch "
+                f"{batch_size}: {about}",
+                densities,
+            )
+        )
         sides = _train_sides(model, densities, distribution, batch_size, torch)
         seconds = _timed(sides, rounds, f"{model}, {distribution}")
         for density in densities:
@@ -287,13 +294,6 @@ def train(
             for side in (AUTO, UPDATE, AMORTISED, MASKED, *([TORCH] * torch))
             for density in densities
         ]
-        say(
-            table_head(
-                f"Training step of {model}, masks {distribution}, batch "
-                f"{batch_size}: {about}",
-                densities,
-            )
-        )
         _say_lines(new, say)
         measured += new
     return measured
@@ -381,6 +381,13 @@ def inference(
             calls[CALLED, density] = _called(network)
             calls[SERVED, density] = _served(network)
         for batch_size in batch_sizes:
+            say(
+                table_head(
+                    f"Inference of {model}, masks {distribution}, batch "
+                    f"{batch_size}: {about}",
+                    densities,
+                )
+            )
             images = tf.constant(
                 np.random.default_rng(0).standard_normal(
                     (batch_size, *dense.input_shape[1:]), np.float32
@@ -415,13 +422,6 @@ def inference(
                 for side in (CALLED, SERVED)
                 for density in densities
             ]
-            say(
-                table_head(
-                    f"Inference of {model}, masks {distribution}, batch "
-                    f"{batch_size}: {about}",
-                    densities,
-                )
-            )
             _say_lines(new, say)
             measured += new
     return measured
