@@ -4,13 +4,17 @@
     bin/benchmark --part=step      the training step alone
     bin/benchmark --part=compiled  it under XLA, and in blocks of ten
     bin/benchmark --part=update    the mask update alone
+    bin/benchmark kernels          what it saves, too: layer by layer,
+    bin/benchmark train            in training and
+    bin/benchmark inference        at inference (`benchmark_kernels`)
 
 Both sides of a comparison alternate in one process, so that whatever else
 the machine does falls on both; medians of their times are compared.
 """
 
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import keras
 import numpy as np
@@ -21,7 +25,7 @@ from rigl_keras import topology
 from rigl_keras.experiments import data
 from rigl_keras.timing import interleaved
 
-__all__ = ["input_pipeline", "mask_update", "training_step"]
+__all__ = ["input_pipeline", "mask_update", "stepper", "training_step"]
 
 
 def training_step(
@@ -62,14 +66,14 @@ def training_step(
     batches = tf.data.Dataset.from_tensors((images, labels)).repeat()
     dense = rigl_keras.models.wide_resnet(depth, width)
     sides = {
-        "dense": _stepper(dense, batches, None, options),
-        "RigL": _stepper(
+        "dense": stepper(dense, batches, None, options),
+        "RigL": stepper(
             rigl_keras.sparsify(dense, density),
             batches,
             rigl_keras.RigL(frequency=10**6, end_step=10**7),
             options,
         ),
-        "update": _stepper(
+        "update": stepper(
             rigl_keras.sparsify(dense, density),
             batches,
             rigl_keras.RigL(frequency=1, end_step=10**7),
@@ -151,8 +155,20 @@ def input_pipeline(
     return images / (time.perf_counter() - start)
 
 
-def _stepper(model, batches, method, options) -> Callable[[], None]:
-    """Returns a function that trains `model` on one batch, as `fit` does."""
+def stepper(
+    model: keras.Model,
+    batches: tf.data.Dataset,
+    method: rigl_keras.MaskUpdate | None,
+    options: Mapping,
+) -> Callable[[], None]:
+    """Returns a function that trains a model on one batch, as `fit` does.
+
+    Args:
+        model: A model, dense or masked; it is compiled.
+        batches: Endless pairs of images and labels.
+        method: What updates its masks, if anything does.
+        options: For `model.compile`.
+    """
     model.compile(
         keras.optimizers.SGD(0.01, momentum=0.9, nesterov=True),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -160,7 +176,7 @@ def _stepper(model, batches, method, options) -> Callable[[], None]:
         **options,
     )
     model.optimizer.build(model.trainable_variables)
-    model.train_on_batch(*next(iter(batches)))  # builds the metrics
+    model.test_step(next(iter(batches)))  # builds the metrics, traces nothing
     model.make_train_function(force=True)
     if method is not None:
         method.set_model(model)
@@ -232,6 +248,14 @@ def main() -> None:
     """Prints the tables that the command line asks for."""
     from absl import app, flags
 
+    # It measures steps of this module.
+    from rigl_keras.experiments import benchmark_kernels
+
+    if sys.argv[1:2] and sys.argv[1] in benchmark_kernels.PARTS:
+        run_part = benchmark_kernels.define_command(sys.argv[1])
+        flags.adopt_module_key_flags(benchmark_kernels)  # for --help
+        app.run(run_part, argv=[sys.argv[0], *sys.argv[2:]])
+        return
     part = flags.DEFINE_enum(
         "part",
         "all",
@@ -243,7 +267,14 @@ def main() -> None:
     data_dir = flags.DEFINE_string("data_dir", None, "Prepared data sets.")
 
     def run(argv):
-        del argv
+        if len(argv) > 1:
+            print(
+                "benchmark: What to measure is named before all flags, one of "
+                f"{', '.join(benchmark_kernels.PARTS)}; without it --part "
+                f"counts. Received: {argv[1]!r}.",
+                file=sys.stderr,
+            )
+            sys.exit(2)
         rate = None
         if part.value in ("all", "step"):
             seconds = _print_steps("", batch_size.value, rounds.value)

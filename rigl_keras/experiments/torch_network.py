@@ -1,8 +1,9 @@
-"""A Keras network computed by PyTorch, with the same weights, to compare.
+"""A Keras network computed and trained by PyTorch, to compare.
 
 PyTorch is no dependency: it is imported when a network is made.
 """
 
+import contextvars
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -13,9 +14,19 @@ from keras import layers
 
 from rigl_keras.graphs import tensors_in, trace
 
-__all__ = ["INSTALL", "is_installed", "torch_network"]
+__all__ = [
+    "INSTALL",
+    "is_installed",
+    "torch_network",
+    "torch_training_step",
+]
 
 INSTALL = "pip install torch"
+
+# What the rules below make of weights, while a training step is made.
+_parameters: contextvars.ContextVar[list | None] = contextvars.ContextVar(
+    "parameters", default=None
+)
 
 
 def is_installed() -> bool:
@@ -55,16 +66,7 @@ def torch_network(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
         raise ImportError(f"PyTorch is not installed: {INSTALL}")
     import torch
 
-    graph = trace(model)
-    inputs, outputs = tensors_in(graph.inputs), tensors_in(graph.outputs)
-    if len(inputs) != 1 or len(outputs) != 1:
-        raise ValueError(
-            "torch_network takes models of one input and one output. "
-            f"Received: {model.name!r} with {len(inputs)} and {len(outputs)}. "
-            "Cut it with keras.Model(input, output)."
-        )
-    steps = [_step(call) for call in graph.calls]
-    given, wanted = id(inputs[0]), id(outputs[0])
+    steps, given, wanted = _steps(model, _RULES)
     # Of a large batch all tensors together would not fit into memory: each
     # goes when it has been read for the last time.
     last = {read: i for i, (_, reads, _) in enumerate(steps) for read in reads}
@@ -87,10 +89,89 @@ def torch_network(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
     return run
 
 
-def _step(call) -> tuple[Callable, list[int], int]:
+def torch_training_step(
+    model: keras.Model,
+    *,
+    learning_rate: float = 0.01,
+    momentum: float = 0.9,
+) -> Callable[[np.ndarray, np.ndarray], float]:
+    """Returns a training step of a sparse network, as PyTorch code has it.
+
+    That of the reproduction, without its mask updates: forward and backward
+    pass of the dense network, the gradient of every weight, a step of SGD
+    with Nesterov momentum, and weights times masks. It takes the same time at
+    any density.
+
+    Args:
+        model: As in `torch_network`. Its masks are where kernels of two axes
+            or more are not zero.
+        learning_rate, momentum: Of SGD.
+
+    Returns:
+        A function from images and labels, one int each, to the loss before
+        the step: cross-entropy from logits.
+
+    Raises:
+        ImportError, ValueError: As in `torch_network`.
+    """
+    if not is_installed():
+        raise ImportError(f"PyTorch is not installed: {INSTALL}")
+    import torch
+
+    rules = {
+        **_RULES,
+        layers.BatchNormalization: _batch_norm_in_training,
+        layers.Dropout: _dropout_in_training,
+    }
+    token = _parameters.set([])
+    try:
+        steps, given, wanted = _steps(model, rules)
+        parameters = _parameters.get()
+    finally:
+        _parameters.reset(token)
+    masks = [
+        (p, (p.detach() != 0).to(p.dtype)) for p in parameters if p.ndim > 1
+    ]
+    optimizer = torch.optim.SGD(
+        parameters, learning_rate, momentum=momentum, nesterov=True
+    )
+
+    def step(images, classes):
+        values = {given: _channels_first(torch.from_numpy(images))}
+        for compute, reads, written in steps:
+            values[written] = compute(*(values[read] for read in reads))
+        loss = torch.nn.functional.cross_entropy(
+            values[wanted], torch.from_numpy(classes)
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            for parameter, mask in masks:
+                parameter.mul_(mask)
+        return loss.item()
+
+    return step
+
+
+def _steps(model, rules):
+    """Returns the steps of a model, and the ids of its input and output."""
+    graph = trace(model)
+    inputs, outputs = tensors_in(graph.inputs), tensors_in(graph.outputs)
+    if len(inputs) != 1 or len(outputs) != 1:
+        raise ValueError(
+            "torch_network takes models of one input and one output. "
+            f"Received: {model.name!r} with {len(inputs)} and {len(outputs)}. "
+            "Cut it with keras.Model(input, output)."
+        )
+    steps = [_step(call, rules) for call in graph.calls]
+    return steps, id(inputs[0]), id(outputs[0])
+
+
+def _step(call, rules) -> tuple[Callable, list[int], int]:
     """Returns a function of tensors, the ids of these, and of its result."""
     layer = call.layer
-    rule = _RULES.get(type(layer))
+    rule = rules.get(type(layer))
     if rule is None:
         raise _unknown(layer)
     if getattr(layer, "compute_dtype", "float32") != "float32":
@@ -135,8 +216,8 @@ def _convolution(layer, inputs):
     from torch.nn import functional
 
     kernel = _tensor(layer.kernel).permute(3, 2, 0, 1)
-    kernel = kernel.contiguous(memory_format=torch.channels_last)
-    bias = _tensor(layer.bias) if layer.use_bias else None
+    kernel = _trained(kernel.contiguous(memory_format=torch.channels_last))
+    bias = _trained(_tensor(layer.bias)) if layer.use_bias else None
     pad, padding = _padding(layer, layer.kernel_size, inputs[0], 0.0)
     activation = _activation(layer)
     settings = dict(
@@ -157,13 +238,13 @@ def _dense(layer, inputs):
 
     if len(inputs[0].shape) != 2:
         raise _unknown(layer, f"on inputs of rank {len(inputs[0].shape)}")
-    kernel = _tensor(layer.kernel).T.contiguous()
-    bias = _tensor(layer.bias) if layer.use_bias else None
+    kernel = _trained(_tensor(layer.kernel).T.contiguous())
+    bias = _trained(_tensor(layer.bias)) if layer.use_bias else None
     activation = _activation(layer)
     return lambda x: activation(functional.linear(x, kernel, bias))
 
 
-def _batch_norm(layer, inputs):
+def _batch_norm(layer, inputs, training=False):
     from torch.nn import functional
 
     rank = len(inputs[0].shape)
@@ -172,11 +253,22 @@ def _batch_norm(layer, inputs):
             layer, f"with axis={layer.axis} of inputs of rank {rank}"
         )
     mean, variance = map(_tensor, (layer.moving_mean, layer.moving_variance))
-    gamma = _tensor(layer.gamma) if layer.scale else None
-    beta = _tensor(layer.beta) if layer.center else None
+    gamma = _trained(_tensor(layer.gamma)) if layer.scale else None
+    beta = _trained(_tensor(layer.beta)) if layer.center else None
     return lambda x: functional.batch_norm(
-        x, mean, variance, gamma, beta, training=False, eps=layer.epsilon
+        x,
+        mean,
+        variance,
+        gamma,
+        beta,
+        training=training,
+        momentum=1 - layer.momentum,  # of the new, and not of the old
+        eps=layer.epsilon,
     )
+
+
+def _batch_norm_in_training(layer, inputs):
+    return _batch_norm(layer, inputs, training=True)
 
 
 def _relu(layer, inputs):
@@ -246,6 +338,12 @@ def _dropout(layer, inputs):
     return _same
 
 
+def _dropout_in_training(layer, inputs):
+    from torch.nn import functional
+
+    return lambda x: functional.dropout(x, layer.rate, training=True)
+
+
 _RULES: dict[Any, Callable] = {
     layers.Conv2D: _convolution,
     layers.Dense: _dense,
@@ -297,6 +395,14 @@ def _tensor(variable):
 
     # A copy: the model's own weights may change.
     return torch.tensor(keras.ops.convert_to_numpy(variable))
+
+
+def _trained(tensor):
+    """Returns a tensor, which is a parameter where a step is being made."""
+    parameters = _parameters.get()
+    if parameters is not None:
+        parameters.append(tensor.requires_grad_())
+    return tensor
 
 
 def _same(x):
