@@ -36,6 +36,7 @@ from rigl_keras.experiments.kernel_speeds import (
     table_row,
     write_csv,
 )
+from rigl_keras.fusion import Fused
 from rigl_keras.timing import interleaved
 
 __all__ = [
@@ -434,12 +435,12 @@ def _called(model):
 
 
 def _served(model: keras.Model) -> Callable[[tf.Tensor], tf.Tensor]:
-    """Returns a masked model as it is served.
-
-    So far that is the model itself, since nothing that is exported has sparse
-    kernels.
-    """
-    return tf.function(lambda x: model(x, training=False))
+    """Returns a masked model as `format="sparse_saved_model"` serves it."""
+    if rigl_keras.kernels.load() is None:
+        return _called(model)
+    shape = (None, *model.input_shape[1:])
+    fused = tf.function(Fused(model), autograph=False)
+    return fused.get_concrete_function(tf.TensorSpec(shape))
 
 
 # What they share.
