@@ -126,7 +126,7 @@ def test_trains_as_with_dense_products(method):
 
 @needs_library
 def test_a_wide_resnet_trains_the_same():
-    """50 steps with five updates; no score is near enough to another."""
+    """50 steps with four updates."""
     draw = np.random.default_rng(0)
     data = (
         draw.standard_normal((160, 32, 32, 3)).astype(np.float32),
@@ -147,15 +147,16 @@ def test_a_wide_resnet_trains_the_same():
             every = masked_layers(model).named
             assert chosen(model) == dict.fromkeys(every, True)
     assert len(losses[0]) == 50
-    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
     assert found[0][1] == found[1][1]  # counts
     assert [step for step, _ in found[0][1]] == [0, 10, 20, 30, 40]
     same = [
         (mask == found[1][0][name]).ravel()
         for name, mask in found[0][0].items()
     ]
-    # Rounding grows with the steps, and of scores that are nearly equal it
-    # may drop or grow another.
+    # Of scores that are nearly equal, rounding may grow another: 12 of 77,000
+    # entries differ, and as many between dense runs whose images differ in the
+    # last bit.
     assert np.mean(np.concatenate(same)) > 0.999
 
 
