@@ -547,28 +547,48 @@ def test_a_mask_that_is_assigned_between_two_products():
 
 
 def test_masks_that_take_turns():
-    """Variables, and parts of one tensor, which lie in one buffer."""
     images, kernel, one = a_layer()
     two = tf.Variable(1 - one)
     run = tf.function(lambda mask: sparse_conv2d(images, kernel, mask))
-    both = tf.stack([one, two])
-    whole = tf.function(
-        lambda i: [
-            sparse_conv2d(images, kernel, part)
-            for part in (both[i], *tf.unstack(both))
-        ]
-    )
     want = [wanted(images, kernel, m.numpy())[0] for m in (one, two)]
     for _ in range(3):
         for i, mask in enumerate((one, two)):
             assert_close(run(tf.convert_to_tensor(mask)), want[i])
             assert_close(sparse_conv2d(images, kernel, mask), want[i])
-            assert_close(run(both[i]), want[i])
-            assert_close(run(tf.split(both, 2)[i][0]), want[i])
-            at_i, first, second = whole(tf.constant(i))
-            assert_close(at_i, want[i])
-            assert_close(first, want[0])
-            assert_close(second, want[1])
+
+
+def test_masks_that_are_parts_of_one_tensor():
+    """TensorFlow does not copy such parts: they lie in one buffer."""
+    draw = np.random.default_rng(0)
+    inputs, kernel = normal(draw, 3, 16), normal(draw, 16, 16)
+    masks = tf.constant(mask_of(draw, (2, 16, 16), 0.3))
+    run = tf.function(lambda mask: kernels.sparse_dense(inputs, kernel, mask))
+    part = tf.function(lambda i: kernels.sparse_dense(inputs, kernel, masks[i]))
+    want = [np.float64(inputs) @ (kernel * mask) for mask in masks]
+    for _ in range(2):
+        for i in range(2):
+            assert_close(run(masks[i]), want[i])
+            assert_close(part(tf.constant(i)), want[i])
+            assert_close(
+                kernels.sparse_dense(inputs, kernel, masks[i]), want[i]
+            )
+
+
+def test_frozen_kernels_that_take_turns():
+    """Of equal places or equal values, and parts of one tensor."""
+    values = tf.constant(np.arange(1, 33, dtype=np.float32).reshape(2, 16))
+    places = tf.reshape(tf.range(32), (2, 16))
+    image = tf.ones((1, 1, 1, 8))
+    for _ in range(2):
+        for i, j in itertools.product(range(2), repeat=2):
+            frozen = FrozenKernel(values[i], places[j], (1, 1, 8, 4))
+            got = kernels.frozen_conv2d(image, frozen)
+            # Four channels lead to each of four filters.
+            want = values[i].numpy().reshape(4, 4).sum(axis=0)
+            np.testing.assert_array_equal(got[0, 0, 0], want)
+            channels = tf.one_hot([[[4 * j]]], 8)
+            got = kernels.frozen_conv2d(channels, frozen)
+            np.testing.assert_array_equal(got[0, 0, 0], values[i, :4])
 
 
 def test_more_masks_than_are_remembered():
