@@ -390,7 +390,10 @@ class Masked(KernelMask, keras.layers.Wrapper):
         """Returns whether a call is computed by sparse kernels."""
         if self.product == "dense" or self.kernels != ("kernel",):
             return False
-        if len(args) != 1 or kwargs or not tf.is_tensor(args[0]):
+        # Keras tells dense layers whether they are trained: all the same here.
+        if len(args) != 1 or kwargs.keys() - {"training"}:
+            return False
+        if not tf.is_tensor(args[0]):
             return False
         if args[0].dtype != tf.float32:
             return False

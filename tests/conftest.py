@@ -6,6 +6,8 @@ import pytest
 from keras import layers
 
 import rigl_keras
+from rigl_keras import products
+from rigl_keras.kernels import Choice
 
 
 def small_model(dropout=0.2, **kernel):
@@ -43,6 +45,23 @@ def masks(model):
 
 def kernels(model):
     return {m.name: m.kernel.numpy() for m in rigl_keras.masked_layers(model)}
+
+
+_timed = products.chosen
+
+
+@pytest.fixture(autouse=True, scope="session")
+def untimed_kernels():
+    """`kernels="auto"` is dense, and nothing is built, loaded or timed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(products, "chosen", lambda *_: Choice(False, "tests"))
+        yield
+
+
+@pytest.fixture
+def timed_kernels(monkeypatch):
+    """`kernels="auto"` is what it is outside tests."""
+    monkeypatch.setattr(products, "chosen", _timed)
 
 
 @pytest.fixture(autouse=True)

@@ -186,7 +186,7 @@ class Recorder(keras.callbacks.Callback):
         )
 
 
-def replay(trace, method):
+def replay(trace, method, kernels="auto"):
     """Trains our model on a trace; returns its record and the model."""
     meta = json.loads(str(trace["meta"]))
     model = rigl_keras.models.wide_resnet(
@@ -201,7 +201,11 @@ def replay(trace, method):
         "erdos-renyi-kernel": "erdos_renyi_kernel",
     }[meta["sparse_init"]]
     model = rigl_keras.sparsify(
-        model, meta["density"], distribution=distribution, conventions=REPORT
+        model,
+        meta["density"],
+        distribution=distribution,
+        kernels=kernels,
+        conventions=REPORT,
     )
     for key in trace.files:
         kind, _, name = key.partition("/")
@@ -305,9 +309,25 @@ def test_trace(name, floatx):
     ReLU input changes side. In `rigl_erk` and `rigl_sm` float32 does so in the
     first batch, so that masks agree to 98 % only; everywhere else to 99 %.
     """
+    assert_follows(name, floatx)
+
+
+@pytest.mark.parametrize("name", ["rigl_sg", "snfs"])
+def test_trace_with_sparse_kernels(name):
+    """As exactly: in these traces float32 meets no ReLU input near zero."""
+    if rigl_keras.kernels.load() is None:
+        pytest.skip(f"no sparse kernels: {rigl_keras.kernels.unavailable()}")
+    model = assert_follows(name, "float32", kernels="sparse")
+    for layer in rigl_keras.masked_layers(model):
+        (choice,) = layer.chosen_products().values()
+        assert choice.sparse
+
+
+def assert_follows(name, floatx, kernels="auto"):
+    """Replays a trace; returns the model."""
     method, closest = TRACES[name]
     with np.load(DATA / f"trace_{name}.npz") as trace:
-        meta, record, model = replay(trace, method)
+        meta, record, model = replay(trace, method, kernels)
         assert len(record.losses) == meta["steps"]
         before_update = meta["interval"] - 1
         np.testing.assert_allclose(
@@ -344,6 +364,7 @@ def test_trace(name, floatx):
                     ours, theirs = layer.kernel.numpy(), to_keras(trace[key])
                     apart = np.linalg.norm(ours - theirs)
                     assert apart < DRIFT[name] * np.linalg.norm(theirs)
+    return model
 
 
 # The FLOPs columns of the report's Table 2: train and test, at density 0.1 and

@@ -20,6 +20,7 @@ import tensorflow as tf
 from keras import layers
 
 import gin
+import rigl_keras
 from rigl_keras import (
     ORIGINAL,
     SET,
@@ -61,7 +62,7 @@ def examples():
     return x, draw.integers(0, 3, 48)
 
 
-def made(strategy, optimizer=None, **options):
+def made(strategy, optimizer=None, kernels="auto", **options):
     keras.utils.set_random_seed(0)
     with strategy.scope():
         dense = keras.Sequential(
@@ -77,7 +78,7 @@ def made(strategy, optimizer=None, **options):
             ],
             name="net",  # of which the masks are drawn
         )
-        model = sparsify(dense, 0.5)
+        model = sparsify(dense, 0.5, kernels=kernels)
         model.compile(
             optimizer() if optimizer else keras.optimizers.SGD(0.1, 0.9),
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -225,6 +226,23 @@ def check_loss_scaling():
         return keras.optimizers.LossScaleOptimizer(inner, initial_scale=4.0)
 
     assert_same(METHODS["RigL"], optimizer=optimizer)
+
+
+def check_sparse_kernels():
+    """On two devices as on one, and as with dense products."""
+    if rigl_keras.kernels.load() is None:
+        return
+    for method in (METHODS["RigL"], METHODS["SNFS"]):
+        assert_same(method, kernels="sparse")
+        dense, _ = trained(two(), method())
+        sparse, _ = trained(two(), method(), kernels="sparse")
+        for ours, theirs in zip(sparse.weights, dense.weights, strict=True):
+            np.testing.assert_allclose(
+                ours.numpy(), theirs.numpy(), rtol=1e-4, atol=1e-6
+            )
+        for layer in masked_layers(sparse):
+            choices = layer.chosen_products().values()
+            assert choices and all(choice.sparse for choice in choices)
 
 
 def check_updates_after_a_step():

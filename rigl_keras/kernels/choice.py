@@ -244,7 +244,7 @@ def _read():
     try:
         written = json.loads(_path().read_text())
         return {key: Choice.timed(*given) for key, given in written.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, ArithmeticError):
         return {}  # none yet, or not ours: they are timed anew
 
 

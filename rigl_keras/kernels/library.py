@@ -72,6 +72,7 @@ class BuildError(RuntimeError):
         super().__init__(" ".join(reason.split()))
 
 
+@tf.autograph.experimental.do_not_convert  # where a trace asks for it first
 def load() -> types.ModuleType | None:
     """Returns the op library, which is built if it is not in the cache.
 

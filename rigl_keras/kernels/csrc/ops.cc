@@ -143,8 +143,8 @@ class Plans {
     {
       std::lock_guard<std::mutex> lock(mutex_);
       for (auto at = made_.begin(); at != made_.end(); ++at) {
-        if (IsSame((*at)->mask, mask) && IsSame((*at)->frozen, frozen) &&
-            IsSame((*at)->conv, conv)) {
+        if (Same((*at)->mask, mask) && Same((*at)->frozen, frozen) &&
+            Same((*at)->conv, conv)) {
           made_.splice(made_.begin(), made_, at);
           return made_.front();
         }
@@ -169,12 +169,13 @@ class Plans {
  private:
   static constexpr size_t kMost = 64;  // run eagerly, layers share kernels
 
-  static bool IsSame(const Tensor& a, const Tensor& b) {
-    // Empty ones have no buffer to share.
-    return a.SharesBufferWith(b) || (!a.NumElements() && !b.NumElements());
+  // Parts of one buffer, as slices are, begin at different places in it.
+  static bool Same(const Tensor& a, const Tensor& b) {
+    return a.tensor_data().data() == b.tensor_data().data() &&
+           a.tensor_data().size() == b.tensor_data().size();
   }
 
-  static bool IsSame(const Convolution& a, const Convolution& b) {
+  static bool Same(const Convolution& a, const Convolution& b) {
     static_assert(std::has_unique_object_representations_v<Convolution>);
     return !std::memcmp(&a, &b, sizeof(Convolution));
   }

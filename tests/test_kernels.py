@@ -1,0 +1,852 @@
+"""The C++ operations: what they compute, and when they plan anew."""
+
+import concurrent.futures
+import itertools
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from rigl_keras import kernels
+from rigl_keras.kernels import FrozenKernel, library, sparse_conv2d
+
+HERE = pathlib.Path(__file__).parent
+
+
+@pytest.fixture(autouse=True, scope="module")
+def loaded():
+    if kernels.load() is None:
+        pytest.skip(f"no sparse kernels: {kernels.unavailable()}")
+
+
+def reference(
+    images, kernel, *, strides=(1, 1), padding="SAME", dilations=(1, 1)
+):
+    """The same in dense TensorFlow, differentiable whatever the dilations.
+
+    A matrix product for each position of the kernel, of the images from that
+    position on.
+    """
+    pads, counts = [(0, 0)], []
+    for axis in (0, 1):
+        length, stride = images.shape[axis + 1], strides[axis]
+        extent = (kernel.shape[axis] - 1) * dilations[axis] + 1
+        if padding == "SAME":
+            count = -(-length // stride)
+            missing = max(0, (count - 1) * stride + extent - length)
+        else:
+            count, missing = (length - extent) // stride + 1, 0
+        pads.append((missing // 2, missing - missing // 2))
+        counts.append(count)
+    images = tf.pad(images, [*pads, (0, 0)])
+
+    def seen(axis, position):
+        begin = position * dilations[axis]
+        end = begin + (counts[axis] - 1) * strides[axis] + 1
+        return slice(begin, end, strides[axis])
+
+    return sum(
+        images[:, seen(0, row), seen(1, column)] @ kernel[row, column]
+        for row, column in np.ndindex(*kernel.shape[:2])
+    )
+
+
+def assert_close(got, want, relative=1e-5):
+    """Within a part of the largest that is wanted."""
+    got, want = np.asarray(got), np.asarray(want)
+    assert got.shape == want.shape
+    if want.size:
+        apart = np.abs(got.astype(np.float64) - want).max()
+        assert apart <= relative * np.abs(want).max()
+
+
+def normal(draw, *shape):
+    return draw.standard_normal(shape).astype(np.float32)
+
+
+def mask_of(draw, shape, density):
+    if density is None:  # a single weight
+        kept = np.arange(np.prod(shape)) == draw.integers(np.prod(shape))
+        return kept.reshape(shape).astype(np.float32)
+    return (draw.random(shape) < density).astype(np.float32)
+
+
+BATCHES = (1, 2, 3, 8, 15, 16, 17, 33, 100, 130)
+
+
+def drawn(seed):
+    """Returns images, a kernel, its mask and the options of a convolution."""
+    draw = np.random.default_rng(seed)
+    while True:
+        positions = draw.integers(1, 6, 2)
+        strides, dilations = draw.integers(1, 4, (2, 2))
+        padding = str(draw.choice(["SAME", "VALID"]))
+        least = 1
+        if padding == "VALID":
+            least = (positions - 1) * dilations + 1
+        lengths = least + draw.integers(0, 18, 2)
+        batch = draw.choice(BATCHES)
+        channels, filters = draw.integers(1, 51, 2)
+        shape = (*positions, channels, filters)
+        if np.prod(shape) * batch * np.prod(lengths // strides + 1) < 5e7:
+            break
+    return (
+        normal(draw, batch, *lengths, channels),
+        normal(draw, *shape),
+        mask_of(draw, shape, draw.choice([0, None, 0.1, 0.5, 1])),
+        dict(
+            strides=strides.tolist(),
+            padding=padding,
+            dilations=dilations.tolist(),
+        ),
+    )
+
+
+def passes(product, images, kernel):
+    """Returns outputs, and both gradients of their sum with weights."""
+    with tf.GradientTape() as tape:
+        tape.watch([images, kernel])
+        outputs = product(images, kernel)
+        upstream = tf.random.stateless_normal(tf.shape(outputs), [7, 8])
+        upstream = tf.cast(upstream, outputs.dtype)
+    gradients = tape.gradient(
+        outputs, [images, kernel], output_gradients=upstream
+    )
+    return outputs, *gradients
+
+
+def wanted(images, kernel, mask, **options):
+    return passes(
+        lambda images, kernel: reference(
+            images, kernel * tf.constant(mask, tf.float64), **options
+        ),
+        tf.cast(images, tf.float64),
+        tf.cast(kernel, tf.float64),
+    )
+
+
+def compare(images, kernel, mask, options):
+    """Forward, backward and frozen."""
+    outputs, to_images, to_kernel = wanted(images, kernel, mask, **options)
+    got = passes(
+        lambda images, kernel: sparse_conv2d(images, kernel, mask, **options),
+        tf.constant(images),
+        tf.constant(kernel),
+    )
+    assert_close(got[0], outputs)
+    assert_close(got[1], to_images)
+    assert_close(got[2], to_kernel)
+    assert not got[2].numpy()[mask == 0].any()
+    frozen = FrozenKernel.of(kernel * mask)
+    assert_close(kernels.frozen_conv2d(images, frozen, **options), outputs)
+    draw = np.random.default_rng(8)
+    scale, shift = normal(draw, 2, images.shape[-1])
+    bias, residual = normal(draw, kernel.shape[-1]), normal(draw, *got[0].shape)
+    before = np.maximum(images * scale + shift, 0).astype(np.float64)
+    assert_close(
+        kernels.frozen_conv2d(
+            images,
+            frozen,
+            scale=scale,
+            shift=shift,
+            relu_before=True,
+            bias=bias,
+            residual=residual,
+            relu_after=True,
+            **options,
+        ),
+        tf.nn.relu(
+            reference(before, np.float64(kernel * mask), **options)
+            + (bias + residual)
+        ),
+    )
+
+
+# What is known without any library.
+
+NINE = np.arange(1, 10, dtype=np.float32).reshape(1, 3, 3, 1)
+
+
+@pytest.mark.parametrize(
+    "at, options, want",
+    [
+        ((1, 1), {}, [[2, 4, 6], [8, 10, 12], [14, 16, 18]]),
+        ((0, 1), {}, [[0, 0, 0], [2, 4, 6], [8, 10, 12]]),
+        ((1, 2), {}, [[4, 6, 0], [10, 12, 0], [16, 18, 0]]),
+        ((2, 0), dict(padding="VALID"), [[14]]),
+        ((1, 1), dict(strides=(2, 2)), [[2, 6], [14, 18]]),
+        ((0, 0), dict(strides=(2, 2)), [[0, 0], [0, 10]]),
+        ((0, 0), dict(strides=(3, 1)), [[0, 2, 4]]),
+        (
+            (0, 1),
+            dict(dilations=(2, 1)),
+            [[0, 0, 0], [0, 0, 0], [2, 4, 6]],
+        ),
+    ],
+)
+def test_one_weight_shifts_and_scales(at, options, want):
+    kernel = np.full((3, 3, 1, 1), 99, np.float32)
+    kernel[at] = 2
+    mask = np.zeros_like(kernel)
+    mask[at] = 1
+    got = sparse_conv2d(NINE, kernel, mask, **options)
+    np.testing.assert_array_equal(got[0, :, :, 0], want)
+    assert got.shape == (1, *np.shape(want), 1)
+
+
+def test_one_weight_between_channels():
+    """Channel 0 times 3 is filter 1; no weight leads to filters 0 and 2."""
+    images = np.array([[[[2.0, 50.0]]], [[[-1.0, 50.0]]]], np.float32)
+    mask = np.zeros((1, 1, 2, 3), np.float32)
+    mask[0, 0, 0, 1] = 1
+    got = sparse_conv2d(images, np.full_like(mask, 3), mask)
+    np.testing.assert_array_equal(got, [[[[0, 6, 0]]], [[[0, -3, 0]]]])
+
+
+def test_gradients_by_hand():
+    """y = [2 a], with weights 2 and (removed) 9: dy/da = 2, dy/dw = [a, 0]."""
+    images = tf.constant([[[[5.0, 7.0]]]])
+    kernel = tf.constant([[[[2.0], [9.0]]]])
+    mask = tf.constant([[[[1.0], [0.0]]]])
+    for dense, want in ((False, [5, 0]), (True, [5, 7])):
+        with tf.GradientTape() as tape:
+            tape.watch([images, kernel])
+            y = sparse_conv2d(images, kernel, mask, dense_gradient=dense)
+        assert float(y[0, 0, 0, 0]) == 10
+        to_images, to_kernel = tape.gradient(y, [images, kernel])
+        np.testing.assert_array_equal(to_images.numpy().ravel(), [2, 0])
+        np.testing.assert_array_equal(to_kernel.numpy().ravel(), want)
+
+
+@pytest.mark.parametrize(
+    "around, want",
+    [
+        ({}, [5, 0]),
+        (dict(relu_before=True), [5, 0]),
+        (dict(scale=[2, 2], shift=[1, 1]), [15, 0]),  # 5 (2 x 1 + 1)
+        (dict(scale=[-2, 2], shift=[1, 1]), [-5, 0]),
+        (dict(scale=[-2, 2], shift=[1, 1], relu_before=True), [0, 0]),
+        (dict(bias=[1, 2]), [6, 2]),
+        (dict(residual=[[[[-9, 4]]]]), [-4, 4]),
+        (dict(residual=[[[[-9, 4]]]], relu_after=True), [0, 4]),
+        (dict(bias=[5, 0], residual=[[[[-9, 4]]]], relu_after=True), [1, 4]),
+    ],
+)
+def test_what_is_around_a_frozen_convolution(around, want):
+    """From channel 0 of (1, -2) to filter 0 by a weight of 5."""
+    kernel = FrozenKernel.of(np.float32([[5, 0], [0, 0]]))
+    around = {
+        name: value if isinstance(value, bool) else np.float32(value)
+        for name, value in around.items()
+    }
+    images = np.float32([[[[1, -2]]]])
+    got = kernels.frozen_conv2d(images, kernel, **around)
+    np.testing.assert_array_equal(got, [[[want]]])
+
+
+def test_shifted_images_are_padded_with_zeros():
+    """And not with the shift: the weight sees row -1 of the images."""
+    kernel = np.zeros((3, 3, 1, 1), np.float32)
+    kernel[0, 1] = 2
+    got = kernels.frozen_conv2d(
+        tf.zeros((1, 2, 1, 1)),
+        FrozenKernel.of(kernel),
+        scale=[1.0],
+        shift=[3.0],
+    )
+    np.testing.assert_array_equal(got[0, :, 0, 0], [0, 6])
+
+
+# Against dense TensorFlow.
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+@pytest.mark.parametrize(
+    "strides, dilations", [((1, 1), (1, 1)), ((2, 2), (1, 1)), ((1, 1), (2, 3))]
+)
+def test_the_reference_is_tensorflow(padding, strides, dilations):
+    draw = np.random.default_rng(0)
+    images, kernel = (
+        draw.normal(size=(2, 9, 8, 3)),
+        draw.normal(size=[3, 2, 3, 4]),
+    )
+    options = dict(strides=strides, padding=padding, dilations=dilations)
+    assert_close(
+        reference(images, kernel, **options),
+        tf.nn.conv2d(images, kernel, **options),
+        relative=1e-14,
+    )
+
+
+@pytest.mark.parametrize("part", range(12))
+def test_random_convolutions(part):
+    for seed in range(16):
+        compare(*drawn(100 * part + seed))
+
+
+@pytest.mark.parametrize("density", [0, None, 0.1, 0.5, 1])
+@pytest.mark.parametrize("batch", [1, 15, 16, 17, 100])
+def test_densities_and_batches(density, batch):
+    """Of the one convolution that is common, 3 x 3 on 9 x 9 images."""
+    draw = np.random.default_rng(batch)
+    shape = (3, 3, 17, 18)
+    mask = mask_of(draw, shape, density)
+    images = normal(draw, batch, 9, 9, 17)
+    for stride in (1, 2):
+        options = dict(strides=(stride, stride), padding="SAME")
+        compare(images, normal(draw, *shape), mask, options)
+
+
+@pytest.mark.parametrize("wanted_set", ["avx2", "portable"])
+def test_other_instruction_sets(wanted_set):
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("there is one on this machine")
+    if kernels.instruction_set() == "portable" and wanted_set == "avx2":
+        pytest.skip("the processor does not have it")
+    code = (
+        "import test_kernels as t\n"
+        "for seed in range(40): t.compare(*t.drawn(seed))\n"
+        "print(t.kernels.instruction_set())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=HERE,
+        env={**os.environ, "RIGL_KERAS_ISA": wanted_set},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [wanted_set]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(strides=(2, 1)),
+        dict(dilations=(1, 2), padding="VALID"),
+    ],
+)
+def test_gradients_by_finite_differences(options):
+    """Exact for steps of any size: outputs are linear in either input."""
+    draw = np.random.default_rng(0)
+    mask = mask_of(draw, (3, 2, 2, 3), 0.5)
+    found, differences = tf.test.compute_gradient(
+        lambda images, kernel: sparse_conv2d(images, kernel, mask, **options),
+        [normal(draw, 2, 4, 3, 2), normal(draw, *mask.shape)],
+        delta=0.25,
+    )
+    for ours, theirs in zip(found, differences, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+        assert np.abs(theirs).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "options", [{}, dict(strides=(2, 2)), dict(dilations=(2, 2))]
+)
+def test_gradients_of_gradients(options):
+    draw = np.random.default_rng(0)
+    images, kernel = normal(draw, 3, 6, 5, 4), normal(draw, 3, 3, 4, 5)
+    mask = mask_of(draw, kernel.shape, 0.3)
+
+    def second(product, dtype):
+        inputs = [tf.constant(images, dtype), tf.constant(kernel, dtype)]
+        with tf.GradientTape() as outer:
+            outer.watch(inputs)
+            with tf.GradientTape() as inner:
+                inner.watch(inputs)
+                loss = tf.reduce_sum(product(*inputs) ** 3)
+            first = inner.gradient(loss, inputs)
+            penalty = sum(tf.reduce_sum(g * g) for g in first)
+        return outer.gradient(penalty, inputs)
+
+    got = second(lambda x, w: sparse_conv2d(x, w, mask, **options), tf.float32)
+    want = second(
+        lambda x, w: reference(x, w * tf.constant(mask, w.dtype), **options),
+        tf.float64,
+    )
+    for ours, theirs in zip(got, want, strict=True):
+        assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(strides=(2, 2)),
+        dict(strides=(1, 2), padding="VALID"),
+        dict(dilations=(2, 1)),
+    ],
+)
+def test_dense_gradient_is_that_of_the_product(options):
+    """dL/d(kernel x mask), where the mask is zero as well."""
+    draw = np.random.default_rng(0)
+    images, kernel = normal(draw, 5, 7, 6, 4), normal(draw, 3, 3, 4, 5)
+    mask = mask_of(draw, kernel.shape, 0.2)
+    _, to_images, to_kernel = passes(
+        lambda images, kernel: sparse_conv2d(
+            images, kernel, mask, dense_gradient=True, **options
+        ),
+        tf.constant(images),
+        tf.constant(kernel),
+    )
+    product = kernel * mask
+    _, want_images, want_kernel = wanted(
+        images, product, np.ones_like(mask), **options
+    )
+    assert_close(to_images, want_images)
+    assert_close(to_kernel, want_kernel)
+    assert to_kernel.numpy()[mask == 0].all()
+
+
+def test_dense_layers():
+    draw = np.random.default_rng(0)
+    kernel = normal(draw, 6, 5)
+    mask = mask_of(draw, kernel.shape, 0.4)
+    for shape in ((6,), (7, 6), (7, 3, 6), (2, 3, 4, 6)):
+        inputs = normal(draw, *shape)
+        got = kernels.sparse_dense(inputs, kernel, mask)
+        assert_close(got, np.float64(inputs) @ (kernel * mask))
+
+
+def test_dense_layers_know_their_shape_and_gradients():
+    draw = np.random.default_rng(0)
+    kernel = tf.constant(normal(draw, 6, 5))
+    mask = mask_of(draw, kernel.shape, 0.4)
+
+    @tf.function(input_signature=[tf.TensorSpec([None, 3, 6])])
+    def gradients(inputs):
+        with tf.GradientTape(persistent=True) as tape:
+            tape.watch([inputs, kernel])
+            ours = kernels.sparse_dense(inputs, kernel, mask) ** 2
+            theirs = (inputs @ (kernel * mask)) ** 2
+        assert ours.shape.as_list() == [None, 3, 5]
+        wrt = [inputs, kernel]
+        return tape.gradient(ours, wrt), tape.gradient(theirs, wrt)
+
+    for batch in (4, 0):
+        got, want = gradients(normal(draw, batch, 3, 6))
+        for ours, theirs in zip(got, want, strict=True):
+            assert_close(ours, theirs)
+
+
+def test_no_images():
+    draw = np.random.default_rng(0)
+    kernel = normal(draw, 3, 3, 4, 5)
+    mask = np.ones_like(kernel)
+    outputs, to_images, to_kernel = passes(
+        lambda images, kernel: sparse_conv2d(
+            images, kernel, mask, strides=(2, 2)
+        ),
+        tf.zeros((0, 8, 7, 4)),
+        tf.constant(kernel),
+    )
+    assert outputs.shape == (0, 4, 4, 5)
+    assert to_images.shape == (0, 8, 7, 4)
+    np.testing.assert_array_equal(to_kernel, np.zeros_like(kernel))
+    frozen = kernels.frozen_conv2d(
+        tf.zeros((0, 8, 7, 4)), FrozenKernel.of(kernel)
+    )
+    assert frozen.shape == (0, 8, 7, 5)
+
+
+# Masks that change.
+
+
+def a_layer(seed=0, density=0.3):
+    draw = np.random.default_rng(seed)
+    return (
+        tf.constant(normal(draw, 3, 6, 5, 7)),
+        tf.constant(normal(draw, 3, 3, 7, 9)),
+        tf.Variable(mask_of(draw, (3, 3, 7, 9), density)),
+    )
+
+
+def all_passes(images, kernel, mask):
+    return passes(
+        lambda images, kernel: sparse_conv2d(images, kernel, mask),
+        images,
+        kernel,
+    )
+
+
+def assert_follows(run, images, kernel, mask):
+    got = run(images, kernel)
+    want = wanted(images, kernel, mask.numpy())
+    for ours, theirs in zip(got, want, strict=True):
+        assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("traced", [True, False])
+def test_a_mask_that_is_assigned(traced):
+    images, kernel, mask = a_layer()
+
+    def run(images, kernel):
+        return all_passes(images, kernel, mask)
+
+    if traced:
+        run = tf.function(run)
+    draw = np.random.default_rng(1)
+    for density in (0.3, 0.3, 0.0, 0.6, 1.0, 0.1):
+        mask.assign(mask_of(draw, mask.shape, density))
+        for _ in range(2):
+            assert_follows(run, images, kernel, mask)
+        mask.assign(mask.numpy())  # the same
+        assert_follows(run, images, kernel, mask)
+        mask.assign(mask)
+        assert_follows(run, images, kernel, mask)
+
+
+@pytest.mark.parametrize("traced", [True, False])
+def test_a_mask_that_is_assigned_in_part(traced):
+    images, kernel, mask = a_layer()
+
+    def run(images, kernel):
+        return all_passes(images, kernel, mask)
+
+    if traced:
+        run = tf.function(run)
+    assert_follows(run, images, kernel, mask)
+    mask[1, 1].assign(1 - mask[1, 1])
+    assert_follows(run, images, kernel, mask)
+    mask.scatter_nd_update([[0, 0, 1, 2], [2, 2, 6, 8]], [1.0, 1.0])
+    assert_follows(run, images, kernel, mask)
+    mask.assign_add(1 - mask)
+    assert mask.numpy().all()
+    assert_follows(run, images, kernel, mask)
+    mask.assign_sub(mask)
+    assert not mask.numpy().any()
+    assert_follows(run, images, kernel, mask)
+
+
+def test_a_mask_that_is_assigned_between_two_products():
+    """In one call: neither product may use the plan of the other."""
+    images, kernel, mask = a_layer()
+    draw = np.random.default_rng(1)
+    masks = tf.constant(
+        np.stack([mask_of(draw, mask.shape, 0.3) for _ in range(5)])
+    )
+
+    @tf.function
+    def run():
+        found = tf.TensorArray(tf.float32, len(masks))
+        for i in tf.range(len(masks)):
+            mask.assign(masks[i])
+            found = found.write(i, sparse_conv2d(images, kernel, mask))
+        return found.stack()
+
+    for _ in range(2):
+        for got, each in zip(run(), masks, strict=True):
+            assert_close(got, wanted(images, kernel, each.numpy())[0])
+
+
+def test_masks_that_take_turns():
+    images, kernel, one = a_layer()
+    two = tf.Variable(1 - one)
+    run = tf.function(lambda mask: sparse_conv2d(images, kernel, mask))
+    want = [wanted(images, kernel, m.numpy())[0] for m in (one, two)]
+    for _ in range(3):
+        for i, mask in enumerate((one, two)):
+            assert_close(run(tf.convert_to_tensor(mask)), want[i])
+            assert_close(sparse_conv2d(images, kernel, mask), want[i])
+
+
+def test_masks_that_are_parts_of_one_tensor():
+    """TensorFlow does not copy such parts: they lie in one buffer."""
+    draw = np.random.default_rng(0)
+    inputs, kernel = normal(draw, 3, 16), normal(draw, 16, 16)
+    masks = tf.constant(mask_of(draw, (2, 16, 16), 0.3))
+    run = tf.function(lambda mask: kernels.sparse_dense(inputs, kernel, mask))
+    part = tf.function(lambda i: kernels.sparse_dense(inputs, kernel, masks[i]))
+    want = [np.float64(inputs) @ (kernel * mask) for mask in masks]
+    for _ in range(2):
+        for i in range(2):
+            assert_close(run(masks[i]), want[i])
+            assert_close(part(tf.constant(i)), want[i])
+            assert_close(
+                kernels.sparse_dense(inputs, kernel, masks[i]), want[i]
+            )
+
+
+def test_frozen_kernels_that_take_turns():
+    """Of equal places or equal values, and parts of one tensor."""
+    values = tf.constant(np.arange(1, 33, dtype=np.float32).reshape(2, 16))
+    places = tf.reshape(tf.range(32), (2, 16))
+    image = tf.ones((1, 1, 1, 8))
+    for _ in range(2):
+        for i, j in itertools.product(range(2), repeat=2):
+            frozen = FrozenKernel(values[i], places[j], (1, 1, 8, 4))
+            got = kernels.frozen_conv2d(image, frozen)
+            # Four channels lead to each of four filters.
+            want = values[i].numpy().reshape(4, 4).sum(axis=0)
+            np.testing.assert_array_equal(got[0, 0, 0], want)
+            channels = tf.one_hot([[[4 * j]]], 8)
+            got = kernels.frozen_conv2d(channels, frozen)
+            np.testing.assert_array_equal(got[0, 0, 0], values[i, :4])
+
+
+def test_more_masks_than_are_remembered():
+    images, kernel, _ = a_layer()
+    draw = np.random.default_rng(1)
+    masks = [tf.Variable(mask_of(draw, kernel.shape, 0.1)) for _ in range(80)]
+    for _ in range(2):
+        for mask in masks:
+            got = sparse_conv2d(images, kernel, mask)
+            assert_close(got, reference(images, kernel * mask))
+
+
+def test_a_mask_that_stays_is_planned_once():
+    """Planning takes as long as reading the mask, and here that is all."""
+    kernel = tf.zeros((2048, 2048))
+    mask = tf.Variable(tf.eye(2048))
+    inputs = tf.zeros((1, 2048))
+    run = tf.function(lambda x: kernels.sparse_dense(x, kernel, mask))
+
+    def seconds(*, assigned):
+        taken = []
+        for _ in range(15):
+            if assigned:
+                mask.assign(tf.eye(2048))
+            start = time.perf_counter()
+            run(inputs)
+            taken.append(time.perf_counter() - start)
+        return min(taken[1:])
+
+    assert seconds(assigned=False) < 0.6 * seconds(assigned=True)
+
+
+@pytest.mark.parametrize("spoilt", [np.nan, np.inf, 1e9])
+def test_what_is_removed_does_not_leak(spoilt):
+    images, kernel, mask = a_layer()
+    kept = mask.numpy() > 0
+    other = tf.constant(np.where(kept, kernel, np.float32(spoilt)))
+    for ours, theirs in zip(
+        all_passes(images, other, mask),
+        all_passes(images, kernel, mask),
+        strict=True,
+    ):
+        assert np.isfinite(ours).all()
+        np.testing.assert_array_equal(ours, theirs)
+
+
+# However they are called.
+
+
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
+def test_sizes_that_are_not_known(strides):
+    _, kernel, mask = a_layer()
+
+    @tf.function(input_signature=[tf.TensorSpec([None, None, None, 7])])
+    def run(images):
+        def product(images, kernel):
+            outputs = sparse_conv2d(images, kernel, mask, strides=strides)
+            assert outputs.shape.as_list() == [None, None, None, 9]
+            return outputs
+
+        return passes(product, images, kernel)
+
+    draw = np.random.default_rng(0)
+    for shape in ((1, 4, 5), (17, 4, 5), (2, 9, 3), (0, 4, 5), (1, 4, 5)):
+        images = normal(draw, *shape, 7)
+        want = wanted(images, kernel, mask.numpy(), strides=strides)
+        for ours, theirs in zip(run(images), want, strict=True):
+            assert_close(ours, theirs)
+
+
+def test_the_known_shape_of_a_frozen_convolution():
+    kernel = FrozenKernel.of(np.ones((3, 2, 4, 5), np.float32))
+    options = dict(strides=(2, 2), padding="VALID")
+
+    @tf.function(input_signature=[tf.TensorSpec([None, 8, None, 4])])
+    def run(images):
+        outputs = kernels.frozen_conv2d(images, kernel, **options)
+        assert outputs.shape.as_list() == [None, 3, None, 5]
+        return outputs
+
+    assert run(tf.ones((2, 8, 6, 4))).shape == (2, 3, 3, 5)
+
+
+def test_within_a_loop():
+    """Three times the same layer, and the gradient through all of them."""
+    draw = np.random.default_rng(0)
+    images = tf.constant(normal(draw, 2, 5, 5, 6))
+    kernel = tf.constant(normal(draw, 3, 3, 6, 6))
+    mask = tf.Variable(mask_of(draw, kernel.shape, 0.3))
+
+    @tf.function
+    def run(images, kernel):
+        def thrice(images, kernel):
+            return tf.while_loop(
+                lambda i, x: i < 3,
+                lambda i, x: (i + 1, sparse_conv2d(x, kernel, mask)),
+                (0, images),
+            )[1]
+
+        return passes(thrice, images, kernel)
+
+    def unrolled(x, kernel):
+        for _ in range(3):
+            x = reference(x, kernel * tf.cast(mask, tf.float64))
+        return x
+
+    want = passes(
+        unrolled, tf.cast(images, tf.float64), tf.cast(kernel, tf.float64)
+    )
+    for ours, theirs in zip(run(images, kernel), want, strict=True):
+        assert_close(ours, theirs)
+
+
+def test_several_threads_at_once():
+    _, kernel, mask = a_layer()
+    run = tf.function(
+        lambda images: all_passes(images, kernel, mask), reduce_retracing=True
+    )
+    draw = np.random.default_rng(0)
+    batches = [normal(draw, batch, 6, 5, 7) for batch in range(1, 25)]
+    first = [[t.numpy() for t in run(images)] for images in batches]
+    with concurrent.futures.ThreadPoolExecutor(6) as pool:
+        again = list(pool.map(run, batches * 4))
+    for got, want in zip(again, itertools.cycle(first)):
+        for ours, theirs in zip(got, want, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_several_threads_while_the_mask_changes():
+    """Each result is that of one of the masks, never of a mixture."""
+    images, kernel, mask = a_layer()
+    run = tf.function(lambda: sparse_conv2d(images, kernel, mask))
+    masks = [mask.numpy(), 1 - mask.numpy()]
+    want = []
+    for each in masks:
+        mask.assign(each)
+        want.append(run().numpy())
+
+    def call(i):
+        mask.assign(masks[i % 2])
+        return run().numpy()
+
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for got in pool.map(call, range(200)):
+            assert any((got == each).all() for each in want)
+
+
+def test_in_the_input_pipeline():
+    images, kernel, mask = a_layer()
+    data = tf.data.Dataset.from_tensor_slices(images).batch(2)
+    data = data.map(
+        lambda images: sparse_conv2d(images, kernel, mask),
+        num_parallel_calls=2,
+    )
+    got = np.concatenate([batch.numpy() for batch in data])
+    assert_close(got, reference(images, kernel * mask))
+
+
+def test_the_same_twice():
+    """To the last bit, whichever thread takes which part."""
+    draw = np.random.default_rng(0)
+    images = tf.constant(normal(draw, 40, 12, 12, 20))
+    kernel = tf.constant(normal(draw, 3, 3, 20, 40))
+    mask = tf.constant(mask_of(draw, kernel.shape, 0.2))
+    first = all_passes(images, kernel, mask)
+    for _ in range(5):
+        for ours, theirs in zip(
+            all_passes(images, kernel, mask), first, strict=True
+        ):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_the_first_call_may_be_traced(monkeypatch, caplog):
+    """AutoGraph has nothing to say of how the library is loaded."""
+    images, kernel, mask = a_layer()
+    monkeypatch.setattr(library, "_module", None)
+    traced = tf.function(lambda: sparse_conv2d(images, kernel, mask))
+    assert traced().shape == (3, 6, 5, 9)
+    assert "AutoGraph" not in caplog.text
+
+
+# What is refused.
+
+X = np.zeros((2, 4, 4, 3), np.float32)
+W = np.zeros((3, 3, 3, 5), np.float32)
+
+
+@pytest.mark.parametrize(
+    "images, kernel, mask, words",
+    [
+        (X, W, W[:2], r"mask must have shape \[3,3,3,5\].*\[2,3,3,5\]"),
+        (X[..., :2], W, W, "takes 3 channels and the images have 2"),
+        (X[0], W, W, r"images must be \[batch.*\[4,4,3\]"),
+        (X, W[0], W[0], r"kernels \[rows, columns, in, out\].*\[3,3,5\]"),
+    ],
+)
+def test_shapes_that_do_not_fit(images, kernel, mask, words):
+    with pytest.raises(tf.errors.InvalidArgumentError, match=words):
+        sparse_conv2d(images, kernel, mask)
+    # Where no shape is known before.
+    any_shape = [tf.TensorSpec(None)] * 3
+    run = tf.function(sparse_conv2d, input_signature=any_shape)
+    with pytest.raises(tf.errors.InvalidArgumentError, match=words):
+        run(images, kernel, mask)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(strides=(0, 1)), dict(dilations=(1, -1)), dict(strides=(1, 1, 1))],
+)
+def test_strides_and_dilations_that_do_not_fit(options):
+    with pytest.raises(tf.errors.InvalidArgumentError, match="strides and di"):
+        sparse_conv2d(X, W, W, **options)
+
+
+@pytest.mark.parametrize(
+    "values, places, around, words",
+    [
+        ([1, 2], [5, 4], {}, "places must rise, within the kernel"),
+        ([1, 2], [4, 4], {}, "places must rise, within the kernel"),
+        ([1], [-1], {}, "places must rise, within the kernel"),
+        ([1], [W.size], {}, "places must rise, within the kernel"),
+        ([1, 2], [4], {}, r"values must have shape \[1\].*\[2\]"),
+        ([1], [4], dict(bias=[1, 2]), r"bias must have shape \[5\].*\[2\]"),
+        ([1], [4], dict(scale=[1, 2, 3]), "given both or neither"),
+        (
+            [1],
+            [4],
+            dict(scale=[1, 2], shift=[1, 2]),
+            r"scale and shift must have shape \[3\].*\[2\]",
+        ),
+        (
+            [1],
+            [4],
+            dict(residual=X),
+            r"residual must have shape \[2,4,4,5\].*\[2,4,4,3\]",
+        ),
+    ],
+)
+def test_what_a_frozen_convolution_refuses(values, places, around, words):
+    kernel = FrozenKernel(np.float32(values), np.int32(places), W.shape)
+    around = {name: np.float32(value) for name, value in around.items()}
+    with pytest.raises(tf.errors.InvalidArgumentError, match=words):
+        kernels.frozen_conv2d(X, kernel, **around)
+
+
+def test_places_at_both_ends_are_within():
+    kernel = FrozenKernel(
+        np.float32([1, 1]), np.int32([0, W.size - 1]), W.shape
+    )
+    got = kernels.frozen_conv2d(X + 1, kernel)
+    # The first weight sees all but the first row and column, the last one
+    # all but the last ones.
+    assert got.numpy()[0, :, :, 0].sum() == got.numpy()[0, :, :, 4].sum() == 9
+
+
+def test_without_a_library(monkeypatch):
+    monkeypatch.setattr(library, "_module", None)
+    monkeypatch.setattr(library, "_reason", "there is no compiler")
+    with pytest.raises(RuntimeError, match="available: there is no compiler"):
+        sparse_conv2d(X, W, W)
