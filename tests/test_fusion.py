@@ -256,7 +256,7 @@ def test_an_export_and_its_loader(tmp_path, always_sparse):
     np.testing.assert_allclose(got, want, atol=1e-4)
 
 
-def test_nothing_to_win(tmp_path):
+def test_nothing_to_win(tmp_path, timed_kernels):
     model = rigl_keras.sparsify(
         rigl_keras.models.mlp(input_shape=(8, 8, 1)), 0.9
     )
