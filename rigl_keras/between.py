@@ -7,14 +7,18 @@ of the same numbers.
 """
 
 import functools
+import math
 
 import keras
 import tensorflow as tf
 
 from rigl_keras import kernels
-from rigl_keras.products import only_dense
+from rigl_keras.products import USUAL_BATCH, only_dense
 
 __all__ = ["hasten", "slow_down"]
+
+# Below so many numbers there is nothing to win, and no op library to build.
+_LEAST_NUMBERS = 1 << 17
 
 
 def hasten(layer: keras.layers.Layer) -> None:
@@ -86,10 +90,17 @@ def _fits(inputs):
         and inputs.shape.rank is not None
         and inputs.shape.rank > 1
         and inputs.shape[-1] is not None
+        and _numbers(inputs.shape) >= _LEAST_NUMBERS
         and not tf.config.list_physical_devices("GPU")
         and not only_dense()
         and kernels.load() is not None
     )
+
+
+def _numbers(shape):
+    """Returns how many numbers there are, by what is known of a shape."""
+    batch, *rest = shape
+    return (batch or USUAL_BATCH) * math.prod(n or 1 for n in rest)
 
 
 _CALLS = {

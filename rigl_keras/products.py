@@ -11,6 +11,7 @@ from rigl_keras import arguments, kernels
 
 __all__ = [
     "PRODUCTS",
+    "USUAL_BATCH",
     "check_product",
     "chosen",
     "dense_products",
@@ -22,7 +23,7 @@ __all__ = [
 PRODUCTS = ("auto", "dense", "sparse")
 
 # The batch that is timed where a layer is called on batches of any size.
-_USUAL_BATCH = 128
+USUAL_BATCH = 128
 
 _dense_products = contextvars.ContextVar("dense_products", default=False)
 
@@ -151,7 +152,7 @@ def _in_xla():
 def _problem(layer, shape):
     """Returns the `kernels.Problem` of a layer, or None if it is not known."""
     batch, *between = shape.as_list()[:-1]
-    batch = _USUAL_BATCH if batch is None else batch
+    batch = USUAL_BATCH if batch is None else batch
     if None in between:
         return None
     if isinstance(layer, keras.layers.Dense):

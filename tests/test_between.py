@@ -15,6 +15,32 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True)
+def of_any_size(monkeypatch):
+    """What is small is left to Keras, but here."""
+    monkeypatch.setattr(between, "_LEAST_NUMBERS", 0)
+
+
+def test_what_is_small_is_left_to_keras(monkeypatch):
+    monkeypatch.setattr(between, "_LEAST_NUMBERS", 1 << 17)
+    called = []
+    batch_norm = kernels.batch_norm
+    monkeypatch.setattr(
+        kernels,
+        "batch_norm",
+        lambda x, *rest, **how: (
+            called.append(x.shape) or batch_norm(x, *rest, **how)
+        ),
+    )
+    layer = layers.BatchNormalization()
+    layer.build((None, 32))
+    between.hasten(layer)
+    layer(tf.zeros((4095, 32)), training=True)
+    assert called == []
+    layer(tf.zeros((4096, 32)), training=True)
+    assert called == [(4096, 32)]
+
+
 def normed(x, *, fast, **options):
     """Returns outputs, gradients (of these, too) and moving statistics."""
     layer = layers.BatchNormalization(epsilon=0.01, **options)

@@ -599,7 +599,8 @@ def timings(monkeypatch):
     """The problems that are timed: a list, and what the times are."""
     timed = []
 
-    def seconds(problem, density):
+    def seconds(problem, density, backward):
+        assert backward
         timed.append((problem, density))
         return 3.0, 2.0
 
