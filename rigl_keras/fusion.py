@@ -7,6 +7,7 @@ does what else is to be done to them, so that memory is passed over once:
     batch norm?, + residual?, relu?
 """
 
+import collections
 import dataclasses
 import os
 import shutil
@@ -91,6 +92,12 @@ class Fused:
                 self._readers.setdefault(id(tensor), []).append(call)
         for tensor in tensors_in(self._graph.outputs):
             self._readers.setdefault(id(tensor), []).append(None)
+        times = collections.Counter(id(c.layer) for c in self._graph.calls)
+        self._choices = {
+            id(call): self._choice(call, times[id(call.layer)])
+            for call in self._graph.calls
+            if isinstance(call.layer, _WITH_PRODUCT)
+        }
         self.layers = []
         self._steps = self._planned()
 
@@ -127,8 +134,8 @@ class Fused:
                 self.layers.append(matched.told)
             else:
                 steps.append(_Plain(call))
-                if isinstance(call.layer, (layers.Conv2D, layers.Dense)):
-                    told = FusedLayer(call.layer.name, self._choice(call))
+                if id(call) in self._choices:
+                    told = FusedLayer(call.layer.name, self._choices[id(call)])
                     self.layers.append(told)
         self.layers.reverse()
         return steps[::-1]
@@ -165,16 +172,12 @@ class Fused:
             norm, tensor = call.layer, call.args[0]
             after, within = [norm.name, *after], [*within, tensor]
             call = self._made_by.get(id(tensor))
-        if call is None or not isinstance(
-            call.layer, (layers.Conv2D, layers.Dense)
-        ):
+        choice = self._choices.get(id(call))
+        if choice is None or not choice.sparse:
             return None
         activated = call.layer.activation is keras.activations.relu
         linear = call.layer.activation in (None, keras.activations.linear)
         if not linear and not (activated and not after):
-            return None
-        choice = self._choice(call)
-        if not choice.sparse:
             return None
         return _SparseStep.of(
             call, norm, residual, relu or activated, after, within, choice
@@ -185,10 +188,10 @@ class Fused:
             id(tensor) in self._made_by and len(self._readers[id(tensor)]) == 1
         )
 
-    def _choice(self, call):
-        """Returns which product a layer's call has."""
+    def _choice(self, call, times):
+        """Returns which product a layer's call has, of so many calls."""
         why = products.why_dense(call.layer)
-        if why is None and len(self._made_by_layer(call.layer)) > 1:
+        if why is None and times > 1:
             why = "it is called more than once"
         if why:
             return kernels.Choice(False, why)
@@ -198,9 +201,6 @@ class Fused:
             return kernels.Choice(density < 1, f"density {density:.2f}")
         shape = tf.TensorShape((self._batch_size, *call.args[0].shape[1:]))
         return products.chosen(call.layer, shape, density, backward=False)
-
-    def _made_by_layer(self, layer):
-        return [c for c in self._graph.calls if c.layer is layer]
 
 
 class _Read:
@@ -365,6 +365,8 @@ class _SparseStep:
             **options,
         )
 
+
+_WITH_PRODUCT = (layers.Conv2D, layers.Dense)
 
 _NOTHING_IN_INFERENCE = (
     layers.Dropout,

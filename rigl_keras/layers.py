@@ -388,14 +388,12 @@ class Masked(KernelMask, keras.layers.Wrapper):
 
     def _is_sparse(self, args, kwargs):
         """Returns whether a call is computed by sparse kernels."""
-        if self.product == "dense" or self.kernels != ("kernel",):
+        if self.product == "dense":
             return False
         # Keras tells dense layers whether they are trained: all the same here.
         if len(args) != 1 or kwargs.keys() - {"training"}:
             return False
-        if not tf.is_tensor(args[0]):
-            return False
-        if args[0].dtype != tf.float32:
+        if not tf.is_tensor(args[0]) or args[0].dtype != tf.float32:
             return False
         if _masks_applied.get() or self.why_dense() or products.only_dense():
             return False

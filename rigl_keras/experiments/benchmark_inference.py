@@ -26,7 +26,7 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import keras
@@ -52,7 +52,13 @@ from rigl_keras.experiments.inference_comparison import (
 from rigl_keras.export_report import size_of
 from rigl_keras.timing import interleaved, rounds_within
 
-__all__ = ["MODELS", "compare", "sparse_network"]
+__all__ = [
+    "MODELS",
+    "check_densities",
+    "check_each_once",
+    "compare",
+    "sparse_network",
+]
 
 MODELS = {
     "wide_resnet": functools.partial(rigl_keras.models.wide_resnet, 22, 2),
@@ -169,19 +175,22 @@ def sparse_network(name: str, density: float) -> keras.Model:
     return model
 
 
-def _check(models, densities, batches, rounds, seconds):
-    for name, values in (
-        ("models", models),
-        ("densities", densities),
-        ("batches", batches),
-    ):
+def check_each_once(lists: Mapping[str, Sequence]) -> None:
+    """Raises ValueError unless each list has items, and each item once.
+
+    Args:
+        lists: `{name: list}`.
+    """
+    for name, values in lists.items():
         if not values or len(set(values)) < len(values):
             raise ValueError(
                 f"{name} must be one or more, each once. Received: "
                 f"{list(values)}."
             )
-    for name in models:
-        arguments.choice("models", name, tuple(MODELS))
+
+
+def check_densities(densities: Sequence[float]) -> None:
+    """Raises ValueError unless all are fractions of weights, above 0."""
     for density in densities:
         arguments.number(
             "densities",
@@ -190,6 +199,15 @@ def _check(models, densities, batches, rounds, seconds):
             at_most=1,
             rule="must be fractions of the weights kept, in (0, 1]",
         )
+
+
+def _check(models, densities, batches, rounds, seconds):
+    check_each_once(
+        {"models": models, "densities": densities, "batches": batches}
+    )
+    for name in models:
+        arguments.choice("models", name, tuple(MODELS))
+    check_densities(densities)
     for batch in batches:
         arguments.integer("batches", batch, at_least=1)
     arguments.integer("rounds", rounds, at_least=1)

@@ -28,7 +28,11 @@ from rigl_keras import arguments, kernels
 from rigl_keras.distributions import DISTRIBUTIONS
 from rigl_keras.experiments import torch_network
 from rigl_keras.experiments.benchmark import stepper
-from rigl_keras.experiments.benchmark_inference import MODELS
+from rigl_keras.experiments.benchmark_inference import (
+    MODELS,
+    check_densities,
+    check_each_once,
+)
 from rigl_keras.experiments.kernel_speeds import (
     Measurement,
     lines_of,
@@ -492,24 +496,14 @@ def _check_same(got, wanted):
 
 def _check(model, densities, rounds, names=("uniform",), *, batch_sizes):
     arguments.choice("model", model, tuple(MODELS))
-    for name, values in (
-        ("densities", densities),
-        ("distributions", names),
-        ("batch_sizes", batch_sizes),
-    ):
-        if not values or len(set(values)) < len(values):
-            raise ValueError(
-                f"{name} must be one or more, each once. Received: "
-                f"{list(values)}."
-            )
-    for density in densities:
-        arguments.number(
-            "densities",
-            density,
-            above=0,
-            at_most=1,
-            rule="must be fractions of the weights kept, in (0, 1]",
-        )
+    check_each_once(
+        {
+            "densities": densities,
+            "distributions": names,
+            "batch_sizes": batch_sizes,
+        }
+    )
+    check_densities(densities)
     for name in names:
         arguments.choice("distributions", name, DISTRIBUTIONS)
     for batch_size in batch_sizes:

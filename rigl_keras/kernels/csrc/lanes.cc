@@ -2,29 +2,13 @@
 
 #include "lanes.h"
 
-#define RIGL_JOIN_(a, b) a##b
-#define RIGL_JOIN(a, b) RIGL_JOIN_(a, b)
-#define RIGL_TEXT_(a) #a
-#define RIGL_TEXT(a) RIGL_TEXT_(a)
-
-#define RIGL_INLINE static inline __attribute__((always_inline))
+#include "isa.h"
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int L = 16;
-constexpr int kRegisters = 16;
-#elif defined(__AVX2__)
-constexpr int L = 8;
-constexpr int kRegisters = 8;
-#else
-constexpr int L = 4;
-constexpr int kRegisters = 8;
-#endif
+// Sixteen sums need more registers than AVX2 has.
+constexpr int kRegisters = L == 16 ? 16 : 8;
 
-typedef float Vector __attribute__((vector_size(L * 4), may_alias));
-typedef float Unaligned
-    __attribute__((vector_size(L * 4), aligned(4), may_alias));
 typedef int Indices __attribute__((vector_size(L * 4)));
 
 RIGL_INLINE Vector All(float value) { return value - Vector{}; }

@@ -136,17 +136,20 @@ class Plans {
     std::vector<float> weights;  // the frozen values, in the plan's order
   };
 
-  // Returns what was made, or makes it: `make(Made*)` fills in the rest.
+  // Finds what was made, or makes it: `make(Made*)` fills in the rest, or
+  // says why it cannot.
   template <typename Make>
-  std::shared_ptr<const Made> Get(const Tensor& mask, const Tensor& frozen,
-                                  const Convolution& conv, const Make& make) {
+  tensorflow::Status Get(const Tensor& mask, const Tensor& frozen,
+                         const Convolution& conv, const Make& make,
+                         std::shared_ptr<const Made>* got) {
     {
       std::lock_guard<std::mutex> lock(mutex_);
       for (auto at = made_.begin(); at != made_.end(); ++at) {
         if (Same((*at)->mask, mask) && Same((*at)->frozen, frozen) &&
             Same((*at)->conv, conv)) {
           made_.splice(made_.begin(), made_, at);
-          return made_.front();
+          *got = made_.front();
+          return tensorflow::OkStatus();
         }
       }
     }
@@ -154,7 +157,7 @@ class Plans {
     fresh->mask = mask;
     fresh->frozen = frozen;
     fresh->conv = conv;
-    make(fresh.get());
+    TF_RETURN_IF_ERROR(make(fresh.get()));
     plans_made.fetch_add(1, std::memory_order_relaxed);
     std::lock_guard<std::mutex> lock(mutex_);
     // Masks that nobody else holds will not come again.
@@ -163,7 +166,8 @@ class Plans {
     });
     made_.push_front(fresh);
     if (made_.size() > kMost) made_.pop_back();
-    return fresh;
+    *got = fresh;
+    return tensorflow::OkStatus();
   }
 
  private:
@@ -190,6 +194,14 @@ std::vector<int32_t> ActiveOf(const Tensor& mask) {
   for (int64_t i = 0; i < values.size(); ++i)
     if (values(i) > 0) active.push_back(i);
   return active;
+}
+
+// Rows or columns of what a convolution makes, of `length` padded ones.
+int64_t OutputLength(int64_t length, int64_t kernel, int64_t stride,
+                     int64_t dilation, const std::string& padding) {
+  if (padding != "VALID") return CeilDivide(length, stride);
+  const int64_t extent = (kernel - 1) * dilation + 1;
+  return std::max<int64_t>(0, CeilDivide(length - extent + 1, stride));
 }
 
 // Attributes that all have, and what follows from shapes.
@@ -234,15 +246,13 @@ class SparseConvolution : public OpKernel {
                              pads_[2 * a + 1];
       const int64_t extent =
           int64_t{conv->kernel[a] - 1} * conv->dilation[a] + 1;
-      if (padding_ == "VALID") {
-        conv->padding[a] = pads_[2 * a];
-        out[a] = std::max<int64_t>(
-            0, CeilDivide(length - extent + 1, conv->stride[a]));
-      } else {
-        out[a] = CeilDivide(length, conv->stride[a]);
-        conv->padding[a] = std::max<int64_t>(
-            0, (out[a] - 1) * conv->stride[a] + extent - length) / 2;
-      }
+      out[a] = OutputLength(length, conv->kernel[a], conv->stride[a],
+                            conv->dilation[a], padding_);
+      conv->padding[a] =
+          padding_ == "VALID"
+              ? pads_[2 * a]
+              : std::max<int64_t>(
+                    0, (out[a] - 1) * conv->stride[a] + extent - length) / 2;
     }
     conv->out_height = out[0], conv->out_width = out[1];
     // Rows of a matrix, which may be dealt to lanes as they come.
@@ -262,6 +272,20 @@ class SparseConvolution : public OpKernel {
     if (is == should) return tensorflow::OkStatus();
     return InvalidArgument(what, " must have shape ", should.DebugString(),
                            ". Received: ", is.DebugString());
+  }
+
+  tensorflow::Status PlanOfMask(OpKernelContext* context, const Tensor& mask,
+                                const Convolution& conv, bool transposed,
+                                bool may_split,
+                                std::shared_ptr<const Plans::Made>* got) {
+    return plans_.Get(
+        mask, Tensor(), conv,
+        [&](Plans::Made* fresh) {
+          fresh->owned = MakePlan(conv, ActiveOf(mask), transposed, may_split,
+                                  Threads(context), BestLanes());
+          return tensorflow::OkStatus();
+        },
+        got);
   }
 
   std::vector<int32_t> strides_, dilations_;
@@ -307,10 +331,9 @@ class SparseConv2D : public SparseConvolution {
       y->flat<float>().setZero();
       return;
     }
-    auto made = plans_.Get(mask, Tensor(), conv, [&](Plans::Made* fresh) {
-      fresh->owned = MakePlan(conv, ActiveOf(mask), transposed, true,
-                              Threads(context), BestLanes());
-    });
+    std::shared_ptr<const Plans::Made> made;
+    OP_REQUIRES_OK(context,
+                   PlanOfMask(context, mask, conv, transposed, true, &made));
     const OwnedPlan& owned = made->owned;
     Tensor gathered;
     OP_REQUIRES_OK(context, context->allocate_temp(
@@ -330,14 +353,11 @@ class SparseConv2D : public SparseConvolution {
                           const TensorShape& kernel) const {
     TensorShape y = x;
     for (int a = 0; a < 2; ++a) {
-      const int64_t extent = (kernel.dim_size(a) - 1) * dilations_[a + 1] + 1;
       const int64_t length =
           x.dim_size(a + 1) + pads_[2 * a] + pads_[2 * a + 1];
-      y.set_dim(a + 1,
-                padding_ == "VALID"
-                    ? std::max<int64_t>(0, CeilDivide(length - extent + 1,
-                                                      strides_[a + 1]))
-                    : CeilDivide(length, strides_[a + 1]));
+      y.set_dim(a + 1, OutputLength(length, kernel.dim_size(a),
+                                    strides_[a + 1], dilations_[a + 1],
+                                    padding_));
     }
     y.set_dim(3, kernel.dim_size(3));
     return y;
@@ -376,10 +396,9 @@ class SparseConv2DBackpropFilter : public SparseConvolution {
     float* gradient = dw->flat<float>().data();
     std::fill_n(gradient, dw->NumElements(), 0.0f);
     if (dy.NumElements() == 0 || x.NumElements() == 0) return;
-    auto made = plans_.Get(mask, Tensor(), conv, [&](Plans::Made* fresh) {
-      fresh->owned = MakePlan(conv, ActiveOf(mask), false, false,
-                              Threads(context), BestLanes());
-    });
+    std::shared_ptr<const Plans::Made> made;
+    OP_REQUIRES_OK(context,
+                   PlanOfMask(context, mask, conv, false, false, &made));
     const OwnedPlan& owned = made->owned;
     const RiglPlan& plan = owned.plan;
     const int64_t count = owned.weights.size();
@@ -458,24 +477,15 @@ class FrozenSparseConv2D : public SparseConv2D<false> {
     Tensor* y = nullptr;
     OP_REQUIRES_OK(context, context->allocate_output(0, y_shape, &y));
     if (y->NumElements() == 0) return;
-    const auto at = places.flat<int32_t>();
-    const std::vector<int32_t> active(at.data(), at.data() + at.size());
-    OP_REQUIRES(context,
-                std::adjacent_find(active.begin(), active.end(),
-                                   std::greater_equal<int32_t>()) ==
-                        active.end() &&
-                    (active.empty() ||
-                     (active.front() >= 0 &&
-                      active.back() < kernel_shape_.num_elements())),
-                InvalidArgument("places must rise, within the kernel."));
-    auto made = plans_.Get(places, values, conv, [&](Plans::Made* fresh) {
-      fresh->owned = MakePlan(conv, active, false, true, Threads(context),
-                              BestLanes());
-      for (int32_t w : fresh->owned.weights)
-        fresh->weights.push_back(values.flat<float>()(
-            std::lower_bound(active.begin(), active.end(), w) -
-            active.begin()));
-    });
+    std::shared_ptr<const Plans::Made> made;
+    OP_REQUIRES_OK(
+        context,
+        plans_.Get(
+            places, values, conv,
+            [&](Plans::Made* fresh) {
+              return MakeFrozen(context, places, values, conv, fresh);
+            },
+            &made));
     auto data = [](const Tensor& tensor) {
       return tensor.NumElements() ? tensor.flat<float>().data() : nullptr;
     };
@@ -486,6 +496,27 @@ class FrozenSparseConv2D : public SparseConv2D<false> {
   }
 
  private:
+  tensorflow::Status MakeFrozen(OpKernelContext* context, const Tensor& places,
+                                const Tensor& values, const Convolution& conv,
+                                Plans::Made* fresh) const {
+    const auto at = places.flat<int32_t>();
+    const std::vector<int32_t> active(at.data(), at.data() + at.size());
+    const bool rising =
+        std::adjacent_find(active.begin(), active.end(),
+                           std::greater_equal<int32_t>()) == active.end();
+    if (!rising ||
+        (!active.empty() && (active.front() < 0 ||
+                             active.back() >= kernel_shape_.num_elements())))
+      return InvalidArgument("places must rise, within the kernel.");
+    fresh->owned =
+        MakePlan(conv, active, false, true, Threads(context), BestLanes());
+    for (int32_t w : fresh->owned.weights)
+      fresh->weights.push_back(values.flat<float>()(
+          std::lower_bound(active.begin(), active.end(), w) -
+          active.begin()));
+    return tensorflow::OkStatus();
+  }
+
   TensorShape kernel_shape_;
   bool relu_before_, relu_after_;
 };
@@ -788,13 +819,9 @@ REGISTER_OP("RiglKerasFrozenConv2D")
         if (context->ValueKnown(context->Dim(x, a))) {
           const int64_t known = context->Value(context->Dim(x, a)) +
                                 pads[2 * a - 2] + pads[2 * a - 1];
-          const int64_t extent =
-              (kernel.dim_size(a - 1) - 1) * dilations[a] + 1;
-          length = context->MakeDim(
-              padding == "VALID"
-                  ? std::max<int64_t>(
-                        0, CeilDivide(known - extent + 1, strides[a]))
-                  : CeilDivide(known, strides[a]));
+          length = context->MakeDim(OutputLength(
+              known, kernel.dim_size(a - 1), strides[a], dilations[a],
+              padding));
         }
         TF_RETURN_IF_ERROR(context->ReplaceDim(y, a, length, &y));
       }

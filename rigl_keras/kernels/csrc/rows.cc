@@ -2,26 +2,9 @@
 
 #include "rows.h"
 
-#define RIGL_JOIN_(a, b) a##b
-#define RIGL_JOIN(a, b) RIGL_JOIN_(a, b)
-#define RIGL_TEXT_(a) #a
-#define RIGL_TEXT(a) RIGL_TEXT_(a)
-
-#define RIGL_INLINE static inline __attribute__((always_inline))
+#include "isa.h"
 
 namespace {
-
-#if defined(__AVX512F__)
-constexpr int L = 16;
-#elif defined(__AVX2__)
-constexpr int L = 8;
-#else
-constexpr int L = 4;
-#endif
-
-typedef float Vector __attribute__((vector_size(L * 4), may_alias));
-typedef float Unaligned
-    __attribute__((vector_size(L * 4), aligned(4), may_alias));
 
 // How columns are read and written: by vectors, or for what fills none, one by
 // one. (A template of vectors would forget how these are aligned.)
