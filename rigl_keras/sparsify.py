@@ -832,8 +832,8 @@ def _names_and_product(kernels):
     if isinstance(kernels, str):
         if kernels not in PRODUCTS:
             raise ValueError(
-                f"kernels must be one of {PRODUCTS}, or {{layer or layer "
-                "type: name or names of its variables}. Received: "
+                f"kernels must be 'auto' or another of {PRODUCTS}, or {{layer "
+                "or layer type: name or names of its variables}. Received: "
                 f"kernels={kernels!r}."
             )
         return "auto", kernels
