@@ -22,25 +22,27 @@ _LEAST_NUMBERS = 1 << 17
 
 
 def hasten(layer: keras.layers.Layer) -> None:
-    """Has a layer use the op library in training, if there is a way.
+    """Has a layer, and those within it, use the op library in training.
 
-    Its class, configuration and weights stay as they are, and so does what it
-    computes, up to rounding.
+    Classes, configurations and weights stay as they are, and so does what is
+    computed, up to rounding.
 
     Args:
-        layer: Any layer. All but batch normalisation and dropout of Keras's
-            own classes are left alone.
+        layer: A layer or model. All but batch normalisation and dropout of
+            Keras's own classes are left alone.
     """
-    call = _CALLS.get(type(layer))
-    if call is not None:
-        # As Keras looks it up: what is an instance's own comes first.
-        layer.call = functools.wraps(layer.call)(functools.partial(call, layer))
+    for one in layer._flatten_layers():
+        call = _CALLS.get(type(one))
+        if call is not None and "call" not in vars(one):
+            # As Keras looks it up: what is an instance's own comes first.
+            one.call = functools.wraps(one.call)(functools.partial(call, one))
 
 
 def slow_down(layer: keras.layers.Layer) -> None:
     """Undoes `hasten`."""
-    if type(layer) in _CALLS and "call" in vars(layer):
-        del layer.call
+    for one in layer._flatten_layers():
+        if type(one) in _CALLS and "call" in vars(one):
+            del one.call
 
 
 def _batch_norm(layer, inputs, training=None, mask=None):

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from rigl_keras import kernels, products
+from rigl_keras import arguments, kernels, products
 from rigl_keras.maskable import Kernel, find_kernels, kernel_at
 
 __all__ = [
@@ -291,12 +291,20 @@ class Masked(KernelMask, keras.layers.Wrapper):
         )
         check_granularity(granularity)
         self.granularity = granularity
-        products.check_product(product)
         self.product = product
         self._chosen = _ChosenProducts()
         self.kernels = None if kernels is None else tuple(kernels)
         self.supports_masking = layer.supports_masking
         self._masks = []
+
+    @property
+    def product(self) -> str:
+        return self._product
+
+    @product.setter
+    def product(self, product: str) -> None:
+        arguments.choice("product", product, products.PRODUCTS)
+        self._product = product
 
     def build(self, input_shape=None):
         super().build(input_shape)

@@ -7,12 +7,11 @@ from collections.abc import Iterator
 import keras
 import tensorflow as tf
 
-from rigl_keras import arguments, kernels
+from rigl_keras import kernels
 
 __all__ = [
     "PRODUCTS",
     "USUAL_BATCH",
-    "check_product",
     "chosen",
     "dense_products",
     "only_dense",
@@ -26,11 +25,6 @@ PRODUCTS = ("auto", "dense", "sparse")
 USUAL_BATCH = 128
 
 _dense_products = contextvars.ContextVar("dense_products", default=False)
-
-
-def check_product(product: str) -> None:
-    """Raises ValueError unless it is one of `PRODUCTS`."""
-    arguments.choice("kernels", product, PRODUCTS)
 
 
 def why_dense(layer: keras.layers.Layer) -> str | None:

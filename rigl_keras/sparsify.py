@@ -25,7 +25,7 @@ from rigl_keras.maskable import (
     is_normalisation,
     kernel_at,
 )
-from rigl_keras.products import PRODUCTS, check_product
+from rigl_keras.products import PRODUCTS
 from rigl_keras.surgery import exchange, leaf_layers, release
 
 __all__ = [
@@ -256,8 +256,7 @@ def with_masks(
                         masked.kernel.value * _fan_in_scale(masked.found, mask)
                     )
     if product != "dense":
-        for layer in model._flatten_layers():
-            between.hasten(layer)
+        between.hasten(model)
     if is_graph(model):
         # Keras's own would leave the weights of a dense file half loaded.
         model.load_weights = _loading(model)
@@ -291,8 +290,8 @@ def strip(model: keras.Model) -> keras.Model:
         if isinstance(layer, Masked)
     }
 
-    for layer in [] if is_graph(model) else model._flatten_layers():
-        between.slow_down(layer)
+    if not is_graph(model):
+        between.slow_down(model)
 
     def unmask(layer, fresh):
         if not isinstance(layer, Masked):
@@ -640,7 +639,7 @@ def choose_kernels(
 
     >>> print(choose_kernels(model, batch_size=32))
     """
-    check_product(kernels)
+    arguments.choice("kernels", kernels, PRODUCTS)
     if batch_size is not None:
         batch_size = arguments.integer("batch_size", batch_size, at_least=1)
     layers = masked_layers(model)
@@ -649,11 +648,8 @@ def choose_kernels(
             f"Model {model.name!r} has no masked layer, whose products could "
             "be chosen. Pass it to sparsify first."
         )
+    (between.slow_down if kernels == "dense" else between.hasten)(model)
     for layer in model._flatten_layers():
-        if kernels == "dense":
-            between.slow_down(layer)
-        else:
-            between.hasten(layer)
         if isinstance(layer, Masked):
             layer.product = kernels
             layer.forget_products()

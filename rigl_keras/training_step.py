@@ -15,7 +15,7 @@ from typing import Literal
 import keras
 import tensorflow as tf
 
-from rigl_keras import optimizer_state, replicas
+from rigl_keras import between, optimizer_state, replicas
 from rigl_keras.conventions import ORIGINAL, Conventions, check_conventions
 from rigl_keras.layers import (
     Masked,
@@ -250,6 +250,8 @@ class StepUpdate(keras.callbacks.Callback):
             optimizer.build(model.trainable_variables)
         self._model, self._outermost = model, optimizer
         self.optimizer = optimizer_state.innermost(optimizer)
+        if any(layer.product != "dense" for layer in _wrappers(model)):
+            between.hasten(model)  # one that was loaded, as what it was before
         self._make_room(masked)
         counts = self._counts()
         self.trajectory = [

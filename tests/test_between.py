@@ -162,3 +162,27 @@ def test_files_know_nothing_of_it(tmp_path):
     rigl_keras.choose_kernels(loaded, "dense")
     assert "call" not in vars(loaded.get_layer("norm"))
     assert "call" not in vars(rigl_keras.strip(model).get_layer("norm"))
+
+
+@pytest.mark.parametrize("product", ["dense", "sparse"])
+def test_a_loaded_model_trains_as_the_one_that_was_saved(product, tmp_path):
+    x, y = examples()
+    model = compiled(
+        rigl_keras.sparsify(small_model(dropout=0), 0.3, kernels=product)
+    )
+    model.fit(x, y, shuffle=False, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    losses = [
+        one.fit(
+            *(x, y),
+            callbacks=[rigl_keras.RigL(frequency=3, end_step=9)],
+            shuffle=False,
+            verbose=0,
+            epochs=3,
+        ).history["loss"]
+        for one in (model, loaded)
+    ]
+    assert losses[0] == losses[1]
+    norm = loaded.get_layer("norm")
+    assert ("call" in vars(norm)) == (product == "sparse")

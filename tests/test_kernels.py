@@ -347,10 +347,11 @@ def test_gradients_by_finite_differences(options):
         assert np.abs(theirs).max() > 0.1
 
 
+@pytest.mark.parametrize("dense_gradient", [False, True])
 @pytest.mark.parametrize(
     "options", [{}, dict(strides=(2, 2)), dict(dilations=(2, 2))]
 )
-def test_gradients_of_gradients(options):
+def test_gradients_of_gradients(options, dense_gradient):
     draw = np.random.default_rng(0)
     images, kernel = normal(draw, 3, 6, 5, 4), normal(draw, 3, 3, 4, 5)
     mask = mask_of(draw, kernel.shape, 0.3)
@@ -366,11 +367,18 @@ def test_gradients_of_gradients(options):
             penalty = sum(tf.reduce_sum(g * g) for g in first)
         return outer.gradient(penalty, inputs)
 
-    got = second(lambda x, w: sparse_conv2d(x, w, mask, **options), tf.float32)
-    want = second(
-        lambda x, w: reference(x, w * tf.constant(mask, w.dtype), **options),
-        tf.float64,
+    @tf.custom_gradient
+    def masked(w):
+        kept = tf.constant(mask, w.dtype)
+        return w * kept, lambda dw: dw if dense_gradient else dw * kept
+
+    got = second(
+        lambda x, w: sparse_conv2d(
+            x, w, mask, dense_gradient=dense_gradient, **options
+        ),
+        tf.float32,
     )
+    want = second(lambda x, w: reference(x, masked(w), **options), tf.float64)
     for ours, theirs in zip(got, want, strict=True):
         assert_close(ours, theirs)
 
@@ -793,6 +801,26 @@ def test_shapes_that_do_not_fit(images, kernel, mask, words):
     run = tf.function(sparse_conv2d, input_signature=any_shape)
     with pytest.raises(tf.errors.InvalidArgumentError, match=words):
         run(images, kernel, mask)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 4, 4), (2, 2, 8, 5)])
+def test_gradients_of_a_shape_that_does_not_fit(shape):
+    """Nor do as many numbers in another shape."""
+    received = ",".join(map(str, shape))
+    words = rf"out_backprop must have shape \[2,4,4,5\].*\[{received}\]"
+    options = dict(strides=[1, 1, 1, 1], padding="SAME")
+    with pytest.raises(tf.errors.InvalidArgumentError, match=words):
+        library.load().rigl_keras_conv2d_backprop_filter(
+            input=X, mask=W, out_backprop=np.zeros(shape, "f"), **options
+        )
+    with pytest.raises(tf.errors.InvalidArgumentError, match=words):
+        library.load().rigl_keras_conv2d_backprop_input(
+            out_backprop=np.zeros(shape, "f"),
+            filter=W,
+            mask=W,
+            input_sizes=X.shape,
+            **options,
+        )
 
 
 @pytest.mark.parametrize(

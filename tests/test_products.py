@@ -434,8 +434,12 @@ def test_what_cannot_be_asked_for(kernels):
     if isinstance(kernels, str):
         for option in ("auto", "dense", "sparse"):
             assert repr(option) in str(caught.value)
-        with pytest.raises(ValueError, match="product|kernels"):
+        with pytest.raises(ValueError, match="product must be one of"):
             Masked(layers.Dense(3), product=kernels)
+        layer = Masked(layers.Dense(3))
+        with pytest.raises(ValueError, match="product must be one of"):
+            layer.product = kernels
+        assert layer.product == "auto"
 
 
 def test_names_of_ones_own_kernels_as_before():

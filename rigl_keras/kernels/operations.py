@@ -249,30 +249,27 @@ def _attributes(op):
 @tf.RegisterGradient("RiglKerasConv2D")
 def _conv2d_gradient(op, upstream):
     images, kernel, mask = op.inputs
-    attributes = _attributes(op)
+    attributes, dense = _attributes(op), op.get_attr("dense_gradient")
     to_images = _operations().rigl_keras_conv2d_backprop_input(
         out_backprop=upstream,
         filter=kernel,
         mask=mask,
         input_sizes=tf.shape(images),
+        dense_gradient=dense,
         **attributes,
     )
     to_images.set_shape(images.shape)
-    if op.get_attr("dense_gradient"):
-        to_kernel = _dense_kernel_gradient(images, mask, upstream, attributes)
-    else:
-        to_kernel = _operations().rigl_keras_conv2d_backprop_filter(
-            input=images, mask=mask, out_backprop=upstream, **attributes
-        )
+    to_kernel = _kernel_gradient(images, mask, upstream, attributes, dense)
     return to_images, to_kernel, None
 
 
-def _dense_kernel_gradient(images, mask, upstream, attributes):
-    if max(attributes["dilations"]) > 1:
-        # TensorFlow has no such gradient on a CPU.
+def _kernel_gradient(images, mask, upstream, attributes, dense):
+    """Returns it at every entry if `dense`, else zero where the mask is."""
+    # TensorFlow has no gradient of dilated kernels on a CPU.
+    if not dense or max(attributes["dilations"]) > 1:
         return _operations().rigl_keras_conv2d_backprop_filter(
             input=images,
-            mask=tf.ones_like(mask),
+            mask=tf.ones_like(mask) if dense else mask,
             out_backprop=upstream,
             **attributes,
         )
@@ -287,18 +284,18 @@ def _dense_kernel_gradient(images, mask, upstream, attributes):
 @tf.RegisterGradient("RiglKerasConv2DBackpropInput")
 def _backprop_input_gradient(op, upstream):
     out_backprop, kernel, mask, _ = op.inputs
-    attributes = _attributes(op)
-    operations = _operations()
-    return (
-        operations.rigl_keras_conv2d(
-            input=upstream, filter=kernel, mask=mask, **attributes
-        ),
-        operations.rigl_keras_conv2d_backprop_filter(
-            input=upstream, mask=mask, out_backprop=out_backprop, **attributes
-        ),
-        None,
-        None,
+    attributes, dense = _attributes(op), op.get_attr("dense_gradient")
+    to_out_backprop = _operations().rigl_keras_conv2d(
+        input=upstream,
+        filter=kernel,
+        mask=mask,
+        dense_gradient=dense,
+        **attributes,
     )
+    to_kernel = _kernel_gradient(
+        upstream, mask, out_backprop, attributes, dense
+    )
+    return to_out_backprop, to_kernel, None, None
 
 
 @tf.RegisterGradient("RiglKerasConv2DBackpropFilter")

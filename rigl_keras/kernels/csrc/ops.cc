@@ -266,6 +266,20 @@ class SparseConvolution : public OpKernel {
     return tensorflow::OkStatus();
   }
 
+  TensorShape OutputShape(const TensorShape& x,
+                          const TensorShape& kernel) const {
+    TensorShape y = x;
+    for (int a = 0; a < 2; ++a) {
+      const int64_t length =
+          x.dim_size(a + 1) + pads_[2 * a] + pads_[2 * a + 1];
+      y.set_dim(a + 1, OutputLength(length, kernel.dim_size(a),
+                                    strides_[a + 1], dilations_[a + 1],
+                                    padding_));
+    }
+    y.set_dim(3, kernel.dim_size(3));
+    return y;
+  }
+
   static tensorflow::Status Check(const TensorShape& is,
                                   const TensorShape& should,
                                   const char* what) {
@@ -349,20 +363,6 @@ class SparseConv2D : public SparseConvolution {
   }
 
  protected:
-  TensorShape OutputShape(const TensorShape& x,
-                          const TensorShape& kernel) const {
-    TensorShape y = x;
-    for (int a = 0; a < 2; ++a) {
-      const int64_t length =
-          x.dim_size(a + 1) + pads_[2 * a] + pads_[2 * a + 1];
-      y.set_dim(a + 1, OutputLength(length, kernel.dim_size(a),
-                                    strides_[a + 1], dilations_[a + 1],
-                                    padding_));
-    }
-    y.set_dim(3, kernel.dim_size(3));
-    return y;
-  }
-
   void Run(OpKernelContext* context, const RiglPlan& plan,
            const RiglFused* fused, const float* x, const float* weights,
            float* y) {
@@ -385,11 +385,9 @@ class SparseConv2DBackpropFilter : public SparseConvolution {
     const Tensor& dy = context->input(2);
     Convolution conv;
     OP_REQUIRES_OK(context, Describe(x.shape(), mask.shape(), &conv));
-    OP_REQUIRES(context,
-                dy.NumElements() == conv.images * conv.out_height *
-                                        conv.out_width * conv.filters,
-                InvalidArgument("out_backprop does not fit: received ",
-                                dy.shape().DebugString()));
+    OP_REQUIRES_OK(context, Check(dy.shape(),
+                                  OutputShape(x.shape(), mask.shape()),
+                                  "out_backprop"));
     Tensor* dw = nullptr;
     OP_REQUIRES_OK(context,
                    context->allocate_output(0, mask.shape(), &dw));
@@ -761,6 +759,7 @@ REGISTER_OP("RiglKerasConv2DBackpropInput")
     .Attr("strides: list(int)")
     .Attr("padding: {'SAME', 'VALID'}")
     .Attr("dilations: list(int) = [1, 1, 1, 1]")
+    .Attr("dense_gradient: bool = false")
     .SetShapeFn([](shapes::InferenceContext* context) {
       shapes::ShapeHandle x;
       TF_RETURN_IF_ERROR(context->MakeShapeFromShapeTensor(3, &x));
