@@ -1,5 +1,6 @@
 """The README's code runs, and what it names exists."""
 
+import csv
 import json
 import pathlib
 import re
@@ -17,6 +18,11 @@ import tensorflow as tf
 from test_matrix import support_table
 
 import rigl_keras
+from rigl_keras import kernels, products
+
+needs_kernels = pytest.mark.skipif(
+    kernels.load() is None, reason="there are no sparse kernels here"
+)
 
 ROOT = pathlib.Path(rigl_keras.__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -86,6 +92,102 @@ def test_the_server_answers(tmp_path):
     np.testing.assert_allclose(
         answer["predictions"], model(images), rtol=1e-4, atol=1e-5
     )
+
+
+@needs_kernels
+def test_the_sparse_saved_model_is_loaded(tmp_path, monkeypatch):
+    """In a process that cannot import this package, by the lines it has."""
+    monkeypatch.setattr(
+        products, "chosen", lambda *_, **__: kernels.Choice(True, "test")
+    )
+    model = rigl_keras.sparsify(rigl_keras.models.wide_resnet(10, 1), 0.1)
+    rigl_keras.export(
+        model,
+        tmp_path / "exported",
+        format="sparse_saved_model",
+        measure=False,
+    )
+    code = "\n".join(
+        [
+            "import sys; sys.modules['rigl_keras'] = None",
+            "import tensorflow as tf",
+            next(b for b in blocks("python") if "load_op_library" in b),
+            "(name,) = serve.structured_input_signature[1]",
+            "images = tf.ones((2, 32, 32, 3))",
+            "print(serve(**{name: images})['output_0'].numpy().tolist())",
+        ]
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert answer.returncode == 0, answer.stderr
+    np.testing.assert_allclose(
+        json.loads(answer.stdout),
+        model(tf.ones((2, 32, 32, 3))),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+@needs_kernels
+def test_choosing_kernels(capsys):
+    code = next(b for b in blocks("python") if "choose_kernels" in b)
+    names = {
+        "rigl_keras": rigl_keras,
+        "model": rigl_keras.models.mlp(hidden=(8,)),
+    }
+    exec(code, names)
+    assert "product" in capsys.readouterr().out
+    assert rigl_keras.masked_layers(names["model"])
+
+
+# Where the data of each row is, and which of it.
+SPEEDS = {
+    "training step": ("train", "kernels=auto", 0.1, 128),
+    "training step, 95 % sparse": ("train", "kernels=auto", 0.05, 128),
+    "with an update in every hundredth step": (
+        *("train", "kernels=auto, 1 update in 100", 0.1, 128),
+    ),
+    "step of PyTorch": ("train", "PyTorch, dense and masked", 0.1, 128),
+    "inference, batch 128": ("inference", "served", 0.1, 128),
+    "inference, batch 1": ("inference", "served", 0.1, 1),
+}
+
+
+def speeds():
+    """Returns `{(file, model, distribution, side, density, batch): x}`."""
+    found = {}
+    for path in (ROOT / "docs" / "kernels").rglob("*.csv"):
+        for row in csv.DictReader(path.read_text().splitlines()):
+            key = path.stem, row["model"], row["distribution"], row["side"]
+            sizes = float(row["density"]), int(row["batch_size"])
+            found[*key, *sizes] = float(row["speed_up"])
+    return found
+
+
+def test_speeds_are_those_of_the_data():
+    table = README[README.index("| against dense Keras") :].split("\n\n")[0]
+    head, _, *rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in table.splitlines()
+    ]
+    assert {row[0] for row in rows} == set(SPEEDS)
+    measured = speeds()
+    for name, *cells in rows:
+        file, *what = SPEEDS[name]
+        for column, cell in zip(head[1:], cells, strict=True):
+            model, masks = column.split(", ")
+            key = (
+                file,
+                {"WRN-22-2": "wide_resnet", "ResNet-50": "resnet50"}[model],
+                {"ERK": "erdos_renyi_kernel"}.get(masks, masks),
+                *what,
+            )
+            wanted = f"{measured[key]:.2f}x" if key in measured else ""
+            assert cell == wanted, key
 
 
 def test_adding_a_method():

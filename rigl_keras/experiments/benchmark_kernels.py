@@ -60,6 +60,7 @@ AUTO, MASKED = "kernels=auto", "kernels=dense"
 UPDATE, AMORTISED = f"{AUTO}, a mask update", f"{AUTO}, 1 update in 100"
 TORCH = "PyTorch, dense and masked"
 CALLED, SERVED = "masked model", "served"
+_DENSE = "dense", None  # the side that whole networks are compared with
 
 _TOLERANCE = 1e-4  # difference of outputs, in units of the largest
 _TURN = 0.02  # seconds that a side runs before the next one does, at least
@@ -150,24 +151,18 @@ def layers(
     for name, problem in _progress(found.items(), len(found)):
         sides, size = _layer_sides(problem, densities)
         seconds = interleaved(sides, rounds=rounds, turn=_TURN)
-        new = [
-            Measurement(
-                model=model,
-                layer=name,
-                size=size,
-                batch_size=batch_size,
-                side=side,
-                density=density,
-                dense_seconds=seconds[side, None],
-                seconds=seconds[side, density],
-                rounds=rounds,
-                machine=about,
-            )
-            for side in (FORWARD, BOTH)
-            for density in densities
-        ]
-        _say_lines(new, say)
-        measured += new
+        measured += _measurements(
+            seconds,
+            {FORWARD: (FORWARD, None), BOTH: (BOTH, None)},
+            densities,
+            say,
+            model=model,
+            layer=name,
+            size=size,
+            batch_size=batch_size,
+            rounds=rounds,
+            machine=about,
+        )
     return measured
 
 
@@ -283,24 +278,20 @@ def train(
             seconds[AMORTISED, density] = (
                 1 - _UPDATES
             ) * plain + _UPDATES * update
-        new = [
-            Measurement(
-                model=model,
-                distribution=distribution,
-                batch_size=batch_size,
-                side=side,
-                density=density,
-                dense_seconds=seconds["dense", None],
-                # PyTorch's step is the same at any density.
-                seconds=seconds.get((side, density), seconds.get((side, None))),
-                rounds=rounds,
-                machine=about,
-            )
-            for side in (AUTO, UPDATE, AMORTISED, MASKED, *([TORCH] * torch))
-            for density in densities
-        ]
-        _say_lines(new, say)
-        measured += new
+            if torch:  # whose step is the same at any density
+                seconds[TORCH, density] = seconds[TORCH, None]
+        names = [AUTO, UPDATE, AMORTISED, MASKED, *([TORCH] * torch)]
+        measured += _measurements(
+            seconds,
+            dict.fromkeys(names, _DENSE),
+            densities,
+            say,
+            model=model,
+            distribution=distribution,
+            batch_size=batch_size,
+            rounds=rounds,
+            machine=about,
+        )
     return measured
 
 
@@ -337,7 +328,7 @@ def _train_sides(name, densities, distribution, batch_size, torch):
             sparse(min(densities), "dense")
         )
         sides[TORCH, None] = functools.partial(step, images, labels)
-    sides["dense", None] = stepper(dense, batches, None, {})
+    sides[_DENSE] = stepper(dense, batches, None, {})
     return sides
 
 
@@ -376,7 +367,7 @@ def inference(
     dense = MODELS[model]()
     measured = []
     for distribution in distributions:
-        calls = {("dense", None): _called(dense)}
+        calls = {_DENSE: _called(dense)}
         plain = {}
         for density in densities:
             network = rigl_keras.sparsify(
@@ -412,23 +403,17 @@ def inference(
                 f"{model}, {distribution}, batch {batch_size}",
                 turn=_TURN,
             )
-            new = [
-                Measurement(
-                    model=model,
-                    distribution=distribution,
-                    batch_size=batch_size,
-                    side=side,
-                    density=density,
-                    dense_seconds=seconds["dense", None],
-                    seconds=seconds[side, density],
-                    rounds=rounds,
-                    machine=about,
-                )
-                for side in (CALLED, SERVED)
-                for density in densities
-            ]
-            _say_lines(new, say)
-            measured += new
+            measured += _measurements(
+                seconds,
+                dict.fromkeys((CALLED, SERVED), _DENSE),
+                densities,
+                say,
+                model=model,
+                distribution=distribution,
+                batch_size=batch_size,
+                rounds=rounds,
+                machine=about,
+            )
     return measured
 
 
@@ -476,9 +461,30 @@ def _progress(items, total) -> Iterator:
     return tqdm.tqdm(items, total=total, disable=not sys.stderr.isatty())
 
 
-def _say_lines(measured, say):
+def _measurements(seconds, dense, densities, say, **about):
+    """Returns a `Measurement` of each side and density, and says them.
+
+    Args:
+        seconds: `{(side, density): seconds}`.
+        dense: `{side: key of what it is compared with}`.
+        densities: Of each side.
+        say: Called with a line for each side.
+        **about: What they have in common.
+    """
+    measured = [
+        Measurement(
+            side=side,
+            density=density,
+            dense_seconds=seconds[dense[side]],
+            seconds=seconds[side, density],
+            **about,
+        )
+        for side in dense
+        for density in densities
+    ]
     for line in lines_of(measured):
         say(table_row(line))
+    return measured
 
 
 def _check_same(got, wanted):
