@@ -312,17 +312,25 @@ def test_other_instruction_sets(wanted_set):
     code = (
         "import test_kernels as t\n"
         "for seed in range(40): t.compare(*t.drawn(seed))\n"
-        "print(t.kernels.instruction_set())"
+        "print(t.kernels.instruction_set(), t.kernels.dense_library())"
     )
+    one_dnn = wanted_set == "avx2"
+    environment = {
+        "RIGL_KERAS_ISA": wanted_set,
+        "TF_ENABLE_ONEDNN_OPTS": str(int(one_dnn)),
+    }
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=HERE,
-        env={**os.environ, "RIGL_KERAS_ISA": wanted_set},
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [wanted_set]
+    assert done.stdout.split() == [
+        wanted_set,
+        "oneDNN" if one_dnn else "Eigen",
+    ]
 
 
 @pytest.mark.parametrize(

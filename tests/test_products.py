@@ -369,7 +369,14 @@ def test_layers_without_a_sparse_product_are_dense(kind):
     for masked in layer.masked_kernels():
         some = np.arange(np.prod(masked.kernel.shape)) % 2
         masked.assign_mask(some.reshape(masked.kernel.shape))
-    np.testing.assert_allclose(layer(x), plain(x), rtol=1e-5, atol=1e-6)
+    try:
+        wanted = plain(x)
+    except tf.errors.UnimplementedError as error:
+        # Whether a CPU has channels first depends on oneDNN, and so on the CPU.
+        with pytest.raises(type(error)):
+            layer(x)
+    else:
+        np.testing.assert_allclose(layer(x), wanted, rtol=1e-5, atol=1e-6)
     assert layer.chosen_products() == {}
 
 

@@ -148,8 +148,11 @@ def test_choosing_kernels(capsys):
 SPEEDS = {
     "training step": ("train", "kernels=auto", 0.1, 128),
     "training step, 95 % sparse": ("train", "kernels=auto", 0.05, 128),
-    "with an update in every hundredth step": (
-        *("train", "kernels=auto, 1 update in 100", 0.1, 128),
+    "with its mask updates": (
+        "train",
+        "kernels=auto, 1 update in 100",
+        0.1,
+        128,
     ),
     "step of PyTorch": ("train", "PyTorch, dense and masked", 0.1, 128),
     "inference, batch 128": ("inference", "served", 0.1, 128),
@@ -164,7 +167,7 @@ def speeds():
         for row in csv.DictReader(path.read_text().splitlines()):
             key = path.stem, row["model"], row["distribution"], row["side"]
             sizes = float(row["density"]), int(row["batch_size"])
-            found[*key, *sizes] = float(row["speed_up"])
+            found[(*key, *sizes)] = float(row["speed_up"])
     return found
 
 

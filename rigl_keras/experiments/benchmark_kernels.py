@@ -70,10 +70,10 @@ Say = Callable[[str], None]
 
 
 def machine() -> str:
-    """Returns what all times depend on: instruction set and cores."""
+    """Returns what all times depend on, as in "avx2 against Eigen, 2 cores"."""
     found = "no sparse kernels"
     if kernels.load() is not None:
-        found = kernels.instruction_set()
+        found = f"{kernels.instruction_set()} against {kernels.dense_library()}"
     cores = os.cpu_count()
     return f"{found}, {cores} core{'s' if cores > 1 else ''}"
 

@@ -11,6 +11,7 @@ from rigl_keras.kernels.library import BuildError, build, load, unavailable
 from rigl_keras.kernels.operations import (
     FrozenKernel,
     batch_norm,
+    dense_library,
     dropout,
     frozen_conv2d,
     instruction_set,
@@ -26,6 +27,7 @@ __all__ = [
     "batch_norm",
     "build",
     "choose",
+    "dense_library",
     "dropout",
     "frozen_conv2d",
     "instruction_set",

@@ -16,7 +16,11 @@ import numpy as np
 import tensorflow as tf
 
 from rigl_keras.kernels import library
-from rigl_keras.kernels.operations import instruction_set, sparse_conv2d
+from rigl_keras.kernels.operations import (
+    dense_library,
+    instruction_set,
+    sparse_conv2d,
+)
 from rigl_keras.timing import interleaved
 
 __all__ = ["Choice", "Problem", "choose"]
@@ -146,6 +150,7 @@ def _key(problem, density, backward):
         str(part)
         for part in (
             instruction_set(),
+            dense_library(),
             f"{os.cpu_count()} cores",
             f"{threads} threads",
             "x".join(map(str, problem.kernel)),

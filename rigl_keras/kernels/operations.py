@@ -11,6 +11,7 @@ from rigl_keras.kernels import library
 __all__ = [
     "FrozenKernel",
     "batch_norm",
+    "dense_library",
     "dropout",
     "frozen_conv2d",
     "instruction_set",
@@ -227,7 +228,16 @@ def dropout(x: tf.Tensor, rate: float, seed: tf.Tensor) -> tf.Tensor:
 
 def instruction_set() -> str:
     """Returns what the kernels run on here: avx512, avx2 or portable."""
-    return _operations().rigl_keras_instruction_set().numpy().decode()
+    return _operations().rigl_keras_computed_by().sparse.numpy().decode()
+
+
+def dense_library() -> str:
+    """Returns what TensorFlow's dense products are computed by here.
+
+    oneDNN, or Eigen: without AVX-512 TensorFlow uses oneDNN, which may be the
+    faster, only where TF_ENABLE_ONEDNN_OPTS=1 is set before it is imported.
+    """
+    return _operations().rigl_keras_computed_by().dense.numpy().decode()
 
 
 def _operations():

@@ -22,6 +22,7 @@
 #include "tensorflow/core/framework/op_kernel.h"
 #include "tensorflow/core/framework/shape_inference.h"
 #include "tensorflow/core/lib/core/threadpool.h"
+#include "tensorflow/core/util/util.h"
 
 namespace rigl_keras {
 namespace {
@@ -872,10 +873,15 @@ REGISTER_OP("RiglKerasDropout")
     .Attr("rate: float")
     .SetShapeFn(shapes::UnchangedShape);
 
-// Which instruction set is in use.
-REGISTER_OP("RiglKerasInstructionSet")
-    .Output("name: string")
-    .SetShapeFn(shapes::ScalarShape);
+// What sparse products are computed by, and what TensorFlow's dense ones.
+REGISTER_OP("RiglKerasComputedBy")
+    .Output("sparse: string")
+    .Output("dense: string")
+    .SetShapeFn([](shapes::InferenceContext* context) {
+      context->set_output(0, context->Scalar());
+      context->set_output(1, context->Scalar());
+      return tensorflow::OkStatus();
+    });
 
 // How often a mask was turned into a plan in this process.
 REGISTER_OP("RiglKerasPlansMade")
@@ -894,14 +900,19 @@ class PlansMade : public OpKernel {
   }
 };
 
-class InstructionSet : public OpKernel {
+class ComputedBy : public OpKernel {
  public:
   using OpKernel::OpKernel;
 
   void Compute(OpKernelContext* context) override {
-    Tensor* name = nullptr;
-    OP_REQUIRES_OK(context, context->allocate_output(0, TensorShape(), &name));
-    name->scalar<tensorflow::tstring>()() = BestLanes().name;
+    const char* const names[] = {
+        BestLanes().name, tensorflow::IsMKLEnabled() ? "oneDNN" : "Eigen"};
+    for (int i = 0; i < 2; ++i) {
+      Tensor* name = nullptr;
+      OP_REQUIRES_OK(context,
+                     context->allocate_output(i, TensorShape(), &name));
+      name->scalar<tensorflow::tstring>()() = names[i];
+    }
   }
 };
 
@@ -916,7 +927,7 @@ RIGL_REGISTER("RiglKerasBatchNorm", BatchNorm);
 RIGL_REGISTER("RiglKerasBatchNormGrad", BatchNormGrad);
 RIGL_REGISTER("RiglKerasDropout", Dropout);
 RIGL_REGISTER("RiglKerasPlansMade", PlansMade);
-RIGL_REGISTER("RiglKerasInstructionSet", InstructionSet);
+RIGL_REGISTER("RiglKerasComputedBy", ComputedBy);
 
 }  // namespace
 }  // namespace rigl_keras
