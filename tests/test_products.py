@@ -717,7 +717,7 @@ def test_a_cache_that_cannot_be_written(cache, timings, monkeypatch):
     assert len(timings) == 1
 
 
-def test_what_the_choice_depends_on(cache, timings):
+def test_what_the_choice_depends_on(cache, timings, monkeypatch):
     for problem in (
         BIG,
         dataclasses.replace(BIG, strides=(2, 1)),
@@ -733,6 +733,17 @@ def test_what_the_choice_depends_on(cache, timings):
     choice.choose(BIG, 0.11)
     assert len(timings) == 7
     assert timings[-1] == (BIG, 0.15)
+    monkeypatch.setattr(choice, "dense_library", lambda: "another")
+    choice.choose(BIG, 0.11)
+    assert len(timings) == 8
+
+
+def test_it_is_said_once_what_takes_its_time(cache, timings, caplog):
+    choice._tell.cache_clear()
+    choice.choose(BIG, 0.1)
+    choice.choose(BIG, 0.2)
+    assert len(timings) == 2
+    assert caplog.text.count("Timing dense and sparse products") == 1
 
 
 def test_several_threads_time_once(cache, timings):

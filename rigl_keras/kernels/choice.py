@@ -7,7 +7,9 @@ they took is kept in the cache of the op library, for other processes.
 import bisect
 import contextlib
 import dataclasses
+import functools
 import json
+import logging
 import math
 import os
 import threading
@@ -35,6 +37,7 @@ _MARGIN = 0.95
 _MOST_FLOATS = 1 << 26  # of images that are made up for timing
 _ROUNDS = 5
 
+_log = logging.getLogger("rigl_keras")
 _lock = threading.Lock()
 _known: dict[str, "Choice"] = {}
 
@@ -137,10 +140,20 @@ def choose(
             with _locked():
                 _known.update(_read())
                 if key not in _known:
+                    _tell()
                     seconds = _seconds(problem, _DENSITIES[at], backward)
                     _known[key] = Choice.timed(*seconds, batch)
                     _write(key, _known[key])
         return _known[key]
+
+
+@functools.cache  # once in a process
+def _tell():
+    """Says what it is that takes its time."""
+    _log.warning(
+        "Timing dense and sparse products, once for each kind of layer on "
+        "this machine ..."
+    )
 
 
 def _key(problem, density, backward):
