@@ -5,6 +5,7 @@ they took is kept in the cache of the op library, for other processes.
 """
 
 import bisect
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -29,7 +30,10 @@ __all__ = ["Choice", "Problem", "choose"]
 
 # Upper ends of the ranges of density, for which the choice is the same. Above
 # the last, dense products are taken as they are.
-_DENSITIES = (0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5)
+_DENSITIES = (
+    *(0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5),
+    *(0.6, 0.75),
+)
 # Products below which neither takes any time.
 _LEAST_WORK = 1 << 21
 # What sparse products must win by: a layer has more to do than its product.
@@ -77,7 +81,7 @@ class Choice:
 
     Attributes:
         sparse: Whether it is the sparse one.
-        reason: A few words: `"3.1x at batch 128"`, `"density above 0.5"`.
+        reason: A few words: `"3.1x at batch 128"`, `"density above 0.75"`.
         dense_seconds, sparse_seconds: Of the passes; NaN where they were not
             timed.
         batch: At which they were.
@@ -141,7 +145,12 @@ def choose(
                 _known.update(_read())
                 if key not in _known:
                     _tell()
-                    seconds = _seconds(problem, _DENSITIES[at], backward)
+                    # In a thread of its own, where nothing is being traced and
+                    # gradients are recorded: in an `init_scope` none are.
+                    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+                        seconds = thread.submit(
+                            _seconds, problem, _DENSITIES[at], backward
+                        ).result()
                     _known[key] = Choice.timed(*seconds, batch)
                     _write(key, _known[key])
         return _known[key]
