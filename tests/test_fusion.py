@@ -260,8 +260,6 @@ def test_nothing_to_win(tmp_path, timed_kernels):
     model = rigl_keras.sparsify(
         rigl_keras.models.mlp(input_shape=(8, 8, 1)), 0.9
     )
-    with pytest.raises(
-        ValueError, match="no layer.*above 0.75.*saved_"
-    ):
+    with pytest.raises(ValueError, match="no layer.*above 0.75.*saved_"):
         rigl_keras.export(model, tmp_path / "e", format="sparse_saved_model")
     assert not list(tmp_path.iterdir())
