@@ -314,10 +314,16 @@ def test_trace(name, floatx):
 
 @pytest.mark.parametrize("name", ["rigl_sg", "snfs"])
 def test_trace_with_sparse_kernels(name):
-    """As exactly: in these traces float32 meets no ReLU input near zero."""
+    """`rigl_sg` to every entry.
+
+    So does `snfs` with AVX-512; the rounding of AVX2 turns a ReLU input near
+    zero in it.
+    """
     if rigl_keras.kernels.load() is None:
         pytest.skip(f"no sparse kernels: {rigl_keras.kernels.unavailable()}")
-    model = assert_follows(name, "float32", kernels="sparse")
+    model = assert_follows(
+        name, "float32", kernels="sparse", exactly=name == "rigl_sg"
+    )
     for layer in rigl_keras.masked_layers(model):
         (choice,) = layer.chosen_products().values()
         assert choice.sparse
