@@ -103,7 +103,9 @@ void InOrder() {
 // Calls a function for each of [0, count), on TensorFlow's own threads.
 void ForEach(OpKernelContext* context, int64_t count,
              const std::function<void(int64_t)>& run) {
-  const auto run_all = [&run](int64_t begin, int64_t end) {
+  // Made here, and not in the call below: before what is told to be before.
+  const std::function<void(int64_t, int64_t)> run_all = [&run](int64_t begin,
+                                                               int64_t end) {
     InOrder();
     for (int64_t i = begin; i < end; ++i) run(i);
     InOrder();
@@ -136,6 +138,8 @@ class Plans {
     OwnedPlan owned;
     std::vector<float> weights;  // the frozen values, in the plan's order
   };
+
+  ~Plans() { InOrder(); }  // after all that used them
 
   // Finds what was made, or makes it: `make(Made*)` fills in the rest, or
   // says why it cannot.
