@@ -70,6 +70,14 @@ def timed_kernels(monkeypatch):
     monkeypatch.setattr(products, "chosen", _timed)
 
 
+@pytest.fixture
+def always_sparse(monkeypatch):
+    """`kernels="auto"` is sparse: layers of tests are too small to win."""
+    monkeypatch.setattr(
+        products, "chosen", lambda *_, **__: Choice(True, "test")
+    )
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     keras.utils.set_random_seed(0)

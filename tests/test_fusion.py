@@ -219,16 +219,6 @@ np.save(sys.argv[3], serve(**{name: x})["output_0"])
 """
 
 
-@pytest.fixture
-def always_sparse(monkeypatch):
-    """Layers of tests are too small to win anything."""
-    monkeypatch.setattr(
-        rigl_keras.products,
-        "chosen",
-        lambda *args, **options: kernels.Choice(True, "test"),
-    )
-
-
 def test_an_export_and_its_loader(tmp_path, always_sparse):
     model = with_statistics(rigl_keras.models.wide_resnet(10, 1))
     model = rigl_keras.sparsify(model, 0.1, kernels="dense")

@@ -18,7 +18,7 @@ import tensorflow as tf
 from test_matrix import support_table
 
 import rigl_keras
-from rigl_keras import kernels, products
+from rigl_keras import kernels
 
 needs_kernels = pytest.mark.skipif(
     kernels.load() is None, reason="there are no sparse kernels here"
@@ -95,11 +95,8 @@ def test_the_server_answers(tmp_path):
 
 
 @needs_kernels
-def test_the_sparse_saved_model_is_loaded(tmp_path, monkeypatch):
+def test_the_sparse_saved_model_is_loaded(tmp_path, always_sparse):
     """In a process that cannot import this package, by the lines it has."""
-    monkeypatch.setattr(
-        products, "chosen", lambda *_, **__: kernels.Choice(True, "test")
-    )
     model = rigl_keras.sparsify(rigl_keras.models.wide_resnet(10, 1), 0.1)
     rigl_keras.export(
         model,
