@@ -521,15 +521,11 @@ def test_refuses(tmp_path):
 
 
 @pytest.mark.parametrize("format", list(artefacts.FORMATS))
-def test_what_disagrees_is_not_written(format, tmp_path, monkeypatch):
+def test_what_disagrees_is_not_written(format, tmp_path, monkeypatch, request):
     if format == "sparse_saved_model":
         if rigl_keras.kernels.load() is None:
             pytest.skip(f"no kernels: {rigl_keras.kernels.unavailable()}")
-        # The layers of tests are too small to be faster.
-        sparse = rigl_keras.kernels.Choice(True, "test")
-        monkeypatch.setattr(
-            rigl_keras.products, "chosen", lambda *_, **options: sparse
-        )
+        request.getfixturevalue("always_sparse")
     model = rigl_keras.sparsify(small_model(), 0.2)
     load = artefacts.load
 
