@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import gin
+from rigl_keras import reading
 from rigl_keras.experiments import command, config, costs, published
+from rigl_keras.experiments.rows import run_name
 
 __all__ = [
     "DENSITIES",
@@ -112,14 +114,7 @@ class Run:
     @property
     def name(self) -> str:
         """The name of its folder among results of the preset."""
-        parts = [self.row]
-        if self.density is not None:
-            parts.append(f"density{self.density:g}")
-        parts += [
-            f"{name.split('.')[-1].lower()}{value:.6g}"
-            for name, value in self.changes
-        ]
-        return "-".join([*parts, f"seed{self.seed}"])
+        return run_name(self.row, self.density, self.seed, self.changes)
 
     @property
     def arguments(self) -> dict:
@@ -338,6 +333,11 @@ def runs(
     if any(seed < 0 for seed in seeds):
         raise ValueError(
             f"Seeds must be at least 0. Received: {', '.join(map(str, seeds))}."
+        )
+    if any(seed >= 2**32 for seed in seeds):  # NumPy takes no larger ones
+        raise ValueError(
+            f"Seeds must be below 2 ** 32. Received: "
+            f"{', '.join(map(reading.brief, seeds))}."
         )
     pattern = preset.rows
     wanted = [

@@ -19,9 +19,11 @@ import tqdm
 from absl import app, flags, logging
 
 import gin
+from rigl_keras import reading
 from rigl_keras.experiments import costs, data, plans
 from rigl_keras.experiments.plans import Run
 from rigl_keras.experiments.results import Results
+from rigl_keras.experiments.rows import exact
 from rigl_keras.experiments.work import Progress, work_off
 from rigl_keras.sparsify import aligned
 
@@ -67,11 +69,13 @@ def plan_table(runs: Sequence[Run], estimates: Estimate) -> str:
     for (row, density, changes), group in groups.items():
         left = [estimates[run] for run in group if run in estimates]
         cost = left[0][0] if left else None
-        values = ", ".join(f"{name} = {value:g}" for name, value in changes)
+        values = ", ".join(
+            f"{name} = {exact(value)}" for name, value in changes
+        )
         rows.append(
             (
                 f"{row} {values}".rstrip(),
-                "-" if density is None else f"{density:g}",
+                "-" if density is None else exact(density),
                 ",".join(str(run.seed) for run in group),
                 str(len(left)),
                 f"{cost.training_flops_ratio:.2f}x" if cost else "",
@@ -130,10 +134,15 @@ class Bar(Progress):
             self._say(f"{run.name} FAILED: {failure}")
         else:
             self._pace.append(seconds / max(estimated, 1e-9))
-            accuracy = self._results.result(run)["test_accuracy"]
+            accuracy = self._results.result(run).get("test_accuracy")
+            shown = (
+                f"{accuracy:.2%}"
+                if reading.is_number(accuracy)
+                else f"is no number, {reading.brief(accuracy)}"
+            )
             self._say(
                 f"{run.name} finished after {seconds:.0f} s: test accuracy "
-                f"{accuracy:.2%}; {self._left()} left"
+                f"{shown}; {self._left()} left"
             )
             self._bar.update()
 
@@ -193,12 +202,14 @@ def _changes(bindings):
         name, equals, value = binding.partition("=")
         try:
             number = ast.literal_eval(value.strip())
-            if not equals or not isinstance(number, (int, float)):
+            bits = isinstance(number, bool)
+            if not equals or not (bits or reading.is_number(number)):
                 raise ValueError
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
             raise ValueError(
                 "--gin_bindings takes numbers, such as 'train.length = 4'; "
-                f"for anything else write a preset. Received: {binding!r}."
+                "for anything else write a preset. Received: "
+                f"{reading.brief(binding)}."
             ) from None
         changes.append((name.strip(), number))
     return tuple(changes)

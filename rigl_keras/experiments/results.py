@@ -21,9 +21,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from rigl_keras import reading
 from rigl_keras.experiments.plans import Run
 
 __all__ = ["Results"]
+
+# What tells a file from one that had its name before or after it.
+Stamp = tuple[int, int, str]
 
 
 class Results:
@@ -60,7 +64,11 @@ class Results:
         directory = self.folder(run) / "run"
         if not (directory / "result.json").exists():
             return False
-        if (directory / "config.gin").read_text() != run.configure():
+        try:
+            config = reading.text(directory / "config.gin")
+        except (OSError, ValueError):
+            config = None
+        if config != run.configure():
             raise ValueError(
                 f"{str(directory)!r} holds the result of another configuration "
                 f"of {run.name}: a gin file has changed since. Move the folder "
@@ -69,30 +77,48 @@ class Results:
         return True
 
     def result(self, run: Run) -> dict:
-        """Returns the result of a finished run."""
-        return json.loads((self.folder(run) / "run/result.json").read_text())
+        """Returns the result of a finished run.
+
+        Raises:
+            ValueError: It cannot be read.
+        """
+        path = self.folder(run) / "run/result.json"
+        try:
+            return reading.json_object(path)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{str(path)!r} cannot be read ({error}). Move its folder "
+                "away, and the run is trained again."
+            ) from error
 
     def epochs(self, run: Run) -> int:
         """Returns how many epochs of a run are trained."""
         metrics = self.folder(run) / "run/metrics.csv"
         try:
-            return max(metrics.read_text().count("\n") - 1, 0)
-        except FileNotFoundError:
+            return max(reading.text(metrics).count("\n") - 1, 0)
+        except (OSError, ValueError):
             return 0
 
-    def failure(self, run: Run, *, since: float = 0.0) -> str | None:
-        """Returns why a run failed the last time, or None.
+    def failure(self, run: Run) -> str | None:
+        """Returns why a run failed the last time, or None."""
+        stamp = self.failure_stamp(run)
+        return None if stamp is None else stamp[-1]
 
-        Args:
-            run: The run.
-            since: Failures before this time, as of `time.time`, are forgotten.
+    def failure_stamp(self, run: Run) -> Stamp | None:
+        """Returns what tells one failure of a run from the next, or None.
+
+        It is compared for being equal and never for being later: the times in
+        it are the file server's, whose clock need not be this machine's.
         """
         path = self.folder(run) / "failure.txt"
         try:
-            recent = path.stat().st_mtime >= since
-            return path.read_text().strip() if recent else None
+            status = path.stat()
+            reason = reading.text(path).strip() or "unknown"
         except FileNotFoundError:
             return None
+        except (OSError, ValueError) as error:
+            return 0, 0, f"its failure.txt cannot be read ({error})"
+        return status.st_mtime_ns, status.st_ino, reason
 
     def record_failure(self, run: Run, reason: str) -> None:
         """Keeps why a run failed."""

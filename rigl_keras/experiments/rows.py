@@ -1,11 +1,13 @@
-"""What the name of a gin file says of the row that it runs."""
+"""What runs are called, and what the name of a gin file says of its row."""
 
 import dataclasses
 import re
+import urllib.parse
+from collections.abc import Iterable
 
 from rigl_keras.experiments import config
 
-__all__ = ["NETWORKS", "Row", "known", "row"]
+__all__ = ["NETWORKS", "Row", "exact", "known", "row", "run_name"]
 
 # By the ending of the gin file: the network, and its data.
 NETWORKS = {
@@ -61,8 +63,8 @@ class Row:
         parts = [self.method]
         if self.distribution:
             parts.append(f"({self.distribution})")
-        if self.length > 1:
-            parts.append(f"{self.length:g}x")
+        if self.length != 1:
+            parts.append(f"{exact(self.length)}x")
         if self.all_data:
             parts.append("50k")
         return " ".join(parts)
@@ -90,6 +92,59 @@ def row(gin: str) -> Row:
         found["all_data"] is not None,
         found["network"],
     )
+
+
+def exact(value: float) -> str:
+    """Returns a number as it is read, in as many digits as tell it apart.
+
+    Args:
+        value: The number.
+
+    Returns:
+        Six digits at most where these are the number, and all otherwise: two
+        numbers that differ are never the same text.
+
+    >>> exact(0.1), exact(0.1234561), exact(0.1234562)
+    ('0.1', '0.1234561', '0.1234562')
+    """
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
+
+
+# Changes that are in many names, and what they are called there.
+_SHORT = {
+    "UPDATE_FRACTION": "update_fraction",
+    "UPDATE_FREQUENCY": "update_frequency",
+    "sgd.learning_rate": "learning_rate",
+    "train.length": "length",
+}
+
+
+def run_name(
+    gin: str,
+    density: float | None,
+    seed: int,
+    changes: Iterable[tuple[str, object]] = (),
+) -> str:
+    """Returns the name of a run's folder; runs that differ have other ones.
+
+    Args:
+        gin: The gin file, without folder and ending.
+        density: Fraction of the weights kept. None: a dense model.
+        seed: The seed.
+        changes: gin bindings over the files, in any order; of two of one name
+            the last holds.
+    """
+    parts = [gin]
+    if density is not None:
+        parts.append(f"density{exact(density)}")
+    for name, value in sorted(dict(changes).items()):
+        if name in _SHORT:
+            parts.append(f"{_SHORT[name]}{exact(value)}")
+        else:
+            # A gin scope has slashes, which would be folders.
+            parts.append(f"{urllib.parse.quote(name, safe='')}={exact(value)}")
+    return "-".join([*parts, f"seed{seed}"])
 
 
 def known() -> list[str]:

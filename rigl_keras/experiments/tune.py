@@ -38,6 +38,7 @@ from rigl_keras.experiments import costs, data, plans, published
 from rigl_keras.experiments.plans import Preset, Run
 from rigl_keras.experiments.reproduce import check_data, numbers, reproduce
 from rigl_keras.experiments.results import Results
+from rigl_keras.experiments.rows import exact
 from rigl_keras.experiments.studies import Study
 from rigl_keras.experiments.work import Progress, work_off
 from rigl_keras.sparsify import aligned
@@ -137,7 +138,7 @@ class Search:
     @property
     def name(self) -> str:
         """The name of its study."""
-        return f"updates-{self.row}-density{self.density:g}"
+        return f"updates-{self.row}-density{exact(self.density)}"
 
     @property
     def space(self) -> dict:
@@ -304,7 +305,7 @@ def _plan(searched, study, results):
     low, high, step = searched.frequency
     own = searched.steps(searched.reference()[0])
     rows = [
-        ("row", f"{searched.row}, density {searched.density:g}"),
+        ("row", f"{searched.row}, density {exact(searched.density)}"),
         ("preset", searched.preset.name),
         ("drop fraction", " to ".join(map(str, searched.drop_fraction))),
         (
@@ -672,7 +673,7 @@ def _table_4(searched, study, results):
         ("Table 4", "density", "reference", "test", "optimal", "test"),
         (
             f"{searched.row}, here",
-            f"{searched.density:g}",
+            exact(searched.density),
             _pair(*_REFERENCE),
             _mean(test),
             _pair(*optimal),
@@ -688,7 +689,7 @@ def _table_4(searched, study, results):
         rows.append(
             (
                 "in the report",
-                f"{searched.density:g}",
+                exact(searched.density),
                 *_printed(printed[False]),
                 *_printed(printed[True]),
             )

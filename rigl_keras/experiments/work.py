@@ -60,17 +60,20 @@ def work_off(
         that start from one that failed.
 
     Raises:
-        ValueError: A run has a result of another configuration.
+        ValueError: A run has a result of another configuration, or starts
+            from one that neither has a result nor is among the runs.
     """
     progress = progress or Progress()
-    began = time.time()
     failed: dict[Run, str] = {}
     left = [run for run in runs if not results.finished(run)]
+    _check_sources(left, results)
+    # Failures of commands before this one, which tries again.
+    old = {run: results.failure_stamp(run) for run in left}
     while left:
         waiting = []
         for run in list(left):
             source = run.source
-            reason = results.failure(run, since=began)
+            reason = _failed_meanwhile(run, results, old)
             if source in failed:
                 reason = f"it starts from {source.name}, which failed"
             if reason is not None:
@@ -81,27 +84,55 @@ def work_off(
                 left.remove(run)
             elif source is not None and not results.finished(source):
                 waiting.append(run)
-            elif _claimed_and_trained(run, results, progress, data_dir):
+            else:
+                done, reason = _trained_if_free(
+                    run, results, progress, data_dir
+                )
+                if not done:
+                    waiting.append(run)
+                    continue
                 left.remove(run)
-                reason = results.failure(run, since=began)
                 if reason is not None:
                     failed[run] = reason
-            else:
-                waiting.append(run)
         if waiting and waiting == left:
             progress.wait(waiting)
             time.sleep(_WAIT)
     return failed
 
 
-def _claimed_and_trained(run, results, progress, data_dir):
-    """Trains a run, if no other process does, and returns whether it did."""
+def _check_sources(runs, results):
+    """Refuses runs that would wait for one that nobody trains."""
+    for run in runs:
+        source = run.source
+        if source is None or source in runs or results.finished(source):
+            continue
+        raise ValueError(
+            f"{run.name} starts from {source.name}, which has no result and "
+            "is not among the runs. Pass it, too."
+        )
+
+
+def _failed_meanwhile(run, results, old):
+    """Returns why a run has failed since the failures in `old`, or None."""
+    stamp = results.failure_stamp(run)
+    if stamp != old[run]:
+        # Once another process has begun it again, every failure is a new one.
+        old[run] = None
+    return None if stamp is None or stamp == old[run] else stamp[-1]
+
+
+def _trained_if_free(run, results, progress, data_dir):
+    """Trains a run, if no other process does.
+
+    Returns:
+        `(done, reason)`: whether it is done with, and why it failed or None.
+    """
     with results.claim(run) as claim:
         if claim is None:
-            return False
+            return False, None
         if results.finished(run):  # meanwhile, by another process
             progress.elsewhere(run)
-            return True
+            return True, None
         results.forget_failure(run)
         progress.start(run)
         start = time.monotonic()
@@ -109,7 +140,7 @@ def _claimed_and_trained(run, results, progress, data_dir):
         if reason is not None:
             results.record_failure(run, reason)
         progress.finish(run, seconds=time.monotonic() - start, failure=reason)
-    return True
+    return True, reason
 
 
 def _trained(run, results, claim, progress, data_dir):
@@ -139,8 +170,7 @@ def _trained(run, results, claim, progress, data_dir):
     if child.returncode == 0 and results.finished(run):
         return None
     if child.returncode < 0:
-        name = signal.Signals(-child.returncode).name
-        return f"its process was killed by {name}"
+        return f"its process was killed by {_signal(-child.returncode)}"
     with path.open("rb") as log:
         log.seek(begins)
         said = log.read().decode(errors="replace").splitlines()
@@ -150,6 +180,13 @@ def _trained(run, results, claim, progress, data_dir):
     return "\n".join(said[said.index(told[-1]) :] if told else said[-1:]) or (
         f"its process ended with status {child.returncode}"
     )
+
+
+def _signal(number):
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # those for real time have no names
+        return f"signal {number}"
 
 
 def command_of(
