@@ -6,7 +6,9 @@ line styles and hatches tell them apart without colour.
 
 import io
 import itertools
+import math
 import statistics
+import warnings
 
 import numpy as np
 from matplotlib import ticker, tri
@@ -17,6 +19,8 @@ from matplotlib.lines import Line2D
 
 from rigl_keras.experiments import published, rows, summaries
 from rigl_keras.experiments.records import Records
+from rigl_keras.experiments.rows import exact
+from rigl_keras.reading import printable
 
 __all__ = [
     "across_densities",
@@ -33,6 +37,9 @@ __all__ = [
 ]
 
 _TITLE, _TEXT, _TICKS = 10, 9, 8  # sizes of letters
+_DPI = 130
+_LONGEST, _LARGEST = 400, 5_000  # inches and square inches of a figure
+_LETTERS = 60  # of a name
 _BLACK, _GREY = "#000000", "#777777"
 _ORANGE, _SKY, _GREEN = "#E69F00", "#56B4E9", "#009E73"
 _BLUE, _VERMILION, _PURPLE = "#0072B2", "#D55E00", "#CC79A7"
@@ -53,16 +60,33 @@ _OTHER = (_GREY, "*", (0, (6, 2, 1, 2)))
 def as_png(figure: Figure) -> bytes:
     """Returns a figure as the bytes of an image."""
     image = io.BytesIO()
-    # Nothing of the machine, so that the same numbers are the same bytes.
-    figure.savefig(image, format="png", dpi=130, metadata={"Software": None})
+    with warnings.catch_warnings():
+        # Names may have letters that its font lacks, which shows boxes.
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        # Nothing of the machine, so that the same numbers are the same bytes.
+        figure.savefig(
+            image, format="png", dpi=_DPI, metadata={"Software": None}
+        )
     return image.getvalue()
 
 
 def _figure(width, height):
+    if max(width, height) > _LONGEST or width * height > _LARGEST:
+        raise ValueError(
+            f"it would be {width:.0f} by {height:.0f} inches: too many panels"
+        )
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
     return figure
+
+
+def _text(name):
+    """Returns a name that is not read as a formula, or as large as a figure."""
+    name = printable(name)
+    if len(name) > _LETTERS:
+        name = f"{name[: _LETTERS - 3]}..."
+    return name.replace("$", r"\$")
 
 
 def _dress(axes, title=None, x=None, y=None):
@@ -109,7 +133,7 @@ def _ticks_at(axis, values):
     """Puts ticks of a logarithmic axis at values, written out."""
     axis.set_major_locator(ticker.FixedLocator(values))
     axis.set_major_formatter(
-        ticker.FixedFormatter([f"{value:g}" for value in values])
+        ticker.FixedFormatter([exact(value) for value in values])
     )
     axis.set_minor_locator(ticker.NullLocator())
 
@@ -161,7 +185,7 @@ def methods(records: Records) -> Figure:
             axes.set_visible(False)
         for axes, density in zip(line, at, strict=False):
             _draw_methods(axes, records, every, shown, density)
-            where = "" if density is None else f"density {density:g}"
+            where = "" if density is None else f"density {exact(density)}"
             title = rows.NETWORKS[network].split()[-1] + ", " + where
             _dress(axes, title.strip(", "), "test accuracy (%)")
             axes.grid(axis="y", visible=False)
@@ -242,7 +266,8 @@ def _draw_methods(axes, records, every, shown, density):
             lw=0,
         )
     axes.set_ylim(-0.5, len(shown) - 0.5)
-    axes.set_yticks(range(len(shown)), [summaries.label(*key) for key in shown])
+    labels = [_text(summaries.label(*key)) for key in shown]
+    axes.set_yticks(range(len(shown)), labels)
     axes.margins(x=0.08)
     axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
 
@@ -289,7 +314,7 @@ def panels(records: Records, network: str) -> dict[str, Keys]:
     for ((name, value),) in sorted(lengths):
         if name == "train.length":
             of_length = those(every, ((name, value),))
-            found[f"{value:g} times as long"] = of_length
+            found[f"{exact(value)} times as long"] = of_length
     # Pruning is for comparison.
     return {
         title: keys
@@ -323,7 +348,7 @@ def across_densities(records: Records, network: str) -> Figure:
                 dense.mean,
                 color=_BLACK,
                 lw=1.2,
-                label=summaries.label(dense.row, of_length),
+                label=_text(summaries.label(dense.row, of_length)),
             )
         axes.set_xscale("log")
         _dress(axes, title, "density (1 - sparsity)")
@@ -345,7 +370,7 @@ def _draw_row(axes, records, gin, changes, densities, mixed):
         summaries.of(records, gin, density, changes) for density in densities
     ]
     found = [summary for summary in found if summary.n]
-    label = summaries.label(gin, changes)
+    label = _text(summaries.label(gin, changes))
     axes.plot(
         [summary.density for summary in found],
         [summary.mean for summary in found],
@@ -453,10 +478,12 @@ def learning_rates(records: Records) -> Figure:
                     lw=1.5,
                     capsize=3,
                 )
-                label = f"drop {fraction:g}, every {frequency:g} steps"
+                label = (
+                    f"drop {exact(fraction)}, every {exact(frequency)} steps"
+                )
                 handles.setdefault(label, handle)
             axes.set_xscale("log")
-            _dress(axes, f"{mask}, density {density:g}")
+            _dress(axes, f"{mask}, density {exact(density)}")
             _ticks_at(axes.xaxis, rates)
     for axes in grid[-1]:
         axes.set_xlabel("learning rate", fontsize=_TEXT)
@@ -513,7 +540,7 @@ def equal_flops(records: Records, *, with_published: bool) -> Figure:
         )
         for summary in points[mask]:
             axes.annotate(
-                f"{summary.density:g}",
+                exact(summary.density),
                 (summary.training_flops_ratio, summary.mean),
                 textcoords="offset points",
                 xytext=(-4, 6) if mask == "uniform" else (5, -12),
@@ -658,17 +685,28 @@ def redistribution(records: Records) -> Figure:
             handles.setdefault(label, bars)
         _dress(
             left,
-            f"density {density:g}",
+            f"density {exact(density)}",
             "training step",
             "inference FLOPs / dense",
         )
-        left.set_ylim(0, 1.15 * left.dataLim.ymax)
+        top = left.dataLim.ymax
+        if math.isfinite(top) and top > 0:
+            left.set_ylim(0, 1.15 * top)
+        else:
+            left.text(
+                0.5,
+                0.5,
+                "no flops.csv can be read",
+                ha="center",
+                transform=left.transAxes,
+                fontsize=_TEXT,
+            )
         left.xaxis.set_major_locator(ticker.MaxNLocator(4))
         _dress(right, None, None, "density at the end")
         right.grid(axis="x", visible=False)
         right.set_xticks(
             range(len(layers)),
-            [layer["name"] for layer in layers],
+            [_text(layer["name"]) for layer in layers],
             rotation=90,
         )
         right.margins(x=0.01)
@@ -744,7 +782,7 @@ def tuning(records: Records) -> Figure:
             _draw_search(figure, axes, records, _RIGL[mask], density, tried)
             _dress(
                 axes,
-                f"{mask}, density {density:g}",
+                f"{mask}, density {exact(density)}",
                 "steps between mask updates",
                 "drop fraction",
             )

@@ -3,10 +3,21 @@
 import base64
 import dataclasses
 import html
+import math
 import re
 from collections.abc import Sequence
 
-__all__ = ["Block", "Page", "Picture", "Section", "as_html", "as_markdown"]
+from rigl_keras.reading import printable
+
+__all__ = [
+    "Block",
+    "Page",
+    "Picture",
+    "Section",
+    "as_csv_cell",
+    "as_html",
+    "as_markdown",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,10 +102,10 @@ def as_markdown(page: Page) -> str:
         for paragraph in section.text:
             lines += [_plain(paragraph), ""]
         if section.picture is not None:
-            alt = _plain(section.picture.alt).replace("]", "\\]")
+            alt = _plain(section.picture.alt)
             lines += [f"![{alt}](figures/{section.picture.name}.png)", ""]
         for block in section.blocks:
-            lines += _markdown_block(block)
+            lines += _markdown_block(block, len(section.notes))
         for number, note in enumerate(section.notes, start=1):
             lines += [f"[{number}] {_plain(note)}", ""]
         if section.items:
@@ -102,30 +113,77 @@ def as_markdown(page: Page) -> str:
     return "\n".join(lines)
 
 
-def _markdown_block(block):
+def _markdown_block(block, notes):
+    def cell(text):
+        words, mark = _marked(text, notes)
+        return _inline(words).replace("|", "\\|") + mark
+
+    def row(cells):
+        return f"| {' | '.join(cells)} |"
+
     lines = []
     if block.title:
-        lines += [f"**{_plain(block.title)}**", ""]
-    lines.append("| " + " | ".join(map(_cell, block.columns)) + " |")
+        lines += [f"**{_inline(block.title)}**", ""]
+    lines.append(row(map(cell, block.columns)))
     rules = [":--", *["--:"] * (len(block.columns) - 1)]
-    lines.append("| " + " | ".join(rules) + " |")
+    lines.append(row(rules))
     for line in block.lines:
         if isinstance(line, str):
-            line = [f"*{_cell(line)}*", *[""] * (len(block.columns) - 1)]
-            lines.append("| " + " | ".join(line) + " |")
+            empty = [""] * (len(block.columns) - 1)
+            lines.append(row([f"*{cell(line)}*", *empty]))
         else:
-            lines.append("| " + " | ".join(map(_cell, line)) + " |")
+            lines.append(row(map(cell, line)))
     return [*lines, ""]
 
 
+def _marked(cell, notes):
+    """Returns a cell and the mark at its end that refers to a note, or ""."""
+    found = re.fullmatch(r"(.*)( \[(\d{1,4})\])", cell, re.DOTALL)
+    if found is None or not 1 <= int(found[3]) <= notes:
+        return cell, ""
+    return found[1], found[2]
+
+
 def _plain(text):
-    """Keeps what a run has said from being read as Markdown."""
-    text = " ".join(text.split())
-    return re.sub(r"([\\`*<_])", r"\\\1", text)
+    """Returns a paragraph or item that is not read as Markdown."""
+    # At its start these would make a heading, a quote, a list or a rule.
+    return re.sub(r"^(\d*)([#>+=.)-])", r"\1\\\2", _inline(text))
 
 
-def _cell(text):
-    return _plain(text).replace("|", "\\|")
+def _inline(text):
+    """Returns text within a line that is not read as Markdown."""
+    text = printable(" ".join(text.split()))
+    letters = r"\\`*_<&~$\[\]"
+    if re.search(r"[\[\]]", text):
+        # Nothing of a link, so that these alone would be read as they are.
+        letters += "()!"
+    text = re.sub(f"[{letters}]", r"\\\g<0>", text)
+    # Many make links of addresses as they are.
+    return text.replace("://", ":\\//").replace("www.", "www\\.")
+
+
+# CSV.
+
+
+def as_csv_cell(text: str) -> str:
+    """Returns a cell of a table that no spreadsheet takes for a formula.
+
+    Args:
+        text: What it says. A number stays one, with whatever sign.
+
+    Returns:
+        The text, behind an apostrophe where it begins as formulas do.
+    """
+    text = printable(" ".join(text.split()))
+    try:
+        number = math.isfinite(float(text))
+    except ValueError:
+        number = False
+    return f"'{text}" if text[:1] in _FORMULA and not number else text
+
+
+# Those of full width are taken for the others in some languages.
+_FORMULA = tuple("=+-@\uff1d\uff0b\uff0d\uff20")
 
 
 # HTML.
@@ -197,13 +255,13 @@ def _html_section(section):
     ]
     if section.picture is not None:
         image = base64.b64encode(section.picture.png).decode()
-        alt = html.escape(section.picture.alt)
+        alt = html.escape(printable(section.picture.alt))
         parts.append(
             f'<figure><img alt="{alt}" src="data:image/png;base64,{image}">'
             "</figure>"
         )
     for block in section.blocks:
-        parts += _html_block(block)
+        parts += _html_block(block, len(section.notes))
     if section.notes:
         items = "".join(f"<li>{_text(note)}</li>" for note in section.notes)
         parts.append(f'<ol class="notes">{items}</ol>')
@@ -213,7 +271,11 @@ def _html_section(section):
     return [*parts, "</section>"]
 
 
-def _html_block(block):
+def _html_block(block, notes):
+    def cell(text):
+        words, mark = _marked(text, notes)
+        return _text(words) + (mark and f"<sup>{mark.strip()}</sup>")
+
     parts = ['<div class="wide">', "<table>"]
     if block.title:
         parts.append(f"<caption>{_text(block.title)}</caption>")
@@ -230,12 +292,11 @@ def _html_block(block):
             )
             continue
         first, *others = line
-        cells = "".join(f"<td>{_text(cell)}</td>" for cell in others)
-        parts.append(f'<tr><th scope="row">{_text(first)}</th>{cells}</tr>')
+        cells = "".join(f"<td>{cell(other)}</td>" for other in others)
+        parts.append(f'<tr><th scope="row">{cell(first)}</th>{cells}</tr>')
     return [*parts, "</tbody>", "</table>", "</div>"]
 
 
 def _text(text):
-    """Escapes text; marks such as [1] are raised."""
-    escaped = html.escape(text, quote=False)
-    return re.sub(r" \[(\d+)\]", r"<sup>[\1]</sup>", escaped)
+    """Returns text that is not read as HTML."""
+    return html.escape(printable(" ".join(text.split())), quote=False)

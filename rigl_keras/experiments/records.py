@@ -5,55 +5,34 @@ line for each run, which holds all of it that a report needs.
 """
 
 import collections
-import csv
 import dataclasses
 import json
-import math
 import os
-import re
-from collections.abc import Callable, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
-from rigl_keras.experiments import rows
+from rigl_keras.experiments import plans, record_files, rows
+from rigl_keras.experiments.record_files import RATIOS, UNREADABLE
+from rigl_keras.reading import brief, is_number, object_in, printable
 
-__all__ = ["TUNED", "Record", "Records", "as_lines", "read"]
+__all__ = ["TUNED", "Record", "Records", "as_lines", "collapsed", "read"]
 
 Changes = tuple[tuple[str, float], ...]
 
 # The changes by which Figure 2 and Table 4 search; others make other rows.
 TUNED = frozenset({"UPDATE_FRACTION", "UPDATE_FREQUENCY", "sgd.learning_rate"})
 
-_CURVE_POINTS = 120  # of a curve that are kept
-_REASON = 400  # letters of a failure that are kept
+_COLLAPSED = 10.0  # points below the other seeds
+_CLASSES = {"cifar10": 10, "cifar100": 100, "mnist": 10, "digits": 10}
+_NOTE = 1_000  # letters of a note that are kept
 
-# What a report needs of a result, and whether each must be a number.
-_RATIOS = (
-    "inference_flops_ratio",
-    "training_flops_ratio",
-    "training_flops_ratio_with_sources",
-)
-_KEPT = (
-    "method",
-    "model",
-    "dataset",
-    "seed",
-    "density",
-    "test_accuracy",
-    "validation_accuracy",
-    "test_loss",
-    "inference_flops",
-    *_RATIOS,
-    "parameters",
-    "nonzeros",
-    "steps",
-    "seconds",
-    "settings",
-    "versions",
-)
 # Settings of which runs of a row may differ: by density, by seed, by where
 # their folder is.
 _FREE = {"density", "masks_from", "weights_from", "replicas"}
 _FREE_OF_METHOD = {"seed", "schedule", "drop_fraction", "frequency"}
+# How the failure of a run begins whose result is another run's.
+_OF_ANOTHER = "its result.json and about.json disagree: "
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +141,7 @@ def read(path: str | os.PathLike, preset: str | None = None) -> Records:
     """
     path = Path(path)
     if path.is_dir():
-        found, broken = _in_folder(path), []
+        found, broken = _in_folder(path)
     elif path.is_file():
         found, broken = _in_file(path)
     else:
@@ -185,6 +164,7 @@ def read(path: str | os.PathLike, preset: str | None = None) -> Records:
         (preset,) = presets
     # A preset of one's own may be named by its file, as for bin/reproduce.
     preset = Path(preset).stem if preset.endswith(".gin") else preset
+    preset = printable(preset)
     if preset not in presets:
         raise ValueError(
             f"{str(path)!r} holds no run of the preset {preset!r}. Pass "
@@ -201,7 +181,10 @@ def as_lines(records: Records) -> str:
     """Returns all that was found as `results.jsonl`, which `read` reads."""
     lines = []
     for record in records.found:
-        fields = dataclasses.asdict(record)
+        fields = {
+            field.name: getattr(record, field.name)
+            for field in dataclasses.fields(record)
+        }
         fields["changes"] = dict(record.changes)
         lines.append(json.dumps(fields) + "\n")
     return "".join(lines)
@@ -211,196 +194,76 @@ def as_lines(records: Records) -> str:
 
 
 def _in_folder(path):
-    found = []
+    found, broken = [], []
     try:
-        for folder in sorted(path.iterdir()):
-            inner = _folders(folder)
-            # A folder without any run is no preset.
-            if any((run / "about.json").exists() for run in inner):
-                found += [_record(folder.name, run) for run in inner]
+        folders = _folders(path)
     except OSError as error:
         raise ValueError(
-            f"{error.filename!r} cannot be read ({error.strerror})."
+            f"{str(path)!r} cannot be read ({error.strerror})."
         ) from error
-    if not found and any((f / "about.json").exists() for f in _folders(path)):
+    for folder in folders:
+        if folder.name.startswith("."):
+            continue
+        try:
+            inner = _folders(folder)
+        except OSError as error:
+            broken.append(
+                f"{printable(folder.name)} is left out: it cannot be read "
+                f"({error.strerror})."
+            )
+            continue
+        # A folder without any run is no preset.
+        if any(os.path.lexists(run / "about.json") for run in inner):
+            preset = printable(folder.name)
+            found += [_record(preset, run) for run in inner]
+    if not found and any(os.path.lexists(f / "about.json") for f in folders):
         raise ValueError(
             f"{str(path)!r} is the folder of a preset. Pass --results_dir with "
             f"the folder it is in, and --preset={path.resolve().name}."
         )
-    return found
+    return found, broken
 
 
 def _folders(path):
-    if not path.is_dir() or path.name.startswith("."):
-        return []
-    return sorted(p for p in path.iterdir() if p.is_dir())
+    return sorted(inner for inner in path.iterdir() if os.path.isdir(inner))
 
 
 def _record(preset, path):
-    unknown = Record(f"{preset}/{path.name}", None, preset)
-    if not (path / "about.json").exists():
+    unknown = Record(f"{preset}/{printable(path.name)}", None, preset)
+    try:
+        about = record_files.about(path / "about.json")
+    except FileNotFoundError:
         return dataclasses.replace(
             unknown, failure="it has no about.json: not of bin/reproduce"
         )
-    try:
-        about = _about(_json(path / "about.json"))
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         return dataclasses.replace(
             unknown, failure=f"its about.json cannot be read ({error})"
         )
-    if about["preset"] != preset:
+    if printable(about["preset"]) != preset:
         return dataclasses.replace(
             unknown,
             failure=f"its about.json says that it is of {about['preset']!r}",
         )
-    record = dataclasses.replace(unknown, **about)
+    record = dataclasses.replace(unknown, **about | {"preset": preset})
     run = path / "run"
-    if not (run / "result.json").exists():
-        return dataclasses.replace(record, **_why_not(path))
     try:
-        result = _result(_json(run / "result.json"), record)
-    except _UNREADABLE as error:
+        result = record_files.result(run / "result.json")
+    except FileNotFoundError:
+        return dataclasses.replace(record, **record_files.why_not(path))
+    except UNREADABLE as error:
         reason = f"its result.json cannot be read ({error})"
+        return dataclasses.replace(record, failure=reason, failed=True)
+    disagreement = record_files.disagreement(about, result)
+    if disagreement is not None:
+        reason = _OF_ANOTHER + disagreement
         return dataclasses.replace(record, failure=reason, failed=True)
     return dataclasses.replace(
         record,
         result=result,
-        learning_rate=_learning_rate(run / "config.gin"),
-        curve=_curve(run / "flops.csv", result),
+        learning_rate=record_files.learning_rate(run / "config.gin"),
+        curve=record_files.curve(run / "flops.csv", result),
     )
-
-
-# Broken JSON, text that is none, and what a check of ours finds.
-_UNREADABLE = (OSError, ValueError, RecursionError)
-
-
-def _json(path):
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError("it is no object")
-    return content
-
-
-def _about(content):
-    """Returns what a run is, if all of it is of the kind it should be."""
-    found = {
-        "row": content.get("row"),
-        "preset": content.get("preset"),
-        "density": content.get("density"),
-        "seed": content.get("seed"),
-        "changes": content.get("changes"),
-    }
-    fits = {
-        "row": isinstance(found["row"], str),
-        "preset": isinstance(found["preset"], str),
-        "density": found["density"] is None
-        or (_is_number(found["density"]) and 0 < found["density"] <= 1),
-        "seed": isinstance(found["seed"], int)
-        and not isinstance(found["seed"], bool),
-        "changes": isinstance(found["changes"], dict)
-        and all(map(_is_number, found["changes"].values())),
-    }
-    for name, fit in fits.items():
-        if not fit:
-            raise ValueError(f"{name} is {found[name]!r}")
-    found["changes"] = tuple(sorted(found["changes"].items()))
-    return found
-
-
-def _result(content, record):
-    """Returns what is kept of a result, if it can be one of the run."""
-    for name in ("test_accuracy", "inference_flops", "steps", *_RATIOS):
-        value = content.get(name)
-        positive = name != "test_accuracy"
-        if not _is_number(value) or (positive and value <= 0):
-            raise ValueError(f"{name} is {value!r}")
-    accuracies = [content["test_accuracy"]]
-    if content.get("validation_accuracy") is not None:
-        accuracies.append(content["validation_accuracy"])
-    for accuracy in accuracies:
-        if not (_is_number(accuracy) and 0 <= accuracy <= 1):
-            raise ValueError(f"an accuracy is {accuracy!r}")
-    if content.get("seed") != record.seed:
-        raise ValueError(
-            f"it is of seed {content.get('seed')!r}, about.json of "
-            f"{record.seed!r}"
-        )
-    if not isinstance(content.get("settings"), dict):
-        raise ValueError(f"settings is {content.get('settings')!r}")
-    kept = {name: content.get(name) for name in _KEPT}
-    kept["steps"] = int(kept["steps"])
-    if not _is_number(kept["seconds"]):
-        kept["seconds"] = 0.0
-    layers = content.get("layers")
-    kept["layers"] = [
-        {"name": layer["name"], "density": layer["density"]}
-        for layer in (layers if isinstance(layers, list) else [])
-        if isinstance(layer, dict)
-        and isinstance(layer.get("name"), str)
-        and _is_number(layer.get("density"))
-    ]
-    if not kept["layers"]:
-        raise ValueError("layers are missing")
-    return kept
-
-
-def _is_number(value):
-    kind = isinstance(value, int | float) and not isinstance(value, bool)
-    return kind and math.isfinite(value)
-
-
-def _why_not(path):
-    """Returns why a run has no result, as fields of its record."""
-    failure = path / "failure.txt"
-    try:
-        if failure.exists():
-            reason = failure.read_text(errors="replace").strip()
-            return {"failure": reason[:_REASON] or "unknown", "failed": True}
-        metrics = path / "run/metrics.csv"
-        epochs = 0
-        if metrics.exists():
-            lines = metrics.read_text(errors="replace").count("\n")
-            epochs = max(lines - 1, 0)
-    except OSError as error:
-        return {"failure": f"it cannot be read ({error})", "failed": True}
-    return {"failure": f"unfinished, after {epochs} epochs"}
-
-
-def _learning_rate(path):
-    try:
-        text = path.read_text(errors="replace")
-    except OSError:
-        return None
-    found = re.search(r"^sgd\.learning_rate = ([\d.e+-]+)$", text, re.MULTILINE)
-    try:
-        return float(found[1]) if found else None
-    except ValueError:
-        return None
-
-
-def _curve(path, result):
-    """Returns what inference costs from which step on, thinned."""
-    dense = result["inference_flops"] / result["inference_flops_ratio"]
-    points = []
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            for line in csv.DictReader(file):
-                step = int(line["step"])
-                value = float(line["inference_flops"]) / dense
-                if not math.isfinite(value):
-                    return ()
-                if not points or value != points[-1][1]:
-                    points.append((step, value))
-    except (OSError, ValueError, KeyError, TypeError, csv.Error):
-        return ()  # the figure does without
-    if not points:
-        return ()
-    if len(points) > _CURVE_POINTS:
-        stride = (len(points) - 1) / (_CURVE_POINTS - 1)
-        points = [points[round(i * stride)] for i in range(_CURVE_POINTS)]
-    if result["steps"] > points[-1][0]:
-        points.append((result["steps"], points[-1][1]))
-    return tuple(points)
 
 
 # From a file.
@@ -419,7 +282,7 @@ def _in_file(path):
             continue
         try:
             found.append(_from_line(line))
-        except (*_UNREADABLE, TypeError) as error:
+        except (ValueError, TypeError) as error:
             broken.append(
                 f"Line {number} of {path.name} is left out: it cannot be read "
                 f"({error})."
@@ -428,34 +291,37 @@ def _in_file(path):
 
 
 def _from_line(line):
-    fields = json.loads(line)
-    if not isinstance(fields, dict):
-        raise ValueError("it is no object")
+    fields = object_in(line)
     rate = fields.get("learning_rate")
     fits = {
         "folder": isinstance(fields.get("folder"), str),
         "preset": isinstance(fields.get("preset"), str),
         "failure": isinstance(fields.get("failure"), str | None),
         "failed": isinstance(fields.get("failed"), bool),
-        "learning_rate": rate is None or _is_number(rate),
+        "learning_rate": rate is None or record_files.is_rate(rate),
         "result": isinstance(fields.get("result"), dict | None),
         "curve": isinstance(fields.get("curve"), list),
     }
     for name, fit in fits.items():
         if not fit:
-            raise ValueError(f"{name} is {fields.get(name)!r}")
+            raise ValueError(f"{name} is {brief(fields.get(name))}")
+    fields["folder"] = printable(fields["folder"])
     if fields.get("row") is None:
-        fields["changes"] = ()
+        fields |= {"density": None, "seed": None, "changes": ()}
     else:
-        fields |= _about(fields)
-    fields["curve"] = tuple(
-        (int(step), float(value)) for step, value in fields["curve"]
-    )
+        fields |= record_files.about_in(fields)
+    fields["preset"] = printable(fields["preset"])
+    fields["curve"] = tuple(record_files.curve_in(fields["curve"]))
     record = Record(**fields)  # a field too many is a TypeError
-    if record.result is not None:
-        result = _result(record.result, record)
-        record = dataclasses.replace(record, result=result)
-    return record
+    if record.row is None or record.result is None:
+        return dataclasses.replace(record, result=None, curve=())
+    result = record_files.result_in(record.result)
+    disagreement = record_files.disagreement(fields, result)
+    if disagreement is not None:
+        raise ValueError(f"its result is of another run: {disagreement}")
+    return dataclasses.replace(
+        record, result=result, failure=None, failed=False
+    )
 
 
 # What of it counts.
@@ -467,11 +333,12 @@ def _selected(preset, found, broken):
     runs = []
     for record in found:
         if record.row is None:
-            notes.append(f"{record.name} is left out: {record.failure}.")
+            why = record.failure or "what it is, it does not say"
+            notes.append(f"{record.name} is left out: {why}.")
         elif record.row not in known:
             notes.append(
                 f"{record.name} is left out: there is no gin file "
-                f"{record.row!r}."
+                f"{brief(record.row)}."
             )
         elif _misplaced(record):
             notes.append(
@@ -486,15 +353,89 @@ def _selected(preset, found, broken):
         runs, notes, _updates, only=lambda run: run.changes == run.variant
     )
     for run in runs:
-        if run.result is None:
-            continue
-        loss = run.result.get("test_loss")
-        if loss is not None and not _is_number(loss):
-            notes.append(
-                f"{run.name} has diverged, its test loss is {loss}; its "
-                "accuracy counts like any other."
-            )
+        failure = run.failure or ""
+        if failure.startswith(_OF_ANOTHER):
+            notes.append(f"The result of {run.name} is left out: {failure}.")
+    notes += _remarks([run for run in runs if run.result is not None])
+    notes = [
+        note if len(note) <= _NOTE else f"{note[:_NOTE]} ..." for note in notes
+    ]
     return Records(preset, tuple(runs), tuple(notes), tuple(found))
+
+
+def _remarks(finished):
+    """Yields what is odd about runs that count all the same."""
+    groups = collections.defaultdict(list)
+    for run in finished:
+        groups[run.row, run.density, run.changes].append(run)
+        loss = run.result.get("test_loss")
+        if loss is None or is_number(loss):
+            continue
+        if isinstance(loss, float):
+            said = f"has diverged, its test loss is {loss}"
+        else:
+            said = f"has a test loss that is no number, {brief(loss)}"
+        yield f"{run.name} {said}; its accuracy counts like any other."
+    for group in groups.values():
+        for name, why in collapsed(group).items():
+            yield (
+                f"{name} has collapsed: {why}; its accuracy counts like any "
+                "other."
+            )
+    bare = [run.name for run in finished if not run.curve]
+    if bare:
+        yield (
+            f"{_listed(bare)} {'has' if len(bare) == 1 else 'have'} no "
+            "flops.csv that can be read: Figure 4 lacks their lines."
+        )
+    seeds = {run.seed for run in finished}
+    others = sorted(seeds - set(plans.SEEDS))
+    if others:
+        yield (
+            f"Not the report's seeds {_listed(plans.SEEDS)}: "
+            f"{_listed(others)}. "
+            + (
+                "They count like those."
+                if seeds & set(plans.SEEDS)
+                else "No run has the report's, so that each row should have "
+                "these."
+            )
+        )
+
+
+def _listed(values, most=10):
+    shown = [str(value) for value in values[:most]]
+    if len(values) > most:
+        return f"{', '.join(shown)} and {len(values) - most} more"
+    return " and ".join(filter(None, [", ".join(shown[:-1]), shown[-1]]))
+
+
+def collapsed(runs: Iterable[Record]) -> dict[str, str]:
+    """Returns the seeds of a row that have learnt next to nothing.
+
+    A seed has collapsed if it is 10 points or more below the median of the
+    others, or hardly better than chance.
+
+    Args:
+        runs: Finished runs that differ by their seeds alone.
+
+    Returns:
+        `{name of the run: why}`.
+    """
+    runs, found = list(runs), {}
+    for run in runs:
+        chance = 100 / _CLASSES.get(run.result["dataset"], float("inf"))
+        others = [other.test for other in runs if other is not run]
+        below = statistics.median(others) - run.test if others else 0.0
+        if run.test <= 1.2 * chance:
+            found[run.name] = (
+                f"{run.test:.2f} % is hardly better than chance, {chance:g} %"
+            )
+        elif below >= _COLLAPSED:
+            found[run.name] = (
+                f"{run.test:.2f} % is {below:.1f} points below the other seeds"
+            )
+    return found
 
 
 def _misplaced(record):
@@ -504,13 +445,24 @@ def _misplaced(record):
 
 
 def _once(runs, notes):
-    """Returns each run once, a finished one before others."""
+    """Returns each run once.
+
+    A finished one before others, then the one whose folder has the name that
+    bin/reproduce gives it.
+    """
     groups = collections.defaultdict(list)
     for run in runs:
         groups[run.key].append(run)
     chosen = []
     for group in groups.values():
-        first = min(group, key=lambda run: (run.result is None, run.folder))
+        first = min(
+            group,
+            key=lambda run: (
+                run.result is None,
+                run.name != rows.run_name(*run.key),
+                run.folder,
+            ),
+        )
         chosen.append(first)
         if len(group) == 1:
             continue
@@ -534,7 +486,7 @@ def _once(runs, notes):
 
 
 def _numbers(run):
-    names = ("test_accuracy", "validation_accuracy", *_RATIOS)
+    names = ("test_accuracy", "validation_accuracy", *RATIOS)
     return run.result and [run.result[name] for name in names]
 
 
@@ -562,10 +514,11 @@ def _alike(
         for run in group:
             own = of_run[run.folder]
             differing = [
-                f"{name} {own.get(name)!r} where the others have "
-                f"{usual.get(name)!r}"
+                f"{brief(name)[1:-1]} {brief(own.get(name))} where the others "
+                f"have {brief(usual.get(name))}"
                 for name in sorted({*own, *usual})
-                if own.get(name) != usual.get(name)
+                # As text, in which a NaN is equal to itself.
+                if json.dumps(own.get(name)) != json.dumps(usual.get(name))
             ]
             if differing:
                 odd.add(run.folder)

@@ -33,11 +33,14 @@ from rigl_keras.experiments.page import (
     Page,
     Picture,
     Section,
+    as_csv_cell,
     as_html,
     as_markdown,
 )
 from rigl_keras.experiments.records import Records
+from rigl_keras.experiments.rows import exact
 from rigl_keras.experiments.summaries import Summary
+from rigl_keras.reading import brief, printable
 
 __all__ = ["NAMES", "Report", "main", "report", "write"]
 
@@ -83,11 +86,13 @@ class Report:
         page: Its text, tables and figures.
         lines: The lines of report.csv, the names of its columns first.
         results: The lines of results.jsonl.
+        notes: What was left out, counted once or not drawn, and what is odd.
     """
 
     page: Page
     lines: Sequence[Sequence[str]]
     results: str
+    notes: Sequence[str] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +105,7 @@ class _Context:
     planned: Callable[[Summary], tuple[float, float]] | None
     asked: bool
     lines: list
+    undrawn: dict  # {the name of a figure: why it cannot be drawn}
 
 
 def report(
@@ -136,6 +142,7 @@ def report(
         planned=_planned(found.preset) if with_planned else None,
         asked=bool(names),
         lines=[],
+        undrawn={},
     )
     sections, left_out = [], []
     for name in NAMES:
@@ -147,7 +154,14 @@ def report(
             left_out.append(name)
     if not names:
         sections += _others(context)
-    sections += _notes(found)
+    notes = [
+        *found.notes,
+        *(
+            f"{_TITLES[name]}: its figure cannot be drawn ({why})."
+            for name, why in context.undrawn.items()
+        ),
+    ]
+    sections += _notes(found, notes)
     text = _introduction(context)
     if left_out:
         text.append(f"No run is finished of: {', '.join(left_out)}.")
@@ -156,6 +170,7 @@ def report(
         Page(title, text, sections),
         [_COLUMNS, *context.lines],
         records.as_lines(found),
+        notes,
     )
 
 
@@ -184,7 +199,10 @@ def _has_any(gins):
 
 
 _HAS = {
-    "methods": lambda found: not all(map(summaries.is_trial, found.finished)),
+    "methods": lambda found: any(
+        rows.row(run.row).network and not summaries.is_trial(run)
+        for run in found.finished
+    ),
     **{table: _has_row(table) for table in published.TABLES},
     # Their reference settings alone are in Table 2 and Figure 1.
     "table4": figures.has_trials,
@@ -217,7 +235,11 @@ def _seeds(summary):
     if not summary.n and not summary.others:
         return _NONE
     text = f"{summary.n} of {summary.wanted}"
-    return text + (f", {summary.failed} failed" if summary.failed else "")
+    if summary.failed:
+        text += f", {summary.failed} failed"
+    if summary.collapsed:
+        text += f", {summary.collapsed} collapsed"
+    return text
 
 
 def _signed(difference):
@@ -313,7 +335,7 @@ def _add_line(context, table, label, summary, cell=None):
         label,
         summary.row,
         summary.density,
-        ";".join(f"{name}={value:g}" for name, value in summary.changes),
+        ";".join(f"{name}={exact(value)}" for name, value in summary.changes),
         " ".join(str(run.seed) for run in summary.finished),
         summary.n,
         summary.wanted,
@@ -330,7 +352,9 @@ def _add_line(context, table, label, summary, cell=None):
         difference,
         cell.note if cell else "",
     ]
-    context.lines.append(["" if v is None else str(v) for v in values])
+    context.lines.append(
+        ["" if v is None else as_csv_cell(str(v)) for v in values]
+    )
 
 
 def _difference(context, summary, cell):
@@ -352,11 +376,12 @@ def _introduction(context):
         if own.get("length", 1) != 1:
             continue
         dense = result["inference_flops"] / result["inference_flops_ratio"]
+        epochs, batch = map(brief, (own.get("epochs"), own.get("batch_size")))
         line = (
-            f"{result['model']} on {result['dataset']}: {own.get('epochs')} "
-            f"epochs of batch {own.get('batch_size')}, {result['steps']:,} "
-            f"steps; the dense network costs {_scientific(dense)} FLOPs a "
-            "sample to test and three times as many to train"
+            f"{result['model']} on {result['dataset']}: {epochs} epochs of "
+            f"batch {batch}, {result['steps']:,} steps; the dense "
+            f"network costs {_scientific(dense)} FLOPs a sample to test and "
+            "three times as many to train"
         )
         settings.setdefault(line, None)
     if context.comparable:
@@ -407,7 +432,7 @@ def _introduction(context):
 def _versions(finished):
     names = {"tensorflow": "TensorFlow", "keras": "Keras"}
     found = dict.fromkeys(
-        f"{label} {run.result['versions'][name]}"
+        f"{label} {brief(run.result['versions'][name])[1:-1]}"
         for name, label in names.items()
         for run in finished
         if isinstance(run.result.get("versions"), dict)
@@ -418,7 +443,10 @@ def _versions(finished):
 
 def _section(context, name):
     section = _SECTIONS[name](context, name)
-    if section.picture is None and not section.blocks:
+    if name in context.undrawn:
+        missing = f"The figure cannot be drawn: {context.undrawn[name]}."
+        section = dataclasses.replace(section, text=(*section.text, missing))
+    elif section.picture is None and not section.blocks:
         preset = context.records.preset
         target = "" if name in ("methods", "tuning") else f" {name}"
         how = "bin/tune" if name == "tuning" else f"bin/reproduce{target}"
@@ -443,7 +471,7 @@ def _table(context, name):
             if len(networks) > 1:
                 continue
         for density in _densities(context, of_network, gins):
-            title = f"density {density:g}"
+            title = f"density {exact(density)}"
             if len(networks) > 1:
                 title = f"{rows.NETWORKS[network].split()[-1]}, {title}"
             blocks.append(
@@ -457,7 +485,11 @@ def _table(context, name):
     picture = None
     if name == "table3" and figures.panels(context.records, "resnet50"):
         picture = _picture(
-            "table3", figures.across_densities(context.records, "resnet50")
+            context,
+            "table3",
+            figures.across_densities,
+            context.records,
+            "resnet50",
         )
     return Section(name, _TITLES[name], text, picture, blocks, marks.notes)
 
@@ -554,7 +586,7 @@ def _table_4(context, name):
             reference = summaries.of(found, gin, density)
             complete = sum(trial.summary.complete for trial in tried)
             optimum = f"optimum of {complete}" if tried else "optimum"
-            lines.append(f"{mask} masks, density {density:g}")
+            lines.append(f"{mask} masks, density {exact(density)}")
             for label, summary, optimal in (
                 ("reference", reference, False),
                 (optimum, best and best.summary, True),
@@ -576,7 +608,8 @@ def _table_4(context, name):
     columns += ["test (%)", "seeds"]
     text = [
         "The optimum is the setting of the highest mean validation accuracy "
-        "among those tried that have all seeds 0, 1 and 2; how many these are "
+        f"among those tried that have all seeds {_listed(found)}; how many "
+        "these are "
         "stands beside it. Its test accuracy did not take part in the choice."
     ]
     if context.with_published:
@@ -622,7 +655,13 @@ def _scientific(value):
 
 
 def _updates(drop_fraction, frequency):
-    return f"{drop_fraction:.3g}, {frequency:g}"
+    return f"{exact(drop_fraction)}, {exact(frequency)}"
+
+
+def _listed(found):
+    """Returns the seeds that each row should have, as text."""
+    *others, last = map(str, summaries.seeds(found))
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 # Figures.
@@ -649,10 +688,15 @@ _ALT = {
 }
 
 
-def _picture(name, figure):
-    return Picture(
-        name, figures.as_png(figure), _ALT[name] + " Numbers: report.csv."
-    )
+def _picture(context, name, draw, *arguments, **options):
+    """Returns a figure, or None where it cannot be drawn, and notes why."""
+    try:
+        png = figures.as_png(draw(*arguments, **options))
+    except Exception as error:  # whatever the numbers are, there is a page
+        said = str(error).strip() or type(error).__name__
+        context.undrawn[name] = said.splitlines()[0][:200].rstrip(".")
+        return None
+    return Picture(name, png, _ALT[name] + " Numbers: report.csv.")
 
 
 def _methods(context, name):
@@ -676,7 +720,7 @@ def _methods(context, name):
         "Every row that has a run. A number in brackets says how many seeds "
         "are finished where some are not.",
     )
-    picture = _picture(name, figures.methods(found))
+    picture = _picture(context, name, figures.methods, found)
     return Section(name, _TITLES[name], text, picture, blocks)
 
 
@@ -697,7 +741,8 @@ def _of_methods(context, name, keys, densities, title):
         accuracies.append([label, *map(_with_seeds, found), *blank])
         flops = [_pair(*_flops(context, summary)) for summary in found]
         costs_of.append([label, *flops, *blank])
-    heads = [f"density {density:g}" for density in densities] or ["dense"]
+    heads = [f"density {exact(density)}" for density in densities]
+    heads = heads or ["dense"]
     data = title.split()[-1]
     return [
         Block(["method", *heads], accuracies, f"{data}: test accuracy (%)"),
@@ -733,8 +778,8 @@ def _with_seeds(summary):
 def _figure_1(context, name):
     picture = None
     if _HAS[name](context.records):
-        figure = figures.across_densities(context.records, "wrn")
-        picture = _picture(name, figure)
+        draw = figures.across_densities
+        picture = _picture(context, name, draw, context.records, "wrn")
     text = (
         "Lines join means over seeds; small hollow markers are single seeds.",
     )
@@ -756,7 +801,7 @@ def _figure_2(context, name):
         summary = summaries.of(found, row, density, changes)
         _add_line(context, name, rows.row(row).label, summary)
     text = ("Means over seeds; bars are the sample standard deviation.",)
-    picture = _picture(name, figures.learning_rates(found))
+    picture = _picture(context, name, figures.learning_rates, found)
     return Section(name, _TITLES[name], text, picture)
 
 
@@ -787,7 +832,7 @@ def _figure_3(context, name):
             )
             line = [
                 mask,
-                f"{density:g}",
+                exact(density),
                 _flops(context, summary)[0],
                 _accuracy(summary),
                 _seeds(summary),
@@ -812,17 +857,23 @@ def _figure_3(context, name):
         )
         erk = [
             f"{_percent(cell.accuracy, cell.std)} at the FLOPs of uniform "
-            f"masks of density {cell.density:g}"
+            f"masks of density {exact(cell.density)}"
             for cell in printed
             if cell.gin == _RIGL["ERK"]
         ]
         text.append(f"The report's ERK: {'; '.join(erk)}.")
-    figure = figures.equal_flops(found, with_published=context.comparable)
+    picture = _picture(
+        context,
+        name,
+        figures.equal_flops,
+        found,
+        with_published=context.comparable,
+    )
     return Section(
         name,
         _TITLES[name],
         text,
-        _picture(name, figure),
+        picture,
         [Block(columns, lines)],
         marks.notes,
     )
@@ -836,7 +887,7 @@ def _figure_4(context, name):
         "Left, every seed is a line; right, means over seeds. RigL alone "
         "keeps the density of each layer, so that its lines are level.",
     )
-    picture = _picture(name, figures.redistribution(found))
+    picture = _picture(context, name, figures.redistribution, found)
     return Section(name, _TITLES[name], text, picture)
 
 
@@ -856,7 +907,7 @@ def _tuning(context, name):
         "contours are interpolated between them, where there are at least "
         "four.",
     )
-    picture = _picture(name, figures.tuning(found))
+    picture = _picture(context, name, figures.tuning, found)
     return Section(name, _TITLES[name], text, picture)
 
 
@@ -892,8 +943,8 @@ def _others(context):
         lines.append(
             [
                 row,
-                _NONE if density is None else f"{density:g}",
-                ", ".join(f"{name} = {value:g}" for name, value in changes)
+                _NONE if density is None else exact(density),
+                ", ".join(f"{name} = {exact(value)}" for name, value in changes)
                 or _NONE,
                 _accuracy(summary),
                 _seeds(summary),
@@ -908,8 +959,8 @@ def _others(context):
     return [Section("other", "Other runs", blocks=[Block(columns, lines)])]
 
 
-def _notes(found):
-    """What failed, what is unfinished, and what was left out."""
+def _notes(found, notes):
+    """What failed, what is unfinished, and what was left out or is odd."""
     failed = [f"{run.name}: {run.failure}" for run in found.runs if run.failed]
     unfinished = [
         f"{run.name}: {run.failure}"
@@ -919,7 +970,7 @@ def _notes(found):
     parts = (
         ("failed", "Failed runs", failed),
         ("unfinished", "Unfinished runs", unfinished),
-        ("left-out", "Left out, or counted once", found.notes),
+        ("left-out", "Left out, counted once, or odd", notes),
     )
     return [
         Section(anchor, title, items=items)
@@ -1015,25 +1066,25 @@ def main() -> None:
                 with_planned=with_planned.value,
             )
             written = write(made, output.value)
-        except ValueError as error:
-            print(f"report: {error}", file=sys.stderr)
+        except (ValueError, OSError) as error:
+            print(f"report: {printable(str(error))}", file=sys.stderr)
             sys.exit(2)
-        print("\n".join(map(str, written)))
-        _tell(found)
+        print("\n".join(printable(str(path)) for path in written))
+        _tell(found, made.notes)
 
     app.run(run)
 
 
-def _tell(found):
-    """Says how many runs count, and which do not."""
+def _tell(found, notes):
+    """Says how many runs count, which do not, and what is odd."""
     failed = sum(run.failed for run in found.runs)
     unfinished = len(found.runs) - len(found.finished) - failed
     print(
         f"{len(found.finished)} runs of the preset {found.preset} are "
         f"finished, {failed} failed, {unfinished} are unfinished."
     )
-    for note in found.notes:
-        print(f"  {note}")
+    for note in notes:
+        print(f"  {printable(note)}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,9 @@ import statistics
 from collections.abc import Iterable
 
 from rigl_keras.experiments import plans, rows
-from rigl_keras.experiments.records import Record, Records
+from rigl_keras.experiments.records import Record, Records, collapsed
+from rigl_keras.experiments.rows import exact
+from rigl_keras.reading import is_number
 
 __all__ = [
     "Summary",
@@ -16,6 +18,7 @@ __all__ = [
     "is_trial",
     "label",
     "of",
+    "seeds",
     "settings_of",
     "trials",
 ]
@@ -34,6 +37,7 @@ class Summary:
         changes: gin bindings over the files.
         finished: Runs with a result, by seed.
         others: Runs without one, by seed.
+        seeds: Those that each row should have.
     """
 
     row: str
@@ -41,6 +45,7 @@ class Summary:
     changes: Changes
     finished: tuple[Record, ...]
     others: tuple[Record, ...]
+    seeds: tuple[int, ...] = plans.SEEDS
 
     @property
     def n(self) -> int:
@@ -49,14 +54,19 @@ class Summary:
 
     @property
     def wanted(self) -> int:
-        """How many seeds there should be: the report's, and those found."""
+        """How many seeds there should be: `seeds`, and those found."""
         found = {run.seed for run in self.finished + self.others}
-        return len(found | set(plans.SEEDS))
+        return len(found | set(self.seeds))
 
     @property
     def complete(self) -> bool:
-        """Whether all of the report's seeds are finished."""
-        return set(plans.SEEDS) <= {run.seed for run in self.finished}
+        """Whether all that each row should have are finished."""
+        return set(self.seeds) <= {run.seed for run in self.finished}
+
+    @property
+    def collapsed(self) -> int:
+        """How many finished seeds have learnt next to nothing."""
+        return len(collapsed(self.finished))
 
     @property
     def failed(self) -> int:
@@ -124,6 +134,21 @@ def of(
         changes,
         tuple(run for run in runs if run.result is not None),
         tuple(run for run in runs if run.result is None),
+        seeds(records),
+    )
+
+
+def seeds(records: Records) -> tuple[int, ...]:
+    """Returns the seeds that each row should have.
+
+    The report's; or all that were found, where no run is of one of those.
+
+    Args:
+        records: All runs.
+    """
+    found = {run.seed for run in records.runs}
+    return (
+        tuple(sorted(found)) if found.isdisjoint(plans.SEEDS) else plans.SEEDS
     )
 
 
@@ -178,25 +203,27 @@ def settings_of(
     changed = dict(summary.changes)
     of_row = [run for run in records.finished if run.row == summary.row]
 
-    def value(macro, name):
+    def value(macro, name, least, most):
         if macro in changed:
             return changed[macro]
         for run in (*summary.finished, *of_row):
             if macro not in dict(run.changes):
                 method = run.result["settings"].get("method")
-                return method.get(name) if isinstance(method, dict) else None
+                method = method if isinstance(method, dict) else {}
+                own = method.get(name)
+                return own if is_number(own, least=least, most=most) else None
         return None
 
     return (
-        value("UPDATE_FRACTION", "drop_fraction"),
-        value("UPDATE_FREQUENCY", "frequency"),
+        value("UPDATE_FRACTION", "drop_fraction", 0.0, 1.0),
+        value("UPDATE_FREQUENCY", "frequency", 1, 1e12),
     )
 
 
 def best(found: Iterable[Trial]) -> Trial | None:
     """Returns the trial of the highest mean validation accuracy.
 
-    Of those that have all of the report's seeds; None where there are none.
+    Of those that have all seeds; None where there are none.
     """
     complete = [
         trial
@@ -224,7 +251,10 @@ def label(gin: str, changes: Changes = ()) -> str:
     longer = changed.pop("train.length", 1)
     row = dataclasses.replace(row, length=row.length * longer)
     return ", ".join(
-        [row.label, *(f"{name} = {value:g}" for name, value in changed.items())]
+        [
+            row.label,
+            *(f"{name} = {exact(value)}" for name, value in changed.items()),
+        ]
     )
 
 
