@@ -443,6 +443,13 @@ def save(
         ValueError: As in `Fused`, or no layer is faster by sparse kernels.
     """
     fused = Fused(model, batch_size=signature.batch_size or 128)
+    try:
+        # Into the cache, where the process has its operations from elsewhere.
+        built = kernels.build()
+    except kernels.BuildError as error:
+        raise ValueError(
+            f"There is no library to put beside the model: {error}."
+        ) from error
     if not any(layer.choice.sparse for layer in fused.layers):
         told = [f"{one.name} ({one.choice.reason})" for one in fused.layers]
         raise ValueError(
@@ -461,7 +468,7 @@ def save(
     tf.saved_model.save(module, str(path), signatures=module.function)
     library = Path(path, _LIBRARY)
     library.parent.mkdir(exist_ok=True)
-    shutil.copyfile(kernels.library.path(), library)
+    shutil.copyfile(built, library)
     Path(path, LOADER).write_text(_LOADER.format(library=_LIBRARY.as_posix()))
 
 

@@ -1,8 +1,12 @@
-"""Files and folders that appear whole or not at all."""
+"""Files and folders that appear whole or not at all, and locks on them.
+
+What has appeared is on the disk: it survives a power cut, too.
+"""
 
 import contextlib
 import errno
 import glob
+import itertools
 import os
 import platform
 import shutil
@@ -12,7 +16,21 @@ from pathlib import Path
 
 import tensorflow as tf
 
-__all__ = ["DiskFullError", "naming", "set_aside"]
+__all__ = [
+    "UNFINISHED",
+    "DiskFullError",
+    "keep",
+    "lock",
+    "naming",
+    "set_aside",
+    "unfinished_folder",
+    "whole",
+    "write",
+]
+
+# Before the name of a folder of files that are being written. A process that
+# is killed leaves it.
+UNFINISHED = ".unfinished-"
 
 
 class DiskFullError(OSError):
@@ -53,6 +71,144 @@ def naming(path: str | os.PathLike, *, advice: str) -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def lock(
+    path: str | os.PathLike, *, shared: bool = False, wait: bool = True
+) -> Iterator[int | None]:
+    """Locks a file until the end of the block, which no other process has.
+
+    The kernel frees the lock as soon as the process is gone, however it ends.
+    A child process that inherits the descriptor holds the lock as well.
+
+    Args:
+        path: The file; made if it does not exist.
+        shared: Whether others that share it may have it at once.
+        wait: Whether to wait for the process that has it.
+
+    Yields:
+        The file's descriptor, or None where another has it and `wait` is
+        False.
+
+    Raises:
+        OSError: The file cannot be made, or its file system has no locks.
+    """
+    import fcntl  # not on every platform that exports
+
+    # Who may write the file is up to the umask: a folder of results may be a
+    # group's.
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+        try:
+            fcntl.flock(descriptor, kind | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield None
+        else:
+            yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def write(path: str | os.PathLike, content: str | bytes) -> None:
+    """Writes a file whole or not at all."""
+    with whole(path) as unfinished:
+        if isinstance(content, str):
+            content = content.encode()
+        unfinished.write_bytes(content)
+
+
+@contextlib.contextmanager
+def whole(path: str | os.PathLike) -> Iterator[Path]:
+    """Gives a file to write, which then appears at `path`, whole.
+
+    If the context is left by an error, what was at `path` stays.
+
+    Args:
+        path: The file. Its folder must exist.
+
+    Yields:
+        A path of the same name in another folder, on the same disk.
+    """
+    path = Path(path)
+    with unfinished_folder(path.parent) as folder:
+        # Of the same name: Keras knows the format by it.
+        yield folder / path.name
+        keep(folder / path.name)
+        (folder / path.name).replace(path)
+        keep(path.parent)
+
+
+@contextlib.contextmanager
+def unfinished_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Gives a folder in `path` for unfinished files, gone at the end.
+
+    What killed processes of this machine have left there goes, too.
+    """
+    path = Path(path)
+    _clear_unfinished(path)
+    folder = made = path / f"{_unfinished()}{os.getpid()}"
+    for number in itertools.count(1):
+        try:
+            made.mkdir(parents=True)
+            break
+        except FileExistsError:  # another thread is writing
+            made = path / f"{folder.name}-{number}"
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+
+
+def keep(path: str | os.PathLike) -> None:
+    """Has the disk keep a file, or a folder's list of names, for good.
+
+    Else a power cut may leave a file's name, and nothing in it.
+    """
+    if os.name == "nt":  # where folders cannot be opened
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems cannot, of folders.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _keep_all(folder):
+    """Keeps a folder and all that is in it."""
+    for parent, _, files in os.walk(folder):
+        for name in files:
+            keep(os.path.join(parent, name))
+        keep(parent)
+
+
+def _unfinished():
+    """Returns how the name of an unfinished folder of this machine begins."""
+    return f"{UNFINISHED}{platform.node()}-"
+
+
+def _clear_unfinished(path):
+    """Removes what processes of this machine have left that were killed."""
+    begin = _unfinished()
+    for folder in path.glob(f"{glob.escape(begin)}*"):
+        if _is_gone(folder.name.removeprefix(begin)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_gone(name):
+    """Returns whether the process whose number begins a name has ended."""
+    try:
+        os.kill(int(name.split("-")[0]), 0)
+    except ProcessLookupError:
+        return True
+    except (ValueError, OSError):  # not ours to judge
+        return False
+    return False
+
+
 def _aside(target):
     """Returns how the name of a folder begins that this machine makes."""
     return f".{target.name}-{platform.node()}-"
@@ -66,15 +222,10 @@ def _clear_abandoned(target):
     """
     begin = _aside(target)
     for folder in target.parent.glob(f"{glob.escape(begin)}*"):
-        process = folder.name.removeprefix(begin).split("-")[0]
-        try:
-            os.kill(int(process), 0)
-        except ProcessLookupError:
+        if _is_gone(folder.name.removeprefix(begin)):
             if (folder / "old").exists() and not target.exists():
                 (folder / "old").rename(target)
             shutil.rmtree(folder, ignore_errors=True)
-        except (ValueError, OSError):  # not ours to judge
-            continue
 
 
 @contextlib.contextmanager
@@ -120,7 +271,9 @@ def set_aside(target: Path, *, replace: bool = False) -> Iterator[Path]:
         with naming(target, advice=advice):
             new.mkdir()
             yield new
+            _keep_all(new)
             _put(new, target, old, replace)
+            keep(target.parent)
     finally:
         if aside is not None:
             shutil.rmtree(aside, ignore_errors=True)

@@ -15,6 +15,7 @@ PACKAGE = pathlib.Path(rigl_keras.__file__).parent
 # Each module imports only from those before it.
 ORDER = [
     "arguments",
+    "writing",
     "conventions",
     "distributions",
     "schedules",
@@ -41,7 +42,6 @@ ORDER = [
     "diagnostics",
     "graphs",
     "compaction",
-    "writing",
     "sparse_storage",
     "serving",
     "fusion",

@@ -80,6 +80,8 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setattr(library, "_SOURCES", sources)
     monkeypatch.setattr(library, "_module", None)
     monkeypatch.setattr(library, "_reason", None)
+    # Of other tests, whose operations are those of the real sources.
+    monkeypatch.setattr(library, "_registered", lambda plan: None)
     monkeypatch.setattr(library.tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
     monkeypatch.setenv("RIGL_KERAS_CACHE", str(tmp_path / "cache"))
@@ -456,3 +458,197 @@ def test_ahead_of_time(place, stub, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["build_kernels", "--force"])
     with pytest.raises(SystemExit, match="cannot be built: the compiler CXX"):
         library.main()
+
+
+@pytest.fixture
+def nobody():
+    """Returns what gives files to another user, which root alone can."""
+    if os.getuid():
+        pytest.skip("files can be given away by root alone")
+    return lambda *paths: [os.chown(path, 65534, 65534) for path in paths]
+
+
+def folders(place):
+    """Returns the cache of a place, what is built there and how."""
+    built = library.build()
+    return place / "cache", built.parent, built
+
+
+@pytest.mark.parametrize("at", [0, 1, 2], ids=["cache", "folder", "file"])
+def test_another_user_owns_it(place, stub, nobody, at):
+    """A library in a folder that all share, and whatever is above it."""
+    parts = folders(place)
+    parts[0].chmod(0o1777)
+    assert library.build() == parts[2]  # which nobody else can replace
+    nobody(parts[at])
+    found = library.build()
+    if at < 2:  # Nothing of that folder is looked at.
+        own = place / "tmp" / f"rigl_keras-{os.getuid()}"
+        assert found.parents[1] == own and stat.S_IMODE(own.stat().st_mode) == (
+            0o700
+        )
+    else:  # The folder is ours: it is built there again.
+        assert found == parts[2] and found.stat().st_uid == os.getuid()
+
+
+@pytest.mark.parametrize("bits", [0o002, 0o020], ids=["all", "a group"])
+@pytest.mark.parametrize("at", [0, 1, 2], ids=["cache", "folder", "file"])
+def test_others_can_write_it(place, stub, monkeypatch, caplog, at, bits):
+    parts = folders(place)
+    # A group of several, whoever the user is.
+    monkeypatch.setattr(library, "_of_this_user", lambda path, gid: False)
+    parts[at].chmod(0o755 | bits)
+    parts[2].write_text("planted")
+    found = library.build()
+    assert found.read_text() == "made"
+    assert (found == parts[2]) == (at == 2)
+    assert stat.S_IMODE(found.stat().st_mode) & 0o022 == 0
+    told = [line for line in said(caplog) if "is not used" in line]
+    assert len(told) == (at < 2)
+    for line in told:
+        who = "everybody" if bits == 0o002 else "the group"
+        assert str(parts[0]) in line and f"{who} " in line
+
+
+def test_a_folder_far_above_is_open(place, stub, monkeypatch):
+    deep = place / "open" / "closed" / "cache"
+    monkeypatch.setenv("RIGL_KERAS_CACHE", str(deep))
+    assert library.build().is_relative_to(deep)
+    (place / "open").chmod(0o777)
+    assert not library.build().is_relative_to(place / "open")
+    (place / "open").chmod(0o1777)  # as /tmp is
+    assert library.build().is_relative_to(deep)
+
+
+def test_a_link_is_judged_by_where_it_leads(place, stub, monkeypatch):
+    (place / "open").mkdir()
+    (place / "link").symlink_to(place / "open")
+    monkeypatch.setenv("RIGL_KERAS_CACHE", str(place / "link"))
+    assert library.build().parents[1] == place / "open"
+    (place / "open").chmod(0o777)
+    assert library.build().parents[2] == place / "tmp"
+
+
+def test_a_group_of_this_user_alone(place, stub, monkeypatch):
+    """What a umask of 002 leaves in a home is used, as OpenSSH does."""
+    import grp
+    import pwd
+    import types
+
+    cache, folder, built = folders(place)
+    for path in (cache, folder, built):
+        path.chmod(0o775)
+    user = pwd.getpwuid(os.getuid())
+    members = []
+    monkeypatch.setattr(
+        grp,
+        "getgrgid",
+        lambda gid: types.SimpleNamespace(
+            gr_name=user.pw_name, gr_mem=members, gr_gid=gid
+        ),
+    )
+    gid = cache.stat().st_gid
+    alone = types.SimpleNamespace(
+        pw_name=user.pw_name, pw_gid=gid, pw_dir=user.pw_dir
+    )
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: alone)
+    assert library.build() == built
+    members.append("another")
+    assert library.build() != built
+
+
+def test_a_umask_of_zero(place, stub, monkeypatch):
+    monkeypatch.setenv("RIGL_KERAS_CACHE", str(place / "a" / "b"))
+    before = os.umask(0)
+    try:
+        built = library.build()
+    finally:
+        os.umask(before)
+    for path in (built, *built.parents[:3]):
+        assert stat.S_IMODE(path.stat().st_mode) == 0o755, path
+    assert library.build() == built
+
+
+def test_no_place_is_safe(place, stub, caplog):
+    (place / "cache").mkdir()
+    (place / "cache").chmod(0o777)
+    own = place / "tmp" / f"rigl_keras-{os.getuid()}"
+    own.mkdir(mode=0o777)
+    own.chmod(0o777)
+    assert library.load() is None and library.load() is None
+    assert "it is not yours alone: everybody can" in library.unavailable()
+    assert calls(place) == []
+    assert len([line for line in said(caplog) if "densely" in line]) == 1
+
+
+def test_a_relative_cache(place, stub, monkeypatch):
+    """It is where the process was at first, wherever that goes."""
+    for folder in ("first", "later"):
+        (place / folder).mkdir()
+    monkeypatch.chdir(place / "first")
+    monkeypatch.setenv("RIGL_KERAS_CACHE", "a relative cache")
+    built = library.build()
+    assert built.is_relative_to(place / "first" / "a relative cache")
+    monkeypatch.chdir(place / "later")
+    assert library.path() == library.build() == built
+    assert list((place / "later").iterdir()) == []
+
+
+def test_a_compiler_starts_without_what_is_preloaded(place, stub, monkeypatch):
+    """A sanitizer's runtime would speak up in the compiler's name."""
+    compiler = stub()
+    compiler.write_text(
+        '#!/bin/sh\necho "preloaded: $LD_PRELOAD, $LC_ALL"\nexit 3\n'
+    )
+    monkeypatch.setenv("LD_PRELOAD", "/nonexistent/libasan.so")
+    done = library._run([str(compiler)])
+    assert done.stdout.splitlines()[-1] == "preloaded: , C"
+    assert done.returncode == 3
+
+
+REGISTERED = """
+import os, pathlib, shutil, sys
+import numpy as np, tensorflow as tf
+from rigl_keras import kernels
+from rigl_keras.kernels import library
+
+copy = shutil.copy(sys.argv[1], sys.argv[2])
+served = tf.load_op_library(copy)  # as the README says
+assert library.load() is served, library.unavailable()
+# The other order: ours, then a model's.
+again = tf.load_op_library(shutil.copy(copy, copy + "-2.so"))
+assert not hasattr(again, "rigl_keras_conv2d")
+x, kernel = np.ones((1, 4, 4, 2), "f"), np.ones((3, 3, 2, 3), "f")
+found = kernels.sparse_conv2d(x, kernel, np.ones_like(kernel))
+np.testing.assert_array_equal(found[0, 0, 0], [8, 8, 8])
+assert int(served.rigl_keras_plans_made()) == 1
+
+class Plan:
+    sources = "of another version"
+
+try:
+    library._registered(Plan)
+except library.BuildError as error:
+    assert "another version" in str(error)
+else:
+    raise AssertionError
+print("all is well")
+"""
+
+
+def test_operations_that_the_process_has(tmp_path):
+    """Those of an exported model are used, and a second copy does no harm."""
+    if library.load() is None:
+        pytest.skip(library.unavailable())
+    copy = tmp_path / "assets.extra.so"
+    process = start(
+        REGISTERED,
+        library.build(),
+        copy,
+        RIGL_KERAS_CACHE=str(tmp_path / "cache"),
+    )
+    out, err = process.communicate()
+    assert "all is well" in out, err
+    assert not (tmp_path / "cache").exists()  # nothing is built
+    # In this process they are ours.
+    assert library._registered(library._plan()) is library.load()

@@ -9,22 +9,25 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import logging
 import math
 import os
+import platform
 import threading
+from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
 
-from rigl_keras.kernels import library
+from rigl_keras import timing, writing
+from rigl_keras.kernels import library, operations
 from rigl_keras.kernels.operations import (
     dense_library,
     instruction_set,
     sparse_conv2d,
 )
-from rigl_keras.timing import interleaved
 
 __all__ = ["Choice", "Problem", "choose"]
 
@@ -166,14 +169,19 @@ def _tell():
 
 
 def _key(problem, density, backward):
-    """Returns what the times depend on, but for the load of the machine."""
+    """Returns what the times depend on, but for the load of the machine.
+
+    Machines of several kinds may share the cache, in a home on a network, and
+    so may versions of this program: each finds what it has timed itself.
+    """
     threads = tf.config.threading.get_intra_op_parallelism_threads()
     return " ".join(
         str(part)
         for part in (
             instruction_set(),
             dense_library(),
-            f"{os.cpu_count()} cores",
+            _processor(),
+            f"{_cores()} cores",
             f"{threads} threads",
             "x".join(map(str, problem.kernel)),
             "x".join(map(str, problem.images)),
@@ -182,8 +190,39 @@ def _key(problem, density, backward):
             "x".join(map(str, problem.dilations)),
             density,
             "both passes" if backward else "forward",
+            f"timed by {_program()}",
         )
     )
+
+
+@functools.cache
+def _processor():
+    """Returns the model of this machine's processor, in one word."""
+    wanted = ("model name", "CPU implementer", "CPU part")  # of x86, of ARM
+    found = {}
+    with contextlib.suppress(OSError):  # where it is not Linux
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() in wanted:
+                found.setdefault(name.strip(), value)
+    words = " ".join(found.values()).split()
+    return "_".join(words or platform.processor().split()) or "processor"
+
+
+def _cores():
+    """Returns how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
+
+
+@functools.cache
+def _program():
+    """Returns what changes with how times are taken and compared."""
+    told = hashlib.sha256()
+    for part in (__file__, timing.__file__, operations.__file__):
+        told.update(Path(part).read_bytes())
+    return told.hexdigest()[:12]
 
 
 def _seconds(problem, density, backward):
@@ -244,7 +283,7 @@ def _seconds(problem, density, backward):
     except (tf.errors.UnimplementedError, tf.errors.InvalidArgumentError):
         # TensorFlow has no such product on a CPU, or not its gradient.
         return math.inf, 1.0
-    seconds = interleaved(sides, rounds=_ROUNDS, turn=0.002)
+    seconds = timing.interleaved(sides, rounds=_ROUNDS, turn=0.002)
     return seconds["dense"], seconds["sparse"]
 
 
@@ -258,21 +297,34 @@ def _path():
 
 @contextlib.contextmanager
 def _locked():
-    import fcntl  # on every platform that has an op library
-
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
-            lock = stack.enter_context(_path().with_suffix(".lock").open("w"))
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            stack.enter_context(writing.lock(_path().with_suffix(".lock")))
         yield
 
 
 def _read():
     try:
         written = json.loads(_path().read_text())
-        return {key: Choice.timed(*given) for key, given in written.items()}
-    except (OSError, ValueError, TypeError, AttributeError, ArithmeticError):
-        return {}  # none yet, or not ours: they are timed anew
+        return {key: _kept(*given) for key, given in written.items()}
+    # None yet, or not ours: they are timed again.
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        ArithmeticError,
+        RecursionError,
+    ):
+        return {}
+
+
+def _kept(dense, sparse, batch):
+    """Returns a choice by what was kept of it."""
+    # Where there is no dense product, it takes for ever.
+    if not (dense > 0 and 0 < sparse < math.inf and batch > 0):
+        raise ValueError("these are no times")
+    return Choice.timed(float(dense), float(sparse), int(batch))
 
 
 def _write(key, choice):
@@ -282,6 +334,4 @@ def _write(key, choice):
         for key, c in {**_read(), key: choice}.items()
     }
     with contextlib.suppress(OSError):
-        fresh = _path().with_suffix(f".{os.getpid()}")
-        fresh.write_text(json.dumps(kept, indent=0))
-        fresh.replace(_path())
+        writing.write(_path(), json.dumps(kept, indent=0))

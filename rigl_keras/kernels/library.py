@@ -9,6 +9,11 @@ variables decide where that is, how it is built and whether at all:
     RIGL_KERAS_CACHE    The folder of the cache; else `XDG_CACHE_HOME` and, in
                         the end, `~/.cache` have one.
     CXX                 The compiler; else the first of g++, c++ and clang++.
+
+A library is loaded only from where nobody else can have put it: the file and
+every folder above it belong to this user or to root, and only they can write
+them. Operations that are in the process already, as those of an exported model
+may be, are used as they are.
 """
 
 import argparse
@@ -30,10 +35,11 @@ import tempfile
 import threading
 import time
 import types
-from collections.abc import Iterator
 from pathlib import Path
 
 import tensorflow as tf
+
+from rigl_keras import writing
 
 __all__ = ["BuildError", "build", "load", "path", "unavailable"]
 
@@ -56,6 +62,8 @@ _INSTRUCTION_SETS = {
     "avx2": ["-mavx2", "-mfma"],
     "portable": [],
 }
+# An operation that tells which ones they are, and its Python function.
+_ASKED, _FUNCTION = "RiglKerasComputedBy", "rigl_keras_computed_by"
 # What is wrong, in the lines of a compiler or a linker.
 _ERROR = re.compile(r"\berror: |undefined reference|cannot find ")
 
@@ -76,8 +84,10 @@ class BuildError(RuntimeError):
 def load() -> types.ModuleType | None:
     """Returns the op library, which is built if it is not in the cache.
 
-    It is loaded once in a process. Where it cannot be had, that is said once,
-    as a warning of the logger `rigl_keras`, and not tried again.
+    It is loaded once in a process, and not at all where the process has its
+    operations already: `tf.load_op_library` of an exported model's. Where it
+    cannot be had, that is said once, as a warning of the logger `rigl_keras`,
+    and not tried again.
 
     Returns:
         What `tf.load_op_library` returns, or None.
@@ -87,7 +97,7 @@ def load() -> types.ModuleType | None:
         with _lock:  # the others wait, and find it done
             if _module is None and _reason is None:
                 try:
-                    _module = _loaded(build())
+                    _module = _registered(_plan()) or _loaded(build())
                 except BuildError as error:
                     _reason = str(error).rstrip(".")
                     _log.warning(
@@ -116,9 +126,13 @@ def path() -> Path:
     plan = _plan()
     found = _existing(plan)
     if found is None:
-        places = [place for place, _ in _places() if _writable(place)]
-        place = places[0] if places else _places()[0][0]
-        found = place / plan.version / _NAME
+        places = [place for place, _ in _places()]
+        usable = [
+            place
+            for place in places
+            if _writable(place) and not _refused(place, plan)
+        ]
+        found = [*usable, *places][0] / plan.version / _NAME
     return found
 
 
@@ -141,30 +155,30 @@ def build(*, force: bool = False) -> Path:
     found = _existing(plan)
     if found is not None and not force:
         return found
-    refused = []
+    failures = []
     for place, private in _places():
         folder = place / plan.version
+        library = folder / _NAME
         try:
-            place.mkdir(mode=0o700 if private else 0o777, parents=True)
-        except FileExistsError:
-            pass
+            refused = _refused(place, plan)
+            if not refused:
+                _make(folder, mode=0o700 if private else 0o755)
+                with writing.lock(folder / ".lock"):
+                    if force or _exposed(library) or not library.exists():
+                        _build(plan, folder)
+                return library.resolve()
+            failures.append(f"{str(place)!r} ({refused})")
+            _log.warning(
+                "The cache %r is not used, where others could put a library: "
+                "%s.",
+                str(place),
+                refused,
+            )
         except OSError as error:
-            refused.append(f"{str(place)!r} ({error.strerror})")
-            continue
-        if private and not _ours(place):
-            refused.append(f"{str(place)!r} (it is not yours alone)")
-            continue
-        try:
-            folder.mkdir(exist_ok=True)
-            with _locked(folder):
-                if force or not (folder / _NAME).exists():
-                    _build(plan, folder)
-            return folder / _NAME
-        except OSError as error:
-            refused.append(f"{str(folder)!r} ({error.strerror})")
+            failures.append(f"{str(place)!r} ({error.strerror})")
     raise BuildError(
-        f"the cache cannot be written: {' nor '.join(refused)}. Set "
-        "RIGL_KERAS_CACHE to a folder that can"
+        f"the cache cannot be written: {' nor '.join(failures)}. Set "
+        "RIGL_KERAS_CACHE to a folder that can, by you alone"
     )
 
 
@@ -202,11 +216,13 @@ class _Plan:
         link: Flags that make a library of the objects.
         version: Name of a folder in the cache: it changes with all of these,
             the sources and TensorFlow.
+        sources: What changes with the sources alone; the operations tell it.
     """
 
     objects: dict[str, list[str]]
     link: list[str]
     version: str
+    sources: str
 
 
 def _plan():
@@ -216,15 +232,18 @@ def _plan():
         raise BuildError(
             f"they are built on Linux and macOS, and this is {sys.platform!r}"
         )
-    objects, link = _flags(sanitizer)
-    # Not the compiler: what it has built serves machines that have none.
-    told = hashlib.sha256(repr((objects, link)).encode())
+    told = hashlib.sha256()
     for name, source in _sources().items():
         told.update(f"{name} {len(source)} ".encode() + source)
+    sources = told.hexdigest()[:12]
+    objects, link = _flags(sanitizer)
+    objects["ops.o"].append(f'-DRIGL_SOURCES="{sources}"')
+    # Not the compiler: what it has built serves machines that have none.
+    told.update(repr((objects, link)).encode())
     parts = [tf.__version__, platform.system(), platform.machine(), sanitizer]
     parts.append(told.hexdigest()[:12])
     version = "-".join(part for part in parts if part)
-    return _Plan(objects, link, version)
+    return _Plan(objects, link, version, sources)
 
 
 def _sanitizer():
@@ -329,10 +348,9 @@ def _flags(sanitizer):
 
 
 def _places():
-    """Returns the folders that may be the cache, and which is in `/tmp`.
+    """Returns the folders that may be the cache, the best first.
 
-    `[(folder, whether it must be the user's own)]`: anyone could have put a
-    library into a folder of that name.
+    `[(folder, whether nobody else may read it)]`.
     """
     places = []
     cache = os.environ.get("RIGL_KERAS_CACHE")
@@ -341,19 +359,117 @@ def _places():
         cache = os.path.join(root, "rigl_keras")
     cache = os.path.expanduser(cache)
     if not cache.startswith("~"):  # a user without a home
-        places.append((Path(os.path.abspath(cache)), False))
+        places.append((_absolute(cache), False))
     own = Path(tempfile.gettempdir(), f"rigl_keras-{os.getuid()}")
     return [*places, (own, True)]
 
 
+@functools.cache
+def _absolute(path):
+    """Returns a path from the folder where the process was at first."""
+    return Path(os.path.abspath(path))
+
+
+def _refused(place, plan):
+    """Returns why a place is no cache, if others can write it, or None."""
+    if place in [own for own, private in _places() if private]:
+        # Anybody can take this name, and lead a link from it anywhere.
+        if os.path.lexists(place) and not _ours(place):
+            return "it is not yours alone"
+    exposed = _exposed(place / plan.version)
+    return exposed and f"it is not yours alone: {exposed}"
+
+
 def _ours(folder):
-    """Returns whether a folder is the user's, and nobody else may write it."""
+    """Returns whether a folder is the user's, and nobody else may read it."""
     about = folder.lstat()
     return (
         stat.S_ISDIR(about.st_mode)
         and about.st_uid == os.getuid()
         and not about.st_mode & 0o077
     )
+
+
+def _exposed(path):
+    """Returns who else may write a file or a folder above it, or None.
+
+    Links are followed to where they lead. What does not exist yet is judged
+    by the folder that it would be made in.
+    """
+    path = Path(os.path.realpath(path))
+    while not os.path.lexists(path):
+        path = path.parent
+    for part in (path, *path.parents):
+        # Who can move the home can have Python import anything, as it is; and
+        # in a container these may seem to belong to nobody.
+        if part in _home().parents:
+            continue
+        about = part.lstat()
+        # In a folder such as /tmp nobody renames or removes what is another's.
+        shared = stat.S_ISDIR(about.st_mode) and about.st_mode & stat.S_ISVTX
+        if about.st_uid not in (0, os.getuid()):
+            return f"{str(part)!r} belongs to {_user(about.st_uid)}"
+        if about.st_mode & stat.S_IWOTH and not shared:
+            return f"everybody can write {str(part)!r}"
+        if about.st_mode & stat.S_IWGRP and not (
+            shared or _of_this_user(part, about.st_gid)
+        ):
+            return f"the group {_group(about.st_gid)} can write {str(part)!r}"
+    return None
+
+
+def _make(folder, *, mode):
+    """Makes a folder and those above it, which only this user can write."""
+    for part in (*reversed(folder.parents), folder):
+        if not part.exists():
+            with contextlib.suppress(FileExistsError):  # by now
+                part.mkdir(mode=mode)
+
+
+def _home():
+    """Returns the home that this user's account has."""
+    import pwd  # not on every platform
+
+    try:
+        return Path(os.path.realpath(pwd.getpwuid(os.getuid()).pw_dir))
+    except KeyError:
+        return Path("/")
+
+
+def _of_this_user(path, gid):
+    """Returns whether a group has this user alone, as Debian and Fedora do.
+
+    Where an access control list names others, the group's bits are theirs.
+    """
+    import grp
+    import pwd
+
+    with contextlib.suppress(KeyError, OSError, AttributeError):
+        user, group = pwd.getpwuid(os.getuid()), grp.getgrgid(gid)
+        return (
+            (gid, group.gr_name) == (user.pw_gid, user.pw_name)
+            and set(group.gr_mem) <= {user.pw_name}
+            and "system.posix_acl_access" not in os.listxattr(path)
+        )
+    return False
+
+
+def _user(uid):
+    import pwd
+
+    try:
+        return f"the user {pwd.getpwuid(uid).pw_name}"
+    except KeyError:
+        return f"user {uid}"
+
+
+def _group(gid):
+    import grp
+
+    try:
+        return grp.getgrgid(gid).gr_name
+    except KeyError:
+        return str(gid)
 
 
 def _writable(folder):
@@ -365,26 +481,16 @@ def _writable(folder):
 
 def _existing(plan):
     """Returns the path of what has been built, or None."""
-    for place, private in _places():
+    for place, _ in _places():
         library = place / plan.version / _NAME
         # In this order: what is in another's folder is not looked at.
         with contextlib.suppress(OSError):
-            if (not private or _ours(place)) and library.is_file():
-                return library
+            if (
+                not (_refused(place, plan) or _exposed(library))
+                and library.is_file()
+            ):
+                return library.resolve()
     return None
-
-
-@contextlib.contextmanager
-def _locked(folder) -> Iterator[None]:
-    """Within the context, no other process builds in a folder."""
-    import fcntl  # not on every platform; `_plan` has refused those
-
-    descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _build(plan, folder):
@@ -409,16 +515,20 @@ def _build(plan, folder):
         if not any(step.returncode for step in done):
             done.append(run(link))
         log = folder / "build.log"
-        log.write_text(
-            "\n".join(f"$ {shlex.join(s.args)}\n{s.stdout}" for s in done)
-        )
+        text = "\n".join(f"$ {shlex.join(s.args)}\n{s.stdout}" for s in done)
+        log.write_text(text, encoding="utf-8", errors="replace")
         for step in done:
             if step.returncode:
                 raise BuildError(
                     f"the build failed: {_first_error(step)} (all of it is in "
                     f"{str(log)!r}). Set CXX to a newer compiler, perhaps"
                 )
-        os.replace(os.path.join(work, _NAME), folder / _NAME)
+        built = Path(work, _NAME)
+        # Whatever the umask is: what everybody can write is not loaded.
+        built.chmod(0o755)
+        writing.keep(built)
+        built.replace(folder / _NAME)
+        writing.keep(folder)
 
 
 def _run(command, work=None):
@@ -444,6 +554,36 @@ def _first_error(done):
     lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
     lines.append(f"{done.args[0]} ended with status {done.returncode}")
     return next((line for line in lines if _ERROR.search(line)), lines[0])
+
+
+def _registered(plan):
+    """Returns the op library that the process has already, or None.
+
+    A second one would bring nothing: TensorFlow keeps what it has first.
+    """
+    try:
+        with tf.Graph().as_default() as graph:
+            found = graph.create_op(_ASKED, [], [tf.string, tf.string])
+    except (RuntimeError, tf.errors.NotFoundError):  # no such operation
+        return None
+    try:
+        sources = found.get_attr("sources").decode()
+    except ValueError:  # of a version that did not tell
+        sources = None
+    if sources != plan.sources:
+        raise BuildError(
+            "the process has operations of another version of rigl_keras, by "
+            "tf.load_op_library. Load the model that they came with in a "
+            "process of its own, or export it again"
+        )
+    for module in list(sys.modules.values()):
+        # Others load themselves as they are looked at.
+        if type(module) is types.ModuleType and _FUNCTION in vars(module):
+            return module
+    raise BuildError(
+        "the process has their operations and no functions for them. Load "
+        "them by tf.load_op_library"
+    )
 
 
 def _loaded(built):

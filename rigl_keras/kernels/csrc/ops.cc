@@ -34,6 +34,12 @@ using tensorflow::Tensor;
 using tensorflow::TensorShape;
 using tensorflow::errors::InvalidArgument;
 
+// Whether this is the first copy of the library in the process: an exported
+// model brings one, too. Asked before any operation is registered below. Of
+// two kernels for an operation TensorFlow would take neither.
+const bool first_copy =
+    tensorflow::OpRegistry::Global()->LookUp("RiglKerasComputedBy") == nullptr;
+
 // The instruction set of this machine's processor. RIGL_KERAS_ISA names
 // another one that it has, for tests.
 const RiglLanes& BestLanes() {
@@ -877,10 +883,12 @@ REGISTER_OP("RiglKerasDropout")
     .Attr("rate: float")
     .SetShapeFn(shapes::UnchangedShape);
 
-// What sparse products are computed by, and what TensorFlow's dense ones.
+// What sparse products are computed by, and what TensorFlow's dense ones. Its
+// attribute tells who finds the operations in a process which ones they are.
 REGISTER_OP("RiglKerasComputedBy")
     .Output("sparse: string")
     .Output("dense: string")
+    .Attr("sources: string = '" RIGL_SOURCES "'")
     .SetShapeFn([](shapes::InferenceContext* context) {
       context->set_output(0, context->Scalar());
       context->set_output(1, context->Scalar());
@@ -920,18 +928,30 @@ class ComputedBy : public OpKernel {
   }
 };
 
-#define RIGL_REGISTER(name, ...)                                   \
-  REGISTER_KERNEL_BUILDER(Name(name).Device(tensorflow::DEVICE_CPU), \
-                          __VA_ARGS__)
-RIGL_REGISTER("RiglKerasConv2D", SparseConv2D<false>);
-RIGL_REGISTER("RiglKerasConv2DBackpropInput", SparseConv2D<true>);
-RIGL_REGISTER("RiglKerasConv2DBackpropFilter", SparseConv2DBackpropFilter);
-RIGL_REGISTER("RiglKerasFrozenConv2D", FrozenSparseConv2D);
-RIGL_REGISTER("RiglKerasBatchNorm", BatchNorm);
-RIGL_REGISTER("RiglKerasBatchNormGrad", BatchNormGrad);
-RIGL_REGISTER("RiglKerasDropout", Dropout);
-RIGL_REGISTER("RiglKerasPlansMade", PlansMade);
-RIGL_REGISTER("RiglKerasComputedBy", ComputedBy);
+template <class Kernel>
+void Register(const char* name) {
+  tensorflow::kernel_factory::OpKernelRegistrar(
+      tensorflow::register_kernel::Name(name)
+          .Device(tensorflow::DEVICE_CPU)
+          .Build(),
+      name, [](OpKernelConstruction* context) -> OpKernel* {
+        return new Kernel(context);
+      });
+}
+
+[[maybe_unused]] const bool registered = [] {
+  if (!first_copy) return false;
+  Register<SparseConv2D<false>>("RiglKerasConv2D");
+  Register<SparseConv2D<true>>("RiglKerasConv2DBackpropInput");
+  Register<SparseConv2DBackpropFilter>("RiglKerasConv2DBackpropFilter");
+  Register<FrozenSparseConv2D>("RiglKerasFrozenConv2D");
+  Register<BatchNorm>("RiglKerasBatchNorm");
+  Register<BatchNormGrad>("RiglKerasBatchNormGrad");
+  Register<Dropout>("RiglKerasDropout");
+  Register<PlansMade>("RiglKerasPlansMade");
+  Register<ComputedBy>("RiglKerasComputedBy");
+  return true;
+}();
 
 }  // namespace
 }  // namespace rigl_keras
