@@ -10,14 +10,14 @@ from typing import Any
 
 import keras
 
+from rigl_keras.layer_state import copy_state
 from rigl_keras.maskable import is_graph
 from rigl_keras.sparsify import (
-    copy_variables,
     input_structure,
     masked_layers,
-    strip,
+    strip_copy,
 )
-from rigl_keras.surgery import exchange
+from rigl_keras.surgery import exchange_in_copy
 
 __all__ = ["Call", "Graph", "plain_copy", "rebuild", "tensors_in", "trace"]
 
@@ -71,10 +71,12 @@ def plain_copy(model: keras.Model) -> keras.Model:
     """
     _check_graph(model)
     if masked_layers(model):
-        return strip(model)
-    model, pairs = exchange(model, lambda layer, fresh: fresh)
+        return strip_copy(model)
+    model, pairs = exchange_in_copy(
+        model, lambda layer, fresh: fresh, keep_class=False
+    )
     for layer, new in pairs:
-        copy_variables(layer, new)
+        copy_state(layer, new)
     return model
 
 

@@ -4,6 +4,7 @@ import contextlib
 import contextvars
 import dataclasses
 import functools
+import math
 import zlib
 from collections.abc import Iterator, Sequence
 
@@ -12,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from rigl_keras import arguments, kernels, products
+from rigl_keras.drawing import draw_mask
 from rigl_keras.maskable import Kernel, find_kernels, kernel_at
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "Masked",
     "MaskedKernel",
     "MaskProjection",
+    "allow_again",
     "called_kernels",
     "check_granularity",
     "dense_gradients",
@@ -247,6 +250,9 @@ class Masked(KernelMask, keras.layers.Wrapper):
             removes, where the layer has such a product
             (`products.why_dense`); `"auto"`: whichever was faster when both
             were timed. It may be set anew, for what is traced later.
+        nonzeros: How many entries of each mask are 1, in the order of
+            `kernels`, as a config says it. The masks are drawn from
+            `draw_key` when the layer is built. None: masks of ones.
         name: Name of the layer. None: that of the wrapped layer.
         dtype: Dtype or policy. None: that of the wrapped layer.
         trainable: Whether the layer is trained.
@@ -269,6 +275,7 @@ class Masked(KernelMask, keras.layers.Wrapper):
         draw_key: int | None = None,
         granularity: str = "element",
         product: str = "auto",
+        nonzeros: Sequence[int] | None = None,
         name: str | None = None,
         dtype=None,
         trainable: bool = True,
@@ -294,6 +301,7 @@ class Masked(KernelMask, keras.layers.Wrapper):
         self.product = product
         self._chosen = _ChosenProducts()
         self.kernels = None if kernels is None else tuple(kernels)
+        self._nonzeros = None if nonzeros is None else tuple(nonzeros)
         self.supports_masking = layer.supports_masking
         self._masks = []
 
@@ -324,6 +332,29 @@ class Masked(KernelMask, keras.layers.Wrapper):
         for kernel, mask in zip(found, self._masks, strict=True):
             kernel.variable.constraint = MaskProjection(
                 mask, kernel.variable.constraint
+            )
+            _refuse_in_place_of(kernel.owner)
+        if self._nonzeros is not None:
+            self._draw_masks()
+
+    def _draw_masks(self):
+        """Draws the masks that a config tells only the numbers of ones of."""
+        for masked, ones in zip(
+            self.masked_kernels(), self._nonzeros, strict=True
+        ):
+            shape = tuple(masked.kernel.shape)
+            if not 0 <= ones <= math.prod(shape):
+                raise ValueError(
+                    f"nonzeros must be in [0, {math.prod(shape)}] for the "
+                    f"kernel of {masked.name!r}. Received: {ones!r}."
+                )
+            masked.assign_mask(
+                draw_mask(
+                    shape,
+                    ones,
+                    masked.draw_key,
+                    granularity=masked.granularity,
+                )
             )
 
     def _make_mask(self, kernel):
@@ -483,6 +514,9 @@ class Masked(KernelMask, keras.layers.Wrapper):
     def compute_mask(self, inputs, previous_mask):
         return self.layer.compute_mask(inputs, previous_mask)
 
+    def quantize(self, mode=None, type_check=True, config=None):
+        _Refusal(self.name, "quantize", None)()
+
     def get_build_config(self):
         # A layer without `build` is built by being called, here as there.
         if getattr(type(self.layer).build, "_is_default", False):
@@ -526,7 +560,61 @@ class Masked(KernelMask, keras.layers.Wrapper):
             "draw_key": self.draw_key,
             "granularity": self.granularity,
             "product": self.product,
+            "nonzeros": self._count_nonzeros(),
         }
+
+    def _count_nonzeros(self):
+        if not self._masks:
+            return None if self._nonzeros is None else list(self._nonzeros)
+        with tf.init_scope():
+            return [
+                int(np.count_nonzero(np.asarray(mask._value)))
+                for mask in self._masks
+            ]
+
+
+# What Keras would do to a kernel, behind the mask's back.
+_REFUSED = {
+    "quantize": "Quantize the plain model: strip(model).quantize(...), or "
+    "export(model, path, format='tflite', quantization='int8').",
+    "enable_lora": "Adapt the plain model: strip(model), whose adapted layers "
+    "are no longer sparse.",
+}
+
+
+def _refuse_in_place_of(owner):
+    """Has a layer refuse what a mask on its kernel would not survive."""
+    for name in _REFUSED:
+        of_class = getattr(type(owner), name, None)
+        if of_class not in (None, getattr(keras.layers.Layer, name, None)):
+            before = vars(owner).get(name)  # Keras wraps some
+            if not isinstance(before, _Refusal):
+                setattr(owner, name, _Refusal(owner.name, name, before))
+
+
+class _Refusal:
+    """What a layer has instead of a method; a copy of the layer has none."""
+
+    def __init__(self, layer_name, method, before):
+        self.layer_name, self.method = layer_name, method
+        self.before = before
+
+    def __call__(self, *args, **kwargs):
+        raise ValueError(
+            f"{self.method}() would replace the kernel of layer "
+            f"{self.layer_name!r}, which is masked. {_REFUSED[self.method]}"
+        )
+
+
+def allow_again(owner) -> None:
+    """Gives a layer that is masked no more its own methods back."""
+    for name in _REFUSED:
+        refusal = vars(owner).get(name)
+        if isinstance(refusal, _Refusal):
+            if refusal.before is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, refusal.before)
 
 
 class _ChosenProducts:

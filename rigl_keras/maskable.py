@@ -6,7 +6,7 @@ of attention, the cell of an LSTM, the blocks of a custom layer.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 
 import keras
 
@@ -20,6 +20,7 @@ __all__ = [
     "is_normalisation",
     "kernel_at",
     "key_of",
+    "layers_in",
     "step_to",
     "sublayers",
 ]
@@ -165,7 +166,7 @@ def find_kernels(
     found, seen = [], set()
     for path, owner in _within(layer, "", set()):
         for name in _names(owner, kernels):
-            variable = getattr(owner, name, None)
+            variable = _read(owner, name)
             if not isinstance(variable, keras.Variable):
                 continue
             if len(variable.shape) < 2 or id(variable) in seen:
@@ -175,6 +176,14 @@ def find_kernels(
             seen.add(id(variable))
             found.append(Kernel(layer, path + name, owner, variable))
     return found
+
+
+def _read(owner, name):
+    """Returns an attribute, or None where there is none to be read."""
+    try:
+        return getattr(owner, name, None)
+    except Exception:  # a property of a class that expects another state
+        return None
 
 
 def kernel_at(layer: keras.layers.Layer, path: str) -> Kernel:
@@ -243,21 +252,39 @@ def sublayers(
         for i, inner in enumerate(layer.layers):
             yield f"layers.{i}", inner
         return
-    # Keras and TensorFlow keep lists of what is owned under their own names.
     owned = {id(inner) for inner in layer._layers}
     reached = set()
-    for name, value in vars(layer).items():
-        if name not in _OF_KERAS and not name.startswith("_self_"):
-            for path, inner in _layers_in(value, name, owned):
-                reached.add(id(inner))
-                yield path, inner
+    for path, inner in layers_in(layer, owned):
+        reached.add(id(inner))
+        yield path, inner
     for i, inner in enumerate(layer._layers):
         # Within an object that is no layer, but was known to Keras before.
         if id(inner) not in reached:
             yield f"_layers.{i}", inner
 
 
+# Keras and TensorFlow keep lists of what is owned under their own names.
 _OF_KERAS = ("_layers", "_metrics", "_tracker", "_obj_reference_counts_dict")
+_OF_GRAPHS = ("_functional", "_operations", "_operations_by_depth")
+
+
+def layers_in(
+    owner: keras.layers.Layer, wanted: Container[int]
+) -> Iterator[tuple[str, keras.layers.Layer]]:
+    """Yields where the attributes of a layer or model hold layers.
+
+    Args:
+        owner: Any layer or model.
+        wanted: Ids of the layers that are yielded.
+
+    Yields:
+        `(path, layer)` as `sublayers` gives them.
+    """
+    for name, value in vars(owner).items():
+        if name in _OF_KERAS or name.startswith("_self_"):
+            continue
+        if not (is_graph(owner) and name in _OF_GRAPHS):
+            yield from _layers_in(value, name, wanted)
 
 
 def _layers_in(value, path, owned):

@@ -1,5 +1,6 @@
 """A dense model to a masked one and back; says what it skipped and why."""
 
+import functools
 import math
 import os
 import warnings
@@ -12,6 +13,8 @@ import tensorflow as tf
 
 from rigl_keras import arguments, between, distributions, replicas
 from rigl_keras.conventions import ORIGINAL, Conventions, check_conventions
+from rigl_keras.drawing import draw_mask
+from rigl_keras.layer_state import copy_state
 from rigl_keras.layers import (
     KernelMask,
     Masked,
@@ -23,10 +26,15 @@ from rigl_keras.maskable import (
     find_kernels,
     is_graph,
     is_normalisation,
-    kernel_at,
 )
 from rigl_keras.products import PRODUCTS
-from rigl_keras.surgery import exchange, leaf_layers, release
+from rigl_keras.surgery import (
+    CannotCopy,
+    exchange,
+    exchange_in_copy,
+    leaf_layers,
+    release,
+)
 
 __all__ = [
     "MaskedLayers",
@@ -34,7 +42,6 @@ __all__ = [
     "call_model",
     "choose_kernels",
     "chosen_kernels",
-    "copy_variables",
     "first_line",
     "input_structure",
     "leaf_layers",
@@ -44,6 +51,7 @@ __all__ = [
     "named_layers",
     "sparsify",
     "strip",
+    "strip_copy",
     "trained_weights",
     "with_masks",
 ]
@@ -240,13 +248,13 @@ def with_masks(
             trainable=layer.trainable,
         )
 
+    given = model
     with replicas.scope(model):
         model, pairs = exchange(model, mask_chosen)
         for layer, new in pairs:
+            copy_state(layer, new)
             if not isinstance(new, Masked):
-                copy_variables(layer, new)
                 continue
-            copy_variables(layer, new.layer)
             for masked, mask in zip(
                 new.masked_kernels(), by_layer[id(layer)].values(), strict=True
             ):
@@ -257,7 +265,7 @@ def with_masks(
                     )
     if product != "dense":
         between.hasten(model)
-    if is_graph(model):
+    if model is not given:
         # Keras's own would leave the weights of a dense file half loaded.
         model.load_weights = _loading(model)
     return model
@@ -284,30 +292,47 @@ def strip(model: keras.Model) -> keras.Model:
             f"Model {model.name!r} has no masked layer: there is nothing to "
             "strip."
         )
+    plain = _stripped(model, exchange)
+    if plain is model:
+        between.slow_down(model)
+    return plain
+
+
+def strip_copy(model: keras.Model) -> keras.Model:
+    """As `strip`, but the model itself always stays as it is.
+
+    Args:
+        model: A masked Sequential or Functional model.
+
+    Returns:
+        A copy without masks. That of a class whose constructor does not take
+        (inputs, outputs) is of Keras's own class.
+
+    Raises:
+        ValueError: A layer cannot be copied.
+    """
+    return _stripped(
+        model, functools.partial(exchange_in_copy, keep_class=False)
+    )
+
+
+def _stripped(model, exchange):
     kept = {
-        id(layer): [m.masked_kernel() for m in layer.masked_kernels()]
+        id(masked.kernel): masked.masked_kernel()
         for layer in leaf_layers(model)
         if isinstance(layer, Masked)
+        for masked in layer.masked_kernels()
     }
 
-    if not is_graph(model):
-        between.slow_down(model)
-
     def unmask(layer, fresh):
-        if not isinstance(layer, Masked):
+        if not isinstance(fresh, Masked):
             return fresh
-        return release(layer) if fresh is layer else fresh.layer
+        return release(fresh) if fresh.built else fresh.layer
 
     with replicas.scope(model):
         model, pairs = exchange(model, unmask)
         for layer, new in pairs:
-            if not isinstance(layer, Masked):
-                copy_variables(layer, new)
-                continue
-            copy_variables(layer.layer, new)
-            kernels = zip(layer.kernels, kept[id(layer)], strict=True)
-            for path, kernel in kernels:
-                kernel_at(new, path).variable.assign(kernel)
+            copy_state(layer, new, values=kept)
     return model
 
 
@@ -351,14 +376,17 @@ def load_weights(model: keras.Model, path: str | os.PathLike) -> None:
     except (ValueError, OSError, KeyError) as error:
         for variable, value in zip(variables, before, strict=True):
             variable.assign(value)
-        if not is_graph(model):
+        try:
+            plain = strip_copy(model) if is_graph(model) else None
+        except CannotCopy:
+            plain = None
+        if plain is None:
             raise ValueError(
                 f"{str(path)!r} does not hold masked weights of this model "
                 f"({first_line(error)}). The weights of a dense model are "
                 "loaded into a dense one of its class, and "
                 "with_masks(dense, masked_layers(model).masks) masks them."
             ) from error
-    plain = strip(model)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -373,10 +401,9 @@ def load_weights(model: keras.Model, path: str | os.PathLike) -> None:
     for layer, loaded in zip(
         leaf_layers(model), leaf_layers(plain), strict=True
     ):
+        copy_state(loaded, layer)
         if not isinstance(layer, Masked):
-            copy_variables(loaded, layer)
             continue
-        copy_variables(loaded, layer.layer)
         for masked in layer.masked_kernels():
             kernel, mask = masked.kernel.numpy(), masked.mask.numpy()
             removed += np.count_nonzero(kernel[mask == 0])
@@ -1011,14 +1038,17 @@ def _draw_masks(
     counts = distributions.layer_counts(sizes, densities, total)
     masks = {}
     for name, unit in units.items():
-        draw = np.random.default_rng(_key(name, chosen[name], seed))
+        key, shape = _key(name, chosen[name], seed), shapes[name]
         if bernoulli:
-            mask = draw.random(unit) < densities[name]
+            mask = np.random.default_rng(key).random(unit) < densities[name]
+            masks[name] = np.broadcast_to(mask, shape).astype(np.float32)
         else:
-            mask = np.zeros(sizes[name], bool)
-            mask[: counts[name]] = True
-            mask = draw.permutation(mask).reshape(unit)
-        masks[name] = np.broadcast_to(mask, shapes[name])
+            masks[name] = draw_mask(
+                shape,
+                counts[name] * math.prod(shape) // sizes[name],
+                key,
+                granularity=_granularity(chosen[name], granularity),
+            )
     empty = [name for name, mask in masks.items() if not mask.any()]
     if empty:
         warnings.warn(
@@ -1027,7 +1057,7 @@ def _draw_masks(
             "give these layers one in densities.",
             stacklevel=3,
         )
-    return {name: mask.astype(np.float32) for name, mask in masks.items()}
+    return masks
 
 
 def _key(name, kernel, seed):
@@ -1039,25 +1069,3 @@ def _key(name, kernel, seed):
     else:  # within a layer names may be made by counting
         path = f"{kernel.layer.path}/{name}"
     return zlib.crc32(f"{seed}/{path}".encode())
-
-
-def copy_variables(
-    source: keras.layers.Layer, target: keras.layers.Layer
-) -> None:
-    """Gives a layer the weights of another, and what is frozen in it.
-
-    Args:
-        source: A built layer.
-        target: A built layer of the same kind and sizes.
-    """
-    if source is target:
-        return
-    for old, new in zip(source.variables, target.variables, strict=True):
-        new.assign(old)
-    # A layer's config does not say which of those within it are frozen.
-    parts = zip(source._flatten_layers(), target._flatten_layers(), strict=True)
-    for old, new in parts:
-        if new.trainable != old.trainable:
-            new.trainable = old.trainable
-    if hasattr(target, "finalize_state"):
-        target.finalize_state()  # what Normalization derives from them
