@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <functional>
 #include <list>
 #include <limits>
@@ -33,6 +34,7 @@ using tensorflow::OpKernelContext;
 using tensorflow::Tensor;
 using tensorflow::TensorShape;
 using tensorflow::errors::InvalidArgument;
+using tensorflow::errors::ResourceExhausted;
 
 // Whether this is the first copy of the library in the process: an exported
 // model brings one, too. Asked before any operation is registered below. Of
@@ -76,22 +78,72 @@ const RiglRows& BestRows() {
   return *best;
 }
 
-// Memory of one thread, kept for its next use.
-float* Memory(int64_t floats) {
-  struct Kept {
-    float* begin = nullptr;
-    int64_t floats = 0;
-    ~Kept() { std::free(begin); }
-  };
-  thread_local Kept kept;
-  if (kept.floats < floats) {
-    std::free(kept.begin);
-    const size_t bytes = (floats * sizeof(float) + 63) / 64 * 64;
-    kept.begin = static_cast<float*>(std::aligned_alloc(64, bytes));
-    kept.floats = kept.begin ? floats : 0;
+// Memory of one thread. What is small is kept for the thread's next use.
+class Scratch {
+ public:
+  explicit Scratch(int64_t floats) {
+    thread_local struct Kept {
+      float* begin = nullptr;
+      int64_t floats = 0;
+      ~Kept() { std::free(begin); }
+    } kept;
+    if (floats > kMostKept) {
+      data = own_ = Allocated(floats);
+      return;
+    }
+    if (kept.floats < floats) {
+      std::free(kept.begin);
+      kept.begin = Allocated(floats);
+      kept.floats = kept.begin ? floats : 0;
+    }
+    data = kept.begin;
   }
-  return kept.begin;
+  ~Scratch() { std::free(own_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  float* data;  // aligned to 64 bytes; null: there is no memory left
+
+ private:
+  static constexpr int64_t kMostKept = 1 << 21;  // 8 MB
+
+  static float* Allocated(int64_t floats) {
+    const size_t bytes =
+        std::max<size_t>(1, (floats * sizeof(float) + 63) / 64) * 64;
+    return static_cast<float*>(std::aligned_alloc(64, bytes));
+  }
+
+  float* own_ = nullptr;
+};
+
+// The numbers of a tensor, wherever they begin: TensorFlow's own `flat` ends
+// the process where that is no multiple of 64.
+template <typename T = float>
+const T* Read(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.data());
 }
+template <typename T = float>
+T* Write(Tensor* tensor) {
+  return static_cast<T*>(tensor->data());
+}
+
+// An operation that fails where there is no memory, and the process goes on.
+class Operation : public OpKernel {
+ public:
+  using OpKernel::OpKernel;
+
+  void Compute(OpKernelContext* context) final {
+    try {
+      context->SetStatus(Run(context));
+    } catch (const std::exception& error) {  // of vectors
+      context->SetStatus(ResourceExhausted(
+          "there is not enough memory (", error.what(), ")"));
+    }
+  }
+
+ protected:
+  virtual tensorflow::Status Run(OpKernelContext* context) = 0;
+};
 
 int Threads(OpKernelContext* context) {
   return context->device()->tensorflow_cpu_worker_threads()->num_threads;
@@ -130,7 +182,7 @@ void ForEach(OpKernelContext* context, int64_t count,
 // Of all operations, for tests.
 std::atomic<int64_t> plans_made{0};
 
-// What was made of a mask, for as long as TensorFlow holds it.
+// What was made of masks, for as long as TensorFlow holds them.
 //
 // The version of a mask is the buffer that it is in. TensorFlow never writes
 // to a buffer that somebody else holds, and these hold theirs: a mask that has
@@ -138,51 +190,102 @@ std::atomic<int64_t> plans_made{0};
 class Plans {
  public:
   struct Made {
-    Tensor mask;    // or the places of weights
-    Tensor frozen;  // values that never change, or nothing
     Convolution conv;
-    OwnedPlan owned;
-    std::vector<float> weights;  // the frozen values, in the plan's order
+    std::vector<OwnedPlan> parts;  // whose results are added
+    bool whole;                    // they write all of the output
   };
 
   ~Plans() { InOrder(); }  // after all that used them
 
-  // Finds what was made, or makes it: `make(Made*)` fills in the rest, or
-  // says why it cannot.
+  // Finds what was made, or makes it: `make(known, Made*)` fills in the rest,
+  // or says why it cannot; known(key) is an order that there is, or null.
+  // `frozen`: values that never change, or nothing.
   template <typename Make>
   tensorflow::Status Get(const Tensor& mask, const Tensor& frozen,
                          const Convolution& conv, const Make& make,
                          std::shared_ptr<const Made>* got) {
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      for (auto at = made_.begin(); at != made_.end(); ++at) {
-        if (Same((*at)->mask, mask) && Same((*at)->frozen, frozen) &&
-            Same((*at)->conv, conv)) {
-          made_.splice(made_.begin(), made_, at);
-          *got = made_.front();
+      if (Kept* kept = Find(mask, frozen)) {
+        auto& made = kept->made;
+        for (auto at = made.begin(); at != made.end(); ++at) {
+          if (!Same((*at)->conv, conv)) continue;
+          made.splice(made.begin(), made, at);
+          *got = made.front();
           return tensorflow::OkStatus();
         }
       }
     }
     auto fresh = std::make_shared<Made>();
-    fresh->mask = mask;
-    fresh->frozen = frozen;
     fresh->conv = conv;
-    TF_RETURN_IF_ERROR(make(fresh.get()));
+    const auto known = [&](const std::vector<int64_t>& key) {
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (const Kept* kept = Find(mask, frozen))
+        for (const auto& made : kept->made)
+          for (const OwnedPlan& part : made->parts)
+            if (part.order->key == key) return part.order;
+      return std::shared_ptr<const Order>();
+    };
+    TF_RETURN_IF_ERROR(make(known, fresh.get()));
     plans_made.fetch_add(1, std::memory_order_relaxed);
+    *got = fresh;
     std::lock_guard<std::mutex> lock(mutex_);
     // Masks that nobody else holds will not come again.
-    made_.remove_if([](const std::shared_ptr<const Made>& one) {
-      return one->mask.RefCountIsOne();
-    });
-    made_.push_front(fresh);
-    if (made_.size() > kMost) made_.pop_back();
-    *got = fresh;
+    kept_.remove_if([](const Kept& one) { return one.mask.RefCountIsOne(); });
+    Kept* kept = Find(mask, frozen);
+    if (!kept) {
+      kept_.push_front({mask, frozen, {}});
+      kept = &kept_.front();
+    }
+    if (kept_.size() > kMostMasks) kept_.pop_back();
+    kept->made.push_front(std::move(fresh));
+    // The plans of a mask take no more than four dense kernels do.
+    const int64_t kernel = conv.channels * conv.filters * conv.kernel[0] *
+                           conv.kernel[1] * sizeof(float);
+    const int64_t most = std::max<int64_t>(1 << 20, 4 * kernel);
+    while (kept->made.size() > 1 && Bytes(kept->made) > most)
+      kept->made.pop_back();
     return tensorflow::OkStatus();
   }
 
  private:
-  static constexpr size_t kMost = 64;  // run eagerly, layers share kernels
+  // Run eagerly, all layers of a model may share a kernel of an operation.
+  static constexpr size_t kMostMasks = 256;
+
+  using List = std::list<std::shared_ptr<const Made>>;
+
+  struct Kept {
+    Tensor mask;  // or the places of weights
+    Tensor frozen;
+    List made;  // the latest first
+  };
+
+  // With the lock held. What is found is the first from then on.
+  Kept* Find(const Tensor& mask, const Tensor& frozen) {
+    for (auto at = kept_.begin(); at != kept_.end(); ++at) {
+      if (!Same(at->mask, mask) || !Same(at->frozen, frozen)) continue;
+      kept_.splice(kept_.begin(), kept_, at);
+      return &kept_.front();
+    }
+    return nullptr;
+  }
+
+  static int64_t Bytes(const List& list) {
+    int64_t bytes = 0;
+    std::vector<const Order*> seen;
+    for (const auto& made : list) {
+      bytes += sizeof(Made) + 256;
+      for (const OwnedPlan& part : made->parts) {
+        bytes += sizeof(OwnedPlan) + 8 * (part.in_rows.size() +
+                                          part.out_rows.size());
+        const Order* order = part.order.get();
+        if (std::find(seen.begin(), seen.end(), order) != seen.end()) continue;
+        seen.push_back(order);
+        bytes += order->bytes();
+      }
+    }
+    return bytes;
+  }
 
   // Parts of one buffer, as slices are, begin at different places in it.
   static bool Same(const Tensor& a, const Tensor& b) {
@@ -196,45 +299,71 @@ class Plans {
   }
 
   std::mutex mutex_;
-  std::list<std::shared_ptr<const Made>> made_;
+  std::list<Kept> kept_;
 };
 
-std::vector<int32_t> ActiveOf(const Tensor& mask) {
-  std::vector<int32_t> active;
-  auto values = mask.flat<float>();
-  for (int64_t i = 0; i < values.size(); ++i)
-    if (values(i) > 0) active.push_back(i);
-  return active;
-}
+// What the attributes of all convolutions say, and what follows from shapes.
+struct Attributes {
+  std::vector<int32_t> strides, dilations;
+  std::vector<int32_t> pads = {0, 0, 0, 0};
+  std::string padding;
 
-// Rows or columns of what a convolution makes, of `length` padded ones.
-int64_t OutputLength(int64_t length, int64_t kernel, int64_t stride,
-                     int64_t dilation, const std::string& padding) {
-  if (padding != "VALID") return CeilDivide(length, stride);
-  const int64_t extent = (kernel - 1) * dilation + 1;
-  return std::max<int64_t>(0, CeilDivide(length - extent + 1, stride));
-}
+  // From a kernel's construction or a shape function.
+  template <typename Context>
+  tensorflow::Status Get(Context* context, bool padded = false) {
+    TF_RETURN_IF_ERROR(context->GetAttr("strides", &strides));
+    TF_RETURN_IF_ERROR(context->GetAttr("dilations", &dilations));
+    TF_RETURN_IF_ERROR(context->GetAttr("padding", &padding));
+    for (const auto& given : {strides, dilations})
+      if (given.size() != 4 || given[0] != 1 || given[3] != 1 ||
+          given[1] < 1 || given[2] < 1)
+        return InvalidArgument("strides and dilations must be [1, rows, "
+                               "columns, 1], positive.");
+    if (padding != "SAME" && padding != "VALID")
+      return InvalidArgument("padding must be SAME or VALID. Received: ",
+                             padding);
+    if (!padded) return tensorflow::OkStatus();
+    pads.clear();  // what is read is appended
+    TF_RETURN_IF_ERROR(context->GetAttr("pads", &pads));
+    if (pads.size() != 4 ||
+        *std::min_element(pads.begin(), pads.end()) < 0 ||
+        *std::max_element(pads.begin(), pads.end()) > kMostPad ||
+        (padding != "VALID" && pads != std::vector<int32_t>{0, 0, 0, 0}))
+      return InvalidArgument("pads are four numbers from 0 to ", kMostPad,
+                             ", with padding VALID.");
+    return tensorflow::OkStatus();
+  }
 
-// Attributes that all have, and what follows from shapes.
-class SparseConvolution : public OpKernel {
+  // Rows (axis 0) or columns (1) of the output. `known`: before anything is
+  // computed, where TensorFlow refuses what it computes an empty output of.
+  tensorflow::Status Output(int axis, int64_t length, int64_t kernel,
+                            bool known, int64_t* output) const {
+    const int64_t stride = strides[axis + 1];
+    const int64_t padded = length + pads[2 * axis] + pads[2 * axis + 1];
+    const int64_t extent = (kernel - 1) * dilations[axis + 1] + 1;
+    *output = padding == "SAME" ? CeilDivide(padded, stride)
+                                : (padded - extent + stride) / stride;
+    if (*output < 0 || (known && padding != "SAME" && padded < extent))
+      return InvalidArgument("images must not be smaller than the kernel, with "
+                             "padding VALID. Received: ",
+                             padded, " pixels and a kernel of ", extent);
+    return tensorflow::OkStatus();
+  }
+
+ private:
+  static constexpr int32_t kMostPad = 1 << 24;
+};
+
+class SparseConvolution : public Operation {
  public:
-  explicit SparseConvolution(OpKernelConstruction* context)
-      : OpKernel(context) {
-    OP_REQUIRES_OK(context, context->GetAttr("strides", &strides_));
-    OP_REQUIRES_OK(context, context->GetAttr("dilations", &dilations_));
-    OP_REQUIRES_OK(context, context->GetAttr("padding", &padding_));
-    for (const auto& given : {strides_, dilations_}) {
-      OP_REQUIRES(context,
-                  given.size() == 4 && given[0] == 1 && given[3] == 1 &&
-                      given[1] > 0 && given[2] > 0,
-                  InvalidArgument("strides and dilations must be [1, rows, "
-                                  "columns, 1], positive."));
-    }
+  explicit SparseConvolution(OpKernelConstruction* context, bool padded = false)
+      : Operation(context) {
+    OP_REQUIRES_OK(context, attributes_.Get(context, padded));
   }
 
  protected:
   tensorflow::Status Describe(const TensorShape& x, const TensorShape& kernel,
-                              Convolution* conv) const {
+                              Convolution* conv, TensorShape* y) const {
     *conv = {};
     if (x.dims() != 4 || kernel.dims() != 4)
       return InvalidArgument("images must be [batch, rows, columns, channels] "
@@ -243,28 +372,40 @@ class SparseConvolution : public OpKernel {
     if (x.dim_size(3) != kernel.dim_size(2))
       return InvalidArgument("the kernel takes ", kernel.dim_size(2),
                              " channels and the images have ", x.dim_size(3));
-    if (kernel.num_elements() > std::numeric_limits<int32_t>::max())
+    constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+    if (kernel.num_elements() > kMost)
       return InvalidArgument("kernels of more than 2^31 weights");
+    for (int a = 0; a < 4; ++a)
+      if (kernel.dim_size(a) > kMost || (a && x.dim_size(a) > kMost))
+        return InvalidArgument("sizes must be below 2^31. Received: ",
+                               x.DebugString(), " and ", kernel.DebugString());
+    if (kernel.dim_size(0) < 1 || kernel.dim_size(1) < 1)
+      return InvalidArgument("a kernel must have rows and columns. Received: ",
+                             kernel.DebugString());
     conv->images = x.dim_size(0);
     conv->height = x.dim_size(1), conv->width = x.dim_size(2);
     conv->channels = x.dim_size(3), conv->filters = kernel.dim_size(3);
     int64_t out[2];
     for (int a = 0; a < 2; ++a) {
+      const int64_t length = x.dim_size(a + 1);
       conv->kernel[a] = kernel.dim_size(a);
-      conv->stride[a] = strides_[a + 1];
-      conv->dilation[a] = dilations_[a + 1];
-      const int64_t length = x.dim_size(a + 1) + pads_[2 * a] +
-                             pads_[2 * a + 1];
+      conv->stride[a] = attributes_.strides[a + 1];
+      conv->dilation[a] = attributes_.dilations[a + 1];
+      TF_RETURN_IF_ERROR(
+          attributes_.Output(a, length, conv->kernel[a], false, &out[a]));
       const int64_t extent =
           int64_t{conv->kernel[a] - 1} * conv->dilation[a] + 1;
-      out[a] = OutputLength(length, conv->kernel[a], conv->stride[a],
-                            conv->dilation[a], padding_);
       conv->padding[a] =
-          padding_ == "VALID"
-              ? pads_[2 * a]
+          attributes_.padding == "VALID"
+              ? attributes_.pads[2 * a]
               : std::max<int64_t>(
                     0, (out[a] - 1) * conv->stride[a] + extent - length) / 2;
+      if (out[a] > kMost)
+        return InvalidArgument("sizes must be below 2^31. Received: ", out[a],
+                               " of the output");
     }
+    const int64_t sizes[] = {conv->images, out[0], out[1], conv->filters};
+    TF_RETURN_IF_ERROR(tensorflow::TensorShapeUtils::MakeShape(sizes, 4, y));
     conv->out_height = out[0], conv->out_width = out[1];
     // Rows of a matrix, which may be dealt to lanes as they come.
     if (conv->kernel[0] == 1 && conv->kernel[1] == 1 &&
@@ -277,20 +418,6 @@ class SparseConvolution : public OpKernel {
     return tensorflow::OkStatus();
   }
 
-  TensorShape OutputShape(const TensorShape& x,
-                          const TensorShape& kernel) const {
-    TensorShape y = x;
-    for (int a = 0; a < 2; ++a) {
-      const int64_t length =
-          x.dim_size(a + 1) + pads_[2 * a] + pads_[2 * a + 1];
-      y.set_dim(a + 1, OutputLength(length, kernel.dim_size(a),
-                                    strides_[a + 1], dilations_[a + 1],
-                                    padding_));
-    }
-    y.set_dim(3, kernel.dim_size(3));
-    return y;
-  }
-
   static tensorflow::Status Check(const TensorShape& is,
                                   const TensorShape& should,
                                   const char* what) {
@@ -299,23 +426,102 @@ class SparseConvolution : public OpKernel {
                            ". Received: ", is.DebugString());
   }
 
+  // Makes the plans for weights that are left: `counts` at each position of
+  // the kernel, and active() where, rising; `values`: what they are, or null.
+  template <typename Known, typename Active>
+  static tensorflow::Status Make(OpKernelContext* context, bool transposed,
+                                 bool may_split,
+                                 const std::vector<int64_t>& counts,
+                                 const Known& known, const Active& active,
+                                 const float* values, Plans::Made* made) {
+    const Convolution& conv = made->conv;
+    const RiglLanes& lanes = BestLanes();
+    const std::vector<Tap> taps = TapsOf(conv, counts, transposed);
+    const auto order_of = [&](const RiglPlan& plan,
+                              const std::vector<Tap>& some) {
+      std::vector<int64_t> key = KeyOf(conv, transposed, plan, some);
+      if (auto order = known(key)) return order;
+      return MakeOrder(conv, transposed, plan, some, std::move(key), active(),
+                       values, lanes);
+    };
+    if ((!transposed || !taps.empty()) &&
+        !MakePlans(conv, taps, transposed, may_split, Threads(context), lanes,
+                   order_of, &made->parts))
+      return ResourceExhausted(
+          "a sparse product of ", conv.channels, " channels to ", conv.filters,
+          " takes more than 64 MB a thread: use the dense one");
+    // Backwards, what no weight reaches is in no plan.
+    made->whole =
+        !transposed ||
+        (made->parts.size() == 1 &&
+         made->parts[0].plan.out_phases ==
+             std::min<int64_t>(conv.stride[0], conv.height) *
+                 std::min<int64_t>(conv.stride[1], conv.width));
+    return tensorflow::OkStatus();
+  }
+
   tensorflow::Status PlanOfMask(OpKernelContext* context, const Tensor& mask,
                                 const Convolution& conv, bool transposed,
                                 bool may_split,
                                 std::shared_ptr<const Plans::Made>* got) {
-    return plans_.Get(
-        mask, Tensor(), conv,
-        [&](Plans::Made* fresh) {
-          fresh->owned = MakePlan(conv, ActiveOf(mask), transposed, may_split,
-                                  Threads(context), BestLanes());
-          return tensorflow::OkStatus();
-        },
-        got);
+    const auto make = [&](const auto& known, Plans::Made* fresh) {
+      const float* kept = Read(mask);
+      const int64_t all = mask.NumElements();
+      const int64_t each = conv.channels * conv.filters;
+      std::vector<int64_t> counts(int64_t{conv.kernel[0]} * conv.kernel[1]);
+      for (size_t k = 0; k < counts.size(); ++k)
+        for (int64_t i = 0; i < each; ++i)
+          counts[k] += kept[k * each + i] > 0;
+      std::vector<int32_t> active;
+      return Make(context, transposed, may_split, counts, known,
+                  [&]() -> const std::vector<int32_t>& {
+                    if (active.empty())
+                      for (int64_t i = 0; i < all; ++i)
+                        if (kept[i] > 0) active.push_back(i);
+                    return active;
+                  },
+                  nullptr, fresh);
+    };
+    return plans_.Get(mask, Tensor(), conv, make, got);
   }
 
-  std::vector<int32_t> strides_, dilations_;
-  std::vector<int32_t> pads_ = {0, 0, 0, 0};  // of VALID
-  std::string padding_;
+  // Computes all parts. `weights(part)`: in the order of its plan.
+  template <typename Weights>
+  tensorflow::Status Correlate(OpKernelContext* context,
+                               const Plans::Made& made, const RiglFused* fused,
+                               const float* x, const Weights& weights,
+                               Tensor* output) {
+    const RiglLanes& lanes = BestLanes();
+    float* y = Write(output);
+    if (!made.whole) std::fill_n(y, output->NumElements(), 0.0f);
+    for (size_t i = 0; i < made.parts.size(); ++i) {
+      const RiglPlan& plan = made.parts[i].plan;
+      const float* values = nullptr;
+      TF_RETURN_IF_ERROR(weights(made.parts[i], &values));
+      RiglFused how = fused ? *fused : RiglFused{};
+      if (i) how.bias = nullptr, how.residual = y;  // added to the others
+      if (i + 1 < made.parts.size()) how.relu_after = 0;
+      std::atomic<bool> short_of_memory{false};
+      ForEach(context, plan.groups * plan.splits, [&](int64_t unit) {
+        const Scratch memory(plan.packed_floats + plan.micro_floats);
+        if (!memory.data)
+          short_of_memory = true;
+        else
+          lanes.correlate(&plan, fused || i ? &how : nullptr, x, values, y,
+                          unit, memory.data);
+      });
+      if (short_of_memory) return NoMemory(plan);
+    }
+    return tensorflow::OkStatus();
+  }
+
+  static tensorflow::Status NoMemory(const RiglPlan& plan) {
+    return ResourceExhausted(
+        "there is not enough memory: each thread takes ",
+        (plan.packed_floats + plan.micro_floats) * sizeof(float), " bytes");
+  }
+
+  Attributes attributes_;
   Plans plans_;
 };
 
@@ -324,144 +530,143 @@ class SparseConvolution : public OpKernel {
 template <bool transposed>
 class SparseConv2D : public SparseConvolution {
  public:
-  using SparseConvolution::SparseConvolution;
+  explicit SparseConv2D(OpKernelConstruction* context)
+      : SparseConvolution(context) {}
 
-  void Compute(OpKernelContext* context) override {
+ protected:
+  tensorflow::Status Run(OpKernelContext* context) override {
     const Tensor& x = context->input(0);
     const Tensor& kernel = context->input(1);
     const Tensor& mask = context->input(2);
-    TensorShape x_shape = x.shape();
+    TensorShape x_shape = x.shape(), y_shape;
     if (transposed) {
       const Tensor& sizes = context->input(3);
-      OP_REQUIRES(context, sizes.dims() == 1 && sizes.dim_size(0) == 4,
-                  InvalidArgument("input_sizes must be four sizes."));
-      x_shape = TensorShape();
-      for (int i = 0; i < 4; ++i) {
-        OP_REQUIRES(context, sizes.flat<int32_t>()(i) >= 0,
-                    InvalidArgument("input_sizes must not be negative."));
-        x_shape.AddDim(sizes.flat<int32_t>()(i));
-      }
+      if (sizes.dims() != 1 || sizes.dim_size(0) != 4)
+        return InvalidArgument("input_sizes must be four sizes.");
+      const int32_t* four = Read<int32_t>(sizes);
+      if (*std::min_element(four, four + 4) < 0)
+        return InvalidArgument("input_sizes must not be negative.");
+      TF_RETURN_IF_ERROR(
+          tensorflow::TensorShapeUtils::MakeShape(four, 4, &x_shape));
     }
-    OP_REQUIRES_OK(context, Check(mask.shape(), kernel.shape(), "mask"));
+    TF_RETURN_IF_ERROR(Check(mask.shape(), kernel.shape(), "mask"));
     Convolution conv;
-    OP_REQUIRES_OK(context, Describe(x_shape, kernel.shape(), &conv));
-    TensorShape y_shape = OutputShape(x_shape, kernel.shape());
+    TF_RETURN_IF_ERROR(Describe(x_shape, kernel.shape(), &conv, &y_shape));
     if (transposed)
-      OP_REQUIRES_OK(context, Check(x.shape(), y_shape, "out_backprop"));
+      TF_RETURN_IF_ERROR(Check(x.shape(), y_shape, "out_backprop"));
     Tensor* y = nullptr;
-    OP_REQUIRES_OK(context, context->allocate_output(
-                                0, transposed ? x_shape : y_shape, &y));
-    if (y->NumElements() == 0) return;
+    TF_RETURN_IF_ERROR(
+        context->allocate_output(0, transposed ? x_shape : y_shape, &y));
+    if (y->NumElements() == 0) return tensorflow::OkStatus();
     if (x.NumElements() == 0) {
-      y->flat<float>().setZero();
-      return;
+      std::fill_n(Write(y), y->NumElements(), 0.0f);
+      return tensorflow::OkStatus();
     }
     std::shared_ptr<const Plans::Made> made;
-    OP_REQUIRES_OK(context,
-                   PlanOfMask(context, mask, conv, transposed, true, &made));
-    const OwnedPlan& owned = made->owned;
+    TF_RETURN_IF_ERROR(
+        PlanOfMask(context, mask, conv, transposed, true, &made));
+    const float* dense = Read(kernel);
     Tensor gathered;
-    OP_REQUIRES_OK(context, context->allocate_temp(
-                                tensorflow::DT_FLOAT,
-                                TensorShape({int64_t(owned.weights.size())}),
-                                &gathered));
-    float* weights = gathered.flat<float>().data();
-    const float* dense = kernel.flat<float>().data();
-    for (size_t e = 0; e < owned.weights.size(); ++e)
-      weights[e] = dense[owned.weights[e]];
-    Run(context, owned.plan, nullptr, x.flat<float>().data(), weights,
-        y->flat<float>().data());
-  }
-
- protected:
-  void Run(OpKernelContext* context, const RiglPlan& plan,
-           const RiglFused* fused, const float* x, const float* weights,
-           float* y) {
-    const RiglLanes& lanes = BestLanes();
-    ForEach(context, plan.groups * plan.splits, [&](int64_t unit) {
-      float* memory = Memory(plan.packed_floats + plan.micro_floats);
-      lanes.correlate(&plan, fused, x, weights, y, unit, memory);
-    });
+    const auto weights = [&](const OwnedPlan& part, const float** values) {
+      const std::vector<int32_t>& places = part.order->weights;
+      TF_RETURN_IF_ERROR(context->allocate_temp(
+          tensorflow::DT_FLOAT, TensorShape({int64_t(places.size())}),
+          &gathered));
+      float* to = Write(&gathered);
+      for (size_t e = 0; e < places.size(); ++e) to[e] = dense[places[e]];
+      *values = to;
+      return tensorflow::OkStatus();
+    };
+    return Correlate(context, *made, nullptr, Read(x), weights, y);
   }
 };
 
 // The gradient of the kernel where the mask is 1, and zero elsewhere.
 class SparseConv2DBackpropFilter : public SparseConvolution {
  public:
-  using SparseConvolution::SparseConvolution;
+  explicit SparseConv2DBackpropFilter(OpKernelConstruction* context)
+      : SparseConvolution(context) {}
 
-  void Compute(OpKernelContext* context) override {
+ protected:
+  tensorflow::Status Run(OpKernelContext* context) override {
     const Tensor& x = context->input(0);
     const Tensor& mask = context->input(1);
     const Tensor& dy = context->input(2);
     Convolution conv;
-    OP_REQUIRES_OK(context, Describe(x.shape(), mask.shape(), &conv));
-    OP_REQUIRES_OK(context, Check(dy.shape(),
-                                  OutputShape(x.shape(), mask.shape()),
-                                  "out_backprop"));
+    TensorShape y_shape;
+    TF_RETURN_IF_ERROR(Describe(x.shape(), mask.shape(), &conv, &y_shape));
+    TF_RETURN_IF_ERROR(Check(dy.shape(), y_shape, "out_backprop"));
     Tensor* dw = nullptr;
-    OP_REQUIRES_OK(context,
-                   context->allocate_output(0, mask.shape(), &dw));
-    float* gradient = dw->flat<float>().data();
+    TF_RETURN_IF_ERROR(context->allocate_output(0, mask.shape(), &dw));
+    float* gradient = Write(dw);
     std::fill_n(gradient, dw->NumElements(), 0.0f);
-    if (dy.NumElements() == 0 || x.NumElements() == 0) return;
+    if (dy.NumElements() == 0 || x.NumElements() == 0)
+      return tensorflow::OkStatus();
     std::shared_ptr<const Plans::Made> made;
-    OP_REQUIRES_OK(context,
-                   PlanOfMask(context, mask, conv, false, false, &made));
-    const OwnedPlan& owned = made->owned;
+    TF_RETURN_IF_ERROR(PlanOfMask(context, mask, conv, false, false, &made));
+    for (const OwnedPlan& part : made->parts)
+      TF_RETURN_IF_ERROR(Add(context, part, Read(x), Read(dy), gradient));
+    return tensorflow::OkStatus();
+  }
+
+ private:
+  // Writes the gradients of the weights of one plan.
+  static tensorflow::Status Add(OpKernelContext* context,
+                                const OwnedPlan& owned, const float* x,
+                                const float* dy, float* gradient) {
     const RiglPlan& plan = owned.plan;
-    const int64_t count = owned.weights.size();
-    if (!count) return;
+    const std::vector<int32_t>& places = owned.order->weights;
+    const int64_t count = places.size();
+    if (!count) return tensorflow::OkStatus();
     // Each part sums up groups of its own, whichever thread takes it: the
-    // order of additions, and so the result, is always the same.
-    const int64_t parts =
-        std::min<int64_t>(plan.groups, std::max(8, Threads(context)));
+    // order of additions, and so the result, is always the same. Fewer parts
+    // where their sums would pass the bounds of memory.
+    int64_t parts = std::max(8, Threads(context));
+    parts = std::max<int64_t>(
+        1, std::min<int64_t>(parts, parts * kMostFloats / count));
+    parts = std::min(parts, plan.groups);
     Tensor sums;
-    OP_REQUIRES_OK(context, context->allocate_temp(
-                                tensorflow::DT_FLOAT,
-                                TensorShape({parts, count}), &sums));
-    float* partial = sums.flat<float>().data();
+    TF_RETURN_IF_ERROR(context->allocate_temp(
+        tensorflow::DT_FLOAT, TensorShape({parts, count}), &sums));
+    float* partial = Write(&sums);
     const RiglLanes& lanes = BestLanes();
+    std::atomic<bool> short_of_memory{false};
     ForEach(context, parts, [&](int64_t part) {
       float* sum = partial + part * count;
       std::fill_n(sum, count, 0.0f);
-      float* memory = Memory(plan.packed_floats +
-                             plan.micro_floats);
+      const Scratch memory(plan.packed_floats + plan.micro_floats);
+      if (!memory.data) {
+        short_of_memory = true;
+        return;
+      }
       for (int64_t group = plan.groups * part / parts;
            group < plan.groups * (part + 1) / parts; ++group)
-        lanes.correlate_weights(&plan, x.flat<float>().data(),
-                                dy.flat<float>().data(), sum, group, memory);
+        lanes.correlate_weights(&plan, x, dy, sum, group, memory.data);
     });
+    if (short_of_memory) return NoMemory(plan);
     for (int64_t part = 1; part < parts; ++part)
       for (int64_t e = 0; e < count; ++e)
         partial[e] += partial[part * count + e];
-    for (int64_t e = 0; e < count; ++e) gradient[owned.weights[e]] = partial[e];
+    for (int64_t e = 0; e < count; ++e) gradient[places[e]] = partial[e];
+    return tensorflow::OkStatus();
   }
 };
 
 // For inference: the weights that are left with their places, and what comes
 // before and after the convolution.
-class FrozenSparseConv2D : public SparseConv2D<false> {
+class FrozenSparseConv2D : public SparseConvolution {
  public:
   explicit FrozenSparseConv2D(OpKernelConstruction* context)
-      : SparseConv2D<false>(context) {
+      : SparseConvolution(context, true) {
     OP_REQUIRES_OK(context, context->GetAttr("kernel_shape", &kernel_shape_));
-    pads_.clear();  // what is read is appended
-    OP_REQUIRES_OK(context, context->GetAttr("pads", &pads_));
-    OP_REQUIRES(context,
-                pads_.size() == 4 &&
-                    *std::min_element(pads_.begin(), pads_.end()) >= 0 &&
-                    (padding_ == "VALID" ||
-                     pads_ == std::vector<int32_t>{0, 0, 0, 0}),
-                InvalidArgument("pads are four numbers of at least 0, with "
-                                "padding VALID."));
     OP_REQUIRES_OK(context, context->GetAttr("relu_before", &relu_before_));
     OP_REQUIRES_OK(context, context->GetAttr("relu_after", &relu_after_));
     OP_REQUIRES(context, kernel_shape_.dims() == 4,
                 InvalidArgument("kernel_shape must have four sizes."));
   }
 
-  void Compute(OpKernelContext* context) override {
+ protected:
+  tensorflow::Status Run(OpKernelContext* context) override {
     const Tensor& x = context->input(0);
     const Tensor& values = context->input(1);
     const Tensor& places = context->input(2);
@@ -469,47 +674,47 @@ class FrozenSparseConv2D : public SparseConv2D<false> {
     const Tensor& shift = context->input(4);
     const Tensor& bias = context->input(5);
     const Tensor& residual = context->input(6);
-    OP_REQUIRES_OK(context, Check(values.shape(), places.shape(), "values"));
+    TF_RETURN_IF_ERROR(Check(values.shape(), places.shape(), "values"));
     Convolution conv;
-    OP_REQUIRES_OK(context, Describe(x.shape(), kernel_shape_, &conv));
-    const TensorShape y_shape = OutputShape(x.shape(), kernel_shape_);
+    TensorShape y_shape;
+    TF_RETURN_IF_ERROR(Describe(x.shape(), kernel_shape_, &conv, &y_shape));
     for (const Tensor* one : {&scale, &shift})
       if (one->NumElements())
-        OP_REQUIRES_OK(context, Check(one->shape(), {conv.channels},
-                                      "scale and shift"));
-    OP_REQUIRES(context, scale.NumElements() == shift.NumElements(),
-                InvalidArgument("scale and shift are given both or neither."));
+        TF_RETURN_IF_ERROR(
+            Check(one->shape(), {conv.channels}, "scale and shift"));
+    if (scale.NumElements() != shift.NumElements())
+      return InvalidArgument("scale and shift are given both or neither.");
     if (bias.NumElements())
-      OP_REQUIRES_OK(context, Check(bias.shape(), {conv.filters}, "bias"));
+      TF_RETURN_IF_ERROR(Check(bias.shape(), {conv.filters}, "bias"));
     if (residual.NumElements())
-      OP_REQUIRES_OK(context, Check(residual.shape(), y_shape, "residual"));
+      TF_RETURN_IF_ERROR(Check(residual.shape(), y_shape, "residual"));
     Tensor* y = nullptr;
-    OP_REQUIRES_OK(context, context->allocate_output(0, y_shape, &y));
-    if (y->NumElements() == 0) return;
+    TF_RETURN_IF_ERROR(context->allocate_output(0, y_shape, &y));
+    if (y->NumElements() == 0) return tensorflow::OkStatus();
     std::shared_ptr<const Plans::Made> made;
-    OP_REQUIRES_OK(
-        context,
-        plans_.Get(
-            places, values, conv,
-            [&](Plans::Made* fresh) {
-              return MakeFrozen(context, places, values, conv, fresh);
-            },
-            &made));
+    const auto make = [&](const auto& known, Plans::Made* fresh) {
+      return MakeFrozen(context, places, values, known, fresh);
+    };
+    TF_RETURN_IF_ERROR(plans_.Get(places, values, conv, make, &made));
     auto data = [](const Tensor& tensor) {
-      return tensor.NumElements() ? tensor.flat<float>().data() : nullptr;
+      return tensor.NumElements() ? Read(tensor) : nullptr;
     };
     const RiglFused fused = {data(scale), data(shift),    relu_before_,
                              data(bias),  data(residual), relu_after_};
-    Run(context, made->owned.plan, &fused, x.flat<float>().data(),
-        made->weights.data(), y->flat<float>().data());
+    const auto weights = [](const OwnedPlan& part, const float** their) {
+      *their = part.order->values.data();
+      return tensorflow::OkStatus();
+    };
+    return Correlate(context, *made, &fused, Read(x), weights, y);
   }
 
  private:
+  template <typename Known>
   tensorflow::Status MakeFrozen(OpKernelContext* context, const Tensor& places,
-                                const Tensor& values, const Convolution& conv,
+                                const Tensor& values, const Known& known,
                                 Plans::Made* fresh) const {
-    const auto at = places.flat<int32_t>();
-    const std::vector<int32_t> active(at.data(), at.data() + at.size());
+    const int32_t* at = Read<int32_t>(places);
+    const std::vector<int32_t> active(at, at + places.NumElements());
     const bool rising =
         std::adjacent_find(active.begin(), active.end(),
                            std::greater_equal<int32_t>()) == active.end();
@@ -517,25 +722,76 @@ class FrozenSparseConv2D : public SparseConv2D<false> {
         (!active.empty() && (active.front() < 0 ||
                              active.back() >= kernel_shape_.num_elements())))
       return InvalidArgument("places must rise, within the kernel.");
-    fresh->owned =
-        MakePlan(conv, active, false, true, Threads(context), BestLanes());
-    for (int32_t w : fresh->owned.weights)
-      fresh->weights.push_back(values.flat<float>()(
-          std::lower_bound(active.begin(), active.end(), w) -
-          active.begin()));
-    return tensorflow::OkStatus();
+    const Convolution& conv = fresh->conv;
+    // Only as many positions as have weights: sizes are but an attribute.
+    const int64_t each = conv.channels * conv.filters;
+    std::vector<int64_t> counts(active.empty() ? 0 : active.back() / each + 1);
+    for (int32_t place : active) ++counts[place / each];
+    return Make(context, false, true, counts, known,
+                [&]() -> const std::vector<int32_t>& { return active; },
+                Read(values), fresh);
   }
 
   TensorShape kernel_shape_;
   bool relu_before_, relu_after_;
 };
 
+// What a thread's memory would take, in bytes: of the forward pass, and of all
+// three, were every weight left. More than the limit: no tile is within it.
+class ScratchBytes : public SparseConvolution {
+ public:
+  explicit ScratchBytes(OpKernelConstruction* context)
+      : SparseConvolution(context) {}
+
+ protected:
+  tensorflow::Status Run(OpKernelContext* context) override {
+    TensorShape shapes[2], y_shape;
+    for (int i = 0; i < 2; ++i) {
+      const Tensor& sizes = context->input(i);
+      if (sizes.dims() != 1 || sizes.dim_size(0) != 4)
+        return InvalidArgument("images and kernel must be four sizes.");
+      TF_RETURN_IF_ERROR(tensorflow::TensorShapeUtils::MakeShape(
+          Read<int64_t>(sizes), 4, &shapes[i]));
+    }
+    Convolution conv;
+    TF_RETURN_IF_ERROR(Describe(shapes[0], shapes[1], &conv, &y_shape));
+    Tensor *bytes, *limit;
+    TF_RETURN_IF_ERROR(
+        context->allocate_output(0, TensorShape({2}), &bytes));
+    TF_RETURN_IF_ERROR(context->allocate_output(1, TensorShape(), &limit));
+    double most[2] = {};  // forward, and all passes
+    if (shapes[0].num_elements() && y_shape.num_elements()) {
+      const std::vector<int64_t> counts(
+          int64_t{conv.kernel[0]} * conv.kernel[1],
+          conv.channels * conv.filters);
+      for (int pass = 0; pass < 3; ++pass) {  // the last is the filter's
+        std::vector<Tap> taps = TapsOf(conv, counts, pass == 1);
+        OwnedPlan owned;
+        const bool fits =
+            taps.empty() || PlanTaps(conv, pass == 1, pass < 2,
+                                     Threads(context), BestLanes(), &taps,
+                                     &owned);
+        const RiglPlan& plan = owned.plan;
+        const double floats =
+            fits ? double(plan.packed_floats + plan.micro_floats)
+                 : std::max(kMostFloats + 1, LeastFloats(plan, BestLanes()));
+        if (!pass) most[0] = floats;
+        most[1] = std::max(most[1], floats);
+      }
+    }
+    for (int i = 0; i < 2; ++i)
+      Write<int64_t>(bytes)[i] = std::min(most[i] * sizeof(float), 9e18);
+    Write<int64_t>(limit)[0] = kMostFloats * sizeof(float);
+    return tensorflow::OkStatus();
+  }
+};
+
 // Rows of channels, in pieces that stay in a core's own cache while they are
 // read twice. What each piece sums up is added in their order, so that the
 // result does not depend on threads.
-class OverRows : public OpKernel {
+class OverRows : public Operation {
  public:
-  using OpKernel::OpKernel;
+  using Operation::Operation;
 
  protected:
   struct Pieces {
@@ -583,20 +839,21 @@ class BatchNorm : public OverRows {
     OP_REQUIRES_OK(context, context->GetAttr("epsilon", &epsilon_));
   }
 
-  void Compute(OpKernelContext* context) override {
+ protected:
+  tensorflow::Status Run(OpKernelContext* context) override {
     const Tensor& x = context->input(0);
     const Tensor& gamma = context->input(1);
     const Tensor& beta = context->input(2);
-    OP_REQUIRES_OK(context, CheckChannels(x, {&gamma, &beta}));
+    TF_RETURN_IF_ERROR(CheckChannels(x, {&gamma, &beta}));
     const Pieces p = PiecesOf(x);
     Tensor *y, *mean, *variance;
-    OP_REQUIRES_OK(context, context->allocate_output(0, x.shape(), &y));
-    OP_REQUIRES_OK(context, context->allocate_output(
-                                1, TensorShape({p.channels}), &mean));
-    OP_REQUIRES_OK(context, context->allocate_output(
-                                2, TensorShape({p.channels}), &variance));
+    TF_RETURN_IF_ERROR(context->allocate_output(0, x.shape(), &y));
+    TF_RETURN_IF_ERROR(
+        context->allocate_output(1, TensorShape({p.channels}), &mean));
+    TF_RETURN_IF_ERROR(
+        context->allocate_output(2, TensorShape({p.channels}), &variance));
     const RiglRows& rows = BestRows();
-    const float* from = x.flat<float>().data();
+    const float* from = Read(x);
     std::vector<float> moments(2 * p.count * p.channels);
     ForPieces(context, p, [&](int64_t i, int64_t first, int64_t count) {
       float* mine = moments.data() + 2 * i * p.channels;
@@ -619,16 +876,17 @@ class BatchNorm : public OverRows {
         center += apart * more / seen;
       }
       const double var = squares / p.rows;
-      mean->flat<float>()(c) = center;
-      variance->flat<float>()(c) = var;
-      scale[c] = gamma.flat<float>()(c) / std::sqrt(var + epsilon_);
+      Write(mean)[c] = center;
+      Write(variance)[c] = var;
+      scale[c] = Read(gamma)[c] / std::sqrt(var + epsilon_);
     }
-    float* to = y->flat<float>().data();
+    float* to = Write(y);
     ForPieces(context, p, [&](int64_t, int64_t first, int64_t count) {
       rows.normalise(from + first * p.channels, count, p.channels,
-                     mean->flat<float>().data(), scale.data(),
-                     beta.flat<float>().data(), to + first * p.channels);
+                     Write(mean), scale.data(),
+                     Read(beta), to + first * p.channels);
     });
+    return tensorflow::OkStatus();
   }
 
  private:
@@ -642,7 +900,8 @@ class BatchNormGrad : public OverRows {
     OP_REQUIRES_OK(context, context->GetAttr("epsilon", &epsilon_));
   }
 
-  void Compute(OpKernelContext* context) override {
+ protected:
+  tensorflow::Status Run(OpKernelContext* context) override {
     const Tensor& dy = context->input(0);
     const Tensor& dmean = context->input(1);
     const Tensor& dvariance = context->input(2);
@@ -650,23 +909,23 @@ class BatchNormGrad : public OverRows {
     const Tensor& gamma = context->input(4);
     const Tensor& mean = context->input(5);
     const Tensor& variance = context->input(6);
-    OP_REQUIRES_OK(context, CheckChannels(x, {&dmean, &dvariance, &gamma,
-                                              &mean, &variance}));
-    OP_REQUIRES(context, dy.shape() == x.shape(),
-                InvalidArgument("the gradient must be of shape ",
-                                x.shape().DebugString(), ". Received: ",
-                                dy.shape().DebugString()));
+    TF_RETURN_IF_ERROR(
+        CheckChannels(x, {&dmean, &dvariance, &gamma, &mean, &variance}));
+    if (dy.shape() != x.shape())
+      return InvalidArgument("the gradient must be of shape ",
+                             x.shape().DebugString(), ". Received: ",
+                             dy.shape().DebugString());
     const Pieces p = PiecesOf(x);
     Tensor *dx, *dgamma, *dbeta;
-    OP_REQUIRES_OK(context, context->allocate_output(0, x.shape(), &dx));
-    OP_REQUIRES_OK(context, context->allocate_output(
-                                1, TensorShape({p.channels}), &dgamma));
-    OP_REQUIRES_OK(context, context->allocate_output(
-                                2, TensorShape({p.channels}), &dbeta));
+    TF_RETURN_IF_ERROR(context->allocate_output(0, x.shape(), &dx));
+    TF_RETURN_IF_ERROR(
+        context->allocate_output(1, TensorShape({p.channels}), &dgamma));
+    TF_RETURN_IF_ERROR(
+        context->allocate_output(2, TensorShape({p.channels}), &dbeta));
     const RiglRows& rows = BestRows();
-    const float* from = x.flat<float>().data();
-    const float* upstream = dy.flat<float>().data();
-    const float* center = mean.flat<float>().data();
+    const float* from = Read(x);
+    const float* upstream = Read(dy);
+    const float* center = Read(mean);
     std::vector<float> sums(2 * p.count * p.channels);
     ForPieces(context, p, [&](int64_t i, int64_t first, int64_t count) {
       float* mine = sums.data() + 2 * i * p.channels;
@@ -683,22 +942,23 @@ class BatchNormGrad : public OverRows {
         product += sums[(2 * i + 1) * p.channels + c];
       }
       const double inverse =
-          1 / std::sqrt(double{variance.flat<float>()(c)} + epsilon_);
-      const double a = gamma.flat<float>()(c) * inverse;
+          1 / std::sqrt(double{Read(variance)[c]} + epsilon_);
+      const double a = Read(gamma)[c] * inverse;
       const double n = p.rows;
       scale[c] = a;
       slope[c] = -a * inverse * inverse * product / n +
-                 2 * dvariance.flat<float>()(c) / n;
-      shift[c] = -a * sum / n + dmean.flat<float>()(c) / n;
-      dgamma->flat<float>()(c) = product * inverse;
-      dbeta->flat<float>()(c) = sum;
+                 2 * Read(dvariance)[c] / n;
+      shift[c] = -a * sum / n + Read(dmean)[c] / n;
+      Write(dgamma)[c] = product * inverse;
+      Write(dbeta)[c] = sum;
     }
-    float* to = dx->flat<float>().data();
+    float* to = Write(dx);
     ForPieces(context, p, [&](int64_t, int64_t first, int64_t count) {
       rows.combine(from + first * p.channels, upstream + first * p.channels,
                    count, p.channels, center, scale.data(), slope.data(),
                    shift.data(), to + first * p.channels);
     });
+    return tensorflow::OkStatus();
   }
 
  private:
@@ -706,30 +966,29 @@ class BatchNormGrad : public OverRows {
 };
 
 // Dropout by the numbers of tf.random.stateless_uniform.
-class Dropout : public OpKernel {
+class Dropout : public Operation {
  public:
-  explicit Dropout(OpKernelConstruction* context) : OpKernel(context) {
+  explicit Dropout(OpKernelConstruction* context) : Operation(context) {
     OP_REQUIRES_OK(context, context->GetAttr("rate", &rate_));
+    OP_REQUIRES(context, rate_ >= 0 && rate_ < 1,
+                InvalidArgument("rate must be in [0, 1). Received: ", rate_));
   }
 
-  void Compute(OpKernelContext* context) override {
+ protected:
+  tensorflow::Status Run(OpKernelContext* context) override {
     const Tensor& x = context->input(0);
     const Tensor& key = context->input(1);
     const Tensor& counter = context->input(2);
-    OP_REQUIRES(context,
-                key.NumElements() == 1 && counter.NumElements() == 2,
-                InvalidArgument("a key and two counters are needed."));
+    if (key.NumElements() != 1 || counter.NumElements() != 2)
+      return InvalidArgument("a key and two counters are needed.");
     Tensor* y = nullptr;
-    OP_REQUIRES_OK(context, context->forward_input_or_allocate_output(
-                                {0}, 0, x.shape(), &y));
+    TF_RETURN_IF_ERROR(
+        context->forward_input_or_allocate_output({0}, 0, x.shape(), &y));
     const RiglRows& rows = BestRows();
-    const uint64_t with =
-        static_cast<uint64_t>(key.flat<tensorflow::uint64>()(0));
-    const uint64_t counters[2] = {
-        static_cast<uint64_t>(counter.flat<tensorflow::uint64>()(0)),
-        static_cast<uint64_t>(counter.flat<tensorflow::uint64>()(1))};
-    const float* from = x.flat<float>().data();
-    float* to = y->flat<float>().data();
+    const uint64_t with = *Read<uint64_t>(key);
+    const uint64_t* counters = Read<uint64_t>(counter);
+    const float* from = Read(x);
+    float* to = Write(y);
     constexpr int64_t kEach = 16'384;
     const float scale = static_cast<float>(1 / (1 - double{rate_}));
     const int64_t all = x.NumElements();
@@ -738,6 +997,7 @@ class Dropout : public OpKernel {
       rows.dropout(from + first, std::min(kEach, all - first), first,
                    counters, with, rate_, scale, to + first);
     });
+    return tensorflow::OkStatus();
   }
 
  private:
@@ -746,8 +1006,56 @@ class Dropout : public OpKernel {
 
 namespace shapes = tensorflow::shape_inference;
 
-tensorflow::Status SameAsConv2D(shapes::InferenceContext* context) {
-  return shapes::Conv2DShape(context);
+using shapes::DimensionHandle;
+using shapes::InferenceContext;
+using shapes::ShapeHandle;
+
+// Sets an output that is of a known size only if a tensor can have it.
+tensorflow::Status SetOutput(InferenceContext* context, int output,
+                             ShapeHandle shape) {
+  if (context->FullyDefined(shape)) {
+    std::vector<int64_t> sizes;
+    for (int a = 0; a < context->Rank(shape); ++a)
+      sizes.push_back(context->Value(context->Dim(shape, a)));
+    TensorShape any;
+    TF_RETURN_IF_ERROR(tensorflow::TensorShapeUtils::MakeShape(sizes, &any));
+  }
+  context->set_output(output, shape);
+  return tensorflow::OkStatus();
+}
+
+// The outputs of images, as kernels of operations compute them; what these
+// would refuse is refused.
+tensorflow::Status OutputOf(InferenceContext* context,
+                            const Attributes& attributes, ShapeHandle images,
+                            ShapeHandle kernel, ShapeHandle* outputs) {
+  ShapeHandle x;
+  TF_RETURN_IF_ERROR(context->WithRank(images, 4, &x));
+  TF_RETURN_IF_ERROR(context->WithRank(kernel, 4, &kernel));
+  DimensionHandle channels;
+  TF_RETURN_IF_ERROR(context->Merge(context->Dim(x, 3), context->Dim(kernel, 2),
+                                    &channels));
+  DimensionHandle sizes[2];
+  for (int a = 0; a < 2; ++a) {
+    const DimensionHandle length = context->Dim(x, a + 1);
+    const DimensionHandle positions = context->Dim(kernel, a);
+    sizes[a] = context->UnknownDim();
+    if (context->ValueKnown(positions) && context->Value(positions) < 1)
+      return InvalidArgument("a kernel must have rows and columns.");
+    if (!context->ValueKnown(length) || !context->ValueKnown(positions))
+      continue;
+    constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
+    if (context->Value(length) > kMost || context->Value(positions) > kMost)
+      return InvalidArgument("sizes must be below 2^31.");
+    int64_t output;
+    TF_RETURN_IF_ERROR(attributes.Output(a, context->Value(length),
+                                         context->Value(positions), true,
+                                         &output));
+    sizes[a] = context->MakeDim(output);
+  }
+  *outputs = context->MakeShape(
+      {context->Dim(x, 0), sizes[0], sizes[1], context->Dim(kernel, 3)});
+  return tensorflow::OkStatus();
 }
 
 REGISTER_OP("RiglKerasConv2D")
@@ -759,7 +1067,16 @@ REGISTER_OP("RiglKerasConv2D")
     .Attr("padding: {'SAME', 'VALID'}")
     .Attr("dilations: list(int) = [1, 1, 1, 1]")
     .Attr("dense_gradient: bool = false")
-    .SetShapeFn(SameAsConv2D);
+    .SetShapeFn([](InferenceContext* context) {
+      Attributes attributes;
+      TF_RETURN_IF_ERROR(attributes.Get(context));
+      ShapeHandle kernel, y;
+      TF_RETURN_IF_ERROR(
+          context->Merge(context->input(1), context->input(2), &kernel));
+      TF_RETURN_IF_ERROR(
+          OutputOf(context, attributes, context->input(0), kernel, &y));
+      return SetOutput(context, 0, y);
+    });
 
 REGISTER_OP("RiglKerasConv2DBackpropInput")
     .Input("out_backprop: float")
@@ -771,12 +1088,17 @@ REGISTER_OP("RiglKerasConv2DBackpropInput")
     .Attr("padding: {'SAME', 'VALID'}")
     .Attr("dilations: list(int) = [1, 1, 1, 1]")
     .Attr("dense_gradient: bool = false")
-    .SetShapeFn([](shapes::InferenceContext* context) {
-      shapes::ShapeHandle x;
+    .SetShapeFn([](InferenceContext* context) {
+      Attributes attributes;
+      TF_RETURN_IF_ERROR(attributes.Get(context));
+      ShapeHandle x, kernel, y;
       TF_RETURN_IF_ERROR(context->MakeShapeFromShapeTensor(3, &x));
       TF_RETURN_IF_ERROR(context->WithRank(x, 4, &x));
-      context->set_output(0, x);
-      return tensorflow::OkStatus();
+      TF_RETURN_IF_ERROR(
+          context->Merge(context->input(1), context->input(2), &kernel));
+      TF_RETURN_IF_ERROR(OutputOf(context, attributes, x, kernel, &y));
+      TF_RETURN_IF_ERROR(context->Merge(context->input(0), y, &y));
+      return SetOutput(context, 0, x);
     });
 
 REGISTER_OP("RiglKerasConv2DBackpropFilter")
@@ -787,9 +1109,15 @@ REGISTER_OP("RiglKerasConv2DBackpropFilter")
     .Attr("strides: list(int)")
     .Attr("padding: {'SAME', 'VALID'}")
     .Attr("dilations: list(int) = [1, 1, 1, 1]")
-    .SetShapeFn([](shapes::InferenceContext* context) {
-      context->set_output(0, context->input(1));
-      return tensorflow::OkStatus();
+    .SetShapeFn([](InferenceContext* context) {
+      Attributes attributes;
+      TF_RETURN_IF_ERROR(attributes.Get(context));
+      ShapeHandle kernel, y;
+      TF_RETURN_IF_ERROR(context->WithRank(context->input(1), 4, &kernel));
+      TF_RETURN_IF_ERROR(
+          OutputOf(context, attributes, context->input(0), kernel, &y));
+      TF_RETURN_IF_ERROR(context->Merge(context->input(2), y, &y));
+      return SetOutput(context, 0, kernel);
     });
 
 REGISTER_OP("RiglKerasFrozenConv2D")
@@ -808,38 +1136,54 @@ REGISTER_OP("RiglKerasFrozenConv2D")
     .Attr("pads: list(int) = [0, 0, 0, 0]")
     .Attr("relu_before: bool = false")
     .Attr("relu_after: bool = false")
-    .SetShapeFn([](shapes::InferenceContext* context) {
-      std::vector<int32_t> strides, dilations, pads;
-      std::string padding;
-      tensorflow::PartialTensorShape kernel;
-      TF_RETURN_IF_ERROR(context->GetAttr("pads", &pads));
-      TF_RETURN_IF_ERROR(context->GetAttr("strides", &strides));
-      TF_RETURN_IF_ERROR(context->GetAttr("dilations", &dilations));
-      TF_RETURN_IF_ERROR(context->GetAttr("padding", &padding));
-      TF_RETURN_IF_ERROR(context->GetAttr("kernel_shape", &kernel));
-      shapes::ShapeHandle x;
-      TF_RETURN_IF_ERROR(context->WithRank(context->input(0), 4, &x));
-      if (kernel.dims() != 4 || strides.size() != 4 || dilations.size() != 4 ||
-          pads.size() != 4)
-        return InvalidArgument("kernel_shape, strides, dilations and pads "
-                               "have four numbers.");
-      shapes::ShapeHandle y = x;
-      for (int a = 1; a <= 2; ++a) {
-        shapes::DimensionHandle length = context->UnknownDim();
-        if (context->ValueKnown(context->Dim(x, a))) {
-          const int64_t known = context->Value(context->Dim(x, a)) +
-                                pads[2 * a - 2] + pads[2 * a - 1];
-          length = context->MakeDim(OutputLength(
-              known, kernel.dim_size(a - 1), strides[a], dilations[a],
-              padding));
-        }
-        TF_RETURN_IF_ERROR(context->ReplaceDim(y, a, length, &y));
-      }
-      TF_RETURN_IF_ERROR(context->ReplaceDim(
-          y, 3, context->MakeDim(kernel.dim_size(3)), &y));
-      context->set_output(0, y);
+    .SetShapeFn([](InferenceContext* context) {
+      Attributes attributes;
+      TF_RETURN_IF_ERROR(attributes.Get(context, true));
+      TensorShape sizes;
+      TF_RETURN_IF_ERROR(context->GetAttr("kernel_shape", &sizes));
+      ShapeHandle kernel, places, y;
+      TF_RETURN_IF_ERROR(
+          context->MakeShapeFromTensorShape(sizes, &kernel));
+      TF_RETURN_IF_ERROR(
+          context->Merge(context->input(1), context->input(2), &places));
+      TF_RETURN_IF_ERROR(
+          OutputOf(context, attributes, context->input(0), kernel, &y));
+      return SetOutput(context, 0, y);
+    });
+
+// Bytes of a thread's memory (`ScratchBytes`).
+REGISTER_OP("RiglKerasScratchBytes")
+    .Input("images: int64")
+    .Input("kernel: int64")
+    .Output("bytes: int64")
+    .Output("limit: int64")
+    .Attr("strides: list(int)")
+    .Attr("padding: {'SAME', 'VALID'}")
+    .Attr("dilations: list(int) = [1, 1, 1, 1]")
+    .SetShapeFn([](InferenceContext* context) {
+      context->set_output(0, context->Vector(2));
+      context->set_output(1, context->Scalar());
       return tensorflow::OkStatus();
     });
+
+// Sets outputs: one of the shape of an input, and two of a number for each of
+// its channels, which other inputs have, too.
+tensorflow::Status RowsOfChannels(InferenceContext* context, int rows,
+                                  std::initializer_list<int> vectors) {
+  ShapeHandle x, vector;
+  TF_RETURN_IF_ERROR(context->WithRankAtLeast(context->input(rows), 2, &x));
+  DimensionHandle channels = context->UnknownDim();
+  if (context->RankKnown(x)) channels = context->Dim(x, -1);
+  for (int i : vectors) {
+    TF_RETURN_IF_ERROR(context->WithRank(context->input(i), 1, &vector));
+    TF_RETURN_IF_ERROR(
+        context->Merge(context->Dim(vector, 0), channels, &channels));
+  }
+  context->set_output(0, x);
+  context->set_output(1, context->Vector(channels));
+  context->set_output(2, context->Vector(channels));
+  return tensorflow::OkStatus();
+}
 
 REGISTER_OP("RiglKerasBatchNorm")
     .Input("x: float")
@@ -849,11 +1193,8 @@ REGISTER_OP("RiglKerasBatchNorm")
     .Output("mean: float")
     .Output("variance: float")
     .Attr("epsilon: float")
-    .SetShapeFn([](shapes::InferenceContext* context) {
-      context->set_output(0, context->input(0));
-      context->set_output(1, context->input(1));
-      context->set_output(2, context->input(1));
-      return tensorflow::OkStatus();
+    .SetShapeFn([](InferenceContext* context) {
+      return RowsOfChannels(context, 0, {1, 2});
     });
 
 REGISTER_OP("RiglKerasBatchNormGrad")
@@ -868,11 +1209,11 @@ REGISTER_OP("RiglKerasBatchNormGrad")
     .Output("dgamma: float")
     .Output("dbeta: float")
     .Attr("epsilon: float")
-    .SetShapeFn([](shapes::InferenceContext* context) {
-      context->set_output(0, context->input(3));
-      context->set_output(1, context->input(4));
-      context->set_output(2, context->input(4));
-      return tensorflow::OkStatus();
+    .SetShapeFn([](InferenceContext* context) {
+      ShapeHandle x;
+      TF_RETURN_IF_ERROR(
+          context->Merge(context->input(0), context->input(3), &x));
+      return RowsOfChannels(context, 3, {1, 2, 4, 5, 6});
     });
 
 REGISTER_OP("RiglKerasDropout")
@@ -881,7 +1222,17 @@ REGISTER_OP("RiglKerasDropout")
     .Input("counter: uint64")
     .Output("y: float")
     .Attr("rate: float")
-    .SetShapeFn(shapes::UnchangedShape);
+    .SetShapeFn([](InferenceContext* context) {
+      float rate;
+      TF_RETURN_IF_ERROR(context->GetAttr("rate", &rate));
+      if (!(rate >= 0 && rate < 1))
+        return InvalidArgument("rate must be in [0, 1). Received: ", rate);
+      for (int i = 1; i <= 2; ++i)
+        if (context->FullyDefined(context->input(i)) &&
+            context->Value(context->NumElements(context->input(i))) != i)
+          return InvalidArgument("a key and two counters are needed.");
+      return shapes::UnchangedShape(context);
+    });
 
 // What sparse products are computed by, and what TensorFlow's dense ones. Its
 // attribute tells who finds the operations in a process which ones they are.
@@ -901,30 +1252,34 @@ REGISTER_OP("RiglKerasPlansMade")
     .SetIsStateful()
     .SetShapeFn(shapes::ScalarShape);
 
-class PlansMade : public OpKernel {
+class PlansMade : public Operation {
  public:
-  using OpKernel::OpKernel;
+  using Operation::Operation;
 
-  void Compute(OpKernelContext* context) override {
+ protected:
+  tensorflow::Status Run(OpKernelContext* context) override {
     Tensor* count = nullptr;
-    OP_REQUIRES_OK(context, context->allocate_output(0, TensorShape(), &count));
+    TF_RETURN_IF_ERROR(context->allocate_output(0, TensorShape(), &count));
     count->scalar<int64_t>()() = plans_made.load(std::memory_order_relaxed);
+    return tensorflow::OkStatus();
   }
 };
 
-class ComputedBy : public OpKernel {
+class ComputedBy : public Operation {
  public:
-  using OpKernel::OpKernel;
+  using Operation::Operation;
 
-  void Compute(OpKernelContext* context) override {
+ protected:
+  tensorflow::Status Run(OpKernelContext* context) override {
     const char* const names[] = {
         BestLanes().name, tensorflow::IsMKLEnabled() ? "oneDNN" : "Eigen"};
     for (int i = 0; i < 2; ++i) {
       Tensor* name = nullptr;
-      OP_REQUIRES_OK(context,
-                     context->allocate_output(i, TensorShape(), &name));
+      TF_RETURN_IF_ERROR(
+          context->allocate_output(i, TensorShape(), &name));
       name->scalar<tensorflow::tstring>()() = names[i];
     }
+    return tensorflow::OkStatus();
   }
 };
 
@@ -945,6 +1300,7 @@ void Register(const char* name) {
   Register<SparseConv2D<true>>("RiglKerasConv2DBackpropInput");
   Register<SparseConv2DBackpropFilter>("RiglKerasConv2DBackpropFilter");
   Register<FrozenSparseConv2D>("RiglKerasFrozenConv2D");
+  Register<ScratchBytes>("RiglKerasScratchBytes");
   Register<BatchNorm>("RiglKerasBatchNorm");
   Register<BatchNormGrad>("RiglKerasBatchNormGrad");
   Register<Dropout>("RiglKerasDropout");

@@ -5,7 +5,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <functional>
 #include <limits>
+#include <memory>
+#include <unordered_map>
 #include <vector>
 
 #include "lanes.h"
@@ -21,12 +24,26 @@ struct Convolution {
   int64_t padding[2];  // before the first row and column
 };
 
+// In what order a plan works off its weights, and where each finds its input.
+// It does not depend on how many images there are, nor on their size where
+// the tile is the same: plans share it.
+struct Order {
+  std::vector<int64_t> key;  // of equal keys, orders are equal
+  std::vector<int32_t> rows, offsets;
+  std::vector<int32_t> weights;  // where each is in the kernel (HWIO), or
+  std::vector<float> values;     // what it is
+
+  int64_t bytes() const {
+    return 8 * key.size() +
+           4 * (rows.size() + offsets.size() + weights.size() + values.size());
+  }
+};
+
 // A plan with the arrays that it points to.
 struct OwnedPlan {
   RiglPlan plan = {};
   std::vector<int> in_rows, in_columns, out_rows, out_columns;
-  std::vector<int32_t> rows, offsets;
-  std::vector<int32_t> weights;  // where each is in the kernel (HWIO)
+  std::shared_ptr<const Order> order;
 };
 
 inline int64_t CeilDivide(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -34,12 +51,18 @@ inline int64_t FloorDivide(int64_t a, int64_t b) {
   return a >= 0 ? a / b : -CeilDivide(-a, b);
 }
 
-// What a weight at one position of the kernel does: from which phase of the
+// What the weights at one position of the kernel do: from which phase of the
 // input to which of the output, shifted by how much.
 struct Tap {
-  int in_phase, out_phase;
+  int64_t position;
+  int64_t weights;  // that are left there
+  int phase[2];     // row and column: of the input, or transposed the output
   int64_t shift[2];
+  int in_phase, out_phase;  // numbers in the plan
 };
+
+// What a thread's memory may take, in floats: 64 MB.
+constexpr double kMostFloats = 1 << 24;
 
 // The cycles of one unit, roughly: enough to tell tiles apart.
 inline double Cost(const RiglPlan& p, const RiglLanes& lanes, int64_t weights,
@@ -81,16 +104,38 @@ inline void SetTile(RiglPlan* p, int th, int tw, int r, int c, int splits,
   const int64_t floats =
       int64_t{r + p->halo[0]} * (c + p->halo[1]) * p->in_phases * l;
   p->channel_block = std::max<int64_t>(
-      1, std::min<int64_t>(p->in_channels, 10'000 / floats));
-  p->blocks = CeilDivide(p->in_channels, p->channel_block);
+      1, std::min(p->in_channels, 10'000 / std::max<int64_t>(1, floats)));
+  // Without channels, one: what is summed up begins at zero in the first.
+  p->blocks =
+      std::max<int64_t>(1, CeilDivide(p->in_channels, p->channel_block));
   p->packed_floats = p->in_channels * p->in_phases * p->packed[0] *
                      p->packed[1] * l;
   const int64_t vectors = CeilDivide(CeilDivide(p->out_channels, l), splits);
   p->micro_floats = p->out_phases * vectors * l * r * c * l;
 }
 
-// Chooses the tile of a lane by its cost.
-inline void ChooseTile(RiglPlan* plan, const RiglLanes& lanes,
+// The memory of a thread with a tile, in floats: packed, and per split.
+struct Floats {
+  double packed, micro;
+};
+
+inline Floats FloatsOf(const RiglPlan& p, int th, int tw, int r, int c,
+                       const RiglLanes& lanes) {
+  const double l = lanes.width;
+  const double rows = CeilDivide(th, r) * r + double(p.halo[0]);
+  const double columns = CeilDivide(tw, c) * c + double(p.halo[1]);
+  return {rows * columns * p.in_phases * p.in_channels * l,
+          double(p.out_phases) * std::ceil(p.out_channels / l) * l * r * c * l};
+}
+
+// What a thread needs at least.
+inline double LeastFloats(const RiglPlan& p, const RiglLanes& lanes) {
+  const Floats least = FloatsOf(p, 1, 1, 1, 1, lanes);
+  return least.packed + least.micro;
+}
+
+// Chooses the tile of a lane by its cost; false: none is within the bounds.
+inline bool ChooseTile(RiglPlan* plan, const RiglLanes& lanes,
                        int64_t weights, int threads, bool may_split) {
   static const int micro[][2] = {{4, 4}, {2, 8}, {1, 16}, {2, 4}, {1, 8},
                                  {2, 2}, {1, 4}, {1, 2},  {1, 1}};
@@ -117,10 +162,26 @@ inline void ChooseTile(RiglPlan* plan, const RiglLanes& lanes,
     for (int tw : widths) {
       for (const auto& m : micro) {
         if (m[0] * m[1] > lanes.registers) continue;
-        for (int splits = 1; splits <= (may_split ? threads : 1); ++splits) {
+        // As many parts as it takes to be within the bounds.
+        const Floats floats = FloatsOf(*plan, th, tw, m[0], m[1], lanes);
+        const double left = kMostFloats - floats.packed;
+        const double each = floats.micro / vectors;
+        if (left < each) continue;
+        const int least_splits =
+            floats.micro <= left
+                ? 1
+                : CeilDivide(vectors, static_cast<int64_t>(left / each));
+        if (least_splits > 1 && !may_split) continue;
+        for (int splits = least_splits;
+             splits <= std::max(least_splits, may_split ? threads : 1);
+             ++splits) {
           if (splits > vectors) break;
           SetTile(plan, th, tw, m[0], m[1], splits, lanes);
-          if (splits > 1 && plan->groups >= 2 * threads) break;
+          if (splits > least_splits && plan->groups >= 2 * threads) break;
+          // Numbers of rows are 32 bits wide.
+          if (double(plan->blocks) * plan->out_phases * plan->out_channels >=
+              std::numeric_limits<int32_t>::max())
+            break;
           const double cost = Cost(*plan, lanes, weights, threads);
           if (cost < least) least = cost, best = *plan;
         }
@@ -128,16 +189,47 @@ inline void ChooseTile(RiglPlan* plan, const RiglLanes& lanes,
     }
   }
   *plan = best;
+  return least < std::numeric_limits<double>::infinity();
 }
 
-// Plans the forward pass, or with `transposed` the gradient of its input.
-// `active`: where the weights that are left are in the kernel (HWIO), sorted.
-inline OwnedPlan MakePlan(const Convolution& conv,
-                          const std::vector<int32_t>& active, bool transposed,
-                          bool may_split, int threads,
-                          const RiglLanes& lanes) {
-  OwnedPlan owned;
-  RiglPlan& p = owned.plan;
+// The positions of the kernel that have weights and reach a pixel. `counts`:
+// the weights that are left at each.
+//
+// Row o of the output takes row s o + t of the input, t = k d - padding: row
+// o + floor(t / s) of the phase t mod s. The other way round, row m of the
+// phase t mod s of the input takes row m - floor(t / s) of the output.
+inline std::vector<Tap> TapsOf(const Convolution& conv,
+                               const std::vector<int64_t>& counts,
+                               bool transposed) {
+  const int64_t in[2] = {conv.height, conv.width};
+  const int64_t out[2] = {conv.out_height, conv.out_width};
+  std::vector<Tap> taps;
+  for (size_t k = 0; k < counts.size(); ++k) {
+    if (!counts[k]) continue;
+    Tap tap = {};
+    tap.position = k, tap.weights = counts[k];
+    bool reaches = true;
+    for (int a = 0; a < 2; ++a) {
+      const int64_t at = a ? k % conv.kernel[1] : k / conv.kernel[1];
+      const int64_t s = conv.stride[a];
+      const int64_t t = at * conv.dilation[a] - conv.padding[a];
+      const int64_t first = std::max<int64_t>(0, CeilDivide(-t, s));
+      reaches &= first < out[a] && s * first + t < in[a];
+      const int64_t q = FloorDivide(t, s);
+      tap.phase[a] = t - q * s;
+      tap.shift[a] = transposed ? -q : q;
+    }
+    if (reaches) taps.push_back(tap);
+  }
+  return taps;
+}
+
+// Plans the weights at some positions, but for their order; false: not within
+// the bounds of memory.
+inline bool PlanTaps(const Convolution& conv, bool transposed, bool may_split,
+                     int threads, const RiglLanes& lanes,
+                     std::vector<Tap>* taps, OwnedPlan* owned) {
+  RiglPlan& p = owned->plan;
   p.images = conv.images;
   p.in_height = conv.height, p.in_width = conv.width;
   p.in_channels = conv.channels;
@@ -155,97 +247,133 @@ inline OwnedPlan MakePlan(const Convolution& conv,
     p.height = CeilDivide(conv.height, conv.stride[0]);
     p.width = CeilDivide(conv.width, conv.stride[1]);
   }
-
-  // Row o of the output takes row s o + t of the input, t = k d - padding:
-  // row o + floor(t / s) of the phase t mod s. The other way round, row m of
-  // the phase t mod s of the input takes row m - floor(t / s) of the output.
-  std::vector<int>& fine_rows = transposed ? owned.out_rows : owned.in_rows;
+  std::vector<int>& fine_rows = transposed ? owned->out_rows : owned->in_rows;
   std::vector<int>& fine_columns =
-      transposed ? owned.out_columns : owned.in_columns;
-  auto phase_of = [&](int row, int column) {
-    for (size_t f = 0; f < fine_rows.size(); ++f)
-      if (fine_rows[f] == row && fine_columns[f] == column) return int(f);
-    fine_rows.push_back(row);
-    fine_columns.push_back(column);
-    return int(fine_rows.size()) - 1;
-  };
-  if (transposed)  // what no weight reaches is zero, and written
-    for (int a = 0; a < conv.stride[0]; ++a)
-      for (int b = 0; b < conv.stride[1]; ++b) phase_of(a, b);
-
-  const int positions = conv.kernel[0] * conv.kernel[1];
-  const int64_t per_position = conv.channels * conv.filters;
-  std::vector<bool> used(positions, false);
-  for (int32_t w : active) used[w / per_position] = true;
-  std::vector<Tap> taps(positions);
-  int64_t most[2] = {};
-  bool first = true;
-  for (int k = 0; k < positions; ++k) {
-    if (!used[k]) continue;
-    const int at[2] = {k / conv.kernel[1], k % conv.kernel[1]};
-    int phase[2];
-    for (int a = 0; a < 2; ++a) {
-      const int64_t t = int64_t{at[a]} * conv.dilation[a] - conv.padding[a];
-      const int64_t q = FloorDivide(t, conv.stride[a]);
-      phase[a] = t - q * conv.stride[a];
-      taps[k].shift[a] = transposed ? -q : q;
+      transposed ? owned->out_columns : owned->in_columns;
+  std::unordered_map<int64_t, int> phases;
+  int64_t least[2] = {}, most[2] = {}, weights = 0;
+  for (Tap& tap : *taps) {
+    const int64_t both = int64_t{tap.phase[0]} * conv.stride[1] + tap.phase[1];
+    const auto found = phases.try_emplace(both, phases.size());
+    if (found.second) {
+      fine_rows.push_back(tap.phase[0]);
+      fine_columns.push_back(tap.phase[1]);
     }
-    const int fine = phase_of(phase[0], phase[1]);
-    taps[k].in_phase = transposed ? 0 : fine;
-    taps[k].out_phase = transposed ? fine : 0;
+    tap.in_phase = transposed ? 0 : found.first->second;
+    tap.out_phase = transposed ? found.first->second : 0;
+    const bool first = &tap == taps->data();
     for (int a = 0; a < 2; ++a) {
-      const int64_t q = taps[k].shift[a];
-      if (first || q < p.first_shift[a]) p.first_shift[a] = q;
-      if (first || q > most[a]) most[a] = q;
+      least[a] = first ? tap.shift[a] : std::min(least[a], tap.shift[a]);
+      most[a] = first ? tap.shift[a] : std::max(most[a], tap.shift[a]);
     }
-    first = false;
+    weights += tap.weights;
   }
-  for (int a = 0; a < 2; ++a) p.halo[a] = most[a] - p.first_shift[a];
-  if (fine_rows.empty()) phase_of(0, 0);  // no weight is left
-  (transposed ? owned.in_rows : owned.out_rows) = {0};
-  (transposed ? owned.in_columns : owned.out_columns) = {0};
-  p.in_phases = owned.in_rows.size();
-  p.out_phases = owned.out_rows.size();
+  (transposed ? owned->in_rows : owned->out_rows) = {0};
+  (transposed ? owned->in_columns : owned->out_columns) = {0};
+  p.in_phases = owned->in_rows.size();
+  p.out_phases = owned->out_rows.size();
+  p.in_phase_rows = owned->in_rows.data();
+  p.in_phase_columns = owned->in_columns.data();
+  p.out_phase_rows = owned->out_rows.data();
+  p.out_phase_columns = owned->out_columns.data();
+  for (int a = 0; a < 2; ++a) {
+    p.first_shift[a] = least[a];
+    p.halo[a] = std::min<int64_t>(most[a] - least[a], kMostFloats);
+  }
+  return ChooseTile(&p, lanes, weights, threads, may_split);
+}
 
-  ChooseTile(&p, lanes, active.size(), threads, may_split);
+inline std::vector<int64_t> KeyOf(const Convolution& conv, bool transposed,
+                                  const RiglPlan& p,
+                                  const std::vector<Tap>& taps) {
+  std::vector<int64_t> key = {transposed,      conv.kernel[1], conv.channels,
+                              conv.filters,    p.channel_block, p.in_phases,
+                              p.out_phases,    p.packed[0],    p.packed[1]};
+  for (const Tap& tap : taps)
+    key.insert(key.end(), {tap.position, tap.in_phase, tap.out_phase,
+                           tap.shift[0] - p.first_shift[0],
+                           tap.shift[1] - p.first_shift[1]});
+  return key;
+}
 
-  // Sorted by block of input channels and output plane, counting each.
-  const int64_t planes = p.out_phases * p.out_channels;
-  owned.rows.assign(p.blocks * planes + 1, 0);
-  std::vector<int32_t> bins(active.size());
-  std::vector<int32_t> shifted(active.size());
+// Sorts weights by block of input channels and output plane, counting each.
+// `active`: where those that are left are in the kernel (HWIO), rising;
+// `values`: what they are, or null.
+inline std::shared_ptr<const Order> MakeOrder(
+    const Convolution& conv, bool transposed, const RiglPlan& p,
+    const std::vector<Tap>& taps, std::vector<int64_t> key,
+    const std::vector<int32_t>& active, const float* values,
+    const RiglLanes& lanes) {
+  auto order = std::make_shared<Order>();
+  order->key = std::move(key);
+  const int64_t per_position = conv.channels * conv.filters;
   const int64_t pitch = int64_t{p.packed[1]} * lanes.width;
   const int64_t plane = p.packed[0] * pitch;
-  for (size_t e = 0; e < active.size(); ++e) {
+  int64_t count = 0;
+  for (const Tap& tap : taps) count += tap.weights;
+  order->rows.assign(int64_t{p.blocks} * p.out_phases * p.out_channels + 1, 0);
+  std::vector<int32_t> bins(count), shifted(count), from(count);
+  auto tap = taps.begin();
+  int64_t found = 0;
+  // What was counted: somebody may write to a mask that is not theirs.
+  for (size_t e = 0; e < active.size() && found < count; ++e) {
+    const int64_t position = active[e] / per_position;
+    while (tap != taps.end() && tap->position < position) ++tap;
+    if (tap == taps.end()) break;
+    if (tap->position != position) continue;  // it reaches no pixel
     const int64_t in_kernel = active[e] % per_position;
-    const Tap& tap = taps[active[e] / per_position];
     int64_t in = in_kernel / conv.filters, out = in_kernel % conv.filters;
     if (transposed) std::swap(in, out);
-    bins[e] = (in / p.channel_block * p.out_phases + tap.out_phase) *
-                  p.out_channels + out;
-    shifted[e] = (in * p.in_phases + tap.in_phase) * plane +
-                 (tap.shift[0] - p.first_shift[0]) * pitch +
-                 (tap.shift[1] - p.first_shift[1]) * lanes.width;
-    ++owned.rows[bins[e] + 1];
+    bins[found] = (in / p.channel_block * p.out_phases + tap->out_phase) *
+                      p.out_channels + out;
+    shifted[found] = (in * p.in_phases + tap->in_phase) * plane +
+                     (tap->shift[0] - p.first_shift[0]) * pitch +
+                     (tap->shift[1] - p.first_shift[1]) * lanes.width;
+    from[found] = e;
+    ++order->rows[bins[found++] + 1];
   }
-  for (size_t b = 1; b < owned.rows.size(); ++b)
-    owned.rows[b] += owned.rows[b - 1];
-  owned.offsets.resize(active.size());
-  owned.weights.resize(active.size());
-  std::vector<int32_t> next(owned.rows.begin(), owned.rows.end() - 1);
-  for (size_t e = 0; e < active.size(); ++e) {
+  for (size_t b = 1; b < order->rows.size(); ++b)
+    order->rows[b] += order->rows[b - 1];
+  order->offsets.resize(count);
+  values ? order->values.resize(count) : order->weights.resize(count);
+  std::vector<int32_t> next(order->rows.begin(), order->rows.end() - 1);
+  for (int64_t e = 0; e < count; ++e) {
     const int32_t to = next[bins[e]]++;
-    owned.offsets[to] = shifted[e];
-    owned.weights[to] = active[e];
+    order->offsets[to] = shifted[e];
+    if (values)
+      order->values[to] = values[from[e]];
+    else
+      order->weights[to] = active[from[e]];
   }
+  return order;
+}
 
-  p.in_phase_rows = owned.in_rows.data();
-  p.in_phase_columns = owned.in_columns.data();
-  p.out_phase_rows = owned.out_rows.data();
-  p.out_phase_columns = owned.out_columns.data();
-  p.rows = owned.rows.data();
-  p.offsets = owned.offsets.data();
-  return owned;
+using OrderOf = std::function<std::shared_ptr<const Order>(
+    const RiglPlan&, const std::vector<Tap>&)>;
+
+// Plans the forward pass, or with `transposed` the gradient of its input. Where
+// one plan would take too much memory, several share the positions of the
+// kernel, and what they compute is to be added; false: even one position does.
+inline bool MakePlans(const Convolution& conv, std::vector<Tap> taps,
+                      bool transposed, bool may_split, int threads,
+                      const RiglLanes& lanes, const OrderOf& order_of,
+                      std::vector<OwnedPlan>* plans) {
+  OwnedPlan owned;
+  if (PlanTaps(conv, transposed, may_split, threads, lanes, &taps, &owned)) {
+    owned.order = order_of(owned.plan, taps);
+    owned.plan.rows = owned.order->rows.data();
+    owned.plan.offsets = owned.order->offsets.data();
+    plans->push_back(std::move(owned));
+    return true;
+  }
+  if (taps.size() < 2) return false;
+  const auto middle = taps.begin() + taps.size() / 2;
+  for (const auto& half : {std::vector<Tap>(taps.begin(), middle),
+                           std::vector<Tap>(middle, taps.end())})
+    if (!MakePlans(conv, half, transposed, may_split, threads, lanes, order_of,
+                   plans))
+      return false;
+  return true;
 }
 
 }  // namespace rigl_keras
