@@ -197,9 +197,12 @@ class Fused:
             return kernels.Choice(False, why)
         weights = call.layer.kernel.numpy()
         density = np.count_nonzero(weights) / weights.size
-        if self._product == "sparse":
-            return kernels.Choice(density < 1, f"density {density:.2f}")
         shape = tf.TensorShape((self._batch_size, *call.args[0].shape[1:]))
+        if self._product == "sparse":
+            choice = products.asked(call.layer, shape, backward=False)
+            if not choice.sparse:
+                return choice
+            return kernels.Choice(density < 1, f"density {density:.2f}")
         return products.chosen(call.layer, shape, density, backward=False)
 
 

@@ -451,8 +451,7 @@ class Masked(KernelMask, keras.layers.Wrapper):
             shape: Of the inputs; the batch may be free.
         """
         if self.product == "sparse":
-            have = kernels.load() is not None
-            choice = kernels.Choice(have, kernels.unavailable() or "as asked")
+            choice = products.asked(self.layer, shape)
         else:
             with tf.init_scope():
                 mask = tf.convert_to_tensor(self.mask._value)

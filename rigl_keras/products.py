@@ -12,6 +12,7 @@ from rigl_keras import kernels
 __all__ = [
     "PRODUCTS",
     "USUAL_BATCH",
+    "asked",
     "chosen",
     "dense_products",
     "only_dense",
@@ -75,6 +76,38 @@ def chosen(
     if problem is None:
         return kernels.Choice(False, "images of any size")
     return kernels.choose(problem, density, backward=backward)
+
+
+def asked(
+    layer: keras.layers.Layer,
+    shape: tf.TensorShape,
+    *,
+    backward: bool = True,
+) -> kernels.Choice:
+    """Returns the sparse product, untimed, if a layer can have it.
+
+    It cannot where there are no kernels, or where they would take too much
+    memory (`kernels.too_large`): of images of any size, the smallest count.
+
+    Args:
+        layer: One that has a sparse product.
+        shape: Of its inputs, of which all but the last may be free.
+        backward: Whether for training, or for inference.
+    """
+    if kernels.load() is None:
+        return kernels.Choice(False, kernels.unavailable())
+    least = [1] * (len(shape) - 2)
+    if getattr(layer, "padding", None) == "valid":
+        sizes = zip(layer.kernel.shape[:2], layer.dilation_rate, strict=True)
+        least = [(size - 1) * dilation + 1 for size, dilation in sizes]
+    batch, *between, channels = shape.as_list()
+    between = [
+        free if size is None else size
+        for size, free in zip(between, least, strict=True)
+    ]
+    problem = _problem(layer, tf.TensorShape([batch, *between, channels]))
+    why = kernels.too_large(problem, backward=backward)
+    return kernels.Choice(why is None, why or "as asked")
 
 
 def outputs(

@@ -6,7 +6,7 @@ to win (`choice`).
 """
 
 from rigl_keras.kernels import library
-from rigl_keras.kernels.choice import Choice, Problem, choose
+from rigl_keras.kernels.choice import Choice, Problem, choose, too_large
 from rigl_keras.kernels.library import BuildError, build, load, unavailable
 from rigl_keras.kernels.operations import (
     FrozenKernel,
@@ -15,6 +15,7 @@ from rigl_keras.kernels.operations import (
     dropout,
     frozen_conv2d,
     instruction_set,
+    scratch_bytes,
     sparse_conv2d,
     sparse_dense,
 )
@@ -33,7 +34,9 @@ __all__ = [
     "instruction_set",
     "library",
     "load",
+    "scratch_bytes",
     "sparse_conv2d",
     "sparse_dense",
+    "too_large",
     "unavailable",
 ]

@@ -26,10 +26,11 @@ from rigl_keras.kernels import library, operations
 from rigl_keras.kernels.operations import (
     dense_library,
     instruction_set,
+    scratch_bytes,
     sparse_conv2d,
 )
 
-__all__ = ["Choice", "Problem", "choose"]
+__all__ = ["Choice", "Problem", "choose", "too_large"]
 
 # Upper ends of the ranges of density, for which the choice is the same. Above
 # the last, dense products are taken as they are.
@@ -132,6 +133,9 @@ def choose(
         return Choice(False, "too small to matter")
     if library.load() is None:
         return Choice(False, library.unavailable())
+    why = too_large(problem, backward=backward)
+    if why is not None:
+        return Choice(False, why)
     batch = problem.images[0]
     limit = _MOST_FLOATS // math.prod(
         (*problem.images[1:], max(problem.kernel[2:]))
@@ -157,6 +161,48 @@ def choose(
                     _known[key] = Choice.timed(*seconds, batch)
                     _write(key, _known[key])
         return _known[key]
+
+
+def too_large(problem: Problem, *, backward: bool = True) -> str | None:
+    """Returns why sparse kernels should not compute a problem, or None.
+
+    They should not where they would need more memory than they allow
+    themselves (`scratch_bytes`), as with large dilations, nor where TensorFlow
+    is to say what does not fit.
+
+    Args:
+        problem: What the layer computes. There is an op library.
+        backward: Whether gradients are computed as well.
+    """
+    with tf.init_scope():
+        if not tf.executing_eagerly():  # in a graph of TensorFlow 1
+            return None
+        taken = _taken(problem)
+    if taken is None:
+        return "its images do not fit its kernel"
+    *passes, limit = taken
+    most = passes[backward]
+    if most <= limit:
+        return None
+    return (
+        f"{math.ceil(most / 2**20)} MB of scratch memory a thread, above "
+        f"{limit >> 20}"
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _taken(problem):
+    """Returns the `scratch_bytes` of a problem, or None if it is none."""
+    try:
+        return scratch_bytes(
+            (*problem.images, problem.kernel[2]),
+            problem.kernel,
+            strides=problem.strides,
+            padding=problem.padding,
+            dilations=problem.dilations,
+        )
+    except tf.errors.InvalidArgumentError:
+        return None
 
 
 @functools.cache  # once in a process

@@ -15,6 +15,7 @@ __all__ = [
     "dropout",
     "frozen_conv2d",
     "instruction_set",
+    "scratch_bytes",
     "sparse_conv2d",
     "sparse_dense",
 ]
@@ -56,7 +57,11 @@ def sparse_conv2d(
 
     Raises:
         RuntimeError: There is no op library (`library.unavailable`).
-        tf.errors.InvalidArgumentError: Shapes do not fit.
+        tf.errors.InvalidArgumentError: Shapes do not fit. Within a
+            `tf.function` that knows them, it is a ValueError.
+        tf.errors.ResourceExhaustedError: There is not enough memory, or a
+            single position of the kernel takes more than `scratch_bytes`
+            allows: it has a million channels or so.
     """
     return _operations().rigl_keras_conv2d(
         input=images,
@@ -109,7 +114,7 @@ class FrozenKernel:
     Attributes:
         values: Float32 of shape (weights,).
         places: Int32 of the same shape: positions in the kernel, row by row,
-            rising.
+            rising. Others are refused.
         shape: Of the kernel: rows, columns, channels, filters.
     """
 
@@ -154,7 +159,7 @@ def frozen_conv2d(
         kernel: Its weights. Their order is made once, for as long as values
             and places are the same tensors.
         pads: Zeros beyond the images with `"VALID"`: above, below, to the
-            left, to the right.
+            left, to the right. At most 2^24.
         scale, shift: Float32 of shape (channels,), or None: x' = x.
         relu_before: Whether negative x' are 0.
         bias: Float32 of shape (filters,), or None.
@@ -224,6 +229,42 @@ def dropout(x: tf.Tensor, rate: float, seed: tf.Tensor) -> tf.Tensor:
     return _operations().rigl_keras_dropout(
         x=x, key=key, counter=counter, rate=rate
     )
+
+
+def scratch_bytes(
+    images: Sequence[int],
+    kernel: Sequence[int],
+    *,
+    strides: Sequence[int] = (1, 1),
+    padding: str = "SAME",
+    dilations: Sequence[int] = (1, 1),
+) -> tuple[int, int, int]:
+    """Returns what a sparse convolution takes in memory, for each thread.
+
+    It grows with channels times what the kernel spans. Where it would pass
+    the limit, operations compute the positions of the kernel in parts, each
+    within the limit, and a dense convolution is likely faster.
+
+    Args:
+        images: Batch, rows, columns, channels.
+        kernel: Rows, columns, channels, filters.
+        strides, padding, dilations: As in `sparse_conv2d`.
+
+    Returns:
+        Bytes of the forward pass, bytes of a training step, and the limit.
+
+    Raises:
+        tf.errors.InvalidArgumentError: Shapes do not fit.
+    """
+    taken, limit = _operations().rigl_keras_scratch_bytes(
+        images=tf.constant(images, tf.int64),
+        kernel=tf.constant(kernel, tf.int64),
+        strides=[1, *strides, 1],
+        padding=padding.upper(),
+        dilations=[1, *dilations, 1],
+    )
+    forward, both = taken.numpy().tolist()
+    return forward, both, int(limit)
 
 
 def instruction_set() -> str:
