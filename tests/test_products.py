@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import json
 import math
+import os
 import re
 
 import keras
@@ -690,7 +691,10 @@ def test_a_dense_layer_is_timed_as_a_convolution(cache, timings):
         '{"a": [1, "2", 3]}',
         '{"a": [1, 0, 3]}',
         '{"a": null}',
+        '{"a": [-1, 2, 3]}',
+        '{"a": [1, NaN, 3]}',
         b"\xff\xfe\x00",
+        b"[" * 200_000,
     ],
 )
 def test_a_damaged_cache_is_written_anew(cache, timings, damaged):
@@ -734,9 +738,20 @@ def test_what_the_choice_depends_on(cache, timings, monkeypatch):
     choice.choose(BIG, 0.11)
     assert len(timings) == 7
     assert timings[-1] == (BIG, 0.15)
-    monkeypatch.setattr(choice, "dense_library", lambda: "another")
-    choice.choose(BIG, 0.11)
-    assert len(timings) == 8
+    # Another machine of those that share a home, and another program.
+    for name in ("dense_library", "_processor", "_cores", "_program"):
+        before = len(timings)
+        monkeypatch.setattr(choice, name, lambda: "another")
+        choice.choose(BIG, 0.11)
+        assert len(timings) == before + 1, name
+    assert len(json.loads(cache.read_text())) == len(timings)
+
+
+def test_what_a_machine_and_a_program_are():
+    name = choice._processor()
+    assert name and len(name.split()) == 1
+    assert 1 <= choice._cores() <= os.cpu_count()
+    assert re.fullmatch("[0-9a-f]{12}", choice._program())
 
 
 def test_it_is_said_once_what_takes_its_time(cache, timings, caplog):
