@@ -1,12 +1,10 @@
 """`Masked`: a Keras wrapper that holds the mask of the layer it wraps."""
 
-import contextlib
-import contextvars
 import dataclasses
 import functools
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import keras
 import numpy as np
@@ -15,6 +13,17 @@ import tensorflow as tf
 from rigl_keras import arguments, kernels, products
 from rigl_keras.drawing import draw_mask
 from rigl_keras.maskable import Kernel, find_kernels, kernel_at
+from rigl_keras.tracing import (
+    KernelScope,
+    called_kernels,
+    dense_gradients,
+    gradients_are_dense,
+    masks_applied,
+    masks_are_applied,
+    note_called,
+    product,
+    zero_outside,
+)
 
 __all__ = [
     "GRANULARITIES",
@@ -34,10 +43,6 @@ __all__ = [
 
 GRANULARITIES = ("element", "kernel")
 
-_dense_gradients = contextvars.ContextVar("dense_gradients", default=False)
-_called = contextvars.ContextVar("called", default=None)
-_masks_applied = contextvars.ContextVar("masks_applied", default=False)
-
 
 def check_granularity(granularity: str) -> None:
     """Raises ValueError unless it is one of `GRANULARITIES`."""
@@ -46,76 +51,6 @@ def check_granularity(granularity: str) -> None:
             f"granularity must be one of {GRANULARITIES}. Received: "
             f"granularity={granularity!r}."
         )
-
-
-@contextlib.contextmanager
-def dense_gradients() -> Iterator[None]:
-    """Within the context, masked layers pass dense gradients to kernels.
-
-    What counts is where the forward pass is traced. Outside, the gradient
-    that reaches a kernel is zero where its mask is; inside, it is dL/d(w m) at
-    every entry, which is what RigL grows by (Evci et al., 2020, section 3).
-
-    Example:
-
-    >>> with dense_gradients(), tf.GradientTape() as tape:
-    ...     loss = tf.reduce_sum(masked_layer(inputs))
-    >>> tape.gradient(loss, masked_layer.kernel.value)  # nowhere masked
-    """
-    token = _dense_gradients.set(True)
-    try:
-        yield
-    finally:
-        _dense_gradients.reset(token)
-
-
-@contextlib.contextmanager
-def masks_applied() -> Iterator[None]:
-    """Within the context, masked layers use kernels as they are.
-
-    For inference, whose kernels are zero outside their masks: the product
-    would be the kernel again, and the mask one more array to keep.
-    """
-    token = _masks_applied.set(True)
-    try:
-        yield
-    finally:
-        _masks_applied.reset(token)
-
-
-def zero_outside(mask: keras.Variable, tensor) -> tf.Tensor:
-    """Returns a tensor with zeros where a mask has them.
-
-    A product would keep a NaN or an infinity that lies there.
-
-    Args:
-        mask: Variable of zeros and ones.
-        tensor: Float tensor or variable of its shape.
-
-    Returns:
-        Tensor of the same shape and dtype.
-    """
-    tensor = tf.convert_to_tensor(tensor)
-    kept = tf.convert_to_tensor(mask.value) > 0
-    return tf.where(kept, tensor, tf.zeros_like(tensor))
-
-
-@contextlib.contextmanager
-def called_kernels() -> Iterator[dict[int, str]]:
-    """Gives the kernels that layers multiply by masks within the context.
-
-    A `tf.function` that was traced before multiplies no more: it has no part
-    in what `dense_gradients` says of a later call.
-
-    Yields:
-        `{id of the kernel: name}`, filled as layers are called.
-    """
-    kernels: dict[int, str] = {}
-    token = _called.set(kernels)
-    try:
-        yield kernels
-    finally:
-        _called.reset(token)
 
 
 class KernelMask:
@@ -193,25 +128,19 @@ class KernelMask:
         """
         return tf.broadcast_to(tensor, self.kernel.shape)
 
-    def note_called(self) -> None:
-        """Tells `called_kernels` that a layer is multiplied by this mask."""
-        if _called.get() is not None:
-            _called.get()[id(self.kernel)] = self.name
-
     def masked_kernel(self, kernel=None) -> tf.Tensor:
         """Returns kernel x mask, through which training differentiates.
 
         Args:
             kernel: The kernel's value. None: that of the variable.
         """
-        self.note_called()
+        note_called(self.kernel, self.name)
         if kernel is None:
             kernel = self.kernel.value
         kernel = tf.convert_to_tensor(kernel)
-        if _masks_applied.get():
+        if masks_are_applied():
             return kernel
-        mask = tf.cast(self.mask.value, kernel.dtype)
-        return _product(kernel, mask, _dense_gradients.get())
+        return product(kernel, tf.cast(self.mask.value, kernel.dtype))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -411,16 +340,11 @@ class Masked(KernelMask, keras.layers.Wrapper):
         return super().__call__(*args, **kwargs)
 
     def _call_masked(self, *args, **kwargs):
-        with KernelScope() as scope:
+        with KernelScope(self.masked_kernels()) as scope:
             if self._is_sparse(args, kwargs):
                 return self._sparse_outputs(scope, *args)
-            for masked in self.masked_kernels():
-                kernel = scope.value_outside(masked.kernel)
-                scope.give(masked.kernel, masked.masked_kernel(kernel))
+            scope.multiply_ahead()
             outputs = self.layer(*args, **kwargs)
-        # What the layer has assigned: statistics, generators, RNN states.
-        for variable in scope.assigned.values():
-            variable.assign(scope.get_current_value(variable))
         for loss in scope.losses:  # activity regularisation
             self.add_loss(tf.identity(loss))
         return outputs
@@ -432,9 +356,10 @@ class Masked(KernelMask, keras.layers.Wrapper):
         # Keras tells dense layers whether they are trained: all the same here.
         if len(args) != 1 or kwargs.keys() - {"training"}:
             return False
-        if not tf.is_tensor(args[0]) or args[0].dtype != tf.float32:
+        # `tf.is_tensor` takes SparseTensors and RaggedTensors for tensors.
+        if not isinstance(args[0], tf.Tensor) or args[0].dtype != tf.float32:
             return False
-        if _masks_applied.get() or self.why_dense() or products.only_dense():
+        if masks_are_applied() or self.why_dense() or products.only_dense():
             return False
         return self.choose_product(args[0].shape).sparse
 
@@ -482,13 +407,13 @@ class Masked(KernelMask, keras.layers.Wrapper):
         self._chosen.by_shape.clear()
 
     def _sparse_outputs(self, scope, inputs):
-        self.note_called()
+        note_called(self.kernel, self.name)
         return products.outputs(
             self.layer,
             inputs,
             tf.convert_to_tensor(scope.value_outside(self.kernel)),
             tf.convert_to_tensor(self.mask.value),
-            dense_gradient=_dense_gradients.get(),
+            dense_gradient=gradients_are_dense(),
         )
 
     def __getattr__(self, name):
@@ -626,39 +551,6 @@ class _ChosenProducts:
 _OF_ONE_KERNEL = ("density", "found", "kernel", "mask")
 
 
-class KernelScope(keras.StatelessScope):
-    """A scope that gives kernels other values, and keeps what is assigned.
-
-    All else is as it is outside, where another scope may be (stateless_call).
-    """
-
-    def __init__(self):
-        super().__init__(collect_losses=True)
-        self.assigned = {}
-
-    def give(self, variable, value):
-        """Has a variable read as a value."""
-        self.state_mapping[id(variable)] = value
-
-    def value_outside(self, variable):
-        """Returns a variable's value outside, in its own precision."""
-        outer = self.original_scope
-        value = None if outer is None else outer.get_current_value(variable)
-        # `variable.value` would be in the precision of the call.
-        return variable._value if value is None else value
-
-    def add_update(self, update):
-        variable, _ = update
-        self.assigned[id(variable)] = variable
-        super().add_update(update)
-
-    def get_current_value(self, variable):
-        value = super().get_current_value(variable)
-        if value is None and self.original_scope is not None:
-            return self.original_scope.get_current_value(variable)
-        return value
-
-
 def show_to_tensorflow(layer, variables: Sequence[keras.Variable]) -> None:
     """Has `tf.train.Checkpoint` save variables with a layer.
 
@@ -690,17 +582,6 @@ def _with_signature_of(call, function):
         return function(*args, **kwargs)
 
     return with_signature
-
-
-def _product(kernel, mask, dense):
-    @tf.custom_gradient
-    def product(kernel, mask):
-        def gradient(upstream):
-            return (upstream if dense else upstream * mask), None
-
-        return kernel * mask, gradient
-
-    return product(kernel, mask)
 
 
 class MaskProjection(keras.constraints.Constraint):

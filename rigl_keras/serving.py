@@ -379,9 +379,6 @@ class Served(tf.Module):
                 for variable, kernel in zip(replaced, kernels, strict=True):
                     scope.give(variable, kernel)
                 outputs = call_model(model, signature.pack(inputs))
-            # The states of stateful layers.
-            for variable in scope.assigned.values():
-                variable.assign(scope.get_current_value(variable))
             return named_outputs(outputs)
 
         self.function = serve.get_concrete_function(**signature.inputs)

@@ -1,0 +1,282 @@
+"""What a kernel reads as while a masked layer is called: kernel x mask.
+
+The product is made where the kernel is read, so that whatever looks for the
+variable there finds it: rematerialisation, control flow, custom gradients.
+What the layer assigns is assigned at once.
+"""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator, Sequence
+
+import keras
+import tensorflow as tf
+from tensorflow.python.ops import custom_gradient as tf_custom_gradient
+
+__all__ = [
+    "KernelScope",
+    "called_kernels",
+    "dense_gradients",
+    "gradients_are_dense",
+    "masks_applied",
+    "masks_are_applied",
+    "note_called",
+    "product",
+    "zero_outside",
+]
+
+_dense_gradients = contextvars.ContextVar("dense_gradients", default=False)
+_called = contextvars.ContextVar("called", default=None)
+_masks_applied = contextvars.ContextVar("masks_applied", default=False)
+# The scope of the masked layer that is called.
+_scope = contextvars.ContextVar("scope", default=None)
+# The function with a gradient of its own that runs, or that gradient.
+_custom = contextvars.ContextVar("custom", default=None)
+
+
+@contextlib.contextmanager
+def _set(variable, value):
+    token = variable.set(value)
+    try:
+        yield
+    finally:
+        variable.reset(token)
+
+
+@contextlib.contextmanager
+def dense_gradients() -> Iterator[None]:
+    """Within the context, masked layers pass dense gradients to kernels.
+
+    What counts is where the forward pass is traced. Outside, the gradient
+    that reaches a kernel is zero where its mask is; inside, it is dL/d(w m) at
+    every entry, which is what RigL grows by (Evci et al., 2020, section 3).
+
+    Example:
+
+    >>> with dense_gradients(), tf.GradientTape() as tape:
+    ...     loss = tf.reduce_sum(masked_layer(inputs))
+    >>> tape.gradient(loss, masked_layer.kernel.value)  # nowhere masked
+    """
+    with _set(_dense_gradients, True):
+        yield
+
+
+def gradients_are_dense() -> bool:
+    """Returns whether this is within `dense_gradients`."""
+    return _dense_gradients.get()
+
+
+@contextlib.contextmanager
+def masks_applied() -> Iterator[None]:
+    """Within the context, masked layers use kernels as they are.
+
+    For inference, whose kernels are zero outside their masks: the product
+    would be the kernel again, and the mask one more array to keep.
+    """
+    with _set(_masks_applied, True):
+        yield
+
+
+def masks_are_applied() -> bool:
+    """Returns whether this is within `masks_applied`."""
+    return _masks_applied.get()
+
+
+@contextlib.contextmanager
+def called_kernels() -> Iterator[dict[int, str]]:
+    """Gives the kernels that layers multiply by masks within the context.
+
+    A `tf.function` that was traced before multiplies no more: it has no part
+    in what `dense_gradients` says of a later call.
+
+    Yields:
+        `{id of the kernel: name}`, filled as layers are called.
+    """
+    kernels: dict[int, str] = {}
+    with _set(_called, kernels):
+        yield kernels
+
+
+def note_called(kernel: keras.Variable, name: str) -> None:
+    """Tells `called_kernels` that a layer multiplies a kernel by its mask."""
+    if _called.get() is not None:
+        _called.get()[id(kernel)] = name
+
+
+def zero_outside(mask: keras.Variable, tensor) -> tf.Tensor:
+    """Returns a tensor with zeros where a mask has them.
+
+    A product would keep a NaN or an infinity that lies there.
+
+    Args:
+        mask: Variable of zeros and ones.
+        tensor: Float tensor or variable of its shape.
+
+    Returns:
+        Tensor of the same shape and dtype.
+    """
+    tensor = tf.convert_to_tensor(tensor)
+    kept = tf.convert_to_tensor(mask.value) > 0
+    return tf.where(kept, tensor, tf.zeros_like(tensor))
+
+
+def product(kernel: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
+    """Returns kernel x mask, whose gradient is masked, or dense if so asked.
+
+    Args:
+        kernel: Float tensor.
+        mask: Zeros and ones, of the kernel's shape and dtype.
+    """
+    dense = _dense_gradients.get()
+
+    @tf.custom_gradient
+    def multiply(kernel, mask):
+        def gradient(upstream):
+            return (upstream if dense else upstream * mask), None
+
+        return kernel * mask, gradient
+
+    return multiply(kernel, mask)
+
+
+class KernelScope(keras.StatelessScope):
+    """A scope in which kernels read as other values than they hold.
+
+    All else is as it is outside, where another scope may be (stateless_call):
+    what is read, and what is assigned, which is assigned at once.
+
+    Args:
+        masked: The `KernelMask`s of kernels that read as kernel x mask.
+    """
+
+    def __init__(self, masked: Sequence = ()):
+        super().__init__(collect_losses=True)
+        self._masked = {id(m.kernel): m for m in masked}
+        self._given = {}
+        self._made = {}
+        self.original_scope = None
+
+    def __enter__(self):
+        self._token = _scope.set(self)
+        self._custom = _custom.get()
+        self._graph = tf.compat.v1.get_default_graph()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        _scope.reset(self._token)
+
+    def give(self, variable: keras.Variable, value: tf.Tensor) -> None:
+        """Has a variable read as a value."""
+        self._given[id(variable)] = value
+
+    def multiply_ahead(self) -> None:
+        """Makes the products of a graph here, rather than at each reading.
+
+        The cell of an RNN would multiply at each time step. Products that
+        nobody reads cost nothing: TensorFlow removes them from the graph.
+        """
+        if not tf.executing_eagerly():
+            for key, masked in self._masked.items():
+                self._made[key] = self._product(masked)
+
+    def value_outside(self, variable: keras.Variable):
+        """Returns a variable's value outside, in its own precision."""
+        outer = self.original_scope
+        value = None if outer is None else outer.get_current_value(variable)
+        # `variable.value` would be in the precision of the call.
+        return variable._value if value is None else value
+
+    def get_current_value(self, variable):
+        key = id(variable)
+        if key in self._given:
+            return self._given[key]
+        if key in self._masked:
+            if key in self._made and self._sees_what_was_made():
+                return self._made[key]
+            return self._product(self._masked[key])
+        return self.value_outside(variable)
+
+    def add_update(self, update):
+        variable, value = update
+        key = id(variable)
+        if key in self._masked:
+            # Nothing lies outside a mask, whoever assigns.
+            value = zero_outside(self._masked[key].mask, value)
+        self._given.pop(key, None)
+        self._made.pop(key, None)
+        if self.original_scope is None:
+            variable._direct_assign(value)
+        else:
+            self.original_scope.add_update((variable, value))
+
+    def again(self) -> "KernelScope":
+        """Returns a scope in which the same kernels read as they do here."""
+        scope = KernelScope()
+        scope._masked, scope._given = self._masked, self._given
+        return scope
+
+    def _product(self, masked):
+        return masked.masked_kernel(self.value_outside(masked.kernel))
+
+    def _sees_what_was_made(self):
+        # A custom gradient is asked for those of the variables that its
+        # function reads; a `tf.function` lives longer than this graph.
+        graph = tf.compat.v1.get_default_graph()
+        while graph is not self._graph:
+            if not getattr(graph, "is_control_flow_graph", False):
+                return False
+            graph = graph.outer_graph
+        return _custom.get() is self._custom
+
+
+# A custom gradient may call layers once more: `tf.recompute_grad`, and so
+# `keras.remat`, does, and so do reversible layers. That is later, when the
+# scope and contexts of the forward pass are gone, and must read what the
+# forward pass has read, and pass gradients on as it would have. TensorFlow
+# offers no other place than this to see to that. What was decorated before
+# this module was imported comes by here, too.
+
+
+def _in_context_of_call(function):
+    """Returns a function with gradient, the latter as where it was called."""
+
+    def with_gradient(*args, **kwargs):
+        scope = _scope.get()
+        contexts = [(v, v.get()) for v in (_dense_gradients, _masks_applied)]
+        here = object()
+        with _set(_custom, here):
+            outputs, gradient = function(*args, **kwargs)
+
+        def as_it_was(*args, **kwargs):
+            with contextlib.ExitStack() as stack:
+                for variable, value in contexts:
+                    stack.enter_context(_set(variable, value))
+                stack.enter_context(_set(_custom, here))
+                if scope is not None and scope is not _scope.get():
+                    stack.enter_context(scope.again())
+                return gradient(*args, **kwargs)
+
+        return outputs, _like(gradient, as_it_was)
+
+    return _like(function, with_gradient)
+
+
+def _like(function, decorated):
+    """Returns a function with the name and the arguments of another."""
+    return tf.__internal__.decorator.make_decorator(function, decorated)
+
+
+def _keep_contexts(name):
+    decorate = getattr(tf_custom_gradient, name)
+
+    def keeping(function, args, kwargs):
+        return decorate(_in_context_of_call(function), args, kwargs)
+
+    if not hasattr(decorate, "keeps_contexts"):  # the module is reloaded
+        keeping.keeps_contexts = True
+        setattr(tf_custom_gradient, name, keeping)
+
+
+_keep_contexts("_eager_mode_decorator")
+_keep_contexts("_graph_mode_decorator")
