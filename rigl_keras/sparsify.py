@@ -1,5 +1,6 @@
 """A dense model to a masked one and back; says what it skipped and why."""
 
+import contextlib
 import functools
 import math
 import os
@@ -362,20 +363,18 @@ def load_weights(model: keras.Model, path: str | os.PathLike) -> None:
             f"Model {model.name!r} has no masked layer. Keras loads weights "
             "into a dense model: model.load_weights(path)."
         )
-    variables = list(model.variables)
-    if getattr(model, "optimizer", None) is not None:
-        variables += model.optimizer.variables
-    before = [variable.numpy() for variable in variables]
     try:
-        with warnings.catch_warnings():
+        with _unchanged_by_errors(model):
             # Keras warns of each layer that does not fit, before it fails.
-            warnings.simplefilter("ignore")
-            # That of the class: a copy that `sparsify` makes has this one.
-            type(model).load_weights(model, path)
-        return
-    except (ValueError, OSError, KeyError) as error:
-        for variable, value in zip(variables, before, strict=True):
-            variable.assign(value)
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                # That of the class: a copy that `sparsify` makes has this one.
+                type(model).load_weights(model, path)
+    except ImportError:
+        raise
+    # A damaged file ends in whatever the readers of zip files, of HDF5 and of
+    # arrays run into: BadZipFile, RuntimeError, zlib.error, MemoryError, ...
+    except Exception as error:
         try:
             plain = strip_copy(model) if is_graph(model) else None
         except CannotCopy:
@@ -387,11 +386,19 @@ def load_weights(model: keras.Model, path: str | os.PathLike) -> None:
                 "loaded into a dense one of its class, and "
                 "with_masks(dense, masked_layers(model).masks) masks them."
             ) from error
+    else:
+        # No file of ours holds weights outside its masks.
+        for masked in masked_layers(model):
+            masked.assign_mask(masked.mask)
+        for warning in said:
+            warnings.warn(str(warning.message), warning.category, stacklevel=2)
+        return
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             plain.load_weights(path)
-    except (ValueError, OSError, KeyError) as error:
+        _check_no_masks(model, plain)
+    except Exception as error:
         raise ValueError(
             f"{str(path)!r} holds the weights of another network than "
             f"{model.name!r}, masked or dense, or cannot be read: "
@@ -413,6 +420,45 @@ def load_weights(model: keras.Model, path: str | os.PathLike) -> None:
         f"{model.name!r} were applied, and set {removed:,} of them to zero.",
         stacklevel=2,
     )
+
+
+@contextlib.contextmanager
+def _unchanged_by_errors(model):
+    """Puts a model's variables back if the context ends in an error.
+
+    Those of its optimizer and metrics as well, which a file may hold.
+    """
+    variables = [*model.variables]
+    if getattr(model, "optimizer", None) is not None:
+        variables += model.optimizer.variables
+    for metric in model.metrics:
+        variables += metric.variables
+    before = [variable.numpy() for variable in variables]
+    try:
+        yield
+    except BaseException:  # Ctrl-C as well
+        for variable, value in zip(variables, before, strict=True):
+            variable.assign(value)
+        raise
+
+
+def _check_no_masks(model, plain):
+    """Refuses masks that were read as kernels.
+
+    Within a model of the user's own class a mask lies in a file where the dense
+    layer has its first weight. If that has no bias, and the kernel in the file
+    is damaged, what is left looks like the file of a dense model.
+    """
+    for layer, loaded in zip(
+        leaf_layers(model), leaf_layers(plain), strict=True
+    ):
+        for path in layer.kernels if isinstance(layer, Masked) else ():
+            values = np.unique(kernel_at(loaded, path).variable.numpy())
+            if np.array_equal(values, [0, 1]):
+                raise ValueError(
+                    f"The kernel {path!r} of layer {layer.name!r} holds zeros "
+                    "and ones alone, as masks do: the file is damaged."
+                )
 
 
 def _loading(model):
