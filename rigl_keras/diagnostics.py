@@ -15,6 +15,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from rigl_keras import writing
 from rigl_keras.events import forget_events
 from rigl_keras.flops import Count, count
 from rigl_keras.layers import KernelMask
@@ -464,7 +465,7 @@ class TopologyDiagnostics(keras.callbacks.Callback):
         if self.log_dir is not None:
             self.log_dir.mkdir(parents=True, exist_ok=True)
             text = as_csv(self.rows, header=True)
-            _replace(self._csv, text.encode())
+            writing.write(self._csv, text)
             forget_events(self.log_dir, first_step=step, prefix=_PREFIX)
             self._writer = tf.summary.create_file_writer(str(self.log_dir))
             self._write_scalars(self.rows[kept:])
@@ -519,6 +520,7 @@ class TopologyDiagnostics(keras.callbacks.Callback):
             return
         with self._csv.open("a", newline="") as file:
             file.write(as_csv(self.rows[self._written :]))
+        writing.keep(self._csv)
         self._written = len(self.rows)
         archive = io.BytesIO()
         np.savez(
@@ -528,7 +530,7 @@ class TopologyDiagnostics(keras.callbacks.Callback):
             initial=self._initial_bits.numpy(),
             ever=self._ever_bits.numpy(),
         )
-        _replace(self.log_dir / "topology.npz", archive.getvalue())
+        writing.write(self.log_dir / "topology.npz", archive.getvalue())
         self._writer.flush()
 
     def _write_scalars(self, rows, columns=_SCALARS):
@@ -663,10 +665,3 @@ def _unpacked(packed, like):
             like.items(), np.split(bits, ends)[:-1], strict=True
         )
     }
-
-
-def _replace(path, content):
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_bytes(content)
-    temporary.replace(path)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import tensorflow as tf
 
+from rigl_keras import writing
+
 __all__ = ["event_files", "forget_events"]
 
 
@@ -34,12 +36,14 @@ def forget_events(
         own = all(tag.startswith(prefix) for tag in tags)
         if not own or len(kept) == len(events):
             continue
-        # By another name until it is whole, which TensorBoard does not read.
-        unfinished = path.with_name("events.unfinished")
-        with tf.io.TFRecordWriter(str(unfinished)) as writer:
-            for record in kept:
-                writer.write(record)
-        unfinished.replace(path)
+        with writing.unfinished_folder(path.parent) as unfinished:
+            # By another name until it is whole, which TensorBoard does not
+            # read.
+            file = unfinished / "events.unfinished"
+            with tf.io.TFRecordWriter(str(file)) as writer:
+                for record in kept:
+                    writer.write(record)
+            writing.put(file, path)
 
 
 def _records(path):

@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,10 +20,13 @@ import tensorflow as tf
 __all__ = [
     "UNFINISHED",
     "DiskFullError",
+    "disk_is_full",
     "keep",
     "lock",
     "naming",
+    "put",
     "set_aside",
+    "sign",
     "unfinished_folder",
     "whole",
     "write",
@@ -63,12 +67,22 @@ def naming(path: str | os.PathLike, *, advice: str) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, tf.errors.OpError) as error:
+        reason = None
+        if not isinstance(error, DiskFullError):  # which has its name
+            reason = disk_is_full(error)
+        if reason is None:
+            raise
+        raise DiskFullError(path, reason, advice) from error
+
+
+def disk_is_full(error: Exception) -> str | None:
+    """Returns what the system says, if an error is that a disk is full."""
+    for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        reason = os.strerror(code)
         # TensorFlow and HDF5 tell by their message alone.
-        for code in (errno.ENOSPC, errno.EDQUOT):
-            reason = os.strerror(code)
-            if getattr(error, "errno", None) == code or reason in str(error):
-                raise DiskFullError(path, reason, advice) from error
-        raise
+        if getattr(error, "errno", None) == code or reason in str(error):
+            return reason
+    return None
 
 
 @contextlib.contextmanager
@@ -92,21 +106,43 @@ def lock(
     Raises:
         OSError: The file cannot be made, or its file system has no locks.
     """
+    descriptor = _locked(path, shared=shared, wait=wait)
+    try:
+        yield descriptor
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _locked(path, *, shared, wait):
+    """Returns the descriptor of a file that is locked now, or None."""
     import fcntl  # not on every platform that exports
 
-    # Who may write the file is up to the umask: a folder of results may be a
-    # group's.
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    while True:
+        # Who may write the file is up to the umask: a folder of results may
+        # be a group's.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(descriptor, kind | (0 if wait else fcntl.LOCK_NB))
+            with contextlib.suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                    return descriptor
+            # Who had the lock has removed the file: there may be another one.
+            os.close(descriptor)
         except BlockingIOError:
-            yield None
-        else:
-            yield descriptor
-    finally:
-        os.close(descriptor)
+            os.close(descriptor)
+            return None
+        except BaseException:  # Ctrl-C as well
+            os.close(descriptor)
+            raise
+
+
+def sign(descriptor: int) -> None:
+    """Writes who has a lock into its file: machine, process and time."""
+    who = f"{platform.node()} {os.getpid()} {time.time():.0f}\n"
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, who.encode(), 0)
 
 
 def write(path: str | os.PathLike, content: str | bytes) -> None:
@@ -133,9 +169,14 @@ def whole(path: str | os.PathLike) -> Iterator[Path]:
     with unfinished_folder(path.parent) as folder:
         # Of the same name: Keras knows the format by it.
         yield folder / path.name
-        keep(folder / path.name)
-        (folder / path.name).replace(path)
-        keep(path.parent)
+        put(folder / path.name, path)
+
+
+def put(finished: Path, path: Path) -> None:
+    """Puts a file that is finished at `path`, in the place of what is there."""
+    keep(finished)
+    finished.replace(path)
+    keep(path.parent)
 
 
 @contextlib.contextmanager
@@ -292,6 +333,7 @@ def _put(new, target, old, replace):
     try:
         if os.path.lexists(target):
             target.rename(old)
+            keep(old.parent)
         new.rename(target)
     except BaseException:  # Ctrl-C as well
         if os.path.lexists(old) and not os.path.lexists(target):

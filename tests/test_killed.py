@@ -9,6 +9,7 @@ import csv
 import json
 import os
 import pathlib
+import platform
 import random
 import shutil
 import signal
@@ -239,7 +240,8 @@ def kill(folder):
             elif report["while saving"] < AIMED:
                 kind = "while saving"
                 epoch = min(next_epoch(run_dir) + draw.randrange(3), EPOCHS)
-                moment = f"{run_dir}/checkpoints/.unfinished-*/epoch-{epoch}"
+                moment = f"{run_dir}/checkpoints/.unfinished-{platform.node()}"
+                moment += f"-*/epoch-{epoch}"
             status = attempt(lambda: train(run_dir, point), moment)  # noqa: B023
             assert status in (0, -signal.SIGKILL)
             report[kind] += status != 0

@@ -22,7 +22,7 @@ import tensorflow as tf
 
 import rigl_keras
 from rigl_keras import topology
-from rigl_keras.experiments import data
+from rigl_keras.experiments import data, exits
 from rigl_keras.timing import interleaved
 
 __all__ = ["input_pipeline", "mask_update", "stepper", "training_step"]
@@ -254,6 +254,7 @@ def main() -> None:
     if sys.argv[1:2] and sys.argv[1] in benchmark_kernels.PARTS:
         run_part = benchmark_kernels.define_command(sys.argv[1])
         flags.adopt_module_key_flags(benchmark_kernels)  # for --help
+        run_part = exits.one_line(f"benchmark {sys.argv[1]}", run_part)
         app.run(run_part, argv=[sys.argv[0], *sys.argv[2:]])
         return
     part = flags.DEFINE_enum(
@@ -309,7 +310,7 @@ def main() -> None:
             if rate:
                 print(f"  {'the training step above':46}{rate:9.0f} images/s")
 
-    app.run(run)
+    app.run(exits.one_line("benchmark", run))
 
 
 if __name__ == "__main__":

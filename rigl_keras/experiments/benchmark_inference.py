@@ -36,7 +36,7 @@ import tensorflow as tf
 import rigl_keras
 from rigl_keras import arguments, artefacts, serving
 from rigl_keras.compaction import fold_batch_norm, remove_dead_units
-from rigl_keras.experiments import torch_network
+from rigl_keras.experiments import exits, torch_network
 from rigl_keras.experiments.inference_comparison import (
     COMPACT,
     DENSE,
@@ -375,14 +375,14 @@ def main() -> None:
         except ValueError as error:
             print(f"benchmark_inference: {error}", file=sys.stderr)
             sys.exit(2)
+        print(comparison, flush=True)  # before a disk is full
         if json_path.value:
             comparison.save(json_path.value)
-        print(comparison)
         if figure.value:
             draw(comparison, figure.value)
             print(f"Figure: {figure.value}")
 
-    app.run(run)
+    app.run(exits.one_line("benchmark_inference", run))
 
 
 if __name__ == "__main__":

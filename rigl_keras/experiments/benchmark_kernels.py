@@ -24,7 +24,7 @@ import tensorflow as tf
 import tqdm
 
 import rigl_keras
-from rigl_keras import arguments, kernels
+from rigl_keras import arguments, kernels, writing
 from rigl_keras.distributions import DISTRIBUTIONS
 from rigl_keras.experiments import torch_network
 from rigl_keras.experiments.benchmark import stepper
@@ -686,5 +686,5 @@ def _write(part, measured, folder):
     )
     table, image = folder / f"{part}.csv", folder / f"{part}.png"
     write_csv(measured, table)
-    image.write_bytes(figures.as_png(figure))
+    writing.write(image, figures.as_png(figure))
     return table, image

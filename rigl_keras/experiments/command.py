@@ -11,7 +11,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 import gin
-from rigl_keras.experiments import config, data, devices
+from rigl_keras.experiments import config, data, devices, exits
 from rigl_keras.experiments.run_directory import RunDirectory
 from rigl_keras.writing import DiskFullError
 
@@ -126,12 +126,17 @@ def run(
         parts += [f"density{density}"] if density is not None else []
         parts += [f"seed{seed}"] if seed is not None else []
         run_dir = "runs/" + "-".join(parts)
-    directory = RunDirectory(
+    with RunDirectory(
         run_dir,
         config=gin.config_str(),
         resume=resume,
         writes=devices.is_chief(strategy),
-    )
+    ) as directory:
+        return _run(directory, exports, data_dir, strategy)
+
+
+def _run(directory, exports, data_dir, strategy):
+    """Runs the configuration in a directory, which this process has."""
     print(f"Run directory: {directory.path}")
     # Workers meet here, when each has found the directory in order.
     with devices.make_strategy(strategy).scope():
@@ -252,4 +257,4 @@ def _main(argv):
 def main() -> None:
     """Reads the command line and runs it."""
     _define_flags()
-    app.run(_main)
+    app.run(exits.one_line("train", _main))

@@ -21,7 +21,7 @@ import numpy as np
 import rigl_keras
 from rigl_keras import artefacts, serving
 from rigl_keras.arguments import boolean, choice
-from rigl_keras.experiments import data
+from rigl_keras.experiments import data, exits
 from rigl_keras.experiments.run_directory import EarlierRun
 from rigl_keras.export_report import ExportReport
 from rigl_keras.sparsify import first_line
@@ -320,7 +320,7 @@ def main() -> None:
             print("export: interrupted, nothing half-written", file=sys.stderr)
             sys.exit(130)
 
-    app.run(run)
+    app.run(exits.one_line("export", run))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from rigl_keras import writing
+
 __all__ = [
     "COMPACT",
     "DENSE",
@@ -100,7 +102,7 @@ class Comparison:
     def save(self, path: str | os.PathLike) -> None:
         """Writes it as JSON."""
         content = json.dumps(dataclasses.asdict(self), indent=2)
-        Path(path).write_text(content + "\n")
+        writing.write(path, content + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Comparison":
@@ -237,7 +239,8 @@ def draw(comparison: Comparison, path: str | os.PathLike) -> None:
         handlelength=2.5,
         handleheight=1.2,
     )
-    figure.savefig(path, dpi=120)
+    with writing.whole(path) as unfinished:
+        figure.savefig(unfinished, dpi=120)
 
 
 def _draw_panel(axes, comparison, model, batch):

@@ -2,11 +2,13 @@
 
 import csv
 import dataclasses
+import io
 import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+
+from rigl_keras import writing
 
 __all__ = [
     "Line",
@@ -173,15 +175,16 @@ def write_csv(
         {**dataclasses.asdict(m), "speed_up": m.speed_up} for m in measurements
     ]
     names = [name for name in rows[0] if any(row[name] != "" for row in rows)]
-    with Path(path).open("w", newline="") as file:
-        table = csv.DictWriter(
-            file, names, extrasaction="ignore", lineterminator="\n"
+    file = io.StringIO()
+    table = csv.DictWriter(
+        file, names, extrasaction="ignore", lineterminator="\n"
+    )
+    table.writeheader()
+    for row in rows:
+        table.writerow(
+            {
+                name: f"{value:.6g}" if isinstance(value, float) else value
+                for name, value in row.items()
+            }
         )
-        table.writeheader()
-        for row in rows:
-            table.writerow(
-                {
-                    name: f"{value:.6g}" if isinstance(value, float) else value
-                    for name, value in row.items()
-                }
-            )
+    writing.write(path, file.getvalue())

@@ -19,8 +19,10 @@ from pathlib import Path
 
 from absl import app, flags, logging
 
+from rigl_keras import writing
 from rigl_keras.experiments import (
     costs,
+    exits,
     figures,
     plans,
     published,
@@ -994,6 +996,7 @@ def write(made: Report, output: str | os.PathLike) -> list[Path]:
 
     Raises:
         ValueError: The folder cannot be written to.
+        DiskFullError: There is no room.
     """
     output = Path(output)
     table = io.StringIO()
@@ -1013,14 +1016,15 @@ def write(made: Report, output: str | os.PathLike) -> list[Path]:
     try:
         (output / "figures").mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
-            path = output / name
-            unfinished = path.with_name(f".unfinished-{path.name}")
-            unfinished.write_bytes(content)
-            unfinished.replace(path)
+            writing.write(output / name, content)
         # Figures of a report before this one.
         for name in set(_PICTURES) - set(pictures):
             (output / "figures" / f"{name}.png").unlink(missing_ok=True)
     except OSError as error:
+        reason = writing.disk_is_full(error)
+        if reason:
+            advice = "Make room, or pass another --output."
+            raise writing.DiskFullError(output, reason, advice) from error
         raise ValueError(
             f"{str(output)!r} cannot be written to ({error.strerror}). Pass "
             "--output with a folder that can be, or that can be made."
@@ -1072,7 +1076,7 @@ def main() -> None:
         print("\n".join(printable(str(path)) for path in written))
         _tell(found, made.notes)
 
-    app.run(run)
+    app.run(exits.one_line("report", run))
 
 
 def _tell(found, notes):

@@ -20,7 +20,7 @@ from absl import app, flags, logging
 
 import gin
 from rigl_keras import reading
-from rigl_keras.experiments import costs, data, plans
+from rigl_keras.experiments import costs, data, exits, plans
 from rigl_keras.experiments.plans import Run
 from rigl_keras.experiments.results import Results
 from rigl_keras.experiments.rows import exact
@@ -281,7 +281,7 @@ def main() -> None:
         if failed:
             sys.exit(1)
 
-    app.run(run)
+    app.run(exits.one_line("reproduce", run))
 
 
 def check_data(runs: Sequence[Run], *, data_dir: str | None = None) -> None:

@@ -13,19 +13,22 @@ killed the claim is free again, and whoever takes it continues the run.
 """
 
 import contextlib
-import fcntl
+import functools
 import json
 import os
-import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from rigl_keras import reading
+from rigl_keras import reading, writing
 from rigl_keras.experiments.plans import Run
 
 __all__ = ["Results"]
 
+# A full disk is an error that names the file.
+_naming = functools.partial(
+    writing.naming,
+    advice="Make room; the same command goes on from there.",
+)
 # What tells a file from one that had its name before or after it.
 Stamp = tuple[int, int, str]
 
@@ -145,7 +148,8 @@ class Results:
             holds the claim as well; or None where another process has it.
         """
         folder = self.folder(run)
-        folder.mkdir(exist_ok=True)
+        with _naming(folder):
+            folder.mkdir(exist_ok=True)
         with _lock(folder / "claim") as claim:
             if claim is not None:
                 about = json.dumps(run.as_json(), indent=2) + "\n"
@@ -156,33 +160,26 @@ class Results:
 @contextlib.contextmanager
 def _lock(path, *, shared=False):
     """Locks a file, and yields its descriptor, or None if it is locked."""
-    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield None
-            return
+            with _naming(path):
+                descriptor = stack.enter_context(
+                    writing.lock(path, shared=shared, wait=False)
+                )
+                if descriptor is not None and not shared:
+                    writing.sign(descriptor)
+        except writing.DiskFullError:
+            raise
         except OSError as error:
             raise ValueError(
                 f"{str(path)!r} cannot be locked ({error.strerror}), so that "
                 "others could train the same run. Pass --results_dir with a "
-                "folder on a file system that has locks."
+                "folder that you can write, on a file system that has locks."
             ) from error
-        if shared:
-            yield descriptor
-            return
-        os.ftruncate(descriptor, 0)
-        who = f"{socket.gethostname()} {os.getpid()} {time.time():.0f}\n"
-        os.pwrite(descriptor, who.encode(), 0)
         yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 def _write(path, text):
     """Writes a file whole or not at all; who writes has the claim."""
-    unfinished = path.with_name(f".unfinished-{path.name}")
-    unfinished.write_text(text)
-    unfinished.replace(path)
+    with _naming(path):
+        writing.write(path, text)

@@ -6,10 +6,12 @@ import errno
 import functools
 import io
 import json
+import logging
 import os
 import shutil
 import tempfile
 import warnings
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -20,6 +22,7 @@ import tensorflow as tf
 import rigl_keras
 from rigl_keras import writing
 from rigl_keras.experiments import devices
+from rigl_keras.writing import UNFINISHED, DiskFullError
 
 __all__ = [
     "Checkpoints",
@@ -47,16 +50,21 @@ _naming = functools.partial(
     "continue.",
 )
 
-# Before the name of a folder of files that are being written. A run that is
-# killed leaves it, and the next one removes it.
-_UNFINISHED = ".unfinished-"
+# In a run's folder, locked by the process that trains it.
+_LOCK = ".lock"
+
+_log = logging.getLogger("rigl_keras")
 
 
 class RunDirectory:
     """The folder of one run, which holds one configuration for good.
 
     Each file is written whole or not at all, so that a run which is killed,
-    or whose disk is full, loses no more than the epoch it was in.
+    whose disk is full or whose power is cut, loses no more than the epoch it
+    was in.
+
+    It belongs to one process at a time, until `close`, the end of a `with`
+    block, or the end of the process: the kernel frees the lock.
 
     config.gin            every binding the run was started with
     operative_config.gin  every value in use, defaults included
@@ -74,6 +82,7 @@ class RunDirectory:
     checkpoints/          the last three epochs, and the start
     result.json           written last: a run that has it is finished
     model.keras           the trained model, masks included
+    .lock                 locked while a process trains the run
 
     Args:
         path: The folder; made if it does not exist.
@@ -83,8 +92,10 @@ class RunDirectory:
             must all see the folder, one does.
 
     Raises:
-        ValueError: The folder cannot be written, holds another
-            configuration, or an unfinished run while `resume` is false.
+        ValueError: The folder cannot be written, is another process's, holds
+            another configuration, or an unfinished run while `resume` is
+            false.
+        DiskFullError: There is no room.
     """
 
     def __init__(
@@ -98,15 +109,38 @@ class RunDirectory:
         self.path = Path(path)
         self.writes = writes
         self._config = config
-        if writes:
-            self._make()
+        self._lock = contextlib.ExitStack()
+        # Of an object that nobody closes, when nobody has it any more.
+        weakref.finalize(self, self._lock.close)
+        try:
+            if writes:
+                self._make()
+                self._claim()
+            self._check(resume)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "RunDirectory":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Frees the folder for other processes."""
+        self._lock.close()
+
+    def _check(self, resume):
+        """Raises ValueError unless this run may be trained here."""
         stored = self.path / "config.gin"
         if stored.exists():
-            if stored.read_text() != config:
+            if stored.read_text() != self._config:
                 raise ValueError(
                     f"The run directory {str(self.path)!r} holds another "
-                    f"configuration: {_first_difference(stored, config)} "
-                    "Choose another --run_dir, or delete this one."
+                    "configuration: "
+                    f"{_first_difference(stored, self._config)} Choose "
+                    "another --run_dir, or delete this one."
                 )
             if not (resume or self.finished):
                 raise ValueError(
@@ -114,7 +148,11 @@ class RunDirectory:
                     "unfinished run of this configuration. Pass --resume to "
                     "continue it, or delete the folder."
                 )
-        elif writes and set(self.path.iterdir()) - set(_unfinished(self.path)):
+        elif self.writes and {
+            path
+            for path in self.path.iterdir()
+            if path.name != _LOCK and not path.name.startswith(UNFINISHED)
+        }:
             raise ValueError(
                 f"The run directory {str(self.path)!r} is not empty and holds "
                 "no run. Choose another --run_dir."
@@ -122,14 +160,45 @@ class RunDirectory:
 
     def _make(self):
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            with _unfinished_folder(self.path):
-                pass
+            with _naming(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+                with writing.unfinished_folder(self.path):
+                    pass
+        except DiskFullError:
+            raise
         except OSError as error:
             raise ValueError(
                 f"The run directory {str(self.path)!r} cannot be written "
                 f"({error.strerror}). Pass --run_dir with a folder that can."
             ) from error
+
+    def _claim(self):
+        """Takes the folder for this process."""
+        path = self.path / _LOCK
+        try:
+            with _naming(path):
+                claim = self._lock.enter_context(writing.lock(path, wait=False))
+                if claim is not None:
+                    # What is refused leaves nothing behind.
+                    self._lock.callback(
+                        _remove_unless, path, self.path / "config.gin"
+                    )
+                    writing.sign(claim)
+        except DiskFullError:
+            raise
+        except OSError as error:
+            _log.warning(
+                "The run directory %r cannot be locked (%s): start no other "
+                "process on it.",
+                str(self.path),
+                error.strerror,
+            )
+            return
+        if claim is None:
+            raise ValueError(
+                f"The run directory {str(self.path)!r} is in use by "
+                f"{_who(path)}. Wait for its end, or choose another --run_dir."
+            )
 
     def _write(self, name, text):
         if self.writes:
@@ -144,7 +213,7 @@ class RunDirectory:
         """
         if self.writes:
             for folder in (self.path, self.path / "weights"):
-                _remove_all(_unfinished(folder))
+                _remove_unfinished(folder)
         self._write("config.gin", self._config)
 
     @property
@@ -177,7 +246,8 @@ class RunDirectory:
         if not self.writes:
             return
         path = _weights_path(self.path, epoch)
-        path.parent.mkdir(exist_ok=True)
+        with _naming(path):
+            path.parent.mkdir(exist_ok=True)
         with _whole(path) as temporary:
             # HDF5 has pages to say where it runs out of space midway.
             size = sum(weights.nbytes for weights in model.get_weights())
@@ -462,7 +532,7 @@ class Checkpoints(keras.callbacks.Callback):
         _ = self._checkpoint.save_counter
         self._path, self._keep, self._writes = path, keep, writes
         if writes:
-            _remove_all(_unfinished(path))
+            _remove_unfinished(path)
         else:
             self._scratch = tempfile.TemporaryDirectory()
 
@@ -489,13 +559,15 @@ class Checkpoints(keras.callbacks.Callback):
             self._checkpoint.write(f"{self._scratch.name}/epoch")
             return
         path = self._path / f"epoch-{epoch}"
-        with _unfinished_folder(self._path) as folder, _naming(path):
-            self._checkpoint.write(str(folder / path.name))
-            # The index is the last to come and the first to go: where it is,
-            # the checkpoint is whole.
-            _remove_checkpoint(path)
-            for part in sorted(folder.iterdir()):  # .data-..., .index
-                part.replace(self._path / part.name)
+        with _naming(path):
+            self._path.mkdir(exist_ok=True)
+            with writing.unfinished_folder(self._path) as folder:
+                self._checkpoint.write(str(folder / path.name))
+                # The index is the last to come and the first to go: where it
+                # is, the checkpoint is whole.
+                _remove_checkpoint(path)
+                for part in sorted(folder.iterdir()):  # .data-..., .index
+                    writing.put(part, self._path / part.name)
         for old in list(self.saved.values())[: -self._keep]:
             _remove_checkpoint(old)
 
@@ -550,38 +622,36 @@ def _rows(path):
 
 
 def _write(path, text):
-    with _whole(path) as temporary:
-        temporary.write_text(text)
+    with _naming(path):
+        writing.write(path, text)
 
 
 @contextlib.contextmanager
 def _whole(path: Path) -> Iterator[Path]:
     """Gives a file to write, which then appears at `path`, whole."""
-    with _unfinished_folder(path.parent) as folder, _naming(path):
-        yield folder / path.name  # Keras knows the format by the name
-        (folder / path.name).replace(path)
+    with _naming(path), writing.whole(path) as unfinished:
+        yield unfinished
 
 
-@contextlib.contextmanager
-def _unfinished_folder(path: Path) -> Iterator[Path]:
-    """Gives a folder for files that are not whole yet, gone at the end."""
-    folder = path / f"{_UNFINISHED}{os.getpid()}"
-    with _naming(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder)
+def _remove_unfinished(folder):
+    """Removes what processes have left, of any machine; the run is ours."""
+    for left in folder.glob(f"{UNFINISHED}*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
-def _unfinished(path):
-    """Returns what runs that were killed have left in a folder."""
-    return list(path.glob(f"{_UNFINISHED}*"))
+def _remove_unless(path, config):
+    """Removes a lock of a run that was not begun."""
+    if not config.exists():
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
-def _remove_all(folders):
-    for folder in folders:
-        shutil.rmtree(folder)
+def _who(path):
+    """Returns which process says that it has a lock."""
+    with contextlib.suppress(OSError, ValueError):
+        machine, process, _ = path.read_text().split()
+        return f"process {process} on {machine}"
+    return "another process"
 
 
 def _remove_checkpoint(path):

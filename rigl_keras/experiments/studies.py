@@ -27,7 +27,7 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.storages import JournalStorage, journal
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from rigl_keras.writing import DiskFullError, naming
+from rigl_keras.writing import DiskFullError, lock, naming
 
 __all__ = ["Study"]
 
@@ -122,16 +122,12 @@ class Study:
             While some of these are `TrialState.RUNNING` ask again: they are
             free if their process is killed.
         """
-        claimed = None
-        try:
+        with contextlib.ExitStack() as claimed:
             with self._locked():
                 trial = self._next(trials)
                 if trial is not None:
-                    claimed = _lock(self._claim_of(trial.number))
+                    claimed.enter_context(lock(self._claim_of(trial.number)))
             yield trial
-        finally:
-            if claimed is not None:
-                os.close(claimed)
 
     def is_hopeless(self, trial: Trial) -> bool:
         """Returns whether a trial is cut, by what it has reported so far.
@@ -199,13 +195,8 @@ class Study:
                 "stay."
             )
 
-    @contextlib.contextmanager
     def _locked(self):
-        descriptor = _lock(self.path / "study.lock")
-        try:
-            yield
-        finally:
-            os.close(descriptor)
+        return lock(self.path / "study.lock")
 
     def _next(self, trials):
         """Returns the next trial; who calls has the study's lock."""
@@ -220,7 +211,8 @@ class Study:
             if not self._claimed(trial.number):
                 self._study.tell(trial.number, state=TrialState.FAIL)
         for path in self.path.glob("trial-*"):  # of killed processes
-            if not self._claimed(int(path.name.removeprefix("trial-"))):
+            number = path.name.removeprefix("trial-")
+            if number.isdecimal() and not self._claimed(int(number)):
                 path.unlink(missing_ok=True)
         now = self.trials()
         waiting = sum(trial.state == TrialState.WAITING for trial in now)
@@ -288,15 +280,15 @@ class _JournalLock:
 
     def __init__(self, path):
         self._path = path
-        self._descriptor = None
+        self._lock = contextlib.ExitStack()
 
     def acquire(self):
-        self._descriptor = _lock(self._path.with_suffix(".lock"))
+        self._lock.enter_context(lock(self._path.with_suffix(".lock")))
         _end_with_a_line(self._path)
         return True
 
     def release(self):
-        os.close(self._descriptor)
+        self._lock.close()
 
 
 def _end_with_a_line(path):
@@ -309,17 +301,6 @@ def _end_with_a_line(path):
         if file.read(1) != b"\n":
             file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1)
-
-
-def _lock(path):
-    """Locks a file, as soon as no other has it, and returns its descriptor."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor
 
 
 def _sampler(seed, settings):

@@ -34,7 +34,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 import gin
 from rigl_keras import arguments
-from rigl_keras.experiments import costs, data, plans, published
+from rigl_keras.experiments import costs, data, exits, plans, published
 from rigl_keras.experiments.plans import Preset, Run
 from rigl_keras.experiments.reproduce import check_data, numbers, reproduce
 from rigl_keras.experiments.results import Results
@@ -835,7 +835,7 @@ def main() -> None:
         if failed:
             sys.exit(1)
 
-    app.run(run)
+    app.run(exits.one_line("tune", run))
 
 
 if __name__ == "__main__":

@@ -155,6 +155,7 @@ def _trained(run, results, claim, progress, data_dir):
             stderr=subprocess.STDOUT,
             # Runs name those that they start from by paths from here.
             cwd=results.path,
+            env=_environment(),
             # The claim is the child's, too: were this process killed, the run
             # would not be free before the child has ended as well.
             pass_fds=[claim],
@@ -187,6 +188,19 @@ def _signal(number):
         return signal.Signals(number).name
     except ValueError:  # those for real time have no names
         return f"signal {number}"
+
+
+def _environment():
+    """Returns the environment of runs, which begin in another folder.
+
+    What is a path from here is one from anywhere.
+    """
+    paths = {
+        name: os.path.abspath(os.path.expanduser(os.environ[name]))
+        for name in ("RIGL_KERAS_CACHE", "TFDS_DATA_DIR", "XDG_CACHE_HOME")
+        if os.environ.get(name)
+    }
+    return {**os.environ, **paths}
 
 
 def command_of(

@@ -526,9 +526,7 @@ def _build(plan, folder):
         built = Path(work, _NAME)
         # Whatever the umask is: what everybody can write is not loaded.
         built.chmod(0o755)
-        writing.keep(built)
-        built.replace(folder / _NAME)
-        writing.keep(folder)
+        writing.put(built, folder / _NAME)
 
 
 def _run(command, work=None):

@@ -1,0 +1,289 @@
+"""Files that are whole or not there, over a power cut too, and their locks."""
+
+import ast
+import errno
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+import rigl_keras
+from rigl_keras import writing
+from rigl_keras.experiments import exits
+
+PACKAGE = pathlib.Path(rigl_keras.__file__).parent
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """What is asked of the disk, in its order: `[(what, inode)]`."""
+    asked = []
+    fsync, replace = os.fsync, pathlib.Path.replace
+    rename = pathlib.Path.rename
+
+    def synced(descriptor):
+        asked.append(("sync", os.fstat(descriptor).st_ino))
+        return fsync(descriptor)
+
+    def moved(act):
+        def move(path, target):
+            asked.append(("move", path.stat().st_ino))
+            made = act(path, target)
+            asked.append(("moved into", made.parent.stat().st_ino))
+            return made
+
+        return move
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(pathlib.Path, "replace", moved(replace))
+    monkeypatch.setattr(pathlib.Path, "rename", moved(rename))
+    return asked
+
+
+def check_kept(asked, moves):
+    """Checks that what moves is on the disk before, and its name after."""
+    found = [i for i, (what, _) in enumerate(asked) if what == "move"]
+    assert len(found) == moves
+    for i in found:
+        _, moved = asked[i]
+        what, folder = asked[i + 1]
+        assert what == "moved into"
+        assert ("sync", moved) in asked[:i]
+        assert ("sync", folder) in asked[i + 2 :]
+
+
+def test_a_power_cut(tmp_path, disk):
+    writing.write(tmp_path / "text", "more")
+    assert (tmp_path / "text").read_text() == "more"
+    with writing.whole(tmp_path / "model.keras") as unfinished:
+        assert unfinished.name == "model.keras"
+        unfinished.write_bytes(b"bytes")
+    assert (tmp_path / "model.keras").read_bytes() == b"bytes"
+    check_kept(disk, moves=2)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_power_cut_while_a_folder_is_exchanged(tmp_path, disk):
+    target = tmp_path / "exported"
+    for text in ("old", "new"):
+        with writing.set_aside(target, replace=True) as folder:
+            (folder / "inner").mkdir()
+            (folder / "inner" / "file").write_text(text)
+            inodes = [p.stat().st_ino for p in (folder, *folder.rglob("*"))]
+        assert (target / "inner" / "file").read_text() == text
+        assert {("sync", inode) for inode in inodes} <= set(disk)
+        check_kept(disk, moves=1 if text == "old" else 3)
+
+
+def test_there_is_one_writer():
+    """`Path.replace` and its like, which power cuts and other writers know."""
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            name = getattr(node.func, "attr", None)
+            # `str.replace` takes two, and `dataclasses.replace` keywords.
+            moves = name == "rename" or (
+                name == "replace" and len(node.args) + len(node.keywords) == 1
+            )
+            if moves:
+                assert path.name == "writing.py", f"{path}:{node.lineno}"
+
+
+def test_an_error_leaves_what_was_there(tmp_path):
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(KeyError):
+        with writing.whole(tmp_path / "file") as unfinished:
+            unfinished.write_text("half")
+            raise KeyError
+    assert (tmp_path / "file").read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_threads_write_at_once(tmp_path):
+    inside, texts = threading.Barrier(4), []
+
+    def write(number):
+        with writing.whole(tmp_path / "file") as unfinished:
+            unfinished.write_text(str(number))
+            inside.wait()
+        texts.append((tmp_path / "file").read_text())
+
+    threads = [threading.Thread(target=write, args=[n]) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(texts) == 4 and set(texts) <= set("0123")
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_killed_processes_leave_goes(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    node = platform.node()
+    left = {
+        f"{writing.UNFINISHED}{node}-{gone.pid}": False,
+        f"{writing.UNFINISHED}{node}-{gone.pid}-2": False,
+        f"{writing.UNFINISHED}{node}-{os.getppid()}": True,  # at work
+        f"{writing.UNFINISHED}another-machine-{gone.pid}": True,
+        f"{writing.UNFINISHED}{node}-text": True,
+    }
+    for name in left:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").write_text("")
+    writing.write(tmp_path / "file", "")
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "file",
+        *(name for name, stays in left.items() if stays),
+    }
+
+
+def test_locks(tmp_path):
+    path = tmp_path / "lock"
+    with writing.lock(path) as first:
+        assert first is not None
+        for shared in (False, True):
+            with writing.lock(path, shared=shared, wait=False) as second:
+                assert second is None
+    with (
+        writing.lock(path, shared=True) as first,
+        writing.lock(path, shared=True) as second,
+    ):
+        assert first is not None and second is not None
+        with writing.lock(path, wait=False) as third:
+            assert third is None
+
+
+def test_a_lock_is_of_the_file_that_is_there(tmp_path):
+    """Whoever waits for a file that is removed has none of the next one."""
+    path = tmp_path / "lock"
+    got = []
+
+    def wait():
+        with writing.lock(path) as descriptor:
+            got.append(os.fstat(descriptor).st_ino == path.stat().st_ino)
+
+    with writing.lock(path) as descriptor:
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        inode = os.fstat(descriptor).st_ino
+        until = time.monotonic() + 60
+        while inode_waits(inode) < 1:
+            assert time.monotonic() < until
+            time.sleep(0.001)
+        path.unlink()
+    waiting.join()
+    assert got == [True] and path.exists()
+
+
+def inode_waits(inode):
+    """Returns how many wait for a lock of a file."""
+    if not os.path.exists("/proc/locks"):
+        pytest.skip("there is no list of locks")
+    lines = pathlib.Path("/proc/locks").read_text().splitlines()
+    return sum("->" in s and s.split()[6].endswith(f":{inode}") for s in lines)
+
+
+def test_a_group_that_shares_a_folder(tmp_path):
+    before = os.umask(0o002)
+    try:
+        with writing.lock(tmp_path / "lock"):
+            pass
+        writing.write(tmp_path / "file", "")
+    finally:
+        os.umask(before)
+    for name in ("lock", "file"):
+        assert (tmp_path / name).stat().st_mode & 0o777 == 0o664
+
+
+FULL = os.strerror(errno.ENOSPC)
+
+
+@pytest.mark.parametrize(
+    "error, says",
+    [
+        (OSError(errno.ENOSPC, FULL, "/a/b"), f"'/a/b' is full ({FULL})"),
+        (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), "Disk quota"),
+        (RuntimeError(f"HDF5 says at length: {FULL} (28)"), "The disk is full"),
+        (
+            writing.DiskFullError("/a/b", FULL, "Make room."),
+            f"The disk is full: '/a/b' could not be written ({FULL}). Make",
+        ),
+        (PermissionError(errno.EACCES, "no", "/a"), "'/a' cannot be used"),
+        (OSError(errno.EROFS, "no"), "Read-only file system"),
+    ],
+)
+def test_a_command_ends_with_a_line(error, says, capsys):
+    def run(argv):
+        print("so far")
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        exits.one_line("train", run)(["train"])
+    out, err = capsys.readouterr()
+    assert end.value.code == 2 and out == "so far\n"
+    assert err.startswith("train: ") and says in err and err.count("\n") == 1
+
+
+def test_what_is_no_disk_is_raised():
+    def run(argv):
+        raise RuntimeError("a graph is wrong")
+
+    with pytest.raises(RuntimeError, match="a graph is wrong"):
+        exits.one_line("train", run)([])
+
+
+def test_a_full_disk_at_the_end_of_what_is_printed(capsys, monkeypatch):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("there is no /dev/full")
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        with pytest.raises(SystemExit) as end:
+            exits.one_line("report", lambda argv: print("a page"))([])
+        assert end.value.code == 2
+        full.flush()  # as Python does once more
+    line = capsys.readouterr().err
+    assert (
+        line == f"report: The disk is full ({FULL}). Make room and try again.\n"
+    )
+
+
+def test_every_command_ends_so():
+    """All that `app.run` is given is `one_line`'s."""
+    commands = 0
+    for path in (PACKAGE / "experiments").glob("*.py"):
+        text = path.read_text()
+        calls = [
+            node
+            for node in ast.walk(ast.parse(text))
+            if isinstance(node, ast.Call)
+            and ast.unparse(node.func) == "app.run"
+        ]
+        for call in calls:
+            given = ast.unparse(call.args[0])
+            assert given.startswith("exits.one_line(") or given == "run_part"
+        commands += bool(calls)
+    assert commands >= 7
+
+
+def test_a_file_that_outgrows_its_limit(tmp_path):
+    """A disk that is full in the middle of a file, as the system tells it."""
+    import resource
+
+    path = tmp_path / "file"
+    writing.write(path, "old")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(writing.DiskFullError, match="file' could not be"):
+            with writing.naming(path, advice="Make room."):
+                writing.write(path, bytes(1000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
