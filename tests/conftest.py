@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from keras import layers
 
+import gin
 import rigl_keras
 from rigl_keras import between, products
 from rigl_keras.kernels import Choice
@@ -21,6 +22,42 @@ def small_model(dropout=0.2, **kernel):
     x = layers.Flatten()(x)
     x = layers.Dropout(dropout, seed=1)(x)
     return keras.Model(inputs, layers.Dense(10, name="head", **kernel)(x))
+
+
+def small_network(
+    num_classes=10,
+    input_shape=(8, 8, 1),
+    channel_scale=1.0,
+    width=1,
+    dropout=0.0,
+    weight_decay=5e-4,
+):
+    """Returns what runs of tests train, in a third of a wide ResNet's time.
+
+    gin has it under its name.
+    """
+    penalty = keras.regularizers.L2(weight_decay) if weight_decay else None
+    x = inputs = keras.Input(input_shape)
+    for name, channels, strides in (("conv1", 16, 1), ("conv2", 32, 2)):
+        x = layers.Conv2D(
+            int(channels * width * channel_scale),
+            3,
+            strides=strides,
+            padding="same",
+            use_bias=False,
+            kernel_regularizer=penalty,
+            name=name,
+        )(x)
+        x = layers.BatchNormalization(name=f"{name}_norm")(x)
+        x = layers.ReLU()(x)
+    x = layers.Dropout(dropout)(layers.GlobalAveragePooling2D()(x))
+    head = layers.Dense(
+        num_classes, kernel_regularizer=penalty, name="classifier"
+    )
+    return keras.Model(inputs, head(x), name="small_network")
+
+
+gin.external_configurable(small_network, name="small_network")
 
 
 def examples(n=64, seed=0):
@@ -88,4 +125,9 @@ def pytest_addoption(parser):
         "--every-combination",
         action="store_true",
         help="Kinds of models x methods x set-ups, not only each pair.",
+    )
+    parser.addoption(
+        "--every-kill",
+        action="store_true",
+        help="Runs are killed at many random moments, not only at a few.",
     )

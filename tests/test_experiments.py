@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,8 +24,9 @@ GIN = pathlib.Path(rigl_keras.__file__).parents[1] / "gin"
 
 # Two epochs of 23 steps on digits, with dropout so that its state matters.
 SMALL = [
+    "train.model = @small_network",
     "train.epochs = 2",
-    "wide_resnet.dropout = 0.3",
+    "small_network.dropout = 0.3",
     "RigL.frequency = 5",
     "RigL.end_step = 60",
     "train.diagnostics = False",  # whose figures take seconds
@@ -104,6 +106,7 @@ def test_a_finished_run_is_not_repeated(finished, capsys):
 
 SCRIPT = """
 import sys, tensorflow as tf
+import conftest  # which has gin know the small network
 tf.config.experimental.enable_op_determinism()
 from rigl_keras.experiments import command
 command.run(bindings=sys.argv[2].split(";"), run_dir=sys.argv[1],
@@ -118,6 +121,7 @@ def test_killed_and_resumed(tmp_path):
     def start(run_dir, *resume):
         return subprocess.Popen(
             [sys.executable, "-c", SCRIPT, run_dir, bindings, *resume],
+            cwd=pathlib.Path(__file__).parent,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -156,18 +160,26 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.fixture
-def interrupted(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
     """A run that stopped before its result, with two epochs saved."""
+    run_dir = tmp_path_factory.mktemp("runs") / "stopped"
 
     def stop(run, result):
         raise Interrupted
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(RunDirectory, "write_result", stop)
         with pytest.raises(Interrupted):
-            small_run(tmp_path / "run", seed=3)
-    return tmp_path / "run"
+            small_run(run_dir, seed=3)
+    gin.clear_config()
+    return run_dir
+
+
+@pytest.fixture
+def interrupted(stopped, tmp_path):
+    """That run, for a test to change."""
+    return pathlib.Path(shutil.copytree(stopped, tmp_path / "run"))
 
 
 def test_a_truncated_checkpoint_falls_back(interrupted, finished, capsys):
@@ -217,7 +229,7 @@ def test_data_order_depends_on_the_seed(tmp_path):
 @pytest.mark.parametrize(
     "bindings, method, density",
     [
-        (["train.method = @SET"], "SET", 0.1),
+        ([*SMALL, "train.method = @SET"], "SET", 0.1),
         (["train.method = None"], "static", 0.1),
         (["train.method = None", "train.density = None"], "dense", 1.0),
     ],

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from conftest import small_network
 
 import gin
 import rigl_keras
@@ -16,8 +17,9 @@ from rigl_keras.experiments.train import WarmUpAndSteps, sgd
 
 # Two epochs of 23 steps on digits.
 SMALL = [
+    "train.model = @small_network",
     "train.epochs = 2",
-    "wide_resnet.dropout = 0.0",
+    "train.diagnostics = False",  # whose figures take seconds
     "RigL.frequency = 5",
 ]
 PRUNING = [
@@ -107,7 +109,7 @@ def test_a_ticket_has_the_final_masks_and_the_first_weights(pruned, tmp_path):
     assert result["training_flops_ratio_with_sources"] == pytest.approx(
         result["training_flops_ratio"] + before["training_flops_ratio"]
     )
-    first = rigl_keras.models.wide_resnet(10, 1, 10, (8, 8, 1), dropout=0.0)
+    first = small_network()
     EarlierRun(source).load_weights(first, 0)
     trained, ours = found(source), found(tmp_path / "ticket")
     assert ours.keys() == trained.keys()
@@ -123,7 +125,7 @@ def test_a_ticket_has_the_final_masks_and_the_first_weights(pruned, tmp_path):
 
 def found_of_seed(seed):
     keras.utils.set_random_seed(seed)
-    model = rigl_keras.models.wide_resnet(10, 1, 10, (8, 8, 1), dropout=0.0)
+    model = small_network()
     model = rigl_keras.sparsify(model, 0.2, distribution="uniform", seed=seed)
     return {
         m.name: (m.mask.numpy(), m.kernel.numpy())
@@ -135,7 +137,7 @@ def test_rewinding_to_an_early_epoch(pruned, tmp_path):
     source, _ = pruned
     still = ["train.epochs = 1", "sgd.learning_rate = 1e-30"]
     ticket(tmp_path / "late", source, *still, "train.weights_epoch = 1")
-    network = rigl_keras.models.wide_resnet(10, 1, 10, (8, 8, 1), dropout=0.0)
+    network = small_network()
     EarlierRun(source).load_weights(network, 1)
     late = found(tmp_path / "late")
     for name, (mask, kernel) in late.items():
@@ -176,10 +178,13 @@ def test_a_run_of_updates_may_start_from_masks(pruned, tmp_path):
             ["train.weights_epoch = 2"],
             r"no weights of epoch 2, but of \[0, 1\]",
         ),
-        (["train.density = 0.1"], "keep 0.2000 of the weights.*--density=0.2"),
-        (["wide_resnet.width = 2"], "weights of .* are of another network"),
         (
-            ["wide_resnet.width = 2", "train.weights_from = None"],
+            ["train.density = 0.1"],
+            "keep 0.2001 of the weights.*--density=0.2001",
+        ),
+        (["small_network.width = 2"], "weights of .* are of another network"),
+        (
+            ["small_network.width = 2", "train.weights_from = None"],
             "must have the shape of its kernel",
         ),
         (["train.one_shot = @snip"], "one_shot and masks_from are two"),
@@ -220,7 +225,12 @@ def test_masks_of_a_dense_or_unfinished_run(tmp_path):
     "bindings, method, density",
     [
         (["train.one_shot = @snip"], "SNIP", 0.1),
-        (["train.small_dense = True"], "small-dense", 0.1),
+        (
+            # Of which channels are a tenth of the weights.
+            ["train.model = @wide_resnet", "train.small_dense = True"],
+            "small-dense",
+            0.1,
+        ),
         (
             ["train.granularity = 'kernel'", "train.density = 0.3"],
             "static",
@@ -317,7 +327,7 @@ def test_labels_are_smoothed_in_training_alone(tmp_path):
             "train.epochs = 1",
             "train.method = None",
             "sgd.learning_rate = 1e-30",
-            "wide_resnet.weight_decay = 0.0",
+            "small_network.weight_decay = 0.0",
             f"train.label_smoothing = {smoothing}",
         ]
         command.run(bindings=bindings, run_dir=run_dir)
