@@ -61,6 +61,7 @@ class MaskUpdate(StepUpdate):
         drop_fraction: Fraction of the active connections dropped at the
             first update, in [0, 1].
         begin_step: First step at which an update may happen, at least 0.
+            Steps count from where the run begins (`StepUpdate`).
         end_step: Last step at which an update may happen. None: three
             quarters of the run, as the paper has it.
         decay: How the fraction falls until `end_step`: one of
@@ -140,7 +141,7 @@ class MaskUpdate(StepUpdate):
         self.seed = arguments.integer(
             "seed", seed, at_least=0, at_most=2**32 - 1
         )
-        self._window = None
+        self._span = None
         self._initial = []
 
     @functools.cached_property
@@ -231,6 +232,7 @@ class MaskUpdate(StepUpdate):
         # Those of a run of its own.
         vars(longer).pop("_correction", None)
         longer._initial, longer._buffers = [], []
+        longer._fit, longer._prepared = None, None
         if self.end_step is not None:
             longer.end_step = int(self.end_step * factor)
         return longer
@@ -250,38 +252,40 @@ class MaskUpdate(StepUpdate):
                 )
         if self.redistribution == "momentum":
             self._check_momentum()
-        begins = int(self.optimizer.iterations.numpy()) == 0
-        if self.grow_init.startswith("initial_dist"):
-            self._remember_initial(begins)
-        start = self._correction[3]
-        if start < 0 or begins:
-            connections = sum(self.trajectory[0][1])
-            self._correction.assign([0.0, 0.0, 0.0, connections])
-
-    def _remember_initial(self, begins):
-        """Keeps the weights that training starts from, to draw from.
-
-        A run that resumes without `variables` takes those that it has.
-        """
-        if [v.shape[0] for v in self._initial] != [
-            math.prod(m.kernel.shape) for m in self.masked
-        ]:
+        # A run that resumes without `variables` takes what it has as what
+        # training started from.
+        if self.grow_init.startswith("initial_dist") and [
+            v.shape[0] for v in self._initial
+        ] != [math.prod(m.kernel.shape) for m in self.masked]:
             self._initial = [
                 tf.Variable(_repeated_nonzeros(m.kernel), trainable=False)
                 for m in self.masked
             ]
-        elif begins:
+        if self._correction[3] < 0:
+            self._begin_correction()
+
+    def forget(self):
+        self._begin_correction()
+        if self._initial:
             for kept, layer in zip(self._initial, self.masked, strict=True):
                 kept.assign(_repeated_nonzeros(layer.kernel))
 
+    def _begin_correction(self):
+        connections = sum(self.trajectory[0][1])
+        self._correction.assign([0.0, 0.0, 0.0, connections])
+
     def _check_momentum(self):
-        optimizer_state.momentum(self.optimizer, self.masked[0].kernel)
+        # Of any that is trained: one that is frozen has no memory.
+        trained = {id(v) for v in self._model.trainable_variables}
+        for layer in self.masked:
+            if id(layer.kernel) in trained:
+                optimizer_state.momentum(self.optimizer, layer.kernel)
+                return
 
     # When.
 
     def plan(self, epoch, epochs, steps):
         """Fixes the update window, once the run is known."""
-        iterations = self.trajectory[0][0]
         end_step = self.end_step
         if end_step is None:
             if not steps or not epochs:
@@ -291,55 +295,59 @@ class MaskUpdate(StepUpdate):
                     "known. Pass steps_per_epoch to fit, or end_step to "
                     f"{type(self).__name__}."
                 )
-            # A run that resumes, within an epoch perhaps, is counted whole;
-            # one on weights that were trained before, from where it starts.
-            batches = int(optimizer_state.batches(self.optimizer).numpy())
             each = optimizer_state.batches_per_step(self.optimizer)
-            resumed = epoch * steps <= batches < (epoch + 1) * steps
-            if resumed:
-                end_step = int(0.75 * epochs * steps) // each
-            else:
-                rest = int(0.75 * (epochs - epoch) * steps) // each
-                end_step = iterations + rest
-        self._window = {
+            end_step = int(0.75 * epochs * steps) // each
+        self._span = {
             "begin_step": self.begin_step,
             "end_step": max(end_step, self.begin_step),
         }
         if steps and epochs:
+            first = self.trajectory[0][0] - self.run_start
             left = self.steps_in((epochs - epoch) * steps)
             updates = schedules.planned_updates(
-                iterations,
+                first,
                 left,
                 frequency=self.frequency,
                 conventions=self.conventions,
-                **self._window,
+                **self._span,
             )
             if updates == 0:
                 warn_of_no_update(
                     self.name,
                     left,
-                    iterations,
+                    first,
                     f"one comes every frequency={self.frequency} steps from "
                     f"begin_step={self.begin_step} to end_step={end_step}",
                 )
 
+    @property
+    def _measures_the_run(self):
+        return self.end_step is None
+
+    @property
+    def _window(self):
+        """The window of updates in steps of the optimizer."""
+        return {
+            name: step + self.run_start for name, step in self._span.items()
+        }
+
     def is_due(self, step):
         return schedules.is_update_step(
-            step,
+            step - self.run_start,
             frequency=self.frequency,
             conventions=self.conventions,
-            **self._window,
+            **self._span,
         )
 
     def is_gathered(self, step):
         if self.gradient_batches == 1:
             return self.is_due(step)
         return schedules.is_gathered_step(
-            step,
+            step - self.run_start,
             gradient_batches=self.gradient_batches,
             frequency=self.frequency,
             conventions=self.conventions,
-            **self._window,
+            **self._span,
         )
 
     # The update, in the graph.
@@ -397,7 +405,7 @@ class MaskUpdate(StepUpdate):
             grown.append(
                 self.set_kernel_and_mask(optimizer, layer, new, anew, values)
             )
-        self._keep_correction(layers)
+        self._keep_correction()
         return tf.add_n(grown)
 
     def _grown_values(self, layer, gradient, step):
@@ -452,10 +460,10 @@ class MaskUpdate(StepUpdate):
             )
         )
 
-    def _keep_correction(self, layers):
+    def _keep_correction(self):
         if self.redistribution is None or not self.variables:
             return
-        connections = tf.add_n([_count(m.mask.value) for m in layers])
+        connections = tf.add_n([_count(m.mask.value) for m in self.masked])
         connections = tf.cast(connections, tf.float64)
         correction, missing_so_far, updates, start = tf.unstack(
             self._correction
@@ -603,7 +611,8 @@ class MagnitudePruning(StepUpdate):
     Args:
         schedule: A `schedules.SparsityRamp`, or a
             `tfmot.sparsity.keras.PruningSchedule`: any callable
-            `step -> (due, sparsity)`.
+            `step -> (due, sparsity)`. Steps count from where the run begins
+            (`StepUpdate`).
         scope: `"global"`: one threshold for all layers, as the report has it.
             `"layer"`: the same sparsity for each layer, of which one weight
             at least stays.
@@ -657,6 +666,7 @@ class MagnitudePruning(StepUpdate):
                 "rigl_keras.SparsityRamp, or the schedule of the whole run."
             )
         longer = copy.copy(self)
+        longer._fit, longer._prepared = None, None
         longer.schedule = self.schedule.lengthened(factor)
         return longer
 
@@ -676,7 +686,10 @@ class MagnitudePruning(StepUpdate):
 
         if int(first_due()[0]) == first + left:
             warn_of_no_update(
-                self.name, left, first, f"{self.schedule} is never due"
+                self.name,
+                left,
+                first - self.run_start,
+                f"{self.schedule} is never due",
             )
 
     def is_due(self, step):
@@ -685,7 +698,7 @@ class MagnitudePruning(StepUpdate):
 
     def _planned_sparsity(self, step):
         return schedules.planned_sparsity(
-            self.schedule, step, conventions=self.conventions
+            self.schedule, step - self.run_start, conventions=self.conventions
         )
 
     def change_masks(self, optimizer, layers, gradients, step):

@@ -415,6 +415,8 @@ class TopologyDiagnostics(keras.callbacks.Callback):
         return self.log_dir / "topology.csv"
 
     def _iterations(self):
+        if self._method is not None:  # `compile` may change the optimizer
+            return self._method.steps_taken()
         return int(self.model.optimizer.iterations.numpy())
 
     def _masks(self):
@@ -424,10 +426,7 @@ class TopologyDiagnostics(keras.callbacks.Callback):
         """Returns the last of the steps at which masks changed, or None."""
         if self._method is None:
             return None
-        with tf.device("CPU:0"):  # where a schedule is made of tensors
-            return next(
-                filter(self._method.is_due, reversed(range(begin, end))), None
-            )
+        return self._method.last_update(begin, end)
 
     def _begin(self):
         """Finds the mask update, and what of the record is still true."""

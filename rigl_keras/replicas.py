@@ -191,7 +191,8 @@ def choosing(
     ordinary: Callable,
     update: Callable,
     is_due: Callable[[int], bool],
-    updating: Callable[[], contextlib.AbstractContextManager],
+    stepping: Callable[[bool], contextlib.AbstractContextManager],
+    check: Callable[[int], None],
 ) -> Callable[[], None]:
     """Returns what makes a train function that chooses between two steps.
 
@@ -206,7 +207,9 @@ def choosing(
         ordinary: The training step of most steps, a function of the data.
         update: The one of the steps that are due.
         is_due: Tells of a step whether it is.
-        updating: Makes the context in which `update` runs.
+        stepping: Makes the context in which a step runs, given whether it is
+            an `update`.
+        check: Is told by how many optimizer steps the first of each went on.
 
     Returns:
         A function that sets `model.train_function`.
@@ -215,25 +218,32 @@ def choosing(
     def function_of(train_step):
         before = model.train_step
         model.train_step = train_step
-        make_train_function(force=True)
-        model.train_step = before
+        try:
+            make_train_function(force=True)
+        finally:
+            model.train_step = before
         return model.train_function
 
     def make():
-        ordinary_step, update_step = function_of(ordinary), function_of(update)
+        steps = {False: function_of(ordinary), True: function_of(update)}
+        unchecked = {False, True}
 
         def one_step(iterator):
-            if not is_due(int(model.optimizer.iterations.numpy())):
-                return ordinary_step(iterator)
-            with updating():
-                return update_step(iterator)
+            before = int(model.optimizer.iterations.numpy())
+            due = bool(is_due(before))
+            with stepping(due):
+                logs = steps[due](iterator)
+            if due in unchecked:
+                unchecked.remove(due)
+                check(int(model.optimizer.iterations.numpy()) - before)
+            return logs
 
         def next_steps(iterator):
             if model.steps_per_execution == 1:
                 return one_step(iterator)
-            with _one_by_one(model) as steps:
+            with _one_by_one(model) as count:
                 logs = None
-                for batch in _first(steps, iterator):
+                for batch in _first(count, iterator):
                     logs = one_step(iter([batch]))
             if logs is None:
                 raise StopIteration

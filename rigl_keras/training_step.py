@@ -15,7 +15,7 @@ from typing import Literal
 import keras
 import tensorflow as tf
 
-from rigl_keras import between, optimizer_state, replicas
+from rigl_keras import between, fit_runs, optimizer_state, replicas
 from rigl_keras.conventions import ORIGINAL, Conventions, check_conventions
 from rigl_keras.layers import (
     Masked,
@@ -32,7 +32,7 @@ _FETCH_EVERY = 64  # calls of the training function
 _RECORDED = 1024  # updates that the device remembers, at least
 
 # Why an update was refused: the device notes the index.
-_NOT_FINITE, _NOT_DENSE = range(2)
+_NOT_FINITE, _NOT_DENSE, _APPLIED_TWICE = range(3)
 _REASONS = (
     "the gradient of a masked kernel, or the kernel, was NaN or infinite, or "
     "a score was NaN. The masks are unchanged. Where training has diverged, "
@@ -41,6 +41,14 @@ _REASONS = (
     "every gradient was exactly zero where masks are zero, so that there is "
     "nothing to grow by. The masks are unchanged. Call the model within "
     "`with rigl_keras.dense_gradients():`, around the gradient tape.",
+    "the training step applied its optimizer more than once, and masks may "
+    "have changed each time. {twice}",
+)
+_TWICE = (
+    "Make the method with end_step, call attach(model, optimizer), and in the "
+    "training step update(gradients, variables) in place of each "
+    "optimizer.apply: so each is judged by its own step. Leave it out of "
+    "fit's callbacks then."
 )
 
 
@@ -54,7 +62,18 @@ class StepUpdate(keras.callbacks.Callback):
     `update_replaces_step=False` the optimizer is applied first.
 
     The step is `optimizer.iterations`, so that a resumed run needs no state
-    of the callback beyond its `variables`, which are none by default.
+    of the callback beyond its `variables`, which are none by default. What is
+    planned counts from the step at which the run began (`run_start`): a `fit`
+    from epoch 0 begins one, whatever the optimizer has done before, and a
+    later `initial_epoch`, `BackupAndRestore` or an `attach` before `fit`
+    resumes one.
+
+    Within `fit`, callbacks may train the model as well: the steps of
+    `train_on_batch` and of a nested `fit` count as all others do, and may be
+    updates. After `compile` updates go on with the new optimizer. Layers that
+    are thawed join, and frozen ones leave, as the training step is traced
+    again (`make_train_function(force=True)`). When `fit` ends, be it by an
+    exception, the model has its own training step again.
 
     Where the optimizer accumulates gradients, a step is several batches, and
     the update goes by the mean of their gradients. Where it scales the loss
@@ -80,17 +99,26 @@ class StepUpdate(keras.callbacks.Callback):
             where the model is compiled without one.
         variables: What must be saved for a run to resume exactly, beside the
             model and its optimizer.
-        masked: The masked layers that are trained, once attached to a model.
+        masked: The masked layers of the model, once attached to it. Those
+            that are frozen, or have no gradient, keep their masks.
         optimizer: The optimizer that trains them, within any loss scaling.
+        run_start: The optimizer step from which the method's own steps
+            count. It is 0 in a loop of one's own.
         trajectory: `[(step, counts)]`: the active connections of each masked
-            layer before the first step and after each update of this run.
+            layer before the first step and after each update of this run, and
+            where masks were changed otherwise (`set_weights`, `load_weights`),
+            as it was seen at the begin or end of an epoch. Where `compile`
+            has brought another optimizer, steps go on counting.
         name: The method as the report names it.
 
     Raises:
         ValueError: In `fit`, when the model has no masked layers, the run's
-            length is needed and unknown, gradients are not finite, or the
-            masks of two replicas differ.
-        UserWarning: No update falls into the run.
+            length is needed and unknown, gradients are not finite, the
+            masks of two replicas differ, or the training step applies its
+            optimizer more than once.
+        UserWarning: No update falls into the run; a masked layer that is
+            trainable has no gradient where the optimizer is applied; or
+            `fit(epochs=1)` is called in a loop.
     """
 
     dense_gradients: Literal["never", "updates", "always"] = "updates"
@@ -103,9 +131,11 @@ class StepUpdate(keras.callbacks.Callback):
         check_conventions(conventions)
         self.conventions = conventions
         self.optimizer = None
+        self.run_start = 0
         self.update_losses = []
         self._buffers = []
         self._last = {}
+        self._fit, self._prepared = None, None
 
     # What makes a method.
 
@@ -113,7 +143,8 @@ class StepUpdate(keras.callbacks.Callback):
         """Returns whether masks change at a step.
 
         Args:
-            step: The optimizer step, an int or an integer tensor.
+            step: The optimizer step, an int or an integer tensor. The run
+                began at `run_start`.
 
         Returns:
             A bool, or a bool tensor.
@@ -170,7 +201,35 @@ class StepUpdate(keras.callbacks.Callback):
         )
 
     def set_up(self) -> None:
-        """Is called when attached, with `masked` and `optimizer` set."""
+        """Is called when attached, with `masked` and `optimizer` set.
+
+        Within `fit` it is called again where the training step is made again.
+        """
+
+    def forget(self) -> None:
+        """Is called as a run begins that resumes none, after `set_up`."""
+
+    def steps_taken(self) -> int:
+        """Returns the optimizer steps so far, as `trajectory` counts them."""
+        return int(self._outermost.iterations.numpy()) + self._counted_before
+
+    def last_update(self, begin: int, end: int) -> int | None:
+        """Returns the last of some steps that is due, or None.
+
+        Args:
+            begin: The first step, as `trajectory` counts them.
+            end: The step after the last.
+        """
+        before = self._counted_before
+        with tf.device("CPU:0"):  # where a schedule is made of tensors
+            return next(
+                (
+                    t
+                    for t in reversed(range(begin, end))
+                    if self.is_due(t - before)
+                ),
+                None,
+            )
 
     def steps_in(self, batches: int) -> int:
         """Returns how many optimizer steps end within the next batches."""
@@ -223,7 +282,9 @@ class StepUpdate(keras.callbacks.Callback):
         """Makes ready to train a model, as `fit` and `wrap` do by themselves.
 
         Call it before `update`, or where `variables` are needed before
-        training begins, so as to restore them.
+        training begins, so as to restore them. The method's steps are those
+        that the optimizer counts: a `fit` that follows resumes the run which
+        the optimizer's steps belong to.
 
         Args:
             model: A masked model.
@@ -233,30 +294,51 @@ class StepUpdate(keras.callbacks.Callback):
             ValueError: The model has no masked layer, or is trained in a way
                 that is not supported.
         """
-        trained = {id(v) for v in model.trainable_variables}
-        masked = [m for m in masked_layers(model) if id(m.kernel) in trained]
-        if not masked:
+        self._refuse_while_running(model)
+        self._attach(model, optimizer)
+        self._prepared = (model, optimizer)
+
+    def _attach(self, model, optimizer):
+        trainable = _trainable(model)
+        if not any(_key(m.kernel) in trainable for m in masked_layers(model)):
             raise ValueError(
                 f"{self.name} found no masked layer to train in model "
                 f"{model.name!r}. Call model = rigl_keras.sparsify(model, "
-                "density) before compile."
+                "density) before compile, and do not freeze all that it masks."
             )
-        _check_set_up(self.name, model, optimizer, self.gradient_batches)
         with replicas.scope(model):
-            self._attach(model, optimizer, masked)
+            self._bind(model, optimizer)
+            self._skipped = tf.Variable(0, trainable=False, dtype=tf.int64)
+            self._refused = tf.Variable(
+                [-1, _NOT_FINITE], trainable=False, dtype=tf.int64
+            )
+            self._differ_at = tf.Variable(-1, trainable=False, dtype=tf.int64)
+            self._density = tf.Variable(0.0, trainable=False)
+            # The same variables for as long as the callback lives: a
+            # checkpoint may hold them already.
+            for name in self._logged:
+                if name not in self._last:
+                    self._last[name] = tf.Variable(0.0, trainable=False)
+            self.run_start, self._counted_before = 0, 0
+            self.trajectory = [(self.steps_taken(), self._counts_now())]
+            self.update_losses = []
+            self._planned, self._prepared = False, None
+            self._called, self._reached = {}, set()
+            self._looks = self._warns_of_unreached = True
+            self.set_up()
+            if self.steps_taken() == 0:
+                self._forget_all()
 
-    def _attach(self, model, optimizer, masked):
+    def _bind(self, model, optimizer):
+        """Takes the optimizer, and makes room for the record of updates."""
+        _check_set_up(self.name, model, optimizer, self.gradient_batches)
         if not optimizer.built:
             optimizer.build(model.trainable_variables)
         self._model, self._outermost = model, optimizer
         self.optimizer = optimizer_state.innermost(optimizer)
         if any(layer.product != "dense" for layer in _wrappers(model)):
             between.hasten(model)  # one that was loaded, as what it was before
-        self._make_room(masked)
-        counts = self._counts()
-        self.trajectory = [
-            (int(optimizer.iterations.numpy()), tuple(counts.numpy().tolist()))
-        ]
+        self._make_room(list(masked_layers(model)))
         executed = getattr(model, "steps_per_execution", 1)
         rows = max(_RECORDED, _FETCH_EVERY * executed)
         self._record = tf.Variable(
@@ -264,23 +346,11 @@ class StepUpdate(keras.callbacks.Callback):
         )
         self._losses = tf.Variable(tf.zeros([rows, 2]), trainable=False)
         self._kept = tf.Variable(0, trainable=False)
-        self._density = tf.Variable(self._density_of(counts), trainable=False)
-        # The same variables for as long as the callback lives: a checkpoint
-        # may hold them already.
-        for name in self._logged:
-            if name not in self._last:
-                self._last[name] = tf.Variable(0.0, trainable=False)
-            elif int(optimizer.iterations.numpy()) == 0:
-                self._last[name].assign(0.0)
-        self._skipped = tf.Variable(0, trainable=False, dtype=tf.int64)
-        self._refused = tf.Variable(
-            [-1, _NOT_FINITE], trainable=False, dtype=tf.int64
-        )
-        self._differ_at = tf.Variable(-1, trainable=False, dtype=tf.int64)
-        self._planned = False
-        self._called = {}
-        self.update_losses = []
-        self.set_up()
+
+    def _forget_all(self):
+        for logged in self._last.values():
+            logged.assign(0.0)
+        self.forget()
 
     def wrap(
         self,
@@ -433,8 +503,11 @@ class StepUpdate(keras.callbacks.Callback):
         """
         kept = int(self._kept.numpy())
         if kept:
-            rows = self._record.numpy()[:kept].tolist()
-            self.trajectory += [(step, tuple(counts)) for step, *counts in rows]
+            rows = self._record.numpy()[:kept]
+            rows[:, 0] += self._counted_before
+            rows = rows.tolist()
+            for step, *counts in rows:
+                self._add_row(step, tuple(counts))
             if self.watch_loss:
                 losses = self._losses.numpy()[:kept].tolist()
                 self.update_losses += [
@@ -442,11 +515,14 @@ class StepUpdate(keras.callbacks.Callback):
                     for row, loss in zip(rows, losses, strict=True)
                 ]
             self._kept.assign(0)
+        self._see_masks()
+        if self._fit is None:
+            self._warn_of_unreached()
         step, reason = self._refused.numpy().tolist()
         if step >= 0:
             raise ValueError(
                 f"{self.name} refused the update at step {step}: "
-                f"{_REASONS[reason]}"
+                f"{_REASONS[reason].format(twice=_TWICE)}"
             )
         step = int(self._differ_at.numpy())
         if step >= 0:
@@ -457,28 +533,99 @@ class StepUpdate(keras.callbacks.Callback):
                 f"{self.name}. Resume from a checkpoint before this step."
             )
 
+    def _add_row(self, step, counts):
+        # Steps before it that are still to come were undone by a checkpoint.
+        first = self.trajectory[0]
+        earlier = [row for row in self.trajectory[1:] if row[0] < step]
+        self.trajectory = [first, *earlier, (step, counts)]
+
+    def _see_masks(self):
+        """Brings the record to what the masks are, whoever changed them."""
+        with replicas.scope(self._model):
+            step, counts = self.steps_taken(), self._counts_now()
+        start = self.trajectory[0][0]
+        if step <= start:
+            self.trajectory = [(step, counts)]
+            return
+        if self.trajectory[-1][0] >= step:
+            self.trajectory = [
+                self.trajectory[0],
+                *(row for row in self.trajectory[1:] if row[0] < step),
+            ]
+        if self.trajectory[-1][1] != counts:
+            # As masks of an update, they hold from the step after it.
+            self._add_row(max(step - 1, start), counts)
+
+    def _counts_now(self):
+        counts = self._counts()
+        self._density.assign(self._density_of(counts))
+        return tuple(counts.numpy().tolist())
+
+    def _warn_of_unreached(self):
+        """Warns once of masks that stay, though their layers are trained."""
+        if not self._reached or not self._warns_of_unreached:
+            return
+        self._warns_of_unreached = False
+        trainable = _trainable(self._model) - self._reached
+        names = [m.name for m in self.masked if _key(m.kernel) in trainable]
+        if names:
+            warnings.warn(
+                f"{self.name} does not reach these masked layers: "
+                f"{', '.join(names)}. They are trainable, and have no gradient "
+                f"where the training step applies {self.optimizer.name!r}, so "
+                "that their masks stay as they are. If another optimizer "
+                "trains them, give each optimizer a method of its own by "
+                "attach and update; otherwise the loss does not depend on "
+                "them, or set trainable = False.",
+                stacklevel=2,
+            )
+
     # Keras calls these.
+
+    def set_model(self, model):
+        if self._fit is not None and self._fit.model is not model:
+            self._refuse_while_running(model)
+        super().set_model(model)
 
     def on_train_begin(self, logs=None):
         model = self.model
+        self._refuse_while_running(model)
         if model.optimizer is None:
             raise ValueError(
                 f"{self.name} needs a compiled model: call model.compile first."
             )
-        self.attach(model, model.optimizer)
+        prepared = self._prepared
+        self._attach(model, model.optimizer)
         if installed_update(model) is not None:
             raise ValueError(
                 "A model takes one mask update at a time. Received both "
                 f"{installed_update(model).name} and {self.name}."
             )
+        if prepared is not None and all(
+            one is other
+            for one, other in zip(
+                prepared, (model, model.optimizer), strict=True
+            )
+        ):
+            self._prepared = prepared
         self._calls = 0
         self._install()
 
     def on_epoch_begin(self, epoch, logs=None):
+        self._looks = True
         if not self._planned:
-            self._plan(
-                epoch, self.params.get("epochs"), self.params.get("steps")
-            )
+            self._begin(epoch)
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if not self._planned:  # a loop of one's own that knows no epochs
+            self._begin(0)
+        if self._looks:
+            # What masks the epoch really begins with: other callbacks may
+            # have set weights, or restored them.
+            self._looks = False
+            self.fetch()
+        if self.model.train_function is None:  # compiled within `fit`
+            self.model.make_train_function()
 
     def on_train_batch_end(self, batch, logs=None):
         # Not every step: on a GPU the host would wait for it.
@@ -488,14 +635,67 @@ class StepUpdate(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         self.fetch()
+        if logs is not None and "density" in logs:
+            logs["density"] = float(self._density.numpy())
+        self._warn_of_unreached()
         # Of a mask that has changed in density, another product may be faster.
         if any([m.product_changes() for m in _wrappers(self.model)]):
             self.model.make_train_function(force=True)
 
     def on_train_end(self, logs=None):
-        self._uninstall()
+        if self._fit is None:
+            return
+        fit_runs.note_end(
+            self._model,
+            begin=self._first_step,
+            end=int(self._outermost.iterations.numpy()),
+            epochs=self._epochs,
+        )
+        self._fit.end()
+        self._fit = None
 
     # The model's own step, exchanged while `fit` runs.
+
+    def _refuse_while_running(self, model):
+        """Sees that the callback trains one model at a time."""
+        if self._fit is None:
+            return
+        if self._fit.lasts():
+            raise ValueError(
+                f"{self.name} trains model {self._fit.model.name!r} in a run "
+                "that has not ended, and was given to another, of model "
+                f"{model.name!r}. A `fit` within `fit` on the same model needs "
+                "no callback: updates go on in it. For another model make "
+                "another callback; a loop of your own ends with on_train_end."
+            )
+        self._fit = None
+
+    def _begin(self, epoch):
+        """Plans the run, once all callbacks have restored what they do."""
+        params = self.params or {}
+        epochs, steps = params.get("epochs"), params.get("steps")
+        with replicas.scope(self._model):
+            first = self._first_step = self.steps_taken()
+            self._epochs = epochs - epoch if epochs else 0
+            self.trajectory = [(first, self._counts_now())]
+            if self._prepared is None:
+                self.run_start = fit_runs.start_of(
+                    self._model,
+                    int(optimizer_state.batches(self.optimizer).numpy()),
+                    each=optimizer_state.batches_per_step(self.optimizer),
+                    epoch=epoch,
+                    steps=steps,
+                    skips=self._outermost is not self.optimizer,
+                )
+                if self.run_start == first:
+                    self._forget_all()
+        self._prepared = None
+        if self._epochs == 1 and (epoch == 0 or self._measures_the_run):
+            fit_runs.warn_of_a_loop(self.name, self._model, begin=first)
+        self._plan(epoch, epochs, steps)
+
+    # Whether what is planned depends on how long the run is.
+    _measures_the_run = False
 
     def _plan(self, epoch, epochs, steps):
         self.plan(epoch, epochs, steps)
@@ -522,63 +722,89 @@ class StepUpdate(keras.callbacks.Callback):
             ]
 
     def _install(self):
-        model, train_step = self.model, _untraced(self.model.train_step)
-        make_train_function = model.make_train_function
-        self._replaced = {
-            name: vars(model).get(name)
-            for name in ("train_step", "make_train_function")
-        }
+        model = self._model
+        run = self._fit = fit_runs.FitRun(model)
+        with_updates = self._with_logs(run, self._step_or_update)
 
-        scaled = self._outermost is not self.optimizer
+        def train_step(data):
+            if not run.lasts():
+                return model.train_step(data)
+            return with_updates(data)
 
-        def with_logs(step):
-            def logged(data):
-                loss = _loss_on(model, data) if self.watch_loss else None
-                logs = step(lambda: train_step(data), loss)
-                skipped = {"skipped_updates": self._skipped.value()}
-                return {
-                    **logs,
-                    "density": self._density.value(),
-                    "grown": self._last["grown"].value(),
-                    **(skipped if scaled else {}),
-                    **self.extra_logs(),
-                }
+        train_step.mask_update = self
 
-            return logged
+        def make_train_function(force=False):
+            if not run.lasts():
+                return model.make_train_function(force)
+            # `train_on_batch` and `fit` ask for a function, not by force, and
+            # find the one that there is.
+            if force or model.train_function is None:
+                run.exchange("train_step", train_step)
+                self._take_what_changed()
+                self._make(run)
 
-        with_updates = with_logs(self._step_or_update)
-        with_updates.mask_update = self
-        model.train_step = with_updates
-        make = functools.partial(make_train_function, force=True)
+        try:
+            run.exchange("train_step", train_step)
+            run.exchange("make_train_function", make_train_function)
+            self._make(run)
+        except BaseException:
+            run.end()
+            raise
+
+    def _take_what_changed(self):
+        """Goes on with the optimizer and the layers that there are now."""
+        model = self._model
+        self.fetch()
+        taken = self.steps_taken()
+        with replicas.scope(model):
+            self._bind(model, model.optimizer)
+            before, self._counted_before = self._counted_before, 0
+            self._counted_before = taken - self.steps_taken()
+            # The run is as old for the new optimizer as it was for the other.
+            self.run_start -= self._counted_before - before
+            self.set_up()
+
+    def _make(self, run):
+        """Makes the train function, which is traced when it is called."""
+        model = self._model
+        make = functools.partial(run.own("make_train_function"), force=True)
         together = replicas.is_distributed(model)
         # Within a `tf.cond` XLA computes convolutions on CPUs with one thread:
         # a step would take four times as long.
         alone = model.jit_compile and model.steps_per_execution == 1
         if together or alone:
-            make = self._choosing(
-                make_train_function, with_logs, together=together
-            )
+            make = self._choosing(run, together=together)
+        self._called = {}
         make()
+        run.guard(self._check_planned)
 
-        def next_fit(force=False):
-            # `fit` asks for its function, not by force, before it calls any
-            # callback: an earlier one was cut off before `on_train_end`. By
-            # force others ask within a `fit`, as after freezing a layer.
-            if force:
-                return make()
-            self._uninstall()
-            return make_train_function()
+    def _check_planned(self):
+        if not self._planned:
+            raise ValueError(
+                f"{self.name} plans its updates as the first epoch of fit "
+                "begins, and a callback trains the model before that. Call "
+                f"train_on_batch later, or list that callback after {self.name}"
+                "."
+            )
 
-        model.make_train_function = next_fit
+    def _with_logs(self, run, step):
+        """Returns a training step that logs what the method does."""
 
-    def _uninstall(self):
-        for name, own in self._replaced.items():
-            if own is None:
-                vars(self.model).pop(name, None)
-            else:
-                setattr(self.model, name, own)
-        self._replaced = {}
-        self.model.train_function = None
+        def logged(data):
+            scaled = self._outermost is not self.optimizer
+            train_step = _untraced(run.own("train_step"))
+            loss = _loss_on(self._model, data) if self.watch_loss else None
+            logs = step(lambda: train_step(data), loss)
+            skipped = {"skipped_updates": self._skipped.value()}
+            return {
+                **logs,
+                "density": self._density.value(),
+                "grown": self._last["grown"].value(),
+                **(skipped if scaled else {}),
+                **self.extra_logs(),
+            }
+
+        return logged
 
     def _counts(self):
         return tf.stack(
@@ -589,39 +815,47 @@ class StepUpdate(keras.callbacks.Callback):
         weights = sum(math.prod(m.mask.shape) for m in self.masked)
         return tf.cast(tf.reduce_sum(counts) / weights, tf.float32)
 
-    def _choosing(self, make_train_function, with_logs, *, together):
+    def _choosing(self, run, *, together):
+        # Replicas are traced side by side, so that the host exchanges the
+        # optimizer's part for all of them. The loss is not watched there:
+        # each replica has a part of the batch.
         applied = []
 
         def ordinary(train_step, loss):
             return self._ordinary_step(self._as_ordinary(train_step))
 
-        # Replicas are traced side by side, so that the host exchanges the
-        # optimizer's part for all of them. The loss is not watched there:
-        # each replica has a part of the batch.
         def update(train_step, loss):
-            alone = (
-                contextlib.nullcontext()
-                if together
-                else (self._updating([], loss))
-            )
-            with alone:
+            with contextlib.ExitStack() as stack:
+                if not together:
+                    stack.enter_context(self._updating([], loss))
                 return self._counted_step(_densely(train_step))
 
-        def updating():
-            return (
-                self._updating(applied)
-                if together
-                else (contextlib.nullcontext())
-            )
+        @contextlib.contextmanager
+        def stepping(is_update):
+            with contextlib.ExitStack() as stack:
+                if together:
+                    if is_update:
+                        stack.enter_context(self._updating(applied))
+                    stack.enter_context(self._watching())
+                yield
 
         return replicas.choosing(
-            self.model,
-            make_train_function,
-            ordinary=with_logs(ordinary),
-            update=with_logs(update),
+            self._model,
+            run.own("make_train_function"),
+            ordinary=self._with_logs(run, ordinary),
+            update=self._with_logs(run, update),
             is_due=self.is_gathered,
-            updating=updating,
+            stepping=stepping,
+            check=self._check_steps,
         )
+
+    def _check_steps(self, steps):
+        if steps > 1:
+            raise ValueError(
+                f"{self.name} judges an update by the step that begins a "
+                "training step, and this one applies its optimizer more than "
+                f"once. {_TWICE}"
+            )
 
     # In the graph.
 
@@ -653,9 +887,11 @@ class StepUpdate(keras.callbacks.Callback):
 
     def _ordinary_step(self, train_step):
         jit = getattr(self.model, "jit_compile", False)
+        alone = not replicas.is_distributed(self._model)
         with (
             called_kernels() as called,
             dense_products() if jit else contextlib.nullcontext(),
+            self._watching() if alone else contextlib.nullcontext(),
         ):
             outputs = _tensors(train_step())
         self._check_called(called)
@@ -682,7 +918,41 @@ class StepUpdate(keras.callbacks.Callback):
         outputs = self._ordinary_step(train_step)
         if self._outermost is not self.optimizer:
             replicas.once(self._count_skipped, [batches, step])
+        if not replicas.is_distributed(self._model):
+            # In a loop of the graph, one trace is applied many times.
+            after = tf.cast(self._outermost.iterations, tf.int64)
+            self.refuse_unless(after - step <= 1, step, _APPLIED_TWICE)
         return outputs
+
+    @contextlib.contextmanager
+    def _watching(self):
+        """Within the context, sees what the training step applies.
+
+        That is which kernels have a gradient, and whether it is applied once.
+        """
+        optimizer = self._outermost
+        apply, graphs = optimizer.apply, []
+
+        def watched(gradients, trainable_variables=None):
+            gradients = list(gradients)
+            variables = trainable_variables or optimizer._trainable_variables
+            variables = list(variables)
+            self._reached |= {
+                _key(v)
+                for v, gradient in zip(variables, gradients, strict=True)
+                if gradient is not None
+            }
+            # Of two branches of the graph, one is executed; replicas are
+            # traced side by side.
+            graph = tf.compat.v1.get_default_graph()
+            if not tf.distribute.has_strategy():
+                here = [graph, *(g for g in graphs if g is graph)]
+                self._check_steps(len(here))
+                graphs.append(graph)
+            return apply(gradients, trainable_variables)
+
+        with _applying(optimizer, watched):
+            yield
 
     def _count_skipped(self, batches, step):
         after = optimizer_state.batches(self.optimizer).value
@@ -704,6 +974,9 @@ class StepUpdate(keras.callbacks.Callback):
             step = tf.cast(self._outermost.iterations, tf.int64)
             variables = trainable_variables or optimizer._trainable_variables
             layers, dense = self._of_kernels(gradients, variables)
+            if not layers:  # all of them were frozen within `fit`
+                apply(gradients, variables)
+                return
 
             batches = tf.identity(optimizer_state.batches(optimizer).value)
             each = optimizer_state.batches_per_step(optimizer)
@@ -745,6 +1018,9 @@ class StepUpdate(keras.callbacks.Callback):
         """Returns the layers that have a gradient, and dL/d(masked kernel)."""
         of = {_key(v): g for v, g in zip(variables, gradients, strict=True)}
         layers = [m for m in self.masked if of.get(_key(m.kernel)) is not None]
+        trainable = _trainable(self._model)
+        if not any(_key(m.kernel) in trainable for m in self.masked):
+            return [], []
         if not layers:
             raise ValueError(
                 f"{self.name} needs the gradient of a masked kernel. Received "
@@ -859,7 +1135,11 @@ class StepUpdate(keras.callbacks.Callback):
             replicas.once(self._project_each_average, [])
 
     def _project_each_average(self):
+        parts = optimizer_state.parts(self.optimizer)
+        known = {id(v) for part in parts for v in part._trainable_variables}
         for layer in self.masked:
+            if id(layer.kernel) not in known:
+                continue
             slots = optimizer_state.slots(self.optimizer, layer.kernel)
             average = slots.get("average")
             if average is not None:
@@ -879,7 +1159,10 @@ def installed_update(model: keras.Model) -> StepUpdate | None:
     Returns:
         The mask update, from its `on_train_begin` to its `on_train_end`.
     """
-    return getattr(model.train_step, "mask_update", None)
+    update = getattr(model.train_step, "mask_update", None)
+    fit = update and update._fit
+    # One that was cut off is no longer installed.
+    return update if fit and fit.model is model and fit.lasts() else None
 
 
 @contextlib.contextmanager
@@ -956,6 +1239,10 @@ def _untraced(train_step):
     One trace would serve ordinary steps and updates alike.
     """
     return getattr(train_step, "python_function", train_step)
+
+
+def _trainable(model):
+    return {_key(v) for v in model.trainable_variables}
 
 
 def _key(variable):
