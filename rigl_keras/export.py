@@ -69,7 +69,8 @@ def export(
 
     Args:
         model: A masked model of any kind, or one that `strip` returned.
-        path: Folder to write.
+        path: Folder to write. Of a link to a folder, that folder; the link
+            stays. What `..` leads to is for the system to say.
         format: `"saved_model"`; `"sparse_saved_model"`, whose layers compute
             with sparse kernels wherever these are faster on this machine, and
             which needs their op library: it is in the folder, with a
@@ -92,7 +93,7 @@ def export(
         overwrite: Whether an earlier export at `path` may be replaced.
 
     Returns:
-        An `ExportReport`.
+        An `ExportReport`, whose path is the one that was passed.
 
     Raises:
         ValueError: An argument is wrong, `path` exists, or the model cannot
@@ -176,7 +177,7 @@ def export(
                 way_out = _way_out(fold_batch_norm, quantization)
             raise ValueError(
                 f"Model {model.name!r} cannot be exported as {format}: {error}"
-                f"{way_out} Nothing was written to {str(target)!r}."
+                f"{way_out} Nothing was written to {os.fspath(path)!r}."
             ) from error
         measured = {}
         if measure:
@@ -186,7 +187,7 @@ def export(
             )
             measured = _measured(folder, dense, format, signature, wanted[0])
         report = ExportReport(
-            path=str(target),
+            path=str(Path(path)),
             format=format,
             quantization=quantization,
             bytes=size_of(folder),
@@ -219,38 +220,55 @@ def _check_format(format, quantization, inputs):
 
 
 def _checked_target(path, overwrite):
-    """Returns the folder to write, if it may be written."""
-    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+    """Returns the folder to write, without links, if it may be written."""
+    named = isinstance(path, (str, os.PathLike)) and os.fspath(path)
+    if not isinstance(named, str) or not named:
         raise ValueError(
             "path must be that of the folder to write. Received: "
             f"path={path!r}."
         )
-    target = Path(path)
-    file = target.suffix.removeprefix(".")
+    try:
+        os.fsencode(named).decode()
+        # As the system does: a folder's `..` is where the folder is, and not
+        # where the link is that led to it.
+        target = Path(named).resolve()
+        there = os.path.lexists(target)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"path must be one that can be written. Received: path={named!r} "
+            f"({error})."
+        ) from error
+    path = Path(named)
+    file = path.suffix.removeprefix(".")
     if file in artefacts.FORMATS:
         raise ValueError(
             f"path is the folder that is written, and the file in it is named "
-            f"{artefacts.FORMATS[file].file}. Received: path={str(target)!r}. "
-            f"Pass {str(target.with_suffix(''))!r}."
+            f"{artefacts.FORMATS[file].file}. Received: path={named!r}. "
+            f"Pass {str(path.with_suffix(''))!r}."
         )
     if any(character in str(target) for character in "*?[]"):
         raise ValueError(
             "path may not hold *, ?, [ or ], which TensorFlow takes for a "
-            f"pattern. Received: path={str(target)!r}."
+            f"pattern. Received: path={named!r}, which is {str(target)!r}."
         )
-    if not os.path.lexists(target):
+    if not there and os.path.islink(path):
+        raise ValueError(
+            f"{named!r} is a link to {str(target)!r}, which does not exist. "
+            "Make that folder's path the one you pass, or remove the link."
+        )
+    if not there:
         return target
     if not overwrite:
         raise ValueError(
-            f"{str(target)!r} exists. Pass overwrite=True (--overwrite) to "
+            f"{named!r} exists. Pass overwrite=True (--overwrite) to "
             "replace it, or another path."
         )
     foreign = foreign_files(target)
     if foreign:
         raise ValueError(
             "overwrite=True replaces what an export has written, and "
-            f"{str(target)!r} holds something else: {foreign[0]}. Delete it "
-            f"yourself, or pass another path. Received: path={str(target)!r}."
+            f"{named!r} holds something else: {foreign[0]}. Delete it "
+            f"yourself, or pass another path. Received: path={named!r}."
         )
     return target
 
@@ -353,9 +371,16 @@ def _write_and_compare(write, concessions, examples, wanted, tolerance):
         try:
             load = write(**concession)
             # Loaded anew, states begin where those of the model are.
-            difference = max(
-                _difference(load()(arrays), outputs)
-                for arrays, outputs in zip(examples, wanted, strict=True)
+            # Not Python's max, which may pass over a NaN.
+            difference = float(
+                np.max(
+                    [
+                        _difference(load()(arrays), outputs)
+                        for arrays, outputs in zip(
+                            examples, wanted, strict=True
+                        )
+                    ]
+                )
             )
             if not difference <= tolerance:
                 raise _DisagreesError(
@@ -375,7 +400,7 @@ def _difference(got, wanted):
     """Returns how far outputs are from others, in units of `_spread`."""
     differences = []
     for name, want in wanted.items():
-        if got[name].shape != want.shape:
+        if name not in got or got[name].shape != want.shape:
             return math.inf
         if want.dtype.kind in "SUO":
             differences.append(0.0 if (got[name] == want).all() else math.inf)
@@ -383,7 +408,7 @@ def _difference(got, wanted):
             want = want.astype(np.float64)
             difference = np.abs(got[name].astype(np.float64) - want)
             differences.append(float(np.max(difference) / _spread(want)))
-    # Not max, which may pass over a NaN.
+    # Not Python's max, which may pass over a NaN.
     return float(np.max(differences, initial=0.0))
 
 

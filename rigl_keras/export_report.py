@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from rigl_keras import reading
 from rigl_keras.sparsify import aligned
 
 __all__ = [
@@ -182,21 +183,29 @@ def check_export(path: str | os.PathLike) -> ExportReport:
             f"{str(folder)!r} is not an export: it holds no {REPORT}."
         )
     try:
-        content = json.loads(report.read_text())
-        files = dict(content.pop("files"))
+        content = reading.json_object(report)
+        files = _files_in(content)
+        _check_fields(content)
         for name in ("latency", "dense_latency"):
             content[name] = {int(n): s for n, s in content[name].items()}
         content["removed"] = {
             n: tuple(u) for n, u in content["removed"].items()
         }
         content["notes"] = tuple(content["notes"])
+        del content["files"]
         content = ExportReport(**{**content, "path": str(folder)})
-        str(content)  # its numbers are numbers
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        str(content)  # all that is shown of it can be
+    # A KeyError is a field too few, a TypeError one too many.
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         raise ValueError(
             f"{str(report)!r} is damaged, or no report of an export: {error}."
         ) from error
-    found = _digests(folder)
+    try:
+        found = _digests(folder)
+    except OSError as error:
+        raise ValueError(
+            f"The export in {str(folder)!r} cannot be read: {error}."
+        ) from error
     for name in files.keys() | found.keys():
         if files.get(name) == found.get(name):
             continue
@@ -212,6 +221,90 @@ def check_export(path: str | os.PathLike) -> ExportReport:
     return content
 
 
+def _files_in(content):
+    """Returns `{name: digest}` of the files that a report names."""
+    files = content["files"]
+    texts = isinstance(files, dict) and files.values()
+    if not isinstance(files, dict) or not all(map(_is_text, texts)):
+        raise ValueError(f"files is {reading.brief(files)}")
+    return files
+
+
+def _check_fields(content):
+    """Checks that each field of a report is of the kind it should be."""
+    for name, kind in _KINDS.items():
+        if name in content and not kind(content[name]):
+            raise ValueError(f"{name} is {reading.brief(content[name])}")
+    if not content["max_difference"] <= content["tolerance"]:
+        raise ValueError(
+            f"outputs differ by {content['max_difference']}, more than "
+            f"{content['tolerance']}"
+        )
+
+
+def _is_text(value):
+    return isinstance(value, str)
+
+
+def _is_size(value):
+    return isinstance(value, int) and reading.is_number(value, least=0)
+
+
+def _is_measure(value):
+    return reading.is_number(value, least=0)
+
+
+def _or_none(kind):
+    return lambda value: value is None or kind(value)
+
+
+def _by_name(kind):
+    return lambda value: (
+        isinstance(value, dict) and all(map(kind, value.values()))
+    )
+
+
+_KINDS = {
+    "format": _is_text,
+    "quantization": _or_none(_is_text),
+    **dict.fromkeys(
+        ("bytes", "variable_bytes", "parameters", "nonzeros"), _is_size
+    ),
+    **dict.fromkeys(
+        (
+            "gzip_bytes",
+            "dense_bytes",
+            "dense_gzip_bytes",
+            "dense_variable_bytes",
+        ),
+        _or_none(_is_size),
+    ),
+    "density": lambda value: reading.is_number(value, least=0, most=1),
+    **dict.fromkeys(("max_difference", "tolerance"), _is_measure),
+    **dict.fromkeys(
+        (
+            "inference_flops",
+            "dense_inference_flops",
+            "load_seconds",
+            "dense_load_seconds",
+        ),
+        _or_none(_is_measure),
+    ),
+    **dict.fromkeys(("latency", "dense_latency"), _by_name(_is_measure)),
+    **dict.fromkeys(("folded", "not_folded", "versions"), _by_name(_is_text)),
+    "removed": _by_name(
+        lambda units: (
+            isinstance(units, list)
+            and len(units) == 2
+            and all(map(_is_size, units))
+        )
+    ),
+    "notes": lambda value: (
+        isinstance(value, list) and all(map(_is_text, value))
+    ),
+}
+
+
 def foreign_files(path: Path) -> list[str]:
     """Returns what is in an export's place and was not written by it.
 
@@ -222,19 +315,32 @@ def foreign_files(path: Path) -> list[str]:
         Names of files; all that there is where no report tells otherwise.
     """
     try:
-        known = {REPORT, *json.loads((path / REPORT).read_text())["files"]}
-    except (OSError, KeyError, TypeError, ValueError):
+        content = reading.json_object(path / REPORT)
+        known = {REPORT, *_files_in(content)}
+    except (OSError, KeyError, ValueError):
         known = set()
     if not path.is_dir():
         return [path.name]
-    found = [str(file.relative_to(path)) for file in _files(path)]
+    found = [str(entry.relative_to(path)) for entry in _entries(path)]
     return [name for name in found if name not in known] or (
         [] if known else ["no export.json"]
     )
 
 
+def _entries(folder):
+    """Returns all that is not a folder: files, links, and what else there is.
+
+    Not what is in a folder that a link leads to.
+    """
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_symlink() or not path.is_dir()
+    ]
+
+
 def _files(folder):
-    return [p for p in sorted(folder.rglob("*")) if p.is_file()]
+    return [path for path in _entries(folder) if path.is_file()]
 
 
 def size_of(folder: Path, *, compressed: bool = False) -> int:
@@ -251,12 +357,15 @@ def size_of(folder: Path, *, compressed: bool = False) -> int:
 
 
 def _digests(folder):
+    """Returns the digest of each file by name; "" of what is no file."""
     return {
-        str(file.relative_to(folder)): hashlib.sha256(
-            file.read_bytes()
+        str(entry.relative_to(folder)): hashlib.sha256(
+            entry.read_bytes()
         ).hexdigest()
-        for file in _files(folder)
-        if file != folder / REPORT
+        if entry.is_file()
+        else ""
+        for entry in _entries(folder)
+        if entry != folder / REPORT
     }
 
 

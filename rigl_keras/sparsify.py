@@ -27,6 +27,7 @@ from rigl_keras.maskable import (
     find_kernels,
     is_graph,
     is_normalisation,
+    kernel_at,
 )
 from rigl_keras.products import PRODUCTS
 from rigl_keras.surgery import (

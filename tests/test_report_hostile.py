@@ -5,26 +5,17 @@ place, and read again. None of it draws figures, but for those tests that are
 about figures.
 """
 
-import copy
 import csv
 import io
-import itertools
 import json
-import os
-import random
 import shutil
 
 import pytest
-from test_report import failed, lines_of, made
+from test_report import made
 
 from rigl_keras.experiments import (
-    figures,
-    page,
-    plans,
     records,
     report,
-    rows,
-    summaries,
 )
 
 
