@@ -6,16 +6,21 @@ about figures.
 """
 
 import csv
+import html.parser
 import io
 import json
+import os
 import shutil
 
 import pytest
-from test_report import made
+from test_report import failed, lines_of, made, searched
 
 from rigl_keras.experiments import (
+    figures,
+    page,
     records,
     report,
+    summaries,
 )
 
 
@@ -149,3 +154,378 @@ def test_every_value_of_a_run_may_be_anything(
         numbers = [line["accuracy_mean"], line["training_flops_ratio"]]
         assert all(0 <= float(n) <= 1e6 for n in numbers if n), line
     assert "Left out" in text or "Failed runs" in text
+
+
+CONTENTS = {
+    "none": None,
+    "empty": b"",
+    "not UTF-8": b"\xff\xfe\x00",
+    "binary": bytes(range(256)) * 20,
+    "deep": b"[" * 100_000,
+    "a long integer": b'{"seed": ' + b"9" * 5_000 + b"}",
+    "a folder": "folder",
+    "a pipe": "pipe",
+    "a link to itself": "link",
+}
+
+
+@pytest.mark.parametrize("content", CONTENTS.values(), ids=CONTENTS)
+def test_every_file_of_a_run_may_be_anything(
+    results, tmp_path, content, undrawn
+):
+    """In a run beside others, and in the only one."""
+    names = (
+        "about.json",
+        "run/result.json",
+        "run/config.gin",
+        "run/flops.csv",
+        "run/metrics.csv",
+        "failure.txt",
+    )
+    for number, name in enumerate(names):
+        folder = made(results, "snfs_erk_wrn", 0.1, number, 0.9)
+        if name in names[-2:]:
+            (folder / "run/result.json").unlink()
+        (folder / name).unlink(missing_ok=True)
+        if content == "folder":
+            (folder / name).mkdir()
+        elif content == "pipe":
+            os.mkfifo(folder / name)
+        elif content == "link":
+            (folder / name).symlink_to(folder / name)
+        elif content is not None:
+            (folder / name).write_bytes(content)
+    found = records.read(results)
+    seeds = [run.seed for run in found.finished if run.row == "snfs_erk_wrn"]
+    assert seeds == [2, 3]  # without a rate, and without a curve
+    assert "snfs_erk_wrn-density0.1-seed0 is left out" in str(found.notes)
+    assert "snfs_erk_wrn-density0.1-seed3 has no flops.csv" in str(found.notes)
+    text, _ = written(found, tmp_path / "out")
+    assert "Failed runs" in text or content is None
+    assert "Unfinished runs" in text
+    for folder in (results / "full").iterdir():
+        if not folder.name.startswith("snfs_erk_wrn-density0.1-seed"):
+            shutil.rmtree(folder)
+    text, _ = written(records.read(results), tmp_path / "alone")
+    assert "2 runs are finished" in text
+
+
+def test_no_curve_can_be_drawn(results, tmp_path):
+    """Figure 4 says so in place of lines, and its bars are there."""
+    curves = ("", "step,inference_flops\n", "step,inference_flops\n0,inf\n")
+    for seed, curve in enumerate(curves):
+        folder = results / "full" / f"rigl_erk_wrn-density0.1-seed{seed}"
+        (folder / "run/flops.csv").write_text(curve)
+    for bad in ("x,1", f"0,{'9' * 400}", "-1,1", "5,1\n3,1", "nan,1", "0"):
+        lines = f"step,inference_flops\n{bad}\n"
+        (folder / "run/flops.csv").write_text(lines)
+        assert not records.read(results).runs[3].curve, bad
+    found = records.read(results)
+    told = "seed0, rigl_erk_wrn-density0.1-seed1 and rigl_erk_wrn-density0.1-"
+    assert told + "seed2 have no flops.csv" in str(found.notes)
+    figure = figures.redistribution(found)
+    left = figure.axes[0]
+    assert [text.get_text() for text in left.texts] == [
+        "no flops.csv can be read"
+    ]
+    assert figures.as_png(figure).startswith(b"\x89PNG")
+
+
+def test_a_figure_that_cannot_be_drawn(results, tmp_path, monkeypatch):
+    """The rest of the page is there, and says so."""
+
+    def fails(*args, **options):
+        raise OverflowError("int too large\nto convert")
+
+    monkeypatch.setattr(figures, "across_densities", fails)
+    made_report = report.report(records.read(results), ["figure1", "table2"])
+    text = page.as_markdown(made_report.page)
+    assert "The figure cannot be drawn: int too large." in text
+    assert "its figure cannot be drawn (int too large)." in made_report.notes[0]
+    assert "| RigL (ERK) | 92.50 ± 0.50 |" in text
+    with pytest.raises(ValueError, match="too many panels"):
+        figures._figure(500, 3)
+    with pytest.raises(ValueError, match="too many panels"):
+        figures._figure(300, 300)
+
+
+def test_only_rows_of_no_network(tmp_path):
+    made(tmp_path, "quickstart", 0.1, 0, 0.9)
+    text, lines = written(records.read(tmp_path), tmp_path / "out")
+    assert [line["gin"] for line in lines] == ["quickstart"]
+    assert "| quickstart | 0.1 | - | 90.00 | 1 of 3 |" in text
+
+
+def test_names_that_are_not_utf_8(results, tmp_path, capsys, undrawn):
+    """Of runs and of presets; nor does a terminal obey them."""
+    whole = results / "full" / "set_erk_wrn-density0.1-seed0"
+    for name in (b"z\xff", b"z\x1b[31m\n# new"):
+        os.rename(
+            shutil.copytree(whole, results / "copy"),
+            os.fsencode(results / "full") + b"/" + name,
+        )
+    (results / "full" / "thesis\udcfe").mkdir()
+    (results / "\udcff").mkdir()
+    shutil.copytree(whole, results / "\udcff" / "run")
+    found = records.read(results, "full")
+    text, _ = written(found, tmp_path / "out")
+    assert "the same result is in z\\\\udcff, z\\\\x1b\\[31m\\\\n# new." in text
+    assert "thesis\\\\udcfe is left out" in text
+    report._tell(found, found.notes)
+    said = capsys.readouterr().out
+    assert "z\\udcff, z\\x1b[31m\\n# new." in said and said.isascii()
+    # A preset of such a name can be asked for, and holds another's run.
+    other = records.read(results, "\udcff")
+    assert other.preset == "\\udcff" and "it is of 'full'" in other.notes[0]
+
+
+def test_the_proper_folder_counts(results):
+    """Whatever the other ones are called."""
+    for folder in ("a-copy", "z-copy"):
+        made(results, "set_erk_wrn", 0.1, 0, 0.1, folder=folder)
+    changes = (("train.length", 2), ("sgd.learning_rate", 0.1234567))
+    made(results, "rigl_erk_wrn", 0.1, 0, 0.1, folder="a", changes=changes)
+    name = "rigl_erk_wrn-density0.1-learning_rate0.1234567-length2-seed0"
+    made(results, "rigl_erk_wrn", 0.1, 0, 0.8, folder=name, changes=changes)
+    found = records.read(results)
+    assert summaries.of(found, "set_erk_wrn", 0.1).accuracies == (90.0,)
+    told = "set_erk_wrn-density0.1-seed0 (90.00 %) is there 3 times"
+    assert any(note.startswith(told) for note in found.notes)
+    changes = tuple(sorted(changes))
+    of_changes = summaries.of(found, "rigl_erk_wrn", 0.1, changes)
+    assert of_changes.accuracies == (80.0,)
+
+
+@pytest.mark.parametrize(
+    ("result", "said"),
+    [
+        ({"seed": 7}, "its seed is 7, and not 1"),
+        ({"settings": {"density": 0.2}}, "its density is 0.2, and not 0.1"),
+        ({"settings": {"density": None}}, "its density is None, and not 0.1"),
+        (
+            {"density": 0.9, "settings": {"density": 1.0}},
+            "its density is 1.0, and not 0.1",
+        ),
+        (
+            {"settings": {"method": {"drop_fraction": 0.3}}},
+            "its drop_fraction is 0.3, and not 0.5",
+        ),
+        (
+            {"settings": {"method": {"frequency": 100}}},
+            "its frequency is 100, and not 50",
+        ),
+    ],
+    ids=str,
+)
+def test_results_of_another_run(results, tmp_path, result, said, undrawn):
+    changes = (("UPDATE_FRACTION", 0.5), ("UPDATE_FREQUENCY", 50))
+    path = made(
+        results, "rigl_erk_wrn", 0.1, 1, 0.9, changes=changes, result=result
+    )
+    found = records.read(results)
+    assert path.name not in [run.name for run in found.finished]
+    (note,) = [note for note in found.notes if path.name in note]
+    assert note == (
+        f"The result of {path.name} is left out: its result.json and "
+        f"about.json disagree: {said}."
+    )
+    text, _ = written(found, tmp_path / "out")
+    assert "and about.json disagree" in text
+
+
+def test_pruning_ends_at_its_density(results):
+    """Though it is told to begin with all weights."""
+    settings = {"density": 1.0, "method": {}}
+    for seed, density in enumerate((0.1, 0.0999, 0.12)):
+        result = {"density": density, "settings": settings}
+        made(results, "pruning_wrn", 0.1, seed, 0.9, result=result)
+    assert summaries.of(records.read(results), "pruning_wrn", 0.1).n == 3
+
+
+def test_other_seeds_than_the_reports(results, tmp_path):
+    """Beside those they count; alone they are all that each row should have."""
+    for seed in (5, 6):
+        made(results, "set_erk_wrn", 0.1, seed, 0.9)
+    found = records.read(results)
+    assert summaries.of(found, "set_erk_wrn", 0.1).wanted == 5
+    assert found.notes == (
+        "Not the report's seeds 0, 1 and 2: 5 and 6. They count like those.",
+    )
+    alone = tmp_path / "alone"
+    for seed in (5, 6):
+        made(alone, "rigl_erk_wrn", 0.1, seed, 0.9)
+        changes = (("UPDATE_FRACTION", 0.4), ("UPDATE_FREQUENCY", 200))
+        made(
+            alone,
+            "rigl_erk_wrn",
+            0.1,
+            seed,
+            0.9,
+            changes=changes,
+            updates=(0.4, 200),
+        )
+    found = records.read(alone)
+    (note,) = found.notes
+    assert note.endswith("so that each row should have these.")
+    text = page.as_markdown(report.report(found, ["table4"]).page)
+    assert "that have all seeds 5 and 6; how many" in text
+    assert "| optimum of 1 | 0.4, 200 | 90.00 | 90.00 ± 0.00 | 2 of 2 |" in text
+
+
+def test_densities_that_print_alike(results, undrawn):
+    for density in (0.1234561, 0.1234562):
+        for row in ("rigl_erk_wrn", "set_erk_wrn"):
+            made(results, row, density, 0, 0.9, folder=f"{row}{density!r}")
+    made_report = report.report(records.read(results), ["methods", "table2"])
+    text = page.as_markdown(made_report.page)
+    for density in ("0.1234561", "0.1234562"):
+        assert f"| density {density} " in text
+        assert f"**density {density}**" in text
+        assert lines_of(made_report, table="methods", density=density)
+
+
+def test_a_seed_that_collapsed_is_flagged(results, tmp_path, undrawn):
+    """92.1, 65.6 and 92.2: 65.6 is 26.55 below the others' median."""
+    for seed, accuracy in enumerate((0.921, 0.656, 0.922)):
+        made(results, "set_uniform_2x_wrn", 0.1, seed, accuracy)
+    made(results, "static_erk_wrn", 0.1, 0, 0.115)
+    found = records.read(results)
+    assert found.notes == (
+        "set_uniform_2x_wrn-density0.1-seed1 has collapsed: 65.60 % is 26.5 "
+        "points below the other seeds; its accuracy counts like any other.",
+        "static_erk_wrn-density0.1-seed0 has collapsed: 11.50 % is hardly "
+        "better than chance, 10 %; its accuracy counts like any other.",
+    )
+    text, _ = written(found, tmp_path / "out", ["table2"])
+    assert "| SET 2x | 83.30 ± 15.33 | 3 of 3, 1 collapsed |" in text
+
+
+# What a run has said, in each format.
+
+LINK = "![x](http://evil.example) <img src=x> `a` | b_c *d* & www.e.f"
+
+
+def test_nothing_a_run_has_said_is_markdown(results, tmp_path, undrawn):
+    failed(results, "snfs_erk_wrn", 0.1, 0, LINK)
+    failed(results, "snfs_erk_wrn", 0.1, 1, "# a\n- b")
+    changes = ((LINK, 2),)
+    made(results, "rigl_erk_wrn", 0.1, 0, 0.9, changes=changes, folder="[1]")
+    made(results, "rigl_erk_wrn", 0.1, 0, 0.9, changes=changes, folder="# x")
+    text, _ = written(records.read(results), tmp_path / "out")
+    said = [line for line in text.splitlines() if "evil" in line]
+    assert len(said) == 3
+    whole = (
+        r"\!\[x\]\(http:\//evil.example\) \<img src=x> \`a\` | b\_c "
+        r"\*d\* \& www\.e.f"
+    )
+    for line in said:
+        assert whole in line.replace(r"\|", "|")
+    assert any(line.startswith("| ") and r" \| " in line for line in said)
+    assert r"seed1: # a - b" in text  # within a line no heading
+    assert "- \\# x is there 2 times" in text
+    parsed = Tags((tmp_path / "out/report.html").read_text())
+    assert not parsed.found & {"img", "em", "code"}
+
+
+class Tags(html.parser.HTMLParser):
+    def __init__(self, text):
+        super().__init__()
+        self.found = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.found.add(tag)
+
+
+@pytest.mark.parametrize(
+    ("text", "inline"),
+    [
+        ("RigL (ERK)!", "RigL (ERK)!"),
+        ("a](b)", r"a\]\(b\)"),
+        ("a [1]", r"a \[1\]"),
+        ("~~a~~ $x$", r"\~\~a\~\~ \$x\$"),
+        ("a\\b", r"a\\b"),
+    ],
+)
+def test_markdown_within_a_line(text, inline):
+    assert page._inline(text) == inline
+
+
+@pytest.mark.parametrize("start", ["#", ">", "-", "+", "=", "1.", "20)"])
+def test_markdown_at_the_start_of_a_line(start):
+    assert page._plain(f"{start} a") == f"{start[:-1]}\\{start[-1]} a"
+    assert page._plain(f"a {start}") == f"a {start}"
+
+
+def test_a_mark_is_one_where_it_has_a_note():
+    block = page.Block(["a", "b"], [["x [1]", "y [2]"]])
+    section = page.Section("s", "S", blocks=[block], notes=["why"])
+    made_page = page.Page("T", [], [section])
+    assert r"| x [1] | y \[2\] |" in page.as_markdown(made_page)
+    shown = page.as_html(made_page)
+    assert "x<sup>[1]</sup>" in shown and "<td>y [2]</td>" in shown
+
+
+@pytest.mark.parametrize(
+    ("text", "cell"),
+    [
+        ("=1+1", "'=1+1"),
+        ("+1+cmd|' /C calc'!A0", "'+1+cmd|' /C calc'!A0"),
+        ("-1+1", "'-1+1"),
+        ("@SUM(A1)", "'@SUM(A1)"),
+        ("\t=1", "'=1"),
+        ("\r=1", "'=1"),
+        ("\uff1d1", "'\uff1d1"),
+        ("-2.5", "-2.5"),
+        ("+1e-05", "+1e-05"),
+        ("-inf", "'-inf"),
+        ("RigL (ERK)", "RigL (ERK)"),
+        ("a\nb", "a b"),
+        ("\udcff", "\\udcff"),
+        ("", ""),
+    ],
+)
+def test_no_cell_is_a_formula(text, cell):
+    assert page.as_csv_cell(text) == cell
+
+
+def test_formulas_among_changes(results, tmp_path, undrawn):
+    changes = (("=HYPERLINK(1)", -1.5),)
+    made(results, "rigl_erk_wrn", 0.1, 0, 0.9, changes=changes, folder="x")
+    _, lines = written(records.read(results), tmp_path / "out")
+    (line,) = [line for line in lines if line["changes"]]
+    assert line["changes"] == "'=HYPERLINK(1)=-1.5"
+    (line,) = [
+        line
+        for line in lines
+        if line["table"] == "table2"
+        and line["gin"] == "set_erk_wrn"
+        and line["density"] == "0.1"
+    ]
+    assert float(line["difference"]) == pytest.approx(90.0 - 92.2)
+
+
+def test_names_in_figures_are_no_formulas(results):
+    """Matplotlib would raise at a wrong one, and draw a long one too large."""
+    for name in ("$\\frac$", "x" * 190, "\u4e2d\u6587"):
+        changes = ((name, 2),)
+        made(results, "rigl_erk_wrn", 0.1, 0, 0.9, changes=changes, folder=name)
+    found = records.read(results)
+    assert figures.as_png(figures.methods(found)).startswith(b"\x89PNG")
+    assert report.report(found, ["methods"]).page.sections[0].picture
+
+
+def test_settings_that_are_no_numbers(results):
+    """Where a search has text for its drop fraction, it has no place in it."""
+    searched(results)
+    for path in (results / "full").glob("rigl_erk_wrn-density0.1-seed*"):
+        for name, value in (("drop_fraction", "0.3"), ("frequency", 10**400)):
+            damage(
+                path / "run/result.json", ("settings", "method", name), value
+            )
+    found = records.read(results)
+    reference = summaries.of(found, "rigl_erk_wrn", 0.1)
+    assert summaries.settings_of(found, reference) == (None, None)
+    text = page.as_markdown(report.report(found, ["table4", "tuning"]).page)
+    assert "| reference | - | " in text
+    assert "| optimum of 2 | 0.4, 200 |" in text

@@ -499,6 +499,7 @@ def _alike(
     """Returns the runs without those whose settings are not their row's.
 
     A row's are those that most of its finished runs of the same changes have.
+    A learning rate that could not be read is no difference.
     """
     groups = collections.defaultdict(list)
     for run in runs:
@@ -508,7 +509,8 @@ def _alike(
     for group in groups.values():
         of_run = {run.folder: settings(run) for run in group}
         counts = collections.Counter(
-            json.dumps(of_run[run.folder], sort_keys=True) for run in group
+            json.dumps(of_run[run.folder], sort_keys=True)
+            for run in [r for r in group if r.learning_rate] or group
         )
         usual = json.loads(counts.most_common(1)[0][0])
         for run in group:
@@ -519,6 +521,7 @@ def _alike(
                 for name in sorted({*own, *usual})
                 # As text, in which a NaN is equal to itself.
                 if json.dumps(own.get(name)) != json.dumps(usual.get(name))
+                and not (name == "learning_rate" and own.get(name) is None)
             ]
             if differing:
                 odd.add(run.folder)
