@@ -134,6 +134,43 @@ def test_some_rows_and_bindings_of_ones_own():
     assert costs.planned().epochs == 12
 
 
+def test_runs_that_differ_have_other_names():
+    """And folders of their own, though they differ in the seventh digit."""
+
+    def name(density=0.1, **changes):
+        pairs = tuple((k.replace("__", "."), v) for k, v in changes.items())
+        return plans.Run("rigl_erk_wrn", SMALL, density, 0, pairs).name
+
+    assert name(0.1234561) == "rigl_erk_wrn-density0.1234561-seed0"
+    others = [
+        name(0.1234561),
+        name(0.1234562),
+        name(0.1),
+        name(0.1 + 1e-16),
+        name(1),
+        name(train__length=2),
+        name(other__length=2),
+        name(other__length2=2),
+        name(other__length=22),
+        name(sgd__learning_rate=0.1234561),
+        name(sgd__learning_rate=0.1234562),
+        name(sgd__learning_rate=1e-7),
+        name(sgd__learning_rate=1.0000000000000002),
+        name(LENGTH=2),
+        name(length=2),
+    ]
+    assert len(set(others)) == len(others)
+    # The same run in another order, or bound twice.
+    one = name(sgd__learning_rate=0.1, train__length=2)
+    assert one == name(train__length=2, sgd__learning_rate=0.1)
+    twice = (("train.length", 4), ("train.length", 2))
+    assert plans.Run("rigl_erk_wrn", SMALL, 0.1, 0, twice).name == name(
+        train__length=2
+    )
+    scoped = plans.Run("rigl_erk_wrn", SMALL, 0.1, 0, (("a/b.c", 2),)).name
+    assert scoped == "rigl_erk_wrn-density0.1-a%2Fb.c=2-seed0"
+
+
 def test_a_preset_of_ones_own(tmp_path):
     own = tmp_path / "tiny.gin"
     own.write_text("train.epochs = 1\n")
@@ -151,6 +188,8 @@ def test_nonsense():
         plans.runs("table2", preset=FULL, densities=[1.5])
     with pytest.raises(ValueError, match="at least 0. Received: 0, -1"):
         plans.runs("table2", preset=FULL, seeds=[0, -1])
+    with pytest.raises(ValueError, match=r"below 2 \*\* 32"):
+        plans.runs("table2", preset=FULL, seeds=[2**32])
     with pytest.raises(
         ValueError, match="no row nothing. It has small_dense_wrn"
     ):

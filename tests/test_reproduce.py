@@ -165,6 +165,103 @@ def test_a_failure_stops_nothing_else(tmp_path, quick):
     assert results.failure(ticket.source) is None
 
 
+@pytest.fixture(params=[-60, 60], ids=["behind", "ahead"])
+def skewed(request, monkeypatch):
+    """The file server's clock is a minute off; all runs fail, or some rows."""
+    record = Results.record_failure
+
+    def record_failure(results, run, reason):
+        record(results, run, reason)
+        path = results.folder(run) / "failure.txt"
+        there = time.time() + request.param
+        os.utime(path, (there, there))
+
+    failing = {"pruning_wrn", "static_erk_wrn"}
+    monkeypatch.setattr(Results, "record_failure", record_failure)
+    monkeypatch.setattr(
+        work,
+        "_trained",
+        lambda run, *args: "no luck" if run.row in failing else None,
+    )
+    waits = []
+
+    def sleep(seconds):
+        waits.append(seconds)
+        assert len(waits) < 5, "it waits for a run that has failed"
+
+    monkeypatch.setattr(work.time, "sleep", sleep)
+    return failing
+
+
+def test_no_failure_is_lost_by_a_clock(tmp_path, skewed):
+    """Nor waited for, by what starts from it."""
+    ticket = plans.Run("lottery_wrn", FULL, 0.1, 0)
+    (run, *_) = some_runs()
+    runs, results = [ticket.source, ticket, run], Results(tmp_path, "full")
+    wanted = {
+        ticket.source: "no luck",
+        ticket: f"it starts from {ticket.source.name}, which failed",
+        run: "no luck",
+    }
+    assert work.work_off(runs, results) == wanted
+    # Those failures are of the command before: this one tries again.
+    told = Told()
+    assert work.work_off(runs, results, progress=told) == wanted
+    started = [name for what, name in told.events if what == "start"]
+    assert started == [ticket.source.name, run.name]
+    skewed.clear()
+    assert work.work_off(runs[2:], results) == {}
+    assert results.failure(run) is None
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_no_failure_elsewhere_is_lost_by_a_clock(
+    tmp_path, skewed, monkeypatch, before
+):
+    """Another process fails a run meanwhile, which it had failed before."""
+    (run, *_) = some_runs()
+    results = Results(tmp_path, "full")
+    results.folder(run).mkdir()
+    if before:
+        results.record_failure(run, "no luck")
+
+    def other(seconds):
+        results.record_failure(run, "no luck")
+
+    monkeypatch.setattr(work.time, "sleep", other)
+    with results.claim(run):
+        failed = work.work_off([run], Results(tmp_path, "full"))
+    assert failed == {run: "no luck"}
+
+
+def test_a_run_waits_for_nobody_who_is_not_there(tmp_path):
+    ticket = plans.Run("lottery_wrn", FULL, 0.1, 0)
+    with pytest.raises(ValueError, match="starts from pruning.*Pass it, too"):
+        work.work_off([ticket], Results(tmp_path, "full"))
+
+
+def test_results_that_cannot_be_read(tmp_path):
+    """By whoever damaged them, or by a disk."""
+    (run, *_) = some_runs()
+    results = Results(tmp_path, "full")
+    folder = results.folder(run)
+    (folder / "run").mkdir(parents=True)
+    (folder / "run/result.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match="another configuration"):
+        results.finished(run)
+    (folder / "run/config.gin").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="another configuration"):
+        results.finished(run)
+    (folder / "run/config.gin").write_text(run.configure())
+    assert results.finished(run)
+    with pytest.raises(ValueError, match="too deep.*trained again"):
+        results.result(run)
+    (folder / "run/metrics.csv").write_bytes(b"epoch\n\xff\n")
+    assert results.epochs(run) == 1
+    (folder / "failure.txt").write_bytes(b"no \xff luck")
+    assert results.failure(run) == "no \ufffd luck"
+
+
 def test_a_process_that_is_killed_has_failed(tmp_path, quick, monkeypatch):
     monkeypatch.setattr(
         work, "command_of", lambda run, **o: ["sh", "-c", "kill -9 $$"]
@@ -175,6 +272,7 @@ def test_a_process_that_is_killed_has_failed(tmp_path, quick, monkeypatch):
     monkeypatch.setattr(work, "command_of", lambda run, **o: ["true"])
     failed = work.work_off([run], Results(tmp_path, "full"))
     assert failed == {run: "its process ended with status 0"}
+    assert work._signal(35) == "signal 35"  # of real time, without a name
 
 
 def test_claimed_runs_are_left_to_others_and_taken_over(tmp_path, quick):
@@ -334,6 +432,9 @@ def test_nonsense():
     with pytest.raises(ValueError, match="numbers, such as.*'a 4'"):
         reproduce._changes(["a 4"])
     assert reproduce._changes(["train.length = 4"]) == (("train.length", 4),)
+    for value in ("1e999", "9" * 400, "9" * 5_000, "(" * 5_000, "nan", "[1]"):
+        with pytest.raises(ValueError, match="--gin_bindings takes numbers"):
+            reproduce._changes([f"train.length = {value}"])
     with pytest.raises(ValueError, match="data_dir must be an existing folder"):
         reproduce.check_data(some_runs(), data_dir="/nowhere")
     with pytest.raises(ValueError, match="--densities takes.*0.1,much"):
