@@ -1,0 +1,43 @@
+"""When updates end in a run that goes on, whole or in the middle of an epoch."""
+
+import keras
+import numpy as np
+import pytest
+
+from rigl_keras import RigL, sparsify
+
+STEPS, EPOCHS = 10, 4
+
+
+@pytest.mark.parametrize(
+    "iterations, last",
+    [
+        # As the whole run of 40 steps has it, which is 30.
+        (10, 30),
+        (13, 30),
+        (19, 30),
+        # Of another run: three quarters of the 30 steps that are left of it.
+        (20, 42),
+    ],
+)
+def test_updates_end_where_they_would_have(iterations, last):
+    model = sparsify(
+        keras.Sequential([keras.Input((6,)), keras.layers.Dense(8)]), 0.5
+    )
+    model.compile(keras.optimizers.SGD(0.01), "mse")
+    model.optimizer.iterations.assign(iterations)
+    draw = np.random.default_rng(0)
+    x, y = draw.standard_normal((2, 20, 8))
+    method = RigL(frequency=1, decay="constant")
+    model.fit(
+        x[:, :6],
+        y,
+        batch_size=2,
+        initial_epoch=1,
+        epochs=EPOCHS,
+        callbacks=[method],
+        verbose=0,
+    )
+    assert int(model.optimizer.iterations.numpy()) == iterations + 30
+    updates = [step for step, _ in method.trajectory[1:]]
+    assert updates == list(range(iterations, last + 1))
