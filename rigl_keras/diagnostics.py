@@ -517,7 +517,7 @@ class TopologyDiagnostics(keras.callbacks.Callback):
     def _save(self):
         if self._writer is None:
             return
-        with self._csv.open("a", newline="") as file:
+        with self._csv.open("a", newline="", encoding="utf-8") as file:
             file.write(as_csv(self.rows[self._written :]))
         writing.keep(self._csv)
         self._written = len(self.rows)

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
+from rigl_keras import writing
+
 __all__ = [
     "ALL",
     "COLUMNS",
@@ -58,7 +60,7 @@ def read_rows(path: str | os.PathLike) -> list[dict]:
     Raises:
         ValueError: The file has other columns.
     """
-    text = Path(path).read_text()
+    text = Path(path).read_text(encoding="utf-8", errors="replace")
     complete = text[: text.rfind("\n") + 1]
     reader = csv.DictReader(io.StringIO(complete))
     if tuple(reader.fieldnames or ()) != COLUMNS:
@@ -136,7 +138,8 @@ def figures(
     if losses:
         drawn["loss.png"] = _loss_figure(losses)
     for name, figure in drawn.items():
-        figure.savefig(out_dir / name, dpi=120)
+        with writing.whole(out_dir / name) as unfinished:
+            figure.savefig(unfinished, dpi=120)
     return [out_dir / name for name in drawn]
 
 

@@ -190,7 +190,7 @@ def unfinished_folder(path: str | os.PathLike) -> Iterator[Path]:
     folder = made = path / f"{_unfinished()}{os.getpid()}"
     for number in itertools.count(1):
         try:
-            made.mkdir(parents=True)
+            made.mkdir()
             break
         except FileExistsError:  # another thread is writing
             made = path / f"{folder.name}-{number}"

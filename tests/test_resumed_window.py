@@ -1,4 +1,4 @@
-"""When updates end in a run that goes on, whole or in the middle of an epoch."""
+"""When updates end in a run that goes on in the middle of an epoch."""
 
 import keras
 import numpy as np

@@ -12,7 +12,7 @@ from test_writing import check_kept, disk  # noqa: F401
 from rigl_keras import writing
 from rigl_keras.experiments import results
 from rigl_keras.experiments.plans import Preset, Run
-from rigl_keras.experiments.run_directory import RunDirectory
+from rigl_keras.experiments.run_directory import EarlierRun, RunDirectory
 
 
 def begun(path, **options):
@@ -157,3 +157,27 @@ def test_a_run_on_a_full_disk(tmp_path, monkeypatch):
             begun(tmp_path)
     with begun(tmp_path):
         pass
+
+
+@pytest.mark.parametrize("text", ["", '{"a": 1', "[]", "[" * 100_000])
+def test_a_damaged_result(tmp_path, text):
+    with begun(tmp_path) as run:
+        run.begin()
+        run.write_result({"loss": float("nan"), "density": 0.1})
+        assert run.result["density"] == EarlierRun(tmp_path).result["density"]
+        (tmp_path / "result.json").write_text(text)
+        for damaged in (run, EarlierRun(tmp_path)):
+            with pytest.raises(ValueError, match="Remove it, then pass --res"):
+                _ = damaged.result
+
+
+def test_configurations_in_any_language(tmp_path):
+    text = "train.dataset = 'Ziffern für Übung'\n"
+    with RunDirectory(tmp_path, config=text, resume=False) as run:
+        run.begin()
+    assert (tmp_path / "config.gin").read_bytes() == text.encode()
+    with RunDirectory(tmp_path, config=text, resume=True):
+        pass
+    for other in (text + "\n", text + text, f"b = 1\n{text}", ""):
+        with pytest.raises(ValueError, match="holds another configuration"):
+            RunDirectory(tmp_path, config=other, resume=True)

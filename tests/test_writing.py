@@ -287,3 +287,9 @@ def test_a_file_that_outgrows_its_limit(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_no_folder_is_made(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        writing.write(tmp_path / "no" / "file", "")
+    assert list(tmp_path.iterdir()) == []

@@ -20,7 +20,7 @@ import numpy as np
 import tensorflow as tf
 
 import rigl_keras
-from rigl_keras import writing
+from rigl_keras import reading, writing
 from rigl_keras.experiments import devices
 from rigl_keras.writing import UNFINISHED, DiskFullError
 
@@ -135,7 +135,7 @@ class RunDirectory:
         """Raises ValueError unless this run may be trained here."""
         stored = self.path / "config.gin"
         if stored.exists():
-            if stored.read_text() != self._config:
+            if reading.text(stored) != self._config:
                 raise ValueError(
                     f"The run directory {str(self.path)!r} holds another "
                     "configuration: "
@@ -223,7 +223,7 @@ class RunDirectory:
     @property
     def result(self) -> dict:
         """The result of a finished run."""
-        return json.loads((self.path / "result.json").read_text())
+        return _result(self.path / "result.json")
 
     def write_operative_config(self, text: str) -> None:
         self._write("operative_config.gin", text)
@@ -348,7 +348,7 @@ class EarlierRun:
                 f"The run in {str(self.path)!r} is not finished: it holds no "
                 "result.json. Continue it with --resume first."
             )
-        return json.loads(path.read_text())
+        return _result(path)
 
     @property
     def masks(self) -> dict[str, np.ndarray]:
@@ -613,11 +613,26 @@ def _weights_path(run, epoch):
     return run / "weights" / f"epoch-{epoch:04d}.weights.h5"
 
 
+def _result(path):
+    """Returns the result that a file holds.
+
+    Raises:
+        ValueError: It is damaged.
+    """
+    try:
+        return reading.json_object(path)
+    except ValueError as error:
+        raise ValueError(
+            f"{str(path)!r} is damaged ({error}). Remove it, then pass "
+            "--resume: the run is finished again from its last checkpoint."
+        ) from error
+
+
 def _rows(path):
     """Returns the rows of a table, none where there is no file."""
     if not path.exists():
         return []
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
 
 
@@ -661,9 +676,11 @@ def _remove_checkpoint(path):
 
 
 def _first_difference(stored, config):
-    old, new = stored.read_text().splitlines(), config.splitlines()
+    old, new = reading.text(stored).splitlines(), config.splitlines()
     for line in old:
         if line not in new:
             return f"it has {line!r}, which this run has not."
-    extra = next(line for line in new if line not in old)
-    return f"it lacks {extra!r}."
+    for line in new:
+        if line not in old:
+            return f"it lacks {line!r}."
+    return "its lines are in another order."
