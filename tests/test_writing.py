@@ -238,6 +238,12 @@ def test_what_is_no_disk_is_raised():
     with pytest.raises(RuntimeError, match="a graph is wrong"):
         exits.one_line("train", run)([])
 
+    def asked(argv):
+        raise OSError(errno.ENOSPC, FULL)
+
+    with pytest.raises(OSError, match=FULL):
+        exits.one_line("train", asked, traceback=lambda: True)([])
+
 
 def test_a_full_disk_at_the_end_of_what_is_printed(capsys, monkeypatch):
     if not os.path.exists("/dev/full"):

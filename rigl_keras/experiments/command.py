@@ -257,4 +257,4 @@ def _main(argv):
 def main() -> None:
     """Reads the command line and runs it."""
     _define_flags()
-    app.run(exits.one_line("train", _main))
+    app.run(exits.one_line("train", _main, traceback=lambda: _FLAGS.traceback))

@@ -13,7 +13,10 @@ __all__ = ["one_line"]
 
 
 def one_line(
-    command: str, run: Callable[[Sequence[str]], None]
+    command: str,
+    run: Callable[[Sequence[str]], None],
+    *,
+    traceback: Callable[[], bool] = lambda: False,
 ) -> Callable[[Sequence[str]], None]:
     """Returns what `app.run` takes, which ends with a line where a file fails.
 
@@ -23,6 +26,7 @@ def one_line(
     Args:
         command: Its name, which begins the line.
         run: What the command does.
+        traceback: Whether the user has asked for one, even so.
     """
 
     @functools.wraps(run)
@@ -32,7 +36,7 @@ def one_line(
             sys.stdout.flush()  # which a full disk may be at the end of
         except (OSError, RuntimeError, tf.errors.OpError) as error:
             line = _line(error)
-            if line is None:
+            if line is None or traceback():
                 raise
             print(f"{command}: {line}", file=sys.stderr)
             _give_up_output()
