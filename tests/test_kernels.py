@@ -249,6 +249,33 @@ def test_what_is_around_a_frozen_convolution(around, want):
     np.testing.assert_array_equal(got, [[[want]]])
 
 
+@pytest.mark.parametrize("channels", [1, 16, 21])
+def test_what_is_not_a_number_stays_so(channels):
+    """Within a relu, too: a network that diverges must show it."""
+    kernel = FrozenKernel.of(np.eye(channels, dtype=np.float32))
+    images = np.full((1, 1, 3, channels), -1, np.float32)
+    images[0, 0, 1] = np.nan
+    for where in ("relu_before", "relu_after"):
+        got = kernels.frozen_conv2d(images, kernel, **{where: True}).numpy()
+        assert np.isnan(got[0, 0, 1]).all()
+        assert not got[0, 0, [0, 2]].any()
+        np.testing.assert_array_equal(got, tf.nn.relu(images))
+
+
+@pytest.mark.parametrize("low", [2**32 - 3, 2**64 - 3, 2**64 - 1])
+def test_dropout_counts_in_128_bits(low):
+    """As TensorFlow does: what overflows is carried."""
+    key = tf.constant([12345], tf.uint64)
+    counter = tf.constant([low, 7], tf.uint64)
+    numbers = tf.raw_ops.StatelessRandomUniformV2(
+        shape=[200], key=key, counter=counter, alg=1
+    )
+    got = library.load().rigl_keras_dropout(
+        x=tf.ones(200), key=key, counter=counter, rate=0.5
+    )
+    np.testing.assert_array_equal(got, np.where(numbers >= 0.5, 2, 0))
+
+
 def test_shifted_images_are_padded_with_zeros():
     """And not with the shift: the weight sees row -1 of the images."""
     kernel = np.zeros((3, 3, 1, 1), np.float32)
@@ -607,13 +634,16 @@ def test_frozen_kernels_that_take_turns():
 
 
 def test_more_masks_than_are_remembered():
-    images, kernel, _ = a_layer()
     draw = np.random.default_rng(1)
-    masks = [tf.Variable(mask_of(draw, kernel.shape, 0.1)) for _ in range(80)]
+    inputs, kernel = normal(draw, 2, 6), normal(draw, 6, 5)
+    masks = [tf.constant(mask_of(draw, (6, 5), 0.3)) for _ in range(300)]
+    made = int(library.load().rigl_keras_plans_made())
     for _ in range(2):
         for mask in masks:
-            got = sparse_conv2d(images, kernel, mask)
-            assert_close(got, reference(images, kernel * mask))
+            got = kernels.sparse_dense(inputs, kernel, mask)
+            assert_close(got, np.float64(inputs) @ (kernel * mask))
+    # The first are forgotten when they come again, and so are all others.
+    assert int(library.load().rigl_keras_plans_made()) == made + 600
 
 
 @pytest.mark.parametrize("product", [sparse_conv2d, kernels.sparse_dense])

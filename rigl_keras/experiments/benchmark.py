@@ -7,6 +7,8 @@
     bin/benchmark kernels          what it saves, too: layer by layer,
     bin/benchmark train            in training and
     bin/benchmark inference        at inference (`benchmark_kernels`)
+    bin/benchmark plans            and what it keeps in memory for that, by
+                                   sizes of images (`benchmark_plans`)
 
 Both sides of a comparison alternate in one process, so that whatever else
 the machine does falls on both; medians of their times are compared.
@@ -249,8 +251,13 @@ def main() -> None:
     from absl import app, flags
 
     # It measures steps of this module.
-    from rigl_keras.experiments import benchmark_kernels
+    from rigl_keras.experiments import benchmark_kernels, benchmark_plans
 
+    if sys.argv[1:2] == ["plans"]:
+        run_plans = benchmark_plans.define_command()
+        flags.adopt_module_key_flags(benchmark_plans)  # for --help
+        app.run(run_plans, argv=[sys.argv[0], *sys.argv[2:]])
+        return
     if sys.argv[1:2] and sys.argv[1] in benchmark_kernels.PARTS:
         run_part = benchmark_kernels.define_command(sys.argv[1])
         flags.adopt_module_key_flags(benchmark_kernels)  # for --help
@@ -271,7 +278,7 @@ def main() -> None:
         if len(argv) > 1:
             print(
                 "benchmark: What to measure is named before all flags, one of "
-                f"{', '.join(benchmark_kernels.PARTS)}; without it --part "
+                f"{', '.join(benchmark_kernels.PARTS)}, plans; without it --part "
                 f"counts. Received: {argv[1]!r}.",
                 file=sys.stderr,
             )

@@ -70,11 +70,13 @@ class Problem:
     @property
     def products(self) -> int:
         """Products of a forward pass, were it dense."""
+        lengths = self.images[1:]
+        if self.padding == "VALID":
+            sizes = zip(lengths, self.kernel[:2], self.dilations, strict=True)
+            lengths = [max(0, n - (k - 1) * d) for n, k, d in sizes]
         rows, columns = (
-            math.ceil(length / stride)
-            for length, stride in zip(
-                self.images[1:], self.strides, strict=True
-            )
+            -(-length // stride)
+            for length, stride in zip(lengths, self.strides, strict=True)
         )
         return math.prod(self.kernel) * self.images[0] * rows * columns
 

@@ -239,10 +239,10 @@ class Plans {
     }
     if (kept_.size() > kMostMasks) kept_.pop_back();
     kept->made.push_front(std::move(fresh));
-    // The plans of a mask take no more than four dense kernels do.
+    // The plans of a mask take no more than three dense kernels do.
     const int64_t kernel = conv.channels * conv.filters * conv.kernel[0] *
                            conv.kernel[1] * sizeof(float);
-    const int64_t most = std::max<int64_t>(1 << 20, 4 * kernel);
+    const int64_t most = std::max<int64_t>(1 << 20, 3 * kernel);
     while (kept->made.size() > 1 && Bytes(kept->made) > most)
       kept->made.pop_back();
     return tensorflow::OkStatus();
@@ -876,7 +876,7 @@ class BatchNorm : public OverRows {
         center += apart * more / seen;
       }
       const double var = squares / p.rows;
-      Write(mean)[c] = center;
+      Write(mean)[c] = p.rows ? center : var;  // of nothing: NaN, as variance
       Write(variance)[c] = var;
       scale[c] = Read(gamma)[c] / std::sqrt(var + epsilon_);
     }
@@ -1246,21 +1246,27 @@ REGISTER_OP("RiglKerasComputedBy")
       return tensorflow::OkStatus();
     });
 
-// How often a mask was turned into a plan in this process.
+// How often a mask was turned into a plan in this process, and what the plans
+// that are left take in memory.
 REGISTER_OP("RiglKerasPlansMade")
     .Output("count: int64")
     .SetIsStateful()
     .SetShapeFn(shapes::ScalarShape);
+REGISTER_OP("RiglKerasPlanBytes")
+    .Output("bytes: int64")
+    .SetIsStateful()
+    .SetShapeFn(shapes::ScalarShape);
 
-class PlansMade : public Operation {
+template <const std::atomic<int64_t>& number>
+class Number : public Operation {
  public:
   using Operation::Operation;
 
  protected:
   tensorflow::Status Run(OpKernelContext* context) override {
-    Tensor* count = nullptr;
-    TF_RETURN_IF_ERROR(context->allocate_output(0, TensorShape(), &count));
-    count->scalar<int64_t>()() = plans_made.load(std::memory_order_relaxed);
+    Tensor* output = nullptr;
+    TF_RETURN_IF_ERROR(context->allocate_output(0, TensorShape(), &output));
+    *Write<int64_t>(output) = number.load(std::memory_order_relaxed);
     return tensorflow::OkStatus();
   }
 };
@@ -1304,7 +1310,8 @@ void Register(const char* name) {
   Register<BatchNorm>("RiglKerasBatchNorm");
   Register<BatchNormGrad>("RiglKerasBatchNormGrad");
   Register<Dropout>("RiglKerasDropout");
-  Register<PlansMade>("RiglKerasPlansMade");
+  Register<Number<plans_made>>("RiglKerasPlansMade");
+  Register<Number<Order::held_bytes>>("RiglKerasPlanBytes");
   Register<ComputedBy>("RiglKerasComputedBy");
   return true;
 }();

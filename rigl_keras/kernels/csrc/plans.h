@@ -3,6 +3,7 @@
 #define RIGL_KERAS_PLANS_H_
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <functional>
@@ -28,10 +29,16 @@ struct Convolution {
 // It does not depend on how many images there are, nor on their size where
 // the tile is the same: plans share it.
 struct Order {
+  // Of all that there are.
+  static inline std::atomic<int64_t> held_bytes{0};
+
+  ~Order() { held_bytes.fetch_sub(counted, std::memory_order_relaxed); }
+
   std::vector<int64_t> key;  // of equal keys, orders are equal
   std::vector<int32_t> rows, offsets;
   std::vector<int32_t> weights;  // where each is in the kernel (HWIO), or
   std::vector<float> values;     // what it is
+  int64_t counted = 0;
 
   int64_t bytes() const {
     return 8 * key.size() +
@@ -345,6 +352,8 @@ inline std::shared_ptr<const Order> MakeOrder(
     else
       order->weights[to] = active[from[e]];
   }
+  order->counted = order->bytes();
+  Order::held_bytes.fetch_add(order->counted, std::memory_order_relaxed);
   return order;
 }
 

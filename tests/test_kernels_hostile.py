@@ -1,0 +1,629 @@
+"""The C++ operations on attributes and tensors that do not fit, or are large.
+
+None may end the process, or compute what TensorFlow's own would refuse.
+`bin/check_kernels` runs all of this under sanitizers, too.
+"""
+
+import os
+import resource
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+import rigl_keras
+from rigl_keras import kernels
+from rigl_keras.kernels import FrozenKernel, choice, library, sparse_conv2d
+
+REFUSED = (tf.errors.InvalidArgumentError, ValueError)
+LARGEST = 2**31 - 1
+SANITIZED = os.environ.get("RIGL_KERAS_KERNELS") in ("address", "thread")
+EMPTY = np.zeros(0, np.float32)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def operations():
+    if kernels.load() is None:
+        pytest.skip(f"no sparse kernels: {kernels.unavailable()}")
+    return kernels.load()
+
+
+def normal(draw, shape):
+    return draw.standard_normal(shape).astype(np.float32)
+
+
+def outcome(run, *arguments):
+    """Returns what a call returns, or None if it is refused."""
+    try:
+        return run(*map(tf.constant, arguments))
+    except REFUSED:
+        return None
+
+
+def assert_close(got, want):
+    got, want = np.asarray(got), np.asarray(want)
+    assert got.shape == want.shape
+    scale = max(1.0, np.abs(want).max(initial=0))
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * scale)
+
+
+# Anything, against TensorFlow.
+
+
+def convolution(draw):
+    """Returns shapes of images and kernel, and attributes, sane or not."""
+    sizes = [1, 2, 3, 4, 5, 8, 17]
+    images = [int(draw.choice(sizes)) for _ in range(4)]
+    kernel = [*map(int, draw.choice([1, 2, 3, 4], 2)), images[3]]
+    kernel.append(int(draw.choice(sizes)))
+    strides = draw.choice([1, 1, 2, 3, 9, LARGEST], 2).tolist()
+    dilations = draw.choice([1, 1, 2, 3, 9, 3000, 2**20], 2).tolist()
+    spoil = draw.integers(12)
+    if spoil == 0:
+        strides[draw.integers(2)] = int(draw.choice([-LARGEST, -1, 0]))
+    elif spoil == 1:
+        dilations[draw.integers(2)] = int(draw.choice([-LARGEST, -1, 0]))
+    elif spoil == 2:
+        kernel[draw.integers(3)] = int(draw.choice([0, 1, 5, 7]))
+    elif spoil == 3:
+        images[draw.integers(4)] = 0
+    elif spoil == 4:
+        (images if draw.integers(2) else kernel).pop()
+    padding = str(draw.choice(["SAME", "VALID"]))
+    return images, kernel, strides, dilations, padding
+
+
+def dense(x, w, strides, padding, dilations):
+    """The same by its definition, for attributes that TensorFlow crashes on.
+
+    For each position of the kernel, the pixels that are there are multiplied.
+    """
+    seen, sizes = [], []
+    for axis, (stride, dilation) in enumerate(
+        zip(strides, dilations, strict=True)
+    ):
+        length, positions = x.shape[axis + 1], w.shape[axis]
+        extent = (positions - 1) * dilation + 1
+        before, size = 0, (length - extent + stride) // stride
+        if padding == "SAME":
+            size = -(-length // stride)
+            before = max(0, (size - 1) * stride + extent - length) // 2
+        sizes.append(size)
+        at = np.arange(size) * stride - before
+        seen.append([at + k * dilation for k in range(positions)])
+    y = np.zeros((len(x), *sizes, w.shape[3]))
+    for i, j in np.ndindex(*w.shape[:2]):
+        rows, columns = seen[0][i], seen[1][j]
+        row = (rows >= 0) & (rows < x.shape[1])
+        column = (columns >= 0) & (columns < x.shape[2])
+        part = x[:, rows[row]][:, :, columns[column]]
+        y[np.ix_(np.arange(len(x)), row, column)] += np.float64(part) @ w[i, j]
+    return y
+
+
+def accepts(images, kernel, options):
+    """Returns whether TensorFlow makes a graph of a convolution of shapes."""
+    if len(images) == len(kernel) == 4 and images[3] != kernel[2]:
+        return False  # groups, or none
+    graph = tf.function(
+        lambda x, w: tf.nn.conv2d(x, w, **options), autograph=False
+    )
+    try:
+        graph.get_concrete_function(
+            tf.TensorSpec(images), tf.TensorSpec(kernel)
+        )
+    except REFUSED:
+        return False
+    return 0 not in kernel[:2]  # which its kernel refuses
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_any_convolution(part):
+    """What TensorFlow computes is computed, and what it refuses refused."""
+    draw = np.random.default_rng(part)
+    accepted = refused = 0
+    for case in range(40):
+        images, kernel, strides, dilations, padding = convolution(draw)
+        x, w = normal(draw, images), normal(draw, kernel)
+        mask = (draw.random(kernel) < 0.5).astype(np.float32)
+        options = dict(strides=strides, padding=padding, dilations=dilations)
+
+        def ours(x, w, mask, options=options):
+            return sparse_conv2d(x, w, mask, **options)
+
+        signature = [tf.TensorSpec(None)] * 3 if case % 2 else None
+        graph = tf.function(ours, input_signature=signature, autograph=False)
+        about = (images, kernel, options)
+        fits = accepts(images, kernel, options)
+        want = dense(x, w * mask, **options) if fits else None
+        if fits and x.size * w.size and max(*strides, *dilations) < 10:
+            assert_close(tf.nn.conv2d(x, w * mask, **options), want)
+        for run in (graph, ours):
+            got = outcome(run, x, w, mask)
+            if fits:
+                assert got is not None, about
+                assert_close(got, want)
+            elif got is not None:  # TensorFlow's kernels refuse less, too
+                assert not got.shape.num_elements(), about
+        accepted, refused = accepted + fits, refused + (not fits)
+        if fits:
+            check_gradients(draw, x, w, mask, options)
+            check_frozen(x, w * mask, options)
+    assert accepted > 10 and refused > 10, (accepted, refused)
+
+
+def check_gradients(draw, x, w, mask, options):
+    """Both are those of the dense product, in a random direction."""
+    x, w = tf.constant(x), tf.constant(w)
+    with tf.GradientTape() as tape:
+        tape.watch([x, w])
+        y = sparse_conv2d(x, w, mask, **options)
+    upstream = normal(draw, y.shape)
+    to_x, to_w = tape.gradient(y, [x, w], output_gradients=upstream)
+    assert to_x.shape == x.shape and to_w.shape == w.shape
+    assert not to_w.numpy()[mask == 0].any()
+    x, w = x.numpy(), w.numpy()
+    dx, dw = normal(draw, x.shape), normal(draw, w.shape)
+    for gradient, along, moved in (
+        (to_x, dx, dense(dx, w * mask, **options)),
+        (to_w, dw, dense(x, dw * mask, **options)),
+    ):
+        got = np.sum(np.float64(gradient) * along)
+        want = np.sum(moved * upstream)
+        largest = np.sqrt(np.sum((moved * upstream) ** 2))
+        assert abs(got - want) <= 1e-4 * max(1, largest)
+
+
+def check_frozen(x, w, options):
+    """Also with zeros around, where they are not those of the padding."""
+    frozen = FrozenKernel.of(w)
+    assert_close(
+        kernels.frozen_conv2d(x, frozen, **options), dense(x, w, **options)
+    )
+    if options["padding"] == "VALID":
+        padded = np.pad(x, [(0, 0), (1, 2), (0, 3), (0, 0)])
+        assert_close(
+            kernels.frozen_conv2d(x, frozen, pads=[1, 2, 0, 3], **options),
+            dense(padded, w, **options),
+        )
+
+
+def test_any_shapes_of_gradients(operations):
+    """They are refused, or of images that the outputs are of."""
+    draw = np.random.default_rng(0)
+    accepted = 0
+    for _ in range(150):
+        images, kernel, strides, _, padding = convolution(draw)
+        options = dict(strides=[1, *strides, 1], padding=padding)
+        fits = accepts(images, kernel, options)
+        outputs = draw.choice([1, 2, 3], 4).tolist()
+        if fits and draw.integers(4):
+            outputs = dense(
+                np.ones(images), np.ones(kernel), strides, padding, (1, 1)
+            ).shape
+        w, dy = np.ones(kernel, "f"), np.ones(outputs, "f")
+        mask = np.ones(kernel if draw.integers(9) else kernel[:-1], "f")
+        sizes = np.int32(images)
+        if not draw.integers(6):
+            sizes[0] = draw.choice([-1, LARGEST])
+
+        def to_images(dy, w, mask, sizes, options=options):
+            return operations.rigl_keras_conv2d_backprop_input(
+                out_backprop=dy,
+                filter=w,
+                mask=mask,
+                input_sizes=sizes,
+                **options,
+            )
+
+        def to_kernel(x, mask, dy, options=options):
+            return operations.rigl_keras_conv2d_backprop_filter(
+                input=x, mask=mask, out_backprop=dy, **options
+            )
+
+        one = outcome(to_images, dy, w, mask, sizes)
+        two = outcome(to_kernel, np.ones(images, "f"), mask, dy)
+        if not fits or 0 in images:
+            continue
+        want = dense(
+            np.ones(images), np.ones(kernel), strides, padding, (1, 1)
+        ).shape
+        same = mask.shape == w.shape and dy.shape == want
+        assert (two is not None) == same
+        assert (one is not None) == (same and list(sizes) == images)
+        accepted += same
+    assert accepted > 10
+
+
+def test_any_rows(operations):
+    draw = np.random.default_rng(0)
+    traced = tf.function(kernels.batch_norm, reduce_retracing=True)
+    for _ in range(60):
+        shape = draw.choice([0, 1, 2, 5, 40], draw.integers(5)).tolist()
+        vectors = [shape[-1:], shape[-1:]]
+        if not draw.integers(4):
+            vectors[draw.integers(2)] = [[], [3], [5, 1], [0]][draw.integers(4)]
+        x, gamma, beta = (normal(draw, s) for s in (shape, *vectors))
+        fits = len(shape) > 1 and vectors == [shape[-1:]] * 2
+        for run in (kernels.batch_norm, traced):
+            got = outcome(
+                lambda *given, run=run: run(*given, epsilon=0.1), x, gamma, beta
+            )
+            assert (got is not None) == fits
+            if fits and x.size:
+                over = tuple(range(x.ndim - 1))
+                want = (x - x.mean(over)) / np.sqrt(x.var(over) + 0.1)
+                assert_close(got[0], want * gamma + beta)
+            if fits and not x.size:  # as the mean of nothing is
+                assert np.isnan(got[1]).all() and np.isnan(got[2]).all()
+    for rate in (-1, 1, 2, np.nan, np.inf):
+        for run in (kernels.dropout, tf.function(kernels.dropout)):
+            with pytest.raises(REFUSED, match="rate must be in"):
+                run(tf.ones(3), rate, [1, 2])
+    for key, counter in (([], [1, 2]), ([1], [1]), ([1, 1], [1, 2])):
+        with pytest.raises(REFUSED, match="a key and two counters"):
+            operations.rigl_keras_dropout(
+                x=tf.ones(3),
+                key=tf.constant(key, tf.uint64),
+                counter=tf.constant(counter, tf.uint64),
+                rate=0.5,
+            )
+
+
+# What must be said, by name.
+
+W = np.zeros((1, 1, 3, 4), np.float32)
+
+
+def frozen(operations, x, **changes):
+    given = dict(
+        values=EMPTY,
+        places=np.zeros(0, np.int32),
+        scale=EMPTY,
+        shift=EMPTY,
+        bias=EMPTY,
+        residual=EMPTY,
+        kernel_shape=W.shape,
+        strides=[1, 1, 1, 1],
+        padding="VALID",
+    )
+    return operations.rigl_keras_frozen_conv2d(input=x, **{**given, **changes})
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(strides=[1, 0, 0, 1]), "strides and dilations must be"),
+        (dict(strides=[2, 1, 1, 1]), "strides and dilations must be"),
+        (dict(strides=[1, 1, 1]), "strides and dilations must be"),
+        (dict(dilations=[1, -1, 1, 1]), "strides and dilations must be"),
+        (dict(pads=[LARGEST] * 4), "pads are four numbers from 0 to 16777216"),
+        (dict(pads=[0, -1, 0, 0]), "pads are four numbers"),
+        (dict(pads=[0, 0, 0]), "pads are four numbers"),
+        (dict(pads=[1, 1, 1, 1], padding="SAME"), "with padding VALID"),
+        (dict(padding="FULL"), "padding"),
+        (dict(kernel_shape=[1, 3, 4]), "rank 4|four sizes"),
+        (dict(kernel_shape=[1, 1, 5, 4]), "3 and 5|takes 5 channels"),
+        (dict(kernel_shape=[0, 1, 3, 4]), "must have rows and columns"),
+        (dict(kernel_shape=[2**31, 1, 3, 0]), r"below 2\^31"),
+        (dict(kernel_shape=[2**40, 2**40, 3, 4]), "(?i)shape"),
+        (dict(kernel_shape=[9, 1, 3, 4]), "smaller than the kernel"),
+        (dict(kernel_shape=None), "(?i)shape"),
+        (dict(values=np.ones(2, "f")), "must have shape|must be equal"),
+    ],
+)
+def test_what_a_frozen_convolution_refuses(operations, traced, changes, words):
+    def run(x):
+        return frozen(operations, x, **changes)
+
+    if traced:  # refused before anything is computed
+        graph = tf.function(run, autograph=False)
+        with pytest.raises(REFUSED, match=words):
+            graph.get_concrete_function(tf.TensorSpec((1, 4, 4, 3)))
+    else:
+        with pytest.raises(REFUSED, match=words):
+            run(tf.zeros((1, 4, 4, 3)))
+
+
+@pytest.mark.parametrize("places", [[3, 1], [2, 2], [-1, 0], [0, 12]])
+def test_places_are_checked(operations, places):
+    with pytest.raises(REFUSED, match="places must rise, within the kernel"):
+        frozen(
+            operations,
+            tf.zeros((1, 4, 4, 3)),
+            values=np.ones(2, "f"),
+            places=np.int32(places),
+        )
+
+
+def test_sizes_that_no_tensor_has(operations):
+    options = dict(strides=[1, 1, 1, 1], padding="SAME")
+
+    def to_images(sizes):
+        return operations.rigl_keras_conv2d_backprop_input(
+            out_backprop=np.zeros((1, 1, 1, 4), "f"),
+            filter=W,
+            mask=W,
+            input_sizes=sizes,
+            **options,
+        )
+
+    sizes = np.int32([LARGEST] * 4)
+    for run in (to_images, tf.function(to_images)):
+        with pytest.raises(REFUSED):
+            run(tf.constant(sizes))
+    with pytest.raises(REFUSED):
+        tf.function(lambda: to_images(sizes)).get_concrete_function()
+    # Without elements, sizes can be as large as one likes.
+    kernel = tf.zeros((2**32 + 1, 0, 3, 4))
+    with pytest.raises(REFUSED, match=r"below 2\^31"):
+        sparse_conv2d(tf.zeros((1, 4, 4, 3)), kernel, kernel)
+
+
+def test_images_smaller_than_the_kernel(operations):
+    """As TensorFlow: a graph that knows it refuses, kernels where < 0 rows."""
+    kernel = tf.ones((3, 3, 3, 4))
+
+    def ours(x):
+        return sparse_conv2d(x, kernel, kernel, padding="VALID")
+
+    def served(x):
+        weights = FrozenKernel.of(kernel.numpy())
+        return kernels.frozen_conv2d(x, weights, padding="VALID")
+
+    for run in (ours, served):
+        assert run(tf.ones((1, 2, 2, 3))).shape == (1, 0, 0, 4)
+        with pytest.raises(REFUSED, match="smaller than the kernel"):
+            run(tf.ones((1, 1, 3, 3)))
+        unknown = tf.function(run, input_signature=[tf.TensorSpec(None)])
+        with pytest.raises(REFUSED, match="1 pixels and a kernel of 3"):
+            unknown(tf.ones((1, 3, 1, 3)))
+        with pytest.raises(REFUSED, match="smaller than the kernel"):
+            tf.function(run)(tf.ones((1, 2, 2, 3)))
+
+
+def test_no_channels_sum_up_to_zero():
+    """In memory that has held something else."""
+    other = tf.fill((1, 64, 64, 30), 1234.5)
+    ones = np.ones((1, 1, 30, 1), np.float32)
+    kernels.frozen_conv2d(other, FrozenKernel.of(ones))
+    nothing = np.zeros((3, 3, 0, 8), np.float32)
+    images = np.zeros((2, 16, 16, 0), np.float32)
+    got = kernels.frozen_conv2d(images, FrozenKernel.of(nothing))
+    assert got.shape == (2, 16, 16, 8) and not got.numpy().any()
+    got = kernels.frozen_conv2d(
+        images, FrozenKernel.of(nothing), bias=np.arange(-4, 4, dtype="f")
+    )
+    np.testing.assert_array_equal(got[1, 3, 5], np.arange(-4, 4))
+    got = sparse_conv2d(images, nothing, nothing)
+    assert got.shape == (2, 16, 16, 8) and not got.numpy().any()
+
+
+def test_tensors_that_begin_anywhere():
+    """Others bring such: TensorFlow's own are at multiples of 64 bytes."""
+    memory = np.arange(401, dtype=np.float32)
+    parts = [memory[i:][: 5 * 5 * 4].reshape(1, 5, 5, 4) for i in range(1, 4)]
+    kernel = np.ones((5, 5, 4, 1), np.float32)
+    for part in parts:
+        given = tf.experimental.dlpack.from_dlpack(part.__dlpack__())
+        got = sparse_conv2d(given, kernel, kernel, padding="VALID")
+        assert float(got[0, 0, 0, 0]) == part.sum()
+        mask = (part.reshape(1, 1, 20, 5) % 2).astype(np.float32)
+        frozen = kernels.frozen_conv2d(
+            given, FrozenKernel.of(kernel), padding="VALID"
+        )
+        assert float(frozen[0, 0, 0, 0]) == part.sum()
+        y, mean, _ = kernels.batch_norm(
+            given, tf.ones(4), tf.zeros(4), epsilon=0.1
+        )
+        assert y.shape == (1, 5, 5, 4)
+        assert_close(mean, part.mean((0, 1, 2)))
+        assert_close(kernels.dropout(given, 0.0, [1, 2]), part)
+        assert mask.any()
+
+
+# Memory.
+
+
+def wide(draw, channels=2048, columns=700):
+    """Returns a convolution whose scratch memory would be 78 MB a thread."""
+    images = tf.constant(normal(draw, (1, 1, columns, channels)))
+    kernel = tf.constant(normal(draw, (1, 3, channels, 2)))
+    mask = tf.constant((draw.random(kernel.shape) < 0.1).astype(np.float32))
+    return images, kernel, mask, dict(dilations=(1, 300))
+
+
+def test_more_scratch_memory_than_allowed_is_shared_out():
+    """By the positions of the kernel, in all passes."""
+    draw = np.random.default_rng(0)
+    images, kernel, mask, options = wide(draw)
+    per_lane = {"avx512": 16, "avx2": 8, "portable": 4}
+    if per_lane[kernels.instruction_set()] < 16:
+        images, kernel, mask, options = wide(draw, 2048 * 4, 700)
+    forward, both, limit = kernels.scratch_bytes(
+        images.shape, kernel.shape, **options
+    )
+    assert limit == 64 << 20 and limit < forward <= both < 8 * limit
+
+    def shifted(images, kernel):
+        """Three matrix products, of the images from each position on."""
+        padded = tf.pad(images, [(0, 0), (0, 0), (300, 300), (0, 0)])
+        return sum(
+            padded[:, :, 300 * k : 300 * k + 700] @ kernel[0, k]
+            for k in range(3)
+        )
+
+    def passes(product):
+        with tf.GradientTape() as tape:
+            tape.watch([images, kernel])
+            outputs = product(images, kernel)
+            loss = tf.reduce_sum(outputs * upstream)
+        return outputs, *tape.gradient(loss, [images, kernel])
+
+    upstream = tf.constant(normal(draw, (1, 1, 700, 2)))
+    got = passes(lambda x, w: sparse_conv2d(x, w, mask, **options))
+    want = passes(lambda x, w: shifted(x, w * mask))
+    for ours, theirs in zip(got, want, strict=True):
+        assert_close(ours, theirs)
+    bias, residual = normal(draw, (2,)), normal(draw, got[0].shape)
+    frozen = kernels.frozen_conv2d(
+        images,
+        FrozenKernel.of((kernel * mask).numpy()),
+        relu_before=True,
+        bias=bias,
+        residual=residual,
+        relu_after=True,
+        **options,
+    )
+    want = shifted(tf.nn.relu(images), kernel * mask) + bias + residual
+    assert_close(frozen, tf.nn.relu(want))
+
+
+def test_positions_that_reach_no_pixel_take_nothing():
+    shape = (3, 3, 2048, 256)  # the widest rate of DeepLab's pyramid
+    for dilation, least, most in ((6, 2, 64), (36, 0, 2), (LARGEST, 0, 2)):
+        forward, _, _ = kernels.scratch_bytes(
+            (1, 33, 33, 2048), shape, dilations=(dilation, dilation)
+        )
+        assert least << 20 <= forward < most << 20
+    # The only position that reaches one is the middle.
+    draw = np.random.default_rng(0)
+    images, kernel = normal(draw, (2, 5, 5, 3)), normal(draw, (3, 3, 3, 4))
+    got = sparse_conv2d(
+        images, kernel, np.ones_like(kernel), dilations=(LARGEST, 5)
+    )
+    assert_close(got, images @ kernel[1, 1])
+
+
+def test_a_position_that_alone_takes_too_much():
+    channels = 2**23
+    forward, both, limit = kernels.scratch_bytes(
+        (1, 1, 1, 4), (1, 1, 4, channels)
+    )
+    assert forward <= limit < both  # outputs are computed in parts
+    images = tf.zeros((1, 1, 1, channels))
+    kernel = tf.ones((1, 1, channels, 1))
+    with pytest.raises(tf.errors.ResourceExhaustedError, match="64 MB a thre"):
+        sparse_conv2d(images, kernel, kernel)
+    problem = kernels.Problem((1, 1, channels, 1), (1, 1, 1))
+    assert "MB of scratch memory a thread, above 64" in kernels.too_large(
+        problem
+    )
+
+
+def test_too_large_a_product_is_not_timed(monkeypatch):
+    def never(*_):
+        raise AssertionError("it was timed")
+
+    monkeypatch.setattr(choice, "_seconds", never)
+    problem = kernels.Problem(
+        (3, 3, 8192, 256), (4, 33, 33), dilations=(24, 24)
+    )
+    got = kernels.choose(problem, 0.1)
+    assert not got.sparse
+    assert got.reason.endswith("MB of scratch memory a thread, above 64")
+    small = kernels.Problem((3, 3, 640, 64), (64, 2, 1), padding="VALID")
+    assert small.products == 0 and not kernels.choose(small, 0.1).sparse
+    assert kernels.too_large(small) == "its images do not fit its kernel"
+    small = kernels.Problem((3, 2, 5, 7), (11, 7, 4), (2, 1), "VALID", (2, 1))
+    assert small.products == 3 * 2 * 5 * 7 * 11 * 2 * 3
+
+
+@pytest.mark.parametrize("size", [700, None])
+def test_layers_that_would_take_too_much_are_dense(size):
+    """Also where sparse kernels are asked for."""
+    inputs = keras.Input((1, size, 8192))
+    layer = layers.Conv2D(
+        2, (1, 3), padding="same", dilation_rate=(1, 300), name="wide"
+    )
+    model = keras.Model(inputs, layer(inputs))
+    sparse = rigl_keras.sparsify(model, 0.1, kernels="sparse")
+    images = normal(np.random.default_rng(0), (1, 1, 700, 8192))
+    got = sparse(images)
+    (masked,) = rigl_keras.masked_layers(sparse)
+    reasons = {
+        shape[2]: chosen for shape, chosen in masked.chosen_products().items()
+    }
+    assert not reasons[700].sparse
+    assert "scratch memory" in reasons[700].reason
+    assert_close(got, rigl_keras.strip(sparse)(images))
+
+
+def test_no_memory_is_an_error():
+    """And the process goes on, as does the operation."""
+    if SANITIZED:
+        pytest.skip("sanitizers take any memory")
+    images = tf.ones((1, 1, 1, 4096))
+    kernel = tf.ones((1, 1, 4096, 4096))
+    with open("/proc/self/statm") as status:
+        pages = int(status.read().split()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    # Each of several arrays that are made of the mask has 64 MB.
+    taken = pages * resource.getpagesize() + (150 << 20)
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (taken, hard))
+        with pytest.raises(tf.errors.ResourceExhaustedError, match="memory"):
+            sparse_conv2d(images, kernel, kernel)
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    got = sparse_conv2d(images, kernel, kernel)
+    np.testing.assert_array_equal(got, np.full((1, 1, 1, 4096), 4096))
+
+
+def plan_bytes():
+    return int(library.load().rigl_keras_plan_bytes())
+
+
+def test_plans_are_bounded_by_their_bytes():
+    """Three dense kernels, or 1 MB; and sizes of images share."""
+    draw = np.random.default_rng(0)
+    kernel = tf.constant(normal(draw, (3, 3, 128, 128)))
+    mask = tf.ones(kernel.shape)
+    run = tf.function(
+        lambda x: sparse_conv2d(x, kernel, mask),
+        input_signature=[tf.TensorSpec((None, None, None, 128))],
+    )
+    bytes_of_kernel = 4 * 9 * 128 * 128
+    before = plan_bytes()
+    run(tf.ones((1, 4, 4, 128)))
+    one = plan_bytes() - before
+    # Eight for each weight, and a few more for each row.
+    assert 2 * bytes_of_kernel < one < 2.1 * bytes_of_kernel
+    shapes = [(1, 9, 7), (17, 5, 5), (1, 31, 30), (3, 2, 64), (1, 40, 40)]
+    for shape in shapes * 2:
+        got = run(tf.ones((*shape, 128)))
+        assert plan_bytes() - before <= 3 * bytes_of_kernel
+    np.testing.assert_allclose(
+        got[0, 1, 1], tf.reduce_sum(kernel, (0, 1, 2)), atol=1e-3
+    )
+
+
+def test_sizes_of_images_share_their_plans():
+    draw = np.random.default_rng(0)
+    frozen = FrozenKernel.of(
+        np.where(draw.random((3, 3, 16, 16)) < 0.3, 1, 0).astype("f")
+    )
+    weights = len(frozen.values)
+    kernel = FrozenKernel(
+        tf.constant(frozen.values), tf.constant(frozen.places), frozen.shape
+    )
+    before = plan_bytes()
+    for columns in range(4, 68):
+        got = kernels.frozen_conv2d(tf.ones((1, 4, columns, 16)), kernel)
+        assert got.shape[2] == columns
+    kept = plan_bytes() - before
+    assert 8 * weights < kept < 16 * 8 * weights
+
+
+def test_plans_of_masks_that_are_gone_are_forgotten():
+    draw = np.random.default_rng(0)
+    images = tf.constant(normal(draw, (1, 4, 4, 64)))
+    kernel = tf.constant(normal(draw, (3, 3, 64, 64)))
+    sparse_conv2d(images, kernel, tf.ones_like(kernel))
+    before = plan_bytes()
+    for _ in range(10):
+        sparse_conv2d(images, kernel, tf.ones_like(kernel))
+    assert plan_bytes() - before <= 8 * 9 * 64 * 64
