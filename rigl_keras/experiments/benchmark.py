@@ -278,8 +278,8 @@ def main() -> None:
         if len(argv) > 1:
             print(
                 "benchmark: What to measure is named before all flags, one of "
-                f"{', '.join(benchmark_kernels.PARTS)}, plans; without it --part "
-                f"counts. Received: {argv[1]!r}.",
+                f"{', '.join(benchmark_kernels.PARTS)} and plans; without it "
+                f"--part counts. Received: {argv[1]!r}.",
                 file=sys.stderr,
             )
             sys.exit(2)
