@@ -90,7 +90,8 @@ def sparsify(
     2. Counts are rounded so that exactly round(density x masked weights)
        remain (`distributions.layer_counts`).
     3. Each mask is drawn with its count of ones, seeded by `seed` and the
-       kernel's path.
+       kernel's name (`named_kernels`). What the model is called has no part
+       in that.
 
     Of a Sequential or Functional model the result is a copy, which shares
     nothing with `model`. A subclassed model is masked in place, because only
@@ -1108,11 +1109,11 @@ def _draw_masks(
 
 
 def _key(name, kernel, seed):
-    # Layers of one name in two submodels may have one path as well; their
-    # unique names tell them apart.
-    path = kernel.variable.path
+    # Unique names within the model, and paths of attributes: what Keras calls
+    # a path begins with the model's name, which it may have made by counting.
+    layer = kernel.layer.name
     if kernel.path == "kernel":
-        path += name.removeprefix(kernel.layer.name)
-    else:  # within a layer names may be made by counting
-        path = f"{kernel.layer.path}/{name}"
+        path = f"{layer}/kernel{name.removeprefix(layer)}"
+    else:
+        path = f"{layer}/{name}"
     return zlib.crc32(f"{seed}/{path}".encode())

@@ -488,7 +488,7 @@ class StepUpdate(keras.callbacks.Callback):
             # Of weights, not of gradients: it is zero where they are.
             only=["average"] if self.dense_gradients == "always" else None,
         )
-        layer.mask.assign(tf.cast(mask, layer.mask.dtype))
+        layer.mask.assign(mask)
         return tf.math.count_nonzero(grown)
 
     def fetch(self) -> None:

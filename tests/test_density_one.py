@@ -1,0 +1,127 @@
+"""The contract: density 1 is the dense model, whatever that is made of."""
+
+import functools
+
+import hard_kinds
+import keras
+import kinds
+import numpy as np
+import pytest
+
+from rigl_keras import masked_layers, sparsify, strip
+from rigl_keras.layers import MaskVariable
+
+MODES = {
+    "graph": {},
+    "eager": {"run_eagerly": True},
+    "XLA": {"jit_compile": True},
+}
+
+KINDS = {**kinds.KINDS, **hard_kinds.KINDS}
+
+# Dense, these have operations that XLA does not know.
+WITHOUT_XLA = {*hard_kinds.ON_SPARSE, "scan"}
+# Of the ordinary kinds none does anything that the hard ones do not, and XLA
+# takes its time: these are for `--every-combination`.
+SELDOM_XLA = {*kinds.KINDS, "TimeDistributed"}
+
+
+def batches(kind, model):
+    if kind in hard_kinds.KINDS:
+        return hard_kinds.data(kind, model)
+    x, y = kinds.data(model, n=20)
+    return [
+        keras.tree.map_structure(lambda a, i=i: a[i : i + 4], (x, y))
+        for i in range(0, 20, 4)
+    ]
+
+
+def make(kind, density=None):
+    keras.utils.set_random_seed(0)
+    model = KINDS[kind]()
+    if density is not None:
+        options = {"kernels": "dense", **kinds.OPTIONS.get(kind, {})}
+        model = sparsify(model, density, **options)
+    return model
+
+
+@functools.cache
+def trained(kind, mode, density=None):
+    """Returns a model after five steps, and the losses on the way."""
+    model = make(kind, density)
+    model.compile(
+        keras.optimizers.SGD(0.1, momentum=0.9, global_clipnorm=1.0),
+        "mse",
+        **{"jit_compile": False, **MODES[mode]},
+    )
+    losses = [
+        model.train_on_batch(x, y, return_dict=True)["loss"]
+        for x, y in batches(kind, model)
+    ]
+    return model, [float(loss) for loss in losses]
+
+
+def state(model):
+    """Everything that the model holds, but masks: generators, too."""
+    held = [v for v in model.variables if not isinstance(v, MaskVariable)]
+    if model.optimizer is not None:
+        held += model.optimizer.variables
+    return [v.numpy() for v in held]
+
+
+def assert_close(ours, theirs):
+    for one, two in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6)
+
+
+def outputs(kind, model):
+    x, _ = batches(kind, model)[0]
+    before = [v.numpy() for v in model.variables]
+    for layer in model._flatten_layers():
+        if getattr(layer, "stateful", False):
+            layer.reset_state()  # which no file has
+    y = keras.tree.flatten(model(x, training=False))
+    for variable, value in zip(model.variables, before, strict=True):
+        variable.assign(value)
+    return [np.asarray(part) for part in y]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_trains_as_the_dense_model(kind, mode, request):
+    if mode == "XLA":
+        if kind in WITHOUT_XLA:
+            pytest.skip("the dense model does not compile")
+        if kind in SELDOM_XLA and not request.config.getoption(
+            "--every-combination"
+        ):
+            pytest.skip("with --every-combination")
+    dense, want = trained(kind, mode)
+    masked, got = trained(kind, mode, 1.0)
+    assert all(m.density == 1.0 for m in masked_layers(masked))
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    assert_close(state(masked), state(dense))
+    # It has trained: each kernel has moved, in the dense model as well.
+    fresh = make(kind)
+    for now, before in zip(
+        dense.trainable_variables, fresh.trainable_variables, strict=True
+    ):
+        if now.name.endswith("kernel"):
+            assert np.abs(now.numpy() - before.numpy()).max() > 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_loaded_and_stripped(kind, tmp_path):
+    dense, _ = trained(kind, "graph")
+    masked, _ = trained(kind, "graph", 1.0)
+    assert_close(outputs(kind, masked), outputs(kind, dense))
+    masked.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    saved = [v.numpy() for v in masked.weights]  # no file has generators
+    assert_close([v.numpy() for v in loaded.weights], saved)
+    assert_close(outputs(kind, loaded), outputs(kind, dense))
+    plain = strip(loaded)
+    assert_close(
+        [v.numpy() for v in plain.weights], [v.numpy() for v in dense.weights]
+    )
+    assert_close(outputs(kind, plain), outputs(kind, dense))
