@@ -23,6 +23,7 @@ from rigl_keras.layers import (
     dense_gradients,
     zero_outside,
 )
+from rigl_keras.masked_gradients import seem_masked
 from rigl_keras.products import dense_products
 from rigl_keras.sparsify import leaf_layers, masked_layers
 
@@ -38,9 +39,10 @@ _REASONS = (
     "a score was NaN. The masks are unchanged. Where training has diverged, "
     "lower the learning rate or clip gradients, and resume from a checkpoint "
     "before this step.",
-    "every gradient was exactly zero where masks are zero, so that there is "
-    "nothing to grow by. The masks are unchanged. Call the model within "
-    "`with rigl_keras.dense_gradients():`, around the gradient tape.",
+    "every gradient of {layers} was exactly zero where the mask is zero, so "
+    "that there is nothing to grow by. The masks are unchanged. Call the model "
+    "within `with rigl_keras.dense_gradients():`, around the gradient tape. A "
+    "tf.function that was traced outside of it stays as it was traced.",
     "the training step applied its optimizer more than once, and masks may "
     "have changed each time. {twice}",
 )
@@ -345,6 +347,9 @@ class StepUpdate(keras.callbacks.Callback):
             tf.zeros([rows, 1 + len(self.masked)], tf.int64), trainable=False
         )
         self._losses = tf.Variable(tf.zeros([rows, 2]), trainable=False)
+        self._seem_masked = tf.Variable(
+            tf.zeros([len(self.masked)], tf.bool), trainable=False
+        )
         self._kept = tf.Variable(0, trainable=False)
 
     def _forget_all(self):
@@ -454,6 +459,15 @@ class StepUpdate(keras.callbacks.Callback):
         keeps = defined | (self._refused[0] >= 0)
         self._refused.assign(tf.where(keeps, self._refused, refused))
 
+    def _note_masked(self, layers, masked):
+        """Notes which layers the first update is refused for."""
+        of = dict(zip(map(id, layers), tf.unstack(masked), strict=True))
+        each = tf.stack(
+            [of.get(id(m), tf.constant(False)) for m in self.masked]
+        )
+        first = self._refused[0] < 0
+        self._seem_masked.assign(tf.where(first, each, self._seem_masked))
+
     def set_kernel_and_mask(
         self, optimizer, layer, mask, grown, values=None
     ) -> tf.Tensor:
@@ -520,9 +534,16 @@ class StepUpdate(keras.callbacks.Callback):
             self._warn_of_unreached()
         step, reason = self._refused.numpy().tolist()
         if step >= 0:
+            named = [
+                repr(m.name)
+                for m, seems in zip(
+                    self.masked, self._seem_masked.numpy(), strict=True
+                )
+                if seems
+            ]
+            why = _REASONS[reason].format(twice=_TWICE, layers=", ".join(named))
             raise ValueError(
-                f"{self.name} refused the update at step {step}: "
-                f"{_REASONS[reason].format(twice=_TWICE)}"
+                f"{self.name} refused the update at step {step}: {why}"
             )
         step = int(self._differ_at.numpy())
         if step >= 0:
@@ -1100,8 +1121,10 @@ class StepUpdate(keras.callbacks.Callback):
         self.refuse_unless(finite, step)
         accepted = finite
         if by_hand and self.dense_gradients != "never":
-            dense = _is_dense(layers, gradients)
+            masked = seem_masked([m.mask.value for m in layers], gradients)
+            dense = ~tf.reduce_any(masked)
             accepted &= dense
+            self._note_masked(layers, masked)
             self.refuse_unless(dense, step, _NOT_DENSE)
 
         def change():
@@ -1189,22 +1212,6 @@ def _regularisation_gradient(kernel):
     return tape.gradient(
         penalty, value, unconnected_gradients=tf.UnconnectedGradients.ZERO
     )
-
-
-def _is_dense(layers, gradients):
-    """Returns whether gradients reach entries that masks remove.
-
-    They may all be zero, as those of a dead network, and nothing may be
-    removed.
-    """
-    removed = [m.mask.value <= 0 for m in layers]
-    moved = [g != 0 for g in gradients]
-    reached = tf.reduce_any(
-        [tf.reduce_any(m & r) for m, r in zip(moved, removed, strict=True)]
-    )
-    any_removed = tf.reduce_any([tf.reduce_any(r) for r in removed])
-    any_moved = tf.reduce_any([tf.reduce_any(m) for m in moved])
-    return reached | ~(any_removed & any_moved)
 
 
 def _loss_on(model, data):

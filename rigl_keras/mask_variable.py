@@ -1,0 +1,52 @@
+"""The variable that holds a mask: zeros and ones, whatever it is assigned."""
+
+import warnings
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+__all__ = ["MaskVariable"]
+
+
+class MaskVariable(keras.Variable):
+    """A variable of zeros and ones, whatever it is assigned.
+
+    What is not zero counts as one. So the mask of a model that is given the
+    average of two models' weights, as a target network or a federated one is,
+    keeps what either of them keeps, and the averaged kernel is whole.
+
+    Raises:
+        UserWarning: What it was assigned is neither zero nor one, or may be,
+            where a graph assigns it.
+    """
+
+    def assign(self, value):
+        value = tf.convert_to_tensor(value)
+        if value.dtype != tf.bool:
+            known = tf.get_static_value(value)
+            value = value != 0
+            if known is None:
+                given = "is assigned values that a graph computes"
+            elif np.isin(known, [0, 1]).all():
+                return super().assign(value)
+            else:
+                given = "was assigned values that are neither 0 nor 1"
+            warnings.warn(
+                f"The mask {self.path!r} {given}. What is not 0 counts as 1: "
+                "an average of two models keeps the connections of both, and "
+                "its density may be above theirs (masked_layers shows it). "
+                "To keep masks as they are, average trainable_variables of "
+                "models with equal masks. To have fewer connections again: "
+                "rigl_keras.with_masks(strip(model), masks).",
+                stacklevel=2,
+            )
+        return super().assign(value)
+
+    @property
+    def value(self):
+        value = super().value
+        if value is self._value:
+            return value
+        # Given by a scope of the caller's (stateless_call).
+        return tf.cast(tf.convert_to_tensor(value) != 0, self.dtype)
