@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from fresh import Server
 from keras import layers
 
 import gin
@@ -113,6 +114,14 @@ def always_sparse(monkeypatch):
     monkeypatch.setattr(
         products, "chosen", lambda *_, **__: Choice(True, "test")
     )
+
+
+@pytest.fixture(scope="session")
+def fresh():
+    """Runs commands as `python` does, in processes that know TensorFlow."""
+    server = Server()
+    yield server.run
+    server.close()
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,5 @@
 """The inference benchmark: that it measures, not what it measures."""
 
-import subprocess
-import sys
-
 import keras
 import numpy as np
 import pytest
@@ -158,23 +155,15 @@ benchmark.main()
 """
 
 
-def command(folder, *flags):
-    return subprocess.run(
-        [sys.executable, "-c", COMMAND, *flags],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
-
-
-def test_the_command(tmp_path):
-    done = command(
-        tmp_path,
+def test_the_command(tmp_path, fresh):
+    done = fresh(
+        *("-c", COMMAND),
         "--models=tiny",
         "--densities=0.2",
         "--batches=1",
         "--rounds=1",
         "--json=numbers.json",
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
     assert "tiny, batch 1" in done.stdout and "density 0.2" in done.stdout
@@ -184,8 +173,8 @@ def test_the_command(tmp_path):
     assert drawn == {"inference.png", "numbers.json"}
 
 
-def test_the_command_says_what_is_wrong_without_a_traceback(tmp_path):
-    done = command(tmp_path, "--densities=0.1,0")
+def test_the_command_says_what_is_wrong_without_a_traceback(tmp_path, fresh):
+    done = fresh("-c", COMMAND, "--densities=0.1,0", cwd=tmp_path)
     assert done.returncode == 2
     assert "benchmark_inference: densities must be" in done.stderr
     assert "Traceback" not in done.stderr and not done.stdout

@@ -1,10 +1,8 @@
 """What sparse kernels save: that it is measured, not how much it is."""
 
 import csv
+import functools
 import math
-import os
-import subprocess
-import sys
 import types
 
 import keras
@@ -380,20 +378,14 @@ benchmark.main()
 """
 
 
-def command(folder, *words, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", COMMAND, *words],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-    )
+@pytest.fixture
+def command(fresh, tmp_path):
+    return functools.partial(fresh, "-c", COMMAND, cwd=tmp_path)
 
 
 @needs_kernels
-def test_the_command(tmp_path):
+def test_the_command(tmp_path, command):
     done = command(
-        tmp_path,
         "kernels",
         "--model=tiny",
         "--densities=0.1,0.5",
@@ -409,10 +401,8 @@ def test_the_command(tmp_path):
     assert drawn == {"kernels.csv", "kernels.png"}
 
 
-def test_there_are_no_kernels_to_measure(tmp_path):
-    done = command(
-        tmp_path, "kernels", "--model=tiny", RIGL_KERAS_KERNELS="off"
-    )
+def test_there_are_no_kernels_to_measure(command):
+    done = command("kernels", "--model=tiny", env={"RIGL_KERAS_KERNELS": "off"})
     assert done.returncode == 1 and not done.stdout
     assert (
         "benchmark kernels: There are no sparse kernels to measure: "
@@ -470,8 +460,8 @@ def test_flags_that_are_wrong(capsys, part, changes, message):
     assert told.err.count("\n") == 1 and not told.out
 
 
-def test_what_to_measure_is_named_first(tmp_path):
-    done = command(tmp_path, "--rounds=3", "kernels")
+def test_what_to_measure_is_named_first(command):
+    done = command("--rounds=3", "kernels")
     assert done.returncode == 2 and not done.stdout
     assert "benchmark: What to measure is named before" in done.stderr
     assert "Traceback" not in done.stderr

@@ -287,17 +287,10 @@ def test_bad_configurations(tmp_path, files, bindings, message):
     assert not list(tmp_path.glob("run/*"))
 
 
-def test_the_command_says_what_is_wrong_without_a_traceback(tmp_path):
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "rigl_keras.experiments.train",
-            "--density=7",
-            f"--run_dir={tmp_path / 'run'}",
-        ],
-        capture_output=True,
-        text=True,
+def test_the_command_says_what_is_wrong_without_a_traceback(tmp_path, fresh):
+    done = fresh(
+        *("-m", "rigl_keras.experiments.train"),
+        *("--density=7", f"--run_dir={tmp_path / 'run'}"),
     )
     assert done.returncode == 2
     assert "train: density is the fraction" in done.stderr

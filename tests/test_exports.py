@@ -1,11 +1,10 @@
 """bin/export, and exports at the end of a run."""
 
+import functools
 import json
 import os
 import pathlib
 import shutil
-import subprocess
-import sys
 
 import keras
 import numpy as np
@@ -44,14 +43,9 @@ def finished(tmp_path_factory):
     return path
 
 
-def bin_export(*arguments, cwd):
-    return subprocess.run(
-        [sys.executable, "-m", "rigl_keras.experiments.exports", *arguments],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "2"},
-    )
+@pytest.fixture
+def bin_export(fresh):
+    return functools.partial(fresh, "-m", "rigl_keras.experiments.exports")
 
 
 def test_a_run_exports_when_asked(finished):
@@ -89,7 +83,7 @@ def test_a_dense_run_is_refused_before_it_trains(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_command(finished, tmp_path):
+def test_the_command(finished, tmp_path, bin_export):
     done = bin_export(
         finished,
         "--output=out",
@@ -132,7 +126,7 @@ def test_the_command(finished, tmp_path):
         (["RUN"], "exported/saved_model' exists. Pass overwrite=True"),
     ],
 )
-def test_nonsense(arguments, said, finished, tmp_path):
+def test_nonsense(arguments, said, finished, tmp_path, bin_export):
     arguments = [finished if a == "RUN" else a for a in arguments]
     done = bin_export(*arguments, cwd=tmp_path)
     assert done.returncode != 0

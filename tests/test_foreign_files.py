@@ -2,8 +2,6 @@
 
 import ast
 import pathlib
-import subprocess
-import sys
 
 import keras
 import numpy as np
@@ -32,13 +30,11 @@ print(repr(float(np.sum(model.predict(x, verbose=0), dtype=np.float64))))
 """
 
 
-def test_a_masked_model_loads_in_safe_mode(model, tmp_path):
+def test_a_masked_model_loads_in_safe_mode(model, tmp_path, fresh):
     """In a process that knows no more than this package."""
     path = tmp_path / "model.keras"
     model.save(path)
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD, path], capture_output=True, text=True
-    )
+    done = fresh("-c", LOAD, path)
     assert done.returncode == 0, done.stderr
     *layers, output = done.stdout.splitlines()
     assert layers == [

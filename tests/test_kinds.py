@@ -4,8 +4,6 @@ import collections
 import functools
 import math
 import pathlib
-import subprocess
-import sys
 
 import keras
 import kinds
@@ -407,15 +405,11 @@ np.save(sys.argv[1] + ".npy", model(np.ones((2, 5), np.float32)))
 """
 
 
-def test_a_subclassed_model_loads_in_another_process(tmp_path):
+def test_a_subclassed_model_loads_in_another_process(tmp_path, fresh):
     model = masked("subclassed")
     path = tmp_path / "m.keras"
     model.save(path)
-    done = subprocess.run(
-        [sys.executable, "-c", FRESH, path, pathlib.Path(__file__).parent],
-        capture_output=True,
-        text=True,
-    )
+    done = fresh("-c", FRESH, path, pathlib.Path(__file__).parent)
     assert done.stdout.split() == ["Subclassed", "8"], done.stderr
     want = model(np.ones((2, 5), np.float32))
     np.testing.assert_allclose(np.load(f"{path}.npy"), want, rtol=1e-5)

@@ -3,8 +3,6 @@
 import inspect
 import json
 import pathlib
-import subprocess
-import sys
 import zipfile
 
 import keras
@@ -253,7 +251,7 @@ def masked_model():
     return rigl_keras.sparsify(model, 0.3, seed=5)
 
 
-def test_save_and_load(tmp_path):
+def test_save_and_load(tmp_path, fresh):
     model = masked_model()
     x = images(2, 8, 8, 1)
     path = tmp_path / "model.keras"
@@ -284,9 +282,8 @@ def test_save_and_load(tmp_path):
         "for m in rigl_keras.masked_layers(model):\n"
         "    np.save(f'{sys.argv[1]}/{m.name}.npy', m.mask.numpy())\n"
     )
-    subprocess.run(
-        [sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, check=True
-    )
+    done = fresh("-c", script, tmp_path, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
     for layer in rigl_keras.masked_layers(model):
         np.testing.assert_array_equal(
             np.load(tmp_path / f"{layer.name}.npy"), layer.mask.numpy()

@@ -164,7 +164,7 @@ def test_table():
     assert "conv1: left dense" in str(masked_layers(uniform))
 
 
-def test_save_and_load(tmp_path):
+def test_save_and_load(tmp_path, fresh):
     model = compiled(sparsify(small_model(), 0.2), "adam")
     model.fit(*examples(), verbose=0)
     model.save(tmp_path / "model.keras")
@@ -192,29 +192,19 @@ def test_save_and_load(tmp_path):
         "m = keras.models.load_model(sys.argv[1])\n"
         "print(len(rigl_keras.masked_layers(m)))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "model.keras")],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.strip() == "4"
+    done = fresh("-c", code, tmp_path / "model.keras")
+    assert done.stdout.strip() == "4", done.stderr
 
 
-def test_a_stripped_model_loads_as_plain_keras(tmp_path):
+def test_a_stripped_model_loads_as_plain_keras(tmp_path, fresh):
     strip(sparsify(small_model(), 0.2)).save(tmp_path / "plain.keras")
     code = (
         "import sys, keras\n"
         "m = keras.models.load_model(sys.argv[1])\n"
         "print('rigl_keras' in sys.modules)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "plain.keras")],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout.strip() == "False"
+    done = fresh("-c", code, tmp_path / "plain.keras")
+    assert done.stdout.strip() == "False", done.stderr
 
 
 class Subclassed(keras.Model):
