@@ -19,8 +19,8 @@ import time
 
 import pytest
 
-KILLS = 20  # at random moments
-AIMED = 6  # of these, while a checkpoint is being written
+# At random moments, and of these, while a checkpoint is being written.
+FEW, MANY = (4, 2), (20, 6)
 # Where a run is killed for sure, beside random moments: before the file of
 # that name appears, or is removed. Checkpoints are of epochs 0 to 10, and 3
 # are kept.
@@ -46,13 +46,15 @@ BINDINGS = [
 ]
 
 
-def test_killed_at_any_moment(tmp_path):
+def test_killed_at_any_moment(tmp_path, request):
     """However often it is killed, a run ends bit for bit as if it was not."""
-    report = serve("kill", tmp_path)
+    kills, aimed = MANY if request.config.getoption("every_kill") else FEW
+    report = serve(f"kill {kills} {aimed}", tmp_path)
     assert report["threads"] == 1  # or a fork may hang
     assert report["at a point"] == len(POINTS)
-    assert report["at random"] + report["while saving"] >= KILLS
-    assert checkpoints_read(tmp_path) >= KILLS
+    assert report["at random"] >= kills - aimed
+    assert report["while saving"] >= aimed
+    assert checkpoints_read(tmp_path) >= len(POINTS) + kills
     assert len(list(tmp_path.glob("run-*"))) == report["runs"] + 1
     check_equal(tmp_path)
 
@@ -215,19 +217,20 @@ def server(task, folder):
     gin.external_configurable(small, name="small")
     tf.config.experimental.enable_op_determinism()
     threads = len(os.listdir("/proc/self/task"))
-    report = {"kill": kill, "fill": fill}[task](folder)
+    name, *numbers = task.split()
+    report = {"kill": kill, "fill": fill}[name](folder, *map(int, numbers))
     report["threads"] = threads
     (folder / "report.json").write_text(json.dumps(report))
 
 
-def kill(folder):
+def kill(folder, kills, aimed):
     report = {"at random": 0, "at a point": 0, "while saving": 0, "runs": 0}
     start = time.monotonic()
     assert attempt(lambda: train(folder / "run-00")) == 0
     whole = time.monotonic() - start
     draw = random.Random(0)
     points = list(POINTS)
-    while points or report["at random"] + report["while saving"] < KILLS:
+    while points or report["at random"] + report["while saving"] < kills:
         report["runs"] += 1
         run_dir = folder / f"run-{report['runs']:02d}"
         status = None
@@ -235,13 +238,18 @@ def kill(folder):
             point = moment = None
             if points:
                 kind, point = "at a point", points.pop(0)
-            elif report["at random"] < KILLS - AIMED:
+            elif report["at random"] < kills - aimed:
                 kind, moment = "at random", draw.uniform(0, whole)
-            elif report["while saving"] < AIMED:
+            elif report["while saving"] < aimed:
                 kind = "while saving"
+                # The first that is seen, and not one alone: it takes a
+                # millisecond.
                 epoch = min(next_epoch(run_dir) + draw.randrange(3), EPOCHS)
-                moment = f"{run_dir}/checkpoints/.unfinished-{platform.node()}"
-                moment += f"-*/epoch-{epoch}"
+                saved = f"{run_dir}/checkpoints/.unfinished-{platform.node()}-*"
+                moment = [
+                    f"{saved}/epoch-{later}"
+                    for later in range(epoch, EPOCHS + 1)
+                ]
             status = attempt(lambda: train(run_dir, point), moment)  # noqa: B023
             assert status in (0, -signal.SIGKILL)
             report[kind] += status != 0
@@ -275,8 +283,8 @@ def attempt(task, moment=None):
 
     Args:
         task: What it does.
-        moment: Seconds after which it is killed, or the beginning of a path:
-            it is killed when there is such a file.
+        moment: Seconds after which it is killed, or beginnings of paths: it
+            is killed when there is such a file.
     """
     child = os.fork()
     if not child:
@@ -294,16 +302,16 @@ def attempt(task, moment=None):
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
-    if isinstance(moment, str):
-        moment = moment.replace("*", str(child))
+    paths = moment if isinstance(moment, list) else []
+    paths = [f"{path.replace('*', str(child))}_temp" for path in paths]
     start, ended = time.monotonic(), 0
     while not ended:
-        time.sleep(0.0005)
+        time.sleep(0.0005 if paths else 0.005)
         ended, status = os.waitpid(child, os.WNOHANG)
         if isinstance(moment, float):
             due = time.monotonic() - start >= moment
         else:
-            due = moment and os.path.exists(f"{moment}_temp")
+            due = any(map(os.path.exists, paths))
         if due and not ended:
             os.kill(child, signal.SIGKILL)
     return os.waitstatus_to_exitcode(status)
