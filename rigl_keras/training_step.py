@@ -815,7 +815,8 @@ class StepUpdate(keras.callbacks.Callback):
             scaled = self._outermost is not self.optimizer
             train_step = _untraced(run.own("train_step"))
             loss = _loss_on(self._model, data) if self.watch_loss else None
-            logs = step(lambda: train_step(data), loss)
+            with _traced_once(self._model):
+                logs = step(lambda: train_step(data), loss)
             skipped = {"skipped_updates": self._skipped.value()}
             return {
                 **logs,
@@ -1246,6 +1247,26 @@ def _untraced(train_step):
     One trace would serve ordinary steps and updates alike.
     """
     return getattr(train_step, "python_function", train_step)
+
+
+def _traced_once(model):
+    """Within the context, variables are made outside of the trace.
+
+    Keras makes those of metrics as the first step is traced, and TensorFlow
+    traces a function twice if it has made variables.
+    """
+    # Replicas make theirs together, as their strategy has it.
+    if tf.executing_eagerly() or replicas.is_distributed(model):
+        return contextlib.nullcontext()
+
+    def make(next_creator, **options):
+        if not callable(options.get("initial_value")):  # a tensor of the trace
+            return next_creator(**options)
+        options["experimental_enable_variable_lifting"] = False
+        with tf.init_scope():
+            return next_creator(**options)
+
+    return tf.variable_creator_scope(make)
 
 
 def _trainable(model):
