@@ -1,5 +1,6 @@
 """Mask updates within `fit`: when, what, and what is refused."""
 
+import functools
 import inspect
 import warnings
 
@@ -99,6 +100,15 @@ def train(model, callbacks, **options):
     )
 
 
+def two_layers(dropout=0.2):
+    """Returns a network for the tests of every method: quick to trace."""
+    inputs = keras.Input((8, 8, 3))
+    x = layers.Conv2D(8, 3, strides=2, name="conv")(inputs)
+    x = layers.ReLU()(layers.BatchNormalization(name="norm")(x))
+    x = layers.Dropout(dropout, seed=1)(layers.Flatten()(x))
+    return keras.Model(inputs, layers.Dense(10, name="head")(x))
+
+
 OPTIMIZERS = {
     "sgd": lambda: keras.optimizers.SGD(0.05),
     "nesterov": lambda: keras.optimizers.SGD(0.05, 0.9, nesterov=True),
@@ -114,7 +124,7 @@ if keras.version() >= "3.13":  # before, Muon failed on TensorFlow
 @pytest.mark.parametrize("method", METHODS)
 def test_counts_and_zeros(method, optimizer):
     """Constant in each layer, or in all together, or as scheduled."""
-    model = sparsify(small_model(), 0.2)
+    model = sparsify(two_layers(), 0.2)
     before = masks(model)
     compiled(model, OPTIMIZERS[optimizer]())
     callbacks = METHODS[method](**WINDOW)
@@ -145,7 +155,7 @@ def test_counts_and_zeros(method, optimizer):
     "conventions, steps", [(ORIGINAL, [3, 6, 9, 12]), (REPORT, [2, 5, 8, 11])]
 )
 def test_updates_fall_on_their_steps(method, conventions, steps):
-    model = compiled(sparsify(small_model(), 0.2))
+    model = compiled(sparsify(two_layers(), 0.2))
     before = masks(model)
     # A constant fraction: the cosine's last update drops nothing.
     callbacks = DYNAMIC[method](
@@ -241,7 +251,7 @@ def test_rigl_by_hand(l2):
 def test_set_repeats_with_its_seed():
     def trained(**options):
         keras.utils.set_random_seed(1)
-        model = compiled(sparsify(small_model(), 0.2))
+        model = compiled(sparsify(two_layers(), 0.2))
         train(model, [SET(**WINDOW, **options)])
         return masks(model)
 
@@ -267,6 +277,17 @@ def test_step_before_update():
     assert both.any() and (before[both] != after[both]).all()
 
 
+def trained_in(method, **options):
+    keras.utils.set_random_seed(1)
+    # Without dropout, whose draws differ under XLA.
+    model = compiled(sparsify(two_layers(dropout=0), 0.2), **options)
+    train(model, DYNAMIC[method](**WINDOW))
+    return masks(model)
+
+
+trained_plainly = functools.cache(trained_in)
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -278,14 +299,7 @@ def test_step_before_update():
 )
 @pytest.mark.parametrize("method", DYNAMIC)
 def test_every_way_to_run_gives_the_same_masks(method, options):
-    def trained(**options):
-        keras.utils.set_random_seed(1)
-        # Without dropout, whose draws differ under XLA.
-        model = compiled(sparsify(small_model(dropout=0), 0.2), **options)
-        train(model, DYNAMIC[method](**WINDOW))
-        return masks(model)
-
-    plain, other = trained(), trained(**options)
+    plain, other = trained_plainly(method), trained_in(method, **options)
     agree = [np.mean(plain[name] == other[name]) for name in plain]
     # XLA sums in another order, so that near ties fall the other way.
     assert min(agree) > (0.95 if "jit_compile" in options else 0.999)
