@@ -33,8 +33,9 @@ __all__ = ["SET", "SNFS", "MagnitudePruning", "MaskUpdate", "RigL"]
 class MaskUpdate(StepUpdate):
     """Drops and grows connections every so many steps of training.
 
-    At an update step (`schedules.is_update_step`), which takes the place of
-    the optimizer's:
+    At an update step (`schedules.is_update_step`, where a run that begins on
+    trained weights may begin with one), which takes the place of the
+    optimizer's:
 
     1. the drop fraction f is that of `schedules.decayed_drop_fraction`;
     2. each kernel drops the fraction f of its connections, by this method's
@@ -302,20 +303,13 @@ class MaskUpdate(StepUpdate):
             "end_step": max(end_step, self.begin_step),
         }
         if steps and epochs:
-            first = self.trajectory[0][0] - self.run_start
             left = self.steps_in((epochs - epoch) * steps)
-            updates = schedules.planned_updates(
-                first,
-                left,
-                frequency=self.frequency,
-                conventions=self.conventions,
-                **self._span,
-            )
-            if updates == 0:
+            first, rhythm = self._counted(self.trajectory[0][0])
+            if schedules.planned_updates(first, left, **rhythm) == 0:
                 warn_of_no_update(
                     self.name,
                     left,
-                    first,
+                    self.trajectory[0][0] - self.run_start,
                     f"one comes every frequency={self.frequency} steps from "
                     f"begin_step={self.begin_step} to end_step={end_step}",
                 )
@@ -326,28 +320,33 @@ class MaskUpdate(StepUpdate):
 
     @property
     def _window(self):
-        """The window of updates in steps of the optimizer."""
-        return {
-            name: step + self.run_start for name, step in self._span.items()
+        """The first and last step of updates, as the optimizer counts."""
+        return {name: t + self.run_start for name, t in self._span.items()}
+
+    def _counted(self, step):
+        """Returns when updates come, and a step as this counts it.
+
+        A run that begins on trained weights may begin with an update. Nothing
+        is known of a connection at the first step of all (t > 0 in
+        Algorithm 1).
+        """
+        earlier = self.frequency if self.run_start > 0 else 0
+        return step - self.run_start + earlier, {
+            "frequency": self.frequency,
+            "conventions": self.conventions,
+            **{name: t + earlier for name, t in self._span.items()},
         }
 
     def is_due(self, step):
-        return schedules.is_update_step(
-            step - self.run_start,
-            frequency=self.frequency,
-            conventions=self.conventions,
-            **self._span,
-        )
+        step, rhythm = self._counted(step)
+        return schedules.is_update_step(step, **rhythm)
 
     def is_gathered(self, step):
         if self.gradient_batches == 1:
             return self.is_due(step)
+        step, rhythm = self._counted(step)
         return schedules.is_gathered_step(
-            step - self.run_start,
-            gradient_batches=self.gradient_batches,
-            frequency=self.frequency,
-            conventions=self.conventions,
-            **self._span,
+            step, gradient_batches=self.gradient_batches, **rhythm
         )
 
     # The update, in the graph.

@@ -1033,7 +1033,11 @@ class StepUpdate(keras.callbacks.Callback):
         if not applied and not (scaled and tf.executing_eagerly()):
             raise ValueError(
                 f"{self.name} takes the place of optimizer.apply, which this "
-                "training step never calls. Pass the optimizer that it applies."
+                "training step never calls. Pass the optimizer that it "
+                "applies: fit knows the one that compile was given. Where "
+                "there are several, give each a method of its own by "
+                "attach(model, optimizer), and call update(gradients, "
+                "variables) in place of its apply."
             )
 
     def _of_kernels(self, gradients, variables):

@@ -1,0 +1,809 @@
+"""A run of `fit`: what it may call, how it ends, where it starts, what it logs.
+
+Networks run eagerly where the graph is not what is tested.
+"""
+
+import warnings
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from conftest import masks
+from test_callbacks import METHODS
+from test_setups import (
+    Applies,
+    assert_equal,
+    assert_sparse,
+    equal_masks,
+    examples,
+    fit,
+    momentum,
+    network,
+)
+
+import rigl_keras
+from rigl_keras import (
+    SET,
+    SNFS,
+    MagnitudePruning,
+    RigL,
+    SparsityRamp,
+    TopologyDiagnostics,
+    fit_runs,
+    masked_layers,
+)
+from rigl_keras.optimizer_state import slots
+from rigl_keras.training_step import installed_update
+
+# Epochs of 6 steps; updates at every second one, that all drop the same.
+DATA = examples(24)
+EVERY_SECOND = dict(frequency=2, end_step=99, decay="constant")
+
+
+def updates(method):
+    return [step for step, _ in method.trajectory[1:]]
+
+
+class At(keras.callbacks.Callback):
+    """Acts on the model once, where a hook is called for the nth time."""
+
+    def __init__(self, hook, action, nth=1):
+        super().__init__()
+        self.left = nth
+        setattr(self, hook, self.count)
+        self.action = action
+
+    def count(self, *args, **kwargs):
+        self.left -= 1
+        if self.left == 0:
+            self.action(self.model)
+
+
+# What callbacks may call within `fit`.
+
+ACTIONS = {
+    # The action, how many steps it adds, and the steps of the last optimizer.
+    "train_on_batch": (lambda m: m.train_on_batch(DATA[0][:4], DATA[1][:4]), 1),
+    "fit": (lambda m: m.fit(DATA[0][:8], DATA[1][:8], 4, verbose=0), 2),
+    "make": (lambda m: m.make_train_function(), 0),
+    "make by force": (lambda m: m.make_train_function(force=True), 0),
+    "compile": (
+        lambda m: m.compile(m.optimizer, "mse", run_eagerly=m.run_eagerly),
+        0,
+    ),
+    "compile anew": (
+        lambda m: m.compile("adam", "mse", run_eagerly=m.run_eagerly),
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "graph"])
+@pytest.mark.parametrize("name", ACTIONS)
+def test_updates_go_on(name, eager):
+    action, more = ACTIONS[name]
+    model = network(momentum(), run_eagerly=eager)
+    method = RigL(**EVERY_SECOND)
+    fit(model, [method, At("on_epoch_end", action)], DATA, epochs=2)
+    assert updates(method) == list(range(2, 12 + more, 2))
+    own = 6 if name == "compile anew" else 12 + more
+    assert int(model.optimizer.iterations) == own
+    assert_sparse(model)
+    assert installed_update(model) is None
+    assert not {"train_step", "make_train_function"} & vars(model).keys()
+
+
+def test_topology_is_recorded_across_optimizers():
+    rows = {}
+    for name in ("make", "compile anew"):
+        topology = TopologyDiagnostics()
+        again = At("on_epoch_end", ACTIONS[name][0])
+        fit(network(), [RigL(**EVERY_SECOND), topology, again], DATA, epochs=2)
+        whole = [row for row in topology.rows if row["layer"] == "all"]
+        rows[name] = [row["step"] for row in whole]
+        assert all(row["loss_after"] is not None for row in whole[1:])
+    assert rows["make"] == rows["compile anew"] == [0, 2, 4, 6, 8, 10]
+
+
+def test_a_train_step_that_is_replaced_within_fit():
+    model, seen = network(), []
+    method = RigL(**EVERY_SECOND)
+
+    def exchange(model):
+        own = type(model).train_step
+
+        def train_step(data):
+            seen.append(1)
+            return own(model, data)
+
+        model.train_step = train_step
+        model.make_train_function(force=True)
+
+    fit(model, [method, At("on_epoch_end", exchange)], DATA, epochs=2)
+    assert updates(method) == [2, 4, 6, 8, 10] and len(seen) == 6
+    # It is the model's own now.
+    assert fit(model, [], DATA) and len(seen) == 12
+
+
+def test_training_before_the_plan_is_refused():
+    early = At("on_train_begin", ACTIONS["train_on_batch"][0])
+    with pytest.raises(ValueError, match="list that callback after RigL"):
+        fit(network(), [RigL(**EVERY_SECOND), early], DATA)
+
+
+@pytest.mark.parametrize("other", [False, True], ids=["same", "other model"])
+def test_a_callback_trains_one_model_at_a_time(other):
+    model, second = network(), network()
+    method, refused = RigL(**EVERY_SECOND), []
+    before = masks(second)
+
+    def nested(model):
+        with pytest.raises(ValueError, match="has not ended.*another") as info:
+            fit(second if other else model, [method], DATA)
+        refused.append(info)
+
+    fit(model, [method, At("on_epoch_end", nested)], DATA, epochs=2)
+    assert len(refused) == 1
+    assert updates(method) == [2, 4, 6, 8, 10]
+    assert equal_masks(before, masks(second))
+    # Afterwards it may.
+    fit(second, [method], DATA)
+    assert not equal_masks(before, masks(second))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_method_within_a_fit_that_has_none(fails):
+    """The outer one goes on without updates, also if the inner one fails."""
+    model, method, seen = network(), RigL(**EVERY_SECOND), []
+
+    def nested(model):
+        if fails:
+            stop = At("on_epoch_end", stopped)
+            with pytest.raises(KeyboardInterrupt) as info:
+                fit(model, [method, stop], DATA)
+            seen.append(info)  # whose traceback keeps the frames
+        else:
+            fit(model, [method], DATA)
+        seen.append(masks(model))
+
+    fit(model, [At("on_epoch_end", nested)], DATA, epochs=2)
+    # From step 6 on, where the inner run begins.
+    assert updates(method) == [6, 8, 10]
+    assert int(model.optimizer.iterations) == 18
+    assert equal_masks(seen[-1], masks(model))
+
+
+def test_a_loop_that_calls_callbacks():
+    """As Keras documents it, with `train_on_batch`."""
+    model, method = network(), RigL(**EVERY_SECOND)
+    own = model.make_train_function
+    callbacks = keras.callbacks.CallbackList([method], model=model)
+
+    def begin(callbacks):  # which returns long before training ends
+        callbacks.on_train_begin()
+
+    begin(callbacks)
+    for step in range(6):
+        callbacks.on_train_batch_begin(step)
+        model.train_on_batch(DATA[0][:4], DATA[1][:4])
+        callbacks.on_train_batch_end(step)
+    method.fetch()
+    assert updates(method) == [2, 4]
+    callbacks.on_train_end()
+    assert model.make_train_function == own
+    # One that is abandoned ends with its list.
+    begin(callbacks)
+    assert installed_update(model) is method
+    del callbacks
+    assert installed_update(model) is None
+
+
+# A `fit` that is cut off.
+
+
+def stopped(model):
+    raise KeyboardInterrupt
+
+
+def plain_fit(model):
+    fit(model, [], DATA)
+
+
+def plain_step(model):
+    for _ in range(4):
+        model.train_step(tuple(tf.constant(part[:4]) for part in DATA))
+
+
+def plain_function(model):
+    function = model.train_function  # of the run that is over
+    for _ in range(4):
+        function(iter([tuple(tf.constant(part[:4]) for part in DATA)]))
+
+
+HOOKS = (
+    "on_train_begin",
+    "on_epoch_begin",
+    "on_train_batch_begin",
+    "on_train_batch_end",
+    "on_test_begin",
+    "on_epoch_end",
+)
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_fit_that_is_cut_off_anywhere(hook):
+    """Whatever comes next, no mask moves; the traceback keeps all frames."""
+    model, method = network(), RigL(**EVERY_SECOND)
+    with pytest.raises(KeyboardInterrupt) as info:
+        fit(model, [method, At(hook, stopped)], DATA, validation_data=DATA)
+    before = masks(model)
+    nexts = {
+        "on_train_begin": plain_step,
+        "on_epoch_begin": plain_function,
+        "on_epoch_end": plain_step,
+    }
+    if hook == "on_train_batch_end":
+        assert installed_update(model) is None
+    nexts.get(hook, plain_fit)(model)
+    assert equal_masks(before, masks(model))
+    assert not {"train_step", "make_train_function"} & vars(model).keys()
+    assert info.tb is not None
+    fit(model, [method], DATA)
+    assert not equal_masks(before, masks(model))
+
+
+def test_what_was_put_back_is_what_was_there():
+    """A train step of the model's own instance, and at once."""
+    model = network()
+    own, calls = model.train_step, []
+
+    def train_step(data):
+        calls.append(1)
+        return own(data)
+
+    model.train_step = train_step
+    try:
+        fit(model, [RigL(**EVERY_SECOND), At("on_epoch_end", stopped)], DATA)
+    except KeyboardInterrupt:
+        pass
+    # Nothing keeps the frame of `fit`.
+    assert vars(model)["train_step"] is train_step
+    assert len(calls) == 6
+
+
+def test_a_callback_of_an_interrupted_fit_leaves_the_first_model():
+    one, two = network(), network()
+    method = RigL(frequency=1, end_step=99, decay="constant")
+    with pytest.raises(KeyboardInterrupt) as info:
+        stop = At("on_train_batch_end", stopped, nth=2)
+        fit(one, [method, stop], DATA)
+    fit(two, [method], DATA)
+    rows, before = list(method.trajectory), masks(one)
+    assert updates(method) == [1, 2, 3, 4, 5]
+    for again in range(2):
+        assert equal_masks(before, masks(one)) == (again == 0)
+        if again == 0:
+            fit(one, [], DATA)
+            assert method.trajectory == rows
+            assert equal_masks(before, masks(one))
+        fit(one, [RigL(**EVERY_SECOND)], DATA)
+    assert method.trajectory == rows and info.tb is not None
+
+
+# Training steps that apply an optimizer more than once.
+
+
+class Twice(keras.Model):
+    def train_step(self, data):
+        for part in (slice(0, 2), slice(2, 4)):
+            logs = Applies.train_step(self, tuple(d[part] for d in data))
+        return logs
+
+
+class InALoop(keras.Model):
+    def train_step(self, data):
+        def body(i, _):
+            return i + 1, Applies.train_step(self, data)["loss"]
+
+        _, loss = tf.while_loop(lambda i, _: i < 2, body, (0, 0.0))
+        return {"loss": loss}
+
+
+class InABranch(keras.Model):
+    def train_step(self, data):
+        x, y = data
+        loss = tf.cond(
+            self.optimizer.iterations < 3,
+            lambda: Applies.train_step(self, (x, y))["loss"],
+            lambda: Applies.train_step(self, (x, 2 * y))["loss"],
+        )
+        return {"loss": loss}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"run_eagerly": True}, {"run_eagerly": False}, {"jit_compile": True}],
+    ids=str,
+)
+def test_two_applies_are_refused(options):
+    model = network(cls=Twice, **{"run_eagerly": False, **options})
+    before = masks(model)
+    with pytest.raises(ValueError, match="more than once. Make the method"):
+        fit(model, [RigL(**EVERY_SECOND)], DATA)
+    assert equal_masks(before, masks(model))
+
+
+def test_an_apply_that_is_repeated_is_refused():
+    model = network(cls=InALoop, run_eagerly=False)
+    with pytest.raises(ValueError, match="step 2: .*optimizer more than"):
+        fit(model, [RigL(**EVERY_SECOND)], DATA)
+
+
+def test_an_apply_in_each_of_two_branches():
+    model = network(cls=InABranch, run_eagerly=False)
+    method = RigL(**EVERY_SECOND)
+    fit(model, [method], DATA)
+    assert updates(method) == [2, 4]
+
+
+class UpdatesTwice(keras.Model):
+    def train_step(self, data):
+        for part in (slice(0, 2), slice(2, 4)):
+            x, y = (d[part] for d in data)
+            with rigl_keras.dense_gradients(), tf.GradientTape() as tape:
+                loss = tf.reduce_mean((self(x, training=True) - y) ** 2)
+            variables = self.trainable_variables
+            self.method.update(tape.gradient(loss, variables), variables)
+        return {"loss": loss}
+
+
+@pytest.mark.parametrize("frequency", [3, 4])
+def test_update_judges_each_apply(frequency):
+    """What the refusal advises: the odd steps, too."""
+    model = network(cls=UpdatesTwice, run_eagerly=False)
+    model.method = RigL(frequency=frequency, end_step=99, decay="constant")
+    model.method.attach(model, model.optimizer)
+    fit(model, [], DATA)
+    model.method.fetch()
+    assert int(model.optimizer.iterations) == 12
+    assert updates(model.method) == list(range(frequency, 12, frequency))
+
+
+# Layers that a method does not reach.
+
+
+class TwoOptimizers(keras.Model):
+    """The layer `d` has an optimizer that `fit` does not know."""
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((self(x, training=True) - y) ** 2)
+        ours = self.get_layer("hidden").trainable_variables
+        theirs = self.get_layer("d").trainable_variables
+        gradients = tape.gradient(loss, [*ours, *theirs])
+        self.optimizer.apply(gradients[: len(ours)], ours)
+        self.other.apply(gradients[len(ours) :], theirs)
+        return {"loss": loss}
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_layers_of_another_optimizer_are_named_once(jit_compile):
+    model = network(
+        cls=TwoOptimizers, run_eagerly=False, jit_compile=jit_compile
+    )
+    # Built in time, as XLA makes no variables.
+    model.other = keras.optimizers.SGD(0.1)
+    model.other.build(model.get_layer("d").trainable_variables)
+    before, seen = masks(model), []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        look = At("on_epoch_end", lambda model: seen.extend(caught), nth=1)
+        method = RigL(frequency=4, end_step=99)
+        fit(model, [method, look], DATA, epochs=2)
+    texts = [str(w.message) for w in caught if "reach" in str(w.message)]
+    assert len(texts) == 1
+    assert "RigL does not reach these masked layers: d. They" in texts[0]
+    assert any("reach" in str(w.message) for w in seen)  # in the first epoch
+    after = masks(model)
+    assert (before["d"] == after["d"]).all()
+    assert (before["hidden"] != after["hidden"]).any()
+
+
+def test_a_loop_of_ones_own_names_them_too():
+    model = network(cls=TwoOptimizers)
+    model.other = keras.optimizers.SGD(0.1)
+    method = RigL(frequency=4, end_step=99)
+    step = method.wrap(model.train_step, model=model, optimizer=model.optimizer)
+    step(tuple(tf.constant(part) for part in DATA))
+    with pytest.warns(UserWarning, match="does not reach.*: d. They"):
+        method.fetch()
+    method.fetch()
+
+
+def test_thawed_layers_join_and_frozen_ones_leave():
+    model = network()
+    hidden, d = (model.get_layer(name) for name in ("hidden", "d"))
+    hidden.trainable = False
+    model.compile(
+        keras.optimizers.SGD(0.1, momentum=0.9, use_ema=True),
+        "mse",
+        run_eagerly=True,
+    )
+    model.optimizer.build(
+        [v for layer in (hidden, d) for v in (layer.kernel, layer.layer.bias)]
+    )
+    states = [masks(model)]
+
+    def exchange(model):
+        states.append(masks(model))
+        hidden.trainable, d.trainable = True, False
+        model.make_train_function(force=True)
+
+    method = SNFS(frequency=2, end_step=99, decay="constant")
+    fit(model, [method, At("on_epoch_end", exchange)], DATA, epochs=2)
+    states.append(masks(model))
+    for name, moves in (("hidden", (False, True)), ("d", (True, False))):
+        changed = [
+            (one[name] != two[name]).any()
+            for one, two in zip(states, states[1:], strict=False)
+        ]
+        assert tuple(changed) == moves
+    assert_sparse(model)
+    # The record has both all along.
+    counts = [tuple(int(m.sum()) for m in s.values()) for s in states]
+    assert method.trajectory[0][1] == counts[0]
+    assert method.trajectory[-1][1] == counts[-1]
+
+
+def test_all_may_be_frozen_within_fit():
+    model = network()
+
+    def freeze(model):
+        for layer in masked_layers(model):
+            layer.trainable = False
+        model.add_weight(name="bias")  # Keras warns where nothing is trained
+        model.make_train_function(force=True)
+
+    states = []
+    look = At("on_epoch_end", lambda model: states.append(masks(model)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Keras's, of missing gradients
+        model.optimizer.build(
+            [*model.trainable_variables, model.add_weight(name="bias")]
+        )
+        freeze_once = At("on_epoch_end", freeze)
+        fit(model, [RigL(**EVERY_SECOND), look, freeze_once], DATA)
+    assert equal_masks(states[0], masks(model))
+    with pytest.raises(ValueError, match="do not freeze all"):
+        fit(model, [RigL(**EVERY_SECOND)], DATA)
+
+
+# Where a run starts.
+
+
+@pytest.mark.parametrize(
+    "seen, arguments, want",
+    [
+        # batches seen, and the start of a run of 10 steps an epoch
+        (0, dict(epoch=0), 0),
+        (500, dict(epoch=0), 500),  # trained before
+        (7, dict(epoch=0), 7),
+        (50, dict(epoch=5), 0),  # resumed at a border
+        (53, dict(epoch=5), 0),  # and within an epoch
+        (59, dict(epoch=5), 0),
+        (550, dict(epoch=5), 500),  # the resumed run began at 500
+        (0, dict(epoch=5), -50),  # with a new optimizer
+        (20, dict(epoch=5), -30),
+        (47, dict(epoch=5, skips=True), 0),  # three batches were no steps
+        (0, dict(epoch=5, skips=True), -50),
+        (500, dict(epoch=0, each=4), 125),
+        (550, dict(epoch=5, each=4), 125),
+        (50, dict(epoch=5, each=4), 0),
+        (500, dict(epoch=0, steps=None), 500),
+        (500, dict(epoch=5, steps=None), 0),
+    ],
+    ids=str,
+)
+def test_where_a_run_starts(seen, arguments, want):
+    usual = dict(each=1, steps=10, skips=False)
+    assert fit_runs.start_of(None, seen, **{**usual, **arguments}) == want
+
+
+def window_run(name, **options):
+    if name != "MagnitudePruning":
+        return METHODS[name](frequency=2, drop_fraction=0.4, **options)[0]
+    ramp = SparsityRamp(
+        final_density=0.2,
+        initial_density=0.5,
+        begin_step=2,
+        end_step=6,
+        frequency=2,
+    )
+    return MagnitudePruning(ramp)
+
+
+class Logs(keras.callbacks.Callback):
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        kept = {k: v for k, v in logs.items() if k != "loss"}
+        self.rows.append({k: float(v) for k, v in kept.items()})
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if n != "static"])
+def test_on_trained_weights_as_on_new_ones(name):
+    """The same drop fractions and densities at the same steps of the run."""
+    rows, steps = [], []
+    for before in (0, 10):
+        model = network(momentum())
+        fit(model, [], DATA, epochs=5, steps_per_epoch=2) if before else None
+        options = {} if name == "MagnitudePruning" else {"begin_step": 2}
+        method, logs = window_run(name, **options), Logs()
+        fit(model, [method, logs], DATA, epochs=2)
+        rows.append([{**row, "grown": None} for row in logs.rows])
+        steps.append([step - before for step in updates(method)])
+    assert (
+        steps[0]
+        == steps[1]
+        == ([2, 4, 6] if name == "MagnitudePruning" else [2, 4, 6, 8])
+    )
+    moves = "density" if name in ("MagnitudePruning",) else "drop_fraction"
+    assert [r[moves] for r in rows[0]] == pytest.approx(
+        [r[moves] for r in rows[1]]
+    )
+    # 3/4 of 12 steps is 9: from 2 to 9 along the cosine.
+    if moves == "drop_fraction":
+        want = 0.2 * (1 + np.cos(np.pi * (np.array([2, 4, 6, 8]) - 2) / 7))
+        got = [rows[1][t]["drop_fraction"] for t in (2, 4, 6, 8)]
+        assert got == pytest.approx(want, abs=1e-6)
+
+
+def test_a_run_on_trained_weights_may_begin_with_an_update():
+    """And its multiples count from there, not from the optimizer's 0."""
+    model = network()
+    fit(model, [], DATA)  # 6 steps
+    method = RigL(frequency=4, begin_step=0, drop_fraction=0.4)
+    logs = Logs()
+    fit(model, [method, logs], DATA, epochs=2)
+    assert updates(method) == [6, 10, 14]
+    assert logs.rows[0]["drop_fraction"] == pytest.approx(0.4)
+    # A third run, by the same callback: nothing of the second is left.
+    fit(model, [method, logs], DATA, epochs=2)
+    assert updates(method) == [18, 22, 26]
+    later = [row["drop_fraction"] for row in logs.rows[12:]]
+    assert later == [row["drop_fraction"] for row in logs.rows[:12]]
+
+
+def test_what_a_method_remembers_begins_with_the_run():
+    model = network()
+    method = SET(frequency=2, end_step=9, grow_init="initial_dist")
+    fit(model, [method], DATA)
+    started = [m.kernel.numpy() for m in masked_layers(model)]
+    fit(model, [method], DATA)
+    for kept, kernel in zip(method.variables, started, strict=True):
+        assert set(kept.numpy()) == set(kernel[kernel != 0])
+
+
+class RestoredWithin(keras.callbacks.BackupAndRestore):
+    """Saves at each step."""
+
+    def __init__(self, path):
+        super().__init__(path, save_freq=1, delete_checkpoint=False)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["method first", "last"])
+def test_restored_within_the_first_epoch(first, tmp_path):
+    """By Keras, which begins the epoch again: the run is the same."""
+
+    def callbacks(method):
+        restore = RestoredWithin(tmp_path)
+        return [method, restore] if first else [restore, method]
+
+    with pytest.raises(KeyboardInterrupt):
+        stop = At("on_train_batch_begin", stopped, nth=4)
+        method = RigL(frequency=4, end_step=99)
+        fit(network(), [*callbacks(method), stop], DATA, epochs=2)
+    model, method = network(), RigL(frequency=4, end_step=99)
+    fit(model, callbacks(method), DATA, epochs=2)
+    assert method.run_start == 0
+    assert method.trajectory[0][0] == 3 and updates(method) == [4, 8, 12]
+
+
+def test_several_fits_of_one_run():
+    """As its warning advises; it comes once, and not for two fits."""
+    ends, texts = {}, {}
+    for kind in ("one", "advised", "loop"):
+        model, texts[kind] = network(momentum()), []
+        for epoch in range(1 if kind == "one" else 5):
+            epochs = {
+                "one": dict(epochs=5),
+                "advised": dict(initial_epoch=epoch, epochs=epoch + 1),
+                "loop": {},
+            }[kind]
+            end_step = None if kind == "loop" else 22  # 3/4 of 30
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                method = RigL(frequency=3, end_step=end_step)
+                fit(model, [method], DATA, **epochs)
+            texts[kind] += [
+                (epoch, str(w.message))
+                for w in caught
+                if "in a row" in str(w.message)
+            ]
+        ends[kind] = model.get_weights()
+    assert_equal(ends["one"], ends["advised"])
+    assert texts["one"] == texts["advised"] == []
+    ((epoch, text),) = texts["loop"]
+    assert epoch == 2
+    for word in ("initial_epoch=e, epochs=e + 1", "end_step", "RigL"):
+        assert word in text
+
+
+def test_one_epoch_more_without_an_end_step_is_a_loop_too():
+    model = network()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for e in range(4):
+            method = RigL(frequency=2)
+            fit(model, [method], DATA, initial_epoch=e, epochs=e + 1)
+    assert ["in a row" in str(w.message) for w in caught].count(True) == 1
+
+
+def test_a_fit_goes_on_with_what_was_attached():
+    """Once: the next `fit` of the callback begins a run."""
+    model, method = network(), RigL(**EVERY_SECOND)
+    fit(model, [], (DATA[0][:12], DATA[1][:12]))  # 3 steps
+    method.attach(model, model.optimizer)
+    fit(model, [method], DATA)
+    assert method.run_start == 0 and updates(method) == [4, 6, 8]
+    fit(model, [method], DATA)
+    assert method.run_start == 9 and updates(method) == [9, 11, 13]
+
+
+# What is logged.
+
+
+def density(model):
+    found = list(masks(model).values())
+    return sum(m.sum() for m in found) / sum(m.size for m in found)
+
+
+def counts(model):
+    return tuple(int(m.sum()) for m in masks(model).values())
+
+
+def pruning():
+    ramp = SparsityRamp(
+        final_density=0.2,
+        initial_density=0.5,
+        begin_step=1,
+        end_step=3,
+        frequency=1,
+    )
+    return MagnitudePruning(ramp)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["method first", "last"])
+@pytest.mark.parametrize(
+    "hook, nth",
+    [("on_epoch_end", 1), ("on_epoch_begin", 2), ("on_train_batch_end", 8)],
+)
+def test_logs_follow_weights_that_are_set(hook, nth, first):
+    model, method = network(), pruning()
+    dense, at_start = model.get_weights(), counts(model)
+    back = At(hook, lambda model: model.set_weights(dense), nth)
+    callbacks = [method, back] if first else [back, method]
+    history = fit(model, callbacks, DATA, epochs=3).history
+    assert density(model) == pytest.approx(0.5)
+    # At the end of an epoch the method may still see what it was before.
+    assert history["density"][0] == pytest.approx(
+        0.5 if hook == "on_epoch_end" and not first else 0.2, abs=0.01
+    )
+    assert history["density"][1:] == pytest.approx([0.5, 0.5])
+    # Changed before step 6 (8): as an update at the step before it would.
+    step, last = method.trajectory[-1]
+    assert last == at_start
+    # Seen at the end of the epoch, if it is changed within it.
+    assert step == (11 if hook == "on_train_batch_end" else 5)
+    assert updates(method)[:3] == [1, 2, 3]
+
+
+def test_logs_follow_weights_that_are_loaded(tmp_path):
+    """The optimizer's steps too: updates from there on come again."""
+    model, method = network(), pruning()
+    path = tmp_path / "at2.weights.h5"
+    save = At("on_train_batch_end", lambda m: m.save_weights(path), nth=2)
+    load = At("on_epoch_end", lambda m: m.load_weights(path))
+    history = fit(model, [method, save, load], DATA, epochs=2).history
+    assert int(model.optimizer.iterations) == 8
+    assert updates(method) == [1, 2, 3]
+    assert method.trajectory[-1][1] == counts(model)
+    assert history["density"] == pytest.approx([0.2, 0.2], abs=0.01)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["method first", "last"])
+def test_logs_of_a_run_that_keras_restores(first, tmp_path):
+    """After the ramp has ended, so that no update sets them right."""
+
+    def callbacks(method):
+        restore = keras.callbacks.BackupAndRestore(tmp_path)
+        return [method, restore] if first else [restore, method]
+
+    stop = At("on_epoch_begin", stopped, nth=2)
+    with pytest.raises(KeyboardInterrupt):
+        fit(network(), [*callbacks(pruning()), stop], DATA, epochs=3)
+    model, method = network(), pruning()
+    with pytest.warns(UserWarning, match="plans 0 updates in the 12 steps"):
+        history = fit(model, callbacks(method), DATA, epochs=3).history
+    assert density(model) == pytest.approx(0.2, abs=0.01)
+    assert history["density"] == pytest.approx([density(model)] * 2)
+    assert method.trajectory == [(6, counts(model))]
+
+
+def test_loggers_that_come_first_see_the_density():
+    model, seen = network(), []
+    log = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: seen.append(logs["density"])
+    )
+    dense = model.get_weights()
+    back = At("on_epoch_begin", lambda model: model.set_weights(dense), nth=2)
+    fit(model, [log, pruning(), back], DATA, epochs=2)
+    assert seen == pytest.approx([0.2, 0.5], abs=0.01)
+
+
+# What no test saw when it was broken.
+
+
+def test_an_average_of_what_snfs_has_grown_starts_with_the_weight():
+    """Dense momentum remembers gradients, but the average is of weights."""
+    model = network(momentum(use_ema=True, ema_momentum=0.9))
+    states = []
+
+    def look(model):
+        states.append(
+            {
+                m.name: (
+                    m.mask.numpy() > 0,
+                    m.kernel.numpy(),
+                    slots(model.optimizer, m.kernel)["average"].numpy(),
+                )
+                for m in masked_layers(model)
+            }
+        )
+
+    looks = [At("on_train_batch_end", look, nth=nth) for nth in (2, 3)]
+    method = SNFS(grow_init="random_normal", **EVERY_SECOND)
+    fit(model, [method, *looks], DATA)
+    before, after = states
+    grown_at_all = 0
+    for name, (mask, kernel, average) in after.items():
+        grown = mask & ~before[name][0]
+        grown_at_all += grown.sum()
+        assert kernel[grown].all()
+        np.testing.assert_array_equal(average[grown], kernel[grown])
+        both = mask & before[name][0]
+        assert (average[both] != kernel[both]).any()
+    assert grown_at_all
+
+
+def test_a_kernel_that_is_not_finite_is_refused():
+    """Though all gradients are: tanh of infinity is flat."""
+    model = network()
+    hidden = model.get_layer("hidden")
+    where = tuple(np.argwhere(hidden.mask.numpy() > 0)[0])
+    kernel = hidden.kernel.numpy()
+    kernel[where] = np.inf
+    hidden.kernel.assign(kernel)
+    before = masks(model)
+    x, y = DATA
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_mean((model(x) - y) ** 2)
+    (gradient,) = tape.gradient(loss, [hidden.kernel.value])
+    assert np.isfinite(gradient).all()
+    with pytest.raises(ValueError, match="step 1: the gradient.*or the kernel"):
+        fit(model, [SET(frequency=1, end_step=9)], DATA)
+    assert equal_masks(before, masks(model))
