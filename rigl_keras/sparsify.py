@@ -32,6 +32,7 @@ from rigl_keras.maskable import (
 from rigl_keras.products import PRODUCTS
 from rigl_keras.surgery import (
     CannotCopy,
+    containers,
     exchange,
     exchange_in_copy,
     leaf_layers,
@@ -529,11 +530,29 @@ class MaskedLayers(Sequence):
 
     @property
     def skipped(self) -> list[tuple[keras.layers.Layer, str]]:
-        """Layers with weights that are not masked, each with the reason."""
-        return [
+        """Layers with weights that are not masked, each with the reason.
+
+        A layer that is masked is among them if it has other weights of two
+        axes or more; so is a model that has weights besides its layers.
+        """
+        masked = {id(masked.kernel) for masked in self._masked}
+        skipped = [
             (layer, _why_dense(layer))
             for layer in named_layers(self._model).values()
             if not isinstance(layer, Masked)
+        ]
+        skipped += [
+            (layer, f"not masked: {_listed(left)}")
+            for layer in named_layers(self._model).values()
+            if isinstance(layer, Masked)
+            for left in [_left_dense(layer.layer, masked)]
+            if left
+        ]
+        return skipped + [
+            (owner, f"weights of its own, never masked: {_listed(left)}")
+            for owner in containers(self._model)
+            for left in [_matrices(owner._trainable_variables)]
+            if left
         ]
 
     def __str__(self) -> str:
@@ -803,11 +822,75 @@ def _why_dense(layer):
             "`layers`"
         )
     kind = type(layer).__name__
+    adapted = _adapted(layer)
+    if adapted is not None:
+        return adapted
     if isinstance(layer, keras.layers.Embedding):
-        return "an Embedding is masked only if `layers` names it"
+        why = "an Embedding is masked only if `layers` names it"
+        left = _left_dense(layer, ())
+        if left:
+            names = ["embeddings", *left]
+            why += f"; {_listed(left)} only if kernels={{{kind}: {names}}} does"
+        return why
     return (
         f"{kind} has no kernel that can be masked; where it has one of another "
         f"name, pass kernels={{{kind}: name}}"
+    )
+
+
+def _adapted(layer):
+    """Returns why a layer that LoRA or quantization has changed is dense."""
+    for inner in layer._flatten_layers():
+        where = "" if inner is layer else f" of its {inner.name!r}"
+        if getattr(inner, "lora_enabled", False):
+            return (
+                f"LoRA{where} computes its kernel from several weights; save "
+                "the model, which merges them, and load it to mask it"
+            )
+        if getattr(inner, "quantization_mode", None) is not None:
+            return (
+                f"the kernel{where} is quantized ({inner.quantization_mode}); "
+                "mask the model first, and quantize what strip returns"
+            )
+    return None
+
+
+def _left_dense(layer, masked):
+    """Returns `{name: variable}` of matrices of a layer that are not masked.
+
+    Args:
+        layer: A layer, not a `Masked` one.
+        masked: Ids of the kernels that are.
+
+    Returns:
+        Its trained weights of two axes or more, those of layers within it
+        included, but for biases, normalisation and embedding tables.
+    """
+    left = {}
+    for inner in layer._flatten_layers():
+        if is_normalisation(inner):
+            continue
+        table = isinstance(inner, keras.layers.Embedding)
+        for name, variable in _matrices(inner._trainable_variables).items():
+            if id(variable) in masked or (table and name == "embeddings"):
+                continue
+            left[name if inner is layer else f"{inner.name}/{name}"] = variable
+    return left
+
+
+def _matrices(variables):
+    """Returns variables of two axes or more that are no bias, by name."""
+    return {
+        variable.name: variable
+        for variable in variables
+        if len(variable.shape) > 1 and not variable.name.endswith("bias")
+    }
+
+
+def _listed(variables):
+    return ", ".join(
+        f"{name} ({'x'.join(map(str, variable.shape))})"
+        for name, variable in variables.items()
     )
 
 
@@ -864,6 +947,21 @@ def chosen_kernels(
         for name, kernel in named_kernels(model, kernels).items()
         if matches(kernel.layer) or matches(kernel.owner)
     }
+    leaves = named_layers(model).values()
+    adapted = [
+        (layer, why)
+        for layer in leaves
+        if matches(layer)
+        and not (selector is None and isinstance(layer, keras.layers.Embedding))
+        for why in [_adapted(layer)]
+        if why
+    ]
+    if adapted:
+        raise ValueError(
+            f"Layers of model {model.name!r} cannot be masked as they are:\n"
+            + "\n".join(f"  {layer.name}: {why}" for layer, why in adapted)
+            + "\nOr pass `layers` that leaves them out."
+        )
     for layer in _selected_layers(selector):
         if all(layer not in (k.layer, k.owner) for k in chosen.values()):
             raise ValueError(
@@ -872,9 +970,8 @@ def chosen_kernels(
                 "masked. Where it has one of another name, pass kernels="
                 f"{{{type(layer).__name__}: name}}."
             )
-    leaves = named_layers(model).values()
     if strict:
-        _check_all_masked(leaves, chosen, matches)
+        _check_all_masked(model, chosen, matches)
     for name, kernel in chosen.items():
         if isinstance(kernel.variable.constraint, MaskProjection):
             raise ValueError(
@@ -930,24 +1027,25 @@ def _check_kernels(kernels):
         )
 
 
-def _check_all_masked(leaves, chosen, matches):
-    masked = {id(kernel.layer) for kernel in chosen.values()}
+def _check_all_masked(model, chosen, matches):
+    masked = {id(kernel.variable) for kernel in chosen.values()}
     left = [
-        layer
-        for layer in leaves
-        if id(layer) not in masked
-        and matches(layer)
-        and not is_normalisation(layer)
-        and not isinstance(layer, keras.layers.Embedding)
-        and any(len(v.shape) > 1 for v in layer.trainable_variables)
+        (layer.name, f"{_why_dense(layer)} ({_listed(dense)})")
+        for layer in named_layers(model).values()
+        if matches(layer)
+        for dense in [_left_dense(layer, masked)]
+        if dense
+    ]
+    left += [
+        (owner.name, f"weights of its own, never masked ({_listed(dense)})")
+        for owner in containers(model)
+        for dense in [_matrices(owner._trainable_variables)]
+        if dense
     ]
     if left:
         raise ValueError(
             "strict=True, and these layers have weights that cannot be "
-            "masked:\n"
-            + "\n".join(
-                f"  {layer.name}: {_why_dense(layer)}" for layer in left
-            )
+            "masked:\n" + "\n".join(f"  {name}: {why}" for name, why in left)
         )
 
 

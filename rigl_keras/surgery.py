@@ -7,7 +7,6 @@ constructor of its own; one with a layer that has no usable config.
 """
 
 import inspect
-import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 
@@ -20,7 +19,7 @@ from rigl_keras.layers import (
     allow_again,
     show_to_tensorflow,
 )
-from rigl_keras.maskable import is_graph, key_of, layers_in, step_to, sublayers
+from rigl_keras.maskable import is_graph, layers_in, step_to, sublayers
 
 __all__ = [
     "CannotCopy",
@@ -258,23 +257,14 @@ def _fresh(layer):
 
 
 def _check_class(model, copy):
-    """Refuses a copy that has lost what the user's class defines."""
+    """Refuses a copy that has lost its class, and what that defines."""
     if isinstance(copy, type(model)):
         return
-    lost = sorted(
-        name
-        for kind in type(model).__mro__
-        if kind not in type(copy).__mro__
-        for name, value in vars(kind).items()
-        if isinstance(value, (types.FunctionType, property))
-        and name not in ("__init__", "get_config")
+    raise CannotCopy(
+        f"Model {model.name!r} is a {type(model).__name__}, which a copy "
+        "would not be, because its constructor does not take (inputs, "
+        "outputs)."
     )
-    if lost:
-        raise CannotCopy(
-            f"Model {model.name!r} is a {type(model).__name__}, whose "
-            f"{', '.join(lost)} a copy would lose, because its constructor "
-            "does not take (inputs, outputs)."
-        )
 
 
 # In place.
@@ -318,16 +308,17 @@ def _replace(model: Layer, layers: Iterable[tuple[Layer, Layer]]) -> None:
     changes = {id(old): (old, new) for old, new in layers if old is not new}
     for old, new in changes.values():
         _hand_over_calls(old, new)
-    for owner in list(_owners(model, changes, set())):
+    owners = list(_owners(model, changes, set()))
+    for owner in owners:
         if isinstance(owner, keras.Sequential):
             _replace_in_sequential(owner, changes)
         elif is_graph(owner):
             _replace_in_graph(owner, changes)
         _replace_in_attributes(owner, changes)
+    for owner in owners:
         if isinstance(owner, keras.Model):
             _forget_functions(owner)
             _set_class(owner, _holds_masked(owner))
-    _forget_functions(model)
     show_to_tensorflow(model, model.variables)
 
 
@@ -366,19 +357,18 @@ def _replace_in_graph(model, changes):
     def changed(operation):
         return changes.get(id(operation), (None, operation))[1]
 
+    _track_instead(model, changes)
+    # A list is made again: TensorFlow saves none that was changed.
     model._operations = [changed(o) for o in model._operations]
-    model._operations_by_depth = {
-        depth: [changed(o) for o in operations]
-        for depth, operations in model._operations_by_depth.items()
-    }
+    for operations in model._operations_by_depth.values():
+        operations[:] = [changed(operation) for operation in operations]
     # Keras names the calls that are in a graph by `id(operation)_ib-index`.
-    nodes = set()
-    for key in model._nodes:
+    for key in list(model._nodes):
         operation, index = key.split("_ib-")
         _, new = changes.get(int(operation), (None, None))
-        nodes.add(key if new is None else f"{id(new)}_ib-{index}")
-    model._nodes = nodes
-    _track_instead(model, changes)
+        if new is not None:
+            model._nodes.remove(key)
+            model._nodes.add(f"{id(new)}_ib-{index}")
 
 
 def _replace_in_sequential(model, changes):
@@ -399,11 +389,9 @@ def _replace_in_attributes(owner, changes):
                 "Make it an attribute of the model."
             )
     _track_instead(owner, changes)
-    for path, layer in list(layers_in(owner, changes)):
-        name, *keys = path.split(".")
-        # A container is made anew: TensorFlow saves none that was changed.
-        new = changes[id(layer)][1]
-        setattr(owner, name, _with_item(getattr(owner, name), keys, new))
+    for name in {path.split(".")[0] for path, _ in layers_in(owner, changes)}:
+        # Containers are made again: TensorFlow saves none that was changed.
+        setattr(owner, name, _changed(getattr(owner, name), changes))
 
 
 def _track_instead(owner, changes):
@@ -418,18 +406,18 @@ def _track_instead(owner, changes):
                 tracker.replace_tracked_value("layers", old, new)
 
 
-def _with_item(container, keys, new):
-    """Returns a container with one item exchanged, or what comes for it."""
-    if not keys:
-        return new
-    if isinstance(container, dict):
-        key, items = key_of(container, keys[0]), dict(container)
-    else:
-        key, items = int(keys[0]), list(container)
-    items[key] = _with_item(items[key], keys[1:], new)
-    if hasattr(container, "_fields"):  # a named tuple
-        return container._make(items)
-    return tuple(items) if isinstance(container, tuple) else items
+def _changed(value, changes):
+    """Returns a layer, or a container, with layers exchanged."""
+    if isinstance(value, Layer):
+        return changes.get(id(value), (None, value))[1]
+    if isinstance(value, dict):
+        return {key: _changed(item, changes) for key, item in value.items()}
+    if not isinstance(value, (list, tuple)):
+        return value
+    items = [_changed(item, changes) for item in value]
+    if hasattr(value, "_fields"):  # a named tuple
+        return value._make(items)
+    return tuple(items) if isinstance(value, tuple) else items
 
 
 def _forget_functions(model):

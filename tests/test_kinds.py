@@ -426,9 +426,13 @@ class Wrapping(keras.Model):
         raise NotImplementedError
 
 
-def test_a_copy_that_would_lose_methods_is_refused():
-    with pytest.raises(ValueError, match="train_step a masked copy would lose"):
-        sparsify(Wrapping(3), 0.5)
+def test_a_model_of_which_a_copy_would_lose_methods_is_masked_in_place():
+    dense = Wrapping(3)
+    model = sparsify(dense, 0.5)
+    assert model is dense and len(masked_layers(model)) == 1
+    with pytest.raises(NotImplementedError):
+        model.train_step(None)
+    assert strip(model) is dense and type(dense) is Wrapping
 
 
 class Doubled(keras.Sequential):
@@ -438,11 +442,15 @@ class Doubled(keras.Sequential):
         return 2 * super().call(inputs, training=training, mask=mask)
 
 
-def test_a_model_within_that_would_lose_its_call_is_refused():
+def test_a_model_within_that_would_lose_its_call_is_masked_in_place():
     inputs = keras.Input((4,))
     inner = Doubled([keras.Input((4,)), layers.Dense(3)])
-    with pytest.raises(ValueError, match="whose call a masked copy would"):
-        sparsify(keras.Model(inputs, inner(inputs)), 0.5)
+    dense, x = keras.Model(inputs, inner(inputs)), np.ones((2, 4), np.float32)
+    want = dense(x).numpy()
+    with pytest.warns(UserWarning, match="in place, as it cannot be copied"):
+        model = sparsify(dense, 1.0)
+    assert isinstance(model.layers[1], Doubled) and masked_layers(model)
+    np.testing.assert_allclose(model(x), want, rtol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:Skipping nested container")
@@ -641,12 +649,15 @@ def test_a_kernel_that_layers_share_has_one_mask():
     (masked,) = masked_layers(model)
     assert np.count_nonzero(masked.kernel.numpy()) == 200
     assert count(model).nonzeros == 200 + 20
-    # In a copy the layers would be two.
+    # In a copy the layers would be two: such a model is masked in place.
     dense = layers.Dense(8, name="d")
     inputs = keras.Input((4, 8))
     tied = keras.Model(inputs, dense(layers.TimeDistributed(dense)(inputs)))
-    with pytest.raises(ValueError, match="share the weights"):
-        sparsify(tied, 0.5)
+    before = len(tied.trainable_variables)
+    with pytest.warns(UserWarning, match="share the weights"):
+        model = sparsify(tied, 0.5)
+    assert len(masked_layers(model)) == 1
+    assert len(model.trainable_variables) == before
 
 
 class Sharing(keras.Model):

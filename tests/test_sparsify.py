@@ -384,10 +384,16 @@ def nested_subclassed():
     return keras.Model(inputs, subclassed()(inputs))
 
 
+def test_a_model_without_a_config_within_another_is_masked_in_place():
+    dense = nested_subclassed()
+    with pytest.warns(UserWarning, match="Subclassed, cannot be copied"):
+        model = sparsify(dense, 0.5)
+    assert model is dense and ones(model) == 3
+
+
 @pytest.mark.parametrize(
     "make, options, message",
     [
-        (nested_subclassed, {}, "Subclassed, cannot be copied"),
         (small_mlp, {"densities": [0.1, 0.2]}, "densities"),
         (small_mlp, {"conventions": "REPORT"}, "conventions"),
         (small_mlp, {"distribution": ["erk"]}, "distribution must be"),
