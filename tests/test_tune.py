@@ -631,7 +631,12 @@ def serve(folder):
     for pair in range(KILLS):
         place = folder / f"pair-{pair}"
         one, two = (forked(place, IN_PAIRS, seconds=0.02) for _ in range(2))
-        time.sleep(draw.uniform(0.05, 0.8))
+        # Not before one of them is at work, which takes longer on a machine
+        # that is busy.
+        until = time.monotonic() + 60
+        while not list(place.glob("trial-*")) and time.monotonic() < until:
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0.0, 0.8))
         os.kill(one, signal.SIGKILL)
         os.waitpid(one, 0)
         assert ended(two) == 0
