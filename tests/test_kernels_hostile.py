@@ -14,7 +14,7 @@ import tensorflow as tf
 from keras import layers
 
 import rigl_keras
-from rigl_keras import kernels
+from rigl_keras import fusion, kernels
 from rigl_keras.kernels import FrozenKernel, choice, library, sparse_conv2d
 
 REFUSED = (tf.errors.InvalidArgumentError, ValueError)
@@ -363,6 +363,47 @@ def test_sizes_that_no_tensor_has(operations):
         sparse_conv2d(tf.zeros((1, 4, 4, 3)), kernel, kernel)
 
 
+@pytest.mark.parametrize(
+    "kernel, mask, outputs, sizes",
+    [
+        ((3, 3, 3, 5), (2, 3, 3, 5), (2, 4, 4, 5), (2, 4, 4, 3)),
+        ((3, 3, 3, 5), (3, 3, 3, 5), (2, 4, 4, 4), (2, 4, 4, 3)),
+        ((3, 3, 3, 5), (3, 3, 3, 5), (2, 2, 4, 5), (2, 4, 4, 3)),
+        ((3, 3, 3, 5), (3, 3, 3, 5), (2, 4, 4, 5), (2, 4, 4, 1)),
+        ((3, 3, 3, 5), (3, 3, 3, 5), (2, 4, 4, 5), (4, 4, 3)),
+        ((0, 3, 3, 5), (0, 3, 3, 5), (2, 4, 4, 5), (2, 4, 4, 3)),
+        ((3, 3, 5), (3, 3, 5), (2, 4, 4, 5), (2, 4, 4, 3)),
+    ],
+)
+def test_graphs_of_shapes_that_do_not_fit(
+    operations, kernel, mask, outputs, sizes
+):
+    """They are refused as they are made, in all passes that see it."""
+    options = dict(strides=[1, 1, 1, 1], padding="SAME")
+    given = [tf.TensorSpec(shape) for shape in (sizes, kernel, mask, outputs)]
+
+    def forward(x, w, mask, _):
+        y = sparse_conv2d(x, w, mask)
+        assert y.shape != outputs  # or all fits
+        raise ValueError
+
+    def to_images(_, w, mask, dy):
+        return operations.rigl_keras_conv2d_backprop_input(
+            out_backprop=dy, filter=w, mask=mask, input_sizes=sizes, **options
+        )
+
+    def to_kernel(x, _, mask, dy):
+        return operations.rigl_keras_conv2d_backprop_filter(
+            input=x, mask=mask, out_backprop=dy, **options
+        )
+
+    for run in (forward, to_images, to_kernel):
+        if run is to_kernel and kernel != mask:
+            continue  # of which it sees one
+        with pytest.raises(ValueError):
+            tf.function(run, autograph=False).get_concrete_function(*given)
+
+
 def test_images_smaller_than_the_kernel(operations):
     """As TensorFlow: a graph that knows it refuses, kernels where < 0 rows."""
     kernel = tf.ones((3, 3, 3, 4))
@@ -383,6 +424,28 @@ def test_images_smaller_than_the_kernel(operations):
             unknown(tf.ones((1, 3, 1, 3)))
         with pytest.raises(REFUSED, match="smaller than the kernel"):
             tf.function(run)(tf.ones((1, 2, 2, 3)))
+
+
+def test_a_model_of_images_that_are_too_small():
+    """It says so, as the dense one does, and does not return NaN."""
+    inputs = keras.Input((None, None, 8))
+    x = layers.ReLU()(layers.Conv2D(4, 3)(inputs))
+    x = layers.GlobalAveragePooling2D()(layers.Conv2D(4, 3)(x))
+    model = keras.Model(inputs, layers.Dense(2)(x))
+    sparse = rigl_keras.sparsify(model, 0.5, kernels="sparse")
+    images = np.ones((1, 3, 3, 8), np.float32)
+    for each in (model, sparse):
+        with pytest.raises(REFUSED):
+            each(images)
+        run = tf.function(each, input_signature=[tf.TensorSpec((None,) * 4)])
+        with pytest.raises(REFUSED):
+            run(images)
+    fused = tf.function(
+        fusion.Fused(sparse, product="sparse"),
+        input_signature=[tf.TensorSpec((None, None, None, 8))],
+    )
+    with pytest.raises(REFUSED, match="smaller than the kernel"):
+        fused(images)
 
 
 def test_no_channels_sum_up_to_zero():
