@@ -110,8 +110,9 @@ def test_trains_as_the_dense_model(kind, mode, request):
             assert np.abs(now.numpy() - before.numpy()).max() > 1e-5
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", hard_kinds.KINDS)
 def test_saved_loaded_and_stripped(kind, tmp_path):
+    """As `test_kinds.py` has it of the ordinary kinds."""
     dense, _ = trained(kind, "graph")
     masked, _ = trained(kind, "graph", 1.0)
     assert_close(outputs(kind, masked), outputs(kind, dense))
