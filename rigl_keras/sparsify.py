@@ -95,10 +95,14 @@ def sparsify(
        in that.
 
     Of a Sequential or Functional model the result is a copy, which shares
-    nothing with `model`. A subclassed model is masked in place, because only
-    its own code knows how its layers are called: each layer it owns with a
-    kernel gives way to a `Masked` one of the same weights, and `model` itself
-    is returned. Either is to be compiled anew. It trains, saves and loads as
+    nothing with `model`: weights, what is frozen, vocabularies and statistics
+    are copied. A model that cannot be copied is masked in place: a subclassed
+    one, because only its own code knows how its layers are called; one whose
+    class has a constructor of its own, as those of keras_hub; and, with a
+    warning, one with a layer that no config makes again, or with layers that
+    share weights. There each layer with a kernel gives way to a `Masked` one
+    of the same weights, and `model` itself is returned. Either is to be
+    compiled anew. It trains, saves and loads as
     any Keras model; without a callback the masks never change (static sparse
     training). A model that was made in the scope of a strategy is masked in
     that scope.
@@ -136,15 +140,17 @@ def sparsify(
         seed: Seed of the masks, at least 0.
         conventions: `erk_rounding` and `sampling` apply. Under `"bernoulli"`
             sampling, as the report's, the number of ones is random.
-        strict: Whether a layer that has weights of two axes or more and no
-            kernel that can be masked raises, instead of being left dense.
+        strict: Whether weights of two axes or more that are not masked raise,
+            instead of being left dense. Biases, normalisation and embedding
+            tables do not.
 
     Returns:
         A model of the same kind in which the chosen layers are `Masked`.
 
     Raises:
-        ValueError: The model is not built, is masked already or cannot be
-            copied, nothing matches `layers`, or a density is out of reach.
+        ValueError: The model is not built, or is masked already; nothing
+            matches `layers`; a layer is quantized or has LoRA; or a density
+            is out of reach.
 
     Example:
 
