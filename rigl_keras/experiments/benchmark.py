@@ -254,9 +254,11 @@ def main() -> None:
     from rigl_keras.experiments import benchmark_kernels, benchmark_plans
 
     if sys.argv[1:2] == ["plans"]:
-        run_plans = benchmark_plans.define_command()
+        run_part = exits.one_line(
+            "benchmark plans", benchmark_plans.define_command()
+        )
         flags.adopt_module_key_flags(benchmark_plans)  # for --help
-        app.run(run_plans, argv=[sys.argv[0], *sys.argv[2:]])
+        app.run(run_part, argv=[sys.argv[0], *sys.argv[2:]])
         return
     if sys.argv[1:2] and sys.argv[1] in benchmark_kernels.PARTS:
         run_part = benchmark_kernels.define_command(sys.argv[1])
