@@ -634,7 +634,7 @@ def serve(folder):
         # Not before one of them is at work, which takes longer on a machine
         # that is busy.
         until = time.monotonic() + 60
-        while not list(place.glob("trial-*")) and time.monotonic() < until:
+        while not list(place.rglob("trial-*")) and time.monotonic() < until:
             time.sleep(0.01)
         time.sleep(draw.uniform(0.0, 0.8))
         os.kill(one, signal.SIGKILL)
