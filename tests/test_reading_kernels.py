@@ -187,21 +187,15 @@ def test_a_loop_reads_a_product_made_before_it():
         tf.TensorSpec((2, 5, 6))
     )
     graph = function.graph.as_graph_def()
-    bodies = {
-        node.attr[name].func.name
-        for node in graph.node
-        if "While" in node.op
-        for name in ("body", "cond")
-    }
-    assert bodies
+    bodies = {n.attr["body"].func.name for n in graph.node if "While" in n.op}
     reads = [
         node.name
         for body in graph.library.function
         if body.signature.name in bodies
         for node in body.node_def
-        if node.op == "ReadVariableOp" and "kernel" in node.name
+        if node.op == "ReadVariableOp"
     ]
-    assert not reads
+    assert len(reads) == 1  # the bias
 
 
 def test_mixed_precision_casts_the_product():
