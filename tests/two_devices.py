@@ -215,6 +215,46 @@ def check_infinite_gradients_are_refused():
     )
 
 
+class Twice(keras.Sequential):
+    def train_step(self, data):
+        for _ in range(2):
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean(self(data[0], training=True) ** 2)
+            gradients = tape.gradient(loss, self.trainable_variables)
+            self.optimizer.apply(gradients, self.trainable_variables)
+        return {"loss": loss}
+
+
+def check_two_applies_are_refused():
+    with two().scope():
+        dense = Twice([keras.Input((6,)), layers.Dense(3, name="d")])
+        model = sparsify(dense, 0.5)
+        model.compile(keras.optimizers.SGD(0.1))
+    refused(
+        lambda: model.fit(
+            *examples(), batch_size=8, verbose=0, callbacks=[RigL(**WINDOW)]
+        ),
+        "applies its optimizer more than once",
+    )
+
+
+def check_steps_that_callbacks_take():
+    """An update of which falls on a batch of `train_on_batch`."""
+    x, y = examples()
+    for strategy in (ONE, two()):
+        model, method = made(strategy), RigL(**WINDOW)
+        more = keras.callbacks.LambdaCallback(
+            on_epoch_end=lambda epoch, logs, model=model: model.train_on_batch(
+                x[:8], y[:8]
+            )
+        )
+        model.fit(
+            x, y, batch_size=8, epochs=2, verbose=0, callbacks=[method, more]
+        )
+        steps = [step for step, _ in method.trajectory]
+        assert steps == [0, 3, 6, 9, 12], steps
+
+
 def check_blocks_of_steps():
     """4 steps, then the 2 that an epoch has left; updates fall into both."""
     assert_same(METHODS["RigL"], steps_per_execution=4)
