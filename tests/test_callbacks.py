@@ -910,6 +910,17 @@ def test_nan_scores_are_refused():
     assert not changed(before, masks(model))
 
 
+def test_a_step_is_traced_once():
+    """As an ordinary step and as an update: metrics, which Keras makes as it
+    traces, don't have it traced again."""
+    model = compiled(sparsify(two_layers(), 0.2))
+    own, traced = model.train_step, []
+    model.train_step = lambda data: traced.append(1) or own(data)
+    history = train(model, [RigL(**WINDOW)], epochs=2).history
+    assert len(traced) == 2
+    assert len(history["accuracy"]) == 2 and history["accuracy"][1] > 0
+
+
 def test_a_train_function_that_is_rebuilt_within_fit():
     """As is done after layers are frozen: updates go on."""
 
