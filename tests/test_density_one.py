@@ -1,7 +1,9 @@
 """The contract: density 1 is the dense model, whatever that is made of."""
 
 import functools
+import pickle
 
+import copied_kinds
 import hard_kinds
 import keras
 import kinds
@@ -17,10 +19,10 @@ MODES = {
     "XLA": {"jit_compile": True},
 }
 
-KINDS = {**kinds.KINDS, **hard_kinds.KINDS}
+KINDS = {**kinds.KINDS, **hard_kinds.KINDS, **copied_kinds.KINDS}
 
 # Dense, these have operations that XLA does not know.
-WITHOUT_XLA = {*hard_kinds.ON_SPARSE, "scan"}
+WITHOUT_XLA = {*hard_kinds.ON_SPARSE, "scan", *copied_kinds.WITHOUT_XLA}
 # Of the ordinary kinds none does anything that the hard ones do not, and XLA
 # takes its time: these are for `--every-combination`.
 SELDOM_XLA = {*kinds.KINDS, "TimeDistributed"}
@@ -29,6 +31,8 @@ SELDOM_XLA = {*kinds.KINDS, "TimeDistributed"}
 def batches(kind, model):
     if kind in hard_kinds.KINDS:
         return hard_kinds.data(kind, model)
+    if kind in copied_kinds.KINDS:
+        return copied_kinds.data(kind, model)
     x, y = kinds.data(model, n=20)
     return [
         keras.tree.map_structure(lambda a, i=i: a[i : i + 4], (x, y))
@@ -38,6 +42,8 @@ def batches(kind, model):
 
 def make(kind, density=None):
     keras.utils.set_random_seed(0)
+    if density is not None and kind in copied_kinds.MASKED:
+        return copied_kinds.MASKED[kind](density=density)
     model = KINDS[kind]()
     if density is not None:
         options = {"kernels": "dense", **kinds.OPTIONS.get(kind, {})}
@@ -110,7 +116,19 @@ def test_trains_as_the_dense_model(kind, mode, request):
             assert np.abs(now.numpy() - before.numpy()).max() > 1e-5
 
 
-@pytest.mark.parametrize("kind", hard_kinds.KINDS)
+@pytest.mark.parametrize("kind", copied_kinds.KINDS)
+def test_cloned_and_pickled(kind):
+    """A clone is as sparse, and bytes of a model are that model."""
+    masked = make(kind, 0.4)
+    want = {m.name: m.density for m in masked_layers(masked)}
+    again = pickle.loads(pickle.dumps(masked))
+    cloned = keras.models.clone_model(masked)
+    for model in (again, cloned):
+        assert want == {m.name: m.density for m in masked_layers(model)}
+    assert_close(outputs(kind, again), outputs(kind, masked))
+
+
+@pytest.mark.parametrize("kind", {**hard_kinds.KINDS, **copied_kinds.KINDS})
 def test_saved_loaded_and_stripped(kind, tmp_path):
     """As `test_kinds.py` has it of the ordinary kinds."""
     dense, _ = trained(kind, "graph")

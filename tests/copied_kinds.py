@@ -1,0 +1,94 @@
+"""Models of which a copy is more than its layers, or that are not copied."""
+
+import functools
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import layers
+from test_copies import Backbone, Encoder, Task, X
+
+from rigl_keras import sparsify
+
+Y = np.random.default_rng(1).normal(size=(8, 3)).astype(np.float32)
+WORDS = tf.constant([[word] for word in "a b c d a b c d".split()])
+
+
+def lookups():
+    """A vocabulary, bins and statistics, each adapted."""
+    words = keras.Input((1,), dtype="string", name="words")
+    numbers = keras.Input((6,), name="numbers")
+    lookup = layers.StringLookup(output_mode="one_hot")
+    lookup.adapt(np.array(["a", "b", "b"]))
+    bins = layers.Discretization(num_bins=4, output_mode="multi_hot")
+    bins.adapt(X)
+    scale = layers.Normalization()
+    scale.adapt(3 * X + 1)
+    x = layers.Concatenate()([lookup(words), bins(numbers), scale(numbers)])
+    x = layers.Dense(6, "relu", name="hidden")(x)
+    return keras.Model([words, numbers], layers.Dense(3, name="head")(x))
+
+
+def on_base(change):
+    inner = keras.Input((6,))
+    x = layers.Dense(6, name="one")(inner)
+    x = layers.BatchNormalization(name="norm")(x)
+    x = keras.Sequential([layers.Dense(6, name="two")], name="deep")(x)
+    base = keras.Model(inner, x, name="base")
+    inputs = keras.Input((6,))
+    model = keras.Model(inputs, layers.Dense(3, name="head")(base(inputs)))
+    change(base)
+    return model
+
+
+def frozen(base):
+    base.trainable = False
+
+
+def thawed_within(base):
+    base.trainable = False
+    base.trainable = True
+    base.get_layer("one").trainable = False
+
+
+def with_encoder(parent, density=None):
+    """A subclassed model in another; it is masked before it is put there."""
+    encoder = Encoder(name="encoder")
+    encoder(X)
+    encoder.scale.adapt(X + 3)
+    if density is not None:
+        encoder = sparsify(encoder, density, kernels="dense")
+    if parent == "Functional":
+        inputs = keras.Input((6,))
+        outputs = layers.Dense(3, name="head")(encoder(inputs))
+        return keras.Model(inputs, outputs)
+    return keras.Sequential(
+        [keras.Input((6,)), encoder, layers.Dense(3, name="head")]
+    )
+
+
+def task():
+    return Task(Backbone(name="backbone"))
+
+
+KINDS = {
+    "lookups": lookups,
+    "frozen base": functools.partial(on_base, frozen),
+    "thawed base": functools.partial(on_base, thawed_within),
+    "masked in a Functional": functools.partial(with_encoder, "Functional"),
+    "masked in a Sequential": functools.partial(with_encoder, "Sequential"),
+    "constructor of its own": task,
+}
+
+# How such a model is masked, where not `sparsify` masks the whole.
+MASKED = {
+    "masked in a Functional": functools.partial(with_encoder, "Functional"),
+    "masked in a Sequential": functools.partial(with_encoder, "Sequential"),
+}
+
+WITHOUT_XLA = {"lookups"}
+
+
+def data(kind, model):
+    x = [WORDS, tf.constant(X)] if kind == "lookups" else X
+    return [(x, Y)] * 5
