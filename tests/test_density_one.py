@@ -23,9 +23,18 @@ KINDS = {**kinds.KINDS, **hard_kinds.KINDS, **copied_kinds.KINDS}
 
 # Dense, these have operations that XLA does not know.
 WITHOUT_XLA = {*hard_kinds.ON_SPARSE, "scan", *copied_kinds.WITHOUT_XLA}
-# Of the ordinary kinds none does anything that the hard ones do not, and XLA
-# takes its time: these are for `--every-combination`.
-SELDOM_XLA = {*kinds.KINDS, "TimeDistributed"}
+# XLA takes its time: these are for `--every-combination`, as they do nothing
+# that the others do not.
+SELDOM_XLA = {
+    *kinds.KINDS,
+    "TimeDistributed",
+    "gradient penalty",
+    "map",
+    "stateful LSTM",
+    "tf.function",
+    "tied kernel",
+    "vectorized_map",
+}
 
 
 def batches(kind, model):
