@@ -909,7 +909,7 @@ class StepUpdate(keras.callbacks.Callback):
 
     def _ordinary_step(self, train_step):
         jit = getattr(self.model, "jit_compile", False)
-        alone = not replicas.is_distributed(self._model)
+        alone = not tf.distribute.has_strategy()
         with (
             called_kernels() as called,
             dense_products() if jit else contextlib.nullcontext(),
@@ -940,7 +940,7 @@ class StepUpdate(keras.callbacks.Callback):
         outputs = self._ordinary_step(train_step)
         if self._outermost is not self.optimizer:
             replicas.once(self._count_skipped, [batches, step])
-        if not replicas.is_distributed(self._model):
+        if not tf.distribute.has_strategy():
             # In a loop of the graph, one trace is applied many times.
             after = tf.cast(self._outermost.iterations, tf.int64)
             self.refuse_unless(after - step <= 1, step, _APPLIED_TWICE)
