@@ -595,6 +595,19 @@ def test_too_large_a_product_is_not_timed(monkeypatch):
     assert small.products == 3 * 2 * 5 * 7 * 11 * 2 * 3
 
 
+def test_long_products_are_timed_once(monkeypatch):
+    """Dense ones of large dilations can take a minute."""
+    calls = []
+    monkeypatch.setattr(choice.timing, "interleaved", lambda *_, **__: calls)
+    monkeypatch.setattr(choice, "_LONG", 0.0)
+    problem = kernels.Problem((3, 3, 4, 4), (2, 5, 5))
+    dense, sparse = choice._seconds(problem, 0.5, True)
+    assert 0 < dense < 60 and 0 < sparse < 60
+    monkeypatch.setattr(choice, "_LONG", 60.0)
+    with pytest.raises(TypeError):  # it takes what is not a dict
+        choice._seconds(problem, 0.5, True)
+
+
 @pytest.mark.parametrize("size", [700, None])
 def test_layers_that_would_take_too_much_are_dense(size):
     """Also where sparse kernels are asked for."""
