@@ -127,24 +127,6 @@ T* Write(Tensor* tensor) {
   return static_cast<T*>(tensor->data());
 }
 
-// An operation that fails where there is no memory, and the process goes on.
-class Operation : public OpKernel {
- public:
-  using OpKernel::OpKernel;
-
-  void Compute(OpKernelContext* context) final {
-    try {
-      context->SetStatus(Run(context));
-    } catch (const std::exception& error) {  // of vectors
-      context->SetStatus(ResourceExhausted(
-          "there is not enough memory (", error.what(), ")"));
-    }
-  }
-
- protected:
-  virtual tensorflow::Status Run(OpKernelContext* context) = 0;
-};
-
 int Threads(OpKernelContext* context) {
   return context->device()->tensorflow_cpu_worker_threads()->num_threads;
 }
@@ -194,8 +176,6 @@ class Plans {
     std::vector<OwnedPlan> parts;  // whose results are added
     bool whole;                    // they write all of the output
   };
-
-  ~Plans() { InOrder(); }  // after all that used them
 
   // Finds what was made, or makes it: `make(known, Made*)` fills in the rest,
   // or says why it cannot; known(key) is an order that there is, or null.
@@ -354,10 +334,10 @@ struct Attributes {
   static constexpr int32_t kMostPad = 1 << 24;
 };
 
-class SparseConvolution : public Operation {
+class SparseConvolution : public OpKernel {
  public:
   explicit SparseConvolution(OpKernelConstruction* context, bool padded = false)
-      : Operation(context) {
+      : OpKernel(context) {
     OP_REQUIRES_OK(context, attributes_.Get(context, padded));
   }
 
@@ -534,7 +514,7 @@ class SparseConv2D : public SparseConvolution {
       : SparseConvolution(context) {}
 
  protected:
-  tensorflow::Status Run(OpKernelContext* context) override {
+  tensorflow::Status Run(OpKernelContext* context) {
     const Tensor& x = context->input(0);
     const Tensor& kernel = context->input(1);
     const Tensor& mask = context->input(2);
@@ -588,7 +568,7 @@ class SparseConv2DBackpropFilter : public SparseConvolution {
       : SparseConvolution(context) {}
 
  protected:
-  tensorflow::Status Run(OpKernelContext* context) override {
+  tensorflow::Status Run(OpKernelContext* context) {
     const Tensor& x = context->input(0);
     const Tensor& mask = context->input(1);
     const Tensor& dy = context->input(2);
@@ -666,7 +646,7 @@ class FrozenSparseConv2D : public SparseConvolution {
   }
 
  protected:
-  tensorflow::Status Run(OpKernelContext* context) override {
+  tensorflow::Status Run(OpKernelContext* context) {
     const Tensor& x = context->input(0);
     const Tensor& values = context->input(1);
     const Tensor& places = context->input(2);
@@ -744,7 +724,7 @@ class ScratchBytes : public SparseConvolution {
       : SparseConvolution(context) {}
 
  protected:
-  tensorflow::Status Run(OpKernelContext* context) override {
+  tensorflow::Status Run(OpKernelContext* context) {
     TensorShape shapes[2], y_shape;
     for (int i = 0; i < 2; ++i) {
       const Tensor& sizes = context->input(i);
@@ -789,9 +769,9 @@ class ScratchBytes : public SparseConvolution {
 // Rows of channels, in pieces that stay in a core's own cache while they are
 // read twice. What each piece sums up is added in their order, so that the
 // result does not depend on threads.
-class OverRows : public Operation {
+class OverRows : public OpKernel {
  public:
-  using Operation::Operation;
+  using OpKernel::OpKernel;
 
  protected:
   struct Pieces {
@@ -840,7 +820,7 @@ class BatchNorm : public OverRows {
   }
 
  protected:
-  tensorflow::Status Run(OpKernelContext* context) override {
+  tensorflow::Status Run(OpKernelContext* context) {
     const Tensor& x = context->input(0);
     const Tensor& gamma = context->input(1);
     const Tensor& beta = context->input(2);
@@ -901,7 +881,7 @@ class BatchNormGrad : public OverRows {
   }
 
  protected:
-  tensorflow::Status Run(OpKernelContext* context) override {
+  tensorflow::Status Run(OpKernelContext* context) {
     const Tensor& dy = context->input(0);
     const Tensor& dmean = context->input(1);
     const Tensor& dvariance = context->input(2);
@@ -966,16 +946,16 @@ class BatchNormGrad : public OverRows {
 };
 
 // Dropout by the numbers of tf.random.stateless_uniform.
-class Dropout : public Operation {
+class Dropout : public OpKernel {
  public:
-  explicit Dropout(OpKernelConstruction* context) : Operation(context) {
+  explicit Dropout(OpKernelConstruction* context) : OpKernel(context) {
     OP_REQUIRES_OK(context, context->GetAttr("rate", &rate_));
     OP_REQUIRES(context, rate_ >= 0 && rate_ < 1,
                 InvalidArgument("rate must be in [0, 1). Received: ", rate_));
   }
 
  protected:
-  tensorflow::Status Run(OpKernelContext* context) override {
+  tensorflow::Status Run(OpKernelContext* context) {
     const Tensor& x = context->input(0);
     const Tensor& key = context->input(1);
     const Tensor& counter = context->input(2);
@@ -1258,12 +1238,12 @@ REGISTER_OP("RiglKerasPlanBytes")
     .SetShapeFn(shapes::ScalarShape);
 
 template <const std::atomic<int64_t>& number>
-class Number : public Operation {
+class Number : public OpKernel {
  public:
-  using Operation::Operation;
+  using OpKernel::OpKernel;
 
  protected:
-  tensorflow::Status Run(OpKernelContext* context) override {
+  tensorflow::Status Run(OpKernelContext* context) {
     Tensor* output = nullptr;
     TF_RETURN_IF_ERROR(context->allocate_output(0, TensorShape(), &output));
     *Write<int64_t>(output) = number.load(std::memory_order_relaxed);
@@ -1271,12 +1251,12 @@ class Number : public Operation {
   }
 };
 
-class ComputedBy : public Operation {
+class ComputedBy : public OpKernel {
  public:
-  using Operation::Operation;
+  using OpKernel::OpKernel;
 
  protected:
-  tensorflow::Status Run(OpKernelContext* context) override {
+  tensorflow::Status Run(OpKernelContext* context) {
     const char* const names[] = {
         BestLanes().name, tensorflow::IsMKLEnabled() ? "oneDNN" : "Eigen"};
     for (int i = 0; i < 2; ++i) {
@@ -1289,6 +1269,25 @@ class ComputedBy : public Operation {
   }
 };
 
+// What TensorFlow calls: it fails where there is no memory, and the process
+// goes on. It is destroyed after all calls.
+template <class Kernel>
+class Guarded final : public Kernel {
+ public:
+  explicit Guarded(OpKernelConstruction* context) : Kernel(context) {}
+  ~Guarded() override { InOrder(); }
+
+  void Compute(OpKernelContext* context) override {
+    try {
+      context->SetStatus(Kernel::Run(context));
+    } catch (const std::exception& error) {  // of vectors
+      context->SetStatus(ResourceExhausted(
+          "there is not enough memory (", error.what(), ")"));
+    }
+    InOrder();
+  }
+};
+
 template <class Kernel>
 void Register(const char* name) {
   tensorflow::kernel_factory::OpKernelRegistrar(
@@ -1296,7 +1295,7 @@ void Register(const char* name) {
           .Device(tensorflow::DEVICE_CPU)
           .Build(),
       name, [](OpKernelConstruction* context) -> OpKernel* {
-        return new Kernel(context);
+        return new Guarded<Kernel>(context);
       });
 }
 
