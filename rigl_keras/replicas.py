@@ -63,7 +63,13 @@ class MultiWorkerMirroredStrategy(tf.distribute.MultiWorkerMirroredStrategy):
 
 
 def is_distributed(model: keras.Model) -> bool:
-    """Returns whether a model was made in the scope of a strategy."""
+    """Returns whether a model was made in the scope of a strategy.
+
+    Args:
+        model: The model. Within a replica's part of its step, too.
+    """
+    if tf.distribute.has_strategy():  # a replica cannot enter the scope
+        return True
     with scope(model):
         return tf.distribute.has_strategy()
 
