@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from fresh import Server
 from keras import layers
+from tensorflow.python.framework.ops import gradient_registry
 
 import gin
 import rigl_keras
@@ -137,6 +138,20 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 10, 10)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_graphs_left():
+    """Frees the graphs of a module's models once its tests are done.
+
+    TensorFlow registers each custom gradient of a graph for as long as the
+    process lives, and the graph with it: gigabytes after some hundred models.
+    """
+    yield
+    gradients = gradient_registry._registry
+    for name in [n for n in gradients if n.startswith("CustomGradient")]:
+        del gradients[name]
+    gc.collect()
 
 
 def pytest_addoption(parser):
