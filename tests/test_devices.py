@@ -23,7 +23,7 @@ import gin
 import rigl_keras
 from rigl_keras.experiments import command
 
-LIMIT = 150  # seconds, after which a process hangs
+LIMIT = 600  # seconds, after which a process hangs
 
 
 def environment(**more):
