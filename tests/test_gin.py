@@ -1,5 +1,6 @@
 """Every gin file: what it says of itself, and that it trains."""
 
+import contextlib
 import pathlib
 import re
 
@@ -229,6 +230,9 @@ def test_density_reaches_every_row(monkeypatch):
             assert seen["density"] == 0.3
 
 
-class _Nowhere:
+class _Nowhere(contextlib.nullcontext):
     path = pathlib.Path("nowhere")
     writes = True
+
+    def __enter__(self):
+        return self
