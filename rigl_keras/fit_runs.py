@@ -27,7 +27,7 @@ _warned = weakref.WeakSet()
 class FitRun:
     """A `fit` that runs, and what it exchanges of a model until it ends.
 
-    To be made in a callback's `on_train_begin`. A loop of one's own that
+    To be made in a callback's `on_train_begin`. A custom loop that
     calls callbacks lasts until it calls `on_train_end`, or until its
     `CallbackList` is gone.
 

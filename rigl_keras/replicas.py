@@ -215,7 +215,7 @@ def choosing(
         is_due: Tells of a step whether it is.
         stepping: Makes the context in which a step runs, given whether it is
             an `update`.
-        check: Is told by how many optimizer steps the first of each went on.
+        check: Takes the number of optimizer steps of the first step of each.
 
     Returns:
         A function that sets `model.train_function`.

@@ -102,7 +102,7 @@ def sparsify(
     warning, one with a layer that no config makes again, or with layers that
     share weights. There each layer with a kernel gives way to a `Masked` one
     of the same weights, and `model` itself is returned. Either is to be
-    compiled anew. It trains, saves and loads as
+    compiled again. It trains, saves and loads as
     any Keras model; without a callback the masks never change (static sparse
     training). A model that was made in the scope of a strategy is masked in
     that scope.

@@ -105,7 +105,7 @@ class StepUpdate(keras.callbacks.Callback):
             that are frozen, or have no gradient, keep their masks.
         optimizer: The optimizer that trains them, within any loss scaling.
         run_start: The optimizer step from which the method's own steps
-            count. It is 0 in a loop of one's own.
+            count. It is 0 in a custom loop.
         trajectory: `[(step, counts)]`: the active connections of each masked
             layer before the first step and after each update of this run, and
             where masks were changed otherwise (`set_weights`, `load_weights`),
@@ -638,7 +638,7 @@ class StepUpdate(keras.callbacks.Callback):
             self._begin(epoch)
 
     def on_train_batch_begin(self, batch, logs=None):
-        if not self._planned:  # a loop of one's own that knows no epochs
+        if not self._planned:  # a custom loop that knows no epochs
             self._begin(0)
         if self._looks:
             # What masks the epoch really begins with: other callbacks may

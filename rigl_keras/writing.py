@@ -173,7 +173,7 @@ def whole(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def put(finished: Path, path: Path) -> None:
-    """Puts a file that is finished at `path`, in the place of what is there."""
+    """Puts a finished file at `path` and replaces what is there."""
     keep(finished)
     finished.replace(path)
     keep(path.parent)
