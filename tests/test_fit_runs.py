@@ -511,17 +511,21 @@ def test_where_a_run_starts(seen, arguments, want):
     assert fit_runs.start_of(None, seen, **{**usual, **arguments}) == want
 
 
-def window_run(name, **options):
-    if name != "MagnitudePruning":
-        return METHODS[name](frequency=2, drop_fraction=0.4, **options)[0]
+def pruning(*, begin_step=1, end_step=3, frequency=1):
     ramp = SparsityRamp(
         final_density=0.2,
         initial_density=0.5,
-        begin_step=2,
-        end_step=6,
-        frequency=2,
+        begin_step=begin_step,
+        end_step=end_step,
+        frequency=frequency,
     )
     return MagnitudePruning(ramp)
+
+
+def window_run(name, **options):
+    if name == "MagnitudePruning":
+        return pruning(begin_step=2, end_step=6, frequency=2)
+    return METHODS[name](frequency=2, drop_fraction=0.4, **options)[0]
 
 
 class Logs(keras.callbacks.Callback):
@@ -674,17 +678,6 @@ def density(model):
 
 def counts(model):
     return tuple(int(m.sum()) for m in masks(model).values())
-
-
-def pruning():
-    ramp = SparsityRamp(
-        final_density=0.2,
-        initial_density=0.5,
-        begin_step=1,
-        end_step=3,
-        frequency=1,
-    )
-    return MagnitudePruning(ramp)
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["method first", "last"])
