@@ -29,14 +29,18 @@ def forget_events(
         prefix: How all tags of the run begin. A file with another tag is not
             the run's, and left as it is.
     """
-    for path in event_files(folder):
-        events = [(tf.compat.v1.Event.FromString(r), r) for r in _records(path)]
-        tags = [v.tag for event, _ in events for v in event.summary.value]
-        kept = [r for event, r in events if event.step < first_step]
-        own = all(tag.startswith(prefix) for tag in tags)
-        if not own or len(kept) == len(events):
-            continue
-        with writing.unfinished_folder(path.parent) as unfinished:
+    # Made even where nothing is written: a process that was killed here has
+    # left one, and this clears it.
+    with writing.unfinished_folder(folder) as unfinished:
+        for path in event_files(folder):
+            events = [
+                (tf.compat.v1.Event.FromString(r), r) for r in _records(path)
+            ]
+            tags = [v.tag for event, _ in events for v in event.summary.value]
+            kept = [r for event, r in events if event.step < first_step]
+            own = all(tag.startswith(prefix) for tag in tags)
+            if not own or len(kept) == len(events):
+                continue
             # By another name until it is whole, which TensorBoard does not
             # read.
             file = unfinished / "events.unfinished"

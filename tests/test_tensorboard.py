@@ -4,6 +4,8 @@ import csv
 import functools
 import gc
 import pathlib
+import platform
+import subprocess
 
 import keras
 import numpy as np
@@ -12,7 +14,7 @@ import tensorflow as tf
 
 import gin
 import rigl_keras
-from rigl_keras import diagnostics, flops
+from rigl_keras import diagnostics, flops, writing
 from rigl_keras.events import event_files, forget_events
 from rigl_keras.experiments import command, train
 from rigl_keras.experiments.run_directory import Checkpoints, RunDirectory
@@ -338,3 +340,12 @@ def test_only_a_runs_own_events_are_forgotten(tmp_path):
     assert [step for step, _ in shown["mine/a"]] == [0, 1]
     assert [step for step, _ in shown["theirs/a"]] == [0, 1, 2, 3]
     assert len(list(pathlib.Path(tmp_path).iterdir())) == 2
+
+
+def test_what_a_killed_process_left_goes_with_nothing_to_forget(tmp_path):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    left = tmp_path / f"{writing.UNFINISHED}{platform.node()}-{gone.pid}"
+    left.mkdir()
+    forget_events(tmp_path, first_step=2, prefix="mine/")
+    assert not list(tmp_path.iterdir())
