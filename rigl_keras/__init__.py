@@ -45,25 +45,13 @@ from rigl_keras import (  # noqa: E402
     diagnostics,
     distributions,
     flops,
-    graphs,
     initial_values,
     kernels,
-    layers,
-    maskable,
     models,
-    one_shot,
-    optimizer_state,
     redistribution,
     schedules,
     scores,
     topology,
-)
-from rigl_keras.callbacks import (  # noqa: E402
-    SET,
-    SNFS,
-    MagnitudePruning,
-    MaskUpdate,
-    RigL,
 )
 from rigl_keras.compaction import (  # noqa: E402
     fold_batch_norm,
@@ -71,22 +59,30 @@ from rigl_keras.compaction import (  # noqa: E402
 )
 from rigl_keras.conventions import ORIGINAL, REPORT, Conventions  # noqa: E402
 from rigl_keras.diagnostics import TopologyDiagnostics  # noqa: E402
-from rigl_keras.export import export  # noqa: E402
-from rigl_keras.export_report import ExportReport, check_export  # noqa: E402
-from rigl_keras.flops import count, training_flops  # noqa: E402
-from rigl_keras.layers import Masked, dense_gradients  # noqa: E402
-from rigl_keras.schedules import SparsityRamp  # noqa: E402
-from rigl_keras.sparsify import (  # noqa: E402
-    choose_kernels,
-    load_weights,
-    masked_layers,
-    named_kernels,
-    named_layers,
-    sparsify,
-    strip,
-    with_masks,
+from rigl_keras.exporting.export import export  # noqa: E402
+from rigl_keras.exporting.export_report import (  # noqa: E402
+    ExportReport,
+    check_export,
 )
-from rigl_keras.training_step import StepUpdate  # noqa: E402
+from rigl_keras.flops import count, training_flops  # noqa: E402
+from rigl_keras.masking.leaves import named_layers  # noqa: E402
+from rigl_keras.masking.masked import Masked  # noqa: E402
+from rigl_keras.masking.masked_layers import (  # noqa: E402
+    choose_kernels,
+    masked_layers,
+)
+from rigl_keras.masking.selection import named_kernels  # noqa: E402
+from rigl_keras.masking.sparsify import sparsify, with_masks  # noqa: E402
+from rigl_keras.masking.stripping import strip  # noqa: E402
+from rigl_keras.masking.tracing import dense_gradients  # noqa: E402
+from rigl_keras.masking.weight_files import load_weights  # noqa: E402
+from rigl_keras.methods import one_shot  # noqa: E402
+from rigl_keras.methods.mask_update import MaskUpdate  # noqa: E402
+from rigl_keras.methods.pruning import MagnitudePruning  # noqa: E402
+from rigl_keras.methods.rigl import SET, SNFS, RigL  # noqa: E402
+from rigl_keras.schedules import SparsityRamp  # noqa: E402
+from rigl_keras.training import optimizer_state  # noqa: E402
+from rigl_keras.training.step_update import StepUpdate  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -115,12 +111,9 @@ __all__ = [
     "export",
     "flops",
     "fold_batch_norm",
-    "graphs",
     "initial_values",
     "kernels",
-    "layers",
     "load_weights",
-    "maskable",
     "masked_layers",
     "models",
     "named_kernels",

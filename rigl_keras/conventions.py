@@ -11,7 +11,7 @@ reproduction behind the report (varun19299/rigl-reproducibility,
 import dataclasses
 from typing import Literal
 
-from rigl_keras.arguments import choice, integer
+from rigl_keras._checks import choice, integer
 
 __all__ = ["Conventions", "ORIGINAL", "REPORT", "check_conventions"]
 
@@ -25,7 +25,6 @@ _CHOICES = {
     "erk_rounding": ("zeros", "zeros_and_ones"),
     "sampling": ("exact", "bernoulli"),
 }
-
 _SWITCHES = ("end_is_included", "spare_dense_layers", "update_replaces_step")
 
 
@@ -139,7 +138,6 @@ class Conventions:
 
 
 ORIGINAL = Conventions()
-
 REPORT = Conventions(
     first_update="frequency_minus_one",
     end_is_included=False,

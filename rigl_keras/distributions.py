@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from rigl_keras.arguments import INT64, fraction, integer, number
+from rigl_keras._checks import INT64, fraction, integer, number
 from rigl_keras.conventions import ORIGINAL, Conventions, check_conventions
 
 __all__ = [
@@ -22,12 +22,10 @@ __all__ = [
 
 DISTRIBUTIONS = ("uniform", "erdos_renyi", "erdos_renyi_kernel")
 _SHORT_NAMES = {"er": "erdos_renyi", "erk": "erdos_renyi_kernel"}
-
 _DENSITY = (
     "is the fraction of weights kept and must be in (0, 1]; for 90 % sparsity "
     "pass 0.1"
 )
-
 Shapes = Mapping[str, Sequence[int]]
 
 

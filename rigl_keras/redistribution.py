@@ -9,13 +9,12 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
+from rigl_keras._tensor_checks import as_mask, as_scores
 from rigl_keras.conventions import ORIGINAL, Conventions, check_conventions
-from rigl_keras.topology import as_mask, as_scores
 
 __all__ = ["CRITERIA", "corrected", "grow_counts", "layer_mean", "shares"]
 
 CRITERIA = ("gradient", "momentum")
-
 _FULL = 0.99  # of its free entries, the most that a layer grows
 _ROUNDS = 1000  # in which the reproduction spreads what overflows
 

@@ -15,6 +15,7 @@ import tensorflow as tf
 __all__ = [
     "MultiWorkerMirroredStrategy",
     "agree",
+    "check_one_device",
     "check_set_up",
     "choosing",
     "is_distributed",
@@ -282,3 +283,14 @@ def _one_by_one(model) -> Iterator[int]:
         yield steps
     finally:
         model.steps_per_execution = steps
+
+
+def check_one_device(function, model):
+    if is_distributed(model):
+        raise ValueError(
+            f"{function} is for training steps of one device, and the model "
+            "was made in the scope of a "
+            f"{type(model.distribute_strategy).__name__}. Override "
+            "keras.Model.train_step and call model.fit, or make the model "
+            "outside the scope."
+        )

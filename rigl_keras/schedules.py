@@ -11,22 +11,21 @@ import math
 import numpy as np
 import tensorflow as tf
 
-from rigl_keras.arguments import choice, fraction, integer, number
+from rigl_keras._checks import choice, fraction, integer, number
 from rigl_keras.conventions import ORIGINAL, Conventions, check_conventions
 
 __all__ = [
     "DECAYS",
     "SparsityRamp",
-    "is_update_step",
-    "is_gathered_step",
-    "last_update_step",
-    "planned_updates",
     "decayed_drop_fraction",
+    "is_gathered_step",
+    "is_update_step",
+    "last_update_step",
     "planned_sparsity",
+    "planned_updates",
 ]
 
 _POSITIVE = "must be positive"
-
 DECAYS = ("cosine", "constant", "linear", "polynomial")
 
 

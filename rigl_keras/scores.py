@@ -6,9 +6,9 @@ ones of highest score.
 
 import tensorflow as tf
 
-from rigl_keras.arguments import integer
+from rigl_keras._checks import integer
 
-__all__ = ["magnitude", "gradient_magnitude", "random", "saliency"]
+__all__ = ["gradient_magnitude", "magnitude", "random", "saliency"]
 
 
 def magnitude(kernel: tf.Tensor) -> tf.Tensor:

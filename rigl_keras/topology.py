@@ -8,12 +8,21 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from rigl_keras.arguments import fraction, integer
+from rigl_keras._tensor_checks import (
+    as_mask,
+    as_scores,
+    as_tensor,
+    check_defined,
+    check_one_shape,
+    checked_count,
+    checked_fraction,
+    count_nan,
+    count_true,
+    no_nan_within,
+)
 from rigl_keras.conventions import ORIGINAL, Conventions, check_conventions
 
 __all__ = [
-    "as_mask",
-    "as_scores",
     "drop",
     "drop_and_grow",
     "drop_count",
@@ -76,30 +85,32 @@ def drop_and_grow(
     (array([1, 0, 0, 1], dtype=int32), array([0, 0, 0, 1], dtype=int32))
     """
     check_conventions(conventions)
-    mask = _tensor("mask", mask)
+    mask = as_tensor("mask", mask)
     active = as_mask("mask", mask)
     drop_scores = as_scores("drop_scores", drop_scores)
     grow_scores = as_scores("grow_scores", grow_scores)
-    _check_one_shape(
+    check_one_shape(
         mask=active, drop_scores=drop_scores, grow_scores=grow_scores
     )
-    drop_fraction = _checked_fraction(drop_fraction)
+    drop_fraction = checked_fraction(drop_fraction)
     if grow_count is not None:
-        grow_count = _checked_count("grow_count", grow_count)
+        grow_count = checked_count("grow_count", grow_count)
     kept = _drop(active, drop_scores, drop_fraction, conventions)
     if grow_count is None:
-        grow_count = _size(active) - _size(kept)
+        grow_count = count_true(active) - count_true(kept)
     new, grown = _grow(active, kept, grow_scores, grow_count, conventions)
 
-    defined = _defined(drop_scores, active) & _defined(grow_scores, ~kept)
+    defined = no_nan_within(drop_scores, active) & no_nan_within(
+        grow_scores, ~kept
+    )
     if tf.executing_eagerly() and not bool(defined):
         raise ValueError(
             "drop_and_grow cannot rank NaN scores; the mask is unchanged. "
-            f"NaN drop scores: {_nans(drop_scores, active)} of "
-            f"{int(_size(active))} active, NaN grow scores: "
-            f"{_nans(grow_scores, ~kept)} of {int(_size(~kept))} inactive. A "
-            "NaN gradient means that training has diverged: lower the "
-            "learning rate or clip gradients."
+            f"NaN drop scores: {count_nan(drop_scores, active)} of "
+            f"{int(count_true(active))} active, NaN grow scores: "
+            f"{count_nan(grow_scores, ~kept)} of {int(count_true(~kept))} "
+            "inactive. A NaN gradient means that training has diverged: lower "
+            "the learning rate or clip gradients."
         )
     new, grown = tf.where(defined, new, active), grown & defined
     return tf.cast(new, mask.dtype), tf.cast(grown, mask.dtype)
@@ -128,9 +139,9 @@ def drop(
     check_conventions(conventions)
     active = as_mask("active", active)
     scores = as_scores("scores", scores)
-    _check_one_shape(active=active, scores=scores)
-    _check_defined("scores", scores, active)
-    drop_fraction = _checked_fraction(drop_fraction)
+    check_one_shape(active=active, scores=scores)
+    check_defined("scores", scores, active)
+    drop_fraction = checked_fraction(drop_fraction)
     return _drop(active, scores, drop_fraction, conventions)
 
 
@@ -139,7 +150,7 @@ def _drop(active, scores, drop_fraction, conventions):
     if conventions.drop_ranking == "active":
         return active & ~_select_highest(-scores, count, active)
     ranked = tf.where(active, scores, tf.zeros_like(scores))
-    count += _size(~active)
+    count += count_true(~active)
     everything = tf.ones_like(active)
     return active & ~_select_highest(-ranked, count, everything)
 
@@ -167,9 +178,9 @@ def grow(
     check_conventions(conventions)
     active, kept = as_mask("active", active), as_mask("kept", kept)
     scores = as_scores("scores", scores)
-    _check_one_shape(active=active, kept=kept, scores=scores)
-    _check_defined("scores", scores, ~kept)
-    count = _checked_count("count", count)
+    check_one_shape(active=active, kept=kept, scores=scores)
+    check_defined("scores", scores, ~kept)
+    count = checked_count("count", count)
     return _grow(active, kept, scores, count, conventions)
 
 
@@ -200,12 +211,12 @@ def drop_count(
         ValueError: An argument is out of range.
     """
     check_conventions(conventions)
-    drop_fraction = _checked_fraction(drop_fraction)
+    drop_fraction = checked_fraction(drop_fraction)
     return _drop_count(as_mask("mask", mask), drop_fraction, conventions)
 
 
 def _drop_count(active, drop_fraction, conventions):
-    exact = tf.cast(_size(active), tf.float64) * drop_fraction
+    exact = tf.cast(count_true(active), tf.float64) * drop_fraction
     rounded = (
         tf.floor(exact)
         if conventions.drop_rounding == "floor"
@@ -243,7 +254,7 @@ def layer_drop_fractions(
             each mask.
     """
     check_conventions(conventions)
-    drop_fraction = _checked_fraction(drop_fraction)
+    drop_fraction = checked_fraction(drop_fraction)
     masks = [as_mask("masks", mask) for mask in masks]
     if not conventions.spare_dense_layers:
         return [drop_fraction] * len(masks)
@@ -253,7 +264,7 @@ def layer_drop_fractions(
             f"shares must be a number for each of {len(masks)} masks. "
             f"Received: shares={received!r}."
         )
-    _check_defined("shares", shares, tf.ones_like(shares, tf.bool))
+    check_defined("shares", shares, tf.ones_like(shares, tf.bool))
     fractions = []
     for i, mask in enumerate(masks):
         share = shares[i]
@@ -290,13 +301,13 @@ def select_highest(scores, count, *, among) -> tf.Tensor:
     array([False,  True,  True, False])
     """
     scores, among = as_scores("scores", scores), as_mask("among", among)
-    _check_one_shape(scores=scores, among=among)
-    _check_defined("scores", scores, among)
-    return _select_highest(scores, _checked_count("count", count), among)
+    check_one_shape(scores=scores, among=among)
+    check_defined("scores", scores, among)
+    return _select_highest(scores, checked_count("count", count), among)
 
 
 def _select_highest(scores, count, among):
-    count = tf.minimum(count, _size(among))
+    count = tf.minimum(count, count_true(among))
     keys = _ordered_bits(scores)
     keys = tf.where(among, keys, keys.dtype.min)
     threshold = _largest(keys, count)
@@ -306,11 +317,11 @@ def _select_highest(scores, count, among):
         above = among & (keys > threshold)
         tied = tf.reshape(reached & ~above, [-1])
         place = tf.cumsum(tf.cast(tied, tf.int32))
-        first = tied & (place <= count - _size(above))
+        first = tied & (place <= count - count_true(above))
         return above | tf.reshape(first, tf.shape(reached))
 
     return tf.cond(
-        tf.equal(_size(reached), count), lambda: reached, first_of_the_tied
+        tf.equal(count_true(reached), count), lambda: reached, first_of_the_tied
     )
 
 
@@ -329,7 +340,7 @@ def _largest(keys, rank):
             + tf.bitwise.right_shift(high, one)
             + (low & high & one)
         )
-        size = _size(keys >= middle)
+        size = count_true(keys >= middle)
         enough = size >= rank
         return (
             tf.where(enough, middle, low),
@@ -354,129 +365,3 @@ def _ordered_bits(scores):
     # make denormals tie as well, on devices that flush them.)
     bits = tf.where(bits == integer.min, tf.zeros_like(bits), bits)
     return tf.where(bits < 0, bits ^ integer.max, bits)
-
-
-def _size(selected):
-    return tf.reduce_sum(tf.cast(selected, tf.int32))
-
-
-def _defined(scores, where):
-    return ~tf.reduce_any(where & tf.math.is_nan(scores))
-
-
-def _nans(scores, where):
-    return int(_size(where & tf.math.is_nan(scores)))
-
-
-def as_mask(name: str, mask) -> tf.Tensor:
-    """Returns a mask as a bool tensor.
-
-    Args:
-        name: What the argument is called.
-        mask: Tensor of zeros and ones, or of bools.
-
-    Returns:
-        Bool tensor.
-
-    Raises:
-        ValueError: It cannot be a mask. Within a graph, where values are not
-            known, its dtype alone tells.
-    """
-    mask = _tensor(name, mask)
-    if mask.dtype == tf.bool:
-        return mask
-    values = as_scores(name, mask)
-    if tf.executing_eagerly():
-        other = values[(values != 0) & (values != 1)]
-        if other.shape[0]:
-            raise ValueError(
-                f"{name} must hold zeros and ones only. Received "
-                f"{other[0].numpy()} among its entries."
-            )
-    return tf.cast(values, tf.bool)
-
-
-def as_scores(name: str, scores) -> tf.Tensor:
-    """Returns scores as a float tensor; whole numbers become float64.
-
-    Args:
-        name: What the argument is called.
-        scores: Tensor of real numbers.
-
-    Returns:
-        float32 or float64 tensor.
-
-    Raises:
-        ValueError: They are no numbers.
-    """
-    scores = _tensor(name, scores)
-    dtype = scores.dtype
-    if dtype in (tf.float32, tf.float64):
-        return scores
-    if dtype.is_floating:
-        return tf.cast(scores, tf.float32)
-    if not (dtype.is_integer or dtype.is_bool) or dtype.is_quantized:
-        raise ValueError(
-            f"{name} must be a tensor of numbers. Received: {name}={scores!r}."
-        )
-    return tf.cast(scores, tf.float64)
-
-
-def _tensor(name, value):
-    try:
-        return tf.convert_to_tensor(value)
-    except (TypeError, ValueError, OverflowError, tf.errors.OpError) as error:
-        raise ValueError(
-            f"{name} must be a tensor, or an array. Received: {name}={value!r}."
-        ) from error
-
-
-def _check_one_shape(**tensors):
-    shapes = [tensor.shape for tensor in tensors.values()]
-    if not all(shape.is_compatible_with(shapes[0]) for shape in shapes):
-        *names, last = tensors
-        *others, shape = [str(shape) for shape in shapes]
-        raise ValueError(
-            f"{', '.join(names)} and {last} must have one shape. Received "
-            f"shapes {', '.join(others)} and {shape}."
-        )
-
-
-def _check_defined(name, scores, where):
-    """Refuses NaN where it would be ranked, when called eagerly."""
-    if tf.executing_eagerly() and not bool(_defined(scores, where)):
-        raise ValueError(
-            f"NaN cannot be ranked. Received: {name} with "
-            f"{_nans(scores, where)} NaN."
-        )
-
-
-def _checked_fraction(value):
-    """Returns a fraction as a float64 scalar tensor."""
-    rule = "is a fraction of the active connections and must be in [0, 1]"
-    if not (tf.is_tensor(value) or isinstance(value, tf.Variable)):
-        return tf.constant(
-            fraction("drop_fraction", value, rule=rule), tf.float64
-        )
-    value = tf.convert_to_tensor(value)
-    if not value.dtype.is_floating or value.shape.rank not in (0, None):
-        raise ValueError(f"drop_fraction {rule}. Received: {value!r}.")
-    value = tf.cast(value, tf.float64)
-    if tf.executing_eagerly():
-        fraction("drop_fraction", float(value), rule=rule)
-    return value
-
-
-def _checked_count(name, value):
-    """Returns a number of connections as an int32 scalar tensor."""
-    if tf.is_tensor(value) or isinstance(value, tf.Variable):
-        value = tf.convert_to_tensor(value)
-        if not value.dtype.is_integer or value.shape.rank not in (0, None):
-            raise ValueError(
-                f"{name} must be a whole number. Received: {name}={value!r}."
-            )
-        if not tf.executing_eagerly():
-            return tf.cast(value, tf.int32)
-        value = value.numpy()
-    value = integer(name, value, at_least=0)
-    return tf.constant(min(value, tf.int32.max), tf.int32)

@@ -11,8 +11,8 @@ from tensorflow.python.framework.ops import gradient_registry
 
 import gin
 import rigl_keras
-from rigl_keras import between, products
-from rigl_keras.kernels import Choice
+from rigl_keras.kernels import fast_calls, layer_products
+from rigl_keras.kernels.choice import Choice
 
 
 def small_model(dropout=0.2, **kernel):
@@ -88,7 +88,7 @@ def kernels(model):
     return {m.name: m.kernel.numpy() for m in rigl_keras.masked_layers(model)}
 
 
-_timed = products.chosen
+_timed = layer_products.chosen
 
 
 def _never_timed(*_, backward=True):
@@ -99,23 +99,23 @@ def _never_timed(*_, backward=True):
 def untimed_kernels():
     """`kernels="auto"` is dense, and nothing is built, loaded or timed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(products, "chosen", _never_timed)
+        patch.setattr(layer_products, "chosen", _never_timed)
         # Batch norm and dropout are Keras's; test_between.py has the others.
-        patch.setattr(between, "_LEAST_NUMBERS", float("inf"))
+        patch.setattr(fast_calls, "_LEAST_NUMBERS", float("inf"))
         yield
 
 
 @pytest.fixture
 def timed_kernels(monkeypatch):
     """`kernels="auto"` is what it is outside tests."""
-    monkeypatch.setattr(products, "chosen", _timed)
+    monkeypatch.setattr(layer_products, "chosen", _timed)
 
 
 @pytest.fixture
 def always_sparse(monkeypatch):
     """`kernels="auto"` is sparse: layers of tests are too small to win."""
     monkeypatch.setattr(
-        products, "chosen", lambda *_, **__: Choice(True, "test")
+        layer_products, "chosen", lambda *_, **__: Choice(True, "test")
     )
 
 

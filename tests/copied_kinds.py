@@ -8,7 +8,7 @@ import tensorflow as tf
 from keras import layers
 from test_copies import Backbone, Encoder, Task, X
 
-from rigl_keras import sparsify
+from rigl_keras.masking.sparsify import sparsify
 
 Y = np.random.default_rng(1).normal(size=(8, 3)).astype(np.float32)
 WORDS = tf.constant([[word] for word in "a b c d a b c d".split()])

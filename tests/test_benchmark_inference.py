@@ -6,15 +6,19 @@ import pytest
 import tensorflow as tf
 from keras import layers
 
-from rigl_keras import artefacts, models
-from rigl_keras.experiments import benchmark_inference as benchmark
-from rigl_keras.experiments import inference_comparison, torch_network
-from rigl_keras.experiments.inference_comparison import (
+from rigl_keras import models
+from rigl_keras.experiments.benchmarks import (
+    inference_command,
+    runtime_tables,
+    torch_network,
+)
+from rigl_keras.experiments.benchmarks.runtime_tables import (
     DENSE,
     SIDES,
     TORCH,
     Comparison,
 )
+from rigl_keras.exporting import formats
 
 needs_torch = pytest.mark.skipif(
     not torch_network.is_installed(), reason="PyTorch is not installed"
@@ -33,8 +37,8 @@ def tiny_network():
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setitem(benchmark.MODELS, "tiny", tiny_network)
-    monkeypatch.setattr(benchmark, "_TURN", 0.001)
+    monkeypatch.setitem(inference_command.MODELS, "tiny", tiny_network)
+    monkeypatch.setattr(inference_command, "_TURN", 0.001)
 
 
 def measured(**changes):
@@ -46,7 +50,7 @@ def measured(**changes):
         "seconds": 0.01,
         **changes,
     }
-    return benchmark.compare(**arguments)
+    return inference_command.compare(**arguments)
 
 
 def test_compares_all_sides(tiny, tmp_path):
@@ -82,7 +86,7 @@ def test_compares_all_sides(tiny, tmp_path):
     again = Comparison.load(tmp_path / "numbers.json")
     assert again == comparison
 
-    inference_comparison.draw(again, tmp_path / "figure.png")
+    runtime_tables.draw(again, tmp_path / "figure.png")
     pixels = tf.io.decode_png((tmp_path / "figure.png").read_bytes()).numpy()
     assert min(pixels.shape[:2]) > 300 and len(np.unique(pixels)) > 50
 
@@ -94,7 +98,7 @@ def test_compares_all_sides(tiny, tmp_path):
 def test_a_side_that_computes_something_else_is_refused(
     tiny, monkeypatch, format, side, wrong
 ):
-    real = artefacts.load
+    real = formats.load
 
     def load(folder, loaded, *rest):
         run = real(folder, loaded, *rest)
@@ -102,13 +106,13 @@ def test_a_side_that_computes_something_else_is_refused(
             return run
         return lambda arrays: {n: wrong * x for n, x in run(arrays).items()}
 
-    monkeypatch.setattr(artefacts, "load", load)
+    monkeypatch.setattr(formats, "load", load)
     with pytest.raises(ValueError, match=f"{side}.* disagrees with the Keras"):
         measured()
 
 
 def test_the_network_is_like_a_trained_one(tiny):
-    network = benchmark.sparse_network("tiny", 0.1)
+    network = inference_command.sparse_network("tiny", 0.1)
     norms = [
         layer
         for layer in network.layers
@@ -190,13 +194,13 @@ def test_the_command_says_what_is_wrong_without_a_traceback(tmp_path, fresh):
 )
 def test_what_cannot_be_written_is_refused_at_once(figure, numbers, message):
     with pytest.raises(ValueError, match=message):
-        inference_comparison.check_paths(figure, numbers)
+        runtime_tables.check_paths(figure, numbers)
 
 
 def test_numbers_of_a_flag():
-    assert benchmark._numbers("batches", ["1", "128"], int) == [1, 128]
+    assert inference_command._numbers("batches", ["1", "128"], int) == [1, 128]
     with pytest.raises(ValueError, match="--batches must be numbers.*'1,x'"):
-        benchmark._numbers("batches", ["1", "x"], int)
+        inference_command._numbers("batches", ["1", "x"], int)
 
 
 # PyTorch's side.

@@ -13,10 +13,17 @@ from keras import layers
 
 import rigl_keras
 from rigl_keras import kernels, models
-from rigl_keras.experiments import benchmark_kernels as benchmark
-from rigl_keras.experiments import kernel_figures, torch_network
-from rigl_keras.experiments.benchmark_inference import MODELS
-from rigl_keras.experiments.kernel_speeds import (
+from rigl_keras.experiments.benchmarks import (
+    inference_speed,
+    kernel_command,
+    kernel_sides,
+    layer_speed,
+    speed_figures,
+    torch_network,
+    train_speed,
+)
+from rigl_keras.experiments.benchmarks.inference_command import MODELS
+from rigl_keras.experiments.benchmarks.speed_tables import (
     Measurement,
     crossover,
     lines_of,
@@ -48,7 +55,8 @@ def tiny_network():
 @pytest.fixture
 def tiny(monkeypatch):
     monkeypatch.setitem(MODELS, "tiny", tiny_network)
-    monkeypatch.setattr(benchmark, "_TURN", 0.001)
+    for module in (inference_speed, layer_speed):
+        monkeypatch.setattr(module, "TURN", 0.001)
 
 
 # Arithmetic.
@@ -139,7 +147,7 @@ def test_the_figure(tmp_path):
         for i in range(9)  # more than there are looks
         for density, speed in speeds.items()
     ]
-    figure = kernel_figures.speed_ups(
+    figure = speed_figures.speed_ups(
         lines_of(measured),
         title="Tiny: avx2",
         rows="size",
@@ -167,7 +175,7 @@ def test_the_figure(tmp_path):
 
 
 def test_the_shapes_are_those_of_the_models():
-    found = benchmark.problems(MODELS["wide_resnet"](), 128)
+    found = layer_speed.problems(MODELS["wide_resnet"](), 128)
     assert set(found) == {
         "3x3 32x32x3>16",
         "3x3 32x32x16>32",
@@ -187,7 +195,7 @@ def test_the_shapes_are_those_of_the_models():
         strides=(2, 2),
         padding="VALID",
     )
-    found = benchmark.problems(models.resnet50(100), 1)
+    found = layer_speed.problems(models.resnet50(100), 1)
     # 3x3 ones of 64, and of 128, 256 and 512 channels with and without stride;
     # 1x1 ones, of four stages: first, last and later, and the shortcuts.
     sizes = [name[:3] for name in found]
@@ -198,7 +206,7 @@ def test_the_shapes_are_those_of_the_models():
 @needs_kernels
 def test_layers(tiny, tmp_path):
     said = []
-    measured = benchmark.layers(
+    measured = layer_speed.layers(
         "tiny", [0.5, 0.1], batch_size=2, rounds=1, say=said.append
     )
     # Three shapes, as conv2 and conv3 have the same.
@@ -223,13 +231,13 @@ def test_layers_that_compute_something_else_are_refused(tiny, monkeypatch):
         kernels, "sparse_conv2d", lambda *a, **k: 1.001 * real(*a, **k)
     )
     with pytest.raises(ValueError, match="A sparse side must compute"):
-        benchmark.layers("tiny", [0.1], batch_size=2, rounds=1)
+        layer_speed.layers("tiny", [0.1], batch_size=2, rounds=1)
 
 
 def test_train(tiny, tmp_path):
     said = []
     with_torch = torch_network.is_installed()
-    measured = benchmark.train(
+    measured = train_speed.train(
         "tiny",
         [0.2],
         ["uniform"],
@@ -245,7 +253,7 @@ def test_train(tiny, tmp_path):
         "kernels=dense",
     }
     found = {(m.side, m.density): m.seconds for m in measured}
-    torch = {benchmark.TORCH} if with_torch else set()
+    torch = {kernel_sides.TORCH} if with_torch else set()
     assert {side for side, _ in found} == sides | torch
     assert len({m.dense_seconds for m in measured}) == 1
     plain, update, mixed = (
@@ -260,7 +268,7 @@ def test_train(tiny, tmp_path):
 
 def test_inference(tiny, tmp_path):
     said = []
-    measured = benchmark.inference(
+    measured = inference_speed.inference(
         "tiny",
         [0.2, 0.1],
         ["uniform"],
@@ -269,14 +277,17 @@ def test_inference(tiny, tmp_path):
         say=said.append,
     )
     assert len(measured) == 2 * 2 * 2
-    assert {m.side for m in measured} == {benchmark.CALLED, benchmark.SERVED}
+    assert {m.side for m in measured} == {
+        kernel_sides.CALLED,
+        kernel_sides.SERVED,
+    }
     assert {m.batch_size for m in measured} == {1, 3}
     assert written("inference", measured, tmp_path) == 8
 
 
 def written(part, measured, folder):
     """Returns how many lines the file has, after a look at both files."""
-    table, image = benchmark._write(part, measured, folder)
+    table, image = kernel_command._write(part, measured, folder)
     assert (table.name, image.name) == (f"{part}.csv", f"{part}.png")
     pixels = tf.io.decode_png(image.read_bytes()).numpy()
     assert min(pixels.shape[:2]) > 300 and len(np.unique(pixels)) > 50
@@ -284,12 +295,14 @@ def written(part, measured, folder):
 
 
 def test_an_artefact_that_computes_something_else_is_refused(tiny, monkeypatch):
-    real = benchmark._served
+    real = inference_speed._served
     monkeypatch.setattr(
-        benchmark, "_served", lambda model: lambda x: np.nan * real(model)(x)
+        inference_speed,
+        "_served",
+        lambda model: lambda x: np.nan * real(model)(x),
     )
     with pytest.raises(ValueError, match="must compute what the dense one"):
-        benchmark.inference(
+        inference_speed.inference(
             "tiny", [0.1], ["uniform"], batch_sizes=[1], rounds=1
         )
 
@@ -297,7 +310,7 @@ def test_an_artefact_that_computes_something_else_is_refused(tiny, monkeypatch):
 def test_without_torch(tiny, monkeypatch):
     monkeypatch.setattr(torch_network, "is_installed", lambda: False)
     monkeypatch.setattr(
-        benchmark, "_train_sides", lambda *given: {("dense", None): given}
+        train_speed, "_train_sides", lambda *given: {("dense", None): given}
     )
     said = []
 
@@ -305,9 +318,9 @@ def test_without_torch(tiny, monkeypatch):
         assert sides["dense", None][-1] is False
         raise InterruptedError
 
-    monkeypatch.setattr(benchmark, "_timed", stop)
+    monkeypatch.setattr(train_speed, "timed", stop)
     with pytest.raises(InterruptedError):
-        benchmark.train("tiny", [0.1], torch=True, say=said.append)
+        train_speed.train("tiny", [0.1], torch=True, say=said.append)
     assert said[0] == "PyTorch is not measured: pip install torch"
 
 
@@ -366,7 +379,7 @@ def test_the_step_of_torch():
 )
 def test_refuses(tiny, changes, message):
     with pytest.raises(ValueError, match=message):
-        benchmark.inference(**{"model": "tiny", **changes})
+        inference_speed.inference(**{"model": "tiny", **changes})
 
 
 COMMAND = """
@@ -416,7 +429,7 @@ def test_the_others_go_on_without_kernels(tiny, monkeypatch):
     monkeypatch.setattr(kernels.library, "_module", None)
     monkeypatch.setattr(kernels.library, "_reason", "there is no compiler")
     said = []
-    measured = benchmark.inference(
+    measured = inference_speed.inference(
         "tiny", [0.1], ["uniform"], batch_sizes=[1], rounds=1, say=said.append
     )
     assert "no sparse kernels" in said[0] and len(measured) == 2
@@ -453,7 +466,7 @@ def test_flags_that_are_wrong(capsys, part, changes, message):
     given = {name: types.SimpleNamespace(value=v) for name, v in values.items()}
     output = given.pop("output")
     with pytest.raises(SystemExit) as ended:
-        benchmark._run(part, given, output, argv)
+        kernel_command._run(part, given, output, argv)
     assert ended.value.code == 2
     told = capsys.readouterr()
     assert told.err.startswith(f"benchmark {part}: {message}"), told.err

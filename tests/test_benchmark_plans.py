@@ -5,7 +5,7 @@ import types
 import pytest
 
 from rigl_keras import kernels
-from rigl_keras.experiments import benchmark_plans
+from rigl_keras.experiments.benchmarks import plan_memory
 
 pytestmark = pytest.mark.skipif(
     kernels.load() is None, reason="there are no sparse kernels here"
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(
 
 def test_the_table():
     said = []
-    found = benchmark_plans.plans(
+    found = plan_memory.plans(
         sizes=5, channels=8, filters=16, density=0.5, say=said.append
     )
     assert [(kept.call, kept.sizes) for kept in found] == [
@@ -46,7 +46,7 @@ def test_flags_that_are_wrong(capsys, changes, message):
     argv = values.pop("argv")
     given = {name: types.SimpleNamespace(value=v) for name, v in values.items()}
     with pytest.raises(SystemExit) as ended:
-        benchmark_plans._run(given, argv)
+        plan_memory._run(given, argv)
     assert ended.value.code == 2
     told = capsys.readouterr()
     assert told.err.startswith(f"benchmark plans: {message}"), told.err

@@ -8,7 +8,8 @@ from conftest import compiled, examples, small_model
 from keras import layers
 
 import rigl_keras
-from rigl_keras import between, kernels
+from rigl_keras import kernels
+from rigl_keras.kernels import fast_calls
 
 pytestmark = pytest.mark.skipif(
     kernels.load() is None, reason=f"no op library: {kernels.unavailable()}"
@@ -18,11 +19,11 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def of_any_size(monkeypatch):
     """What is small is left to Keras, but here."""
-    monkeypatch.setattr(between, "_LEAST_NUMBERS", 0)
+    monkeypatch.setattr(fast_calls, "_LEAST_NUMBERS", 0)
 
 
 def test_what_is_small_is_left_to_keras(monkeypatch):
-    monkeypatch.setattr(between, "_LEAST_NUMBERS", 1 << 17)
+    monkeypatch.setattr(fast_calls, "_LEAST_NUMBERS", 1 << 17)
     called = []
     batch_norm = kernels.batch_norm
     monkeypatch.setattr(
@@ -34,7 +35,7 @@ def test_what_is_small_is_left_to_keras(monkeypatch):
     )
     layer = layers.BatchNormalization()
     layer.build((None, 32))
-    between.hasten(layer)
+    fast_calls.use_fast_calls(layer)
     layer(tf.zeros((4095, 32)), training=True)
     assert called == []
     layer(tf.zeros((4096, 32)), training=True)
@@ -49,7 +50,7 @@ def normed(x, *, fast, **options):
     for variable in layer.trainable_variables:
         variable.assign(draw.uniform(0.5, 2, variable.shape))
     if fast:
-        between.hasten(layer)
+        fast_calls.use_fast_calls(layer)
     watched = [x, *[v.value for v in layer.trainable_variables]]
     with tf.GradientTape() as second:
         second.watch(x)
@@ -104,7 +105,7 @@ def test_dropout_has_the_numbers_of_tensorflow(shape, rate):
 def test_a_layer_drops_what_that_of_keras_drops():
     x = tf.ones((64, 100))
     plain, fast = layers.Dropout(0.4, seed=3), layers.Dropout(0.4, seed=3)
-    between.hasten(fast)
+    fast_calls.use_fast_calls(fast)
     for _ in range(3):  # each call draws anew
         y = plain(x, training=True)
         np.testing.assert_array_equal(fast(x, training=True), y)
@@ -131,10 +132,10 @@ def test_what_is_left_to_keras(monkeypatch, layer, shape):
     monkeypatch.setattr(kernels, "dropout", None)
     layer.build(shape)
     call = layer.call
-    between.hasten(layer)
+    fast_calls.use_fast_calls(layer)
     assert (layer.call == call) == isinstance(layer, layers.Dense)
     layer(tf.ones(shape), training=True)
-    between.slow_down(layer)
+    fast_calls.use_usual_calls(layer)
     assert layer.call == call
 
 

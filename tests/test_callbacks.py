@@ -12,17 +12,11 @@ from conftest import compiled, examples, kernels, masks, small_model
 from keras import layers
 
 import rigl_keras
-from rigl_keras import (
-    ORIGINAL,
-    REPORT,
-    SET,
-    SNFS,
-    Conventions,
-    MagnitudePruning,
-    RigL,
-    SparsityRamp,
-    sparsify,
-)
+from rigl_keras.conventions import ORIGINAL, REPORT, Conventions
+from rigl_keras.masking.sparsify import sparsify
+from rigl_keras.methods.pruning import MagnitudePruning
+from rigl_keras.methods.rigl import SET, SNFS, RigL
+from rigl_keras.schedules import SparsityRamp
 
 
 def pruning(frequency=2, end_step=9, **options):
@@ -238,9 +232,9 @@ def test_rigl_by_hand(l2):
     np.testing.assert_allclose(model.get_layer("d").layer.bias, bias, 1e-5)
     # So does memory: that of a grown connection starts anew.
     momentum, theirs = (
-        rigl_keras.optimizer_state.slots(m.optimizer, m.get_layer("d").kernel)[
-            "momentum"
-        ].numpy()
+        rigl_keras.training.optimizer_state.slots(
+            m.optimizer, m.get_layer("d").kernel
+        )["momentum"].numpy()
         for m in (model, twin)
     )
     wanted = np.zeros(24, np.float32)
@@ -598,7 +592,7 @@ class Look(keras.callbacks.Callback):
         slots = {}
         if model.optimizer.built:
             for layer in rigl_keras.masked_layers(model):
-                found = rigl_keras.optimizer_state.slots(
+                found = rigl_keras.training.optimizer_state.slots(
                     model.optimizer, layer.kernel
                 )
                 slots[layer.name] = {n: s.numpy() for n, s in found.items()}

@@ -7,13 +7,11 @@ from conftest import examples, small_model
 from keras import layers
 from kinds import KINDS, data
 
-from rigl_keras import (
-    fold_batch_norm,
-    masked_layers,
-    models,
-    remove_dead_units,
-    sparsify,
-)
+from rigl_keras import models
+from rigl_keras.compaction.dead_units import remove_dead_units
+from rigl_keras.compaction.folding import fold_batch_norm
+from rigl_keras.masking.masked_layers import masked_layers
+from rigl_keras.masking.sparsify import sparsify
 
 
 @pytest.fixture(autouse=True)

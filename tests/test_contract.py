@@ -12,7 +12,11 @@ from conftest import compiled, examples, masks, small_model
 from keras import layers
 from test_callbacks import METHODS
 
-from rigl_keras import count, flops, sparsify, strip, training_flops
+from rigl_keras import flops
+from rigl_keras.flops.counting import count
+from rigl_keras.flops.training import training_flops
+from rigl_keras.masking.sparsify import sparsify
+from rigl_keras.masking.stripping import strip
 
 every_method = pytest.mark.parametrize("method", METHODS)
 

@@ -7,7 +7,8 @@ import re
 import pytest
 
 import rigl_keras
-from rigl_keras import Conventions, conventions
+from rigl_keras import conventions
+from rigl_keras.conventions import Conventions
 
 # Choice by choice, ORIGINAL against REPORT.
 TABLE = {

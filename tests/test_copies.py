@@ -10,16 +10,14 @@ import tensorflow as tf
 from conftest import masks
 from keras import layers
 
-from rigl_keras import (
-    RigL,
-    count,
-    layer_state,
-    load_weights,
-    masked_layers,
-    sparsify,
-    strip,
-)
-from rigl_keras.layers import Masked
+from rigl_keras.flops.counting import count
+from rigl_keras.masking import layer_state
+from rigl_keras.masking.masked import Masked
+from rigl_keras.masking.masked_layers import masked_layers
+from rigl_keras.masking.sparsify import sparsify
+from rigl_keras.masking.stripping import strip
+from rigl_keras.masking.weight_files import load_weights
+from rigl_keras.methods.rigl import RigL
 
 X = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
 WORDS = tf.constant([["a b"], ["b c"], ["d"]])

@@ -13,6 +13,7 @@ import pytest
 import tensorflow as tf
 
 from rigl_keras.experiments import data
+from rigl_keras.experiments.data import datasets, recipes
 
 RECIPE = data.Recipe(
     name="toy",
@@ -119,7 +120,7 @@ def test_every_crop_is_a_slice_of_numpys_reflected_image():
     ],
 )
 def test_normalisation_by_hand(name, pixel, wanted):
-    recipe = data.DATASETS[name]
+    recipe = recipes.DATASETS[name]
     image = tf.constant([[[pixel]]], tf.uint8)
     scaled = data.normalise(image, recipe)
     assert scaled.dtype == tf.float32
@@ -127,14 +128,14 @@ def test_normalisation_by_hand(name, pixel, wanted):
 
 
 def test_recipes_are_those_of_the_report():
-    held_out = {name: r.validation for name, r in data.DATASETS.items()}
+    held_out = {name: r.validation for name, r in recipes.DATASETS.items()}
     assert held_out == {
         "cifar10": 5_000,
         "cifar100": 5_000,
         "mnist": 6_000,
         "digits": 180,
     }
-    augmentations = [r.augmentation for r in data.DATASETS.values()]
+    augmentations = [r.augmentation for r in recipes.DATASETS.values()]
     assert augmentations == [
         "pad_crop_flip",
         "resized_crop_flip",
@@ -418,7 +419,7 @@ def test_mocked_datasets_are_split_by_index(name, validation, tmp_path):
     write_metadata(name, tmp_path, sizes)
 
     def as_dataset(builder, split, **_):
-        shape = (sizes[split], *data.DATASETS[name].input_shape)
+        shape = (sizes[split], *recipes.DATASETS[name].input_shape)
         return tf.data.Dataset.from_tensor_slices(
             {
                 "image": np.zeros(shape, np.uint8),
@@ -432,7 +433,7 @@ def test_mocked_datasets_are_split_by_index(name, validation, tmp_path):
         as_dataset_fn=as_dataset,
     ):
         source = data.load(name, data_dir=tmp_path)
-    assert source.recipe is data.DATASETS[name]
+    assert source.recipe is recipes.DATASETS[name]
     np.testing.assert_array_equal(source.train_labels, np.arange(10))
     np.testing.assert_array_equal(
         source.validation_labels, np.arange(10, validation + 10)
@@ -490,7 +491,7 @@ def test_data_dir_beats_the_environment_which_beats_the_default(
 
 
 def test_an_absent_dataset_is_downloaded(monkeypatch, tmp_path):
-    monkeypatch.setattr(data, "_check_network", lambda name: None)
+    monkeypatch.setattr(datasets, "_check_network", lambda name: None)
     tfds = fake(
         monkeypatch,
         AssertionError("could not find data"),
@@ -506,7 +507,7 @@ def test_without_a_network_nothing_is_downloaded(monkeypatch, tmp_path):
     def refuse(address, timeout):
         raise OSError("Name or service not known")
 
-    monkeypatch.setattr(data.urllib.request, "getproxies", dict)
+    monkeypatch.setattr(datasets.urllib.request, "getproxies", dict)
     monkeypatch.setattr(socket, "create_connection", refuse)
     tfds = fake(monkeypatch, AssertionError("could not find data"))
     with pytest.raises(data.DatasetUnavailableError) as caught:
@@ -526,12 +527,12 @@ def test_a_proxy_is_trusted_to_reach_the_network(monkeypatch):
 
     monkeypatch.setattr(socket, "create_connection", refuse)
     monkeypatch.setattr(
-        data.urllib.request, "getproxies", lambda: {"https": "proxy:3128"}
+        datasets.urllib.request, "getproxies", lambda: {"https": "proxy:3128"}
     )
-    data._check_network("mnist")
-    monkeypatch.setattr(data.urllib.request, "getproxies", dict)
+    datasets._check_network("mnist")
+    monkeypatch.setattr(datasets.urllib.request, "getproxies", dict)
     with pytest.raises(OSError, match="storage.googleapis.com"):
-        data._check_network("mnist")
+        datasets._check_network("mnist")
 
 
 def test_a_failed_download_names_both_ways_out(monkeypatch, tmp_path):

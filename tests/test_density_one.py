@@ -10,8 +10,10 @@ import kinds
 import numpy as np
 import pytest
 
-from rigl_keras import masked_layers, sparsify, strip
-from rigl_keras.layers import MaskVariable
+from rigl_keras.masking.mask_variable import MaskVariable
+from rigl_keras.masking.masked_layers import masked_layers
+from rigl_keras.masking.sparsify import sparsify
+from rigl_keras.masking.stripping import strip
 
 MODES = {
     "graph": {},

@@ -21,7 +21,7 @@ import two_devices
 
 import gin
 import rigl_keras
-from rigl_keras.experiments import command
+from rigl_keras.experiments.runs import train_command
 
 LIMIT = 600  # seconds, after which a process hangs
 
@@ -84,7 +84,11 @@ def train(run_dir, *flags, **more):
     """Starts one process of a run."""
     return subprocess.Popen(
         [
-            *[sys.executable, "-m", "rigl_keras.experiments.train"],
+            *[
+                sys.executable,
+                "-m",
+                "rigl_keras.experiments.runs.train_command",
+            ],
             *[f"--gin_bindings={binding}" for binding in SMALL],
             *[f"--run_dir={run_dir}", *flags],
         ],
@@ -162,7 +166,7 @@ def test_two_workers(tmp_path):
         np.testing.assert_array_equal(ours, theirs)
     assert names_in(tmp_path / "killed") == names_in(tmp_path / "pair")
 
-    command.run(bindings=SMALL, run_dir=tmp_path / "one")
+    train_command.run(bindings=SMALL, run_dir=tmp_path / "one")
     gin.clear_config()
     masks_of_one, weights_of_one = trained(tmp_path / "one")
     for name, mask in masks_of_one.items():
@@ -202,10 +206,10 @@ def test_workers_need_a_cluster(config, tmp_path, monkeypatch):
     if config is not None:
         monkeypatch.setenv("TF_CONFIG", config)
     with pytest.raises(ValueError, match="multi_worker needs TF_CONFIG"):
-        command.run(run_dir=tmp_path / "run", strategy="multi_worker")
+        train_command.run(run_dir=tmp_path / "run", strategy="multi_worker")
     assert not (tmp_path / "run").exists()
 
 
 def test_strategies_have_names(tmp_path):
     with pytest.raises(ValueError, match="must be one of one, mirrored"):
-        command.run(run_dir=tmp_path / "run", strategy="many")
+        train_command.run(run_dir=tmp_path / "run", strategy="many")

@@ -12,14 +12,12 @@ from keras import layers
 from test_callbacks import METHODS
 from test_contract import fit, tiny
 
-from rigl_keras import (
-    RigL,
-    TopologyDiagnostics,
-    count,
-    diagnostics,
-    maskable,
-    sparsify,
-)
+from rigl_keras import diagnostics
+from rigl_keras.diagnostics.callback import TopologyDiagnostics
+from rigl_keras.flops.counting import count
+from rigl_keras.masking import layer_kernels
+from rigl_keras.masking.sparsify import sparsify
+from rigl_keras.methods.rigl import RigL
 
 # 3 inputs, 2 outputs. The first update moves one connection of three, the
 # second one two.
@@ -111,7 +109,7 @@ def test_layers_weigh_as_much_as_they_have_entries():
 def test_units_of_a_kernel(layer, shape, axes):
     """Of ones, no unit is cut off; without one unit's entries, that one is."""
     layer.build(shape)
-    (kernel,) = maskable.find_kernels(layer)
+    (kernel,) = layer_kernels.find_kernels(layer)
     inputs, outputs = axes
     assert kernel.input_axes == inputs
     assert kernel.output_axes == outputs

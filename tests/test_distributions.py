@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rigl_keras import REPORT
+from rigl_keras.conventions import REPORT
 from rigl_keras.distributions import layer_counts, layer_densities
 
 SHAPES = {"a": (3, 3, 2, 8), "b": (10, 10), "c": (40, 10)}

@@ -17,8 +17,13 @@ import pytest
 import gin
 import rigl_keras
 from rigl_keras import diagnostics
-from rigl_keras.experiments import benchmark, command, config
-from rigl_keras.experiments.run_directory import RunDirectory
+from rigl_keras.experiments.benchmarks import (
+    input_pipeline,
+    mask_updates,
+    training_steps,
+)
+from rigl_keras.experiments.runs import config, train_command
+from rigl_keras.experiments.runs.run_directory import RunDirectory
 
 GIN = pathlib.Path(rigl_keras.__file__).parents[1] / "gin"
 
@@ -35,7 +40,9 @@ RECORDED = "train.diagnostics = True"
 
 
 def small_run(run_dir, *more, **options):
-    return command.run(bindings=[*SMALL, *more], run_dir=run_dir, **options)
+    return train_command.run(
+        bindings=[*SMALL, *more], run_dir=run_dir, **options
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +98,7 @@ def test_a_run_leaves_a_full_record(finished):
     last = updates[-1]
     assert last["inference_flops"] == pytest.approx(result["inference_flops"])
     assert last["density"] == pytest.approx(result["density"])
-    table = command.table(result)
+    table = train_command.table(result)
     for label in ("test accuracy", "density", "parameters", "inference FLOPs"):
         assert label in table
 
@@ -236,7 +243,7 @@ def test_data_order_depends_on_the_seed(tmp_path):
 )
 def test_methods(tmp_path, bindings, method, density):
     bindings = [*bindings, "train.epochs = 1", "SET.frequency = 5"]
-    result = command.run(bindings=bindings, run_dir=tmp_path / "run")
+    result = train_command.run(bindings=bindings, run_dir=tmp_path / "run")
     assert result["method"] == method
     assert result["density"] == pytest.approx(density, abs=1e-3)
 
@@ -282,14 +289,14 @@ def test_gin_files_parse(path):
 )
 def test_bad_configurations(tmp_path, files, bindings, message):
     with pytest.raises(ValueError, match=message):
-        command.run(files, bindings=bindings, run_dir=tmp_path / "run")
+        train_command.run(files, bindings=bindings, run_dir=tmp_path / "run")
     # Nothing is left that a corrected run would trip over.
     assert not list(tmp_path.glob("run/*"))
 
 
 def test_the_command_says_what_is_wrong_without_a_traceback(tmp_path, fresh):
     done = fresh(
-        *("-m", "rigl_keras.experiments.train"),
+        *("-m", "rigl_keras.experiments.runs.train_command"),
         *("--density=7", f"--run_dir={tmp_path / 'run'}"),
     )
     assert done.returncode == 2
@@ -298,9 +305,11 @@ def test_the_command_says_what_is_wrong_without_a_traceback(tmp_path, fresh):
 
 
 def test_benchmarks_run():
-    seconds = benchmark.training_step(
+    seconds = training_steps.training_step(
         depth=10, width=1, batch_size=2, rounds=1, steps_per_execution=2
     )
     assert set(seconds) == {"dense", "RigL", "update"}
-    assert sum(np.prod(s) for s in benchmark._resnet50_shapes()) == 23_652_032
-    assert benchmark.input_pipeline("digits", steps=3) > 0
+    assert (
+        sum(np.prod(s) for s in mask_updates._resnet50_shapes()) == 23_652_032
+    )
+    assert input_pipeline.input_pipeline("digits", steps=3) > 0

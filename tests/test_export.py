@@ -18,9 +18,10 @@ from keras import layers
 from kinds import KINDS, OPTIONS
 
 import rigl_keras
-from rigl_keras import artefacts, serving, writing
-from rigl_keras.export import export
-from rigl_keras.export_report import check_export
+from rigl_keras import _files, _timing
+from rigl_keras.exporting import formats, signatures
+from rigl_keras.exporting.export import export
+from rigl_keras.exporting.export_report import check_export
 
 # Loads every export of a folder in a process that cannot import this package,
 # runs the examples beside it, and keeps what comes out.
@@ -101,10 +102,10 @@ def test_every_kind_of_model_is_served_without_this_package(tmp_path):
         folder = tmp_path / name.replace(" ", "_")
         report = export(model, folder / "model", measure=False)
         assert report.max_difference <= 1e-5, name
-        signature = serving.signature_of(model)
+        signature = signatures.signature_of(model)
         inputs = signature.random(5, seed=11)
         np.savez(folder / "in.npz", **inputs)
-        wanted[folder] = serving.outputs_of(model, signature, inputs)
+        wanted[folder] = signatures.outputs_of(model, signature, inputs)
     done = subprocess.run(
         [sys.executable, "-c", SERVE, tmp_path],
         cwd=tmp_path.parent,  # and not beside the package
@@ -221,7 +222,7 @@ def test_what_others_make_of_it(tmp_path):
     np.testing.assert_allclose(compiled(x), model(x), atol=1e-5)
     converter = tf.lite.TFLiteConverter.from_saved_model(str(tmp_path / "out"))
     (tmp_path / "model.tflite").write_bytes(converter.convert())
-    run = artefacts.load(tmp_path, "tflite", None, None)
+    run = formats.load(tmp_path, "tflite", None, None)
     got = run({"input": x})["output_0"]
     np.testing.assert_allclose(got, model(x), atol=1e-5)
 
@@ -332,7 +333,7 @@ def test_other_formats(format, kind, tmp_path):
     model = rigl_keras.sparsify(KINDS[kind](), 0.2)
     masks = rigl_keras.masked_layers(model).masks
     report = export(model, tmp_path / "out", format=format, measure=False)
-    file = artefacts.FORMATS[format].file
+    file = formats.FORMATS[format].file
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         file,
         "export.json",
@@ -346,13 +347,13 @@ def test_other_formats(format, kind, tmp_path):
 
 def test_sparse_files_are_smaller(tmp_path):
     model = rigl_keras.sparsify(rigl_keras.models.mlp(), 0.1)
-    signature = serving.signature_of(model)
+    signature = signatures.signature_of(model)
     for format in ("saved_model", "tflite", "onnx"):
         sizes = {}
         for sparse in (True, False):
             folder = tmp_path / f"{format}{sparse}"
             folder.mkdir()
-            artefacts.write(model, signature, folder, format, sparse=sparse)
+            formats.write(model, signature, folder, format, sparse=sparse)
             files = [p for p in folder.rglob("*") if p.is_file()]
             sizes[sparse] = sum(p.stat().st_size for p in files)
         assert sizes[False] > 4 * 266_000, format
@@ -520,20 +521,20 @@ def test_refuses(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("format", list(artefacts.FORMATS))
+@pytest.mark.parametrize("format", list(formats.FORMATS))
 def test_what_disagrees_is_not_written(format, tmp_path, monkeypatch, request):
     if format == "sparse_saved_model":
         if rigl_keras.kernels.load() is None:
             pytest.skip(f"no kernels: {rigl_keras.kernels.unavailable()}")
         request.getfixturevalue("always_sparse")
     model = rigl_keras.sparsify(small_model(), 0.2)
-    load = artefacts.load
+    load = formats.load
 
     def load_wrongly(*arguments):
         run = load(*arguments)
         return lambda x: {n: y + 1e-3 for n, y in run(x).items()}
 
-    monkeypatch.setattr(artefacts, "load", load_wrongly)
+    monkeypatch.setattr(formats, "load", load_wrongly)
     with pytest.raises(ValueError, match="disagrees with the model"):
         export(model, tmp_path / "new" / "exported", format=format)
     assert not list(tmp_path.iterdir())
@@ -541,13 +542,13 @@ def test_what_disagrees_is_not_written(format, tmp_path, monkeypatch, request):
 
 def test_a_batch_size_fixed_by_mistake_is_noticed(tmp_path, monkeypatch):
     model = rigl_keras.sparsify(small_model(), 0.2)
-    load = artefacts.load
+    load = formats.load
 
     def load_for_one(*arguments):
         run = load(*arguments)
         return lambda x: {n: y[:1] for n, y in run(x).items()}
 
-    monkeypatch.setattr(artefacts, "load", load_for_one)
+    monkeypatch.setattr(formats, "load", load_for_one)
     with pytest.raises(ValueError, match="differ by inf"):
         export(model, tmp_path / "exported", measure=False)
 
@@ -565,13 +566,13 @@ def test_a_constant_does_not_agree(quantization, tmp_path, monkeypatch):
         ),
         0.2,
     )
-    load = artefacts.load
+    load = formats.load
 
     def load_a_constant(*arguments):
         run = load(*arguments)
         return lambda x: {n: np.full_like(y, 0.01) for n, y in run(x).items()}
 
-    monkeypatch.setattr(artefacts, "load", load_a_constant)
+    monkeypatch.setattr(formats, "load", load_a_constant)
     with pytest.raises(ValueError, match="disagrees with the model"):
         export(
             model,
@@ -595,7 +596,7 @@ def test_integers_reach_all_rows_of_an_embedding(tmp_path, monkeypatch):
         ]
     )
     model = keras.Model([few, many, image], layers.Dense(3)(x))
-    signature = serving.signature_of(rigl_keras.sparsify(model, 0.5))
+    signature = signatures.signature_of(rigl_keras.sparsify(model, 0.5))
     assert signature.limits == {"few": 10, "many": 5000, "image": 256}
     drawn = signature.random(200)
     assert drawn["few"].max() == 9 and drawn["image"].max() > 250
@@ -636,7 +637,7 @@ def test_free_image_sizes(tmp_path):
 def test_times_are_of_the_side_that_they_name(tmp_path, monkeypatch):
     model = rigl_keras.sparsify(small_model(), 0.2)
     monkeypatch.setattr(
-        rigl_keras.timing,
+        _timing,
         "interleaved",
         lambda sides, **_: {"ours": 1.0, "dense": 2.0},
     )
@@ -715,7 +716,7 @@ def test_interrupted_between_the_last_steps(which, tmp_path, monkeypatch):
 
     monkeypatch.setattr(pathlib.Path, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        with writing.set_aside(target, replace=True) as folder:
+        with _files.set_aside(target, replace=True) as folder:
             (folder / "new").write_text("")
     assert [p.name for p in target.iterdir()] == ["old"]
     assert [p.name for p in tmp_path.iterdir()] == ["exported"]
@@ -736,7 +737,7 @@ def test_killed_between_the_last_steps(tmp_path):
     assert done.returncode == -9 and not target.exists()
     # Whatever is exported there next, the old one is back.
     with pytest.raises(RuntimeError):
-        with writing.set_aside(target, replace=True):
+        with _files.set_aside(target, replace=True):
             raise RuntimeError
     assert [p.name for p in target.iterdir()] == ["old"]
     assert [p.name for p in tmp_path.iterdir()] == ["exported"]
@@ -754,7 +755,7 @@ def test_from_within_the_folder(tmp_path, monkeypatch):
 def test_a_folder_that_appears_meanwhile_is_kept(tmp_path):
     target = tmp_path / "exported"
     with pytest.raises(ValueError, match="has appeared in the meantime"):
-        with writing.set_aside(target):
+        with _files.set_aside(target):
             target.mkdir()
             (target / "file").write_text("")
     assert [p.name for p in target.iterdir()] == ["file"]
@@ -884,7 +885,7 @@ def test_a_full_disk(tmp_path):
     without = {"sparse_saved_model"}
     if rigl_keras.kernels.load() is not None:
         without = set()
-    assert set(ends) == set(artefacts.FORMATS) - without
+    assert set(ends) == set(formats.FORMATS) - without
     for format, (kind, said) in ends.items():
         assert kind == "DiskFullError", (format, said)
         assert said.startswith("The disk is full") and format in said

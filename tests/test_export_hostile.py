@@ -11,8 +11,12 @@ import pytest
 from keras import layers
 
 import rigl_keras
-from rigl_keras.export import _difference, _write_and_compare
-from rigl_keras.export_report import REPORT, check_export, foreign_files
+from rigl_keras.exporting.comparison import difference, write_and_compare
+from rigl_keras.exporting.export_report import (
+    REPORT,
+    check_export,
+    foreign_files,
+)
 
 
 @pytest.fixture(scope="module")
@@ -187,11 +191,11 @@ def test_patterns_within_the_working_folder(model, tmp_path, monkeypatch):
 def test_a_nan_in_any_output_differs(wrong):
     wanted = {name: np.array([1.0, 2.0]) for name in ("first", "second")}
     got = {name: array.copy() for name, array in wanted.items()}
-    assert _difference(got, wanted) == 0.0
+    assert difference(got, wanted) == 0.0
     got[wrong][0] = np.nan
-    assert np.isnan(_difference(got, wanted))
+    assert np.isnan(difference(got, wanted))
     del got[wrong]
-    assert _difference(got, wanted) == np.inf
+    assert difference(got, wanted) == np.inf
 
 
 @pytest.mark.parametrize("wrong", [0, 1])
@@ -207,4 +211,4 @@ def test_a_nan_in_any_batch_is_not_written(wrong):
         return run
 
     with pytest.raises(ValueError, match="differ by nan"):
-        _write_and_compare(lambda: load, (), batches, outputs, 1e-5)
+        write_and_compare(lambda: load, (), batches, outputs, 1e-5)

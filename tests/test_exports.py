@@ -14,8 +14,12 @@ from kinds import KINDS
 
 import gin
 import rigl_keras
-from rigl_keras.experiments import command
-from rigl_keras.experiments.exports import Exports, load_model, read_inputs
+from rigl_keras.experiments.runs import train_command
+from rigl_keras.experiments.runs.export_command import (
+    Exports,
+    load_model,
+    read_inputs,
+)
 
 SMALL = [
     "train.epochs = 1",
@@ -26,7 +30,7 @@ SMALL = [
 
 
 def run(run_dir, *bindings):
-    return command.run(bindings=[*SMALL, *bindings], run_dir=run_dir)
+    return train_command.run(bindings=[*SMALL, *bindings], run_dir=run_dir)
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +49,9 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def bin_export(fresh):
-    return functools.partial(fresh, "-m", "rigl_keras.experiments.exports")
+    return functools.partial(
+        fresh, "-m", "rigl_keras.experiments.runs.export_command"
+    )
 
 
 def test_a_run_exports_when_asked(finished):

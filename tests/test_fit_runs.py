@@ -23,18 +23,14 @@ from test_setups import (
 )
 
 import rigl_keras
-from rigl_keras import (
-    SET,
-    SNFS,
-    MagnitudePruning,
-    RigL,
-    SparsityRamp,
-    TopologyDiagnostics,
-    fit_runs,
-    masked_layers,
-)
-from rigl_keras.optimizer_state import slots
-from rigl_keras.training_step import installed_update
+from rigl_keras.diagnostics.callback import TopologyDiagnostics
+from rigl_keras.masking.masked_layers import masked_layers
+from rigl_keras.methods.pruning import MagnitudePruning
+from rigl_keras.methods.rigl import SET, SNFS, RigL
+from rigl_keras.schedules import SparsityRamp
+from rigl_keras.training import fit_runs
+from rigl_keras.training.optimizer_state import slots
+from rigl_keras.training.step_update import installed_update
 
 # Epochs of 6 steps; updates at every second one, that all drop the same.
 DATA = examples(24)

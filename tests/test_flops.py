@@ -10,7 +10,9 @@ from conftest import compiled, examples, small_model
 from keras import layers
 
 import rigl_keras
-from rigl_keras import count, flops, models, sparsify
+from rigl_keras import flops, models
+from rigl_keras.flops.counting import count
+from rigl_keras.masking.sparsify import sparsify
 
 
 def test_by_hand():

@@ -9,7 +9,7 @@ import pytest
 from conftest import examples, small_model
 
 import rigl_keras
-from rigl_keras.layers import MaskVariable
+from rigl_keras.masking.mask_variable import MaskVariable
 
 PACKAGE = pathlib.Path(rigl_keras.__file__).parent
 

@@ -10,7 +10,8 @@ import tensorflow as tf
 from keras import layers
 
 import rigl_keras
-from rigl_keras import fusion, kernels
+from rigl_keras import kernels
+from rigl_keras.exporting import fusion
 
 pytestmark = pytest.mark.skipif(
     kernels.load() is None, reason=f"no op library: {kernels.unavailable()}"

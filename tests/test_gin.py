@@ -12,8 +12,8 @@ from test_data import write_metadata
 
 import gin
 import rigl_keras
-from rigl_keras.experiments import command, config
-from rigl_keras.experiments.exports import Exports
+from rigl_keras.experiments.runs import config, train_command
+from rigl_keras.experiments.runs.export_command import Exports
 from rigl_keras.models import resnet
 
 GIN = pathlib.Path(rigl_keras.__file__).parents[1] / "gin"
@@ -147,7 +147,7 @@ def short(monkeypatch, data_dir, finished):
             policy=tfds.testing.MockPolicy.USE_FILES,
             data_dir=str(data_dir),
         ):
-            results[name] = command.run(
+            results[name] = train_command.run(
                 [f"{name}.gin"],
                 bindings=[*SHORT, *bindings],
                 run_dir=folder / name,
@@ -213,7 +213,9 @@ def test_density_reaches_every_row(monkeypatch):
         seen.update(gin.get_bindings("train"))
         seen["ramp"] = gin.get_bindings("SparsityRamp")
 
-    monkeypatch.setattr(command, "RunDirectory", lambda *a, **k: _Nowhere())
+    monkeypatch.setattr(
+        train_command, "RunDirectory", lambda *a, **k: _Nowhere()
+    )
     config.configured()  # what the files name is known to gin from here on
     configured = {"train": train, "Exports": Exports}
     monkeypatch.setattr(config, "configured", lambda: configured)
@@ -222,7 +224,7 @@ def test_density_reaches_every_row(monkeypatch):
             continue
         config.parse([f"{name}.gin"], [])
         seen.clear()
-        command.run([f"{name}.gin"], density=0.3, run_dir="nowhere")
+        train_command.run([f"{name}.gin"], density=0.3, run_dir="nowhere")
         if name.startswith("pruning"):
             assert seen["density"] == 1.0
             assert seen["ramp"]["final_density"] == 0.3

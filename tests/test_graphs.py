@@ -6,8 +6,9 @@ import pytest
 from keras import layers
 from kinds import KINDS, data, functional, nested, several_inputs_and_outputs
 
-from rigl_keras import masked_layers, sparsify
-from rigl_keras.graphs import plain_copy, rebuild, tensors_in, trace
+from rigl_keras.compaction.graphs import plain_copy, rebuild, tensors_in, trace
+from rigl_keras.masking.masked_layers import masked_layers
+from rigl_keras.masking.sparsify import sparsify
 
 
 def names(graph):

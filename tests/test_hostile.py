@@ -19,22 +19,18 @@ from hypothesis import strategies as st
 
 import rigl_keras
 from rigl_keras import (
-    ORIGINAL,
-    REPORT,
-    SET,
-    SNFS,
-    Conventions,
-    MagnitudePruning,
-    RigL,
-    SparsityRamp,
     distributions,
     flops,
-    one_shot,
     redistribution,
     schedules,
     scores,
     topology,
 )
+from rigl_keras.conventions import ORIGINAL, REPORT, Conventions
+from rigl_keras.methods import one_shot
+from rigl_keras.methods.pruning import MagnitudePruning
+from rigl_keras.methods.rigl import SET, SNFS, RigL
+from rigl_keras.schedules import SparsityRamp
 
 PACKAGE = pathlib.Path(rigl_keras.__file__).parent
 NAN, INF = math.nan, math.inf

@@ -13,7 +13,8 @@ import pytest
 import tensorflow as tf
 
 from rigl_keras import kernels
-from rigl_keras.kernels import FrozenKernel, library, sparse_conv2d
+from rigl_keras.kernels import library
+from rigl_keras.kernels.operations import FrozenKernel, sparse_conv2d
 
 HERE = pathlib.Path(__file__).parent
 

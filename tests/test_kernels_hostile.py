@@ -14,8 +14,10 @@ import tensorflow as tf
 from keras import layers
 
 import rigl_keras
-from rigl_keras import fusion, kernels
-from rigl_keras.kernels import FrozenKernel, choice, library, sparse_conv2d
+from rigl_keras import _timing, kernels
+from rigl_keras.exporting import fusion
+from rigl_keras.kernels import choice, library
+from rigl_keras.kernels.operations import FrozenKernel, sparse_conv2d
 
 REFUSED = (tf.errors.InvalidArgumentError, ValueError)
 LARGEST = 2**31 - 1
@@ -598,7 +600,7 @@ def test_too_large_a_product_is_not_timed(monkeypatch):
 def test_long_products_are_timed_once(monkeypatch):
     """Dense ones of large dilations can take a minute."""
     calls = []
-    monkeypatch.setattr(choice.timing, "interleaved", lambda *_, **__: calls)
+    monkeypatch.setattr(_timing, "interleaved", lambda *_, **__: calls)
     monkeypatch.setattr(choice, "_LONG", 0.0)
     problem = kernels.Problem((3, 3, 4, 4), (2, 5, 5))
     dense, sparse = choice._seconds(problem, 0.5, True)

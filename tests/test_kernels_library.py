@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from rigl_keras.kernels import library
+from rigl_keras.kernels import library, toolchain
 
 OPS = """
 #include "tensorflow/core/framework/op.h"
@@ -77,7 +77,7 @@ def place(tmp_path, monkeypatch):
     (sources / "lanes.cc").write_text(LANES)
     (sources / "rows.cc").write_text("")
     (sources / "lanes.h").write_text(HEADER)
-    monkeypatch.setattr(library, "_SOURCES", sources)
+    monkeypatch.setattr(toolchain, "SOURCES", sources)
     monkeypatch.setattr(library, "_module", None)
     monkeypatch.setattr(library, "_reason", None)
     # Of other tests, whose operations are those of the real sources.
@@ -139,7 +139,7 @@ def in_threads(n, call):
 
 
 def objects():
-    return len(library._plan().objects)
+    return len(toolchain.planned_build().objects)
 
 
 def test_four_threads_build_once(place, stub, caplog, monkeypatch):
@@ -159,7 +159,7 @@ def test_four_threads_build_once(place, stub, caplog, monkeypatch):
     assert len(said(caplog)) == 1 and "stub compiler" in said(caplog)[0]
     # And they are told apart by what they are for.
     portable = [c for c in calls(place) if "-DRIGL_ISA=portable" in c]
-    assert len(portable) == len(library._PER_INSTRUCTION_SET)
+    assert len(portable) == len(toolchain._PER_INSTRUCTION_SET)
     assert sum("tensorflow" in c and " -c " in c for c in calls(place)) == 1
 
 
@@ -233,7 +233,7 @@ def test_what_is_undefined_fails_the_build(place, monkeypatch):
     (place / "sources" / "ops.cc").write_text(
         "int missing(); int ops() { return missing(); }"
     )
-    with pytest.raises(library.BuildError, match="undefined reference"):
+    with pytest.raises(toolchain.BuildError, match="undefined reference"):
         library.build()
 
 
@@ -251,7 +251,7 @@ def test_no_compiler(place, monkeypatch, caplog):
         f"Sparse kernels are not available: {library.unavailable()}. "
         "Masked layers are computed densely."
     ]
-    with pytest.raises(library.BuildError, match=r"apt install g\+\+.*CXX"):
+    with pytest.raises(toolchain.BuildError, match=r"apt install g\+\+.*CXX"):
         build()
 
 
@@ -264,10 +264,10 @@ def test_no_compiler_but_what_one_has_built(place, stub, monkeypatch):
 
 def test_a_compiler_that_is_none(place, monkeypatch):
     monkeypatch.setenv("CXX", str(shutil.which("false")))
-    with pytest.raises(library.BuildError, match="--version failed"):
+    with pytest.raises(toolchain.BuildError, match="--version failed"):
         library.build()
     monkeypatch.setenv("CXX", "an 'open quote")
-    with pytest.raises(library.BuildError, match="is no command"):
+    with pytest.raises(toolchain.BuildError, match="is no command"):
         library.build()
 
 
@@ -367,7 +367,7 @@ def test_a_folder_in_tmp_of_somebody_else(place, stub, monkeypatch, how):
         own.rename(place / "elsewhere")
         own.symlink_to(place / "elsewhere")
     # Not loaded, though it is there, and not written.
-    with pytest.raises(library.BuildError) as error:
+    with pytest.raises(toolchain.BuildError) as error:
         library.build()
     assert "not yours alone" in str(error.value)
     assert str(place / "file") in str(error.value)
@@ -415,19 +415,19 @@ def test_switched_off(place, stub, monkeypatch, caplog):
     assert calls(place, building=False) == before
     assert sum("RIGL_KERAS_KERNELS=off" in line for line in said(caplog)) == 1
     monkeypatch.setenv("RIGL_KERAS_KERNELS", "maybe")
-    with pytest.raises(library.BuildError, match="maybe is none of on, off"):
+    with pytest.raises(toolchain.BuildError, match="maybe is none of on, off"):
         library.build()
 
 
 def test_other_platforms(place, stub, monkeypatch):
     monkeypatch.setattr(library.sys, "platform", "win32")
-    with pytest.raises(library.BuildError, match="Linux and macOS.*'win32'"):
+    with pytest.raises(toolchain.BuildError, match="Linux and macOS.*'win32'"):
         library.build()
 
 
 def test_sources_that_are_missing(place, stub):
     (place / "sources" / "lanes.cc").unlink()
-    with pytest.raises(library.BuildError, match="lanes.cc' is missing"):
+    with pytest.raises(toolchain.BuildError, match="lanes.cc' is missing"):
         library.build()
 
 
@@ -440,7 +440,7 @@ def test_an_import_compiles_nothing(place, stub):
     _, err = process.communicate()
     assert process.returncode == 0, err
     assert calls(place, building=False) == []
-    with pytest.raises(library.BuildError):
+    with pytest.raises(toolchain.BuildError):
         stub(broken=".cc")
         library.build()  # a call is noted
     assert "--version" in calls(place, building=False)
@@ -601,7 +601,7 @@ def test_a_compiler_starts_without_what_is_preloaded(place, stub, monkeypatch):
         '#!/bin/sh\necho "preloaded: $LD_PRELOAD, $LC_ALL"\nexit 3\n'
     )
     monkeypatch.setenv("LD_PRELOAD", "/nonexistent/libasan.so")
-    done = library._run([str(compiler)])
+    done = toolchain.run_compiler([str(compiler)])
     assert done.stdout.splitlines()[-1] == "preloaded: , C"
     assert done.returncode == 3
 
@@ -651,4 +651,4 @@ def test_operations_that_the_process_has(tmp_path):
     assert "all is well" in out, err
     assert not (tmp_path / "cache").exists()  # nothing is built
     # In this process they are ours.
-    assert library._registered(library._plan()) is library.load()
+    assert library._registered(toolchain.planned_build()) is library.load()

@@ -212,7 +212,7 @@ def server(task, folder):
     import tensorflow as tf
 
     import gin
-    from rigl_keras.experiments import command  # noqa: F401
+    from rigl_keras.experiments.runs import train_command  # noqa: F401
 
     gin.external_configurable(small, name="small")
     tf.config.experimental.enable_op_determinism()
@@ -318,20 +318,21 @@ def attempt(task, moment=None):
 
 
 def train(run_dir, point=None):
-    from rigl_keras.experiments import command
+    from rigl_keras.experiments.runs import train_command
 
     watch_checkpoints(run_dir.parent)
     if point:
         kill_at(*point.split())
-    command.run(
+    train_command.run(
         bindings=BINDINGS, run_dir=run_dir, seed=3, resume=run_dir.exists()
     )
 
 
 def command_on_full_disk(disk, method, call, said):
     """Runs the command on a disk which becomes full as a method is called."""
-    from rigl_keras.experiments import command
-    from rigl_keras.experiments.run_directory import Checkpoints, RunDirectory
+    from rigl_keras.experiments.runs import train_command
+    from rigl_keras.experiments.runs.checkpoints import Checkpoints
+    from rigl_keras.experiments.runs.run_directory import RunDirectory
 
     watch_checkpoints(disk.parent)
     if method:
@@ -348,7 +349,7 @@ def command_on_full_disk(disk, method, call, said):
     os.dup2(os.open(said, os.O_CREAT | os.O_TRUNC | os.O_WRONLY), 2)
     sys.argv = ["train", f"--run_dir={disk / 'run'}", "--seed=3", "--resume"]
     sys.argv += [f"--gin_bindings={binding}" for binding in BINDINGS]
-    command.main()
+    train_command.main()
 
 
 def leave(disk, room):
@@ -362,7 +363,7 @@ def leave(disk, room):
 
 def watch_checkpoints(folder):
     """Has a run read every checkpoint before it resumes, into its model."""
-    from rigl_keras.experiments.run_directory import Checkpoints
+    from rigl_keras.experiments.runs.checkpoints import Checkpoints
 
     begin, restore = Checkpoints.__init__, Checkpoints.restore
 

@@ -12,16 +12,13 @@ import pytest
 import tensorflow as tf
 from keras import layers
 
-from rigl_keras import (
-    Masked,
-    count,
-    load_weights,
-    masked_layers,
-    sparsify,
-    strip,
-    with_masks,
-)
-from rigl_keras.layers import MaskVariable
+from rigl_keras.flops.counting import count
+from rigl_keras.masking.mask_variable import MaskVariable
+from rigl_keras.masking.masked import Masked
+from rigl_keras.masking.masked_layers import masked_layers
+from rigl_keras.masking.sparsify import sparsify, with_masks
+from rigl_keras.masking.stripping import strip
+from rigl_keras.masking.weight_files import load_weights
 
 every_kind = pytest.mark.parametrize("kind", kinds.KINDS)
 

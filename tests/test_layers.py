@@ -12,7 +12,8 @@ import tensorflow as tf
 from keras import layers
 
 import rigl_keras
-from rigl_keras.layers import Masked, MaskProjection, dense_gradients
+from rigl_keras.masking.masked import Masked, MaskProjection
+from rigl_keras.masking.tracing import dense_gradients
 
 ROOT = pathlib.Path(__file__).parents[1]
 

@@ -14,13 +14,11 @@ import tensorflow as tf
 from test_callbacks import METHODS
 
 import rigl_keras
-from rigl_keras import (
-    MagnitudePruning,
-    SparsityRamp,
-    masked_layers,
-    sparsify,
-    strip,
-)
+from rigl_keras.masking.masked_layers import masked_layers
+from rigl_keras.masking.sparsify import sparsify
+from rigl_keras.masking.stripping import strip
+from rigl_keras.methods.pruning import MagnitudePruning
+from rigl_keras.schedules import SparsityRamp
 
 DENSITY = 0.4
 BATCH = 4

@@ -6,7 +6,10 @@ import pytest
 from conftest import compiled, examples, masks, small_model
 from keras import layers
 
-from rigl_keras import count, masked_layers, models, one_shot
+from rigl_keras import models
+from rigl_keras.flops.counting import count
+from rigl_keras.masking.masked_layers import masked_layers
+from rigl_keras.methods import one_shot
 
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
@@ -41,7 +44,7 @@ def test_counts(scope):
 
 
 def test_layer_scope_has_the_densities_of_the_distribution():
-    from rigl_keras import sparsify
+    from rigl_keras.masking.sparsify import sparsify
 
     model = small_model()
     for distribution in ("uniform", "erk"):

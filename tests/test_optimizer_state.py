@@ -8,7 +8,8 @@ import pytest
 import tensorflow as tf
 
 import rigl_keras
-from rigl_keras import ORIGINAL, REPORT, Conventions, optimizer_state
+from rigl_keras.conventions import ORIGINAL, REPORT, Conventions
+from rigl_keras.training import optimizer_state
 
 OPTIMIZERS = {
     "SGD": (lambda: keras.optimizers.SGD(momentum=0.9), {"momentum": 0}),

@@ -16,7 +16,8 @@ import pytest
 import tensorflow as tf
 
 import rigl_keras
-from rigl_keras import ORIGINAL, REPORT, between
+from rigl_keras.conventions import ORIGINAL, REPORT
+from rigl_keras.kernels import fast_calls
 
 DATA = pathlib.Path(__file__).parent / "data"
 
@@ -388,7 +389,7 @@ def assert_follows_with_all_operations(name):
     called = []
     batch_norm = rigl_keras.kernels.batch_norm
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(between, "_LEAST_NUMBERS", 1)
+        patch.setattr(fast_calls, "_LEAST_NUMBERS", 1)
         patch.setattr(
             rigl_keras.kernels,
             "batch_norm",

@@ -4,7 +4,10 @@ import pytest
 
 import gin
 import rigl_keras
-from rigl_keras.experiments import command, config, costs, data, plans
+from rigl_keras.experiments import data
+from rigl_keras.experiments.protocol import variations
+from rigl_keras.experiments.reproduction import costs, plans
+from rigl_keras.experiments.runs import train_command
 
 FULL = plans.Preset("full")
 SMALL = plans.Preset("small")
@@ -55,7 +58,7 @@ def test_a_run_is_the_one_that_bin_train_makes():
     assert "DENSITY = 0.1" in text and "train.seed = 2" in text
     assert "sgd.learning_rate = 0.05" in text
     assert "wide_resnet.depth = 10" in text  # of the preset, over the row's
-    command.configure(
+    train_command.configure(
         ["gin/rigl_erk_wrn.gin", "gin/presets/small.gin"],
         bindings=["sgd.learning_rate = 0.05"],
         seed=2,
@@ -106,7 +109,7 @@ def test_every_target_can_be_planned(target):
     runs = plans.runs(target, preset=FULL, seeds=[0])
     assert len(set(runs)) == len(runs) > 3
     for run in runs:
-        assert (config.GIN_FOLDER / f"{run.row}.gin").is_file()
+        assert (variations.GIN_FOLDER / f"{run.row}.gin").is_file()
         assert run.source is None or run.source in runs
 
 

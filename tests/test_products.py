@@ -17,16 +17,14 @@ from keras import layers
 from test_callbacks import METHODS
 
 import rigl_keras
-from rigl_keras import (
-    RigL,
-    choose_kernels,
-    dense_gradients,
-    masked_layers,
-    sparsify,
-    strip,
-)
-from rigl_keras.kernels import Choice, Problem, choice, library
-from rigl_keras.layers import Masked
+from rigl_keras.kernels import choice, layer_products, library
+from rigl_keras.kernels.choice import Choice, Problem
+from rigl_keras.masking.masked import Masked
+from rigl_keras.masking.masked_layers import choose_kernels, masked_layers
+from rigl_keras.masking.sparsify import sparsify
+from rigl_keras.masking.stripping import strip
+from rigl_keras.masking.tracing import dense_gradients
+from rigl_keras.methods.rigl import RigL
 
 # TensorFlow's own, when Keras saves on NumPy 2.
 pytestmark = pytest.mark.filterwarnings(
@@ -531,7 +529,7 @@ def test_auto_is_decided_by_the_batch(monkeypatch):
         asked_of.append((layer.name, tuple(shape), round(density, 3)))
         return Choice(False, "a test")
 
-    monkeypatch.setattr(rigl_keras.products, "chosen", answer)
+    monkeypatch.setattr(layer_products, "chosen", answer)
     model = small("auto")
     choose_kernels(model, batch_size=32)
     conv1 = model.get_layer("conv1")

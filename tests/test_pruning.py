@@ -11,14 +11,11 @@ import tensorflow as tf
 from conftest import compiled, examples, kernels, masks, small_model
 from keras import layers
 
-from rigl_keras import (
-    ORIGINAL,
-    REPORT,
-    MagnitudePruning,
-    SparsityRamp,
-    schedules,
-    sparsify,
-)
+from rigl_keras import schedules
+from rigl_keras.conventions import ORIGINAL, REPORT
+from rigl_keras.masking.sparsify import sparsify
+from rigl_keras.methods.pruning import MagnitudePruning
+from rigl_keras.schedules import SparsityRamp
 
 RAMP = SparsityRamp(final_density=0.2, begin_step=2, end_step=10, frequency=3)
 

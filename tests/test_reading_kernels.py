@@ -10,9 +10,12 @@ import tensorflow as tf
 from keras import layers
 
 import rigl_keras
-from rigl_keras import RigL, dense_gradients, masked_layers, sparsify
-from rigl_keras.layers import Masked
-from rigl_keras.masked_gradients import seem_masked
+from rigl_keras.masking.masked import Masked
+from rigl_keras.masking.masked_layers import masked_layers
+from rigl_keras.masking.sparsify import sparsify
+from rigl_keras.masking.tracing import dense_gradients
+from rigl_keras.methods.rigl import RigL
+from rigl_keras.training.masked_gradients import seem_masked
 
 
 @keras.saving.register_keras_serializable("tests")
@@ -418,7 +421,7 @@ def test_one_layer_that_is_traced_too_early_is_named():
     early = tf.function(hidden.layer.call)
     draw = np.random.default_rng(0)
     x = draw.standard_normal((8, 6)).astype(np.float32)
-    with rigl_keras.layers.KernelScope(hidden.masked_kernels()):
+    with rigl_keras.masking.tracing.KernelScope(hidden.masked_kernels()):
         early(x)  # traced, with masked gradients
     hidden.layer.call = early
     updater = RigL(frequency=1, end_step=9)

@@ -6,7 +6,8 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rigl_keras import ORIGINAL, REPORT, redistribution
+from rigl_keras import redistribution
+from rigl_keras.conventions import ORIGINAL, REPORT
 
 TABLE = {
     # Half of 8 each, and 0.99 x 3 leaves room for 2 in the second.

@@ -11,16 +11,18 @@ import sys
 import pytest
 
 import rigl_keras
-from rigl_keras.experiments import (
-    config,
+from rigl_keras.experiments import report_command
+from rigl_keras.experiments.protocol import published, rows, variations
+from rigl_keras.experiments.report import (
+    contents,
     page,
-    plans,
-    published,
+    panels,
+    reading,
     records,
-    report,
-    rows,
+    sections,
     summaries,
 )
+from rigl_keras.experiments.reproduction import plans
 
 # The report's tables, line by line as they are printed.
 
@@ -178,7 +180,7 @@ def test_each_published_cell_has_a_run(table):
         for run in plans.runs(table, preset=plans.Preset()):
             planned.add((run.row, run.density))
     for cell in cells:
-        path = config.GIN_FOLDER / f"{cell.gin}.gin"
+        path = variations.GIN_FOLDER / f"{cell.gin}.gin"
         header = path.read_text().split("\n\n")[0].replace("\n# ", " ")
         if table in ("table2", "table3", "table5"):
             number = cell.printed.replace("±", "+-")
@@ -323,7 +325,7 @@ def test_mean_deviation_and_difference(results):
 
     The sample variance is (2.25 + 0.25 + 4) / 2 = 3.25; published is 92.4.
     """
-    made_report = report.report(records.read(results), ["table2"])
+    made_report = sections.report(reading.read(results), ["table2"])
     (line,) = lines_of(made_report, row="RigL (ERK)", density="0.1")
     assert float(line["accuracy_mean"]) == pytest.approx(93.5)
     assert float(line["accuracy_std"]) == pytest.approx(3.25**0.5)
@@ -344,7 +346,7 @@ def test_mean_deviation_and_difference(results):
 
 def test_tickets_are_charged_for_pruning(results):
     made(results, "lottery_wrn", 0.1, 0, 0.9, flops=(0.13, 0.13))
-    found = report.report(records.read(results), ["table2"])
+    found = sections.report(reading.read(results), ["table2"])
     (line,) = lines_of(found, row="Lottery", density="0.1")
     assert float(line["training_flops_ratio"]) == pytest.approx(0.43)
 
@@ -354,8 +356,8 @@ def test_missing_failed_and_unfinished_runs(results):
     failed(results, "static_uniform_wrn", 0.1, 0, None)
     failed(results, "rigl_erk_wrn", 0.2, 0, "out of memory")
     made(results, "rigl_erk_wrn", 0.2, 1, 0.93)
-    found = records.read(results)
-    made_report = report.report(found)
+    found = reading.read(results)
+    made_report = sections.report(found)
     text = page.as_markdown(made_report.page)
     assert "| SET (ERK) | failed | 0 of 3, 1 failed | - | - |" in text
     assert "| Static | unfinished | 0 of 3 | - | - |" in text
@@ -369,7 +371,7 @@ def test_duplicates_count_once(results):
     first = results / "full" / "rigl_erk_wrn-density0.1-seed0"
     shutil.copytree(first, results / "full" / "z-copy")
     made(results, "rigl_erk_wrn", 0.1, 1, 0.5, folder="z-other")
-    found = records.read(results)
+    found = reading.read(results)
     summary = summaries.of(found, "rigl_erk_wrn", 0.1)
     assert summary.n == 3
     assert summary.mean == pytest.approx(93.5)
@@ -387,7 +389,7 @@ def test_duplicates_count_once(results):
 def test_a_finished_duplicate_counts_before_a_failed_one(results):
     failed(results, "set_erk_wrn", 0.1, 0, "killed")
     made(results, "set_erk_wrn", 0.1, 0, 0.91, folder="z")
-    found = records.read(results)
+    found = reading.read(results)
     assert summaries.of(found, "set_erk_wrn", 0.1).n == 1
     assert "z (91.00 %) is there 2 times" in found.notes[0]
     assert "set_erk_wrn-density0.1-seed0 (no result)" in found.notes[0]
@@ -398,7 +400,7 @@ def test_other_settings_are_not_averaged(results):
         made(results, "set_erk_wrn", 0.1, seed, 0.9)
     made(results, "set_erk_wrn", 0.1, 2, 0.1, epochs=3)
     made(results, "set_erk_wrn", 0.2, 0, 0.1, updates=(0.5, 100))
-    found = records.read(results)
+    found = reading.read(results)
     summary = summaries.of(found, "set_erk_wrn", 0.1)
     assert summary.accuracies == (90.0, 90.0)
     assert not summaries.of(found, "set_erk_wrn", 0.2).n
@@ -412,13 +414,13 @@ def test_longer_runs_are_rows_of_their_own(results):
     longer = (("train.length", 4),)
     for row in ("rigl_erk_wrn", "set_erk_wrn"):
         made(results, row, 0.1, 0, 0.97, changes=longer, epochs=1000)
-    found = records.read(results)
+    found = reading.read(results)
     assert found.notes == ()
     assert summaries.of(found, "rigl_erk_wrn", 0.1).n == 3
-    made_report = report.report(found)
+    made_report = sections.report(found)
     (line,) = lines_of(made_report, table="methods", row="RigL (ERK) 4x")
     assert (line["n"], line["changes"]) == ("1", "train.length=4")
-    assert report.figures.panels(found, "wrn")["4 times as long"] == [
+    assert panels.panels(found, "wrn")["4 times as long"] == [
         ("set_erk_wrn", longer),
         ("rigl_erk_wrn", longer),
     ]
@@ -438,12 +440,12 @@ BROKEN = {
 def test_results_that_cannot_be_read(results, content):
     path = results / "full" / "rigl_erk_wrn-density0.1-seed0"
     (path / "run/result.json").write_text(content)
-    found = records.read(results)
+    found = reading.read(results)
     summary = summaries.of(found, "rigl_erk_wrn", 0.1)
     assert (summary.n, summary.failed) == (2, 1)
     (broken,) = summary.others
     assert "its result.json cannot be read" in broken.failure
-    assert "result.json cannot be read" in str(report.report(found).page)
+    assert "result.json cannot be read" in str(sections.report(found).page)
 
 
 @pytest.mark.parametrize(
@@ -464,7 +466,7 @@ def test_results_that_cannot_be_read(results, content):
 )
 def test_results_that_cannot_be_right(results, more):
     made(results, "set_erk_wrn", 0.1, 0, 0.9, result=more)
-    summary = summaries.of(records.read(results), "set_erk_wrn", 0.1)
+    summary = summaries.of(reading.read(results), "set_erk_wrn", 0.1)
     assert (summary.n, summary.failed) == (0, 1)
 
 
@@ -478,7 +480,7 @@ def test_folders_that_are_no_runs(results):
     moved = made(results, "static_erk_wrn", 0.1, 0, 0.9, preset="small")
     shutil.move(moved, results / "full" / "moved")
     shutil.rmtree(results / "small")
-    found = records.read(results)
+    found = reading.read(results)
     assert len(found.finished) == 4
     told = "\n".join(found.notes)
     assert "thesis is left out: it has no about.json" in told
@@ -493,7 +495,7 @@ def test_densities_that_a_row_cannot_have(results):
     made(results, "dense_wrn", 0.1, 1, 0.9)
     made(results, "set_erk_wrn", None, 0, 0.9)
     made(results, "set_erk_wrn", 1.5, 0, 0.9)
-    found = records.read(results)
+    found = reading.read(results)
     assert len(found.finished) == 4
     assert ["is left out" in note for note in found.notes] == [True] * 3
 
@@ -503,7 +505,7 @@ def test_rows_that_were_added(results, monkeypatch):
     made(results, "my_row", 0.1, 0, 0.9)
     names = [*rows.known(), "my_row"]
     monkeypatch.setattr(rows, "known", lambda: names)
-    made_report = report.report(records.read(results))
+    made_report = sections.report(reading.read(results))
     assert [line["n"] for line in lines_of(made_report, gin="my_row")] == ["1"]
     text = page.as_markdown(made_report.page)
     assert "| my\\_row | 0.1 | - | 90.00 | 1 of 3 |" in text
@@ -513,7 +515,7 @@ def test_a_loss_that_is_no_number_is_noted(results):
     made(
         results, "set_erk_wrn", 0.1, 0, 0.1, result={"test_loss": float("nan")}
     )
-    found = records.read(results)
+    found = reading.read(results)
     assert summaries.of(found, "set_erk_wrn", 0.1).mean == 10.0
     assert "has diverged" in found.notes[0]
 
@@ -521,20 +523,20 @@ def test_a_loss_that_is_no_number_is_noted(results):
 def test_presets_are_never_mixed(results):
     made(results, "rigl_erk_wrn", 0.1, 0, 0.5, preset="small")
     with pytest.raises(ValueError, match="--preset with one of full, small"):
-        records.read(results)
-    full, small = (records.read(results, name) for name in ("full", "small"))
+        reading.read(results)
+    full, small = (reading.read(results, name) for name in ("full", "small"))
     assert summaries.of(full, "rigl_erk_wrn", 0.1).n == 3
     assert summaries.of(small, "rigl_erk_wrn", 0.1).mean == 50.0
     with pytest.raises(ValueError, match="holds no run of the preset 'tiny'"):
-        records.read(results, "tiny")
+        reading.read(results, "tiny")
 
 
 def test_another_preset_is_not_compared_with_the_report(tmp_path):
     made(tmp_path, "rigl_erk_wrn", 0.1, 0, 0.5, preset="small")
-    found = records.read(tmp_path)
-    text = page.as_markdown(report.report(found).page)
+    found = reading.read(tmp_path)
+    text = page.as_markdown(sections.report(found).page)
     assert "92.4" not in text and "difference" not in text
-    made_report = report.report(found, with_published=True)
+    made_report = sections.report(found, with_published=True)
     text = page.as_markdown(made_report.page)
     assert "report, its own setting: accuracy (%)" in text
     assert "92.4 ± 0.06" in text and "| difference" not in text
@@ -543,15 +545,15 @@ def test_another_preset_is_not_compared_with_the_report(tmp_path):
 
 
 def test_what_is_shown(results):
-    text = report.report(records.read(results)).page.text
+    text = sections.report(reading.read(results)).page.text
     assert "No run is finished of: table1, table3, table4" in text[-1]
-    shown = report.report(records.read(results), ["figure2", "table3"])
+    shown = sections.report(reading.read(results), ["figure2", "table3"])
     assert [s.anchor for s in shown.page.sections] == ["table3", "figure2"]
     markdown = page.as_markdown(shown.page)
     assert "| RigL 3x | - | - |" in markdown
     assert "bin/reproduce figure2 --preset=full trains them" in markdown
     with pytest.raises(ValueError, match="is one of methods, table1"):
-        report.report(records.read(results), ["table6"])
+        sections.report(reading.read(results), ["table6"])
 
 
 def searched(results):
@@ -584,12 +586,12 @@ def searched(results):
 
 def test_the_optimum_is_chosen_by_validation_of_all_seeds(results):
     searched(results)
-    found = records.read(results)
+    found = reading.read(results)
     trials = summaries.trials(found, "rigl_erk_wrn", 0.1)
     assert len(trials) == 3
     best = summaries.best(trials)
     assert (best.drop_fraction, best.frequency) == (0.4, 200)
-    made_report = report.report(found, ["table4"])
+    made_report = sections.report(found, ["table4"])
     text = page.as_markdown(made_report.page)
     assert (
         "| optimum of 2 | 0.4, 200 | 96.00 | 90.00 ± 0.00 | 3 of 3 | "
@@ -604,7 +606,7 @@ def test_a_change_to_the_own_value_is_known(results):
     changes = (("UPDATE_FRACTION", 0.5),)
     failed_path = made(results, "rigl_erk_wrn", 0.1, 0, 0.9, changes=changes)
     (failed_path / "run/result.json").unlink()
-    (trial,) = summaries.trials(records.read(results), "rigl_erk_wrn", 0.1)
+    (trial,) = summaries.trials(reading.read(results), "rigl_erk_wrn", 0.1)
     assert (trial.drop_fraction, trial.frequency) == (0.5, 100)
 
 
@@ -614,9 +616,9 @@ def test_results_jsonl_makes_the_same_page(results, tmp_path):
     (results / "full" / "thesis").mkdir()
     made(results, "rigl_erk_wrn", 0.1, 1, 0.5, folder="z-other")
     first, second = tmp_path / "first", tmp_path / "second"
-    report.write(report.report(records.read(results)), first)
-    again = records.read(first / "results.jsonl", "full")
-    report.write(report.report(again), second)
+    report_command.write(sections.report(reading.read(results)), first)
+    again = reading.read(first / "results.jsonl", "full")
+    report_command.write(sections.report(again), second)
     names = sorted(p.relative_to(first) for p in first.rglob("*"))
     assert names == sorted(p.relative_to(second) for p in second.rglob("*"))
     for name in names:
@@ -626,17 +628,17 @@ def test_results_jsonl_makes_the_same_page(results, tmp_path):
 
 
 def test_a_broken_line_of_results_jsonl(results, tmp_path):
-    text = records.as_lines(records.read(results))
+    text = records.as_lines(reading.read(results))
     path = tmp_path / "results.jsonl"
     path.write_text("rubbish\n[1]\n" + '{"folder": "a/b"}\n\n' + text)
-    found = records.read(path)
+    found = reading.read(path)
     assert len(found.finished) == 4
     assert [note[:6] for note in found.notes] == ["Line 1", "Line 2", "Line 3"]
 
 
 def test_lines_that_are_wrong_in_one_place(results, tmp_path):
     """None is an error, and none is taken for what it cannot be."""
-    text = records.as_lines(records.read(results)).splitlines()
+    text = records.as_lines(reading.read(results)).splitlines()
     good = json.loads(text[-1])
     wrong = (None, "x", -1, 1e400, True, [], {}, [[1]], {"a": None})
     lines = []
@@ -655,10 +657,10 @@ def test_lines_that_are_wrong_in_one_place(results, tmp_path):
             line["folder"] = f"full/{at:03}"
     path = tmp_path / "results.jsonl"
     path.write_text("\n".join(text + [json.dumps(line) for line in lines]))
-    found = records.read(path, "full")
+    found = reading.read(path, "full")
     accuracies = {run.test for run in found.finished}
     assert accuracies <= {92.0, 93.0, 95.5, 94.0, 100.0}  # of True: none
-    made_report = report.report(found)
+    made_report = sections.report(found)
     assert "nan" not in str(made_report.lines)
     page.as_html(made_report.page)
 
@@ -714,8 +716,8 @@ def varied(results):
 
 
 def test_html_stands_alone(varied, tmp_path):
-    made_report = report.report(records.read(varied))
-    files = report.write(made_report, tmp_path / "out")
+    made_report = sections.report(reading.read(varied))
+    files = report_command.write(made_report, tmp_path / "out")
     text = (tmp_path / "out/report.html").read_text()
     checked = Checked(text)
     assert not checked.open and not checked.wrong
@@ -730,7 +732,7 @@ def test_html_stands_alone(varied, tmp_path):
     assert not re.search(r"https?://|url\(|@import", text)
     assert all(len(alt) > 20 for alt in checked.images)
     pictures = [path for path in files if path.suffix == ".png"]
-    assert {path.stem for path in pictures} == set(report._PICTURES)
+    assert {path.stem for path in pictures} == set(contents.PICTURES)
     assert len(checked.images) == len(pictures)
     for path in pictures:
         assert path.read_bytes().startswith(b"\x89PNG")
@@ -738,10 +740,12 @@ def test_html_stands_alone(varied, tmp_path):
 
 
 def test_markdown_names_its_figures(varied, tmp_path):
-    report.write(report.report(records.read(varied)), tmp_path / "out")
+    report_command.write(
+        sections.report(reading.read(varied)), tmp_path / "out"
+    )
     text = (tmp_path / "out/report.md").read_text()
     named = re.findall(r"\]\((figures/\w+\.png)\)", text)
-    assert len(named) == len(report._PICTURES)
+    assert len(named) == len(contents.PICTURES)
     assert all((tmp_path / "out" / name).is_file() for name in named)
     # The lines of a table have as many cells as its head.
     for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
@@ -751,10 +755,12 @@ def test_markdown_names_its_figures(varied, tmp_path):
 
 def test_other_files_stay_and_old_figures_go(varied, results, tmp_path):
     output = tmp_path / "out"
-    report.write(report.report(records.read(varied)), output)
+    report_command.write(sections.report(reading.read(varied)), output)
     (output / "mine.txt").write_text("kept")
     (output / "figures/mine.png").write_bytes(b"kept")
-    report.write(report.report(records.read(varied), ["table1"]), output)
+    report_command.write(
+        sections.report(reading.read(varied), ["table1"]), output
+    )
     assert {path.name for path in output.rglob("*.*")} == {
         "mine.txt",
         "mine.png",
@@ -777,15 +783,15 @@ def test_other_files_stay_and_old_figures_go(varied, results, tmp_path):
 def test_nothing_to_read(results, tmp_path, where, what):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=what):
-        records.read(tmp_path / where)
+        reading.read(tmp_path / where)
 
 
 def test_output_that_cannot_be_written(results, tmp_path):
-    made_report = report.report(records.read(results), ["table1"])
+    made_report = sections.report(reading.read(results), ["table1"])
     (tmp_path / "file").write_text("")
     for output in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ValueError, match="cannot be written to"):
-            report.write(made_report, output)
+            report_command.write(made_report, output)
 
 
 def test_names_of_rows():
@@ -806,7 +812,7 @@ def test_curves_are_thinned_and_reach_the_end(results):
     path = results / "full/rigl_erk_wrn-density0.1-seed0/run/flops.csv"
     lines = [f"{step},{1e7 + step}" for step in range(5_000)]
     path.write_text("\n".join(["step,inference_flops", *lines]))
-    found = records.read(results)
+    found = reading.read(results)
     run = summaries.of(found, "rigl_erk_wrn", 0.1).finished[0]
     assert len(run.curve) <= 121
     assert run.curve[0] == (0, pytest.approx(0.1))
@@ -815,8 +821,9 @@ def test_curves_are_thinned_and_reach_the_end(results):
 
 def test_planned_flops_are_marked(tmp_path):
     made(tmp_path, "rigl_erk_wrn", 0.1, 0, 0.5, preset="small")
-    made_report = report.report(
-        records.read(tmp_path), ["table2"], with_planned=True
+    planned = report_command.planned_flops("small")
+    made_report = sections.report(
+        reading.read(tmp_path), ["table2"], planned=planned
     )
     text = page.as_markdown(made_report.page)
     line = next(s for s in text.splitlines() if s.startswith("| Static |"))
@@ -826,8 +833,8 @@ def test_planned_flops_are_marked(tmp_path):
     longer = (("train.length", 4),)
     made(tmp_path, "set_erk_wrn", 0.1, 0, 0.5, preset="small")
     made(tmp_path, "set_erk_wrn", 0.2, 0, 0.5, preset="small", changes=longer)
-    methods = report.report(
-        records.read(tmp_path), ["methods"], with_planned=True
+    methods = sections.report(
+        reading.read(tmp_path), ["methods"], planned=planned
     )
     assert "| SET (ERK) 4x | (0.63x), (0.16x) | 0.17x, 0.16x |" in (
         page.as_markdown(methods.page)
@@ -841,11 +848,11 @@ def test_flops_are_those_that_the_library_counts(tmp_path):
     """Of a run that is trained here: result, report.csv and `count`."""
     import keras
 
-    from rigl_keras.experiments import command
+    from rigl_keras.experiments.runs import train_command
 
     path = tmp_path / "tiny" / "one"
     keras.config.disable_interactive_logging()
-    command.run(
+    train_command.run(
         ["gin/quickstart.gin"],
         bindings=[
             "train.model = @mlp",
@@ -864,7 +871,7 @@ def test_flops_are_those_that_the_library_counts(tmp_path):
     cost = rigl_keras.count(keras.models.load_model(path / "run/model.keras"))
     ratio = cost.inference_flops / cost.dense_inference_flops
     assert result["inference_flops_ratio"] == ratio
-    found = report.report(records.read(tmp_path))
+    found = sections.report(reading.read(tmp_path))
     (line,) = lines_of(found, table="table2", gin="rigl_erk_wrn")
     assert float(line["inference_flops_ratio"]) == ratio
     assert float(line["training_flops_ratio"]) == result["training_flops_ratio"]
@@ -873,7 +880,7 @@ def test_flops_are_those_that_the_library_counts(tmp_path):
 def test_the_command_says_what_is_wrong(results, tmp_path):
     """And ends with status 2, without a traceback."""
     (tmp_path / "file").write_text("")
-    command = [sys.executable, "-m", "rigl_keras.experiments.report"]
+    command = [sys.executable, "-m", "rigl_keras.experiments.report_command"]
     command += [f"--results_dir={results}", f"--output={tmp_path / 'file'}"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2

@@ -15,11 +15,16 @@ import shutil
 import pytest
 from test_report import failed, lines_of, made, searched
 
-from rigl_keras.experiments import (
-    figures,
+from rigl_keras import _figure_style
+from rigl_keras.experiments import report_command
+from rigl_keras.experiments.report import (
+    contents,
+    method_figures,
     page,
-    records,
-    report,
+    panels,
+    reading,
+    redistribution_figures,
+    sections,
     summaries,
 )
 
@@ -27,7 +32,7 @@ from rigl_keras.experiments import (
 @pytest.fixture
 def undrawn(monkeypatch):
     """Figures are not drawn, which takes seconds each."""
-    monkeypatch.setattr(report, "_picture", lambda *args, **options: None)
+    monkeypatch.setattr(contents, "picture_of", lambda *args, **options: None)
 
 
 @pytest.fixture
@@ -43,12 +48,12 @@ def results(tmp_path):
 
 def written(found, output, names=()):
     """Writes a report, and returns its Markdown and the lines of its table."""
-    made_report = report.report(found, names)
-    report.write(made_report, output)
+    made_report = sections.report(found, names)
+    report_command.write(made_report, output)
     (output / "report.html").read_text(encoding="utf-8")
     text = (output / "report.md").read_text(encoding="utf-8")
     table = (output / "report.csv").read_text(encoding="utf-8")
-    again = records.read(output / "results.jsonl", found.preset)
+    again = reading.read(output / "results.jsonl", found.preset)
     # What is left out of the folder is left out of the file as well.
     assert again.finished == found.finished
     return text, list(csv.DictReader(io.StringIO(table)))
@@ -122,7 +127,7 @@ def test_every_value_of_a_run_may_be_anything(
 ):
     """It counts as it did, or is left out and named: never a third thing."""
     changes = (("UPDATE_FRACTION", 0.3), ("train.length", 2))
-    whole = records.read(results).finished
+    whole = reading.read(results).finished
     first = made(results, "rigl_erk_wrn", 0.1, 1, 0.93, changes=changes)
     hurt = {}
     for file in ("about.json", "run/result.json"):
@@ -137,7 +142,7 @@ def test_every_value_of_a_run_may_be_anything(
             damage(new / file, path, value)
             hurt[new.name] = (file, *path)
     shutil.rmtree(first)
-    found = records.read(results)
+    found = reading.read(results)
     assert [run for run in found.finished if run.name not in hurt] == list(
         whole
     )
@@ -195,7 +200,7 @@ def test_every_file_of_a_run_may_be_anything(
             (folder / name).symlink_to(folder / name)
         elif content is not None:
             (folder / name).write_bytes(content)
-    found = records.read(results)
+    found = reading.read(results)
     seeds = [run.seed for run in found.finished if run.row == "snfs_erk_wrn"]
     assert seeds == [2, 3]  # without a rate, and without a curve
     assert "snfs_erk_wrn-density0.1-seed0 is left out" in str(found.notes)
@@ -206,7 +211,7 @@ def test_every_file_of_a_run_may_be_anything(
     for folder in (results / "full").iterdir():
         if not folder.name.startswith("snfs_erk_wrn-density0.1-seed"):
             shutil.rmtree(folder)
-    text, _ = written(records.read(results), tmp_path / "alone")
+    text, _ = written(reading.read(results), tmp_path / "alone")
     assert "2 runs are finished" in text
 
 
@@ -219,16 +224,16 @@ def test_no_curve_can_be_drawn(results, tmp_path):
     for bad in ("x,1", f"0,{'9' * 400}", "-1,1", "5,1\n3,1", "nan,1", "0"):
         lines = f"step,inference_flops\n{bad}\n"
         (folder / "run/flops.csv").write_text(lines)
-        assert not records.read(results).runs[3].curve, bad
-    found = records.read(results)
+        assert not reading.read(results).runs[3].curve, bad
+    found = reading.read(results)
     told = "seed0, rigl_erk_wrn-density0.1-seed1 and rigl_erk_wrn-density0.1-"
     assert told + "seed2 have no flops.csv" in str(found.notes)
-    figure = figures.redistribution(found)
+    figure = redistribution_figures.redistribution(found)
     left = figure.axes[0]
     assert [text.get_text() for text in left.texts] == [
         "no flops.csv can be read"
     ]
-    assert figures.as_png(figure).startswith(b"\x89PNG")
+    assert _figure_style.as_png(figure).startswith(b"\x89PNG")
 
 
 def test_a_figure_that_cannot_be_drawn(results, tmp_path, monkeypatch):
@@ -237,21 +242,21 @@ def test_a_figure_that_cannot_be_drawn(results, tmp_path, monkeypatch):
     def fails(*args, **options):
         raise OverflowError("int too large\nto convert")
 
-    monkeypatch.setattr(figures, "across_densities", fails)
-    made_report = report.report(records.read(results), ["figure1", "table2"])
+    monkeypatch.setattr(panels, "across_densities", fails)
+    made_report = sections.report(reading.read(results), ["figure1", "table2"])
     text = page.as_markdown(made_report.page)
     assert "The figure cannot be drawn: int too large." in text
     assert "its figure cannot be drawn (int too large)." in made_report.notes[0]
     assert "| RigL (ERK) | 92.50 ± 0.50 |" in text
     with pytest.raises(ValueError, match="too many panels"):
-        figures._figure(500, 3)
+        _figure_style.new_figure(500, 3)
     with pytest.raises(ValueError, match="too many panels"):
-        figures._figure(300, 300)
+        _figure_style.new_figure(300, 300)
 
 
 def test_only_rows_of_no_network(tmp_path):
     made(tmp_path, "quickstart", 0.1, 0, 0.9)
-    text, lines = written(records.read(tmp_path), tmp_path / "out")
+    text, lines = written(reading.read(tmp_path), tmp_path / "out")
     assert [line["gin"] for line in lines] == ["quickstart"]
     assert "| quickstart | 0.1 | - | 90.00 | 1 of 3 |" in text
 
@@ -267,15 +272,15 @@ def test_names_that_are_not_utf_8(results, tmp_path, capsys, undrawn):
     (results / "full" / "thesis\udcfe").mkdir()
     (results / "\udcff").mkdir()
     shutil.copytree(whole, results / "\udcff" / "run")
-    found = records.read(results, "full")
+    found = reading.read(results, "full")
     text, _ = written(found, tmp_path / "out")
     assert "the same result is in z\\\\udcff, z\\\\x1b\\[31m\\\\n# new." in text
     assert "thesis\\\\udcfe is left out" in text
-    report._tell(found, found.notes)
+    report_command._tell(found, found.notes)
     said = capsys.readouterr().out
     assert "z\\udcff, z\\x1b[31m\\n# new." in said and said.isascii()
     # A preset of such a name can be asked for, and holds another's run.
-    other = records.read(results, "\udcff")
+    other = reading.read(results, "\udcff")
     assert other.preset == "\\udcff" and "it is of 'full'" in other.notes[0]
 
 
@@ -287,7 +292,7 @@ def test_the_proper_folder_counts(results):
     made(results, "rigl_erk_wrn", 0.1, 0, 0.1, folder="a", changes=changes)
     name = "rigl_erk_wrn-density0.1-learning_rate0.1234567-length2-seed0"
     made(results, "rigl_erk_wrn", 0.1, 0, 0.8, folder=name, changes=changes)
-    found = records.read(results)
+    found = reading.read(results)
     assert summaries.of(found, "set_erk_wrn", 0.1).accuracies == (90.0,)
     told = "set_erk_wrn-density0.1-seed0 (90.00 %) is there 3 times"
     assert any(note.startswith(told) for note in found.notes)
@@ -322,7 +327,7 @@ def test_results_of_another_run(results, tmp_path, result, said, undrawn):
     path = made(
         results, "rigl_erk_wrn", 0.1, 1, 0.9, changes=changes, result=result
     )
-    found = records.read(results)
+    found = reading.read(results)
     assert path.name not in [run.name for run in found.finished]
     (note,) = [note for note in found.notes if path.name in note]
     assert note == (
@@ -339,14 +344,14 @@ def test_pruning_ends_at_its_density(results):
     for seed, density in enumerate((0.1, 0.0999, 0.12)):
         result = {"density": density, "settings": settings}
         made(results, "pruning_wrn", 0.1, seed, 0.9, result=result)
-    assert summaries.of(records.read(results), "pruning_wrn", 0.1).n == 3
+    assert summaries.of(reading.read(results), "pruning_wrn", 0.1).n == 3
 
 
 def test_other_seeds_than_the_reports(results, tmp_path):
     """Beside those they count; alone they are all that each row should have."""
     for seed in (5, 6):
         made(results, "set_erk_wrn", 0.1, seed, 0.9)
-    found = records.read(results)
+    found = reading.read(results)
     assert summaries.of(found, "set_erk_wrn", 0.1).wanted == 5
     assert found.notes == (
         "Not the report's seeds 0, 1 and 2: 5 and 6. They count like those.",
@@ -364,10 +369,10 @@ def test_other_seeds_than_the_reports(results, tmp_path):
             changes=changes,
             updates=(0.4, 200),
         )
-    found = records.read(alone)
+    found = reading.read(alone)
     (note,) = found.notes
     assert note.endswith("so that each row should have these.")
-    text = page.as_markdown(report.report(found, ["table4"]).page)
+    text = page.as_markdown(sections.report(found, ["table4"]).page)
     assert "that have all seeds 5 and 6; how many" in text
     assert "| optimum of 1 | 0.4, 200 | 90.00 | 90.00 ± 0.00 | 2 of 2 |" in text
 
@@ -376,7 +381,7 @@ def test_densities_that_print_alike(results, undrawn):
     for density in (0.1234561, 0.1234562):
         for row in ("rigl_erk_wrn", "set_erk_wrn"):
             made(results, row, density, 0, 0.9, folder=f"{row}{density!r}")
-    made_report = report.report(records.read(results), ["methods", "table2"])
+    made_report = sections.report(reading.read(results), ["methods", "table2"])
     text = page.as_markdown(made_report.page)
     for density in ("0.1234561", "0.1234562"):
         assert f"| density {density} " in text
@@ -389,7 +394,7 @@ def test_a_seed_that_collapsed_is_flagged(results, tmp_path, undrawn):
     for seed, accuracy in enumerate((0.921, 0.656, 0.922)):
         made(results, "set_uniform_2x_wrn", 0.1, seed, accuracy)
     made(results, "static_erk_wrn", 0.1, 0, 0.115)
-    found = records.read(results)
+    found = reading.read(results)
     assert found.notes == (
         "set_uniform_2x_wrn-density0.1-seed1 has collapsed: 65.60 % is 26.5 "
         "points below the other seeds; its accuracy counts like any other.",
@@ -411,7 +416,7 @@ def test_nothing_a_run_has_said_is_markdown(results, tmp_path, undrawn):
     changes = ((LINK, 2),)
     made(results, "rigl_erk_wrn", 0.1, 0, 0.9, changes=changes, folder="[1]")
     made(results, "rigl_erk_wrn", 0.1, 0, 0.9, changes=changes, folder="# x")
-    text, _ = written(records.read(results), tmp_path / "out")
+    text, _ = written(reading.read(results), tmp_path / "out")
     said = [line for line in text.splitlines() if "evil" in line]
     assert len(said) == 3
     whole = (
@@ -492,7 +497,7 @@ def test_no_cell_is_a_formula(text, cell):
 def test_formulas_among_changes(results, tmp_path, undrawn):
     changes = (("=HYPERLINK(1)", -1.5),)
     made(results, "rigl_erk_wrn", 0.1, 0, 0.9, changes=changes, folder="x")
-    _, lines = written(records.read(results), tmp_path / "out")
+    _, lines = written(reading.read(results), tmp_path / "out")
     (line,) = [line for line in lines if line["changes"]]
     assert line["changes"] == "'=HYPERLINK(1)=-1.5"
     (line,) = [
@@ -510,9 +515,11 @@ def test_names_in_figures_are_no_formulas(results):
     for name in ("$\\frac$", "x" * 190, "\u4e2d\u6587"):
         changes = ((name, 2),)
         made(results, "rigl_erk_wrn", 0.1, 0, 0.9, changes=changes, folder=name)
-    found = records.read(results)
-    assert figures.as_png(figures.methods(found)).startswith(b"\x89PNG")
-    assert report.report(found, ["methods"]).page.sections[0].picture
+    found = reading.read(results)
+    assert _figure_style.as_png(method_figures.methods(found)).startswith(
+        b"\x89PNG"
+    )
+    assert sections.report(found, ["methods"]).page.sections[0].picture
 
 
 def test_settings_that_are_no_numbers(results):
@@ -523,9 +530,9 @@ def test_settings_that_are_no_numbers(results):
             damage(
                 path / "run/result.json", ("settings", "method", name), value
             )
-    found = records.read(results)
+    found = reading.read(results)
     reference = summaries.of(found, "rigl_erk_wrn", 0.1)
     assert summaries.settings_of(found, reference) == (None, None)
-    text = page.as_markdown(report.report(found, ["table4", "tuning"]).page)
+    text = page.as_markdown(sections.report(found, ["table4", "tuning"]).page)
     assert "| reference | - | " in text
     assert "| optimum of 2 | 0.4, 200 |" in text

@@ -58,12 +58,16 @@ if __name__ == "__main__" and sys.argv[1] == "run":
 import pytest  # noqa: E402
 
 import gin  # noqa: E402
-from rigl_keras.experiments import (  # noqa: E402
+from rigl_keras.experiments.reproduction import (  # noqa: E402
+    costs,  # noqa: E402
     plans,
+    progress,
     reproduce,
-    work,
+    workers,
 )
-from rigl_keras.experiments.results import Results  # noqa: E402
+from rigl_keras.experiments.reproduction.results import (  # noqa: E402
+    Results,
+)
 
 FULL = plans.Preset("full")
 
@@ -85,16 +89,16 @@ def quick(monkeypatch):
     """Trains with the stand-in, of which some rows may fail."""
     failing = set()
     monkeypatch.setattr(
-        work,
+        workers,
         "command_of",
         lambda run, **options: command_of(run, failing=failing),
     )
-    monkeypatch.setattr(work, "_POLL", 0.05)
-    monkeypatch.setattr(work, "_WAIT", 0.05)
+    monkeypatch.setattr(workers, "_POLL", 0.05)
+    monkeypatch.setattr(workers, "_WAIT", 0.05)
     return failing
 
 
-class Told(work.Progress):
+class Told(progress.Progress):
     """Keeps what it is told."""
 
     def __init__(self):
@@ -134,12 +138,12 @@ def finished(results, runs):
 def test_what_is_missing_is_trained(tmp_path, quick):
     runs, told = some_runs(), Told()
     results = Results(tmp_path, "full")
-    assert work.work_off(runs[1:2], results, progress=told) == {}
-    assert work.work_off(runs, results, progress=told) == {}
+    assert workers.work_off(runs[1:2], results, progress=told) == {}
+    assert workers.work_off(runs, results, progress=told) == {}
     finished(results, runs)
     order = [name for what, name in told.events if what == "start"]
     assert order == [runs[i].name for i in (1, 0, 2, 3)]
-    assert work.work_off(runs, results, progress=Told()) == {}
+    assert workers.work_off(runs, results, progress=Told()) == {}
     finished(results, runs)
     about = (results.folder(runs[1]) / "about.json").read_text()
     assert '"row": "rigl_erk_wrn"' in about and '"seed": 0' in about
@@ -151,7 +155,7 @@ def test_a_failure_stops_nothing_else(tmp_path, quick):
     runs = [ticket.source, ticket, *some_runs([0])]
     results, told = Results(tmp_path, "full"), Told()
     quick.add("pruning_wrn")
-    failed = work.work_off(runs, results, progress=told)
+    failed = workers.work_off(runs, results, progress=told)
     assert failed == {
         ticket.source: "train: there is no such thing",
         ticket: f"it starts from {ticket.source.name}, which failed",
@@ -160,7 +164,7 @@ def test_a_failure_stops_nothing_else(tmp_path, quick):
     assert results.failure(ticket.source) == "train: there is no such thing"
     assert not results.folder(ticket).exists()
     quick.clear()
-    assert work.work_off(runs, results) == {}
+    assert workers.work_off(runs, results) == {}
     finished(results, runs)
     assert results.failure(ticket.source) is None
 
@@ -179,7 +183,7 @@ def skewed(request, monkeypatch):
     failing = {"pruning_wrn", "static_erk_wrn"}
     monkeypatch.setattr(Results, "record_failure", record_failure)
     monkeypatch.setattr(
-        work,
+        workers,
         "_trained",
         lambda run, *args: "no luck" if run.row in failing else None,
     )
@@ -189,7 +193,7 @@ def skewed(request, monkeypatch):
         waits.append(seconds)
         assert len(waits) < 5, "it waits for a run that has failed"
 
-    monkeypatch.setattr(work.time, "sleep", sleep)
+    monkeypatch.setattr(workers.time, "sleep", sleep)
     return failing
 
 
@@ -203,14 +207,14 @@ def test_no_failure_is_lost_by_a_clock(tmp_path, skewed):
         ticket: f"it starts from {ticket.source.name}, which failed",
         run: "no luck",
     }
-    assert work.work_off(runs, results) == wanted
+    assert workers.work_off(runs, results) == wanted
     # Those failures are of the command before: this one tries again.
     told = Told()
-    assert work.work_off(runs, results, progress=told) == wanted
+    assert workers.work_off(runs, results, progress=told) == wanted
     started = [name for what, name in told.events if what == "start"]
     assert started == [ticket.source.name, run.name]
     skewed.clear()
-    assert work.work_off(runs[2:], results) == {}
+    assert workers.work_off(runs[2:], results) == {}
     assert results.failure(run) is None
 
 
@@ -232,16 +236,16 @@ def test_no_failure_elsewhere_is_lost_by_a_clock(
         looks.append(seconds)
         assert len(looks) < 5, "it waits for a run that has failed"
 
-    monkeypatch.setattr(work.time, "sleep", other)
+    monkeypatch.setattr(workers.time, "sleep", other)
     with results.claim(run):
-        failed = work.work_off([run], Results(tmp_path, "full"))
+        failed = workers.work_off([run], Results(tmp_path, "full"))
     assert failed == {run: "no luck"}
 
 
 def test_a_run_waits_for_nobody_who_is_not_there(tmp_path):
     ticket = plans.Run("lottery_wrn", FULL, 0.1, 0)
     with pytest.raises(ValueError, match="starts from pruning.*Pass it, too"):
-        work.work_off([ticket], Results(tmp_path, "full"))
+        workers.work_off([ticket], Results(tmp_path, "full"))
 
 
 def test_results_that_cannot_be_read(tmp_path):
@@ -268,15 +272,15 @@ def test_results_that_cannot_be_read(tmp_path):
 
 def test_a_process_that_is_killed_has_failed(tmp_path, quick, monkeypatch):
     monkeypatch.setattr(
-        work, "command_of", lambda run, **o: ["sh", "-c", "kill -9 $$"]
+        workers, "command_of", lambda run, **o: ["sh", "-c", "kill -9 $$"]
     )
     (run, *_) = some_runs()
-    failed = work.work_off([run], Results(tmp_path, "full"))
+    failed = workers.work_off([run], Results(tmp_path, "full"))
     assert failed == {run: "its process was killed by SIGKILL"}
-    monkeypatch.setattr(work, "command_of", lambda run, **o: ["true"])
-    failed = work.work_off([run], Results(tmp_path, "full"))
+    monkeypatch.setattr(workers, "command_of", lambda run, **o: ["true"])
+    failed = workers.work_off([run], Results(tmp_path, "full"))
     assert failed == {run: "its process ended with status 0"}
-    assert work._signal(35) == "signal 35"  # of real time, without a name
+    assert workers.signal(35) == "signal 35"  # of real time, without a name
 
 
 def test_claimed_runs_are_left_to_others_and_taken_over(tmp_path, quick):
@@ -298,7 +302,7 @@ def test_claimed_runs_are_left_to_others_and_taken_over(tmp_path, quick):
     assert results.claimed(runs[0]) and not results.claimed(runs[1])
     # Given up a moment after there is nothing else to do.
     told.wait = lambda runs: release.set() or told.events.append("wait")
-    assert work.work_off(runs, results, progress=told) == {}
+    assert workers.work_off(runs, results, progress=told) == {}
     process.join()
     assert told.events[:3] == [
         ("start", runs[1].name),
@@ -312,17 +316,17 @@ def test_claimed_runs_are_left_to_others_and_taken_over(tmp_path, quick):
 def test_results_of_another_configuration_are_refused(tmp_path, quick):
     results = Results(tmp_path, "full")
     (run, *_) = some_runs()
-    work.work_off([run], results)
+    workers.work_off([run], results)
     config = results.folder(run) / "run" / "config.gin"
     config.write_text(config.read_text() + "\ntrain.epochs = 3\n")
     with pytest.raises(ValueError, match="another configuration.*Move the"):
-        work.work_off([run], results)
+        workers.work_off([run], results)
 
 
 def test_the_command_is_that_of_bin_train(tmp_path):
     run = plans.Run("rigl_erk_wrn", plans.Preset("small"), 0.1, 1)
-    command = work.command_of(run, data_dir=tmp_path, parent=7)
-    assert command[1:3] == ["-m", "rigl_keras.experiments.train"]
+    command = workers.command_of(run, data_dir=tmp_path, parent=7)
+    assert command[1:3] == ["-m", "rigl_keras.experiments.runs.train_command"]
     assert command[3] == "--gin_file=gin/rigl_erk_wrn.gin"
     assert command[4].endswith("gin/presets/small.gin")
     assert command[5:] == [
@@ -388,10 +392,10 @@ def test_a_run_ends_with_who_started_it(kill):
 
 def test_plan_and_progress(tmp_path, quick, monkeypatch, capfd):
     """What is planned, what it costs, what is done, what failed."""
-    monkeypatch.setattr(reproduce.costs, "seconds_of_step", lambda network: 0.5)
+    monkeypatch.setattr(costs, "seconds_of_step", lambda network: 0.5)
     runs = some_runs()
     results = Results(tmp_path, "full")
-    work.work_off(runs[:1], results)
+    workers.work_off(runs[:1], results)
     quick.add("rigl_erk_wrn")
     failed = reproduce.reproduce(runs, results)
     assert set(failed) == {runs[1], runs[3]}
@@ -448,8 +452,8 @@ def test_nonsense():
 
 
 def _work(path):
-    work.command_of = command_of
-    work._POLL = work._WAIT = 0.05
+    workers.command_of = command_of
+    workers._POLL = workers._WAIT = 0.05
 
     class Printed(Told):
         def start(self, run):
@@ -461,7 +465,7 @@ def _work(path):
     print("ready", flush=True)
     sys.stdin.readline()
     with contextlib.suppress(KeyboardInterrupt):
-        failed = work.work_off(
+        failed = workers.work_off(
             some_runs(range(6)), Results(path, "full"), progress=Printed()
         )
         sys.exit(len(failed))

@@ -6,7 +6,9 @@ import re
 
 import pytest
 
-from rigl_keras.experiments import config, page, plans, records, report
+from rigl_keras.experiments.report import page, reading, sections
+from rigl_keras.experiments.reproduction import plans
+from rigl_keras.experiments.runs import config
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 DATA = DOCS / "results_small" / "results.jsonl"
@@ -14,7 +16,7 @@ DATA = DOCS / "results_small" / "results.jsonl"
 
 @pytest.fixture(scope="module")
 def made():
-    return report.report(records.read(DATA, "small"))
+    return sections.report(reading.read(DATA, "small"))
 
 
 def tables(text):

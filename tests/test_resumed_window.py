@@ -4,7 +4,8 @@ import keras
 import numpy as np
 import pytest
 
-from rigl_keras import RigL, sparsify
+from rigl_keras.masking.sparsify import sparsify
+from rigl_keras.methods.rigl import RigL
 
 STEPS, EPOCHS = 10, 4
 

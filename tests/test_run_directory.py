@@ -9,10 +9,10 @@ import keras
 import pytest
 from test_writing import check_kept, disk  # noqa: F401
 
-from rigl_keras import writing
-from rigl_keras.experiments import results
-from rigl_keras.experiments.plans import Preset, Run
-from rigl_keras.experiments.run_directory import EarlierRun, RunDirectory
+from rigl_keras import _files
+from rigl_keras.experiments.reproduction import results
+from rigl_keras.experiments.reproduction.plans import Preset, Run
+from rigl_keras.experiments.runs.run_directory import EarlierRun, RunDirectory
 
 
 def begun(path, **options):
@@ -31,7 +31,7 @@ def test_a_second_process_is_refused(tmp_path):
             with pytest.raises(ValueError, match=f"process {os.getpid()} on"):
                 RunDirectory(path, config="x", resume=resume)
         first.begin()
-        with writing.whole(path / "model.keras") as unfinished:
+        with _files.whole(path / "model.keras") as unfinished:
             unfinished.write_text("half")
             with pytest.raises(ValueError, match="is in use by process"):
                 begun(path)
@@ -72,7 +72,7 @@ def test_what_other_machines_have_left_goes(tmp_path):
     with begun(tmp_path) as run:
         run.begin()
     for folder in (tmp_path, tmp_path / "weights"):
-        left = folder / f"{writing.UNFINISHED}elsewhere-1"
+        left = folder / f"{_files.UNFINISHED}elsewhere-1"
         left.mkdir(parents=True)
     with begun(tmp_path) as run:
         run.begin()
@@ -138,7 +138,7 @@ def test_results_on_a_full_disk(tmp_path, monkeypatch, name):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     monkeypatch.setattr(pathlib.Path, name, full)
-    with pytest.raises(writing.DiskFullError, match="rigl_erk_wrn"):
+    with pytest.raises(_files.DiskFullError, match="rigl_erk_wrn"):
         with shared.claim(Run("rigl_erk_wrn", Preset("small"), 0.1, 0)):
             pass
 
@@ -148,12 +148,12 @@ def test_a_run_on_a_full_disk(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr(writing, "sign", full)
-        with pytest.raises(writing.DiskFullError, match="lock.*--resume"):
+        patch.setattr(_files, "sign", full)
+        with pytest.raises(_files.DiskFullError, match="lock.*--resume"):
             begun(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(pathlib.Path, "mkdir", full)
-        with pytest.raises(writing.DiskFullError, match="--resume"):
+        with pytest.raises(_files.DiskFullError, match="--resume"):
             begun(tmp_path)
     with begun(tmp_path):
         pass

@@ -5,7 +5,8 @@ import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rigl_keras import ORIGINAL, REPORT, schedules, scores
+from rigl_keras import schedules, scores
+from rigl_keras.conventions import ORIGINAL, REPORT
 
 WINDOWS = [
     # frequency, begin, end -> steps below 40, ORIGINAL and REPORT

@@ -15,19 +15,14 @@ from keras import layers
 from test_callbacks import METHODS
 
 import rigl_keras
-from rigl_keras import (
-    REPORT,
-    SET,
-    SNFS,
-    Conventions,
-    MagnitudePruning,
-    RigL,
-    SparsityRamp,
-    dense_gradients,
-    masked_layers,
-    sparsify,
-)
-from rigl_keras.optimizer_state import slots
+from rigl_keras.conventions import REPORT, Conventions
+from rigl_keras.masking.masked_layers import masked_layers
+from rigl_keras.masking.sparsify import sparsify
+from rigl_keras.masking.tracing import dense_gradients
+from rigl_keras.methods.pruning import MagnitudePruning
+from rigl_keras.methods.rigl import SET, SNFS, RigL
+from rigl_keras.schedules import SparsityRamp
+from rigl_keras.training.optimizer_state import slots
 
 every_method = pytest.mark.parametrize("method", METHODS)
 EVERY_STEP = dict(frequency=1, end_step=99, decay="constant")

@@ -8,8 +8,8 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rigl_keras import sparse_storage
-from rigl_keras.sparse_storage import (
+from rigl_keras.exporting import sparse_storage
+from rigl_keras.exporting.sparse_storage import (
     ENCODINGS,
     cheapest_encoding,
     decode,

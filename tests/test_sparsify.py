@@ -15,14 +15,11 @@ from conftest import compiled, examples, kernels, masks, small_model
 from keras import layers
 
 import rigl_keras
-from rigl_keras import (
-    REPORT,
-    distributions,
-    masked_layers,
-    sparsify,
-    strip,
-    with_masks,
-)
+from rigl_keras import distributions
+from rigl_keras.conventions import REPORT
+from rigl_keras.masking.masked_layers import masked_layers
+from rigl_keras.masking.sparsify import sparsify, with_masks
+from rigl_keras.masking.stripping import strip
 
 
 def ones(model):

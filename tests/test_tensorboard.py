@@ -14,11 +14,12 @@ import tensorflow as tf
 
 import gin
 import rigl_keras
-from rigl_keras import diagnostics, flops, writing
-from rigl_keras.events import event_files, forget_events
-from rigl_keras.experiments import command, train
-from rigl_keras.experiments.run_directory import Checkpoints, RunDirectory
-from rigl_keras.experiments.tensorboard_log import density_figure
+from rigl_keras import _files, diagnostics, flops
+from rigl_keras.diagnostics.events import event_files, forget_events
+from rigl_keras.experiments.runs import train, train_command
+from rigl_keras.experiments.runs.checkpoints import Checkpoints
+from rigl_keras.experiments.runs.density_figure import density_figure
+from rigl_keras.experiments.runs.run_directory import RunDirectory
 
 # Two epochs of 23 steps on digits.
 SMALL = [
@@ -75,7 +76,9 @@ def clean_gin():
 
 
 def small_run(run_dir, *more, **options):
-    return command.run(bindings=[*SMALL, *more], run_dir=run_dir, **options)
+    return train_command.run(
+        bindings=[*SMALL, *more], run_dir=run_dir, **options
+    )
 
 
 def events(folder):
@@ -345,7 +348,7 @@ def test_only_a_runs_own_events_are_forgotten(tmp_path):
 def test_what_a_killed_process_left_goes_with_nothing_to_forget(tmp_path):
     gone = subprocess.Popen(["true"])
     gone.wait()
-    left = tmp_path / f"{writing.UNFINISHED}{platform.node()}-{gone.pid}"
+    left = tmp_path / f"{_files.UNFINISHED}{platform.node()}-{gone.pid}"
     left.mkdir()
     forget_events(tmp_path, first_step=2, prefix="mine/")
     assert not list(tmp_path.iterdir())

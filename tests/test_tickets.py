@@ -11,9 +11,11 @@ from conftest import small_network
 
 import gin
 import rigl_keras
-from rigl_keras.experiments import command, data
-from rigl_keras.experiments.run_directory import EarlierRun, Metrics
-from rigl_keras.experiments.train import WarmUpAndSteps, sgd
+from rigl_keras.experiments import data
+from rigl_keras.experiments.runs import train_command
+from rigl_keras.experiments.runs.optimizers import WarmUpAndSteps, sgd
+from rigl_keras.experiments.runs.run_callbacks import Metrics
+from rigl_keras.experiments.runs.run_directory import EarlierRun
 
 # Two epochs of 23 steps on digits.
 SMALL = [
@@ -57,7 +59,7 @@ def found(run_dir):
 @pytest.fixture(scope="module")
 def pruned(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("runs") / "pruned"
-    result = command.run(bindings=PRUNING, run_dir=run_dir, seed=1)
+    result = train_command.run(bindings=PRUNING, run_dir=run_dir, seed=1)
     gin.clear_config()
     return run_dir, result
 
@@ -69,7 +71,7 @@ def ticket(path, source, *more, seed=1):
         f"train.weights_from = {str(source)!r}",
         *more,
     ]
-    return command.run(bindings=bindings, run_dir=path, seed=seed)
+    return train_command.run(bindings=bindings, run_dir=path, seed=seed)
 
 
 def test_pruning_ends_where_it_was_told(pruned):
@@ -208,7 +210,7 @@ def test_bad_tickets(pruned, tmp_path, bindings, message):
 
 def test_masks_of_a_dense_or_unfinished_run(tmp_path):
     dense = tmp_path / "dense"
-    command.run(
+    train_command.run(
         bindings=[*SMALL, "train.method = None", "train.density = None"],
         run_dir=dense,
     )
@@ -240,7 +242,7 @@ def test_masks_of_a_dense_or_unfinished_run(tmp_path):
 )
 def test_other_starts(tmp_path, bindings, method, density):
     bindings = [*SMALL, "train.method = None", *bindings]
-    result = command.run(bindings=bindings, run_dir=tmp_path / "run")
+    result = train_command.run(bindings=bindings, run_dir=tmp_path / "run")
     assert result["method"] == method
     assert result["density"] == pytest.approx(density, abs=0.01)
     if method == "small-dense":
@@ -251,7 +253,7 @@ def test_other_starts(tmp_path, bindings, method, density):
         assert result["training_flops_ratio"] == pytest.approx(
             result["inference_flops_ratio"]
         )
-    table = command.table(result)
+    table = train_command.table(result)
     assert "parameters" in table and "training FLOPs" in table
 
 
@@ -266,7 +268,7 @@ def test_a_longer_run(tmp_path):
         "RigL.begin_step = 5",
         "RigL.end_step = 15",
     ]
-    result = command.run(bindings=bindings, run_dir=tmp_path / "run")
+    result = train_command.run(bindings=bindings, run_dir=tmp_path / "run")
     assert (result["steps"], result["settings"]["length"]) == (46, 2)
     rows = (tmp_path / "run" / "trajectory.csv").read_text().splitlines()
     steps = [int(row.split(",")[0]) for row in rows[2:]]
@@ -282,7 +284,7 @@ def test_a_longer_run(tmp_path):
 def test_a_longer_run_needs_makers_that_know(tmp_path):
     bindings = [*SMALL, "train.length = 0.1"]
     with pytest.raises(ValueError, match="must leave one at least"):
-        command.run(bindings=bindings, run_dir=tmp_path / "run")
+        train_command.run(bindings=bindings, run_dir=tmp_path / "run")
 
 
 def test_warm_up_and_steps_by_hand():
@@ -309,12 +311,12 @@ def test_training_on_all_examples(tmp_path):
     assert whole.steps_per_epoch(64) == 26
     with pytest.raises(ValueError, match="none is held out"):
         whole.validation(batch_size=4)
-    result = command.run(
+    result = train_command.run(
         bindings=[*SMALL, "train.validation = 0"], run_dir=tmp_path / "run"
     )
     assert result["steps"] == 52
     assert result["validation_accuracy"] is None
-    assert "no examples held out" in command.table(result)
+    assert "no examples held out" in train_command.table(result)
 
 
 def test_labels_are_smoothed_in_training_alone(tmp_path):
@@ -330,14 +332,14 @@ def test_labels_are_smoothed_in_training_alone(tmp_path):
             "small_network.weight_decay = 0.0",
             f"train.label_smoothing = {smoothing}",
         ]
-        command.run(bindings=bindings, run_dir=run_dir)
+        train_command.run(bindings=bindings, run_dir=run_dir)
         gin.clear_config()
         with (run_dir / "metrics.csv").open(newline="") as file:
             losses[smoothing] = next(csv.DictReader(file))
     assert losses[0.0]["val_loss"] == losses[0.5]["val_loss"]
     assert losses[0.0]["loss"] != losses[0.5]["loss"]
     with pytest.raises(ValueError, match="label_smoothing must be in"):
-        command.run(
+        train_command.run(
             bindings=["train.label_smoothing = 1.0"], run_dir=tmp_path / "bad"
         )
 
@@ -352,7 +354,7 @@ def test_the_corrections_of_the_report_survive_a_restart(tmp_path):
         "RigL.end_step = 46",
     ]
     straight, cut = tmp_path / "straight", tmp_path / "cut"
-    command.run(bindings=bindings, run_dir=straight)
+    train_command.run(bindings=bindings, run_dir=straight)
     gin.clear_config()
 
     class Stop(Exception):
@@ -365,9 +367,9 @@ def test_the_corrections_of_the_report_survive_a_restart(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Metrics, "on_epoch_begin", stop_in_the_second_epoch)
         with pytest.raises(Stop):
-            command.run(bindings=bindings, run_dir=cut)
+            train_command.run(bindings=bindings, run_dir=cut)
     gin.clear_config()
-    command.run(bindings=bindings, run_dir=cut, resume=True)
+    train_command.run(bindings=bindings, run_dir=cut, resume=True)
     assert (cut / "trajectory.csv").read_text() == (
         straight / "trajectory.csv"
     ).read_text()
@@ -381,7 +383,7 @@ def test_the_corrections_of_the_report_survive_a_restart(tmp_path):
 def test_whole_kernels_stay_whole_from_run_to_run(tmp_path):
     kernel = ["train.granularity = 'kernel'", "train.density = 0.3"]
     bindings = [*SMALL, "train.method = None", *kernel]
-    command.run(bindings=bindings, run_dir=tmp_path / "first")
+    train_command.run(bindings=bindings, run_dir=tmp_path / "first")
     gin.clear_config()
     result = ticket(
         tmp_path / "second",
@@ -400,11 +402,13 @@ def test_whole_kernels_stay_whole_from_run_to_run(tmp_path):
 
 def test_weights_of_an_unfinished_run(tmp_path):
     """Those of its start are there from the start, and cost nothing."""
-    command.run(bindings=TICKET, run_dir=tmp_path / "first")
+    train_command.run(bindings=TICKET, run_dir=tmp_path / "first")
     gin.clear_config()
     (tmp_path / "first" / "result.json").unlink()
     source = f"train.weights_from = {str(tmp_path / 'first')!r}"
-    result = command.run(bindings=[*TICKET, source], run_dir=tmp_path / "next")
+    result = train_command.run(
+        bindings=[*TICKET, source], run_dir=tmp_path / "next"
+    )
     assert result["training_flops_ratio_with_sources"] == pytest.approx(
         result["training_flops_ratio"]
     )
@@ -413,6 +417,6 @@ def test_weights_of_an_unfinished_run(tmp_path):
 def test_small_dense_takes_a_model_that_scales(tmp_path):
     bindings = ["train.model = @mlp", "train.small_dense = True"]
     with pytest.raises(ValueError, match="takes `channel_scale`"):
-        command.run(
+        train_command.run(
             bindings=[*bindings, "train.method = None"], run_dir=tmp_path / "x"
         )

@@ -2,7 +2,7 @@
 
 import time
 
-from rigl_keras.timing import interleaved, rounds_within
+from rigl_keras._timing import interleaved, rounds_within
 
 
 def recorder(seconds=0.0):

@@ -7,7 +7,8 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rigl_keras import ORIGINAL, REPORT, topology
+from rigl_keras import topology
+from rigl_keras.conventions import ORIGINAL, REPORT
 
 INF = np.inf
 NAN = np.nan

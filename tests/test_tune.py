@@ -21,10 +21,11 @@ import optuna
 import pytest
 from optuna.storages.journal import JournalFileBackend
 
-from rigl_keras.experiments import plans, tune
-from rigl_keras.experiments.results import Results
-from rigl_keras.experiments.studies import Study, _end_with_a_line
-from rigl_keras.experiments.tune import Search
+from rigl_keras.experiments.reproduction import costs, plans
+from rigl_keras.experiments.reproduction.results import Results
+from rigl_keras.experiments.tuning import search, tables, tune
+from rigl_keras.experiments.tuning.search import Search
+from rigl_keras.experiments.tuning.studies import Study, end_with_a_line
 
 SMALL = plans.Preset("small")
 ROW = "rigl_erk_wrn"
@@ -130,7 +131,7 @@ def check_finished(study, found, results, trials):
 def straight(tmp_path_factory):
     found, study, results = begun(tmp_path_factory.mktemp("straight"))
     trainer = Trainer()
-    assert tune.search(found, study, results, train=trainer) == {}
+    assert search.search(found, study, results, train=trainer) == {}
     return found, study, results, trainer
 
 
@@ -161,7 +162,7 @@ def test_a_finished_search_is_not_repeated(straight):
     before = (study.path / "journal.log").read_bytes()
     again, trainer = study_of(results, found), Trainer()
     again.begin()
-    tune.search(found, again, results, train=trainer)
+    search.search(found, again, results, train=trainer)
     assert not trainer.trained
     assert (study.path / "journal.log").read_bytes() == before
 
@@ -170,14 +171,14 @@ def test_more_trials_go_on(straight, tmp_path):
     """As if there had been as many from the beginning."""
     for trials in (5, 6, 12):
         found, study, results = begun(tmp_path, trials=trials)
-        tune.search(found, study, results, train=Trainer())
+        search.search(found, study, results, train=Trainer())
         assert len(states(study)) == trials
     assert settings(study) == settings(straight[1])
 
 
 def test_another_seed_tries_others(straight, tmp_path):
     found, study, results = begun(tmp_path, trials=2, sampler_seed=1)
-    tune.search(found, study, results, train=Trainer())
+    search.search(found, study, results, train=Trainer())
     assert not set(settings(study)) & set(settings(straight[1]))
 
 
@@ -190,7 +191,7 @@ def test_trained_settings_are_taken(tmp_path):
         assert run.name == f"{ROW}-density0.1-seed{run.seed}"
         write_result(run, results)
     trainer = Trainer()
-    tune.search(found, study, results, train=trainer)
+    search.search(found, study, results, train=trainer)
     assert not trainer.trained and states(study) == ["COMPLETE"]
 
 
@@ -205,13 +206,13 @@ def test_an_interrupted_trial_is_tried_again(tmp_path):
         return trainer(runs, *rest, **options)
 
     with pytest.raises(KeyboardInterrupt):
-        tune.search(found, study, results, train=interrupted)
+        search.search(found, study, results, train=interrupted)
     assert states(study) == ["COMPLETE", "RUNNING"]
     before = settings(study)
 
     again = study_of(results, found)
     again.begin()
-    tune.search(found, again, results, train=trainer)
+    search.search(found, again, results, train=trainer)
     assert [trial.number for trial in again.trials()] == [0, 2, 3]
     assert settings(again)[:2] == before
     check_finished(again, found, results, 3)
@@ -263,14 +264,14 @@ def test_failures(tmp_path):
         return run.changes == first[0].changes and run.seed == 1
 
     trainer = Trainer(fails)
-    failed = tune.search(found, study, results, train=trainer)
+    failed = search.search(found, study, results, train=trainer)
     ((run, reason),) = failed.items()
     assert (run.changes, run.seed) == (first[0].changes, 1)
     assert reason == "no luck"
     assert states(study) == ["FAIL", "COMPLETE", "COMPLETE"]
     assert study.trials()[0].user_attrs["failure"] == f"{run.name}: no luck"
     assert len(trainer.trained) == 6  # once each
-    table = tune._trial_table(found, study, results).splitlines()
+    table = tables.trial_table(found, study, results).splitlines()
     assert table[3].split()[:2] == ["0", "failed"]
     assert table[4].startswith("Trial 0 failed, and is begun again by the")
     assert table[4].endswith(f"{run.name}: no luck")
@@ -279,7 +280,7 @@ def test_failures(tmp_path):
     study.begin()
     study.begin()  # queues nothing twice
     trainer = Trainer()
-    assert tune.search(found, study, results, train=trainer) == {}
+    assert search.search(found, study, results, train=trainer) == {}
     check_finished(study, found, results, 3)
     assert settings(study) == [*before[1:], before[0]]
     assert trainer.trained == [run]  # the other seed has its result
@@ -315,7 +316,7 @@ def test_the_rule_of_cutting(tmp_path):
 def test_nothing_is_cut_without_pruning(straight, tmp_path):
     found, study, results = begun(tmp_path)
     trainer = Trainer()
-    tune.search(found, study, results, train=trainer, prune=False)
+    search.search(found, study, results, train=trainer, prune=False)
     assert states(study) == 12 * ["COMPLETE"]
     assert len(trainer.trained) == 24
     assert settings(study)[:10] == settings(straight[1])[:10]
@@ -360,7 +361,7 @@ def test_looking_at_a_study_writes_nothing(tmp_path):
 def test_what_is_left_of_a_line_is_cut(tmp_path, text):
     path = tmp_path / "journal.log"
     path.write_text(text)
-    _end_with_a_line(path)
+    end_with_a_line(path)
     assert path.read_text() == text[: text.rfind("\n") + 1]
 
 
@@ -430,7 +431,7 @@ def test_nonsense_on_the_command_line(arguments, says, monkeypatch, capsys):
 
 def test_what_is_shown(tmp_path, monkeypatch, capsys):
     """The plan, each trial, all of them and the line of Table 4."""
-    monkeypatch.setattr(tune.costs, "seconds_of_step", lambda network: 0.1)
+    monkeypatch.setattr(costs, "seconds_of_step", lambda network: 0.1)
     results = Results(tmp_path, "small")
     found = searched(trials=8)
     assert tune.updates(found, results, dry_run=True) == {}
@@ -567,8 +568,8 @@ def forked(folder, options, at=None, how="", seconds=0.0):
             count(lambda: None)
             return trainer(*rest, **named)
 
-        tune._WAIT = 0.02
-        tune.search(found, study, results, train=train)
+        search._WAIT = 0.02
+        search.search(found, study, results, train=train)
         (folder / "points").write_text(str(count(None)))
         os._exit(0)
     finally:

@@ -13,7 +13,7 @@ import time
 import pytest
 
 import rigl_keras
-from rigl_keras import writing
+from rigl_keras import _files
 from rigl_keras.experiments import exits
 
 PACKAGE = pathlib.Path(rigl_keras.__file__).parent
@@ -58,9 +58,9 @@ def check_kept(asked, moves):
 
 
 def test_a_power_cut(tmp_path, disk):
-    writing.write(tmp_path / "text", "more")
+    _files.write(tmp_path / "text", "more")
     assert (tmp_path / "text").read_text() == "more"
-    with writing.whole(tmp_path / "model.keras") as unfinished:
+    with _files.whole(tmp_path / "model.keras") as unfinished:
         assert unfinished.name == "model.keras"
         unfinished.write_bytes(b"bytes")
     assert (tmp_path / "model.keras").read_bytes() == b"bytes"
@@ -71,7 +71,7 @@ def test_a_power_cut(tmp_path, disk):
 def test_a_power_cut_while_a_folder_is_exchanged(tmp_path, disk):
     target = tmp_path / "exported"
     for text in ("old", "new"):
-        with writing.set_aside(target, replace=True) as folder:
+        with _files.set_aside(target, replace=True) as folder:
             (folder / "inner").mkdir()
             (folder / "inner" / "file").write_text(text)
             inodes = [p.stat().st_ino for p in (folder, *folder.rglob("*"))]
@@ -92,13 +92,13 @@ def test_there_is_one_writer():
                 name == "replace" and len(node.args) + len(node.keywords) == 1
             )
             if moves:
-                assert path.name == "writing.py", f"{path}:{node.lineno}"
+                assert path.name == "_files.py", f"{path}:{node.lineno}"
 
 
 def test_an_error_leaves_what_was_there(tmp_path):
     (tmp_path / "file").write_text("old")
     with pytest.raises(KeyError):
-        with writing.whole(tmp_path / "file") as unfinished:
+        with _files.whole(tmp_path / "file") as unfinished:
             unfinished.write_text("half")
             raise KeyError
     assert (tmp_path / "file").read_text() == "old"
@@ -109,7 +109,7 @@ def test_threads_write_at_once(tmp_path):
     inside, texts = threading.Barrier(4), []
 
     def write(number):
-        with writing.whole(tmp_path / "file") as unfinished:
+        with _files.whole(tmp_path / "file") as unfinished:
             unfinished.write_text(str(number))
             inside.wait()
         texts.append((tmp_path / "file").read_text())
@@ -128,16 +128,16 @@ def test_what_killed_processes_leave_goes(tmp_path):
     gone.wait()
     node = platform.node()
     left = {
-        f"{writing.UNFINISHED}{node}-{gone.pid}": False,
-        f"{writing.UNFINISHED}{node}-{gone.pid}-2": False,
-        f"{writing.UNFINISHED}{node}-{os.getppid()}": True,  # at work
-        f"{writing.UNFINISHED}another-machine-{gone.pid}": True,
-        f"{writing.UNFINISHED}{node}-text": True,
+        f"{_files.UNFINISHED}{node}-{gone.pid}": False,
+        f"{_files.UNFINISHED}{node}-{gone.pid}-2": False,
+        f"{_files.UNFINISHED}{node}-{os.getppid()}": True,  # at work
+        f"{_files.UNFINISHED}another-machine-{gone.pid}": True,
+        f"{_files.UNFINISHED}{node}-text": True,
     }
     for name in left:
         (tmp_path / name).mkdir()
         (tmp_path / name / "half").write_text("")
-    writing.write(tmp_path / "file", "")
+    _files.write(tmp_path / "file", "")
     assert {p.name for p in tmp_path.iterdir()} == {
         "file",
         *(name for name, stays in left.items() if stays),
@@ -146,17 +146,17 @@ def test_what_killed_processes_leave_goes(tmp_path):
 
 def test_locks(tmp_path):
     path = tmp_path / "lock"
-    with writing.lock(path) as first:
+    with _files.lock(path) as first:
         assert first is not None
         for shared in (False, True):
-            with writing.lock(path, shared=shared, wait=False) as second:
+            with _files.lock(path, shared=shared, wait=False) as second:
                 assert second is None
     with (
-        writing.lock(path, shared=True) as first,
-        writing.lock(path, shared=True) as second,
+        _files.lock(path, shared=True) as first,
+        _files.lock(path, shared=True) as second,
     ):
         assert first is not None and second is not None
-        with writing.lock(path, wait=False) as third:
+        with _files.lock(path, wait=False) as third:
             assert third is None
 
 
@@ -166,10 +166,10 @@ def test_a_lock_is_of_the_file_that_is_there(tmp_path):
     got = []
 
     def wait():
-        with writing.lock(path) as descriptor:
+        with _files.lock(path) as descriptor:
             got.append(os.fstat(descriptor).st_ino == path.stat().st_ino)
 
-    with writing.lock(path) as descriptor:
+    with _files.lock(path) as descriptor:
         waiting = threading.Thread(target=wait)
         waiting.start()
         inode = os.fstat(descriptor).st_ino
@@ -193,9 +193,9 @@ def inode_waits(inode):
 def test_a_group_that_shares_a_folder(tmp_path):
     before = os.umask(0o002)
     try:
-        with writing.lock(tmp_path / "lock"):
+        with _files.lock(tmp_path / "lock"):
             pass
-        writing.write(tmp_path / "file", "")
+        _files.write(tmp_path / "file", "")
     finally:
         os.umask(before)
     for name in ("lock", "file"):
@@ -212,7 +212,7 @@ FULL = os.strerror(errno.ENOSPC)
         (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), "Disk quota"),
         (RuntimeError(f"HDF5 says at length: {FULL} (28)"), "The disk is full"),
         (
-            writing.DiskFullError("/a/b", FULL, "Make room."),
+            _files.DiskFullError("/a/b", FULL, "Make room."),
             f"The disk is full: '/a/b' could not be written ({FULL}). Make",
         ),
         (PermissionError(errno.EACCES, "no", "/a"), "'/a' cannot be used"),
@@ -283,13 +283,13 @@ def test_a_file_that_outgrows_its_limit(tmp_path):
     import resource
 
     path = tmp_path / "file"
-    writing.write(path, "old")
+    _files.write(path, "old")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
     try:
-        with pytest.raises(writing.DiskFullError, match="file' could not be"):
-            with writing.naming(path, advice="Make room."):
-                writing.write(path, bytes(1000))
+        with pytest.raises(_files.DiskFullError, match="file' could not be"):
+            with _files.naming(path, advice="Make room."):
+                _files.write(path, bytes(1000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert path.read_text() == "old" and len(list(tmp_path.iterdir())) == 1
@@ -297,5 +297,5 @@ def test_a_file_that_outgrows_its_limit(tmp_path):
 
 def test_no_folder_is_made(tmp_path):
     with pytest.raises(FileNotFoundError):
-        writing.write(tmp_path / "no" / "file", "")
+        _files.write(tmp_path / "no" / "file", "")
     assert list(tmp_path.iterdir()) == []

@@ -21,17 +21,13 @@ from keras import layers
 
 import gin
 import rigl_keras
-from rigl_keras import (
-    ORIGINAL,
-    SET,
-    SNFS,
-    MagnitudePruning,
-    RigL,
-    SparsityRamp,
-    masked_layers,
-    sparsify,
-)
-from rigl_keras.experiments import command
+from rigl_keras.conventions import ORIGINAL
+from rigl_keras.experiments.runs import train_command
+from rigl_keras.masking.masked_layers import masked_layers
+from rigl_keras.masking.sparsify import sparsify
+from rigl_keras.methods.pruning import MagnitudePruning
+from rigl_keras.methods.rigl import SET, SNFS, RigL
+from rigl_keras.schedules import SparsityRamp
 
 ONE = tf.distribute.get_strategy()
 WINDOW = dict(frequency=3, drop_fraction=0.4, end_step=12)
@@ -337,7 +333,7 @@ def check_a_run_on_two_devices():
         found = []
         for strategy in ("one", "mirrored"):
             run_dir = pathlib.Path(folder, strategy)
-            result = command.run(
+            result = train_command.run(
                 bindings=SMALL, run_dir=run_dir, strategy=strategy
             )
             gin.clear_config()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
-from rigl_keras.writing import disk_is_full
+from rigl_keras._files import disk_is_full
 
 __all__ = ["one_line"]
 

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from rigl_keras import timing, writing
+from rigl_keras import _files, _timing
 from rigl_keras.kernels import library, operations
 from rigl_keras.kernels.operations import (
     dense_library,
@@ -47,7 +47,6 @@ _MOST_FLOATS = 1 << 26  # of images that are made up for timing
 _ROUNDS = 5
 # What takes longer than so many seconds is timed once.
 _LONG = 1.0
-
 _log = logging.getLogger("rigl_keras")
 _lock = threading.Lock()
 _known: dict[str, "Choice"] = {}
@@ -271,7 +270,7 @@ def _cores():
 def _program():
     """Returns what changes with how times are taken and compared."""
     told = hashlib.sha256()
-    for part in (__file__, timing.__file__, operations.__file__):
+    for part in (__file__, _timing.__file__, operations.__file__):
         told.update(Path(part).read_bytes())
     return told.hexdigest()[:12]
 
@@ -342,7 +341,7 @@ def _seconds(problem, density, backward):
         once[name] = time.perf_counter() - start
     if max(once.values()) > _LONG:  # as dense dilated convolutions may take
         return once["dense"], once["sparse"]
-    seconds = timing.interleaved(sides, rounds=_ROUNDS, turn=0.002)
+    seconds = _timing.interleaved(sides, rounds=_ROUNDS, turn=0.002)
     return seconds["dense"], seconds["sparse"]
 
 
@@ -358,7 +357,7 @@ def _path():
 def _locked():
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):
-            stack.enter_context(writing.lock(_path().with_suffix(".lock")))
+            stack.enter_context(_files.lock(_path().with_suffix(".lock")))
         yield
 
 
@@ -393,4 +392,4 @@ def _write(key, choice):
         for key, c in {**_read(), key: choice}.items()
     }
     with contextlib.suppress(OSError):
-        writing.write(_path(), json.dumps(kept, indent=0))
+        _files.write(_path(), json.dumps(kept, indent=0))

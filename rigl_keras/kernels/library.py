@@ -19,17 +19,12 @@ may be, are used as they are.
 import argparse
 import concurrent.futures
 import contextlib
-import dataclasses
 import functools
-import hashlib
 import logging
 import os
-import platform
-import re
 import shlex
 import shutil
 import stat
-import subprocess
 import sys
 import tempfile
 import threading
@@ -39,45 +34,25 @@ from pathlib import Path
 
 import tensorflow as tf
 
-from rigl_keras import writing
+from rigl_keras import _files
+from rigl_keras.kernels.toolchain import (
+    NAME,
+    SOURCES,
+    BuildError,
+    find_compiler,
+    first_error,
+    planned_build,
+    run_compiler,
+)
 
-__all__ = ["BuildError", "build", "load", "path", "unavailable"]
+__all__ = ["build", "load", "path", "unavailable"]
 
-_SOURCES = Path(__file__).with_name("csrc")
-_NAME = "rigl_keras_kernels.so"
-_PER_INSTRUCTION_SET = ("lanes.cc", "rows.cc")
-_COMPILERS = ("g++", "c++", "clang++")
-_SANITIZERS = ("address", "thread")
-# What these are compiled for on x86_64; elsewhere only for the last.
-_INSTRUCTION_SETS = {
-    "avx512": [
-        "-mavx512f",
-        "-mavx512vl",
-        "-mavx512bw",
-        "-mavx512dq",
-        "-mavx2",
-        "-mfma",
-        "-mprefer-vector-width=512",
-    ],
-    "avx2": ["-mavx2", "-mfma"],
-    "portable": [],
-}
 # An operation that tells which ones they are, and its Python function.
 _ASKED, _FUNCTION = "RiglKerasComputedBy", "rigl_keras_computed_by"
-# What is wrong, in the lines of a compiler or a linker.
-_ERROR = re.compile(r"\berror: |undefined reference|cannot find ")
-
 _log = logging.getLogger("rigl_keras")
 _lock = threading.Lock()
 _module: types.ModuleType | None = None
 _reason: str | None = None
-
-
-class BuildError(RuntimeError):
-    """There is no op library, for a reason that is one line."""
-
-    def __init__(self, reason: str):
-        super().__init__(" ".join(reason.split()))
 
 
 @tf.autograph.experimental.do_not_convert  # where a trace asks for it first
@@ -97,7 +72,7 @@ def load() -> types.ModuleType | None:
         with _lock:  # the others wait, and find it done
             if _module is None and _reason is None:
                 try:
-                    _module = _registered(_plan()) or _loaded(build())
+                    _module = _registered(planned_build()) or _loaded(build())
                 except BuildError as error:
                     _reason = str(error).rstrip(".")
                     _log.warning(
@@ -123,7 +98,7 @@ def path() -> Path:
     Raises:
         BuildError: It cannot be built here: there is no compiler, say.
     """
-    plan = _plan()
+    plan = planned_build()
     found = _existing(plan)
     if found is None:
         places = [place for place, _ in _places()]
@@ -132,7 +107,7 @@ def path() -> Path:
             for place in places
             if _writable(place) and not _refused(place, plan)
         ]
-        found = [*usable, *places][0] / plan.version / _NAME
+        found = [*usable, *places][0] / plan.version / NAME
     return found
 
 
@@ -151,19 +126,19 @@ def build(*, force: bool = False) -> Path:
     Raises:
         BuildError: It cannot be built: what is wrong, and what to do.
     """
-    plan = _plan()
+    plan = planned_build()
     found = _existing(plan)
     if found is not None and not force:
         return found
     failures = []
     for place, private in _places():
         folder = place / plan.version
-        library = folder / _NAME
+        library = folder / NAME
         try:
             refused = _refused(place, plan)
             if not refused:
                 _make(folder, mode=0o700 if private else 0o755)
-                with writing.lock(folder / ".lock"):
+                with _files.lock(folder / ".lock"):
                     if force or _exposed(library) or not library.exists():
                         _build(plan, folder)
                 return library.resolve()
@@ -194,7 +169,7 @@ def main() -> None:
     force = parser.parse_args().force
     start = time.perf_counter()
     try:
-        plan = _plan()
+        plan = planned_build()
         there = _existing(plan) is not None and not force
         built = build(force=force)
     except BuildError as error:
@@ -203,148 +178,8 @@ def main() -> None:
     if there:
         print(f"{built}\nwas there")
     else:
-        compiler, identity = _compiler()
+        compiler, identity = find_compiler()
         print(f"{built}\nbuilt in {seconds:.1f} s by {compiler[0]}: {identity}")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """What is built.
-
-    Attributes:
-        objects: `{file name: [source, flag, ...]}`.
-        link: Flags that make a library of the objects.
-        version: Name of a folder in the cache: it changes with all of these,
-            the sources and TensorFlow.
-        sources: What changes with the sources alone; the operations tell it.
-    """
-
-    objects: dict[str, list[str]]
-    link: list[str]
-    version: str
-    sources: str
-
-
-def _plan():
-    """Returns the `_Plan` for this machine, from the environment."""
-    sanitizer = _sanitizer()
-    if sys.platform not in ("linux", "darwin"):
-        raise BuildError(
-            f"they are built on Linux and macOS, and this is {sys.platform!r}"
-        )
-    told = hashlib.sha256()
-    for name, source in _sources().items():
-        told.update(f"{name} {len(source)} ".encode() + source)
-    sources = told.hexdigest()[:12]
-    objects, link = _flags(sanitizer)
-    objects["ops.o"].append(f'-DRIGL_SOURCES="{sources}"')
-    # Not the compiler: what it has built serves machines that have none.
-    told.update(repr((objects, link)).encode())
-    parts = [tf.__version__, platform.system(), platform.machine(), sanitizer]
-    parts.append(told.hexdigest()[:12])
-    version = "-".join(part for part in parts if part)
-    return _Plan(objects, link, version, sources)
-
-
-def _sanitizer():
-    """Returns which sanitizer is asked for, or an empty string."""
-    asked = os.environ.get("RIGL_KERAS_KERNELS", "") or "on"
-    if asked == "off":
-        raise BuildError("RIGL_KERAS_KERNELS=off")
-    if asked not in ("on", *_SANITIZERS):
-        raise BuildError(
-            f"RIGL_KERAS_KERNELS={asked} is none of on, off, "
-            f"{' and '.join(_SANITIZERS)}. Set it to one of these, or unset it"
-        )
-    return "" if asked == "on" else asked
-
-
-def _compiler():
-    """Returns the command of the compiler, and what it says that it is."""
-    asked = os.environ.get("CXX", "").strip()
-    try:
-        words = [asked] if shutil.which(asked) else shlex.split(asked)
-    except ValueError as error:
-        raise BuildError(
-            f"CXX={asked!r} is no command ({error}). Set it to a C++ compiler"
-        ) from error
-    for name, *flags in [words] if words else [[c] for c in _COMPILERS]:
-        program = shutil.which(name)
-        if program is not None:
-            # The compiler runs in another folder.
-            command = [os.path.abspath(program), *flags]
-            break
-    else:
-        if words:
-            raise BuildError(
-                f"the compiler CXX={asked!r} was not found. Set CXX to a C++ "
-                "compiler, or unset it"
-            )
-        raise BuildError(
-            f"no C++ compiler was found: none of {', '.join(_COMPILERS)} is "
-            "on the PATH. Install one (on Debian or Ubuntu: apt install g++), "
-            "or set CXX to one"
-        )
-    try:
-        done = _run([*command, "--version"])
-    except OSError as error:
-        raise BuildError(
-            f"the compiler {command[0]} cannot be run ({error.strerror}). Set "
-            "CXX to another"
-        ) from error
-    if done.returncode:
-        raise BuildError(
-            f"{shlex.join(done.args)} failed: {_first_error(done)}. Set CXX "
-            "to a C++ compiler"
-        )
-    return command, (done.stdout.splitlines() or [""])[0]
-
-
-def _sources():
-    """Returns `{name: bytes}` of the sources."""
-    paths = [*_SOURCES.glob("*.cc"), *_SOURCES.glob("*.h")]
-    sources = {path.name: path.read_bytes() for path in sorted(paths)}
-    for name in ("ops.cc", *_PER_INSTRUCTION_SET):
-        if name not in sources:
-            raise BuildError(
-                f"the source {str(_SOURCES / name)!r} is missing. Install "
-                "rigl_keras anew"
-            )
-    return sources
-
-
-def _flags(sanitizer):
-    """Returns `{object: [source, flag, ...]}`, and how these are linked."""
-    common = ["-std=c++17", "-O3", "-fPIC", "-DNDEBUG", "-Wall"]
-    # Of TensorFlow's own macros and names.
-    common.append("-Wno-deprecated-declarations")
-    if sanitizer:
-        common[1:2] = ["-O1", "-g", "-fno-omit-frame-pointer"]
-        common.append(f"-fsanitize={sanitizer}")
-    if sanitizer == "address":
-        # Checks as calls: within unrolled loops, GCC takes minutes over them.
-        common.append("--param=asan-instrumentation-with-call-threshold=0")
-    names = ["portable"]
-    if platform.machine() in ("x86_64", "AMD64"):
-        common.append("-DRIGL_X86=1")
-        names = list(_INSTRUCTION_SETS)
-    # TensorFlow's headers are not ours to warn about.
-    tensorflow = [
-        re.sub("^-I", "-isystem", f) for f in tf.sysconfig.get_compile_flags()
-    ]
-    objects = {"ops.o": ["ops.cc", *tensorflow, *common]}
-    for name in names:
-        flags = [*common, f"-DRIGL_ISA={name}", *_INSTRUCTION_SETS[name]]
-        for source in _PER_INSTRUCTION_SET:
-            objects[f"{Path(source).stem}_{name}.o"] = [source, *flags]
-    link = ["-shared", *common, *tf.sysconfig.get_link_flags()]
-    if sys.platform == "darwin":
-        # As TensorFlow's own documentation has it; untested, for want of one.
-        link += ["-undefined", "dynamic_lookup"]
-    elif not sanitizer:  # whose functions come with the process
-        # What is missing is told here, and not where it is loaded.
-        link.append("-Wl,--no-undefined")
-    return objects, link
 
 
 def _places():
@@ -482,7 +317,7 @@ def _writable(folder):
 def _existing(plan):
     """Returns the path of what has been built, or None."""
     for place, _ in _places():
-        library = place / plan.version / _NAME
+        library = place / plan.version / NAME
         # In this order: what is in another's folder is not looked at.
         with contextlib.suppress(OSError):
             if (
@@ -495,7 +330,7 @@ def _existing(plan):
 
 def _build(plan, folder):
     """Builds into a folder, which the caller has locked."""
-    compiler, _ = _compiler()
+    compiler, _ = find_compiler()
     _log.warning(
         "Building the sparse kernels with %s (once, about half a minute) ...",
         compiler[0],
@@ -505,11 +340,11 @@ def _build(plan, folder):
         shutil.rmtree(abandoned, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".building-", dir=folder) as work:
         compiles = [
-            [*compiler, *flags, "-c", str(_SOURCES / source), "-o", made]
+            [*compiler, *flags, "-c", str(SOURCES / source), "-o", made]
             for made, (source, *flags) in plan.objects.items()
         ]
-        link = [*compiler, *plan.objects, *plan.link, "-o", _NAME]
-        run = functools.partial(_run, work=work)
+        link = [*compiler, *plan.objects, *plan.link, "-o", NAME]
+        run = functools.partial(run_compiler, work=work)
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             done = list(pool.map(run, compiles))
         if not any(step.returncode for step in done):
@@ -520,38 +355,13 @@ def _build(plan, folder):
         for step in done:
             if step.returncode:
                 raise BuildError(
-                    f"the build failed: {_first_error(step)} (all of it is in "
+                    f"the build failed: {first_error(step)} (all of it is in "
                     f"{str(log)!r}). Set CXX to a newer compiler, perhaps"
                 )
-        built = Path(work, _NAME)
+        built = Path(work, NAME)
         # Whatever the umask is: what everybody can write is not loaded.
         built.chmod(0o755)
-        writing.put(built, folder / _NAME)
-
-
-def _run(command, work=None):
-    """Runs a compiler; what it prints is in `stdout`."""
-    environment = {**os.environ, "LC_ALL": "C"}  # `_ERROR` knows English
-    # The runtime of a sanitizer is for this process: it would speak up in
-    # the name of the compiler, which is part of the version.
-    environment.pop("LD_PRELOAD", None)
-    return subprocess.run(
-        command,
-        cwd=work,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        env=environment,
-    )
-
-
-def _first_error(done):
-    """Returns the line that tells what went wrong."""
-    lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
-    lines.append(f"{done.args[0]} ended with status {done.returncode}")
-    return next((line for line in lines if _ERROR.search(line)), lines[0])
+        _files.put(built, folder / NAME)
 
 
 def _registered(plan):

@@ -1,0 +1,467 @@
+"""How each kind of layer passes on the channels that are left."""
+
+import functools
+import math
+
+import keras
+import numpy as np
+from keras import layers
+
+from rigl_keras.compaction.graphs import (
+    CONVOLUTIONS,
+    DEPTHWISE,
+    SEPARABLE,
+    TRANSPOSED,
+    array,
+    from_config_with,
+    is_channels_last,
+    is_inference,
+    is_special,
+    remade_layer,
+    tensors_in,
+)
+
+__all__ = ["rule_of", "width_of"]
+
+# What one call means for single channels.
+
+
+class _Rule:
+    """A layer that computes each channel of its inputs' same channels.
+
+    Args:
+        call: A call that `applies`.
+    """
+
+    def __init__(self, call):
+        self.call, self.layer, self.output = call, call.layer, call.outputs
+        self.inputs = tensors_in(call.args)
+
+    @staticmethod
+    def applies(call):
+        return len(tensors_in(call.args)) == 1
+
+    def constants(self, inputs):
+        """Returns the constant value of each output channel, or NaN."""
+        return _evaluated(self.call, inputs)
+
+    def slots(self, inputs, slots):
+        """Returns the slots of the outputs, given those of the inputs."""
+        return inputs[0]
+
+    def needs(self, outputs):
+        """Returns which channels of each input the needed outputs need."""
+        return [outputs] * len(self.inputs)
+
+    def remade(self, kept_inputs, kept, needed):
+        """Returns the layer for the channels that are kept."""
+        if not isinstance(self.layer, keras.layers.Layer):
+            return self.layer  # an operation has no state
+        return from_config_with(self.layer)
+
+
+class _Passing(_Rule):
+    """A layer that leaves a constant channel as it is: pooling, dropout."""
+
+    def constants(self, inputs):
+        return inputs[0].copy()
+
+
+class _PassingZero(_Rule):
+    """A layer that leaves a channel of zeros as it is: padding with zeros."""
+
+    def constants(self, inputs):
+        return np.where(inputs[0] == 0, 0.0, np.nan)
+
+
+class _UpSampling(_PassingZero):
+    def constants(self, inputs):
+        # Other interpolation is rounded, in float32 whatever the type.
+        if getattr(self.layer, "interpolation", "nearest") == "nearest":
+            return inputs[0].copy()
+        return super().constants(inputs)
+
+
+class _Activation(_Rule):
+    @staticmethod
+    def applies(call):
+        return _Rule.applies(call) and _is_elementwise(call.layer.activation)
+
+
+class _Merge(_Rule):
+    """Sums and the like of tensors of one number of channels."""
+
+    @staticmethod
+    def applies(call):
+        inputs = tensors_in(call.args)
+        shapes = [(len(t.shape), t.shape[-1]) for t in inputs]
+        leaves = len(keras.tree.flatten(call.args))  # no numbers among them
+        return len(inputs) == leaves > 1 and len(set(shapes)) == 1
+
+    def slots(self, inputs, slots):
+        for other in inputs[1:]:
+            slots.tie(inputs[0], other)
+        return inputs[0]
+
+
+class _Multiply(_Merge):
+    def constants(self, inputs):
+        self.known = inputs
+        self.zero = np.any([x == 0 for x in inputs], axis=0)
+        return np.where(self.zero, 0.0, super().constants(inputs))
+
+    def needs(self, outputs):
+        # The zero itself must stay one: a channel that nothing needs may
+        # take any value.
+        return [outputs & (~self.zero | (known == 0)) for known in self.known]
+
+
+class _Concatenate(_Rule):
+    @staticmethod
+    def applies(call):
+        axis, rank = call.layer.axis, len(call.outputs.shape)
+        return axis in (-1, rank - 1)
+
+    def constants(self, inputs):
+        self.ends = np.cumsum([x.size for x in inputs])[:-1]
+        return np.concatenate(inputs)
+
+    def slots(self, inputs, slots):
+        return np.concatenate(inputs)
+
+    def needs(self, outputs):
+        return np.split(outputs, self.ends)
+
+
+class _Flatten(_Rule):
+    """Positions one after the other, each with all channels."""
+
+    def constants(self, inputs):
+        return np.tile(inputs[0], self._positions(inputs[0]))
+
+    def slots(self, inputs, slots):
+        return np.tile(inputs[0], self._positions(inputs[0]))
+
+    def needs(self, outputs):
+        channels = self.inputs[0].shape[-1]
+        return [outputs.reshape(-1, channels).any(axis=0)]
+
+    def _positions(self, channels):
+        return self.output.shape[-1] // channels.size
+
+
+class _BatchNorm(_Rule):
+    @staticmethod
+    def applies(call):
+        axes = (-1, len(call.outputs.shape) - 1)
+        return _Rule.applies(call) and call.layer.axis in axes
+
+    def constants(self, inputs):
+        self.zero = np.zeros(inputs[0].size, bool)
+        if self.layer.scale:
+            self.zero = array(self.layer.gamma) == 0
+        # Whatever comes in, it is multiplied by zero.
+        return super().constants([np.where(self.zero, 0.0, inputs[0])])
+
+    def needs(self, outputs):
+        return [outputs & ~self.zero]
+
+    def remade(self, kept_inputs, kept, needed):
+        names = ["moving_mean", "moving_variance"]
+        names += ["gamma"] * self.layer.scale + ["beta"] * self.layer.center
+        return remade_layer(
+            self.layer,
+            (*self.output.shape[:-1], int(kept.sum())),
+            {name: array(getattr(self.layer, name))[kept] for name in names},
+        )
+
+
+class _Linear(_Rule):
+    """Dense layers and convolutions, act(sum of input x kernel + bias).
+
+    Attributes:
+        connected: Whether an input has a connection to an output, (inputs,
+            outputs).
+        response: What a constant input of 1 adds to an output, the same.
+    """
+
+    @staticmethod
+    def applies(call):
+        layer = call.layer
+        return _Rule.applies(call) and getattr(layer, "groups", 1) == 1
+
+    def __init__(self, call):
+        super().__init__(call)
+        # Of any other activation the channels may depend on each other.
+        self.is_elementwise = _is_elementwise(self.layer.activation)
+        self._read_kernels()
+
+    def constants(self, inputs):
+        [value] = inputs
+        known = ~np.isnan(value)
+        self.foldable = known & ((value == 0) | (not self._sees_its_border()))
+        nonzero = self.foldable & (value != 0)
+        self.folded = value[nonzero] @ self.response[nonzero]
+        if not self.is_elementwise:
+            return np.full(self.folded.size, np.nan)
+        bias = array(self.layer.bias) if self.layer.use_bias else 0.0
+        constant = _as_floats(
+            self.layer.activation(_tensor(bias + self.folded, self.output))
+        )
+        unknown = self.connected[~self.foldable].any(axis=0)
+        return np.where(unknown, np.nan, constant)
+
+    def slots(self, inputs, slots):
+        outputs = self._output_slots(inputs[0], slots)
+        if not self.is_elementwise:
+            slots.pin(outputs)
+        return outputs
+
+    def needs(self, outputs):
+        if not self.is_elementwise:
+            outputs = np.ones_like(outputs)
+        return [~self.foldable & self.connected[:, outputs].any(axis=1)]
+
+    def remade(self, kept_inputs, kept, needed):
+        [kept_input] = kept_inputs
+        if not self.is_elementwise:
+            needed = np.ones_like(needed)
+        weights = self._sliced_kernels(kept_input, kept, needed)
+        folded = np.where(needed, self.folded, 0.0)
+        use_bias = self.layer.use_bias or bool(folded.any())
+        if use_bias:
+            bias = array(self.layer.bias) if self.layer.use_bias else 0.0
+            weights["bias"] = np.where(needed, bias + folded, 0.0)[kept]
+        shape = self.inputs[0].shape
+        changes = {"use_bias": use_bias}
+        units = {"units", "filters"} & set(self.layer.get_config())
+        changes.update(dict.fromkeys(units, int(kept.sum())))
+        return remade_layer(
+            self.layer, (*shape[:-1], int(kept_input.sum())), weights, **changes
+        )
+
+    def _sees_its_border(self):
+        """Returns whether a constant input counts less at some positions."""
+        layer = self.layer
+        if type(layer) in TRANSPOSED:
+            return True
+        padding = getattr(layer, "padding", "valid")
+        return padding != "valid" and math.prod(layer.kernel_size) > 1
+
+    def _output_slots(self, inputs, slots):
+        return slots.new(self.output.shape[-1])
+
+    def _read_kernels(self):
+        self.kernel = self._inputs_first(array(self.layer.kernel))
+        self.connected = _over_positions(np.any, self.kernel != 0)
+        self.response = _over_positions(np.sum, self.kernel)
+
+    def _sliced_kernels(self, kept_input, kept, needed):
+        kernel = self.kernel.copy()
+        kernel[..., self.foldable, :] = 0
+        kernel[..., ~needed] = 0
+        kernel = kernel[..., kept_input, :][..., kept]
+        return {"kernel": self._inputs_first(kernel)}
+
+    def _inputs_first(self, kernel):
+        """Returns a kernel as (..., inputs, outputs), or back from it."""
+        if type(self.layer) in TRANSPOSED:
+            return np.swapaxes(kernel, -1, -2)
+        return kernel
+
+
+class _Depthwise(_Linear):
+    """Several outputs of each channel, which stay or go with it."""
+
+    def _output_slots(self, inputs, slots):
+        return np.repeat(inputs, self.kernel.shape[-1])
+
+    def _read_kernels(self):
+        self.kernel = array(self.layer.kernel)
+        *_, channels, multiplier = self.kernel.shape
+        inputs = np.repeat(np.arange(channels), multiplier)
+        outputs = np.arange(channels * multiplier)
+        shape = channels, channels * multiplier
+        self.connected, self.response = np.zeros(shape, bool), np.zeros(shape)
+        nonzero = _over_positions(np.any, self.kernel != 0)
+        total = _over_positions(np.sum, self.kernel)
+        self.connected[inputs, outputs] = nonzero.ravel()
+        self.response[inputs, outputs] = total.ravel()
+
+    def _sliced_kernels(self, kept_input, kept, needed):
+        kernel = self.kernel.copy()
+        kernel[..., self.foldable, :] = 0
+        kernel[..., ~needed.reshape(kernel.shape[-2:])] = 0
+        return {"kernel": kernel[..., kept_input, :]}
+
+
+class _Separable(_Linear):
+    """A depthwise convolution and then one of 1 x 1."""
+
+    def _read_kernels(self):
+        self.depthwise = array(self.layer.depthwise_kernel)
+        pointwise = array(self.layer.pointwise_kernel)
+        self.shape = pointwise.shape
+        # (channels, multiplier, outputs)
+        self.pointwise = pointwise.reshape(*self.depthwise.shape[-2:], -1)
+        reach = _over_positions(np.any, self.depthwise != 0)
+        total = _over_positions(np.sum, self.depthwise)
+        joined = reach[..., np.newaxis] & (self.pointwise != 0)
+        self.connected = joined.any(axis=1)
+        self.response = np.einsum("cm,cmo->co", total, self.pointwise)
+
+    def _sliced_kernels(self, kept_input, kept, needed):
+        pointwise = self.pointwise.copy()
+        pointwise[self.foldable] = 0
+        pointwise[..., ~needed] = 0
+        pointwise = pointwise[kept_input][..., kept]
+        return {
+            "depthwise_kernel": self.depthwise[..., kept_input, :],
+            "pointwise_kernel": pointwise.reshape(
+                *self.shape[:-2], -1, pointwise.shape[-1]
+            ),
+        }
+
+
+# Exact types: what a subclass computes is not known.
+_RULES = {
+    **dict.fromkeys((layers.Dense, *CONVOLUTIONS, *TRANSPOSED), _Linear),
+    **dict.fromkeys(DEPTHWISE, _Depthwise),
+    **dict.fromkeys(SEPARABLE, _Separable),
+    layers.BatchNormalization: _BatchNorm,
+    layers.Activation: _Activation,
+    **dict.fromkeys((layers.ReLU, layers.LeakyReLU, layers.ELU), _Rule),
+    **dict.fromkeys(
+        (
+            layers.ActivityRegularization,
+            layers.AlphaDropout,
+            layers.AveragePooling1D,
+            layers.AveragePooling2D,
+            layers.AveragePooling3D,
+            layers.Cropping1D,
+            layers.Cropping2D,
+            layers.Cropping3D,
+            layers.Dropout,
+            layers.GaussianDropout,
+            layers.GaussianNoise,
+            layers.GlobalAveragePooling1D,
+            layers.GlobalAveragePooling2D,
+            layers.GlobalAveragePooling3D,
+            layers.GlobalMaxPooling1D,
+            layers.GlobalMaxPooling2D,
+            layers.GlobalMaxPooling3D,
+            layers.Identity,
+            layers.MaxPooling1D,
+            layers.MaxPooling2D,
+            layers.MaxPooling3D,
+            layers.SpatialDropout1D,
+            layers.SpatialDropout2D,
+            layers.SpatialDropout3D,
+        ),
+        _Passing,
+    ),
+    **dict.fromkeys(
+        (layers.UpSampling1D, layers.UpSampling2D, layers.UpSampling3D),
+        _UpSampling,
+    ),
+    **dict.fromkeys(
+        (layers.ZeroPadding1D, layers.ZeroPadding2D, layers.ZeroPadding3D),
+        _PassingZero,
+    ),
+    **dict.fromkeys(
+        (
+            layers.Add,
+            layers.Average,
+            layers.Maximum,
+            layers.Minimum,
+            layers.Subtract,
+        ),
+        _Merge,
+    ),
+    layers.Multiply: _Multiply,
+    layers.Concatenate: _Concatenate,
+    layers.Flatten: _Flatten,
+}
+
+
+@functools.cache
+def _rules():
+    """Returns `_RULES` with those of operations, whose types have no names."""
+    x, y = keras.Input((1,)), keras.Input((1,))
+    functions = ("gelu", "relu", "relu6", "sigmoid", "silu", "tanh")
+    results = {
+        _Merge: [x + y, x - y],
+        _Multiply: [x * y],
+        _Rule: [getattr(keras.ops, name)(x) for name in functions],
+    }
+    return _RULES | {
+        type(operation): rule
+        for rule, tensors in results.items()
+        for operation in keras.Model([x, y], tensors).operations
+        if not isinstance(operation, layers.InputLayer)
+    }
+
+
+def rule_of(call, times):
+    """Returns the `_Rule` of a call, or None: nothing is known of it."""
+    layer = call.layer
+    rule = _rules().get(type(layer))
+    tensors = tensors_in((call.args, call.outputs))
+    if (
+        rule is None
+        or any(width_of(tensor) is None for tensor in tensors)
+        or not is_inference(call)
+        or not is_channels_last(layer)
+        or is_special(layer)
+        or (getattr(layer, "weights", None) and times[id(layer)] > 1)
+        or not rule.applies(call)
+    ):
+        return None
+    return rule(call)
+
+
+_ELEMENTWISE = [
+    getattr(keras.activations, name)
+    for name in (
+        "celu elu exponential gelu hard_shrink hard_sigmoid hard_silu "
+        "hard_tanh leaky_relu linear log_sigmoid mish relu relu6 selu "
+        "sigmoid silu soft_shrink softplus softsign sparse_plus "
+        "sparse_sigmoid squareplus tanh tanh_shrink threshold"
+    ).split()
+]
+
+
+def _is_elementwise(activation):
+    return any(activation is known for known in _ELEMENTWISE)
+
+
+def width_of(tensor):
+    """Returns the number of channels, or None where there is no such axis."""
+    return tensor.shape[-1] if len(tensor.shape) > 1 else None
+
+
+def _evaluated(call, inputs):
+    """Returns what a layer makes of constant channels, NaN of the others."""
+    shape = (1,) * (len(call.outputs.shape) - 1) + (-1,)
+    tensors = [
+        _tensor(np.where(np.isnan(x), 0.0, x).reshape(shape), call.outputs)
+        for x in inputs
+    ]
+    if isinstance(call.layer, layers.Layer):
+        values = call.layer(tensors if len(tensors) > 1 else tensors[0])
+    else:
+        values = call.layer(*tensors)
+    unknown = np.any(np.isnan(inputs), axis=0)
+    return np.where(unknown, np.nan, _as_floats(values).ravel())
+
+
+def _tensor(values, like):
+    return keras.ops.convert_to_tensor(values, dtype=like.dtype)
+
+
+def _as_floats(tensor):
+    return np.asarray(keras.ops.convert_to_numpy(tensor), np.float64)
+
+
+def _over_positions(reduce, kernel):
+    return reduce(kernel, axis=tuple(range(kernel.ndim - 2)))

@@ -1,0 +1,302 @@
+"""How masks move: densities, churn, overlap, exploration, dead units."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from rigl_keras.diagnostics.table import ALL, COLUMNS
+from rigl_keras.flops.counting import Count
+
+__all__ = [
+    "churn",
+    "dead_units",
+    "densities",
+    "ever_active",
+    "explored",
+    "measure",
+    "overlap",
+]
+
+Masks = Mapping[str, np.ndarray]
+Axes = int | Sequence[int]
+
+
+# Measures of masks.
+
+
+def densities(masks: Masks) -> dict[str, float]:
+    """Returns the fraction of its connections that each layer keeps.
+
+    Args:
+        masks: `{layer: array of zeros and ones}`.
+
+    Returns:
+        `{layer: density}`, and under `"all"` that of all layers together, of
+        which each weighs as much as it has entries.
+
+    Raises:
+        ValueError: A layer is named `"all"`.
+
+    Example:
+
+    >>> densities({"a": np.array([1, 0]), "b": np.array([1, 1, 0, 0, 0, 0])})
+    {'a': 0.5, 'b': 0.3333333333333333, 'all': 0.375}
+    """
+    (masks,) = _alike(masks)
+    sizes = {name: mask.size for name, mask in masks.items()}
+    return _shares(_sizes(masks), sizes, of_nothing=0.0)
+
+
+def churn(old: Masks, new: Masks) -> dict[str, float]:
+    """Returns the share of each layer's connections that were replaced.
+
+    |new and not old| / |old|: what joined, over what there was. It exceeds 1
+    where density moves into a layer that then more than doubles, and is 0
+    for a layer that had no connection.
+
+    Args:
+        old: Masks before an update.
+        new: Masks after it, of the same layers and shapes.
+
+    Returns:
+        `{layer: share}`, and under `"all"` that of all layers together.
+
+    Raises:
+        ValueError: The masks are of other layers or shapes, or a layer is
+            named `"all"`.
+
+    Example:
+
+    >>> churn({"a": np.array([1, 1, 0])}, {"a": np.array([0, 1, 1])})
+    {'a': 0.5, 'all': 0.5}
+    """
+    old, new = _alike(old, new)
+    joined = {name: new[name] & ~old[name] for name in old}
+    return _shares(_sizes(joined), _sizes(old), of_nothing=0.0)
+
+
+def overlap(initial: Masks, masks: Masks) -> dict[str, float]:
+    """Returns the share of the initial connections that are active now.
+
+    |initial and now| / |initial|. 1 for a layer that had no connection.
+
+    Args, Returns, Raises: as in `churn`.
+
+    Example:
+
+    >>> overlap({"a": np.array([1, 1, 0])}, {"a": np.array([0, 1, 1])})
+    {'a': 0.5, 'all': 0.5}
+    """
+    initial, masks = _alike(initial, masks)
+    stayed = {name: initial[name] & masks[name] for name in initial}
+    return _shares(_sizes(stayed), _sizes(initial), of_nothing=1.0)
+
+
+def explored(*history: Masks) -> dict[str, np.ndarray]:
+    """Returns the connections that any of several masks has, as bools.
+
+    Args:
+        history: Masks, one at least, of the same layers and shapes.
+
+    Returns:
+        `{layer: bool array}`, which is a mask of its own: more masks may be
+        joined to it later.
+    """
+    history = _alike(*history)
+    return {
+        name: np.logical_or.reduce([masks[name] for masks in history])
+        for name in history[0]
+    }
+
+
+def ever_active(*history: Masks) -> dict[str, float]:
+    """Returns the share of all connections that have ever been active.
+
+    R_s, the in-time over-parameterisation rate of Liu et al., 2021, Do we
+    actually need dense over-parameterization?, arXiv:2102.02887, section 2:
+    connections explored so far over connections of the dense model.
+
+    Args, Raises: as in `explored`, and a layer may not be named `"all"`.
+
+    Returns:
+        `{layer: share}`, and under `"all"` that of all layers together.
+
+    Example:
+
+    >>> ever_active({"a": np.array([1, 0, 0])}, {"a": np.array([0, 1, 0])})
+    {'a': 0.6666666666666666, 'all': 0.6666666666666666}
+    """
+    return densities(explored(*history))
+
+
+def dead_units(
+    mask: np.ndarray, *, input_axes: Axes = -2, output_axes: Axes = -1
+) -> tuple[int, int]:
+    """Returns how many units of a kernel are cut off.
+
+    An output without an incoming connection computes its bias alone; an input
+    without an outgoing one is not read by this kernel. A convolution's units
+    are its channels.
+
+    Args:
+        mask: Array of zeros and ones, of two axes at least unless both kinds
+            of axes are given.
+        input_axes: The axis, or axes, that count input units. By default as in
+            the kernel of a Dense or Conv layer.
+        output_axes: The same of output units. An axis may be of both, as the
+            channels of a depthwise convolution are.
+
+    Returns:
+        `(no_incoming, no_outgoing)`: outputs, then inputs.
+
+    Raises:
+        ValueError: The mask lacks an axis.
+
+    Example:
+
+    >>> dead_units(np.array([[1, 0], [0, 0], [1, 0]]))  # 3 inputs, 2 outputs
+    (1, 1)
+    """
+    mask = _as_bool(mask)
+    incoming, outgoing = (
+        mask.any(axis=_other_axes(mask.shape, axes))
+        for axes in (output_axes, input_axes)
+    )
+    return int(np.sum(~incoming)), int(np.sum(~outgoing))
+
+
+def measure(
+    step: int,
+    masks: Masks,
+    *,
+    before: Masks,
+    initial: Masks,
+    ever: Masks,
+    cost: Count | None = None,
+    axes: Mapping[str, tuple[Axes, Axes]] | None = None,
+) -> list[dict]:
+    """Returns what a table says of one update: a row for each layer, and all.
+
+    Args:
+        step: The optimizer step of the update.
+        masks: The masks after it.
+        before: The masks before it.
+        initial: The masks at the start.
+        ever: The connections that were ever active, these masks included.
+        cost: The `flops.count` of the model. None: FLOPs are left open.
+        axes: `{layer: (input axes, output axes)}` of kernels whose last two
+            axes are not their inputs and outputs.
+
+    Returns:
+        Dicts with the keys `COLUMNS`, the last of the layer `"all"`, whose
+        FLOPs are those of the whole model and whose other values are of all
+        masked layers together. What is not known is None.
+
+    Raises:
+        ValueError: The masks are of other layers or shapes, or a layer is
+            named `"all"`.
+    """
+    masks, before = _alike(masks, before)
+    density = densities(masks)
+    columns = {
+        "density": density,
+        "inference_flops": _flops(density, cost),
+        "ever_active": densities(ever),
+        "overlap": overlap(initial, masks),
+        "churn": churn(before, masks),
+        "grown": {
+            name: int(np.count_nonzero(masks[name] & ~before[name]))
+            for name in masks
+        },
+    }
+    units = {"no_incoming": {}, "outputs": {}, "no_outgoing": {}, "inputs": {}}
+    for name, mask in masks.items():
+        inputs, outputs = (axes or {}).get(name, (-2, -1))
+        dead = dead_units(mask, input_axes=inputs, output_axes=outputs)
+        units["no_incoming"][name], units["no_outgoing"][name] = dead
+        units["outputs"][name] = _product(mask.shape, outputs)
+        units["inputs"][name] = _product(mask.shape, inputs)
+    for values in (columns["grown"], *units.values()):
+        values[ALL] = sum(values.values())
+    columns |= units
+    empty = dict.fromkeys(COLUMNS)
+    return [
+        empty
+        | {"step": step, "layer": name}
+        | {key: values[name] for key, values in columns.items()}
+        for name in [*masks, ALL]
+    ]
+
+
+# Masks.
+
+
+def _alike(*tables):
+    """Returns tables of masks as bools, if they are of the same layers."""
+    arrays = [
+        {name: _as_bool(mask) for name, mask in table.items()}
+        for table in tables
+    ]
+    shapes = [{n: mask.shape for n, mask in table.items()} for table in arrays]
+    for other in shapes[1:]:
+        if other != shapes[0]:
+            raise ValueError(
+                "Masks are compared layer by layer and must be of the same "
+                f"layers and shapes. Received: {shapes[0]} and {other}."
+            )
+    if ALL in shapes[0]:
+        raise ValueError(
+            f"{ALL!r} stands for all layers together, and a layer has that "
+            "name: rename the layer."
+        )
+    return arrays
+
+
+def _as_bool(mask):
+    mask = np.asarray(mask)
+    return mask if mask.dtype == bool else mask > 0
+
+
+def _sizes(masks):
+    return {name: int(np.count_nonzero(mask)) for name, mask in masks.items()}
+
+
+def _shares(parts, wholes, *, of_nothing):
+    parts = {**parts, ALL: sum(parts.values())}
+    wholes = {**wholes, ALL: sum(wholes.values())}
+    return {
+        name: part / wholes[name] if wholes[name] else of_nothing
+        for name, part in parts.items()
+    }
+
+
+def _flops(by_layer, cost):
+    """Returns the forward cost of each layer, and of the whole model."""
+    if cost is None:
+        return dict.fromkeys(by_layer)
+    now = {
+        layer.name: layer.flops_at(by_layer.get(layer.name, layer.density))
+        for layer in cost.layers
+    }
+    return {name: now.get(name) for name in by_layer} | {ALL: sum(now.values())}
+
+
+def _tuple(axes):
+    return (axes,) if isinstance(axes, int) else tuple(axes)
+
+
+def _other_axes(shape, axes):
+    rank = len(shape)
+    axes = _tuple(axes)
+    if not all(-rank <= axis < rank for axis in axes):
+        raise ValueError(
+            f"A mask of shape {shape} has no axes {axes}: pass the input_axes "
+            "and output_axes of its kernel."
+        )
+    counted = {axis % rank for axis in axes}
+    return tuple(axis for axis in range(rank) if axis not in counted)
+
+
+def _product(shape, axes):
+    return math.prod(shape[axis] for axis in _tuple(axes))

@@ -1,0 +1,105 @@
+"""What sparsity costs: the training step and the mask update, measured.
+
+    bin/benchmark                  all tables, half an hour on 2 cores
+    bin/benchmark --part=step      the training step alone
+    bin/benchmark --part=compiled  it under XLA, and in blocks of ten
+    bin/benchmark --part=update    the mask update alone
+    bin/benchmark kernels          what it saves, too: layer by layer,
+    bin/benchmark train            in training and
+    bin/benchmark inference        at inference (`benchmark_kernels`)
+    bin/benchmark plans            and what it keeps in memory for that, by
+                                   sizes of images (`benchmark_plans`)
+
+Both sides of a comparison alternate in one process, so that whatever else
+the machine does falls on both; medians of their times are compared.
+"""
+
+import sys
+
+from rigl_keras.experiments import data, exits
+from rigl_keras.experiments.benchmarks import (
+    kernel_command,
+)
+from rigl_keras.experiments.benchmarks.input_pipeline import input_pipeline
+from rigl_keras.experiments.benchmarks.mask_updates import mask_update
+from rigl_keras.experiments.benchmarks.training_steps import print_steps
+
+
+def main() -> None:
+    """Prints the tables that the command line asks for."""
+    from absl import app, flags
+
+    # It measures steps of this module.
+    from rigl_keras.experiments.benchmarks import kernel_sides, plan_memory
+
+    if sys.argv[1:2] == ["plans"]:
+        run_part = exits.one_line(
+            "benchmark plans", plan_memory.define_command()
+        )
+        flags.adopt_module_key_flags(plan_memory)  # for --help
+        app.run(run_part, argv=[sys.argv[0], *sys.argv[2:]])
+        return
+    if sys.argv[1:2] and sys.argv[1] in kernel_command.PARTS:
+        run_part = kernel_command.define_command(sys.argv[1])
+        flags.adopt_module_key_flags(kernel_sides)  # for --help
+        run_part = exits.one_line(f"benchmark {sys.argv[1]}", run_part)
+        app.run(run_part, argv=[sys.argv[0], *sys.argv[2:]])
+        return
+    part = flags.DEFINE_enum(
+        "part",
+        "all",
+        ["all", "step", "compiled", "update", "input"],
+        "What to measure.",
+    )
+    batch_size = flags.DEFINE_integer("batch_size", 128, "Images in a step.")
+    rounds = flags.DEFINE_integer("rounds", 15, "Timed steps of each side.")
+    data_dir = flags.DEFINE_string("data_dir", None, "Prepared data sets.")
+
+    def run(argv):
+        if len(argv) > 1:
+            print(
+                "benchmark: What to measure is named before all flags, one of "
+                f"{', '.join(kernel_command.PARTS)} and plans; without it "
+                f"--part counts. Received: {argv[1]!r}.",
+                file=sys.stderr,
+            )
+            sys.exit(2)
+        rate = None
+        if part.value in ("all", "step"):
+            seconds = print_steps("", batch_size.value, rounds.value)
+            rate = batch_size.value / seconds["RigL"]
+        if part.value in ("all", "compiled"):
+            few = max(1, rounds.value // 3)
+            for options in (
+                {"jit_compile": True},
+                {"steps_per_execution": 10},
+            ):
+                said = ", ".join(f"{k}={v}" for k, v in options.items())
+                print_steps(f", {said}", batch_size.value, few, **options)
+        if part.value in ("all", "update"):
+            seconds = mask_update()
+            print("Mask update, all 54 kernels of ResNet-50 (23.7 M weights)")
+            for name, label in (
+                ("sort", "by full sorts"),
+                ("selection", "by selection, as the library does"),
+            ):
+                print(
+                    f"  {label:46}{1e3 * seconds[name]:9.1f} ms"
+                    f"{seconds[name] / seconds['sort']:8.3f}x"
+                )
+        if part.value in ("all", "input"):
+            try:
+                images = input_pipeline(data_dir=data_dir.value)
+            except (ValueError, data.DatasetUnavailableError) as error:
+                print(f"Input pipeline not measured: {error}")
+                return
+            print("Input pipeline, CIFAR-10 with augmentation, batch 128")
+            print(f"  {'alone':46}{images:9.0f} images/s")
+            if rate:
+                print(f"  {'the training step above':46}{rate:9.0f} images/s")
+
+    app.run(exits.one_line("benchmark", run))
+
+
+if __name__ == "__main__":
+    main()

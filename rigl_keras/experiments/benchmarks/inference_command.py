@@ -1,0 +1,391 @@
+"""What a sparse network costs at inference, by format and runtime, measured.
+
+    bin/benchmark_inference                      all of it, ten minutes or more
+    bin/benchmark_inference --models=wide_resnet --batches=1
+
+TensorFlow, LiteRT (TFLite) and PyTorch compute the dense product, also where
+a kernel is stored sparse: zeros anywhere in it save space, and no time is
+expected of them here. The compact side is faster where it does less: batch
+norms are part of the convolutions, and units that sparsity has cut off are
+gone. It is the measure for kernels that do skip zeros.
+
+All sides compute the same function, which is checked before they are timed,
+take the same NumPy arrays and return NumPy arrays. They take turns in one
+process, in an order drawn anew each round, so that whatever else the machine
+does falls on all of them; medians are compared. Each runtime has threads of
+its own, on all cores, which wait actively for some milliseconds after a call,
+and so slow down whoever comes next. Therefore a turn is many calls where one
+is short, and PyTorch's threads wait passively (OMP_WAIT_POLICY, unless it is
+set): where other programs use the cores, active waiting makes it up to a
+hundred times slower.
+"""
+
+import functools
+import importlib.metadata
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import rigl_keras
+from rigl_keras import _checks
+from rigl_keras._timing import interleaved, rounds_within
+from rigl_keras.compaction.dead_units import remove_dead_units
+from rigl_keras.compaction.folding import fold_batch_norm
+from rigl_keras.experiments import exits
+from rigl_keras.experiments.benchmarks import torch_network
+from rigl_keras.experiments.benchmarks.runtime_tables import (
+    COMPACT,
+    DENSE,
+    SPARSE,
+    TFLITE_DENSE,
+    TFLITE_SPARSE,
+    TORCH,
+    Comparison,
+    Measurement,
+    check_paths,
+    draw,
+)
+from rigl_keras.exporting import formats, signatures
+from rigl_keras.exporting.export_report import size_of
+
+__all__ = [
+    "MODELS",
+    "check_densities",
+    "check_each_once",
+    "compare",
+    "sparse_network",
+]
+
+MODELS = {
+    "wide_resnet": functools.partial(rigl_keras.models.wide_resnet, 22, 2),
+    "resnet50": functools.partial(rigl_keras.models.resnet50, 100),
+}
+_TOLERANCE = 1e-4  # difference of outputs, in units of the largest
+_TURN = 0.1  # seconds that a side runs before the next one does, at least
+_PART = 16  # examples that the Keras model is called on
+_FEWEST = 3  # rounds of which a median is taken
+
+
+def compare(
+    models: Sequence[str] = tuple(MODELS),
+    densities: Sequence[float] = (0.05, 0.1, 0.2),
+    batches: Sequence[int] = (1, 128),
+    *,
+    rounds: int = 15,
+    seconds: float = 20.0,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Comparison:
+    """Measures all sides on some networks.
+
+    Args:
+        models: Some of `MODELS`.
+        densities: Fractions of the weights kept, each in (0, 1].
+        batches: Examples in a call, each at least 1.
+        rounds: Turns of each side, at most.
+        seconds: Time for the turns of one network, density and batch, after
+            which there are no more rounds than 3.
+        progress: Called with a line on what is being done.
+
+    Returns:
+        A `Comparison`.
+
+    Raises:
+        ValueError: An argument is out of range, or a side computes something
+            else than the Keras model does.
+
+    Example:
+
+    >>> print(compare(["wide_resnet"], [0.1], [1]))
+    """
+    _check(models, densities, batches, rounds, seconds)
+    measurements, notes = [], []
+    if not torch_network.is_installed():
+        notes.append(
+            f"PyTorch is not installed and not measured: "
+            f"{torch_network.INSTALL}"
+        )
+        progress(notes[-1])
+    for name in models:
+        for density in densities:
+            progress(f"{name} at density {density:g}: writing all formats")
+            network = sparse_network(name, density)
+            with tempfile.TemporaryDirectory() as folder:
+                sides, sizes, note = _sides(network, Path(folder))
+                notes.append(f"{name} at density {density:g}: {note}")
+                for batch in batches:
+                    progress(f"{name} at density {density:g}, batch {batch}")
+                    taken, differences, turns = _measured(
+                        network, sides, batch, rounds, seconds
+                    )
+                    measurements += [
+                        Measurement(
+                            model=name,
+                            density=density,
+                            batch=batch,
+                            side=side,
+                            seconds=taken[side],
+                            bytes=sizes.get(side),
+                            difference=differences[side],
+                            rounds=turns,
+                        )
+                        for side in sides
+                    ]
+    return Comparison(tuple(measurements), tuple(notes), _environment())
+
+
+def sparse_network(name: str, density: float) -> keras.Model:
+    """Returns a network that is like a trained one, its kernels sparse.
+
+    Its masks are of the ERK distribution. Training is what gives batch norms
+    their values: gamma is drawn from U(0.5, 1.5) and beta from N(0, 0.1^2),
+    so that none is 0 as `zero_init_residual` leaves it, and the statistics
+    are those of a random batch.
+
+    Args:
+        name: One of `MODELS`.
+        density: Fraction of the weights kept.
+
+    Returns:
+        A plain model: outside the masks the kernels are zero.
+    """
+    keras.utils.set_random_seed(0)
+    model = MODELS[name]()
+    model = rigl_keras.strip(rigl_keras.sparsify(model, density))
+    random = np.random.default_rng(0)
+    norms = [
+        layer
+        for layer in model._flatten_layers()
+        if isinstance(layer, keras.layers.BatchNormalization)
+    ]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        size = norm.gamma.shape
+        norm.gamma.assign(random.uniform(0.5, 1.5, size))
+        norm.beta.assign(random.normal(0, 0.1, size))
+        norm.momentum = 0.0  # one batch sets the statistics
+    signature = signatures.signature_of(model)
+    model(signature.pack(signature.random(_PART)), training=True)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return model
+
+
+def check_each_once(lists: Mapping[str, Sequence]) -> None:
+    """Raises ValueError unless each list has items, and each item once.
+
+    Args:
+        lists: `{name: list}`.
+    """
+    for name, values in lists.items():
+        if not values or len(set(values)) < len(values):
+            raise ValueError(
+                f"{name} must be one or more, each once. Received: "
+                f"{list(values)}."
+            )
+
+
+def check_densities(densities: Sequence[float]) -> None:
+    """Raises ValueError unless all are fractions of weights, above 0."""
+    for density in densities:
+        _checks.number(
+            "densities",
+            density,
+            above=0,
+            at_most=1,
+            rule="must be fractions of the weights kept, in (0, 1]",
+        )
+
+
+def _check(models, densities, batches, rounds, seconds):
+    check_each_once(
+        {"models": models, "densities": densities, "batches": batches}
+    )
+    for name in models:
+        _checks.choice("models", name, tuple(MODELS))
+    check_densities(densities)
+    for batch in batches:
+        _checks.integer("batches", batch, at_least=1)
+    _checks.integer("rounds", rounds, at_least=1)
+    _checks.number("seconds", seconds, above=0, rule="must be above 0")
+
+
+def _sides(network, folder):
+    """Returns `{side: runner}`, `{side: bytes}`, and what was made compact."""
+    signature = signatures.signature_of(network)
+    small, folding = fold_batch_norm(network)
+    small, removal = remove_dead_units(small)
+    norms = len(folding.folded) + len(folding.kept)
+    note = (
+        f"compact, {len(folding.folded)} of {norms} batch norms are folded "
+        f"and {removal.parameters_after / removal.parameters_before:.1%} of "
+        "the weights left, zeros included."
+    )
+    runners, sizes = {}, {}
+    for side, model, format, sparse in (
+        (DENSE, network, "saved_model", False),
+        (SPARSE, network, "saved_model", True),
+        (COMPACT, small, "saved_model", True),
+        (TFLITE_DENSE, network, "tflite", False),
+        (TFLITE_SPARSE, network, "tflite", True),
+    ):
+        path = folder / side
+        path.mkdir()
+        formats.write(model, signature, path, format, sparse=sparse)
+        sizes[side] = size_of(path)
+        runners[side] = formats.load(path, format, signature, ["output_0"])
+    if torch_network.is_installed():
+        runners[TORCH] = _torch_runner(network)
+    return runners, sizes, note
+
+
+def _torch_runner(network):
+    """Returns PyTorch's network in the form of the other sides."""
+    compute = torch_network.torch_network(network)
+
+    def run(arrays):
+        (array,) = arrays.values()
+        return {"output_0": compute(array)}
+
+    return run
+
+
+def _measured(network, sides, batch, rounds, seconds):
+    """Returns seconds and differences of each side, and how many rounds."""
+    signature = signatures.signature_of(network)
+    arrays = signature.random(batch)
+    wanted = _outputs(network, signature, arrays)
+    differences = {
+        side: _difference(side, run(arrays)["output_0"], wanted)
+        for side, run in sides.items()
+    }
+    calls = {
+        side: functools.partial(run, arrays) for side, run in sides.items()
+    }
+    rounds = rounds_within(
+        seconds,
+        calls,
+        turn=_TURN,
+        at_least=min(_FEWEST, rounds),
+        at_most=rounds,
+    )
+    taken = interleaved(calls, rounds=rounds, turn=_TURN)
+    return taken, differences, rounds
+
+
+def _outputs(network, signature, arrays):
+    """Returns what the Keras model computes, of a few examples at a time.
+
+    Called without a graph, it keeps all that is between its layers.
+    """
+    (name,), (array,) = arrays.keys(), arrays.values()
+    return np.concatenate(
+        [
+            signatures.outputs_of(network, signature, {name: part})["output_0"]
+            for part in np.split(array, range(_PART, len(array), _PART))
+        ]
+    )
+
+
+def _difference(side, got, wanted):
+    """Returns how far outputs are off; not the same is an error."""
+    largest = np.abs(wanted).max()
+    difference = float(np.abs(got - wanted).max() / largest)
+    if not difference <= _TOLERANCE:  # NaN is none
+        raise ValueError(
+            f"{side} disagrees with the Keras model: outputs differ by "
+            f"{difference:.1e} of the largest, at most {_TOLERANCE:.0e} is "
+            "rounding. There is nothing to compare; this is a defect of the "
+            "runtime or of this benchmark."
+        )
+    return difference
+
+
+def _environment():
+    cores = os.cpu_count()
+    chosen = tf.config.threading.get_intra_op_parallelism_threads()
+    threads = {"TensorFlow": chosen or cores, "TFLite": cores}
+    packages = ["tensorflow", "keras", "numpy"]
+    if torch_network.is_installed():
+        import torch
+
+        threads[TORCH] = torch.get_num_threads()
+        packages.append("torch")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    return {
+        "cores": cores,
+        "machine": platform.machine(),
+        "threads": threads,
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
+        "versions": {"python": platform.python_version(), **versions},
+    }
+
+
+def _numbers(name, texts, kind):
+    try:
+        return [kind(text) for text in texts]
+    except ValueError as error:
+        raise ValueError(
+            f"--{name} must be numbers with commas between. Received: "
+            f"{','.join(texts)!r}."
+        ) from error
+
+
+def main() -> None:
+    """Prints the tables that the command line asks for, and draws them."""
+    from absl import app, flags
+    from absl import logging as absl_logging
+
+    models = flags.DEFINE_list("models", list(MODELS), "Networks to measure.")
+    densities = flags.DEFINE_list(
+        "densities", ["0.05", "0.1", "0.2"], "Fractions of the weights kept."
+    )
+    batches = flags.DEFINE_list("batches", ["1", "128"], "Examples in a call.")
+    rounds = flags.DEFINE_integer("rounds", 15, "Turns of a side, at most.")
+    seconds = flags.DEFINE_float(
+        "seconds", 20.0, "Time for one network, density and batch."
+    )
+    figure = flags.DEFINE_string(
+        "figure", "inference.png", "Image to draw; empty: none."
+    )
+    json_path = flags.DEFINE_string("json", None, "File for the numbers.")
+
+    def run(argv):
+        if len(argv) > 1:
+            raise app.UsageError(f"Unexpected: {' '.join(argv[1:])}.")
+        # TensorFlow tells of each SavedModel that it writes.
+        absl_logging.set_verbosity(absl_logging.WARNING)
+        tf.get_logger().setLevel("WARNING")
+        # Read when PyTorch is imported, which is later: see the top.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        try:
+            check_paths(figure.value, json_path.value)
+            comparison = compare(
+                models.value,
+                _numbers("densities", densities.value, float),
+                _numbers("batches", batches.value, int),
+                rounds=rounds.value,
+                seconds=seconds.value,
+                progress=functools.partial(print, file=sys.stderr, flush=True),
+            )
+        except ValueError as error:
+            print(f"benchmark_inference: {error}", file=sys.stderr)
+            sys.exit(2)
+        print(comparison, flush=True)  # before a disk is full
+        if json_path.value:
+            comparison.save(json_path.value)
+        if figure.value:
+            draw(comparison, figure.value)
+            print(f"Figure: {figure.value}")
+
+    app.run(exits.one_line("benchmark_inference", run))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Inference of whole networks: sparse products against dense ones."""
+
+import functools
+from collections.abc import Callable, Sequence
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import rigl_keras
+from rigl_keras.experiments.benchmarks.inference_command import MODELS
+from rigl_keras.experiments.benchmarks.kernel_sides import (
+    CALLED,
+    DENSE,
+    SERVED,
+    TURN,
+    Say,
+    check,
+    check_same,
+    machine,
+    measurements,
+    timed,
+)
+from rigl_keras.experiments.benchmarks.speed_tables import (
+    Measurement,
+    table_head,
+)
+from rigl_keras.exporting.fusion import Fused
+
+__all__ = ["inference"]
+
+# A call of the model.
+
+
+def inference(
+    model: str = "wide_resnet",
+    densities: Sequence[float] = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
+    distributions: Sequence[str] = ("uniform", "erdos_renyi_kernel"),
+    *,
+    batch_sizes: Sequence[int] = (1, 16, 128),
+    rounds: int = 15,
+    say: Say = print,
+) -> list[Measurement]:
+    """Measures what a network takes at inference, dense and sparse.
+
+    Args:
+        model: One of `benchmark_inference.MODELS`.
+        densities: Fractions of the masked weights kept.
+        distributions: Of the masks over the layers.
+        batch_sizes: Images in a call. All sides of one take turns.
+        rounds: Turns of each side.
+        say: Called with each line of the tables.
+
+    Returns:
+        Measurements.
+
+    Raises:
+        ValueError: An argument is out of range, or a side computes something
+            else than the network does.
+    """
+    check(model, densities, rounds, distributions, batch_sizes=batch_sizes)
+    densities = sorted(densities)
+    about = machine()
+    dense = MODELS[model]()
+    measured = []
+    for distribution in distributions:
+        calls = {DENSE: _called(dense)}
+        plain = {}
+        for density in densities:
+            network = rigl_keras.sparsify(
+                dense, density, distribution=distribution
+            )
+            plain[density] = rigl_keras.strip(network)
+            calls[CALLED, density] = _called(network)
+            calls[SERVED, density] = _served(network)
+        for batch_size in batch_sizes:
+            say(
+                table_head(
+                    f"Inference of {model}, masks {distribution}, batch "
+                    f"{batch_size}: {about}",
+                    densities,
+                )
+            )
+            images = tf.constant(
+                np.random.default_rng(0).standard_normal(
+                    (batch_size, *dense.input_shape[1:]), np.float32
+                )
+            )
+            for density, network in plain.items():
+                wanted = network(images[:1], training=False)
+                for side in (CALLED, SERVED):
+                    check_same(calls[side, density](images)[:1], wanted)
+            sides = {
+                key: functools.partial(call, images)
+                for key, call in calls.items()
+            }
+            seconds = timed(
+                sides,
+                rounds,
+                f"{model}, {distribution}, batch {batch_size}",
+                turn=TURN,
+            )
+            measured += measurements(
+                seconds,
+                dict.fromkeys((CALLED, SERVED), DENSE),
+                densities,
+                say,
+                model=model,
+                distribution=distribution,
+                batch_size=batch_size,
+                rounds=rounds,
+                machine=about,
+            )
+    return measured
+
+
+def _called(model):
+    """Returns a model's inference as a graph, as `predict` makes one."""
+    # Anything but a model is called without the bookkeeping of a layer.
+    return tf.function(lambda x: model(x, training=False))
+
+
+def _served(model: keras.Model) -> Callable[[tf.Tensor], tf.Tensor]:
+    """Returns a masked model as `format="sparse_saved_model"` serves it."""
+    if rigl_keras.kernels.load() is None:
+        return _called(model)
+    shape = (None, *model.input_shape[1:])
+    fused = tf.function(Fused(model), autograph=False)
+    return fused.get_concrete_function(tf.TensorSpec(shape))

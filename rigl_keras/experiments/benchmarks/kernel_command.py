@@ -1,0 +1,194 @@
+"""The command `bin/benchmark kernels`: parts, options and files."""
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import tensorflow as tf
+import tqdm
+
+from rigl_keras import _figure_style, _files, kernels
+from rigl_keras.distributions import DISTRIBUTIONS
+from rigl_keras.experiments.benchmarks.inference_command import MODELS
+from rigl_keras.experiments.benchmarks.inference_speed import inference
+from rigl_keras.experiments.benchmarks.kernel_sides import UPDATE, check
+from rigl_keras.experiments.benchmarks.layer_speed import layers
+from rigl_keras.experiments.benchmarks.speed_tables import lines_of, write_csv
+from rigl_keras.experiments.benchmarks.train_speed import train
+
+__all__ = ["PARTS", "define_command"]
+
+PARTS = ("kernels", "train", "inference")
+# The command.
+
+# What a figure has in its rows, in its columns, and as lines.
+_FIGURES = {
+    "kernels": {"rows": "size", "columns": "side", "label": "layer"},
+    "train": {"rows": "model", "columns": "distribution", "label": "side"},
+    "inference": {
+        "rows": "distribution",
+        "columns": "batch_size",
+        "label": "side",
+    },
+}
+_MEASURES = {"kernels": layers, "train": train, "inference": inference}
+
+
+def define_command(part: str) -> Callable[[list[str]], None]:
+    """Defines the flags of a part, and returns what runs it after parsing.
+
+    Args:
+        part: One of `PARTS`.
+    """
+    from absl import flags
+
+    defaults = _MEASURES[part].__kwdefaults__
+    given = {
+        "model": flags.DEFINE_string(
+            "model", "wide_resnet", f"Network, one of {', '.join(MODELS)}."
+        ),
+        "densities": flags.DEFINE_list(
+            "densities",
+            "0.02,0.05,0.1,0.2,0.3,0.5"
+            if part == "kernels"
+            else "0.02,0.05,0.1,0.2,0.5,1.0",
+            "Fractions of the weights kept.",
+        ),
+        "rounds": flags.DEFINE_integer(
+            "rounds", defaults["rounds"], "Timed turns of each side."
+        ),
+    }
+    if part == "inference":
+        given["batch_sizes"] = flags.DEFINE_list(
+            "batch_sizes", "1,16,128", "Images in a call."
+        )
+    else:
+        given["batch_size"] = flags.DEFINE_integer(
+            "batch_size", defaults["batch_size"], "Images in a call."
+        )
+    if part != "kernels":
+        given["distributions"] = flags.DEFINE_list(
+            "distributions",
+            "uniform,erdos_renyi_kernel",
+            f"Of the masks over the layers, of {', '.join(DISTRIBUTIONS)}.",
+        )
+    if part == "train":
+        given["torch"] = flags.DEFINE_bool(
+            "torch", False, "Measure a step of PyTorch, too."
+        )
+    output = flags.DEFINE_string(
+        "output", None, f"Folder for {part}.csv and {part}.png."
+    )
+    return functools.partial(_run, part, given, output)
+
+
+def _run(part, given, output, argv):
+    from absl import logging
+
+    logging.set_verbosity(logging.WARNING)
+    # TensorFlow warns of graphs that are made in a loop, as they are here.
+    tf.get_logger().setLevel("ERROR")
+    # Read when PyTorch is imported, which is later: its threads would slow
+    # down TensorFlow's, while they wait (`benchmark_inference`).
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+    def fail(error, code):
+        print(f"benchmark {part}: {error}", file=sys.stderr)
+        sys.exit(code)
+
+    try:
+        if len(argv) > 1:
+            raise ValueError(
+                f"There is nothing to name but flags. Received: {argv[1]!r}."
+            )
+        values = {name: flag.value for name, flag in given.items()}
+        for name, kind in (("densities", float), ("batch_sizes", int)):
+            if name in values:
+                values[name] = _numbers(name, values[name], kind)
+        check(
+            values["model"],
+            values["densities"],
+            values["rounds"],
+            values.get("distributions", ("uniform",)),
+            batch_sizes=values.get("batch_sizes") or [values["batch_size"]],
+        )
+        folder = output.value and _prepared(output.value)
+        if part == "kernels":
+            why = _why_no_kernels()
+            if why:
+                fail(f"There are no sparse kernels to measure: {why}.", 1)
+        measured = _MEASURES[part](**values, say=_say)
+    except ValueError as error:
+        fail(error, 2)
+    if folder:
+        for path in _write(part, measured, folder):
+            _say(f"Written: {path}")
+
+
+def _say(line):
+    # Above the bar, where there is one.
+    tqdm.tqdm.write(line)
+    sys.stdout.flush()
+
+
+def _numbers(name, texts, kind):
+    try:
+        return [kind(text) for text in texts]
+    except ValueError as error:
+        raise ValueError(
+            f"--{name} must be numbers with commas between. Received: "
+            f"{','.join(texts)!r}."
+        ) from error
+
+
+def _prepared(output):
+    """Returns a folder that is there, and that a figure can be drawn for."""
+    try:
+        from rigl_keras.experiments.benchmarks import speed_figures  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            "--output has a figure, which needs matplotlib: install "
+            f"rigl_keras[experiments], or leave it out. Received: {output!r}."
+        ) from error
+    try:
+        Path(output).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            "--output must be a folder, or one that can be made. Received: "
+            f"{output!r} ({error.strerror})."
+        ) from error
+    return Path(output)
+
+
+def _why_no_kernels():
+    """Returns why there are no sparse kernels, or None."""
+    try:
+        kernels.build()  # `load` would warn, and this is told as an error
+    except kernels.BuildError as error:
+        return str(error).rstrip(".")
+    kernels.load()
+    return kernels.unavailable()
+
+
+def _write(part, measured, folder):
+    """Returns the paths of what it has written."""
+    from rigl_keras.experiments.benchmarks import speed_figures
+
+    first = measured[0]
+    batch = "" if part == "inference" else f", batch {first.batch_size}"
+    title = {
+        "kernels": f"Sparse kernels of {first.model}",
+        "train": f"Training steps with sparse kernels, {first.model}",
+        "inference": f"Inference with sparse kernels, {first.model}",
+    }[part]
+    figure = speed_figures.speed_ups(
+        [line for line in lines_of(measured) if line.first.side != UPDATE],
+        title=f"{title}: {first.machine}{batch}",
+        **_FIGURES[part],
+    )
+    table, image = folder / f"{part}.csv", folder / f"{part}.png"
+    write_csv(measured, table)
+    _files.write(image, _figure_style.as_png(figure))
+    return table, image

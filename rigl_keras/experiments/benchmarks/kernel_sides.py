@@ -1,0 +1,151 @@
+"""What sparse kernels save: layer by layer, in training and at inference.
+
+    bin/benchmark kernels                     the layers of WRN-22-2
+    bin/benchmark kernels --model=resnet50    those of ResNet-50
+    bin/benchmark train                       a training step, by density
+    bin/benchmark train --torch               and one of PyTorch
+    bin/benchmark inference                   a call of the model, by batch
+    bin/benchmark train --output=speed        writes speed/train.csv and .png
+
+A dense side and its sparse ones take turns in one process, so that whatever
+else the machine does falls on all of them; medians of their times are
+compared. How long it takes is for `--densities` and `--rounds` to say.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+
+import tensorflow as tf
+import tqdm
+
+from rigl_keras import _checks, kernels
+from rigl_keras._timing import interleaved
+from rigl_keras.distributions import DISTRIBUTIONS
+from rigl_keras.experiments.benchmarks.inference_command import (
+    MODELS,
+    check_densities,
+    check_each_once,
+)
+from rigl_keras.experiments.benchmarks.speed_tables import (
+    Measurement,
+    lines_of,
+    table_row,
+)
+
+__all__ = [
+    "DENSE",
+    "TURN",
+    "UPDATES",
+    "check",
+    "check_same",
+    "machine",
+    "measurements",
+    "progress",
+    "timed",
+]
+
+FORWARD, BOTH = "forward", "forward + backward"
+AUTO, MASKED = "kernels=auto", "kernels=dense"
+UPDATE, AMORTISED = f"{AUTO}, a mask update", f"{AUTO}, 1 update in 100"
+TORCH = "PyTorch, dense and masked"
+CALLED, SERVED = "masked model", "served"
+DENSE = "dense", None  # the side that whole networks are compared with
+_TOLERANCE = 1e-4  # difference of outputs, in units of the largest
+TURN = 0.02  # seconds that a side runs before the next one does, at least
+UPDATES = 0.01  # of the steps: RigL's usual frequency is 100
+Say = Callable[[str], None]
+
+
+def machine() -> str:
+    """Returns what all times depend on, as in "avx2 against Eigen, 2 cores"."""
+    found = "no sparse kernels"
+    if kernels.load() is not None:
+        found = f"{kernels.instruction_set()} against {kernels.dense_library()}"
+    cores = os.cpu_count()
+    return f"{found}, {cores} core{'s' if cores > 1 else ''}"
+
+
+# What they share.
+
+
+def timed(sides, rounds, doing, turn=0.0):
+    """Returns seconds, as `interleaved` does, and shows how far it is."""
+    with tqdm.tqdm(
+        desc=doing, unit=" calls", disable=not sys.stderr.isatty()
+    ) as bar:
+
+        def counted(call):
+            def run():
+                call()
+                bar.update()
+
+            return run
+
+        if not turn:  # each is called twice before, and once in a turn
+            bar.reset(total=len(sides) * (2 + rounds))
+        return interleaved(
+            {key: counted(call) for key, call in sides.items()},
+            rounds=rounds,
+            turn=turn,
+        )
+
+
+def progress(items, total) -> Iterator:
+    return tqdm.tqdm(items, total=total, disable=not sys.stderr.isatty())
+
+
+def measurements(seconds, dense, densities, say, **about):
+    """Returns a `Measurement` of each side and density, and says them.
+
+    Args:
+        seconds: `{(side, density): seconds}`.
+        dense: `{side: key of what it is compared with}`.
+        densities: Of each side.
+        say: Called with a line for each side.
+        **about: What they have in common.
+    """
+    measured = [
+        Measurement(
+            side=side,
+            density=density,
+            dense_seconds=seconds[dense[side]],
+            seconds=seconds[side, density],
+            **about,
+        )
+        for side in dense
+        for density in densities
+    ]
+    for line in lines_of(measured):
+        say(table_row(line))
+    return measured
+
+
+def check_same(got, wanted):
+    """Raises ValueError unless two outputs are the same, up to rounding."""
+    largest = float(tf.reduce_max(tf.abs(wanted)))
+    difference = float(tf.reduce_max(tf.abs(got - wanted)))
+    if not difference <= _TOLERANCE * largest:  # NaN is none
+        raise ValueError(
+            "A sparse side must compute what the dense one does, up to "
+            f"{_TOLERANCE:.0e} of the largest output. Received outputs that "
+            f"differ by {difference:.1e}, the largest being {largest:.1e}. "
+            "This is a defect of the kernels; there is nothing to compare."
+        )
+
+
+def check(model, densities, rounds, names=("uniform",), *, batch_sizes):
+    _checks.choice("model", model, tuple(MODELS))
+    check_each_once(
+        {
+            "densities": densities,
+            "distributions": names,
+            "batch_sizes": batch_sizes,
+        }
+    )
+    check_densities(densities)
+    for name in names:
+        _checks.choice("distributions", name, DISTRIBUTIONS)
+    for batch_size in batch_sizes:
+        _checks.integer("batch_size", batch_size, at_least=1)
+    _checks.integer("rounds", rounds, at_least=1)

@@ -1,0 +1,170 @@
+"""Single layers: sparse products against dense ones."""
+
+import functools
+from collections.abc import Sequence
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from rigl_keras import kernels
+from rigl_keras._timing import interleaved
+from rigl_keras.experiments.benchmarks.inference_command import MODELS
+from rigl_keras.experiments.benchmarks.kernel_sides import (
+    BOTH,
+    FORWARD,
+    TURN,
+    Say,
+    check,
+    check_same,
+    machine,
+    measurements,
+    progress,
+)
+from rigl_keras.experiments.benchmarks.speed_tables import (
+    Measurement,
+    table_head,
+)
+
+__all__ = ["layers", "problems"]
+
+# Layer by layer.
+
+
+def problems(model: keras.Model, batch_size: int) -> dict[str, kernels.Problem]:
+    """Returns the distinct convolutions of a model.
+
+    Args:
+        model: A dense model, whose images have a size.
+        batch_size: Images in a batch.
+
+    Returns:
+        `{"3x3 16x16x64>64": problem}`, in the order of the model: rows and
+        columns of the kernel, rows, columns and channels of the images that
+        it is given (padded ones, where the model pads them), filters, and
+        `/2` for a stride of 2.
+    """
+    found = {}
+    for layer in model._flatten_layers():
+        if type(layer) is not keras.layers.Conv2D:
+            continue
+        rows, columns, channels, filters = layer.kernel.shape
+        images = tuple(layer.input.shape[1:3])
+        stride = f"/{layer.strides[0]}" if max(layer.strides) > 1 else ""
+        name = (
+            f"{rows}x{columns} {images[0]}x{images[1]}x{channels}>{filters}"
+            f"{stride}"
+        )
+        found[name] = kernels.Problem(
+            kernel=(rows, columns, channels, filters),
+            images=(batch_size, *images),
+            strides=tuple(layer.strides),
+            padding=layer.padding.upper(),
+            dilations=tuple(layer.dilation_rate),
+        )
+    return found
+
+
+def layers(
+    model: str = "wide_resnet",
+    densities: Sequence[float] = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5),
+    *,
+    batch_size: int = 128,
+    rounds: int = 15,
+    say: Say = print,
+) -> list[Measurement]:
+    """Measures each convolution of a network, dense and sparse.
+
+    Args:
+        model: One of `benchmark_inference.MODELS`.
+        densities: Of random masks.
+        batch_size: Images in a call.
+        rounds: Turns of each side.
+        say: Called with each line of the table as it is measured.
+
+    Returns:
+        Measurements of a forward pass, and of one forwards and backwards.
+
+    Raises:
+        ValueError: An argument is out of range, or the sparse kernels compute
+            something else than the dense ones do.
+        RuntimeError: There are no sparse kernels.
+    """
+    check(model, densities, rounds, batch_sizes=[batch_size])
+    densities = sorted(densities)
+    about = machine()
+    found = problems(MODELS[model](), batch_size)
+    say(
+        table_head(f"Layers of {model}, batch {batch_size}: {about}", densities)
+    )
+    measured = []
+    for name, problem in progress(found.items(), len(found)):
+        sides, size = _layer_sides(problem, densities)
+        seconds = interleaved(sides, rounds=rounds, turn=TURN)
+        measured += measurements(
+            seconds,
+            {FORWARD: (FORWARD, None), BOTH: (BOTH, None)},
+            densities,
+            say,
+            model=model,
+            layer=name,
+            size=size,
+            batch_size=batch_size,
+            rounds=rounds,
+            machine=about,
+        )
+    return measured
+
+
+def _layer_sides(problem, densities):
+    """Returns `{(side, density or None): call}`, and the size of outputs."""
+    draw = np.random.default_rng(0)
+
+    def normal(*shape):
+        return tf.constant(draw.standard_normal(shape, np.float32))
+
+    images = normal(*problem.images, problem.kernel[2])
+    kernel = normal(*problem.kernel)
+    settings = {
+        "strides": problem.strides,
+        "padding": problem.padding,
+        "dilations": problem.dilations,
+    }
+
+    def dense(images, kernel):
+        return tf.nn.convolution(images, kernel, **settings)
+
+    outputs = dense(images, kernel)
+    upstream = normal(*outputs.shape)
+
+    def calls(product):
+        @tf.function(autograph=False)
+        def forward(images, kernel):
+            return product(images, kernel)
+
+        @tf.function(autograph=False)
+        def both(images, kernel, upstream):
+            with tf.GradientTape() as tape:
+                tape.watch([images, kernel])
+                outputs = product(images, kernel)
+            return outputs, tape.gradient(
+                outputs, [images, kernel], output_gradients=upstream
+            )
+
+        return {
+            FORWARD: lambda: forward(images, kernel),
+            BOTH: lambda: both(images, kernel, upstream),
+        }
+
+    sides = {(side, None): call for side, call in calls(dense).items()}
+    for density in densities:
+        size = kernel.shape.num_elements()
+        count = max(1, round(density * size))
+        kept = (draw.permutation(size) < count).reshape(kernel.shape)
+        mask = tf.constant(kept.astype(np.float32))
+        sparse = functools.partial(kernels.sparse_conv2d, mask=mask, **settings)
+        check_same(sparse(images, kernel), dense(images, kernel * mask))
+        for side, call in calls(sparse).items():
+            sides[side, density] = call
+    rows, columns = outputs.shape[1:3]
+    return sides, f"{rows}x{columns} outputs"

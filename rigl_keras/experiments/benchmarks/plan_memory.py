@@ -1,0 +1,210 @@
+"""What sparse kernels keep in memory for images of many sizes.
+
+    bin/benchmark plans                  3x3 of 512 channels to 512, by density
+                                         0.3: 700,000 weights; 64 sizes
+    bin/benchmark plans --sizes=256      more of them
+
+Sparse kernels work off the weights of a layer in an order that depends on the
+size of the images. Orders are kept for the next images of the size, and shared
+by sizes that are cut into the same tiles.
+"""
+
+import dataclasses
+import functools
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from rigl_keras import _checks, kernels
+
+__all__ = ["Kept", "define_command", "plans"]
+
+Say = Callable[[str], None]
+_CALLS = ("inference", "training step")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kept:
+    """What is in memory after calls on images of some sizes.
+
+    Attributes:
+        call: `"inference"` or `"training step"`.
+        sizes: How many sizes of images the layer has seen.
+        weights: That are left of the layer.
+        plan_bytes: Of the orders that are kept.
+        process_bytes: By which the process has grown since the first size; 0
+            where that is not known.
+        new_seconds: Mean time of a call on a new size.
+        known_seconds: Time of a second call on the last size.
+    """
+
+    call: str
+    sizes: int
+    weights: int
+    plan_bytes: int
+    process_bytes: int
+    new_seconds: float
+    known_seconds: float
+
+
+def plans(
+    *,
+    sizes: int = 64,
+    channels: int = 512,
+    filters: int = 512,
+    density: float = 0.3,
+    say: Say = print,
+) -> list[Kept]:
+    """Measures what one layer keeps in memory, by sizes of its images.
+
+    The layer is a 3x3 convolution. Images have 4 rows, and from 4 columns on
+    one more in each call.
+
+    Args:
+        sizes: How many sizes there are, at least 2.
+        channels: Of the images.
+        filters: Of the layer.
+        density: Fraction of the weights kept, in (0, 1].
+        say: Called with each line of the table.
+
+    Returns:
+        What is kept after 2, 4, 8 and so many sizes, and after all: of
+        inference first, and then of a training step.
+
+    Raises:
+        ValueError: An argument is out of range.
+        RuntimeError: There are no sparse kernels.
+    """
+    _checks.integer("sizes", sizes, at_least=2)
+    for name, value in (("channels", channels), ("filters", filters)):
+        _checks.integer(name, value, at_least=1)
+    if not 0 < density <= 1:
+        raise ValueError(f"density must be in (0, 1]. Received: {density!r}.")
+    draw = np.random.default_rng(0)
+    mask = draw.random((3, 3, channels, filters), np.float32) < density
+    mask = mask.astype(np.float32)
+    weights = int(mask.sum())
+    say(
+        f"3x3, {channels} channels to {filters}, {weights:,} weights "
+        f"({mask.nbytes / 2**20:.1f} MB dense)"
+    )
+    say(
+        f"{'':15}{'sizes':>6}{'plans, MB':>11}{'process, MB':>13}"
+        f"{'new, ms':>10}{'known, ms':>11}"
+    )
+    calls = (_inference(mask), _training_step(mask))
+    found = []
+    for name, call in zip(_CALLS, calls, strict=True):
+        found += _kept(name, call, sizes, channels, weights, say)
+    return found
+
+
+def _inference(mask):
+    kernel = kernels.FrozenKernel.of(mask)
+    kernel = dataclasses.replace(
+        kernel,
+        values=tf.constant(kernel.values),
+        places=tf.constant(kernel.places),
+    )
+    return lambda images: kernels.frozen_conv2d(images, kernel)
+
+
+def _training_step(mask):
+    mask = tf.constant(mask)
+
+    def call(images):
+        with tf.GradientTape() as tape:
+            tape.watch([images, mask])
+            outputs = kernels.sparse_conv2d(images, mask, mask)
+        return outputs, tape.gradient(outputs, [images, mask])
+
+    return call
+
+
+def _kept(name, call, sizes, channels, weights, say):
+    """Returns a `Kept` after 2, 4, 8 ... sizes, and after all."""
+    operations = kernels.load()
+
+    def plan_bytes():
+        return int(operations.rigl_keras_plan_bytes())
+
+    def timed(columns):
+        images = tf.ones((1, 4, columns, channels))
+        start = time.perf_counter()
+        run(images)
+        return time.perf_counter() - start
+
+    run = tf.function(
+        call,
+        input_signature=[tf.TensorSpec((None, None, None, channels))],
+        autograph=False,
+    )
+    before = plan_bytes()
+    timed(3)  # it is traced
+    process = _process_bytes()
+    found, new = [], 0.0
+    for seen in range(1, sizes + 1):
+        new += timed(3 + seen)
+        if seen & (seen - 1) == 0 and seen > 1 or seen == sizes:
+            kept = Kept(
+                call=name,
+                sizes=seen,
+                weights=weights,
+                plan_bytes=plan_bytes() - before,
+                process_bytes=_process_bytes() - process,
+                new_seconds=new / seen,
+                known_seconds=timed(3 + seen),
+            )
+            say(
+                f"{name:15}{seen:6}{kept.plan_bytes / 2**20:11.1f}"
+                f"{kept.process_bytes / 2**20:13.1f}"
+                f"{1e3 * kept.new_seconds:10.1f}"
+                f"{1e3 * kept.known_seconds:11.1f}"
+            )
+            found.append(kept)
+    return found
+
+
+def _process_bytes():
+    """Returns the memory that the process has, or 0 where it is not told."""
+    try:
+        with open("/proc/self/status") as status:
+            (line,) = (one for one in status if one.startswith("VmRSS:"))
+    except (OSError, ValueError):
+        return 0
+    return 1024 * int(line.split()[1])
+
+
+def define_command() -> Callable[[Sequence[str]], None]:
+    """Defines the flags of the command, and returns what runs it."""
+    from absl import flags
+
+    given = {
+        "sizes": flags.DEFINE_integer("sizes", 64, "Sizes of images."),
+        "channels": flags.DEFINE_integer("channels", 512, "Of the images."),
+        "filters": flags.DEFINE_integer("filters", 512, "Of the layer."),
+        "density": flags.DEFINE_float(
+            "density", 0.3, "Fraction of the weights kept."
+        ),
+    }
+    return functools.partial(_run, given)
+
+
+def _run(given, argv):
+    try:
+        if len(argv) > 1:
+            raise ValueError(
+                f"There is nothing to name but flags. Received: {argv[1]!r}."
+            )
+        if kernels.load() is None:
+            raise ValueError(
+                "There are no sparse kernels to measure: "
+                f"{kernels.unavailable()}."
+            )
+        plans(**{name: flag.value for name, flag in given.items()})
+    except ValueError as error:
+        print(f"benchmark plans: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,298 @@
+"""The numbers of `benchmark_inference`: tables, a file and a figure of them."""
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+
+import numpy as np
+
+from rigl_keras import _files
+
+__all__ = [
+    "COMPACT",
+    "Comparison",
+    "DENSE",
+    "Measurement",
+    "SIDES",
+    "SPARSE",
+    "TFLITE_DENSE",
+    "TFLITE_SPARSE",
+    "TORCH",
+    "check_paths",
+    "draw",
+]
+
+DENSE = "SavedModel, dense"  # what the others are compared with
+SPARSE = "SavedModel, sparse"
+COMPACT = "SavedModel, sparse, compact"
+TFLITE_DENSE = "TFLite, dense"
+TFLITE_SPARSE = "TFLite, sparse"
+TORCH = "PyTorch"
+SIDES = (DENSE, SPARSE, COMPACT, TFLITE_DENSE, TFLITE_SPARSE, TORCH)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One side on one network and batch.
+
+    Attributes:
+        model: One of `MODELS`.
+        density: Fraction of its masked weights that is kept.
+        batch: Examples in a call.
+        side: One of `SIDES`.
+        seconds: Median time of a call.
+        bytes: Size of the artefact on disk; None for PyTorch, which has none.
+        difference: Largest difference of the outputs from those of the Keras
+            model, in units of the largest output.
+        rounds: Turns of which the median was taken.
+    """
+
+    model: str
+    density: float
+    batch: int
+    side: str
+    seconds: float
+    bytes: int | None
+    difference: float
+    rounds: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """All measurements; printing it shows tables.
+
+    Attributes:
+        measurements: `Measurement`s, sides in the order of `SIDES`.
+        notes: What was done to the networks, and what could not be measured.
+        environment: Versions, and the threads of each runtime.
+    """
+
+    measurements: tuple[Measurement, ...]
+    notes: tuple[str, ...]
+    environment: dict
+
+    def values(self, field: str) -> list:
+        """Returns what a field of the measurements is, each value once."""
+        return list(dict.fromkeys(getattr(m, field) for m in self.measurements))
+
+    def of(self, **fields) -> Measurement | None:
+        """Returns the measurement of these fields, if there is one."""
+        wanted = fields.items()
+        return next(
+            (
+                m
+                for m in self.measurements
+                if all(getattr(m, name) == value for name, value in wanted)
+            ),
+            None,
+        )
+
+    def ratio(self, measured: Measurement) -> float:
+        """Returns a time in units of that of the dense SavedModel."""
+        dense = self.of(
+            model=measured.model,
+            density=measured.density,
+            batch=measured.batch,
+            side=DENSE,
+        )
+        return measured.seconds / dense.seconds
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes it as JSON."""
+        content = json.dumps(dataclasses.asdict(self), indent=2)
+        _files.write(path, content + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> "Comparison":
+        """Returns what `save` has written."""
+        content = json.loads(Path(path).read_text())
+        rows = tuple(Measurement(**row) for row in content["measurements"])
+        return cls(rows, tuple(content["notes"]), content["environment"])
+
+    def __str__(self) -> str:
+        def time_and_ratio(m):
+            return f"{1e3 * m.seconds:9.2f} {self.ratio(m):5.2f}x"
+
+        def megabytes(m):
+            return "-" if m.bytes is None else f"{m.bytes / 1e6:.2f}"
+
+        lines = []
+        batches = self.values("batch")
+        for model in self.values("model"):
+            for batch in batches:
+                title = (
+                    f"{model}, batch {batch}: milliseconds of a call, and in "
+                    f"units of {DENSE}"
+                )
+                lines += self._table(title, model, batch, time_and_ratio)
+            title = f"{model}: MB on disk"
+            lines += self._table(title, model, batches[0], megabytes)
+        return "\n".join([*lines, *self.notes, *self._about()])
+
+    def _table(self, title, model, batch, shown):
+        densities = self.values("density")
+        heads = [f"density {density:g}" for density in densities]
+        lines = [title, f"  {'':28}" + "".join(f"{h:>18}" for h in heads)]
+        for side in self.values("side"):
+            cells = [
+                self.of(model=model, density=d, batch=batch, side=side)
+                for d in densities
+            ]
+            lines.append(
+                f"  {side:28}" + "".join(f"{shown(m):>18}" for m in cells)
+            )
+        return [*lines, ""]
+
+    def _about(self):
+        def listed(name):
+            found = self.environment[name].items()
+            return ", ".join(f"{key} {value}" for key, value in found)
+
+        rounds = self.values("rounds")
+        return [
+            f"Medians of {min(rounds)} to {max(rounds)} rounds, interleaved.",
+            f"Threads: {listed('threads')}; {self.environment['cores']} cores.",
+            f"Versions: {listed('versions')}.",
+        ]
+
+
+def check_paths(figure: str | None, json_path: str | None) -> None:
+    """Raises ValueError for what could not be written in the end.
+
+    Args:
+        figure: Image that `draw` will be given, if any.
+        json_path: File that `Comparison.save` will be given, if any.
+    """
+    for path in filter(None, (figure, json_path)):
+        if not Path(path).absolute().parent.is_dir() or Path(path).is_dir():
+            raise ValueError(
+                f"A file is needed, in a folder that exists. Received: {path!r}"
+            )
+    if not figure:
+        return
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+    except ImportError as error:
+        raise ValueError(
+            "The figure needs matplotlib: install rigl_keras[experiments], "
+            "or pass --figure= to draw none."
+        ) from error
+    types = FigureCanvasAgg.get_supported_filetypes()
+    if Path(figure).suffix[1:] not in types:
+        raise ValueError(
+            f"--figure must end with one of {', '.join(sorted(types))}. "
+            f"Received: {figure!r}."
+        )
+
+
+# The figure. Colours are Okabe and Ito's, which colour-blind people can tell
+# apart; hatches tell them apart without colour.
+
+_LOOKS = {
+    SPARSE: ("#0072B2", ""),
+    COMPACT: ("#56B4E9", "///"),
+    TFLITE_DENSE: ("#D55E00", "xxx"),
+    TFLITE_SPARSE: ("#E69F00", "..."),
+    TORCH: ("#FFFFFF", ""),
+}
+_TITLE, _TEXT, _TICKS = 10, 9, 8  # sizes of letters
+
+
+def draw(comparison: Comparison, path: str | os.PathLike) -> None:
+    """Draws latencies in units of the dense SavedModel's.
+
+    A panel for each network and batch; bars of all other sides for each
+    density.
+
+    Args:
+        comparison: What `compare` returned.
+        path: Image to write, of a type that matplotlib knows.
+    """
+    from matplotlib.figure import Figure
+
+    models, batches = comparison.values("model"), comparison.values("batch")
+    figure = Figure(
+        figsize=(1 + 5 * len(batches), 1.2 + 2.9 * len(models)),
+        layout="constrained",
+    )
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+    panels = figure.subplots(len(models), len(batches), squeeze=False)
+    for row, model in zip(panels, models, strict=True):
+        for axes, batch in zip(row, batches, strict=True):
+            _draw_panel(axes, comparison, model, batch)
+    for axes in panels[:, 0]:
+        axes.set_ylabel("time of a call / dense SavedModel", fontsize=_TEXT)
+    for axes in panels[-1]:
+        axes.set_xlabel(
+            "density (below it, the dense SavedModel's time)", fontsize=_TEXT
+        )
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(
+        handles,
+        labels,
+        loc="outside upper center",
+        ncols=3,
+        frameon=False,
+        fontsize=_TEXT,
+        handlelength=2.5,
+        handleheight=1.2,
+    )
+    with _files.whole(path) as unfinished:
+        figure.savefig(unfinished, dpi=120)
+
+
+def _draw_panel(axes, comparison, model, batch):
+    densities = comparison.values("density")
+    others = [side for side in comparison.values("side") if side != DENSE]
+    width = 0.84 / len(others)
+    highest = 1.0
+    for i, side in enumerate(others):
+        ratios = [
+            comparison.ratio(
+                comparison.of(model=model, density=d, batch=batch, side=side)
+            )
+            for d in densities
+        ]
+        highest = max(highest, *ratios)
+        at = np.arange(len(densities)) + (i - (len(others) - 1) / 2) * width
+        colour, hatch = _LOOKS[side]
+        bars = axes.bar(
+            at,
+            ratios,
+            0.9 * width,
+            label=side,
+            color=colour,
+            hatch=hatch,
+            edgecolor="black",
+            linewidth=0.7,
+        )
+        labels = axes.bar_label(
+            bars, fmt="%.2f", fontsize=_TICKS - 1, rotation=90, padding=3
+        )
+        for label in labels:  # the line at 1 stays off the numbers
+            label.set_bbox(
+                {"facecolor": "white", "edgecolor": "none", "pad": 1}
+            )
+    axes.axhline(
+        1, color="black", lw=1.2, ls="--", label=DENSE + " (1)", zorder=0.5
+    )
+    dense = [
+        comparison.of(model=model, density=d, batch=batch, side=DENSE)
+        for d in densities
+    ]
+    axes.set_xticks(
+        np.arange(len(densities)),
+        [f"{m.density:g}\n{_milliseconds(m.seconds)}" for m in dense],
+    )
+    axes.set_ylim(0, 1.2 * highest)
+    axes.set_title(f"{model}, batch {batch}", fontsize=_TITLE, loc="left")
+    axes.tick_params(labelsize=_TICKS)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+
+
+def _milliseconds(seconds):
+    digits = max(0, 2 - math.floor(math.log10(1e3 * seconds)))
+    return f"{1e3 * seconds:,.{min(digits, 3)}f} ms"

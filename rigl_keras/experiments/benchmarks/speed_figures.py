@@ -1,0 +1,158 @@
+"""The figures of `bin/benchmark kernels|train|inference`.
+
+Colours are Okabe and Ito's, which colour-blind people can tell apart; markers
+and line styles tell them apart without colour.
+"""
+
+import math
+from collections.abc import Sequence
+
+from matplotlib import ticker
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from rigl_keras.experiments.benchmarks.speed_tables import Line
+
+__all__ = ["speed_ups"]
+
+_TITLE, _TEXT, _TICKS = 10, 9, 8  # sizes of letters
+_LOOKS = (
+    ("#D55E00", "o", "-"),
+    ("#0072B2", "s", "--"),
+    ("#009E73", "D", ":"),
+    ("#CC79A7", "^", "-."),
+    ("#E69F00", "v", (0, (5, 1))),
+    ("#56B4E9", "P", (0, (3, 1, 1, 1))),
+    ("#777777", "X", (0, (1, 1))),
+)
+_CROSSOVER = {
+    "marker": "o",
+    "ms": 11,
+    "mfc": "none",
+    "mew": 1.6,
+    "lw": 0,
+}
+
+
+def speed_ups(
+    lines: Sequence[Line], *, title: str, rows: str, columns: str, label: str
+) -> Figure:
+    """Draws speed-ups over density, both on logarithmic scales.
+
+    Args:
+        lines: One or more.
+        title: Above all.
+        rows, columns, label: Fields of a `Measurement`: a row and a column of
+            panels has all lines of one value, and `label` names the lines of
+            a row.
+    """
+    down = _values(lines, rows)
+    across = _values(lines, columns)
+    figure = Figure(
+        figsize=(3.0 + 3.6 * len(across), 1.0 + 2.7 * len(down)),
+        layout="constrained",
+    )
+    FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+    figure.suptitle(title, fontsize=_TITLE, x=0.01, ha="left")
+    grid = figure.subplots(
+        len(down), len(across), sharex=True, sharey=True, squeeze=False
+    )
+    for row, panels in zip(down, grid, strict=True):
+        of_row = [line for line in lines if getattr(line.first, rows) == row]
+        labels = _values(of_row, label)
+        for column, axes in zip(across, panels, strict=True):
+            for line in of_row:
+                if getattr(line.first, columns) == column:
+                    look = labels.index(getattr(line.first, label))
+                    _draw(axes, line, _LOOKS[look % len(_LOOKS)])
+            axes.axhline(1, color="black", ls="--", lw=1, zorder=1)
+            heading = ", ".join(filter(None, map(_said, (row, column))))
+            axes.set_title(heading, fontsize=_TEXT, loc="left")
+        _legend(panels[-1], labels, any(_crosses(line) for line in of_row))
+    _dress(grid, lines)
+    return figure
+
+
+def _values(lines, field):
+    return list(dict.fromkeys(getattr(line.first, field) for line in lines))
+
+
+def _said(value):
+    return f"batch {value}" if isinstance(value, int) else value
+
+
+def _crosses(line):
+    return line.crossover is not None and math.isfinite(line.crossover)
+
+
+def _draw(axes, line, look):
+    colour, marker, style = look
+    axes.plot(
+        list(line.speed_ups),
+        list(line.speed_ups.values()),
+        color=colour,
+        marker=marker,
+        ls=style,
+        ms=5,
+        lw=1.6,
+    )
+    if _crosses(line):
+        axes.plot([line.crossover], [1], color=colour, **_CROSSOVER)
+
+
+def _legend(axes, labels, crosses):
+    """Names the lines of a row, at the right of its last panel."""
+    handles = [
+        Line2D([], [], color=colour, marker=marker, ls=style, ms=5, lw=1.6)
+        for colour, marker, style in (
+            _LOOKS[i % len(_LOOKS)] for i in range(len(labels))
+        )
+    ]
+    handles.append(Line2D([], [], color="black", ls="--", lw=1))
+    labels = [*map(_said, labels), "as fast as dense"]
+    if crosses:
+        handles.append(Line2D([], [], color="black", **_CROSSOVER))
+        labels.append("crossover")
+    axes.legend(
+        handles,
+        labels,
+        loc="upper left",
+        bbox_to_anchor=(1.02, 1.02),
+        frameon=False,
+        fontsize=_TICKS,
+        handlelength=3.5,
+        labelspacing=0.7,
+    )
+
+
+def _dress(grid, lines):
+    densities = sorted({d for line in lines for d in line.speed_ups})
+    found = [s for line in lines for s in line.speed_ups.values()]
+    low = math.floor(math.log2(min(1.0, *found)))
+    high = math.ceil(math.log2(max(1.0, *found)))
+    for axes in grid.flat:
+        axes.set_xscale("log")
+        axes.set_yscale("log", base=2)
+        axes.margins(x=0.08)
+        # A little more, so that no marker is cut.
+        axes.set_ylim(2 ** (low - 0.15), 2 ** (high + 0.15))
+        _ticks_at(axes.xaxis, densities)
+        _ticks_at(axes.yaxis, [2.0**i for i in range(low, high + 1)])
+        axes.tick_params(labelsize=_TICKS)
+        axes.grid(alpha=0.3)
+        axes.set_axisbelow(True)
+    for axes in grid[-1]:
+        axes.set_xlabel("density (1 - sparsity)", fontsize=_TEXT)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("speed-up over dense", fontsize=_TEXT)
+
+
+def _ticks_at(axis, values):
+    """Puts ticks of a logarithmic axis at values, written out."""
+    axis.set_major_locator(ticker.FixedLocator(values))
+    axis.set_major_formatter(
+        ticker.FixedFormatter([f"{value:g}" for value in values])
+    )
+    axis.set_minor_locator(ticker.NullLocator())

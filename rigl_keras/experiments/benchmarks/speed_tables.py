@@ -1,0 +1,190 @@
+"""The numbers of `bin/benchmark kernels|train|inference`: tables and files."""
+
+import csv
+import dataclasses
+import io
+import itertools
+import math
+import os
+from collections.abc import Mapping, Sequence
+
+from rigl_keras import _files
+
+__all__ = [
+    "Line",
+    "Measurement",
+    "crossover",
+    "lines_of",
+    "table_head",
+    "table_row",
+    "write_csv",
+]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One side at one density, and the dense one that took turns with it.
+
+    Attributes:
+        model: One of `benchmark_inference.MODELS`.
+        layer: Shape of a layer; empty where all of the model is measured.
+        size: Of the images that the layer returns.
+        distribution: Of the masks; empty where there is one layer only.
+        batch_size: Examples in a call.
+        side: What was measured.
+        density: Fraction of the masked weights that is kept.
+        dense_seconds: Median time of the dense side.
+        seconds: Median time of this one.
+        rounds: Turns of which the medians were taken.
+        machine: Instruction set and cores.
+    """
+
+    model: str
+    layer: str = ""
+    size: str = ""
+    distribution: str = ""
+    batch_size: int
+    side: str
+    density: float
+    dense_seconds: float
+    seconds: float
+    rounds: int
+    machine: str
+
+    @property
+    def speed_up(self) -> float:
+        """How many times faster than the dense side."""
+        return self.dense_seconds / self.seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One side over all densities: a line of a table and of a figure.
+
+    Attributes:
+        first: A measurement, for what all of them share.
+        speed_ups: `{density: speed-up}`, densities rising.
+    """
+
+    first: Measurement
+    speed_ups: Mapping[float, float]
+
+    @property
+    def crossover(self) -> float | None:
+        """As `crossover` has it."""
+        return crossover(self.speed_ups)
+
+
+def crossover(speed_ups: Mapping[float, float]) -> float | None:
+    """Returns the density at which sparse and dense take the same time.
+
+    That is where, on the way up, sparse is the slower one for the first time:
+    where it wins once more, it is by chance, or does as the dense one does.
+    In between, the logarithm of the speed-up is taken as linear in that of
+    the density.
+
+    Args:
+        speed_ups: `{density: speed-up over dense}`.
+
+    Returns:
+        The density; infinity where sparse is faster up to the highest one,
+        None where it is faster at none.
+
+    Example:
+
+    >>> round(crossover({0.1: 2.0, 0.4: 0.5}), 3)  # halfway, on both scales
+    0.2
+    """
+    densities = sorted(speed_ups)
+    for low, high in itertools.pairwise(densities):
+        if speed_ups[low] >= 1 > speed_ups[high]:
+            above, below = math.log(speed_ups[low]), math.log(speed_ups[high])
+            return low * (high / low) ** (above / (above - below))
+    return math.inf if speed_ups[densities[-1]] >= 1 else None
+
+
+def lines_of(measurements: Sequence[Measurement]) -> list[Line]:
+    """Returns the lines of measurements, in the order of their first ones."""
+    found: dict[tuple, list[Measurement]] = {}
+    for m in measurements:
+        key = m.model, m.layer, m.distribution, m.batch_size, m.side
+        found.setdefault(key, []).append(m)
+    return [
+        Line(
+            line[0],
+            {
+                m.density: m.speed_up
+                for m in sorted(line, key=lambda m: m.density)
+            },
+        )
+        for line in found.values()
+    ]
+
+
+# Tables, which appear line by line: measuring the next one may take minutes.
+
+_LABEL, _CELL = 46, 8
+
+
+def table_head(title: str, densities: Sequence[float]) -> str:
+    """Returns the first lines of a table.
+
+    Args:
+        title: What is in it.
+        densities: At which there are speed-ups, in order.
+    """
+    heads = "".join(f"{density:>{_CELL}g}" for density in densities)
+    return (
+        f"{title}\n  {'speed-up over dense at density':{_LABEL}}"
+        f"{'dense ms':>{_CELL + 2}}{heads}   crossover"
+    )
+
+
+def table_row(line: Line) -> str:
+    """Returns a line as one of a table with such a head."""
+    m = line.first
+    label = "  ".join(filter(None, (m.layer, m.side)))
+    cells = "".join(f"{s:{_CELL - 1}.2f}x" for s in line.speed_ups.values())
+    return (
+        f"  {label:{_LABEL}}{1e3 * m.dense_seconds:{_CELL + 2}.2f}{cells}"
+        f"   {_written(line)}"
+    )
+
+
+def _written(line):
+    at = line.crossover
+    if at is None:
+        return "none"
+    if math.isinf(at):
+        return f"above {max(line.speed_ups):g}"
+    return f"{at:.2g}"
+
+
+def write_csv(
+    measurements: Sequence[Measurement], path: str | os.PathLike
+) -> None:
+    """Writes measurements as a table with a header, a line each.
+
+    Columns that are empty in all of them are left out.
+
+    Args:
+        measurements: At least one.
+        path: File to write.
+    """
+    rows = [
+        {**dataclasses.asdict(m), "speed_up": m.speed_up} for m in measurements
+    ]
+    names = [name for name in rows[0] if any(row[name] != "" for row in rows)]
+    file = io.StringIO()
+    table = csv.DictWriter(
+        file, names, extrasaction="ignore", lineterminator="\n"
+    )
+    table.writeheader()
+    for row in rows:
+        table.writerow(
+            {
+                name: f"{value:.6g}" if isinstance(value, float) else value
+                for name, value in row.items()
+            }
+        )
+    _files.write(path, file.getvalue())

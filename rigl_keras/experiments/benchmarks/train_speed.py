@@ -1,0 +1,143 @@
+"""Training steps of whole networks: sparse products against dense ones."""
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+import tensorflow as tf
+
+import rigl_keras
+from rigl_keras.experiments.benchmarks import torch_network
+from rigl_keras.experiments.benchmarks.inference_command import MODELS
+from rigl_keras.experiments.benchmarks.kernel_sides import (
+    AMORTISED,
+    AUTO,
+    DENSE,
+    MASKED,
+    TORCH,
+    UPDATE,
+    UPDATES,
+    Say,
+    check,
+    machine,
+    measurements,
+    timed,
+)
+from rigl_keras.experiments.benchmarks.speed_tables import (
+    Measurement,
+    table_head,
+)
+from rigl_keras.experiments.benchmarks.training_steps import stepper
+
+__all__ = ["train"]
+
+# A training step.
+
+
+def train(
+    model: str = "wide_resnet",
+    densities: Sequence[float] = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
+    distributions: Sequence[str] = ("uniform", "erdos_renyi_kernel"),
+    *,
+    batch_size: int = 128,
+    rounds: int = 7,
+    torch: bool = False,
+    say: Say = print,
+) -> list[Measurement]:
+    """Measures training steps of a network, dense and with RigL.
+
+    All go through the function that `fit` calls for a batch. RigL has its
+    masks updated in one of a hundred steps, which needs dense gradients: such
+    a step is measured, too, and counted in at that rate. The masked product of
+    dense kernels, as the library had it before, is one more side.
+
+    Args:
+        model: One of `benchmark_inference.MODELS`.
+        densities: Fractions of the masked weights kept.
+        distributions: Of the masks over the layers. All sides of one take
+            turns.
+        batch_size: Images in a step.
+        rounds: Turns of each side.
+        torch: Whether PyTorch is measured (`torch_training_step`).
+        say: Called with each line of the tables.
+
+    Returns:
+        Measurements.
+
+    Raises:
+        ValueError: An argument is out of range.
+    """
+    check(model, densities, rounds, distributions, batch_sizes=[batch_size])
+    densities = sorted(densities)
+    about = machine()
+    if torch and not torch_network.is_installed():
+        say(f"PyTorch is not measured: {torch_network.INSTALL}")
+        torch = False
+    measured = []
+    for distribution in distributions:
+        say(
+            table_head(
+                f"Training step of {model}, masks {distribution}, batch "
+                f"{batch_size}: {about}",
+                densities,
+            )
+        )
+        sides = _train_sides(model, densities, distribution, batch_size, torch)
+        seconds = timed(sides, rounds, f"{model}, {distribution}")
+        for density in densities:
+            plain, update = seconds[AUTO, density], seconds[UPDATE, density]
+            seconds[AMORTISED, density] = (
+                1 - UPDATES
+            ) * plain + UPDATES * update
+            if torch:  # whose step is the same at any density
+                seconds[TORCH, density] = seconds[TORCH, None]
+        names = [AUTO, UPDATE, AMORTISED, MASKED, *([TORCH] * torch)]
+        measured += measurements(
+            seconds,
+            dict.fromkeys(names, DENSE),
+            densities,
+            say,
+            model=model,
+            distribution=distribution,
+            batch_size=batch_size,
+            rounds=rounds,
+            machine=about,
+        )
+    return measured
+
+
+def _train_sides(name, densities, distribution, batch_size, torch):
+    """Returns `{(side, density or None): call}`."""
+    dense = MODELS[name]()
+    draw = np.random.default_rng(0)
+    images = draw.standard_normal(
+        (batch_size, *dense.input_shape[1:]), np.float32
+    )
+    labels = np.arange(batch_size) % dense.output_shape[-1]
+    batches = tf.data.Dataset.from_tensors((images, labels)).repeat()
+
+    def sparse(density, product):
+        return rigl_keras.sparsify(
+            dense, density, distribution=distribution, kernels=product
+        )
+
+    sides = {}
+    for density in densities:
+        # Updates have a model of their own: the step after one puts the
+        # weights in order anew, which is a cost of the update.
+        for side, product, frequency in (
+            (AUTO, "auto", 10**6),
+            (UPDATE, "auto", 1),
+            (MASKED, "dense", 10**6),
+        ):
+            method = rigl_keras.RigL(frequency=frequency, end_step=10**7)
+            sides[side, density] = stepper(
+                sparse(density, product), batches, method, {}
+            )
+    if torch:
+        step = torch_network.torch_training_step(
+            sparse(min(densities), "dense")
+        )
+        sides[TORCH, None] = functools.partial(step, images, labels)
+    sides[DENSE] = stepper(dense, batches, None, {})
+    return sides

@@ -1,0 +1,123 @@
+"""What a training step costs: dense, masked, and with RigL."""
+
+from collections.abc import Callable, Iterator, Mapping
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import rigl_keras
+from rigl_keras._timing import interleaved
+
+__all__ = ["print_steps", "stepper", "training_step"]
+
+
+def training_step(
+    *,
+    depth: int = 22,
+    width: int = 2,
+    batch_size: int = 128,
+    density: float = 0.1,
+    rounds: int = 15,
+    jit_compile: bool = False,
+    steps_per_execution: int = 1,
+) -> dict[str, float]:
+    """Times a training step of a wide ResNet, dense and sparse with RigL.
+
+    Both go through the function that `fit` calls for a batch. No update falls
+    on the timed steps of `RigL`; `update` is a step that is one.
+
+    Args:
+        depth: Depth of the network.
+        width: Width of the network.
+        batch_size: Images in a step.
+        density: Fraction of the weights kept.
+        rounds: Timed calls of each.
+        jit_compile: As in `model.compile`.
+        steps_per_execution: As in `model.compile`; so many steps are a call.
+
+    Returns:
+        `{"dense" | "RigL" | "update": median seconds of a step}`.
+    """
+    options = {
+        "jit_compile": jit_compile,
+        "steps_per_execution": steps_per_execution,
+    }
+    images = np.random.default_rng(0).standard_normal(
+        (batch_size, 32, 32, 3), np.float32
+    )
+    labels = np.arange(batch_size) % 10
+    batches = tf.data.Dataset.from_tensors((images, labels)).repeat()
+    dense = rigl_keras.models.wide_resnet(depth, width)
+    sides = {
+        "dense": stepper(dense, batches, None, options),
+        "RigL": stepper(
+            rigl_keras.sparsify(dense, density),
+            batches,
+            rigl_keras.RigL(frequency=10**6, end_step=10**7),
+            options,
+        ),
+        "update": stepper(
+            rigl_keras.sparsify(dense, density),
+            batches,
+            rigl_keras.RigL(frequency=1, end_step=10**7),
+            options,
+        ),
+    }
+    seconds = interleaved(sides, rounds=rounds)
+    return {name: s / steps_per_execution for name, s in seconds.items()}
+
+
+def stepper(
+    model: keras.Model,
+    batches: tf.data.Dataset,
+    method: rigl_keras.MaskUpdate | None,
+    options: Mapping,
+) -> Callable[[], None]:
+    """Returns a function that trains a model on one batch, as `fit` does.
+
+    Args:
+        model: A model, dense or masked; it is compiled.
+        batches: Endless pairs of images and labels.
+        method: What updates its masks, if anything does.
+        options: For `model.compile`.
+    """
+    model.compile(
+        keras.optimizers.SGD(0.01, momentum=0.9, nesterov=True),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        **options,
+    )
+    model.optimizer.build(model.trainable_variables)
+    model.test_step(next(iter(batches)))  # builds the metrics, traces nothing
+    model.make_train_function(force=True)
+    if method is not None:
+        method.set_model(model)
+        method.set_params({"epochs": 1, "steps": 10**7, "verbose": 0})
+        method.on_train_begin()
+        method.on_epoch_begin(0)
+    iterator: Iterator = iter(batches)
+
+    def step():
+        float(model.train_function(iterator)["loss"])
+
+    return step
+
+
+def print_steps(said, batch_size, rounds, **options):
+    seconds = training_step(batch_size=batch_size, rounds=rounds, **options)
+    print(
+        f"Training step, WRN-22-2 at batch {batch_size}{said}, median of "
+        f"{rounds}, interleaved"
+    )
+    for name, label in (
+        ("dense", "dense"),
+        ("RigL", "RigL at density 0.1, a step without update"),
+        ("update", "RigL at density 0.1, a step that is an update"),
+    ):
+        print(
+            f"  {label:46}{1e3 * seconds[name]:9.1f} ms"
+            f"{seconds[name] / seconds['dense']:8.3f}x",
+            flush=True,
+        )
+    return seconds

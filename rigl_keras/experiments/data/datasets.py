@@ -1,0 +1,207 @@
+"""Images and labels for the experiments, and the batches made of them.
+
+`load` reads a whole dataset into memory; `Data.train` turns it into batches.
+Batch b of epoch e is a function of (seed, e, b) and of nothing else, so a run
+that is resumed at an epoch's start sees what the uninterrupted one would have
+seen. A batch is augmented whole, by gathers, not image by image.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import socket
+import urllib.request
+
+import numpy as np
+import tensorflow as tf
+
+from rigl_keras.experiments.data.batches import Data
+from rigl_keras.experiments.data.recipes import DATASETS, Recipe
+
+# Where tfds finds each dataset: the source, or Google's prepared copies.
+_HOSTS = {
+    "cifar10": ("www.cs.toronto.edu", "storage.googleapis.com"),
+    "cifar100": ("www.cs.toronto.edu", "storage.googleapis.com"),
+    "mnist": ("storage.googleapis.com",),
+}
+_CONNECT_SECONDS = 10
+
+
+class DatasetUnavailableError(RuntimeError):
+    """A dataset is neither on this machine nor to be had from the network."""
+
+
+def load(
+    name: str,
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+    validation: int | None = None,
+) -> Data:
+    """Reads a dataset into memory and splits it by index.
+
+    The last `Recipe.validation` training examples are held out; the test set
+    is the dataset's own (for digits, which has none, the last 180 of all).
+    An index is a place in the order tfds stores, which is fixed when tfds
+    prepares the dataset and mixes the classes.
+
+    Args:
+        name: one of `DATASETS`.
+        data_dir: folder where tfds keeps prepared datasets. Without it the
+            environment variable TFDS_DATA_DIR, without that tfds' own
+            default. What is not there is downloaded into it. "digits" comes
+            with scikit-learn and ignores it.
+        validation: how many training examples are held out, the last by
+            index, >= 0. None: as many as the recipe says.
+
+    Raises:
+        ValueError: if name is unknown, the folder does not exist, or nothing
+            would be left to train on.
+        ImportError: if the package that provides the dataset is missing.
+        DatasetUnavailableError: if the dataset is not on this machine and
+            can't be downloaded.
+    """
+    if name not in DATASETS:
+        near = difflib.get_close_matches(str(name), DATASETS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"name must be one of {sorted(DATASETS)}. "
+            f"Received: name={name!r}.{hint}"
+        )
+    recipe = DATASETS[name]
+    if validation is not None:
+        recipe = dataclasses.replace(recipe, validation=validation)
+    if name == "digits":
+        splits = _digits(DATASETS[name])
+    else:
+        folder = _data_dir(data_dir)
+        splits = [
+            _tfds_split(name, split, folder) for split in ("train", "test")
+        ]
+    (images, labels), (test_images, test_labels) = splits
+    cut = len(images) - recipe.validation
+    if cut < 1:
+        raise ValueError(
+            f"{name!r} must have more than the {recipe.validation} training "
+            f"examples that are held out. Received: {len(images)}. Hold out "
+            "less, or, where the copy under data_dir is not the whole "
+            "dataset, prepare it again."
+        )
+    return Data(
+        recipe=recipe,
+        train_images=images[:cut],
+        train_labels=labels[:cut],
+        validation_images=images[cut:],
+        validation_labels=labels[cut:],
+        test_images=test_images,
+        test_labels=test_labels,
+    )
+
+
+def _digits(recipe: Recipe) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Returns the training and the test part of scikit-learn's digits.
+
+    Its ink, 0..16, becomes round(ink * 255 / 16), so that every dataset is
+    uint8 in 0..255.
+    """
+    try:
+        from sklearn import datasets
+    except ImportError as error:
+        raise ImportError(
+            "'digits' is part of scikit-learn, which is not installed. "
+            "Run `pip install scikit-learn`."
+        ) from error
+    digits = datasets.load_digits()
+    images = np.rint(digits.images[..., None] * 255 / 16).astype(np.uint8)
+    labels = digits.target.astype(np.int32)
+    cut = len(images) - recipe.validation  # test and validation are as large
+    return [(images[:cut], labels[:cut]), (images[cut:], labels[cut:])]
+
+
+def _data_dir(data_dir: str | os.PathLike[str] | None) -> str | None:
+    """Returns the folder given, or else named by TFDS_DATA_DIR, or None.
+
+    tfds reads the variable once, when it is imported; here it may be set at
+    any time.
+    """
+    source = "data_dir"
+    if data_dir is None:
+        source = "the environment variable TFDS_DATA_DIR"
+        data_dir = os.environ.get("TFDS_DATA_DIR")
+    if not data_dir:
+        return None
+    folder = os.path.expanduser(os.fspath(data_dir))
+    if not tf.io.gfile.isdir(folder):
+        raise ValueError(
+            f"{source} must be an existing folder. Received: {folder!r}. "
+            "Create it to download the dataset there, or correct the path."
+        )
+    return folder
+
+
+def _tfds_split(
+    name: str, split: str, data_dir: str | None
+) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise ImportError(
+            f"{name!r} is loaded by TensorFlow Datasets, which is not "
+            "installed. Run `pip install tensorflow-datasets`, or train on "
+            "'digits'."
+        ) from error
+
+    def read(*, download: bool) -> dict[str, tf.Tensor]:
+        return tfds.load(
+            name,
+            split=split,
+            data_dir=data_dir,
+            batch_size=-1,
+            shuffle_files=False,
+            download=download,
+        )
+
+    try:
+        try:
+            examples = read(download=False)
+        except AssertionError:  # how tfds says that nothing is prepared
+            _check_network(name)
+            examples = read(download=True)
+    # tfds lets through whatever requests, its file systems or its readers
+    # raise; the way out is the same for all of them.
+    except Exception as error:
+        where = data_dir or "tfds' default folder"
+        raise DatasetUnavailableError(
+            f"{name!r} could not be read from {where}, nor downloaded into "
+            f"it ({type(error).__name__}: {_shortened(str(error))}). Either "
+            "point --data_dir or TFDS_DATA_DIR at a folder where tfds has "
+            "prepared it, or train on 'digits', which comes with "
+            "scikit-learn and needs no download."
+        ) from error
+    return (
+        np.asarray(examples["image"], np.uint8),
+        np.asarray(examples["label"], np.int32),
+    )
+
+
+def _check_network(name: str) -> None:
+    """Raises OSError if no host that has the dataset can be reached.
+
+    tfds itself tries a download ten times over, about three and a half
+    minutes, before it admits that there is no network.
+    """
+    if urllib.request.getproxies():
+        return  # a proxy may reach what this machine can't; let tfds try
+    for host in _HOSTS[name]:
+        try:
+            socket.create_connection((host, 443), _CONNECT_SECONDS).close()
+            return
+        except OSError:
+            continue
+    raise OSError(f"no connection to {' or '.join(_HOSTS[name])}")
+
+
+def _shortened(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 200 else text[:200] + " ..."

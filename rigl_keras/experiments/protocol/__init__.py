@@ -1,0 +1,1 @@
+"""The report's settings, rows and published numbers, as data."""

@@ -1,0 +1,136 @@
+"""What runs are called, and what the name of a gin file says of its row."""
+
+import dataclasses
+import re
+import urllib.parse
+from collections.abc import Iterable
+
+from rigl_keras._text import exact
+from rigl_keras.experiments.protocol import variations
+
+__all__ = ["NETWORKS", "Row", "known", "row", "run_name"]
+
+# By the ending of the gin file: the network, and its data.
+NETWORKS = {
+    "wrn": "WRN-22-2 on CIFAR-10",
+    "resnet50": "ResNet-50 on CIFAR-100",
+}
+_METHODS = {
+    "dense": "Dense",
+    "small_dense": "Small-Dense",
+    "static": "Static",
+    "set": "SET",
+    "rigl": "RigL",
+    "snfs": "SNFS",
+    "pruning": "Pruning",
+    "lottery": "Lottery",
+    "rigl_sg": "RigL-SG",
+    "rigl_sm": "RigL-SM",
+    "rigl_reinit": "RigL, re-initialised",
+    "rigl_kernel": "RigL on kernels",
+    "snip": "SNIP",
+}
+_DISTRIBUTIONS = {"uniform": "uniform", "erk": "ERK", "er": "ER"}
+_NAME = re.compile(
+    r"(?P<method>\w+?)(_(?P<distribution>uniform|erk|er))?"
+    r"(_(?P<length>\d)x)?(?P<all_data>_50k)?_(?P<network>wrn|resnet50)"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row of the report, or one that could be.
+
+    Args:
+        gin: The gin file, without folder and ending.
+        method: As the report names it.
+        distribution: `"uniform"`, `"ERK"`, `"ER"`, or `""` where masks are
+            not drawn by one.
+        length: How many times as long as the others it trains.
+        all_data: Whether it trains on the images held out, too.
+        network: One of `NETWORKS`, or `""`.
+    """
+
+    gin: str
+    method: str
+    distribution: str = ""
+    length: float = 1
+    all_data: bool = False
+    network: str = ""
+
+    @property
+    def label(self) -> str:
+        """What it is called in figures, without its network."""
+        parts = [self.method]
+        if self.distribution:
+            parts.append(f"({self.distribution})")
+        if self.length != 1:
+            parts.append(f"{exact(self.length)}x")
+        if self.all_data:
+            parts.append("50k")
+        return " ".join(parts)
+
+    @property
+    def dense(self) -> bool:
+        """Whether it is the dense network, which has no density."""
+        return self.method == _METHODS["dense"]
+
+
+def row(gin: str) -> Row:
+    """Returns what a name says; a name of another form is its own method.
+
+    Args:
+        gin: The gin file, without folder and ending.
+    """
+    found = _NAME.fullmatch(gin)
+    if found is None or found["method"] not in _METHODS:
+        return Row(gin, gin)
+    return Row(
+        gin,
+        _METHODS[found["method"]],
+        _DISTRIBUTIONS.get(found["distribution"], ""),
+        int(found["length"] or 1),
+        found["all_data"] is not None,
+        found["network"],
+    )
+
+
+# Changes that are in many names, and what they are called there.
+_SHORT = {
+    "UPDATE_FRACTION": "update_fraction",
+    "UPDATE_FREQUENCY": "update_frequency",
+    "sgd.learning_rate": "learning_rate",
+    "train.length": "length",
+}
+
+
+def run_name(
+    gin: str,
+    density: float | None,
+    seed: int,
+    changes: Iterable[tuple[str, object]] = (),
+) -> str:
+    """Returns the name of a run's folder; runs that differ have other ones.
+
+    Args:
+        gin: The gin file, without folder and ending.
+        density: Fraction of the weights kept. None: a dense model.
+        seed: The seed.
+        changes: gin bindings over the files, in any order; of two of one name
+            the last holds.
+    """
+    parts = [gin]
+    if density is not None:
+        parts.append(f"density{exact(density)}")
+    for name, value in sorted(dict(changes).items()):
+        if name in _SHORT:
+            parts.append(f"{_SHORT[name]}{exact(value)}")
+        else:
+            # A gin scope has slashes, which would be folders.
+            parts.append(f"{urllib.parse.quote(name, safe='')}={exact(value)}")
+    return "-".join([*parts, f"seed{seed}"])
+
+
+def known() -> list[str]:
+    """Returns the gin files that there are, without folder and ending."""
+    return sorted(path.stem for path in variations.GIN_FOLDER.glob("*.gin"))

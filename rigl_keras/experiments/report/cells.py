@@ -1,0 +1,136 @@
+"""What stands in a cell of a table: numbers, with how sure they are."""
+
+import dataclasses
+from collections.abc import Callable
+
+from rigl_keras._text import exact
+from rigl_keras.experiments.report import summaries
+from rigl_keras.experiments.report.records import Records
+from rigl_keras.experiments.report.summaries import Summary
+
+__all__ = [
+    "Context",
+    "Marks",
+    "NONE",
+    "accuracy_cell",
+    "difference_cell",
+    "flops_cell",
+    "listed",
+    "pair",
+    "percent",
+    "ratio",
+    "scientific",
+    "seeds",
+    "signed",
+    "updates_cell",
+    "with_seeds",
+]
+
+NONE = "-"
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What each section needs."""
+
+    records: Records
+    comparable: bool  # whether the runs are of the report's own setting
+    with_published: bool
+    planned: Callable[[Summary], tuple[float, float]] | None
+    asked: bool
+    lines: list
+    undrawn: dict  # {the name of a figure: why it cannot be drawn}
+
+
+# What stands in cells.
+
+
+def percent(mean, std):
+    if mean is None:
+        return NONE
+    return f"{mean:.2f}" + ("" if std is None else f" ± {std:.2f}")
+
+
+def accuracy_cell(summary):
+    if summary.n:
+        return percent(summary.mean, summary.std)
+    if summary.failed:
+        return "failed"
+    return "unfinished" if summary.others else NONE
+
+
+def seeds(summary):
+    if not summary.n and not summary.others:
+        return NONE
+    text = f"{summary.n} of {summary.wanted}"
+    if summary.failed:
+        text += f", {summary.failed} failed"
+    if summary.collapsed:
+        text += f", {summary.collapsed} collapsed"
+    return text
+
+
+def signed(difference):
+    if difference is None:
+        return NONE
+    return f"{round(difference, 2) + 0.0:+.2f}"  # without -0.00
+
+
+def ratio(value):
+    return NONE if value is None else f"{value:.2f}x"
+
+
+def flops_cell(context, summary):
+    """Returns FLOPs to train and to test; planned ones in brackets."""
+    if not summary.n and context.planned is not None:
+        planned = context.planned(summary)
+        return tuple(f"({ratio(value)})" for value in planned)
+    return (
+        ratio(summary.training_flops_ratio),
+        ratio(summary.inference_flops_ratio),
+    )
+
+
+class Marks:
+    """Numbers the notes of a section."""
+
+    def __init__(self):
+        self.notes = []
+
+    def of(self, note):
+        if not note:
+            return ""
+        if note not in self.notes:
+            self.notes.append(note)
+        return f" [{self.notes.index(note) + 1}]"
+
+
+def difference_cell(context, summary, cell):
+    if not context.comparable or cell is None or summary.mean is None:
+        return None
+    return summary.mean - cell.accuracy
+
+
+def scientific(value):
+    return f"{value:.2e}".replace("e+0", "e")
+
+
+def updates_cell(drop_fraction, frequency):
+    return f"{exact(drop_fraction)}, {exact(frequency)}"
+
+
+def listed(found):
+    """Returns the seeds that each row should have, as text."""
+    *others, last = map(str, summaries.seeds(found))
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def pair(train, test):
+    return NONE if train == test == NONE else f"{train}, {test}"
+
+
+def with_seeds(summary):
+    text = accuracy_cell(summary)
+    if summary.n and summary.n < summary.wanted:
+        text += f" ({summary.n} of {summary.wanted})"
+    return text

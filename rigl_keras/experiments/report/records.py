@@ -1,0 +1,157 @@
+"""What is known of finished, failed and missing runs.
+
+Read from a folder of results (see `reproduction/results.py`), or from a `results.jsonl`, a
+line for each run, which holds all of it that a report needs.
+"""
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Iterable, Mapping
+
+from rigl_keras.experiments.protocol import rows
+from rigl_keras.experiments.protocol.variations import TUNED
+
+__all__ = ["NOTE", "OF_ANOTHER", "Record", "Records", "as_lines", "collapsed"]
+
+Changes = tuple[tuple[str, float], ...]
+_COLLAPSED = 10.0  # points below the other seeds
+_CLASSES = {"cifar10": 10, "cifar100": 100, "mnist": 10, "digits": 10}
+NOTE = 1_000  # letters of a note that are kept
+# How the failure of a run begins whose result is another run's.
+OF_ANOTHER = "its result.json and about.json disagree: "
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One run, as it was found.
+
+    Args:
+        folder: `PRESET/RUN_NAME`.
+        row: The gin file, without folder and ending. None: the folder does
+            not say what it is, and `failure` says why.
+        preset: The name of its preset's folder.
+        density: Fraction of the weights kept. None: a dense model.
+        seed: The seed.
+        changes: gin bindings over the files, sorted by name.
+        result: What `train` returned, as far as a report needs it. None: it
+            has none.
+        failure: Why it has none.
+        failed: Whether it failed; otherwise it is unfinished.
+        learning_rate: Of its configuration, where that could be read.
+        curve: `((step, inference FLOPs over the dense network's), ...)`.
+    """
+
+    folder: str
+    row: str | None
+    preset: str
+    density: float | None = None
+    seed: int | None = None
+    changes: Changes = ()
+    result: Mapping | None = None
+    failure: str | None = None
+    failed: bool = False
+    learning_rate: float | None = None
+    curve: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def key(self) -> tuple:
+        """What two runs have in common that are the same run."""
+        return self.row, self.density, self.seed, self.changes
+
+    @property
+    def variant(self) -> Changes:
+        """Its changes without those that are searched for."""
+        return tuple(pair for pair in self.changes if pair[0] not in TUNED)
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return self.folder.split("/", 1)[-1]
+
+    @property
+    def test(self) -> float:
+        """Test accuracy in percent, of a finished run."""
+        return 100 * self.result["test_accuracy"]
+
+    @property
+    def validation(self) -> float | None:
+        """Validation accuracy in percent; None where none was held out."""
+        accuracy = self.result["validation_accuracy"]
+        return None if accuracy is None else 100 * accuracy
+
+    @property
+    def training_flops_ratio(self) -> float:
+        """Over training the dense model once; of tickets, with Pruning's."""
+        of_ticket = rows.row(self.row).method == "Lottery"
+        name = "training_flops_ratio" + "_with_sources" * of_ticket
+        return self.result[name]
+
+    @property
+    def inference_flops_ratio(self) -> float:
+        """Over the dense model's, at the end."""
+        return self.result["inference_flops_ratio"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """The runs of one preset.
+
+    Args:
+        preset: The name of its folder.
+        runs: Each run once, in the order of folders; those that cannot be
+            averaged with the others are left out.
+        notes: What was left out or counted once, and why.
+        found: All that was found, to be written down.
+    """
+
+    preset: str
+    runs: tuple[Record, ...]
+    notes: tuple[str, ...]
+    found: tuple[Record, ...]
+
+    @property
+    def finished(self) -> tuple[Record, ...]:
+        """Those with a result."""
+        return tuple(run for run in self.runs if run.result is not None)
+
+
+def as_lines(records: Records) -> str:
+    """Returns all that was found as `results.jsonl`, which `read` reads."""
+    lines = []
+    for record in records.found:
+        fields = {
+            field.name: getattr(record, field.name)
+            for field in dataclasses.fields(record)
+        }
+        fields["changes"] = dict(record.changes)
+        lines.append(json.dumps(fields) + "\n")
+    return "".join(lines)
+
+
+def collapsed(runs: Iterable[Record]) -> dict[str, str]:
+    """Returns the seeds of a row that have learnt next to nothing.
+
+    A seed has collapsed if it is 10 points or more below the median of the
+    others, or hardly better than chance.
+
+    Args:
+        runs: Finished runs that differ by their seeds alone.
+
+    Returns:
+        `{name of the run: why}`.
+    """
+    runs, found = list(runs), {}
+    for run in runs:
+        chance = 100 / _CLASSES.get(run.result["dataset"], float("inf"))
+        others = [other.test for other in runs if other is not run]
+        below = statistics.median(others) - run.test if others else 0.0
+        if run.test <= 1.2 * chance:
+            found[run.name] = (
+                f"{run.test:.2f} % is hardly better than chance, {chance:g} %"
+            )
+        elif below >= _COLLAPSED:
+            found[run.name] = (
+                f"{run.test:.2f} % is {below:.1f} points below the other seeds"
+            )
+    return found

@@ -1,0 +1,385 @@
+"""The report's tables."""
+
+from rigl_keras._text import exact
+from rigl_keras.experiments.protocol import published, rows, variations
+from rigl_keras.experiments.report import (
+    contents,
+    method_figures,
+    panels,
+    summaries,
+)
+from rigl_keras.experiments.report.cells import (
+    NONE,
+    Marks,
+    accuracy_cell,
+    difference_cell,
+    flops_cell,
+    listed,
+    pair,
+    ratio,
+    scientific,
+    seeds,
+    signed,
+    updates_cell,
+    with_seeds,
+)
+from rigl_keras.experiments.report.contents import HAS, RIGL, TITLES
+from rigl_keras.experiments.report.page import Block, Section, as_csv_cell
+
+__all__ = [
+    "COLUMNS",
+    "add_line",
+    "methods",
+    "other_runs",
+    "table_4",
+    "table_section",
+]
+
+COLUMNS = (
+    "table",
+    "row",
+    "gin",
+    "density",
+    "changes",
+    "seeds",
+    "n",
+    "wanted",
+    "failed",
+    "accuracy_mean",
+    "accuracy_std",
+    "validation_mean",
+    "training_flops_ratio",
+    "inference_flops_ratio",
+    "published_accuracy",
+    "published_std",
+    "published_training_flops_ratio",
+    "published_inference_flops_ratio",
+    "difference",
+    "note",
+)
+
+
+def add_line(context, table, label, summary, cell=None):
+    """Adds a line to report.csv."""
+    if not context.with_published:
+        cell = None
+    difference = difference_cell(context, summary, cell)
+    values = [
+        table,
+        label,
+        summary.row,
+        summary.density,
+        ";".join(f"{name}={exact(value)}" for name, value in summary.changes),
+        " ".join(str(run.seed) for run in summary.finished),
+        summary.n,
+        summary.wanted,
+        summary.failed,
+        summary.mean,
+        summary.std,
+        summary.validation if summary.n else None,
+        summary.training_flops_ratio,
+        summary.inference_flops_ratio,
+        cell and cell.accuracy,
+        cell and cell.std,
+        cell and cell.train_flops,
+        cell and cell.test_flops,
+        difference,
+        cell.note if cell else "",
+    ]
+    context.lines.append(
+        ["" if v is None else as_csv_cell(str(v)) for v in values]
+    )
+
+
+def table_section(context, name):
+    """Tables 1, 2, 3 and 5: a block of rows for each network and density."""
+    cells = published.cells(name)
+    marks = Marks()
+    blocks = []
+    networks = dict.fromkeys(rows.row(cell.gin).network for cell in cells)
+    for network in networks:
+        of_network = [c for c in cells if rows.row(c.gin).network == network]
+        gins = {cell.gin for cell in of_network}
+        some = any(run.row in gins for run in context.records.runs)
+        if not some and not (context.asked and context.comparable):
+            if len(networks) > 1:
+                continue
+        for density in _densities(context, of_network, gins):
+            title = f"density {exact(density)}"
+            if len(networks) > 1:
+                title = f"{rows.NETWORKS[network].split()[-1]}, {title}"
+            blocks.append(
+                _block(context, name, of_network, density, title, marks)
+            )
+    text = []
+    if context.with_published:
+        text += [
+            "About the published numbers: " + " ".join(published.notes(name))
+        ]
+    picture = None
+    if name == "table3" and panels.panels(context.records, "resnet50"):
+        picture = contents.picture_of(
+            context,
+            "table3",
+            panels.across_densities,
+            context.records,
+            "resnet50",
+        )
+    return Section(name, TITLES[name], text, picture, blocks, marks.notes)
+
+
+def _densities(context, cells, gins):
+    printed = {cell.density for cell in cells} - {None}
+    found = set(summaries.densities(context.records, gins))
+    if context.comparable or not found:
+        found |= printed
+    return sorted(found)
+
+
+def _block(context, name, cells, density, title, marks):
+    columns = ["method", "accuracy (%)", "seeds", "FLOPs train", "test"]
+    of_report = "report" if context.comparable else "report, its own setting"
+    in_report = density in {cell.density for cell in cells}
+    with_published = context.with_published and in_report
+    if with_published:
+        columns.append(f"{of_report}: accuracy (%)")
+        if name == "table1":
+            columns.append("RigL paper")
+        else:
+            columns.append("report: FLOPs")
+        if context.comparable:
+            columns.append("difference")
+    columns.append("gin file")
+    lines, group = [], ""
+    for cell in _rows_of(cells):
+        at = None if cell.density is None else density
+        summary = summaries.of(context.records, cell.gin, at)
+        # What the report does not have at this density is not missing.
+        if not (in_report or summary.n or summary.others):
+            continue
+        if cell.group != group:
+            group = cell.group
+            lines.append(group.split(": ")[-1] or "dense")
+        printed = next(
+            (
+                c
+                for c in cells
+                if (c.group, c.row, c.gin, c.density)
+                == (cell.group, cell.row, cell.gin, at)
+            ),
+            None,
+        )
+        line = [
+            cell.row,
+            accuracy_cell(summary),
+            seeds(summary),
+            *flops_cell(context, summary),
+        ]
+        if with_published:
+            line += _published(name, printed, marks)
+            if context.comparable:
+                line.append(signed(difference_cell(context, summary, printed)))
+        lines.append([*line, cell.gin])
+        add_line(context, name, cell.row, summary, printed)
+    return Block(columns, lines, title)
+
+
+def _rows_of(cells):
+    """Returns one cell of each row, in the order of the table."""
+    return list(
+        {(cell.group, cell.row, cell.gin): cell for cell in cells}.values()
+    )
+
+
+def _published(name, cell, marks):
+    if cell is None:
+        return [NONE, NONE]
+    accuracy = cell.printed + marks.of(cell.note)
+    if name == "table1":
+        original = cell.original
+        return [accuracy, NONE if original is None else f"{original:.1f}"]
+    if cell.dense_train_flops is not None:
+        costs_of = (cell.dense_train_flops, cell.dense_test_flops)
+        return [accuracy, ", ".join(map(scientific, costs_of))]
+    return [accuracy, pair(ratio(cell.train_flops), ratio(cell.test_flops))]
+
+
+def table_4(context, name):
+    """The reference setting of mask updates, and the best that was tried."""
+    found, marks, lines = context.records, Marks(), []
+    printed = published.cells(name)
+    for mask, gin in RIGL.items():
+        densities = {cell.density for cell in printed if cell.gin == gin}
+        own = {run.density for run in found.runs if run.row == gin}
+        tried_at = {d for d in own if summaries.trials(found, gin, d)}
+        if not context.comparable:
+            densities = tried_at
+        for density in sorted(densities | tried_at):
+            tried = summaries.trials(found, gin, density)
+            best = summaries.best(tried)
+            reference = summaries.of(found, gin, density)
+            complete = sum(trial.summary.complete for trial in tried)
+            optimum = f"optimum of {complete}" if tried else "optimum"
+            lines.append(f"{mask} masks, density {exact(density)}")
+            for label, summary, optimal in (
+                ("reference", reference, False),
+                (optimum, best and best.summary, True),
+            ):
+                cell = next(
+                    (
+                        c
+                        for c in printed
+                        if (c.gin, c.density, c.optimal)
+                        == (gin, density, optimal)
+                    ),
+                    None,
+                )
+                lines.append(_setting(context, label, summary, cell, marks))
+                if summary is not None:
+                    label = f"{mask}, {label.split()[0]}"
+                    add_line(context, name, label, summary, cell)
+    columns = ["setting", "drop fraction, steps", "validation (%)"]
+    columns += ["test (%)", "seeds"]
+    text = [
+        "The optimum is the setting of the highest mean validation accuracy "
+        f"among those tried that have all seeds {listed(found)}; how many "
+        "these are "
+        "stands beside it. Its test accuracy did not take part in the choice."
+    ]
+    if context.with_published:
+        columns += ["report: drop fraction, steps", "report: test (%)"]
+        text += [
+            "About the published numbers: " + " ".join(published.notes(name))
+        ]
+        if context.comparable:
+            columns.append("difference")
+    blocks = [Block(columns, lines)] if lines else []
+    return Section(name, TITLES[name], text, None, blocks, marks.notes)
+
+
+def _setting(context, label, summary, cell, marks):
+    line = [label, *[NONE] * 4]
+    if summary is not None:
+        updates = summaries.settings_of(context.records, summary)
+        known = None not in updates and (summary.n or summary.others)
+        validation = summary.validation if summary.n else None
+        line = [
+            label,
+            updates_cell(*updates) if known else NONE,
+            NONE if validation is None else f"{validation:.2f}",
+            accuracy_cell(summary),
+            seeds(summary),
+        ]
+    if not context.with_published:
+        return line
+    if cell is None:
+        line += [NONE, NONE]
+    else:
+        line += [
+            updates_cell(cell.drop_fraction, cell.frequency),
+            cell.printed + marks.of(cell.note),
+        ]
+    if context.comparable:
+        line.append(signed(summary and difference_cell(context, summary, cell)))
+    return line
+
+
+def methods(context, name):
+    found = context.records
+    if not HAS[name](found):
+        return Section(name, TITLES[name])
+    blocks = []
+    for network, title in rows.NETWORKS.items():
+        keys = _ordered(
+            {
+                (run.row, run.changes)
+                for run in found.runs
+                if rows.row(run.row).network == network
+                and not summaries.is_trial(run)
+            }
+        )
+        if keys:
+            densities = summaries.densities(found, {gin for gin, _ in keys})
+            blocks += _of_methods(context, name, keys, densities, title)
+    text = (
+        "Every row that has a run. A number in brackets says how many seeds "
+        "are finished where some are not.",
+    )
+    picture = contents.picture_of(context, name, method_figures.methods, found)
+    return Section(name, TITLES[name], text, picture, blocks)
+
+
+def _of_methods(context, name, keys, densities, title):
+    """Two tables of rows by densities: accuracies, and what they cost."""
+    accuracies, costs_of = [], []
+    for gin, changes in keys:
+        label = summaries.label(gin, changes)
+        dense = rows.row(gin).dense
+        found = [
+            summaries.of(context.records, gin, density, changes)
+            for density in ([None] if dense else densities)
+        ]
+        for summary in found:
+            if summary.n or summary.others:
+                add_line(context, name, label, summary)
+        blank = [""] * (len(densities) - 1 if dense else 0)
+        accuracies.append([label, *map(with_seeds, found), *blank])
+        flops = [pair(*flops_cell(context, summary)) for summary in found]
+        costs_of.append([label, *flops, *blank])
+    heads = [f"density {exact(density)}" for density in densities]
+    heads = heads or ["dense"]
+    data = title.split()[-1]
+    return [
+        Block(["method", *heads], accuracies, f"{data}: test accuracy (%)"),
+        Block(["method", *heads], costs_of, f"{data}: FLOPs to train, to test"),
+    ]
+
+
+def _ordered(keys):
+    """Sorts rows by method, as Table 2 has them, then by masks and length."""
+    order = ["Dense", "Small-Dense", "Static", "SET", "SNFS", "RigL"]
+
+    def place(key):
+        gin, changes = key
+        row = rows.row(gin)
+        method = order.index(row.method) if row.method in order else len(order)
+        masks = ["uniform", "ER", "ERK", ""].index(row.distribution)
+        return changes, method, row.method, row.all_data, row.length, masks, gin
+
+    return sorted(keys, key=place)
+
+
+def other_runs(context):
+    """Runs that no other section shows, such as those of gin files added."""
+    found, lines = context.records, []
+    shared = summaries.densities(found, {run.row for run in found.runs})
+    groups = dict.fromkeys(
+        (run.row, run.density, run.changes, summaries.is_trial(run))
+        for run in found.finished
+    )
+    for row, density, changes, is_trial in groups:
+        names = {name for name, _ in changes}
+        shown = "sgd.learning_rate" not in names or HAS["figure2"](found)
+        if row in RIGL.values() and names <= variations.TUNED and shown:
+            continue  # in Figures 2 and 3, or in Table 4
+        compared = density is None or density in shared
+        if rows.row(row).network and compared and not is_trial:
+            continue  # among all methods
+        summary = summaries.of(found, row, density, changes)
+        lines.append(
+            [
+                row,
+                NONE if density is None else exact(density),
+                ", ".join(f"{name} = {exact(value)}" for name, value in changes)
+                or NONE,
+                accuracy_cell(summary),
+                seeds(summary),
+                *flops_cell(context, summary),
+            ]
+        )
+        add_line(context, "other", rows.row(row).label, summary)
+    if not lines:
+        return []
+    columns = ["row", "density", "changes", "accuracy (%)", "seeds"]
+    columns += ["FLOPs train", "test"]
+    return [Section("other", "Other runs", blocks=[Block(columns, lines)])]

@@ -1,0 +1,171 @@
+"""Tables and figures of what bin/reproduce has trained.
+
+    bin/report --preset=small                  all that has a finished run
+    bin/report table2 figure1 --output=page    these, missing runs marked
+    bin/report --results_dir=page/results.jsonl --output=again
+
+Writes report.md, report.html (which needs no other file), report.csv (a line
+for each cell), figures/ and results.jsonl, from which the same page can be
+made without the folder of results.
+"""
+
+import csv
+import io
+import os
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+
+from rigl_keras import _files
+from rigl_keras._text import printable
+from rigl_keras.experiments import exits
+from rigl_keras.experiments.protocol import rows
+from rigl_keras.experiments.report import reading
+from rigl_keras.experiments.report.contents import PICTURES
+from rigl_keras.experiments.report.page import as_html, as_markdown
+from rigl_keras.experiments.report.sections import Report, report
+
+__all__ = ["main", "planned_flops", "write"]
+
+
+def planned_flops(preset):
+    """Returns what computes the FLOPs of runs that are not finished."""
+    # All else is done without TensorFlow.
+    from rigl_keras.experiments.reproduction import costs, plans
+
+    def one(run):
+        run.configure()
+        return costs.planned()
+
+    def planned(summary):
+        run = plans.Run(
+            summary.row,
+            plans.Preset(preset),
+            summary.density,
+            seed=0,
+            changes=summary.changes,
+        )
+        cost = one(run)
+        training = cost.training_flops_ratio
+        if rows.row(summary.row).method == "Lottery":
+            training += one(run.source).training_flops_ratio
+        return training, cost.inference_flops_ratio
+
+    return planned
+
+
+# Files.
+
+
+def write(made: Report, output: str | os.PathLike) -> list[Path]:
+    """Writes a report, each file whole or not at all.
+
+    Args:
+        made: The report.
+        output: Folder; made if it does not exist. Other files in it stay.
+
+    Returns:
+        The files.
+
+    Raises:
+        ValueError: The folder cannot be written to.
+        DiskFullError: There is no room.
+    """
+    output = Path(output)
+    table = io.StringIO()
+    csv.writer(table, lineterminator="\n").writerows(made.lines)
+    pictures = {
+        section.picture.name: section.picture.png
+        for section in made.page.sections
+        if section.picture is not None
+    }
+    contents = {
+        **{f"figures/{name}.png": png for name, png in pictures.items()},
+        "results.jsonl": made.results.encode(),
+        "report.csv": table.getvalue().encode(),
+        "report.html": as_html(made.page).encode(),
+        "report.md": as_markdown(made.page).encode(),
+    }
+    try:
+        (output / "figures").mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            _files.write(output / name, content)
+        # Figures of a report before this one.
+        for name in set(PICTURES) - set(pictures):
+            (output / "figures" / f"{name}.png").unlink(missing_ok=True)
+    except OSError as error:
+        reason = _files.disk_is_full(error)
+        if reason:
+            advice = "Make room, or pass another --output."
+            raise _files.DiskFullError(output, reason, advice) from error
+        raise ValueError(
+            f"{str(output)!r} cannot be written to ({error.strerror}). Pass "
+            "--output with a folder that can be, or that can be made."
+        ) from error
+    return [output / name for name in contents]
+
+
+def main() -> None:
+    """Reads the command line and writes a report."""
+    results_dir = flags.DEFINE_string(
+        "results_dir",
+        "results",
+        "Folder of all results, or a results.jsonl that this command wrote.",
+    )
+    preset = flags.DEFINE_string(
+        "preset", None, "Whose runs. Default: the only preset there is."
+    )
+    output = flags.DEFINE_string("output", "report", "Folder to write.")
+    with_published = flags.DEFINE_bool(
+        "published",
+        False,
+        "Show the report's numbers beside those of another preset, too.",
+    )
+    with_planned = flags.DEFINE_bool(
+        "planned",
+        False,
+        "Show the FLOPs of runs that are not finished, in brackets.",
+    )
+
+    def run(argv):
+        logging.set_verbosity(logging.WARNING)
+        try:
+            if Path(output.value).exists() and not Path(output.value).is_dir():
+                raise ValueError(
+                    f"{output.value!r} is no folder. Pass --output with one, "
+                    "or with one that can be made."
+                )
+            found = reading.read(results_dir.value, preset.value)
+            made = report(
+                found,
+                argv[1:],
+                with_published=with_published.value,
+                planned=planned_flops(found.preset)
+                if with_planned.value
+                else None,
+            )
+            written = write(made, output.value)
+        except (ValueError, OSError) as error:
+            print(f"report: {printable(str(error))}", file=sys.stderr)
+            sys.exit(2)
+        print("\n".join(printable(str(path)) for path in written))
+        _tell(found, made.notes)
+
+    app.run(exits.one_line("report", run))
+
+
+def _tell(found, notes):
+    """Says how many runs count, which do not, and what is odd."""
+    failed = sum(run.failed for run in found.runs)
+    unfinished = len(found.runs) - len(found.finished) - failed
+    print(
+        f"{len(found.finished)} runs of the preset {found.preset} are "
+        f"finished, {failed} failed, {unfinished} are unfinished."
+    )
+    for note in notes:
+        print(f"  {printable(note)}")
+
+
+if __name__ == "__main__":
+    main()

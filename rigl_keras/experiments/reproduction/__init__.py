@@ -1,0 +1,1 @@
+"""Many runs, by several processes: bin/reproduce."""

@@ -1,0 +1,390 @@
+"""Which runs a table or a figure of the report consists of.
+
+A run is a gin file (a row of the report), a preset (how large the experiment
+is), a density, a seed, and now and then a value of its own. What it is called
+follows from these, so that Table 2 and Figure 1 share the runs that are in
+both, on whatever machine they were trained.
+"""
+
+import dataclasses
+import fnmatch
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import gin
+from rigl_keras import _text
+from rigl_keras.experiments.protocol import published, variations
+from rigl_keras.experiments.protocol.rows import run_name
+from rigl_keras.experiments.protocol.variations import (
+    DENSITIES,
+    FIGURE_1,
+    FIGURE_4,
+    FULL,
+    LEARNING_RATES,
+    RIGL,
+    SEEDS,
+    UPDATES,
+    Changes,
+)
+from rigl_keras.experiments.reproduction import costs
+from rigl_keras.experiments.runs import config, train_command
+
+__all__ = [
+    "Preset",
+    "Run",
+    "TARGETS",
+    "learning_rate_of",
+    "runs",
+    "same_training_flops",
+    "updates_of",
+    "with_changes",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """How large the experiment is: the report's setting, or a smaller one.
+
+    Args:
+        name: `"full"`, a file of `gin/presets/` without its ending, or the
+            path of a gin file of one's own. It is read after a row's file.
+
+    Raises:
+        ValueError: There is no such preset.
+    """
+
+    name: str = FULL
+
+    def __post_init__(self):
+        _ = self.path
+
+    @property
+    def path(self) -> Path | None:
+        """The gin file, or None of the report's own setting."""
+        if self.name == FULL:
+            return None
+        if self.name.endswith(".gin"):
+            return config.find(self.name).resolve()
+        folder = variations.GIN_FOLDER / "presets"
+        path = folder / f"{self.name}.gin"
+        if not path.is_file():
+            known = sorted(p.stem for p in folder.glob("*.gin"))
+            raise ValueError(
+                f"preset must be {FULL}, {', '.join(known)} or the path of a "
+                f"gin file. Received: preset={self.name!r}."
+            )
+        return path
+
+    @property
+    def folder(self) -> str:
+        """The name of its folder among results."""
+        return Path(self.name).stem if self.path else FULL
+
+    @property
+    def rows(self) -> str:
+        """Which gin files it is made for, as a pattern.
+
+        A preset that shrinks one network says so by PRESET_ROWS.
+        """
+        if self.path is None:
+            return "*"
+        config.parse([str(self.path)], [])
+        if not config.has_macro("PRESET_ROWS"):
+            return "*"
+        return gin.query_parameter("PRESET_ROWS/gin.macro.value")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training run of a table or figure.
+
+    Args:
+        row: The gin file, without folder and ending.
+        preset: How large the experiment is.
+        density: Fraction of the weights kept, or None for a dense model.
+        seed: The seed.
+        changes: gin bindings over both files, `((name, value), ...)`.
+    """
+
+    row: str
+    preset: Preset
+    density: float | None
+    seed: int
+    changes: Changes = ()
+
+    @property
+    def name(self) -> str:
+        """The name of its folder among results of the preset."""
+        return run_name(self.row, self.density, self.seed, self.changes)
+
+    @property
+    def arguments(self) -> dict:
+        """What `command.configure` is to be called with."""
+        files = [f"gin/{self.row}.gin"]
+        if self.preset.path is not None:
+            files.append(str(self.preset.path))
+        bindings = [f"{name} = {value!r}" for name, value in self.changes]
+        source = self.source
+        if source is not None:
+            # Beside this run's folder, wherever the results are moved to.
+            folder = f"{source.name}/run"
+            bindings += [
+                f"train.masks_from = {folder!r}",
+                f"train.weights_from = {folder!r}",
+            ]
+        return {
+            "gin_files": files,
+            "bindings": bindings,
+            "seed": self.seed,
+            "density": self.density,
+        }
+
+    @property
+    def source(self) -> "Run | None":
+        """The run whose masks this one starts with, which comes before it."""
+        config.parse([f"gin/{self.row}.gin"], [])
+        folder = gin.get_bindings("train").get("masks_from")
+        if folder is None:
+            return None
+        return dataclasses.replace(self, row=Path(folder).name)
+
+    def configure(self) -> str:
+        """Configures gin for this run and returns its configuration."""
+        train_command.configure(**self.arguments)
+        return gin.config_str()
+
+    def as_json(self) -> dict:
+        """Returns what tells it from others, to keep beside its result."""
+        return {
+            "row": self.row,
+            "preset": self.preset.folder,
+            "density": self.density,
+            "seed": self.seed,
+            "changes": dict(self.changes),
+        }
+
+
+def updates_of(drop_fraction: float, frequency: int) -> Changes:
+    """Returns the bindings of other mask updates than the row has."""
+    return (
+        ("UPDATE_FRACTION", drop_fraction),
+        ("UPDATE_FREQUENCY", frequency),
+    )
+
+
+def learning_rate_of(learning_rate: float) -> Changes:
+    """Returns the bindings of another learning rate than the row has."""
+    return (("sgd.learning_rate", learning_rate),)
+
+
+def same_training_flops(row: str, like: str, density: float, preset) -> float:
+    """Returns the density at which one row trains for the FLOPs of another.
+
+    Args:
+        row: The gin file whose density is wanted.
+        like: The gin file whose training FLOPs it shall have.
+        density: That one's density.
+        preset: The `Preset` of both.
+
+    Returns:
+        The density, to three digits.
+    """
+
+    def ratio(row, density):
+        Run(row, preset, density, seed=0).configure()
+        return costs.planned().training_flops_ratio
+
+    wanted = ratio(like, density)
+    low, high = 0.0, 1.0
+    for _ in range(20):  # the ratio rises with the density
+        middle = (low + high) / 2
+        if ratio(row, middle) < wanted:
+            low = middle
+        else:
+            high = middle
+    return float(f"{high:.3g}")
+
+
+def _of_table(table):
+    """The rows of a table, at the densities it has them at."""
+
+    def wanted(preset, densities):
+        found = {}
+        for cell in published.cells(table):
+            found.setdefault(cell.gin, {})[cell.density] = None
+        for row, at in found.items():
+            for density in densities or at:
+                yield row, density, ()
+
+    return wanted
+
+
+def _grid(rows, at, changes=((),)):
+    """Rows x densities x changes."""
+
+    def wanted(preset, densities):
+        return itertools.product(rows, densities or at, changes)
+
+    return wanted
+
+
+def _figure_3(preset, densities):
+    """Uniform masks, and ERK masks at the density and at the FLOPs of each."""
+    uniform, erk = RIGL
+    for density in densities or DENSITIES[1:]:
+        equal = same_training_flops(erk, uniform, density, preset)
+        yield from [
+            (uniform, density, ()),
+            (erk, density, ()),
+            (erk, equal, ()),
+        ]
+
+
+def _table_4(preset, densities):
+    """The reference settings, and the report's optima at its own length."""
+    yield from _of_table("table4")(preset, densities)
+    for cell in published.cells("table4"):
+        at_all = not densities or cell.density in densities
+        if cell.optimal and at_all and preset.path is None:
+            changes = updates_of(cell.drop_fraction, cell.frequency)
+            yield cell.gin, cell.density, changes
+
+
+_LEARNING_RATE_GRID = [
+    (*updates_of(*updates), *learning_rate_of(rate))
+    for updates in UPDATES
+    for rate in LEARNING_RATES
+]
+# What can be reproduced: rows, densities and changes.
+TARGETS = {
+    **{table: _of_table(table) for table in published.TABLES},
+    "table4": _table_4,
+    "figure1": _grid(FIGURE_1, DENSITIES),
+    "figure2": _grid(RIGL, DENSITIES[1:], _LEARNING_RATE_GRID),
+    "figure3": _figure_3,
+    "figure4": _grid(FIGURE_4, (0.1, 0.2)),
+}
+
+
+def runs(
+    target: str,
+    *,
+    preset: Preset,
+    densities: Sequence[float] = (),
+    seeds: Sequence[int] = (),
+    rows: Sequence[str] = (),
+    changes: Changes = (),
+) -> list[Run]:
+    """Returns the runs of a table or figure, each after those it needs.
+
+    Args:
+        target: One of `TARGETS`.
+        preset: How large the experiment is.
+        densities: In place of those of the report. A dense row has none.
+        seeds: In place of the report's 0, 1 and 2.
+        rows: Only these of its rows, names or patterns such as `"rigl_*"`.
+        changes: gin bindings of one's own, over those of all its runs.
+
+    Returns:
+        The runs, no two alike, all of one seed before those of the next.
+
+    Raises:
+        ValueError: There is no such table or figure, the preset is not made
+            for its rows, or a density or seed is out of range.
+    """
+    if target not in TARGETS:
+        raise ValueError(
+            f"A table or figure is one of {', '.join(TARGETS)}. Received: "
+            f"{target!r}."
+        )
+    for density in densities:
+        if not 0 < density <= 1:
+            raise ValueError(
+                f"Densities must be in (0, 1]. Received: {density!r}."
+            )
+    if any(seed < 0 for seed in seeds):
+        raise ValueError(
+            f"Seeds must be at least 0. Received: {', '.join(map(str, seeds))}."
+        )
+    if any(seed >= 2**32 for seed in seeds):  # NumPy takes no larger ones
+        raise ValueError(
+            f"Seeds must be below 2 ** 32. Received: "
+            f"{', '.join(map(_text.brief, seeds))}."
+        )
+    pattern = preset.rows
+    wanted = [
+        (row, None if _is_dense(row) else density, (*own, *changes))
+        for row, density, own in TARGETS[target](preset, densities)
+        if fnmatch.fnmatch(row, pattern)
+    ]
+    if not wanted:
+        raise ValueError(
+            f"{target} has no row for the preset {preset.name!r}, which is "
+            f"made for {pattern}. Pass --preset=full."
+        )
+    if rows:
+        there = {row: None for row, _, _ in wanted}
+        chosen = {r for p in rows for r in fnmatch.filter(there, p)}
+        if not chosen:
+            raise ValueError(
+                f"{target} has no row {', '.join(rows)}. It has "
+                f"{', '.join(there)}."
+            )
+        wanted = [each for each in wanted if each[0] in chosen]
+    ordered: dict[Run, None] = {}
+    for seed in seeds or SEEDS:
+        for row, density, changes in wanted:
+            run = Run(row, preset, density, seed)
+            run = with_changes(run, changes)
+            if run.source is not None:
+                ordered[run.source] = None
+            ordered[run] = None
+    return list(ordered)
+
+
+def with_changes(run: Run, changes: Changes) -> Run:
+    """Returns a run with other values than its row has.
+
+    Args:
+        run: The run as its row has it.
+        changes: The values, as `updates_of` and `learning_rate_of` return
+            them. A frequency is meant for runs of the report's length, and
+            becomes one in steps of the preset.
+
+    Returns:
+        The run; those values alone are in its name that the row has not.
+    """
+    return dataclasses.replace(run, changes=_different(run, changes))
+
+
+def _is_dense(row):
+    config.parse([f"gin/{row}.gin"], [])
+    return gin.get_bindings("train").get("density", 0) is None
+
+
+def _different(run, changes):
+    """Returns the changes that are some, in the steps of the preset.
+
+    A frequency is meant for runs of the report's length, whose own is 100
+    steps.
+    """
+    run.configure()
+    found = []
+    for name, value in changes:
+        own = _own_value(name)
+        if name == "UPDATE_FREQUENCY":
+            value = round(value * own / 100)
+        if value != own:
+            found.append((name, value))
+    return tuple(found)
+
+
+def _own_value(name):
+    """Returns what a binding is configured to, or None."""
+    try:
+        return gin.query_parameter(
+            name if "." in name else f"{name}/gin.macro.value"
+        )
+    except ValueError:  # it is bound to nothing, so far
+        return None

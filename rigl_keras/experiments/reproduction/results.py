@@ -1,0 +1,185 @@
+"""A folder of results: one folder for each run, claimed by who trains it.
+
+    results/small/rigl_erk_wrn-density0.1-seed0/
+        about.json   what the run is: row, preset, density, seed, changes
+        claim        locked for as long as a process trains the run
+        log.txt      what the run has said
+        failure.txt  why it failed the last time, if it did
+        run/         its run directory; with run/result.json it is finished
+
+Processes, and machines that see the same folder, may share it. A claim is a
+lock that the kernel holds for the process that trains the run: when that is
+killed the claim is free again, and whoever takes it continues the run.
+"""
+
+import contextlib
+import functools
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from rigl_keras import _files, _reading
+from rigl_keras.experiments.reproduction.plans import Run
+
+__all__ = ["Results"]
+
+# A full disk is an error that names the file.
+_naming = functools.partial(
+    _files.naming,
+    advice="Make room; the same command goes on from there.",
+)
+# What tells a file from one that had its name before or after it.
+Stamp = tuple[int, int, str]
+
+
+class Results:
+    """The results of one preset.
+
+    Args:
+        path: Folder of all results; made if it does not exist.
+        preset: The name of the preset's folder in it.
+
+    Raises:
+        ValueError: The folder cannot be made.
+    """
+
+    def __init__(self, path: str | os.PathLike, preset: str):
+        self.path = Path(path).resolve() / preset
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"The results folder {str(self.path)!r} cannot be made "
+                f"({error.strerror}). Pass --results_dir with one that can."
+            ) from error
+
+    def folder(self, run: Run) -> Path:
+        """Returns the folder of a run, which may not exist yet."""
+        return self.path / run.name
+
+    def finished(self, run: Run) -> bool:
+        """Returns whether a run has a result.
+
+        Raises:
+            ValueError: It has one, of another configuration.
+        """
+        directory = self.folder(run) / "run"
+        if not (directory / "result.json").exists():
+            return False
+        try:
+            config = _reading.text(directory / "config.gin")
+        except (OSError, ValueError):
+            config = None
+        if config != run.configure():
+            raise ValueError(
+                f"{str(directory)!r} holds the result of another configuration "
+                f"of {run.name}: a gin file has changed since. Move the folder "
+                "away, or pass another --results_dir."
+            )
+        return True
+
+    def result(self, run: Run) -> dict:
+        """Returns the result of a finished run.
+
+        Raises:
+            ValueError: It cannot be read.
+        """
+        path = self.folder(run) / "run/result.json"
+        try:
+            return _reading.json_object(path)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{str(path)!r} cannot be read ({error}). Move its folder "
+                "away, and the run is trained again."
+            ) from error
+
+    def epochs(self, run: Run) -> int:
+        """Returns how many epochs of a run are trained."""
+        metrics = self.folder(run) / "run/metrics.csv"
+        try:
+            return max(_reading.text(metrics).count("\n") - 1, 0)
+        except (OSError, ValueError):
+            return 0
+
+    def failure(self, run: Run) -> str | None:
+        """Returns why a run failed the last time, or None."""
+        stamp = self.failure_stamp(run)
+        return None if stamp is None else stamp[-1]
+
+    def failure_stamp(self, run: Run) -> Stamp | None:
+        """Returns what tells one failure of a run from the next, or None.
+
+        It is compared for being equal and never for being later: the times in
+        it are the file server's, whose clock need not be this machine's.
+        """
+        path = self.folder(run) / "failure.txt"
+        try:
+            status = path.stat()
+            reason = _reading.text(path).strip() or "unknown"
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            return 0, 0, f"its failure.txt cannot be read ({error})"
+        return status.st_mtime_ns, status.st_ino, reason
+
+    def record_failure(self, run: Run, reason: str) -> None:
+        """Keeps why a run failed."""
+        _write(self.folder(run) / "failure.txt", reason + "\n")
+
+    def forget_failure(self, run: Run) -> None:
+        """Removes why a run failed before."""
+        (self.folder(run) / "failure.txt").unlink(missing_ok=True)
+
+    def claimed(self, run: Run) -> bool:
+        """Returns whether a process trains a run now."""
+        path = self.folder(run) / "claim"
+        if not path.exists():
+            return False
+        with _lock(path, shared=True) as claim:
+            return claim is None
+
+    @contextlib.contextmanager
+    def claim(self, run: Run) -> Iterator[int | None]:
+        """Claims a run, until the end of the block.
+
+        Yields:
+            A file descriptor, for a child process to inherit, which then
+            holds the claim as well; or None where another process has it.
+        """
+        folder = self.folder(run)
+        with _naming(folder):
+            folder.mkdir(exist_ok=True)
+        with _lock(folder / "claim") as claim:
+            if claim is not None:
+                about = json.dumps(run.as_json(), indent=2) + "\n"
+                _write(folder / "about.json", about)
+            yield claim
+
+
+@contextlib.contextmanager
+def _lock(path, *, shared=False):
+    """Locks a file, and yields its descriptor, or None if it is locked."""
+    with contextlib.ExitStack() as stack:
+        try:
+            with _naming(path):
+                descriptor = stack.enter_context(
+                    _files.lock(path, shared=shared, wait=False)
+                )
+                if descriptor is not None and not shared:
+                    _files.sign(descriptor)
+        except _files.DiskFullError:
+            raise
+        except OSError as error:
+            raise ValueError(
+                f"{str(path)!r} cannot be locked ({error.strerror}), so that "
+                "others could train the same run. Pass --results_dir with a "
+                "folder that you can write, on a file system that has locks."
+            ) from error
+        yield descriptor
+
+
+def _write(path, text):
+    """Writes a file whole or not at all; who writes has the claim."""
+    with _naming(path):
+        _files.write(path, text)

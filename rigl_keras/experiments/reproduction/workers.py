@@ -1,0 +1,213 @@
+"""Training the runs that are missing, beside others who do the same."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rigl_keras.experiments.reproduction.plans import Run
+from rigl_keras.experiments.reproduction.progress import Progress
+from rigl_keras.experiments.reproduction.results import Results
+
+__all__ = ["command_of", "work_off"]
+
+_POLL = 0.5  # seconds between looks at a run that is being trained
+_WAIT = 2.0  # seconds between looks at runs that others train
+
+
+def work_off(
+    runs: Sequence[Run],
+    results: Results,
+    *,
+    progress: Progress | None = None,
+    data_dir: str | None = None,
+) -> dict[Run, str]:
+    """Trains all runs that have no result yet, one after the other.
+
+    Each in a process of its own, which continues what an earlier one has left.
+    Runs that another process has claimed are left to it; when nothing else is
+    left this waits for them, and takes over those that are given up.
+
+    Args:
+        runs: The runs, each after those that it starts from.
+        results: Where they are kept.
+        progress: Is told what happens.
+        data_dir: Folder of prepared data sets, over TFDS_DATA_DIR.
+
+    Returns:
+        `{run: reason}` of those that failed, here or elsewhere meanwhile, or
+        that start from one that failed.
+
+    Raises:
+        ValueError: A run has a result of another configuration, or starts
+            from one that neither has a result nor is among the runs.
+    """
+    progress = progress or Progress()
+    failed: dict[Run, str] = {}
+    left = [run for run in runs if not results.finished(run)]
+    _check_sources(left, results)
+    # Failures of commands before this one, which tries again.
+    old = {run: results.failure_stamp(run) for run in left}
+    while left:
+        waiting = []
+        for run in list(left):
+            source = run.source
+            reason = _failed_meanwhile(run, results, old)
+            if source in failed:
+                reason = f"it starts from {source.name}, which failed"
+            if reason is not None:
+                failed[run] = reason
+                left.remove(run)
+            elif results.finished(run):
+                progress.elsewhere(run)
+                left.remove(run)
+            elif source is not None and not results.finished(source):
+                waiting.append(run)
+            else:
+                done, reason = _trained_if_free(
+                    run, results, progress, data_dir
+                )
+                if not done:
+                    waiting.append(run)
+                    continue
+                left.remove(run)
+                if reason is not None:
+                    failed[run] = reason
+        if waiting and waiting == left:
+            progress.wait(waiting)
+            time.sleep(_WAIT)
+    return failed
+
+
+def _check_sources(runs, results):
+    """Refuses runs that would wait for one that nobody trains."""
+    for run in runs:
+        source = run.source
+        if source is None or source in runs or results.finished(source):
+            continue
+        raise ValueError(
+            f"{run.name} starts from {source.name}, which has no result and "
+            "is not among the runs. Pass it, too."
+        )
+
+
+def _failed_meanwhile(run, results, old):
+    """Returns why a run has failed since the failures in `old`, or None."""
+    stamp = results.failure_stamp(run)
+    if stamp != old[run]:
+        # Once another process has begun it again, every failure is a new one.
+        old[run] = None
+    return None if stamp is None or stamp == old[run] else stamp[-1]
+
+
+def _trained_if_free(run, results, progress, data_dir):
+    """Trains a run, if no other process does.
+
+    Returns:
+        `(done, reason)`: whether it is done with, and why it failed or None.
+    """
+    with results.claim(run) as claim:
+        if claim is None:
+            return False, None
+        if results.finished(run):  # meanwhile, by another process
+            progress.elsewhere(run)
+            return True, None
+        results.forget_failure(run)
+        progress.start(run)
+        start = time.monotonic()
+        reason = _trained(run, results, claim, progress, data_dir)
+        if reason is not None:
+            results.record_failure(run, reason)
+        progress.finish(run, seconds=time.monotonic() - start, failure=reason)
+    return True, reason
+
+
+def _trained(run, results, claim, progress, data_dir):
+    """Trains a run in a process of its own; returns why it failed, or None."""
+    path = results.folder(run) / "log.txt"
+    with path.open("ab") as log:
+        begins = log.tell()
+        child = subprocess.Popen(
+            command_of(run, data_dir=data_dir, parent=os.getpid()),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            # Runs name those that they start from by paths from here.
+            cwd=results.path,
+            env=_environment(),
+            # The claim is the child's, too: were this process killed, the run
+            # would not be free before the child has ended as well.
+            pass_fds=[claim],
+        )
+        try:
+            while child.poll() is None:
+                progress.epoch(run, results.epochs(run))
+                time.sleep(_POLL)
+        finally:
+            if child.poll() is None:
+                child.kill()
+                child.wait()
+    if child.returncode == 0 and results.finished(run):
+        return None
+    if child.returncode < 0:
+        return f"its process was killed by {_signal(-child.returncode)}"
+    with path.open("rb") as log:
+        log.seek(begins)
+        said = log.read().decode(errors="replace").splitlines()
+    said = [line for line in said if line.strip()]
+    # What bin/train has to say of an error is in its last lines.
+    told = [line for line in said if line.startswith("train: ")]
+    return "\n".join(said[said.index(told[-1]) :] if told else said[-1:]) or (
+        f"its process ended with status {child.returncode}"
+    )
+
+
+def _signal(number):
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # those for real time have no names
+        return f"signal {number}"
+
+
+def _environment():
+    """Returns the environment of runs, which begin in another folder.
+
+    What is a path from here is one from anywhere.
+    """
+    paths = {
+        name: os.path.abspath(os.path.expanduser(os.environ[name]))
+        for name in ("RIGL_KERAS_CACHE", "TFDS_DATA_DIR", "XDG_CACHE_HOME")
+        if os.environ.get(name)
+    }
+    return {**os.environ, **paths}
+
+
+def command_of(
+    run: Run, *, data_dir: str | None = None, parent: int | None = None
+) -> list[str]:
+    """Returns the command that trains a run, in the folder of its results.
+
+    Args:
+        run: The run.
+        data_dir: Folder of prepared data sets.
+        parent: Process with which the run ends.
+    """
+    arguments = run.arguments
+    command = [
+        sys.executable,
+        "-m",
+        "rigl_keras.experiments.runs.train_command",
+    ]
+    command += [f"--gin_file={file}" for file in arguments["gin_files"]]
+    command += [f"--gin_bindings={line}" for line in arguments["bindings"]]
+    command += [f"--seed={run.seed}", f"--run_dir={run.name}/run", "--resume"]
+    if run.density is not None:
+        command.append(f"--density={run.density}")
+    if data_dir is not None:
+        command.append(f"--data_dir={Path(data_dir).resolve()}")
+    if parent is not None:
+        command.append(f"--parent={parent}")
+    return command

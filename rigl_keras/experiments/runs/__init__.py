@@ -1,0 +1,1 @@
+"""One run: bin/train and bin/export."""

@@ -1,0 +1,156 @@
+"""gin configuration: what it can reach, and errors that help.
+
+The library knows nothing of gin; what may be configured is registered here.
+"""
+
+import contextlib
+import difflib
+import functools
+import inspect
+import logging
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import gin
+import rigl_keras
+from rigl_keras.experiments.protocol.variations import GIN_FOLDER
+from rigl_keras.experiments.runs import export_command, optimizers, train
+
+__all__ = ["configured", "find", "has_macro", "parse"]
+
+_CONFIGURABLE: dict[str, Callable] = {
+    "train": train.train,
+    "sgd": optimizers.sgd,
+    "wide_resnet": rigl_keras.models.wide_resnet,
+    "lenet5": rigl_keras.models.lenet5,
+    "mlp": rigl_keras.models.mlp,
+    "resnet18": rigl_keras.models.resnet18,
+    "resnet50": rigl_keras.models.resnet50,
+    "RigL": rigl_keras.RigL,
+    "SET": rigl_keras.SET,
+    "SNFS": rigl_keras.SNFS,
+    "MagnitudePruning": rigl_keras.MagnitudePruning,
+    "SparsityRamp": rigl_keras.SparsityRamp,
+    "snip": rigl_keras.methods.one_shot.snip,
+    "Exports": export_command.Exports,
+}
+_CONSTANTS = {"ORIGINAL": rigl_keras.ORIGINAL, "REPORT": rigl_keras.REPORT}
+
+
+@functools.cache
+def configured() -> dict[str, Callable]:
+    """Returns what gin can reach, by its name there."""
+    for name, value in _CONSTANTS.items():
+        gin.constant(name, value)
+    return {
+        name: gin.external_configurable(target, name=name, module="rigl_keras")
+        for name, target in _CONFIGURABLE.items()
+    }
+
+
+def find(gin_file: str) -> Path:
+    """Returns the path of a gin file.
+
+    Args:
+        gin_file: A path, absolute or relative to the current folder or to the
+            folder of the repository.
+
+    Returns:
+        The path of an existing file.
+
+    Raises:
+        ValueError: There is none, with the nearest name that there is.
+    """
+    for folder in (Path(), GIN_FOLDER.parent, GIN_FOLDER):
+        path = folder / gin_file
+        if path.is_file():
+            return path
+    names = sorted(path.name for path in GIN_FOLDER.glob("*.gin"))
+    near = difflib.get_close_matches(Path(gin_file).name, names, n=1)
+    hint = f" Did you mean gin/{near[0]}?" if near else ""
+    raise ValueError(
+        f"There is no gin file {gin_file!r}.{hint} In {GIN_FOLDER}: "
+        f"{', '.join(names) or 'none'}."
+    )
+
+
+def parse(gin_files: Sequence[str], bindings: Sequence[str]) -> None:
+    """Reads gin files and bindings, later ones over earlier ones.
+
+    Args:
+        gin_files: Paths, as `find` takes them. Includes are looked up beside
+            the file.
+        bindings: Lines such as `train.epochs = 2`.
+
+    Raises:
+        ValueError: A file is missing, or a binding names nothing that can be
+            configured; the nearest name is given.
+    """
+    configured()
+    gin.clear_config()
+    paths = [find(gin_file) for gin_file in gin_files]
+    for path in paths:
+        gin.add_config_file_search_path(path.parent)
+    try:
+        with _quiet():
+            gin.parse_config_files_and_bindings(
+                [str(path) for path in paths],
+                list(bindings),
+                finalize_config=True,
+            )
+    except (ValueError, OSError) as error:
+        # gin appends where in the file it was; that is worth keeping.
+        raise ValueError(f"{error}{_nearest(str(error))}") from error
+    except SyntaxError as error:
+        raise ValueError(
+            f"Not gin: {error.text or '; '.join(bindings)!s} ({error.msg}). "
+            "A binding reads `train.epochs = 2`; strings need quotes."
+        ) from error
+
+
+def has_macro(name: str) -> bool:
+    """Returns whether what was parsed defines a macro.
+
+    Args:
+        name: The macro, without `%`.
+    """
+    try:
+        gin.query_parameter(f"{name}/gin.macro.value")
+    except ValueError:
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps gin from logging each folder in which an include is not."""
+    logger = logging.getLogger()
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _nearest(message: str) -> str:
+    """Returns a hint at what a misspelt binding may have meant."""
+    unknown = re.search(r"No configurable matching '([^']+)'", message)
+    if unknown:
+        return _hint(unknown[1].split(".")[-1], list(_CONFIGURABLE))
+    wrong = re.search(
+        r"Configurable '([^']+)' doesn't have a parameter named '([^']+)'",
+        message,
+    )
+    if wrong:
+        target = _CONFIGURABLE.get(wrong[1].split(".")[-1])
+        if target is not None:
+            return _hint(wrong[2], list(inspect.signature(target).parameters))
+    return ""
+
+
+def _hint(name, names):
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    start = f"\nDid you mean {near[0]!r}? " if near else "\n"
+    return f"{start}There are: {', '.join(names)}."

@@ -1,0 +1,431 @@
+"""A run on disk: its configuration, checkpoints, metrics and result."""
+
+import contextlib
+import csv
+import errno
+import io
+import json
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import rigl_keras
+from rigl_keras import _files, _reading
+from rigl_keras._files import UNFINISHED, DiskFullError
+from rigl_keras.experiments.runs.checkpoints import Checkpoints
+from rigl_keras.experiments.runs.run_files import (
+    naming,
+    remove_unfinished,
+    whole,
+    write,
+)
+
+__all__ = ["EarlierRun", "RunDirectory"]
+
+# In a run's folder, locked by the process that trains it.
+_LOCK = ".lock"
+_log = logging.getLogger("rigl_keras")
+
+
+class RunDirectory:
+    """The folder of one run, which holds one configuration for good.
+
+    Each file is written whole or not at all, so that a run which is killed,
+    whose disk is full or whose power is cut, loses no more than the epoch it
+    was in.
+
+    It belongs to one process at a time, until `close`, the end of a `with`
+    block, or the end of the process: the kernel frees the lock.
+
+    config.gin            every binding the run was started with
+    operative_config.gin  every value in use, defaults included
+    metrics.csv           a row for each epoch
+    trajectory.csv        connections of each layer, at the start and after
+                          each update
+    flops.csv             what a step costs, a row wherever that changes
+    weights/              weights to rewind to: those of the start, and of
+                          epochs that were asked for
+    tensorboard/          the same for TensorBoard, by steps, and a figure of
+                          the layers' densities (`TensorBoardLog`)
+    topology/             how the masks moved: topology.csv, a row for each
+                          layer and update, figures (density, exploration,
+                          churn, dead_units, loss), TensorBoard events
+    checkpoints/          the last three epochs, and the start
+    result.json           written last: a run that has it is finished
+    model.keras           the trained model, masks included
+    .lock                 locked while a process trains the run
+
+    Args:
+        path: The folder; made if it does not exist.
+        config: The configuration, as text.
+        resume: Whether a run that has been begun may be continued.
+        writes: Whether this process writes. Of the workers of one run, which
+            must all see the folder, one does.
+
+    Raises:
+        ValueError: The folder cannot be written, is another process's, holds
+            another configuration, or an unfinished run while `resume` is
+            false.
+        DiskFullError: There is no room.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        *,
+        config: str,
+        resume: bool,
+        writes: bool = True,
+    ):
+        self.path = Path(path)
+        self.writes = writes
+        self._config = config
+        self._lock = contextlib.ExitStack()
+        # Of an object that nobody closes, when nobody has it any more.
+        weakref.finalize(self, self._lock.close)
+        try:
+            if writes:
+                self._make()
+                self._claim()
+            self._check(resume)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> "RunDirectory":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Frees the folder for other processes."""
+        self._lock.close()
+
+    def _check(self, resume):
+        """Raises ValueError unless this run may be trained here."""
+        stored = self.path / "config.gin"
+        if stored.exists():
+            if _reading.text(stored) != self._config:
+                raise ValueError(
+                    f"The run directory {str(self.path)!r} holds another "
+                    "configuration: "
+                    f"{_first_difference(stored, self._config)} Choose "
+                    "another --run_dir, or delete this one."
+                )
+            if not (resume or self.finished):
+                raise ValueError(
+                    f"The run directory {str(self.path)!r} holds an "
+                    "unfinished run of this configuration. Pass --resume to "
+                    "continue it, or delete the folder."
+                )
+        elif self.writes and {
+            path
+            for path in self.path.iterdir()
+            if path.name != _LOCK and not path.name.startswith(UNFINISHED)
+        }:
+            raise ValueError(
+                f"The run directory {str(self.path)!r} is not empty and holds "
+                "no run. Choose another --run_dir."
+            )
+
+    def _make(self):
+        try:
+            with naming(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+                with _files.unfinished_folder(self.path):
+                    pass
+        except DiskFullError:
+            raise
+        except OSError as error:
+            raise ValueError(
+                f"The run directory {str(self.path)!r} cannot be written "
+                f"({error.strerror}). Pass --run_dir with a folder that can."
+            ) from error
+
+    def _claim(self):
+        """Takes the folder for this process."""
+        path = self.path / _LOCK
+        try:
+            with naming(path):
+                claim = self._lock.enter_context(_files.lock(path, wait=False))
+                if claim is not None:
+                    # What is refused leaves nothing behind.
+                    self._lock.callback(
+                        _remove_unless, path, self.path / "config.gin"
+                    )
+                    _files.sign(claim)
+        except DiskFullError:
+            raise
+        except OSError as error:
+            _log.warning(
+                "The run directory %r cannot be locked (%s): start no other "
+                "process on it.",
+                str(self.path),
+                error.strerror,
+            )
+            return
+        if claim is None:
+            raise ValueError(
+                f"The run directory {str(self.path)!r} is in use by "
+                f"{_who(path)}. Wait for its end, or choose another --run_dir."
+            )
+
+    def _write(self, name, text):
+        if self.writes:
+            write(self.path / name, text)
+
+    def begin(self) -> None:
+        """Claims the folder for this configuration.
+
+        Not before the run is known to start: one that is refused leaves
+        nothing behind that a corrected one would trip over. What a run that
+        was killed has left half written goes.
+        """
+        if self.writes:
+            for folder in (self.path, self.path / "weights"):
+                remove_unfinished(folder)
+        self._write("config.gin", self._config)
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / "result.json").exists()
+
+    @property
+    def result(self) -> dict:
+        """The result of a finished run."""
+        return _result(self.path / "result.json")
+
+    def write_operative_config(self, text: str) -> None:
+        self._write("operative_config.gin", text)
+
+    def write_result(self, result: dict) -> None:
+        self._write("result.json", json.dumps(result, indent=2) + "\n")
+
+    def checkpoints(
+        self, model: keras.Model, *, variables: Sequence[tf.Variable] = ()
+    ) -> "Checkpoints":
+        return Checkpoints(
+            self.path / "checkpoints",
+            model,
+            variables=variables,
+            writes=self.writes,
+        )
+
+    def save_weights(self, model: keras.Model, epoch: int) -> None:
+        """Saves the weights of a dense model, to which runs may rewind."""
+        if not self.writes:
+            return
+        path = _weights_path(self.path, epoch)
+        with naming(path):
+            path.parent.mkdir(exist_ok=True)
+        with whole(path) as temporary:
+            # HDF5 has pages to say where it runs out of space midway.
+            size = sum(weights.nbytes for weights in model.get_weights())
+            needed = size + 8192 * (1 + len(model.weights))
+            if shutil.disk_usage(path.parent).free < needed:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            model.save_weights(temporary)
+
+    def save_model(self, model: keras.Model) -> None:
+        """Saves the trained model.
+
+        Every worker must call it: Keras makes variables as it saves, and
+        under a strategy workers make these together.
+        """
+        with contextlib.ExitStack() as stack:
+            if self.writes:
+                path = stack.enter_context(whole(self.path / "model.keras"))
+            else:
+                scratch = tempfile.TemporaryDirectory()
+                path = Path(stack.enter_context(scratch)) / "model.keras"
+            model.save(path)
+
+    @property
+    def trajectory(self) -> list[tuple[int, dict[str, int]]]:
+        """The rows of trajectory.csv, as `flops.training_curve` takes them."""
+        rows = [
+            {name: int(value) for name, value in row.items()}
+            for row in _rows(self.path / "trajectory.csv")
+        ]
+        return [(row.pop("step"), row) for row in rows]
+
+    def write_trajectory(
+        self, trajectory: Sequence[tuple[int, Mapping[str, int]]]
+    ) -> None:
+        """Writes trajectory.csv whole."""
+        names = list(trajectory[0][1])
+        lines = [",".join(["step", *names])]
+        for step, counts in trajectory:
+            lines.append(",".join(map(str, [step, *counts.values()])))
+        self._write("trajectory.csv", "\n".join(lines) + "\n")
+
+    def write_curve(self, inference: np.ndarray, training: np.ndarray) -> None:
+        """Writes flops.csv: a row holds until the next one's step."""
+        lines = ["step,inference_flops,training_flops,training_flops_so_far"]
+        so_far = np.cumsum(training)
+        changes = (np.diff(inference) != 0) | (np.diff(training) != 0)
+        steps = {0, *(np.flatnonzero(changes) + 1).tolist(), len(training) - 1}
+        for step in sorted(steps):
+            lines.append(
+                f"{step},{inference[step]:.0f},{training[step]:.0f},"
+                f"{so_far[step]:.0f}"
+            )
+        self._write("flops.csv", "\n".join(lines) + "\n")
+
+    @property
+    def metrics(self) -> list[dict[str, str]]:
+        """The rows of metrics.csv."""
+        return _rows(self.path / "metrics.csv")
+
+    def write_metrics(self, rows: Sequence[Mapping[str, object]]) -> None:
+        """Writes metrics.csv whole."""
+        names = ["epoch", *sorted({n for row in rows for n in row} - {"epoch"})]
+        table = io.StringIO()
+        writer = csv.DictWriter(table, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        self._write("metrics.csv", table.getvalue())
+
+
+class EarlierRun:
+    """What a run takes from the directory of another: masks and weights.
+
+    Args:
+        path: A run directory.
+
+    Raises:
+        ValueError: There is no run.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path).resolve()
+        if not (self.path / "config.gin").exists():
+            raise ValueError(
+                f"{str(self.path)!r} is not the directory of a run: it holds "
+                "no config.gin. Pass the --run_dir of an earlier run."
+            )
+
+    @property
+    def result(self) -> dict:
+        """The result of the run.
+
+        Raises:
+            ValueError: The run is not finished.
+        """
+        path = self.path / "result.json"
+        if not path.exists():
+            raise ValueError(
+                f"The run in {str(self.path)!r} is not finished: it holds no "
+                "result.json. Continue it with --resume first."
+            )
+        return _result(path)
+
+    @property
+    def masks(self) -> dict[str, np.ndarray]:
+        """The final masks of the run, `{layer name: zeros and ones}`.
+
+        Raises:
+            ValueError: The run is not finished, or was dense.
+        """
+        _ = self.result  # only of a finished run are they final
+        model = keras.models.load_model(
+            self.path / "model.keras", compile=False
+        )
+        masks = rigl_keras.masked_layers(model).masks
+        if not masks:
+            raise ValueError(
+                f"The run in {str(self.path)!r} was dense: it has no masks."
+            )
+        return masks
+
+    def load_weights(self, model: keras.Model, epoch: int) -> None:
+        """Gives a dense model the weights that the run had at an epoch.
+
+        Raises:
+            ValueError: The run has kept none of that epoch, or its network
+                is another.
+        """
+        path = _weights_path(self.path, epoch)
+        if not path.exists():
+            kept = sorted(
+                int(p.name.removeprefix("epoch-").split(".")[0])
+                for p in path.parent.glob("epoch-*.weights.h5")
+            )
+            raise ValueError(
+                f"The run in {str(self.path)!r} has kept no weights of epoch "
+                f"{epoch}, but of {kept or 'none'}. A run keeps those of "
+                "train.keep_weights."
+            )
+        try:
+            with warnings.catch_warnings():
+                # Of each layer that does not fit, before the error.
+                warnings.simplefilter("ignore")
+                model.load_weights(path)
+        except ValueError as error:
+            raise ValueError(
+                f"The weights of {str(self.path)!r} are of another network "
+                f"than {model.name!r}: {str(error).splitlines()[0]}"
+            ) from error
+
+
+def _weights_path(run, epoch):
+    return run / "weights" / f"epoch-{epoch:04d}.weights.h5"
+
+
+def _result(path):
+    """Returns the result that a file holds.
+
+    Raises:
+        ValueError: It is damaged.
+    """
+    try:
+        return _reading.json_object(path)
+    except ValueError as error:
+        raise ValueError(
+            f"{str(path)!r} is damaged ({error}). Remove it, then pass "
+            "--resume: the run is finished again from its last checkpoint."
+        ) from error
+
+
+def _rows(path):
+    """Returns the rows of a table, none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def _remove_unless(path, config):
+    """Removes a lock of a run that was not begun."""
+    if not config.exists():
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def _who(path):
+    """Returns which process says that it has a lock."""
+    with contextlib.suppress(OSError, ValueError):
+        machine, process, _ = path.read_text().split()
+        return f"process {process} on {machine}"
+    return "another process"
+
+
+def _first_difference(stored, config):
+    old, new = _reading.text(stored).splitlines(), config.splitlines()
+    for line in old:
+        if line not in new:
+            return f"it has {line!r}, which this run has not."
+    for line in new:
+        if line not in old:
+            return f"it lacks {line!r}."
+    return "its lines are in another order."

@@ -1,0 +1,268 @@
+"""The command line of a training run: absl flags over gin files."""
+
+import logging
+import os
+import sys
+import threading
+import time
+
+import tensorflow as tf
+from absl import app, flags
+from absl import logging as absl_logging
+
+import gin
+from rigl_keras._files import DiskFullError
+from rigl_keras.experiments import data, exits
+from rigl_keras.experiments.protocol import variations
+from rigl_keras.experiments.runs import config, devices
+from rigl_keras.experiments.runs.run_directory import RunDirectory
+
+__all__ = ["configure", "main", "run", "table"]
+
+_FLAGS = flags.FLAGS
+
+
+def _define_flags():
+    flags.DEFINE_multi_string(
+        "gin_file", [], "Gin file of the run; may be repeated."
+    )
+    flags.DEFINE_multi_string(
+        "gin_bindings", [], "Binding such as 'train.epochs = 2'; repeatable."
+    )
+    flags.DEFINE_string(
+        "run_dir", None, "Folder of the run. Default: runs/ and its name."
+    )
+    flags.DEFINE_integer("seed", None, "Seed of the run, over train.seed.")
+    flags.DEFINE_float(
+        "density",
+        None,
+        "Fraction of weights kept, over DENSITY in the gin file, or, where it "
+        "has none, over train.density.",
+    )
+    flags.DEFINE_string(
+        "data_dir", None, "Folder of prepared data sets, over TFDS_DATA_DIR."
+    )
+    flags.DEFINE_bool("resume", False, "Continue an interrupted run.")
+    flags.DEFINE_string(
+        "strategy",
+        "one",
+        f"Devices to train on, one of {', '.join(devices.STRATEGIES)}. The "
+        "batch size is that of all together.",
+    )
+    flags.DEFINE_bool(
+        "traceback", False, "Show where an error was raised, too."
+    )
+    flags.DEFINE_integer(
+        "parent",
+        None,
+        "End when the process of this number, which started this one, is gone.",
+    )
+
+
+def configure(gin_files=(), *, bindings=(), seed=None, density=None) -> None:
+    """Configures gin for one run.
+
+    Args:
+        gin_files: Paths of gin files, later ones over earlier ones.
+        bindings: gin bindings, over the files.
+        seed: Seed, over the files.
+        density: Density, over the files.
+
+    Raises:
+        ValueError: The configuration is wrong.
+    """
+    bindings = list(bindings)
+    if seed is not None:
+        bindings.append(f"train.seed = {seed}")
+    config.parse(gin_files, bindings)
+    if density is not None:
+        # Pruning starts dense: there, DENSITY is where it ends.
+        name = "DENSITY" if config.has_macro("DENSITY") else "train.density"
+        config.parse(gin_files, [*bindings, f"{name} = {density!r}"])
+
+
+def run(
+    gin_files=(),
+    *,
+    bindings=(),
+    run_dir=None,
+    seed=None,
+    density=None,
+    data_dir=None,
+    resume=False,
+    strategy="one",
+) -> dict:
+    """Runs one configuration and returns its result.
+
+    Args:
+        gin_files: Paths of gin files. None at all: `gin/quickstart.gin`.
+        bindings: gin bindings, over the files.
+        run_dir: Folder of the run. None: `runs/`, then the file's name,
+            density and seed.
+        seed: Seed, over the files.
+        density: Density, over the files.
+        data_dir: Folder of prepared data sets.
+        resume: Whether to continue an interrupted run.
+        strategy: Devices to train on, one of `devices.STRATEGIES`.
+
+    Returns:
+        What `train.train` returns.
+
+    Raises:
+        ValueError: The configuration is wrong, the directory holds another,
+            or there are no such devices.
+    """
+    gin_files = list(gin_files) or [
+        str(variations.GIN_FOLDER / "quickstart.gin")
+    ]
+    configure(gin_files, bindings=bindings, seed=seed, density=density)
+    exports = config.configured()["Exports"]()
+    trained = gin.get_bindings("train")
+    if exports.formats and (
+        trained.get("density", 0) is None or trained.get("small_dense")
+    ):
+        raise ValueError(
+            "Exports.formats exports sparse models, and this run is dense. "
+            "Leave it out; a dense model is exported by Keras's model.export."
+        )
+    if run_dir is None:
+        parts = [config.find(gin_files[-1]).stem]
+        parts += [f"density{density}"] if density is not None else []
+        parts += [f"seed{seed}"] if seed is not None else []
+        run_dir = "runs/" + "-".join(parts)
+    with RunDirectory(
+        run_dir,
+        config=gin.config_str(),
+        resume=resume,
+        writes=devices.is_chief(strategy),
+    ) as directory:
+        return _run(directory, exports, data_dir, strategy)
+
+
+def _run(directory, exports, data_dir, strategy):
+    """Runs the configuration in a directory, which this process has."""
+    print(f"Run directory: {directory.path}")
+    # Workers meet here, when each has found the directory in order.
+    with devices.make_strategy(strategy).scope():
+        if strategy != "one":
+            print(f"Strategy {strategy}: {devices.replica_count()} replicas.")
+        result = config.configured()["train"](
+            directory,
+            data_dir=data_dir,
+            operative_config=gin.operative_config_str,
+        )
+    # Outside of the strategy: what is exported is what was saved.
+    if directory.writes:
+        try:
+            exports.write(directory.path, data_dir=data_dir, keep=True)
+        except (ValueError, DiskFullError):
+            print(f"\n{table(result)}\n")  # the run is finished all the same
+            raise
+    return result
+
+
+def table(result: dict) -> str:
+    """Returns the result of a run as a table for the terminal."""
+    rows = [
+        ("method", f"{result['method']}, {result['model']}"),
+        ("data", f"{result['dataset']}, seed {result['seed']}"),
+        ("test accuracy", f"{100 * result['test_accuracy']:.2f} %"),
+        ("validation accuracy", _percent(result["validation_accuracy"])),
+        ("density of masked weights", f"{result['density']:.4f}"),
+        (
+            "parameters",
+            f"{result['nonzeros']:,} of {result['parameters']:,} "
+            f"({result['nonzeros'] / result['parameters']:.3f}x dense)",
+        ),
+        (
+            "inference FLOPs",
+            f"{result['inference_flops']:,.0f} "
+            f"({result['inference_flops_ratio']:.3f}x dense)",
+        ),
+        (
+            "training FLOPs",
+            f"{result['training_flops']:.3e} "
+            f"({result['training_flops_ratio']:.3f}x dense)",
+        ),
+        ("steps", f"{result['steps']:,}, {result['seconds']:.0f} s"),
+    ]
+    width = max(len(label) for label, _ in rows)
+    return "\n".join(f"{label.ljust(width)}  {value}" for label, value in rows)
+
+
+def _percent(fraction):
+    return "no examples held out" if fraction is None else f"{fraction:.2%}"
+
+
+def _end_with(parent):
+    """Ends this process as soon as its parent is another one.
+
+    Whoever started a run and is killed shall not leave it behind, on cores
+    that are taken for free. Where it ends does not matter to a run.
+    """
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _main(argv):
+    if len(argv) > 1:
+        raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}.")
+    if _FLAGS.parent is not None:
+        _end_with(_FLAGS.parent)
+    # TensorFlow tells of each checkpoint it writes.
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    # And of each sum over replicas that it plans.
+    tf.get_logger().setLevel(logging.WARNING)
+    # On a CPU this costs little, and two runs of one seed are then the same.
+    tf.config.experimental.enable_op_determinism()
+    try:
+        result = run(
+            _FLAGS.gin_file,
+            bindings=_FLAGS.gin_bindings,
+            run_dir=_FLAGS.run_dir,
+            seed=_FLAGS.seed,
+            density=_FLAGS.density,
+            data_dir=_FLAGS.data_dir,
+            resume=_FLAGS.resume,
+            strategy=_FLAGS.strategy,
+        )
+    except (
+        ValueError,
+        data.DatasetUnavailableError,
+        DiskFullError,
+    ) as error:
+        if _FLAGS.traceback:
+            raise
+        # gin adds which of its calls failed; the message says more.
+        lines = str(error).splitlines()
+        message = [s for s in lines if "In call to configurable" not in s]
+        print("train: " + "\n".join(message), file=sys.stderr)
+        sys.exit(2)
+    except tf.errors.OpError as error:
+        lost = None
+        if _FLAGS.strategy == "multi_worker":
+            lost = devices.lost_workers(error)
+        if not lost or _FLAGS.traceback:
+            raise
+        print(
+            f"train: {', '.join(lost)} stopped answering, and no worker can go "
+            "on without. Start it and all others again, each with --resume.",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+    print(f"\n{table(result)}")
+
+
+def main() -> None:
+    """Reads the command line and runs it."""
+    _define_flags()
+    app.run(exits.one_line("train", _main, traceback=lambda: _FLAGS.traceback))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""How far a search has come, and what is left of it."""
+
+import dataclasses
+import statistics
+import sys
+
+import tqdm
+from optuna.trial import TrialState
+
+from rigl_keras._text import aligned, exact
+from rigl_keras.experiments.reproduction import costs
+from rigl_keras.experiments.tuning.search import ENDED, TrialProgress, commas
+
+__all__ = ["Bar", "plan"]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cost:
+    """What is left of a search, at most: cut trials are shorter."""
+
+    runs: int
+    flops: float  # of a run
+    seconds: float  # of a run
+
+
+def _cost_left(searched, study, results):
+    """Returns the cost of the trials to do, and of the reference's runs.
+
+    A run costs what the reference's does: its frequency moves FLOPs by a
+    percent or two, and the time not even that.
+    """
+    trials = study.trials()
+    wanted = set(searched.reference())
+    for trial in trials:
+        if trial.state not in ENDED:
+            wanted |= set(searched.runs(**study.params(trial)))
+    missing = sum(not results.finished(run) for run in wanted)
+    to_begin = max(searched.trials - len(trials), 0) * len(searched.seeds)
+    searched.reference()[0].configure()
+    cost = costs.planned()
+    return _Cost(
+        runs=missing + to_begin,
+        flops=cost.total_flops,
+        seconds=cost.steps * costs.seconds_of_step(cost.network),
+    )
+
+
+def plan(searched, study, results):
+    """Returns what is done and to do, and what it costs."""
+    states = [trial.state for trial in study.trials()]
+    ended = sum(state in ENDED for state in states)
+    left = _cost_left(searched, study, results)
+    low, high, step = searched.frequency
+    own = searched.steps(searched.reference()[0])
+    rows = [
+        ("row", f"{searched.row}, density {exact(searched.density)}"),
+        ("preset", searched.preset.name),
+        ("drop fraction", " to ".join(map(str, searched.drop_fraction))),
+        (
+            "frequency",
+            f"{low} to {high} by {step}, in steps of the report's runs; 100 "
+            f"are {own} here",
+        ),
+        (
+            "trials",
+            f"{searched.trials}, each of seeds {commas(searched.seeds)}: "
+            f"{ended} finished, {max(searched.trials - ended, 0)} to do",
+        ),
+        (
+            "cost",
+            f"at most {left.runs} runs, with the reference's: "
+            f"{left.runs * left.flops:.2e} FLOPs, about "
+            f"{left.runs * left.seconds / 3600:.1f} h in one process here",
+        ),
+    ]
+    return "\n".join(line.rstrip() for line in aligned(rows, left=2))
+
+
+class Bar(TrialProgress):
+    """A progress bar over trials, with the time that is left."""
+
+    def __init__(self, searched, study, results):
+        self._searched, self._study = searched, study
+        self._results = results
+        self._pace = []  # seconds taken over seconds estimated, by run
+        self._begun = 0.0  # part of a run that was trained before
+        self._epoch = None
+        self._bar = tqdm.tqdm(
+            total=searched.trials,
+            bar_format="{n_fmt}/{total_fmt} trials |{bar:20}| {elapsed}{desc}",
+            dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+        )
+        self._left()
+
+    def begin(self, trial):
+        self._say(f"trial {trial.number}: {self._setting(trial.params)}")
+
+    def end(self, trial, failure=None):
+        (ended,) = [t for t in self._study.trials() if t.number == trial.number]
+        if failure is not None:
+            self._say(f"trial {trial.number} FAILED: {failure}")
+            return
+        says = "cut" if ended.state == TrialState.PRUNED else "complete"
+        self._say(
+            f"trial {trial.number} {says}: validation accuracy "
+            f"{ended.value:.2%}; {self._left()} left"
+        )
+
+    def idle(self, trials):
+        others = ", ".join(str(trial.number) for trial in trials)
+        self._left(f"waiting for trials of others: {others}")
+
+    def start(self, run):
+        self._epoch = None
+        self._begun = self._part(run, self._results.epochs(run))
+
+    def epoch(self, run, epochs):
+        if epochs != self._epoch:
+            self._epoch = epochs
+            self._left(f"seed {run.seed}: epoch {epochs + 1}")
+
+    def finish(self, run, *, seconds, failure):
+        if failure is None:
+            trained = max(1 - self._begun, 0.01)
+            self._pace.append(seconds / trained / self._seconds(run))
+
+    def wait(self, runs):
+        self._left(f"waiting for {runs[0].name}, which others train")
+
+    def close(self):
+        self._bar.close()
+
+    def _setting(self, params):
+        run = self._searched.runs(**params)[0]
+        return (
+            f"drop fraction {params['drop_fraction']:.3f}, frequency "
+            f"{params['frequency']} ({self._searched.steps(run)} steps)"
+        )
+
+    def _part(self, run, epochs):
+        run.configure()
+        return min(epochs / costs.planned().epochs, 1.0)
+
+    def _seconds(self, run):
+        run.configure()
+        cost = costs.planned()
+        return max(cost.steps * costs.seconds_of_step(cost.network), 1e-9)
+
+    def _say(self, line):
+        # Above the bar, where there is one.
+        tqdm.tqdm.write(line)
+        sys.stdout.flush()
+
+    def _left(self, doing=""):
+        """Shows and returns the time left, at the pace of what is done."""
+        left = _cost_left(self._searched, self._study, self._results)
+        states = [trial.state for trial in self._study.trials()]
+        at_work = max(states.count(TrialState.RUNNING), 1)
+        pace = statistics.fmean(self._pace) if self._pace else 1.0
+        time_left = tqdm.tqdm.format_interval(
+            pace * left.runs * left.seconds / at_work
+        )
+        self._bar.n = sum(state in ENDED for state in states)
+        self._bar.set_description_str(f"<{time_left}  {doing}")
+        return time_left

@@ -1,0 +1,320 @@
+"""A search by Optuna which processes share, and which outlives them.
+
+    results/small/studies/updates-rigl_erk_wrn-density0.1/
+        journal.log   what Optuna knows of the trials
+        journal.lock  locked while a process writes to that
+        study.lock    locked while a process chooses what to do next
+        trial-7       locked for as long as a process works on trial 7
+
+All locks are the kernel's, which are free as soon as their process is killed.
+A trial that is left so is told to have failed, and its parameters are put in
+the queue once more, as a trial that names it: no setting is lost, and none
+counts twice.
+"""
+
+import contextlib
+import fcntl
+import functools
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.exceptions import ExperimentalWarning
+from optuna.storages import JournalStorage, journal
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from rigl_keras._files import DiskFullError, lock, naming
+
+__all__ = ["Study"]
+
+_AGAIN = "again"  # attribute of a trial: the number of the one it repeats
+_ABOUT = "about"  # attribute of a study: what it was made with
+# A trial that has more seeds to go is cut if the best mean that it has had is
+# in the lowest quarter of what the complete trials had after as many seeds.
+_KEPT = 75.0  # percent of the complete trials
+_BEFORE = 5  # complete trials, before any is cut
+
+
+class Study:
+    """A search for the parameters of the highest value, in a folder.
+
+    Args:
+        path: The folder, which is made by `begin`.
+        space: What is searched, `{name: distribution}`.
+        about: What the study is made with, `{flag: text}`. Another command
+            must have the same.
+        seed: Seed of the sampler.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        *,
+        space: Mapping[str, BaseDistribution],
+        about: Mapping[str, str],
+        seed: int = 0,
+    ):
+        self.path = Path(path)
+        self._space, self._about, self._seed = dict(space), dict(about), seed
+        self._study = None
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        if (self.path / "journal.log").exists():
+            self._open(create=False)
+
+    def begin(self) -> None:
+        """Makes the study, if there is none, and queues what has failed.
+
+        Raises:
+            ValueError: The folder cannot be written, or holds a study that
+                was made with something else.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with self._locked():
+                self._open(create=True)
+                for trial in self.trials():
+                    if trial.state == TrialState.FAIL:
+                        self._queue(trial)
+        except DiskFullError:
+            raise
+        except OSError as error:
+            raise ValueError(
+                f"The study {str(self.path)!r} cannot be written "
+                f"({error.strerror}). Pass --results_dir with a folder that "
+                "can, on a file system that has locks."
+            ) from error
+
+    def trials(self) -> list[FrozenTrial]:
+        """Returns the trials, each setting once, in the order of numbers.
+
+        Of a setting that was begun several times this is the last trial.
+        """
+        if self._study is None:
+            return []
+        everything = self._study.get_trials()
+        repeated = {trial.user_attrs.get(_AGAIN) for trial in everything}
+        return [
+            trial
+            for trial in everything
+            if trial.number not in repeated
+            # Else it was killed before it knew what to try.
+            and self._params(trial, everything) is not None
+        ]
+
+    def params(self, trial: FrozenTrial) -> dict:
+        """Returns what a trial tries, also of one that has not begun."""
+        return self._params(trial, self._study.get_trials(deepcopy=False))
+
+    @contextlib.contextmanager
+    def claim(self, trials: int) -> Iterator[Trial | None]:
+        """Claims the next trial, until the end of the block.
+
+        Args:
+            trials: How many there shall be.
+
+        Yields:
+            A trial, with its parameters; or None, if all have been begun.
+            While some of these are `TrialState.RUNNING` ask again: they are
+            free if their process is killed.
+        """
+        with contextlib.ExitStack() as claimed:
+            with self._locked():
+                trial = self._next(trials)
+                if trial is not None:
+                    claimed.enter_context(lock(self._claim_of(trial.number)))
+            yield trial
+
+    def is_hopeless(self, trial: Trial) -> bool:
+        """Returns whether a trial is cut, by what it has reported so far.
+
+        The best mean that it has had is in the lowest quarter of what the
+        complete trials had after as many seeds, and at least 5 are complete.
+        """
+        return trial.should_prune()
+
+    def finish(
+        self,
+        trial: Trial,
+        *,
+        value: float | None = None,
+        failure: str | None = None,
+    ) -> None:
+        """Ends a claimed trial.
+
+        Args:
+            trial: The trial.
+            value: Its value. None: it is cut, or has failed.
+            failure: Why it has failed, or None.
+        """
+        state = TrialState.COMPLETE if value is not None else TrialState.PRUNED
+        if failure is not None:
+            state = TrialState.FAIL
+            trial.set_user_attr("failure", failure)
+        self._study.tell(trial, value, state)
+        self._claim_of(trial.number).unlink(missing_ok=True)
+
+    def _open(self, *, create):
+        """Opens the study; who creates it has its lock."""
+        path = self.path / "journal.log"
+        try:
+            storage = JournalStorage(_Journal(path))
+            if not storage.get_all_studies():
+                if not create:
+                    return
+                optuna.create_study(
+                    storage=storage,
+                    study_name=self.path.name,
+                    direction="maximize",
+                )
+            self._study = optuna.load_study(
+                storage=storage,
+                study_name=self.path.name,
+                pruner=optuna.pruners.PercentilePruner(_KEPT, _BEFORE),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{str(path)!r} is no journal of a study ({error}). Move "
+                f"{str(self.path)!r} away: runs that are trained stay."
+            ) from error
+        made = self._study.user_attrs.get(_ABOUT)
+        if made is None:
+            if create:
+                self._study.set_user_attr(_ABOUT, self._about)
+        elif made != self._about:
+            other = {k: v for k, v in made.items() if self._about.get(k) != v}
+            raise ValueError(
+                f"A study searches one space, with one mean. Received: "
+                f"{_flags({k: self._about.get(k) for k in other})}, for "
+                f"{str(self.path)!r}, which was made with {_flags(other)}. "
+                "Pass these, or move that folder away: runs that are trained "
+                "stay."
+            )
+
+    def _locked(self):
+        return lock(self.path / "study.lock")
+
+    def _next(self, trials):
+        """Returns the next trial; who calls has the study's lock."""
+        for trial in self.trials():
+            if trial.state == TrialState.RUNNING and not self._claimed(
+                trial.number
+            ):
+                # In this order: killed in between, it will not be queued
+                # again, since there is one that repeats it.
+                self._queue(trial)
+        for trial in self._study.get_trials(states=[TrialState.RUNNING]):
+            if not self._claimed(trial.number):
+                self._study.tell(trial.number, state=TrialState.FAIL)
+        for path in self.path.glob("trial-*"):  # of killed processes
+            number = path.name.removeprefix("trial-")
+            if number.isdecimal() and not self._claimed(int(number)):
+                path.unlink(missing_ok=True)
+        now = self.trials()
+        waiting = sum(trial.state == TrialState.WAITING for trial in now)
+        if len(now) - waiting >= trials:
+            return None
+        # Numbers of trials differ with what was killed; how many settings
+        # there are does not, and is never the same for two that are asked.
+        self._study.sampler = _sampler(self._seed, len(now))
+        return self._study.ask(self._space)
+
+    def _queue(self, trial):
+        self._study.enqueue_trial(
+            self.params(trial), user_attrs={_AGAIN: trial.number}
+        )
+
+    def _params(self, trial, everything):
+        """Returns the parameters of a trial, or of the one it repeats."""
+        if trial.params.keys() == self._space.keys():
+            return trial.params
+        repeats = trial.user_attrs.get(_AGAIN)
+        if repeats is None:
+            return None
+        return self._params(everything[repeats], everything)
+
+    def _claim_of(self, number):
+        return self.path / f"trial-{number}"
+
+    def _claimed(self, number):
+        """Returns whether a process has a trial; the lock is the caller's."""
+        try:
+            descriptor = os.open(self._claim_of(number), os.O_RDWR)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(descriptor)
+        return False
+
+
+class _Journal(journal.JournalFileBackend):
+    """A journal that names itself where the disk is full."""
+
+    def __init__(self, path):
+        super().__init__(str(path), lock_obj=_JournalLock(path))
+        self._naming = functools.partial(
+            naming,
+            path,
+            advice="Make room; the same command goes on from there.",
+        )
+
+    def append_logs(self, logs):
+        with self._naming():
+            super().append_logs(logs)
+
+
+class _JournalLock:
+    """The lock on a journal, and what a killed process left of a line.
+
+    Optuna's own are files, which a killed process leaves behind: others wait
+    half a minute for it, or for ever where the journal's path is relative.
+    """
+
+    def __init__(self, path):
+        self._path = path
+        self._lock = contextlib.ExitStack()
+
+    def acquire(self):
+        self._lock.enter_context(lock(self._path.with_suffix(".lock")))
+        _end_with_a_line(self._path)
+        return True
+
+    def release(self):
+        self._lock.close()
+
+
+def _end_with_a_line(path):
+    """Cuts what follows the last whole line, for a line to be appended."""
+    with path.open("r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        if not size:
+            return
+        file.seek(size - 1)
+        if file.read(1) != b"\n":
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def _sampler(seed, settings):
+    """Returns the report's sampler, of Bergstra et al. (2011).
+
+    Each parameter by itself, as Optuna had it then. Trials that run count as
+    bad ones, so that processes do not try the same.
+    """
+    seed = np.random.SeedSequence([seed, settings]).generate_state(1)[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        return optuna.samplers.TPESampler(
+            seed=int(seed), multivariate=False, constant_liar=True
+        )
+
+
+def _flags(values):
+    return " ".join(f"--{name}={value}" for name, value in values.items())

@@ -1,0 +1,132 @@
+"""Whether what was written computes what the model does."""
+
+import math
+
+import numpy as np
+
+__all__ = [
+    "DisagreesError",
+    "TOLERANCES",
+    "advice",
+    "comparison_inputs",
+    "usual_tolerance",
+    "write_and_compare",
+]
+
+# By how much outputs may differ, in units of `_spread`, by the precision that
+# is computed in. What int8 loses depends on the network: a few hundredths in
+# convolutional ones.
+TOLERANCES = {"float32": 1e-5, "float16": 2e-2, "int8": 0.1}
+
+
+def comparison_inputs(signature, inputs, quantization):
+    """Returns what outputs are compared on: inputs by name, those given last.
+
+    Random inputs are of two batch sizes, to see that both can be served. An
+    int8 model knows the ranges of what it was calibrated on, and nothing else.
+    """
+    given = [] if inputs is None else [signature.named(inputs)]
+    if quantization == "int8":
+        return given
+    try:
+        drawn = [signature.random(n, seed=n) for n in (1, 3)]
+    except ValueError:
+        if not given:
+            raise
+        return given
+    return [*drawn[signature.batch_size is not None :], *given]
+
+
+def usual_tolerance(model, quantization):
+    if quantization is not None:
+        return TOLERANCES[quantization]
+    half = any(
+        "16" in (layer.compute_dtype or "") for layer in model._flatten_layers()
+    )
+    return TOLERANCES["float16" if half else "float32"]
+
+
+class DisagreesError(ValueError):
+    """What was written computes something else than the model."""
+
+
+def write_and_compare(write, concessions, examples, wanted, tolerance):
+    """Writes an artefact whose outputs, loaded back, are those wanted.
+
+    Args:
+        write: Writes it, given a concession, and returns how to load it.
+        concessions: What may be given up, and how that is said.
+        examples, wanted: Inputs and outputs by name, a pair for each batch.
+        tolerance: By how much outputs may differ.
+
+    Returns:
+        `(difference, notes)`: the largest difference, and what was given up
+        to get there.
+
+    Raises:
+        ValueError: No way of writing it agrees; why the first does not.
+    """
+    failures = []
+    for concession, said in [({}, ""), *concessions]:
+        try:
+            load = write(**concession)
+            # Loaded anew, states begin where those of the model are.
+            # Not Python's max, which may pass over a NaN.
+            difference = float(
+                np.max(
+                    [
+                        _difference(load()(arrays), outputs)
+                        for arrays, outputs in zip(
+                            examples, wanted, strict=True
+                        )
+                    ]
+                )
+            )
+            if not difference <= tolerance:
+                raise DisagreesError(
+                    "the artefact, loaded back, disagrees with the model: its "
+                    f"outputs differ by {difference:.1e} of their spread, "
+                    f"more than {tolerance:.0e}."
+                )
+        except ValueError as error:
+            failures.append(error)
+        else:
+            notes = [f"{said}: otherwise {failures[0]}"] if failures else []
+            return difference, notes
+    raise failures[0]
+
+
+def _difference(got, wanted):
+    """Returns how far outputs are from others, in units of `_spread`."""
+    differences = []
+    for name, want in wanted.items():
+        if name not in got or got[name].shape != want.shape:
+            return math.inf
+        if want.dtype.kind in "SUO":
+            differences.append(0.0 if (got[name] == want).all() else math.inf)
+        elif want.size:
+            want = want.astype(np.float64)
+            difference = np.abs(got[name].astype(np.float64) - want)
+            differences.append(float(np.max(difference) / _spread(want)))
+    # Not Python's max, which may pass over a NaN.
+    return float(np.max(differences, initial=0.0))
+
+
+def _spread(output):
+    """Returns how far an output is from its mean, at most.
+
+    Against that a constant is as wrong as it is. Rounding is relative to the
+    size of numbers, so that it counts as a tenth of the largest at least, and
+    as a thousandth where all are next to nothing.
+    """
+    spread = np.max(np.abs(output - np.mean(output)))
+    return max(spread, np.max(np.abs(output)) / 10, 1e-3)
+
+
+def advice(folded, quantization):
+    if quantization == "int8":
+        return (
+            " Pass more, and more typical, inputs, quantization='float16', or "
+            "a tolerance."
+        )
+    return " Pass fold_batch_norm=False." if folded else ""

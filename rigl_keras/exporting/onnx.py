@@ -1,0 +1,77 @@
+"""ONNX files."""
+
+import warnings
+
+import numpy as np
+
+from rigl_keras._text import first_line
+from rigl_keras.compaction.graphs import unmasked_copy
+from rigl_keras.masking import model_tree
+from rigl_keras.masking.model_tree import input_structure, is_graph
+from rigl_keras.masking.tracing import masks_applied
+
+__all__ = ["load_onnx", "write_onnx"]
+
+# ONNX.
+
+_SPARSE_ENTRY = 12  # bytes of a float32 value and its index of 64 bits
+
+
+def write_onnx(model, path, sparse):
+    import onnx
+
+    plain = unmasked_copy(model) if is_graph(model) else model
+    model_tree.call_model(
+        plain, input_structure(plain)
+    )  # Keras wants it called
+    with warnings.catch_warnings(), masks_applied():
+        # Keras looks whether NumPy still has the names that tf2onnx uses.
+        warnings.simplefilter("ignore")
+        try:
+            plain.export(path, format="onnx", verbose=False)
+        except (NotImplementedError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"Keras's ONNX exporter fails: {first_line(error)}"
+            ) from error
+    if sparse:
+        written = onnx.load(path)
+        _make_sparse(written.graph)
+        onnx.save(written, path)
+
+
+def _make_sparse(graph):
+    """Makes constants sparse where their values and indices are smaller."""
+    from onnx import helper, numpy_helper
+
+    for constant in list(graph.initializer):
+        array = numpy_helper.to_array(constant)
+        at = np.flatnonzero(array)
+        if array.dtype != np.float32 or _SPARSE_ENTRY * len(at) >= array.nbytes:
+            continue
+        graph.sparse_initializer.append(
+            helper.make_sparse_tensor(
+                numpy_helper.from_array(array.ravel()[at], constant.name),
+                numpy_helper.from_array(at.astype(np.int64)),
+                array.shape,
+            )
+        )
+        graph.initializer.remove(constant)
+
+
+def load_onnx(path, signature, outputs):
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(
+        str(path), providers=["CPUExecutionProvider"]
+    )
+    given = [node.name for node in session.get_inputs()]
+    # Keras's exporter keeps names of some inputs, and the order of all.
+    named = dict(zip(given, signature.inputs, strict=True))
+    if set(given) == set(signature.inputs):
+        named = dict(zip(given, given, strict=True))
+
+    def run(arrays):
+        feed = {node: arrays[named[node]] for node in given}
+        return dict(zip(outputs, session.run(None, feed), strict=True))
+
+    return run

@@ -1,0 +1,301 @@
+"""What a model costs: parameters, FLOPs and bits, layer by layer.
+
+The number of connections is taken from the masks, not from weights that
+happen to be zero, so that freshly grown connections count.
+"""
+
+import dataclasses
+import math
+
+import keras
+import numpy as np
+
+from rigl_keras._checks import choice
+from rigl_keras._text import aligned
+from rigl_keras.flops.positions import kernel_positions
+from rigl_keras.masking.layer_kernels import Kernel, find_kernels
+from rigl_keras.masking.leaves import leaf_layers, named_layers, trained_weights
+from rigl_keras.masking.masked import Masked
+
+__all__ = ["CONVENTIONS", "Count", "LayerCount", "count"]
+
+CONVENTIONS = ("micronet", "macs")
+_BITS = 32  # of a parameter
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerCount:
+    """What one kernel of a layer costs, for one sample.
+
+    Attributes:
+        name: Unique name of the kernel (`sparsify.named_kernels`).
+        shape: Shape of its kernel.
+        parameters: Trainable parameters, dense.
+        nonzeros: Trainable parameters that the mask keeps.
+        density: Fraction of the kernel that the mask keeps.
+        masked: Whether the layer has a mask.
+        positions: How many times a kernel is applied to one sample: for a
+            convolution, the number of output positions (of a transposed one,
+            of input positions); for a recurrent layer, that of time steps.
+        bias_additions: What a bias costs at each position, 0 without one.
+        convention: How FLOPs are counted.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    parameters: int
+    nonzeros: int
+    density: float
+    masked: bool
+    positions: int
+    bias_additions: int
+    convention: str
+
+    @property
+    def inference_flops(self) -> float:
+        """Forward cost with the mask."""
+        return self.flops_at(self.density)
+
+    @property
+    def dense_inference_flops(self) -> float:
+        """Forward cost without the mask."""
+        return self.flops_at(1.0)
+
+    def flops_at(self, density: float) -> float:
+        """Returns the forward cost if the kernel had another density.
+
+        Args:
+            density: Fraction of the kernel, in [0, 1]; the number of weights
+                need not be whole.
+
+        Returns:
+            FLOPs for one sample.
+        """
+        macs = density * math.prod(self.shape) * self.positions
+        if self.convention == "macs":
+            return macs
+        return 2 * macs + self.bias_additions * self.positions
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Count:
+    """What a model costs; printing it shows a table.
+
+    Attributes:
+        parameters: Trainable parameters of the dense model, masked or not.
+        nonzeros: Trainable parameters that remain.
+        density: Fraction of the masked weights that remain, 1 without masks.
+            It is what `sparsify` was asked for, and leaves out the
+            parameters that are never masked.
+        inference_flops: Cost of one sample's forward pass.
+        dense_inference_flops: The same without masks.
+        bits: Size of the trainable parameters: 32 bits for each that
+            remains, and one bit for each entry of a mask that is not all
+            ones.
+        csr_bits: The same with each such kernel as compressed sparse rows
+            instead, a row for each output channel: a column index of 32 bits
+            for each weight that remains, and rows + 1 row pointers of 32 bits.
+        layers: A `LayerCount` for each counted layer.
+        uncounted: Names and types of layers with weights whose FLOPs are not
+            counted.
+        convention: How FLOPs were counted.
+    """
+
+    parameters: int
+    nonzeros: int
+    density: float
+    inference_flops: float
+    dense_inference_flops: float
+    bits: int
+    csr_bits: int
+    layers: tuple[LayerCount, ...]
+    uncounted: tuple[tuple[str, str], ...]
+    convention: str
+
+    def __str__(self) -> str:
+        rows = [("layer", "kernel", "density", "parameters", "FLOPs", "ratio")]
+        for layer in self.layers:
+            rows.append(
+                (
+                    layer.name,
+                    "x".join(map(str, layer.shape)),
+                    f"{layer.density:.4f}" if layer.masked else "dense",
+                    f"{layer.nonzeros:,}",
+                    f"{layer.inference_flops:,.0f}",
+                    _ratio(layer),
+                )
+            )
+        # The sums include normalisation, which costs no FLOPs here.
+        rows.append(
+            (
+                "model",
+                "",
+                f"{self.density:.4f}",
+                f"{self.nonzeros:,}",
+                f"{self.inference_flops:,.0f}",
+                _ratio(self),
+            )
+        )
+        lines = aligned(rows)
+        lines.append(
+            f"{self.nonzeros:,} of {self.parameters:,} trainable parameters, "
+            f"FLOPs for one sample ({self.convention})"
+        )
+        lines.append(
+            f"{self.bits / 8e6:.2f} MB as bitmask and values, "
+            f"{self.csr_bits / 8e6:.2f} MB as CSR, "
+            f"{self.parameters * _BITS / 8e6:.2f} MB dense"
+        )
+        if self.uncounted:
+            names = ", ".join(f"{n} ({kind})" for n, kind in self.uncounted)
+            lines.append(f"FLOPs not counted: {names}")
+        return "\n".join(lines)
+
+
+def count(model: keras.Model, *, convention: str = "micronet") -> Count:
+    """Returns the parameters, FLOPs and bits of a model.
+
+    A kernel of which n weights remain and that is applied at P positions (the
+    output positions of a convolution, or the input positions of a transposed
+    one; the steps of a recurrent layer; for an einsum, the product of all
+    axes but the batch that the kernel does not have) costs
+
+        macs:     n P
+        micronet: 2 n P, and P x (input channels) for a bias
+
+    micronet is how the report counts, after the MicroNet challenge (Evci et
+    al., 2020, appendix H): multiplications and additions, a ReLU for each
+    output in place of the addition that a sum of n terms saves, nothing for
+    normalisation, pooling, sums, embeddings and the products of attention
+    that have no weights. Its code reads the channels of a weight
+    the other way round, so that a bias costs an addition for each input
+    channel instead of each output channel; this is kept, to agree with the
+    published numbers to the digit.
+
+    The model is traced, not run: no output is computed and nothing changes.
+
+    Args:
+        model: A built model, masked or dense, whose input shape is known but
+            for the batch. A subclassed one is taken to be called on inputs of
+            the shapes that it was built with.
+        convention: One of `CONVENTIONS`.
+
+    Returns:
+        A `Count`. FLOPs are for one sample.
+
+    Raises:
+        ValueError: The convention is unknown, the model is not built, or a
+            dimension of its input is not known.
+
+    Example:
+
+    >>> print(count(sparsify(models.wide_resnet(), 0.1)))
+    """
+    choice("convention", convention, CONVENTIONS)
+    if not isinstance(model, keras.Model) or not model.built:
+        raise ValueError(
+            "count takes a built Keras model. Received: "
+            f"{getattr(model, 'name', model)!r}."
+        )
+    leaves = list({id(leaf): leaf for leaf in leaf_layers(model)}.values())
+    places = [
+        place
+        for name, leaf in named_layers(model).items()
+        for place in _places(name, leaf)
+    ]
+    positions = kernel_positions(model, leaves, places)
+    layers = tuple(
+        _count_layer(place, positions[id(place.kernel.variable)], convention)
+        for place in places
+        if id(place.kernel.variable) in positions
+    )
+    counted = {id(place.kernel.variable) for place in places} & set(positions)
+    parameters = sum(math.prod(v.shape) for v in trained_weights(model))
+    masked = [
+        (place.mask.shape, int(np.count_nonzero(place.mask.numpy())))
+        for place in places
+        if place.mask is not None
+    ]
+    weights = sum(math.prod(shape) for shape, _ in masked)
+    removed = weights - sum(ones for _, ones in masked)
+    sparse = [(s, ones) for s, ones in masked if ones < math.prod(s)]
+    bitmasks = sum(math.prod(shape) for shape, _ in sparse)
+    indices = sum(ones + shape[-1] + 1 for shape, ones in sparse)
+    return Count(
+        parameters=parameters,
+        nonzeros=parameters - removed,
+        density=1 - removed / weights if masked else 1.0,
+        inference_flops=sum(layer.inference_flops for layer in layers),
+        dense_inference_flops=sum(
+            layer.dense_inference_flops for layer in layers
+        ),
+        bits=_BITS * (parameters - removed) + bitmasks,
+        csr_bits=_BITS * (parameters - removed + indices),
+        layers=layers,
+        uncounted=tuple(
+            (leaf.name, type(leaf).__name__)
+            for leaf in leaves
+            if any(
+                len(v.shape) > 1 and v.name != "bias" and id(v) not in counted
+                for v in leaf.trainable_variables
+            )
+        ),
+        convention=convention,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """A kernel of the model, with its unique name and its mask, if any."""
+
+    name: str
+    kernel: Kernel
+    mask: keras.Variable | None
+
+
+def _places(name, leaf):
+    if not isinstance(leaf, Masked):
+        masked, found = {}, find_kernels(leaf)
+    else:
+        masked = {m.found.path: m for m in leaf.masked_kernels()}
+        found = find_kernels(leaf.layer)
+        # One of a name of its own is found only by those who know it.
+        known = {kernel.path for kernel in found}
+        found += [m.found for p, m in masked.items() if p not in known]
+    for kernel in found:
+        mask = masked[kernel.path].mask if kernel.path in masked else None
+        yield _Place(kernel.named(name), kernel, mask)
+
+
+def _count_layer(place, positions, convention):
+    kernel = place.kernel
+    shape = tuple(kernel.variable.shape)
+    size = math.prod(shape)
+    masked = place.mask is not None
+    ones = int(np.count_nonzero(place.mask.numpy())) if masked else size
+    bias = getattr(kernel.owner, "bias", None)
+    # Of the kernels of one layer, the last to be applied goes with the bias.
+    if bias is None or kernel.attribute in (
+        "depthwise_kernel",
+        "recurrent_kernel",
+    ):
+        bias = None
+    biases = 0 if bias is None else math.prod(bias.shape)
+    return LayerCount(
+        name=place.name,
+        shape=shape,
+        parameters=size + biases,
+        nonzeros=ones + biases,
+        density=ones / size,
+        masked=masked,
+        positions=positions,
+        bias_additions=math.prod(shape[axis] for axis in kernel.input_axes)
+        if biases
+        else 0,
+        convention=convention,
+    )
+
+
+def _ratio(cost):
+    dense = cost.dense_inference_flops
+    return f"{cost.inference_flops / dense:.4f}x" if dense else ""

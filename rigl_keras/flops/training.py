@@ -1,0 +1,224 @@
+"""What training costs, by each method."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from rigl_keras._checks import choice, integer, number
+from rigl_keras.flops.counting import Count
+
+__all__ = ["training_curve", "training_flops"]
+
+
+def training_flops(
+    method: str,
+    *,
+    sparse_flops: float,
+    dense_flops: float,
+    frequency: int | None = None,
+    gradient_batches: int = 1,
+) -> float:
+    """Returns the cost of training on one sample, averaged over the steps.
+
+    With f_s and f_d the forward cost of the sparse and the dense model, the
+    backward pass costing twice the forward pass, and an update every T steps:
+
+        dense:                            3 f_d
+        static, SET, SNIP, small-dense:   3 f_s
+        RigL, RigL-SG, RigL-SM:           (3 f_s T + 2 f_s + f_d) / (T + 1)
+        SNFS, magnitude pruning:          2 f_s + f_d
+
+    Evci et al., 2020, section 3 and appendix H, which count an update beside
+    the T steps that it follows. Where an update's gradient is the mean of n
+    batches, n of these T + 1 steps have a dense backward pass:
+    (3 f_s (T + 1 - n) + n (2 f_s + f_d)) / (T + 1).
+    Pruning and SNFS are as in the reproduction
+    (counting/inference_train_FLOPs.py). Where f_s changes during training it
+    stands for the mean over the steps; `training_curve` takes it from the
+    masks of a run.
+
+    Args:
+        method: Name of the method as above, or of the callback's class, in
+            any case.
+        sparse_flops: f_s for one sample.
+        dense_flops: f_d for one sample.
+        frequency: T, for RigL and its variants.
+        gradient_batches: n, for RigL and its variants, at most T.
+
+    Returns:
+        FLOPs for one sample.
+
+    Raises:
+        ValueError: The method is unknown, or needs a frequency.
+
+    Example:
+
+    >>> training_flops("rigl", sparse_flops=1, dense_flops=5, frequency=1)
+    5.0
+    """
+    name = str(method).lower().replace("_", "").replace("-", "")
+    if name not in _GRADIENTS:
+        raise ValueError(
+            f"method must be one of {', '.join(_GRADIENTS)}. Received: "
+            f"method={method!r}. For a method of your own, training_curve "
+            "counts from its masks."
+        )
+    gradients = _GRADIENTS[name]
+    sparse_flops = number(
+        "sparse_flops", sparse_flops, at_least=0, at_most=1e300
+    )
+    dense_flops = number("dense_flops", dense_flops, at_least=0, at_most=1e300)
+    if gradients == "updates":
+        frequency = integer(
+            "frequency",
+            frequency,
+            at_least=1,
+            rule=f"of {method} must be the steps between updates",
+        )
+    if name == "dense":
+        return 3 * dense_flops
+    sparse, dense = 3 * sparse_flops, 2 * sparse_flops + dense_flops
+    if gradients == "never":
+        return sparse
+    if gradients == "always":
+        return dense
+    if not 1 <= gradient_batches <= frequency:
+        raise ValueError(
+            "gradient_batches must be at least 1 and at most frequency. "
+            f"Received: gradient_batches={gradient_batches!r}, "
+            f"frequency={frequency!r}."
+        )
+    steps = frequency + 1
+    expensive = gradient_batches * dense
+    return (sparse * (steps - gradient_batches) + expensive) / steps
+
+
+# When a method's closed form has dense gradients.
+_GRADIENTS = {
+    "dense": "always",
+    "static": "never",
+    "smalldense": "never",
+    "snip": "never",
+    "set": "never",
+    "rigl": "updates",
+    "riglsg": "updates",
+    "riglsm": "updates",
+    "snfs": "always",
+    "magnitudepruning": "always",
+}
+
+
+def training_curve(
+    cost: Count,
+    trajectory: Sequence[tuple[int, Mapping[str, int]]],
+    *,
+    steps: int,
+    dense_gradients: str,
+    gradient_batches: int = 1,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns what each step of a run cost, by the masks that it really had.
+
+    A step t with masks whose forward cost is f_s(t) costs 3 f_s(t), or
+    2 f_s(t) + f_d where it needed gradients at inactive entries. The masks of
+    an update hold from the step after it.
+
+    Args:
+        cost: The `count` of the model, before or after training.
+        trajectory: `[(step, {layer: connections})]`: the active connections
+            of each masked layer, at the first step and after each update.
+        steps: How many steps the run has from the first on.
+        dense_gradients: When the method needs dense gradients: `"never"`, at
+            its `"updates"` or `"always"` (a callback's attribute of this
+            name).
+        gradient_batches: How many steps, each update's own the last, it
+            needs them at (a callback's attribute as well). Those before an
+            update that the run did not come to are not known, nor counted.
+
+    Returns:
+        `(inference, training)`, two float64 vectors of length `steps`: FLOPs
+        for one sample, forward and in training. The mean of the second is the
+        cost of the run.
+
+    Raises:
+        ValueError: The trajectory is empty, out of order or of other layers.
+
+    Example:
+
+    >>> _, training = training_curve(
+    ...     cost, [(0, {"conv1": 43})], steps=100, dense_gradients="never")
+    """
+    choice("dense_gradients", dense_gradients, ("never", "updates", "always"))
+    if not isinstance(cost, Count):
+        raise ValueError(
+            f"cost must be what count(model) returns. Received: cost={cost!r}."
+        )
+    steps = integer("steps", steps, at_least=1)
+    received, trajectory = trajectory, _checked_trajectory(trajectory)
+    if not trajectory:
+        raise ValueError(
+            "A trajectory begins with the masks of the first step. Received "
+            f"an empty one: trajectory={received!r}."
+        )
+    updates = [step for step, _ in trajectory]
+    ordered = updates[:1] <= updates[1:2] or len(updates) == 1
+    if not ordered or any(
+        a >= b for a, b in zip(updates[1:], updates[2:], strict=False)
+    ):
+        raise ValueError(
+            f"The steps of a trajectory must increase. Received: {updates}."
+        )
+    layers = {layer.name: layer for layer in cost.layers}
+    for _, counts in trajectory:
+        for name, ones in counts.items():
+            if name in layers and ones > math.prod(layers[name].shape):
+                raise ValueError(
+                    f"{name!r} has no more than {math.prod(layers[name].shape)}"
+                    f" connections. Received: {ones}."
+                )
+    unknown = {n for _, counts in trajectory for n in counts} - set(layers)
+    if unknown:
+        raise ValueError(
+            f"The trajectory has layers that the model has not: {unknown}."
+        )
+    first = updates[0]
+    if updates[-1] >= first + steps:
+        raise ValueError(
+            f"The trajectory goes beyond the run. Received: steps={steps} "
+            f"from step {first} on, and an update at {updates[-1]}."
+        )
+    inference = np.empty(steps)
+    dense = np.full(steps, dense_gradients == "always")
+    for i, (step, counts) in enumerate(trajectory):
+        start = 0 if i == 0 else step + 1 - first
+        inference[start:] = sum(
+            layer.flops_at(
+                counts[name] / math.prod(layer.shape)
+                if name in counts
+                else layer.density
+            )
+            for name, layer in layers.items()
+        )
+        if i and dense_gradients == "updates":
+            last = step - first
+            dense[max(last + 1 - gradient_batches, 0) : last + 1] = True
+    training = np.where(
+        dense, 2 * inference + cost.dense_inference_flops, 3 * inference
+    )
+    return inference, training
+
+
+def _checked_trajectory(trajectory):
+    try:
+        return [
+            (
+                integer("step", step, at_least=0),
+                {n: integer(n, c, at_least=0) for n, c in counts.items()},
+            )
+            for step, counts in trajectory
+        ]
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            "trajectory must be a list of (step, {layer: connections}). "
+            f"Received: trajectory={trajectory!r}."
+        ) from error

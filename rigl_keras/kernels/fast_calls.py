@@ -1,0 +1,111 @@
+"""What lies between convolutions, computed in fewer passes over memory.
+
+Once products skip what masks remove, batch normalisation and dropout take
+most of a training step's time: Keras computes them by a dozen operations that
+each read and write whole images. The op library has one operation for each,
+of the same numbers.
+"""
+
+import functools
+import math
+
+import keras
+import tensorflow as tf
+
+from rigl_keras.kernels import library, operations
+from rigl_keras.kernels.layer_products import USUAL_BATCH, only_dense
+
+__all__ = ["use_fast_calls", "use_usual_calls"]
+
+# Below so many numbers there is nothing to win, and no op library to build.
+_LEAST_NUMBERS = 1 << 17
+
+
+def use_fast_calls(layer: keras.layers.Layer) -> None:
+    """Has a layer, and those within it, use the op library in training.
+
+    Classes, configurations and weights stay as they are, and so does what is
+    computed, up to rounding.
+
+    Args:
+        layer: A layer or model. All but batch normalisation and dropout of
+            Keras's own classes are left alone.
+    """
+    for one in layer._flatten_layers():
+        call = _CALLS.get(type(one))
+        if call is not None and "call" not in vars(one):
+            # As Keras looks it up: what is an instance's own comes first.
+            one.call = functools.wraps(one.call)(functools.partial(call, one))
+
+
+def use_usual_calls(layer: keras.layers.Layer) -> None:
+    """Undoes `hasten`."""
+    for one in layer._flatten_layers():
+        if type(one) in _CALLS and "call" in vars(one):
+            del one.call
+
+
+def _batch_norm(layer, inputs, training=None, mask=None):
+    if not (
+        training
+        and layer.trainable
+        and mask is None
+        and not layer.renorm
+        and not layer.synchronized
+        and layer.axis in (-1, len(inputs.shape) - 1)
+        and _fits(inputs)
+    ):
+        return type(layer).call(layer, inputs, training=training, mask=mask)
+    channels = inputs.shape[-1]
+    gamma = layer.gamma if layer.scale else tf.ones(channels)
+    beta = layer.beta if layer.center else tf.zeros(channels)
+    outputs, mean, variance = operations.batch_norm(
+        inputs,
+        tf.convert_to_tensor(gamma),
+        tf.convert_to_tensor(beta),
+        epsilon=layer.epsilon,
+    )
+    for moving, now in (
+        (layer.moving_mean, mean),
+        (layer.moving_variance, variance),
+    ):
+        moving.assign(moving * layer.momentum + now * (1.0 - layer.momentum))
+    return outputs
+
+
+def _dropout(layer, inputs, training=False):
+    if not (
+        training
+        and 0 < layer.rate < 1
+        and layer.noise_shape is None
+        and _fits(inputs)
+    ):
+        return type(layer).call(layer, inputs, training=training)
+    return operations.dropout(inputs, layer.rate, layer.seed_generator.next())
+
+
+def _fits(inputs):
+    """Returns whether the op library can be used for inputs."""
+    return (
+        tf.is_tensor(inputs)
+        and inputs.dtype == tf.float32
+        and inputs.shape.rank is not None
+        and inputs.shape.rank > 1
+        and inputs.shape[-1] is not None
+        and _numbers(inputs.shape) >= _LEAST_NUMBERS
+        and not tf.config.list_physical_devices("GPU")
+        and not only_dense()
+        and library.load() is not None
+    )
+
+
+def _numbers(shape):
+    """Returns how many numbers there are, by what is known of a shape."""
+    batch, *rest = shape
+    return (batch or USUAL_BATCH) * math.prod(n or 1 for n in rest)
+
+
+_CALLS = {
+    keras.layers.BatchNormalization: _batch_norm,
+    keras.layers.Dropout: _dropout,
+}

@@ -1,0 +1,204 @@
+"""How a masked layer computes its product: densely, or by sparse kernels."""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
+import keras
+import tensorflow as tf
+
+from rigl_keras.kernels import choice, library, operations
+
+__all__ = [
+    "ChosenProducts",
+    "PRODUCTS",
+    "USUAL_BATCH",
+    "asked",
+    "chosen",
+    "dense_products",
+    "only_dense",
+    "outputs",
+    "why_dense",
+]
+
+
+class ChosenProducts:
+    """What neither Keras nor TensorFlow shall track, as they do a dict."""
+
+    def __init__(self):
+        self.by_shape = {}
+
+
+PRODUCTS = ("auto", "dense", "sparse")
+# The batch that is timed where a layer is called on batches of any size.
+USUAL_BATCH = 128
+_dense_products = contextvars.ContextVar("dense_products", default=False)
+
+
+def why_dense(layer: keras.layers.Layer) -> str | None:
+    """Returns why a layer has no sparse product, or None if it has one.
+
+    Convolutions and dense layers have one, of Keras's own classes: what
+    others do in their `call` is not known.
+
+    Args:
+        layer: A built layer with a `kernel`.
+    """
+    kind = type(layer)
+    if kind not in (keras.layers.Conv2D, keras.layers.Dense):
+        return f"no sparse kernels for {kind.__name__}"
+    dtypes = {layer.compute_dtype, layer.variable_dtype}
+    if dtypes != {"float32"}:
+        return f"sparse kernels are float32, not {layer.compute_dtype}"
+    if getattr(layer, "lora_enabled", False) or layer.quantization_mode:
+        return "quantised or with LoRA"
+    if layer.activity_regularizer is not None:
+        return "its activity is regularised"
+    if kind is keras.layers.Conv2D:
+        if layer.data_format != "channels_last":
+            return f"sparse kernels are channels_last, not {layer.data_format}"
+        if layer.groups != 1:
+            return f"{layer.groups} groups"
+    if tf.config.list_physical_devices("GPU"):
+        return "sparse kernels are for CPUs, and there is a GPU"
+    return None
+
+
+def chosen(
+    layer: keras.layers.Layer,
+    shape: tf.TensorShape,
+    density: float,
+    *,
+    backward: bool = True,
+) -> choice.Choice:
+    """Returns which product is faster for a layer, timed once.
+
+    Args:
+        layer: One that has a sparse product.
+        shape: Of its inputs. Where the batch is free, 128 is timed.
+        density: Of its mask.
+        backward: Whether for training, or for inference.
+    """
+    problem = _problem(layer, shape)
+    if problem is None:
+        return choice.Choice(False, "images of any size")
+    return choice.choose(problem, density, backward=backward)
+
+
+def asked(
+    layer: keras.layers.Layer,
+    shape: tf.TensorShape,
+    *,
+    backward: bool = True,
+) -> choice.Choice:
+    """Returns the sparse product, untimed, if a layer can have it.
+
+    It cannot where there are no kernels, or where they would take too much
+    memory (`kernels.too_large`): of images of any size, the smallest count.
+
+    Args:
+        layer: One that has a sparse product.
+        shape: Of its inputs, of which all but the last may be free.
+        backward: Whether for training, or for inference.
+    """
+    if library.load() is None:
+        return choice.Choice(False, library.unavailable())
+    least = [1] * (len(shape) - 2)
+    if getattr(layer, "padding", None) == "valid":
+        sizes = zip(layer.kernel.shape[:2], layer.dilation_rate, strict=True)
+        least = [(size - 1) * dilation + 1 for size, dilation in sizes]
+    batch, *between, channels = shape.as_list()
+    between = [
+        free if size is None else size
+        for size, free in zip(between, least, strict=True)
+    ]
+    problem = _problem(layer, tf.TensorShape([batch, *between, channels]))
+    why = choice.too_large(problem, backward=backward)
+    return choice.Choice(why is None, why or "as asked")
+
+
+def outputs(
+    layer: keras.layers.Layer,
+    inputs: tf.Tensor,
+    kernel: tf.Tensor,
+    mask: tf.Tensor,
+    *,
+    dense_gradient: bool,
+) -> tf.Tensor:
+    """Returns what a layer computes, its product by sparse kernels.
+
+    Args:
+        layer: One that has a sparse product.
+        inputs: What it is called on.
+        kernel, mask: Their values.
+        dense_gradient: As in `kernels.sparse_conv2d`.
+    """
+    if isinstance(layer, keras.layers.Dense):
+        product = operations.sparse_dense(
+            inputs, kernel, mask, dense_gradient=dense_gradient
+        )
+    else:
+        product = operations.sparse_conv2d(
+            inputs,
+            kernel,
+            mask,
+            strides=layer.strides,
+            padding=layer.padding,
+            dilations=layer.dilation_rate,
+            dense_gradient=dense_gradient,
+        )
+    if layer.use_bias:
+        product = product + tf.convert_to_tensor(layer.bias)
+    return product if layer.activation is None else layer.activation(product)
+
+
+@contextlib.contextmanager
+def dense_products() -> Iterator[None]:
+    """Within the context, what is traced has dense products only."""
+    token = _dense_products.set(True)
+    try:
+        yield
+    finally:
+        _dense_products.reset(token)
+
+
+def only_dense() -> bool:
+    """Returns whether what is traced now can have dense products only.
+
+    XLA knows of no operations but TensorFlow's own, and what Keras traces for
+    shapes alone needs no others.
+    """
+    with keras.SymbolicScope() as scope:
+        symbolic = scope.original_scope is not None
+    return symbolic or _dense_products.get() or _in_xla()
+
+
+def _in_xla():
+    graph = tf.compat.v1.get_default_graph()
+    while graph is not None:
+        context = graph._get_control_flow_context()
+        if context is not None and context.IsXLAContext():
+            return True
+        graph = getattr(graph, "outer_graph", None)
+    return False
+
+
+def _problem(layer, shape):
+    """Returns the `kernels.Problem` of a layer, or None if it is not known."""
+    batch, *between = shape.as_list()[:-1]
+    batch = USUAL_BATCH if batch is None else batch
+    if None in between:
+        return None
+    if isinstance(layer, keras.layers.Dense):
+        for length in between:
+            batch *= length
+        return choice.Problem(
+            kernel=(1, 1, *layer.kernel.shape), images=(batch, 1, 1)
+        )
+    return choice.Problem(
+        kernel=tuple(layer.kernel.shape),
+        images=(batch, *between),
+        strides=tuple(layer.strides),
+        padding=layer.padding.upper(),
+        dilations=tuple(layer.dilation_rate),
+    )

@@ -1,0 +1,207 @@
+"""What a layer is beside its config: weights, flags, tables, statistics."""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator, Mapping
+
+import keras
+import tensorflow as tf
+
+from rigl_keras.masking.masked import Masked
+from rigl_keras.masking.model_tree import is_graph
+
+__all__ = ["copy_before_build", "copy_state", "copy_trainable"]
+
+Layer = keras.layers.Layer
+
+
+def copy_state(
+    source: Layer,
+    target: Layer,
+    *,
+    values: Mapping[int, tf.Tensor] | None = None,
+) -> None:
+    """Gives a layer all that another of its kind holds beside its config.
+
+    Weights, states of generators, what is frozen in it, layer by layer, and
+    what saving it would write: vocabularies, bins, statistics, assets.
+
+    Args:
+        source: A built layer; one that is masked or one that holds such.
+        target: A built layer of the same kind and sizes. Where one of the
+            two is masked and the other is not, masks are left alone.
+        values: `{id of a variable of the source: value}` of those of which
+            another value is copied.
+
+    Raises:
+        ValueError: The layers within are not the same.
+    """
+    if source is target:
+        return
+    copy_trainable(source, target)
+    if is_graph(source):  # its layers are copied one by one
+        pairs = [(source, target)] if type(source) is type(target) else []
+    else:
+        pairs = list(_pairs(source, target, set()))
+    for old, new in pairs:
+        if new is not target and new.trainable != old.trainable:
+            new.trainable = old.trainable
+    for old, new in pairs:
+        _assign_own(old, new, values or {})
+        if old is not new:
+            _copy_tables(old, new)
+            _copy_saved(old, new)
+    # Outer layers last: what they derive, they derive from those within.
+    for _, new in reversed(pairs):
+        if hasattr(type(new), "finalize_state") and not _has_tables(new):
+            new.finalize_state()  # what Normalization derives from variables
+
+
+def copy_trainable(source: Layer, target: Layer) -> None:
+    """Freezes a layer or model, and all within, as another is frozen.
+
+    Those within that are not frozen as the whole is are set afterwards.
+
+    Args:
+        source: A layer or model. A masked layer is as frozen as what it
+            wraps.
+        target: Any layer or model.
+    """
+    trainable = source.trainable
+    if isinstance(source, Masked):
+        trainable = trainable and source.layer.trainable
+    if target.trainable != trainable:
+        target.trainable = trainable
+
+
+def copy_before_build(source: Layer, target: Layer) -> None:
+    """Gives a copy what it must know before it is called.
+
+    How many columns a lookup has is known from its table only.
+
+    Args:
+        source: A built layer.
+        target: A layer from its config, which may not be built.
+    """
+    if isinstance(source, Masked) != isinstance(target, Masked):
+        return
+    _copy_tables(source, target)
+    if len(source._layers) == len(target._layers):
+        for old, new in zip(source._layers, target._layers, strict=True):
+            if type(old) is type(new):
+                copy_before_build(old, new)
+
+
+def _pairs(source, target, seen) -> Iterator[tuple[Layer, Layer]]:
+    """Yields two layers and those within them, outer layers first."""
+    if isinstance(source, Masked) and not isinstance(target, Masked):
+        source = source.layer
+    elif isinstance(target, Masked) and not isinstance(source, Masked):
+        target = target.layer
+    if id(source) in seen:
+        return
+    seen.add(id(source))
+    yield source, target
+    if len(source._layers) != len(target._layers):
+        raise ValueError(
+            f"The copy of layer {source.name!r}, a {type(source).__name__}, "
+            f"has {len(target._layers)} layers within it, and the layer has "
+            f"{len(source._layers)}: its config does not say all that it is "
+            "made of. Give its class a get_config that does."
+        )
+    for old, new in zip(source._layers, target._layers, strict=True):
+        yield from _pairs(old, new, seen)
+
+
+def _assign_own(source, target, values):
+    for old, new in zip(_own(source), _own(target), strict=True):
+        if id(old) in values or old is not new:
+            new.assign(values.get(id(old), old))
+        if new.trainable != old.trainable:
+            new.trainable = old.trainable
+
+
+def _own(layer):
+    """Returns the variables of a layer, less those of layers within it."""
+    return [
+        *layer._trainable_variables,
+        *layer._non_trainable_variables,
+        *(generator.state for generator in layer._seed_generators),
+    ]
+
+
+# Keras's layers of preprocessing keep some of what they have learned in no
+# variable.
+
+_LOOKUPS = (keras.layers.StringLookup, keras.layers.IntegerLookup)
+_OF_LOOKUPS = (
+    "input_vocabulary",
+    "input_idf_weights",
+    "_frozen_vocab_size",
+    "_has_input_vocabulary",
+    # Nothing changes a table: a layer that is adapted gets another.
+    "lookup_table",
+)
+_OF_DISCRETIZATION = ("bin_boundaries", "summary")
+
+
+def _has_tables(layer):
+    return isinstance(
+        layer,
+        (
+            *_LOOKUPS,
+            keras.layers.TextVectorization,
+            keras.layers.Discretization,
+        ),
+    )
+
+
+def _copy_tables(source, target):
+    if isinstance(source, keras.layers.Discretization):
+        for name in _OF_DISCRETIZATION:
+            setattr(target, name, getattr(source, name))
+    if not isinstance(source, _LOOKUPS):
+        return
+    for name in _OF_LOOKUPS:
+        setattr(target, name, getattr(source, name))
+    if hasattr(source, "idf_weights"):
+        target.idf_weights = tf.Variable(
+            source.idf_weights_const, trainable=False
+        )
+        target.idf_weights_const = target.idf_weights.value()
+    # What `update_state` has counted and `finalize_state` has not used.
+    for name in ("token_counts", "token_document_counts"):
+        if hasattr(source, name) and hasattr(target, name):
+            tokens, counts = getattr(source, name).export()
+            getattr(target, name).insert(tokens, counts)
+    if hasattr(source, "num_documents") and hasattr(target, "num_documents"):
+        target.num_documents.assign(source.num_documents)
+
+
+def _copy_saved(source, target):
+    """Copies what a class of the user's own writes into files beside weights.
+
+    It is what a model that is saved and loaded would have.
+    """
+    if _overrides(source, "save_own_variables", "load_own_variables"):
+        store = {}
+        source.save_own_variables(store)
+        target.load_own_variables(store)
+    if _overrides(source, "save_assets", "load_assets"):
+        with tempfile.TemporaryDirectory() as folder:
+            source.save_assets(folder)
+            target.load_assets(folder)
+
+
+def _overrides(layer, *methods):
+    """Returns whether a class that is not of Keras defines both methods."""
+    owners = []
+    for method in methods:
+        with contextlib.suppress(StopIteration):
+            owners.append(
+                next(k for k in type(layer).__mro__ if method in vars(k))
+            )
+    return len(owners) == len(methods) and not any(
+        kind.__module__.split(".")[0] == "keras" or kind is Masked
+        for kind in owners
+    )

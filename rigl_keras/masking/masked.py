@@ -1,0 +1,600 @@
+"""`Masked`: a Keras wrapper that holds the mask of the layer it wraps."""
+
+import dataclasses
+import functools
+import math
+import zlib
+from collections.abc import Sequence
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from rigl_keras import _checks, kernels
+from rigl_keras.kernels import layer_products
+from rigl_keras.kernels.layer_products import ChosenProducts
+from rigl_keras.masking.drawing import draw_mask
+from rigl_keras.masking.layer_kernels import Kernel, find_kernels, kernel_at
+from rigl_keras.masking.mask_variable import MaskVariable
+from rigl_keras.masking.tracing import (
+    KernelScope,
+    gradients_are_dense,
+    masks_are_applied,
+    note_called,
+    product,
+    zero_outside,
+)
+
+__all__ = [
+    "GRANULARITIES",
+    "KernelMask",
+    "MaskProjection",
+    "Masked",
+    "MaskedKernel",
+    "allow_again",
+    "check_granularity",
+    "show_to_tensorflow",
+]
+
+GRANULARITIES = ("element", "kernel")
+
+
+def check_granularity(granularity: str) -> None:
+    """Raises ValueError unless it is one of `GRANULARITIES`."""
+    if granularity not in GRANULARITIES:
+        raise ValueError(
+            f"granularity must be one of {GRANULARITIES}. Received: "
+            f"granularity={granularity!r}."
+        )
+
+
+class KernelMask:
+    """A kernel and the mask on it: what a method changes.
+
+    A `Masked` layer with one `kernel` is one itself; those of others (an
+    LSTM, attention) are listed by `Masked.masked_kernels()`.
+
+    Attributes:
+        name: Unique within the model, but for layers of one name.
+        kernel: The kernel variable, zero outside the mask.
+        mask: Variable of the kernel's shape and dtype, 1 where kept.
+        found: Where the kernel is, and the axes that it joins.
+        draw_key: Int from which random draws for this kernel are seeded.
+        granularity: What the mask keeps or removes as one: `"element"`, each
+            weight; `"kernel"`, all weights between one input and one output
+            channel, which are the last two axes.
+        density: Fraction of the mask that is 1.
+    """
+
+    name: str
+    mask: keras.Variable
+    found: Kernel
+    draw_key: int
+    granularity: str
+
+    @property
+    def kernel(self) -> keras.Variable:
+        return self.found.variable
+
+    @property
+    def density(self) -> float:
+        return float(tf.reduce_mean(tf.cast(self.mask.value, tf.float64)))
+
+    def assign_mask(self, mask) -> None:
+        """Sets the mask and zeroes the kernel outside it."""
+        self.mask.assign(mask)
+        self.kernel.assign(zero_outside(self.mask, self.kernel.value))
+
+    def by_unit(self, tensor: tf.Tensor) -> tf.Tensor:
+        """Returns one value for each unit that the mask keeps or removes.
+
+        Args:
+            tensor: Float tensor of the kernel's shape.
+
+        Returns:
+            The tensor itself where units are elements; its mean over the
+            spatial axes, of the shape of the last two, where they are kernels.
+        """
+        if self.granularity == "element":
+            return tensor
+        return tf.reduce_mean(tensor, axis=range(len(tensor.shape) - 2))
+
+    def units(self, mask: tf.Tensor) -> tf.Tensor:
+        """Returns whether anything of each unit is kept.
+
+        Args:
+            mask: Bool tensor of the kernel's shape.
+
+        Returns:
+            Bool tensor, a value for each unit as in `by_unit`.
+        """
+        if self.granularity == "element":
+            return mask
+        return tf.reduce_any(mask, axis=range(len(mask.shape) - 2))
+
+    def by_element(self, tensor: tf.Tensor) -> tf.Tensor:
+        """Returns the value of its unit for each entry of the kernel.
+
+        Args:
+            tensor: One value for each unit, as `by_unit` returns them.
+
+        Returns:
+            Tensor of the kernel's shape.
+        """
+        return tf.broadcast_to(tensor, self.kernel.shape)
+
+    def masked_kernel(self, kernel=None) -> tf.Tensor:
+        """Returns kernel x mask, through which training differentiates.
+
+        Args:
+            kernel: The kernel's value. None: that of the variable.
+        """
+        note_called(self.kernel, self.name)
+        if kernel is None:
+            kernel = self.kernel.value
+        kernel = tf.convert_to_tensor(kernel)
+        if masks_are_applied():
+            return kernel
+        return product(kernel, tf.cast(self.mask.value, kernel.dtype))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class MaskedKernel(KernelMask):
+    """A masked kernel within a layer, perhaps one of several."""
+
+    name: str
+    mask: keras.Variable
+    found: Kernel
+    draw_key: int
+    granularity: str
+    layer: keras.layers.Layer
+
+
+@keras.saving.register_keras_serializable("rigl_keras")
+class Masked(KernelMask, keras.layers.Wrapper):
+    """A layer whose kernels are multiplied by masks of zeros and ones.
+
+    Computes the wrapped layer's output with kernel x mask in the place of
+    each kernel. A mask is a weight that is saved but not trained; a kernel is
+    kept exactly zero outside it, because its constraint projects it there
+    whenever an optimizer has moved it, and saving does. Attributes that are
+    not of the wrapper are those of the layer.
+
+    Args:
+        layer: Any layer with a kernel, such as Dense, Conv2D or LSTM, or that
+            has such layers within it, as attention and layers of one's own.
+        kernels: Paths of the kernels to mask (`maskable.Kernel.path`). None:
+            all that are found.
+        draw_key: Int from which random draws are seeded. None: the crc32 of
+            the name.
+        granularity: `"element"` or `"kernel"`, as in `KernelMask`; the latter
+            holds for convolutions.
+        product: How kernel x mask is multiplied with inputs: `"dense"`, by
+            TensorFlow; `"sparse"`, by kernels that leave out what the mask
+            removes, where the layer has such a product
+            (`products.why_dense`); `"auto"`: whichever was faster when both
+            were timed. It may be set anew, for what is traced later.
+        nonzeros: How many entries of each mask are 1, in the order of
+            `kernels`, as a config says it. The masks are drawn from
+            `draw_key` when the layer is built. None: masks of ones.
+        name: Name of the layer. None: that of the wrapped layer.
+        dtype: Dtype or policy. None: that of the wrapped layer.
+        trainable: Whether the layer is trained.
+
+    Attributes:
+        layer: The wrapped layer.
+        kernel, mask, density: Of the one kernel; of several,
+            `masked_kernels()` tells.
+
+    Raises:
+        ValueError: `layer` is masked already, turns out to have no kernel
+            when it is built, or `granularity` is unknown.
+    """
+
+    def __init__(
+        self,
+        layer,
+        *,
+        kernels: Sequence[str] | None = None,
+        draw_key: int | None = None,
+        granularity: str = "element",
+        product: str = "auto",
+        nonzeros: Sequence[int] | None = None,
+        name: str | None = None,
+        dtype=None,
+        trainable: bool = True,
+    ):
+        if isinstance(layer, Masked):
+            raise ValueError(
+                f"Layer {layer.name!r} is masked already. Mask a plain layer."
+            )
+        if isinstance(layer, keras.layers.Layer):
+            # Keras reads from the signature what a call takes.
+            self.call = _with_signature_of(layer.call, self._call_masked)
+        super().__init__(
+            layer,
+            name=name or getattr(layer, "name", None),
+            dtype=dtype or getattr(layer, "dtype_policy", None),
+            trainable=trainable,
+        )
+        self.draw_key = (
+            zlib.crc32(self.name.encode()) if draw_key is None else draw_key
+        )
+        check_granularity(granularity)
+        self.granularity = granularity
+        self.product = product
+        self._chosen = ChosenProducts()
+        self.kernels = None if kernels is None else tuple(kernels)
+        self._nonzeros = None if nonzeros is None else tuple(nonzeros)
+        self.supports_masking = layer.supports_masking
+        self._masks = []
+
+    @property
+    def product(self) -> str:
+        return self._product
+
+    @product.setter
+    def product(self, product: str) -> None:
+        _checks.choice("product", product, layer_products.PRODUCTS)
+        self._product = product
+
+    def build(self, input_shape=None):
+        super().build(input_shape)
+        found = find_kernels(self.layer)
+        if self.kernels is not None:
+            found = [kernel_at(self.layer, path) for path in self.kernels]
+        if not found:
+            raise ValueError(
+                "Masked wraps layers with a `kernel` variable, such as Dense, "
+                f"Conv2D or LSTM. Received: layer={self.layer!r}, a "
+                f"{type(self.layer).__name__}. Where it has another name, pass "
+                "kernels=[name]."
+            )
+        self.kernels = tuple(kernel.path for kernel in found)
+        self._masks = [self._make_mask(kernel) for kernel in found]
+        show_to_tensorflow(self, [*self._masks, *self.layer.variables])
+        for kernel, mask in zip(found, self._masks, strict=True):
+            kernel.variable.constraint = MaskProjection(
+                mask, kernel.variable.constraint
+            )
+            _refuse_in_place_of(kernel.owner)
+        if self._nonzeros is not None:
+            self._draw_masks()
+
+    def _draw_masks(self):
+        """Draws the masks that a config tells only the numbers of ones of."""
+        for masked, ones in zip(
+            self.masked_kernels(), self._nonzeros, strict=True
+        ):
+            shape = tuple(masked.kernel.shape)
+            if not 0 <= ones <= math.prod(shape):
+                raise ValueError(
+                    f"nonzeros must be in [0, {math.prod(shape)}] for the "
+                    f"kernel of {masked.name!r}. Received: {ones!r}."
+                )
+            masked.assign_mask(
+                draw_mask(
+                    shape,
+                    ones,
+                    masked.draw_key,
+                    granularity=masked.granularity,
+                )
+            )
+
+    def _make_mask(self, kernel):
+        name = "mask"
+        if kernel.path != "kernel":
+            name = kernel.path.replace(".", "_") + "_mask"
+        mask = self.add_weight(
+            name=name,
+            shape=kernel.variable.shape,
+            dtype=kernel.variable.dtype,
+            initializer="ones",
+            trainable=False,
+            autocast=False,
+        )
+        # Made by Keras, in its scopes of names and devices.
+        mask.__class__ = MaskVariable
+        return mask
+
+    def masked_kernels(self) -> tuple[KernelMask, ...]:
+        """Returns a `KernelMask` for each kernel: itself, for a `kernel`."""
+        # Not a property: Keras saves what the attributes of a layer hold.
+        if self.kernels == ("kernel",):
+            return (self,)
+        found = [kernel_at(self.layer, path) for path in self.kernels or ()]
+        return tuple(
+            MaskedKernel(
+                name=kernel.named(self.name),
+                mask=mask,
+                found=kernel,
+                draw_key=zlib.crc32(f"{self.draw_key}/{kernel.path}".encode()),
+                granularity=self.granularity
+                if kernel.is_convolution
+                else "element",
+                layer=self.layer,
+            )
+            for kernel, mask in zip(found, self._masks, strict=False)
+        )
+
+    @property
+    def found(self) -> Kernel:
+        return kernel_at(self.layer, self.kernels[self._only()])
+
+    @property
+    def mask(self) -> keras.Variable:
+        return self._masks[self._only()]
+
+    def _only(self):
+        """Returns the index of the one kernel, 0."""
+        if len(self._masks) != 1:
+            raise AttributeError  # `__getattr__` says more
+        return 0
+
+    def __call__(self, *args, **kwargs):
+        if not self.built:
+            # What a layer is built from, only its own call knows.
+            self.layer(*_symbolic(args), **_symbolic(kwargs))
+        return super().__call__(*args, **kwargs)
+
+    def _call_masked(self, *args, **kwargs):
+        with KernelScope(self.masked_kernels()) as scope:
+            if self._is_sparse(args, kwargs):
+                return self._sparse_outputs(scope, *args)
+            scope.multiply_ahead()
+            outputs = self.layer(*args, **kwargs)
+        for loss in scope.losses:  # activity regularisation
+            self.add_loss(tf.identity(loss))
+        return outputs
+
+    def _is_sparse(self, args, kwargs):
+        """Returns whether a call is computed by sparse kernels."""
+        if self.product == "dense":
+            return False
+        # Keras tells dense layers whether they are trained: all the same here.
+        if len(args) != 1 or kwargs.keys() - {"training"}:
+            return False
+        # `tf.is_tensor` takes SparseTensors and RaggedTensors for tensors.
+        if not isinstance(args[0], tf.Tensor) or args[0].dtype != tf.float32:
+            return False
+        if (
+            masks_are_applied()
+            or self.why_dense()
+            or layer_products.only_dense()
+        ):
+            return False
+        return self.choose_product(args[0].shape).sparse
+
+    def why_dense(self) -> str | None:
+        """Returns why the layer has no sparse product, or None."""
+        if self.kernels != ("kernel",):
+            return "its kernels have other names"
+        return layer_products.why_dense(self.layer)
+
+    def choose_product(self, shape: tf.TensorShape) -> kernels.Choice:
+        """Returns which product the layer uses for inputs of a shape.
+
+        Args:
+            shape: Of the inputs; the batch may be free.
+        """
+        if self.product == "sparse":
+            choice = layer_products.asked(self.layer, shape)
+        else:
+            with tf.init_scope():
+                mask = tf.convert_to_tensor(self.mask._value)
+                density = float(tf.reduce_mean(mask))
+            choice = layer_products.chosen(self.layer, shape, density)
+        self._chosen.by_shape[tuple(shape)] = choice
+        return choice
+
+    def chosen_products(self) -> dict[tuple, kernels.Choice]:
+        """Returns what was chosen, by the shape of the inputs."""
+        return dict(self._chosen.by_shape)
+
+    def product_changes(self) -> bool:
+        """Returns whether another product is faster by now, for some inputs.
+
+        As it is where the mask's density has changed much.
+        """
+        return any(
+            [
+                self.choose_product(tf.TensorShape(shape)).sparse
+                != choice.sparse
+                for shape, choice in self.chosen_products().items()
+            ]
+        )
+
+    def forget_products(self) -> None:
+        """Forgets what was chosen."""
+        self._chosen.by_shape.clear()
+
+    def _sparse_outputs(self, scope, inputs):
+        note_called(self.kernel, self.name)
+        return layer_products.outputs(
+            self.layer,
+            inputs,
+            tf.convert_to_tensor(scope.value_outside(self.kernel)),
+            tf.convert_to_tensor(self.mask.value),
+            dense_gradient=gradients_are_dense(),
+        )
+
+    def __getattr__(self, name):
+        # What is not this wrapper's is the layer's: `units`, `reset_state`,
+        # methods beside `call` (which see the kernel, zero outside the mask).
+        layer = vars(self).get("layer")
+        if name in _OF_ONE_KERNEL:
+            raise AttributeError(
+                f"Layer {vars(self).get('name')!r} has no one `kernel`, and so "
+                f"no {name!r}: see its masked_kernels()."
+            )
+        if layer is None or name.startswith("_"):
+            raise AttributeError(f"A Masked layer has no attribute {name!r}.")
+        return getattr(layer, name)
+
+    def compute_output_spec(self, *args, **kwargs):
+        return self.layer.compute_output_spec(*args, **kwargs)
+
+    def compute_output_shape(self, *args, **kwargs):
+        return self.layer.compute_output_shape(*args, **kwargs)
+
+    def compute_mask(self, inputs, previous_mask):
+        return self.layer.compute_mask(inputs, previous_mask)
+
+    def quantize(self, mode=None, type_check=True, config=None):
+        _Refusal(self.name, "quantize", None)()
+
+    def get_build_config(self):
+        # A layer without `build` is built by being called, here as there.
+        if getattr(type(self.layer).build, "_is_default", False):
+            return None
+        return self.layer.get_build_config()
+
+    def build_from_config(self, config):
+        if not self.layer.built:
+            self.layer.build_from_config(config)
+            self.layer.built = True
+        self.build()
+
+    def save_own_variables(self, store):
+        # However weights came to lie outside, no file holds them.
+        for masked in self.masked_kernels():
+            masked.assign_mask(masked.mask.value)
+        super().save_own_variables(store)
+
+    def load_own_variables(self, store):
+        if self._masks and not len(store.keys()):
+            raise ValueError(
+                f"The file has no mask for layer {self.name!r}. To load the "
+                "weights of a dense model into a masked one: "
+                "rigl_keras.load_weights(model, path)."
+            )
+        self._check_load_own_variables(store)
+        for i in range(len(self._masks)):
+            values = np.unique(np.asarray(store[f"{i}"]))
+            if not np.isin(values, [0, 1]).all():
+                raise ValueError(
+                    f"The mask of layer {self.name!r} in this file holds "
+                    f"{values[~np.isin(values, [0, 1])][0]}, and masks are "
+                    "zeros and ones: the file is damaged, or not ours."
+                )
+        super().load_own_variables(store)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "kernels": None if self.kernels is None else list(self.kernels),
+            "draw_key": self.draw_key,
+            "granularity": self.granularity,
+            "product": self.product,
+            "nonzeros": self._count_nonzeros(),
+        }
+
+    def _count_nonzeros(self):
+        if not self._masks:
+            return None if self._nonzeros is None else list(self._nonzeros)
+        with tf.init_scope():
+            return [
+                int(np.count_nonzero(np.asarray(mask._value)))
+                for mask in self._masks
+            ]
+
+
+# What Keras would do to a kernel, behind the mask's back.
+_REFUSED = {
+    "quantize": "Quantize the plain model: strip(model).quantize(...), or "
+    "export(model, path, format='tflite', quantization='int8').",
+    "enable_lora": "Adapt the plain model: strip(model), whose adapted layers "
+    "are no longer sparse.",
+}
+
+
+def _refuse_in_place_of(owner):
+    """Has a layer refuse what a mask on its kernel would not survive."""
+    for name in _REFUSED:
+        of_class = getattr(type(owner), name, None)
+        if of_class not in (None, getattr(keras.layers.Layer, name, None)):
+            before = vars(owner).get(name)  # Keras wraps some
+            if not isinstance(before, _Refusal):
+                setattr(owner, name, _Refusal(owner.name, name, before))
+
+
+class _Refusal:
+    """What a layer has instead of a method; a copy of the layer has none."""
+
+    def __init__(self, layer_name, method, before):
+        self.layer_name, self.method = layer_name, method
+        self.before = before
+
+    def __call__(self, *args, **kwargs):
+        raise ValueError(
+            f"{self.method}() would replace the kernel of layer "
+            f"{self.layer_name!r}, which is masked. {_REFUSED[self.method]}"
+        )
+
+
+def allow_again(owner) -> None:
+    """Gives a layer that is masked no more its own methods back."""
+    for name in _REFUSED:
+        refusal = vars(owner).get(name)
+        if isinstance(refusal, _Refusal):
+            if refusal.before is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, refusal.before)
+
+
+_OF_ONE_KERNEL = ("density", "found", "kernel", "mask")
+
+
+def show_to_tensorflow(layer, variables: Sequence[keras.Variable]) -> None:
+    """Has `tf.train.Checkpoint` save variables with a layer.
+
+    By itself it finds those that are attributes, and not what is in lists.
+
+    Args:
+        layer: A layer or model.
+        variables: Variables of it, or of layers within it.
+    """
+    layer._rigl_keras_variables = tf.Module()
+    layer._rigl_keras_variables.within = list(variables)
+
+
+def _symbolic(arguments):
+    """Returns call arguments with each tensor as a symbol of its shape."""
+    return keras.tree.map_structure(
+        lambda x: (
+            keras.KerasTensor(x.shape, x.dtype)
+            if hasattr(x, "shape") and hasattr(x, "dtype")
+            else x
+        ),
+        arguments,
+    )
+
+
+def _with_signature_of(call, function):
+    @functools.wraps(call)
+    def with_signature(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return with_signature
+
+
+class MaskProjection(keras.constraints.Constraint):
+    """Sets a kernel to zero outside its mask, after the user's constraint.
+
+    Keras applies a variable's constraint within `optimizer.apply`, so that no
+    checkpoint, written at any moment, holds a weight that the mask removes.
+
+    Args:
+        mask: The mask variable.
+        constraint: The constraint that the kernel had before, or None.
+    """
+
+    def __init__(self, mask, constraint=None):
+        self.mask = mask
+        self.constraint = constraint
+
+    def __call__(self, kernel):
+        if self.constraint is not None:
+            kernel = self.constraint(kernel)
+        return zero_outside(self.mask, kernel)

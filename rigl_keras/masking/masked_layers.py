@@ -1,0 +1,298 @@
+"""The masked layers of a model, as a table."""
+
+import math
+from collections.abc import Sequence
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from rigl_keras import _checks
+from rigl_keras._text import aligned
+from rigl_keras.kernels import fast_calls
+from rigl_keras.kernels.layer_products import PRODUCTS
+from rigl_keras.masking.layer_kernels import find_kernels, is_normalisation
+from rigl_keras.masking.leaves import containers, leaf_layers, named_layers
+from rigl_keras.masking.masked import KernelMask, Masked
+
+__all__ = [
+    "MaskedLayers",
+    "choose_kernels",
+    "left_dense",
+    "listed",
+    "masked_layers",
+    "matrices",
+    "why_adapted",
+    "why_dense",
+]
+
+
+class MaskedLayers(Sequence):
+    """The masked layers of a model; printing it shows all its layers.
+
+    Args:
+        model: A built model.
+    """
+
+    def __init__(self, model: keras.Model):
+        if not isinstance(model, keras.Model):
+            raise ValueError(
+                f"masked_layers takes a Keras model. Received: {model!r}."
+            )
+        self._model = model
+        leaves = {id(leaf): leaf for leaf in leaf_layers(model)}.values()
+        self._masked = [
+            masked
+            for leaf in leaves
+            if isinstance(leaf, Masked)
+            for masked in leaf.masked_kernels()
+        ]
+
+    def __getitem__(self, index):
+        return self._masked[index]
+
+    def __len__(self) -> int:
+        return len(self._masked)
+
+    @property
+    def named(self) -> dict[str, KernelMask]:
+        """The same by unique names, as in `named_kernels`."""
+        return {
+            kernel.named(name): masked
+            for name, layer in named_layers(self._model).items()
+            if isinstance(layer, Masked)
+            for masked in layer.masked_kernels()
+            for kernel in [masked.found]
+        }
+
+    @property
+    def masks(self) -> dict[str, np.ndarray]:
+        """The masks, `{unique name: zeros and ones}` as `with_masks` takes."""
+        return {name: m.mask.numpy() for name, m in self.named.items()}
+
+    @property
+    def skipped(self) -> list[tuple[keras.layers.Layer, str]]:
+        """Layers with weights that are not masked, each with the reason.
+
+        A layer that is masked is among them if it has other weights of two
+        axes or more; so is a model that has weights besides its layers.
+        """
+        masked = {id(masked.kernel) for masked in self._masked}
+        skipped = [
+            (layer, why_dense(layer))
+            for layer in named_layers(self._model).values()
+            if not isinstance(layer, Masked)
+        ]
+        skipped += [
+            (layer, f"not masked: {listed(left)}")
+            for layer in named_layers(self._model).values()
+            if isinstance(layer, Masked)
+            for left in [left_dense(layer.layer, masked)]
+            if left
+        ]
+        return skipped + [
+            (owner, f"weights of its own, never masked: {listed(left)}")
+            for owner in containers(self._model)
+            for left in [matrices(owner._trainable_variables)]
+            if left
+        ]
+
+    def __str__(self) -> str:
+        rows = [("layer", "kernel", "density", "nonzeros", "of", "product")]
+        ones = size = 0
+        for name, layer in self.named.items():
+            nonzeros = int(np.count_nonzero(layer.mask.numpy()))
+            weights = math.prod(layer.kernel.shape)
+            ones, size = ones + nonzeros, size + weights
+            rows.append(
+                (
+                    name,
+                    "x".join(map(str, layer.kernel.shape)),
+                    f"{nonzeros / weights:.4f}",
+                    f"{nonzeros:,}",
+                    f"{weights:,}",
+                    _product_of(layer),
+                )
+            )
+        if size:
+            total = f"{ones / size:.4f}", f"{ones:,}", f"{size:,}"
+            rows.append(("all masked", "", *total, ""))
+        if not any(product for *_, product in rows[1:]):
+            rows = [row[:-1] for row in rows]  # nothing was called yet
+        lines = [line.rstrip() for line in aligned(rows)]
+        skipped = self.skipped
+        if skipped:
+            lines.append("not masked:")
+            lines += [f"  {layer.name}: {why}" for layer, why in skipped]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def _product_of(masked):
+    """Returns how a layer was computed when it was called last, and why."""
+    chosen = masked.chosen_products() if isinstance(masked, Masked) else {}
+    if not chosen:
+        return ""
+    choice = list(chosen.values())[-1]
+    kind = "sparse" if choice.sparse else "dense"
+    return f"{kind}: {choice.reason}"
+
+
+def masked_layers(model: keras.Model) -> MaskedLayers:
+    """Returns the `Masked` layers of a model, in order.
+
+    Args:
+        model: A built model.
+
+    Returns:
+        A sequence of `Masked`, each with `name`, `kernel`, `mask` and
+        `density`; for a layer whose kernels have other names than `kernel`,
+        or that has several, of `MaskedKernel` with the same. Its string is a
+        table of shape, density and nonzeros, with each layer that is not
+        masked and the reason.
+    """
+    return MaskedLayers(model)
+
+
+def choose_kernels(
+    model: keras.Model, kernels: str = "auto", *, batch_size: int | None = None
+) -> MaskedLayers:
+    """Decides how the masked layers of a model compute their products.
+
+    Layers decide for themselves when they are traced; this does it before, or
+    anew: of a model that was loaded, or for a batch that tracing does not see
+    (where it is free, 128 is timed).
+
+    Args:
+        model: A masked model. What it has compiled is traced anew.
+        kernels: As in `sparsify`.
+        batch_size: Batch to time `"auto"` at, at least 1. None: nothing is
+            timed before the layers are called.
+
+    Returns:
+        The masked layers, whose table shows what was chosen and why.
+
+    Raises:
+        ValueError: The model has no masked layer, or an argument is out of
+            range.
+
+    Example:
+
+    >>> print(choose_kernels(model, batch_size=32))
+    """
+    _checks.choice("kernels", kernels, PRODUCTS)
+    if batch_size is not None:
+        batch_size = _checks.integer("batch_size", batch_size, at_least=1)
+    layers = masked_layers(model)
+    if not layers:
+        raise ValueError(
+            f"Model {model.name!r} has no masked layer, whose products could "
+            "be chosen. Pass it to sparsify first."
+        )
+    (
+        fast_calls.use_usual_calls
+        if kernels == "dense"
+        else fast_calls.use_fast_calls
+    )(model)
+    for layer in model._flatten_layers():
+        if isinstance(layer, Masked):
+            layer.product = kernels
+            layer.forget_products()
+            for shape in _input_shapes(layer) if batch_size else ():
+                layer.choose_product(tf.TensorShape((batch_size, *shape[1:])))
+    for function in ("train_function", "test_function", "predict_function"):
+        setattr(model, function, None)
+    return layers
+
+
+def _input_shapes(layer):
+    """Returns the shapes that a layer of a graph is called on."""
+    if layer.product == "dense" or layer.why_dense():
+        return []
+    return {
+        tuple(tensor.shape)
+        for node in layer._inbound_nodes
+        for tensor in node.input_tensors
+    }
+
+
+def why_dense(layer):
+    if is_normalisation(layer):
+        return "normalisation, never masked"
+    if find_kernels(layer):
+        return (
+            "left dense: the first layer under 'uniform', or not selected by "
+            "`layers`"
+        )
+    kind = type(layer).__name__
+    adapted = why_adapted(layer)
+    if adapted is not None:
+        return adapted
+    if isinstance(layer, keras.layers.Embedding):
+        why = "an Embedding is masked only if `layers` names it"
+        left = left_dense(layer, ())
+        if left:
+            names = ["embeddings", *left]
+            why += f"; {listed(left)} only if kernels={{{kind}: {names}}} does"
+        return why
+    return (
+        f"{kind} has no kernel that can be masked; where it has one of another "
+        f"name, pass kernels={{{kind}: name}}"
+    )
+
+
+def why_adapted(layer):
+    """Returns why a layer that LoRA or quantization has changed is dense."""
+    for inner in layer._flatten_layers():
+        where = "" if inner is layer else f" of its {inner.name!r}"
+        if getattr(inner, "lora_enabled", False):
+            return (
+                f"LoRA{where} computes its kernel from several weights; save "
+                "the model, which merges them, and load it to mask it"
+            )
+        if getattr(inner, "quantization_mode", None) is not None:
+            return (
+                f"the kernel{where} is quantized ({inner.quantization_mode}); "
+                "mask the model first, and quantize what strip returns"
+            )
+    return None
+
+
+def left_dense(layer, masked):
+    """Returns `{name: variable}` of matrices of a layer that are not masked.
+
+    Args:
+        layer: A layer, not a `Masked` one.
+        masked: Ids of the kernels that are.
+
+    Returns:
+        Its trained weights of two axes or more, those of layers within it
+        included, but for biases, normalisation and embedding tables.
+    """
+    left = {}
+    for inner in layer._flatten_layers():
+        if is_normalisation(inner):
+            continue
+        table = isinstance(inner, keras.layers.Embedding)
+        for name, variable in matrices(inner._trainable_variables).items():
+            if id(variable) in masked or (table and name == "embeddings"):
+                continue
+            left[name if inner is layer else f"{inner.name}/{name}"] = variable
+    return left
+
+
+def matrices(variables):
+    """Returns variables of two axes or more that are no bias, by name."""
+    return {
+        variable.name: variable
+        for variable in variables
+        if len(variable.shape) > 1 and not variable.name.endswith("bias")
+    }
+
+
+def listed(variables):
+    return ", ".join(
+        f"{name} ({'x'.join(map(str, variable.shape))})"
+        for name, variable in variables.items()
+    )

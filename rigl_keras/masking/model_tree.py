@@ -1,0 +1,169 @@
+"""What a model is made of: its layers, inputs and variables."""
+
+from collections.abc import Container, Iterator, Mapping
+
+import keras
+
+__all__ = [
+    "call_model",
+    "input_structure",
+    "is_graph",
+    "key_of",
+    "layers_in",
+    "step_to",
+    "sublayers",
+    "within",
+]
+
+
+def is_graph(model) -> bool:
+    """Returns whether a model is a Sequential or Functional one."""
+    return isinstance(model, keras.Sequential) or (
+        isinstance(model, keras.Model) and hasattr(model, "operations")
+    )
+
+
+def sublayers(
+    layer: keras.layers.Layer,
+) -> Iterator[tuple[str, keras.layers.Layer]]:
+    """Yields the layers that a layer or a model owns, by attribute.
+
+    Args:
+        layer: Any layer; a subclassed model is one.
+
+    Yields:
+        `(path, layer)`: `"dense"` for an attribute, `"blocks.0"` for an item
+        of a list, `"heads.one"` or `"heads.#0"` for one of a dict.
+    """
+    if is_graph(layer):
+        for i, inner in enumerate(layer.layers):
+            yield f"layers.{i}", inner
+        return
+    owned = {id(inner) for inner in layer._layers}
+    reached = set()
+    for path, inner in layers_in(layer, owned):
+        reached.add(id(inner))
+        yield path, inner
+    for i, inner in enumerate(layer._layers):
+        # Within an object that is no layer, but was known to Keras before.
+        if id(inner) not in reached:
+            yield f"_layers.{i}", inner
+
+
+# Keras and TensorFlow keep lists of what is owned under their own names.
+_OF_KERAS = ("_layers", "_metrics", "_tracker", "_obj_reference_counts_dict")
+_OF_GRAPHS = ("_functional", "_operations", "_operations_by_depth")
+
+
+def layers_in(
+    owner: keras.layers.Layer, wanted: Container[int]
+) -> Iterator[tuple[str, keras.layers.Layer]]:
+    """Yields where the attributes of a layer or model hold layers.
+
+    Args:
+        owner: Any layer or model.
+        wanted: Ids of the layers that are yielded.
+
+    Yields:
+        `(path, layer)` as `sublayers` gives them.
+    """
+    for name, value in vars(owner).items():
+        if name in _OF_KERAS or name.startswith("_self_"):
+            continue
+        if not (is_graph(owner) and name in _OF_GRAPHS):
+            yield from _layers_in(value, name, wanted)
+
+
+def _layers_in(value, path, owned):
+    if isinstance(value, keras.layers.Layer):
+        if id(value) in owned:
+            yield path, value
+    elif isinstance(value, (list, tuple)):
+        for i, item in enumerate(value):
+            yield from _layers_in(item, f"{path}.{i}", owned)
+    elif isinstance(value, dict):
+        for i, (key, item) in enumerate(value.items()):
+            named = isinstance(key, str) and key.isidentifier()
+            part = key if named else f"#{i}"
+            yield from _layers_in(item, f"{path}.{part}", owned)
+
+
+def within(layer, path, seen):
+    """Yields a layer and all layers within it, each once, with their paths."""
+    if id(layer) in seen:
+        return
+    seen.add(id(layer))
+    yield path, layer
+    for name, inner in sublayers(layer):
+        yield from within(inner, f"{path}{name}.", seen)
+
+
+def step_to(owner, part: str):
+    """Returns what one part of a path leads to from a layer or container."""
+    if isinstance(owner, (list, tuple)):
+        return owner[int(part)]
+    if isinstance(owner, dict):
+        return owner[key_of(owner, part)]
+    return getattr(owner, part)
+
+
+def key_of(container: dict, part: str):
+    """Returns the key that one part of a path means: `"#2"`, the third."""
+    return list(container)[int(part[1:])] if part[0] == "#" else part
+
+
+def input_structure(model: keras.Model):
+    """Returns a model's symbolic inputs in the structure that it is called on.
+
+    Args:
+        model: A built model. If it is subclassed, the shapes are those with
+            which it was built, and the type its compute type.
+
+    Returns:
+        A KerasTensor, or a list, tuple or dict of them.
+
+    Raises:
+        ValueError: A subclassed model does not know the shapes.
+    """
+    # A Sequential model that was never called has no `input`.
+    if isinstance(model, keras.Sequential):
+        return model.inputs[0]
+    if is_graph(model):
+        return model.input
+    config = model.get_build_config() or {}
+    shapes = config.get("input_shape", config.get("shapes_dict"))
+    if shapes is None:
+        raise ValueError(
+            f"Model {model.name!r} is subclassed and does not know what it is "
+            "called on. Build it by model.build(input_shape)."
+        )
+    return _symbols(shapes, model.compute_dtype)
+
+
+def call_model(model: keras.Model, inputs):
+    """Returns a model's outputs in inference.
+
+    Args:
+        model: A built model.
+        inputs: Tensors in the structure of `input_structure`.
+
+    Returns:
+        What the model returns.
+    """
+    # Keras names what a model is built with, if its `call` takes several.
+    if not is_graph(model) and "shapes_dict" in (
+        model.get_build_config() or {}
+    ):
+        return model(**inputs, training=False)
+    return model(inputs, training=False)
+
+
+def _symbols(shapes, dtype):
+    if isinstance(shapes, Mapping):
+        return {
+            name.removesuffix("_shape"): _symbols(shape, dtype)
+            for name, shape in shapes.items()
+        }
+    if all(isinstance(n, (int, type(None))) for n in shapes):
+        return keras.KerasTensor(tuple(shapes), dtype)
+    return [_symbols(shape, dtype) for shape in shapes]

@@ -1,0 +1,325 @@
+"""Which kernels of a model are masked."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import keras
+import numpy as np
+
+from rigl_keras.kernels.layer_products import PRODUCTS
+from rigl_keras.masking.layer_kernels import Kernel, find_kernels
+from rigl_keras.masking.leaves import containers, named_layers
+from rigl_keras.masking.masked import Masked, MaskProjection
+from rigl_keras.masking.masked_layers import (
+    left_dense,
+    listed,
+    masked_layers,
+    matrices,
+    why_adapted,
+    why_dense,
+)
+
+__all__ = [
+    "by_name",
+    "check_mask",
+    "check_model",
+    "chosen_kernels",
+    "granularity_of",
+    "named_kernels",
+    "names_and_product",
+    "with_embeddings",
+    "without_kernels",
+]
+
+# What may be asked to be masked: layers, types of layers, a predicate, or a
+# collection of these.
+Selector = (
+    keras.layers.Layer
+    | type
+    | Callable[[keras.layers.Layer], bool]
+    | Iterable
+    | None
+)
+
+
+def named_kernels(
+    model: keras.Model, kernels: str | Mapping = "auto"
+) -> dict[str, Kernel]:
+    """Returns the kernels of a dense model that can be masked, by unique names.
+
+    Args:
+        model: A built dense model.
+        kernels: Which variables are kernels, as in `sparsify`.
+
+    Returns:
+        `{name: kernel}` in order: for `layer.kernel` the name of the layer
+        (`named_layers`), for others with their path, as in
+        `"lstm/cell/recurrent_kernel"`. One that two layers share is named
+        after the first.
+    """
+    found, seen = {}, set()
+    for name, layer in named_layers(model).items():
+        if isinstance(layer, Masked):
+            continue
+        for kernel in find_kernels(layer, kernels):
+            # A kernel that two layers share has one mask.
+            if id(kernel.variable) not in seen:
+                seen.add(id(kernel.variable))
+                found[kernel.named(name)] = kernel
+    return found
+
+
+def check_model(model):
+    if not isinstance(model, keras.Model):
+        raise ValueError(
+            "sparsify takes a Keras model. Received: "
+            f"{type(model).__module__}.{type(model).__name__}."
+        )
+    if not model.built:
+        raise ValueError(
+            f"Model {model.name!r} is not built, so its kernels have no "
+            "shape yet. Call model.build(input_shape) first, call it on a "
+            "batch, or begin it with keras.Input(shape)."
+        )
+    masked = masked_layers(model)
+    if masked:
+        raise ValueError(
+            f"Model {model.name!r} is masked already ({len(masked)} kernels). "
+            "To mask it anew, sparsify(strip(model), ...)."
+        )
+
+
+def chosen_kernels(
+    model: keras.Model,
+    selector: Selector = None,
+    *,
+    kernels: str | Mapping = "auto",
+    strict: bool = False,
+) -> dict[str, Kernel]:
+    """Returns the kernels of a dense model to mask, by unique name, in order.
+
+    Args:
+        model: A built model.
+        selector: The `layers` of `sparsify`.
+        kernels: As in `sparsify`.
+        strict: As in `sparsify`.
+
+    Returns:
+        `{name: kernel}`, names as in `named_kernels`.
+
+    Raises:
+        ValueError: The model cannot be masked, nothing matches, or a layer
+            named cannot be masked.
+    """
+    check_model(model)
+    _check_kernels(kernels)
+    matches = _predicate(selector)
+    if selector is not None:
+        # Only who asks for an embedding gets one.
+        kernels = with_embeddings(kernels)
+    chosen = {
+        name: kernel
+        for name, kernel in named_kernels(model, kernels).items()
+        if matches(kernel.layer) or matches(kernel.owner)
+    }
+    leaves = named_layers(model).values()
+    adapted = [
+        (layer, why)
+        for layer in leaves
+        if matches(layer)
+        and not (selector is None and isinstance(layer, keras.layers.Embedding))
+        for why in [why_adapted(layer)]
+        if why
+    ]
+    if adapted:
+        raise ValueError(
+            f"Layers of model {model.name!r} cannot be masked as they are:\n"
+            + "\n".join(f"  {layer.name}: {why}" for layer, why in adapted)
+            + "\nOr pass `layers` that leaves them out."
+        )
+    for layer in _selected_layers(selector):
+        if all(layer not in (k.layer, k.owner) for k in chosen.values()):
+            raise ValueError(
+                f"`layers` names {layer.name!r}, a {type(layer).__name__} that "
+                "is not a layer of this model or has no kernel that can be "
+                "masked. Where it has one of another name, pass kernels="
+                f"{{{type(layer).__name__}: name}}."
+            )
+    if strict:
+        _check_all_masked(model, chosen, matches)
+    for name, kernel in chosen.items():
+        if isinstance(kernel.variable.constraint, MaskProjection):
+            raise ValueError(
+                f"The kernel {name!r} of model {model.name!r} is masked "
+                "already, in another model that shares it."
+            )
+    if not chosen:
+        skipped = "\n".join(
+            f"  {layer.name}: {why_dense(layer)}" for layer in leaves
+        )
+        raise ValueError(
+            f"Model {model.name!r} has nothing to mask"
+            + ("" if selector is None else " that matches `layers`")
+            + f". Its layers with weights:\n{skipped or '  (none)'}"
+        )
+    return chosen
+
+
+def with_embeddings(kernels):
+    given = {} if kernels == "auto" else kernels
+    return {**given, keras.layers.Embedding: "embeddings"}
+
+
+def names_and_product(kernels):
+    """Returns which variables are masked, and how they are multiplied."""
+    if isinstance(kernels, str):
+        if kernels not in PRODUCTS:
+            raise ValueError(
+                f"kernels must be 'auto' or another of {PRODUCTS}, or {{layer "
+                "or layer type: name or names of its variables}. Received: "
+                f"kernels={kernels!r}."
+            )
+        return "auto", kernels
+    return kernels, "auto"
+
+
+def _check_kernels(kernels):
+    named = isinstance(kernels, Mapping) and all(
+        isinstance(key, (type, keras.layers.Layer))
+        and (
+            isinstance(names, str)
+            or (
+                isinstance(names, Sequence)
+                and all(isinstance(name, str) for name in names)
+            )
+        )
+        for key, names in kernels.items()
+    )
+    if kernels != "auto" and not named:
+        raise ValueError(
+            "kernels must be 'auto' or {layer or layer type: name or names of "
+            f"its variables}}. Received: kernels={kernels!r}."
+        )
+
+
+def _check_all_masked(model, chosen, matches):
+    masked = {id(kernel.variable) for kernel in chosen.values()}
+    left = [
+        (layer.name, f"{why_dense(layer)} ({listed(dense)})")
+        for layer in named_layers(model).values()
+        if matches(layer)
+        for dense in [left_dense(layer, masked)]
+        if dense
+    ]
+    left += [
+        (owner.name, f"weights of its own, never masked ({listed(dense)})")
+        for owner in containers(model)
+        for dense in [matrices(owner._trainable_variables)]
+        if dense
+    ]
+    if left:
+        raise ValueError(
+            "strict=True, and these layers have weights that cannot be "
+            "masked:\n" + "\n".join(f"  {name}: {why}" for name, why in left)
+        )
+
+
+def granularity_of(kernel, wanted):
+    """Returns what a mask keeps as one; whole kernels are convolved."""
+    return wanted if kernel.is_convolution else "element"
+
+
+def without_kernels(chosen):
+    """Returns density 1 for each kernel that has no spatial axes."""
+    flat = {
+        name: 1.0
+        for name, kernel in chosen.items()
+        if not kernel.is_convolution
+    }
+    if len(flat) == len(chosen):
+        raise ValueError(
+            "granularity='kernel' keeps or removes whole kernels of "
+            "convolutions, and none of the layers to mask is one: "
+            f"{', '.join(flat)}. Use granularity='element'."
+        )
+    return flat
+
+
+def check_mask(name, mask, named, granularity):
+    if name not in named:
+        raise ValueError(
+            f"There is a mask for {name!r}, which is no kernel of this model "
+            f"that can be masked. Its kernels: {', '.join(named)}."
+        )
+    shape, kernel = np.shape(mask), tuple(named[name].variable.shape)
+    if shape != kernel:
+        raise ValueError(
+            f"The mask of {name!r} must have the shape of its kernel, "
+            f"{kernel}. Received: shape {shape}."
+        )
+    values = np.unique(mask)
+    if not np.isin(values, [0, 1]).all():
+        raise ValueError(
+            f"The mask of {name!r} must hold zeros and ones only. Received "
+            f"{values[~np.isin(values, [0, 1])][0]} among its entries."
+        )
+    if granularity_of(named[name], granularity) == "kernel":
+        spatial = tuple(range(np.ndim(mask) - 2))
+        if (np.max(mask, axis=spatial) != np.min(mask, axis=spatial)).any():
+            raise ValueError(
+                f"The mask of {name!r} keeps a part of some kernels, and "
+                "granularity='kernel' keeps or removes them whole. Pass "
+                "granularity='element'."
+            )
+
+
+def _predicate(selector):
+    if selector is None:
+        return lambda layer: True
+    if isinstance(selector, keras.layers.Layer):
+        return lambda layer: layer is selector
+    if isinstance(selector, type):
+        return lambda layer: isinstance(layer, selector)
+    if isinstance(selector, str):
+        raise ValueError(
+            "`layers` takes layer objects, layer types or a predicate, not "
+            f"names. Received: layers={selector!r}. Pass "
+            f"model.get_layer({selector!r})."
+        )
+    if callable(selector):
+        return selector
+    if isinstance(selector, Iterable):
+        tests = [_predicate(item) for item in selector]
+        return lambda layer: any(test(layer) for test in tests)
+    raise ValueError(
+        "`layers` takes layer objects, layer types, a predicate or a list of "
+        f"these. Received: layers={selector!r}."
+    )
+
+
+def _selected_layers(selector):
+    if isinstance(selector, keras.layers.Layer):
+        return [selector]
+    if not isinstance(selector, Iterable) or isinstance(selector, str):
+        return []
+    return [item for item in selector if isinstance(item, keras.layers.Layer)]
+
+
+def by_name(densities, chosen):
+    """Returns densities by name; those of a layer hold for its kernels."""
+    given = {}
+    for key, value in (densities or {}).items():
+        names = [
+            name
+            for name, kernel in chosen.items()
+            if name == key
+            or key is kernel.layer
+            or (isinstance(key, str) and name.startswith(f"{key}/"))
+        ]
+        if not names and isinstance(key, keras.layers.Layer):
+            raise ValueError(
+                f"densities names {key.name!r}, which is no masked layer. "
+                f"Masked layers: {', '.join(chosen)}."
+            )
+        # A name that fits nothing is refused where densities are solved.
+        given.update(dict.fromkeys(names or [key], value))
+    return given

@@ -1,0 +1,244 @@
+"""A dense model to a masked one and back; says what it skipped and why."""
+
+from collections.abc import Mapping
+
+import keras
+import numpy as np
+
+from rigl_keras import _checks, distributions, replicas
+from rigl_keras.conventions import ORIGINAL, Conventions, check_conventions
+from rigl_keras.kernels import fast_calls
+from rigl_keras.masking.layer_state import copy_state
+from rigl_keras.masking.mask_drawing import (
+    draw_masks,
+    drawing_key,
+    fan_in_scale,
+)
+from rigl_keras.masking.masked import Masked, check_granularity
+from rigl_keras.masking.selection import (
+    Selector,
+    by_name,
+    check_mask,
+    check_model,
+    chosen_kernels,
+    granularity_of,
+    named_kernels,
+    names_and_product,
+    with_embeddings,
+    without_kernels,
+)
+from rigl_keras.masking.surgery import exchange
+from rigl_keras.masking.weight_files import weight_loader
+
+__all__ = ["sparsify", "with_masks"]
+
+
+def sparsify(
+    model: keras.Model,
+    density: float,
+    *,
+    distribution: str = "erdos_renyi_kernel",
+    densities: Mapping | None = None,
+    layers: Selector = None,
+    granularity: str = "element",
+    kernels: str | Mapping = "auto",
+    scale_to_fan_in: bool = False,
+    seed: int = 0,
+    conventions: Conventions = ORIGINAL,
+    strict: bool = False,
+) -> keras.Model:
+    """Returns a masked model, its weights kept.
+
+    1. Each kernel gets a density from the distribution
+       (`distributions.layer_densities`).
+    2. Counts are rounded so that exactly round(density x masked weights)
+       remain (`distributions.layer_counts`).
+    3. Each mask is drawn with its count of ones, seeded by `seed` and the
+       kernel's name (`named_kernels`). What the model is called has no part
+       in that.
+
+    Of a Sequential or Functional model the result is a copy, which shares
+    nothing with `model`: weights, what is frozen, vocabularies and statistics
+    are copied. A model that cannot be copied is masked in place: a subclassed
+    one, because only its own code knows how its layers are called; one whose
+    class has a constructor of its own, as those of keras_hub; and, with a
+    warning, one with a layer that no config makes again, or with layers that
+    share weights. There each layer with a kernel gives way to a `Masked` one
+    of the same weights, and `model` itself is returned. Either is to be
+    compiled again. It trains, saves and loads as
+    any Keras model; without a callback the masks never change (static sparse
+    training). A model that was made in the scope of a strategy is masked in
+    that scope.
+
+    Args:
+        model: A built model of any kind, models within it included.
+        density: Fraction of the masked weights kept, in (0, 1].
+        distribution: `"erdos_renyi_kernel"` (`"erk"`), `"erdos_renyi"`
+            (`"er"`) or `"uniform"`, which leaves the first layer dense.
+        densities: `{layer or its name: density}` of layers whose density is
+            given. They count towards `density`; the others share the rest.
+        layers: Which layers to mask: layer objects, layer types, a predicate
+            `layer -> bool`, or a list of these; it may mean a layer of the
+            model or one within it, such as the cell of an LSTM. None: all
+            with a kernel, so that embeddings are left out. Biases and
+            normalisation are never masked.
+        granularity: `"element"`: single weights. `"kernel"`: all weights
+            between an input and an output channel of a convolution, as one
+            (the reproduction's `struct-*`). Layers without spatial axes then
+            stay at density 1, unless `densities` says otherwise, and the
+            convolutions make up for it.
+        kernels: How products with them are computed: `"dense"`, by
+            TensorFlow, which multiplies by zeros as well; `"sparse"`, by
+            kernels that leave out what a mask removes, wherever a layer has
+            them; `"auto"`: whichever was faster when both were timed on this
+            machine (`choose_kernels`). Or `{layer or layer type: name or
+            names}` of the variables that are masked, for layers of your own
+            that call them other than `kernel`, `recurrent_kernel`,
+            `depthwise_kernel` or `pointwise_kernel`.
+        scale_to_fan_in: Whether the weights of each output unit are
+            multiplied by sqrt(n / m), where m of its n connections are kept,
+            so that what a unit sums has the variance it has in the dense
+            model (Evci et al., 2022, Gradient flow in sparse neural networks,
+            arXiv:2010.03533, section 3.1). For weights that were just drawn.
+        seed: Seed of the masks, at least 0.
+        conventions: `erk_rounding` and `sampling` apply. Under `"bernoulli"`
+            sampling, as the report's, the number of ones is random.
+        strict: Whether weights of two axes or more that are not masked raise,
+            instead of being left dense. Biases, normalisation and embedding
+            tables do not.
+
+    Returns:
+        A model of the same kind in which the chosen layers are `Masked`.
+
+    Raises:
+        ValueError: The model is not built, or is masked already; nothing
+            matches `layers`; a layer is quantized or has LoRA; or a density
+            is out of reach.
+
+    Example:
+
+    >>> model = sparsify(model, density=0.1)
+    >>> print(masked_layers(model))
+    """
+    names, product = names_and_product(kernels)
+    chosen = chosen_kernels(model, layers, kernels=names, strict=strict)
+    seed = _checks.integer("seed", seed, at_least=0)
+    check_conventions(conventions)
+    if densities is not None and not isinstance(densities, Mapping):
+        raise ValueError(
+            "densities must map layers or their names to densities. Received: "
+            f"densities={densities!r}."
+        )
+    check_granularity(granularity)
+    given = by_name(densities, chosen)
+    shapes = {n: tuple(kernel.variable.shape) for n, kernel in chosen.items()}
+    if granularity == "kernel":
+        given = {**without_kernels(chosen), **given}
+    solved = distributions.layer_densities(
+        shapes,
+        density,
+        distribution,
+        conventions=conventions,
+        densities=given,
+    )
+    shapes = distributions.masked_shapes(shapes, distribution, given)
+    masks = draw_masks(
+        shapes, solved, density, chosen, granularity, seed, conventions
+    )
+    return with_masks(
+        model,
+        masks,
+        granularity=granularity,
+        kernels=kernels,
+        scale_to_fan_in=scale_to_fan_in,
+        seed=seed,
+    )
+
+
+def with_masks(
+    model: keras.Model,
+    masks: Mapping[str, np.ndarray],
+    *,
+    granularity: str = "element",
+    kernels: str | Mapping = "auto",
+    scale_to_fan_in: bool = False,
+    seed: int = 0,
+) -> keras.Model:
+    """Returns a masked model with the masks given, its weights kept.
+
+    What `sparsify` does with the masks that it draws, SNIP with those it
+    computes and a lottery ticket with those that another run has found. A
+    copy, or the model itself, as there.
+
+    Args:
+        model: A built model.
+        masks: `{name: array of zeros and ones of the kernel's shape}`, names
+            as in `named_kernels`. Kernels that are not named stay dense.
+        granularity: What later updates keep or remove as one, as in
+            `sparsify`.
+        kernels: As in `sparsify`.
+        scale_to_fan_in: As in `sparsify`.
+        seed: Seed of later random draws, at least 0.
+
+    Returns:
+        A model of the same kind in which the layers named are `Masked`.
+
+    Raises:
+        ValueError: The model cannot be masked, or a mask fits no kernel.
+
+    Example:
+
+    >>> masks = masked_layers(trained).masks
+    >>> ticket = with_masks(untrained, masks)
+    """
+    check_model(model)
+    seed = _checks.integer("seed", seed, at_least=0)
+    if not isinstance(masks, Mapping) or not masks:
+        raise ValueError(
+            "with_masks takes {name: mask}, one mask at least. Received: "
+            f"{masks!r}."
+        )
+    names, product = names_and_product(kernels)
+    named = named_kernels(model, with_embeddings(names))
+    check_granularity(granularity)
+    by_layer = {}
+    for name, mask in masks.items():
+        check_mask(name, mask, named, granularity)
+        by_layer.setdefault(id(named[name].layer), {})[name] = np.asarray(
+            mask, np.float32
+        )
+
+    def mask_chosen(layer, fresh):
+        if id(layer) not in by_layer:
+            return fresh
+        names = list(by_layer[id(layer)])
+        return Masked(
+            fresh,
+            kernels=[named[name].path for name in names],
+            draw_key=drawing_key(names[0], named[names[0]], seed),
+            granularity=granularity_of(named[names[0]], granularity),
+            product=product,
+            trainable=layer.trainable,
+        )
+
+    given = model
+    with replicas.scope(model):
+        model, pairs = exchange(model, mask_chosen)
+        for layer, new in pairs:
+            copy_state(layer, new)
+            if not isinstance(new, Masked):
+                continue
+            for masked, mask in zip(
+                new.masked_kernels(), by_layer[id(layer)].values(), strict=True
+            ):
+                masked.assign_mask(mask)
+                if scale_to_fan_in:
+                    masked.kernel.assign(
+                        masked.kernel.value * fan_in_scale(masked.found, mask)
+                    )
+    if product != "dense":
+        fast_calls.use_fast_calls(model)
+    if model is not given:
+        # Keras's own would leave the weights of a dense file half loaded.
+        model.load_weights = weight_loader(model)
+    return model

@@ -1,0 +1,478 @@
+"""A model with some of its layers exchanged for others.
+
+A Sequential or Functional model is copied. What cannot be copied is changed
+in place, its layers replaced where they are: a subclassed model, as what its
+`call` does is known to nobody else; a Functional model of a class with a
+constructor of its own; one with a layer that has no usable config.
+"""
+
+import inspect
+import warnings
+from collections.abc import Callable, Iterable
+
+import keras
+
+from rigl_keras.masking.layer_state import copy_before_build
+from rigl_keras.masking.leaves import holds_masked, leaf_layers, leaf_paths
+from rigl_keras.masking.masked import (
+    Masked,
+    MaskProjection,
+    allow_again,
+    show_to_tensorflow,
+)
+from rigl_keras.masking.model_tree import (
+    is_graph,
+    layers_in,
+    step_to,
+    sublayers,
+)
+
+__all__ = ["CannotCopy", "exchange", "exchange_in_copy", "release"]
+
+Layer = keras.layers.Layer
+
+
+class CannotCopy(ValueError):
+    """A model, or a layer of it, cannot be made again from its config."""
+
+
+def exchange(
+    model: keras.Model, change: Callable[[Layer, Layer], Layer]
+) -> tuple[keras.Model, list[tuple[Layer, Layer]]]:
+    """Returns a model with layers changed, and which became which.
+
+    Args:
+        model: A built model. If it cannot be copied, it is changed in place,
+            as are the models that it owns.
+        change: `change(layer, fresh) -> new layer`, where `fresh` is a copy
+            of the layer without its weights, or the layer itself where a
+            model is changed in place. It may return `fresh`.
+
+    Returns:
+        `(model, [(layer, new layer)])`, not compiled; outer models come
+        before what is in them. Where layers are copies, their state is still
+        to be copied.
+    """
+    if is_graph(model):
+        try:
+            return exchange_in_copy(model, change)
+        except CannotCopy as error:
+            # Of a class of the user's own nothing else is promised.
+            if type(model).__module__.split(".")[0] == "keras":
+                warnings.warn(
+                    f"Model {model.name!r} was changed in place, as it cannot "
+                    f"be copied. {error}",
+                    stacklevel=4,
+                )
+    return _exchange_in_place(model, change)
+
+
+def exchange_in_copy(
+    model: keras.Model,
+    change: Callable[[Layer, Layer], Layer],
+    *,
+    keep_class: bool = True,
+) -> tuple[keras.Model, list[tuple[Layer, Layer]]]:
+    """As `exchange`, but `model` always stays as it is.
+
+    Args:
+        model: A built Sequential or Functional model.
+        change: As in `exchange`.
+        keep_class: Whether a copy that loses what the model's class defines
+            is refused.
+
+    Returns:
+        As `exchange`.
+
+    Raises:
+        CannotCopy: A layer cannot be copied, two of them share weights, or a
+            copy would lose methods of the user's own class.
+    """
+    _check_nothing_shared(
+        list({id(leaf): leaf for leaf in leaf_layers(model)}.values())
+    )
+    graphs, pairs, copies = [], [], {}
+
+    def clone(layer):
+        # The sums and slices of symbolic tensors are no layers.
+        if not isinstance(layer, Layer):
+            return layer.__class__.from_config(layer.get_config())
+        # A model and its submodel may share a layer.
+        if id(layer) not in copies:
+            if is_graph(layer):
+                copies[id(layer)] = clone_graph(layer)
+            else:
+                new = fresh = _fresh(layer)
+                if holds_masked(layer):  # and so does its copy
+                    leaves = dict(leaf_paths(layer))
+                    _replace_at(
+                        fresh,
+                        {
+                            path: change(leaf, _at(fresh, path))
+                            for path, leaf in leaves.items()
+                        },
+                    )
+                else:
+                    new = change(layer, fresh)
+                copies[id(layer)] = new
+                pairs.append((layer, new))
+        return copies[id(layer)]
+
+    def clone_graph(graph):
+        at = len(graphs)
+        graphs.append(None)  # outer models come first
+        copy = _clone_graph(graph, clone)
+        if keep_class:
+            _check_class(graph, copy)
+        graphs[at] = (graph, copy)
+        return copy
+
+    copy = clone_graph(model)
+    return copy, graphs + pairs
+
+
+def release(layer: Masked) -> Layer:
+    """Returns the layer that a masked one wraps, its kernels free again."""
+    for masked in layer.masked_kernels():
+        projection = masked.kernel.constraint
+        if isinstance(projection, MaskProjection):
+            masked.kernel.constraint = projection.constraint
+        allow_again(masked.found.owner)
+    return layer.layer
+
+
+# Copies.
+
+
+def _clone_graph(model, clone):
+    """Returns a copy of one model, its layers and models cloned."""
+    # Keras would compile the copy, and fail where the loss is a function of
+    # the user's own.
+    compiled, model.compiled = model.compiled, False
+    try:
+        if isinstance(model, keras.Sequential):
+            first = next(iter(model._layers), None)
+            sparse = isinstance(first, keras.layers.InputLayer) and (
+                first.output.sparse or first.output.ragged
+            )
+            inputs = _new_input(first.output) if sparse else None
+        else:
+            inputs = keras.tree.map_structure(_new_input, model.input)
+        return keras.models.clone_model(
+            model, clone_function=clone, input_tensors=inputs
+        )
+    finally:
+        model.compiled = compiled
+
+
+def _new_input(tensor):
+    # Keras's own copies forget that an input is sparse, ragged or optional.
+    return keras.Input(
+        batch_shape=tensor.shape,
+        dtype=tensor.dtype,
+        sparse=tensor.sparse,
+        ragged=tensor.ragged,
+        name=tensor.name,
+        optional=getattr(tensor._keras_history.operation, "optional", False),
+    )
+
+
+def _check_nothing_shared(layers):
+    """Refuses layers of which copies would not share what they share."""
+    owners = {}
+    for layer in layers:
+        for variable in layer.weights:
+            owner = owners.setdefault(id(variable), layer)
+            if owner is not layer:
+                raise CannotCopy(
+                    f"Layers {owner.name!r} and {layer.name!r} share the "
+                    f"weights {variable.path!r}, and copies of them would "
+                    "not. Call one layer twice, or build the model as a "
+                    "subclass of keras.Model, whose layers are masked in "
+                    "place."
+                )
+
+
+def _fresh(layer):
+    try:
+        fresh = layer.__class__.from_config(layer.get_config())
+    except Exception as error:  # whatever a class of the user's own raises
+        raise CannotCopy(
+            f"Layer {layer.name!r}, a {type(layer).__name__}, cannot be copied "
+            "from its config: its class needs a get_config that returns the "
+            "arguments of its constructor (so that Keras can load the model, "
+            "too), and a Lambda a named function. Keras says: "
+            f"{str(error).splitlines()[0] if str(error) else repr(error)}"
+        ) from error
+    copy_before_build(layer, fresh)
+    return fresh
+
+
+def _check_class(model, copy):
+    """Refuses a copy that has lost its class, and what that defines."""
+    if isinstance(copy, type(model)):
+        return
+    raise CannotCopy(
+        f"Model {model.name!r} is a {type(model).__name__}, which a copy "
+        "would not be, because its constructor does not take (inputs, "
+        "outputs)."
+    )
+
+
+# In place.
+
+
+def _exchange_in_place(model, change):
+    pairs, done = [], {}
+    for layer in leaf_layers(model):
+        if id(layer) not in done:
+            new = change(layer, layer)
+            if isinstance(new, Masked) and not new.built:
+                new.build()  # what it wraps is built
+            done[id(layer)] = (layer, new)
+            pairs.append((layer, new))
+    _replace(model, done.values())
+    return model, pairs
+
+
+def _at(model, path):
+    """Returns the layer at a path as `sublayers` gives them."""
+    layer = model
+    for part in path.split("."):
+        if is_graph(layer) and part == "layers":
+            layer = layer.layers
+        else:
+            layer = step_to(layer, part)
+    return layer
+
+
+def _replace_at(model, layers):
+    """Replaces layers of a model, `{path: new layer}`."""
+    found = [(_at(model, path), new) for path, new in layers.items()]
+    for _, new in found:
+        if isinstance(new, Masked) and not new.built:
+            new.build()
+    _replace(model, found)
+
+
+def _replace(model: Layer, layers: Iterable[tuple[Layer, Layer]]) -> None:
+    """Replaces layers wherever a model, or what is in it, keeps them."""
+    changes = {id(old): (old, new) for old, new in layers if old is not new}
+    for old, new in changes.values():
+        _hand_over_calls(old, new)
+    owners = list(_owners(model, changes, set()))
+    for owner in owners:
+        if isinstance(owner, keras.Sequential):
+            _replace_in_sequential(owner, changes)
+        elif is_graph(owner):
+            _replace_in_graph(owner, changes)
+        _replace_in_attributes(owner, changes)
+    for owner in owners:
+        if isinstance(owner, keras.Model):
+            _forget_functions(owner)
+            _set_class(owner, holds_masked(owner))
+    show_to_tensorflow(model, model.variables)
+
+
+def _owners(layer, changes, seen):
+    """Yields a layer and those within that keep any that are replaced."""
+    if id(layer) in seen:
+        return
+    seen.add(id(layer))
+    if any(id(inner) in changes for inner in layer._flatten_layers()):
+        yield layer
+        for _, inner in sublayers(layer):
+            if id(inner) not in changes:
+                yield from _owners(inner, changes, seen)
+
+
+def _hand_over_calls(old, new):
+    """Has symbolic calls of a layer be those of another.
+
+    A Functional model is made of them. Its tensors stay what they were, so
+    that a model may be made from any of them, later too.
+    """
+    new._inbound_nodes, new._outbound_nodes = (
+        old._inbound_nodes,
+        old._outbound_nodes,
+    )
+    old._inbound_nodes, old._outbound_nodes = [], []
+    for node in new._inbound_nodes:
+        node.operation = new
+        for tensor in node.outputs:
+            history = getattr(tensor, "_keras_history", None)
+            if history is not None and history.operation is old:
+                tensor._keras_history = history._replace(operation=new)
+
+
+def _replace_in_graph(model, changes):
+    def changed(operation):
+        return changes.get(id(operation), (None, operation))[1]
+
+    _track_instead(model, changes)
+    # A list is made again: TensorFlow saves none that was changed.
+    model._operations = [changed(o) for o in model._operations]
+    for operations in model._operations_by_depth.values():
+        operations[:] = [changed(operation) for operation in operations]
+    # Keras names the calls that are in a graph by `id(operation)_ib-index`.
+    for key in list(model._nodes):
+        operation, index = key.split("_ib-")
+        _, new = changes.get(int(operation), (None, None))
+        if new is not None:
+            model._nodes.remove(key)
+            model._nodes.add(f"{id(new)}_ib-{index}")
+
+
+def _replace_in_sequential(model, changes):
+    _track_instead(model, changes)
+    model._layers = [
+        changes.get(id(layer), (None, layer))[1] for layer in model._layers
+    ]
+    if model._functional is not None:
+        _replace_in_graph(model._functional, changes)
+
+
+def _replace_in_attributes(owner, changes):
+    for path, layer in list(sublayers(owner)) if not is_graph(owner) else ():
+        if id(layer) in changes and path.startswith("_layers."):
+            raise ValueError(
+                f"Layer {layer.name!r} of {owner.name!r} is kept in an object "
+                "that is no layer, list or dict, where it cannot be replaced. "
+                "Make it an attribute of the model."
+            )
+    _track_instead(owner, changes)
+    for name in {path.split(".")[0] for path, _ in layers_in(owner, changes)}:
+        # Containers are made again: TensorFlow saves none that was changed.
+        setattr(owner, name, _changed(getattr(owner, name), changes))
+
+
+def _track_instead(owner, changes):
+    """Has a layer, which is built, count others among those it owns."""
+    tracker = owner._tracker
+    for old, new in changes.values():
+        # In its own place: the order of weights is that of layers.
+        if tracker.is_in_store("layers", old):
+            if tracker.is_in_store("layers", new):
+                tracker.untrack(old)
+            else:
+                tracker.replace_tracked_value("layers", old, new)
+
+
+def _changed(value, changes):
+    """Returns a layer, or a container, with layers exchanged."""
+    if isinstance(value, Layer):
+        return changes.get(id(value), (None, value))[1]
+    if isinstance(value, dict):
+        return {key: _changed(item, changes) for key, item in value.items()}
+    if not isinstance(value, (list, tuple)):
+        return value
+    items = [_changed(item, changes) for item in value]
+    if hasattr(value, "_fields"):  # a named tuple
+        return value._make(items)
+    return tuple(items) if isinstance(value, tuple) else items
+
+
+def _forget_functions(model):
+    """Makes a model anew compiled before it trains: its weights changed."""
+    model.compiled = False
+    for name in ("train_function", "test_function", "predict_function"):
+        setattr(model, name, None)
+
+
+def _config_lists_layers(model):
+    """Returns whether a graph's config is made of those of its layers."""
+    kind = getattr(type(model), "_plain_class", type(model))
+    of_keras = next(
+        k for k in kind.__mro__ if k.__module__.split(".")[0] == "keras"
+    )
+    return kind.get_config is of_keras.get_config and (
+        isinstance(model, keras.Sequential)
+        or inspect.getfullargspec(kind.__init__).args
+        == inspect.getfullargspec(of_keras.__init__).args
+    )
+
+
+# How a subclassed model with masks is saved: as its own class writes it, with
+# which of its layers are masked. Loading makes the plain model and masks it.
+
+
+@keras.saving.register_keras_serializable("rigl_keras", name="MaskedModel")
+class _MaskedModel:
+    def __reduce__(self):
+        # A class that was made here cannot be pickled by its name.
+        _, arguments = super().__reduce__()
+        return keras.Model._unpickle_model, arguments
+
+    def get_config(self):
+        masked_class = type(self)
+        object.__setattr__(self, "__class__", masked_class._plain_class)
+        try:
+            plain = keras.saving.serialize_keras_object(self)
+        finally:
+            object.__setattr__(self, "__class__", masked_class)
+        plain.pop("compile_config", None)  # the masked model has one
+        masked = {}
+        for path, leaf in leaf_paths(self):
+            if isinstance(leaf, Masked):
+                config = leaf.get_config()
+                del config["layer"]
+                masked[path] = config
+        return {"model": plain, "masked": masked}
+
+    @classmethod
+    def from_config(cls, config):
+        model = keras.saving.deserialize_keras_object(config["model"])
+        found, unknown = {}, []
+        for path, options in config["masked"].items():
+            try:
+                layer = _at(model, path)
+            except (AttributeError, KeyError, IndexError, TypeError):
+                unknown.append(path)
+                continue
+            # A model within it may have brought its masks.
+            if not isinstance(layer, Masked):
+                found[path] = (layer, options)
+        if unknown or not model.built:
+            raise ValueError(
+                f"Model {model.name!r} of class {type(model).__name__} is not "
+                "the one that was saved: it has "
+                + (
+                    f"no layer at {', '.join(sorted(unknown))}."
+                    if unknown
+                    else "no weights yet. Give the class a build_from_config."
+                )
+            )
+        masked = {
+            id(layer): Masked(layer, **options)
+            for layer, options in found.values()
+        }
+        _replace_at(
+            model, {p: masked[id(layer)] for p, (layer, _) in found.items()}
+        )
+        return model
+
+
+def _set_class(model, masked):
+    """Gives a model of a class of its own the class under which it is saved.
+
+    The config of a plain Sequential or Functional model says which of its
+    layers are masked, and that of a class which is made from (inputs,
+    outputs) does as well.
+    """
+    kind = type(model)
+    if is_graph(model) and _config_lists_layers(model):
+        return
+    plain = getattr(kind, "_plain_class", kind)
+    if masked and kind is plain:
+        kind = type(plain.__name__, (_MaskedModel, plain), {})
+        kind.__module__, kind.__qualname__ = (
+            plain.__module__,
+            plain.__qualname__,
+        )
+        kind._plain_class = plain
+        kind = keras.saving.register_keras_serializable(
+            "rigl_keras", name="MaskedModel"
+        )(kind)
+        object.__setattr__(model, "__class__", kind)
+    elif not masked and kind is not plain:
+        object.__setattr__(model, "__class__", plain)

@@ -1,0 +1,482 @@
+"""The methods: what they drop, what they grow, and when.
+
+`MaskUpdate` drops and grows; a method is a child that says what a connection
+is worth. How an update comes to run within `fit`, or within a loop of one's
+own, is in `rigl_keras.training`.
+"""
+
+import copy
+import functools
+import math
+
+import numpy as np
+import tensorflow as tf
+
+from rigl_keras import _checks, redistribution, schedules, scores, topology
+from rigl_keras.conventions import ORIGINAL, Conventions
+from rigl_keras.initial_values import check_grow_init, grown_values
+from rigl_keras.masking.masked import Masked
+from rigl_keras.methods.pruning import count_units
+from rigl_keras.redistribution import CRITERIA
+from rigl_keras.training import optimizer_state
+from rigl_keras.training.step_update import StepUpdate, warn_of_no_update
+
+__all__ = ["MaskUpdate"]
+
+
+class MaskUpdate(StepUpdate):
+    """Drops and grows connections every so many steps of training.
+
+    At an update step (`schedules.is_update_step`, where a run that begins on
+    trained weights may begin with one), which takes the place of the
+    optimizer's:
+
+    1. the drop fraction f is that of `schedules.decayed_drop_fraction`;
+    2. each kernel drops the fraction f of its connections, by this method's
+       `drop_scores`, and grows as many by its `grow_scores` (`topology.drop`
+       and `grow`, the halves of `drop_and_grow`). With `redistribution`, the
+       connections that all layers drop are shared out anew
+       (`redistribution.grow_counts`);
+    3. dropped weights are zero, newly grown ones start as `grow_init` says,
+       and the optimizer forgets what it remembered of them.
+
+    Evci et al., 2020, arXiv:1911.11134, Algorithm 1; redistribution after
+    Dettmers and Zettlemoyer, 2020, and the report, section 6.2. The gradient
+    is that of the current batch with respect to the masked kernel, without
+    regularisation. With `gradient_batches` n it is the mean over the update's
+    step and the n - 1 before it, at which the backward pass is dense too; a
+    run that starts among them takes the mean over those that it has, unless
+    `variables` were saved and restored.
+
+    Logs `drop_fraction`, that of the last update, beside `density` and
+    `grown`.
+
+    Args:
+        frequency: Steps from one update to the next, at least 1.
+        drop_fraction: Fraction of the active connections dropped at the
+            first update, in [0, 1].
+        begin_step: First step at which an update may happen, at least 0.
+            Steps count from where the run begins (`StepUpdate`).
+        end_step: Last step at which an update may happen. None: three
+            quarters of the run, as the paper has it.
+        decay: How the fraction falls until `end_step`: one of
+            `schedules.DECAYS`.
+        decay_power: Exponent of the polynomial decay, positive.
+        redistribution: What density moves between layers by: the mean
+            `"gradient"` or `"momentum"` of their active connections. None:
+            each layer keeps its density.
+        gradient_batches: How many steps, the update's own the last, the
+            gradient is the mean of, at least 1 and at most `frequency`.
+        grow_init: What newly grown weights start with
+            (`initial_values.grown_values`): `"zeros"`; or `"initial_dist"`,
+            `"random_normal"`, `"random_uniform"`, and where the method needs
+            dense gradients `"grad_scale"` or `"grad_sign"`, each by a
+            divisor if one follows, as in `"random_normal_10"`.
+        seed: Seed of random draws, at least 0.
+        conventions: Where the references differ.
+
+    Raises:
+        ValueError: An argument is out of range, or what `StepUpdate` raises.
+        UserWarning: No update falls into the run.
+    """
+
+    _logged = ("grown", "drop_fraction")
+
+    def __init__(
+        self,
+        *,
+        frequency: int = 100,
+        drop_fraction: float = 0.3,
+        begin_step: int = 0,
+        end_step: int | None = None,
+        decay: str = "cosine",
+        decay_power: float = 3.0,
+        redistribution: str | None = None,
+        gradient_batches: int = 1,
+        grow_init: str = "zeros",
+        seed: int = 0,
+        conventions: Conventions = ORIGINAL,
+    ):
+        super().__init__(conventions=conventions)
+        self.frequency = _whole("frequency", frequency, at_least=1)
+        self.begin_step = _whole("begin_step", begin_step, at_least=0)
+        if end_step is not None:
+            end_step = _whole("end_step", end_step, at_least=0)
+            if end_step < self.begin_step:
+                raise ValueError(
+                    "end_step must not come before begin_step. Received: "
+                    f"begin_step={begin_step}, end_step={end_step}."
+                )
+        self.end_step = end_step
+        self.drop_fraction = _checks.fraction(
+            "drop_fraction",
+            drop_fraction,
+            rule="is a fraction of the active connections and must be in "
+            "[0, 1]",
+        )
+        _checks.choice("decay", decay, schedules.DECAYS)
+        self.decay = decay
+        self.decay_power = _checks.number(
+            "decay_power", decay_power, above=0, rule="must be positive"
+        )
+        if redistribution is not None:
+            _checks.choice("redistribution", redistribution, CRITERIA)
+        self.redistribution = redistribution
+        self.gradient_batches = _whole(
+            "gradient_batches", gradient_batches, at_least=1
+        )
+        if self.gradient_batches > self.frequency:
+            raise ValueError(
+                "gradient_batches must be at most frequency, as each update "
+                "has gradients of its own. Received: "
+                f"gradient_batches={gradient_batches}, frequency={frequency}."
+            )
+        check_grow_init(grow_init, self.dense_gradients)
+        self.grow_init = grow_init
+        self.seed = _checks.integer("seed", seed, at_least=0, at_most=2**32 - 1)
+        self._span = None
+        self._initial = []
+
+    @functools.cached_property
+    def _correction(self) -> tf.Variable:
+        """By how much the reproduction corrects what it grows.
+
+        The correction, the sum of what was missing, updates so far, and
+        connections at the start, or -1.
+        """
+        start = [0.0, 0.0, 0.0, -1.0]
+        return tf.Variable(start, trainable=False, dtype=tf.float64)
+
+    # What makes a method: what connections are worth.
+
+    def drop_scores(
+        self, layer: Masked, gradient: tf.Tensor, step: tf.Tensor
+    ) -> tf.Tensor:
+        """Returns the scores by which the lowest connections are dropped.
+
+        Args:
+            layer: The masked layer.
+            gradient: dL/d(masked kernel) at every entry, of the kernel's
+                shape.
+            step: The optimizer step, an int64 scalar.
+
+        Returns:
+            Float tensor of the kernel's shape.
+        """
+        del gradient, step
+        return scores.magnitude(layer.kernel.value)
+
+    def grow_scores(
+        self, layer: Masked, gradient: tf.Tensor, step: tf.Tensor
+    ) -> tf.Tensor:
+        """Returns the scores by which the highest connections are grown.
+
+        Args and Returns: as in `drop_scores`.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} must define grow_scores."
+        )
+
+    def grow_count(
+        self, layer: Masked, dropped: tf.Tensor, step: tf.Tensor
+    ) -> tf.Tensor:
+        """Returns how many connections of a layer are grown.
+
+        Args:
+            layer: The masked layer.
+            dropped: How many this update drops, an int32 scalar.
+            step: The optimizer step, an int64 scalar.
+
+        Returns:
+            Integer scalar tensor. By default as many as are dropped.
+        """
+        del layer, step
+        return dropped
+
+    @property
+    def name(self) -> str:
+        mean = {"gradient": "-SG", "momentum": "-SM", None: ""}
+        return type(self).__name__ + mean[self.redistribution]
+
+    @property
+    def variables(self) -> list[tf.Variable]:
+        corrected = self.conventions.redistribution_total == "corrected"
+        correction = [self._correction] if corrected else []
+        return [*correction, *self._initial, *super().variables]
+
+    def get_config(self) -> dict:
+        """Returns the arguments with which to make an equal callback."""
+        return {
+            "frequency": self.frequency,
+            "drop_fraction": self.drop_fraction,
+            "begin_step": self.begin_step,
+            "end_step": self.end_step,
+            "decay": self.decay,
+            "decay_power": self.decay_power,
+            "redistribution": self.redistribution,
+            "gradient_batches": self.gradient_batches,
+            "grow_init": self.grow_init,
+            "seed": self.seed,
+            "conventions": self.conventions,
+        }
+
+    def lengthened(self, factor: float) -> "MaskUpdate":
+        longer = copy.copy(self)
+        # Those of a run of its own.
+        vars(longer).pop("_correction", None)
+        longer._initial, longer._buffers = [], []
+        longer._fit, longer._prepared = None, None
+        if self.end_step is not None:
+            longer.end_step = int(self.end_step * factor)
+        return longer
+
+    def extra_logs(self) -> dict[str, tf.Tensor]:
+        return {"drop_fraction": self._last["drop_fraction"].value()}
+
+    def set_up(self):
+        if self.redistribution is not None:
+            units = [m.name for m in self.masked if m.granularity != "element"]
+            if units:
+                raise ValueError(
+                    "redistribution moves single weights between layers, and "
+                    f"the mask of {units[0]!r} keeps or removes whole "
+                    "kernels, whose sizes differ. Pass redistribution=None, "
+                    "or sparsify with granularity='element'."
+                )
+        if self.redistribution == "momentum":
+            self._check_momentum()
+        # A run that resumes without `variables` takes what it has as what
+        # training started from.
+        if self.grow_init.startswith("initial_dist") and [
+            v.shape[0] for v in self._initial
+        ] != [math.prod(m.kernel.shape) for m in self.masked]:
+            self._initial = [
+                tf.Variable(_repeated_nonzeros(m.kernel), trainable=False)
+                for m in self.masked
+            ]
+        if self._correction[3] < 0:
+            self._begin_correction()
+
+    def forget(self):
+        self._begin_correction()
+        if self._initial:
+            for kept, layer in zip(self._initial, self.masked, strict=True):
+                kept.assign(_repeated_nonzeros(layer.kernel))
+
+    def _begin_correction(self):
+        connections = sum(self.trajectory[0][1])
+        self._correction.assign([0.0, 0.0, 0.0, connections])
+
+    def _check_momentum(self):
+        # Of any that is trained: one that is frozen has no memory.
+        trained = {id(v) for v in self._model.trainable_variables}
+        for layer in self.masked:
+            if id(layer.kernel) in trained:
+                optimizer_state.momentum(self.optimizer, layer.kernel)
+                return
+
+    # When.
+
+    def plan(self, epoch, epochs, steps):
+        """Fixes the update window, once the run is known."""
+        end_step = self.end_step
+        if end_step is None:
+            if not steps or not epochs:
+                raise ValueError(
+                    f"{self.name}(end_step=None) ends updates at three "
+                    "quarters of the run, but how long this run is is not "
+                    "known. Pass steps_per_epoch to fit, or end_step to "
+                    f"{type(self).__name__}."
+                )
+            each = optimizer_state.batches_per_step(self.optimizer)
+            end_step = int(0.75 * epochs * steps) // each
+        self._span = {
+            "begin_step": self.begin_step,
+            "end_step": max(end_step, self.begin_step),
+        }
+        if steps and epochs:
+            left = self.steps_in((epochs - epoch) * steps)
+            first, rhythm = self._counted(self.trajectory[0][0])
+            if schedules.planned_updates(first, left, **rhythm) == 0:
+                warn_of_no_update(
+                    self.name,
+                    left,
+                    self.trajectory[0][0] - self.run_start,
+                    f"one comes every frequency={self.frequency} steps from "
+                    f"begin_step={self.begin_step} to end_step={end_step}",
+                )
+
+    @property
+    def _measures_the_run(self):
+        return self.end_step is None
+
+    @property
+    def _window(self):
+        """The first and last step of updates, as the optimizer counts."""
+        return {name: t + self.run_start for name, t in self._span.items()}
+
+    def _counted(self, step):
+        """Returns when updates come, and a step as this counts it.
+
+        A run that begins on trained weights may begin with an update. Nothing
+        is known of a connection at the first step of all (t > 0 in
+        Algorithm 1).
+        """
+        earlier = self.frequency if self.run_start > 0 else 0
+        return step - self.run_start + earlier, {
+            "frequency": self.frequency,
+            "conventions": self.conventions,
+            **{name: t + earlier for name, t in self._span.items()},
+        }
+
+    def is_due(self, step):
+        step, rhythm = self._counted(step)
+        return schedules.is_update_step(step, **rhythm)
+
+    def is_gathered(self, step):
+        if self.gradient_batches == 1:
+            return self.is_due(step)
+        step, rhythm = self._counted(step)
+        return schedules.is_gathered_step(
+            step, gradient_batches=self.gradient_batches, **rhythm
+        )
+
+    # The update, in the graph.
+
+    def change_masks(self, optimizer, layers, gradients, step):
+        fraction = schedules.decayed_drop_fraction(
+            step,
+            drop_fraction=self.drop_fraction,
+            decay=self.decay,
+            decay_power=self.decay_power,
+            conventions=self.conventions,
+            **self._window,
+        )
+        self._last["drop_fraction"].assign(tf.cast(fraction, tf.float32))
+        # A unit is an entry of the kernel, or all entries between two
+        # channels.
+        masks = [m.units(m.mask.value > 0) for m in layers]
+        drop_scores, grow_scores = (
+            [
+                layer.by_unit(score(layer, gradient, step))
+                for layer, gradient in zip(layers, gradients, strict=True)
+            ]
+            for score in (self.drop_scores, self.grow_scores)
+        )
+        defined = ~tf.reduce_any(
+            [
+                tf.reduce_any(tf.math.is_nan(s))
+                for s in drop_scores + grow_scores
+            ]
+        )
+        self.refuse_unless(defined, step)
+        shares = None
+        if self.redistribution or self.conventions.spare_dense_layers:
+            shares = self._shares(optimizer, layers, gradients)
+        fractions = topology.layer_drop_fractions(
+            masks, shares, fraction, conventions=self.conventions
+        )
+        kept = [
+            topology.drop(mask, score, f, conventions=self.conventions)
+            for mask, score, f in zip(
+                masks, drop_scores, fractions, strict=True
+            )
+        ]
+        counts = self._grow_counts(layers, masks, kept, shares, step)
+        grown = []
+        for layer, mask, stays, score, count, gradient in zip(
+            layers, masks, kept, grow_scores, counts, gradients, strict=True
+        ):
+            new, anew = topology.grow(
+                mask, stays, score, count, conventions=self.conventions
+            )
+            new, anew = tf.where(defined, new, mask), anew & defined
+            new, anew = layer.by_element(new), layer.by_element(anew)
+            values = self._grown_values(layer, gradient, step)
+            grown.append(
+                self.set_kernel_and_mask(optimizer, layer, new, anew, values)
+            )
+        self._keep_correction()
+        return tf.add_n(grown)
+
+    def _grown_values(self, layer, gradient, step):
+        initial = dict(zip(map(id, self.masked), self._initial, strict=False))
+        return grown_values(
+            self.grow_init,
+            layer.kernel.value,
+            layer.mask.value,
+            gradient=gradient,
+            initial=initial.get(id(layer)),
+            # SET grows by the draws of the key itself.
+            key=layer.draw_key ^ self.seed ^ 2,
+            step=step,
+        )
+
+    def _shares(self, optimizer, layers, gradients):
+        """Returns each layer's share of what density is redistributed by."""
+        if self.redistribution is None:
+            nonzeros = [tf.math.count_nonzero(m.kernel.value) for m in layers]
+            return redistribution.shares(nonzeros)
+        if self.redistribution == "gradient":
+            statistics = gradients
+        else:
+            statistics = [
+                optimizer_state.momentum(optimizer, m.kernel) for m in layers
+            ]
+        return redistribution.shares(
+            [
+                redistribution.layer_mean(statistic, layer.mask.value)
+                for statistic, layer in zip(statistics, layers, strict=True)
+            ]
+        )
+
+    def _grow_counts(self, layers, masks, kept, shares, step):
+        """Returns how many units each layer grows."""
+        dropped = [
+            count_units(mask) - count_units(stays)
+            for mask, stays in zip(masks, kept, strict=True)
+        ]
+        if self.redistribution is None:
+            return [
+                self.grow_count(layer, count, step)
+                for layer, count in zip(layers, dropped, strict=True)
+            ]
+        return tf.unstack(
+            redistribution.grow_counts(
+                shares,
+                tf.stack(dropped),
+                tf.stack([count_units(~stays) for stays in kept]),
+                correction=self._correction[0],
+                conventions=self.conventions,
+            )
+        )
+
+    def _keep_correction(self):
+        if self.redistribution is None or not self.variables:
+            return
+        connections = tf.add_n([count_units(m.mask.value) for m in self.masked])
+        connections = tf.cast(connections, tf.float64)
+        correction, missing_so_far, updates, start = tf.unstack(
+            self._correction
+        )
+        missing = start - connections
+        missing_so_far += missing
+        updates += 1
+        correction = redistribution.corrected(
+            correction, missing, missing_so_far / updates
+        )
+        self._correction.assign([correction, missing_so_far, updates, start])
+
+
+def _repeated_nonzeros(kernel):
+    """Returns a kernel's nonzero weights, repeated to its own size."""
+    weights = kernel.numpy().ravel()
+    nonzeros = weights[weights != 0]
+    return np.resize(nonzeros if nonzeros.size else weights, weights.shape)
+
+
+def _whole(name, value, *, at_least):
+    rule = "counts in whole numbers and must be an int of at least"
+    return _checks.integer(
+        name, value, at_least=at_least, rule=f"{rule} {at_least}"
+    )

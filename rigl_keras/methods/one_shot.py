@@ -1,0 +1,170 @@
+"""Masks from one batch, before training: SNIP."""
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from rigl_keras import _checks, distributions, scores, topology
+from rigl_keras.masking.selection import Selector, chosen_kernels
+from rigl_keras.masking.sparsify import with_masks
+
+__all__ = ["snip"]
+
+
+def snip(
+    model: keras.Model,
+    density: float,
+    batch: tuple,
+    loss: Callable,
+    *,
+    scope: str = "global",
+    distribution: str = "erdos_renyi_kernel",
+    densities: Mapping | None = None,
+    layers: Selector = None,
+    seed: int = 0,
+) -> keras.Model:
+    """Returns a masked copy of a model that keeps its most salient weights.
+
+    1. One forward and backward pass of the dense model on the batch gives the
+       saliency |w dL/dw| of each weight (`scores.saliency`).
+    2. The round(density x weights) of largest saliency are kept: of all
+       layers together, or of each layer as a distribution says.
+
+    Lee et al., 2019, SNIP: single-shot network pruning based on connection
+    sensitivity, arXiv:1810.02340. Without a callback the masks never change.
+
+    Args:
+        model: A built dense Sequential or Functional model, which stays as it
+            is: its batch statistics, too.
+        density: Fraction of the masked weights kept, in (0, 1].
+        batch: `(inputs, targets)`, what `model` and `loss` take.
+        loss: `loss(targets, outputs)`, a Keras loss or any function that
+            returns a tensor of losses.
+        scope: `"global"`, as in the paper, or `"layer"`, as in the code of
+            RigL's authors.
+        distribution: With `"layer"`, how density is spread over layers, as in
+            `sparsify`.
+        densities: With `"layer"`, `{layer name: density}` of layers whose
+            density is given.
+        layers: Which layers to mask, as in `sparsify`.
+        seed: Seed of later random draws.
+
+    Returns:
+        A model of the same kind in which the chosen layers are `Masked`.
+
+    Raises:
+        ValueError: An argument is out of range, or the gradient of the batch
+            is not finite, or zero in all of a layer.
+        UserWarning: A layer keeps no connection.
+
+    Example:
+
+    >>> loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    >>> model = snip(model, 0.1, next(iter(train)), loss)
+    """
+    _checks.choice("scope", scope, ("global", "layer"))
+    if not callable(loss):
+        raise ValueError(
+            "loss must be a function of targets and outputs. Received: "
+            f"loss={loss!r}."
+        )
+    if scope == "global" and densities is not None:
+        raise ValueError(
+            "With scope='global' one threshold decides every density. Pass "
+            f"scope='layer'. Received: densities={densities!r}."
+        )
+    chosen = chosen_kernels(model, layers)
+    shapes = {n: tuple(kernel.variable.shape) for n, kernel in chosen.items()}
+    solved = distributions.layer_densities(
+        shapes, density, distribution, densities=densities
+    )
+    if scope == "layer":
+        shapes = distributions.masked_shapes(
+            shapes, distribution, densities or {}
+        )
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    weights = sum(sizes.values())
+    total = distributions.total_count(density * weights, density, weights)
+    saliencies = _saliencies(model, chosen, batch, loss)
+    if scope == "global":
+        joined = tf.concat(
+            [tf.reshape(tf.cast(s, tf.float32), [-1]) for s in saliencies],
+            axis=0,
+        )
+        kept = topology.select_highest(
+            joined, total, among=tf.ones_like(joined, tf.bool)
+        )
+        kept = np.split(kept.numpy(), np.cumsum(list(sizes.values()))[:-1])
+        masks = {
+            name: mask.reshape(shapes[name])
+            for name, mask in zip(sizes, kept, strict=True)
+        }
+    else:
+        counts = distributions.layer_counts(
+            sizes, {name: solved[name] for name in sizes}, total
+        )
+        masks = {
+            name: topology.select_highest(
+                saliency, counts[name], among=tf.ones_like(saliency, tf.bool)
+            ).numpy()
+            for name, saliency in zip(chosen, saliencies, strict=True)
+            if name in counts
+        }
+    empty = [name for name, mask in masks.items() if not mask.any()]
+    if empty:
+        warnings.warn(
+            f"SNIP keeps no connection of {', '.join(empty)} at "
+            f"density={density}: nothing passes through. Raise density, or "
+            "pass scope='layer'.",
+            stacklevel=2,
+        )
+    return with_masks(model, masks, seed=seed)
+
+
+def _saliencies(model, chosen, batch, loss):
+    """Returns |w dL/dw| of each layer; changes nothing of the model."""
+    try:
+        inputs, targets = batch
+    except (TypeError, ValueError):
+        raise ValueError(
+            "batch must be (inputs, targets). Received: "
+            f"{type(batch).__name__}."
+        ) from None
+    kernels = [kernel.variable for kernel in chosen.values()]
+    values = [tf.convert_to_tensor(kernel.value) for kernel in kernels]
+    with tf.GradientTape() as tape:
+        tape.watch(values)
+        mapping = list(zip(kernels, values, strict=True))
+        # What the pass would assign (batch statistics) stays in the scope.
+        with keras.StatelessScope(state_mapping=mapping):
+            outputs = model(inputs, training=True)
+            value = tf.reduce_mean(loss(targets, outputs))
+    gradients = tape.gradient(
+        value, values, unconnected_gradients=tf.UnconnectedGradients.ZERO
+    )
+    found = [
+        scores.saliency(value, gradient)
+        for value, gradient in zip(values, gradients, strict=True)
+    ]
+    if not all(bool(tf.reduce_all(tf.math.is_finite(s))) for s in found):
+        raise ValueError(
+            "SNIP cannot rank weights by a gradient that is NaN or infinite: "
+            f"the loss of the batch is {float(value)}."
+        )
+    flat = [
+        name
+        for name, s in zip(chosen, found, strict=True)
+        if not bool(tf.reduce_any(s > 0))
+    ]
+    if flat:
+        raise ValueError(
+            "SNIP found no gradient to rank the weights of "
+            f"{', '.join(flat)} by: none changes the loss of the batch. Check "
+            "that the loss depends on the outputs, and that no scale after "
+            "these layers starts at 0 (in our ResNets, zero_init_residual)."
+        )
+    return found

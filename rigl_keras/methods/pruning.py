@@ -1,0 +1,183 @@
+"""Gradual magnitude pruning (Zhu and Gupta, 2018)."""
+
+import copy
+import math
+
+import tensorflow as tf
+
+from rigl_keras import _checks, schedules, scores, topology
+from rigl_keras.conventions import ORIGINAL, Conventions
+from rigl_keras.training.step_update import StepUpdate, warn_of_no_update
+
+__all__ = ["MagnitudePruning", "count_units"]
+
+
+class MagnitudePruning(StepUpdate):
+    """Removes the smallest weights while sparsity rises along a schedule.
+
+    Start with `sparsify(model, density=1.0)`. When the schedule is due with a
+    sparsity s, the round((1 - s) x weights) connections of largest magnitude
+    stay, of all masked layers together or of each on its own (of whole
+    kernels, as many as fit into that). What is removed never returns. Zhu and
+    Gupta, 2018, To prune, or not to prune, arXiv:1710.01878.
+
+    As for every method here the pruning takes the place of an optimizer step;
+    with `update_replaces_step=False` in the conventions it follows one, as in
+    the authors' code.
+
+    Args:
+        schedule: A `schedules.SparsityRamp`, or a
+            `tfmot.sparsity.keras.PruningSchedule`: any callable
+            `step -> (due, sparsity)`. Steps count from where the run begins
+            (`StepUpdate`).
+        scope: `"global"`: one threshold for all layers, as the report has it.
+            `"layer"`: the same sparsity for each layer, of which one weight
+            at least stays.
+        conventions: Under `REPORT` a ramp is read as the reproduction does.
+
+    Raises:
+        ValueError: The schedule cannot be called, the scope is unknown, or
+            what `StepUpdate` raises.
+        UserWarning: The schedule is never due in the run.
+
+    Example:
+
+    >>> ramp = SparsityRamp(final_density=0.1, begin_step=700, end_step=65_918)
+    >>> model.fit(train, epochs=250, callbacks=[MagnitudePruning(ramp)])
+    """
+
+    dense_gradients = "never"
+
+    def __init__(
+        self,
+        schedule,
+        *,
+        scope: str = "global",
+        conventions: Conventions = ORIGINAL,
+    ):
+        super().__init__(conventions=conventions)
+        if not callable(schedule):
+            raise ValueError(
+                "schedule must be a rigl_keras.SparsityRamp or a "
+                "tfmot.sparsity.keras.PruningSchedule. Received: "
+                f"schedule={schedule!r}. For a density, pass "
+                "SparsityRamp(final_density=..., begin_step=..., end_step=...)."
+            )
+        _checks.choice("scope", scope, ("global", "layer"))
+        self.schedule = schedule
+        self.scope = scope
+
+    def get_config(self) -> dict:
+        """Returns the arguments with which to make an equal callback."""
+        return {
+            "schedule": self.schedule,
+            "scope": self.scope,
+            "conventions": self.conventions,
+        }
+
+    def lengthened(self, factor: float) -> "MagnitudePruning":
+        if not hasattr(self.schedule, "lengthened"):
+            raise ValueError(
+                "A longer run needs a longer schedule, and a "
+                f"{type(self.schedule).__name__} cannot be lengthened: pass a "
+                "rigl_keras.SparsityRamp, or the schedule of the whole run."
+            )
+        longer = copy.copy(self)
+        longer._fit, longer._prepared = None, None
+        longer.schedule = self.schedule.lengthened(factor)
+        return longer
+
+    def plan(self, epoch, epochs, steps):
+        if not (steps and epochs):
+            return
+        first = self.trajectory[0][0]
+        left = self.steps_in((epochs - epoch) * steps)
+
+        @tf.function
+        def first_due():
+            return tf.while_loop(
+                lambda t: (t < first + left) & ~self.is_due(t),
+                lambda t: (t + 1,),
+                (tf.constant(first, tf.int64),),
+            )
+
+        if int(first_due()[0]) == first + left:
+            warn_of_no_update(
+                self.name,
+                left,
+                first - self.run_start,
+                f"{self.schedule} is never due",
+            )
+
+    def is_due(self, step):
+        # A schedule of one's own may say True.
+        return tf.convert_to_tensor(self._planned_sparsity(step)[0], tf.bool)
+
+    def _planned_sparsity(self, step):
+        return schedules.planned_sparsity(
+            self.schedule, step - self.run_start, conventions=self.conventions
+        )
+
+    def change_masks(self, optimizer, layers, gradients, step):
+        sparsity = self._planned_sparsity(step)[1]
+        if not tf.is_tensor(sparsity):
+            sparsity = tf.constant(sparsity, tf.float64)
+        density = 1 - sparsity
+        masks = [m.mask.value > 0 for m in layers]
+        # Of a kernel that is kept or removed as one, each entry is worth the
+        # same.
+        worth = [
+            m.by_element(m.by_unit(scores.magnitude(m.kernel.value)))
+            for m in layers
+        ]
+        if self.scope == "global":
+            count = _share(density, sum(math.prod(m.shape) for m in masks))
+            everything = topology.select_highest(
+                _joined(worth), count, among=_joined(masks)
+            )
+            kept = _split(everything, masks)
+        else:
+            kept = [
+                topology.select_highest(
+                    score, _layer_share(density, layer), among=mask
+                )
+                for score, mask, layer in zip(worth, masks, layers, strict=True)
+            ]
+        for layer, stays in zip(layers, kept, strict=True):
+            # Of the kernel on the threshold, a part may have been selected.
+            whole = ~layer.units(~stays)
+            stays = layer.by_element(whole)
+            nothing = tf.zeros_like(stays)
+            self.set_kernel_and_mask(optimizer, layer, stays, nothing)
+        return tf.constant(0)
+
+
+def _share(density, size):
+    # In the precision of the schedule, as tfmot rounds.
+    return tf.cast(tf.round(density * tf.cast(size, density.dtype)), tf.int32)
+
+
+def _layer_share(density, layer):
+    """Returns how many entries of a layer stay: whole units, one at least."""
+    units = math.prod(layer.by_unit(layer.mask.value).shape)
+    entries = math.prod(layer.mask.shape) // units
+    return tf.maximum(_share(density, units), 1) * entries
+
+
+def _joined(tensors):
+    # Layers of a model in mixed precision may differ in type.
+    dtype = max((t.dtype for t in tensors), key=lambda dtype: dtype.size)
+    return tf.concat(
+        [tf.reshape(tf.cast(t, dtype), [-1]) for t in tensors], axis=0
+    )
+
+
+def _split(vector, like):
+    parts = tf.split(vector, [math.prod(t.shape) for t in like])
+    return [
+        tf.reshape(part, t.shape) for part, t in zip(parts, like, strict=True)
+    ]
+
+
+def count_units(units):
+    return tf.reduce_sum(tf.cast(units, tf.int32))

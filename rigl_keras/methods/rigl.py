@@ -1,0 +1,131 @@
+"""RigL, SET and SNFS: what a connection is worth to each."""
+
+import dataclasses
+
+import tensorflow as tf
+
+from rigl_keras import scores
+from rigl_keras.conventions import ORIGINAL, Conventions
+from rigl_keras.methods.mask_update import MaskUpdate
+from rigl_keras.methods.pruning import count_units
+from rigl_keras.training import optimizer_state
+
+__all__ = ["RigL", "SET", "SNFS"]
+
+
+class RigL(MaskUpdate):
+    """Grows the connections of largest gradient magnitude.
+
+    Evci et al., 2020, Rigging the Lottery, arXiv:1911.11134. With
+    `redistribution="gradient"` it is the report's RigL-SG, with `"momentum"`
+    its RigL-SM (section 6.2).
+
+    Args, Raises: as in `MaskUpdate`.
+
+    Example:
+
+    >>> model.fit(train, epochs=250, callbacks=[RigL()])
+    """
+
+    def grow_scores(self, layer, gradient, step):
+        return scores.gradient_magnitude(gradient)
+
+
+class SET(MaskUpdate):
+    """Grows connections at random.
+
+    Mocanu et al., 2018, Scalable training of artificial neural networks with
+    adaptive sparse connectivity. With `"bernoulli"` sampling, as the report's
+    code has it, the number grown is random too.
+
+    Args, Raises: as in `MaskUpdate`.
+    """
+
+    dense_gradients = "never"
+
+    def grow_scores(self, layer, gradient, step):
+        return scores.random(
+            layer.kernel.shape, key=layer.draw_key ^ self.seed, step=step
+        )
+
+    def grow_count(self, layer, dropped, step):
+        if self.conventions.sampling == "exact":
+            return dropped
+        # Each inactive unit joins with probability dropped / inactive: the
+        # number that join is binomial, and which ones is uniform.
+        mask = layer.units(layer.mask.value > 0)
+        inactive = tf.size(mask) - count_units(mask) + dropped
+        key = tf.constant(layer.draw_key ^ self.seed ^ 1, tf.int64)
+        seed = tf.stack([key, step])
+        return tf.random.stateless_binomial(
+            [],
+            seed,
+            counts=tf.cast(inactive, tf.float32),
+            probs=tf.cast(dropped, tf.float32)
+            / tf.cast(tf.maximum(inactive, 1), tf.float32),
+            output_dtype=tf.int32,
+        )
+
+
+class SNFS(MaskUpdate):
+    """Grows the connections of largest momentum, where momentum is largest.
+
+    Gradients are dense at every step, so that the optimizer's momentum is
+    that of every entry, active or not. An update grows by its magnitude, a
+    layer in proportion to its mean over active connections; the optimizer
+    forgets nothing. Dettmers and Zettlemoyer, 2020, Sparse networks from
+    scratch, arXiv:1907.04840, section 3, with the optimizer's own momentum as
+    in their code. It costs a dense backward pass at every step.
+
+    Args, Raises: as in `MaskUpdate`. The optimizer must keep momentum
+        (`optimizer_state.momentum`).
+    """
+
+    dense_gradients = "always"
+
+    def __init__(
+        self,
+        *,
+        frequency: int = 100,
+        drop_fraction: float = 0.3,
+        begin_step: int = 0,
+        end_step: int | None = None,
+        decay: str = "cosine",
+        decay_power: float = 3.0,
+        redistribution: str | None = "momentum",
+        gradient_batches: int = 1,
+        grow_init: str = "zeros",
+        seed: int = 0,
+        conventions: Conventions = ORIGINAL,
+    ):
+        super().__init__(
+            frequency=frequency,
+            drop_fraction=drop_fraction,
+            begin_step=begin_step,
+            end_step=end_step,
+            decay=decay,
+            decay_power=decay_power,
+            redistribution=redistribution,
+            gradient_batches=gradient_batches,
+            grow_init=grow_init,
+            seed=seed,
+            conventions=conventions,
+        )
+        # Even in the reproduction, what SNFS drops and grows again keeps its
+        # weight (funcs/grow.py:45-55).
+        self.conventions = dataclasses.replace(
+            conventions, regrown_value="kept"
+        )
+
+    def set_up(self):
+        super().set_up()
+        self._check_momentum()
+
+    @property
+    def name(self) -> str:
+        other = {"momentum": "", "gradient": "-SG", None: " (fixed)"}
+        return type(self).__name__ + other[self.redistribution]
+
+    def grow_scores(self, layer, gradient, step):
+        momentum = optimizer_state.momentum(self.optimizer, layer.kernel)
+        return scores.magnitude(momentum)

@@ -1,0 +1,221 @@
+"""A run of `fit`: how long it lasts, where it starts, what it exchanges.
+
+Keras tells a callback when `fit` begins and when it ends, but not when an
+exception ends it. So what a run exchanges asks, each time that it is used,
+whether that `fit` is still being executed, and puts itself back if not.
+"""
+
+import sys
+import threading
+import warnings
+import weakref
+from collections.abc import Callable
+
+import keras
+
+__all__ = ["FitRun", "note_end", "start_of", "warn_of_a_loop"]
+
+# Fits of one epoch in a row, from which on they are taken for a loop.
+_LOOP = 3
+# Of each model, its last fit of one epoch with a mask update: how many there
+# were in a row, and the optimizer step at which it ended.
+_one_epoch_fits = weakref.WeakKeyDictionary()
+_warned = weakref.WeakSet()
+
+
+class FitRun:
+    """A `fit` that runs, and what it exchanges of a model until it ends.
+
+    To be made in a callback's `on_train_begin`. A custom loop that
+    calls callbacks lasts until it calls `on_train_end`, or until its
+    `CallbackList` is gone.
+
+    Args:
+        model: The model that is trained.
+    """
+
+    def __init__(self, model: keras.Model):
+        self.model = model
+        self._own, self._before, self._given = {}, {}, {}
+        self._over = False
+        self._thread = threading.get_ident()
+        self._callbacks, self._code = None, None
+        callbacks, caller = _who_begins()
+        if callbacks is not None:
+            self._callbacks = weakref.ref(callbacks)
+            # As soon as the frame of `fit` is gone; a traceback may keep it.
+            self._finalizer = weakref.finalize(callbacks, self.end)
+            self._finalizer.atexit = False
+        # A helper that begins a loop returns long before the loop ends.
+        if caller is not None and caller.co_name == "fit":
+            self._code = caller
+
+    def lasts(self) -> bool:
+        """Returns whether the run goes on; ends it if it was cut off."""
+        if not self._over and not self._is_executed():
+            self.end()
+        return not self._over
+
+    def _is_executed(self):
+        callbacks = self._callbacks and self._callbacks()
+        if self._callbacks is not None and callbacks is None:
+            return False
+        if self._code is None:
+            return True
+        frame = sys._current_frames().get(self._thread)
+        while frame is not None:
+            if frame.f_code is self._code and any(
+                value is callbacks for value in frame.f_locals.values()
+            ):
+                return True
+            frame = frame.f_back
+        return False
+
+    def exchange(self, name: str, function: Callable) -> None:
+        """Gives the model a method in place of its own, until the run ends.
+
+        Args:
+            name: Name of the method.
+            function: What takes its place. Given again, it takes the place
+                of what somebody else has set since.
+        """
+        ours = self._given.get(name)
+        if ours is None or vars(self.model).get(name) is not ours:
+            self._own[name] = getattr(self.model, name)
+            self._before[name] = vars(self.model).get(name)
+        self._given[name] = function
+        setattr(self.model, name, function)
+
+    def own(self, name: str) -> Callable:
+        """Returns the model's own method, which was exchanged."""
+        return self._own[name]
+
+    def guard(self, check: Callable[[], None]) -> None:
+        """Has `model.train_function` ask whether the run lasts, too.
+
+        Args:
+            check: Is called before each step of the run.
+        """
+        model, function = self.model, self.model.train_function
+
+        def train_function(iterator):
+            if not self.lasts():
+                return model.train_function(iterator)
+            check()
+            return function(iterator)
+
+        self._given["train_function"] = train_function
+        model.train_function = train_function
+
+    def end(self) -> None:
+        """Puts back what was exchanged, unless somebody else has set it."""
+        if self._over:
+            return
+        self._over = True
+        if self._callbacks is not None:
+            self._finalizer.detach()
+        attributes = vars(self.model)
+        for name in self._own:
+            if attributes.get(name) is not self._given[name]:
+                continue
+            before = self._before[name]
+            if before is None:
+                attributes.pop(name)
+            else:
+                setattr(self.model, name, before)
+        if self.model.train_function is self._given.get("train_function"):
+            # Another `fit` may be around this one, and needs a function.
+            self.model.train_function = None
+            self.model.make_train_function()
+
+
+def _who_begins():
+    """Returns the list that called `on_train_begin`, and whose code did.
+
+    Either is None where it is not known.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "on_train_begin":
+            callbacks = frame.f_locals.get("self")
+            if isinstance(callbacks, keras.callbacks.CallbackList):
+                return callbacks, frame.f_back.f_code
+        frame = frame.f_back
+    return None, None
+
+
+def start_of(
+    model: keras.Model,
+    batches: int,
+    *,
+    each: int,
+    epoch: int,
+    steps: int | None,
+    skips: bool,
+) -> int:
+    """Returns the optimizer step at which the run of a `fit` began.
+
+    A `fit` from epoch 0 begins a run, whatever the optimizer has done before.
+    One from a later epoch (`initial_epoch`, `BackupAndRestore`) resumes one,
+    that began as many steps ago as there are in the epochs before. If all
+    that the optimizer has done fits into these epochs and the one that
+    begins, it belongs to the run, which was cut off within an epoch.
+
+    Args:
+        model: The model in `fit`.
+        batches: The batches that its optimizer has seen.
+        each: Batches to an optimizer step.
+        epoch: The epoch with which `fit` begins.
+        steps: Batches in an epoch, or None where unknown.
+        skips: Whether a batch may be no step (loss scaling).
+
+    Returns:
+        An int, which is negative where the optimizer is younger than the run.
+    """
+    # Set by BackupAndRestore alone, which may have restored epoch 0.
+    resumes = epoch > 0 or getattr(model, "_initial_epoch", None) is not None
+    if not resumes:
+        return batches // each
+    if not steps:
+        return 0
+    start = batches - epoch * steps
+    if 0 <= start < steps or (skips and start < 0 < batches):
+        return 0
+    return start // each
+
+
+def note_end(model: keras.Model, *, begin: int, end: int, epochs: int) -> None:
+    """Remembers that a `fit` with a mask update has ended.
+
+    Args:
+        model: The model that was trained.
+        begin: The optimizer step at which it began.
+        end: The optimizer step at which it ended.
+        epochs: How many epochs it had.
+    """
+    count, last = _one_epoch_fits.pop(model, (0, -1))
+    if epochs == 1:
+        _one_epoch_fits[model] = (count + 1 if last == begin else 1, end)
+
+
+def warn_of_a_loop(method: str, model: keras.Model, *, begin: int) -> None:
+    """Warns once that each of several fits of one epoch is planned alone.
+
+    Args:
+        method: Name of the method.
+        model: The model in a `fit` of one epoch.
+        begin: The optimizer step at which it begins.
+    """
+    count, last = _one_epoch_fits.get(model, (0, -1))
+    if model in _warned or last != begin or count + 1 < _LOOP:
+        return
+    _warned.add(model)
+    warnings.warn(
+        f"fit(epochs=1) has trained model {model.name!r} {count + 1} times in "
+        f"a row, and {method} plans its updates within each fit alone, from "
+        "begin_step to end_step. For one run of many fits, pass "
+        "fit(initial_epoch=e, epochs=e + 1) with the number e of the epoch, "
+        "and to the method end_step, the last step of the whole run at which "
+        "masks may change.",
+        stacklevel=2,
+    )

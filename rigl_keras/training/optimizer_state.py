@@ -1,0 +1,243 @@
+"""What an optimizer remembers about a kernel, and how to forget it.
+
+Keras has no interface to an optimizer's slots (momentum, second moments).
+They are found by name and shape: `add_variable_from_reference` names a slot
+after the path of its variable.
+"""
+
+from collections.abc import Sequence
+
+import keras
+import tensorflow as tf
+
+__all__ = [
+    "batches",
+    "batches_per_step",
+    "count_step",
+    "forget",
+    "innermost",
+    "momentum",
+    "owner",
+    "parts",
+    "slots",
+]
+
+
+def innermost(optimizer: keras.Optimizer) -> keras.Optimizer:
+    """Returns the optimizer within any `LossScaleOptimizer`.
+
+    Args:
+        optimizer: A Keras optimizer.
+
+    Returns:
+        The optimizer that moves the weights.
+    """
+    while hasattr(optimizer, "inner_optimizer"):
+        optimizer = optimizer.inner_optimizer
+    return optimizer
+
+
+def parts(optimizer: keras.Optimizer) -> list[keras.Optimizer]:
+    """Returns the optimizers of a `MultiOptimizer`, or the optimizer itself.
+
+    Args:
+        optimizer: A Keras optimizer without loss scaling.
+
+    Returns:
+        Keras optimizers, each of which moves variables of its own.
+    """
+    return list(getattr(optimizer, "optimizers", [optimizer]))
+
+
+def owner(
+    optimizer: keras.Optimizer, variable: keras.Variable
+) -> keras.Optimizer:
+    """Returns the one of an optimizer's `parts` that trains a variable.
+
+    Args:
+        optimizer: A built Keras optimizer.
+        variable: One of the variables that it trains.
+
+    Returns:
+        A Keras optimizer.
+
+    Raises:
+        ValueError: The optimizer is not built, or does not train `variable`.
+    """
+    optimizer = innermost(optimizer)
+    if not optimizer.built:
+        raise ValueError(
+            f"Optimizer {optimizer.name!r} is not built, so it remembers "
+            "nothing yet: call optimizer.build(model.trainable_variables)."
+        )
+    for part in parts(optimizer):
+        if any(v is variable for v in part._trainable_variables):
+            return part
+    raise ValueError(
+        f"Optimizer {optimizer.name!r} does not train {variable.path!r}."
+    )
+
+
+def batches(optimizer: keras.Optimizer) -> keras.Variable:
+    """Returns the variable that counts the batches an optimizer has seen.
+
+    Its `iterations` are whole steps, of several batches each where it
+    accumulates gradients; what it counts in is private.
+
+    Args:
+        optimizer: A Keras optimizer without loss scaling.
+
+    Returns:
+        An integer scalar variable.
+    """
+    return optimizer._iterations
+
+
+def batches_per_step(optimizer: keras.Optimizer) -> int:
+    """Returns of how many batches the gradients make up a step.
+
+    Args:
+        optimizer: A Keras optimizer without loss scaling.
+    """
+    return optimizer.gradient_accumulation_steps or 1
+
+
+def count_step(optimizer: keras.Optimizer) -> None:
+    """Ends a step that moves nothing.
+
+    It counts as one, and the gradients accumulated for it are dropped.
+
+    Args:
+        optimizer: A built Keras optimizer without loss scaling.
+    """
+    for part in parts(optimizer):
+        if part.gradient_accumulation_steps:
+            part._backend_reset_gradient_accumulators()
+        if part is not optimizer and part.built:
+            batches(part).assign_add(1)
+    batches(optimizer).assign_add(1)
+
+
+def slots(
+    optimizer: keras.Optimizer, variable: keras.Variable
+) -> dict[str, keras.Variable]:
+    """Returns what the optimizer remembers for each entry of a variable.
+
+    Args:
+        optimizer: A built Keras optimizer.
+        variable: One of the variables that it trains.
+
+    Returns:
+        `{slot name: slot variable}`, the slots of the variable's shape.
+        Memory shared by entries, as Adafactor's row and column averages, is
+        no entry's own and left out.
+
+    Raises:
+        ValueError: The optimizer is not built, or does not train `variable`.
+
+    Example:
+
+    >>> slots(adam, layer.kernel).keys()
+    dict_keys(['momentum', 'velocity'])
+    """
+    optimizer = owner(optimizer, variable)
+    trained = optimizer._trainable_variables
+    prefix = _prefix(variable)
+    twins = [
+        v for v in trained if _prefix(v) == prefix and v.shape == variable.shape
+    ]
+    nth = next(i for i, v in enumerate(twins) if v is variable)
+    prefixes = {_prefix(v) for v in trained}
+    found: dict[str, list] = {}
+    for slot in optimizer.variables:
+        # `kernel_` also begins the slots of `kernel_2`: the longest prefix
+        # tells whose it is.
+        whose = max(filter(slot.name.startswith, prefixes), key=len, default="")
+        if whose == prefix and slot.shape == variable.shape:
+            found.setdefault(slot.name.removeprefix(prefix), []).append(slot)
+    # Variables of one path (layers of one name in two submodels) have their
+    # slots in the order of the variables.
+    return {name: group[nth] for name, group in found.items()}
+
+
+def forget(
+    optimizer: keras.Optimizer,
+    variable: keras.Variable,
+    keep: tf.Tensor,
+    *,
+    only: Sequence[str] | None = None,
+) -> None:
+    """Sets the memory of some entries to what a new optimizer starts with.
+
+    That is zero, Adagrad's and Ftrl's `initial_accumulator_value`, and for a
+    memory of weights (averaged ones, `ScheduleFreeAdamW`'s momentum) the
+    variable's own value.
+
+    Args:
+        optimizer: A built Keras optimizer.
+        variable: One of the variables that it trains.
+        keep: Bool tensor of the variable's shape, True where the memory
+            stays.
+        only: Names of the slots to forget. None: all.
+    """
+    optimizer = owner(optimizer, variable)
+    for name, slot in slots(optimizer, variable).items():
+        if only is not None and name not in only:
+            continue
+        start = _initial_value(optimizer, name, variable)
+        slot.assign(
+            tf.where(keep, slot.value, tf.cast(start, slot.value.dtype))
+        )
+
+
+def momentum(optimizer: keras.Optimizer, variable: keras.Variable) -> tf.Tensor:
+    """Returns the running mean of a variable's gradients, up to a factor.
+
+    That is SGD's velocity (which holds -learning rate times the mean), Lion's
+    momentum and, for optimizers that keep second moments v as well,
+    m / (sqrt(v) + 1e-8), as the reproduction has it (core.py:477-491).
+
+    Args:
+        optimizer: A built Keras optimizer.
+        variable: One of the variables that it trains.
+
+    Returns:
+        Float tensor of the variable's shape.
+
+    Raises:
+        ValueError: The optimizer keeps no momentum.
+    """
+    kept = slots(optimizer, variable)
+    optimizer = owner(optimizer, variable)
+    of_weights = _remembers_weights(optimizer, "momentum")
+    if "momentum" not in kept or of_weights:
+        raise ValueError(
+            f"{type(optimizer).__name__} keeps no momentum of "
+            f"{variable.path!r}. Use SGD(momentum=0.9) or Adam."
+        )
+    mean = tf.convert_to_tensor(kept["momentum"].value)
+    # RMSprop's momentum is of gradients that are divided already.
+    if "velocity" in kept and not isinstance(
+        optimizer, keras.optimizers.RMSprop
+    ):
+        mean /= tf.sqrt(kept["velocity"].value) + 1e-8
+    return mean
+
+
+def _initial_value(optimizer, name, variable):
+    """Returns the value with which the slot `name` of a variable starts."""
+    if _remembers_weights(optimizer, name):
+        return variable.value
+    if name == "accumulator":
+        return getattr(optimizer, "initial_accumulator_value", 0.0)
+    return 0.0
+
+
+def _remembers_weights(optimizer, name):
+    # By its name, as the class is not in every version of Keras.
+    schedule_free = type(optimizer).__name__ == "ScheduleFreeAdamW"
+    return name == "average" or (schedule_free and name == "momentum")
+
+
+def _prefix(variable):
+    return variable.path.replace("/", "_") + "_"
