@@ -11,20 +11,11 @@ from rigl_keras import _checks
 from rigl_keras._text import aligned
 from rigl_keras.kernels import fast_calls
 from rigl_keras.kernels.layer_products import PRODUCTS
-from rigl_keras.masking.layer_kernels import find_kernels, is_normalisation
 from rigl_keras.masking.leaves import containers, leaf_layers, named_layers
 from rigl_keras.masking.masked import KernelMask, Masked
+from rigl_keras.masking.unmasked import left_dense, listed, matrices, why_dense
 
-__all__ = [
-    "MaskedLayers",
-    "choose_kernels",
-    "left_dense",
-    "listed",
-    "masked_layers",
-    "matrices",
-    "why_adapted",
-    "why_dense",
-]
+__all__ = ["MaskedLayers", "choose_kernels", "masked_layers"]
 
 
 class MaskedLayers(Sequence):
@@ -215,84 +206,3 @@ def _input_shapes(layer):
         for node in layer._inbound_nodes
         for tensor in node.input_tensors
     }
-
-
-def why_dense(layer):
-    if is_normalisation(layer):
-        return "normalisation, never masked"
-    if find_kernels(layer):
-        return (
-            "left dense: the first layer under 'uniform', or not selected by "
-            "`layers`"
-        )
-    kind = type(layer).__name__
-    adapted = why_adapted(layer)
-    if adapted is not None:
-        return adapted
-    if isinstance(layer, keras.layers.Embedding):
-        why = "an Embedding is masked only if `layers` names it"
-        left = left_dense(layer, ())
-        if left:
-            names = ["embeddings", *left]
-            why += f"; {listed(left)} only if kernels={{{kind}: {names}}} does"
-        return why
-    return (
-        f"{kind} has no kernel that can be masked; where it has one of another "
-        f"name, pass kernels={{{kind}: name}}"
-    )
-
-
-def why_adapted(layer):
-    """Returns why a layer that LoRA or quantization has changed is dense."""
-    for inner in layer._flatten_layers():
-        where = "" if inner is layer else f" of its {inner.name!r}"
-        if getattr(inner, "lora_enabled", False):
-            return (
-                f"LoRA{where} computes its kernel from several weights; save "
-                "the model, which merges them, and load it to mask it"
-            )
-        if getattr(inner, "quantization_mode", None) is not None:
-            return (
-                f"the kernel{where} is quantized ({inner.quantization_mode}); "
-                "mask the model first, and quantize what strip returns"
-            )
-    return None
-
-
-def left_dense(layer, masked):
-    """Returns `{name: variable}` of matrices of a layer that are not masked.
-
-    Args:
-        layer: A layer, not a `Masked` one.
-        masked: Ids of the kernels that are.
-
-    Returns:
-        Its trained weights of two axes or more, those of layers within it
-        included, but for biases, normalisation and embedding tables.
-    """
-    left = {}
-    for inner in layer._flatten_layers():
-        if is_normalisation(inner):
-            continue
-        table = isinstance(inner, keras.layers.Embedding)
-        for name, variable in matrices(inner._trainable_variables).items():
-            if id(variable) in masked or (table and name == "embeddings"):
-                continue
-            left[name if inner is layer else f"{inner.name}/{name}"] = variable
-    return left
-
-
-def matrices(variables):
-    """Returns variables of two axes or more that are no bias, by name."""
-    return {
-        variable.name: variable
-        for variable in variables
-        if len(variable.shape) > 1 and not variable.name.endswith("bias")
-    }
-
-
-def listed(variables):
-    return ", ".join(
-        f"{name} ({'x'.join(map(str, variable.shape))})"
-        for name, variable in variables.items()
-    )

@@ -9,10 +9,10 @@ from rigl_keras.kernels.layer_products import PRODUCTS
 from rigl_keras.masking.layer_kernels import Kernel, find_kernels
 from rigl_keras.masking.leaves import containers, named_layers
 from rigl_keras.masking.masked import Masked, MaskProjection
-from rigl_keras.masking.masked_layers import (
+from rigl_keras.masking.masked_layers import masked_layers
+from rigl_keras.masking.unmasked import (
     left_dense,
     listed,
-    masked_layers,
     matrices,
     why_adapted,
     why_dense,

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import warnings
+from collections.abc import Callable
 
 import keras
 import numpy as np
@@ -144,7 +145,9 @@ def _check_no_masks(model, plain):
                 )
 
 
-def weight_loader(model):
+def weight_loader(model: keras.Model) -> Callable[..., None]:
+    """Returns what a masked model has for its method `load_weights`."""
+
     def loading(filepath, **options):
         if options:  # of Keras's own, which this knows nothing of
             return type(model).load_weights(model, filepath, **options)

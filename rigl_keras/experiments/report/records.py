@@ -1,7 +1,8 @@
 """What is known of finished, failed and missing runs.
 
-Read from a folder of results (see `reproduction/results.py`), or from a `results.jsonl`, a
-line for each run, which holds all of it that a report needs.
+`reading.py` takes them from a folder of results (`reproduction/results.py`), or
+from a `results.jsonl`, a line for each run, which holds all that a report
+needs.
 """
 
 import dataclasses
