@@ -8,6 +8,8 @@ gradient of the whole batch. Masks change once for all replicas, by these sums.
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -41,7 +43,7 @@ class MultiWorkerMirroredStrategy(tf.distribute.MultiWorkerMirroredStrategy):
     ...     model = rigl_keras.sparsify(make_model(), density=0.1)
     """
 
-    def reduce(self, reduce_op, value, axis):
+    def reduce(self, reduce_op: str, value: Any, axis: int | None) -> Any:
         """Reduces each value of a structure over all replicas.
 
         Args:
@@ -75,7 +77,7 @@ def is_distributed(model: keras.Model) -> bool:
         return tf.distribute.has_strategy()
 
 
-def scope(model: keras.Model):
+def scope(model: keras.Model) -> AbstractContextManager:
     """Returns the scope in which variables are placed as a model's are."""
     return model.distribute_strategy.scope()
 
@@ -285,7 +287,13 @@ def _one_by_one(model) -> Iterator[int]:
         model.steps_per_execution = steps
 
 
-def check_one_device(function, model):
+def check_one_device(function: str, model: keras.Model) -> None:
+    """Raises ValueError where a model is on several devices.
+
+    Args:
+        function: What is for one device only, for the message.
+        model: The model.
+    """
     if is_distributed(model):
         raise ValueError(
             f"{function} is for training steps of one device, and the model "

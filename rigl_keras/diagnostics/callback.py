@@ -149,18 +149,18 @@ class TopologyDiagnostics(keras.callbacks.Callback):
 
     # Keras calls these.
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: dict | None = None) -> None:
         self._begun = False
         self._writer = None
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         # Not when training begins: the mask update may be set up after this
         # callback, and a checkpoint restored.
         if not self._begun:
             self._begin()
             self._begun = True
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         # Keras has waited for the device already, to show its logs.
         end = self._iterations()
         last = self._last_update(int(self._step.numpy()), end)
@@ -168,7 +168,7 @@ class TopologyDiagnostics(keras.callbacks.Callback):
             self._record(last)
         self._step.assign(end)
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         if self._method is not None:
             self._method.fetch()
         self._take_losses()
@@ -178,7 +178,7 @@ class TopologyDiagnostics(keras.callbacks.Callback):
             logs["ever_active"] = last["ever_active"]
             logs["churn"] = last["churn"]
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: dict | None = None) -> None:
         if self._writer is not None:
             self._writer.close()
             if self.draw:

@@ -218,7 +218,7 @@ def einsum_axes(equation: str) -> tuple[str, str, str]:
     return of_inputs, of_kernel, of_outputs
 
 
-def is_normalisation(layer) -> bool:
+def is_normalisation(layer: keras.layers.Layer) -> bool:
     """Returns whether a layer only normalises, and so is never masked."""
     return isinstance(layer, _NORMALISATION)
 

@@ -58,7 +58,7 @@ def named_layers(model: keras.Model) -> dict[str, keras.layers.Layer]:
     return named
 
 
-def leaf_layers(model) -> Iterator[Layer]:
+def leaf_layers(model: keras.Model) -> Iterator[Layer]:
     """Yields the layers of a model, those of models in it in their place.
 
     Args:
@@ -72,7 +72,7 @@ def leaf_layers(model) -> Iterator[Layer]:
         yield leaf
 
 
-def containers(model) -> Iterator[Layer]:
+def containers(model: keras.Model) -> Iterator[Layer]:
     """Yields a model and what `leaf_layers` opens in it, each once."""
     yield from _containers(model, set())
 
@@ -86,7 +86,8 @@ def _containers(model, seen):
                 yield from _containers(layer, seen)
 
 
-def leaf_paths(model, path=""):
+def leaf_paths(model: Layer, path: str = "") -> Iterator[tuple[str, Layer]]:
+    """Yields `leaf_layers`, each with its path as `sublayers` gives it."""
     for name, layer in sublayers(model):
         if is_opened(layer):
             yield from leaf_paths(layer, f"{path}{name}.")
@@ -94,11 +95,12 @@ def leaf_paths(model, path=""):
             yield path + name, layer
 
 
-def is_opened(layer):
+def is_opened(layer: Layer) -> bool:
+    """Returns whether the layers within a layer are looked at one by one."""
     return is_graph(layer) or holds_masked(layer)
 
 
-def holds_masked(layer):
+def holds_masked(layer: Layer) -> bool:
     """Returns whether layers within a layer, which is not, are masked."""
     return not isinstance(layer, Masked) and any(
         isinstance(inner, Masked) for inner in layer._flatten_layers()

@@ -1,6 +1,7 @@
 """The variable that holds a mask: zeros and ones, whatever it is assigned."""
 
 import warnings
+from typing import Any
 
 import keras
 import numpy as np
@@ -21,7 +22,7 @@ class MaskVariable(keras.Variable):
             where a graph assigns it.
     """
 
-    def assign(self, value):
+    def assign(self, value: Any) -> Any:
         value = tf.convert_to_tensor(value)
         if value.dtype != tf.bool:
             known = tf.get_static_value(value)
@@ -44,7 +45,7 @@ class MaskVariable(keras.Variable):
         return super().assign(value)
 
     @property
-    def value(self):
+    def value(self) -> tf.Tensor | tf.Variable:
         value = super().value
         if value is self._value:
             return value

@@ -1,6 +1,7 @@
 """What a model is made of: its layers, inputs and variables."""
 
 from collections.abc import Container, Iterator, Mapping
+from typing import Any
 
 import keras
 
@@ -16,7 +17,7 @@ __all__ = [
 ]
 
 
-def is_graph(model) -> bool:
+def is_graph(model: object) -> bool:
     """Returns whether a model is a Sequential or Functional one."""
     return isinstance(model, keras.Sequential) or (
         isinstance(model, keras.Model) and hasattr(model, "operations")
@@ -88,8 +89,16 @@ def _layers_in(value, path, owned):
             yield from _layers_in(item, f"{path}.{part}", owned)
 
 
-def within(layer, path, seen):
-    """Yields a layer and all layers within it, each once, with their paths."""
+def within(
+    layer: keras.layers.Layer, path: str, seen: set[int]
+) -> Iterator[tuple[str, keras.layers.Layer]]:
+    """Yields a layer and all layers within it, each once, with their paths.
+
+    Args:
+        layer: Any layer.
+        path: What all paths begin with.
+        seen: Ids of layers that are left out. Those that are yielded join.
+    """
     if id(layer) in seen:
         return
     seen.add(id(layer))
@@ -98,7 +107,7 @@ def within(layer, path, seen):
         yield from within(inner, f"{path}{name}.", seen)
 
 
-def step_to(owner, part: str):
+def step_to(owner: Any, part: str) -> Any:
     """Returns what one part of a path leads to from a layer or container."""
     if isinstance(owner, (list, tuple)):
         return owner[int(part)]
@@ -107,12 +116,12 @@ def step_to(owner, part: str):
     return getattr(owner, part)
 
 
-def key_of(container: dict, part: str):
+def key_of(container: dict, part: str) -> Any:
     """Returns the key that one part of a path means: `"#2"`, the third."""
     return list(container)[int(part[1:])] if part[0] == "#" else part
 
 
-def input_structure(model: keras.Model):
+def input_structure(model: keras.Model) -> Any:
     """Returns a model's symbolic inputs in the structure that it is called on.
 
     Args:
@@ -140,7 +149,7 @@ def input_structure(model: keras.Model):
     return _symbols(shapes, model.compute_dtype)
 
 
-def call_model(model: keras.Model, inputs):
+def call_model(model: keras.Model, inputs: Any) -> Any:
     """Returns a model's outputs in inference.
 
     Args:

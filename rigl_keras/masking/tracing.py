@@ -8,6 +8,7 @@ What the layer assigns is assigned at once.
 import contextlib
 import contextvars
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -103,7 +104,7 @@ def note_called(kernel: keras.Variable, name: str) -> None:
         _called.get()[id(kernel)] = name
 
 
-def zero_outside(mask: keras.Variable, tensor) -> tf.Tensor:
+def zero_outside(mask: keras.Variable, tensor: Any) -> tf.Tensor:
     """Returns a tensor with zeros where a mask has them.
 
     A product would keep a NaN or an infinity that lies there.
@@ -180,14 +181,14 @@ class KernelScope(keras.StatelessScope):
             for key, masked in self._masked.items():
                 self._made[key] = self._product(masked)
 
-    def value_outside(self, variable: keras.Variable):
+    def value_outside(self, variable: keras.Variable) -> Any:
         """Returns a variable's value outside, in its own precision."""
         outer = self.original_scope
         value = None if outer is None else outer.get_current_value(variable)
         # `variable.value` would be in the precision of the call.
         return variable._value if value is None else value
 
-    def get_current_value(self, variable):
+    def get_current_value(self, variable: keras.Variable) -> Any:
         key = id(variable)
         if key in self._given:
             return self._given[key]
@@ -197,7 +198,7 @@ class KernelScope(keras.StatelessScope):
             return self._product(self._masked[key])
         return self.value_outside(variable)
 
-    def add_update(self, update):
+    def add_update(self, update: tuple[keras.Variable, Any]) -> None:
         variable, value = update
         key = id(variable)
         if key in self._masked:
