@@ -100,7 +100,7 @@ def untimed_kernels():
     """`kernels="auto"` is dense, and nothing is built, loaded or timed."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layer_products, "chosen", _never_timed)
-        # Batch norm and dropout are Keras's; test_between.py has the others.
+        # Batch norm and dropout are Keras's; test_fast_calls.py has the others.
         patch.setattr(fast_calls, "_LEAST_NUMBERS", float("inf"))
         yield
 

@@ -727,10 +727,10 @@ def test_killed_between_the_last_steps(tmp_path):
     target.mkdir()
     (target / "old").write_text("")
     code = (
-        "import os, sys, pathlib; from rigl_keras import writing\n"
+        "import os, sys, pathlib; from rigl_keras import _files\n"
         "pathlib.Path.rename = lambda path, to: (os.rename(path, to),\n"
         "    os.kill(os.getpid(), 9))\n"
-        "with writing.set_aside(pathlib.Path(sys.argv[1]), replace=True):\n"
+        "with _files.set_aside(pathlib.Path(sys.argv[1]), replace=True):\n"
         "    pass"
     )
     done = subprocess.run([sys.executable, "-c", code, target])
@@ -830,8 +830,8 @@ def test_where_nothing_can_be_written(tmp_path):
 def test_what_a_killed_export_has_left_goes(tmp_path):
     model = rigl_keras.sparsify(small_model(), 0.2)
     code = (
-        "import os, sys, pathlib; from rigl_keras import writing\n"
-        "with writing.set_aside(pathlib.Path(sys.argv[1])) as folder:\n"
+        "import os, sys, pathlib; from rigl_keras import _files\n"
+        "with _files.set_aside(pathlib.Path(sys.argv[1])) as folder:\n"
         "    (folder / 'half').write_text('written')\n"
         "    os.kill(os.getpid(), 9)"
     )
@@ -847,12 +847,14 @@ FILL = """
 import json, pathlib, sys
 import rigl_keras
 from conftest import small_model
+from rigl_keras.exporting.formats import FORMATS
+from rigl_keras.kernels import layer_products
 model = rigl_keras.sparsify(small_model(), 0.2)
 disk, ends = pathlib.Path(sys.argv[1]), {}
 # Its layers are too small to be faster.
 sparse = rigl_keras.kernels.Choice(True, "test")
-rigl_keras.products.chosen = lambda *_, **options: sparse
-for format in rigl_keras.artefacts.FORMATS:
+layer_products.chosen = lambda *_, **options: sparse
+for format in FORMATS:
     if format == "sparse_saved_model" and rigl_keras.kernels.load() is None:
         continue
     try:

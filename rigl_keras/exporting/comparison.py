@@ -9,6 +9,7 @@ __all__ = [
     "TOLERANCES",
     "advice",
     "comparison_inputs",
+    "difference",
     "usual_tolerance",
     "write_and_compare",
 ]
@@ -72,31 +73,31 @@ def write_and_compare(write, concessions, examples, wanted, tolerance):
             load = write(**concession)
             # Loaded anew, states begin where those of the model are.
             # Not Python's max, which may pass over a NaN.
-            difference = float(
+            largest = float(
                 np.max(
                     [
-                        _difference(load()(arrays), outputs)
+                        difference(load()(arrays), outputs)
                         for arrays, outputs in zip(
                             examples, wanted, strict=True
                         )
                     ]
                 )
             )
-            if not difference <= tolerance:
+            if not largest <= tolerance:
                 raise DisagreesError(
                     "the artefact, loaded back, disagrees with the model: its "
-                    f"outputs differ by {difference:.1e} of their spread, "
+                    f"outputs differ by {largest:.1e} of their spread, "
                     f"more than {tolerance:.0e}."
                 )
         except ValueError as error:
             failures.append(error)
         else:
             notes = [f"{said}: otherwise {failures[0]}"] if failures else []
-            return difference, notes
+            return largest, notes
     raise failures[0]
 
 
-def _difference(got, wanted):
+def difference(got, wanted):
     """Returns how far outputs are from others, in units of `_spread`."""
     differences = []
     for name, want in wanted.items():
@@ -106,8 +107,8 @@ def _difference(got, wanted):
             differences.append(0.0 if (got[name] == want).all() else math.inf)
         elif want.size:
             want = want.astype(np.float64)
-            difference = np.abs(got[name].astype(np.float64) - want)
-            differences.append(float(np.max(difference) / _spread(want)))
+            apart = np.abs(got[name].astype(np.float64) - want)
+            differences.append(float(np.max(apart) / _spread(want)))
     # Not Python's max, which may pass over a NaN.
     return float(np.max(differences, initial=0.0))
 

@@ -9,7 +9,7 @@ from keras import layers
 
 import rigl_keras
 from rigl_keras import kernels
-from rigl_keras.kernels import fast_calls
+from rigl_keras.kernels import fast_calls, operations
 
 pytestmark = pytest.mark.skipif(
     kernels.load() is None, reason=f"no op library: {kernels.unavailable()}"
@@ -25,9 +25,9 @@ def of_any_size(monkeypatch):
 def test_what_is_small_is_left_to_keras(monkeypatch):
     monkeypatch.setattr(fast_calls, "_LEAST_NUMBERS", 1 << 17)
     called = []
-    batch_norm = kernels.batch_norm
+    batch_norm = operations.batch_norm
     monkeypatch.setattr(
-        kernels,
+        operations,
         "batch_norm",
         lambda x, *rest, **how: (
             called.append(x.shape) or batch_norm(x, *rest, **how)
@@ -128,8 +128,8 @@ def test_a_layer_drops_what_that_of_keras_drops():
     ids=["axis", "renorm", "frozen", "half", "none", "noise", "dense"],
 )
 def test_what_is_left_to_keras(monkeypatch, layer, shape):
-    monkeypatch.setattr(kernels, "batch_norm", None)  # not to be called
-    monkeypatch.setattr(kernels, "dropout", None)
+    monkeypatch.setattr(operations, "batch_norm", None)  # not to be called
+    monkeypatch.setattr(operations, "dropout", None)
     layer.build(shape)
     call = layer.call
     fast_calls.use_fast_calls(layer)
