@@ -36,11 +36,12 @@ import tensorflow as tf
 
 from rigl_keras import _files
 from rigl_keras.kernels.toolchain import (
-    NAME,
-    SOURCES,
+    LIBRARY_NAME,
     BuildError,
+    compile_commands,
     find_compiler,
     first_error,
+    link_command,
     planned_build,
     run_compiler,
 )
@@ -107,7 +108,7 @@ def path() -> Path:
             for place in places
             if _writable(place) and not _refused(place, plan)
         ]
-        found = [*usable, *places][0] / plan.version / NAME
+        found = [*usable, *places][0] / plan.version / LIBRARY_NAME
     return found
 
 
@@ -133,7 +134,7 @@ def build(*, force: bool = False) -> Path:
     failures = []
     for place, private in _places():
         folder = place / plan.version
-        library = folder / NAME
+        library = folder / LIBRARY_NAME
         try:
             refused = _refused(place, plan)
             if not refused:
@@ -317,7 +318,7 @@ def _writable(folder):
 def _existing(plan):
     """Returns the path of what has been built, or None."""
     for place, _ in _places():
-        library = place / plan.version / NAME
+        library = place / plan.version / LIBRARY_NAME
         # In this order: what is in another's folder is not looked at.
         with contextlib.suppress(OSError):
             if (
@@ -338,17 +339,14 @@ def _build(plan, folder):
     # Builds that were killed; nobody else is at work.
     for abandoned in folder.glob(".building-*"):
         shutil.rmtree(abandoned, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=".building-", dir=folder) as work:
-        compiles = [
-            [*compiler, *flags, "-c", str(SOURCES / source), "-o", made]
-            for made, (source, *flags) in plan.objects.items()
-        ]
-        link = [*compiler, *plan.objects, *plan.link, "-o", NAME]
-        run = functools.partial(run_compiler, work=work)
+    with tempfile.TemporaryDirectory(
+        prefix=".building-", dir=folder
+    ) as scratch:
+        run = functools.partial(run_compiler, folder=scratch)
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-            done = list(pool.map(run, compiles))
+            done = list(pool.map(run, compile_commands(plan, compiler)))
         if not any(step.returncode for step in done):
-            done.append(run(link))
+            done.append(run(link_command(plan, compiler)))
         log = folder / "build.log"
         text = "\n".join(f"$ {shlex.join(s.args)}\n{s.stdout}" for s in done)
         log.write_text(text, encoding="utf-8", errors="replace")
@@ -358,10 +356,10 @@ def _build(plan, folder):
                     f"the build failed: {first_error(step)} (all of it is in "
                     f"{str(log)!r}). Set CXX to a newer compiler, perhaps"
                 )
-        built = Path(work, NAME)
+        built = Path(scratch, LIBRARY_NAME)
         # Whatever the umask is: what everybody can write is not loaded.
         built.chmod(0o755)
-        _files.put(built, folder / NAME)
+        _files.put(built, folder / LIBRARY_NAME)
 
 
 def _registered(plan):

@@ -16,17 +16,20 @@ import tensorflow as tf
 __all__ = [
     "Build",
     "BuildError",
-    "NAME",
-    "SOURCES",
-    "compiler_flags",
+    "LIBRARY_NAME",
+    "compile_commands",
     "find_compiler",
     "first_error",
+    "link_command",
     "planned_build",
     "run_compiler",
 ]
 
-SOURCES = Path(__file__).with_name("csrc")
-NAME = "rigl_keras_kernels.so"
+LIBRARY_NAME = "rigl_keras_kernels.so"
+_SOURCES = Path(__file__).with_name("csrc")
+# TensorFlow's operations, and the loops that they run, which are compiled for
+# each instruction set.
+_OPERATIONS = ("convolution_ops.cc", "row_ops.cc")
 _PER_INSTRUCTION_SET = ("lanes.cc", "rows.cc")
 _COMPILERS = ("g++", "c++", "clang++")
 _SANITIZERS = ("address", "thread")
@@ -57,14 +60,15 @@ class BuildError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Build:
-    """What is built.
+    """What is compiled, and how.
 
     Attributes:
-        objects: `{file name: [source, flag, ...]}`.
-        link: Flags that make a library of the objects.
-        version: Name of a folder in the cache: it changes with all of these,
-            the sources and TensorFlow.
-        sources: What changes with the sources alone; the operations tell it.
+        objects: `{object file: [source, flag, ...]}`.
+        link: Flags that link the objects to a library.
+        version: Name of a folder in the cache. It changes with the objects,
+            the flags, the sources and TensorFlow.
+        sources: Digest of the sources. The library has an operation that
+            returns it.
     """
 
     objects: dict[str, list[str]]
@@ -73,23 +77,29 @@ class Build:
     sources: str
 
 
-def planned_build():
-    """Returns the `_Plan` for this machine, from the environment."""
+def planned_build() -> Build:
+    """Returns the build for this machine, as the environment asks for it.
+
+    Raises:
+        BuildError: There is none: of this platform, because it is switched
+            off, or because a source is missing.
+    """
     sanitizer = _sanitizer()
     if sys.platform not in ("linux", "darwin"):
         raise BuildError(
             f"they are built on Linux and macOS, and this is {sys.platform!r}"
         )
-    told = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, source in _sources().items():
-        told.update(f"{name} {len(source)} ".encode() + source)
-    sources = told.hexdigest()[:12]
-    objects, link = compiler_flags(sanitizer)
-    objects["ops.o"].append(f'-DRIGL_SOURCES="{sources}"')
+        digest.update(f"{name} {len(source)} ".encode() + source)
+    sources = digest.hexdigest()[:12]
+    objects, link = _compiler_flags(sanitizer)
+    # For the operation that tells it.
+    objects["convolution_ops.o"].append(f'-DRIGL_SOURCES="{sources}"')
     # Not the compiler: what it has built serves machines that have none.
-    told.update(repr((objects, link)).encode())
+    digest.update(repr((objects, link)).encode())
     parts = [tf.__version__, platform.system(), platform.machine(), sanitizer]
-    parts.append(told.hexdigest()[:12])
+    parts.append(digest.hexdigest()[:12])
     version = "-".join(part for part in parts if part)
     return Build(objects, link, version, sources)
 
@@ -107,8 +117,12 @@ def _sanitizer():
     return "" if asked == "on" else asked
 
 
-def find_compiler():
-    """Returns the command of the compiler, and what it says that it is."""
+def find_compiler() -> tuple[list[str], str]:
+    """Returns the compiler's command, and the first line of its `--version`.
+
+    Raises:
+        BuildError: There is no compiler, or it cannot be run.
+    """
     asked = os.environ.get("CXX", "").strip()
     try:
         words = [asked] if shutil.which(asked) else shlex.split(asked)
@@ -150,19 +164,19 @@ def find_compiler():
 
 def _sources():
     """Returns `{name: bytes}` of the sources."""
-    paths = [*SOURCES.glob("*.cc"), *SOURCES.glob("*.h")]
+    paths = [*_SOURCES.glob("*.cc"), *_SOURCES.glob("*.h")]
     sources = {path.name: path.read_bytes() for path in sorted(paths)}
-    for name in ("ops.cc", *_PER_INSTRUCTION_SET):
+    for name in (*_OPERATIONS, *_PER_INSTRUCTION_SET):
         if name not in sources:
             raise BuildError(
-                f"the source {str(SOURCES / name)!r} is missing. Install "
-                "rigl_keras anew"
+                f"the source {str(_SOURCES / name)!r} is missing. Reinstall "
+                "rigl_keras"
             )
     return sources
 
 
-def compiler_flags(sanitizer):
-    """Returns `{object: [source, flag, ...]}`, and how these are linked."""
+def _compiler_flags(sanitizer):
+    """Returns the `objects` and `link` of a `Build`."""
     common = ["-std=c++17", "-O3", "-fPIC", "-DNDEBUG", "-Wall"]
     # Of TensorFlow's own macros and names.
     common.append("-Wno-deprecated-declarations")
@@ -180,7 +194,10 @@ def compiler_flags(sanitizer):
     tensorflow = [
         re.sub("^-I", "-isystem", f) for f in tf.sysconfig.get_compile_flags()
     ]
-    objects = {"ops.o": ["ops.cc", *tensorflow, *common]}
+    objects = {
+        f"{Path(source).stem}.o": [source, *tensorflow, *common]
+        for source in _OPERATIONS
+    }
     for name in names:
         flags = [*common, f"-DRIGL_ISA={name}", *_INSTRUCTION_SETS[name]]
         for source in _PER_INSTRUCTION_SET:
@@ -190,20 +207,50 @@ def compiler_flags(sanitizer):
         # As TensorFlow's own documentation has it; untested, for want of one.
         link += ["-undefined", "dynamic_lookup"]
     elif not sanitizer:  # whose functions come with the process
-        # What is missing is told here, and not where it is loaded.
+        # What is missing fails the build, and not the load.
         link.append("-Wl,--no-undefined")
     return objects, link
 
 
-def run_compiler(command, work=None):
-    """Runs a compiler; what it prints is in `stdout`."""
+def compile_commands(build: Build, compiler: list[str]) -> list[list[str]]:
+    """Returns one command for each object of a build.
+
+    Args:
+        build: The build.
+        compiler: Command of the compiler.
+    """
+    return [
+        [*compiler, *flags, "-c", str(_SOURCES / source), "-o", made]
+        for made, (source, *flags) in build.objects.items()
+    ]
+
+
+def link_command(build: Build, compiler: list[str]) -> list[str]:
+    """Returns the command that links the objects of a build to a library.
+
+    Args:
+        build: The build.
+        compiler: Command of the compiler.
+    """
+    return [*compiler, *build.objects, *build.link, "-o", LIBRARY_NAME]
+
+
+def run_compiler(
+    command: list[str], folder: str | os.PathLike | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Runs a compiler. What it prints, errors too, is in `stdout`.
+
+    Args:
+        command: Its command line.
+        folder: Where it runs. None: in the current folder.
+    """
     environment = {**os.environ, "LC_ALL": "C"}  # `_ERROR` knows English
     # The runtime of a sanitizer is for this process: it would speak up in
     # the name of the compiler, which is part of the version.
     environment.pop("LD_PRELOAD", None)
     return subprocess.run(
         command,
-        cwd=work,
+        cwd=folder,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -213,8 +260,12 @@ def run_compiler(command, work=None):
     )
 
 
-def first_error(done):
-    """Returns the line that tells what went wrong."""
+def first_error(done: subprocess.CompletedProcess[str]) -> str:
+    """Returns the first line of a compiler's output that is an error.
+
+    Args:
+        done: What `run_compiler` returned.
+    """
     lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
     lines.append(f"{done.args[0]} ended with status {done.returncode}")
     return next((line for line in lines if _ERROR.search(line)), lines[0])

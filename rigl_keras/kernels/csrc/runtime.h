@@ -1,0 +1,200 @@
+// What the operations share: the processor's instruction set, memory, threads,
+// and how TensorFlow calls them.
+#ifndef RIGL_KERAS_RUNTIME_H_
+#define RIGL_KERAS_RUNTIME_H_
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <functional>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "lanes.h"
+#include "rows.h"
+#include "tensorflow/core/framework/op.h"
+#include "tensorflow/core/framework/op_kernel.h"
+#include "tensorflow/core/lib/core/threadpool.h"
+
+namespace rigl_keras {
+
+#ifdef __SANITIZE_THREAD__
+// One for all operations: each may read what another has written.
+inline std::atomic<int64_t> sanitizer_order{0};
+#endif
+
+// The rest is separate in each source, and in each copy of the library that a
+// process loads (an exported model brings one): no variable is shared.
+namespace {
+
+using tensorflow::OpKernel;
+using tensorflow::OpKernelConstruction;
+using tensorflow::OpKernelContext;
+using tensorflow::Tensor;
+using tensorflow::TensorShape;
+using tensorflow::errors::InvalidArgument;
+using tensorflow::errors::ResourceExhausted;
+
+// Whether this is the first copy of the library in the process. A source asks
+// for one of its own operations, before it registers any: of two kernels for an
+// operation TensorFlow would take neither.
+inline bool FirstCopyOf(const char* operation) {
+  return tensorflow::OpRegistry::Global()->LookUp(operation) == nullptr;
+}
+
+// The instruction set of this machine's processor. RIGL_KERAS_ISA names
+// another one that it has, for tests.
+inline const RiglLanes& BestLanes() {
+  static const RiglLanes* const best = [] {
+    std::vector<const RiglLanes*> have;
+#ifdef RIGL_X86
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") &&
+        __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq"))
+      have.push_back(&rigl_lanes_avx512);
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+      have.push_back(&rigl_lanes_avx2);
+#endif
+    have.push_back(&rigl_lanes_portable);
+    if (const char* wanted = std::getenv("RIGL_KERAS_ISA"))
+      for (const RiglLanes* lanes : have)
+        if (!std::strcmp(lanes->name, wanted)) return lanes;
+    return have.front();
+  }();
+  return *best;
+}
+
+inline const RiglRows& BestRows() {
+  static const RiglRows* const best = []() -> const RiglRows* {
+    const std::string name = BestLanes().name;
+#ifdef RIGL_X86
+    if (name == rigl_rows_avx512.name) return &rigl_rows_avx512;
+    if (name == rigl_rows_avx2.name) return &rigl_rows_avx2;
+#endif
+    return &rigl_rows_portable;
+  }();
+  return *best;
+}
+
+// Memory of one thread. What is small is kept for the thread's next use.
+class Scratch {
+ public:
+  explicit Scratch(int64_t floats) {
+    thread_local struct Kept {
+      float* begin = nullptr;
+      int64_t floats = 0;
+      ~Kept() { std::free(begin); }
+    } kept;
+    if (floats > kMostKept) {
+      data = own_ = Allocated(floats);
+      return;
+    }
+    if (kept.floats < floats) {
+      std::free(kept.begin);
+      kept.begin = Allocated(floats);
+      kept.floats = kept.begin ? floats : 0;
+    }
+    data = kept.begin;
+  }
+  ~Scratch() { std::free(own_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  float* data;  // aligned to 64 bytes; null: there is no memory left
+
+ private:
+  static constexpr int64_t kMostKept = 1 << 21;  // 8 MB
+
+  static float* Allocated(int64_t floats) {
+    const size_t bytes =
+        std::max<size_t>(1, (floats * sizeof(float) + 63) / 64) * 64;
+    return static_cast<float*>(std::aligned_alloc(64, bytes));
+  }
+
+  float* own_ = nullptr;
+};
+
+// The numbers of a tensor, wherever they begin: TensorFlow's own `flat` ends
+// the process where that is no multiple of 64.
+template <typename T = float>
+const T* Read(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.data());
+}
+template <typename T = float>
+T* Write(Tensor* tensor) {
+  return static_cast<T*>(tensor->data());
+}
+
+inline int Threads(OpKernelContext* context) {
+  return context->device()->tensorflow_cpu_worker_threads()->num_threads;
+}
+
+// Tells the thread sanitizer, which sees nothing of what TensorFlow does, that
+// what came before came before.
+inline void InOrder() {
+#ifdef __SANITIZE_THREAD__
+  sanitizer_order.fetch_add(1, std::memory_order_acq_rel);
+#endif
+}
+
+// Calls a function for each of [0, count), on TensorFlow's own threads.
+inline void ForEach(OpKernelContext* context, int64_t count,
+                    const std::function<void(int64_t)>& run) {
+  // Made here, and not in the call below: before what is told to be before.
+  const std::function<void(int64_t, int64_t)> run_all = [&run](int64_t begin,
+                                                               int64_t end) {
+    InOrder();
+    for (int64_t i = begin; i < end; ++i) run(i);
+    InOrder();
+  };
+  if (count == 1) return run_all(0, 1);
+  InOrder();
+  context->device()->tensorflow_cpu_worker_threads()->workers->ParallelFor(
+      count,
+      tensorflow::thread::ThreadPool::SchedulingParams(
+          tensorflow::thread::ThreadPool::SchedulingStrategy::kFixedBlockSize,
+          std::nullopt, 1),
+      run_all);
+  InOrder();
+}
+
+// What TensorFlow calls: it fails where there is no memory, and the process
+// goes on. It is destroyed after all calls.
+template <class Kernel>
+class Guarded final : public Kernel {
+ public:
+  explicit Guarded(OpKernelConstruction* context) : Kernel(context) {}
+  ~Guarded() override { InOrder(); }
+
+  void Compute(OpKernelContext* context) override {
+    try {
+      context->SetStatus(Kernel::Run(context));
+    } catch (const std::exception& error) {  // of vectors
+      context->SetStatus(ResourceExhausted(
+          "there is not enough memory (", error.what(), ")"));
+    }
+    InOrder();
+  }
+};
+
+template <class Kernel>
+void Register(const char* name) {
+  tensorflow::kernel_factory::OpKernelRegistrar(
+      tensorflow::register_kernel::Name(name)
+          .Device(tensorflow::DEVICE_CPU)
+          .Build(),
+      name, [](OpKernelConstruction* context) -> OpKernel* {
+        return new Guarded<Kernel>(context);
+      });
+}
+
+}  // namespace
+}  // namespace rigl_keras
+
+#endif  // RIGL_KERAS_RUNTIME_H_
