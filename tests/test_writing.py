@@ -263,7 +263,7 @@ def test_a_full_disk_at_the_end_of_what_is_printed(capsys, monkeypatch):
 def test_every_command_ends_so():
     """All that `app.run` is given is `one_line`'s."""
     commands = 0
-    for path in (PACKAGE / "experiments").glob("*.py"):
+    for path in (PACKAGE / "experiments").rglob("*.py"):
         text = path.read_text()
         calls = [
             node

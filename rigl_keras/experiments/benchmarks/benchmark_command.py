@@ -6,9 +6,9 @@
     bin/benchmark --part=update    the mask update alone
     bin/benchmark kernels          what it saves, too: layer by layer,
     bin/benchmark train            in training and
-    bin/benchmark inference        at inference (`benchmark_kernels`)
+    bin/benchmark inference        at inference (`kernel_command`)
     bin/benchmark plans            and what it keeps in memory for that, by
-                                   sizes of images (`benchmark_plans`)
+                                   sizes of images (`plan_memory`)
 
 Both sides of a comparison alternate in one process, so that whatever else
 the machine does falls on both; medians of their times are compared.
