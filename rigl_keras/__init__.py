@@ -9,6 +9,7 @@
 
 import os
 import sys
+from typing import TYPE_CHECKING
 
 # tfmot, whose schedules MagnitudePruning takes, sets the variable for itself.
 _SET_BY_HAND = "tensorflow_model_optimization" not in sys.modules
@@ -34,55 +35,85 @@ def _refuse_backend(backend):
 if os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow":
     _refuse_backend(os.environ["KERAS_BACKEND"])
 
-import keras  # noqa: E402
 
-if keras.config.backend() != "tensorflow":
-    _refuse_backend(keras.config.backend())
+def _why_without_keras():
+    """Returns why there is no Keras on TensorFlow here, or None.
 
-from rigl_keras import (  # noqa: E402
-    compaction,
-    conventions,
-    diagnostics,
-    distributions,
-    flops,
-    initial_values,
-    kernels,
-    models,
-    redistribution,
-    schedules,
-    scores,
-    topology,
-)
-from rigl_keras.compaction import (  # noqa: E402
-    fold_batch_norm,
-    remove_dead_units,
-)
-from rigl_keras.conventions import ORIGINAL, REPORT, Conventions  # noqa: E402
-from rigl_keras.diagnostics import TopologyDiagnostics  # noqa: E402
-from rigl_keras.exporting.export import export  # noqa: E402
-from rigl_keras.exporting.export_report import (  # noqa: E402
-    ExportReport,
-    check_export,
-)
-from rigl_keras.flops import count, training_flops  # noqa: E402
-from rigl_keras.masking.leaves import named_layers  # noqa: E402
-from rigl_keras.masking.masked import Masked  # noqa: E402
-from rigl_keras.masking.masked_layers import (  # noqa: E402
-    choose_kernels,
-    masked_layers,
-)
-from rigl_keras.masking.selection import named_kernels  # noqa: E402
-from rigl_keras.masking.sparsify import sparsify, with_masks  # noqa: E402
-from rigl_keras.masking.stripping import strip  # noqa: E402
-from rigl_keras.masking.tracing import dense_gradients  # noqa: E402
-from rigl_keras.masking.weight_files import load_weights  # noqa: E402
-from rigl_keras.methods import one_shot  # noqa: E402
-from rigl_keras.methods.mask_update import MaskUpdate  # noqa: E402
-from rigl_keras.methods.pruning import MagnitudePruning  # noqa: E402
-from rigl_keras.methods.rigl import SET, SNFS, RigL  # noqa: E402
-from rigl_keras.schedules import SparsityRamp  # noqa: E402
-from rigl_keras.training import optimizer_state  # noqa: E402
-from rigl_keras.training.step_update import StepUpdate  # noqa: E402
+    bin/report makes its page without, and does not wait for TensorFlow.
+    """
+    if os.environ.get("RIGL_KERAS_WITHOUT_TENSORFLOW"):
+        return "which RIGL_KERAS_WITHOUT_TENSORFLOW rules out: unset it"
+    try:
+        import tensorflow  # noqa: F401, I001 (Keras starts before it fails)
+        import keras
+    except ImportError as error:
+        return (
+            f"which cannot be imported ({error}): pip install tensorflow keras"
+        )
+    if keras.config.backend() != "tensorflow":
+        _refuse_backend(keras.config.backend())
+    return None
+
+
+_WITHOUT_KERAS = _why_without_keras()
+
+if TYPE_CHECKING or _WITHOUT_KERAS is None:
+    from rigl_keras import (
+        compaction,
+        conventions,
+        diagnostics,
+        distributions,
+        flops,
+        initial_values,
+        kernels,
+        models,
+        redistribution,
+        schedules,
+        scores,
+        topology,
+    )
+    from rigl_keras.compaction import (
+        fold_batch_norm,
+        remove_dead_units,
+    )
+    from rigl_keras.conventions import ORIGINAL, REPORT, Conventions
+    from rigl_keras.diagnostics import TopologyDiagnostics
+    from rigl_keras.exporting.export import export
+    from rigl_keras.exporting.export_report import (
+        ExportReport,
+        check_export,
+    )
+    from rigl_keras.flops import count, training_flops
+    from rigl_keras.masking.leaves import named_layers
+    from rigl_keras.masking.masked import Masked
+    from rigl_keras.masking.masked_layers import (
+        choose_kernels,
+        masked_layers,
+    )
+    from rigl_keras.masking.selection import named_kernels
+    from rigl_keras.masking.sparsify import sparsify, with_masks
+    from rigl_keras.masking.stripping import strip
+    from rigl_keras.masking.tracing import dense_gradients
+    from rigl_keras.masking.weight_files import load_weights
+    from rigl_keras.methods import one_shot
+    from rigl_keras.methods.mask_update import MaskUpdate
+    from rigl_keras.methods.pruning import MagnitudePruning
+    from rigl_keras.methods.rigl import SET, SNFS, RigL
+    from rigl_keras.schedules import SparsityRamp
+    from rigl_keras.training import optimizer_state
+    from rigl_keras.training.step_update import StepUpdate
+else:
+
+    def __getattr__(name):
+        # What the page of bin/report needs is imported as ever, and all is
+        # after a reload, with Keras.
+        there = _WITHOUT_KERAS is None or name == "experiments"
+        if there or name.startswith("_"):
+            raise AttributeError(f"module {__name__!r} has no {name!r}")
+        raise ImportError(
+            f"rigl_keras.{name} needs TensorFlow and Keras 3, {_WITHOUT_KERAS}."
+        )
+
 
 __version__ = "0.1.0"
 

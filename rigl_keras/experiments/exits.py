@@ -5,8 +5,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-import tensorflow as tf
-
 from rigl_keras._files import disk_is_full
 
 __all__ = ["one_line"]
@@ -34,7 +32,7 @@ def one_line(
         try:
             run(argv)
             sys.stdout.flush()  # which a full disk may be at the end of
-        except (OSError, RuntimeError, tf.errors.OpError) as error:
+        except Exception as error:  # TensorFlow and HDF5 have their own
             line = _line(error)
             if line is None or traceback():
                 raise

@@ -10,6 +10,7 @@ made without the folder of results.
 """
 
 import csv
+import importlib
 import io
 import os
 import sys
@@ -30,9 +31,22 @@ __all__ = ["main", "planned_flops", "write"]
 
 
 def planned_flops(preset):
-    """Returns what computes the FLOPs of runs that are not finished."""
-    # All else is done without TensorFlow.
-    from rigl_keras.experiments.reproduction import costs, plans
+    """Returns what computes the FLOPs of runs that are not finished.
+
+    Raises:
+        ValueError: What it needs is not installed.
+    """
+    # All else is done without TensorFlow, for which bin/report doesn't wait.
+    if os.environ.pop("RIGL_KERAS_WITHOUT_TENSORFLOW", None):
+        importlib.reload(sys.modules["rigl_keras"])
+    try:
+        from rigl_keras.experiments.reproduction import costs, plans
+    except ImportError as error:
+        raise ValueError(
+            "--planned counts the FLOPs of networks, and something that it "
+            f"needs is missing ({error}): pip install tensorflow keras "
+            "gin-config, or leave it out."
+        ) from error
 
     def one(run):
         run.configure()

@@ -1,8 +1,7 @@
 """What is known of finished, failed and missing runs.
 
-`reading.py` takes them from a folder of results (`reproduction/results.py`), or
-from a `results.jsonl`, a line for each run, which holds all that a report
-needs.
+Read from a folder of results (see `reproduction/results.py`), or from a
+`results.jsonl`, a line for each run, which holds all of it that a report needs.
 """
 
 import dataclasses

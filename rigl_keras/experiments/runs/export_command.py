@@ -36,8 +36,8 @@ class Exports:
     """What is exported of a trained model, and how.
 
     Attributes:
-        formats: Any of `exporting.formats.FORMATS`; each is written to a folder of
-            its name. None: nothing is.
+        formats: Any of `exporting.formats.FORMATS`; each is written to a
+            folder of its name. None: nothing is.
         fold_batch_norm, remove_dead_units: As in `rigl_keras.export`.
         quantization: As there; of the format `"tflite"` alone.
         measure: As there.
