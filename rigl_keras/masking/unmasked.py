@@ -1,0 +1,94 @@
+"""Why a layer, or a weight of it, has no mask."""
+
+from collections.abc import Container, Iterable, Mapping
+
+import keras
+
+from rigl_keras.masking.layer_kernels import find_kernels, is_normalisation
+
+__all__ = ["left_dense", "listed", "matrices", "why_adapted", "why_dense"]
+
+
+def why_dense(layer: keras.layers.Layer) -> str:
+    """Returns why a layer that has weights has no mask."""
+    if is_normalisation(layer):
+        return "normalisation, never masked"
+    if find_kernels(layer):
+        return (
+            "left dense: the first layer under 'uniform', or not selected by "
+            "`layers`"
+        )
+    kind = type(layer).__name__
+    adapted = why_adapted(layer)
+    if adapted is not None:
+        return adapted
+    if isinstance(layer, keras.layers.Embedding):
+        why = "an Embedding is masked only if `layers` names it"
+        left = left_dense(layer, ())
+        if left:
+            names = ["embeddings", *left]
+            why += f"; {listed(left)} only if kernels={{{kind}: {names}}} does"
+        return why
+    return (
+        f"{kind} has no kernel that can be masked; where it has one of another "
+        f"name, pass kernels={{{kind}: name}}"
+    )
+
+
+def why_adapted(layer: keras.layers.Layer) -> str | None:
+    """Returns why a layer that LoRA or quantization has changed is dense."""
+    for inner in layer._flatten_layers():
+        where = "" if inner is layer else f" of its {inner.name!r}"
+        if getattr(inner, "lora_enabled", False):
+            return (
+                f"LoRA{where} computes its kernel from several weights; save "
+                "the model, which merges them, and load it to mask it"
+            )
+        if getattr(inner, "quantization_mode", None) is not None:
+            return (
+                f"the kernel{where} is quantized ({inner.quantization_mode}); "
+                "mask the model first, and quantize what strip returns"
+            )
+    return None
+
+
+def left_dense(
+    layer: keras.layers.Layer, masked: Container[int]
+) -> dict[str, keras.Variable]:
+    """Returns `{name: variable}` of matrices of a layer that are not masked.
+
+    Args:
+        layer: A layer, not a `Masked` one.
+        masked: Ids of the kernels that are.
+
+    Returns:
+        Its trained weights of two axes or more, those of layers within it
+        included, but for biases, normalisation and embedding tables.
+    """
+    left = {}
+    for inner in layer._flatten_layers():
+        if is_normalisation(inner):
+            continue
+        table = isinstance(inner, keras.layers.Embedding)
+        for name, variable in matrices(inner._trainable_variables).items():
+            if id(variable) in masked or (table and name == "embeddings"):
+                continue
+            left[name if inner is layer else f"{inner.name}/{name}"] = variable
+    return left
+
+
+def matrices(variables: Iterable[keras.Variable]) -> dict[str, keras.Variable]:
+    """Returns variables of two axes or more that are no bias, by name."""
+    return {
+        variable.name: variable
+        for variable in variables
+        if len(variable.shape) > 1 and not variable.name.endswith("bias")
+    }
+
+
+def listed(variables: Mapping[str, keras.Variable]) -> str:
+    """Returns names and shapes of variables, as text."""
+    return ", ".join(
+        f"{name} ({'x'.join(map(str, variable.shape))})"
+        for name, variable in variables.items()
+    )
