@@ -420,7 +420,9 @@ def test_nonsense_on_the_command_line(arguments, says, monkeypatch, capsys):
             f"DEFINE_{name}",
             lambda *rest, define=define: define(*rest, flag_values=values),
         )
-    monkeypatch.setattr(app, "run", lambda run: run(values(["", *arguments])))
+    monkeypatch.setattr(
+        app, "run", lambda run, argv: run(values(["", *arguments]))
+    )
     with pytest.raises(SystemExit) as exit:
         tune.main()
     assert exit.value.code == 2

@@ -261,21 +261,66 @@ def test_a_full_disk_at_the_end_of_what_is_printed(capsys, monkeypatch):
 
 
 def test_every_command_ends_so():
-    """All that `app.run` is given is `one_line`'s."""
-    commands = 0
+    """`exits` alone has absl run a command, and all are run by it."""
+    commands = []
     for path in (PACKAGE / "experiments").rglob("*.py"):
-        text = path.read_text()
-        calls = [
-            node
-            for node in ast.walk(ast.parse(text))
-            if isinstance(node, ast.Call)
-            and ast.unparse(node.func) == "app.run"
-        ]
-        for call in calls:
-            given = ast.unparse(call.args[0])
-            assert given.startswith("exits.one_line(") or given == "run_part"
-        commands += bool(calls)
-    assert commands >= 7
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
+            assert called != "app.run" or path.stem == "exits", path
+            assert called != "exits.one_line", path
+            if called == "exits.run_command":
+                commands.append(ast.unparse(node.args[0]))
+    assert sorted(commands) == [
+        "'benchmark'",
+        "'benchmark_inference'",
+        "'export'",
+        "'report'",
+        "'reproduce'",
+        "'train'",
+        "'tune'",
+        "f'benchmark {part}'",
+    ]
+
+
+class OfData(RuntimeError):
+    pass
+
+
+@pytest.mark.parametrize(
+    "error, status, says",
+    [
+        (ValueError("one\ntwo"), 2, "tune: one\ntwo\n"),
+        (ValueError("a \x1b[31m"), 2, "tune: a \\x1b[31m\n"),
+        (ValueError(), 2, "tune: ValueError\n"),
+        (OfData("no network"), 2, "tune: no network\n"),
+        (exits.FailedError("no kernels"), 1, "tune: no kernels\n"),
+        (KeyboardInterrupt(), 130, "\ntune: goes on\n"),
+        (
+            ValueError("wrong\n  In call to configurable 'x'\nby far"),
+            2,
+            "tune: wrong\nby far\n",
+        ),
+    ],
+)
+def test_what_users_can_mend(error, status, says, capsys):
+    def run(argv):
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        exits.one_line("tune", run, refusals=(OfData,), interrupted="goes on")(
+            []
+        )
+    assert end.value.code == status and capsys.readouterr().err == says
+
+
+def test_ctrl_c_is_raised_where_nothing_is_to_say():
+    def run(argv):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        exits.one_line("train", run)([])
 
 
 def test_a_file_that_outgrows_its_limit(tmp_path):

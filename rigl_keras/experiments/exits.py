@@ -1,30 +1,69 @@
-"""How a command ends where a disk or a file fails it: with one line."""
+"""How every command starts and ends: errors that users can mend are a line.
+
+Status 0: all is done. 1: something failed that may be tried again. 2: what was
+asked for cannot be done. 130: Ctrl-C.
+"""
 
 import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
 
-from rigl_keras._files import disk_is_full
+from absl import app
 
-__all__ = ["one_line"]
+from rigl_keras._files import disk_is_full
+from rigl_keras._text import printable
+
+__all__ = ["FailedError", "one_line", "run_command"]
+
+
+class FailedError(Exception):
+    """Ends a command with status 1, and its message as the last line."""
+
+
+def run_command(
+    name: str,
+    run: Callable[[Sequence[str]], None],
+    *,
+    refusals: tuple[type[Exception], ...] = (),
+    interrupted: str | None = None,
+    traceback: Callable[[], bool] = lambda: False,
+    argv: Sequence[str] | None = None,
+) -> None:
+    """Parses the flags that are defined, and runs a command to its end.
+
+    Args:
+        name: Name of the command, which begins the line of an error.
+        run: What the command does, given what is left of the command line.
+        refusals: Errors beside `ValueError` whose message is for the user.
+        interrupted: What to say at Ctrl-C. None: Python's traceback.
+        traceback: Returns whether the user wants to see where an error was
+            raised.
+        argv: The command line. None: that of the process.
+    """
+    ends = one_line(
+        name,
+        run,
+        refusals=refusals,
+        interrupted=interrupted,
+        traceback=traceback,
+    )
+    app.run(ends, argv=argv)
 
 
 def one_line(
-    command: str,
+    name: str,
     run: Callable[[Sequence[str]], None],
     *,
+    refusals: tuple[type[Exception], ...] = (),
+    interrupted: str | None = None,
     traceback: Callable[[], bool] = lambda: False,
 ) -> Callable[[Sequence[str]], None]:
-    """Returns what `app.run` takes, which ends with a line where a file fails.
+    """Returns what `app.run` takes, which ends with a line where it fails.
 
-    A disk that is full or read-only, a folder that may not be written: the
-    user can mend these, and needs no traceback. The status is 2.
-
-    Args:
-        command: Its name, which begins the line.
-        run: What the command does.
-        traceback: Whether the user has asked for one, even so.
+    The arguments are those of `run_command`. A ValueError, a disk that is full
+    or read-only, a folder that may not be written: the user can mend these,
+    and needs no traceback. All else is raised.
     """
 
     @functools.wraps(run)
@@ -32,18 +71,38 @@ def one_line(
         try:
             run(argv)
             sys.stdout.flush()  # which a full disk may be at the end of
-        except Exception as error:  # TensorFlow and HDF5 have their own
-            line = _line(error)
-            if line is None or traceback():
+        except KeyboardInterrupt:
+            if interrupted is None:
                 raise
-            print(f"{command}: {line}", file=sys.stderr)
-            _give_up_output()
-            sys.exit(2)
+            _end(f"\n{name}: {interrupted}", 130)
+        except Exception as error:  # TensorFlow and HDF5 have their own
+            said = _said(error, (ValueError, FailedError, *refusals))
+            if said is None or traceback():
+                raise
+            _end(f"{name}: {said}", 1 if isinstance(error, FailedError) else 2)
 
     return run_or_tell
 
 
-def _line(error):
+def _end(line, status):
+    print(line, file=sys.stderr)
+    _give_up_output()
+    sys.exit(status)
+
+
+def _said(error, refusals):
+    """Returns what to say of an error, or None if the user can't mend it."""
+    if not isinstance(error, refusals):
+        return _of_a_file(error)
+    # gin adds which of its calls failed; the message says more.
+    return "\n".join(
+        printable(line)
+        for line in (str(error) or type(error).__name__).split("\n")
+        if "In call to configurable" not in line
+    )
+
+
+def _of_a_file(error):
     """Returns what to say of an error, or None if it is no file's."""
     name = getattr(error, "filename", None)
     of = "" if name is None else f" of {str(name)!r}"

@@ -16,7 +16,7 @@ import os
 import sys
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import flags, logging
 
 from rigl_keras import _files
 from rigl_keras._text import printable
@@ -144,29 +144,23 @@ def main() -> None:
 
     def run(argv):
         logging.set_verbosity(logging.WARNING)
-        try:
-            if Path(output.value).exists() and not Path(output.value).is_dir():
-                raise ValueError(
-                    f"{output.value!r} is no folder. Pass --output with one, "
-                    "or with one that can be made."
-                )
-            found = reading.read(results_dir.value, preset.value)
-            made = report(
-                found,
-                argv[1:],
-                with_published=with_published.value,
-                planned=planned_flops(found.preset)
-                if with_planned.value
-                else None,
+        if Path(output.value).exists() and not Path(output.value).is_dir():
+            raise ValueError(
+                f"{output.value!r} is no folder. Pass --output with one, or "
+                "with one that can be made."
             )
-            written = write(made, output.value)
-        except (ValueError, OSError) as error:
-            print(f"report: {printable(str(error))}", file=sys.stderr)
-            sys.exit(2)
+        found = reading.read(results_dir.value, preset.value)
+        made = report(
+            found,
+            argv[1:],
+            with_published=with_published.value,
+            planned=planned_flops(found.preset) if with_planned.value else None,
+        )
+        written = write(made, output.value)
         print("\n".join(printable(str(path)) for path in written))
         _tell(found, made.notes)
 
-    app.run(exits.one_line("report", run))
+    exits.run_command("report", run)
 
 
 def _tell(found, notes):

@@ -17,9 +17,7 @@ the machine does falls on both; medians of their times are compared.
 import sys
 
 from rigl_keras.experiments import data, exits
-from rigl_keras.experiments.benchmarks import (
-    kernel_command,
-)
+from rigl_keras.experiments.benchmarks import kernel_command
 from rigl_keras.experiments.benchmarks.input_pipeline import input_pipeline
 from rigl_keras.experiments.benchmarks.mask_updates import mask_update
 from rigl_keras.experiments.benchmarks.training_steps import print_steps
@@ -27,23 +25,22 @@ from rigl_keras.experiments.benchmarks.training_steps import print_steps
 
 def main() -> None:
     """Prints the tables that the command line asks for."""
-    from absl import app, flags
+    from absl import flags
 
     # It measures steps of this module.
     from rigl_keras.experiments.benchmarks import kernel_sides, plan_memory
 
-    if sys.argv[1:2] == ["plans"]:
-        run_part = exits.one_line(
-            "benchmark plans", plan_memory.define_command()
+    part = sys.argv[1] if len(sys.argv) > 1 else ""
+    if part == "plans" or part in kernel_command.PARTS:
+        if part == "plans":
+            run_part = plan_memory.define_command()
+            flags.adopt_module_key_flags(plan_memory)  # for --help
+        else:
+            run_part = kernel_command.define_command(part)
+            flags.adopt_module_key_flags(kernel_sides)  # for --help
+        exits.run_command(
+            f"benchmark {part}", run_part, argv=[sys.argv[0], *sys.argv[2:]]
         )
-        flags.adopt_module_key_flags(plan_memory)  # for --help
-        app.run(run_part, argv=[sys.argv[0], *sys.argv[2:]])
-        return
-    if sys.argv[1:2] and sys.argv[1] in kernel_command.PARTS:
-        run_part = kernel_command.define_command(sys.argv[1])
-        flags.adopt_module_key_flags(kernel_sides)  # for --help
-        run_part = exits.one_line(f"benchmark {sys.argv[1]}", run_part)
-        app.run(run_part, argv=[sys.argv[0], *sys.argv[2:]])
         return
     part = flags.DEFINE_enum(
         "part",
@@ -57,13 +54,11 @@ def main() -> None:
 
     def run(argv):
         if len(argv) > 1:
-            print(
-                "benchmark: What to measure is named before all flags, one of "
+            raise ValueError(
+                "What to measure is named before all flags, one of "
                 f"{', '.join(kernel_command.PARTS)} and plans; without it "
-                f"--part counts. Received: {argv[1]!r}.",
-                file=sys.stderr,
+                f"--part counts. Received: {argv[1]!r}."
             )
-            sys.exit(2)
         rate = None
         if part.value in ("all", "step"):
             seconds = print_steps("", batch_size.value, rounds.value)
@@ -98,7 +93,7 @@ def main() -> None:
             if rate:
                 print(f"  {'the training step above':46}{rate:9.0f} images/s")
 
-    app.run(exits.one_line("benchmark", run))
+    exits.run_command("benchmark", run)
 
 
 if __name__ == "__main__":

@@ -364,19 +364,15 @@ def main() -> None:
         tf.get_logger().setLevel("WARNING")
         # Read when PyTorch is imported, which is later: see the top.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-        try:
-            check_paths(figure.value, json_path.value)
-            comparison = compare(
-                models.value,
-                _numbers("densities", densities.value, float),
-                _numbers("batches", batches.value, int),
-                rounds=rounds.value,
-                seconds=seconds.value,
-                progress=functools.partial(print, file=sys.stderr, flush=True),
-            )
-        except ValueError as error:
-            print(f"benchmark_inference: {error}", file=sys.stderr)
-            sys.exit(2)
+        check_paths(figure.value, json_path.value)
+        comparison = compare(
+            models.value,
+            _numbers("densities", densities.value, float),
+            _numbers("batches", batches.value, int),
+            rounds=rounds.value,
+            seconds=seconds.value,
+            progress=functools.partial(print, file=sys.stderr, flush=True),
+        )
         print(comparison, flush=True)  # before a disk is full
         if json_path.value:
             comparison.save(json_path.value)
@@ -384,7 +380,7 @@ def main() -> None:
             draw(comparison, figure.value)
             print(f"Figure: {figure.value}")
 
-    app.run(exits.one_line("benchmark_inference", run))
+    exits.run_command("benchmark_inference", run)
 
 
 if __name__ == "__main__":

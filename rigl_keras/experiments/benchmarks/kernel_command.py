@@ -11,6 +11,7 @@ import tqdm
 
 from rigl_keras import _figure_style, _files, kernels
 from rigl_keras.distributions import DISTRIBUTIONS
+from rigl_keras.experiments import exits
 from rigl_keras.experiments.benchmarks.inference_command import MODELS
 from rigl_keras.experiments.benchmarks.inference_speed import inference
 from rigl_keras.experiments.benchmarks.kernel_sides import UPDATE, check
@@ -21,8 +22,6 @@ from rigl_keras.experiments.benchmarks.train_speed import train
 __all__ = ["PARTS", "define_command"]
 
 PARTS = ("kernels", "train", "inference")
-# The command.
-
 # What a figure has in its rows, in its columns, and as lines.
 _FIGURES = {
     "kernels": {"rows": "size", "columns": "side", "label": "layer"},
@@ -94,34 +93,28 @@ def _run(part, given, output, argv):
     # down TensorFlow's, while they wait (`benchmark_inference`).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-    def fail(error, code):
-        print(f"benchmark {part}: {error}", file=sys.stderr)
-        sys.exit(code)
-
-    try:
-        if len(argv) > 1:
-            raise ValueError(
-                f"There is nothing to name but flags. Received: {argv[1]!r}."
-            )
-        values = {name: flag.value for name, flag in given.items()}
-        for name, kind in (("densities", float), ("batch_sizes", int)):
-            if name in values:
-                values[name] = _numbers(name, values[name], kind)
-        check(
-            values["model"],
-            values["densities"],
-            values["rounds"],
-            values.get("distributions", ("uniform",)),
-            batch_sizes=values.get("batch_sizes") or [values["batch_size"]],
+    if len(argv) > 1:
+        raise ValueError(
+            f"There is nothing to name but flags. Received: {argv[1]!r}."
         )
-        folder = output.value and _prepared(output.value)
-        if part == "kernels":
-            why = _why_no_kernels()
-            if why:
-                fail(f"There are no sparse kernels to measure: {why}.", 1)
-        measured = _MEASURES[part](**values, say=_say)
-    except ValueError as error:
-        fail(error, 2)
+    values = {name: flag.value for name, flag in given.items()}
+    for name, kind in (("densities", float), ("batch_sizes", int)):
+        if name in values:
+            values[name] = _numbers(name, values[name], kind)
+    check(
+        values["model"],
+        values["densities"],
+        values["rounds"],
+        values.get("distributions", ("uniform",)),
+        batch_sizes=values.get("batch_sizes") or [values["batch_size"]],
+    )
+    folder = output.value and _prepared(output.value)
+    why = _why_no_kernels() if part == "kernels" else None
+    if why:
+        raise exits.FailedError(
+            f"There are no sparse kernels to measure: {why}."
+        )
+    measured = _MEASURES[part](**values, say=_say)
     if folder:
         for path in _write(part, measured, folder):
             _say(f"Written: {path}")

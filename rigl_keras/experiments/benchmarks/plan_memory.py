@@ -11,7 +11,6 @@ by sizes that are cut into the same tiles.
 
 import dataclasses
 import functools
-import sys
 import time
 from collections.abc import Callable, Sequence
 
@@ -194,17 +193,12 @@ def define_command() -> Callable[[Sequence[str]], None]:
 
 
 def _run(given, argv):
-    try:
-        if len(argv) > 1:
-            raise ValueError(
-                f"There is nothing to name but flags. Received: {argv[1]!r}."
-            )
-        if kernels.load() is None:
-            raise ValueError(
-                "There are no sparse kernels to measure: "
-                f"{kernels.unavailable()}."
-            )
-        plans(**{name: flag.value for name, flag in given.items()})
-    except ValueError as error:
-        print(f"benchmark plans: {error}", file=sys.stderr)
-        sys.exit(2)
+    if len(argv) > 1:
+        raise ValueError(
+            f"There is nothing to name but flags. Received: {argv[1]!r}."
+        )
+    if kernels.load() is None:
+        raise ValueError(
+            f"There are no sparse kernels to measure: {kernels.unavailable()}."
+        )
+    plans(**{name: flag.value for name, flag in given.items()})

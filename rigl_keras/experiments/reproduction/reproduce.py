@@ -107,37 +107,32 @@ def main() -> None:
                 f"Pass one of {', '.join(plans.TARGETS)}. Received: "
                 f"{' '.join(argv[1:]) or 'none'}."
             )
-        try:
-            chosen = plans.Preset(preset.value)
-            runs = plans.runs(
-                argv[1],
-                preset=chosen,
-                densities=numbers("densities", float, densities.value),
-                seeds=numbers("seeds", int, seeds.value),
-                rows=rows.value,
-                changes=_changes(bindings.value),
-            )
-            results = Results(results_dir.value, chosen.folder)
-            if not dry_run.value:
-                missing = [run for run in runs if not results.finished(run)]
-                check_data(missing, data_dir=data_dir.value)
-            failed = reproduce(
-                runs, results, data_dir=data_dir.value, dry_run=dry_run.value
-            )
-        except (ValueError, data.DatasetUnavailableError) as error:
-            print(f"reproduce: {error}", file=sys.stderr)
-            sys.exit(2)
-        except KeyboardInterrupt:
-            print(
-                "\nreproduce: interrupted; the same command goes on from the "
-                "last epoch.",
-                file=sys.stderr,
-            )
-            sys.exit(130)
+        chosen = plans.Preset(preset.value)
+        runs = plans.runs(
+            argv[1],
+            preset=chosen,
+            densities=numbers("densities", float, densities.value),
+            seeds=numbers("seeds", int, seeds.value),
+            rows=rows.value,
+            changes=_changes(bindings.value),
+        )
+        results = Results(results_dir.value, chosen.folder)
+        if not dry_run.value:
+            missing = [run for run in runs if not results.finished(run)]
+            check_data(missing, data_dir=data_dir.value)
+        failed = reproduce(
+            runs, results, data_dir=data_dir.value, dry_run=dry_run.value
+        )
         if failed:
             sys.exit(1)
 
-    app.run(exits.one_line("reproduce", run))
+    exits.run_command(
+        "reproduce",
+        run,
+        refusals=(data.DatasetUnavailableError,),
+        interrupted="interrupted; the same command goes on from the last "
+        "epoch.",
+    )
 
 
 def check_data(runs: Sequence[Run], *, data_dir: str | None = None) -> None:

@@ -9,7 +9,6 @@
 
 import dataclasses
 import os
-import sys
 import warnings
 import zipfile
 from collections.abc import Sequence
@@ -283,44 +282,42 @@ def main() -> None:
     def run(argv):
         # TensorFlow tells of each SavedModel it writes.
         logging.set_verbosity(logging.WARNING)
-        try:
-            if check.value is not None:
-                if len(argv) > 1:
-                    raise app.UsageError(
-                        "--check exports nothing. Received with it: "
-                        f"{' '.join(argv[1:])}."
-                    )
-                print(rigl_keras.check_export(check.value))
-                print("All files are as they were written.")
-                return
-            if len(argv) != 2:
+        if check.value is not None:
+            if len(argv) > 1:
                 raise app.UsageError(
-                    "Pass one run directory or .keras file. Received: "
-                    f"{' '.join(argv[1:]) or 'none'}."
+                    "--check exports nothing. Received with it: "
+                    f"{' '.join(argv[1:])}."
                 )
-            if not wanted.value:
-                raise app.UsageError("Pass one format at least.")
-            Exports(
-                formats=wanted.value,
-                fold_batch_norm=fold.value,
-                remove_dead_units=remove.value,
-                quantization=quantization.value,
-                measure=measure.value,
-            ).write(
-                argv[1],
-                output.value,
-                inputs=inputs.value,
-                data_dir=data_dir.value,
-                overwrite=overwrite.value,
+            print(rigl_keras.check_export(check.value))
+            print("All files are as they were written.")
+            return
+        if len(argv) != 2:
+            raise app.UsageError(
+                "Pass one run directory or .keras file. Received: "
+                f"{' '.join(argv[1:]) or 'none'}."
             )
-        except (ValueError, OSError, data.DatasetUnavailableError) as error:
-            print(f"export: {error}", file=sys.stderr)
-            sys.exit(2)
-        except KeyboardInterrupt:
-            print("export: interrupted, nothing half-written", file=sys.stderr)
-            sys.exit(130)
+        if not wanted.value:
+            raise app.UsageError("Pass one format at least.")
+        Exports(
+            formats=wanted.value,
+            fold_batch_norm=fold.value,
+            remove_dead_units=remove.value,
+            quantization=quantization.value,
+            measure=measure.value,
+        ).write(
+            argv[1],
+            output.value,
+            inputs=inputs.value,
+            data_dir=data_dir.value,
+            overwrite=overwrite.value,
+        )
 
-    app.run(exits.one_line("export", run))
+    exits.run_command(
+        "export",
+        run,
+        refusals=(data.DatasetUnavailableError,),
+        interrupted="interrupted, nothing half-written",
+    )
 
 
 if __name__ == "__main__":

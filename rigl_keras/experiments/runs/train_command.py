@@ -2,7 +2,6 @@
 
 import logging
 import os
-import sys
 import threading
 import time
 
@@ -231,37 +230,28 @@ def _main(argv):
             resume=_FLAGS.resume,
             strategy=_FLAGS.strategy,
         )
-    except (
-        ValueError,
-        data.DatasetUnavailableError,
-        DiskFullError,
-    ) as error:
-        if _FLAGS.traceback:
-            raise
-        # gin adds which of its calls failed; the message says more.
-        lines = str(error).splitlines()
-        message = [s for s in lines if "In call to configurable" not in s]
-        print("train: " + "\n".join(message), file=sys.stderr)
-        sys.exit(2)
     except tf.errors.OpError as error:
         lost = None
         if _FLAGS.strategy == "multi_worker":
             lost = devices.lost_workers(error)
-        if not lost or _FLAGS.traceback:
+        if not lost:
             raise
-        print(
-            f"train: {', '.join(lost)} stopped answering, and no worker can go "
-            "on without. Start it and all others again, each with --resume.",
-            file=sys.stderr,
-        )
-        sys.exit(1)
+        raise exits.FailedError(
+            f"{', '.join(lost)} stopped answering, and no worker can go on "
+            "without. Start it and all others again, each with --resume."
+        ) from error
     print(f"\n{table(result)}")
 
 
 def main() -> None:
     """Reads the command line and runs it."""
     _define_flags()
-    app.run(exits.one_line("train", _main, traceback=lambda: _FLAGS.traceback))
+    exits.run_command(
+        "train",
+        _main,
+        refusals=(data.DatasetUnavailableError,),
+        traceback=lambda: _FLAGS.traceback,
+    )
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from rigl_keras._files import DiskFullError, lock, naming
 
-__all__ = ["Study"]
+__all__ = ["Study", "end_with_a_line"]
 
 _AGAIN = "again"  # attribute of a trial: the number of the one it repeats
 _ABOUT = "about"  # attribute of a study: what it was made with
@@ -283,14 +283,14 @@ class _JournalLock:
 
     def acquire(self):
         self._lock.enter_context(lock(self._path.with_suffix(".lock")))
-        _end_with_a_line(self._path)
+        end_with_a_line(self._path)
         return True
 
     def release(self):
         self._lock.close()
 
 
-def _end_with_a_line(path):
+def end_with_a_line(path):
     """Cuts what follows the last whole line, for a line to be appended."""
     with path.open("r+b") as file:
         size = file.seek(0, os.SEEK_END)

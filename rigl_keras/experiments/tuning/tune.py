@@ -24,9 +24,8 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 
-from absl import app, flags, logging
+from absl import flags, logging
 
-from rigl_keras._files import DiskFullError
 from rigl_keras._text import aligned
 from rigl_keras.experiments import data, exits
 from rigl_keras.experiments.protocol import variations
@@ -290,31 +289,21 @@ def main() -> None:
 
     def run(argv):
         logging.set_verbosity(logging.WARNING)
-        try:
-            if len(argv) != 2 or argv[1] not in SUBJECTS:
-                raise ValueError(
-                    f"Pass one of {', '.join(SUBJECTS)}. Received: "
-                    f"{' '.join(argv[1:]) or 'none'}."
-                )
-            failed = tune(argv[1])
-        except (
-            ValueError,
-            data.DatasetUnavailableError,
-            DiskFullError,
-        ) as error:
-            print(f"tune: {error}", file=sys.stderr)
-            sys.exit(2)
-        except KeyboardInterrupt:
-            print(
-                "\ntune: interrupted; the same command goes on from the last "
-                "epoch.",
-                file=sys.stderr,
+        if len(argv) != 2 or argv[1] not in SUBJECTS:
+            raise ValueError(
+                f"Pass one of {', '.join(SUBJECTS)}. Received: "
+                f"{' '.join(argv[1:]) or 'none'}."
             )
-            sys.exit(130)
-        if failed:
+        if tune(argv[1]):
             sys.exit(1)
 
-    app.run(exits.one_line("tune", run))
+    exits.run_command(
+        "tune",
+        run,
+        refusals=(data.DatasetUnavailableError,),
+        interrupted="interrupted; the same command goes on from the last "
+        "epoch.",
+    )
 
 
 if __name__ == "__main__":
