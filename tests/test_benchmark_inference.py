@@ -153,7 +153,7 @@ def test_refuses(tiny, changes, message):
 COMMAND = """
 import sys
 from rigl_keras import models
-from rigl_keras.experiments import benchmark_inference as benchmark
+from rigl_keras.experiments.benchmarks import inference_command as benchmark
 benchmark.MODELS["tiny"] = lambda: models.lenet5(num_classes=4)
 benchmark.main()
 """

@@ -385,9 +385,10 @@ def test_refuses(tiny, changes, message):
 COMMAND = """
 import sys
 from rigl_keras import models
-from rigl_keras.experiments import benchmark, benchmark_inference
-benchmark_inference.MODELS["tiny"] = lambda: models.lenet5(num_classes=4)
-benchmark.main()
+from rigl_keras.experiments.benchmarks import benchmark_command
+from rigl_keras.experiments.benchmarks import inference_command
+inference_command.MODELS["tiny"] = lambda: models.lenet5(num_classes=4)
+benchmark_command.main()
 """
 
 

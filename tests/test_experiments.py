@@ -115,7 +115,7 @@ SCRIPT = """
 import sys, tensorflow as tf
 import conftest  # which has gin know the small network
 tf.config.experimental.enable_op_determinism()
-from rigl_keras.experiments import command
+from rigl_keras.experiments.runs import train_command as command
 command.run(bindings=sys.argv[2].split(";"), run_dir=sys.argv[1],
             seed=4, resume=len(sys.argv) > 3)
 """

@@ -280,7 +280,7 @@ def test_a_process_that_is_killed_has_failed(tmp_path, quick, monkeypatch):
     monkeypatch.setattr(workers, "command_of", lambda run, **o: ["true"])
     failed = workers.work_off([run], Results(tmp_path, "full"))
     assert failed == {run: "its process ended with status 0"}
-    assert workers.signal(35) == "signal 35"  # of real time, without a name
+    assert workers._signal_name(35) == "signal 35"  # of real time, without a name
 
 
 def test_claimed_runs_are_left_to_others_and_taken_over(tmp_path, quick):
@@ -371,9 +371,9 @@ def test_killed_and_shared(tmp_path):
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
 def test_a_run_ends_with_who_started_it(kill):
     """bin/train --parent: nobody pays for cores that nobody watches."""
-    wait = "from rigl_keras.experiments import command; import os, time; "
-    wait += "command._end_with(os.getppid()); print('up', flush=True); "
-    wait += "time.sleep(60)"
+    wait = "from rigl_keras.experiments.runs import train_command; import os, "
+    wait += "time; train_command._end_with(os.getppid()); "
+    wait += "print('up', flush=True); time.sleep(60)"
     starts = f"import subprocess, sys; p = subprocess.Popen([{sys.executable!r}"
     starts += f", '-c', {wait!r}]); print(p.pid, flush=True); p.wait()"
     with subprocess.Popen(
@@ -427,7 +427,7 @@ def test_nonsense():
         [
             sys.executable,
             "-m",
-            "rigl_keras.experiments.reproduce",
+            "rigl_keras.experiments.reproduction.reproduce",
             "table3",
             "--preset=small",
         ],

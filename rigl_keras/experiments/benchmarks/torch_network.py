@@ -189,7 +189,8 @@ def _unknown(layer, what=""):
         f"torch_network does not know layer {layer.name!r}, "
         f"{' '.join([type(layer).__name__, what]).strip()}. Build the network "
         f"of {known}, in float32, channels last and with their common "
-        "settings; or add a rule to rigl_keras.experiments.torch_network."
+        "settings; or add a rule to "
+        "rigl_keras.experiments.benchmarks.torch_network."
     )
 
 

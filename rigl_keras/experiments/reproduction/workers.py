@@ -153,7 +153,7 @@ def _trained(run, results, claim, progress, data_dir):
     if child.returncode == 0 and results.finished(run):
         return None
     if child.returncode < 0:
-        return f"its process was killed by {_signal(-child.returncode)}"
+        return f"its process was killed by {_signal_name(-child.returncode)}"
     with path.open("rb") as log:
         log.seek(begins)
         said = log.read().decode(errors="replace").splitlines()
@@ -165,7 +165,7 @@ def _trained(run, results, claim, progress, data_dir):
     )
 
 
-def _signal(number):
+def _signal_name(number):
     try:
         return signal.Signals(number).name
     except ValueError:  # those for real time have no names
