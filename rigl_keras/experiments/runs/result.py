@@ -2,44 +2,115 @@
 
 import importlib.metadata
 import platform
+from collections.abc import Mapping
 
+import keras
 import numpy as np
 
 import rigl_keras
-from rigl_keras import flops
+from rigl_keras.experiments.runs.starting_point import StartingPoint
+from rigl_keras.experiments.runs.training_cost import TrainingCost
+from rigl_keras.training.step_update import StepUpdate
 
-__all__ = ["closed_form", "method_name", "package_versions"]
-
-
-def method_name(update, density, small_dense, one_shot, masks_from):
-    if update is not None:
-        return update.name
-    if density is None:
-        return "dense"
-    if small_dense:
-        return "small-dense"
-    if one_shot is not None:
-        return "SNIP"
-    return "static" if masks_from is None else "lottery"
+__all__ = ["result"]
 
 
-def closed_form(update, inference, dense_flops, times_as_long):
-    """Returns the paper's ratio, at the mean forward cost of the run."""
-    method = type(update).__name__ if update else "static"
-    try:
-        cost = flops.training_flops(
-            method,
-            sparse_flops=float(np.mean(inference)),
-            dense_flops=dense_flops,
-            frequency=getattr(update, "frequency", None),
-            gradient_batches=getattr(update, "gradient_batches", 1),
-        )
-    except ValueError:  # a method of the user's own has none
-        return None
-    return times_as_long * cost / (3 * dense_flops)
+def result(
+    *,
+    start: StartingPoint,
+    network: keras.Model,
+    update: StepUpdate | None,
+    cost: TrainingCost,
+    curves: tuple[np.ndarray, np.ndarray],
+    test: Mapping[str, float],
+    validation: Mapping[str, float],
+    dataset: str,
+    train_examples: int,
+    seed: int,
+    epochs: int,
+    seconds: float,
+    settings: Mapping[str, object],
+) -> dict:
+    """Returns what a run found out.
+
+    Args:
+        start: What the run started with.
+        network: What it trained.
+        update: The mask update, or None.
+        cost: What the run costs.
+        curves: Inference and training FLOPs of each step.
+        test: Metrics of the test examples.
+        validation: Metrics of those that were held out; none without them.
+        dataset: Name of the data set.
+        train_examples: Training examples in an epoch.
+        seed: Seed of the run.
+        epochs: Epochs of the run.
+        seconds: That training took.
+        settings: Arguments of `train` to keep beside the result.
+    """
+    final = rigl_keras.count(network)
+    inference, training = curves
+    ratio = cost.training_ratio(training, epochs=epochs)
+    small = cost.share_of_dense is not None
+    return {
+        "method": start.kind if update is None else update.name,
+        "model": network.name,
+        "dataset": dataset,
+        "seed": seed,
+        "density": cost.share_of_dense if small else final.density,
+        "test_accuracy": test["accuracy"],
+        "validation_accuracy": validation.get("accuracy"),
+        "test_loss": test["loss"],
+        "validation_loss": validation.get("loss"),
+        "inference_flops": final.inference_flops,
+        "inference_flops_ratio": final.inference_flops / cost.dense_flops,
+        # By the masks of each step, by the closed form, and with the runs
+        # that masks and weights come from.
+        "training_flops": float(np.mean(training)) * train_examples * epochs,
+        "training_flops_ratio": ratio,
+        "training_flops_ratio_closed_form": cost.closed_form(inference),
+        "training_flops_ratio_with_sources": ratio
+        + sum(
+            earlier["training_flops_ratio_with_sources"]
+            for earlier in start.sources.values()
+        ),
+        "parameters": cost.parameters,
+        "nonzeros": final.nonzeros,
+        "bits": final.bits,
+        "csr_bits": final.csr_bits,
+        "steps": len(training),
+        "seconds": seconds,
+        "layers": _layers(final),
+        "settings": {**settings, "method": _settings_of(update)},
+        "versions": _versions(),
+    }
 
 
-def package_versions():
+def _layers(count):
+    return [
+        {
+            "name": layer.name,
+            "shape": list(layer.shape),
+            "density": layer.density,
+            "masked": layer.masked,
+            "nonzeros": layer.nonzeros,
+            "inference_flops": layer.inference_flops,
+        }
+        for layer in count.layers
+    ]
+
+
+def _settings_of(update):
+    """Returns the configuration of a mask update, as JSON takes it."""
+    return {
+        key: value
+        if isinstance(value, (int, float, str, type(None)))
+        else str(value)
+        for key, value in (update.get_config().items() if update else ())
+    }
+
+
+def _versions():
     versions = {"python": platform.python_version()}
     for package in ("tensorflow", "keras", "numpy"):
         versions[package] = importlib.metadata.version(package)

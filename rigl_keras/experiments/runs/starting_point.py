@@ -1,129 +1,114 @@
-"""What a run trains: dense, small, drawn, one-shot or a ticket."""
+"""What a run starts with: dense, small, drawn, one-shot or a ticket."""
 
-import inspect
-from collections.abc import Sequence
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
+import keras
 import numpy as np
-import tensorflow as tf
 
-from rigl_keras.experiments.runs import devices
+import rigl_keras
+from rigl_keras.conventions import Conventions
+from rigl_keras.experiments.runs.run_directory import EarlierRun
 
-__all__ = ["check_arguments", "masks_of", "shuffled_masks", "smoothed_labels"]
+__all__ = ["StartingPoint", "starting_point"]
 
 
-def check_arguments(
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StartingPoint:
+    """The network of a run before its first step.
+
+    Attributes:
+        kind: `"dense"`, `"small-dense"`, `"static"` (masks are drawn),
+            `"SNIP"` (a method of one shot makes them) or `"lottery"` (they
+            are another run's).
+        dense: The dense model that the network was made of.
+        network: What is trained: `dense` itself, or masked.
+        sources: Results of the runs whose training this one could not do
+            without, by their path.
+    """
+
+    kind: str
+    dense: keras.Model
+    network: keras.Model
+    sources: Mapping[Path, dict]
+
+
+def starting_point(
+    make: Callable[..., keras.Model],
     *,
-    model,
-    method,
-    optimizer,
-    density,
-    small_dense,
-    one_shot,
-    masks_from,
-    shuffle_masks,
-    granularity,
-    scale_to_fan_in,
-    keep_weights,
-    epochs,
-    batch_size,
-    length,
-    label_smoothing,
-):
-    if batch_size < devices.replica_count():
-        raise ValueError(
-            "batch_size counts the examples of all replicas and must leave "
-            f"each at least one. Received: batch_size={batch_size} for "
-            f"{devices.replica_count()} replicas."
+    density: float | None,
+    small_dense: bool,
+    one_shot: Callable[[keras.Model], keras.Model] | None,
+    masks_from: str | None,
+    shuffle_masks: bool,
+    weights_from: str | None,
+    weights_epoch: int,
+    distribution: str,
+    granularity: str,
+    scale_to_fan_in: bool,
+    conventions: Conventions,
+    seed: int,
+) -> StartingPoint:
+    """Returns what a run starts with.
+
+    Args:
+        make: Makes the dense model, given `channel_scale` where `small_dense`
+            is set.
+        one_shot: Returns a dense model with masks. None: they are drawn.
+        density, small_dense, masks_from, shuffle_masks, weights_from,
+            weights_epoch, distribution, granularity, scale_to_fan_in,
+            conventions, seed: As in `train`.
+
+    Raises:
+        ValueError: An earlier run lacks what is asked of it.
+    """
+    sources = {}
+    scale = {"channel_scale": math.sqrt(density)} if small_dense else {}
+    dense = make(**scale)
+    if weights_from is not None:
+        source = EarlierRun(weights_from)
+        source.load_weights(dense, weights_epoch)
+        if weights_epoch:
+            sources[source.path] = source.result
+    if density is None:
+        kind, network = "dense", dense
+    elif small_dense:
+        kind, network = "small-dense", dense
+    elif masks_from is not None:
+        source = EarlierRun(masks_from)
+        sources[source.path] = source.result
+        masks = _masks_of(source, density)
+        if shuffle_masks:
+            masks = _shuffled(masks, granularity, seed)
+        kind = "lottery"
+        network = rigl_keras.with_masks(
+            dense,
+            masks,
+            granularity=granularity,
+            scale_to_fan_in=scale_to_fan_in,
+            seed=seed,
         )
-    whole = isinstance(keep_weights, Sequence) and all(
-        isinstance(epoch, int) and epoch > 0 for epoch in keep_weights
+    elif one_shot is not None:
+        kind, network = "SNIP", one_shot(dense)
+    else:
+        kind = "static"
+        network = rigl_keras.sparsify(
+            dense,
+            density,
+            distribution=distribution,
+            granularity=granularity,
+            scale_to_fan_in=scale_to_fan_in,
+            seed=seed,
+            conventions=conventions,
+        )
+    return StartingPoint(
+        kind=kind, dense=dense, network=network, sources=sources
     )
-    if not whole:
-        raise ValueError(
-            "keep_weights lists the epochs after which weights are kept, such "
-            f"as [1, 2]. Received: keep_weights={keep_weights!r}."
-        )
-    if small_dense and callable(model):
-        if "channel_scale" not in inspect.signature(model).parameters:
-            raise ValueError(
-                "small_dense scales the channels of wide_resnet, resnet18 or "
-                "resnet50, or of a model of yours that takes `channel_scale`. "
-                f"Received: model={getattr(model, '__name__', model)!r}."
-            )
-    if one_shot is not None and granularity != "element":
-        raise ValueError(
-            "one_shot chooses single weights. Set train.granularity = "
-            f"'element'. Received: granularity={granularity!r}."
-        )
-    if scale_to_fan_in and (density is None or small_dense or one_shot):
-        raise ValueError(
-            "scale_to_fan_in scales the weights that masks keep: set "
-            "train.density, and neither train.small_dense nor train.one_shot."
-        )
-    if density is None and method is not None:
-        raise ValueError(
-            "A method changes masks, and density=None trains the dense model. "
-            "Set train.density, or train.method = None."
-        )
-    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
-        raise ValueError(
-            f"epochs must be an int of at least 1. Received: {epochs!r}."
-        )
-    for name, value in (("model", model), ("optimizer", optimizer)):
-        if not callable(value):
-            raise ValueError(
-                f"{name} must be something that makes one, in gin "
-                f"train.{name} = @wide_resnet or @sgd. Received: {value!r}."
-            )
-    if method is not None and not callable(method):
-        raise ValueError(
-            "method must be something that makes a mask update, in gin "
-            f"train.method = @RigL, or None. Received: {method!r}."
-        )
-    if one_shot is not None and not callable(one_shot):
-        raise ValueError(
-            "one_shot must be something that makes masks from a batch, in gin "
-            f"train.one_shot = @snip, or None. Received: {one_shot!r}."
-        )
-    if not length > 0 or int(epochs * length) < 1:
-        raise ValueError(
-            "length is a factor on the epochs of the run and must leave one "
-            f"at least. Received: length={length!r} of epochs={epochs}."
-        )
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(
-            "label_smoothing must be in [0, 1). Received: "
-            f"label_smoothing={label_smoothing!r}."
-        )
-    if small_dense and method is not None:
-        raise ValueError(
-            "A small dense network has no masks to update. Set train.method = "
-            "None, or train.small_dense = False."
-        )
-    makers = {
-        "small_dense": small_dense,
-        "one_shot": one_shot,
-        "masks_from": masks_from,
-    }
-    given = [name for name, value in makers.items() if value]
-    if len(given) > 1:
-        raise ValueError(
-            f"A run starts in one way, and {' and '.join(given)} are two. Set "
-            "one of them."
-        )
-    if given and density is None:
-        raise ValueError(
-            f"train.{given[0]} needs train.density, which is None (the dense "
-            "model)."
-        )
-    if shuffle_masks and masks_from is None:
-        raise ValueError(
-            "shuffle_masks shuffles the masks of another run: set "
-            "train.masks_from."
-        )
 
 
-def masks_of(source, density):
+def _masks_of(source, density):
     """Returns the masks of an earlier run, if they are of this density."""
     masks = source.masks
     ones = sum(int(np.count_nonzero(mask)) for mask in masks.values())
@@ -137,20 +122,15 @@ def masks_of(source, density):
     return masks
 
 
-def shuffled_masks(masks, granularity, seed):
-    """Returns masks of the same counts, placed anew by unit."""
+def _shuffled(masks, granularity, seed):
+    """Returns masks of the same counts, with their units placed at random."""
     draw = np.random.default_rng(seed)
     shuffled = {}
     for name, mask in masks.items():
-        # Where units are kernels, one entry of each tells them all.
+        # Where units are kernels, one entry of each stands for it.
         units = mask[(0,) * (mask.ndim - 2)]
         if granularity == "element" or (mask != units).any():
             units = mask
         placed = draw.permutation(units.ravel()).reshape(units.shape)
         shuffled[name] = np.broadcast_to(placed, mask.shape)
     return shuffled
-
-
-def smoothed_labels(images, labels, classes, smoothing):
-    targets = tf.one_hot(labels, classes)
-    return images, targets * (1 - smoothing) + smoothing / classes

@@ -6,39 +6,31 @@
 The options of the command are in `train_command.py`.
 """
 
-import math
+import functools
 import sys
 from collections.abc import Callable, Sequence
 
 import keras
-import numpy as np
 
 import rigl_keras
-from rigl_keras import flops
 from rigl_keras.conventions import ORIGINAL, Conventions
 from rigl_keras.diagnostics.callback import TopologyDiagnostics
 from rigl_keras.experiments import data
 from rigl_keras.experiments.runs import devices
+from rigl_keras.experiments.runs.argument_checks import check_arguments
+from rigl_keras.experiments.runs.batches import Batches
+from rigl_keras.experiments.runs.epoch_logs import EpochLogs
 from rigl_keras.experiments.runs.optimizers import sgd
-from rigl_keras.experiments.runs.result import (
-    closed_form,
-    method_name,
-    package_versions,
-)
+from rigl_keras.experiments.runs.result import result
 from rigl_keras.experiments.runs.run_callbacks import (
-    EpochLogs,
     KeepWeights,
     Metrics,
     Trajectory,
 )
-from rigl_keras.experiments.runs.run_directory import EarlierRun, RunDirectory
-from rigl_keras.experiments.runs.starting_point import (
-    check_arguments,
-    masks_of,
-    shuffled_masks,
-    smoothed_labels,
-)
+from rigl_keras.experiments.runs.run_directory import RunDirectory
+from rigl_keras.experiments.runs.starting_point import starting_point
 from rigl_keras.experiments.runs.tensorboard_log import TensorBoardLog
+from rigl_keras.experiments.runs.training_cost import TrainingCost
 from rigl_keras.training.step_update import StepUpdate
 
 __all__ = ["train"]
@@ -112,7 +104,7 @@ def train(
             starts with (Frankle and Carbin, 2018, arXiv:1803.03635). They
             must be of this `density`.
         shuffle_masks: Whether the connections of each of these masks are
-            placed anew, at random: the layers' densities alone are kept.
+            placed at random: the layers' densities alone are kept.
         weights_from: Directory of a run whose weights this run starts with.
             None: weights are drawn.
         weights_epoch: After how many epochs of that run. 0: those it was
@@ -162,60 +154,43 @@ def train(
         length=length,
         label_smoothing=label_smoothing,
     )
+    # Over `epochs`, which is the length of the dense model's training.
     times_as_long = int(epochs * length) / epochs
     epochs = int(epochs * length)
     keras.utils.set_random_seed(seed)
     examples = data.load(dataset, data_dir=data_dir, validation=validation)
-    recipe = examples.recipe
-
-    def make(**scale):
-        return model(
-            num_classes=recipe.num_classes,
-            input_shape=recipe.input_shape,
-            **scale,
-        )
-
-    dense = make(channel_scale=math.sqrt(density)) if small_dense else make()
-    # Whether masks are drawn, and not computed or found.
-    drawn = density is not None and not (small_dense or one_shot or masks_from)
-    sources = {}  # runs whose training this one could not do without
-    if weights_from is not None:
-        source = EarlierRun(weights_from)
-        source.load_weights(dense, weights_epoch)
-        if weights_epoch:
-            sources[source.path] = source.result
+    batches = Batches(
+        examples,
+        batch_size=batch_size,
+        seed=seed,
+        label_smoothing=label_smoothing,
+    )
     loss = keras.losses.CategoricalCrossentropy(from_logits=True)
-    if density is None or small_dense:
-        network = dense
-    elif masks_from is not None:
-        source = EarlierRun(masks_from)
-        sources[source.path] = source.result
-        masks = masks_of(source, density)
-        if shuffle_masks:
-            masks = shuffled_masks(masks, granularity, seed)
-        network = rigl_keras.with_masks(
-            dense,
-            masks,
-            granularity=granularity,
-            scale_to_fan_in=scale_to_fan_in,
-            seed=seed,
-        )
-    elif one_shot is not None:
-        first = examples.train(batch_size=batch_size, seed=seed, epochs=1)
-        batch = smoothed_labels(
-            *next(iter(first)), recipe.num_classes, label_smoothing
-        )
-        network = one_shot(dense, density, batch, loss, seed=seed)
-    else:
-        network = rigl_keras.sparsify(
-            dense,
-            density,
-            distribution=distribution,
-            granularity=granularity,
-            scale_to_fan_in=scale_to_fan_in,
-            seed=seed,
-            conventions=conventions,
-        )
+    make = functools.partial(
+        model,
+        num_classes=examples.recipe.num_classes,
+        input_shape=examples.recipe.input_shape,
+    )
+
+    def masked_at_once(dense):
+        return one_shot(dense, density, batches.first(), loss, seed=seed)
+
+    start = starting_point(
+        make,
+        density=density,
+        small_dense=small_dense,
+        one_shot=masked_at_once if one_shot else None,
+        masks_from=masks_from,
+        shuffle_masks=shuffle_masks,
+        weights_from=weights_from,
+        weights_epoch=weights_epoch,
+        distribution=distribution,
+        granularity=granularity,
+        scale_to_fan_in=scale_to_fan_in,
+        conventions=conventions,
+        seed=seed,
+    )
+    network = start.network
     network.compile(
         optimizer() if length == 1 else optimizer(length=length),
         loss,
@@ -224,173 +199,83 @@ def train(
     update = None
     if method is not None:
         update = method() if length == 1 else method().lengthened(length)
-    topology = None
-    if diagnostics and rigl_keras.masked_layers(network):
-        topology = TopologyDiagnostics(
-            run.path / "topology" if run.writes else None
-        )
-        topology.set_model(network)
+    topology = _topology(run, network) if diagnostics else None
     if update is not None:
         # What the method remembers is made here, for a checkpoint to restore.
         update.attach(network, network.optimizer)
     run.begin()
     if operative_config is not None:
         run.write_operative_config(operative_config())
-
     checkpoints = run.checkpoints(
-        network,
-        variables=[
-            *(update.variables if update else []),
-            *(update.logged_variables if update else []),
-            *(topology.variables if topology else []),
-        ],
+        network, variables=_remembered(update, topology)
     )
-    first_epoch = checkpoints.restore()
-    if first_epoch is None:
-        first_epoch = 0
-        run.save_weights(dense, 0)
-        checkpoints.save(0)
-    elif first_epoch == epochs:
-        print(f"Resuming {run.path} after its last epoch.")
-    elif first_epoch:
-        print(f"Resuming {run.path} at epoch {first_epoch + 1} of {epochs}.")
-    first_step = int(network.optimizer.iterations.numpy())
-    cost = rigl_keras.count(network)
-    # What all ratios are over.
-    whole = rigl_keras.count(make(channel_scale=1.0)) if small_dense else cost
-    dense_flops = whole.dense_inference_flops
-    # A small network has no masks to take its density from.
-    share_of_dense = cost.nonzeros / whole.parameters if small_dense else None
-
-    def batches(split, smoothing=0.0):
-        return devices.sharded(
-            split.map(
-                lambda x, y: smoothed_labels(
-                    x, y, recipe.num_classes, smoothing
-                )
-            )
-        )
-
-    trajectory = Trajectory(run, network, update, first_step=first_step)
+    first_epoch = _restored(checkpoints, run, start.dense, epochs)
+    trajectory = Trajectory(
+        run,
+        network,
+        update,
+        first_step=int(network.optimizer.iterations.numpy()),
+    )
+    cost = TrainingCost(
+        network,
+        make(channel_scale=1.0) if small_dense else None,
+        trajectory,
+        update,
+        epochs=epochs,
+        length=times_as_long,
+    )
     board = None
     if run.writes:
         board = TensorBoardLog(
-            run, trajectory, cost, first_epoch=first_epoch, epochs=epochs
+            run, trajectory, cost.count, first_epoch=first_epoch, epochs=epochs
         )
-
-    def curves(steps):
-        return flops.training_curve(
-            cost,
-            trajectory.rows,
-            steps=steps,
-            dense_gradients=update.dense_gradients if update else "never",
-            gradient_batches=update.gradient_batches if update else 1,
-        )
-
-    def training_ratio(training, epochs_trained):
-        share = times_as_long * epochs_trained / epochs
-        return share * float(np.mean(training)) / (3 * dense_flops)
-
-    held_out = None
-    if recipe.validation:
-        held_out = batches(examples.validation(batch_size=batch_size))
+    held_out = batches.validation()
     if first_epoch < epochs:
+        callbacks = [
+            update,
+            topology,
+            trajectory,
+            EpochLogs(network, cost, trajectory),
+            Metrics(run, first_epoch=first_epoch) if run.writes else None,
+            board,
+            KeepWeights(run, keep_weights),
+            checkpoints,  # last: what it saves is logged already
+        ]
         network.fit(
-            batches(
-                examples.train(
-                    batch_size=batch_size,
-                    seed=seed,
-                    first_epoch=first_epoch,
-                    epochs=epochs,
-                ),
-                label_smoothing,
-            ).map(devices.evened),
+            batches.train(first_epoch=first_epoch, epochs=epochs),
             steps_per_epoch=examples.steps_per_epoch(batch_size),
             initial_epoch=first_epoch,
             epochs=epochs,
             validation_data=held_out,
             shuffle=False,  # the data set is shuffled already
-            callbacks=[
-                *([update] if update else []),
-                *([topology] if topology else []),
-                trajectory,
-                EpochLogs(
-                    network,
-                    cost,
-                    trajectory,
-                    dense_flops=dense_flops,
-                    training_ratio=lambda epochs_trained, steps: training_ratio(
-                        curves(steps)[1], epochs_trained
-                    ),
-                    share_of_dense=share_of_dense,
-                ),
-                *([Metrics(run, first_epoch=first_epoch)] if board else []),
-                *([board] if board else []),
-                KeepWeights(run, keep_weights),
-                checkpoints,  # last: what it saves is logged already
-            ],
+            callbacks=[each for each in callbacks if each is not None],
             verbose=(1 if sys.stdout.isatty() else 2) if run.writes else 0,
         )
-
-    def evaluate(split):
-        return network.evaluate(split, verbose=0, return_dict=True)
-
-    test = evaluate(batches(examples.test(batch_size=batch_size)))
-    validated = evaluate(held_out) if held_out else {}
-    cost = rigl_keras.count(network)
+    test = network.evaluate(batches.test(), verbose=0, return_dict=True)
+    validated = {}
+    if held_out is not None:
+        validated = network.evaluate(held_out, verbose=0, return_dict=True)
     steps = int(network.optimizer.iterations.numpy())
-    inference, training = curves(steps)
-    run.write_curve(inference, training)
-    ratio = training_ratio(training, epochs)
+    curves = cost.curves(steps)
+    run.write_curve(*curves)
     if board:
         board.write_test(steps, test)
-    name = method_name(update, density, small_dense, one_shot, masks_from)
-    result = {
-        "method": name,
-        "model": network.name,
-        "dataset": dataset,
-        "seed": seed,
-        "density": share_of_dense if small_dense else cost.density,
-        "test_accuracy": test["accuracy"],
-        "validation_accuracy": validated.get("accuracy"),
-        "test_loss": test["loss"],
-        "validation_loss": validated.get("loss"),
-        "inference_flops": cost.inference_flops,
-        "inference_flops_ratio": cost.inference_flops / dense_flops,
-        # By the masks of each step, by the closed form, and with the runs
-        # that masks and weights come from.
-        "training_flops": float(np.mean(training))
-        * len(examples.train_labels)
-        * epochs,
-        "training_flops_ratio": ratio,
-        "training_flops_ratio_closed_form": closed_form(
-            update, inference, dense_flops, times_as_long
-        ),
-        "training_flops_ratio_with_sources": ratio
-        + sum(
-            earlier["training_flops_ratio_with_sources"]
-            for earlier in sources.values()
-        ),
-        "parameters": whole.parameters,
-        "nonzeros": cost.nonzeros,
-        "bits": cost.bits,
-        "csr_bits": cost.csr_bits,
-        "steps": steps,
-        "seconds": sum(float(row["seconds"]) for row in run.metrics),
-        "layers": [
-            {
-                "name": layer.name,
-                "shape": list(layer.shape),
-                "density": layer.density,
-                "masked": layer.masked,
-                "nonzeros": layer.nonzeros,
-                "inference_flops": layer.inference_flops,
-            }
-            for layer in cost.layers
-        ],
-        "settings": {
+    found = result(
+        start=start,
+        network=network,
+        update=update,
+        cost=cost,
+        curves=curves,
+        test=test,
+        validation=validated,
+        dataset=dataset,
+        train_examples=len(examples.train_labels),
+        seed=seed,
+        epochs=epochs,
+        seconds=sum(float(row["seconds"]) for row in run.metrics),
+        settings={
             "density": density,
-            "distribution": distribution if drawn else None,
+            "distribution": distribution if start.kind == "static" else None,
             "granularity": granularity,
             "scale_to_fan_in": scale_to_fan_in,
             "masks_from": masks_from,
@@ -402,19 +287,44 @@ def train(
             "batch_size": batch_size,
             "replicas": devices.replica_count(),
             "label_smoothing": label_smoothing,
-            "method": {
-                key: value
-                if isinstance(value, (int, float, str, type(None)))
-                else str(value)
-                for key, value in (
-                    update.get_config().items() if update else ()
-                )
-            },
         },
-        "versions": package_versions(),
-    }
+    )
     # The optimizer is in the checkpoints; the model to keep loads without it.
     network.compiled = False
     run.save_model(network)
-    run.write_result(result)  # last: it says that the run is finished
-    return result
+    run.write_result(found)  # last: it says that the run is finished
+    return found
+
+
+def _topology(run, network):
+    """Returns what records how the masks move, None where there are none."""
+    if not rigl_keras.masked_layers(network):
+        return None
+    topology = TopologyDiagnostics(
+        run.path / "topology" if run.writes else None
+    )
+    topology.set_model(network)
+    return topology
+
+
+def _remembered(update, topology):
+    """Returns variables that a checkpoint has beside model and optimizer."""
+    return [
+        *(update.variables if update else []),
+        *(update.logged_variables if update else []),
+        *(topology.variables if topology else []),
+    ]
+
+
+def _restored(checkpoints, run, dense, epochs):
+    """Returns the epoch to begin with; a run that is new keeps its start."""
+    first_epoch = checkpoints.restore()
+    if first_epoch is None:
+        run.save_weights(dense, 0)
+        checkpoints.save(0)
+        return 0
+    if first_epoch == epochs:
+        print(f"Resuming {run.path} after its last epoch.")
+    elif first_epoch:
+        print(f"Resuming {run.path} at epoch {first_epoch + 1} of {epochs}.")
+    return first_epoch

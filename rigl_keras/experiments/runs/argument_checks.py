@@ -1,0 +1,120 @@
+"""Which arguments of `train` may stand together."""
+
+import inspect
+from collections.abc import Sequence
+
+from rigl_keras.experiments.runs import devices
+
+__all__ = ["check_arguments"]
+
+
+def check_arguments(
+    *,
+    model,
+    method,
+    optimizer,
+    density,
+    small_dense,
+    one_shot,
+    masks_from,
+    shuffle_masks,
+    granularity,
+    scale_to_fan_in,
+    keep_weights,
+    epochs,
+    batch_size,
+    length,
+    label_smoothing,
+):
+    if batch_size < devices.replica_count():
+        raise ValueError(
+            "batch_size counts the examples of all replicas and must leave "
+            f"each at least one. Received: batch_size={batch_size} for "
+            f"{devices.replica_count()} replicas."
+        )
+    whole = isinstance(keep_weights, Sequence) and all(
+        isinstance(epoch, int) and epoch > 0 for epoch in keep_weights
+    )
+    if not whole:
+        raise ValueError(
+            "keep_weights lists the epochs after which weights are kept, such "
+            f"as [1, 2]. Received: keep_weights={keep_weights!r}."
+        )
+    if small_dense and callable(model):
+        if "channel_scale" not in inspect.signature(model).parameters:
+            raise ValueError(
+                "small_dense scales the channels of wide_resnet, resnet18 or "
+                "resnet50, or of a model of yours that takes `channel_scale`. "
+                f"Received: model={getattr(model, '__name__', model)!r}."
+            )
+    if one_shot is not None and granularity != "element":
+        raise ValueError(
+            "one_shot chooses single weights. Set train.granularity = "
+            f"'element'. Received: granularity={granularity!r}."
+        )
+    if scale_to_fan_in and (density is None or small_dense or one_shot):
+        raise ValueError(
+            "scale_to_fan_in scales the weights that masks keep: set "
+            "train.density, and neither train.small_dense nor train.one_shot."
+        )
+    if density is None and method is not None:
+        raise ValueError(
+            "A method changes masks, and density=None trains the dense model. "
+            "Set train.density, or train.method = None."
+        )
+    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
+        raise ValueError(
+            f"epochs must be an int of at least 1. Received: {epochs!r}."
+        )
+    for name, value in (("model", model), ("optimizer", optimizer)):
+        if not callable(value):
+            raise ValueError(
+                f"{name} must be something that makes one, in gin "
+                f"train.{name} = @wide_resnet or @sgd. Received: {value!r}."
+            )
+    if method is not None and not callable(method):
+        raise ValueError(
+            "method must be something that makes a mask update, in gin "
+            f"train.method = @RigL, or None. Received: {method!r}."
+        )
+    if one_shot is not None and not callable(one_shot):
+        raise ValueError(
+            "one_shot must be something that makes masks from a batch, in gin "
+            f"train.one_shot = @snip, or None. Received: {one_shot!r}."
+        )
+    if not length > 0 or int(epochs * length) < 1:
+        raise ValueError(
+            "length is a factor on the epochs of the run and must leave one "
+            f"at least. Received: length={length!r} of epochs={epochs}."
+        )
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(
+            "label_smoothing must be in [0, 1). Received: "
+            f"label_smoothing={label_smoothing!r}."
+        )
+    if small_dense and method is not None:
+        raise ValueError(
+            "A small dense network has no masks to update. Set train.method = "
+            "None, or train.small_dense = False."
+        )
+    makers = {
+        "small_dense": small_dense,
+        "one_shot": one_shot,
+        "masks_from": masks_from,
+    }
+    given = [name for name, value in makers.items() if value]
+    if len(given) > 1:
+        raise ValueError(
+            f"A run starts in one way, and {' and '.join(given)} are two. Set "
+            "one of them."
+        )
+    if given and density is None:
+        raise ValueError(
+            f"train.{given[0]} needs train.density, which is None (the dense "
+            "model)."
+        )
+    if shuffle_masks and masks_from is None:
+        raise ValueError(
+            "shuffle_masks shuffles the masks of another run: set "
+            "train.masks_from."
+        )

@@ -1,0 +1,74 @@
+"""The batches of a run, as its workers see them."""
+
+import tensorflow as tf
+
+from rigl_keras.experiments.data import Data
+from rigl_keras.experiments.runs import devices
+
+__all__ = ["Batches"]
+
+
+class Batches:
+    """The batches of a run: labels are shares of classes, workers share each.
+
+    Args:
+        examples: The examples.
+        batch_size: Examples in a batch, of all replicas together.
+        seed: Seed of the order and of the augmentation.
+        label_smoothing: Share of each label, in training, that is spread over
+            all classes, in [0, 1).
+    """
+
+    def __init__(
+        self,
+        examples: Data,
+        *,
+        batch_size: int,
+        seed: int,
+        label_smoothing: float,
+    ):
+        self._examples, self._batch_size = examples, batch_size
+        self._seed, self._label_smoothing = seed, label_smoothing
+
+    def first(self) -> tuple[tf.Tensor, tf.Tensor]:
+        """Returns the first batch of training, whole in every worker."""
+        examples = self._examples.train(
+            batch_size=self._batch_size, seed=self._seed, epochs=1
+        )
+        return self._smoothed(*next(iter(examples)))
+
+    def train(self, *, first_epoch: int, epochs: int) -> tf.data.Dataset:
+        """Returns the batches of training, each weighted for its replicas."""
+        examples = self._examples.train(
+            batch_size=self._batch_size,
+            seed=self._seed,
+            first_epoch=first_epoch,
+            epochs=epochs,
+        )
+        return devices.sharded(examples.map(self._smoothed)).map(devices.evened)
+
+    def validation(self) -> tf.data.Dataset | None:
+        """Returns the batches that are held out, None if there are none."""
+        if not self._examples.recipe.validation:
+            return None
+        return self._to_evaluate(
+            self._examples.validation(batch_size=self._batch_size)
+        )
+
+    def test(self) -> tf.data.Dataset:
+        """Returns the batches of the test examples."""
+        return self._to_evaluate(
+            self._examples.test(batch_size=self._batch_size)
+        )
+
+    def _to_evaluate(self, examples):
+        return devices.sharded(examples.map(self._one_hot))
+
+    def _one_hot(self, images, labels):
+        return images, tf.one_hot(labels, self._examples.recipe.num_classes)
+
+    def _smoothed(self, images, labels):
+        images, targets = self._one_hot(images, labels)
+        smoothing = self._label_smoothing
+        classes = self._examples.recipe.num_classes
+        return images, targets * (1 - smoothing) + smoothing / classes

@@ -1,0 +1,102 @@
+"""What a run costs, over what the dense model does."""
+
+import keras
+import numpy as np
+
+import rigl_keras
+from rigl_keras import flops
+from rigl_keras.experiments.runs.run_callbacks import Trajectory
+from rigl_keras.flops.counting import Count
+from rigl_keras.training.step_update import StepUpdate
+
+__all__ = ["TrainingCost"]
+
+
+class TrainingCost:
+    """FLOPs of a run, by the masks that each of its steps had.
+
+    Args:
+        network: What is trained.
+        whole: The dense model of full width, if the network is a small dense
+            one. None: the network without its masks.
+        trajectory: The connections of each layer.
+        update: The mask update, or None.
+        epochs: How many epochs the run has.
+        length: Its length, in units of the dense model's training.
+
+    Attributes:
+        count: The `count` of the network as it starts.
+        parameters: Of the dense model.
+        dense_flops: Inference FLOPs of the dense model.
+        share_of_dense: Of a small dense network, which has no masks: its
+            parameters over the dense model's. None otherwise.
+    """
+
+    count: Count
+    parameters: int
+    dense_flops: float
+    share_of_dense: float | None
+
+    def __init__(
+        self,
+        network: keras.Model,
+        whole: keras.Model | None,
+        trajectory: Trajectory,
+        update: StepUpdate | None,
+        *,
+        epochs: int,
+        length: float,
+    ):
+        self.count = rigl_keras.count(network)
+        over = self.count if whole is None else rigl_keras.count(whole)
+        self.parameters = over.parameters
+        self.dense_flops = over.dense_inference_flops
+        self.share_of_dense = None
+        if whole is not None:
+            self.share_of_dense = self.count.nonzeros / over.parameters
+        self._trajectory, self._update = trajectory, update
+        self._epochs, self._length = epochs, length
+
+    def curves(self, steps: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns inference and training FLOPs of each of so many steps."""
+        update = self._update
+        return flops.training_curve(
+            self.count,
+            self._trajectory.rows,
+            steps=steps,
+            dense_gradients=update.dense_gradients if update else "never",
+            gradient_batches=update.gradient_batches if update else 1,
+        )
+
+    def training_ratio(self, training: np.ndarray, *, epochs: int) -> float:
+        """Returns the FLOPs of some epochs over those of the dense training.
+
+        Args:
+            training: FLOPs of each step, from `curves`.
+            epochs: The epochs that these steps are.
+        """
+        share = self._length * epochs / self._epochs
+        return share * float(np.mean(training)) / (3 * self.dense_flops)
+
+    def ratio_so_far(self, epochs: int, steps: int) -> float:
+        """Returns `training_ratio` after some epochs, and their steps."""
+        _, training = self.curves(steps)
+        return self.training_ratio(training, epochs=epochs)
+
+    def closed_form(self, inference: np.ndarray) -> float | None:
+        """Returns the paper's ratio, at the mean forward cost of the run.
+
+        None where a method has no closed form, as those of users have none.
+        """
+        update = self._update
+        try:
+            cost = flops.training_flops(
+                type(update).__name__ if update else "static",
+                sparse_flops=float(np.mean(inference)),
+                dense_flops=self.dense_flops,
+                frequency=getattr(update, "frequency", None),
+                gradient_batches=getattr(update, "gradient_batches", 1),
+            )
+        except ValueError:
+            return None
+        return self._length * cost / (3 * self.dense_flops)
