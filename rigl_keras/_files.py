@@ -18,7 +18,9 @@ from pathlib import Path
 __all__ = [
     "DiskFullError",
     "UNFINISHED",
+    "clear_unfinished",
     "disk_is_full",
+    "is_locked",
     "keep",
     "lock",
     "naming",
@@ -136,6 +138,28 @@ def _locked(path, *, shared, wait):
             raise
 
 
+def is_locked(path: str | os.PathLike) -> bool:
+    """Returns whether a process has locked a file, which need not exist.
+
+    Raises:
+        OSError: It cannot be read, or its file system has no locks.
+    """
+    import fcntl  # not on every platform that exports
+
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        # Shared: others may ask at the same time.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def sign(descriptor: int) -> None:
     """Writes who has a lock into its file: machine, process and time."""
     who = f"{platform.node()} {os.getpid()} {time.time():.0f}\n"
@@ -143,28 +167,43 @@ def sign(descriptor: int) -> None:
     os.pwrite(descriptor, who.encode(), 0)
 
 
-def write(path: str | os.PathLike, content: str | bytes) -> None:
-    """Writes a file whole or not at all."""
-    with whole(path) as unfinished:
+def write(
+    path: str | os.PathLike, content: str | bytes, *, advice: str | None = None
+) -> None:
+    """Writes a file whole or not at all.
+
+    Args:
+        path: The file. Its folder must exist.
+        content: All of it; text is written as UTF-8.
+        advice: As in `whole`.
+    """
+    with whole(path, advice=advice) as unfinished:
         if isinstance(content, str):
             content = content.encode()
         unfinished.write_bytes(content)
 
 
 @contextlib.contextmanager
-def whole(path: str | os.PathLike) -> Iterator[Path]:
+def whole(
+    path: str | os.PathLike, *, advice: str | None = None
+) -> Iterator[Path]:
     """Gives a file to write, which then appears at `path`, whole.
 
     If the context is left by an error, what was at `path` stays.
 
     Args:
         path: The file. Its folder must exist.
+        advice: Where there is any, a full disk is an error that names the
+            file and says this of what to do.
 
     Yields:
         A path of the same name in another folder, on the same disk.
     """
     path = Path(path)
-    with unfinished_folder(path.parent) as folder:
+    with contextlib.ExitStack() as stack:
+        if advice is not None:
+            stack.enter_context(naming(path, advice=advice))
+        folder = stack.enter_context(unfinished_folder(path.parent))
         # Of the same name: Keras knows the format by it.
         yield folder / path.name
         put(folder / path.name, path)
@@ -184,7 +223,7 @@ def unfinished_folder(path: str | os.PathLike) -> Iterator[Path]:
     What killed processes of this machine have left there goes, too.
     """
     path = Path(path)
-    _clear_unfinished(path)
+    clear_unfinished(path)
     folder = made = path / f"{_unfinished()}{os.getpid()}"
     for number in itertools.count(1):
         try:
@@ -229,11 +268,17 @@ def _unfinished():
     return f"{UNFINISHED}{platform.node()}-"
 
 
-def _clear_unfinished(path):
-    """Removes what processes of this machine have left that were killed."""
-    begin = _unfinished()
+def clear_unfinished(path: Path, *, of_others: bool = False) -> None:
+    """Removes unfinished folders that killed processes have left in a folder.
+
+    Args:
+        path: The folder.
+        of_others: Whether those of other machines go, and of processes that
+            live: nobody else may be writing to the folder then.
+    """
+    begin = UNFINISHED if of_others else _unfinished()
     for folder in path.glob(f"{glob.escape(begin)}*"):
-        if _is_gone(folder.name.removeprefix(begin)):
+        if of_others or _is_gone(folder.name.removeprefix(begin)):
             shutil.rmtree(folder, ignore_errors=True)
 
 

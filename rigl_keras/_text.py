@@ -51,7 +51,8 @@ def printable(words: str) -> str:
 
 def first_line(error: Exception) -> str:
     """Returns what an error says first, or its type where it says nothing."""
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def last_line(error):

@@ -119,8 +119,9 @@ MAY_IMPORT |= {
     # These two need no TensorFlow.
     "experiments/protocol": {"private"},
     "experiments/report": {"private", "experiments/protocol"},
-    # Errors of commands.
+    # Errors of commands, and how far they are.
     "experiments/exits": {"private"},
+    "experiments/progress_bar": set(),
     "experiments/data": {"private"},
     "experiments/runs": {
         *LIBRARY,
@@ -131,6 +132,7 @@ MAY_IMPORT |= {
     "experiments/reproduction": {
         *LIBRARY,
         "experiments/exits",
+        "experiments/progress_bar",
         "experiments/protocol",
         "experiments/data",
         "experiments/runs",
@@ -138,6 +140,7 @@ MAY_IMPORT |= {
     "experiments/tuning": {
         "private",
         "experiments/exits",
+        "experiments/progress_bar",
         "experiments/protocol",
         "experiments/data",
         "experiments/reproduction",
@@ -145,6 +148,7 @@ MAY_IMPORT |= {
     "experiments/benchmarks": {
         *LIBRARY,
         "experiments/exits",
+        "experiments/progress_bar",
         "experiments/data",
     },
     "experiments/report_command": {

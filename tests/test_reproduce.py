@@ -280,7 +280,9 @@ def test_a_process_that_is_killed_has_failed(tmp_path, quick, monkeypatch):
     monkeypatch.setattr(workers, "command_of", lambda run, **o: ["true"])
     failed = workers.work_off([run], Results(tmp_path, "full"))
     assert failed == {run: "its process ended with status 0"}
-    assert workers._signal_name(35) == "signal 35"  # of real time, without a name
+    assert (
+        workers._signal_name(35) == "signal 35"
+    )  # of real time, without a name
 
 
 def test_claimed_runs_are_left_to_others_and_taken_over(tmp_path, quick):

@@ -2,12 +2,10 @@
 
 import functools
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import tensorflow as tf
-import tqdm
 
 from rigl_keras import _figure_style, _files, kernels
 from rigl_keras.distributions import DISTRIBUTIONS
@@ -18,6 +16,7 @@ from rigl_keras.experiments.benchmarks.kernel_sides import UPDATE, check
 from rigl_keras.experiments.benchmarks.layer_speed import layers
 from rigl_keras.experiments.benchmarks.speed_tables import lines_of, write_csv
 from rigl_keras.experiments.benchmarks.train_speed import train
+from rigl_keras.experiments.progress_bar import say
 
 __all__ = ["PARTS", "define_command"]
 
@@ -114,16 +113,10 @@ def _run(part, given, output, argv):
         raise exits.FailedError(
             f"There are no sparse kernels to measure: {why}."
         )
-    measured = _MEASURES[part](**values, say=_say)
+    measured = _MEASURES[part](**values, say=say)
     if folder:
         for path in _write(part, measured, folder):
-            _say(f"Written: {path}")
-
-
-def _say(line):
-    # Above the bar, where there is one.
-    tqdm.tqdm.write(line)
-    sys.stdout.flush()
+            say(f"Written: {path}")
 
 
 def _numbers(name, texts, kind):

@@ -13,11 +13,9 @@ compared. How long it takes is for `--densities` and `--rounds` to say.
 """
 
 import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import tensorflow as tf
-import tqdm
 
 from rigl_keras import _checks, kernels
 from rigl_keras._timing import interleaved
@@ -32,6 +30,7 @@ from rigl_keras.experiments.benchmarks.speed_tables import (
     lines_of,
     table_row,
 )
+from rigl_keras.experiments.progress_bar import ProgressBar
 
 __all__ = [
     "DENSE",
@@ -41,7 +40,6 @@ __all__ = [
     "check_same",
     "machine",
     "measurements",
-    "progress",
     "timed",
 ]
 
@@ -71,28 +69,22 @@ def machine() -> str:
 
 def timed(sides, rounds, doing, turn=0.0):
     """Returns seconds, as `interleaved` does, and shows how far it is."""
-    with tqdm.tqdm(
-        desc=doing, unit=" calls", disable=not sys.stderr.isatty()
-    ) as bar:
+    # Each is called twice before, and once in a turn that is not timed.
+    total = None if turn else len(sides) * (2 + rounds)
+    with ProgressBar(unit="calls", total=total, doing=doing) as bar:
 
         def counted(call):
             def run():
                 call()
-                bar.update()
+                bar.advance()
 
             return run
 
-        if not turn:  # each is called twice before, and once in a turn
-            bar.reset(total=len(sides) * (2 + rounds))
         return interleaved(
             {key: counted(call) for key, call in sides.items()},
             rounds=rounds,
             turn=turn,
         )
-
-
-def progress(items, total) -> Iterator:
-    return tqdm.tqdm(items, total=total, disable=not sys.stderr.isatty())
 
 
 def measurements(seconds, dense, densities, say, **about):

@@ -19,12 +19,12 @@ from rigl_keras.experiments.benchmarks.kernel_sides import (
     check_same,
     machine,
     measurements,
-    progress,
 )
 from rigl_keras.experiments.benchmarks.speed_tables import (
     Measurement,
     table_head,
 )
+from rigl_keras.experiments.progress_bar import ProgressBar
 
 __all__ = ["layers", "problems"]
 
@@ -76,7 +76,7 @@ def layers(
     """Measures each convolution of a network, dense and sparse.
 
     Args:
-        model: One of `benchmark_inference.MODELS`.
+        model: One of `inference_command.MODELS`.
         densities: Of random masks.
         batch_size: Images in a call.
         rounds: Turns of each side.
@@ -98,21 +98,22 @@ def layers(
         table_head(f"Layers of {model}, batch {batch_size}: {about}", densities)
     )
     measured = []
-    for name, problem in progress(found.items(), len(found)):
-        sides, size = _layer_sides(problem, densities)
-        seconds = interleaved(sides, rounds=rounds, turn=TURN)
-        measured += measurements(
-            seconds,
-            {FORWARD: (FORWARD, None), BOTH: (BOTH, None)},
-            densities,
-            say,
-            model=model,
-            layer=name,
-            size=size,
-            batch_size=batch_size,
-            rounds=rounds,
-            machine=about,
-        )
+    with ProgressBar(unit="layers", total=len(found)) as bar:
+        for name, problem in bar.over(found.items()):
+            sides, size = _layer_sides(problem, densities)
+            seconds = interleaved(sides, rounds=rounds, turn=TURN)
+            measured += measurements(
+                seconds,
+                {FORWARD: (FORWARD, None), BOTH: (BOTH, None)},
+                densities,
+                say,
+                model=model,
+                layer=name,
+                size=size,
+                batch_size=batch_size,
+                rounds=rounds,
+                machine=about,
+            )
     return measured
 
 

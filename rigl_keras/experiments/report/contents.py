@@ -1,6 +1,7 @@
 """Which sections and figures the report has, by what was run."""
 
 from rigl_keras import _figure_style
+from rigl_keras._text import first_line
 from rigl_keras.experiments.protocol import published, rows
 from rigl_keras.experiments.report import (
     panels,
@@ -112,7 +113,6 @@ def picture_of(context, name, draw, *arguments, **options):
     try:
         png = _figure_style.as_png(draw(*arguments, **options))
     except Exception as error:  # whatever the numbers are, there is a page
-        said = str(error).strip() or type(error).__name__
-        context.undrawn[name] = said.splitlines()[0][:200].rstrip(".")
+        context.undrawn[name] = first_line(error)[:200].rstrip(".")
         return None
     return Picture(name, png, _ALT[name] + " Numbers: report.csv.")

@@ -1,11 +1,9 @@
 """How far many runs have come: the bar, and what it adds up."""
 
-import sys
 from collections.abc import Sequence
 
-import tqdm
-
 from rigl_keras import _reading, _text
+from rigl_keras.experiments.progress_bar import ProgressBar, say
 from rigl_keras.experiments.reproduction.estimates import Estimate
 from rigl_keras.experiments.reproduction.plans import Run
 from rigl_keras.experiments.reproduction.results import Results
@@ -45,13 +43,8 @@ class Bar(Progress):
         self, runs: Sequence[Run], results: Results, estimates: Estimate
     ):
         self._results, self._estimates = results, dict(estimates)
-        self._pace = []  # seconds taken over seconds estimated, by run
-        self._bar = tqdm.tqdm(
-            total=len(runs),
-            initial=len(runs) - len(estimates),
-            bar_format="{n_fmt}/{total_fmt} runs |{bar:20}| {elapsed}{desc}",
-            dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
+        self._bar = ProgressBar(
+            unit="runs", total=len(runs), done=len(runs) - len(estimates)
         )
         self._run = self._epoch = None
         self._left()
@@ -59,7 +52,7 @@ class Bar(Progress):
     def start(self, run):
         self._run, self._epoch = run, None
         again = "continues" if self._results.epochs(run) else "begins"
-        self._say(f"{run.name} {again}")
+        say(f"{run.name} {again}")
 
     def epoch(self, run, epochs):
         if epochs != self._epoch:
@@ -69,25 +62,25 @@ class Bar(Progress):
     def finish(self, run, *, seconds, failure):
         _, estimated = self._estimates.pop(run)
         if failure is not None:
-            self._say(f"{run.name} FAILED: {failure}")
+            say(f"{run.name} FAILED: {failure}")
         else:
-            self._pace.append(seconds / max(estimated, 1e-9))
+            self._bar.learn_pace(seconds, estimated)
             accuracy = self._results.result(run).get("test_accuracy")
             shown = (
                 f"{accuracy:.2%}"
                 if _reading.is_number(accuracy)
                 else f"is no number, {_text.brief(accuracy)}"
             )
-            self._say(
+            say(
                 f"{run.name} finished after {seconds:.0f} s: test accuracy "
                 f"{shown}; {self._left()} left"
             )
-            self._bar.update()
+            self._bar.advance()
 
     def elsewhere(self, run):
         self._estimates.pop(run, None)
-        self._say(f"{run.name} finished by another process")
-        self._bar.update()
+        say(f"{run.name} finished by another process")
+        self._bar.advance()
 
     def wait(self, runs):
         self._left(f"waiting for {len(runs)} that others train")
@@ -95,19 +88,11 @@ class Bar(Progress):
     def close(self):
         self._bar.close()
 
-    def _say(self, line):
-        # Above the bar, where there is one.
-        tqdm.tqdm.write(line)
-        sys.stdout.flush()
-
     def _left(self, doing=""):
-        """Shows and returns the time left, at the pace of what is done."""
-        pace = sum(self._pace) / len(self._pace) if self._pace else 1.0
+        """Shows and returns the time left, shared with those at work."""
         at_work = 1 + sum(
             run != self._run and self._results.claimed(run)
             for run in self._estimates
         )
         seconds = sum(s for _, s in self._estimates.values())
-        left = tqdm.tqdm.format_interval(pace * seconds / at_work)
-        self._bar.set_description_str(f"<{left}  {doing}")
-        return left
+        return self._bar.show_left(seconds / at_work, doing)

@@ -13,7 +13,6 @@ killed the claim is free again, and whoever takes it continues the run.
 """
 
 import contextlib
-import functools
 import json
 import os
 from collections.abc import Iterator
@@ -22,13 +21,10 @@ from pathlib import Path
 from rigl_keras import _files, _reading
 from rigl_keras.experiments.reproduction.plans import Run
 
-__all__ = ["Results"]
+__all__ = ["ROOM", "Results"]
 
-# A full disk is an error that names the file.
-_naming = functools.partial(
-    _files.naming,
-    advice="Make room; the same command goes on from there.",
-)
+# What an error says of a full disk.
+ROOM = "Make room; the same command goes on from there."
 # What tells a file from one that had its name before or after it.
 Stamp = tuple[int, int, str]
 
@@ -125,7 +121,8 @@ class Results:
 
     def record_failure(self, run: Run, reason: str) -> None:
         """Keeps why a run failed."""
-        _write(self.folder(run) / "failure.txt", reason + "\n")
+        path = self.folder(run) / "failure.txt"
+        _files.write(path, reason + "\n", advice=ROOM)
 
     def forget_failure(self, run: Run) -> None:
         """Removes why a run failed before."""
@@ -134,10 +131,10 @@ class Results:
     def claimed(self, run: Run) -> bool:
         """Returns whether a process trains a run now."""
         path = self.folder(run) / "claim"
-        if not path.exists():
-            return False
-        with _lock(path, shared=True) as claim:
-            return claim is None
+        try:
+            return _files.is_locked(path)
+        except OSError as error:
+            raise _no_lock(path, error) from error
 
     @contextlib.contextmanager
     def claim(self, run: Run) -> Iterator[int | None]:
@@ -148,38 +145,34 @@ class Results:
             holds the claim as well; or None where another process has it.
         """
         folder = self.folder(run)
-        with _naming(folder):
+        with _files.naming(folder, advice=ROOM):
             folder.mkdir(exist_ok=True)
         with _lock(folder / "claim") as claim:
             if claim is not None:
                 about = json.dumps(run.as_json(), indent=2) + "\n"
-                _write(folder / "about.json", about)
+                _files.write(folder / "about.json", about, advice=ROOM)
             yield claim
 
 
 @contextlib.contextmanager
-def _lock(path, *, shared=False):
+def _lock(path):
     """Locks a file, and yields its descriptor, or None if it is locked."""
     with contextlib.ExitStack() as stack:
         try:
-            with _naming(path):
-                descriptor = stack.enter_context(
-                    _files.lock(path, shared=shared, wait=False)
-                )
-                if descriptor is not None and not shared:
+            with _files.naming(path, advice=ROOM):
+                descriptor = stack.enter_context(_files.lock(path, wait=False))
+                if descriptor is not None:
                     _files.sign(descriptor)
         except _files.DiskFullError:
             raise
         except OSError as error:
-            raise ValueError(
-                f"{str(path)!r} cannot be locked ({error.strerror}), so that "
-                "others could train the same run. Pass --results_dir with a "
-                "folder that you can write, on a file system that has locks."
-            ) from error
+            raise _no_lock(path, error) from error
         yield descriptor
 
 
-def _write(path, text):
-    """Writes a file whole or not at all; who writes has the claim."""
-    with _naming(path):
-        _files.write(path, text)
+def _no_lock(path, error):
+    return ValueError(
+        f"{str(path)!r} cannot be locked ({error.strerror}), so that others "
+        "could train the same run. Pass --results_dir with a folder that you "
+        "can write, on a file system that has locks."
+    )

@@ -8,8 +8,9 @@ import keras
 import tensorflow as tf
 
 from rigl_keras import _files
+from rigl_keras._text import first_line
 from rigl_keras.experiments.runs import devices
-from rigl_keras.experiments.runs.run_files import naming, remove_unfinished
+from rigl_keras.experiments.runs.run_files import naming
 
 __all__ = ["Checkpoints"]
 
@@ -70,7 +71,7 @@ class Checkpoints(keras.callbacks.Callback):
         _ = self._checkpoint.save_counter
         self._path, self._keep, self._writes = path, keep, writes
         if writes:
-            remove_unfinished(path)
+            _files.clear_unfinished(path, of_others=True)
         else:
             self._scratch = tempfile.TemporaryDirectory()
 
@@ -134,7 +135,7 @@ class Checkpoints(keras.callbacks.Callback):
                 self._checkpoint.restore(path).assert_consumed()
                 return int(self._epoch.numpy())
             except _UNREADABLE as error:
-                reason = str(error).splitlines()[0]
+                reason = first_line(error)
                 print(
                     f"Checkpoint {path} cannot be read ({reason}): "
                     "falling back to the one before."

@@ -6,6 +6,7 @@ import re
 import tensorflow as tf
 
 from rigl_keras import replicas
+from rigl_keras._text import first_line
 
 __all__ = [
     "STRATEGIES",
@@ -202,6 +203,6 @@ def _tpu_strategy():
     except (ValueError, tf.errors.OpError) as error:
         raise ValueError(
             f"--strategy=tpu finds no TPU named {name!r} "
-            f"({str(error).splitlines()[0]}). Set TPU_NAME, or choose another "
+            f"({first_line(error)}). Set TPU_NAME, or choose another "
             "strategy."
         ) from error

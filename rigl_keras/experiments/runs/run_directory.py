@@ -21,10 +21,10 @@ import tensorflow as tf
 import rigl_keras
 from rigl_keras import _files, _reading
 from rigl_keras._files import UNFINISHED, DiskFullError
+from rigl_keras._text import first_line
 from rigl_keras.experiments.runs.checkpoints import Checkpoints
 from rigl_keras.experiments.runs.run_files import (
     naming,
-    remove_unfinished,
     whole,
     write,
 )
@@ -193,7 +193,7 @@ class RunDirectory:
         """
         if self.writes:
             for folder in (self.path, self.path / "weights"):
-                remove_unfinished(folder)
+                _files.clear_unfinished(folder, of_others=True)
         self._write("config.gin", self._config)
 
     @property
@@ -374,7 +374,7 @@ class EarlierRun:
         except ValueError as error:
             raise ValueError(
                 f"The weights of {str(self.path)!r} are of another network "
-                f"than {model.name!r}: {str(error).splitlines()[0]}"
+                f"than {model.name!r}: {first_line(error)}"
             ) from error
 
 

@@ -1,13 +1,11 @@
 """How far a search has come, and what is left of it."""
 
 import dataclasses
-import statistics
-import sys
 
-import tqdm
 from optuna.trial import TrialState
 
 from rigl_keras._text import aligned, exact
+from rigl_keras.experiments.progress_bar import ProgressBar, say
 from rigl_keras.experiments.reproduction import costs
 from rigl_keras.experiments.tuning.search import ENDED, TrialProgress, commas
 
@@ -82,27 +80,21 @@ class Bar(TrialProgress):
     def __init__(self, searched, study, results):
         self._searched, self._study = searched, study
         self._results = results
-        self._pace = []  # seconds taken over seconds estimated, by run
         self._begun = 0.0  # part of a run that was trained before
         self._epoch = None
-        self._bar = tqdm.tqdm(
-            total=searched.trials,
-            bar_format="{n_fmt}/{total_fmt} trials |{bar:20}| {elapsed}{desc}",
-            dynamic_ncols=True,
-            disable=not sys.stderr.isatty(),
-        )
+        self._bar = ProgressBar(unit="trials", total=searched.trials)
         self._left()
 
     def begin(self, trial):
-        self._say(f"trial {trial.number}: {self._setting(trial.params)}")
+        say(f"trial {trial.number}: {self._setting(trial.params)}")
 
     def end(self, trial, failure=None):
         (ended,) = [t for t in self._study.trials() if t.number == trial.number]
         if failure is not None:
-            self._say(f"trial {trial.number} FAILED: {failure}")
+            say(f"trial {trial.number} FAILED: {failure}")
             return
         says = "cut" if ended.state == TrialState.PRUNED else "complete"
-        self._say(
+        say(
             f"trial {trial.number} {says}: validation accuracy "
             f"{ended.value:.2%}; {self._left()} left"
         )
@@ -123,7 +115,7 @@ class Bar(TrialProgress):
     def finish(self, run, *, seconds, failure):
         if failure is None:
             trained = max(1 - self._begun, 0.01)
-            self._pace.append(seconds / trained / self._seconds(run))
+            self._bar.learn_pace(seconds / trained, self._seconds(run))
 
     def wait(self, runs):
         self._left(f"waiting for {runs[0].name}, which others train")
@@ -145,22 +137,12 @@ class Bar(TrialProgress):
     def _seconds(self, run):
         run.configure()
         cost = costs.planned()
-        return max(cost.steps * costs.seconds_of_step(cost.network), 1e-9)
-
-    def _say(self, line):
-        # Above the bar, where there is one.
-        tqdm.tqdm.write(line)
-        sys.stdout.flush()
+        return cost.steps * costs.seconds_of_step(cost.network)
 
     def _left(self, doing=""):
-        """Shows and returns the time left, at the pace of what is done."""
+        """Shows and returns the time left, shared with those at work."""
         left = _cost_left(self._searched, self._study, self._results)
         states = [trial.state for trial in self._study.trials()]
         at_work = max(states.count(TrialState.RUNNING), 1)
-        pace = statistics.fmean(self._pace) if self._pace else 1.0
-        time_left = tqdm.tqdm.format_interval(
-            pace * left.runs * left.seconds / at_work
-        )
-        self._bar.n = sum(state in ENDED for state in states)
-        self._bar.set_description_str(f"<{time_left}  {doing}")
-        return time_left
+        self._bar.set_done(sum(state in ENDED for state in states))
+        return self._bar.show_left(left.runs * left.seconds / at_work, doing)

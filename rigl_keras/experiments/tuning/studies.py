@@ -13,8 +13,6 @@ counts twice.
 """
 
 import contextlib
-import fcntl
-import functools
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -27,7 +25,8 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.storages import JournalStorage, journal
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from rigl_keras._files import DiskFullError, lock, naming
+from rigl_keras._files import DiskFullError, is_locked, lock, naming
+from rigl_keras.experiments.reproduction.results import ROOM
 
 __all__ = ["Study", "end_with_a_line"]
 
@@ -241,17 +240,7 @@ class Study:
 
     def _claimed(self, number):
         """Returns whether a process has a trial; the lock is the caller's."""
-        try:
-            descriptor = os.open(self._claim_of(number), os.O_RDWR)
-        except FileNotFoundError:
-            return False
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(descriptor)
-        return False
+        return is_locked(self._claim_of(number))
 
 
 class _Journal(journal.JournalFileBackend):
@@ -259,14 +248,10 @@ class _Journal(journal.JournalFileBackend):
 
     def __init__(self, path):
         super().__init__(str(path), lock_obj=_JournalLock(path))
-        self._naming = functools.partial(
-            naming,
-            path,
-            advice="Make room; the same command goes on from there.",
-        )
+        self._path = path
 
     def append_logs(self, logs):
-        with self._naming():
+        with naming(self._path, advice=ROOM):
             super().append_logs(logs)
 
 

@@ -1,0 +1,85 @@
+"""The one progress bar of commands, and the lines above it."""
+
+import contextlib
+import statistics
+import sys
+from collections.abc import Iterable, Iterator
+
+import tqdm
+
+__all__ = ["ProgressBar", "say"]
+
+
+def say(line: str) -> None:
+    """Prints a line on standard output, above the bar if there is one."""
+    tqdm.tqdm.write(line)
+    sys.stdout.flush()
+
+
+class ProgressBar(contextlib.AbstractContextManager):
+    """A bar on standard error, where that is a terminal.
+
+    Args:
+        unit: What it counts, as in "3/15 runs".
+        total: How many there are. None: that is not known.
+        done: How many are done already.
+        doing: What is being done.
+    """
+
+    def __init__(
+        self,
+        *,
+        unit: str,
+        total: int | None = None,
+        done: int = 0,
+        doing: str = "",
+    ):
+        self._pace: list[float] = []  # seconds taken over seconds estimated
+        self._bar = tqdm.tqdm(
+            total=total,
+            initial=done,
+            bar_format="{n_fmt}/{total_fmt} "
+            + unit
+            + " |{bar:20}| {elapsed}{desc}",
+            dynamic_ncols=True,
+            disable=not sys.stderr.isatty(),
+        )
+        if doing:
+            self._bar.set_description_str(f"  {doing}")
+
+    def advance(self) -> None:
+        """Counts one more."""
+        self._bar.update()
+
+    def over(self, items: Iterable) -> Iterator:
+        """Yields items, and counts each as it is done with."""
+        for item in items:
+            yield item
+            self.advance()
+
+    def set_done(self, done: int) -> None:
+        """Says how many are done, here and elsewhere."""
+        self._bar.n = done
+
+    def learn_pace(self, seconds: float, estimated: float) -> None:
+        """Learns how long something took that was estimated before."""
+        self._pace.append(seconds / max(estimated, 1e-9))
+
+    def show_left(self, estimated: float, doing: str = "") -> str:
+        """Shows and returns the time left, at the pace of what is done.
+
+        Args:
+            estimated: Seconds that were estimated for what is left.
+            doing: What is being done.
+        """
+        pace = statistics.fmean(self._pace) if self._pace else 1.0
+        left = tqdm.tqdm.format_interval(pace * estimated)
+        self._bar.set_description_str(f"<{left}  {doing}")
+        return left
+
+    def close(self) -> None:
+        """Leaves the bar as it is."""
+        self._bar.close()
+
+    def __exit__(self, *_) -> None:
+        self.close()
