@@ -5,8 +5,9 @@ import gc
 import keras
 import numpy as np
 import pytest
-from fresh import Server
 from keras import layers
+from support.disk import disk  # noqa: F401 - a fixture
+from support.fresh import Server
 from tensorflow.python.framework.ops import gradient_registry
 
 import gin

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from conftest import examples, small_model
 from keras import layers
-from kinds import KINDS, data
+from support.kinds import KINDS, data
 
 from rigl_keras import models
 from rigl_keras.compaction.dead_units import remove_dead_units

@@ -1,6 +1,6 @@
 """What holds for every method, beyond one training step.
 
-The methods are the rows of `test_callbacks.METHODS`, where the contracts of
+The methods are the rows of `support.methods.METHODS`, where the contracts of
 counts, zeros, resume and config are; here are those that outlive a `fit`.
 """
 
@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from conftest import compiled, examples, masks, small_model
-from keras import layers
-from test_callbacks import METHODS
+from support.methods import METHODS
+from support.resumed import fit, tiny
 
 from rigl_keras import flops
 from rigl_keras.flops.counting import count
@@ -19,36 +19,6 @@ from rigl_keras.masking.sparsify import sparsify
 from rigl_keras.masking.stripping import strip
 
 every_method = pytest.mark.parametrize("method", METHODS)
-
-
-def tiny():
-    """Batch norm and momentum, which a resume must restore as well.
-
-    No dropout: Keras does not save the state of its random layers.
-    """
-    keras.utils.set_random_seed(0)
-    inputs = keras.Input((6,))
-    x = layers.Dense(8, name="hidden")(inputs)
-    x = layers.BatchNormalization(name="norm")(x)
-    x = layers.ReLU()(x)
-    model = sparsify(keras.Model(inputs, layers.Dense(3, name="d")(x)), 0.5)
-    optimizer = keras.optimizers.SGD(0.1, momentum=0.9, nesterov=True)
-    model.compile(optimizer, "mse")
-    return model
-
-
-def fit(model, callbacks, epochs, initial_epoch=0):
-    draw = np.random.default_rng(0)
-    model.fit(
-        draw.standard_normal((20, 6)).astype(np.float32),
-        draw.standard_normal((20, 3)).astype(np.float32),
-        batch_size=4,
-        shuffle=False,
-        epochs=epochs,
-        initial_epoch=initial_epoch,
-        callbacks=callbacks,
-        verbose=0,
-    )
 
 
 def state(model):

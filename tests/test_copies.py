@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 from conftest import masks
 from keras import layers
+from support.copied_kinds import Backbone, Encoder, Task, X
 
 from rigl_keras.flops.counting import count
 from rigl_keras.masking import layer_state
@@ -19,7 +20,6 @@ from rigl_keras.masking.stripping import strip
 from rigl_keras.masking.weight_files import load_weights
 from rigl_keras.methods.rigl import RigL
 
-X = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
 WORDS = tf.constant([["a b"], ["b c"], ["d"]])
 
 
@@ -242,7 +242,7 @@ def test_counts_that_are_not_used_yet_travel():
     assert other.get_vocabulary() == ["[UNK]", "b", "a"]
 
 
-@keras.saving.register_keras_serializable("test_copies")
+@keras.saving.register_keras_serializable("tests")
 class Remembering(layers.Layer):
     """Holds a layer with statistics, and what only its own methods save."""
 
@@ -375,27 +375,6 @@ def test_a_config_without_the_number_of_ones_still_loads():
 # Models masked in place: subclassed, and with constructors of their own.
 
 
-@keras.saving.register_keras_serializable("test_copies")
-class Encoder(keras.Model):
-    def __init__(self, units=6, **kwargs):
-        super().__init__(**kwargs)
-        self.units = units
-        self.a = layers.Dense(12, "relu", name="a")
-        self.b = layers.Dense(units, name="b")
-        self.scale = layers.Normalization(name="scale")
-
-    def build(self, shape):
-        self.scale.build(shape)
-        self.a.build(shape)
-        self.b.build((None, 12))
-
-    def call(self, x):
-        return self.b(self.a(self.scale(x)))
-
-    def get_config(self):
-        return {**super().get_config(), "units": self.units}
-
-
 def encoder():
     model = Encoder(name="encoder")
     model(X)
@@ -415,70 +394,6 @@ def test_pickles(copied):
         np.testing.assert_allclose(again(X), model(X), rtol=1e-6)
         assert densities(again) == densities(model)
         assert isinstance(again, type(dense).__mro__[1])
-
-
-@keras.saving.register_keras_serializable("test_copies")
-class Backbone(keras.Model):
-    """Functional, made from numbers; as keras_hub's are."""
-
-    def __init__(self, units=6, **kwargs):
-        inputs = keras.Input((6,), name="x")
-        embed = layers.Dense(units, name="embed")
-        blocks = [layers.Dense(units, "relu", name=f"b{i}") for i in range(2)]
-        x = embed(inputs)
-        between = []
-        for block in blocks:
-            x = block(x) + x
-            between.append(x)
-        x = keras.Sequential([layers.Dense(units, name="deep")], name="seq")(x)
-        super().__init__(inputs, x, **kwargs)
-        self.units, self.embed, self.blocks = units, embed, blocks
-        self.between = between
-
-    def get_config(self):
-        return {
-            "units": self.units,
-            "name": self.name,
-            "trainable": self.trainable,
-        }
-
-    @classmethod
-    def from_config(cls, config):
-        return cls(**config)
-
-
-@keras.saving.register_keras_serializable("test_copies")
-class Task(keras.Model):
-    """A backbone and a head on it; it calls a layer of the backbone again."""
-
-    def __init__(self, backbone, **kwargs):
-        inputs = backbone.input
-        head = layers.Dense(3, name="head")
-        super().__init__(
-            inputs, head(backbone.embed(backbone(inputs))), **kwargs
-        )
-        self.backbone, self.head = backbone, head
-
-    def get_config(self):
-        return {
-            "backbone": keras.saving.serialize_keras_object(self.backbone),
-            "name": self.name,
-        }
-
-    @classmethod
-    def from_config(cls, config):
-        config = dict(config)
-        config["backbone"] = keras.saving.deserialize_keras_object(
-            config["backbone"]
-        )
-        return cls(**config)
-
-    def through(self, x):
-        """Uses layers of the backbone by hand, as generating text does."""
-        x = self.backbone.embed(x)
-        for block in self.backbone.blocks:
-            x = block(x) + x
-        return x
 
 
 class Owner(keras.Model):
@@ -617,7 +532,7 @@ def test_dense_weights_into_a_model_masked_in_place(tmp_path):
 # Masked models within others.
 
 
-@keras.saving.register_keras_serializable("test_copies")
+@keras.saving.register_keras_serializable("tests")
 class Around(layers.Layer):
     def __init__(self, inner, **kwargs):
         super().__init__(**kwargs)
@@ -637,7 +552,7 @@ class Around(layers.Layer):
         return cls(inner, **config)
 
 
-@keras.saving.register_keras_serializable("test_copies")
+@keras.saving.register_keras_serializable("tests")
 class Classifier(Around, keras.Model):
     pass
 

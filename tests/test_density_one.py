@@ -3,12 +3,10 @@
 import functools
 import pickle
 
-import copied_kinds
-import hard_kinds
 import keras
-import kinds
 import numpy as np
 import pytest
+from support import copied_kinds, hard_kinds, kinds
 
 from rigl_keras.masking.mask_variable import MaskVariable
 from rigl_keras.masking.masked_layers import masked_layers

@@ -17,7 +17,7 @@ import time
 import keras
 import numpy as np
 import pytest
-import two_devices
+from support import two_devices
 
 import gin
 import rigl_keras

@@ -9,8 +9,8 @@ import pytest
 import tensorflow as tf
 from conftest import masks
 from keras import layers
-from test_callbacks import METHODS
-from test_contract import fit, tiny
+from support.methods import METHODS
+from support.resumed import fit, tiny
 
 from rigl_keras import diagnostics
 from rigl_keras.diagnostics.callback import TopologyDiagnostics

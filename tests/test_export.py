@@ -15,7 +15,7 @@ import pytest
 import tensorflow as tf
 from conftest import compiled, examples, small_model
 from keras import layers
-from kinds import KINDS, OPTIONS
+from support.kinds import KINDS, OPTIONS
 
 import rigl_keras
 from rigl_keras import _files, _timing

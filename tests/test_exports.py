@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import pytest
 from conftest import small_model
-from kinds import KINDS
+from support.kinds import KINDS
 
 import gin
 import rigl_keras

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from conftest import masks
-from test_callbacks import METHODS
-from test_setups import (
+from support.methods import METHODS
+from support.regressions import (
     Applies,
     assert_equal,
     assert_sparse,

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from test_data import write_metadata
+from support.datasets import write_metadata
 
 import gin
 import rigl_keras

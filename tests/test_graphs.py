@@ -4,7 +4,13 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
-from kinds import KINDS, data, functional, nested, several_inputs_and_outputs
+from support.kinds import (
+    KINDS,
+    data,
+    functional,
+    nested,
+    several_inputs_and_outputs,
+)
 
 from rigl_keras.compaction.graphs import plain_copy, rebuild, tensors_in, trace
 from rigl_keras.masking.masked_layers import masked_layers

@@ -6,11 +6,11 @@ import math
 import pathlib
 
 import keras
-import kinds
 import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
+from support import kinds
 
 from rigl_keras.flops.counting import count
 from rigl_keras.masking.mask_variable import MaskVariable
@@ -396,7 +396,8 @@ def test_scaling_restores_the_size_of_each_unit(layer, shape, units):
 FRESH = """
 import sys, keras, numpy as np
 sys.path.insert(0, sys.argv[2])
-import kinds, rigl_keras
+import rigl_keras
+from support import kinds
 model = keras.models.load_model(sys.argv[1])
 print(type(model).__name__, len(rigl_keras.masked_layers(model)))
 np.save(sys.argv[1] + ".npy", model(np.ones((2, 5), np.float32)))

@@ -7,11 +7,12 @@ supported is made here: `python tests/test_matrix.py` prints it.
 """
 
 import keras
-import kinds
 import numpy as np
 import pytest
 import tensorflow as tf
-from test_callbacks import METHODS
+from support import kinds
+from support.methods import METHODS
+from support.setups import BATCH, SETUPS, UNSUPPORTED, sgd, support_table
 
 import rigl_keras
 from rigl_keras.masking.masked_layers import masked_layers
@@ -21,36 +22,7 @@ from rigl_keras.methods.pruning import MagnitudePruning
 from rigl_keras.schedules import SparsityRamp
 
 DENSITY = 0.4
-BATCH = 4
 WINDOW = dict(frequency=2, end_step=9, drop_fraction=0.5, decay="constant")
-
-
-def sgd(**options):
-    return keras.optimizers.SGD(0.01, momentum=0.9, **options)
-
-
-# How a model is trained: what is given to whom.
-SETUPS = {
-    "float32": {},
-    "mixed_float16": {"policy": "mixed_float16"},
-    "mixed_bfloat16": {"policy": "mixed_bfloat16"},
-    "jit_compile": {"compile": {"jit_compile": True}},
-    "steps_per_execution": {"compile": {"steps_per_execution": 3}},
-    "run_eagerly": {"compile": {"run_eagerly": True}},
-    "Adam": {"optimizer": lambda: keras.optimizers.Adam(0.01)},
-    "gradient accumulation": {
-        "optimizer": lambda: sgd(gradient_accumulation_steps=2),
-        "batch_size": BATCH // 2,
-    },
-    "clipnorm": {"optimizer": lambda: sgd(clipnorm=0.1)},
-    "EMA": {"optimizer": lambda: sgd(use_ema=True)},
-    "sample_weight": {"weighted": True},
-    "growth by several batches": {"method": {"gradient_batches": 2}},
-    "own loop": {"by_hand": True},
-}
-
-# What is not claimed, and why.
-UNSUPPORTED = {}
 
 
 def pruning(**options):
@@ -215,18 +187,6 @@ def test_combination(combination, policy, tmp_path):
 
 
 UPDATING = [m for m in METHODS if m not in ("static", "MagnitudePruning")]
-
-
-def support_table() -> str:
-    """Returns the README's table: kinds of models by set-ups."""
-    lines = [
-        "| | " + " | ".join(SETUPS) + " |",
-        "|---" * (len(SETUPS) + 1) + "|",
-    ]
-    for kind in kinds.KINDS:
-        cells = ["–" if (kind, s) in UNSUPPORTED else "✓" for s in SETUPS]
-        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import pytest
 import tensorflow as tf
 from conftest import compiled, examples, masks, small_model
 from keras import layers
-from test_callbacks import METHODS
+from support.methods import METHODS
 
 import rigl_keras
 from rigl_keras.kernels import choice, layer_products, library

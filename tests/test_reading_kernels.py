@@ -2,12 +2,12 @@
 
 import functools
 
-import hard_kinds
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
+from support import hard_kinds
 
 import rigl_keras
 from rigl_keras.masking.masked import Masked

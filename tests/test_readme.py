@@ -15,7 +15,7 @@ import urllib.request
 import numpy as np
 import pytest
 import tensorflow as tf
-from test_matrix import support_table
+from support.setups import support_table
 
 import rigl_keras
 from rigl_keras import kernels

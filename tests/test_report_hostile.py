@@ -13,7 +13,7 @@ import os
 import shutil
 
 import pytest
-from test_report import failed, lines_of, made, searched
+from support.run_folders import failed, lines_of, made, searched
 
 from rigl_keras import _figure_style
 from rigl_keras.experiments import report_command

@@ -7,7 +7,7 @@ import pathlib
 
 import keras
 import pytest
-from test_writing import check_kept, disk  # noqa: F401
+from support.disk import check_kept
 
 from rigl_keras import _files
 from rigl_keras.experiments.reproduction import results

@@ -1,6 +1,6 @@
 """Ways to train: each keeps masks exact, and grows by the right gradient.
 
-The methods are the rows of `test_callbacks.METHODS`. Networks run eagerly
+The methods are the rows of `support.methods.METHODS`. Networks run eagerly
 where the graph is not what is tested.
 """
 
@@ -12,7 +12,17 @@ import pytest
 import tensorflow as tf
 from conftest import kernels, masks
 from keras import layers
-from test_callbacks import METHODS
+from support.methods import METHODS
+from support.regressions import (
+    Applies,
+    assert_equal,
+    assert_sparse,
+    equal_masks,
+    examples,
+    fit,
+    momentum,
+    network,
+)
 
 import rigl_keras
 from rigl_keras.conventions import REPORT, Conventions
@@ -27,59 +37,6 @@ from rigl_keras.training.optimizer_state import slots
 every_method = pytest.mark.parametrize("method", METHODS)
 EVERY_STEP = dict(frequency=1, end_step=99, decay="constant")
 STEP_FIRST = Conventions(update_replaces_step=False)
-
-
-def network(optimizer="sgd", *, cls=keras.Model, l2=None, **options):
-    """A masked two-layer regression, the same for each call."""
-    keras.utils.set_random_seed(0)
-    inputs = keras.Input((6,))
-    x = layers.Dense(
-        8, activation="tanh", kernel_regularizer=l2, name="hidden"
-    )(inputs)
-    model = cls(inputs, layers.Dense(4, name="d")(x))
-    model = sparsify(model, 0.5)
-    options = {"loss": "mse", "run_eagerly": True, **options}
-    model.compile(optimizer, **options)
-    return model
-
-
-def examples(n=48, seed=0):
-    draw = np.random.default_rng(seed)
-    x = draw.standard_normal((n, 6)).astype(np.float32)
-    return x, draw.standard_normal((n, 4)).astype(np.float32)
-
-
-def fit(model, callbacks, data=None, batch_size=4, **options):
-    return model.fit(
-        *(data or examples()),
-        batch_size=batch_size,
-        shuffle=False,
-        verbose=0,
-        callbacks=callbacks,
-        **options,
-    )
-
-
-def momentum(**options):
-    return keras.optimizers.SGD(0.1, momentum=0.9, **options)
-
-
-def equal_masks(one, two):
-    return all((one[name] == two[name]).all() for name in one)
-
-
-def assert_sparse(model):
-    """No weight lies outside its mask, and no average."""
-    for layer in masked_layers(model):
-        off = layer.mask.numpy() == 0
-        assert off.any() and not layer.kernel.numpy()[off].any()
-        average = slots(model.optimizer, layer.kernel).get("average")
-        assert average is None or not average.numpy()[off].any()
-
-
-def assert_equal(one, two):
-    for ours, theirs in zip(one, two, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
 
 
 def assert_close(one, two):
@@ -435,16 +392,6 @@ def test_zeros_under_every_option(method, options):
 
 
 # Training steps of a model's own.
-
-
-class Applies(keras.Model):
-    def train_step(self, data):
-        x, y = data
-        with tf.GradientTape() as tape:
-            loss = self.compute_loss(x=x, y=y, y_pred=self(x, training=True))
-        gradients = tape.gradient(loss, self.trainable_variables)
-        self.optimizer.apply(gradients, self.trainable_variables)
-        return {"loss": loss}
 
 
 class AppliesGradients(keras.Model):

@@ -11,50 +11,13 @@ import threading
 import time
 
 import pytest
+from support.disk import check_kept
 
 import rigl_keras
 from rigl_keras import _files
 from rigl_keras.experiments import exits
 
 PACKAGE = pathlib.Path(rigl_keras.__file__).parent
-
-
-@pytest.fixture
-def disk(monkeypatch):
-    """What is asked of the disk, in its order: `[(what, inode)]`."""
-    asked = []
-    fsync, replace = os.fsync, pathlib.Path.replace
-    rename = pathlib.Path.rename
-
-    def synced(descriptor):
-        asked.append(("sync", os.fstat(descriptor).st_ino))
-        return fsync(descriptor)
-
-    def moved(act):
-        def move(path, target):
-            asked.append(("move", path.stat().st_ino))
-            made = act(path, target)
-            asked.append(("moved into", made.parent.stat().st_ino))
-            return made
-
-        return move
-
-    monkeypatch.setattr(os, "fsync", synced)
-    monkeypatch.setattr(pathlib.Path, "replace", moved(replace))
-    monkeypatch.setattr(pathlib.Path, "rename", moved(rename))
-    return asked
-
-
-def check_kept(asked, moves):
-    """Checks that what moves is on the disk before, and its name after."""
-    found = [i for i, (what, _) in enumerate(asked) if what == "move"]
-    assert len(found) == moves
-    for i in found:
-        _, moved = asked[i]
-        what, folder = asked[i + 1]
-        assert what == "moved into"
-        assert ("sync", moved) in asked[:i]
-        assert ("sync", folder) in asked[i + 2 :]
 
 
 def test_a_power_cut(tmp_path, disk):

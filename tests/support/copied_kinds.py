@@ -6,12 +6,97 @@ import keras
 import numpy as np
 import tensorflow as tf
 from keras import layers
-from test_copies import Backbone, Encoder, Task, X
 
 from rigl_keras.masking.sparsify import sparsify
 
+X = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
 Y = np.random.default_rng(1).normal(size=(8, 3)).astype(np.float32)
 WORDS = tf.constant([[word] for word in "a b c d a b c d".split()])
+
+
+@keras.saving.register_keras_serializable("tests")
+class Encoder(keras.Model):
+    def __init__(self, units=6, **kwargs):
+        super().__init__(**kwargs)
+        self.units = units
+        self.a = layers.Dense(12, "relu", name="a")
+        self.b = layers.Dense(units, name="b")
+        self.scale = layers.Normalization(name="scale")
+
+    def build(self, shape):
+        self.scale.build(shape)
+        self.a.build(shape)
+        self.b.build((None, 12))
+
+    def call(self, x):
+        return self.b(self.a(self.scale(x)))
+
+    def get_config(self):
+        return {**super().get_config(), "units": self.units}
+
+
+@keras.saving.register_keras_serializable("tests")
+class Backbone(keras.Model):
+    """Functional, made from numbers; as keras_hub's are."""
+
+    def __init__(self, units=6, **kwargs):
+        inputs = keras.Input((6,), name="x")
+        embed = layers.Dense(units, name="embed")
+        blocks = [layers.Dense(units, "relu", name=f"b{i}") for i in range(2)]
+        x = embed(inputs)
+        between = []
+        for block in blocks:
+            x = block(x) + x
+            between.append(x)
+        x = keras.Sequential([layers.Dense(units, name="deep")], name="seq")(x)
+        super().__init__(inputs, x, **kwargs)
+        self.units, self.embed, self.blocks = units, embed, blocks
+        self.between = between
+
+    def get_config(self):
+        return {
+            "units": self.units,
+            "name": self.name,
+            "trainable": self.trainable,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        return cls(**config)
+
+
+@keras.saving.register_keras_serializable("tests")
+class Task(keras.Model):
+    """A backbone and a head on it; it calls a layer of the backbone again."""
+
+    def __init__(self, backbone, **kwargs):
+        inputs = backbone.input
+        head = layers.Dense(3, name="head")
+        super().__init__(
+            inputs, head(backbone.embed(backbone(inputs))), **kwargs
+        )
+        self.backbone, self.head = backbone, head
+
+    def get_config(self):
+        return {
+            "backbone": keras.saving.serialize_keras_object(self.backbone),
+            "name": self.name,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        config = dict(config)
+        config["backbone"] = keras.saving.deserialize_keras_object(
+            config["backbone"]
+        )
+        return cls(**config)
+
+    def through(self, x):
+        """Uses layers of the backbone by hand, as generating text does."""
+        x = self.backbone.embed(x)
+        for block in self.backbone.blocks:
+            x = block(x) + x
+        return x
 
 
 def lookups():
