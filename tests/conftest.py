@@ -1,161 +1,29 @@
-"""What the tests share: small models and their training."""
+"""What every test is run with, which tests are run, and by how many workers.
+
+Nothing here imports TensorFlow, which takes seconds, before a test module does.
+"""
 
 import gc
+import os
+import pathlib
+import sys
+import time
 
-import keras
-import numpy as np
 import pytest
-from keras import layers
+from support import fresh as fresh_processes
 from support.disk import disk  # noqa: F401 - a fixture
-from support.fresh import Server
-from tensorflow.python.framework.ops import gradient_registry
 
-import gin
-import rigl_keras
-from rigl_keras.kernels import fast_calls, layer_products
-from rigl_keras.kernels.choice import Choice
-
-
-def small_model(dropout=0.2, **kernel):
-    """Returns a dense convolutional network with named layers."""
-    inputs = keras.Input((8, 8, 3))
-    x = layers.Conv2D(8, 3, padding="same", name="conv1", **kernel)(inputs)
-    x = layers.BatchNormalization(name="norm")(x)
-    x = layers.ReLU()(x)
-    x = layers.DepthwiseConv2D(3, name="depthwise")(x)
-    x = layers.Conv2D(16, 3, strides=2, name="conv2", **kernel)(x)
-    x = layers.Flatten()(x)
-    x = layers.Dropout(dropout, seed=1)(x)
-    return keras.Model(inputs, layers.Dense(10, name="head", **kernel)(x))
-
-
-def small_network(
-    num_classes=10,
-    input_shape=(8, 8, 1),
-    channel_scale=1.0,
-    width=1,
-    dropout=0.0,
-    weight_decay=5e-4,
-):
-    """Returns what runs of tests train, in a third of a wide ResNet's time.
-
-    gin has it under its name.
-    """
-    penalty = keras.regularizers.L2(weight_decay) if weight_decay else None
-    x = inputs = keras.Input(input_shape)
-    for name, channels, strides in (("conv1", 16, 1), ("conv2", 32, 2)):
-        x = layers.Conv2D(
-            int(channels * width * channel_scale),
-            3,
-            strides=strides,
-            padding="same",
-            use_bias=False,
-            kernel_regularizer=penalty,
-            name=name,
-        )(x)
-        x = layers.BatchNormalization(name=f"{name}_norm")(x)
-        x = layers.ReLU()(x)
-    x = layers.Dropout(dropout)(layers.GlobalAveragePooling2D()(x))
-    head = layers.Dense(
-        num_classes, kernel_regularizer=penalty, name="classifier"
-    )
-    return keras.Model(inputs, head(x), name="small_network")
-
-
-gin.external_configurable(small_network, name="small_network")
-
-
-def examples(n=64, seed=0):
-    draw = np.random.default_rng(seed)
-    x = draw.standard_normal((n, 8, 8, 3)).astype(np.float32)
-    return x, draw.integers(0, 10, n)
-
-
-def compiled(model, optimizer=None, **options):
-    model.compile(
-        optimizer or keras.optimizers.SGD(0.01, momentum=0.9),
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=["accuracy"],
-        **options,
-    )
-    return model
-
-
-def masks(model):
-    return {m.name: m.mask.numpy() for m in rigl_keras.masked_layers(model)}
-
-
-def kernels(model):
-    return {m.name: m.kernel.numpy() for m in rigl_keras.masked_layers(model)}
-
-
-_timed = layer_products.chosen
-
-
-def _never_timed(*_, backward=True):
-    return Choice(False, "tests")
-
-
-@pytest.fixture(autouse=True, scope="session")
-def untimed_kernels():
-    """`kernels="auto"` is dense, and nothing is built, loaded or timed."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layer_products, "chosen", _never_timed)
-        # Batch norm and dropout are Keras's; test_fast_calls.py has the others.
-        patch.setattr(fast_calls, "_LEAST_NUMBERS", float("inf"))
-        yield
-
-
-@pytest.fixture
-def timed_kernels(monkeypatch):
-    """`kernels="auto"` is what it is outside tests."""
-    monkeypatch.setattr(layer_products, "chosen", _timed)
-
-
-@pytest.fixture
-def always_sparse(monkeypatch):
-    """`kernels="auto"` is sparse: layers of tests are too small to win."""
-    monkeypatch.setattr(
-        layer_products, "chosen", lambda *_, **__: Choice(True, "test")
-    )
-
-
-@pytest.fixture(scope="session")
-def fresh():
-    """Runs commands as `python` does, in processes that know TensorFlow."""
-    server = Server()
-    yield server.run
-    server.close()
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    keras.utils.set_random_seed(0)
-
-
-def pytest_collection_finish():
-    # A million objects of what has been imported stay: no collection of garbage
-    # need look at them again. A twentieth of the time of all tests.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(10_000, 10, 10)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def no_graphs_left():
-    """Frees the graphs of a module's models once its tests are done.
-
-    TensorFlow registers each custom gradient of a graph for as long as the
-    process lives, and the graph with it: gigabytes after some hundred models.
-    """
-    yield
-    gradients = gradient_registry._registry
-    for name in [n for n in gradients if n.startswith("CustomGradient")]:
-        del gradients[name]
-    gc.collect()
+# Seconds of this process and of those it started, above which a test must be
+# marked as slow.
+LONGEST = 20
 
 
 def pytest_addoption(parser):
+    parser.addoption(
+        "--all",
+        action="store_true",
+        help="Tests that are marked as slow, too.",
+    )
     parser.addoption(
         "--every-combination",
         action="store_true",
@@ -166,3 +34,141 @@ def pytest_addoption(parser):
         action="store_true",
         help="Runs are killed at many random moments, not only at a few.",
     )
+
+
+def asked_for(config):
+    """Returns the paths on the command line, without what follows `::`."""
+    return {argument.split("::")[0] for argument in config.args}
+
+
+def pytest_xdist_auto_num_workers(config):
+    """One or two files are done before workers have started."""
+    paths = asked_for(config)
+    if len(paths) <= 2 and all(pathlib.Path(p).is_file() for p in paths):
+        return 0
+    return None
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves slow tests out, but for those whose names were given."""
+    if config.option.all:
+        return
+    named = {last(path) for path in config.args if "::" in path}
+
+    def is_run(item):
+        return not item.get_closest_marker("slow") or last(item.nodeid) in named
+
+    config.hook.pytest_deselected(items=[i for i in items if not is_run(i)])
+    items[:] = [item for item in items if is_run(item)]
+
+
+def last(path):
+    """Returns `test_x.py::test_name` of `tests/test_x.py::test_name[...]`."""
+    return path.split("[")[0].rpartition("/")[2]
+
+
+def pytest_collection_finish():
+    if "keras" in sys.modules:
+        # It has gin know the small network by its name.
+        import support.small_models  # noqa: F401
+    # A million objects of what has been imported stay: no collection of garbage
+    # need look at them again. A twentieth of the time of all tests.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
+
+
+def spent():
+    """Returns seconds of processors: this process, and those it started."""
+    times = os.times()
+    return sum(times[:4]) + fresh_processes.spent
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Fails a test that takes longer than `LONGEST` and is not marked as slow.
+
+    What counts is the lesser of two clocks. That of the wall says too much
+    where others use the machine; that of processors, where threads share a
+    test, and where it waits, too little.
+    """
+    wall, processors = time.monotonic(), spent()
+    result = yield
+    took = min(time.monotonic() - wall, spent() - processors)
+    if took > LONGEST and not item.get_closest_marker("slow"):
+        pytest.fail(
+            f"The test took {took:.0f} s, and every one above {LONGEST} s must "
+            "be marked with @pytest.mark.slow, or be made faster."
+        )
+    return result
+
+
+@pytest.fixture(autouse=True, scope="session")
+def untimed_kernels():
+    """`kernels="auto"` is dense, and nothing is built, loaded or timed."""
+    if "keras" not in sys.modules:
+        yield
+        return
+    from rigl_keras.kernels import fast_calls, layer_products
+    from rigl_keras.kernels.choice import Choice
+
+    def never(*_, backward=True):
+        return Choice(False, "tests")
+
+    chosen = layer_products.chosen
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layer_products, "chosen", never)
+        # Batch norm and dropout are Keras's; test_fast_calls.py has the others.
+        patch.setattr(fast_calls, "_LEAST_NUMBERS", float("inf"))
+        yield chosen
+
+
+@pytest.fixture
+def timed_kernels(monkeypatch, untimed_kernels):
+    """`kernels="auto"` is what it is outside tests."""
+    from rigl_keras.kernels import layer_products
+
+    monkeypatch.setattr(layer_products, "chosen", untimed_kernels)
+
+
+@pytest.fixture
+def always_sparse(monkeypatch):
+    """`kernels="auto"` is sparse: layers of tests are too small to win."""
+    from rigl_keras.kernels import layer_products
+    from rigl_keras.kernels.choice import Choice
+
+    monkeypatch.setattr(
+        layer_products, "chosen", lambda *_, **__: Choice(True, "test")
+    )
+
+
+@pytest.fixture(scope="session")
+def fresh():
+    """Runs commands as `python` does, in processes that know TensorFlow."""
+    server = fresh_processes.Server()
+    yield server.run
+    server.close()
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    if "keras" in sys.modules:
+        sys.modules["keras"].utils.set_random_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_graphs_left():
+    """Frees the graphs of a module's models once its tests are done.
+
+    TensorFlow registers each custom gradient of a graph for as long as the
+    process lives, and the graph with it: gigabytes after some hundred models.
+    """
+    yield
+    if "tensorflow" not in sys.modules:
+        return
+    from tensorflow.python.framework.ops import gradient_registry
+
+    gradients = gradient_registry._registry
+    for name in [n for n in gradients if n.startswith("CustomGradient")]:
+        del gradients[name]
+    gc.collect()

@@ -8,9 +8,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import compiled, examples, kernels, masks, small_model
 from keras import layers
 from support.methods import DYNAMIC, METHODS, NEED_MOMENTUM, WINDOW
+from support.small_models import compiled, examples, kernels, masks, small_model
 
 import rigl_keras
 from rigl_keras.conventions import ORIGINAL, REPORT, Conventions

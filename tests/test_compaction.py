@@ -3,9 +3,9 @@
 import keras
 import numpy as np
 import pytest
-from conftest import examples, small_model
 from keras import layers
 from support.kinds import KINDS, data
+from support.small_models import examples, small_model
 
 from rigl_keras import models
 from rigl_keras.compaction.dead_units import remove_dead_units

@@ -8,9 +8,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import compiled, examples, masks, small_model
 from support.methods import METHODS
 from support.resumed import fit, tiny
+from support.small_models import compiled, examples, masks, small_model
 
 from rigl_keras import flops
 from rigl_keras.flops.counting import count

@@ -7,9 +7,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import masks
 from keras import layers
 from support.copied_kinds import Backbone, Encoder, Task, X
+from support.small_models import masks
 
 from rigl_keras.flops.counting import count
 from rigl_keras.masking import layer_state

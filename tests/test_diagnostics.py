@@ -7,10 +7,10 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import masks
 from keras import layers
 from support.methods import METHODS
 from support.resumed import fit, tiny
+from support.small_models import masks
 
 from rigl_keras import diagnostics
 from rigl_keras.diagnostics.callback import TopologyDiagnostics

@@ -113,7 +113,7 @@ def test_a_finished_run_is_not_repeated(finished, capsys):
 
 SCRIPT = """
 import sys, tensorflow as tf
-import conftest  # which has gin know the small network
+import support.small_models  # which has gin know the small network
 tf.config.experimental.enable_op_determinism()
 from rigl_keras.experiments.runs import train_command as command
 command.run(bindings=sys.argv[2].split(";"), run_dir=sys.argv[1],

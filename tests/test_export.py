@@ -13,9 +13,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import compiled, examples, small_model
 from keras import layers
 from support.kinds import KINDS, OPTIONS
+from support.small_models import compiled, examples, small_model
 
 import rigl_keras
 from rigl_keras import _files, _timing
@@ -846,9 +846,9 @@ def test_what_a_killed_export_has_left_goes(tmp_path):
 FILL = """
 import json, pathlib, sys
 import rigl_keras
-from conftest import small_model
 from rigl_keras.exporting.formats import FORMATS
 from rigl_keras.kernels import layer_products
+from support.small_models import small_model
 model = rigl_keras.sparsify(small_model(), 0.2)
 disk, ends = pathlib.Path(sys.argv[1]), {}
 # Its layers are too small to be faster.

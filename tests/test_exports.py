@@ -9,8 +9,8 @@ import shutil
 import keras
 import numpy as np
 import pytest
-from conftest import small_model
 from support.kinds import KINDS
+from support.small_models import small_model
 
 import gin
 import rigl_keras

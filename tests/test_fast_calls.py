@@ -4,8 +4,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import compiled, examples, small_model
 from keras import layers
+from support.small_models import compiled, examples, small_model
 
 import rigl_keras
 from rigl_keras import kernels

@@ -9,7 +9,6 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import masks
 from support.methods import METHODS
 from support.regressions import (
     Applies,
@@ -21,6 +20,7 @@ from support.regressions import (
     momentum,
     network,
 )
+from support.small_models import masks
 
 import rigl_keras
 from rigl_keras.diagnostics.callback import TopologyDiagnostics

@@ -6,8 +6,8 @@ import math
 import keras
 import numpy as np
 import pytest
-from conftest import compiled, examples, small_model
 from keras import layers
+from support.small_models import compiled, examples, small_model
 
 import rigl_keras
 from rigl_keras import flops, models

@@ -6,7 +6,7 @@ import pathlib
 import keras
 import numpy as np
 import pytest
-from conftest import examples, small_model
+from support.small_models import examples, small_model
 
 import rigl_keras
 from rigl_keras.masking.mask_variable import MaskVariable

@@ -3,8 +3,8 @@
 import keras
 import numpy as np
 import pytest
-from conftest import compiled, examples, masks, small_model
 from keras import layers
+from support.small_models import compiled, examples, masks, small_model
 
 from rigl_keras import models
 from rigl_keras.flops.counting import count

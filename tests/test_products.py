@@ -12,9 +12,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import compiled, examples, masks, small_model
 from keras import layers
 from support.methods import METHODS
+from support.small_models import compiled, examples, masks, small_model
 
 import rigl_keras
 from rigl_keras.kernels import choice, layer_products, library

@@ -8,8 +8,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import compiled, examples, kernels, masks, small_model
 from keras import layers
+from support.small_models import compiled, examples, kernels, masks, small_model
 
 from rigl_keras import schedules
 from rigl_keras.conventions import ORIGINAL, REPORT

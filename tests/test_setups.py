@@ -10,7 +10,6 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import kernels, masks
 from keras import layers
 from support.methods import METHODS
 from support.regressions import (
@@ -23,6 +22,7 @@ from support.regressions import (
     momentum,
     network,
 )
+from support.small_models import kernels, masks
 
 import rigl_keras
 from rigl_keras.conventions import REPORT, Conventions

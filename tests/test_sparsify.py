@@ -11,8 +11,8 @@ import hypothesis.strategies as st
 import keras
 import numpy as np
 import pytest
-from conftest import compiled, examples, kernels, masks, small_model
 from keras import layers
+from support.small_models import compiled, examples, kernels, masks, small_model
 
 import rigl_keras
 from rigl_keras import distributions

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from conftest import small_network
+from support.small_models import small_network
 
 import gin
 import rigl_keras

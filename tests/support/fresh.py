@@ -24,6 +24,10 @@ QUIET = {
 }
 
 
+# Seconds of processors that what was run has taken.
+spent = 0.0
+
+
 class Server:
     """Runs code in fresh processes, one at a time."""
 
@@ -62,12 +66,14 @@ class Server:
                 "folder": folder,
             }
             print(json.dumps(task), file=self._process.stdin, flush=True)
-            code = int(self._process.stdout.readline())
+            code, seconds = self._process.stdout.readline().split()
+            global spent
+            spent += float(seconds)
             out, err = (
                 (pathlib.Path(folder) / name).read_text(errors="replace")
                 for name in ("stdout", "stderr")
             )
-        return subprocess.CompletedProcess(command, code, out, err)
+        return subprocess.CompletedProcess(command, int(code), out, err)
 
     def close(self):
         if self._process is not None:
@@ -88,8 +94,9 @@ def serve():
         child = os.fork()
         if not child:
             become(json.loads(line))
-        _, status = os.waitpid(child, 0)
-        print(os.waitstatus_to_exitcode(status), flush=True)
+        _, status, used = os.wait4(child, 0)
+        code = os.waitstatus_to_exitcode(status)
+        print(code, used.ru_utime + used.ru_stime, flush=True)
 
 
 def become(task):
