@@ -49,8 +49,10 @@ def pytest_xdist_auto_num_workers(config):
     return None
 
 
+@pytest.hookimpl(tryfirst=True)  # all cases are still there
 def pytest_collection_modifyitems(config, items):
     """Leaves slow tests out, but for those whose names were given."""
+    mark_other_cases(items)
     if config.option.all:
         return
     named = {last(path) for path in config.args if "::" in path}
@@ -60,6 +62,23 @@ def pytest_collection_modifyitems(config, items):
 
     config.hook.pytest_deselected(items=[i for i in items if not is_run(i)])
     items[:] = [item for item in items if is_run(item)]
+
+
+def mark_other_cases(items):
+    """Marks as slow what `slow_but` does not name."""
+    kept, found = {}, {}
+    for item in items:
+        mark = item.get_closest_marker("slow_but")
+        if mark is not None:
+            function, case = item.nodeid.split("[")[0], item.callspec.id
+            kept[function] = set(mark.args)
+            found.setdefault(function, set()).add(case)
+            if case not in mark.args:
+                item.add_marker("slow")
+    for function, cases in found.items():
+        if len(cases) > 1 and not kept[function] <= cases:
+            missing = sorted(kept[function] - cases)
+            raise pytest.UsageError(f"{function} has no cases {missing}.")
 
 
 def last(path):

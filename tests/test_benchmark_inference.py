@@ -159,6 +159,7 @@ benchmark.main()
 """
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, fresh):
     done = fresh(
         *("-c", COMMAND),

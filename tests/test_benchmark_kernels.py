@@ -234,6 +234,7 @@ def test_layers_that_compute_something_else_are_refused(tiny, monkeypatch):
         layer_speed.layers("tiny", [0.1], batch_size=2, rounds=1)
 
 
+@pytest.mark.slow
 def test_train(tiny, tmp_path):
     said = []
     with_torch = torch_network.is_installed()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
+from support.matrices import in_turn
 from support.methods import DYNAMIC, METHODS, NEED_MOMENTUM, WINDOW
 from support.small_models import compiled, examples, kernels, masks, small_model
 
@@ -82,6 +83,7 @@ if keras.version() >= "3.13":  # before, Muon failed on TensorFlow
     OPTIMIZERS["muon"] = lambda: keras.optimizers.Muon(0.01)
 
 
+@pytest.mark.slow_but(*in_turn(METHODS, OPTIMIZERS))
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("method", METHODS)
 def test_counts_and_zeros(method, optimizer):
@@ -112,6 +114,7 @@ def test_counts_and_zeros(method, optimizer):
         assert any(now[n].sum() != before[n].sum() for n in now)
 
 
+@pytest.mark.slow_but("conventions0-steps0-RigL", "conventions1-steps1-SET")
 @pytest.mark.parametrize("method", DYNAMIC)
 @pytest.mark.parametrize(
     "conventions, steps", [(ORIGINAL, [3, 6, 9, 12]), (REPORT, [2, 5, 8, 11])]
@@ -210,6 +213,7 @@ def test_rigl_by_hand(l2):
     np.testing.assert_allclose(momentum.ravel(), wanted, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_set_repeats_with_its_seed():
     def trained(**options):
         keras.utils.set_random_seed(1)
@@ -250,6 +254,11 @@ def trained_in(method, **options):
 trained_plainly = functools.cache(trained_in)
 
 
+@pytest.mark.slow_but(
+    "SNFS-{'steps_per_execution': 4}",
+    "RigL-{'run_eagerly': True}",
+    "SET-{'jit_compile': True}",
+)
 @pytest.mark.parametrize(
     "options",
     [
@@ -267,6 +276,7 @@ def test_every_way_to_run_gives_the_same_masks(method, options):
     assert min(agree) > (0.95 if "jit_compile" in options else 0.999)
 
 
+@pytest.mark.slow
 def test_three_quarters_of_the_run():
     model = compiled(sparsify(small_model(), 0.2))
     callback = RigL(frequency=1, decay="constant")
@@ -332,6 +342,7 @@ def test_nan_gradients():
     assert not changed(before, masks(model))
 
 
+@pytest.mark.slow
 def test_fit_leaves_the_model_as_it_was():
     model = compiled(sparsify(small_model(), 0.2))
     train(model, [RigL(**WINDOW)])
@@ -351,6 +362,7 @@ def test_fit_leaves_the_model_as_it_was():
     assert not hasattr(model.train_step, "mask_update")
 
 
+@pytest.mark.slow_but("SNFS")
 @pytest.mark.parametrize("method", METHODS)
 def test_exact_resume(method, tmp_path):
     def model():
@@ -579,6 +591,14 @@ class Look(keras.callbacks.Callback):
         )
 
 
+@pytest.mark.slow_but(
+    "nesterov-RigL-ORIGINAL",
+    "nesterov-RigL-REPORT",
+    "adam-SET-REPORT",
+    "adamw-SNFS-ORIGINAL",
+    "nesterov-RigL-SG-REPORT",
+    "adam-RigL-SM-ORIGINAL",
+)
 @pytest.mark.parametrize(
     "conventions", [ORIGINAL, REPORT], ids=["ORIGINAL", "REPORT"]
 )
@@ -744,6 +764,7 @@ def test_growth_takes_inactive_entries_only(method):
     assert moved
 
 
+@pytest.mark.slow_but("RigL")
 @pytest.mark.parametrize("method", ["RigL", "SET", "MagnitudePruning"])
 def test_whole_kernels_move(method):
     """What is dropped and grown as one stays one, and so do counts."""
@@ -939,6 +960,7 @@ def test_a_method_with_arguments_of_its_own_is_lengthened_whole():
     assert (warm.end_step, warm.lengthened(2).end_step) == (10, 20)
 
 
+@pytest.mark.slow
 def test_only_what_the_optimizer_trains_is_updated():
     """The layer within may be frozen, and not the mask around it."""
     model = sparsify(small_model(), 0.2)

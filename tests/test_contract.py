@@ -44,6 +44,7 @@ def whole_run(request):
     return request.param, state(model)
 
 
+@pytest.mark.slow_but("SNFS")
 def test_saved_in_the_middle_ends_the_same(whole_run, tmp_path):
     method, want = whole_run
     model = tiny()
@@ -55,6 +56,7 @@ def test_saved_in_the_middle_ends_the_same(whole_run, tmp_path):
     assert_equal(state(loaded), want)
 
 
+@pytest.mark.slow_but("RigL")
 def test_weights_alone_are_a_checkpoint(whole_run, tmp_path):
     """Into a model of other masks, which the file replaces."""
     method, want = whole_run
@@ -68,6 +70,7 @@ def test_weights_alone_are_a_checkpoint(whole_run, tmp_path):
     assert_equal(state(other), want)
 
 
+@pytest.mark.slow_but("SET")
 def test_interrupted_and_restored_by_keras(whole_run, tmp_path):
     """`BackupAndRestore` is how Keras itself resumes."""
     method, want = whole_run
@@ -88,6 +91,7 @@ def test_interrupted_and_restored_by_keras(whole_run, tmp_path):
     assert_equal(state(model), want)
 
 
+@pytest.mark.slow_but("MagnitudePruning")
 @every_method
 def test_trained_then_stripped_then_masked_anew(method):
     """The seed alone decides masks, whatever became of the weights."""
@@ -115,6 +119,7 @@ def test_trained_then_stripped_then_masked_anew(method):
         np.testing.assert_array_equal(again[name], mask)
 
 
+@pytest.mark.slow_but("RigL-SM")
 @every_method
 def test_a_loop_of_ones_own(whole_run_by_hand, method):
     """`wrap` in a `tf.function` ends where `fit` does."""
@@ -164,6 +169,7 @@ def whole_run_by_hand():
     return run
 
 
+@pytest.mark.slow_but("RigL-SG")
 @every_method
 def test_what_training_costs(method):
     """In closed form, and from the masks of the run; both agree by hand."""

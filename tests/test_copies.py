@@ -421,6 +421,7 @@ MADE = {
 }
 
 
+@pytest.mark.slow_but("task")
 @pytest.mark.parametrize("name", MADE)
 def test_models_with_constructors_of_their_own_are_masked_in_place(
     name, tmp_path

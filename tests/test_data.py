@@ -208,6 +208,7 @@ def test_a_resized_box_takes_nothing_from_outside():
 # --- epochs: order, streams, resuming
 
 
+@pytest.mark.slow_but("none", "pad_crop_flip")
 @pytest.mark.parametrize(
     "augmentation", ["none", "pad_crop_flip", "resized_crop_flip"]
 )
@@ -362,6 +363,7 @@ def needs_cifar10():
     )
 
 
+@pytest.mark.slow
 @needs_cifar10()
 def test_real_cifar10_has_the_reports_split_and_scale():
     source = data.load("cifar10")

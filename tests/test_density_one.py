@@ -101,6 +101,13 @@ def outputs(kind, model):
     return [np.asarray(part) for part in y]
 
 
+# What plain runs train in graphs, and save; all else they train eagerly.
+IN_GRAPHS = list(KINDS)[::4]
+
+
+@pytest.mark.slow_but(
+    *(f"{k}-{'graph' if k in IN_GRAPHS else 'eager'}" for k in KINDS)
+)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_trains_as_the_dense_model(kind, mode, request):
@@ -137,6 +144,7 @@ def test_cloned_and_pickled(kind):
     assert_close(outputs(kind, again), outputs(kind, masked))
 
 
+@pytest.mark.slow_but(*(k for k in IN_GRAPHS if k not in kinds.KINDS))
 @pytest.mark.parametrize("kind", {**hard_kinds.KINDS, **copied_kinds.KINDS})
 def test_saved_loaded_and_stripped(kind, tmp_path):
     """As `test_kinds.py` has it of the ordinary kinds."""

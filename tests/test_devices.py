@@ -133,6 +133,7 @@ def trained(run_dir):
     return rigl_keras.masked_layers(model).masks, model.get_weights()
 
 
+@pytest.mark.slow
 def test_two_workers(tmp_path):
     """As one does; and with one killed, then both resumed, no other way."""
     chief, worker = pair(tmp_path / "killed")

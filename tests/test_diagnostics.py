@@ -177,6 +177,7 @@ class Batches(keras.callbacks.Callback):
         self.masks.append(masks(self.model))
 
 
+@pytest.mark.slow_but("RigL-SG-first", "RigL-last", "MagnitudePruning-first")
 @pytest.mark.parametrize(
     "method, first",
     [*((method, True) for method in METHODS), ("RigL", False)],
@@ -247,6 +248,7 @@ def test_updates_of_one_execution_are_one():
     assert whole[1]["grown"] == grown > 0
 
 
+@pytest.mark.slow
 def test_files(tmp_path):
     topology = TopologyDiagnostics(tmp_path)
     update = RigL(**WINDOW)

@@ -121,6 +121,7 @@ command.run(bindings=sys.argv[2].split(";"), run_dir=sys.argv[1],
 """
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(tmp_path):
     """Killed within an epoch, a run ends as if it had not been."""
     bindings = ";".join([*SMALL, RECORDED, "train.epochs = 4"])
@@ -189,6 +190,7 @@ def interrupted(stopped, tmp_path):
     return pathlib.Path(shutil.copytree(stopped, tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_a_truncated_checkpoint_falls_back(interrupted, finished, capsys):
     (data,) = interrupted.glob("checkpoints/epoch-2.data*")
     data.write_bytes(data.read_bytes()[:1000])
@@ -225,6 +227,7 @@ def test_run_directories_are_not_mixed(interrupted, tmp_path):
         small_run(tmp_path / "mine")
 
 
+@pytest.mark.slow
 def test_data_order_depends_on_the_seed(tmp_path):
     results = [
         small_run(tmp_path / str(i), "train.epochs = 1", seed=seed)
@@ -233,6 +236,7 @@ def test_data_order_depends_on_the_seed(tmp_path):
     assert results[0]["test_loss"] != results[1]["test_loss"]
 
 
+@pytest.mark.slow_but("bindings2-dense-1.0")
 @pytest.mark.parametrize(
     "bindings, method, density",
     [
@@ -304,6 +308,7 @@ def test_the_command_says_what_is_wrong_without_a_traceback(tmp_path, fresh):
     assert "Traceback" not in done.stderr and "<function" not in done.stderr
 
 
+@pytest.mark.slow
 def test_benchmarks_run():
     seconds = training_steps.training_step(
         depth=10, width=1, batch_size=2, rounds=1, steps_per_execution=2

@@ -95,6 +95,7 @@ SERVED = {
 }
 
 
+@pytest.mark.slow
 def test_every_kind_of_model_is_served_without_this_package(tmp_path):
     wanted = {}
     for name, build in SERVED.items():
@@ -144,6 +145,7 @@ def test_states_go_on_from_call_to_call(tmp_path):
         np.testing.assert_allclose(got, model(x), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_names_of_inputs_and_outputs(tmp_path):
     def names(build):
         model = rigl_keras.sparsify(build(), 0.5)
@@ -181,6 +183,7 @@ def test_names_of_inputs_and_outputs(tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_in_a_session(tmp_path):
     """As TensorFlow Serving and saved_model_cli load it."""
     model = rigl_keras.sparsify(small_model(), 0.2)
@@ -206,6 +209,7 @@ def test_in_a_session(tmp_path):
     np.testing.assert_allclose(got, model(x), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_others_make_of_it(tmp_path):
     """XLA compiles it, and converters read its variables as any other's."""
     model = rigl_keras.sparsify(rigl_keras.models.mlp(hidden=(20,)), 0.2)
@@ -227,6 +231,7 @@ def test_what_others_make_of_it(tmp_path):
     np.testing.assert_allclose(got, model(x), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_in_one_process(tmp_path):
     models = [
         rigl_keras.sparsify(KINDS["Sequential"](), 0.5, seed=i)
@@ -257,6 +262,7 @@ def bound(model):
     return 1.05 * (4 * ones + masked / 8 + 4 * (weights - masked))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "build",
     [rigl_keras.models.wide_resnet, lambda: rigl_keras.models.resnet50(100)],
@@ -278,6 +284,7 @@ def test_size_of_the_report_networks(build, tmp_path):
     assert report.dense_inference_flops == cost.dense_inference_flops
 
 
+@pytest.mark.slow
 def test_what_is_measured(tmp_path):
     model = rigl_keras.sparsify(rigl_keras.models.mlp(), 0.1)
     report = export(model, tmp_path / "exported")
@@ -325,6 +332,9 @@ def test_folded_and_without_dead_units(tmp_path):
     assert "dead units removed from" in str(small)
 
 
+@pytest.mark.slow_but(
+    "Functional-onnx", "subclassed-tflite", "several inputs and outputs-keras"
+)
 @pytest.mark.parametrize("format", ["tflite", "onnx", "keras"])
 @pytest.mark.parametrize(
     "kind", ["Functional", "several inputs and outputs", "subclassed"]
@@ -521,6 +531,7 @@ def test_refuses(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow_but("saved_model", "sparse_saved_model", "onnx", "keras")
 @pytest.mark.parametrize("format", list(formats.FORMATS))
 def test_what_disagrees_is_not_written(format, tmp_path, monkeypatch, request):
     if format == "sparse_saved_model":
@@ -603,6 +614,7 @@ def test_integers_reach_all_rows_of_an_embedding(tmp_path, monkeypatch):
     assert drawn["many"].max() > 4900
 
 
+@pytest.mark.slow
 def test_free_image_sizes(tmp_path):
     def network(padding, size=3):
         x = inputs = keras.Input((None, None, 3), name="image")
@@ -827,6 +839,7 @@ def test_where_nothing_can_be_written(tmp_path):
     assert (tmp_path / "file").read_text() == ""
 
 
+@pytest.mark.slow
 def test_what_a_killed_export_has_left_goes(tmp_path):
     model = rigl_keras.sparsify(small_model(), 0.2)
     code = (
@@ -866,6 +879,7 @@ print(json.dumps(ends))
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk(tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()

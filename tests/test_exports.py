@@ -89,6 +89,7 @@ def test_a_dense_run_is_refused_before_it_trains(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_command(finished, tmp_path, bin_export):
     done = bin_export(
         finished,

@@ -75,6 +75,14 @@ ACTIONS = {
 }
 
 
+@pytest.mark.slow_but(
+    "train_on_batch-graph",
+    "fit-eager",
+    "make-eager",
+    "make by force-eager",
+    "compile-graph",
+    "compile anew-eager",
+)
 @pytest.mark.parametrize("eager", [True, False], ids=["eager", "graph"])
 @pytest.mark.parametrize("name", ACTIONS)
 def test_updates_go_on(name, eager):
@@ -227,6 +235,7 @@ HOOKS = (
 )
 
 
+@pytest.mark.slow_but("on_train_begin", "on_train_batch_end", "on_test_begin")
 @pytest.mark.parametrize("hook", HOOKS)
 def test_a_fit_that_is_cut_off_anywhere(hook):
     """Whatever comes next, no mask moves; the traceback keeps all frames."""
@@ -354,6 +363,7 @@ class UpdatesTwice(keras.Model):
         return {"loss": loss}
 
 
+@pytest.mark.slow_but("4")
 @pytest.mark.parametrize("frequency", [3, 4])
 def test_update_judges_each_apply(frequency):
     """What the refusal advises: the odd steps, too."""
@@ -534,6 +544,7 @@ class Logs(keras.callbacks.Callback):
         self.rows.append({k: float(v) for k, v in kept.items()})
 
 
+@pytest.mark.slow_but("RigL", "MagnitudePruning")
 @pytest.mark.parametrize("name", [n for n in METHODS if n != "static"])
 def test_on_trained_weights_as_on_new_ones(name):
     """The same drop fractions and densities at the same steps of the run."""
@@ -613,6 +624,7 @@ def test_restored_within_the_first_epoch(first, tmp_path):
     assert method.trajectory[0][0] == 3 and updates(method) == [4, 8, 12]
 
 
+@pytest.mark.slow
 def test_several_fits_of_one_run():
     """As its warning advises; it comes once, and not for two fits."""
     ends, texts = {}, {}
@@ -676,6 +688,11 @@ def counts(model):
     return tuple(int(m.sum()) for m in masks(model).values())
 
 
+@pytest.mark.slow_but(
+    "on_epoch_end-1-last",
+    "on_epoch_begin-2-method first",
+    "on_train_batch_end-8-last",
+)
 @pytest.mark.parametrize("first", [True, False], ids=["method first", "last"])
 @pytest.mark.parametrize(
     "hook, nth",

@@ -165,6 +165,7 @@ def test_a_layer_that_is_called_twice():
     assert "more than once" in fused.layers[0].choice.reason
 
 
+@pytest.mark.slow_but("lenet5", "wide_resnet")
 @pytest.mark.parametrize(
     "network",
     [
@@ -220,6 +221,7 @@ np.save(sys.argv[3], serve(**{name: x})["output_0"])
 """
 
 
+@pytest.mark.slow
 def test_an_export_and_its_loader(tmp_path, always_sparse):
     model = with_statistics(rigl_keras.models.wide_resnet(10, 1))
     model = rigl_keras.sparsify(model, 0.1, kernels="dense")

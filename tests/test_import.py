@@ -31,6 +31,7 @@ print([name for name in heavy if name in sys.modules])
 """
 
 
+@pytest.mark.slow
 def test_library_needs_tensorflow_only():
     plain = run(f"import sys, tensorflow, keras{HEAVY}")
     ours = run(f"import sys, rigl_keras{HEAVY}")
@@ -54,6 +55,7 @@ def test_other_keras_is_refused(variable, value, message):
     assert message in done.stderr and "ImportError" in done.stderr
 
 
+@pytest.mark.slow
 def test_tfmot_may_come_first():
     """It sets TF_USE_LEGACY_KERAS for itself, when it is imported."""
     # Not imported here: other tests would inherit the variable.

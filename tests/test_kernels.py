@@ -311,6 +311,7 @@ def test_the_reference_is_tensorflow(padding, strides, dilations):
     )
 
 
+@pytest.mark.slow_but(*map(str, range(4)))
 @pytest.mark.parametrize("part", range(12))
 def test_random_convolutions(part):
     for seed in range(16):
@@ -330,6 +331,7 @@ def test_densities_and_batches(density, batch):
         compare(images, normal(draw, *shape), mask, options)
 
 
+@pytest.mark.slow_but("portable")
 @pytest.mark.parametrize("wanted_set", ["avx2", "portable"])
 def test_other_instruction_sets(wanted_set):
     if platform.machine() not in ("x86_64", "AMD64"):

@@ -207,6 +207,7 @@ def real_compiler():
     pytest.skip("there is no C++ compiler")
 
 
+@pytest.mark.slow
 def test_two_processes_build_once_and_load(place):
     """With the real compiler, whose calls a script counts."""
     script = place / "counting"
@@ -296,6 +297,7 @@ library.build()
 """
 
 
+@pytest.mark.slow
 def test_a_build_that_is_killed(place, stub):
     stub(seconds=60)
     process = start(KILLED, place / "sources")
@@ -434,6 +436,7 @@ def test_sources_that_are_missing(place, stub):
         library.build()
 
 
+@pytest.mark.slow
 def test_an_import_compiles_nothing(place, stub):
     process = start(
         "import rigl_keras\n"
@@ -639,6 +642,7 @@ print("all is well")
 """
 
 
+@pytest.mark.slow
 def test_operations_that_the_process_has(tmp_path):
     """Those of an exported model are used, and a second copy does no harm."""
     if library.load() is None:

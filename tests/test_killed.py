@@ -46,6 +46,7 @@ BINDINGS = [
 ]
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment(tmp_path, request):
     """However often it is killed, a run ends bit for bit as if it was not."""
     kills, aimed = MANY if request.config.getoption("every_kill") else FEW
@@ -71,6 +72,7 @@ FULL = [
 ]
 
 
+@pytest.mark.slow
 def test_a_full_disk(tmp_path):
     """A run says which file, leaves what it has, and goes on with room."""
     disk = tmp_path / "disk"

@@ -149,6 +149,9 @@ def test_strip(kind):
         np.testing.assert_array_equal(m.kernel.numpy(), kernels[name])
 
 
+@pytest.mark.slow_but(
+    "Sequential", "Functional", "subclassed", "shared layer", "custom layers"
+)
 @every_kind
 def test_save_and_load(kind, tmp_path):
     model = masked(kind)
@@ -236,6 +239,7 @@ APPLICATIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", APPLICATIONS)
 def test_applications(name):
     make, kernels = APPLICATIONS[name]

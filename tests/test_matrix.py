@@ -49,8 +49,22 @@ def combinations(every):
 def pytest_generate_tests(metafunc):
     if "combination" in metafunc.fixturenames:
         every = metafunc.config.getoption("every_combination")
-        chosen = list(combinations(every))
-        metafunc.parametrize("combination", chosen, ids=map(" - ".join, chosen))
+        # Of the pairs, plain runs have each kind and each set-up.
+        plain = {
+            (kind, list(SETUPS)[i % len(SETUPS)])
+            for i, kind in enumerate(kinds.KINDS)
+        }
+        metafunc.parametrize(
+            "combination",
+            [
+                pytest.param(
+                    case,
+                    id=" - ".join(case),
+                    marks=[] if case[:2] in plain else [pytest.mark.slow],
+                )
+                for case in combinations(every)
+            ],
+        )
 
 
 def test_each_pair_is_there():

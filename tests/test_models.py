@@ -151,6 +151,7 @@ def test_resnet_starts_with_blocks_that_do_nothing():
     assert len(of(model, layers.Conv2D)) == 20
 
 
+@pytest.mark.slow_but("wide_resnet")
 @pytest.mark.parametrize("make", [models.wide_resnet, models.resnet50])
 def test_small_dense_truncates_channels(make):
     """Channels x sqrt(density), truncated: about density x parameters."""

@@ -325,12 +325,14 @@ FLOAT32_DRIFT = 0.2
 FLOAT32_AGREE = {"rigl_erk": 0.98, "rigl_sm": 0.98}
 
 
+@pytest.mark.slow_but("float64-rigl_erk", "float32-rigl_sm", "float64-pruning")
 @pytest.mark.parametrize("name", TRACES)
 def test_trace(name, floatx):
     """The library's own model, callback and fit repeat the reproduction."""
     assert_follows(name, floatx)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rigl_sg", "snfs"])
 def test_trace_with_sparse_kernels(name):
     needs_sparse_kernels()
@@ -340,6 +342,7 @@ def test_trace_with_sparse_kernels(name):
         assert choice.sparse
 
 
+@pytest.mark.slow_but("static")
 @pytest.mark.parametrize("name", TRACES)
 def test_trace_with_all_operations_of_ours(name):
     """With sparse products, and batch norms of the op library as well."""
@@ -347,6 +350,7 @@ def test_trace_with_all_operations_of_ours(name):
     assert_follows_with_all_operations(name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("one_dnn", ["0", "1"])
 @pytest.mark.parametrize("instruction_set", ["avx2", "avx512"])
 def test_trace_in_every_way_to_compute(instruction_set, one_dnn):

@@ -113,6 +113,7 @@ def both(method, *, epochs=4, **options):
 # Training.
 
 
+@pytest.mark.slow_but("RigL")
 @needs_library
 @pytest.mark.parametrize("method", METHODS)
 def test_trains_as_with_dense_products(method):
@@ -124,6 +125,7 @@ def test_trains_as_with_dense_products(method):
     assert moved == (method != "static")
 
 
+@pytest.mark.slow
 @needs_library
 def test_a_wide_resnet_trains_the_same():
     """50 steps with four updates."""
@@ -160,6 +162,7 @@ def test_a_wide_resnet_trains_the_same():
     assert np.mean(np.concatenate(same)) > 0.999
 
 
+@pytest.mark.slow_but("options1")
 @needs_library
 @pytest.mark.parametrize(
     "options", [dict(steps_per_execution=4), dict(run_eagerly=True)]
@@ -169,6 +172,7 @@ def test_however_steps_are_run(options):
     assert chosen(sparse) == ALL_BUT_DEPTHWISE
 
 
+@pytest.mark.slow
 @needs_library
 def test_xla_has_dense_products():
     """It knows of no operations but TensorFlow's own."""
@@ -255,6 +259,7 @@ def gradients(model, x, *, dense):
     )
 
 
+@pytest.mark.slow_but("True")
 @needs_library
 @pytest.mark.parametrize("dense", [False, True])
 def test_gradients_agree(dense):
@@ -864,6 +869,7 @@ def test_images_of_any_size_are_dense(not_loaded):
 # Without a library.
 
 
+@pytest.mark.slow_but("auto")
 @pytest.mark.parametrize("kernels", ["auto", "sparse"])
 def test_without_a_library_as_before(unavailable, timed_kernels, kernels):
     losses = []

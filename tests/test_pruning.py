@@ -120,6 +120,7 @@ def trained(callback, granularity="element", steps=12):
     return watch.seen
 
 
+@pytest.mark.slow_but("layer")
 @pytest.mark.parametrize("scope", ["global", "layer"])
 def test_the_largest_stay(scope):
     """Exactly as many as scheduled, by magnitude, and none returns."""
@@ -157,6 +158,7 @@ def test_one_weight_of_each_layer_stays():
     assert all(mask.sum() == 1 for mask in last.values())
 
 
+@pytest.mark.slow_but("global")
 @pytest.mark.parametrize("scope", ["global", "layer"])
 def test_whole_kernels(scope):
     """As many as fit into the scheduled count, each whole."""
@@ -255,6 +257,7 @@ def tfmot(monkeypatch):
     return pytest.importorskip("tensorflow_model_optimization")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_same_masks_as_tfmot(of_tfmot, tfmot):
     """The same network and weights under tfmot's own schedule and callback.
@@ -301,6 +304,7 @@ def test_same_masks_as_tfmot(of_tfmot, tfmot):
     assert len(set(ones)) == 6  # whole, and pruned at 1, 3, 5, 7 and 9
 
 
+@pytest.mark.slow
 def test_kernels_of_any_size_under_xla():
     """The mean of 121 ones, there, is less than one."""
     model = keras.Sequential(
@@ -327,6 +331,7 @@ def test_kernels_of_any_size_under_xla():
     }
 
 
+@pytest.mark.slow
 def test_a_schedule_of_ones_own():
     callback = MagnitudePruning(lambda step: (step == 3, 0.5), scope="layer")
     last, _ = trained(callback)[-1]

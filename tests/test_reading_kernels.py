@@ -135,6 +135,7 @@ def test_where_the_forward_pass_is_counts(
         assert (gradient[masked.mask.numpy() == 1] != 0).any()
 
 
+@pytest.mark.slow_but("remat")
 @pytest.mark.parametrize("way", ["remat", "by hand"])
 def test_rigl_moves_the_same_connections(way):
     """In `fit`, of a layer that is called again for its gradients."""

@@ -39,6 +39,7 @@ def dataset():
 
 
 # `fit` warns of its own default, shuffle=True, on every tf.data.Dataset.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`shuffle=True` was passed")
 def test_the_first_ten_lines(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -58,6 +59,7 @@ def test_the_first_ten_lines(capsys, tmp_path, monkeypatch):
     assert "FLOPs" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_server_answers(tmp_path):
     """In a process that cannot import this package."""
     model = rigl_keras.sparsify(rigl_keras.models.wide_resnet(10, 1), 0.1)
@@ -94,6 +96,7 @@ def test_the_server_answers(tmp_path):
     )
 
 
+@pytest.mark.slow
 @needs_kernels
 def test_the_sparse_saved_model_is_loaded(tmp_path, always_sparse):
     """In a process that cannot import this package, by the lines it has."""

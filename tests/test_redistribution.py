@@ -96,15 +96,27 @@ def reproduced(shares, total, free):
     ]
 
 
+@tf.function(
+    input_signature=[
+        tf.TensorSpec([None], tf.float32),
+        *[tf.TensorSpec([None], tf.int64)] * 2,
+        tf.TensorSpec([], tf.float32),
+    ]
+)
+def grown_as_in_report(shares, dropped, free, correction):
+    """Traced once, for any number of layers."""
+    return redistribution.grow_counts(
+        shares, dropped, free, correction=correction, conventions=REPORT
+    )
+
+
 @settings(max_examples=100, deadline=None)
 @given(layers, st.floats(-5, 5))
 def test_report_is_a_plain_loop(drawn, correction):
     values, dropped, zeros = (np.array(part) for part in drawn)
     shares = redistribution.shares(values)
     free = zeros + dropped
-    got = redistribution.grow_counts(
-        shares, dropped, free, correction=correction, conventions=REPORT
-    )
+    got = grown_as_in_report(shares, dropped, free, correction)
     want = reproduced(shares.numpy(), dropped.sum() + correction, free)
     # Sums in another order may fall on the other side of a whole number.
     assert np.abs(got.numpy() - want).max() <= 1

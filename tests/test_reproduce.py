@@ -341,6 +341,7 @@ def test_the_command_is_that_of_bin_train(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_killed_and_shared(tmp_path):
     """Of three processes one is killed with -9: each run is done once."""
     results, runs = Results(tmp_path, "full"), some_runs(range(6))
@@ -370,6 +371,7 @@ def test_killed_and_shared(tmp_path):
         assert "finish" in said
 
 
+@pytest.mark.slow_but("15")
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
 def test_a_run_ends_with_who_started_it(kill):
     """bin/train --parent: nobody pays for cores that nobody watches."""

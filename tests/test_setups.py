@@ -61,6 +61,7 @@ class Sparse(keras.callbacks.Callback):
 # Gradient accumulation.
 
 
+@pytest.mark.slow_but("RigL-instead", "SNFS-after", "MagnitudePruning-instead")
 @pytest.mark.parametrize(
     "conventions", [rigl_keras.ORIGINAL, STEP_FIRST], ids=["instead", "after"]
 )
@@ -215,6 +216,9 @@ def test_scaled_and_accumulated():
     assert [step for step, _ in method.trajectory] == [0, 2, 4]
 
 
+@pytest.mark.slow_but(
+    "mixed_bfloat16-{}", "mixed_float16-{'steps_per_execution': 3}"
+)
 @pytest.mark.parametrize(
     "policy, options",
     [
@@ -290,6 +294,15 @@ KEEP_NO_MOMENTUM = {
 }
 
 
+@pytest.mark.slow_but(
+    "Adafactor-SNFS",
+    "AdamW-RigL",
+    "Lion-SNFS",
+    "LossScaleOptimizer-SNFS",
+    "MultiOptimizer-RigL",
+    "RMSprop-RigL",
+    "SGD-SNFS",
+)
 @pytest.mark.parametrize("method", [RigL, SNFS])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_of_keras(name, method):
@@ -353,6 +366,7 @@ def test_schedule_free_memory_of_weights_starts_with_the_weight():
         assert (memory[kept] != kernel[kept]).any()
 
 
+@pytest.mark.slow_but("RigL-epoch", "SNFS-test")
 @pytest.mark.parametrize("swap", [True, False], ids=["epoch", "test"])
 @pytest.mark.parametrize("method", [RigL, SNFS])
 def test_averages_that_take_the_weights_place(method, swap):
@@ -420,6 +434,7 @@ class Compiled(keras.Model):
         return Applies.train_step(self, data)
 
 
+@pytest.mark.slow_but("AppliesGradients", "Compiled")
 @pytest.mark.parametrize(
     "cls", [Applies, AppliesGradients, AppliesWithoutVariables, Compiled]
 )
@@ -528,6 +543,7 @@ def by_hand(model, updater, data, *, dense=dense_gradients, values=False):
     updater.fetch()
 
 
+@pytest.mark.slow_but("RigL-SG", "MagnitudePruning")
 @every_method
 def test_update_in_place_of_apply(method):
     """Ends where `fit` does."""
@@ -616,6 +632,7 @@ def test_update_needs_to_know():
 # Gradients of several batches.
 
 
+@pytest.mark.slow_but("True")
 @pytest.mark.parametrize("eager", [True, False])
 def test_growth_by_the_mean_of_several_batches(eager):
     """Weights hold still, so that it is the gradient of all in one batch."""
@@ -786,6 +803,7 @@ def test_what_several_batches_cost():
 # What grown weights start with.
 
 
+@pytest.mark.slow_but("zeros", "initial_dist", "grad_sign_100")
 @pytest.mark.parametrize(
     "kind",
     [
@@ -883,6 +901,7 @@ def test_gradients_must_be_there_to_start_from():
     assert SET(grow_init="random_normal").grow_init == "random_normal"
 
 
+@pytest.mark.slow_but("initial_dist")
 @pytest.mark.parametrize("kind", ["random_normal", "initial_dist"])
 def test_drawn_weights_resume_exactly(kind):
     def method():
@@ -982,6 +1001,7 @@ def test_a_model_without_a_loss_to_watch():
     assert step == 2 and np.isnan(losses).all()
 
 
+@pytest.mark.slow
 def test_all_of_it_at_once_under_xla():
     model = in_precision(
         "mixed_float16",

@@ -335,6 +335,7 @@ def test_a_frozen_layer_stays_frozen():
     assert len(sparse.trainable_variables) == 4
 
 
+@pytest.mark.slow
 def test_seed_is_the_same_in_every_process():
     code = (
         "import keras, numpy, rigl_keras\n"

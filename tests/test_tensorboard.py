@@ -158,6 +158,7 @@ def finished(tmp_path_factory):
     return of
 
 
+@pytest.mark.slow_but("SNFS", "static")
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_is_shown(kind, finished):
     run_dir, result = finished(kind)
@@ -221,6 +222,7 @@ def interrupt(run_dir, patch, *more):
     gin.clear_config()
 
 
+@pytest.mark.slow
 def test_a_killed_run_shows_each_epoch_once(finished, tmp_path, monkeypatch):
     run_dir = tmp_path / "run"
     interrupt(run_dir, monkeypatch, RECORDED)

@@ -148,6 +148,7 @@ def test_rewinding_to_an_early_epoch(pruned, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_shuffled_masks_keep_the_densities(pruned, tmp_path):
     source, _ = pruned
     ticket(tmp_path / "shuffled", source, "train.shuffle_masks = True")
@@ -223,6 +224,7 @@ def test_masks_of_a_dense_or_unfinished_run(tmp_path):
         ticket(tmp_path / "two", dense)
 
 
+@pytest.mark.slow_but("bindings0-SNIP-0.1", "bindings2-static-0.3")
 @pytest.mark.parametrize(
     "bindings, method, density",
     [
@@ -319,6 +321,7 @@ def test_training_on_all_examples(tmp_path):
     assert "no examples held out" in train_command.table(result)
 
 
+@pytest.mark.slow
 def test_labels_are_smoothed_in_training_alone(tmp_path):
     """The loss of uniform targets shows in training, not in validation."""
     losses = {}
@@ -344,6 +347,7 @@ def test_labels_are_smoothed_in_training_alone(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_the_corrections_of_the_report_survive_a_restart(tmp_path):
     """What RigL-SM must remember under REPORT is in the run's checkpoints."""
     bindings = [
@@ -380,6 +384,7 @@ def test_the_corrections_of_the_report_survive_a_restart(tmp_path):
     assert one["training_flops"] == two["training_flops"]
 
 
+@pytest.mark.slow
 def test_whole_kernels_stay_whole_from_run_to_run(tmp_path):
     kernel = ["train.granularity = 'kernel'", "train.density = 0.3"]
     bindings = [*SMALL, "train.method = None", *kernel]
@@ -400,6 +405,7 @@ def test_whole_kernels_stay_whole_from_run_to_run(tmp_path):
             assert (mask == mask[:1, :1]).all()
 
 
+@pytest.mark.slow
 def test_weights_of_an_unfinished_run(tmp_path):
     """Those of its start are there from the start, and cost nothing."""
     train_command.run(bindings=TICKET, run_dir=tmp_path / "first")

@@ -345,14 +345,28 @@ def test_nan_in_graph_and_xla(name, where):
         assert not grown.numpy().any()
 
 
+@tf.function(
+    input_signature=[
+        tf.TensorSpec(None, tf.bool),
+        *[tf.TensorSpec(None, tf.float32)] * 2,
+        tf.TensorSpec([], tf.float64),
+    ]
+)
+def moved(mask, drop, grow, fraction):
+    """Traced once, for masks of any shape."""
+    shape, flat = (
+        tf.shape(mask),
+        [tf.reshape(x, [-1]) for x in (mask, drop, grow)],
+    )
+    new, grown = topology.drop_and_grow(*flat, drop_fraction=fraction)
+    return tf.reshape(new, shape), tf.reshape(grown, shape)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.composite(masks_and_scores)(), st.floats(0, 1))
 def test_kept_are_left_alone(case, fraction):
     mask, drop, grow = case
-    move = topology.drop_and_grow
-    new, grown = (
-        t.numpy() for t in move(mask, drop, grow, drop_fraction=fraction)
-    )
+    new, grown = (t.numpy() for t in moved(mask, drop, grow, fraction))
     # Those that stay are the best, ties going to the higher index; only the
     # others may leave, and only places that are then free be filled.
     active = np.flatnonzero(mask)
@@ -365,9 +379,9 @@ def test_kept_are_left_alone(case, fraction):
     free = np.flatnonzero(~kept)
     joined = sorted(free, key=lambda i: (-grow.flat[i], i))[:count]
     assert np.flatnonzero(new & ~kept).tolist() == sorted(joined)
-    again, _ = move(mask, drop, grow, drop_fraction=fraction)
+    again, _ = moved(mask, drop, grow, fraction)
     np.testing.assert_array_equal(again, new)
-    still, none = move(new, drop, grow, drop_fraction=0)
+    still, none = moved(new, drop, grow, 0)
     np.testing.assert_array_equal(still, new)
     assert not none.numpy().any()
 

@@ -517,6 +517,7 @@ def server(tmp_path_factory):
     return folder, json.loads((folder / "report.json").read_text())
 
 
+@pytest.mark.slow
 def test_killed_at_any_point(server):
     """Killed at a write, or in it, a search finds what it would have found."""
     folder, report = server
@@ -530,6 +531,7 @@ def test_killed_at_any_point(server):
         assert sorted(settings(study)) == wanted, at
 
 
+@pytest.mark.slow
 def test_one_of_two_is_killed(server):
     """At random moments: there are 15 trials, and no setting is lost."""
     folder, report = server
