@@ -165,7 +165,7 @@ def always_sparse(monkeypatch):
 def fresh():
     """Runs commands as `python` does, in processes that know TensorFlow."""
     server = fresh_processes.Server()
-    yield server.run
+    yield server
     server.close()
 
 

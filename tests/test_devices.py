@@ -5,13 +5,9 @@ processes of its own.
 """
 
 import json
-import os
-import pathlib
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import keras
@@ -26,20 +22,15 @@ from rigl_keras.experiments.runs import train_command
 LIMIT = 600  # seconds, after which a process hangs
 
 
-def environment(**more):
-    root = pathlib.Path(rigl_keras.__file__).parents[1]
-    path = [str(root), os.environ.get("PYTHONPATH", "")]
-    plain = {k: v for k, v in os.environ.items() if k != "TF_CONFIG"}
-    return {**plain, "PYTHONPATH": os.pathsep.join(path), **more}
-
-
 ALONE = "a_run_on_two_devices"
 
 
+@pytest.mark.slow_but("a method")
 @pytest.mark.parametrize(
     "names",
     [
-        list(two_devices.METHODS),
+        list(two_devices.METHODS)[:1],
+        list(two_devices.METHODS)[1:],
         [
             name
             for name in two_devices.CHECKS
@@ -47,16 +38,10 @@ ALONE = "a_run_on_two_devices"
         ],
         [ALONE],
     ],
-    ids=["methods", "library", "run"],
+    ids=["a method", "other methods", "library", "run"],
 )
-def test_on_two_devices(names):
-    done = subprocess.run(
-        [sys.executable, two_devices.__file__, *names],
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-        env=environment(),
-    )
+def test_on_two_devices(names, fresh):
+    done = fresh(two_devices.__file__, *names, timeout=LIMIT)
     output = done.stdout + done.stderr
     assert re.findall(r"^(\S+): failed", done.stdout, re.M) == [], output
     assert done.returncode == 0, output
@@ -80,30 +65,23 @@ SMALL = [
 ]
 
 
-def train(run_dir, *flags, **more):
+def train(fresh, run_dir, *flags, **env):
     """Starts one process of a run."""
-    return subprocess.Popen(
-        [
-            *[
-                sys.executable,
-                "-m",
-                "rigl_keras.experiments.runs.train_command",
-            ],
-            *[f"--gin_bindings={binding}" for binding in SMALL],
-            *[f"--run_dir={run_dir}", *flags],
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(**more),
+    return fresh.start(
+        "-m",
+        "rigl_keras.experiments.runs.train_command",
+        *[f"--gin_bindings={binding}" for binding in SMALL],
+        *[f"--run_dir={run_dir}", *flags],
+        env=env,
     )
 
 
-def pair(run_dir, *flags):
+def pair(fresh, run_dir, *flags):
     """Starts the two workers of a run."""
     workers = [f"localhost:{port}" for port in free_ports()]
     return [
         train(
+            fresh,
             run_dir,
             "--strategy=multi_worker",
             *flags,
@@ -134,9 +112,9 @@ def trained(run_dir):
 
 
 @pytest.mark.slow
-def test_two_workers(tmp_path):
+def test_two_workers(fresh, tmp_path):
     """As one does; and with one killed, then both resumed, no other way."""
-    chief, worker = pair(tmp_path / "killed")
+    chief, worker = pair(fresh, tmp_path / "killed")
     first_epoch = tmp_path / "killed" / "checkpoints" / "epoch-1.index"
     start = time.monotonic()
     while not first_epoch.exists() and chief.poll() is None:
@@ -144,7 +122,7 @@ def test_two_workers(tmp_path):
         time.sleep(0.05)
     worker.send_signal(signal.SIGKILL)
     # It takes the chief some seconds to notice: time for those undisturbed.
-    undisturbed = pair(tmp_path / "pair")
+    undisturbed = pair(fresh, tmp_path / "pair")
     codes, said = ended(chief, worker)
     assert codes == [1, -signal.SIGKILL], said
     assert "worker 1 (localhost:" in said[0]
@@ -157,7 +135,7 @@ def test_two_workers(tmp_path):
     result = json.loads((tmp_path / "pair" / "result.json").read_text())
     assert (result["settings"]["replicas"], result["steps"]) == (2, 69)
 
-    codes, said = ended(*pair(tmp_path / "killed", "--resume"))
+    codes, said = ended(*pair(fresh, tmp_path / "killed", "--resume"))
     assert codes == [0, 0], said
     assert "Resuming" in said[0]
     resumed_masks, resumed_weights = trained(tmp_path / "killed")
@@ -185,8 +163,8 @@ def names_in(run_dir):
     )
 
 
-def test_without_a_tpu(tmp_path):
-    codes, said = ended(train(tmp_path / "run", "--strategy=tpu"))
+def test_without_a_tpu(fresh, tmp_path):
+    codes, said = ended(train(fresh, tmp_path / "run", "--strategy=tpu"))
     assert codes == [2], said
     assert "finds no TPU named 'local'" in said[0]
 

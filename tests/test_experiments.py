@@ -6,8 +6,6 @@ import os
 import pathlib
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import keras
@@ -115,29 +113,24 @@ SCRIPT = """
 import sys, tensorflow as tf
 import support.small_models  # which has gin know the small network
 tf.config.experimental.enable_op_determinism()
-from rigl_keras.experiments.runs import train_command as command
-command.run(bindings=sys.argv[2].split(";"), run_dir=sys.argv[1],
+from rigl_keras.experiments.runs import train_command
+train_command.run(bindings=sys.argv[2].split(";"), run_dir=sys.argv[1],
             seed=4, resume=len(sys.argv) > 3)
 """
 
 
 @pytest.mark.slow
-def test_killed_and_resumed(tmp_path):
+def test_killed_and_resumed(fresh, tmp_path):
     """Killed within an epoch, a run ends as if it had not been."""
     bindings = ";".join([*SMALL, RECORDED, "train.epochs = 4"])
 
     def start(run_dir, *resume):
-        return subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, run_dir, bindings, *resume],
-            cwd=pathlib.Path(__file__).parent,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        folder = pathlib.Path(__file__).parent
+        return fresh.start("-c", SCRIPT, run_dir, bindings, *resume, cwd=folder)
 
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    out, _ = (process := start(straight)).communicate()
-    assert process.returncode == 0, out
+    _, errors = (process := start(straight)).communicate()
+    assert process.returncode == 0, errors
 
     process = start(killed)
     deadline = time.monotonic() + 120
@@ -149,8 +142,8 @@ def test_killed_and_resumed(tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     assert not (killed / "result.json").exists()
-    out, _ = (process := start(killed, "--resume")).communicate()
-    assert process.returncode == 0, out
+    out, errors = (process := start(killed, "--resume")).communicate()
+    assert process.returncode == 0, errors
     assert "Resuming" in out and "at epoch" in out
 
     for old, new in zip(weights(straight), weights(killed), strict=True):

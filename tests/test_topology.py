@@ -1,5 +1,7 @@
 """`drop_and_grow` by hand, by sorting, and by its invariants."""
 
+import functools
+
 import hypothesis.extra.numpy as hnp
 import numpy as np
 import pytest
@@ -66,17 +68,21 @@ TABLE = {
 }  # fmt: skip
 
 
+@functools.cache  # what is traced for one row serves the next
+def move(mode, fraction):
+    def by_fraction(mask, drop, grow):
+        return topology.drop_and_grow(mask, drop, grow, drop_fraction=fraction)
+
+    if mode == "eager":
+        return by_fraction
+    return tf.function(by_fraction, jit_compile=mode == "xla")
+
+
 @pytest.mark.parametrize("row", TABLE.values(), ids=TABLE)
 @pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
 def test_table(row, mode):
     mask, drop, grow, fraction, new, grown = row
-
-    def move(mask, drop, grow):
-        return topology.drop_and_grow(mask, drop, grow, drop_fraction=fraction)
-
-    if mode != "eager":
-        move = tf.function(move, jit_compile=mode == "xla")
-    got = move(
+    got = move(mode, fraction)(
         tf.constant(mask, tf.float32),
         tf.constant(drop, tf.float32),
         tf.constant(grow, tf.float32),

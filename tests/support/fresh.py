@@ -9,9 +9,11 @@ import contextlib
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 
 # Libraries that start no threads of their own when they are imported: of a
@@ -23,31 +25,53 @@ QUIET = {
     "TF_CPP_MIN_LOG_LEVEL": "2",  # as in bin/python
 }
 
-
 # Seconds of processors that what was run has taken.
 spent = 0.0
 
 
 class Server:
-    """Runs code in fresh processes, one at a time."""
+    """Runs code in fresh processes."""
 
     def __init__(self):
         self._process = None
+        self._printed = tempfile.TemporaryDirectory()
 
-    def run(self, *command, cwd=None, env=None):
-        """Runs `-c CODE ARGUMENT...` or `-m MODULE ARGUMENT...`, as python.
+    def __call__(self, *command, cwd=None, env=None, timeout=None):
+        """Runs a command as `python` does, until it ends.
 
-        What is set as Python or TensorFlow starts, as PYTHONPATH is, has been:
-        `env` is for what is read later.
+        What is set as Python or TensorFlow starts has been: `env` is for what
+        is read later.
 
         Args:
-            command: What follows `python` on the command line.
+            command: What follows `python` on the command line: `-c CODE`,
+                `-m MODULE` or a file, and arguments.
             cwd: Folder to run in.
             env: Environment variables to set, beside those of this process.
+            timeout: Seconds after which it is killed.
 
         Returns:
             A `subprocess.CompletedProcess` with captured text.
         """
+        process = self.start(*command, cwd=cwd, env=env)
+        out, err = process.communicate(timeout)
+        return subprocess.CompletedProcess(
+            command, process.returncode, out, err
+        )
+
+    def start(self, *command, cwd=None, env=None):
+        """Starts a command; returns its `Process`, as `subprocess.Popen`."""
+        folder = tempfile.mkdtemp(dir=self._printed.name)
+        pid = self.ask(
+            start={
+                "command": [str(word) for word in command],
+                "cwd": str(cwd or os.getcwd()),
+                "env": {**os.environ, **(env or {})},
+                "folder": folder,
+            }
+        )
+        return Process(self, pid, folder)
+
+    def ask(self, **question):
         if self._process is None:
             self._process = subprocess.Popen(
                 [sys.executable, __file__],
@@ -58,28 +82,54 @@ class Server:
             )
             threads = int(self._process.stdout.readline())
             assert threads == 1
-        with tempfile.TemporaryDirectory() as folder:
-            task = {
-                "command": [str(word) for word in command],
-                "cwd": str(cwd or os.getcwd()),
-                "env": {**os.environ, **(env or {})},
-                "folder": folder,
-            }
-            print(json.dumps(task), file=self._process.stdin, flush=True)
-            code, seconds = self._process.stdout.readline().split()
-            global spent
-            spent += float(seconds)
-            out, err = (
-                (pathlib.Path(folder) / name).read_text(errors="replace")
-                for name in ("stdout", "stderr")
-            )
-        return subprocess.CompletedProcess(command, int(code), out, err)
+        print(json.dumps(question), file=self._process.stdin, flush=True)
+        return json.loads(self._process.stdout.readline())
 
     def close(self):
         if self._process is not None:
             self._process.stdin.close()
             self._process.wait()
             self._process.stdout.close()
+        self._printed.cleanup()
+
+
+class Process:
+    """A fork of the server; what it prints is kept in files."""
+
+    def __init__(self, server, pid, folder):
+        self._server, self._folder = server, folder
+        self.pid, self.returncode = pid, None
+
+    def poll(self):
+        """Returns how it ended, or `None` while it runs."""
+        if self.returncode is None:
+            ended = self._server.ask(poll=self.pid)
+            if ended is not None:
+                global spent
+                self.returncode, seconds = ended
+                spent += seconds
+        return self.returncode
+
+    def communicate(self, timeout=None):
+        """Waits until it ends; returns what it printed, and its errors."""
+        start = time.monotonic()
+        while self.poll() is None:
+            time.sleep(0.005)
+            if timeout is not None and time.monotonic() > start + timeout:
+                self.kill()
+                raise subprocess.TimeoutExpired("a fresh process", timeout)
+        return self.printed("stdout"), self.printed("stderr")
+
+    def printed(self, name):
+        path = pathlib.Path(self._folder, name)
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
 
 
 # What follows is the server.
@@ -91,16 +141,21 @@ def serve():
 
     print(len(os.listdir("/proc/self/task")), flush=True)
     for line in sys.stdin:
-        child = os.fork()
-        if not child:
-            become(json.loads(line))
-        _, status, used = os.wait4(child, 0)
-        code = os.waitstatus_to_exitcode(status)
-        print(code, used.ru_utime + used.ru_stime, flush=True)
+        question = json.loads(line)
+        if "start" in question:
+            answer = os.fork() or become(question["start"])
+        else:
+            pid, status, used = os.wait4(question["poll"], os.WNOHANG)
+            code = os.waitstatus_to_exitcode(status)
+            seconds = used.ru_utime + used.ru_stime
+            answer = [code, seconds] if pid else None
+        print(json.dumps(answer), flush=True)
 
 
 def become(task):
     """Runs a command in this process, which ends with it."""
+    import runpy
+
     code = 1
     try:
         for descriptor, name in ((1, "stdout"), (2, "stderr")):
@@ -111,15 +166,20 @@ def become(task):
         os.environ.clear()
         os.environ.update(task["env"])
         os.chdir(task["cwd"])
-        kind, what, *arguments = task["command"]
+        how, *arguments = task["command"]
+        if how in ("-c", "-m"):
+            what, *arguments = arguments
         sys.argv = ["-c", *arguments]
-        sys.path[0] = "" if kind == "-c" else task["cwd"]
-        if kind == "-c":
+        if how == "-c":
+            sys.path[0] = ""
             exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
-        else:
-            import runpy
-
+        elif how == "-m":
+            sys.path[0] = task["cwd"]
             runpy.run_module(what, run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = task["command"]
+            sys.path[0] = os.path.dirname(how)
+            runpy.run_path(how, run_name="__main__")
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(bool(end.code))

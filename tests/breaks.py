@@ -1,0 +1,242 @@
+"""How many of thirty random breaks of the core do the tests catch?
+
+    bin/python tests/breaks.py [--count=30] [--seed=0] [--all]
+
+Each break changes one operator, number, truth or call of one line, in a copy
+of the tracked files. The tests that know the module run on it, those that are
+not marked as slow or, with `--all`, all of them, until one fails. Tests that
+fail unbroken, which run first, do not count. A break that changes nothing one
+could see is not caught, either: those that are not caught are printed to be
+judged.
+"""
+
+import argparse
+import ast
+import pathlib
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+
+from support.fresh import Server
+
+ROOT = pathlib.Path(__file__).parents[1]
+LIMIT = 3600  # seconds: a break may make a loop endless
+
+# The core, and the tests that know it best, in the order in which they run.
+TESTS = {
+    "topology.py": "topology redistribution callbacks parity",
+    "redistribution.py": "redistribution callbacks parity setups",
+    "schedules.py": "schedules pruning callbacks contract setups",
+    "distributions.py": "distributions sparsify parity",
+    "masking/masked.py": "layers reading_kernels kinds sparsify density_one",
+    "masking/tracing.py": "reading_kernels layers callbacks density_one",
+    "training/": "optimizer_state callbacks fit_runs setups resumed_window",
+    "methods/": "callbacks pruning one_shot setups contract parity",
+}
+
+OPERATORS = {
+    ast.Lt: ("<", "<="),
+    ast.LtE: ("<=", "<"),
+    ast.Gt: (">", ">="),
+    ast.GtE: (">=", ">"),
+    ast.Eq: ("==", "!="),
+    ast.NotEq: ("!=", "=="),
+    ast.Is: ("is", "is not"),
+    ast.IsNot: ("is not", "is"),
+    ast.In: ("in", "not in"),
+    ast.NotIn: ("not in", "in"),
+    ast.Add: ("+", "-"),
+    ast.Sub: ("-", "+"),
+    ast.Mult: ("*", "/"),
+    ast.Div: ("/", "*"),
+    ast.FloorDiv: ("//", "*"),
+    ast.BitAnd: ("&", "|"),
+    ast.BitOr: ("|", "&"),
+    ast.And: ("and", "or"),
+    ast.Or: ("or", "and"),
+}
+NAMES = {
+    "min": "max",
+    "max": "min",
+    "minimum": "maximum",
+    "maximum": "minimum",
+    "any": "all",
+    "all": "any",
+    "reduce_any": "reduce_all",
+    "reduce_all": "reduce_any",
+    "zeros_like": "ones_like",
+    "ones_like": "zeros_like",
+    "logical_and": "logical_or",
+    "logical_or": "logical_and",
+}
+
+
+def possible_breaks(source):
+    """Returns `[(line, start, end, replacement)]`, columns in characters."""
+    found, lines = [], source.splitlines()
+
+    def between(one, two, operator):
+        old, new = OPERATORS[type(operator)]
+        if one.end_lineno != two.lineno:
+            return
+        gap = lines[two.lineno - 1][one.end_col_offset : two.col_offset]
+        at = re.search(rf"(?<!\w){re.escape(old)}(?!\w)", gap)
+        if at:
+            start = one.end_col_offset + at.start()
+            found.append((two.lineno, start, start + len(old), new))
+
+    def replace(node, new):
+        if node.lineno == node.end_lineno:
+            found.append(
+                (node.lineno, node.col_offset, node.end_col_offset, new)
+            )
+
+    def visit(node):
+        if isinstance(node, ast.Raise):
+            return  # tests may leave the words of errors open
+        if isinstance(node, ast.keyword) and node.arg == "strict":
+            return  # of zip, of what is as long anyway
+        if isinstance(node, ast.Compare) and len(node.ops) == 1:
+            between(node.left, node.comparators[0], node.ops[0])
+        elif isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+            if not isinstance(node.left, ast.Constant) or not isinstance(
+                node.left.value, str
+            ):
+                between(node.left, node.right, node.op)
+        elif isinstance(node, ast.BoolOp):
+            between(*node.values[:2], node.op)
+        elif isinstance(node, ast.UnaryOp) and isinstance(
+            node.op, ast.Not | ast.USub
+        ):
+            replace(node, f"({ast.unparse(node.operand)})")
+        elif isinstance(node, ast.Constant):
+            if isinstance(node.value, bool):
+                replace(node, str(not node.value))
+            elif isinstance(node.value, int | float):
+                replace(node, repr(node.value + 1))
+        elif isinstance(node, ast.Name | ast.Attribute):
+            name = node.id if isinstance(node, ast.Name) else node.attr
+            if name in NAMES and node.lineno == node.end_lineno:
+                end = node.end_col_offset
+                found.append((node.lineno, end - len(name), end, NAMES[name]))
+        elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+            replace(node, "pass")
+        for field, value in ast.iter_fields(node):
+            # Not in types.
+            if field not in ("annotation", "returns"):
+                for child in value if isinstance(value, list) else [value]:
+                    if isinstance(child, ast.AST):
+                        visit(child)
+
+    visit(ast.parse(source))
+    return [b for b in found if lines[b[0] - 1].isascii()]
+
+
+def drawn(package, count, seed):
+    """Returns breaks of lines that are drawn alike: `[(path, break)]`."""
+    by_line = {}
+    for place in TESTS:
+        paths = [package / place]
+        if place.endswith("/"):
+            paths = sorted((package / place).glob("*.py"))
+        for path in paths:
+            for change in possible_breaks(path.read_text()):
+                by_line.setdefault((path, change[0]), []).append(change)
+    draw = random.Random(seed)
+    chosen = draw.sample(sorted(by_line), count)
+    return [(path, draw.choice(by_line[path, line])) for path, line in chosen]
+
+
+def broken(source, change):
+    """Returns the source with a break, and the line before and after."""
+    line, start, end, new = change
+    lines = source.splitlines(keepends=True)
+    old = lines[line - 1]
+    lines[line - 1] = old[:start] + new + old[end:]
+    return "".join(lines), old.strip(), lines[line - 1].strip()
+
+
+def copied(folder):
+    """Copies what git tracks; returns the folder."""
+    tracked = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True
+    )
+    for name in tracked.stdout.decode().split("\0"):
+        if name and (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    return folder
+
+
+def tests_of(path, package):
+    name = path.relative_to(package).as_posix()
+    (names,) = (TESTS[place] for place in TESTS if name.startswith(place))
+    return [f"tests/test_{name}.py" for name in names.split()]
+
+
+def failures(server, copy, files, *options):
+    """Returns what fails, and whether pytest has run to its end."""
+    try:
+        done = server(
+            *["-m", "pytest", "-n0", "-p", "no:cacheprovider", "-rfE"],
+            *[*options, *files],
+            cwd=copy,
+            timeout=LIMIT,
+        )
+    except subprocess.TimeoutExpired:
+        return ["endless"]
+    found = re.findall(r"^(?:FAILED|ERROR) (\S.*?)(?: - |$)", done.stdout, re.M)
+    if done.returncode not in (0, 1) and not found:
+        return [f"pytest ended with {done.returncode}"]
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--all", action="store_true", help="Slow tests, too.")
+    flags = parser.parse_args()
+    options = ["--all"] if flags.all else []
+    server, unbroken, caught = Server(), {}, 0
+    with tempfile.TemporaryDirectory() as folder:
+        copy = copied(pathlib.Path(folder))
+        package = copy / "rigl_keras"
+        breaks = drawn(package, flags.count, flags.seed)
+        for number, (path, change) in enumerate(breaks, 1):
+            files = tests_of(path, package)
+            for file in files:
+                if file not in unbroken:
+                    unbroken[file] = failures(server, copy, [file], *options)
+            ignored = [
+                f"--deselect={name}"
+                for file in files
+                for name in unbroken[file]
+            ]
+            source, start = path.read_text(), time.monotonic()
+            text, old, new = broken(source, change)
+            path.write_text(text)
+            found = failures(server, copy, files, "-x", *ignored, *options)
+            path.write_text(source)
+            caught += bool(found)
+            print(
+                f"{number:2d} {path.relative_to(package)}:{change[0]}\n"
+                f"   - {old}\n   + {new}\n"
+                f"   {found[0] if found else 'NOT CAUGHT'} "
+                f"({time.monotonic() - start:.0f} s)",
+                flush=True,
+            )
+    server.close()
+    ignored = [name for names in unbroken.values() for name in names]
+    print(f"{caught} of {flags.count} are caught.")
+    if ignored:
+        print("These fail unbroken:", *ignored, sep="\n  ")
+    sys.exit(bool(ignored))
+
+
+if __name__ == "__main__":
+    main()
