@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 
+from rigl_keras import _keras
+
 __all__ = [
     "DisagreesError",
     "TOLERANCES",
@@ -42,7 +44,8 @@ def usual_tolerance(model, quantization):
     if quantization is not None:
         return TOLERANCES[quantization]
     half = any(
-        "16" in (layer.compute_dtype or "") for layer in model._flatten_layers()
+        "16" in (layer.compute_dtype or "")
+        for layer in _keras.flatten_layers(model)
     )
     return TOLERANCES["float16" if half else "float32"]
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import keras
 import tensorflow as tf
 
+from rigl_keras import _keras
 from rigl_keras.exporting.signatures import Signature, named_outputs
 from rigl_keras.exporting.sparse_storage import SparseKernels, cheapest_encoding
 from rigl_keras.masking.leaves import trained_weights
@@ -68,7 +69,7 @@ class Served(tf.Module):
         self._weights = list(self.function.variables)
         self._tables = [
             layer.lookup_table
-            for layer in model._flatten_layers()
+            for layer in _keras.flatten_layers(model)
             if hasattr(layer, "lookup_table")
         ]
 

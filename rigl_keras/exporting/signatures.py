@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from rigl_keras import _keras
 from rigl_keras.masking.model_tree import call_model, input_structure, is_graph
 
 __all__ = [
@@ -233,7 +234,7 @@ def _with_limits(signature, model):
     """Returns a signature with integers as large as embeddings take them."""
     sizes = {
         layer.input_dim
-        for layer in model._flatten_layers()
+        for layer in _keras.flatten_layers(model)
         if isinstance(layer, keras.layers.Embedding)
     }
     limits = dict(signature.limits)

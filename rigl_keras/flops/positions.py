@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import keras
 import tensorflow as tf
 
+from rigl_keras import _keras
 from rigl_keras.masking.layer_kernels import CONVOLUTIONS, einsum_axes
 from rigl_keras.masking.model_tree import call_model, input_structure, step_to
 
@@ -37,8 +38,7 @@ def kernel_positions(model, leaves, places) -> dict[int, int]:
             return call_model(model, x)
 
     # A call forgets the losses of the one before.
-    losses = [(part, list(part._losses)) for part in model._flatten_layers()]
-    with contextlib.ExitStack() as stack:
+    with _keras.keeping_losses(model), contextlib.ExitStack() as stack:
         for caller in {id(c): c for c in callers.values()}.values():
             stack.enter_context(_recording(caller, calls[id(caller)]))
         try:
@@ -49,8 +49,6 @@ def kernel_positions(model, leaves, places) -> dict[int, int]:
                 f"on {specs} it fails, with {type(error).__name__}: "
                 f"{_first_line(error)}"
             ) from error
-    for part, before in losses:
-        part._losses[:] = before
     return {
         key: sum(_applied(kernel, caller, *call) for call in calls[id(caller)])
         for place in places

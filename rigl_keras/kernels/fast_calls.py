@@ -12,6 +12,7 @@ import math
 import keras
 import tensorflow as tf
 
+from rigl_keras import _keras
 from rigl_keras.kernels import library, operations
 from rigl_keras.kernels.layer_products import USUAL_BATCH, only_dense
 
@@ -31,7 +32,7 @@ def use_fast_calls(layer: keras.layers.Layer) -> None:
         layer: A layer or model. All but batch normalisation and dropout of
             Keras's own classes are left alone.
     """
-    for one in layer._flatten_layers():
+    for one in _keras.flatten_layers(layer):
         call = _CALLS.get(type(one))
         if call is not None and "call" not in vars(one):
             # As Keras looks it up: what is an instance's own comes first.
@@ -40,7 +41,7 @@ def use_fast_calls(layer: keras.layers.Layer) -> None:
 
 def use_usual_calls(layer: keras.layers.Layer) -> None:
     """Undoes `hasten`."""
-    for one in layer._flatten_layers():
+    for one in _keras.flatten_layers(layer):
         if type(one) in _CALLS and "call" in vars(one):
             del one.call
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import keras
 import tensorflow as tf
 
+from rigl_keras import _keras
 from rigl_keras.kernels import choice, library, operations
 
 __all__ = [
@@ -176,8 +177,7 @@ def only_dense() -> bool:
 def _in_xla():
     graph = tf.compat.v1.get_default_graph()
     while graph is not None:
-        context = graph._get_control_flow_context()
-        if context is not None and context.IsXLAContext():
+        if _keras.is_compiled_by_xla(graph):
             return True
         graph = getattr(graph, "outer_graph", None)
     return False

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 import keras
 import tensorflow as tf
 
+from rigl_keras import _keras
 from rigl_keras.masking.masked import Masked
 from rigl_keras.masking.model_tree import is_graph
 
@@ -86,8 +87,9 @@ def copy_before_build(source: Layer, target: Layer) -> None:
     if isinstance(source, Masked) != isinstance(target, Masked):
         return
     _copy_tables(source, target)
-    if len(source._layers) == len(target._layers):
-        for old, new in zip(source._layers, target._layers, strict=True):
+    inner, copies = _keras.owned_layers(source), _keras.owned_layers(target)
+    if len(inner) == len(copies):
+        for old, new in zip(inner, copies, strict=True):
             if type(old) is type(new):
                 copy_before_build(old, new)
 
@@ -102,32 +104,28 @@ def _pairs(source, target, seen) -> Iterator[tuple[Layer, Layer]]:
         return
     seen.add(id(source))
     yield source, target
-    if len(source._layers) != len(target._layers):
+    inner, copies = _keras.owned_layers(source), _keras.owned_layers(target)
+    if len(inner) != len(copies):
         raise ValueError(
             f"The copy of layer {source.name!r}, a {type(source).__name__}, "
-            f"has {len(target._layers)} layers within it, and the layer has "
-            f"{len(source._layers)}: its config does not say all that it is "
+            f"has {len(copies)} layers within it, and the layer has "
+            f"{len(inner)}: its config does not say all that it is "
             "made of. Give its class a get_config that does."
         )
-    for old, new in zip(source._layers, target._layers, strict=True):
+    for old, new in zip(inner, copies, strict=True):
         yield from _pairs(old, new, seen)
 
 
 def _assign_own(source, target, values):
-    for old, new in zip(_own(source), _own(target), strict=True):
+    for old, new in zip(
+        _keras.direct_variables(source),
+        _keras.direct_variables(target),
+        strict=True,
+    ):
         if id(old) in values or old is not new:
             new.assign(values.get(id(old), old))
         if new.trainable != old.trainable:
             new.trainable = old.trainable
-
-
-def _own(layer):
-    """Returns the variables of a layer, less those of layers within it."""
-    return [
-        *layer._trainable_variables,
-        *layer._non_trainable_variables,
-        *(generator.state for generator in layer._seed_generators),
-    ]
 
 
 # Keras's layers of preprocessing keep some of what they have learned in no
@@ -137,8 +135,7 @@ _LOOKUPS = (keras.layers.StringLookup, keras.layers.IntegerLookup)
 _OF_LOOKUPS = (
     "input_vocabulary",
     "input_idf_weights",
-    "_frozen_vocab_size",
-    "_has_input_vocabulary",
+    *_keras.LOOKUP_STATE,
     # Nothing changes a table: a layer that is adapted gets another.
     "lookup_table",
 )

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import keras
 
+from rigl_keras import _keras
 from rigl_keras.masking.masked import Masked
 from rigl_keras.masking.model_tree import is_graph, sublayers
 
@@ -31,8 +32,8 @@ def trained_weights(model: keras.Model) -> list[keras.Variable]:
     """
     trained = {
         id(variable): variable
-        for layer in model._flatten_layers()
-        for variable in layer._trainable_variables
+        for layer in _keras.flatten_layers(model)
+        for variable in _keras.direct_weights(layer)
     }
     return list(trained.values())
 
@@ -103,5 +104,5 @@ def is_opened(layer: Layer) -> bool:
 def holds_masked(layer: Layer) -> bool:
     """Returns whether layers within a layer, which is not, are masked."""
     return not isinstance(layer, Masked) and any(
-        isinstance(inner, Masked) for inner in layer._flatten_layers()
+        isinstance(inner, Masked) for inner in _keras.flatten_layers(layer)
     )

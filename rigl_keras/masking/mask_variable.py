@@ -7,6 +7,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from rigl_keras import _keras
+
 __all__ = ["MaskVariable"]
 
 
@@ -47,7 +49,7 @@ class MaskVariable(keras.Variable):
     @property
     def value(self) -> tf.Tensor | tf.Variable:
         value = super().value
-        if value is self._value:
+        if value is _keras.stored_value(self):
             return value
         # Given by a scope of the caller's (stateless_call).
         return tf.cast(tf.convert_to_tensor(value) != 0, self.dtype)

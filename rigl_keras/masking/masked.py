@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from rigl_keras import _checks, kernels
+from rigl_keras import _checks, _keras, kernels
 from rigl_keras.kernels import layer_products
 from rigl_keras.kernels.layer_products import ChosenProducts
 from rigl_keras.masking.drawing import draw_mask
@@ -381,7 +381,7 @@ class Masked(KernelMask, keras.layers.Wrapper):
             choice = layer_products.asked(self.layer, shape)
         else:
             with tf.init_scope():
-                mask = tf.convert_to_tensor(self.mask._value)
+                mask = tf.convert_to_tensor(_keras.stored_value(self.mask))
                 density = float(tf.reduce_mean(mask))
             choice = layer_products.chosen(self.layer, shape, density)
         self._chosen.by_shape[tuple(shape)] = choice
@@ -445,7 +445,7 @@ class Masked(KernelMask, keras.layers.Wrapper):
 
     def get_build_config(self):
         # A layer without `build` is built by being called, here as there.
-        if getattr(type(self.layer).build, "_is_default", False):
+        if _keras.applies_default_build(self.layer):
             return None
         return self.layer.get_build_config()
 
@@ -468,7 +468,7 @@ class Masked(KernelMask, keras.layers.Wrapper):
                 "weights of a dense model into a masked one: "
                 "rigl_keras.load_weights(model, path)."
             )
-        self._check_load_own_variables(store)
+        _keras.check_file_of_layer(self, store)
         for i in range(len(self._masks)):
             values = np.unique(np.asarray(store[f"{i}"]))
             if not np.isin(values, [0, 1]).all():
@@ -494,7 +494,7 @@ class Masked(KernelMask, keras.layers.Wrapper):
             return None if self._nonzeros is None else list(self._nonzeros)
         with tf.init_scope():
             return [
-                int(np.count_nonzero(np.asarray(mask._value)))
+                int(np.count_nonzero(np.asarray(_keras.stored_value(mask))))
                 for mask in self._masks
             ]
 

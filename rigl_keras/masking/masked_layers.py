@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from rigl_keras import _checks
+from rigl_keras import _checks, _keras
 from rigl_keras._text import aligned
 from rigl_keras.kernels import fast_calls
 from rigl_keras.kernels.layer_products import PRODUCTS
@@ -84,7 +84,7 @@ class MaskedLayers(Sequence):
         return skipped + [
             (owner, f"weights of its own, never masked: {listed(left)}")
             for owner in containers(self._model)
-            for left in [matrices(owner._trainable_variables)]
+            for left in [matrices(_keras.direct_weights(owner))]
             if left
         ]
 
@@ -186,7 +186,7 @@ def choose_kernels(
         if kernels == "dense"
         else fast_calls.use_fast_calls
     )(model)
-    for layer in model._flatten_layers():
+    for layer in _keras.flatten_layers(model):
         if isinstance(layer, Masked):
             layer.product = kernels
             layer.forget_products()
@@ -203,6 +203,6 @@ def _input_shapes(layer):
         return []
     return {
         tuple(tensor.shape)
-        for node in layer._inbound_nodes
+        for node in _keras.inbound_nodes(layer)
         for tensor in node.input_tensors
     }

@@ -5,6 +5,8 @@ from typing import Any
 
 import keras
 
+from rigl_keras import _keras
+
 __all__ = [
     "call_model",
     "input_structure",
@@ -40,20 +42,15 @@ def sublayers(
         for i, inner in enumerate(layer.layers):
             yield f"layers.{i}", inner
         return
-    owned = {id(inner) for inner in layer._layers}
+    owned = {id(inner) for inner in _keras.owned_layers(layer)}
     reached = set()
     for path, inner in layers_in(layer, owned):
         reached.add(id(inner))
         yield path, inner
-    for i, inner in enumerate(layer._layers):
+    for i, inner in enumerate(_keras.owned_layers(layer)):
         # Within an object that is no layer, but was known to Keras before.
         if id(inner) not in reached:
             yield f"_layers.{i}", inner
-
-
-# Keras and TensorFlow keep lists of what is owned under their own names.
-_OF_KERAS = ("_layers", "_metrics", "_tracker", "_obj_reference_counts_dict")
-_OF_GRAPHS = ("_functional", "_operations", "_operations_by_depth")
 
 
 def layers_in(
@@ -69,9 +66,7 @@ def layers_in(
         `(path, layer)` as `sublayers` gives them.
     """
     for name, value in vars(owner).items():
-        if name in _OF_KERAS or name.startswith("_self_"):
-            continue
-        if not (is_graph(owner) and name in _OF_GRAPHS):
+        if not _keras.is_bookkeeping(name, of_graph=is_graph(owner)):
             yield from _layers_in(value, name, wanted)
 
 

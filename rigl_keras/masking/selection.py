@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import keras
 import numpy as np
 
+from rigl_keras import _keras
 from rigl_keras.kernels.layer_products import PRODUCTS
 from rigl_keras.masking.layer_kernels import Kernel, find_kernels
 from rigl_keras.masking.leaves import containers, named_layers
@@ -213,7 +214,7 @@ def _check_all_masked(model, chosen, matches):
     left += [
         (owner.name, f"weights of its own, never masked ({listed(dense)})")
         for owner in containers(model)
-        for dense in [matrices(owner._trainable_variables)]
+        for dense in [matrices(_keras.direct_weights(owner))]
         if dense
     ]
     if left:

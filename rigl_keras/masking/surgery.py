@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 
 import keras
 
+from rigl_keras import _keras
 from rigl_keras.masking.layer_state import copy_before_build
 from rigl_keras.masking.leaves import holds_masked, leaf_layers, leaf_paths
 from rigl_keras.masking.masked import (
@@ -151,7 +152,7 @@ def _clone_graph(model, clone):
     compiled, model.compiled = model.compiled, False
     try:
         if isinstance(model, keras.Sequential):
-            first = next(iter(model._layers), None)
+            first = next(iter(_keras.owned_layers(model)), None)
             sparse = isinstance(first, keras.layers.InputLayer) and (
                 first.output.sparse or first.output.ragged
             )
@@ -173,7 +174,7 @@ def _new_input(tensor):
         sparse=tensor.sparse,
         ragged=tensor.ragged,
         name=tensor.name,
-        optional=getattr(tensor._keras_history.operation, "optional", False),
+        optional=getattr(_keras.operation_of(tensor), "optional", False),
     )
 
 
@@ -259,13 +260,13 @@ def _replace(model: Layer, layers: Iterable[tuple[Layer, Layer]]) -> None:
     """Replaces layers wherever a model, or what is in it, keeps them."""
     changes = {id(old): (old, new) for old, new in layers if old is not new}
     for old, new in changes.values():
-        _hand_over_calls(old, new)
+        _keras.replace_calls(old, new)
     owners = list(_owners(model, changes, set()))
     for owner in owners:
         if isinstance(owner, keras.Sequential):
-            _replace_in_sequential(owner, changes)
+            _keras.replace_in_sequential(owner, changes)
         elif is_graph(owner):
-            _replace_in_graph(owner, changes)
+            _keras.replace_in_functional(owner, changes)
         _replace_in_attributes(owner, changes)
     for owner in owners:
         if isinstance(owner, keras.Model):
@@ -279,57 +280,11 @@ def _owners(layer, changes, seen):
     if id(layer) in seen:
         return
     seen.add(id(layer))
-    if any(id(inner) in changes for inner in layer._flatten_layers()):
+    if any(id(inner) in changes for inner in _keras.flatten_layers(layer)):
         yield layer
         for _, inner in sublayers(layer):
             if id(inner) not in changes:
                 yield from _owners(inner, changes, seen)
-
-
-def _hand_over_calls(old, new):
-    """Has symbolic calls of a layer be those of another.
-
-    A Functional model is made of them. Its tensors stay what they were, so
-    that a model may be made from any of them, later too.
-    """
-    new._inbound_nodes, new._outbound_nodes = (
-        old._inbound_nodes,
-        old._outbound_nodes,
-    )
-    old._inbound_nodes, old._outbound_nodes = [], []
-    for node in new._inbound_nodes:
-        node.operation = new
-        for tensor in node.outputs:
-            history = getattr(tensor, "_keras_history", None)
-            if history is not None and history.operation is old:
-                tensor._keras_history = history._replace(operation=new)
-
-
-def _replace_in_graph(model, changes):
-    def changed(operation):
-        return changes.get(id(operation), (None, operation))[1]
-
-    _track_instead(model, changes)
-    # A list is made again: TensorFlow saves none that was changed.
-    model._operations = [changed(o) for o in model._operations]
-    for operations in model._operations_by_depth.values():
-        operations[:] = [changed(operation) for operation in operations]
-    # Keras names the calls that are in a graph by `id(operation)_ib-index`.
-    for key in list(model._nodes):
-        operation, index = key.split("_ib-")
-        _, new = changes.get(int(operation), (None, None))
-        if new is not None:
-            model._nodes.remove(key)
-            model._nodes.add(f"{id(new)}_ib-{index}")
-
-
-def _replace_in_sequential(model, changes):
-    _track_instead(model, changes)
-    model._layers = [
-        changes.get(id(layer), (None, layer))[1] for layer in model._layers
-    ]
-    if model._functional is not None:
-        _replace_in_graph(model._functional, changes)
 
 
 def _replace_in_attributes(owner, changes):
@@ -340,22 +295,10 @@ def _replace_in_attributes(owner, changes):
                 "that is no layer, list or dict, where it cannot be replaced. "
                 "Make it an attribute of the model."
             )
-    _track_instead(owner, changes)
+    _keras.replace_tracked(owner, changes)
     for name in {path.split(".")[0] for path, _ in layers_in(owner, changes)}:
         # Containers are made again: TensorFlow saves none that was changed.
         setattr(owner, name, _changed(getattr(owner, name), changes))
-
-
-def _track_instead(owner, changes):
-    """Has a layer, which is built, count others among those it owns."""
-    tracker = owner._tracker
-    for old, new in changes.values():
-        # In its own place: the order of weights is that of layers.
-        if tracker.is_in_store("layers", old):
-            if tracker.is_in_store("layers", new):
-                tracker.untrack(old)
-            else:
-                tracker.replace_tracked_value("layers", old, new)
 
 
 def _changed(value, changes):
@@ -401,7 +344,7 @@ class _MaskedModel:
     def __reduce__(self):
         # A class that was made here cannot be pickled by its name.
         _, arguments = super().__reduce__()
-        return keras.Model._unpickle_model, arguments
+        return _keras.unpickler(), arguments
 
     def get_config(self):
         masked_class = type(self)

@@ -12,7 +12,8 @@ from typing import Any
 
 import keras
 import tensorflow as tf
-from tensorflow.python.ops import custom_gradient as tf_custom_gradient
+
+from rigl_keras import _keras
 
 __all__ = [
     "KernelScope",
@@ -186,7 +187,7 @@ class KernelScope(keras.StatelessScope):
         outer = self.original_scope
         value = None if outer is None else outer.get_current_value(variable)
         # `variable.value` would be in the precision of the call.
-        return variable._value if value is None else value
+        return _keras.stored_value(variable) if value is None else value
 
     def get_current_value(self, variable: keras.Variable) -> Any:
         key = id(variable)
@@ -207,7 +208,7 @@ class KernelScope(keras.StatelessScope):
         self._given.pop(key, None)
         self._made.pop(key, None)
         if self.original_scope is None:
-            variable._direct_assign(value)
+            _keras.assign_now(variable, value)
         else:
             self.original_scope.add_update((variable, value))
 
@@ -258,26 +259,9 @@ def _in_context_of_call(function):
                     stack.enter_context(scope.again())
                 return gradient(*args, **kwargs)
 
-        return outputs, _like(gradient, as_it_was)
+        return outputs, _keras.like_function(gradient, as_it_was)
 
-    return _like(function, with_gradient)
-
-
-def _like(function, decorated):
-    """Returns a function with the name and the arguments of another."""
-    return tf.__internal__.decorator.make_decorator(function, decorated)
+    return _keras.like_function(function, with_gradient)
 
 
-def _keep_contexts(name):
-    decorate = getattr(tf_custom_gradient, name)
-
-    def keeping(function, args, kwargs):
-        return decorate(_in_context_of_call(function), args, kwargs)
-
-    if not hasattr(decorate, "keeps_contexts"):  # the module is reloaded
-        keeping.keeps_contexts = True
-        setattr(tf_custom_gradient, name, keeping)
-
-
-_keep_contexts("_eager_mode_decorator")
-_keep_contexts("_graph_mode_decorator")
+_keras.wrap_custom_gradients(_in_context_of_call)

@@ -13,6 +13,8 @@ from collections.abc import Callable
 
 import keras
 
+from rigl_keras import _keras
+
 __all__ = ["FitRun", "note_end", "start_of", "warn_of_a_loop"]
 
 # Fits of one epoch in a row, from which on they are taken for a loop.
@@ -173,7 +175,7 @@ def start_of(
         An int, which is negative where the optimizer is younger than the run.
     """
     # Set by BackupAndRestore alone, which may have restored epoch 0.
-    resumes = epoch > 0 or getattr(model, "_initial_epoch", None) is not None
+    resumes = epoch > 0 or _keras.restored_epoch(model) is not None
     if not resumes:
         return batches // each
     if not steps:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import keras
 import tensorflow as tf
 
+from rigl_keras import _keras
+
 __all__ = [
     "batches",
     "batches_per_step",
@@ -71,7 +73,7 @@ def owner(
             "nothing yet: call optimizer.build(model.trainable_variables)."
         )
     for part in parts(optimizer):
-        if any(v is variable for v in part._trainable_variables):
+        if any(v is variable for v in _keras.trained_variables(part)):
             return part
     raise ValueError(
         f"Optimizer {optimizer.name!r} does not train {variable.path!r}."
@@ -90,7 +92,7 @@ def batches(optimizer: keras.Optimizer) -> keras.Variable:
     Returns:
         An integer scalar variable.
     """
-    return optimizer._iterations
+    return _keras.accumulated_batches(optimizer)
 
 
 def batches_per_step(optimizer: keras.Optimizer) -> int:
@@ -112,7 +114,7 @@ def count_step(optimizer: keras.Optimizer) -> None:
     """
     for part in parts(optimizer):
         if part.gradient_accumulation_steps:
-            part._backend_reset_gradient_accumulators()
+            _keras.drop_accumulated_gradients(part)
         if part is not optimizer and part.built:
             batches(part).assign_add(1)
     batches(optimizer).assign_add(1)
@@ -141,7 +143,7 @@ def slots(
     dict_keys(['momentum', 'velocity'])
     """
     optimizer = owner(optimizer, variable)
-    trained = optimizer._trainable_variables
+    trained = _keras.trained_variables(optimizer)
     prefix = _prefix(variable)
     twins = [
         v for v in trained if _prefix(v) == prefix and v.shape == variable.shape

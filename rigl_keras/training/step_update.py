@@ -15,7 +15,7 @@ from typing import Literal
 import keras
 import tensorflow as tf
 
-from rigl_keras import replicas
+from rigl_keras import _keras, replicas
 from rigl_keras.conventions import ORIGINAL, Conventions, check_conventions
 from rigl_keras.kernels import fast_calls
 from rigl_keras.kernels.layer_products import dense_products
@@ -961,7 +961,9 @@ class StepUpdate(keras.callbacks.Callback):
 
         def watched(gradients, trainable_variables=None):
             gradients = list(gradients)
-            variables = trainable_variables or optimizer._trainable_variables
+            variables = trainable_variables or _keras.trained_variables(
+                optimizer
+            )
             variables = list(variables)
             self._reached |= {
                 variable_key(v)
@@ -998,7 +1000,9 @@ class StepUpdate(keras.callbacks.Callback):
         def gather_or_update(gradients, trainable_variables=None):
             applied.append(True)
             step = tf.cast(self._outermost.iterations, tf.int64)
-            variables = trainable_variables or optimizer._trainable_variables
+            variables = trainable_variables or _keras.trained_variables(
+                optimizer
+            )
             layers, dense = self._of_kernels(gradients, variables)
             if not layers:  # all of them were frozen within `fit`
                 apply(gradients, variables)
@@ -1173,7 +1177,9 @@ class StepUpdate(keras.callbacks.Callback):
 
     def _project_each_average(self):
         parts = optimizer_state.parts(self.optimizer)
-        known = {id(v) for part in parts for v in part._trainable_variables}
+        known = {
+            id(v) for part in parts for v in _keras.trained_variables(part)
+        }
         for layer in self.masked:
             if id(layer.kernel) not in known:
                 continue

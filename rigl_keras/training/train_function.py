@@ -6,15 +6,17 @@ import math
 import keras
 import tensorflow as tf
 
-from rigl_keras import replicas
+from rigl_keras import _keras, replicas
 
 __all__ = ["loss_on", "traced_once", "untraced"]
 
 
 def loss_on(model, data):
     """Returns a function that evaluates the loss on a batch, as it is then."""
-    compiles_none = getattr(model, "_compile_loss", None) is None
-    if compiles_none and type(model).compute_loss is keras.Model.compute_loss:
+    if (
+        not _keras.has_loss(model)
+        and type(model).compute_loss is keras.Model.compute_loss
+    ):
         return lambda: tf.constant(math.nan)
 
     def loss():
@@ -25,7 +27,8 @@ def loss_on(model, data):
         with keras.StatelessScope(given, collect_losses=True):
             outputs = model(x, training=False)
             # Keras's own way to a `compute_loss` with or without `training`.
-            value = model._compute_loss(
+            value = _keras.compute_loss(
+                model,
                 x=x,
                 y=y,
                 y_pred=outputs,

@@ -34,7 +34,7 @@ import numpy as np
 import tensorflow as tf
 
 import rigl_keras
-from rigl_keras import _checks
+from rigl_keras import _checks, _keras
 from rigl_keras._timing import interleaved, rounds_within
 from rigl_keras.compaction.dead_units import remove_dead_units
 from rigl_keras.compaction.folding import fold_batch_norm
@@ -161,7 +161,7 @@ def sparse_network(name: str, density: float) -> keras.Model:
     random = np.random.default_rng(0)
     norms = [
         layer
-        for layer in model._flatten_layers()
+        for layer in _keras.flatten_layers(model)
         if isinstance(layer, keras.layers.BatchNormalization)
     ]
     momenta = [norm.momentum for norm in norms]

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from rigl_keras import kernels
+from rigl_keras import _keras, kernels
 from rigl_keras._timing import interleaved
 from rigl_keras.experiments.benchmarks.inference_command import MODELS
 from rigl_keras.experiments.benchmarks.kernel_sides import (
@@ -45,7 +45,7 @@ def problems(model: keras.Model, batch_size: int) -> dict[str, kernels.Problem]:
         `/2` for a stride of 2.
     """
     found = {}
-    for layer in model._flatten_layers():
+    for layer in _keras.flatten_layers(model):
         if type(layer) is not keras.layers.Conv2D:
             continue
         rows, columns, channels, filters = layer.kernel.shape

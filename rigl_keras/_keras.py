@@ -1,0 +1,386 @@
+"""Every private name of Keras and TensorFlow that this package uses.
+
+Neither promises to keep these names. Each function here says why it is needed
+and what stops working without it, so that a new version of Keras or
+TensorFlow is met in this file alone.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+
+import keras
+import tensorflow as tf
+from tensorflow.python.ops import custom_gradient as _custom_gradient
+
+__all__ = [
+    "LOOKUP_STATE",
+    "accumulated_batches",
+    "applies_default_build",
+    "assign_now",
+    "check_file_of_layer",
+    "compute_loss",
+    "direct_variables",
+    "direct_weights",
+    "drop_accumulated_gradients",
+    "flatten_layers",
+    "has_loss",
+    "inbound_nodes",
+    "is_bookkeeping",
+    "is_compiled_by_xla",
+    "keeping_losses",
+    "like_function",
+    "operation_of",
+    "restored_epoch",
+    "replace_calls",
+    "replace_in_functional",
+    "replace_in_sequential",
+    "replace_tracked",
+    "stored_value",
+    "owned_layers",
+    "trained_variables",
+    "unpickler",
+    "wrap_custom_gradients",
+]
+
+Layer = keras.layers.Layer
+
+# Lookup layers keep these in no variable. Without them a copy of an adapted
+# StringLookup has an empty vocabulary.
+LOOKUP_STATE = ("_frozen_vocab_size", "_has_input_vocabulary")
+
+
+# Layers and models.
+
+
+def flatten_layers(layer: Layer) -> list[Layer]:
+    """Returns a layer and all layers within it, at any depth.
+
+    `Model.layers` lists one level, and a layer has no such list. Without it
+    nested layers are missed by masking, export and counting.
+    """
+    return layer._flatten_layers()
+
+
+def owned_layers(layer: Layer) -> list[Layer]:
+    """Returns the layers that a layer owns directly, in the order of tracking.
+
+    A layer that is no model lists them nowhere else. Without it layers within
+    layers are neither found nor copied.
+    """
+    return layer._layers
+
+
+_OF_LAYERS = ("_layers", "_metrics", "_tracker", "_obj_reference_counts_dict")
+_OF_GRAPHS = ("_functional", "_operations", "_operations_by_depth")
+
+
+def is_bookkeeping(attribute: str, *, of_graph: bool) -> bool:
+    """Returns whether Keras or TensorFlow lists what a layer owns there.
+
+    Without it each layer that is an attribute is found a second time.
+
+    Args:
+        attribute: Name of an attribute of a layer or model.
+        of_graph: Whether it is one of a Sequential or Functional model.
+    """
+    return (
+        attribute in _OF_LAYERS
+        or attribute.startswith("_self_")
+        or (of_graph and attribute in _OF_GRAPHS)
+    )
+
+
+def direct_weights(layer: Layer) -> list[keras.Variable]:
+    """Returns a layer's trained weights, less those of layers within it.
+
+    Frozen ones are among them, unlike in `trainable_variables`, which lists
+    those of inner layers as well. Without it frozen weights are not counted.
+    """
+    return layer._trainable_variables
+
+
+def direct_variables(layer: Layer) -> list[keras.Variable]:
+    """Returns all variables of a layer, less those of layers within it.
+
+    Without it the state of a copy (statistics, seeds) cannot be paired layer
+    by layer with that of the original.
+    """
+    return [
+        *layer._trainable_variables,
+        *layer._non_trainable_variables,
+        *(generator.state for generator in layer._seed_generators),
+    ]
+
+
+@contextlib.contextmanager
+def keeping_losses(model: keras.Model) -> Iterator[None]:
+    """Within the context, calls do not change what `model.losses` returns.
+
+    A call clears the losses of the one before. Without it counting FLOPs
+    loses a model's activity penalties.
+    """
+    before = [(part, list(part._losses)) for part in flatten_layers(model)]
+    try:
+        yield
+    finally:
+        for part, losses in before:
+            part._losses[:] = losses
+
+
+def inbound_nodes(layer: Layer) -> list:
+    """Returns the symbolic calls of a layer.
+
+    `layer.input` fails for a layer that is called twice. Without it products
+    are not chosen before the first batch.
+    """
+    return layer._inbound_nodes
+
+
+def applies_default_build(layer: Layer) -> bool:
+    """Returns whether a layer has no `build` method of its own.
+
+    Such a layer is built by a call. Without it a masked one cannot be loaded.
+    """
+    return getattr(type(layer).build, "_is_default", False)
+
+
+def operation_of(tensor: keras.KerasTensor):
+    """Returns the layer or operation that a symbolic tensor comes from.
+
+    Without it copies of a model forget that an input is optional.
+    """
+    return tensor._keras_history.operation
+
+
+def unpickler() -> Callable:
+    """Returns the function with which Keras restores a pickled model.
+
+    A class that is made while the program runs cannot be pickled by its name.
+    Without it subclassed models with masks cannot be pickled or deep-copied.
+    """
+    return keras.Model._unpickle_model
+
+
+def check_file_of_layer(layer: Layer, store: Mapping) -> None:
+    """Checks that a file holds as many variables as a layer has.
+
+    Keras checks it in its own `load_own_variables`, which a masked layer is
+    not to reach with a bad file. Without it such a file is refused later, with
+    an error that does not name what is missing.
+    """
+    layer._check_load_own_variables(store)
+
+
+def restored_epoch(model: keras.Model) -> int | None:
+    """Returns the epoch that `BackupAndRestore` resumes, or None.
+
+    Without it a run that was cut off in epoch 0 counts as a new one.
+    """
+    return getattr(model, "_initial_epoch", None)
+
+
+def has_loss(model: keras.Model) -> bool:
+    """Returns whether a model was compiled with a loss.
+
+    Without it the loss of an update's batch is evaluated where there is none,
+    which fails, or is the penalties alone.
+    """
+    return getattr(model, "_compile_loss", None) is not None
+
+
+def compute_loss(model: keras.Model, **arguments) -> tf.Tensor:
+    """Returns a model's loss, however its `compute_loss` is written.
+
+    Models may override `compute_loss` with or without the argument
+    `training`. Without it the latter cannot be watched.
+    """
+    return model._compute_loss(**arguments)
+
+
+# Changes of a model in place. Keras can only make another model.
+
+
+def replace_calls(old: Layer, new: Layer) -> None:
+    """Makes the symbolic calls of a layer those of another.
+
+    A Functional model is made of them. Its tensors stay what they were, so
+    that a model may be made from any of them later, too. Without it a
+    Functional model with its own constructor cannot be masked.
+    """
+    new._inbound_nodes, new._outbound_nodes = (
+        old._inbound_nodes,
+        old._outbound_nodes,
+    )
+    old._inbound_nodes, old._outbound_nodes = [], []
+    for node in new._inbound_nodes:
+        node.operation = new
+        for tensor in node.outputs:
+            history = getattr(tensor, "_keras_history", None)
+            if history is not None and history.operation is old:
+                tensor._keras_history = history._replace(operation=new)
+
+
+def replace_tracked(
+    owner: Layer, changes: Mapping[int, tuple[Layer, Layer]]
+) -> None:
+    """Makes a built layer own other layers in the place of those it owns.
+
+    Keras locks what a built layer owns. Without it models cannot be masked in
+    place.
+
+    Args:
+        owner: A layer or model.
+        changes: `{id of the old layer: (old layer, new layer)}`.
+    """
+    tracker = owner._tracker
+    for old, new in changes.values():
+        # In its own place: the order of weights is that of layers.
+        if tracker.is_in_store("layers", old):
+            if tracker.is_in_store("layers", new):
+                tracker.untrack(old)
+            else:
+                tracker.replace_tracked_value("layers", old, new)
+
+
+def replace_in_functional(
+    model: keras.Model, changes: Mapping[int, tuple[Layer, Layer]]
+) -> None:
+    """Replaces layers in the graph of a Functional model.
+
+    Without it a Functional model with its own constructor cannot be masked.
+
+    Args:
+        model: A Functional model.
+        changes: As in `replace_tracked`.
+    """
+
+    def changed(operation):
+        return changes.get(id(operation), (None, operation))[1]
+
+    replace_tracked(model, changes)
+    # A list is made again: TensorFlow saves none that was changed.
+    model._operations = [changed(o) for o in model._operations]
+    for operations in model._operations_by_depth.values():
+        operations[:] = [changed(operation) for operation in operations]
+    # Keras names the calls that are in a graph by `id(operation)_ib-index`.
+    for key in list(model._nodes):
+        operation, index = key.split("_ib-")
+        _, new = changes.get(int(operation), (None, None))
+        if new is not None:
+            model._nodes.remove(key)
+            model._nodes.add(f"{id(new)}_ib-{index}")
+
+
+def replace_in_sequential(
+    model: keras.Sequential, changes: Mapping[int, tuple[Layer, Layer]]
+) -> None:
+    """Replaces layers in a Sequential model, and in the graph within it.
+
+    Without it a Sequential model that cannot be copied cannot be masked.
+
+    Args:
+        model: A Sequential model.
+        changes: As in `replace_tracked`.
+    """
+    replace_tracked(model, changes)
+    model._layers = [
+        changes.get(id(layer), (None, layer))[1] for layer in model._layers
+    ]
+    if model._functional is not None:
+        replace_in_functional(model._functional, changes)
+
+
+# Variables.
+
+
+def stored_value(variable: keras.Variable) -> tf.Variable:
+    """Returns what a variable holds, in its own precision.
+
+    `variable.value` is cast in mixed precision, and in a scope is what the
+    scope says. Without it kernels lose bits on the way to their gradient.
+    """
+    return variable._value
+
+
+def assign_now(variable: keras.Variable, value) -> None:
+    """Assigns a value at once, within a `StatelessScope` too.
+
+    There `assign` is noted in the scope, and lost with it. Without it what a
+    masked layer assigns while it is called is lost.
+    """
+    variable._direct_assign(value)
+
+
+# Optimizers.
+
+
+def trained_variables(optimizer: keras.Optimizer) -> list[keras.Variable]:
+    """Returns the variables that a built optimizer trains.
+
+    Without it the memory of a kernel (momentum) cannot be found.
+    """
+    return optimizer._trainable_variables
+
+
+def accumulated_batches(optimizer: keras.Optimizer) -> keras.Variable:
+    """Returns the variable that counts the batches an optimizer has seen.
+
+    `iterations` counts steps, of several batches each where gradients are
+    accumulated. Without it an update cannot fall on the last of them.
+    """
+    return optimizer._iterations
+
+
+def drop_accumulated_gradients(optimizer: keras.Optimizer) -> None:
+    """Sets the gradients that an optimizer has accumulated to zero.
+
+    An update takes the place of the step that would use them. Without it they
+    leak into the next step.
+    """
+    optimizer._backend_reset_gradient_accumulators()
+
+
+# TensorFlow.
+
+
+def is_compiled_by_xla(graph: tf.Graph) -> bool:
+    """Returns whether XLA compiles a graph, outer graphs aside.
+
+    Without it operations that XLA does not know get into its graphs.
+    """
+    context = graph._get_control_flow_context()
+    return context is not None and context.IsXLAContext()
+
+
+def like_function(function: Callable, decorated: Callable) -> Callable:
+    """Returns `decorated` with the name and arguments of `function`.
+
+    `tf.custom_gradient` looks for arguments by TensorFlow's own mark. Without
+    it a gradient function with `variables=` is not found to have it.
+    """
+    return tf.__internal__.decorator.make_decorator(function, decorated)
+
+
+def wrap_custom_gradients(wrap: Callable[[Callable], Callable]) -> None:
+    """Has `wrap` change each function with a custom gradient as it is called.
+
+    What was decorated by `tf.custom_gradient` before goes through here, too.
+    A second call has no effect, so that a module may be reloaded. Without it
+    `keras.remat` and reversible layers call layers without their masks.
+
+    Args:
+        wrap: Takes the function and returns the one to call instead.
+    """
+    for name in ("_eager_mode_decorator", "_graph_mode_decorator"):
+        _wrap_decorator(name, wrap)
+
+
+def _wrap_decorator(name, wrap):
+    decorate = getattr(_custom_gradient, name)
+
+    def wrapping(function, args, kwargs):
+        return decorate(wrap(function), args, kwargs)
+
+    if not hasattr(decorate, "is_wrapped"):
+        wrapping.is_wrapped = True
+        setattr(_custom_gradient, name, wrapping)
