@@ -1,7 +1,9 @@
 """Moving density between layers: SNFS, RigL-SG and RigL-SM.
 
-What all layers drop in one update is shared out anew: a layer in which a
-connection is worth more, on average, grows more of them. Everything here is
+Layers share the connections that all of them drop in one update: a layer in
+which a connection is worth more, on average, grows more of them. `mean_shares`
+says how large the share of each layer is, and `grow_counts`, the second step
+of `topology.update_masks`, how many connections that makes. Everything here is
 arithmetic on one number for each layer.
 """
 
@@ -12,7 +14,17 @@ import tensorflow as tf
 from rigl_keras._tensor_checks import as_mask, as_scores
 from rigl_keras.conventions import ORIGINAL, Conventions, check_conventions
 
-__all__ = ["CRITERIA", "corrected", "grow_counts", "layer_mean", "shares"]
+__all__ = [
+    "CRITERIA",
+    "corrected",
+    "grow_counts",
+    "layer_mean",
+    "mean_shares",
+    "next_correction",
+    "nonzero_shares",
+    "shares",
+    "start_of_correction",
+]
 
 CRITERIA = ("gradient", "momentum")
 _FULL = 0.99  # of its free entries, the most that a layer grows
@@ -70,6 +82,48 @@ def shares(values: Sequence) -> tf.Tensor:
     _check_finite("sum of values", total)
     equal = tf.ones_like(values) / values.shape[0]
     return tf.where(total > 0, tf.math.divide_no_nan(values, total), equal)
+
+
+def mean_shares(statistics: Sequence, masks: Sequence) -> tf.Tensor:
+    """Returns each layer's share of what density is redistributed by.
+
+    The mean of a layer over the sum of all means (`layer_mean`, `shares`).
+
+    Args:
+        statistics: For each layer a float tensor, the gradient or the momentum
+            of its kernel.
+        masks: For each layer a tensor of zeros and ones of the same shape.
+
+    Returns:
+        float64 vector that adds to 1.
+
+    Raises:
+        ValueError: There is not one mask for each statistic, or an argument
+            is no such tensor.
+    """
+    _check_sequences(statistics=statistics, masks=masks)
+    return shares(list(map(layer_mean, statistics, masks)))
+
+
+def nonzero_shares(kernels: Sequence) -> tf.Tensor:
+    """Returns each layer's share of all nonzero weights.
+
+    Which layers the reproduction spares depends on it, where density is not
+    redistributed (`topology.layer_drop_fractions`).
+
+    Args:
+        kernels: For each layer a float tensor.
+
+    Returns:
+        float64 vector that adds to 1.
+
+    Raises:
+        ValueError: There is no kernel, or one is no tensor of numbers.
+    """
+    _check_sequences(kernels=kernels)
+    return shares(
+        [tf.math.count_nonzero(as_scores("kernels", w)) for w in kernels]
+    )
 
 
 def grow_counts(
@@ -147,22 +201,76 @@ def corrected(
     Returns:
         Float scalar, the correction of the next update.
     """
-    correction, missing, mean_missing = (
-        tf.cast(as_scores(name, value), tf.float64)
-        for name, value in (
-            ("correction", correction),
-            ("missing", missing),
-            ("mean_missing", mean_missing),
-        )
-    )
-    for value in (correction, missing, mean_missing):
-        if value.shape.rank:
-            raise ValueError(
-                "A correction is of numbers, not of vectors. Received: "
-                f"{value!r}."
-            )
-        _check_finite("A correction", value)
+    correction = _finite_number("correction", correction)
+    missing = _finite_number("missing", missing)
+    mean_missing = _finite_number("mean_missing", mean_missing)
     return 0.25 * correction + 0.75 * missing + mean_missing
+
+
+def start_of_correction(connections) -> tf.Tensor:
+    """Returns the state of the correction before the first update.
+
+    Args:
+        connections: The active connections of all layers at the start of
+            training, a whole number.
+
+    Returns:
+        float64 vector: the correction (0), the sum of what was missing after
+        each update (0), updates so far (0), and `connections`.
+    """
+    connections = _finite_number("connections", connections)
+    zero = tf.zeros_like(connections)
+    return tf.stack([zero, zero, zero, connections])
+
+
+def next_correction(state: tf.Tensor, connections) -> tf.Tensor:
+    """Returns the state of the correction after an update.
+
+    Args:
+        state: The state before it, as `start_of_correction` returns it.
+        connections: The active connections of all layers after the update.
+
+    Returns:
+        float64 vector. Its first entry, by `corrected`, is the `correction`
+        that `grow_counts` takes at the next update.
+    """
+    connections = _finite_number("connections", connections)
+    received, state = state, tf.cast(as_scores("state", state), tf.float64)
+    if state.shape != (4,):
+        raise ValueError(
+            "state must be what start_of_correction or next_correction has "
+            f"returned. Received: state={received!r}."
+        )
+    correction, missing_so_far, updates, start = tf.unstack(state)
+    missing = start - connections
+    missing_so_far += missing
+    updates += 1
+    correction = corrected(correction, missing, missing_so_far / updates)
+    return tf.stack([correction, missing_so_far, updates, start])
+
+
+def _check_sequences(**sequences):
+    try:
+        numbers = {len(each) for each in sequences.values()}
+    except TypeError:
+        numbers = set()
+    if len(numbers) != 1 or 0 in numbers:
+        received = [f"{name}={each!r}" for name, each in sequences.items()]
+        raise ValueError(
+            f"{' and '.join(sequences)} must be sequences, an entry for "
+            f"each layer. Received: {', '.join(received)}."
+        )
+
+
+def _finite_number(name, value):
+    """Returns a number as a float64 scalar tensor."""
+    received, value = value, tf.cast(as_scores(name, value), tf.float64)
+    if value.shape.rank:
+        raise ValueError(
+            f"{name} must be a number. Received: {name}={received!r}."
+        )
+    _check_finite(name, value)
+    return value
 
 
 def _vector(name, values):

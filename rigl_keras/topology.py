@@ -1,10 +1,13 @@
 """RigL's step: drop the worst connections, grow the best.
 
-`drop_and_grow` is the whole algorithm, on one kernel. It works eagerly, in a
-`tf.function` and under XLA, in time linear in the size of the kernel.
+`update_masks` is the whole algorithm, for all layers of a model at once: what
+the callbacks run, and what Algorithm 1 of the paper says. `drop_and_grow` is
+its case of one kernel. Below them are its two halves, and how the highest of
+many scores are found in linear time. All work eagerly, in a `tf.function` and
+under XLA.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
@@ -29,7 +32,118 @@ __all__ = [
     "grow",
     "layer_drop_fractions",
     "select_highest",
+    "update_masks",
 ]
+
+
+def update_masks(
+    masks: Sequence,
+    drop_scores: Sequence,
+    grow_scores: Sequence,
+    *,
+    drop_fraction: float | tf.Tensor,
+    shares: Sequence | tf.Tensor | None = None,
+    grow_counts: Callable[[tf.Tensor, tf.Tensor], Sequence] | None = None,
+    conventions: Conventions = ORIGINAL,
+) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+    """Moves a fraction of the connections of every layer from worst to best.
+
+    1. Drop: of the n active connections of a layer, the
+       k = floor(n x drop_fraction) of lowest `drop_scores` leave.
+    2. Share out: each layer is to grow as many as it has dropped, or what
+       `grow_counts` says.
+    3. Grow: as many of those now inactive, of highest `grow_scores`, join. A
+       connection that has just left may join again.
+
+    Where scores tie, the lower flat index leaves, or joins, first. Evci et
+    al., 2020, arXiv:1911.11134, Algorithm 1 and section 3, drop and grow
+    criteria. Step 2 is where SNFS, RigL-SG and RigL-SM move connections
+    between layers (`redistribution.grow_counts`).
+
+    Args:
+        masks: For each layer a tensor of zeros and ones (or bools), of any
+            shape.
+        drop_scores: For each layer a tensor of the shape of its mask. Read
+            where the mask is 1.
+        grow_scores: For each layer a tensor of the shape of its mask. Read
+            where the mask is 0 after the drop.
+        drop_fraction: Fraction of the active connections, in [0, 1], a
+            number or a scalar float tensor.
+        shares: Which layers are spared (`layer_drop_fractions`).
+        grow_counts: Function of two int32 vectors, how many connections each
+            layer has dropped and how many of its entries are inactive then.
+            It returns how many each is to grow, a whole number for each.
+            None: as many as it has dropped.
+        conventions: The `REPORT` conventions change rounding, ranking and
+            what counts as grown.
+
+    Returns:
+        `(new_masks, grown)`, two lists of tensors of the shapes and dtypes of
+        `masks`. `grown` is 1 where a connection is new: where the new mask is
+        1 and the old one 0 (under `REPORT` also where a connection left and
+        joined again, as its weight restarts at zero). Within a graph, where
+        nothing can be raised, a NaN score leaves all masks unchanged and
+        `grown` empty.
+
+    Raises:
+        ValueError: There is not one mask and one score of each kind for every
+            layer, shapes differ, an argument is out of range, or a score that
+            is read is NaN (when called eagerly).
+
+    Example:
+
+    The first layer drops its second connection and grows its fourth; the
+    second layer drops floor(1 x 0.5) = 0.
+
+    >>> new, grown = update_masks(
+    ...     [[1, 1, 0, 0], [1, 0]],
+    ...     [[3, 1, 0, 0], [7, 0]],
+    ...     [[0, 0, 2, 5], [0, 9]],
+    ...     drop_fraction=0.5)
+    >>> [mask.numpy().tolist() for mask in new]
+    [[1, 0, 0, 1], [1, 0]]
+    >>> [mask.numpy().tolist() for mask in grown]
+    [[0, 0, 0, 1], [0, 0]]
+    """
+    check_conventions(conventions)
+    if grow_counts is not None and not callable(grow_counts):
+        raise ValueError(
+            "grow_counts must be a function of the connections dropped and of "
+            f"the entries free. Received: grow_counts={grow_counts!r}."
+        )
+    dtypes, active, drop_scores, grow_scores = _checked_layers(
+        masks, drop_scores, grow_scores
+    )
+    fractions = layer_drop_fractions(
+        active, shares, drop_fraction, conventions=conventions
+    )
+    kept = [
+        _drop(mask, scores, fraction, conventions)
+        for mask, scores, fraction in _layers(active, drop_scores, fractions)
+    ]
+
+    left = [mask & ~stays for mask, stays in _layers(active, kept)]
+    dropped = tf.stack([count_true(leaves) for leaves in left])
+    free = tf.stack([count_true(~stays) for stays in kept])
+    counts = dropped if grow_counts is None else grow_counts(dropped, free)
+    counts = _checked_counts(counts, len(masks))
+
+    moved = [
+        _grow(mask, stays, scores, count, conventions)
+        for mask, stays, scores, count in _layers(
+            active, kept, grow_scores, counts
+        )
+    ]
+    defined = _check_ranked(active, drop_scores, kept, grow_scores)
+    new_masks = [
+        tf.cast(tf.where(defined, new, mask), dtype)
+        for (new, _), mask, dtype in _layers(moved, active, dtypes)
+    ]
+    grown = [
+        tf.cast(joined & defined, dtype)
+        for (_, joined), dtype in _layers(moved, dtypes)
+    ]
+    return new_masks, grown
 
 
 def drop_and_grow(
@@ -37,20 +151,13 @@ def drop_and_grow(
     drop_scores,
     grow_scores,
     *,
-    drop_fraction,
-    grow_count=None,
+    drop_fraction: float | tf.Tensor,
+    grow_count: int | tf.Tensor | None = None,
     conventions: Conventions = ORIGINAL,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Moves a fraction of one kernel's connections from worst to best.
 
-    Of n active connections:
-
-    1. the k = floor(n x drop_fraction) of lowest `drop_scores` leave;
-    2. as many of those now inactive, of highest `grow_scores`, join. A
-       connection that has just left may join again.
-
-    Where scores tie, the lower flat index leaves, or joins, first. Evci et
-    al., 2020, arXiv:1911.11134, section 3, drop and grow criteria.
+    `update_masks` of a single layer.
 
     Args:
         mask: Tensor of zeros and ones (or bools), any shape.
@@ -61,21 +168,15 @@ def drop_and_grow(
             number or a scalar float tensor.
         grow_count: How many connections join, an integer scalar. None: as
             many as leave.
-        conventions: The `REPORT` conventions change rounding, ranking and
-            what counts as grown.
+        conventions: As in `update_masks`.
 
     Returns:
-        `(new_mask, grown)`, both of `mask`'s shape and dtype. Under
-        `ORIGINAL`, and without a `grow_count`, `new_mask` has as many ones as
-        `mask`. `grown` is 1 where a connection starts anew: where `new_mask`
-        is 1 and `mask` is 0 (under `REPORT` also where a connection left and
-        joined again, as its weight restarts at zero). Within a graph, where
-        nothing can be raised, a NaN score leaves the mask unchanged and
-        `grown` empty.
+        `(new_mask, grown)`, both of `mask`'s shape and dtype, as in
+        `update_masks`. Under `ORIGINAL`, and without a `grow_count`,
+        `new_mask` has as many ones as `mask`.
 
     Raises:
-        ValueError: The shapes differ, an argument is out of range, or a score
-            that is read is NaN (when called eagerly).
+        ValueError: As in `update_masks`.
 
     Example:
 
@@ -84,36 +185,92 @@ def drop_and_grow(
     >>> new.numpy(), grown.numpy()
     (array([1, 0, 0, 1], dtype=int32), array([0, 0, 0, 1], dtype=int32))
     """
-    check_conventions(conventions)
-    mask = as_tensor("mask", mask)
-    active = as_mask("mask", mask)
-    drop_scores = as_scores("drop_scores", drop_scores)
-    grow_scores = as_scores("grow_scores", grow_scores)
-    check_one_shape(
-        mask=active, drop_scores=drop_scores, grow_scores=grow_scores
-    )
-    drop_fraction = checked_fraction(drop_fraction)
     if grow_count is not None:
         grow_count = checked_count("grow_count", grow_count)
-    kept = _drop(active, drop_scores, drop_fraction, conventions)
-    if grow_count is None:
-        grow_count = count_true(active) - count_true(kept)
-    new, grown = _grow(active, kept, grow_scores, grow_count, conventions)
+    (new,), (grown,) = update_masks(
+        [mask],
+        [drop_scores],
+        [grow_scores],
+        drop_fraction=drop_fraction,
+        grow_counts=None if grow_count is None else lambda *_: [grow_count],
+        conventions=conventions,
+    )
+    return new, grown
 
-    defined = no_nan_within(drop_scores, active) & no_nan_within(
-        grow_scores, ~kept
+
+def _layers(*of_each):
+    return zip(*of_each, strict=True)
+
+
+def _checked_layers(masks, drop_scores, grow_scores):
+    """Returns the dtypes of masks, and masks and scores as tensors."""
+    masks = _as_list("masks", masks)
+    drop_scores = _as_list("drop_scores", drop_scores)
+    grow_scores = _as_list("grow_scores", grow_scores)
+    numbers = [len(each) for each in (masks, drop_scores, grow_scores)]
+    if len(set(numbers)) > 1 or not masks:
+        raise ValueError(
+            "There must be a mask, drop scores and grow scores for each of "
+            "one or more layers. Received: {} masks, {} drop_scores and {} "
+            "grow_scores.".format(*numbers)
+        )
+    masks = [as_tensor("mask", mask) for mask in masks]
+    active = [as_mask("mask", mask) for mask in masks]
+    drop_scores = [as_scores("drop_scores", scores) for scores in drop_scores]
+    grow_scores = [as_scores("grow_scores", scores) for scores in grow_scores]
+    for mask, drops, grows in _layers(active, drop_scores, grow_scores):
+        check_one_shape(mask=mask, drop_scores=drops, grow_scores=grows)
+    return [mask.dtype for mask in masks], active, drop_scores, grow_scores
+
+
+def _checked_counts(counts, layers):
+    checked = [
+        checked_count("grow_counts", count)
+        for count in _as_list("grow_counts", counts)
+    ]
+    if len(checked) != layers:
+        raise ValueError(
+            f"grow_counts must return a count for each of {layers} layers. "
+            f"Received: {counts!r}."
+        )
+    return checked
+
+
+def _as_list(name, of_each):
+    """Returns what is given layer by layer as a list."""
+    if tf.is_tensor(of_each) and of_each.shape.rank:
+        return tf.unstack(of_each)
+    try:
+        return list(of_each)
+    except TypeError as error:
+        raise ValueError(
+            f"{name} must be a sequence, an entry for each layer. Received: "
+            f"{name}={of_each!r}."
+        ) from error
+
+
+def _check_ranked(active, drop_scores, kept, grow_scores):
+    """Returns whether no score that is read is NaN; raises when eager."""
+    read = {
+        "active": list(_layers(drop_scores, active)),
+        "inactive": [(s, ~stays) for s, stays in _layers(grow_scores, kept)],
+    }
+    defined = tf.reduce_all(
+        [no_nan_within(*layer) for layers in read.values() for layer in layers]
     )
     if tf.executing_eagerly() and not bool(defined):
-        raise ValueError(
-            "drop_and_grow cannot rank NaN scores; the mask is unchanged. "
-            f"NaN drop scores: {count_nan(drop_scores, active)} of "
-            f"{int(count_true(active))} active, NaN grow scores: "
-            f"{count_nan(grow_scores, ~kept)} of {int(count_true(~kept))} "
-            "inactive. A NaN gradient means that training has diverged: lower "
-            "the learning rate or clip gradients."
+        nan_drops, nan_grows = (
+            f"{sum(count_nan(scores, where) for scores, where in layers)} of "
+            f"{sum(int(count_true(where)) for _, where in layers)} {entries}"
+            for entries, layers in read.items()
         )
-    new, grown = tf.where(defined, new, active), grown & defined
-    return tf.cast(new, mask.dtype), tf.cast(grown, mask.dtype)
+        raise ValueError(
+            "NaN scores cannot be ranked; the masks are unchanged. NaN drop "
+            f"scores: {nan_drops}, NaN grow scores: {nan_grows}. A NaN "
+            "gradient means that training has diverged: lower the learning "
+            "rate or clip gradients."
+        )
+    return defined
 
 
 def drop(
@@ -121,8 +278,7 @@ def drop(
 ) -> tf.Tensor:
     """Returns the connections that stay when the worst ones leave.
 
-    The first half of `drop_and_grow`, alone where what joins depends on what
-    all layers have dropped.
+    The first step of `update_masks`, for one layer.
 
     Args:
         active: Bool tensor, the mask.
@@ -160,7 +316,7 @@ def grow(
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns the mask with the best connections added, and which are new.
 
-    The second half of `drop_and_grow`.
+    The last step of `update_masks`, for one layer.
 
     Args:
         active: Bool tensor, the mask before the drop.
@@ -190,8 +346,8 @@ def _grow(active, kept, scores, count, conventions):
     else:
         ranked = tf.where(kept, tf.zeros_like(scores), scores)
         joined = _select_highest(ranked, count, tf.ones_like(kept))
-    anew = joined if conventions.regrown_value == "zero" else joined & ~active
-    return kept | joined, anew
+    restarts_at_zero = conventions.regrown_value == "zero"
+    return kept | joined, joined if restarts_at_zero else joined & ~active
 
 
 def drop_count(
@@ -242,7 +398,7 @@ def layer_drop_fractions(
         masks: One mask for each layer.
         shares: One number for each layer, adding to 1: its share of what
             density is redistributed by, or else of all nonzero weights.
-            Read with `spare_dense_layers` only.
+            Read with `spare_dense_layers` only. None: no layer is spared.
         drop_fraction: The update's fraction, in [0, 1].
         conventions: `spare_dense_layers` decides.
 
@@ -256,7 +412,7 @@ def layer_drop_fractions(
     check_conventions(conventions)
     drop_fraction = checked_fraction(drop_fraction)
     masks = [as_mask("masks", mask) for mask in masks]
-    if not conventions.spare_dense_layers:
+    if shares is None or not conventions.spare_dense_layers:
         return [drop_fraction] * len(masks)
     received, shares = shares, as_scores("shares", shares)
     if shares.shape.rank != 1 or shares.shape[0] not in (None, len(masks)):

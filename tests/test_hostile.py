@@ -329,6 +329,27 @@ def check_drop_and_grow(
         assert (one.numpy() == other).all()
 
 
+LAYERS = [np.eye(3, 4), np.array([1, 1, 0, 1])]
+FIRST = [np.arange(12.0).reshape(3, 4), np.array([2.0, 1.0, 9.0, 1.0])]
+SECOND = [1 / (1 + FIRST[0]), np.array([0.0, 5.0, 4.0, 3.0])]
+
+
+def no_growth(dropped, free):
+    return [0, 0]
+
+
+def check_update(
+    got, masks, drop_scores, grow_scores, drop_fraction, shares, grow_counts,
+    conventions,
+):  # fmt: skip
+    if shares is not None and conventions is REPORT:
+        return  # a layer may be spared
+    layers = zip(masks, drop_scores, grow_scores, strict=True)
+    for *moved, layer in zip(*got, layers, strict=True):
+        count = None if grow_counts is None else 0
+        check_drop_and_grow(moved, *layer, drop_fraction, count, conventions)
+
+
 def check_drop_count(got, mask, drop_fraction, conventions):
     ones = np.count_nonzero(np.asarray(mask))
     assert int(got) == rounded(ones, drop_fraction, conventions) <= ones
@@ -377,6 +398,15 @@ def check_mean(got, statistic, mask):
 def check_shares(got, values):
     assert got.shape == (len(values),) and (got.numpy() >= 0).all()
     assert float(tf.reduce_sum(got)) == pytest.approx(1)
+
+
+def check_shares_of(got, kernels):
+    check_shares(got, kernels)
+
+
+def check_state(got, state, connections):
+    assert got.shape == (4,) and float(got[2]) == state[2] + 1
+    assert float(got[1]) == state[1] + state[3] - float(connections)
 
 
 def check_grow_counts(got, shares, dropped, free, correction, conventions):
@@ -695,6 +725,20 @@ CASES = {
         check_drop_and_grow,
         700,
     ),
+    "update_masks": (
+        topology.update_masks,
+        mixed(
+            masks=st.just(LAYERS),
+            drop_scores=st.sampled_from([FIRST, SECOND]),
+            grow_scores=st.sampled_from([FIRST, SECOND]),
+            drop_fraction=part,
+            shares=st.sampled_from([None, [0.5, 0.5], [0.1, 0.9], [1.0]]),
+            grow_counts=st.sampled_from([None, no_growth]),
+            conventions=presets,
+        ),
+        check_update,
+        100,
+    ),
     "drop_count": (
         topology.drop_count,
         of_one_shape(
@@ -727,6 +771,27 @@ CASES = {
         mixed(values=st.lists(st.floats(0, 9), max_size=4)),
         check_shares,
         200,
+    ),
+    "mean_shares": (
+        redistribution.mean_shares,
+        mixed(statistics=st.just(FIRST), masks=st.just(LAYERS)),
+        lambda got, statistics, masks: check_shares(got, masks),
+        100,
+    ),
+    "nonzero_shares": (
+        redistribution.nonzero_shares,
+        mixed(kernels=st.just(LAYERS)),
+        check_shares_of,
+        50,
+    ),
+    "next_correction": (
+        redistribution.next_correction,
+        mixed(
+            state=st.just([1.0, 2.0, 3.0, 90.0]),
+            connections=st.integers(0, 100),
+        ),
+        check_state,
+        100,
     ),
     "grow_counts": (
         redistribution.grow_counts,

@@ -146,3 +146,30 @@ def test_layer_mean_is_over_active_entries():
 def test_shares():
     assert redistribution.shares([1, 3]).numpy().tolist() == [0.25, 0.75]
     assert redistribution.shares([0, 0]).numpy().tolist() == [0.5, 0.5]
+
+
+def test_mean_shares():
+    # Means 3 and 1, over active entries.
+    got = redistribution.mean_shares(
+        [[-4.0, 2.0, 9.0], [1.0]], [[1, 1, 0], [1]]
+    )
+    assert got.numpy().tolist() == [0.75, 0.25]
+    with pytest.raises(ValueError, match="statistics and masks must"):
+        redistribution.mean_shares([[1.0]], [[1], [1]])
+
+
+def test_nonzero_shares():
+    got = redistribution.nonzero_shares([[0.0, 2.0], [[1.0, 0.0], [3.0, 4.0]]])
+    assert got.numpy().tolist() == [0.25, 0.75]
+    with pytest.raises(ValueError, match="kernels must be sequences"):
+        redistribution.nonzero_shares(None)
+
+
+def test_state_of_the_correction_by_hand():
+    state = redistribution.start_of_correction(100)
+    assert state.numpy().tolist() == [0, 0, 0, 100]
+    # 4 missing: 0 / 4 + 3/4 x 4 + 4. Then 2 more: 7 / 4 + 3/4 x 2 + 6 / 2.
+    state = redistribution.next_correction(state, 96)
+    assert state.numpy().tolist() == [7, 4, 1, 100]
+    state = redistribution.next_correction(state, tf.constant(98))
+    assert state.numpy().tolist() == [6.25, 6, 2, 100]

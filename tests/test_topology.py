@@ -144,7 +144,7 @@ def test_grow_count():
     "drop, grow", [([NAN, 1, 0], [0, 0, 1.0]), ([1, 2, 0], [0, 0, NAN])]
 )
 def test_nan_is_refused(drop, grow):
-    with pytest.raises(ValueError, match="cannot rank NaN.*diverged"):
+    with pytest.raises(ValueError, match="cannot be ranked.*diverged"):
         topology.drop_and_grow([1, 1, 0], drop, grow, drop_fraction=0.5)
     # Nothing can be raised in a graph: the mask stays as it is.
     move = tf.function(topology.drop_and_grow)
@@ -405,3 +405,118 @@ def test_unknown_sizes():
 def test_drop_fraction_is_a_number(fraction):
     with pytest.raises((TypeError, ValueError), match="drop_fraction"):
         topology.drop_and_grow([1], [1], [1], drop_fraction=fraction)
+
+
+def test_all_layers_at_once():
+    """Each as alone, where it grows as many as it drops."""
+    draw = np.random.default_rng(0)
+    shapes = [(3, 4), (5,), (2, 2, 3)]
+    masks = [draw.random(shape) < 0.5 for shape in shapes]
+    leaving, joining = (
+        [draw.standard_normal(shape) for shape in shapes] for _ in range(2)
+    )
+    for conventions in (ORIGINAL, REPORT):
+        together = topology.update_masks(
+            masks, leaving, joining, drop_fraction=0.4, conventions=conventions
+        )
+        alone = [
+            topology.drop_and_grow(
+                *layer, drop_fraction=0.4, conventions=conventions
+            )
+            for layer in zip(masks, leaving, joining, strict=True)
+        ]
+        for one, other in zip(together, zip(*alone, strict=True), strict=True):
+            for mine, theirs in zip(one, other, strict=True):
+                np.testing.assert_array_equal(mine, theirs)
+
+
+def test_connections_move_between_layers():
+    asked = []
+
+    def all_to_the_second(dropped, free):
+        asked.append((dropped.numpy().tolist(), free.numpy().tolist()))
+        return [0, tf.reduce_sum(dropped)]
+
+    new, grown = topology.update_masks(
+        [[1, 1, 0, 0], [1, 1, 0, 0, 0]],
+        [[3, 1, 0, 0], [1, 2, 0, 0, 0]],
+        [[0, 0, 2, 5], [0, 0, 7, 8, 9]],
+        drop_fraction=0.5,
+        grow_counts=all_to_the_second,
+    )
+    assert asked == [([1, 1], [3, 4])]
+    assert [mask.numpy().tolist() for mask in new] == [
+        [1, 0, 0, 0],
+        [0, 1, 0, 1, 1],
+    ]
+    assert [mask.numpy().tolist() for mask in grown] == [
+        [0, 0, 0, 0],
+        [0, 0, 0, 1, 1],
+    ]
+
+
+def test_spared_layers_drop_less():
+    """The first, of sparsity 0.1, has 9 of 11 nonzeros and drops one of 9."""
+    masks = [np.r_[np.ones(9), 0], np.r_[np.ones(2), np.zeros(8)]]
+    leaving = [np.arange(10.0) + 1, np.arange(10.0) + 1]
+    joining = [np.zeros(10), np.zeros(10)]
+    for shares, dropped in (([9 / 11, 2 / 11], [1, 2]), (None, [9, 2])):
+        seen = []
+
+        def note(dropped, free, seen=seen):
+            seen.append(dropped.numpy().tolist())
+            return dropped
+
+        topology.update_masks(
+            masks,
+            leaving,
+            joining,
+            drop_fraction=1.0,
+            shares=shares,
+            grow_counts=note,
+            conventions=REPORT,
+        )
+        assert seen == [dropped]
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_nan_in_one_layer_moves_none(layer):
+    masks = np.float32([[1, 1, 0, 0], [1, 1, 0, 0]])
+    joining = np.float32([[0, 0, 2, 5], [0, 0, 2, 5]])
+    joining[layer, 2] = NAN
+    with pytest.raises(ValueError, match="NaN grow scores: 1 of 6 inactive"):
+        topology.update_masks(masks, masks, joining, drop_fraction=0.5)
+
+    @tf.function
+    def move(joining):
+        return topology.update_masks(masks, masks, joining, drop_fraction=0.5)
+
+    new, grown = move(tf.constant(joining))
+    np.testing.assert_array_equal(new, masks)
+    np.testing.assert_array_equal(grown, np.zeros_like(masks))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (([], [], []), "for each of one or more layers.*0 masks"),
+        (([[1]], [[1], [1]], [[1]]), "1 masks, 2 drop_scores"),
+        (([[1]], [[1]], 1), "grow_scores must be a sequence"),
+        (([[1, 0]], [[1, 0]], [[1]]), r"one shape.*\(2,\), \(2,\) and \(1,\)"),
+    ],
+)
+def test_bad_layers(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        topology.update_masks(*arguments, drop_fraction=0.5)
+
+
+@pytest.mark.parametrize("counts", [[1], [1, 1, 1], [0.5, 1], [-1, 1], 3])
+def test_bad_grow_counts(counts):
+    with pytest.raises(ValueError, match="grow_counts"):
+        topology.update_masks(
+            [[1, 0], [1, 0]],
+            [[1, 0], [1, 0]],
+            [[1, 0], [1, 0]],
+            drop_fraction=0.5,
+            grow_counts=lambda dropped, free: counts,
+        )

@@ -13,10 +13,10 @@ import numpy as np
 import tensorflow as tf
 
 from rigl_keras import _checks, redistribution, schedules, scores, topology
+from rigl_keras._tensor_checks import count_true
 from rigl_keras.conventions import ORIGINAL, Conventions
 from rigl_keras.initial_values import check_grow_init, grown_values
 from rigl_keras.masking.masked import Masked
-from rigl_keras.methods.pruning import count_units
 from rigl_keras.redistribution import CRITERIA
 from rigl_keras.training import optimizer_state
 from rigl_keras.training.step_update import StepUpdate, warn_of_no_update
@@ -264,8 +264,9 @@ class MaskUpdate(StepUpdate):
                 kept.assign(_repeated_nonzeros(layer.kernel))
 
     def _begin_correction(self):
-        connections = sum(self.trajectory[0][1])
-        self._correction.assign([0.0, 0.0, 0.0, connections])
+        self._correction.assign(
+            redistribution.start_of_correction(sum(self.trajectory[0][1]))
+        )
 
     def _check_momentum(self):
         # Of any that is trained: one that is frozen has no memory.
@@ -370,34 +371,68 @@ class MaskUpdate(StepUpdate):
             ]
         )
         self.refuse_unless(defined, step)
-        shares = None
-        if self.redistribution or self.conventions.spare_dense_layers:
-            shares = self._shares(optimizer, layers, gradients)
-        fractions = topology.layer_drop_fractions(
-            masks, shares, fraction, conventions=self.conventions
+        shares = self._shares(optimizer, layers, gradients)
+        new_masks, grown = topology.update_masks(
+            masks,
+            drop_scores,
+            grow_scores,
+            drop_fraction=fraction,
+            shares=shares,
+            grow_counts=self._grow_counts(layers, shares, step),
+            conventions=self.conventions,
         )
-        kept = [
-            topology.drop(mask, score, f, conventions=self.conventions)
-            for mask, score, f in zip(
-                masks, drop_scores, fractions, strict=True
+        counts = [
+            self.set_kernel_and_mask(
+                optimizer,
+                layer,
+                # A NaN that is not read refuses the update as well.
+                layer.by_element(tf.where(defined, new, mask)),
+                layer.by_element(joined & defined),
+                self._grown_values(layer, gradient, step),
+            )
+            for layer, mask, new, joined, gradient in zip(
+                layers, masks, new_masks, grown, gradients, strict=True
             )
         ]
-        counts = self._grow_counts(layers, masks, kept, shares, step)
-        grown = []
-        for layer, mask, stays, score, count, gradient in zip(
-            layers, masks, kept, grow_scores, counts, gradients, strict=True
-        ):
-            new, anew = topology.grow(
-                mask, stays, score, count, conventions=self.conventions
+        if self.redistribution is not None:
+            self._keep_correction()
+        return tf.add_n(counts)
+
+    def _shares(self, optimizer, layers, gradients):
+        """Returns each layer's share of what density is redistributed by."""
+        if self.redistribution is None:
+            return redistribution.nonzero_shares(
+                [m.kernel.value for m in layers]
             )
-            new, anew = tf.where(defined, new, mask), anew & defined
-            new, anew = layer.by_element(new), layer.by_element(anew)
-            values = self._grown_values(layer, gradient, step)
-            grown.append(
-                self.set_kernel_and_mask(optimizer, layer, new, anew, values)
-            )
-        self._keep_correction()
-        return tf.add_n(grown)
+        if self.redistribution == "momentum":
+            gradients = [
+                optimizer_state.momentum(optimizer, m.kernel) for m in layers
+            ]
+        return redistribution.mean_shares(
+            gradients, [m.mask.value for m in layers]
+        )
+
+    def _grow_counts(self, layers, shares, step):
+        """Returns the `grow_counts` of `topology.update_masks`."""
+        if self.redistribution is None:
+            return lambda dropped, free: [
+                self.grow_count(layer, count, step)
+                for layer, count in zip(
+                    layers, tf.unstack(dropped), strict=True
+                )
+            ]
+        return functools.partial(
+            redistribution.grow_counts,
+            shares,
+            correction=self._correction[0],
+            conventions=self.conventions,
+        )
+
+    def _keep_correction(self):
+        connections = tf.add_n([count_true(m.mask.value) for m in self.masked])
+        self._correction.assign(
+            redistribution.next_correction(self._correction, connections)
+        )
 
     def _grown_values(self, layer, gradient, step):
         initial = dict(zip(map(id, self.masked), self._initial, strict=False))
@@ -411,61 +446,6 @@ class MaskUpdate(StepUpdate):
             key=layer.draw_key ^ self.seed ^ 2,
             step=step,
         )
-
-    def _shares(self, optimizer, layers, gradients):
-        """Returns each layer's share of what density is redistributed by."""
-        if self.redistribution is None:
-            nonzeros = [tf.math.count_nonzero(m.kernel.value) for m in layers]
-            return redistribution.shares(nonzeros)
-        if self.redistribution == "gradient":
-            statistics = gradients
-        else:
-            statistics = [
-                optimizer_state.momentum(optimizer, m.kernel) for m in layers
-            ]
-        return redistribution.shares(
-            [
-                redistribution.layer_mean(statistic, layer.mask.value)
-                for statistic, layer in zip(statistics, layers, strict=True)
-            ]
-        )
-
-    def _grow_counts(self, layers, masks, kept, shares, step):
-        """Returns how many units each layer grows."""
-        dropped = [
-            count_units(mask) - count_units(stays)
-            for mask, stays in zip(masks, kept, strict=True)
-        ]
-        if self.redistribution is None:
-            return [
-                self.grow_count(layer, count, step)
-                for layer, count in zip(layers, dropped, strict=True)
-            ]
-        return tf.unstack(
-            redistribution.grow_counts(
-                shares,
-                tf.stack(dropped),
-                tf.stack([count_units(~stays) for stays in kept]),
-                correction=self._correction[0],
-                conventions=self.conventions,
-            )
-        )
-
-    def _keep_correction(self):
-        if self.redistribution is None or not self.variables:
-            return
-        connections = tf.add_n([count_units(m.mask.value) for m in self.masked])
-        connections = tf.cast(connections, tf.float64)
-        correction, missing_so_far, updates, start = tf.unstack(
-            self._correction
-        )
-        missing = start - connections
-        missing_so_far += missing
-        updates += 1
-        correction = redistribution.corrected(
-            correction, missing, missing_so_far / updates
-        )
-        self._correction.assign([correction, missing_so_far, updates, start])
 
 
 def _repeated_nonzeros(kernel):

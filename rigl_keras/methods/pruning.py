@@ -9,7 +9,7 @@ from rigl_keras import _checks, schedules, scores, topology
 from rigl_keras.conventions import ORIGINAL, Conventions
 from rigl_keras.training.step_update import StepUpdate, warn_of_no_update
 
-__all__ = ["MagnitudePruning", "count_units"]
+__all__ = ["MagnitudePruning"]
 
 
 class MagnitudePruning(StepUpdate):
@@ -177,7 +177,3 @@ def _split(vector, like):
     return [
         tf.reshape(part, t.shape) for part, t in zip(parts, like, strict=True)
     ]
-
-
-def count_units(units):
-    return tf.reduce_sum(tf.cast(units, tf.int32))

@@ -5,9 +5,9 @@ import dataclasses
 import tensorflow as tf
 
 from rigl_keras import scores
+from rigl_keras._tensor_checks import count_true
 from rigl_keras.conventions import ORIGINAL, Conventions
 from rigl_keras.methods.mask_update import MaskUpdate
-from rigl_keras.methods.pruning import count_units
 from rigl_keras.training import optimizer_state
 
 __all__ = ["RigL", "SET", "SNFS"]
@@ -54,7 +54,7 @@ class SET(MaskUpdate):
         # Each inactive unit joins with probability dropped / inactive: the
         # number that join is binomial, and which ones is uniform.
         mask = layer.units(layer.mask.value > 0)
-        inactive = tf.size(mask) - count_units(mask) + dropped
+        inactive = tf.size(mask) - count_true(mask) + dropped
         key = tf.constant(layer.draw_key ^ self.seed ^ 1, tf.int64)
         seed = tf.stack([key, step])
         return tf.random.stateless_binomial(

@@ -23,30 +23,38 @@ def mask_update(*, density: float = 0.1, rounds: int = 7) -> dict[str, float]:
         `{"selection" | "sort": median seconds}`.
     """
     draw = np.random.default_rng(0)
-    kernels = []
+    layers = []
     for shape in _resnet50_shapes():
         mask = (draw.random(shape, np.float32) < density).astype(np.float32)
         weights = draw.standard_normal(shape, np.float32) * mask
         gradient = draw.standard_normal(shape, np.float32)
-        kernels.append(tuple(map(tf.constant, (mask, weights, gradient))))
+        layers.append(tuple(map(tf.constant, (mask, weights, gradient))))
+    masks, kernels, gradients = zip(*layers, strict=True)
 
     def update(move):
         # All results are summed: what is not used would not be computed.
         return tf.function(
             lambda: tf.add_n(
                 [
-                    tf.reduce_sum(move(mask, tf.abs(weights), tf.abs(gradient)))
-                    for mask, weights, gradient in kernels
+                    tf.reduce_sum(new)
+                    for new in move(
+                        masks,
+                        [tf.abs(weights) for weights in kernels],
+                        [tf.abs(gradient) for gradient in gradients],
+                    )
                 ]
             )
         )
 
-    def select(mask, drop_scores, grow_scores):
-        return topology.drop_and_grow(
-            mask, drop_scores, grow_scores, drop_fraction=0.3
+    def by_selection(masks, drop_scores, grow_scores):
+        return topology.update_masks(
+            masks, drop_scores, grow_scores, drop_fraction=0.3
         )[0]
 
-    selection, sort = update(select), update(_drop_and_grow_by_sorting)
+    def by_sorting(masks, drop_scores, grow_scores):
+        return map(_drop_and_grow_by_sorting, masks, drop_scores, grow_scores)
+
+    selection, sort = update(by_selection), update(by_sorting)
     # The same sums, up to the order of addition: both do the same work.
     np.testing.assert_allclose(float(selection()), float(sort()), rtol=1e-5)
     return interleaved(
