@@ -15,7 +15,7 @@ from rigl_keras.masking.masked_layers import masked_layers
 from rigl_keras.masking.sparsify import sparsify
 from rigl_keras.masking.tracing import dense_gradients
 from rigl_keras.methods.rigl import RigL
-from rigl_keras.training.masked_gradients import seem_masked
+from rigl_keras.training.dense_gradients import seem_masked
 
 
 @keras.saving.register_keras_serializable("tests")

@@ -1,25 +1,403 @@
 """An update within the graph of a training step."""
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
-import keras
 import tensorflow as tf
 
-from rigl_keras.masking.tracing import dense_gradients
+from rigl_keras import _keras, replicas
+from rigl_keras.kernels.layer_products import dense_products
+from rigl_keras.masking.tracing import called_kernels, dense_gradients
+from rigl_keras.training import optimizer_state
+from rigl_keras.training.attachment import Attachment, variable_key
+from rigl_keras.training.dense_gradients import (
+    GradientBuffers,
+    kernel_gradients,
+    masked_gradients,
+    seem_masked,
+)
+from rigl_keras.training.update_record import (
+    APPLIED_TWICE,
+    NOT_DENSE,
+    ONE_UPDATE_A_STEP,
+    UpdateRecord,
+)
 
-__all__ = [
-    "applying",
-    "as_tensors",
-    "densely",
-    "regularisation_gradient",
-    "trainable_keys",
-    "variable_key",
-]
+__all__ = ["GraphUpdates"]
+
+
+class GraphUpdates:
+    """Runs a training step that changes masks where an update is due.
+
+    A training step is traced twice: for ordinary steps, and with dense
+    gradients for those whose gradients count for an update. In the second
+    trace this takes the place of `optimizer.apply`:
+
+    1. The gradients of masked kernels are taken without regularisation, and
+       summed over replicas. With `buffers` those of earlier batches count.
+    2. Where no update is due, the optimizer is applied as always.
+    3. Otherwise `change_masks` is called, unless a gradient or a kernel is
+       not finite, and the step is counted (Evci et al., 2020,
+       arXiv:1911.11134, Algorithm 1).
+
+    Args:
+        attached: What is trained.
+        record: Where updates are noted.
+        buffers: Sums of gradients of several batches. None: each update goes
+            by its own batch.
+        method: Name of the method.
+        is_due: Tells of a step whether masks change, as a bool tensor.
+        is_gathered: Tells of a step whether its gradients count.
+        change_masks: Called with the optimizer, the layers, their gradients
+            and the step, it changes masks and returns how many connections
+            have grown.
+        dense_gradients: When gradients are dense: `"never"`, at `"updates"`
+            or `"always"`.
+        update_replaces_step: Whether the optimizer is not applied at an
+            update.
+
+    Attributes:
+        reached: Keys of the variables that the optimizer was given a gradient
+            of.
+    """
+
+    def __init__(
+        self,
+        attached: Attachment,
+        record: UpdateRecord,
+        buffers: GradientBuffers | None,
+        *,
+        method: str,
+        is_due: Callable[[tf.Tensor], tf.Tensor],
+        is_gathered: Callable[[tf.Tensor], tf.Tensor],
+        change_masks: Callable[..., tf.Tensor],
+        dense_gradients: str,
+        update_replaces_step: bool,
+    ):
+        self._record = record
+        self._method = method
+        self._is_due, self.is_gathered = is_due, is_gathered
+        self._change_masks = change_masks
+        self._dense_gradients = dense_gradients
+        self._update_replaces_step = update_replaces_step
+        self.reached: set[int] = set()
+        self.bind(attached, buffers)
+
+    def bind(
+        self, attached: Attachment, buffers: GradientBuffers | None
+    ) -> None:
+        """Goes on with another optimizer, or other masked layers.
+
+        Args:
+            attached: What is trained from now on.
+            buffers: Its buffers.
+        """
+        self._attached, self._buffers = attached, buffers
+        self.forget_traces()
+
+    def forget_traces(self) -> None:
+        """Is called before the training step is traced again."""
+        self._called: dict[int, str] = {}
+
+    # Whole steps.
+
+    def step_or_update(
+        self, train_step: Callable, loss: Callable | None = None
+    ):
+        """Runs a training step, or an update in place of its optimizer.
+
+        Args:
+            train_step: A function without arguments that applies the
+                optimizer.
+            loss: Evaluates the loss of the step's batch. None: the loss is
+                not watched.
+
+        Returns:
+            What `train_step` returns, as tensors.
+        """
+        return tf.cond(
+            self.is_gathered(self._attached.step()),
+            lambda: self.update_step(train_step, loss),
+            lambda: self.ordinary_step(train_step),
+        )
+
+    def apply_or_update(self, gradients: list, variables: list) -> None:
+        """Applies gradients, or changes masks where an update is due.
+
+        Args:
+            gradients: Dense gradients of the loss.
+            variables: The variables that they are gradients of.
+        """
+        optimizer = self._attached.applied  # `apply` is exchanged meanwhile
+
+        def ordinary():
+            masked = self._masked_gradients(gradients, variables)
+            optimizer.apply(masked, variables)
+
+        def update():
+            optimizer.apply(gradients, variables)
+
+        tf.cond(
+            self.is_gathered(self._attached.step()),
+            lambda: self._update(update, by_hand=True),
+            lambda: self._run(ordinary),
+        )
+
+    def ordinary_step(self, train_step: Callable):
+        """Runs a training step in which masks stay as they are.
+
+        Args:
+            train_step: As in `step_or_update`.
+
+        Returns:
+            As `step_or_update`.
+        """
+        always = self._dense_gradients == "always"
+        return self._run(_densely(train_step) if always else train_step)
+
+    def update_step(self, train_step: Callable, loss: Callable | None = None):
+        """Runs a training step whose gradients count for an update.
+
+        Args and Returns: as in `step_or_update`.
+        """
+        return self._update(_densely(train_step), loss)
+
+    def replica_update_step(self, train_step: Callable):
+        """Runs the part of `update_step` that one of several replicas has.
+
+        The host is within `updating` and `watching` meanwhile, for all
+        replicas.
+
+        Args and Returns: as in `step_or_update`.
+        """
+        return self._counted(_densely(train_step))
+
+    def _update(self, train_step, loss=None, *, by_hand=False):
+        with self.updating([], loss, by_hand=by_hand):
+            return self._counted(train_step)
+
+    def _counted(self, train_step):
+        """Runs a step that loss scaling may put off, which is counted."""
+        attached = self._attached
+        step, batches = attached.step(), attached.batches()
+        outputs = self._run(train_step)
+        if attached.scales_loss:
+            replicas.once(self._note_skipped, [batches, step])
+        if not tf.distribute.has_strategy():
+            # In a loop of the graph, one trace is applied many times.
+            once = attached.step() - step <= 1
+            self._record.refuse_unless(once, step, APPLIED_TWICE)
+        return outputs
+
+    def _note_skipped(self, batches, step):
+        after = optimizer_state.batches(self._attached.optimizer).value
+        self._record.note_skipped(self._is_due(step) & tf.equal(batches, after))
+
+    def _run(self, train_step):
+        """Traces a training step, and what follows each one."""
+        jit = getattr(self._attached.model, "jit_compile", False)
+        alone = not tf.distribute.has_strategy()
+        with (
+            called_kernels() as called,
+            dense_products() if jit else contextlib.nullcontext(),
+            self.watching() if alone else contextlib.nullcontext(),
+        ):
+            outputs = _as_tensors(train_step())
+        self._check_called(called)
+        optimizer_state.project_averages(
+            self._attached.optimizer, self._attached.masked
+        )
+        return outputs
+
+    # What a training step is found to do as it is traced.
+
+    def _check_called(self, called):
+        """Checks that each kind of step was traced down to the kernels."""
+        missing = [n for k, n in self._called.items() if k not in called]
+        if missing:
+            raise ValueError(
+                f"{self._method} needs the layers to be traced once for "
+                "ordinary steps and once for updates, and what calls "
+                f"{', '.join(missing)} is traced only once: it is within a "
+                "tf.function of its own. Remove that decorator; the training "
+                "step as a whole is compiled anyway."
+            )
+        self._called.update(called)
+
+    def check_steps(self, steps: int) -> None:
+        """Checks how often a training step applies its optimizer.
+
+        Args:
+            steps: How often it did.
+
+        Raises:
+            ValueError: More than once.
+        """
+        if steps > 1:
+            raise ValueError(
+                f"{self._method} judges an update by the step that begins a "
+                "training step, and this one applies its optimizer more than "
+                f"once. {ONE_UPDATE_A_STEP}"
+            )
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Within the context, notes what the training step applies.
+
+        That is which kernels have a gradient, and whether it is applied once.
+        """
+        optimizer = self._attached.applied
+        apply, graphs = optimizer.apply, []
+
+        def watched(gradients, trainable_variables=None):
+            gradients = list(gradients)
+            variables = list(_given(optimizer, trainable_variables))
+            self.reached |= {
+                variable_key(v)
+                for v, gradient in zip(variables, gradients, strict=True)
+                if gradient is not None
+            }
+            # Of two branches of the graph, one is executed; replicas are
+            # traced side by side.
+            graph = tf.compat.v1.get_default_graph()
+            if not tf.distribute.has_strategy():
+                here = [graph, *(g for g in graphs if g is graph)]
+                self.check_steps(len(here))
+                graphs.append(graph)
+            return apply(gradients, trainable_variables)
+
+        with _applying(optimizer, watched):
+            yield
+
+    # The update in place of the optimizer.
+
+    @contextlib.contextmanager
+    def updating(
+        self,
+        applied: list,
+        loss: Callable | None = None,
+        *,
+        by_hand: bool = False,
+    ) -> Iterator[None]:
+        """Within the context, an update takes the place of the optimizer.
+
+        Args:
+            applied: Grows as the training step is traced, which on several
+                replicas happens once, for all the times that it runs.
+            loss: As in `step_or_update`.
+            by_hand: Whether the gradients come from a loop of the user's,
+                where they may not be dense.
+
+        Raises:
+            ValueError: The training step has never applied the optimizer.
+        """
+        optimizer = self._attached.optimizer
+        apply = optimizer.apply
+
+        def gather_or_update(gradients, trainable_variables=None):
+            applied.append(True)
+            self._gather_or_update(
+                apply,
+                gradients,
+                _given(optimizer, trainable_variables),
+                loss,
+                by_hand,
+            )
+
+        with _applying(optimizer, gather_or_update):
+            yield
+        # Eagerly, loss scaling passes over gradients that are not finite.
+        skips = self._attached.scales_loss and tf.executing_eagerly()
+        if not applied and not skips:
+            raise ValueError(
+                f"{self._method} takes the place of optimizer.apply, which "
+                "this training step never calls. Pass the optimizer that it "
+                "applies: fit knows the one that compile was given. Where "
+                "there are several, give each a method of its own by "
+                "attach(model, optimizer), and call update(gradients, "
+                "variables) in place of its apply."
+            )
+
+    def _gather_or_update(self, apply, gradients, variables, loss, by_hand):
+        attached, optimizer = self._attached, self._attached.optimizer
+        step = attached.step()
+        layers, dense = kernel_gradients(
+            attached, gradients, variables, method=self._method
+        )
+        if not layers:  # all of them were frozen within `fit`
+            apply(gradients, variables)
+            return
+
+        batches = attached.batches()
+        last = tf.equal((batches + 1) % attached.batches_per_step, 0)
+
+        def apply_masked():
+            apply(self._masked_gradients(gradients, variables), variables)
+
+        def gather():
+            self._buffers.add(layers, dense, batches)
+            apply_masked()
+
+        def update():
+            growth = dense
+            if self._buffers:
+                growth = self._buffers.mean(layers, dense, batches)
+            if not self._update_replaces_step:
+                apply_masked()
+            self._change_once(layers, growth, step, loss, by_hand)
+            if self._update_replaces_step:
+                optimizer_state.count_step(optimizer)
+
+        if self._buffers:
+            tf.cond(self._is_due(step) & last, update, gather)
+        else:
+            update()
+
+    def _masked_gradients(self, gradients, variables):
+        """Returns what an ordinary step gives to the optimizer."""
+        dense = self._dense_gradients == "always"
+        masked = [] if dense else self._attached.masked
+        return masked_gradients(masked, gradients, variables)
+
+    def _change_once(self, layers, gradients, step, loss, by_hand):
+        """Changes masks for all replicas, and notes whether they agree."""
+        replicas.once(
+            functools.partial(self._change, layers, loss, by_hand),
+            [step, *gradients],
+        )
+        if tf.distribute.has_strategy():
+            same = replicas.agree([m.mask.value for m in self._attached.masked])
+            replicas.once(self._record.note_differing, [same, step])
+
+    def _change(self, layers, loss, by_hand, step, *gradients):
+        """Changes every mask once, unless the gradients are refused."""
+        finite = tf.reduce_all(
+            [tf.reduce_all(tf.math.is_finite(g)) for g in gradients]
+            + [tf.reduce_all(tf.math.is_finite(m.kernel.value)) for m in layers]
+        )
+        self._record.refuse_unless(finite, step)
+        accepted = finite
+        if by_hand and self._dense_gradients != "never":
+            masked = seem_masked([m.mask.value for m in layers], gradients)
+            dense = ~tf.reduce_any(masked)
+            accepted &= dense
+            self._record.note_masked(layers, masked)
+            self._record.refuse_unless(dense, step, NOT_DENSE)
+
+        def change():
+            before = loss() if loss else None
+            grown = self._change_masks(
+                self._attached.optimizer, layers, gradients, step
+            )
+            losses = (before, loss()) if loss else None
+            self._record.note_update(step, grown, losses)
+
+        tf.cond(accepted, change, lambda: None)
 
 
 @contextlib.contextmanager
-def applying(optimizer, action) -> Iterator[None]:
+def _applying(optimizer, action):
     """Within the context, `optimizer.apply` is `action`."""
     before = vars(optimizer).get("apply")
     optimizer.apply = action
@@ -31,31 +409,12 @@ def applying(optimizer, action) -> Iterator[None]:
             optimizer.apply = before
 
 
-def regularisation_gradient(kernel):
-    """Returns the gradient of a kernel's own penalty, or 0 without one."""
-    if kernel.regularizer is None:
-        return 0.0
-    value = tf.convert_to_tensor(kernel.value)
-    with tf.GradientTape() as tape:
-        tape.watch(value)
-        penalty = kernel.regularizer(value)
-    return tape.gradient(
-        penalty, value, unconnected_gradients=tf.UnconnectedGradients.ZERO
-    )
+def _given(optimizer, trainable_variables):
+    """Returns the variables that `optimizer.apply` is called for."""
+    return trainable_variables or _keras.trained_variables(optimizer)
 
 
-def trainable_keys(model):
-    return {variable_key(v) for v in model.trainable_variables}
-
-
-def variable_key(variable):
-    # An optimizer takes Keras variables and those that they hold.
-    return id(
-        variable.value if isinstance(variable, keras.Variable) else variable
-    )
-
-
-def densely(train_step):
+def _densely(train_step):
     def with_dense_gradients():
         with dense_gradients():
             return train_step()
@@ -63,7 +422,7 @@ def densely(train_step):
     return with_dense_gradients
 
 
-def as_tensors(logs):
+def _as_tensors(logs):
     return tf.nest.map_structure(
         lambda x: x if x is None else tf.convert_to_tensor(x), logs
     )

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 import keras
 import tensorflow as tf
 
-from rigl_keras import _keras
+from rigl_keras import _keras, replicas
+from rigl_keras.masking.masked import KernelMask
+from rigl_keras.masking.tracing import zero_outside
 
 __all__ = [
     "batches",
@@ -21,6 +23,7 @@ __all__ = [
     "momentum",
     "owner",
     "parts",
+    "project_averages",
     "slots",
 ]
 
@@ -118,6 +121,36 @@ def count_step(optimizer: keras.Optimizer) -> None:
         if part is not optimizer and part.built:
             batches(part).assign_add(1)
     batches(optimizer).assign_add(1)
+
+
+def project_averages(
+    optimizer: keras.Optimizer, masked: Sequence[KernelMask]
+) -> None:
+    """Sets averaged weights to zero outside the masks.
+
+    An optimizer averages before constraints apply, so that what dense
+    momentum or Muon moved there has reached the average.
+
+    Args:
+        optimizer: A built Keras optimizer without loss scaling.
+        masked: The masked layers of the model that it trains.
+    """
+    if any(part.use_ema for part in parts(optimizer)):
+        replicas.once(lambda: _project_each(optimizer, masked), [])
+
+
+def _project_each(optimizer, masked):
+    trained = {
+        id(variable)
+        for part in parts(optimizer)
+        for variable in _keras.trained_variables(part)
+    }
+    for layer in masked:
+        if id(layer.kernel) not in trained:
+            continue
+        average = slots(optimizer, layer.kernel).get("average")
+        if average is not None:
+            average.assign(zero_outside(layer.mask, average.value))
 
 
 def slots(

@@ -1,17 +1,167 @@
 """What `fit` exchanges in a model, and gives back."""
 
 import contextlib
+import functools
 import math
+from collections.abc import Callable
 
 import keras
 import tensorflow as tf
 
 from rigl_keras import _keras, replicas
+from rigl_keras.training.fit_runs import FitRun
+from rigl_keras.training.graph_updates import GraphUpdates
 
-__all__ = ["loss_on", "traced_once", "untraced"]
+__all__ = ["StepExchange", "untraced"]
 
 
-def loss_on(model, data):
+class StepExchange:
+    """Gives a model a training step with updates, while `fit` runs.
+
+    `model.train_step` becomes one that runs the model's own, or an update.
+    `model.make_train_function` becomes one that goes on with updates after
+    `compile`, and where other callbacks ask for a new function. `FitRun` puts
+    both back.
+
+    Args:
+        run: The run of `fit`.
+        updates: Runs a step, or an update.
+        logs: Returns what a step logs beside what the model's own does.
+        watches_loss: Returns whether the loss of an update's batch is
+            evaluated.
+        renew: Called before the train function is made again, as the model
+            may have another optimizer, or other layers to train.
+        check: Called before each step.
+    """
+
+    def __init__(
+        self,
+        run: FitRun,
+        updates: GraphUpdates,
+        *,
+        logs: Callable[[], dict[str, tf.Tensor]],
+        watches_loss: Callable[[], bool],
+        renew: Callable[[], None],
+        check: Callable[[], None],
+    ):
+        self._run, self._updates = run, updates
+        self._logs, self._watches_loss = logs, watches_loss
+        self._renew, self._check = renew, check
+
+    def install(self, owner: object) -> None:
+        """Exchanges the step, and makes the train function.
+
+        Args:
+            owner: What the exchanged step names as its `mask_update`.
+
+        Raises:
+            ValueError: The train function cannot be made. The model has its
+                own step again.
+        """
+        run, model = self._run, self._run.model
+        with_updates = self._with_logs(self._updates.step_or_update)
+
+        def train_step(data):
+            if not run.lasts():
+                return model.train_step(data)
+            return with_updates(data)
+
+        train_step.mask_update = owner
+
+        def make_train_function(force=False):
+            if not run.lasts():
+                return model.make_train_function(force)
+            # `train_on_batch` and `fit` ask for a function, not by force, and
+            # find the one that there is.
+            if force or model.train_function is None:
+                run.exchange("train_step", train_step)
+                self._renew()
+                self._make()
+
+        try:
+            run.exchange("train_step", train_step)
+            run.exchange("make_train_function", make_train_function)
+            self._make()
+        except BaseException:
+            run.end()
+            raise
+
+    def _make(self):
+        """Makes the train function, which is traced when it is called."""
+        run, model = self._run, self._run.model
+        make = functools.partial(run.own("make_train_function"), force=True)
+        together = replicas.is_distributed(model)
+        # Within a `tf.cond` XLA computes convolutions on CPUs with one thread:
+        # a step would take four times as long.
+        alone = model.jit_compile and model.steps_per_execution == 1
+        if together or alone:
+            make = self._choosing(together=together)
+        self._updates.forget_traces()
+        make()
+        run.guard(self._check)
+
+    def _choosing(self, *, together):
+        """Returns what makes a train function that chooses on the host.
+
+        Replicas are traced side by side, so that the host exchanges the
+        optimizer's part for all of them (`together`). The loss is not watched
+        there: each replica has a part of the batch.
+        """
+        updates, applied = self._updates, []
+
+        def ordinary(train_step, loss):
+            return updates.ordinary_step(train_step)
+
+        def update(train_step, loss):
+            if together:
+                return updates.replica_update_step(train_step)
+            return updates.update_step(train_step, loss)
+
+        @contextlib.contextmanager
+        def stepping(is_update):
+            with contextlib.ExitStack() as stack:
+                if together:
+                    if is_update:
+                        stack.enter_context(updates.updating(applied))
+                    stack.enter_context(updates.watching())
+                yield
+
+        return replicas.choosing(
+            self._run.model,
+            self._run.own("make_train_function"),
+            ordinary=self._with_logs(ordinary),
+            update=self._with_logs(update),
+            is_due=updates.is_gathered,
+            stepping=stepping,
+            check=updates.check_steps,
+        )
+
+    def _with_logs(self, step):
+        """Returns a training step that logs what the method does."""
+        run, model = self._run, self._run.model
+
+        def logged(data):
+            train_step = untraced(run.own("train_step"))
+            loss = _loss_on(model, data) if self._watches_loss() else None
+            with _traced_once(model):
+                logs = step(lambda: train_step(data), loss)
+            return {**logs, **self._logs()}
+
+        return logged
+
+
+def untraced(train_step: Callable) -> Callable:
+    """Returns the Python function within a `tf.function`.
+
+    One trace would serve ordinary steps and updates alike.
+
+    Args:
+        train_step: A function, which may be a `tf.function`.
+    """
+    return getattr(train_step, "python_function", train_step)
+
+
+def _loss_on(model, data):
     """Returns a function that evaluates the loss on a batch, as it is then."""
     if (
         not _keras.has_loss(model)
@@ -26,7 +176,6 @@ def loss_on(model, data):
         given = [(v, v.value) for v in model.trainable_variables]
         with keras.StatelessScope(given, collect_losses=True):
             outputs = model(x, training=False)
-            # Keras's own way to a `compute_loss` with or without `training`.
             value = _keras.compute_loss(
                 model,
                 x=x,
@@ -40,15 +189,7 @@ def loss_on(model, data):
     return loss
 
 
-def untraced(train_step):
-    """Returns the Python function within a `tf.function`.
-
-    One trace would serve ordinary steps and updates alike.
-    """
-    return getattr(train_step, "python_function", train_step)
-
-
-def traced_once(model):
+def _traced_once(model) -> contextlib.AbstractContextManager:
     """Within the context, variables are made outside of the trace.
 
     Keras makes those of metrics as the first step is traced, and TensorFlow

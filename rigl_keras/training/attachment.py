@@ -1,0 +1,103 @@
+"""What a method trains: a model, its optimizer and its masked layers."""
+
+import keras
+import tensorflow as tf
+
+from rigl_keras import replicas
+from rigl_keras.kernels import fast_calls
+from rigl_keras.masking.leaves import leaf_layers
+from rigl_keras.masking.masked import KernelMask, Masked
+from rigl_keras.masking.masked_layers import masked_layers
+from rigl_keras.training import optimizer_state
+
+__all__ = ["Attachment", "variable_key"]
+
+
+class Attachment:
+    """A model, the optimizer that trains it, and its masked layers.
+
+    Args:
+        model: A masked model.
+        applied: The optimizer that the training step applies. It may scale
+            the loss.
+
+    Attributes:
+        optimizer: The optimizer that moves the weights, within any loss
+            scaling.
+        masked: The masked layers of the model, frozen ones included.
+    """
+
+    def __init__(self, model: keras.Model, applied: keras.Optimizer):
+        self.model, self.applied = model, applied
+        self.optimizer = optimizer_state.innermost(applied)
+        self.masked = list(masked_layers(model))
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether a batch may be skipped because its gradients overflow."""
+        return self.applied is not self.optimizer
+
+    @property
+    def batches_per_step(self) -> int:
+        """How many batches make up an optimizer step."""
+        return optimizer_state.batches_per_step(self.optimizer)
+
+    @property
+    def wrappers(self) -> list[Masked]:
+        """The layers that mask, each once for each model that lists it."""
+        return [
+            leaf for leaf in leaf_layers(self.model) if isinstance(leaf, Masked)
+        ]
+
+    def trainable(self) -> list[KernelMask]:
+        """Returns the masked layers that are not frozen at present."""
+        trainable = {variable_key(v) for v in self.model.trainable_variables}
+        return [m for m in self.masked if variable_key(m.kernel) in trainable]
+
+    def step(self) -> tf.Tensor:
+        """Returns the optimizer step, an int64 scalar."""
+        return tf.cast(self.applied.iterations, tf.int64)
+
+    def batches(self) -> tf.Tensor:
+        """Returns how many batches the optimizer has seen, a scalar."""
+        return tf.identity(optimizer_state.batches(self.optimizer).value)
+
+    def prepare(self, method: str, gradient_batches: int) -> None:
+        """Checks that the model can be trained so, and builds the optimizer.
+
+        Args:
+            method: Name of the method.
+            gradient_batches: How many batches an update takes the mean
+                gradient of.
+
+        Raises:
+            ValueError: The optimizer or the strategy is not supported.
+        """
+        for part in optimizer_state.parts(self.optimizer):
+            if part is not self.optimizer and part.gradient_accumulation_steps:
+                raise ValueError(
+                    f"{method} does not support gradient accumulation within "
+                    f"{type(self.optimizer).__name__}, whose optimizers may "
+                    "differ in what a step is. Received "
+                    "gradient_accumulation_steps="
+                    f"{part.gradient_accumulation_steps} of {part.name!r}. "
+                    "Use a larger batch, or one optimizer."
+                )
+        replicas.check_set_up(
+            method, self.model, [self.applied, self.optimizer], gradient_batches
+        )
+        if not self.applied.built:
+            self.applied.build(self.model.trainable_variables)
+        if any(layer.product != "dense" for layer in self.wrappers):
+            # A model that was loaded does not have them yet.
+            fast_calls.use_fast_calls(self.model)
+
+
+def variable_key(variable: keras.Variable | tf.Variable) -> int:
+    """Returns one key for a Keras variable and the variable that it holds.
+
+    Optimizers take both.
+    """
+    return id(
+        variable.value if isinstance(variable, keras.Variable) else variable
+    )

@@ -1,0 +1,231 @@
+"""The gradients that an update goes by, of which batches, and their checks.
+
+They are dense: dL/d(masked kernel) at every entry, where the mask is zero too,
+without regularisation (Evci et al., 2020, arXiv:1911.11134, section 3).
+"""
+
+from collections.abc import Collection, Sequence
+
+import keras
+import tensorflow as tf
+
+from rigl_keras import replicas
+from rigl_keras.masking.masked import KernelMask
+from rigl_keras.masking.tracing import zero_outside
+from rigl_keras.training.attachment import Attachment, variable_key
+
+__all__ = [
+    "GradientBuffers",
+    "kernel_gradients",
+    "masked_gradients",
+    "seem_masked",
+]
+
+
+class GradientBuffers:
+    """Sums of the gradients of several batches, for an update by their mean.
+
+    Args:
+        masked: The masked layers.
+    """
+
+    def __init__(self, masked: Sequence[KernelMask]):
+        self._kernels = [m.kernel for m in masked]
+        # How many gradients each sum is of, and the batch (as the optimizer
+        # counts them) that would be the next.
+        self._gathered = tf.Variable([0, 0], trainable=False, dtype=tf.int64)
+        self._sums = [
+            tf.Variable(tf.zeros_like(kernel.value), trainable=False)
+            for kernel in self._kernels
+        ]
+
+    @property
+    def variables(self) -> list[tf.Variable]:
+        """What must be saved for a run to resume between two updates."""
+        return [self._gathered, *self._sums]
+
+    def are_for(self, masked: Sequence[KernelMask]) -> bool:
+        """Returns whether these are buffers for the kernels of some layers."""
+        return [id(k) for k in self._kernels] == [id(m.kernel) for m in masked]
+
+    def add(
+        self,
+        layers: Sequence[KernelMask],
+        gradients: Sequence[tf.Tensor],
+        batches: tf.Tensor,
+    ) -> tuple[list[tf.Tensor], tf.Tensor]:
+        """Adds the gradients of a batch to those of the batches before it.
+
+        Args:
+            layers: The layers that have a gradient.
+            gradients: One for each, of its kernel's shape.
+            batches: How many batches the optimizer has seen, a scalar.
+
+        Returns:
+            `(sums, count)`: the sums so far, and of how many gradients. They
+            begin again where batches were left out, as after another run.
+        """
+        count, following = tf.unstack(self._gathered)
+        goes_on = (count > 0) & tf.equal(following, batches)
+        count = tf.where(goes_on, count, 0) + 1
+        self._gathered.assign([count, tf.cast(batches, tf.int64) + 1])
+        of = dict(zip(map(id, self._kernels), self._sums, strict=True))
+        sums = []
+        for layer, gradient in zip(layers, gradients, strict=True):
+            buffer = of[id(layer.kernel)]
+            before = tf.where(goes_on, buffer, tf.zeros_like(buffer))
+            sums.append(before + tf.cast(gradient, buffer.dtype))
+            buffer.assign(sums[-1])
+        return sums, count
+
+    def mean(
+        self,
+        layers: Sequence[KernelMask],
+        gradients: Sequence[tf.Tensor],
+        batches: tf.Tensor,
+    ) -> list[tf.Tensor]:
+        """Adds the gradients of a last batch, and takes the mean of all.
+
+        Args: as in `add`.
+
+        Returns:
+            The mean gradient of each layer. The next sums begin with nothing.
+        """
+        sums, count = self.add(layers, gradients, batches)
+        self._gathered.assign([0, 0])
+        return [total / tf.cast(count, total.dtype) for total in sums]
+
+
+def kernel_gradients(
+    attached: Attachment,
+    gradients: Sequence[tf.Tensor | None],
+    variables: Sequence[keras.Variable],
+    *,
+    method: str,
+) -> tuple[list[KernelMask], list[tf.Tensor]]:
+    """Returns the layers that have a gradient, and dL/d(masked kernel).
+
+    Args:
+        attached: What is trained.
+        gradients: What the optimizer is given, for each of `variables`.
+        variables: What the optimizer is given them for.
+        method: Name of the method.
+
+    Returns:
+        `(layers, gradients)`: sums over replicas, without loss scale and
+        regularisation. Both are empty where all masked layers are frozen.
+
+    Raises:
+        ValueError: No masked layer has a gradient, though some are trainable.
+    """
+    of = {variable_key(v): g for v, g in zip(variables, gradients, strict=True)}
+    layers = [
+        m for m in attached.masked if of.get(variable_key(m.kernel)) is not None
+    ]
+    if not attached.trainable():
+        return [], []
+    if not layers:
+        raise ValueError(
+            f"{method} needs the gradient of a masked kernel. Received "
+            f"gradients of {[v.name for v in variables]}: does the loss "
+            "depend on the masked layers?"
+        )
+    scale = attached.optimizer.loss_scale_factor or 1.0  # a fixed one
+    summed = replicas.summed(
+        [tf.convert_to_tensor(of[variable_key(m.kernel)]) for m in layers]
+    )
+    dense = [
+        gradient / tf.cast(scale, gradient.dtype)
+        - _regularisation_gradient(m.kernel)
+        for gradient, m in zip(summed, layers, strict=True)
+    ]
+    return layers, dense
+
+
+def _regularisation_gradient(kernel):
+    """Returns the gradient of a kernel's own penalty, or 0 without one."""
+    if kernel.regularizer is None:
+        return 0.0
+    value = tf.convert_to_tensor(kernel.value)
+    with tf.GradientTape() as tape:
+        tape.watch(value)
+        penalty = kernel.regularizer(value)
+    return tape.gradient(
+        penalty, value, unconnected_gradients=tf.UnconnectedGradients.ZERO
+    )
+
+
+def masked_gradients(
+    masked: Collection[KernelMask],
+    gradients: Sequence[tf.Tensor | None],
+    variables: Sequence[keras.Variable],
+) -> list[tf.Tensor | None]:
+    """Returns gradients that are zero outside the masks.
+
+    Args:
+        masked: The layers whose gradients are masked.
+        gradients: One for each of `variables`.
+        variables: What they are gradients of.
+
+    Returns:
+        What an ordinary step gives to the optimizer.
+    """
+    masks = {variable_key(m.kernel): m.mask for m in masked}
+
+    def within(gradient, variable):
+        if gradient is None:
+            return None
+        if variable_key(variable) not in masks:
+            # Within a branch, which the optimizer takes all or none from.
+            return tf.identity(gradient)
+        return zero_outside(masks[variable_key(variable)], gradient)
+
+    return [within(g, v) for g, v in zip(gradients, variables, strict=True)]
+
+
+# Of one layer, so many gradients at least must be zero against expectation
+# before it is taken for masked: that it happens by chance to that many is
+# less likely than exp(-20).
+_ENOUGH = 20.0
+
+
+def seem_masked(
+    masks: Sequence[tf.Tensor], gradients: Sequence[tf.Tensor]
+) -> tf.Tensor:
+    """Returns which gradients are zero outside their masks, and should not be.
+
+    Dense gradients may be zero there, too: those of pixels that are always
+    black, of units that a ReLU has shut, of a kernel so small that little is
+    removed, of a layer that the loss does not depend on. So a gradient is
+    expected only between an input and an output that have others, and as
+    often as it is found where the mask is 1. A layer is taken for masked if
+    20 at least are expected and there is none; where no layer has any, and
+    one is expected, all are from which it was.
+
+    Args:
+        masks: Tensors of zeros and ones.
+        gradients: One of its shape for each.
+
+    Returns:
+        A bool for each.
+    """
+    reached, expected = [], []
+    for mask, gradient in zip(masks, gradients, strict=True):
+        kept, moved = mask > 0, gradient != 0
+        axes = range(len(mask.shape))
+        alive = tf.ones_like(kept)
+        for axis in axes:
+            others = [other for other in axes if other != axis]
+            alive &= tf.reduce_any(moved & kept, axis=others, keepdims=True)
+        found = tf.math.divide_no_nan(
+            _count(alive & kept & moved), _count(alive & kept)
+        )
+        expected.append(found * _count(alive & ~kept))
+        reached.append(tf.reduce_any(moved & ~kept))
+    reached, expected = tf.stack(reached), tf.stack(expected)
+    none = ~tf.reduce_any(reached) & (tf.reduce_sum(expected) >= 1.0)
+    return ~reached & ((expected >= _ENOUGH) | (none & (expected > 0.0)))
+
+
+def _count(where):
+    return tf.reduce_sum(tf.cast(where, tf.float32))
