@@ -30,7 +30,7 @@ from rigl_keras.methods.rigl import SET, SNFS, RigL
 from rigl_keras.schedules import SparsityRamp
 from rigl_keras.training import fit_runs
 from rigl_keras.training.optimizer_state import slots
-from rigl_keras.training.step_update import installed_update
+from rigl_keras.training.train_function import installed_update
 
 # Epochs of 6 steps; updates at every second one, that all drop the same.
 DATA = examples(24)

@@ -28,7 +28,7 @@ from rigl_keras.diagnostics.table import (
 from rigl_keras.flops.counting import count
 from rigl_keras.masking.masked import KernelMask
 from rigl_keras.masking.masked_layers import masked_layers
-from rigl_keras.training.step_update import installed_update
+from rigl_keras.training.train_function import installed_update
 
 __all__ = ["TopologyDiagnostics"]
 

@@ -19,7 +19,8 @@ from rigl_keras.initial_values import check_grow_init, grown_values
 from rigl_keras.masking.masked import Masked
 from rigl_keras.redistribution import CRITERIA
 from rigl_keras.training import optimizer_state
-from rigl_keras.training.step_update import StepUpdate, warn_of_no_update
+from rigl_keras.training.fit_runs import warn_of_no_update
+from rigl_keras.training.step_update import StepUpdate
 
 __all__ = ["MaskUpdate"]
 

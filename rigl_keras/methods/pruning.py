@@ -7,7 +7,8 @@ import tensorflow as tf
 
 from rigl_keras import _checks, schedules, scores, topology
 from rigl_keras.conventions import ORIGINAL, Conventions
-from rigl_keras.training.step_update import StepUpdate, warn_of_no_update
+from rigl_keras.training.fit_runs import warn_of_no_update
+from rigl_keras.training.step_update import StepUpdate
 
 __all__ = ["MagnitudePruning"]
 

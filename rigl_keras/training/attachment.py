@@ -24,12 +24,15 @@ class Attachment:
     Attributes:
         optimizer: The optimizer that moves the weights, within any loss
             scaling.
+        steps_before: Steps of earlier optimizers, which `steps_taken` counts
+            as well.
         masked: The masked layers of the model, frozen ones included.
     """
 
     def __init__(self, model: keras.Model, applied: keras.Optimizer):
         self.model, self.applied = model, applied
         self.optimizer = optimizer_state.innermost(applied)
+        self.steps_before = 0
         self.masked = list(masked_layers(model))
 
     @property
@@ -54,13 +57,37 @@ class Attachment:
         trainable = {variable_key(v) for v in self.model.trainable_variables}
         return [m for m in self.masked if variable_key(m.kernel) in trainable]
 
+    def is_of(self, model: keras.Model, applied: keras.Optimizer) -> bool:
+        """Returns whether this is of a model and an optimizer."""
+        return self.model is model and self.applied is applied
+
     def step(self) -> tf.Tensor:
         """Returns the optimizer step, an int64 scalar."""
         return tf.cast(self.applied.iterations, tf.int64)
 
+    def steps_taken(self) -> int:
+        """Returns how many steps this optimizer and earlier ones took."""
+        return int(self.applied.iterations.numpy()) + self.steps_before
+
     def batches(self) -> tf.Tensor:
         """Returns how many batches the optimizer has seen, a scalar."""
         return tf.identity(optimizer_state.batches(self.optimizer).value)
+
+    def check_trainable(self, method: str) -> None:
+        """Checks that there is a mask to change.
+
+        Args:
+            method: Name of the method.
+
+        Raises:
+            ValueError: No masked layer is trainable.
+        """
+        if not self.trainable():
+            raise ValueError(
+                f"{method} found no masked layer to train in model "
+                f"{self.model.name!r}. Call model = rigl_keras.sparsify(model, "
+                "density) before compile, and do not freeze all that it masks."
+            )
 
     def prepare(self, method: str, gradient_batches: int) -> None:
         """Checks that the model can be trained so, and builds the optimizer.

@@ -1,7 +1,7 @@
 """A run of `fit`: how long it lasts, where it starts, what it exchanges.
 
-Keras tells a callback when `fit` begins and when it ends, but not when an
-exception ends it. So what a run exchanges asks, each time that it is used,
+Keras tells a callback when `fit` begins and ends, but not when an exception
+ends it. So each method that a run exchanges asks, whenever it is called,
 whether that `fit` is still being executed, and puts itself back if not.
 """
 
@@ -15,22 +15,28 @@ import keras
 
 from rigl_keras import _keras
 
-__all__ = ["FitRun", "note_end", "start_of", "warn_of_a_loop"]
+__all__ = [
+    "FitRun",
+    "note_end",
+    "start_of",
+    "warn_of_a_loop",
+    "warn_of_no_update",
+]
 
-# Fits of one epoch in a row, from which on they are taken for a loop.
+# So many fits of one epoch in a row are taken for a loop.
 _LOOP = 3
-# Of each model, its last fit of one epoch with a mask update: how many there
-# were in a row, and the optimizer step at which it ended.
+# For each model: how many fits of one epoch with a mask update there were in a
+# row, and the optimizer step at which the last one ended.
 _one_epoch_fits = weakref.WeakKeyDictionary()
 _warned = weakref.WeakSet()
 
 
 class FitRun:
-    """A `fit` that runs, and what it exchanges of a model until it ends.
+    """A `fit` that runs, and the methods of the model that it exchanges.
 
-    To be made in a callback's `on_train_begin`. A custom loop that
-    calls callbacks lasts until it calls `on_train_end`, or until its
-    `CallbackList` is gone.
+    Make it in a callback's `on_train_begin`. A custom loop that calls
+    callbacks lasts until it calls `on_train_end`, or until its `CallbackList`
+    is gone.
 
     Args:
         model: The model that is trained.
@@ -58,6 +64,25 @@ class FitRun:
             self.end()
         return not self._over
 
+    def check_over(self, method: str, model: keras.Model) -> None:
+        """Checks that the method of this run may train another model.
+
+        Args:
+            method: Name of the method.
+            model: The model that it is given to.
+
+        Raises:
+            ValueError: The run goes on.
+        """
+        if self.lasts():
+            raise ValueError(
+                f"{method} trains model {self.model.name!r} in a run that has "
+                f"not ended, and was given to another, of model {model.name!r}"
+                ". A `fit` within `fit` on the same model needs no callback: "
+                "updates go on in it. For another model make another "
+                "callback; a loop of your own ends with on_train_end."
+            )
+
     def _is_executed(self):
         callbacks = self._callbacks and self._callbacks()
         if self._callbacks is not None and callbacks is None:
@@ -78,8 +103,8 @@ class FitRun:
 
         Args:
             name: Name of the method.
-            function: What takes its place. Given again, it takes the place
-                of what somebody else has set since.
+            function: What the model has instead. If somebody else has set
+                another since, a second call replaces that one.
         """
         ours = self._given.get(name)
         if ours is None or vars(self.model).get(name) is not ours:
@@ -89,14 +114,14 @@ class FitRun:
         setattr(self.model, name, function)
 
     def own(self, name: str) -> Callable:
-        """Returns the model's own method, which was exchanged."""
+        """Returns the model's own method, in place of which another is."""
         return self._own[name]
 
     def guard(self, check: Callable[[], None]) -> None:
-        """Has `model.train_function` ask whether the run lasts, too.
+        """Makes `model.train_function`, too, ask whether the run lasts.
 
         Args:
-            check: Is called before each step of the run.
+            check: Called before each step of the run.
         """
         model, function = self.model, self.model.train_function
 
@@ -132,9 +157,9 @@ class FitRun:
 
 
 def _who_begins():
-    """Returns the list that called `on_train_begin`, and whose code did.
+    """Returns the list that called `on_train_begin`, and the code around it.
 
-    Either is None where it is not known.
+    What is not known is None.
     """
     frame = sys._getframe(1)
     while frame is not None:
@@ -158,21 +183,21 @@ def start_of(
     """Returns the optimizer step at which the run of a `fit` began.
 
     A `fit` from epoch 0 begins a run, whatever the optimizer has done before.
-    One from a later epoch (`initial_epoch`, `BackupAndRestore`) resumes one,
-    that began as many steps ago as there are in the epochs before. If all
-    that the optimizer has done fits into these epochs and the one that
-    begins, it belongs to the run, which was cut off within an epoch.
+    A `fit` from a later epoch (`initial_epoch`, `BackupAndRestore`) resumes a
+    run, which began as many steps ago as the earlier epochs have. If all steps
+    of the optimizer fit into these epochs and the one that begins, they belong
+    to the run, which was cut off within an epoch.
 
     Args:
         model: The model in `fit`.
         batches: The batches that its optimizer has seen.
-        each: Batches to an optimizer step.
+        each: Batches per optimizer step.
         epoch: The epoch with which `fit` begins.
         steps: Batches in an epoch, or None where unknown.
         skips: Whether a batch may be no step (loss scaling).
 
     Returns:
-        An int, which is negative where the optimizer is younger than the run.
+        An int. It is negative if the optimizer is younger than the run.
     """
     # Set by BackupAndRestore alone, which may have restored epoch 0.
     resumes = epoch > 0 or _keras.restored_epoch(model) is not None
@@ -201,7 +226,7 @@ def note_end(model: keras.Model, *, begin: int, end: int, epochs: int) -> None:
 
 
 def warn_of_a_loop(method: str, model: keras.Model, *, begin: int) -> None:
-    """Warns once that each of several fits of one epoch is planned alone.
+    """Warns once that several fits of one epoch are planned one by one.
 
     Args:
         method: Name of the method.
@@ -220,4 +245,20 @@ def warn_of_a_loop(method: str, model: keras.Model, *, begin: int) -> None:
         "and to the method end_step, the last step of the whole run at which "
         "masks may change.",
         stacklevel=2,
+    )
+
+
+def warn_of_no_update(method: str, steps: int, first: int, rule: str) -> None:
+    """Warns that masks will not change in a run.
+
+    Args:
+        method: Name of the method.
+        steps: Steps of the run.
+        first: Its first step.
+        rule: When updates come, in words.
+    """
+    warnings.warn(
+        f"{method} plans 0 updates in the {steps} steps of this run from step "
+        f"{first} on: {rule}. The masks will not change.",
+        stacklevel=4,
     )

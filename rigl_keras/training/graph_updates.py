@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Iterator
 
 import tensorflow as tf
@@ -56,10 +57,6 @@ class GraphUpdates:
             or `"always"`.
         update_replaces_step: Whether the optimizer is not applied at an
             update.
-
-    Attributes:
-        reached: Keys of the variables that the optimizer was given a gradient
-            of.
     """
 
     def __init__(
@@ -81,7 +78,8 @@ class GraphUpdates:
         self._change_masks = change_masks
         self._dense_gradients = dense_gradients
         self._update_replaces_step = update_replaces_step
-        self.reached: set[int] = set()
+        self._reached: set[int] = set()
+        self._warns_of_unreached = True
         self.bind(attached, buffers)
 
     def bind(
@@ -253,7 +251,7 @@ class GraphUpdates:
         def watched(gradients, trainable_variables=None):
             gradients = list(gradients)
             variables = list(_given(optimizer, trainable_variables))
-            self.reached |= {
+            self._reached |= {
                 variable_key(v)
                 for v, gradient in zip(variables, gradients, strict=True)
                 if gradient is not None
@@ -269,6 +267,32 @@ class GraphUpdates:
 
         with _applying(optimizer, watched):
             yield
+
+    def warn_of_unreached(self) -> None:
+        """Warns once of masks that stay, though their layers are trained.
+
+        The optimizer was given no gradient of their kernels.
+        """
+        if not self._reached or not self._warns_of_unreached:
+            return
+        self._warns_of_unreached = False
+        names = [
+            m.name
+            for m in self._attached.trainable()
+            if variable_key(m.kernel) not in self._reached
+        ]
+        if names:
+            optimizer = self._attached.optimizer
+            warnings.warn(
+                f"{self._method} does not reach these masked layers: "
+                f"{', '.join(names)}. They are trainable, and have no gradient "
+                f"where the training step applies {optimizer.name!r}, so "
+                "that their masks stay as they are. If another optimizer "
+                "trains them, give each optimizer a method of its own by "
+                "attach and update; otherwise the loss does not depend on "
+                "them, or set trainable = False.",
+                stacklevel=3,
+            )
 
     # The update in place of the optimizer.
 

@@ -43,13 +43,13 @@ def innermost(optimizer: keras.Optimizer) -> keras.Optimizer:
 
 
 def parts(optimizer: keras.Optimizer) -> list[keras.Optimizer]:
-    """Returns the optimizers of a `MultiOptimizer`, or the optimizer itself.
+    """Returns the optimizers of a `MultiOptimizer`, or the one that is given.
 
     Args:
         optimizer: A Keras optimizer without loss scaling.
 
     Returns:
-        Keras optimizers, each of which moves variables of its own.
+        Keras optimizers. Each moves other variables.
     """
     return list(getattr(optimizer, "optimizers", [optimizer]))
 
@@ -86,8 +86,8 @@ def owner(
 def batches(optimizer: keras.Optimizer) -> keras.Variable:
     """Returns the variable that counts the batches an optimizer has seen.
 
-    Its `iterations` are whole steps, of several batches each where it
-    accumulates gradients; what it counts in is private.
+    Its `iterations` are whole steps. If it accumulates gradients, each has
+    several batches.
 
     Args:
         optimizer: A Keras optimizer without loss scaling.
@@ -99,7 +99,7 @@ def batches(optimizer: keras.Optimizer) -> keras.Variable:
 
 
 def batches_per_step(optimizer: keras.Optimizer) -> int:
-    """Returns of how many batches the gradients make up a step.
+    """Returns how many batches make up an optimizer step.
 
     Args:
         optimizer: A Keras optimizer without loss scaling.
@@ -108,9 +108,9 @@ def batches_per_step(optimizer: keras.Optimizer) -> int:
 
 
 def count_step(optimizer: keras.Optimizer) -> None:
-    """Ends a step that moves nothing.
+    """Counts a step that moves nothing.
 
-    It counts as one, and the gradients accumulated for it are dropped.
+    The gradients that were accumulated for it are dropped.
 
     Args:
         optimizer: A built Keras optimizer without loss scaling.
@@ -156,7 +156,7 @@ def _project_each(optimizer, masked):
 def slots(
     optimizer: keras.Optimizer, variable: keras.Variable
 ) -> dict[str, keras.Variable]:
-    """Returns what the optimizer remembers for each entry of a variable.
+    """Returns what the optimizer remembers of each entry of a variable.
 
     Args:
         optimizer: A built Keras optimizer.
@@ -164,8 +164,8 @@ def slots(
 
     Returns:
         `{slot name: slot variable}`, the slots of the variable's shape.
-        Memory shared by entries, as Adafactor's row and column averages, is
-        no entry's own and left out.
+        Memory that entries share, such as Adafactor's averages of rows and
+        columns, is left out.
 
     Raises:
         ValueError: The optimizer is not built, or does not train `variable`.
@@ -202,11 +202,11 @@ def forget(
     *,
     only: Sequence[str] | None = None,
 ) -> None:
-    """Sets the memory of some entries to what a new optimizer starts with.
+    """Resets the memory of some entries to that of a new optimizer.
 
-    That is zero, Adagrad's and Ftrl's `initial_accumulator_value`, and for a
-    memory of weights (averaged ones, `ScheduleFreeAdamW`'s momentum) the
-    variable's own value.
+    That is zero; for Adagrad and Ftrl their `initial_accumulator_value`; and
+    for a memory of weights (averages, `ScheduleFreeAdamW`'s momentum) the
+    value of the variable.
 
     Args:
         optimizer: A built Keras optimizer.
@@ -228,9 +228,9 @@ def forget(
 def momentum(optimizer: keras.Optimizer, variable: keras.Variable) -> tf.Tensor:
     """Returns the running mean of a variable's gradients, up to a factor.
 
-    That is SGD's velocity (which holds -learning rate times the mean), Lion's
-    momentum and, for optimizers that keep second moments v as well,
-    m / (sqrt(v) + 1e-8), as the reproduction has it (core.py:477-491).
+    For SGD it is the velocity (-learning rate times the mean), for Lion the
+    momentum, and for optimizers that keep second moments v as well it is
+    m / (sqrt(v) + 1e-8), as in the reproduction (core.py:477-491).
 
     Args:
         optimizer: A built Keras optimizer.

@@ -12,7 +12,7 @@ from rigl_keras import _keras, replicas
 from rigl_keras.training.fit_runs import FitRun
 from rigl_keras.training.graph_updates import GraphUpdates
 
-__all__ = ["StepExchange", "untraced"]
+__all__ = ["StepExchange", "installed_update", "untraced"]
 
 
 class StepExchange:
@@ -48,11 +48,11 @@ class StepExchange:
         self._logs, self._watches_loss = logs, watches_loss
         self._renew, self._check = renew, check
 
-    def install(self, owner: object) -> None:
+    def install(self, owner: keras.callbacks.Callback) -> None:
         """Exchanges the step, and makes the train function.
 
         Args:
-            owner: What the exchanged step names as its `mask_update`.
+            owner: The callback that `installed_update` returns.
 
         Raises:
             ValueError: The train function cannot be made. The model has its
@@ -66,7 +66,7 @@ class StepExchange:
                 return model.train_step(data)
             return with_updates(data)
 
-        train_step.mask_update = owner
+        train_step.mask_update, train_step.fit_run = owner, run
 
         def make_train_function(force=False):
             if not run.lasts():
@@ -148,6 +148,22 @@ class StepExchange:
             return {**logs, **self._logs()}
 
         return logged
+
+
+def installed_update(model: keras.Model) -> keras.callbacks.Callback | None:
+    """Returns the callback whose updates a model's training step runs.
+
+    Args:
+        model: A model in `fit`.
+
+    Returns:
+        The `StepUpdate`, from its `on_train_begin` to its `on_train_end`.
+    """
+    run = getattr(model.train_step, "fit_run", None)
+    # A run that was cut off is over.
+    if run is not None and run.model is model and run.lasts():
+        return model.train_step.mask_update
+    return None
 
 
 def untraced(train_step: Callable) -> Callable:

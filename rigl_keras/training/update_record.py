@@ -78,16 +78,17 @@ class UpdateRecord:
             attached: What is trained from now on. To be called in the scope
                 of its strategy, after `fetch`.
         """
-        self._masked = attached.masked
+        self._attached = attached
+        masked = len(attached.masked)
         executed = getattr(attached.model, "steps_per_execution", 1)
         rows = max(_ROWS, FETCH_EVERY * executed)
-        self._rows = _counter(tf.zeros([rows, 1 + len(self._masked)], tf.int64))
+        self._rows = _counter(tf.zeros([rows, 1 + masked], tf.int64))
         # NaN where no loss is evaluated.
         self._losses = tf.Variable(
             tf.fill([rows, 2], math.nan), trainable=False
         )
         self._seem_masked = tf.Variable(
-            tf.zeros([len(self._masked)], tf.bool), trainable=False
+            tf.zeros([masked], tf.bool), trainable=False
         )
         self._kept = tf.Variable(0, trainable=False)
 
@@ -120,7 +121,7 @@ class UpdateRecord:
         """
         of = dict(zip(map(id, layers), tf.unstack(masked), strict=True))
         each = tf.stack(
-            [of.get(id(m), tf.constant(False)) for m in self._masked]
+            [of.get(id(m), tf.constant(False)) for m in self._attached.masked]
         )
         first = self._refused[0] < 0
         self._seem_masked.assign(tf.where(first, each, self._seem_masked))
@@ -169,11 +170,11 @@ class UpdateRecord:
 
     def _counts(self):
         return tf.stack(
-            [tf.math.count_nonzero(m.mask.value) for m in self._masked]
+            [tf.math.count_nonzero(m.mask.value) for m in self._attached.masked]
         )
 
     def _density_of(self, counts):
-        weights = sum(math.prod(m.mask.shape) for m in self._masked)
+        weights = sum(math.prod(m.mask.shape) for m in self._attached.masked)
         return tf.cast(tf.reduce_sum(counts) / weights, tf.float32)
 
     # On the host.
@@ -186,18 +187,17 @@ class UpdateRecord:
         """
         self.trajectory = [(step, self._counts_now())]
 
-    def fetch(self, *, steps_before: int, losses: bool) -> None:
+    def fetch(self, *, losses: bool) -> None:
         """Takes the noted updates from the device.
 
         Args:
-            steps_before: Steps of the optimizers before this one.
             losses: Whether losses are kept as well.
         """
         kept = int(self._kept.numpy())
         if not kept:
             return
         rows = self._rows.numpy()[:kept]
-        rows[:, 0] += steps_before
+        rows[:, 0] += self._attached.steps_before
         rows = rows.tolist()
         for step, *counts in rows:
             self._add(step, tuple(counts))
@@ -245,7 +245,7 @@ class UpdateRecord:
             seem = self._seem_masked.numpy()
             names = [
                 repr(m.name)
-                for m, seems in zip(self._masked, seem, strict=True)
+                for m, seems in zip(self._attached.masked, seem, strict=True)
                 if seems
             ]
             why = _REASONS[reason].format(
