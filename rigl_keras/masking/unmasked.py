@@ -4,6 +4,7 @@ from collections.abc import Container, Iterable, Mapping
 
 import keras
 
+from rigl_keras import _keras
 from rigl_keras.masking.layer_kernels import find_kernels, is_normalisation
 
 __all__ = ["left_dense", "listed", "matrices", "why_adapted", "why_dense"]
@@ -37,7 +38,7 @@ def why_dense(layer: keras.layers.Layer) -> str:
 
 def why_adapted(layer: keras.layers.Layer) -> str | None:
     """Returns why a layer that LoRA or quantization has changed is dense."""
-    for inner in layer._flatten_layers():
+    for inner in _keras.flatten_layers(layer):
         where = "" if inner is layer else f" of its {inner.name!r}"
         if getattr(inner, "lora_enabled", False):
             return (
@@ -66,11 +67,11 @@ def left_dense(
         included, but for biases, normalisation and embedding tables.
     """
     left = {}
-    for inner in layer._flatten_layers():
+    for inner in _keras.flatten_layers(layer):
         if is_normalisation(inner):
             continue
         table = isinstance(inner, keras.layers.Embedding)
-        for name, variable in matrices(inner._trainable_variables).items():
+        for name, variable in matrices(_keras.direct_weights(inner)).items():
             if id(variable) in masked or (table and name == "embeddings"):
                 continue
             left[name if inner is layer else f"{inner.name}/{name}"] = variable
