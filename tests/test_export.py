@@ -19,9 +19,11 @@ from support.small_models import compiled, examples, small_model
 
 import rigl_keras
 from rigl_keras import _files, _timing
-from rigl_keras.exporting import formats, signatures
+from rigl_keras.exporting import signatures
+from rigl_keras.exporting.base_format import WriteOptions
 from rigl_keras.exporting.export import export
 from rigl_keras.exporting.export_report import check_export
+from rigl_keras.exporting.formats import FORMATS
 
 # Loads every export of a folder in a process that cannot import this package,
 # runs the examples beside it, and keeps what comes out.
@@ -226,7 +228,7 @@ def test_what_others_make_of_it(tmp_path):
     np.testing.assert_allclose(compiled(x), model(x), atol=1e-5)
     converter = tf.lite.TFLiteConverter.from_saved_model(str(tmp_path / "out"))
     (tmp_path / "model.tflite").write_bytes(converter.convert())
-    run = formats.load(tmp_path, "tflite", None, None)
+    run = FORMATS["tflite"].load(tmp_path, None, None)
     got = run({"input": x})["output_0"]
     np.testing.assert_allclose(got, model(x), atol=1e-5)
 
@@ -343,7 +345,7 @@ def test_other_formats(format, kind, tmp_path):
     model = rigl_keras.sparsify(KINDS[kind](), 0.2)
     masks = rigl_keras.masked_layers(model).masks
     report = export(model, tmp_path / "out", format=format, measure=False)
-    file = formats.FORMATS[format].file
+    file = FORMATS[format].file
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         file,
         "export.json",
@@ -363,7 +365,8 @@ def test_sparse_files_are_smaller(tmp_path):
         for sparse in (True, False):
             folder = tmp_path / f"{format}{sparse}"
             folder.mkdir()
-            formats.write(model, signature, folder, format, sparse=sparse)
+            options = WriteOptions(sparse=sparse)
+            FORMATS[format].write(model, signature, folder, options)
             files = [p for p in folder.rglob("*") if p.is_file()]
             sizes[sparse] = sum(p.stat().st_size for p in files)
         assert sizes[False] > 4 * 266_000, format
@@ -532,20 +535,20 @@ def test_refuses(tmp_path):
 
 
 @pytest.mark.slow_but("saved_model", "sparse_saved_model", "onnx", "keras")
-@pytest.mark.parametrize("format", list(formats.FORMATS))
+@pytest.mark.parametrize("format", list(FORMATS))
 def test_what_disagrees_is_not_written(format, tmp_path, monkeypatch, request):
     if format == "sparse_saved_model":
         if rigl_keras.kernels.load() is None:
             pytest.skip(f"no kernels: {rigl_keras.kernels.unavailable()}")
         request.getfixturevalue("always_sparse")
     model = rigl_keras.sparsify(small_model(), 0.2)
-    load = formats.load
+    load = FORMATS[format].load
 
     def load_wrongly(*arguments):
         run = load(*arguments)
         return lambda x: {n: y + 1e-3 for n, y in run(x).items()}
 
-    monkeypatch.setattr(formats, "load", load_wrongly)
+    monkeypatch.setattr(FORMATS[format], "load", load_wrongly)
     with pytest.raises(ValueError, match="disagrees with the model"):
         export(model, tmp_path / "new" / "exported", format=format)
     assert not list(tmp_path.iterdir())
@@ -553,13 +556,13 @@ def test_what_disagrees_is_not_written(format, tmp_path, monkeypatch, request):
 
 def test_a_batch_size_fixed_by_mistake_is_noticed(tmp_path, monkeypatch):
     model = rigl_keras.sparsify(small_model(), 0.2)
-    load = formats.load
+    load = FORMATS["saved_model"].load
 
     def load_for_one(*arguments):
         run = load(*arguments)
         return lambda x: {n: y[:1] for n, y in run(x).items()}
 
-    monkeypatch.setattr(formats, "load", load_for_one)
+    monkeypatch.setattr(FORMATS["saved_model"], "load", load_for_one)
     with pytest.raises(ValueError, match="differ by inf"):
         export(model, tmp_path / "exported", measure=False)
 
@@ -577,18 +580,19 @@ def test_a_constant_does_not_agree(quantization, tmp_path, monkeypatch):
         ),
         0.2,
     )
-    load = formats.load
+    format = "tflite" if quantization else "saved_model"
+    load = FORMATS[format].load
 
     def load_a_constant(*arguments):
         run = load(*arguments)
         return lambda x: {n: np.full_like(y, 0.01) for n, y in run(x).items()}
 
-    monkeypatch.setattr(formats, "load", load_a_constant)
+    monkeypatch.setattr(FORMATS[format], "load", load_a_constant)
     with pytest.raises(ValueError, match="disagrees with the model"):
         export(
             model,
             tmp_path / "exported",
-            format="tflite" if quantization else "saved_model",
+            format=format,
             quantization=quantization,
             inputs=np.random.default_rng(0).standard_normal((64, 32)),
             measure=False,
@@ -901,7 +905,7 @@ def test_a_full_disk(tmp_path):
     without = {"sparse_saved_model"}
     if rigl_keras.kernels.load() is not None:
         without = set()
-    assert set(ends) == set(formats.FORMATS) - without
+    assert set(ends) == set(FORMATS) - without
     for format, (kind, said) in ends.items():
         assert kind == "DiskFullError", (format, said)
         assert said.startswith("The disk is full") and format in said

@@ -244,7 +244,7 @@ THIRD_PARTY = {
     "diagnostics/plots": {"numpy", "matplotlib"},
     "diagnostics/table": set(),
     "exporting/export_report": set(),
-    "exporting/onnx": {"numpy", "tensorflow", "onnx", "onnxruntime"},
+    "exporting/onnx": {"numpy", "keras", "onnx", "onnxruntime"},
     "exporting/sparse_storage": {"numpy", "tensorflow"},
 }
 

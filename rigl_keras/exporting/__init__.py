@@ -1,12 +1,14 @@
 """Models for inference: formats, comparison with the model, and a report.
 
 export              `export`
-formats             the registry: how each format is written and loaded
+formats             the registry of formats
+base_format         `Format`: what each format provides
+saved_model, sparse_saved_model, tflite, onnx, keras_file
+preconditions       what must hold before anything is written
 comparison          whether what was written computes what the model does
 measurement         its size and speed
 export_report       `ExportReport`, `check_export`
 signatures          what a served model takes and returns
-saved_model, sparse_saved_model, tflite, onnx
 fusion              a network as sparse steps, for sparse_saved_model
 sparse_storage      kernels with their zeros left out
 """

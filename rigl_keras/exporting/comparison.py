@@ -1,15 +1,19 @@
 """Whether what was written computes what the model does."""
 
 import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import keras
 import numpy as np
 
 from rigl_keras import _keras
+from rigl_keras.exporting.base_format import Concession, Runner
+from rigl_keras.exporting.signatures import Signature
 
 __all__ = [
     "DisagreesError",
     "TOLERANCES",
-    "advice",
     "comparison_inputs",
     "difference",
     "usual_tolerance",
@@ -22,14 +26,22 @@ __all__ = [
 TOLERANCES = {"float32": 1e-5, "float16": 2e-2, "int8": 0.1}
 
 
-def comparison_inputs(signature, inputs, quantization):
+def comparison_inputs(
+    signature: Signature, inputs: Any, *, calibrated: bool
+) -> list[dict[str, np.ndarray]]:
     """Returns what outputs are compared on: inputs by name, those given last.
 
-    Random inputs are of two batch sizes, to see that both can be served. An
-    int8 model knows the ranges of what it was calibrated on, and nothing else.
+    Random inputs are of two batch sizes, to see that both can be served.
+
+    Args:
+        signature: Of the model.
+        inputs: Examples in the structure of the model's call, or None.
+        calibrated: Whether the ranges of activations come from the examples:
+            then the model knows these and nothing else, and no inputs are
+            drawn.
     """
     given = [] if inputs is None else [signature.named(inputs)]
-    if quantization == "int8":
+    if calibrated:
         return given
     try:
         drawn = [signature.random(n, seed=n) for n in (1, 3)]
@@ -40,7 +52,13 @@ def comparison_inputs(signature, inputs, quantization):
     return [*drawn[signature.batch_size is not None :], *given]
 
 
-def usual_tolerance(model, quantization):
+def usual_tolerance(model: keras.Model, quantization: str | None) -> float:
+    """Returns the one of `TOLERANCES` for the precision that is computed in.
+
+    Args:
+        model: The model.
+        quantization: As in `export`.
+    """
     if quantization is not None:
         return TOLERANCES[quantization]
     half = any(
@@ -54,12 +72,19 @@ class DisagreesError(ValueError):
     """What was written computes something else than the model."""
 
 
-def write_and_compare(write, concessions, examples, wanted, tolerance):
+def write_and_compare(
+    write: Callable[..., Callable[[], Runner]],
+    concessions: Sequence[Concession],
+    examples: Sequence[Mapping[str, np.ndarray]],
+    wanted: Sequence[Mapping[str, np.ndarray]],
+    tolerance: float,
+) -> tuple[float, list[str]]:
     """Writes an artefact whose outputs, loaded back, are those wanted.
 
     Args:
-        write: Writes it, given a concession, and returns how to load it.
-        concessions: What may be given up, and how that is said.
+        write: Writes it, given the changes of a concession, and returns how
+            to load it.
+        concessions: What may be given up, in this order.
         examples, wanted: Inputs and outputs by name, a pair for each batch.
         tolerance: By how much outputs may differ.
 
@@ -71,10 +96,10 @@ def write_and_compare(write, concessions, examples, wanted, tolerance):
         ValueError: No way of writing it agrees; why the first does not.
     """
     failures = []
-    for concession, said in [({}, ""), *concessions]:
+    for concession in [Concession({}, ""), *concessions]:
         try:
-            load = write(**concession)
-            # Loaded anew, states begin where those of the model are.
+            load = write(**concession.changes)
+            # Loaded for each batch: its states begin where the model's do.
             # Not Python's max, which may pass over a NaN.
             largest = float(
                 np.max(
@@ -95,13 +120,23 @@ def write_and_compare(write, concessions, examples, wanted, tolerance):
         except ValueError as error:
             failures.append(error)
         else:
-            notes = [f"{said}: otherwise {failures[0]}"] if failures else []
-            return largest, notes
+            if not failures:
+                return largest, []
+            return largest, [f"{concession.note}: otherwise {failures[0]}"]
     raise failures[0]
 
 
-def difference(got, wanted):
-    """Returns how far outputs are from others, in units of `_spread`."""
+def difference(
+    got: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]
+) -> float:
+    """Returns by how much outputs differ from those wanted, at most.
+
+    In units of `_spread`. It is infinite where an output is missing or has
+    another shape, and where strings differ.
+
+    Args:
+        got, wanted: Outputs by name.
+    """
     differences = []
     for name, want in wanted.items():
         if name not in got or got[name].shape != want.shape:
@@ -125,12 +160,3 @@ def _spread(output):
     """
     spread = np.max(np.abs(output - np.mean(output)))
     return max(spread, np.max(np.abs(output)) / 10, 1e-3)
-
-
-def advice(folded, quantization):
-    if quantization == "int8":
-        return (
-            " Pass more, and more typical, inputs, quantization='float16', or "
-            "a tolerance."
-        )
-    return " Pass fold_batch_norm=False." if folded else ""

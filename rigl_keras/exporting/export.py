@@ -1,36 +1,41 @@
 """A finished model to an artefact that is small, checked and measured."""
 
-import functools
+import dataclasses
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 
 from rigl_keras import _files, compaction
 from rigl_keras._checks import boolean, choice, number
-from rigl_keras.exporting import formats, saved_model, signatures
+from rigl_keras.exporting.base_format import WriteOptions
 from rigl_keras.exporting.comparison import (
     DisagreesError,
-    advice,
     comparison_inputs,
     usual_tolerance,
     write_and_compare,
 )
 from rigl_keras.exporting.export_report import (
     ExportReport,
-    foreign_files,
     size_of,
     write_report,
 )
-from rigl_keras.exporting.measurement import (
-    accounts,
-    measure_artefact,
-    variable_bytes,
+from rigl_keras.exporting.formats import (
+    FORMATS,
+    QUANTIZATIONS,
+    check_available,
+    formats_with,
 )
-from rigl_keras.masking.masked_layers import masked_layers
+from rigl_keras.exporting.measurement import Artefact, compare_artefacts, costs
+from rigl_keras.exporting.preconditions import check_model, checked_target
+from rigl_keras.exporting.signatures import (
+    is_finite,
+    outputs_of,
+    signature_of,
+)
 
 __all__ = ["export"]
 
@@ -43,7 +48,7 @@ def export(
     fold_batch_norm: bool = False,
     remove_dead_units: bool = False,
     quantization: str | None = None,
-    inputs=None,
+    inputs: Any = None,
     tolerance: float | None = None,
     measure: bool = True,
     overwrite: bool = False,
@@ -65,8 +70,8 @@ def export(
     and its outputs: by the keys of a dict, else `output_0`, `output_1`, ...
     Its kernels become dense again when it is loaded, so that a call costs
     what it costs in the dense model; under `"sparse_saved_model"` they stay
-    sparse, and a call costs less. The other formats are those of
-    `artefacts.write`.
+    sparse, and a call costs less. `exporting.formats` says how the other
+    formats store them.
 
     Args:
         model: A masked model of any kind, or one that `strip` returned.
@@ -118,30 +123,19 @@ def export(
         tolerance = number(
             "tolerance", tolerance, above=0, rule="must be a positive number"
         )
-    target = _checked_target(path, overwrite)
-    _check_weights(model)
+    target = checked_target(path, overwrite)
+    check_model(model)
     if tf.distribute.has_strategy():
         raise ValueError(
             "export loads what it writes, which TensorFlow cannot in the scope "
             f"of a {type(tf.distribute.get_strategy()).__name__}. Call it "
             "outside of strategy.scope()."
         )
-    signature = signatures.signature_of(model, inputs)
-    examples = comparison_inputs(signature, inputs, quantization)
-    try:
-        wanted = [signatures.outputs_of(model, signature, x) for x in examples]
-    except tf.errors.OpError as error:
-        raise ValueError(
-            f"Model {model.name!r} fails on the inputs that outputs are "
-            f"compared on: {str(error.message).splitlines()[0]} Received: "
-            f"inputs of shape {[x.shape for x in examples[-1].values()]}. "
-            "Pass inputs that it takes."
-        ) from error
-    if not all(signatures.is_finite(y) for w in wanted for y in w.values()):
-        raise ValueError(
-            f"Model {model.name!r} computes NaN or infinite outputs: a model "
-            "like this is not exported."
-        )
+    writer = FORMATS[format]
+    calibrated = _is_calibrated(writer, quantization)
+    signature = signature_of(model, inputs)
+    examples = comparison_inputs(signature, inputs, calibrated=calibrated)
+    wanted = _outputs_to_match(model, signature, examples)
     if tolerance is None:
         tolerance = usual_tolerance(model, quantization)
     small, compacted = _compacted(model, fold_batch_norm, remove_dead_units)
@@ -149,52 +143,47 @@ def export(
         _files.set_aside(target, replace=overwrite) as folder,
         tempfile.TemporaryDirectory() as scratch,
     ):
+        names = list(wanted[0])
+        artefact = Artefact(writer, folder, signature, names)
+        options = WriteOptions(
+            quantization=quantization,
+            calibration=examples[-1] if calibrated else None,
+        )
 
-        def write(**concession):
-            formats.write(
-                small,
-                signature,
-                folder,
-                format,
-                quantization=quantization,
-                calibration=examples[-1] if quantization == "int8" else None,
-                **concession,
-            )
-            return functools.partial(
-                formats.load, folder, format, signature, list(wanted[0])
-            )
+        def write(**changes):
+            changed = dataclasses.replace(options, **changes)
+            writer.write(small, signature, folder, changed)
+            return artefact.load
 
         try:
-            difference, notes = write_and_compare(
-                write,
-                formats.FORMATS[format].concessions,
-                examples,
-                wanted,
-                tolerance,
+            largest, notes = write_and_compare(
+                write, writer.concessions, examples, wanted, tolerance
             )
         except ValueError as error:
             way_out = ""
             if isinstance(error, DisagreesError):
-                way_out = advice(fold_batch_norm, quantization)
+                way_out = _advice(writer, quantization, fold_batch_norm)
             raise ValueError(
                 f"Model {model.name!r} cannot be exported as {format}: {error}"
                 f"{way_out} Nothing was written to {os.fspath(path)!r}."
             ) from error
         measured = {}
         if measure:
-            dense = Path(scratch) / "dense"
-            formats.write(model, signature, dense, "saved_model", sparse=False)
-            measured = measure_artefact(
-                folder, dense, format, signature, wanted[0]
+            dense = Artefact(
+                FORMATS["saved_model"], Path(scratch, "dense"), signature, names
             )
+            dense.format.write(
+                model, signature, dense.folder, WriteOptions(sparse=False)
+            )
+            measured = compare_artefacts(artefact, dense)
         report = ExportReport(
             path=str(Path(path)),
             format=format,
             quantization=quantization,
             bytes=size_of(folder),
-            variable_bytes=variable_bytes(folder, format),
-            **accounts(model, small),
-            max_difference=difference,
+            variable_bytes=artefact.weight_bytes(),
+            **costs(model, small),
+            max_difference=largest,
             tolerance=tolerance,
             **measured,
             **compacted,
@@ -205,107 +194,45 @@ def export(
 
 
 def _check_format(format, quantization, inputs):
-    choice("format", format, tuple(formats.FORMATS))
-    choice("quantization", quantization, (None, *formats.QUANTIZATIONS))
-    formats.check_installed(format)
-    if quantization is not None and format != "tflite":
+    choice("format", format, tuple(FORMATS))
+    choice("quantization", quantization, (None, *QUANTIZATIONS))
+    check_available(format)
+    if quantization is None:
+        return
+    if quantization not in FORMATS[format].quantizations:
+        offered = " or ".join(map(repr, formats_with(quantization)))
         raise ValueError(
-            f"quantization={quantization!r} is of format='tflite'. Received: "
+            f"quantization={quantization!r} is of format={offered}. Received: "
             f"format={format!r}."
         )
-    if quantization == "int8" and inputs is None:
+    if _is_calibrated(FORMATS[format], quantization) and inputs is None:
         raise ValueError(
-            "quantization='int8' reads the ranges of activations from typical "
-            "examples. Pass inputs, a hundred or more."
+            f"quantization={quantization!r} reads the ranges of activations "
+            "from typical examples. Pass inputs, a hundred or more."
         )
 
 
-def _checked_target(path, overwrite):
-    """Returns the folder to write, without links, if it may be written."""
-    named = isinstance(path, (str, os.PathLike)) and os.fspath(path)
-    if not isinstance(named, str) or not named:
-        raise ValueError(
-            "path must be that of the folder to write. Received: "
-            f"path={path!r}."
-        )
+def _is_calibrated(writer, quantization):
+    return bool(quantization) and writer.quantizations[quantization].calibrated
+
+
+def _outputs_to_match(model, signature, examples):
+    """Returns what a model computes on each batch of examples, by name."""
     try:
-        os.fsencode(named).decode()
-        # As the system does: a folder's `..` is where the folder is, and not
-        # where the link is that led to it.
-        target = Path(named).resolve()
-        there = os.path.lexists(target)
-    except (OSError, RuntimeError, ValueError) as error:
+        outputs = [outputs_of(model, signature, x) for x in examples]
+    except tf.errors.OpError as error:
         raise ValueError(
-            f"path must be one that can be written. Received: path={named!r} "
-            f"({error})."
+            f"Model {model.name!r} fails on the inputs that outputs are "
+            f"compared on: {str(error.message).splitlines()[0]} Received: "
+            f"inputs of shape {[x.shape for x in examples[-1].values()]}. "
+            "Pass inputs that it takes."
         ) from error
-    path = Path(named)
-    file = path.suffix.removeprefix(".")
-    if file in formats.FORMATS:
+    if not all(is_finite(y) for one in outputs for y in one.values()):
         raise ValueError(
-            f"path is the folder that is written, and the file in it is named "
-            f"{formats.FORMATS[file].file}. Received: path={named!r}. "
-            f"Pass {str(path.with_suffix(''))!r}."
+            f"Model {model.name!r} computes NaN or infinite outputs: a model "
+            "like this is not exported."
         )
-    if any(character in str(target) for character in "*?[]"):
-        raise ValueError(
-            "path may not hold *, ?, [ or ], which TensorFlow takes for a "
-            f"pattern. Received: path={named!r}, which is {str(target)!r}."
-        )
-    if not there and os.path.islink(path):
-        raise ValueError(
-            f"{named!r} is a link to {str(target)!r}, which does not exist. "
-            "Make that folder's path the one you pass, or remove the link."
-        )
-    if not there:
-        return target
-    if not overwrite:
-        raise ValueError(
-            f"{named!r} exists. Pass overwrite=True (--overwrite) to "
-            "replace it, or another path."
-        )
-    foreign = foreign_files(target)
-    if foreign:
-        raise ValueError(
-            "overwrite=True replaces what an export has written, and "
-            f"{named!r} holds something else: {foreign[0]}. Delete it "
-            f"yourself, or pass another path. Received: path={named!r}."
-        )
-    return target
-
-
-def _check_weights(model):
-    if not isinstance(model, keras.Model) or not model.built:
-        raise ValueError(
-            "export takes a built Keras model. Received: "
-            f"{getattr(model, 'name', model)!r}."
-        )
-    for variable in model.weights:
-        if not signatures.is_finite(variable.numpy()):
-            raise ValueError(
-                f"Weight {variable.path!r} holds NaN or infinite values: a "
-                "model like this is not exported."
-            )
-    for layer in masked_layers(model):
-        mask = layer.mask.numpy()
-        if not np.isin(mask, [0, 1]).all():
-            raise ValueError(
-                f"The mask of layer {layer.name!r} holds other values than "
-                "zeros and ones: it is damaged."
-            )
-        outside = layer.kernel.numpy()[mask == 0]
-        if outside.any():
-            raise ValueError(
-                f"Layer {layer.name!r} holds {np.count_nonzero(outside)} "
-                "weights outside its mask. layer.assign_mask(layer.mask) "
-                "removes them."
-            )
-    if not masked_layers(model) and not saved_model.served_kernels(model):
-        raise ValueError(
-            f"Model {model.name!r} has no masked layer, and no kernel with "
-            "zeros enough to leave out. Keras exports a dense model: "
-            "model.export(path)."
-        )
+    return outputs
 
 
 def _compacted(model, fold_batch_norm, remove_dead_units):
@@ -318,3 +245,11 @@ def _compacted(model, fold_batch_norm, remove_dead_units):
         model, folding = compaction.fold_batch_norm(model)
         went |= {"folded": folding.folded, "not_folded": folding.kept}
     return model, went
+
+
+def _advice(writer, quantization, folded):
+    """Returns what to pass where outputs disagree, as text after an error."""
+    advice = quantization and writer.quantizations[quantization].advice
+    if not advice and folded:
+        advice = "Pass fold_batch_norm=False."
+    return f" {advice}" if advice else ""

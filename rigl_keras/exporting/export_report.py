@@ -30,7 +30,7 @@ class ExportReport:
 
     Attributes:
         path: The folder that was written.
-        format: One of `artefacts.FORMATS`.
+        format: One of `formats.FORMATS`.
         quantization: As in `export`.
         bytes: Size of the artefact on disk.
         gzip_bytes: The same, each file compressed by itself.
@@ -224,8 +224,7 @@ def check_export(path: str | os.PathLike) -> ExportReport:
 def _files_in(content):
     """Returns `{name: digest}` of the files that a report names."""
     files = content["files"]
-    texts = isinstance(files, dict) and files.values()
-    if not isinstance(files, dict) or not all(map(_is_text, texts)):
+    if not isinstance(files, dict) or not all(map(_is_text, files.values())):
         raise ValueError(f"files is {_text.brief(files)}")
     return files
 

@@ -10,6 +10,7 @@ does what else is to be done to them, so that memory is passed over once:
 import collections
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -94,7 +95,7 @@ class Fused:
         self.layers = []
         self._steps = self._planned()
 
-    def __call__(self, inputs):
+    def __call__(self, inputs: Any) -> Any:
         """Returns the model's outputs.
 
         Args:
@@ -166,7 +167,7 @@ class Fused:
             after, within = [norm.name, *after], [*within, tensor]
             call = self._made_by.get(id(tensor))
         choice = self._choices.get(id(call))
-        if choice is None or not choice.sparse:
+        if call is None or choice is None or not choice.sparse:
             return None
         activated = call.layer.activation is keras.activations.relu
         linear = call.layer.activation in (None, keras.activations.linear)
@@ -265,7 +266,7 @@ class _Plain:
         values[id(self._call.outputs)] = made
 
     def _call_layer(self, values):
-        def current(structure):
+        def current(structure) -> Any:
             return keras.tree.map_structure(
                 lambda x: (
                     values[id(x)].tensor()

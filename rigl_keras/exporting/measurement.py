@@ -1,33 +1,67 @@
 """What an exported model costs: seconds, bytes and FLOPs."""
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
+import keras
 import numpy as np
 
 from rigl_keras import _timing
-from rigl_keras.exporting import formats
+from rigl_keras.exporting.base_format import Format, Runner
 from rigl_keras.exporting.export_report import size_of
+from rigl_keras.exporting.signatures import Signature
 from rigl_keras.flops.counting import count
 from rigl_keras.masking.leaves import trained_weights
 from rigl_keras.masking.masked_layers import masked_layers
 from rigl_keras.masking.selection import named_kernels
 
-__all__ = ["accounts", "measure_artefact", "variable_bytes"]
+__all__ = ["Artefact", "compare_artefacts", "costs"]
 
 _BATCHES = (1, 32)  # of which the latency is measured
 _SECONDS = 4.0  # that each of these measurements may take
 _TURN = 0.05  # seconds of calls, before the other side has its turn
 
 
-def measure_artefact(folder, dense, format, signature, wanted):
-    """Returns sizes and times of an artefact and of the dense SavedModel."""
-    sides = {
-        "ours": lambda: formats.load(folder, format, signature, list(wanted)),
-        "dense": lambda: formats.load(
-            dense, "saved_model", signature, list(wanted)
-        ),
-    }
+@dataclasses.dataclass(frozen=True)
+class Artefact:
+    """What a format has written of a model.
+
+    Attributes:
+        format: The format.
+        folder: The folder that it has written.
+        signature: What the model is called on.
+        outputs: Names of its outputs, in order.
+    """
+
+    format: Format
+    folder: Path
+    signature: Signature
+    outputs: Sequence[str]
+
+    def load(self) -> Runner:
+        """Returns the artefact, loaded: a function of named arrays."""
+        return self.format.load(self.folder, self.signature, self.outputs)
+
+    def weight_bytes(self) -> int:
+        """Returns the size of the weights, or of all where they lie with it."""
+        return size_of(self.folder / (self.format.weights or ""))
+
+
+def compare_artefacts(ours: Artefact, dense: Artefact) -> dict[str, object]:
+    """Returns sizes and times of an artefact and of the dense SavedModel.
+
+    Args:
+        ours: The artefact.
+        dense: The dense SavedModel of the same model.
+
+    Returns:
+        Fields of an `ExportReport`. Calls of both alternate; of a batch size
+        that the model cannot be called on there is no time.
+    """
+    sides = {"ours": ours.load, "dense": dense.load}
+    signature = ours.signature
     loading = _timing.interleaved(
         sides, rounds=_rounds(sides, at_least=3, at_most=9)
     )
@@ -49,10 +83,10 @@ def measure_artefact(folder, dense, format, signature, wanted):
         latency[batch] = seconds["ours"]
         dense_latency[batch] = seconds["dense"]
     return {
-        "gzip_bytes": size_of(folder, compressed=True),
-        "dense_bytes": size_of(dense),
-        "dense_gzip_bytes": size_of(dense, compressed=True),
-        "dense_variable_bytes": variable_bytes(dense, "saved_model"),
+        "gzip_bytes": size_of(ours.folder, compressed=True),
+        "dense_bytes": size_of(dense.folder),
+        "dense_gzip_bytes": size_of(dense.folder, compressed=True),
+        "dense_variable_bytes": dense.weight_bytes(),
         "load_seconds": loading["ours"],
         "dense_load_seconds": loading["dense"],
         "latency": latency,
@@ -60,18 +94,21 @@ def measure_artefact(folder, dense, format, signature, wanted):
     }
 
 
-def _rounds(sides: dict[str, Callable[[], object]], **bounds):
+def _rounds(sides: Mapping[str, Callable[[], object]], **bounds):
     return _timing.rounds_within(_SECONDS, sides, **bounds)
 
 
-def variable_bytes(folder, format):
-    if format == "saved_model":
-        folder = folder / "variables"
-    return size_of(folder)
+def costs(model: keras.Model, small: keras.Model) -> dict[str, object]:
+    """Returns what a model costs, and what it costs as it is exported.
 
+    Args:
+        model: The model.
+        small: The same model, or what compaction has made of it.
 
-def accounts(model, small):
-    """Returns what a model costs, and what it costs as it is exported."""
+    Returns:
+        Fields of an `ExportReport`. FLOPs are None where an axis of the input
+        is free.
+    """
     masked = masked_layers(model)
     kernels = [m.kernel.numpy() for m in masked] or [
         kernel.variable.numpy() for kernel in named_kernels(model).values()

@@ -1,42 +1,79 @@
 """ONNX files."""
 
 import warnings
+from collections.abc import Sequence
+from pathlib import Path
 
+import keras
 import numpy as np
 
 from rigl_keras._text import first_line
 from rigl_keras.compaction.graphs import unmasked_copy
-from rigl_keras.masking import model_tree
-from rigl_keras.masking.model_tree import input_structure, is_graph
+from rigl_keras.exporting.base_format import (
+    Format,
+    Runner,
+    WriteOptions,
+)
+from rigl_keras.exporting.signatures import Signature
+from rigl_keras.masking.model_tree import call_model, input_structure, is_graph
 from rigl_keras.masking.tracing import masks_applied
 
-__all__ = ["load_onnx", "write_onnx"]
-
-# ONNX.
+__all__ = ["Onnx"]
 
 _SPARSE_ENTRY = 12  # bytes of a float32 value and its index of 64 bits
 
 
-def write_onnx(model, path, sparse):
-    import onnx
+class Onnx(Format):
+    """A file for the runtimes of ONNX, through Keras's own exporter."""
 
-    plain = unmasked_copy(model) if is_graph(model) else model
-    model_tree.call_model(
-        plain, input_structure(plain)
-    )  # Keras wants it called
-    with warnings.catch_warnings(), masks_applied():
-        # Keras looks whether NumPy still has the names that tf2onnx uses.
-        warnings.simplefilter("ignore")
-        try:
-            plain.export(path, format="onnx", verbose=False)
-        except (NotImplementedError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"Keras's ONNX exporter fails: {first_line(error)}"
-            ) from error
-    if sparse:
-        written = onnx.load(path)
-        _make_sparse(written.graph)
-        onnx.save(written, path)
+    file = "model.onnx"
+    packages = ("tf2onnx", "onnx", "onnxruntime")
+
+    def write(
+        self,
+        model: keras.Model,
+        signature: Signature,
+        folder: Path,
+        options: WriteOptions,
+    ) -> None:
+        import onnx
+
+        path = self.path(folder)
+        plain = unmasked_copy(model) if is_graph(model) else model
+        call_model(plain, input_structure(plain))  # Keras wants it called
+        with warnings.catch_warnings(), masks_applied():
+            # Keras looks whether NumPy still has the names that tf2onnx uses.
+            warnings.simplefilter("ignore")
+            try:
+                plain.export(path, format="onnx", verbose=False)
+            except (NotImplementedError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"Keras's ONNX exporter fails: {first_line(error)}"
+                ) from error
+        if options.sparse:
+            written = onnx.load(path)
+            _make_sparse(written.graph)
+            onnx.save(written, path)
+
+    def load(
+        self, folder: Path, signature: Signature, outputs: Sequence[str]
+    ) -> Runner:
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(
+            str(self.path(folder)), providers=["CPUExecutionProvider"]
+        )
+        given = [node.name for node in session.get_inputs()]
+        # Keras's exporter keeps names of some inputs, and the order of all.
+        named = dict(zip(given, signature.inputs, strict=True))
+        if set(given) == set(signature.inputs):
+            named = dict(zip(given, given, strict=True))
+
+        def run(arrays):
+            feed = {node: arrays[named[node]] for node in given}
+            return dict(zip(outputs, session.run(None, feed), strict=True))
+
+        return run
 
 
 def _make_sparse(graph):
@@ -56,22 +93,3 @@ def _make_sparse(graph):
             )
         )
         graph.initializer.remove(constant)
-
-
-def load_onnx(path, signature, outputs):
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(
-        str(path), providers=["CPUExecutionProvider"]
-    )
-    given = [node.name for node in session.get_inputs()]
-    # Keras's exporter keeps names of some inputs, and the order of all.
-    named = dict(zip(given, signature.inputs, strict=True))
-    if set(given) == set(signature.inputs):
-        named = dict(zip(given, given, strict=True))
-
-    def run(arrays):
-        feed = {node: arrays[named[node]] for node in given}
-        return dict(zip(outputs, session.run(None, feed), strict=True))
-
-    return run

@@ -1,22 +1,53 @@
 """SavedModels that need TensorFlow alone."""
 
-import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import keras
 import tensorflow as tf
 
 from rigl_keras import _keras
+from rigl_keras.exporting.base_format import (
+    Format,
+    Runner,
+    WriteOptions,
+    numpy_runner,
+)
 from rigl_keras.exporting.signatures import Signature, named_outputs
 from rigl_keras.exporting.sparse_storage import SparseKernels, cheapest_encoding
 from rigl_keras.masking.leaves import trained_weights
 from rigl_keras.masking.model_tree import call_model
 from rigl_keras.masking.tracing import KernelScope, masks_applied
 
-__all__ = ["Served", "save", "served_kernels"]
+__all__ = ["SavedModel", "Served", "kernels_to_store_sparse"]
 
 
-def served_kernels(model: keras.Model) -> list[keras.Variable]:
+class SavedModel(Format):
+    """A SavedModel that plain TensorFlow loads, its kernels stored sparse.
+
+    It has the signature `serving_default`.
+    """
+
+    weights = "variables"
+
+    def write(
+        self,
+        model: keras.Model,
+        signature: Signature,
+        folder: Path,
+        options: WriteOptions,
+    ) -> None:
+        served = Served(model, signature, sparse=options.sparse)
+        tf.saved_model.save(served, str(folder), signatures=served.function)
+
+    def load(
+        self, folder: Path, signature: Signature, outputs: Sequence[str]
+    ) -> Runner:
+        loaded = tf.saved_model.load(str(folder))
+        return numpy_runner(loaded.signatures["serving_default"])
+
+
+def kernels_to_store_sparse(model: keras.Model) -> list[keras.Variable]:
     """Returns the weights that take less space if their zeros are left out.
 
     Args:
@@ -48,7 +79,7 @@ class Served(tf.Module):
         self, model: keras.Model, signature: Signature, *, sparse: bool
     ):
         super().__init__()
-        replaced = served_kernels(model) if sparse else []
+        replaced = kernels_to_store_sparse(model) if sparse else []
         self._kernels = None
         if replaced:
             self._kernels = SparseKernels([v.numpy() for v in replaced])
@@ -58,7 +89,7 @@ class Served(tf.Module):
         # saved, with its masks and its dense kernels.
         @tf.function
         def serve(**inputs):
-            kernels = self._kernels.read() if replaced else []
+            kernels = self._kernels.read() if self._kernels else []
             with KernelScope() as scope, masks_applied():
                 for variable, kernel in zip(replaced, kernels, strict=True):
                     scope.give(variable, kernel)
@@ -72,22 +103,3 @@ class Served(tf.Module):
             for layer in _keras.flatten_layers(model)
             if hasattr(layer, "lookup_table")
         ]
-
-
-def save(
-    model: keras.Model,
-    signature: Signature,
-    path: str | os.PathLike,
-    *,
-    sparse: bool = True,
-) -> None:
-    """Writes a SavedModel that plain TensorFlow loads.
-
-    It has the signature `serving_default`.
-
-    Args:
-        model, signature, sparse: As in `Served`.
-        path: Folder to write.
-    """
-    served = Served(model, signature, sparse=sparse)
-    tf.saved_model.save(served, str(Path(path)), signatures=served.function)

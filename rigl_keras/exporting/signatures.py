@@ -4,6 +4,7 @@ import dataclasses
 import keyword
 import re
 from collections.abc import Mapping
+from typing import Any, cast
 
 import keras
 import numpy as np
@@ -38,16 +39,16 @@ class Signature:
         limits: `{name: n}` of inputs of integers: random ones are below n.
     """
 
-    structure: object
+    structure: Any
     inputs: dict[str, tf.TensorSpec]
     lengths: dict[str, tuple[int, ...]]
     limits: dict[str, int]
 
-    def pack(self, arrays: Mapping[str, object]):
+    def pack(self, arrays: Mapping[str, object]) -> Any:
         """Returns named arrays in the structure of the call."""
         return tf.nest.map_structure(arrays.__getitem__, self.structure)
 
-    def named(self, examples) -> dict[str, np.ndarray]:
+    def named(self, examples: Any) -> dict[str, np.ndarray]:
         """Returns arrays in the structure of the call by their names.
 
         Raises:
@@ -148,7 +149,7 @@ class Signature:
         )
 
 
-def signature_of(model: keras.Model, examples=None) -> Signature:
+def signature_of(model: keras.Model, examples: Any = None) -> Signature:
     """Returns what a model is called on.
 
     Inputs have the names that a Sequential or Functional model gives its
@@ -190,7 +191,10 @@ def signature_of(model: keras.Model, examples=None) -> Signature:
     signature = Signature(
         structure=tf.nest.pack_sequence_as(structure, names),
         inputs=inputs,
-        lengths={n: tuple(spec.shape[1:]) for n, spec in inputs.items()},
+        lengths=cast(  # axes that are free are None until `_with_lengths`
+            dict[str, tuple[int, ...]],
+            {n: tuple(spec.shape[1:]) for n, spec in inputs.items()},
+        ),
         limits={
             n: 256 if spec.dtype == tf.uint8 else 2
             for n, spec in inputs.items()
@@ -276,7 +280,7 @@ def _as_arguments(names):
     return arguments
 
 
-def named_outputs(outputs) -> dict[str, tf.Tensor]:
+def named_outputs(outputs: Any) -> dict[str, tf.Tensor]:
     """Returns a model's outputs by name.
 
     Args:

@@ -119,7 +119,7 @@ def encoded_bytes(kernel: np.ndarray) -> dict[str, int]:
 def cheapest_encoding(kernel: np.ndarray) -> str:
     """Returns what takes least: one of `ENCODINGS`, or `"dense"`."""
     sizes = encoded_bytes(kernel)
-    return min(sizes, key=sizes.get)
+    return min(sizes, key=lambda encoding: sizes[encoding])
 
 
 def _bridges(gaps):
@@ -152,7 +152,7 @@ class SparseKernels(tf.saved_model.experimental.TrackableResource):
         self._dense = [
             tf.Variable(
                 # Empty, until its first axis gets its length.
-                np.zeros((0, *kernel.shape[1:]), kernel.dtype),
+                tf.zeros((0, *kernel.shape[1:]), kernel.dtype),
                 shape=(None, *kernel.shape[1:]),
                 trainable=False,
                 name="kernel",
@@ -169,7 +169,7 @@ class SparseKernels(tf.saved_model.experimental.TrackableResource):
                 encoding,
                 indices,
                 [
-                    tf.Variable(array, trainable=False, name=name)
+                    tf.Variable(tf.constant(array), trainable=False, name=name)
                     for name, array in zip(
                         ("values", "positions"),
                         encode([kernels[i] for i in indices], encoding),

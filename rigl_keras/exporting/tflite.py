@@ -4,34 +4,111 @@ import contextlib
 import os
 import re
 import warnings
+from collections.abc import Sequence
+from pathlib import Path
 
+import keras
 import numpy as np
 import tensorflow as tf
 
 from rigl_keras._text import first_line
-from rigl_keras.exporting import saved_model
+from rigl_keras.exporting.base_format import (
+    Concession,
+    Format,
+    Quantization,
+    Runner,
+    WriteOptions,
+)
+from rigl_keras.exporting.saved_model import Served
+from rigl_keras.exporting.signatures import Signature
 
-__all__ = ["load_tflite", "tflite"]
-
-# LiteRT.
+__all__ = ["TFLite"]
 
 
-def tflite(model, signature, sparse, quantization, calibration):
-    served = saved_model.Served(model, signature, sparse=False)
+class TFLite(Format):
+    """A file for LiteRT, which was TensorFlow Lite, on phones and the like."""
+
+    file = "model.tflite"
+    quantizations = {
+        "float16": Quantization(),
+        "int8": Quantization(
+            calibrated=True,
+            advice="Pass more, and more typical, inputs, "
+            "quantization='float16', or a tolerance.",
+        ),
+    }
+    concessions = (
+        Concession({"sparse": False}, "kernels are stored dense"),
+        Concession({"batch_size": 1}, "the batch size is 1"),
+        Concession(
+            {"sparse": False, "batch_size": 1},
+            "kernels are stored dense and the batch size is 1",
+        ),
+    )
+
+    def write(
+        self,
+        model: keras.Model,
+        signature: Signature,
+        folder: Path,
+        options: WriteOptions,
+    ) -> None:
+        served = Served(
+            model, signature.with_batch_size(options.batch_size), sparse=False
+        )
+        self.path(folder).write_bytes(_converted(served, options))
+
+    def load(
+        self, folder: Path, signature: Signature, outputs: Sequence[str]
+    ) -> Runner:
+        with _quiet_interpreter():
+            interpreter = tf.lite.Interpreter(
+                str(self.path(folder)), num_threads=os.cpu_count()
+            )
+        runner = interpreter.get_signature_runner("serving_default")
+        one_by_one = any(
+            detail["shape_signature"][:1].tolist() == [1]
+            for detail in runner.get_input_details().values()
+        )
+
+        def call(arrays):
+            try:
+                outputs = runner(**arrays)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"LiteRT's interpreter fails: {first_line(error)}"
+                ) from error
+            # It returns its own memory, which the next call overwrites.
+            return {name: np.array(output) for name, output in outputs.items()}
+
+        def call_one_by_one(arrays):
+            outputs = [call(example) for example in _examples(arrays)]
+            return {
+                name: np.concatenate([output[name] for output in outputs])
+                for name in outputs[0]
+            }
+
+        return call_one_by_one if one_by_one else call
+
+
+def _converted(served, options):
+    """Returns the bytes that LiteRT's converter makes of a `Served` model."""
     converter = tf.lite.TFLiteConverter.from_concrete_functions(
         [served.function], served
     )
     converter.experimental_enable_resource_variables = True
     converter.optimizations = []
-    if sparse:
+    if options.sparse:
         converter.optimizations.append(tf.lite.Optimize.EXPERIMENTAL_SPARSITY)
-    if quantization is not None:
+    if options.quantization is not None:
         converter.optimizations.append(tf.lite.Optimize.DEFAULT)
-    if quantization == "float16":
+    if options.quantization == "float16":
         converter.target_spec.supported_types = [tf.float16]
-    if quantization == "int8":
+    if options.calibration is not None:
         _check_no_loop(served.function)
-        converter.representative_dataset = lambda: _examples(calibration)
+        converter.representative_dataset = lambda: _examples(
+            options.calibration
+        )
     try:
         with _quiet_interpreter():
             return converter.convert()
@@ -68,32 +145,3 @@ def _quiet_interpreter():
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"\s*Warning: tf.lite.Interpreter")
         yield
-
-
-def load_tflite(path):
-    with _quiet_interpreter():
-        interpreter = tf.lite.Interpreter(str(path), num_threads=os.cpu_count())
-    runner = interpreter.get_signature_runner("serving_default")
-    one_by_one = any(
-        detail["shape_signature"][:1].tolist() == [1]
-        for detail in runner.get_input_details().values()
-    )
-
-    def call(arrays):
-        try:
-            outputs = runner(**arrays)
-        except RuntimeError as error:
-            raise ValueError(
-                f"LiteRT's interpreter fails: {first_line(error)}"
-            ) from error
-        # What it returns is its own memory, which the next call overwrites.
-        return {name: np.array(output) for name, output in outputs.items()}
-
-    def call_one_by_one(arrays):
-        outputs = [call(example) for example in _examples(arrays)]
-        return {
-            name: np.concatenate([output[name] for output in outputs])
-            for name in outputs[0]
-        }
-
-    return call_one_by_one if one_by_one else call

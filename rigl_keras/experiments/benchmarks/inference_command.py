@@ -52,8 +52,10 @@ from rigl_keras.experiments.benchmarks.runtime_tables import (
     check_paths,
     draw,
 )
-from rigl_keras.exporting import formats, signatures
+from rigl_keras.exporting import signatures
+from rigl_keras.exporting.base_format import WriteOptions
 from rigl_keras.exporting.export_report import size_of
+from rigl_keras.exporting.formats import FORMATS
 
 __all__ = [
     "MODELS",
@@ -237,9 +239,10 @@ def _sides(network, folder):
     ):
         path = folder / side
         path.mkdir()
-        formats.write(model, signature, path, format, sparse=sparse)
+        written = FORMATS[format]
+        written.write(model, signature, path, WriteOptions(sparse=sparse))
         sizes[side] = size_of(path)
-        runners[side] = formats.load(path, format, signature, ["output_0"])
+        runners[side] = written.load(path, signature, ["output_0"])
     if torch_network.is_installed():
         runners[TORCH] = _torch_runner(network)
     return runners, sizes, note

@@ -22,8 +22,14 @@ from rigl_keras._checks import boolean, choice
 from rigl_keras._text import first_line
 from rigl_keras.experiments import data, exits
 from rigl_keras.experiments.runs.run_directory import EarlierRun
-from rigl_keras.exporting import formats, signatures
+from rigl_keras.exporting import signatures
 from rigl_keras.exporting.export_report import ExportReport
+from rigl_keras.exporting.formats import (
+    FORMATS,
+    QUANTIZATIONS,
+    check_available,
+    formats_with,
+)
 
 __all__ = ["Exports", "load_model", "read_inputs"]
 
@@ -38,7 +44,7 @@ class Exports:
         formats: Any of `exporting.formats.FORMATS`; each is written to a
             folder of its name. None: nothing is.
         fold_batch_norm, remove_dead_units: As in `rigl_keras.export`.
-        quantization: As there; of the format `"tflite"` alone.
+        quantization: As there; of the formats that offer it.
         measure: As there.
 
     Raises:
@@ -59,16 +65,15 @@ class Exports:
                 f"formats={self.formats!r}."
             )
         for format in self.formats:
-            choice("formats", format, tuple(formats.FORMATS))
-            formats.check_installed(format)
-        choice(
-            "quantization", self.quantization, (None, *formats.QUANTIZATIONS)
-        )
+            choice("formats", format, tuple(FORMATS))
+            check_available(format)
+        choice("quantization", self.quantization, (None, *QUANTIZATIONS))
         for name in ("fold_batch_norm", "remove_dead_units", "measure"):
             boolean(name, getattr(self, name))
-        if self.quantization and "tflite" not in self.formats:
+        if self.quantization and not any(map(self._quantizes, self.formats)):
+            offered = " or ".join(map(repr, formats_with(self.quantization)))
             raise ValueError(
-                "quantization is of the format 'tflite'. Received: "
+                f"quantization is of the format {offered}. Received: "
                 f"quantization={self.quantization!r} and "
                 f"formats={tuple(self.formats)}."
             )
@@ -119,8 +124,10 @@ class Exports:
         examples = read_inputs(inputs, model) if inputs else None
         reports, failures = [], []
         for format, target in targets.items():
-            quantization = self.quantization if format == "tflite" else None
-            if quantization == "int8" and examples is None:
+            quantization = None
+            if self._quantizes(format):
+                quantization = self.quantization
+            if self._is_calibrated(format) and examples is None:
                 examples = _training_images(source, data_dir)
             try:
                 report = rigl_keras.export(
@@ -144,9 +151,16 @@ class Exports:
         return reports
 
     def _folder_name(self, format):
-        if format == "tflite" and self.quantization:
-            return f"tflite_{self.quantization}"
+        if self._quantizes(format):
+            return f"{format}_{self.quantization}"
         return format
+
+    def _quantizes(self, format):
+        return self.quantization in FORMATS[format].quantizations
+
+    def _is_calibrated(self, format):
+        offered = FORMATS[format].quantizations.get(self.quantization)
+        return offered is not None and offered.calibrated
 
 
 def load_model(source: str | os.PathLike) -> keras.Model:
@@ -240,7 +254,7 @@ def main() -> None:
     wanted = flags.DEFINE_list(
         "formats",
         ["saved_model"],
-        f"Formats, of {', '.join(formats.FORMATS)}.",
+        f"Formats, of {', '.join(FORMATS)}.",
     )
     output = flags.DEFINE_string(
         "output",
@@ -259,7 +273,7 @@ def main() -> None:
         "Remove units without a connection to the input or the output.",
     )
     quantization = flags.DEFINE_enum(
-        "quantization", None, formats.QUANTIZATIONS, "Of tflite."
+        "quantization", None, QUANTIZATIONS, "Of tflite."
     )
     inputs = flags.DEFINE_string(
         "inputs",
