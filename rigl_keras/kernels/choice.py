@@ -136,7 +136,7 @@ def choose(
     if problem.products < _LEAST_WORK:
         return Choice(False, "too small to matter")
     if library.load() is None:
-        return Choice(False, library.unavailable())
+        return Choice(False, library.unavailable() or "no op library")
     why = too_large(problem, backward=backward)
     if why is not None:
         return Choice(False, why)

@@ -2,38 +2,122 @@
 
 import contextlib
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import keras
 import tensorflow as tf
 
-from rigl_keras import _keras
+from rigl_keras import _checks, _keras
 from rigl_keras.kernels import choice, library, operations
 
 __all__ = [
-    "ChosenProducts",
     "PRODUCTS",
+    "ProductChoices",
     "USUAL_BATCH",
     "asked",
     "chosen",
     "dense_products",
     "only_dense",
     "outputs",
+    "takes",
     "why_dense",
 ]
-
-
-class ChosenProducts:
-    """What neither Keras nor TensorFlow shall track, as they do a dict."""
-
-    def __init__(self):
-        self.by_shape = {}
 
 
 PRODUCTS = ("auto", "dense", "sparse")
 # The batch that is timed where a layer is called on batches of any size.
 USUAL_BATCH = 128
 _dense_products = contextvars.ContextVar("dense_products", default=False)
+
+
+class ProductChoices:
+    """Which product a layer uses, by the shape of its inputs.
+
+    A masked layer holds one. Neither Keras nor TensorFlow tracks what is in
+    it, as they would track a dict.
+
+    Args:
+        layer: The layer without its mask.
+        product: How it is multiplied: `"dense"`, by TensorFlow; `"sparse"`, by
+            kernels that leave out what the mask removes; `"auto"`, whichever
+            was faster when both were timed.
+
+    Raises:
+        ValueError: `product` is none of these.
+    """
+
+    def __init__(self, layer: keras.layers.Layer, product: str):
+        self.product = product
+        self._layer = layer
+        self._by_shape: dict[tuple[int | None, ...], choice.Choice] = {}
+
+    @property
+    def product(self) -> str:
+        return self._product
+
+    @product.setter
+    def product(self, product: str) -> None:
+        _checks.choice("product", product, PRODUCTS)
+        self._product = product
+
+    @property
+    def by_shape(self) -> dict[tuple[int | None, ...], choice.Choice]:
+        """What was chosen, by the shape of the inputs; a copy."""
+        return dict(self._by_shape)
+
+    def choose(
+        self, shape: tf.TensorShape, mask: keras.Variable
+    ) -> choice.Choice:
+        """Returns which product is used for inputs of a shape.
+
+        Args:
+            shape: Of the inputs; the batch may be free.
+            mask: The mask, whose density decides.
+        """
+        if self.product == "sparse":
+            found = asked(self._layer, shape)
+        else:
+            with tf.init_scope():
+                values = tf.convert_to_tensor(_keras.stored_value(mask))
+                density = float(tf.reduce_mean(values))
+            found = chosen(self._layer, shape, density)
+        self._by_shape[tuple(shape)] = found
+        return found
+
+    def changes(self, mask: keras.Variable) -> bool:
+        """Returns whether another product is faster by now, for some inputs.
+
+        It may be, where the density has changed much. All are chosen again.
+
+        Args:
+            mask: The mask.
+        """
+        return any(
+            [
+                self.choose(tf.TensorShape(shape), mask).sparse
+                != earlier.sparse
+                for shape, earlier in self.by_shape.items()
+            ]
+        )
+
+    def forget(self) -> None:
+        """Forgets what was chosen."""
+        self._by_shape.clear()
+
+
+def takes(args: tuple, kwargs: Mapping[str, object]) -> bool:
+    """Returns whether a sparse product can be of what a layer is called on.
+
+    It is of one dense float32 tensor.
+
+    Args:
+        args, kwargs: Arguments of the call.
+    """
+    # Keras tells dense layers whether they are trained: all the same here.
+    if len(args) != 1 or kwargs.keys() - {"training"}:
+        return False
+    # `tf.is_tensor` takes SparseTensors and RaggedTensors for tensors.
+    return isinstance(args[0], tf.Tensor) and args[0].dtype == tf.float32
 
 
 def why_dense(layer: keras.layers.Layer) -> str | None:
@@ -80,9 +164,9 @@ def chosen(
         density: Of its mask.
         backward: Whether for training, or for inference.
     """
-    problem = _problem(layer, shape)
-    if problem is None:
+    if None in shape.as_list()[1:-1]:
         return choice.Choice(False, "images of any size")
+    problem = _problem(layer, shape)
     return choice.choose(problem, density, backward=backward)
 
 
@@ -103,17 +187,17 @@ def asked(
         backward: Whether for training, or for inference.
     """
     if library.load() is None:
-        return choice.Choice(False, library.unavailable())
+        return choice.Choice(False, library.unavailable() or "no op library")
     least = [1] * (len(shape) - 2)
     if getattr(layer, "padding", None) == "valid":
-        sizes = zip(layer.kernel.shape[:2], layer.dilation_rate, strict=True)
-        least = [(size - 1) * dilation + 1 for size, dilation in sizes]
-    batch, *between, channels = shape.as_list()
-    between = [
+        extents = zip(layer.kernel.shape[:2], layer.dilation_rate, strict=True)
+        least = [(size - 1) * dilation + 1 for size, dilation in extents]
+    batch, *sizes, channels = shape.as_list()
+    sizes = [
         free if size is None else size
-        for size, free in zip(between, least, strict=True)
+        for size, free in zip(sizes, least, strict=True)
     ]
-    problem = _problem(layer, tf.TensorShape([batch, *between, channels]))
+    problem = _problem(layer, tf.TensorShape([batch, *sizes, channels]))
     why = choice.too_large(problem, backward=backward)
     return choice.Choice(why is None, why or "as asked")
 
@@ -183,21 +267,21 @@ def _in_xla():
     return False
 
 
-def _problem(layer, shape):
-    """Returns the `kernels.Problem` of a layer, or None if it is not known."""
-    batch, *between = shape.as_list()[:-1]
+def _problem(layer, shape) -> choice.Problem:
+    """Returns what a layer computes for inputs of a shape.
+
+    Only the batch may be free: it is `USUAL_BATCH` then.
+    """
+    batch, *sizes = shape.as_list()[:-1]
     batch = USUAL_BATCH if batch is None else batch
-    if None in between:
-        return None
+    kernel = tuple(layer.kernel.shape)
     if isinstance(layer, keras.layers.Dense):
-        for length in between:
+        for length in sizes:
             batch *= length
-        return choice.Problem(
-            kernel=(1, 1, *layer.kernel.shape), images=(batch, 1, 1)
-        )
+        return choice.Problem(kernel=(1, 1, *kernel), images=(batch, 1, 1))
     return choice.Problem(
-        kernel=tuple(layer.kernel.shape),
-        images=(batch, *between),
+        kernel=kernel,
+        images=(batch, *sizes),
         strides=tuple(layer.strides),
         padding=layer.padding.upper(),
         dilations=tuple(layer.dilation_rate),

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -100,10 +101,10 @@ def sparse_dense(
         tf.reshape(mask, [1, 1, *mask.shape]),
         dense_gradient=dense_gradient,
     )
-    outputs = tf.reshape(
-        outputs, tf.concat([shape[:-1], [kernel.shape[1]]], axis=0)
-    )
-    outputs.set_shape([*inputs.shape[:-1], kernel.shape[1]])
+    units: Any = kernel.shape[1]
+    sizes = tf.concat([shape[:-1], tf.constant([units])], axis=0)
+    outputs = tf.reshape(outputs, sizes)
+    outputs.set_shape([*inputs.shape[:-1], units])
     return outputs
 
 
@@ -118,8 +119,8 @@ class FrozenKernel:
         shape: Of the kernel: rows, columns, channels, filters.
     """
 
-    values: tf.Tensor
-    places: tf.Tensor
+    values: tf.Tensor | np.ndarray
+    places: tf.Tensor | np.ndarray
     shape: tuple[int, int, int, int]
 
     @classmethod
@@ -129,7 +130,7 @@ class FrozenKernel:
         Args:
             kernel: Float32 of four axes; of two for a dense layer.
         """
-        shape = (1,) * (4 - kernel.ndim) + kernel.shape
+        shape: Any = (1,) * (4 - kernel.ndim) + kernel.shape
         places = np.flatnonzero(kernel).astype(np.int32)
         return cls(kernel.ravel()[places], places, shape)
 
@@ -145,7 +146,7 @@ def frozen_conv2d(
     scale: tf.Tensor | None = None,
     shift: tf.Tensor | None = None,
     relu_before: bool = False,
-    bias: tf.Tensor | None = None,
+    bias: tf.Tensor | np.ndarray | None = None,
     residual: tf.Tensor | None = None,
     relu_after: bool = False,
 ) -> tf.Tensor:
@@ -390,12 +391,14 @@ def _batch_norm_second_gradient(op, *upstream):
     inputs = [tf.identity(tensor) for tensor in op.inputs]
     with tf.GradientTape() as tape:
         tape.watch(inputs)
-        outputs = _gradients_of_batch_norm(*inputs, op.get_attr("epsilon"))
+        outputs = _gradients_of_batch_norm(
+            *inputs, epsilon=op.get_attr("epsilon")
+        )
     return tape.gradient(outputs, inputs, output_gradients=list(upstream))
 
 
 def _gradients_of_batch_norm(
-    upstream, to_mean, to_variance, x, gamma, mean, variance, epsilon
+    upstream, to_mean, to_variance, x, gamma, mean, variance, *, epsilon
 ):
     """Returns what the operation does, differentiable in everything."""
     rows = list(range(len(x.shape) - 1))

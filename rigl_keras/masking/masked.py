@@ -10,9 +10,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from rigl_keras import _checks, _keras, kernels
+from rigl_keras import _keras, kernels
 from rigl_keras.kernels import layer_products
-from rigl_keras.kernels.layer_products import ChosenProducts
+from rigl_keras.kernels.layer_products import ProductChoices
 from rigl_keras.masking.drawing import draw_mask
 from rigl_keras.masking.layer_kernels import Kernel, find_kernels, kernel_at
 from rigl_keras.masking.mask_variable import MaskVariable
@@ -163,8 +163,8 @@ class Masked(KernelMask, keras.layers.Wrapper):
     Args:
         layer: Any layer with a kernel, such as Dense, Conv2D or LSTM, or that
             has such layers within it, as attention and layers of one's own.
-        kernels: Paths of the kernels to mask (`maskable.Kernel.path`). None:
-            all that are found.
+        kernels: Paths of the kernels to mask, as in `layer_kernels.Kernel`.
+            None: all that are found.
         draw_key: Int from which random draws are seeded. None: the crc32 of
             the name.
         granularity: `"element"` or `"kernel"`, as in `KernelMask`; the latter
@@ -172,8 +172,9 @@ class Masked(KernelMask, keras.layers.Wrapper):
         product: How kernel x mask is multiplied with inputs: `"dense"`, by
             TensorFlow; `"sparse"`, by kernels that leave out what the mask
             removes, where the layer has such a product
-            (`products.why_dense`); `"auto"`: whichever was faster when both
-            were timed. It may be set anew, for what is traced later.
+            (`layer_products.why_dense`); `"auto"`: whichever was faster when
+            both were timed. It may be set later, for what is traced from then
+            on.
         nonzeros: How many entries of each mask are 1, in the order of
             `kernels`, as a config says it. The masks are drawn from
             `draw_key` when the layer is built. None: masks of ones.
@@ -222,8 +223,7 @@ class Masked(KernelMask, keras.layers.Wrapper):
         )
         check_granularity(granularity)
         self.granularity = granularity
-        self.product = product
-        self._chosen = ChosenProducts()
+        self._choices = ProductChoices(layer, product)
         self.kernels = None if kernels is None else tuple(kernels)
         self._nonzeros = None if nonzeros is None else tuple(nonzeros)
         self.supports_masking = layer.supports_masking
@@ -231,12 +231,11 @@ class Masked(KernelMask, keras.layers.Wrapper):
 
     @property
     def product(self) -> str:
-        return self._product
+        return self._choices.product
 
     @product.setter
     def product(self, product: str) -> None:
-        _checks.choice("product", product, layer_products.PRODUCTS)
-        self._product = product
+        self._choices.product = product
 
     def build(self, input_shape=None):
         super().build(input_shape)
@@ -349,21 +348,14 @@ class Masked(KernelMask, keras.layers.Wrapper):
 
     def _is_sparse(self, args, kwargs):
         """Returns whether a call is computed by sparse kernels."""
-        if self.product == "dense":
-            return False
-        # Keras tells dense layers whether they are trained: all the same here.
-        if len(args) != 1 or kwargs.keys() - {"training"}:
-            return False
-        # `tf.is_tensor` takes SparseTensors and RaggedTensors for tensors.
-        if not isinstance(args[0], tf.Tensor) or args[0].dtype != tf.float32:
-            return False
-        if (
-            masks_are_applied()
-            or self.why_dense()
-            or layer_products.only_dense()
-        ):
-            return False
-        return self.choose_product(args[0].shape).sparse
+        return (
+            self.product != "dense"
+            and layer_products.takes(args, kwargs)
+            and not masks_are_applied()
+            and self.why_dense() is None
+            and not layer_products.only_dense()
+            and self.choose_product(args[0].shape).sparse
+        )
 
     def why_dense(self) -> str | None:
         """Returns why the layer has no sparse product, or None."""
@@ -377,36 +369,22 @@ class Masked(KernelMask, keras.layers.Wrapper):
         Args:
             shape: Of the inputs; the batch may be free.
         """
-        if self.product == "sparse":
-            choice = layer_products.asked(self.layer, shape)
-        else:
-            with tf.init_scope():
-                mask = tf.convert_to_tensor(_keras.stored_value(self.mask))
-                density = float(tf.reduce_mean(mask))
-            choice = layer_products.chosen(self.layer, shape, density)
-        self._chosen.by_shape[tuple(shape)] = choice
-        return choice
+        return self._choices.choose(shape, self.mask)
 
     def chosen_products(self) -> dict[tuple, kernels.Choice]:
         """Returns what was chosen, by the shape of the inputs."""
-        return dict(self._chosen.by_shape)
+        return self._choices.by_shape
 
     def product_changes(self) -> bool:
         """Returns whether another product is faster by now, for some inputs.
 
-        As it is where the mask's density has changed much.
+        It may be, where the mask's density has changed much.
         """
-        return any(
-            [
-                self.choose_product(tf.TensorShape(shape)).sparse
-                != choice.sparse
-                for shape, choice in self.chosen_products().items()
-            ]
-        )
+        return self._choices.changes(self.mask)
 
     def forget_products(self) -> None:
         """Forgets what was chosen."""
-        self._chosen.by_shape.clear()
+        self._choices.forget()
 
     def _sparse_outputs(self, scope, inputs):
         note_called(self.kernel, self.name)
