@@ -2,72 +2,120 @@
 
 import functools
 import math
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import keras
 import numpy as np
 from keras import layers
 
-from rigl_keras.compaction.graphs import (
+from rigl_keras.compaction.graphs import Call, tensors_in
+from rigl_keras.compaction.linear_layers import (
     CONVOLUTIONS,
     DEPTHWISE,
     SEPARABLE,
     TRANSPOSED,
-    array,
-    from_config_with,
+    as_float64,
+    copy_with,
     is_channels_last,
-    is_inference,
-    is_special,
-    remade_layer,
-    tensors_in,
+    is_quantized_or_adapted,
+    resized_copy,
 )
 
-__all__ = ["rule_of", "width_of"]
-
-# What one call means for single channels.
+__all__ = ["ChannelRule", "Slots", "channel_count", "rule_of"]
 
 
-class _Rule:
-    """A layer that computes each channel of its inputs' same channels.
+class Slots(Protocol):
+    """Sets of channels that are kept or removed together."""
+
+    def new(self, n: int) -> np.ndarray:
+        """Returns the numbers of n channels, each in a set of its own."""
+        ...
+
+    def tie(self, one: np.ndarray, other: np.ndarray) -> None:
+        """Joins the sets of channels, one by one."""
+        ...
+
+    def pin(self, slots: np.ndarray) -> None:
+        """Has channels stay."""
+        ...
+
+
+class ChannelRule:
+    """What a call does to single channels.
+
+    This one is of layers that compute each channel from the same channel of
+    every input. Before any other method, `constants` is called: others use
+    what it has found.
 
     Args:
         call: A call that `applies`.
+
+    Attributes:
+        call, layer: The call, and its layer or Keras operation.
+        inputs, output: KerasTensors.
     """
 
-    def __init__(self, call):
+    def __init__(self, call: Call):
         self.call, self.layer, self.output = call, call.layer, call.outputs
         self.inputs = tensors_in(call.args)
 
     @staticmethod
-    def applies(call):
+    def applies(call: Call) -> bool:
+        """Returns whether a call is as the rule expects it."""
         return len(tensors_in(call.args)) == 1
 
-    def constants(self, inputs):
-        """Returns the constant value of each output channel, or NaN."""
+    def constants(self, inputs: list[np.ndarray]) -> np.ndarray:
+        """Returns the constant value of each output channel, or NaN.
+
+        Args:
+            inputs: The same of each input.
+        """
         return _evaluated(self.call, inputs)
 
-    def slots(self, inputs, slots):
-        """Returns the slots of the outputs, given those of the inputs."""
+    def slots(self, inputs: list[np.ndarray], slots: Slots) -> np.ndarray:
+        """Returns the slots of the output's channels.
+
+        Args:
+            inputs: Slots of the channels of each input.
+            slots: All that there are.
+        """
         return inputs[0]
 
-    def needs(self, outputs):
-        """Returns which channels of each input the needed outputs need."""
+    def needs(self, outputs: np.ndarray) -> list[np.ndarray]:
+        """Returns which channels of each input the needed outputs need.
+
+        Args:
+            outputs: Whether each output channel is needed.
+        """
         return [outputs] * len(self.inputs)
 
-    def remade(self, kept_inputs, kept, needed):
-        """Returns the layer for the channels that are kept."""
+    def remade(
+        self,
+        kept_inputs: list[np.ndarray],
+        kept: np.ndarray,
+        needed: np.ndarray,
+    ) -> Any:
+        """Returns the layer for the channels that are kept.
+
+        Args:
+            kept_inputs: Whether each channel of each input is kept.
+            kept: Whether each output channel is kept.
+            needed: Whether each output channel is needed.
+        """
         if not isinstance(self.layer, keras.layers.Layer):
             return self.layer  # an operation has no state
-        return from_config_with(self.layer)
+        return copy_with(self.layer)
 
 
-class _Passing(_Rule):
+class _Passing(ChannelRule):
     """A layer that leaves a constant channel as it is: pooling, dropout."""
 
     def constants(self, inputs):
         return inputs[0].copy()
 
 
-class _PassingZero(_Rule):
+class _PassingZero(ChannelRule):
     """A layer that leaves a channel of zeros as it is: padding with zeros."""
 
     def constants(self, inputs):
@@ -82,13 +130,15 @@ class _UpSampling(_PassingZero):
         return super().constants(inputs)
 
 
-class _Activation(_Rule):
+class _Activation(ChannelRule):
     @staticmethod
     def applies(call):
-        return _Rule.applies(call) and _is_elementwise(call.layer.activation)
+        return ChannelRule.applies(call) and _is_elementwise(
+            call.layer.activation
+        )
 
 
-class _Merge(_Rule):
+class _Merge(ChannelRule):
     """Sums and the like of tensors of one number of channels."""
 
     @staticmethod
@@ -116,7 +166,7 @@ class _Multiply(_Merge):
         return [outputs & (~self.zero | (known == 0)) for known in self.known]
 
 
-class _Concatenate(_Rule):
+class _Concatenate(ChannelRule):
     @staticmethod
     def applies(call):
         axis, rank = call.layer.axis, len(call.outputs.shape)
@@ -133,7 +183,7 @@ class _Concatenate(_Rule):
         return np.split(outputs, self.ends)
 
 
-class _Flatten(_Rule):
+class _Flatten(ChannelRule):
     """Positions one after the other, each with all channels."""
 
     def constants(self, inputs):
@@ -150,16 +200,16 @@ class _Flatten(_Rule):
         return self.output.shape[-1] // channels.size
 
 
-class _BatchNorm(_Rule):
+class _BatchNorm(ChannelRule):
     @staticmethod
     def applies(call):
         axes = (-1, len(call.outputs.shape) - 1)
-        return _Rule.applies(call) and call.layer.axis in axes
+        return ChannelRule.applies(call) and call.layer.axis in axes
 
     def constants(self, inputs):
         self.zero = np.zeros(inputs[0].size, bool)
         if self.layer.scale:
-            self.zero = array(self.layer.gamma) == 0
+            self.zero = as_float64(self.layer.gamma) == 0
         # Whatever comes in, it is multiplied by zero.
         return super().constants([np.where(self.zero, 0.0, inputs[0])])
 
@@ -169,14 +219,17 @@ class _BatchNorm(_Rule):
     def remade(self, kept_inputs, kept, needed):
         names = ["moving_mean", "moving_variance"]
         names += ["gamma"] * self.layer.scale + ["beta"] * self.layer.center
-        return remade_layer(
+        return resized_copy(
             self.layer,
             (*self.output.shape[:-1], int(kept.sum())),
-            {name: array(getattr(self.layer, name))[kept] for name in names},
+            {
+                name: as_float64(getattr(self.layer, name))[kept]
+                for name in names
+            },
         )
 
 
-class _Linear(_Rule):
+class _Linear(ChannelRule):
     """Dense layers and convolutions, act(sum of input x kernel + bias).
 
     Attributes:
@@ -188,7 +241,7 @@ class _Linear(_Rule):
     @staticmethod
     def applies(call):
         layer = call.layer
-        return _Rule.applies(call) and getattr(layer, "groups", 1) == 1
+        return ChannelRule.applies(call) and getattr(layer, "groups", 1) == 1
 
     def __init__(self, call):
         super().__init__(call)
@@ -204,8 +257,8 @@ class _Linear(_Rule):
         self.folded = value[nonzero] @ self.response[nonzero]
         if not self.is_elementwise:
             return np.full(self.folded.size, np.nan)
-        bias = array(self.layer.bias) if self.layer.use_bias else 0.0
-        constant = _as_floats(
+        bias = as_float64(self.layer.bias) if self.layer.use_bias else 0.0
+        constant = as_float64(
             self.layer.activation(_tensor(bias + self.folded, self.output))
         )
         unknown = self.connected[~self.foldable].any(axis=0)
@@ -230,13 +283,13 @@ class _Linear(_Rule):
         folded = np.where(needed, self.folded, 0.0)
         use_bias = self.layer.use_bias or bool(folded.any())
         if use_bias:
-            bias = array(self.layer.bias) if self.layer.use_bias else 0.0
+            bias = as_float64(self.layer.bias) if self.layer.use_bias else 0.0
             weights["bias"] = np.where(needed, bias + folded, 0.0)[kept]
         shape = self.inputs[0].shape
         changes = {"use_bias": use_bias}
         units = {"units", "filters"} & set(self.layer.get_config())
         changes.update(dict.fromkeys(units, int(kept.sum())))
-        return remade_layer(
+        return resized_copy(
             self.layer, (*shape[:-1], int(kept_input.sum())), weights, **changes
         )
 
@@ -252,7 +305,7 @@ class _Linear(_Rule):
         return slots.new(self.output.shape[-1])
 
     def _read_kernels(self):
-        self.kernel = self._inputs_first(array(self.layer.kernel))
+        self.kernel = self._inputs_first(as_float64(self.layer.kernel))
         self.connected = _over_positions(np.any, self.kernel != 0)
         self.response = _over_positions(np.sum, self.kernel)
 
@@ -277,7 +330,7 @@ class _Depthwise(_Linear):
         return np.repeat(inputs, self.kernel.shape[-1])
 
     def _read_kernels(self):
-        self.kernel = array(self.layer.kernel)
+        self.kernel = as_float64(self.layer.kernel)
         *_, channels, multiplier = self.kernel.shape
         inputs = np.repeat(np.arange(channels), multiplier)
         outputs = np.arange(channels * multiplier)
@@ -299,8 +352,8 @@ class _Separable(_Linear):
     """A depthwise convolution and then one of 1 x 1."""
 
     def _read_kernels(self):
-        self.depthwise = array(self.layer.depthwise_kernel)
-        pointwise = array(self.layer.pointwise_kernel)
+        self.depthwise = as_float64(self.layer.depthwise_kernel)
+        pointwise = as_float64(self.layer.pointwise_kernel)
         self.shape = pointwise.shape
         # (channels, multiplier, outputs)
         self.pointwise = pointwise.reshape(*self.depthwise.shape[-2:], -1)
@@ -330,7 +383,7 @@ _RULES = {
     **dict.fromkeys(SEPARABLE, _Separable),
     layers.BatchNormalization: _BatchNorm,
     layers.Activation: _Activation,
-    **dict.fromkeys((layers.ReLU, layers.LeakyReLU, layers.ELU), _Rule),
+    **dict.fromkeys((layers.ReLU, layers.LeakyReLU, layers.ELU), ChannelRule),
     **dict.fromkeys(
         (
             layers.ActivityRegularization,
@@ -387,12 +440,13 @@ _RULES = {
 @functools.cache
 def _rules():
     """Returns `_RULES` with those of operations, whose types have no names."""
-    x, y = keras.Input((1,)), keras.Input((1,))
+    x: Any = keras.Input((1,))
+    y: Any = keras.Input((1,))
     functions = ("gelu", "relu", "relu6", "sigmoid", "silu", "tanh")
     results = {
         _Merge: [x + y, x - y],
         _Multiply: [x * y],
-        _Rule: [getattr(keras.ops, name)(x) for name in functions],
+        ChannelRule: [getattr(keras.ops, name)(x) for name in functions],
     }
     return _RULES | {
         type(operation): rule
@@ -402,17 +456,22 @@ def _rules():
     }
 
 
-def rule_of(call, times):
-    """Returns the `_Rule` of a call, or None: nothing is known of it."""
+def rule_of(call: Call, times: Mapping[int, int]) -> ChannelRule | None:
+    """Returns the rule of a call, or None: nothing is known of it.
+
+    Args:
+        call: The call.
+        times: How many calls there are of each layer, by its id.
+    """
     layer = call.layer
     rule = _rules().get(type(layer))
     tensors = tensors_in((call.args, call.outputs))
     if (
         rule is None
-        or any(width_of(tensor) is None for tensor in tensors)
-        or not is_inference(call)
+        or any(channel_count(tensor) is None for tensor in tensors)
+        or not call.passes_inputs_only
         or not is_channels_last(layer)
-        or is_special(layer)
+        or is_quantized_or_adapted(layer)
         or (getattr(layer, "weights", None) and times[id(layer)] > 1)
         or not rule.applies(call)
     ):
@@ -435,8 +494,14 @@ def _is_elementwise(activation):
     return any(activation is known for known in _ELEMENTWISE)
 
 
-def width_of(tensor):
-    """Returns the number of channels, or None where there is no such axis."""
+def channel_count(tensor: keras.KerasTensor) -> int | None:
+    """Returns the size of the last axis, or None where it is unknown.
+
+    None, too, where that is the axis of the batch.
+
+    Args:
+        tensor: An input or output of a call.
+    """
     return tensor.shape[-1] if len(tensor.shape) > 1 else None
 
 
@@ -452,15 +517,11 @@ def _evaluated(call, inputs):
     else:
         values = call.layer(*tensors)
     unknown = np.any(np.isnan(inputs), axis=0)
-    return np.where(unknown, np.nan, _as_floats(values).ravel())
+    return np.where(unknown, np.nan, as_float64(values).ravel())
 
 
 def _tensor(values, like):
     return keras.ops.convert_to_tensor(values, dtype=like.dtype)
-
-
-def _as_floats(tensor):
-    return np.asarray(keras.ops.convert_to_numpy(tensor), np.float64)
 
 
 def _over_positions(reduce, kernel):

@@ -1,9 +1,4 @@
-"""A trained network made smaller, its outputs unchanged.
-
-`fold_batch_norm` puts batch norms into the layers before them;
-`remove_dead_units` takes out the units that sparsity has cut off. Both
-return a plain dense Keras model.
-"""
+"""Removes the units that sparsity has cut off from inputs or outputs."""
 
 import dataclasses
 import math
@@ -13,7 +8,7 @@ import keras
 import numpy as np
 
 from rigl_keras._text import aligned
-from rigl_keras.compaction.channel_rules import rule_of, width_of
+from rigl_keras.compaction.channel_rules import Slots, channel_count, rule_of
 from rigl_keras.compaction.graphs import rebuild, tensors_in, trace
 
 __all__ = ["Removal", "remove_dead_units"]
@@ -99,8 +94,8 @@ def remove_dead_units(model: keras.Model) -> tuple[keras.Model, Removal]:
     return small, Removal(shrunk, sum(before.values()), small.count_params())
 
 
-class _Slots:
-    """Sets of channels that are kept or removed together (union-find)."""
+class _UnionFind(Slots):
+    """`Slots` as a forest of parents."""
 
     def __init__(self):
         self._parents, self._pinned = [], []
@@ -142,7 +137,7 @@ class _Channels:
     """
 
     def __init__(self, graph):
-        self._slots = _Slots()
+        self._slots = _UnionFind()
         self._of = {}  # id of a tensor: its slots
         self._constants, self._needs = {}, {}
         times = Counter(id(call.layer) for call in graph.calls)
@@ -174,7 +169,7 @@ class _Channels:
         }
 
     def _pin_unknown(self, tensor):
-        width = width_of(tensor)
+        width = channel_count(tensor)
         if width is not None:
             self._of[id(tensor)] = self._slots.new(width)
             self._slots.pin(self._of[id(tensor)])

@@ -7,19 +7,16 @@ import keras
 import numpy as np
 from keras import layers
 
-from rigl_keras.compaction.graphs import (
+from rigl_keras.compaction.graphs import rebuild, tensors_in, trace
+from rigl_keras.compaction.linear_layers import (
     DEPTHWISE,
     LINEAR,
     SEPARABLE,
     TRANSPOSED,
-    array,
+    as_float64,
     is_channels_last,
-    is_inference,
-    is_special,
-    rebuild,
-    remade_layer,
-    tensors_in,
-    trace,
+    is_quantized_or_adapted,
+    resized_copy,
 )
 
 __all__ = ["Folding", "fold_batch_norm"]
@@ -96,8 +93,11 @@ def fold_batch_norm(model: keras.Model) -> tuple[keras.Model, Folding]:
             continue
         read = tensors_in((call.args, call.kwargs))[0]
         before = producers.get(id(read))
+        if before is None:
+            kept[norm.name] = "it follows an input of the model"
+            continue
         why = _why_not_folded(call, before, times, readers)
-        if why:
+        if why is not None:
             kept[norm.name] = why
             continue
         new[id(norm)] = None
@@ -109,10 +109,7 @@ def fold_batch_norm(model: keras.Model) -> tuple[keras.Model, Folding]:
 
 def _why_not_folded(call, before, times, readers):
     """Returns why a batch norm cannot be folded, or None."""
-    norm = call.layer
-    if before is None:
-        return "it follows an input of the model"
-    layer = before.layer
+    norm, layer = call.layer, before.layer
     if type(layer) not in LINEAR:
         return f"it follows {layer.name!r}, {_kind(layer)}"
     if type(norm) is not layers.BatchNormalization:
@@ -125,7 +122,7 @@ def _why_not_folded(call, before, times, readers):
         return f"the output of {layer.name!r} is needed elsewhere"
     if layer.activation is not keras.activations.linear:
         return f"{layer.name!r} has an activation"
-    if not is_inference(call) or not is_inference(before):
+    if not (call.passes_inputs_only and before.passes_inputs_only):
         return "it or the layer before is called with special arguments"
     if norm.axis not in (-1, len(before.outputs.shape) - 1) or not (
         is_channels_last(layer)
@@ -136,7 +133,7 @@ def _why_not_folded(call, before, times, readers):
     }
     if len(types) > 1:
         return f"more than one type: {', '.join(sorted(types))}"
-    if is_special(layer):
+    if is_quantized_or_adapted(layer):
         return f"{layer.name!r} is quantised or has LoRA weights"
     return None
 
@@ -149,23 +146,23 @@ def _kind(layer):
 def _scaled(call, norm):
     """Returns a linear layer that does the work of a batch norm as well."""
     layer = call.layer
-    scale = 1 / np.sqrt(array(norm.moving_variance) + norm.epsilon)
+    scale = 1 / np.sqrt(as_float64(norm.moving_variance) + norm.epsilon)
     if norm.scale:
-        scale = scale * array(norm.gamma)
-    bias = array(layer.bias) if layer.use_bias else 0.0
-    bias = (bias - array(norm.moving_mean)) * scale
+        scale = scale * as_float64(norm.gamma)
+    bias = as_float64(layer.bias) if layer.use_bias else 0.0
+    bias = (bias - as_float64(norm.moving_mean)) * scale
     if norm.center:
-        bias = bias + array(norm.beta)
+        bias = bias + as_float64(norm.beta)
     weights = {"bias": bias}
     if type(layer) in SEPARABLE:
-        weights["depthwise_kernel"] = array(layer.depthwise_kernel)
-        weights["pointwise_kernel"] = array(layer.pointwise_kernel) * scale
+        weights["depthwise_kernel"] = as_float64(layer.depthwise_kernel)
+        weights["pointwise_kernel"] = as_float64(layer.pointwise_kernel) * scale
     elif type(layer) in DEPTHWISE:
-        kernel = array(layer.kernel)
+        kernel = as_float64(layer.kernel)
         weights["kernel"] = kernel * scale.reshape(kernel.shape[-2:])
     elif type(layer) in TRANSPOSED:
-        weights["kernel"] = array(layer.kernel) * scale[:, np.newaxis]
+        weights["kernel"] = as_float64(layer.kernel) * scale[:, np.newaxis]
     else:
-        weights["kernel"] = array(layer.kernel) * scale
+        weights["kernel"] = as_float64(layer.kernel) * scale
     shape = tensors_in(call.args)[0].shape
-    return remade_layer(layer, shape, weights, use_bias=True)
+    return resized_copy(layer, shape, weights, use_bias=True)

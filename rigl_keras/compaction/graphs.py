@@ -8,11 +8,9 @@ import dataclasses
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import keras
-import numpy as np
-from keras import layers
 
 from rigl_keras._text import first_line
 from rigl_keras.masking.layer_state import copy_state
@@ -22,101 +20,14 @@ from rigl_keras.masking.stripping import strip, strip_copy
 from rigl_keras.masking.surgery import exchange_in_copy
 
 __all__ = [
-    "CONVOLUTIONS",
     "Call",
-    "DEPTHWISE",
     "Graph",
-    "LINEAR",
-    "SEPARABLE",
-    "TRANSPOSED",
-    "array",
-    "from_config_with",
-    "is_channels_last",
-    "is_inference",
-    "is_special",
     "plain_copy",
     "rebuild",
-    "remade_layer",
     "tensors_in",
     "trace",
     "unmasked_copy",
 ]
-
-
-def unmasked_copy(model):
-    """Returns a model without masks; the given one stays as it is."""
-    if is_graph(model):
-        return plain_copy(model)  # and without an optimizer
-    if not masked_layers(model):
-        return model
-    # Stripping would change a subclassed model in place: a copy is stripped.
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch) / "model.keras"
-        model.save(path)
-        try:
-            copy = keras.models.load_model(path, compile=False)
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"Model {model.name!r} is subclassed, and Keras cannot make a "
-                "copy of it to strip: its class needs a get_config, and "
-                "@keras.saving.register_keras_serializable(). Keras says: "
-                f"{first_line(error)}"
-            ) from error
-    return strip(copy)
-
-
-CONVOLUTIONS = (layers.Conv1D, layers.Conv2D, layers.Conv3D)
-TRANSPOSED = (
-    layers.Conv1DTranspose,
-    layers.Conv2DTranspose,
-    layers.Conv3DTranspose,
-)
-DEPTHWISE = (layers.DepthwiseConv1D, layers.DepthwiseConv2D)
-SEPARABLE = (layers.SeparableConv1D, layers.SeparableConv2D)
-LINEAR = (
-    layers.Dense,
-    *CONVOLUTIONS,
-    *TRANSPOSED,
-    *DEPTHWISE,
-    *SEPARABLE,
-)
-
-
-def is_inference(call):
-    """Returns whether a call gives nothing but the inputs."""
-    return all(
-        value is None or (name == "training" and value is False)
-        for name, value in call.kwargs.items()
-    )
-
-
-def is_channels_last(layer):
-    return getattr(layer, "data_format", None) in (None, "channels_last")
-
-
-def is_special(layer):
-    """Returns whether a layer computes with more than its kernel."""
-    return bool(
-        getattr(layer, "lora_enabled", False)
-        or getattr(layer, "quantization_mode", None)
-    )
-
-
-def array(variable):
-    return np.asarray(keras.ops.convert_to_numpy(variable), np.float64)
-
-
-def from_config_with(layer, **changes):
-    return type(layer).from_config({**layer.get_config(), **changes})
-
-
-def remade_layer(layer, input_shape, weights, **changes):
-    """Returns a layer of other sizes with the given weights."""
-    new = from_config_with(layer, **changes)
-    new.build(input_shape)
-    for name, value in weights.items():
-        getattr(new, name).assign(value)
-    return new
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,8 +43,16 @@ class Call:
 
     layer: Any
     args: tuple
-    kwargs: dict
+    kwargs: dict[str, Any]
     outputs: Any
+
+    @property
+    def passes_inputs_only(self) -> bool:
+        """Whether nothing but inputs is passed: it is as in inference."""
+        return all(
+            value is None or (name == "training" and value is False)
+            for name, value in self.kwargs.items()
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +96,41 @@ def plain_copy(model: keras.Model) -> keras.Model:
     return model
 
 
+def unmasked_copy(model: keras.Model) -> keras.Model:
+    """Returns a model without masks, of any kind; the given one keeps them.
+
+    Args:
+        model: A built model, masked or not.
+
+    Returns:
+        A `plain_copy`, or of a subclassed model what Keras saves and loads; a
+        subclassed model without masks itself.
+
+    Raises:
+        ValueError: Keras cannot copy the subclassed model.
+    """
+    if is_graph(model):
+        return plain_copy(model)  # and without an optimizer
+    if not masked_layers(model):
+        return model
+    # Stripping would change a subclassed model in place: a copy is stripped.
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "model.keras"
+        model.save(path)
+        try:
+            copy = cast(
+                keras.Model, keras.models.load_model(path, compile=False)
+            )
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"Model {model.name!r} is subclassed, and Keras cannot make a "
+                "copy of it to strip: its class needs a get_config, and "
+                "@keras.saving.register_keras_serializable(). Keras says: "
+                f"{first_line(error)}"
+            ) from error
+    return strip(copy)
+
+
 def trace(model: keras.Model) -> Graph:
     """Returns the calls of a model's layers, those of models in it included.
 
@@ -201,7 +155,7 @@ def trace(model: keras.Model) -> Graph:
     >>> [call.layer.name for call in trace(model).calls]
     ['dense', 're_lu']
     """
-    # Copies of a Sequential model name its input anew.
+    # A copy of a Sequential model names its input otherwise.
     return _trace(plain_copy(model), input_structure(model))
 
 
@@ -233,7 +187,7 @@ def rebuild(
     return plain_copy(keras.Model(inputs, outputs, name=graph.name))
 
 
-def tensors_in(structure) -> list[keras.KerasTensor]:
+def tensors_in(structure: Any) -> list[keras.KerasTensor]:
     """Returns the KerasTensors of a structure, such as a call's arguments."""
     return [x for x in keras.tree.flatten(structure) if _is_tensor(x)]
 
@@ -336,7 +290,7 @@ def _replay(graph, inputs, call):
     old = keras.tree.flatten(graph.inputs)
     now = {id(t): new for t, new in zip(old, inputs, strict=True)}
 
-    def current(structure):
+    def current(structure) -> Any:
         return keras.tree.map_structure(
             lambda x: now[id(x)] if _is_tensor(x) else x, structure
         )
