@@ -28,7 +28,7 @@ class LayerCount:
     """What one kernel of a layer costs, for one sample.
 
     Attributes:
-        name: Unique name of the kernel (`sparsify.named_kernels`).
+        name: Unique name of the kernel (`selection.named_kernels`).
         shape: Shape of its kernel.
         parameters: Trainable parameters, dense.
         nonzeros: Trainable parameters that the mask keeps.
@@ -165,7 +165,7 @@ def count(model: keras.Model, *, convention: str = "micronet") -> Count:
 
     micronet is how the report counts, after the MicroNet challenge (Evci et
     al., 2020, appendix H): multiplications and additions, a ReLU for each
-    output in place of the addition that a sum of n terms saves, nothing for
+    output instead of the addition that a sum of n terms saves, nothing for
     normalisation, pooling, sums, embeddings and the products of attention
     that have no weights. Its code reads the channels of a weight
     the other way round, so that a bias costs an addition for each input
@@ -198,23 +198,23 @@ def count(model: keras.Model, *, convention: str = "micronet") -> Count:
             f"{getattr(model, 'name', model)!r}."
         )
     leaves = list({id(leaf): leaf for leaf in leaf_layers(model)}.values())
-    places = [
-        place
+    kernels = [
+        named
         for name, leaf in named_layers(model).items()
-        for place in _places(name, leaf)
+        for named in _kernels_of(name, leaf)
     ]
-    positions = kernel_positions(model, leaves, places)
+    positions = kernel_positions(model, [named.kernel for named in kernels])
     layers = tuple(
-        _count_layer(place, positions[id(place.kernel.variable)], convention)
-        for place in places
-        if id(place.kernel.variable) in positions
+        _count_layer(named, positions[id(named.kernel.variable)], convention)
+        for named in kernels
+        if id(named.kernel.variable) in positions
     )
-    counted = {id(place.kernel.variable) for place in places} & set(positions)
+    counted = {id(named.kernel.variable) for named in kernels} & set(positions)
     parameters = sum(math.prod(v.shape) for v in trained_weights(model))
     masked = [
-        (place.mask.shape, int(np.count_nonzero(place.mask.numpy())))
-        for place in places
-        if place.mask is not None
+        (named.mask.shape, int(np.count_nonzero(named.mask.numpy())))
+        for named in kernels
+        if named.mask is not None
     ]
     weights = sum(math.prod(shape) for shape, _ in masked)
     removed = weights - sum(ones for _, ones in masked)
@@ -245,7 +245,7 @@ def count(model: keras.Model, *, convention: str = "micronet") -> Count:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Place:
+class _NamedKernel:
     """A kernel of the model, with its unique name and its mask, if any."""
 
     name: str
@@ -253,26 +253,26 @@ class _Place:
     mask: keras.Variable | None
 
 
-def _places(name, leaf):
+def _kernels_of(name, leaf):
     if not isinstance(leaf, Masked):
         masked, found = {}, find_kernels(leaf)
     else:
         masked = {m.found.path: m for m in leaf.masked_kernels()}
         found = find_kernels(leaf.layer)
-        # One of a name of its own is found only by those who know it.
+        # A kernel of another name is found only where it is named.
         known = {kernel.path for kernel in found}
         found += [m.found for p, m in masked.items() if p not in known]
     for kernel in found:
         mask = masked[kernel.path].mask if kernel.path in masked else None
-        yield _Place(kernel.named(name), kernel, mask)
+        yield _NamedKernel(kernel.named(name), kernel, mask)
 
 
-def _count_layer(place, positions, convention):
-    kernel = place.kernel
+def _count_layer(named, positions, convention):
+    kernel = named.kernel
     shape = tuple(kernel.variable.shape)
     size = math.prod(shape)
-    masked = place.mask is not None
-    ones = int(np.count_nonzero(place.mask.numpy())) if masked else size
+    masked = named.mask is not None
+    ones = int(np.count_nonzero(named.mask.numpy())) if masked else size
     bias = getattr(kernel.owner, "bias", None)
     # Of the kernels of one layer, the last to be applied goes with the bias.
     if bias is None or kernel.attribute in (
@@ -282,7 +282,7 @@ def _count_layer(place, positions, convention):
         bias = None
     biases = 0 if bias is None else math.prod(bias.shape)
     return LayerCount(
-        name=place.name,
+        name=named.name,
         shape=shape,
         parameters=size + biases,
         nonzeros=ones + biases,

@@ -2,30 +2,50 @@
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import keras
 import tensorflow as tf
 
 from rigl_keras import _keras
-from rigl_keras.masking.layer_kernels import CONVOLUTIONS, einsum_axes
+from rigl_keras._text import first_line
+from rigl_keras.masking.layer_kernels import (
+    CONVOLUTIONS,
+    Kernel,
+    einsum_axes,
+)
 from rigl_keras.masking.model_tree import call_model, input_structure, step_to
 
 __all__ = ["kernel_positions"]
 
 
-def kernel_positions(model, leaves, places) -> dict[int, int]:
-    """Returns at how many positions each kernel is applied, by variable.
+def kernel_positions(
+    model: keras.Model, kernels: Iterable[Kernel]
+) -> dict[int, int]:
+    """Returns at how many positions of one sample each kernel is applied.
 
-    Kernels whose use cannot be told from the calls of their layer are left
-    out.
+    The model is traced, and its layers note the shapes of their inputs and
+    outputs.
+
+    Args:
+        model: A built model, masked or not.
+        kernels: Kernels of its layers.
+
+    Returns:
+        `{id of the kernel's variable: positions}`, without the kernels whose
+        use does not follow from the calls of their layer.
+
+    Raises:
+        ValueError: An axis of the input is free, or the call fails.
     """
+    kernels = list(kernels)
     specs = tf.nest.map_structure(_one_sample, input_structure(model))
-    # What is called once a step is told by the layer that steps.
+    # A cell is called once in a trace; its steps are those of the RNN.
     callers = {
-        id(p.kernel.variable): _caller(p.kernel)
-        for p in places
-        if _caller(p.kernel) is not None
+        id(kernel.variable): caller
+        for kernel in kernels
+        for caller in [_caller(kernel)]
+        if caller is not None
     }
     calls = {id(caller): [] for caller in callers.values()}
 
@@ -47,12 +67,12 @@ def kernel_positions(model, leaves, places) -> dict[int, int]:
             raise ValueError(
                 f"The FLOPs of model {model.name!r} cannot be counted: called "
                 f"on {specs} it fails, with {type(error).__name__}: "
-                f"{_first_line(error)}"
+                f"{first_line(error)}"
             ) from error
     return {
         key: sum(_applied(kernel, caller, *call) for call in calls[id(caller)])
-        for place in places
-        for key, kernel in [(id(place.kernel.variable), place.kernel)]
+        for kernel in kernels
+        for key in [id(kernel.variable)]
         if key in callers
         for caller in [callers[key]]
     }
@@ -143,7 +163,3 @@ def _one_sample(tensor):
     return tf.TensorSpec(
         (tensor.shape[0] or 1, *tensor.shape[1:]), tensor.dtype
     )
-
-
-def _first_line(error):
-    return next(iter(str(error).splitlines()), "")

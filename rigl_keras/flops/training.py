@@ -69,13 +69,6 @@ def training_flops(
         "sparse_flops", sparse_flops, at_least=0, at_most=1e300
     )
     dense_flops = number("dense_flops", dense_flops, at_least=0, at_most=1e300)
-    if gradients == "updates":
-        frequency = integer(
-            "frequency",
-            frequency,
-            at_least=1,
-            rule=f"of {method} must be the steps between updates",
-        )
     if name == "dense":
         return 3 * dense_flops
     sparse, dense = 3 * sparse_flops, 2 * sparse_flops + dense_flops
@@ -83,6 +76,12 @@ def training_flops(
         return sparse
     if gradients == "always":
         return dense
+    frequency = integer(
+        "frequency",
+        frequency,
+        at_least=1,
+        rule=f"of {method} must be the steps between updates",
+    )
     if not 1 <= gradient_batches <= frequency:
         raise ValueError(
             "gradient_batches must be at least 1 and at most frequency. "
@@ -154,39 +153,9 @@ def training_curve(
             f"cost must be what count(model) returns. Received: cost={cost!r}."
         )
     steps = integer("steps", steps, at_least=1)
-    received, trajectory = trajectory, _checked_trajectory(trajectory)
-    if not trajectory:
-        raise ValueError(
-            "A trajectory begins with the masks of the first step. Received "
-            f"an empty one: trajectory={received!r}."
-        )
-    updates = [step for step, _ in trajectory]
-    ordered = updates[:1] <= updates[1:2] or len(updates) == 1
-    if not ordered or any(
-        a >= b for a, b in zip(updates[1:], updates[2:], strict=False)
-    ):
-        raise ValueError(
-            f"The steps of a trajectory must increase. Received: {updates}."
-        )
     layers = {layer.name: layer for layer in cost.layers}
-    for _, counts in trajectory:
-        for name, ones in counts.items():
-            if name in layers and ones > math.prod(layers[name].shape):
-                raise ValueError(
-                    f"{name!r} has no more than {math.prod(layers[name].shape)}"
-                    f" connections. Received: {ones}."
-                )
-    unknown = {n for _, counts in trajectory for n in counts} - set(layers)
-    if unknown:
-        raise ValueError(
-            f"The trajectory has layers that the model has not: {unknown}."
-        )
-    first = updates[0]
-    if updates[-1] >= first + steps:
-        raise ValueError(
-            f"The trajectory goes beyond the run. Received: steps={steps} "
-            f"from step {first} on, and an update at {updates[-1]}."
-        )
+    trajectory = _checked_trajectory(trajectory, layers, steps)
+    first = trajectory[0][0]
     inference = np.empty(steps)
     dense = np.full(steps, dense_gradients == "always")
     for i, (step, counts) in enumerate(trajectory):
@@ -208,17 +177,50 @@ def training_curve(
     return inference, training
 
 
-def _checked_trajectory(trajectory):
+def _checked_trajectory(received, layers, steps):
+    """Returns a trajectory that is in order and of a model's layers."""
     try:
-        return [
+        trajectory = [
             (
                 integer("step", step, at_least=0),
                 {n: integer(n, c, at_least=0) for n, c in counts.items()},
             )
-            for step, counts in trajectory
+            for step, counts in received
         ]
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(
             "trajectory must be a list of (step, {layer: connections}). "
-            f"Received: trajectory={trajectory!r}."
+            f"Received: trajectory={received!r}."
         ) from error
+    if not trajectory:
+        raise ValueError(
+            "A trajectory begins with the masks of the first step. Received "
+            f"an empty one: trajectory={received!r}."
+        )
+    updates = [step for step, _ in trajectory]
+    ordered = updates[:1] <= updates[1:2] or len(updates) == 1
+    if not ordered or any(
+        a >= b for a, b in zip(updates[1:], updates[2:], strict=False)
+    ):
+        raise ValueError(
+            f"The steps of a trajectory must increase. Received: {updates}."
+        )
+    for _, counts in trajectory:
+        for name, ones in counts.items():
+            if name in layers and ones > math.prod(layers[name].shape):
+                raise ValueError(
+                    f"{name!r} has no more than {math.prod(layers[name].shape)}"
+                    f" connections. Received: {ones}."
+                )
+    unknown = {n for _, counts in trajectory for n in counts} - set(layers)
+    if unknown:
+        raise ValueError(
+            f"The trajectory has layers that the model has not: {unknown}."
+        )
+    first = updates[0]
+    if updates[-1] >= first + steps:
+        raise ValueError(
+            f"The trajectory goes beyond the run. Received: steps={steps} "
+            f"from step {first} on, and an update at {updates[-1]}."
+        )
+    return trajectory
