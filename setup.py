@@ -32,6 +32,7 @@ setup(
     python_requires=">=3.10,<3.14",
     packages=find_packages(include=["rigl_keras", "rigl_keras.*"]),
     package_data={
+        "rigl_keras": ["py.typed"],
         "rigl_keras.experiments.protocol": ["published.csv"],
         # Compiled where they are first used.
         "rigl_keras.kernels": ["csrc/*.cc", "csrc/*.h"],
