@@ -1,12 +1,16 @@
 """What a grown connection starts with."""
 
 import re
+from typing import Literal
 
 import tensorflow as tf
 
-from rigl_keras import scores
+from rigl_keras import _deprecation, scores
+from rigl_keras._checks import choice, number
 
-__all__ = ["GROW_INITS", "check_grow_init", "grown_values"]
+__all__ = ["GROW_INITS", "checked_grow_init", "grown_values"]
+
+_POSITIVE = "must be a positive number"
 
 GROW_INITS = (
     "zeros",
@@ -18,28 +22,43 @@ GROW_INITS = (
 )
 
 
-def check_grow_init(grow_init: str, dense_gradients: str = "updates") -> None:
-    """Raises ValueError unless newly grown weights can start so.
+def checked_grow_init(
+    grow_init: str,
+    divisor: float = 1.0,
+    *,
+    dense_gradients: Literal["never", "updates", "always"] = "updates",
+) -> tuple[str, float]:
+    """Returns what newly grown weights start with, and what it is divided by.
 
     Args:
-        grow_init: `"zeros"`, or another of `GROW_INITS` that a divisor may
-            follow, such as `"random_normal_10"`.
+        grow_init: One of `GROW_INITS`. A name with its divisor after it, such
+            as `"random_normal_10"`, is deprecated.
+        divisor: Positive number. 1 for `"zeros"`.
         dense_gradients: When the method needs gradients at inactive entries;
             one that never does has none to start from.
+
+    Returns:
+        `(grow_init, divisor)`, the first one of `GROW_INITS`.
+
+    Raises:
+        ValueError: Newly grown weights cannot start so.
+        DeprecationWarning: The name ends with its divisor.
     """
-    kind, divisor = _parsed(grow_init)
-    if kind is None or divisor == 0:
+    grow_init, divisor = _without_divisor(grow_init, divisor)
+    divisor = number("grow_divisor", divisor, above=0, rule=_POSITIVE)
+    if grow_init == "zeros" and divisor != 1:
         raise ValueError(
-            f"grow_init must be one of {GROW_INITS}, all but 'zeros' with a "
-            "positive divisor after it if wanted, as in 'random_normal_10'. "
-            f"Received: grow_init={grow_init!r}."
+            "grow_divisor divides what newly grown weights start with, and "
+            "zeros stay zeros. Pass another grow_init, or leave grow_divisor "
+            f"out. Received: grow_init='zeros', grow_divisor={divisor}."
         )
-    if kind.startswith("grad") and dense_gradients == "never":
+    if grow_init.startswith("grad") and dense_gradients == "never":
         raise ValueError(
             "Weights can start from their gradient only where a method needs "
             f"dense gradients, and this one does not. Received: "
             f"grow_init={grow_init!r}. Use RigL, or 'random_normal'."
         )
+    return grow_init, divisor
 
 
 def grown_values(
@@ -47,6 +66,7 @@ def grown_values(
     kernel: tf.Tensor,
     mask: tf.Tensor,
     *,
+    divisor: float = 1.0,
     gradient: tf.Tensor,
     initial: tf.Tensor | None,
     key: int,
@@ -69,9 +89,10 @@ def grown_values(
     and m are taken too; here they are zero and left out.
 
     Args:
-        grow_init: As `check_grow_init` has it.
+        grow_init: One of `GROW_INITS`.
         kernel: Float tensor, zero outside the mask.
         mask: Tensor of its shape, 1 where active.
+        divisor: Positive number.
         gradient: dL/d(masked kernel), of its shape.
         initial: Vector of weights that `initial_dist` draws from.
         key: Int that tells this kernel's draws from another's.
@@ -80,7 +101,7 @@ def grown_values(
     Returns:
         Tensor of the kernel's shape and dtype, or None for zeros.
     """
-    kind, divisor = _parsed(grow_init)
+    kind, divisor = checked_grow_init(grow_init, divisor)
     if kind == "zeros":
         return None
     if kind == "grad_scale":
@@ -113,12 +134,21 @@ def _drawn(kind, uniform, kernel, mask):
     return normal * tf.sqrt(variance)
 
 
-def _parsed(grow_init):
-    """Returns the kind and the divisor, or (None, None)."""
-    if grow_init == "zeros":
-        return "zeros", 1.0
-    pattern = rf"({'|'.join(GROW_INITS[1:])})(?:_(\d+\.?\d*|\.\d+))?"
+def _without_divisor(grow_init, divisor):
+    """Takes a divisor off a name, as in `"random_normal_10"`."""
+    pattern = rf"({'|'.join(GROW_INITS[1:])})_(\d+\.?\d*|\.\d+)"
     match = isinstance(grow_init, str) and re.fullmatch(pattern, grow_init)
     if not match:
-        return None, None
-    return match[1], float(match[2] or 1)
+        choice("grow_init", grow_init, GROW_INITS)
+        return grow_init, divisor
+    if divisor != 1:
+        raise ValueError(
+            f"There are two divisors. Received: grow_init={grow_init!r}, "
+            f"grow_divisor={divisor!r}. Pass grow_init={match[1]!r}."
+        )
+    divisor = number("grow_divisor", float(match[2]), above=0, rule=_POSITIVE)
+    _deprecation.warn(
+        f"grow_init={grow_init!r} is deprecated. Write "
+        f"grow_init={match[1]!r}, grow_divisor={match[2]}."
+    )
+    return match[1], divisor

@@ -1,5 +1,6 @@
 """Mask updates within `fit`: when, what, and what is refused."""
 
+import dataclasses
 import functools
 import inspect
 import warnings
@@ -404,7 +405,8 @@ def test_config_round_trip(method):
         decay="polynomial",
         decay_power=2.0,
         gradient_batches=2,
-        grow_init="random_normal_10",
+        grow_init="random_normal",
+        grow_divisor=10.0,
         seed=3,
         conventions=REPORT,
     )
@@ -480,7 +482,10 @@ def test_every_checkpoint_is_sparse(tmp_path):
         ({"gradient_batches": 4, "frequency": 3}, "at most frequency.*=4"),
         ({"grow_init": "ones"}, "grow_init must be one of.*'ones'"),
         ({"grow_init": "zeros_2"}, "grow_init must be one of"),
-        ({"grow_init": "random_normal_0"}, "positive divisor"),
+        ({"grow_init": "random_normal", "grow_divisor": 0}, "positive number"),
+        ({"grow_init": "random_normal_0"}, "positive number"),
+        ({"grow_init": "random_normal_2", "grow_divisor": 3}, "two divisors"),
+        ({"grow_divisor": 2}, "zeros stay zeros.*grow_divisor=2"),
         ({"grow_init": None}, "grow_init must be one of"),
     ],
 )
@@ -958,6 +963,28 @@ def test_a_method_with_arguments_of_its_own_is_lengthened_whole():
     warm = Warm(temperature=5.0, end_step=10)
     assert warm.lengthened(2).temperature == 5.0
     assert (warm.end_step, warm.lengthened(2).end_step) == (10, 20)
+
+
+def test_the_fields_of_a_method_are_its_arguments():
+    @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
+    class Seldom(RigL):
+        frequency: int = 500
+        temperature: float = 1.0
+
+    assert list(inspect.signature(Seldom).parameters) == [
+        *inspect.signature(RigL).parameters,
+        "temperature",
+    ]
+    seldom = Seldom(temperature=5.0, end_step=10)
+    assert seldom.get_config() == {
+        **RigL(frequency=500, end_step=10).get_config(),
+        "temperature": 5.0,
+    }
+    assert seldom.lengthened(2).get_config()["temperature"] == 5.0
+    with pytest.raises(ValueError, match="frequency.*at least 1"):
+        Seldom(frequency=0)
+    with pytest.raises(TypeError, match="positional"):
+        Seldom(500)
 
 
 @pytest.mark.slow

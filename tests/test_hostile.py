@@ -443,7 +443,8 @@ METHOD = dict(
     decay_power=st.floats(0.1, 9),
     redistribution=st.sampled_from([None, "gradient", "momentum"]),
     gradient_batches=st.just(1),
-    grow_init=st.sampled_from(["zeros", "random_normal", "initial_dist_10"]),
+    grow_init=st.sampled_from(["zeros", "random_normal", "initial_dist"]),
+    grow_divisor=st.just(1.0),
     seed=st.integers(0, 2**32 - 1),
     conventions=presets,
 )

@@ -298,6 +298,18 @@ def test_a_finished_duplicate_counts_before_a_failed_one(results):
     assert "set_erk_wrn-density0.1-seed0 (no result)" in found.notes[0]
 
 
+def test_runs_from_before_growth_had_a_divisor(results):
+    """They say nothing of it, and are averaged with later ones."""
+    for seed, more in enumerate(({}, {"grow_divisor": 1.0})):
+        path = made(results, "set_erk_wrn", 0.1, seed, 0.9) / "run"
+        result = json.loads((path / "result.json").read_text())
+        result["settings"]["method"] |= {"grow_init": "zeros", **more}
+        (path / "result.json").write_text(json.dumps(result))
+    found = reading.read(results)
+    assert not found.notes
+    assert summaries.of(found, "set_erk_wrn", 0.1).n == 2
+
+
 def test_other_settings_are_not_averaged(results):
     for seed in (0, 1):
         made(results, "set_erk_wrn", 0.1, seed, 0.9)

@@ -805,24 +805,30 @@ def test_what_several_batches_cost():
 
 @pytest.mark.slow_but("zeros", "initial_dist", "grad_sign_100")
 @pytest.mark.parametrize(
-    "kind",
+    "kind, divisor",
     [
-        "zeros",
-        "initial_dist",
-        "random_normal",
-        "random_uniform_10",
-        "grad_scale_2.5",
-        "grad_sign_100",
+        ("zeros", 1),
+        ("initial_dist", 1),
+        ("random_normal", 1),
+        ("random_uniform", 10),
+        ("grad_scale", 2.5),
+        ("grad_sign", 100),
     ],
 )
-def test_only_grown_weights_start_anew(kind):
+def test_only_grown_weights_start_anew(kind, divisor):
     """By kind; their memory is none, and the run repeats."""
     ends = []
     for _ in range(2):
         model = network(momentum())
         initial, look = kernels(model), Batches()
         weights = Weights()
-        method = RigL(frequency=2, end_step=2, decay="constant", grow_init=kind)
+        method = RigL(
+            frequency=2,
+            end_step=2,
+            decay="constant",
+            grow_init=kind,
+            grow_divisor=divisor,
+        )
         fit(model, [method, look, weights], examples(12))
         before, after = look.masks[1], look.masks[2]
         paths = [v.path for v in model.weights]
@@ -845,9 +851,9 @@ def test_only_grown_weights_start_anew(kind):
                 assert now[grown].all()
             if kind == "initial_dist":
                 assert np.isin(now[grown], initial[layer.name]).all()
-            if kind == "random_uniform_10":
+            if kind == "random_uniform":
                 assert (np.abs(now[grown]) <= active.mean() / 10).all()
-            if kind == "grad_sign_100":
+            if kind == "grad_sign":
                 np.testing.assert_allclose(np.abs(now[grown]), 0.01)
         ends.append(model.get_weights())
     assert_equal(*ends)
@@ -860,11 +866,12 @@ def test_draws_have_the_spread_of_active_weights():
     gradient = tf.constant(draw.normal(size=mask.shape), tf.float32)
     active = kernel.numpy()[mask]
 
-    def values(kind, key=1, step=7, kernel=kernel):
+    def values(kind, divisor=1.0, key=1, step=7, kernel=kernel):
         drawn = rigl_keras.initial_values.grown_values(
             kind,
             kernel,
             tf.constant(mask, tf.float32),
+            divisor=divisor,
             gradient=gradient,
             initial=tf.constant([1.0, 2.0, 4.0]),
             key=key,
@@ -884,15 +891,28 @@ def test_draws_have_the_spread_of_active_weights():
     bound = np.abs(active).mean()
     assert np.abs(uniform).max() == pytest.approx(bound, rel=1e-3)
     assert uniform.std() == pytest.approx(bound / 3**0.5, rel=0.02)
-    chosen, count = np.unique(values("initial_dist_2"), return_counts=True)
+    chosen, count = np.unique(values("initial_dist", 2), return_counts=True)
     assert chosen.tolist() == [0.5, 1.0, 2.0]
     np.testing.assert_allclose(count / mask.size, 1 / 3, rtol=0.05)
-    np.testing.assert_allclose(values("grad_scale_4"), gradient / 4)
+    np.testing.assert_allclose(values("grad_scale", 4), gradient / 4)
     np.testing.assert_allclose(values("grad_sign"), np.sign(gradient))
-    half = values("random_normal_2", kernel=tf.cast(kernel, tf.float16))
+    half = values("random_normal", 2, kernel=tf.cast(kernel, tf.float16))
     np.testing.assert_allclose(half, normal / 2, rtol=0.02, atol=1e-3)
     for other in ({"key": 2}, {"step": 8}):
         assert (values("random_normal", **other) != normal).mean() > 0.99
+
+
+@pytest.mark.parametrize("method", [RigL, SNFS])
+def test_a_divisor_within_the_name_is_deprecated(method):
+    with pytest.warns(
+        DeprecationWarning,
+        match=r"grow_init='random_normal', grow_divisor=2\.5\.",
+    ) as warned:
+        old = method(grow_init="random_normal_2.5")
+    assert [w.filename for w in warned] == [__file__]
+    new = method(grow_init="random_normal", grow_divisor=2.5)
+    assert old.get_config() == new.get_config()
+    assert old.lengthened(2).get_config() == new.get_config()
 
 
 def test_gradients_must_be_there_to_start_from():
@@ -1017,7 +1037,8 @@ def test_all_of_it_at_once_under_xla():
         end_step=9,
         decay="constant",
         gradient_batches=2,
-        grow_init="random_normal_2",
+        grow_init="random_normal",
+        grow_divisor=2.0,
     )
     method.watch_loss = True
     fit(model, [method], epochs=2)

@@ -1,11 +1,12 @@
-"""The methods: what they drop, what they grow, and when.
+"""What methods share: when masks change, and what becomes of the weights.
 
-`MaskUpdate` drops and grows; a method is a child that says what a connection
-is worth. How an update comes to run within `fit`, or within a loop of one's
-own, is in `rigl_keras.training`.
+`MaskUpdate` runs `topology.update_masks`; a method is a child that says what a
+connection is worth. How an update comes to run within `fit`, or within a
+custom training loop, is in `rigl_keras.training`.
 """
 
 import copy
+import dataclasses
 import functools
 import math
 
@@ -15,7 +16,7 @@ import tensorflow as tf
 from rigl_keras import _checks, redistribution, schedules, scores, topology
 from rigl_keras._tensor_checks import count_true
 from rigl_keras.conventions import ORIGINAL, Conventions
-from rigl_keras.initial_values import check_grow_init, grown_values
+from rigl_keras.initial_values import checked_grow_init, grown_values
 from rigl_keras.masking.masked import Masked
 from rigl_keras.redistribution import CRITERIA
 from rigl_keras.training import optimizer_state
@@ -25,6 +26,7 @@ from rigl_keras.training.step_update import StepUpdate
 __all__ = ["MaskUpdate"]
 
 
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class MaskUpdate(StepUpdate):
     """Drops and grows connections every so many steps of training.
 
@@ -34,10 +36,9 @@ class MaskUpdate(StepUpdate):
 
     1. the drop fraction f is that of `schedules.decayed_drop_fraction`;
     2. each kernel drops the fraction f of its connections, by this method's
-       `drop_scores`, and grows as many by its `grow_scores` (`topology.drop`
-       and `grow`, the halves of `drop_and_grow`). With `redistribution`, the
-       connections that all layers drop are shared out anew
-       (`redistribution.grow_counts`);
+       `drop_scores`, and grows as many by its `grow_scores`
+       (`topology.update_masks`). With `redistribution`, all layers share the
+       connections that they drop together (`redistribution.grow_counts`);
     3. dropped weights are zero, newly grown ones start as `grow_init` says,
        and the optimizer forgets what it remembered of them.
 
@@ -51,6 +52,10 @@ class MaskUpdate(StepUpdate):
 
     Logs `drop_fraction`, that of the last update, beside `density` and
     `grown`.
+
+    A method is a child with `grow_scores`. Its arguments are its fields: with
+    the decorator of this class, `name: type = default` adds an argument, or
+    changes a default, and `get_config` returns it.
 
     Args:
         frequency: Steps from one update to the next, at least 1.
@@ -71,8 +76,8 @@ class MaskUpdate(StepUpdate):
         grow_init: What newly grown weights start with
             (`initial_values.grown_values`): `"zeros"`; or `"initial_dist"`,
             `"random_normal"`, `"random_uniform"`, and where the method needs
-            dense gradients `"grad_scale"` or `"grad_sign"`, each by a
-            divisor if one follows, as in `"random_normal_10"`.
+            dense gradients `"grad_scale"` or `"grad_sign"`.
+        grow_divisor: What they are divided by, positive.
         seed: Seed of random draws, at least 0.
         conventions: Where the references differ.
 
@@ -81,62 +86,68 @@ class MaskUpdate(StepUpdate):
         UserWarning: No update falls into the run.
     """
 
-    _logged = ("grown", "drop_fraction")
+    frequency: int = 100
+    drop_fraction: float = 0.3
+    begin_step: int = 0
+    end_step: int | None = None
+    decay: str = "cosine"
+    decay_power: float = 3.0
+    redistribution: str | None = None
+    gradient_batches: int = 1
+    grow_init: str = "zeros"
+    grow_divisor: float = 1.0
+    seed: int = 0
+    conventions: Conventions = ORIGINAL
 
-    def __init__(
-        self,
-        *,
-        frequency: int = 100,
-        drop_fraction: float = 0.3,
-        begin_step: int = 0,
-        end_step: int | None = None,
-        decay: str = "cosine",
-        decay_power: float = 3.0,
-        redistribution: str | None = None,
-        gradient_batches: int = 1,
-        grow_init: str = "zeros",
-        seed: int = 0,
-        conventions: Conventions = ORIGINAL,
-    ):
-        super().__init__(conventions=conventions)
-        self.frequency = _whole("frequency", frequency, at_least=1)
-        self.begin_step = _whole("begin_step", begin_step, at_least=0)
-        if end_step is not None:
-            end_step = _whole("end_step", end_step, at_least=0)
-            if end_step < self.begin_step:
-                raise ValueError(
-                    "end_step must not come before begin_step. Received: "
-                    f"begin_step={begin_step}, end_step={end_step}."
-                )
-        self.end_step = end_step
+    _logged = ("grown", "drop_fraction")
+    needs_momentum = False  # whether the optimizer must keep it
+
+    def __post_init__(self):
+        super().__init__(conventions=self.conventions)
+        self._check_window()
         self.drop_fraction = _checks.fraction(
             "drop_fraction",
-            drop_fraction,
+            self.drop_fraction,
             rule="is a fraction of the active connections and must be in "
             "[0, 1]",
         )
-        _checks.choice("decay", decay, schedules.DECAYS)
-        self.decay = decay
+        _checks.choice("decay", self.decay, schedules.DECAYS)
         self.decay_power = _checks.number(
-            "decay_power", decay_power, above=0, rule="must be positive"
+            "decay_power", self.decay_power, above=0, rule="must be positive"
         )
-        if redistribution is not None:
-            _checks.choice("redistribution", redistribution, CRITERIA)
-        self.redistribution = redistribution
+        if self.redistribution is not None:
+            _checks.choice("redistribution", self.redistribution, CRITERIA)
+        self.grow_init, self.grow_divisor = checked_grow_init(
+            self.grow_init,
+            self.grow_divisor,
+            dense_gradients=self.dense_gradients,
+        )
+        self.seed = _checks.integer(
+            "seed", self.seed, at_least=0, at_most=2**32 - 1
+        )
+        self._span = None
+        self._initial = []
+
+    def _check_window(self):
+        self.frequency = _whole("frequency", self.frequency, at_least=1)
+        self.begin_step = _whole("begin_step", self.begin_step, at_least=0)
+        if self.end_step is not None:
+            self.end_step = _whole("end_step", self.end_step, at_least=0)
+            if self.end_step < self.begin_step:
+                raise ValueError(
+                    "end_step must not come before begin_step. Received: "
+                    f"begin_step={self.begin_step}, end_step={self.end_step}."
+                )
         self.gradient_batches = _whole(
-            "gradient_batches", gradient_batches, at_least=1
+            "gradient_batches", self.gradient_batches, at_least=1
         )
         if self.gradient_batches > self.frequency:
             raise ValueError(
-                "gradient_batches must be at most frequency, as each update "
-                "has gradients of its own. Received: "
-                f"gradient_batches={gradient_batches}, frequency={frequency}."
+                "gradient_batches must be at most frequency, as no two "
+                "updates share gradients. Received: "
+                f"gradient_batches={self.gradient_batches}, "
+                f"frequency={self.frequency}."
             )
-        check_grow_init(grow_init, self.dense_gradients)
-        self.grow_init = grow_init
-        self.seed = _checks.integer("seed", seed, at_least=0, at_most=2**32 - 1)
-        self._span = None
-        self._initial = []
 
     @functools.cached_property
     def _correction(self) -> tf.Variable:
@@ -207,28 +218,16 @@ class MaskUpdate(StepUpdate):
 
     def get_config(self) -> dict:
         """Returns the arguments with which to make an equal callback."""
-        return {
-            "frequency": self.frequency,
-            "drop_fraction": self.drop_fraction,
-            "begin_step": self.begin_step,
-            "end_step": self.end_step,
-            "decay": self.decay,
-            "decay_power": self.decay_power,
-            "redistribution": self.redistribution,
-            "gradient_batches": self.gradient_batches,
-            "grow_init": self.grow_init,
-            "seed": self.seed,
-            "conventions": self.conventions,
-        }
+        fields = dataclasses.fields(self)
+        return {field.name: getattr(self, field.name) for field in fields}
 
     def lengthened(self, factor: float) -> "MaskUpdate":
+        # A copy, as a child may have more arguments than fields.
         longer = copy.copy(self)
-        # Those of a run of its own.
-        vars(longer).pop("_correction", None)
-        longer._initial, longer._buffers = [], []
-        longer._fit, longer._prepared = None, None
         if self.end_step is not None:
             longer.end_step = int(self.end_step * factor)
+        vars(longer).pop("_correction", None)
+        longer.__post_init__()  # nothing of a run that this one was in
         return longer
 
     def extra_logs(self) -> dict[str, tf.Tensor]:
@@ -244,11 +243,11 @@ class MaskUpdate(StepUpdate):
                     "kernels, whose sizes differ. Pass redistribution=None, "
                     "or sparsify with granularity='element'."
                 )
-        if self.redistribution == "momentum":
+        if self.needs_momentum or self.redistribution == "momentum":
             self._check_momentum()
         # A run that resumes without `variables` takes what it has as what
         # training started from.
-        if self.grow_init.startswith("initial_dist") and [
+        if self.grow_init == "initial_dist" and [
             v.shape[0] for v in self._initial
         ] != [math.prod(m.kernel.shape) for m in self.masked]:
             self._initial = [
@@ -441,6 +440,7 @@ class MaskUpdate(StepUpdate):
             self.grow_init,
             layer.kernel.value,
             layer.mask.value,
+            divisor=self.grow_divisor,
             gradient=gradient,
             initial=initial.get(id(layer)),
             # SET grows by the draws of the key itself.

@@ -1,7 +1,9 @@
 """Gradual magnitude pruning (Zhu and Gupta, 2018)."""
 
 import copy
+import dataclasses
 import math
+from collections.abc import Callable
 
 import tensorflow as tf
 
@@ -13,6 +15,7 @@ from rigl_keras.training.step_update import StepUpdate
 __all__ = ["MagnitudePruning"]
 
 
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class MagnitudePruning(StepUpdate):
     """Removes the smallest weights while sparsity rises along a schedule.
 
@@ -47,34 +50,27 @@ class MagnitudePruning(StepUpdate):
     >>> model.fit(train, epochs=250, callbacks=[MagnitudePruning(ramp)])
     """
 
+    schedule: Callable = dataclasses.field(kw_only=False)
+    scope: str = "global"
+    conventions: Conventions = ORIGINAL
+
     dense_gradients = "never"
 
-    def __init__(
-        self,
-        schedule,
-        *,
-        scope: str = "global",
-        conventions: Conventions = ORIGINAL,
-    ):
-        super().__init__(conventions=conventions)
-        if not callable(schedule):
+    def __post_init__(self):
+        super().__init__(conventions=self.conventions)
+        if not callable(self.schedule):
             raise ValueError(
                 "schedule must be a rigl_keras.SparsityRamp or a "
                 "tfmot.sparsity.keras.PruningSchedule. Received: "
-                f"schedule={schedule!r}. For a density, pass "
+                f"schedule={self.schedule!r}. For a density, pass "
                 "SparsityRamp(final_density=..., begin_step=..., end_step=...)."
             )
-        _checks.choice("scope", scope, ("global", "layer"))
-        self.schedule = schedule
-        self.scope = scope
+        _checks.choice("scope", self.scope, ("global", "layer"))
 
     def get_config(self) -> dict:
         """Returns the arguments with which to make an equal callback."""
-        return {
-            "schedule": self.schedule,
-            "scope": self.scope,
-            "conventions": self.conventions,
-        }
+        fields = dataclasses.fields(self)
+        return {field.name: getattr(self, field.name) for field in fields}
 
     def lengthened(self, factor: float) -> "MagnitudePruning":
         if not hasattr(self.schedule, "lengthened"):
@@ -84,8 +80,8 @@ class MagnitudePruning(StepUpdate):
                 "rigl_keras.SparsityRamp, or the schedule of the whole run."
             )
         longer = copy.copy(self)
-        longer._fit, longer._prepared = None, None
         longer.schedule = self.schedule.lengthened(factor)
+        longer.__post_init__()  # nothing of a run that this one was in
         return longer
 
     def plan(self, epoch, epochs, steps):
@@ -111,7 +107,7 @@ class MagnitudePruning(StepUpdate):
             )
 
     def is_due(self, step):
-        # A schedule of one's own may say True.
+        # A user's schedule may say True.
         return tf.convert_to_tensor(self._planned_sparsity(step)[0], tf.bool)
 
     def _planned_sparsity(self, step):

@@ -6,7 +6,6 @@ import tensorflow as tf
 
 from rigl_keras import scores
 from rigl_keras._tensor_checks import count_true
-from rigl_keras.conventions import ORIGINAL, Conventions
 from rigl_keras.methods.mask_update import MaskUpdate
 from rigl_keras.training import optimizer_state
 
@@ -67,6 +66,7 @@ class SET(MaskUpdate):
         )
 
 
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class SNFS(MaskUpdate):
     """Grows the connections of largest momentum, where momentum is largest.
 
@@ -81,45 +81,18 @@ class SNFS(MaskUpdate):
         (`optimizer_state.momentum`).
     """
 
-    dense_gradients = "always"
+    redistribution: str | None = "momentum"
 
-    def __init__(
-        self,
-        *,
-        frequency: int = 100,
-        drop_fraction: float = 0.3,
-        begin_step: int = 0,
-        end_step: int | None = None,
-        decay: str = "cosine",
-        decay_power: float = 3.0,
-        redistribution: str | None = "momentum",
-        gradient_batches: int = 1,
-        grow_init: str = "zeros",
-        seed: int = 0,
-        conventions: Conventions = ORIGINAL,
-    ):
-        super().__init__(
-            frequency=frequency,
-            drop_fraction=drop_fraction,
-            begin_step=begin_step,
-            end_step=end_step,
-            decay=decay,
-            decay_power=decay_power,
-            redistribution=redistribution,
-            gradient_batches=gradient_batches,
-            grow_init=grow_init,
-            seed=seed,
-            conventions=conventions,
-        )
+    dense_gradients = "always"
+    needs_momentum = True
+
+    def __post_init__(self):
+        super().__post_init__()
         # Even in the reproduction, what SNFS drops and grows again keeps its
         # weight (funcs/grow.py:45-55).
         self.conventions = dataclasses.replace(
-            conventions, regrown_value="kept"
+            self.conventions, regrown_value="kept"
         )
-
-    def set_up(self):
-        super().set_up()
-        self._check_momentum()
 
     @property
     def name(self) -> str:

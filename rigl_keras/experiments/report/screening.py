@@ -218,6 +218,8 @@ def _settings(run):
         for name, value in (method if isinstance(method, dict) else {}).items()
         if name not in _FREE_OF_METHOD
     }
+    if "grow_init" in found:  # runs from before it had a divisor
+        found.setdefault("grow_divisor", 1.0)
     for name in ("model", "dataset", "parameters", "steps"):
         found[name] = run.result.get(name)
     return json.loads(json.dumps(found))
