@@ -1,11 +1,15 @@
 """What fraction of each kernel is kept: uniform, ER, ERK, overrides.
 
-Everything here is arithmetic on shapes: no model, no tensor.
+`layer_budgets` says what each masked layer keeps: its density
+(`layer_densities`), and the number of weights that this makes once all layers
+together are rounded (`layer_counts`). Everything here is arithmetic on shapes:
+no model, no tensor.
 """
 
 import difflib
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,7 +17,11 @@ from rigl_keras._checks import INT64, fraction, integer, number
 from rigl_keras.conventions import ORIGINAL, Conventions, check_conventions
 
 __all__ = [
+    "Budget",
     "DISTRIBUTIONS",
+    "checked_density",
+    "full_name",
+    "layer_budgets",
     "layer_counts",
     "layer_densities",
     "masked_shapes",
@@ -27,6 +35,82 @@ _DENSITY = (
     "pass 0.1"
 )
 Shapes = Mapping[str, Sequence[int]]
+
+
+class Budget(NamedTuple):
+    """What a layer keeps.
+
+    Args:
+        density: Fraction of its weights, before rounding.
+        count: Number of its weights.
+    """
+
+    density: float
+    count: int
+
+
+def layer_budgets(
+    shapes: Shapes,
+    density: float,
+    distribution: str = "erdos_renyi_kernel",
+    *,
+    conventions: Conventions = ORIGINAL,
+    densities: Mapping[str, float] | None = None,
+    unit_sizes: Mapping[str, int] | None = None,
+) -> dict[str, Budget]:
+    """Returns the density of each masked layer, and how many weights it keeps.
+
+    1. Each layer gets a density (`layer_densities`); one that stays dense and
+       is not masked is left out (`masked_shapes`).
+    2. All together keep round(density x their weights) (`total_count`).
+    3. Densities are rounded to counts of that sum (`layer_counts`).
+
+    Args:
+        shapes: As in `layer_densities`.
+        density: As in `layer_densities`.
+        distribution: As in `layer_densities`.
+        conventions: As in `layer_densities`.
+        densities: As in `layer_densities`.
+        unit_sizes: `{name: weights that a mask keeps or removes as one}`.
+            Then units are counted instead of weights: all layers together
+            keep round(sum of density x units). None: single weights.
+
+    Returns:
+        `{name: Budget}` of the masked layers, in the order of `shapes`.
+
+    Raises:
+        ValueError: An argument is out of range, no densities of the remaining
+            layers can make up the overall density, or nothing is left.
+
+    Example:
+
+    >>> shapes = {"a": (3, 3, 3, 16), "b": (3, 3, 16, 16), "c": (16, 10)}
+    >>> layer_budgets(shapes, 0.1, "uniform")
+    {'b': Budget(density=0.1, count=230), 'c': Budget(density=0.1, count=16)}
+    """
+    density = checked_density(density)
+    solved = layer_densities(
+        shapes,
+        density,
+        distribution,
+        conventions=conventions,
+        densities=densities,
+    )
+    masked = masked_shapes(shapes, distribution, densities or {})
+    sizes = {name: math.prod(shape) for name, shape in masked.items()}
+    weights = sum(sizes.values())
+    solved = {name: solved[name] for name in sizes}
+    if unit_sizes is None:
+        total = total_count(density * weights, density, weights)
+        counts = layer_counts(sizes, solved, total)
+    else:
+        each = _checked_units(unit_sizes, sizes)
+        units = {name: size // each[name] for name, size in sizes.items()}
+        exact = sum(solved[name] * number for name, number in units.items())
+        total = total_count(exact, density, weights)
+        kept = layer_counts(units, solved, total)
+        counts = {name: number * each[name] for name, number in kept.items()}
+    return {name: Budget(solved[name], counts[name]) for name in sizes}
 
 
 def layer_densities(
@@ -75,8 +159,8 @@ def layer_densities(
     >>> layer_densities(shapes, 0.1, "uniform")
     {'a': 1.0, 'b': 0.1, 'c': 0.1}
     """
-    density = number("density", density, above=0, at_most=1, rule=_DENSITY)
-    distribution = _canonical(distribution)
+    density = checked_density(density)
+    distribution = full_name(distribution)
     check_conventions(conventions)
     shapes = _checked_shapes(shapes)
     given = _checked_given(densities, shapes)
@@ -122,7 +206,7 @@ def masked_shapes(
     masked = _checked_shapes(shapes)
     first = next(iter(masked))
     given = _checked_given(densities, masked)
-    if _canonical(distribution) == "uniform" and first not in given:
+    if full_name(distribution) == "uniform" and first not in given:
         del masked[first]
     if not masked:
         raise ValueError(
@@ -139,7 +223,7 @@ def total_count(exact: float, density: float, weights: int) -> int:
 
     Args:
         exact: The number to round.
-        density: The density it comes from.
+        density: The density that it comes from, in (0, 1].
         weights: How many weights there are.
 
     Returns:
@@ -148,6 +232,7 @@ def total_count(exact: float, density: float, weights: int) -> int:
     Raises:
         ValueError: It rounds to none, or an argument is out of range.
     """
+    density = checked_density(density)
     weights = integer("weights", weights, at_least=1)
     exact = number(
         "exact",
@@ -228,6 +313,45 @@ def layer_counts(
     return counts
 
 
+def checked_density(density: float) -> float:
+    """Returns a density as a float.
+
+    Args:
+        density: Fraction of weights kept.
+
+    Raises:
+        ValueError: It is no number in (0, 1].
+    """
+    return number("density", density, above=0, at_most=1, rule=_DENSITY)
+
+
+def full_name(distribution: str) -> str:
+    """Returns the name of a distribution, where it may be short.
+
+    Args:
+        distribution: One of `DISTRIBUTIONS`, `"er"` or `"erk"`.
+
+    Returns:
+        One of `DISTRIBUTIONS`.
+
+    Raises:
+        ValueError: There is no such distribution.
+    """
+    name = distribution
+    if isinstance(name, str):
+        name = _SHORT_NAMES.get(name, name)
+    if not isinstance(name, str) or name not in DISTRIBUTIONS:
+        near = difflib.get_close_matches(
+            str(distribution), (*DISTRIBUTIONS, *_SHORT_NAMES), n=1, cutoff=0.4
+        )
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"distribution must be one of {DISTRIBUTIONS} (or 'er', 'erk'). "
+            f"Received: distribution={distribution!r}.{hint}"
+        )
+    return name
+
+
 def _erdos_renyi(shape):
     n_in, n_out = shape[-2:]
     return (n_in + n_out) / (n_in * n_out)
@@ -297,22 +421,6 @@ def _rounded(size, density, conventions):
     return zeros, int(size * density)
 
 
-def _canonical(distribution):
-    name = distribution
-    if isinstance(name, str):
-        name = _SHORT_NAMES.get(name, name)
-    if not isinstance(name, str) or name not in DISTRIBUTIONS:
-        near = difflib.get_close_matches(
-            str(distribution), (*DISTRIBUTIONS, *_SHORT_NAMES), n=1, cutoff=0.4
-        )
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(
-            f"distribution must be one of {DISTRIBUTIONS} (or 'er', 'erk'). "
-            f"Received: distribution={distribution!r}.{hint}"
-        )
-    return name
-
-
 def _checked_shapes(shapes):
     """Returns `{name: tuple of ints}`."""
     _check_mapping("shapes", shapes)
@@ -362,6 +470,26 @@ def _checked_given(given, shapes):
             at_most=1,
             rule="must be in (0, 1], as each of densities",
         )
+    return checked
+
+
+def _checked_units(unit_sizes, sizes):
+    """Returns `{name: int}`, each of which divides its layer."""
+    _check_mapping("unit_sizes", unit_sizes)
+    if not set(sizes) <= set(unit_sizes):
+        raise ValueError(
+            "unit_sizes must name every masked layer. Received: "
+            f"unit_sizes={unit_sizes!r}, layers {', '.join(sizes)}."
+        )
+    checked = {
+        name: integer(str(name), unit_sizes[name], at_least=1) for name in sizes
+    }
+    for name, size in sizes.items():
+        if size % checked[name]:
+            raise ValueError(
+                f"A layer consists of whole units. Received: unit size "
+                f"{checked[name]} of {name!r}, which has {size} weights."
+            )
     return checked
 
 

@@ -7,7 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rigl_keras.conventions import REPORT
-from rigl_keras.distributions import layer_counts, layer_densities
+from rigl_keras.distributions import (
+    full_name,
+    layer_budgets,
+    layer_counts,
+    layer_densities,
+)
 
 SHAPES = {"a": (3, 3, 2, 8), "b": (10, 10), "c": (40, 10)}
 
@@ -229,3 +234,50 @@ def test_counts_stay_within_one_of_their_quotas(layers, data):
     counts = layer_counts(sizes, densities, total)
     assert sum(counts.values()) == total
     assert all(0 <= count <= sizes[name] for name, count in counts.items())
+
+
+def test_budgets_are_densities_and_counts():
+    """Of masked layers only; whole units where masks keep these."""
+    shapes = {"a": (3, 3, 3, 16), "b": (3, 3, 16, 16), "c": (16, 10)}
+    for distribution in ("uniform", "erk"):
+        budgets = layer_budgets(shapes, 0.1, distribution)
+        solved = layer_densities(shapes, 0.1, distribution)
+        assert list(budgets) == list("abc" if distribution == "erk" else "bc")
+        sizes = {n: math.prod(shapes[n]) for n in budgets}
+        total = round(0.1 * sum(sizes.values()))
+        assert {n: b.density for n, b in budgets.items()} == {
+            n: solved[n] for n in budgets
+        }
+        assert {n: b.count for n, b in budgets.items()} == layer_counts(
+            sizes, solved, total
+        )
+    units = {"a": 9, "b": 9, "c": 1}
+    budgets = layer_budgets(shapes, 0.2, densities={"c": 1.0}, unit_sizes=units)
+    assert budgets["c"] == (1.0, 160)
+    numbers = {"a": 48, "b": 256, "c": 160}
+    exact = sum(budgets[n].density * number for n, number in numbers.items())
+    assert sum(b.count // units[n] for n, b in budgets.items()) == round(exact)
+    assert all(b.count % units[n] == 0 for n, b in budgets.items())
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(density=2.0), "must be in .0, 1.*density=2.0"),
+        (dict(density=1e-9), "rounds to no connection"),
+        (dict(unit_sizes={"a": 9}), "name every masked layer"),
+        (dict(unit_sizes={"a": 9, "b": 7}), "unit size 7 of 'b'"),
+        (dict(unit_sizes={"a": 9, "b": 0}), "b must be an int of at least 1"),
+        (dict(unit_sizes=3), "unit_sizes must map"),
+    ],
+)
+def test_bad_budgets(options, message):
+    shapes = {"a": (3, 3, 4, 4), "b": (4, 4)}
+    with pytest.raises(ValueError, match=message):
+        layer_budgets(shapes, **{"density": 0.5, **options})
+
+
+def test_full_names():
+    assert full_name("er") == "erdos_renyi" == full_name("erdos_renyi")
+    with pytest.raises(ValueError, match="Did you mean 'uniform'"):
+        full_name("unifrom")

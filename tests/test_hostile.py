@@ -145,6 +145,14 @@ def check_densities(got, shapes, density, distribution, conventions, densities):
     assert kept == pytest.approx(wanted, abs=2 * len(sizes) + 1)
 
 
+def check_budgets(got, shapes, density, unit_sizes, **options):
+    assert set(got) <= set(shapes)
+    sizes = {name: math.prod(shapes[name]) for name in got}
+    assert all(0 <= got[name].count <= sizes[name] for name in got)
+    kept = sum(budget.count for budget in got.values())
+    assert kept == round(float(density) * sum(sizes.values()))
+
+
 def check_masked_shapes(got, shapes, distribution, densities):
     first, *others = shapes
     free = distribution == "uniform" and first not in (densities or {})
@@ -582,6 +590,19 @@ CASES = {
         ),
         check_densities,
         1000,
+    ),
+    "layer_budgets": (
+        distributions.layer_budgets,
+        mixed(
+            shapes=shapes,
+            density=share,
+            distribution=names,
+            conventions=presets,
+            densities=given_densities,
+            unit_sizes=st.none(),
+        ),
+        check_budgets,
+        200,
     ),
     "masked_shapes": (
         distributions.masked_shapes,

@@ -1,16 +1,14 @@
 """Draws the masks of all chosen kernels."""
 
 import math
-import warnings
 import zlib
 
 import numpy as np
 
-from rigl_keras import distributions
 from rigl_keras.masking.drawing import draw_mask
 from rigl_keras.masking.selection import granularity_of
 
-__all__ = ["draw_masks", "drawing_key", "fan_in_scale"]
+__all__ = ["draw_masks", "drawing_key", "fan_in_scale", "unit_sizes"]
 
 
 def fan_in_scale(kernel, mask):
@@ -23,48 +21,34 @@ def fan_in_scale(kernel, mask):
     return np.sqrt(connections / np.maximum(kept, 1)).astype(np.float32)
 
 
-def draw_masks(
-    shapes, densities, density, chosen, granularity, seed, conventions
-):
-    """Returns `{name: float32 array of zeros and ones}`."""
-    # A unit is what the mask keeps or removes as one.
-    units = {
-        name: shape[-2:]
-        if granularity_of(chosen[name], granularity) == "kernel"
-        else shape
-        for name, shape in shapes.items()
-    }
-    sizes = {name: math.prod(unit) for name, unit in units.items()}
-    weights = sum(math.prod(shape) for shape in shapes.values())
+def unit_sizes(chosen, granularity):
+    """Returns how many weights of each kernel a mask keeps or removes as one.
+
+    None where these are single weights.
+    """
     if granularity == "element":
-        exact = density * weights
-    else:
-        exact = sum(densities[n] * size for n, size in sizes.items())
-    total = distributions.total_count(exact, density, weights)
-    bernoulli = conventions.sampling == "bernoulli"
-    densities = {name: densities[name] for name in sizes}
-    counts = distributions.layer_counts(sizes, densities, total)
+        return None
+    return {
+        name: math.prod(kernel.variable.shape[:-2])
+        if granularity_of(kernel, granularity) == "kernel"
+        else 1
+        for name, kernel in chosen.items()
+    }
+
+
+def draw_masks(budgets, chosen, granularity, seed, *, sampling):
+    """Returns `{name: float32 array of zeros and ones}`."""
     masks = {}
-    for name, unit in units.items():
-        key, shape = drawing_key(name, chosen[name], seed), shapes[name]
-        if bernoulli:
-            mask = np.random.default_rng(key).random(unit) < densities[name]
+    for name, (density, count) in budgets.items():
+        shape = tuple(chosen[name].variable.shape)
+        key = drawing_key(name, chosen[name], seed)
+        whole = granularity_of(chosen[name], granularity)
+        if sampling == "bernoulli":
+            units = shape[-2:] if whole == "kernel" else shape
+            mask = np.random.default_rng(key).random(units) < density
             masks[name] = np.broadcast_to(mask, shape).astype(np.float32)
         else:
-            masks[name] = draw_mask(
-                shape,
-                counts[name] * math.prod(shape) // sizes[name],
-                key,
-                granularity=granularity_of(chosen[name], granularity),
-            )
-    empty = [name for name, mask in masks.items() if not mask.any()]
-    if empty:
-        warnings.warn(
-            f"At density={density} no connection is left in "
-            f"{', '.join(empty)}: nothing passes through. Raise density, or "
-            "give these layers one in densities.",
-            stacklevel=3,
-        )
+            masks[name] = draw_mask(shape, count, key, granularity=whole)
     return masks
 
 

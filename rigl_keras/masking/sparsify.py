@@ -1,5 +1,6 @@
 """A dense model to a masked one and back; says what it skipped and why."""
 
+import warnings
 from collections.abc import Mapping
 
 import keras
@@ -13,6 +14,7 @@ from rigl_keras.masking.mask_drawing import (
     draw_masks,
     drawing_key,
     fan_in_scale,
+    unit_sizes,
 )
 from rigl_keras.masking.masked import Masked, check_granularity
 from rigl_keras.masking.selection import (
@@ -49,11 +51,10 @@ def sparsify(
 ) -> keras.Model:
     """Returns a masked model, its weights kept.
 
-    1. Each kernel gets a density from the distribution
-       (`distributions.layer_densities`).
-    2. Counts are rounded so that exactly round(density x masked weights)
-       remain (`distributions.layer_counts`).
-    3. Each mask is drawn with its count of ones, seeded by `seed` and the
+    1. Each kernel gets a density from the distribution, and a count, such
+       that exactly round(density x masked weights) remain
+       (`distributions.layer_budgets`).
+    2. Each mask is drawn with its count of ones, seeded by `seed` and the
        kernel's name (`named_kernels`). What the model is called has no part
        in that.
 
@@ -134,17 +135,25 @@ def sparsify(
     shapes = {n: tuple(kernel.variable.shape) for n, kernel in chosen.items()}
     if granularity == "kernel":
         given = {**without_kernels(chosen), **given}
-    solved = distributions.layer_densities(
+    budgets = distributions.layer_budgets(
         shapes,
         density,
         distribution,
         conventions=conventions,
         densities=given,
+        unit_sizes=unit_sizes(chosen, granularity),
     )
-    shapes = distributions.masked_shapes(shapes, distribution, given)
     masks = draw_masks(
-        shapes, solved, density, chosen, granularity, seed, conventions
+        budgets, chosen, granularity, seed, sampling=conventions.sampling
     )
+    empty = [name for name, mask in masks.items() if not mask.any()]
+    if empty:
+        warnings.warn(
+            f"At density={density} no connection is left in "
+            f"{', '.join(empty)}: nothing passes through. Raise density, or "
+            "give these layers one in densities.",
+            stacklevel=2,
+        )
     return with_masks(
         model,
         masks,

@@ -79,41 +79,22 @@ def snip(
         )
     chosen = chosen_kernels(model, layers)
     shapes = {n: tuple(kernel.variable.shape) for n, kernel in chosen.items()}
-    solved = distributions.layer_densities(
-        shapes, density, distribution, densities=densities
-    )
     if scope == "layer":
-        shapes = distributions.masked_shapes(
-            shapes, distribution, densities or {}
+        budgets = distributions.layer_budgets(
+            shapes, density, distribution, densities=densities
         )
-    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    weights = sum(sizes.values())
-    total = distributions.total_count(density * weights, density, weights)
-    saliencies = _saliencies(model, chosen, batch, loss)
-    if scope == "global":
-        joined = tf.concat(
-            [tf.reshape(tf.cast(s, tf.float32), [-1]) for s in saliencies],
-            axis=0,
-        )
-        kept = topology.select_highest(
-            joined, total, among=tf.ones_like(joined, tf.bool)
-        )
-        kept = np.split(kept.numpy(), np.cumsum(list(sizes.values()))[:-1])
+        saliencies = _saliencies(model, chosen, batch, loss)
         masks = {
-            name: mask.reshape(shapes[name])
-            for name, mask in zip(sizes, kept, strict=True)
+            name: _highest(saliencies[name], budget.count)
+            for name, budget in budgets.items()
         }
     else:
-        counts = distributions.layer_counts(
-            sizes, {name: solved[name] for name in sizes}, total
-        )
-        masks = {
-            name: topology.select_highest(
-                saliency, counts[name], among=tf.ones_like(saliency, tf.bool)
-            ).numpy()
-            for name, saliency in zip(chosen, saliencies, strict=True)
-            if name in counts
-        }
+        distributions.full_name(distribution)  # which is not misspelt
+        density = distributions.checked_density(density)
+        weights = sum(math.prod(shape) for shape in shapes.values())
+        total = distributions.total_count(density * weights, density, weights)
+        saliencies = _saliencies(model, chosen, batch, loss)
+        masks = _highest_of_all(saliencies, total)
     empty = [name for name, mask in masks.items() if not mask.any()]
     if empty:
         warnings.warn(
@@ -125,8 +106,26 @@ def snip(
     return with_masks(model, masks, seed=seed)
 
 
+def _highest(saliency, count):
+    everything = tf.ones_like(saliency, tf.bool)
+    return topology.select_highest(saliency, count, among=everything).numpy()
+
+
+def _highest_of_all(saliencies, count):
+    """Returns `{name: mask}`, `count` ones in all of them together."""
+    flat = [
+        tf.reshape(tf.cast(s, tf.float32), [-1]) for s in saliencies.values()
+    ]
+    ends = np.cumsum([s.shape[0] for s in flat])
+    kept = np.split(_highest(tf.concat(flat, axis=0), count), ends[:-1])
+    return {
+        name: mask.reshape(tuple(saliency.shape))
+        for (name, saliency), mask in zip(saliencies.items(), kept, strict=True)
+    }
+
+
 def _saliencies(model, chosen, batch, loss):
-    """Returns |w dL/dw| of each layer; changes nothing of the model."""
+    """Returns |w dL/dw| by name; changes nothing of the model."""
     try:
         inputs, targets = batch
     except (TypeError, ValueError):
@@ -167,4 +166,4 @@ def _saliencies(model, chosen, batch, loss):
             "that the loss depends on the outputs, and that no scale after "
             "these layers starts at 0 (in our ResNets, zero_init_residual)."
         )
-    return found
+    return dict(zip(chosen, found, strict=True))
