@@ -1,13 +1,26 @@
-"""How figures look: one palette, one legend, one size of text."""
+"""How figures look: one palette, one legend, one size of text.
+
+Colours are Okabe and Ito's, which colour-blind people can tell apart; markers,
+line styles and hatches tell them apart without colour. matplotlib is imported
+where a figure is drawn, so that whoever draws none needs none.
+"""
+
+from __future__ import annotations
 
 import io
+import os
 import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from matplotlib import ticker
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
+from rigl_keras import _files
 from rigl_keras._text import exact
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
 
 __all__ = [
     "BLACK",
@@ -19,19 +32,22 @@ __all__ = [
     "SKY",
     "TEXT",
     "TICKS",
+    "TITLE",
     "VERMILION",
+    "WHITE",
     "as_png",
     "dress",
     "legend_above",
     "legend_below",
     "new_figure",
+    "save",
     "ticks_at",
 ]
 
-_TITLE, TEXT, TICKS = 10, 9, 8  # sizes of letters
+TITLE, TEXT, TICKS = 10, 9, 8  # sizes of letters
 _DPI = 130
 _LONGEST, _LARGEST = 400, 5_000  # inches and square inches of a figure
-BLACK, GREY = "#000000", "#777777"
+BLACK, GREY, WHITE = "#000000", "#777777", "#FFFFFF"
 ORANGE, SKY, GREEN = "#E69F00", "#56B4E9", "#009E73"
 BLUE, VERMILION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 
@@ -39,17 +55,36 @@ BLUE, VERMILION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 def as_png(figure: Figure) -> bytes:
     """Returns a figure as the bytes of an image."""
     image = io.BytesIO()
-    with warnings.catch_warnings():
-        # Names may have letters that its font lacks, which shows boxes.
-        warnings.filterwarnings("ignore", "Glyph .* missing from")
-        # Nothing of the machine, so that the same numbers are the same bytes.
-        figure.savefig(
-            image, format="png", dpi=_DPI, metadata={"Software": None}
-        )
+    # Nothing of the machine, so that the same numbers are the same bytes.
+    _save(figure, image, format="png", metadata={"Software": None})
     return image.getvalue()
 
 
-def new_figure(width, height):
+def save(figure: Figure, path: str | os.PathLike) -> None:
+    """Writes a figure whole or not at all, of the type that its name says."""
+    if Path(path).suffix == ".png":
+        _files.write(path, as_png(figure))
+        return
+    with _files.whole(path) as unfinished:
+        _save(figure, unfinished)
+
+
+def _save(figure, target, **options):
+    with warnings.catch_warnings():
+        # Names may have letters that its font lacks, which shows boxes.
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        figure.savefig(target, dpi=_DPI, **options)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Returns a figure of some inches, whose parts make room for each other.
+
+    Raises:
+        ValueError: It would be too large to be drawn.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     if max(width, height) > _LONGEST or width * height > _LARGEST:
         raise ValueError(
             f"it would be {width:.0f} by {height:.0f} inches: too many panels"
@@ -60,8 +95,14 @@ def new_figure(width, height):
     return figure
 
 
-def dress(axes, title=None, x=None, y=None):
-    axes.set_title(title, fontsize=_TITLE, loc="left")
+def dress(
+    axes: Axes,
+    title: str | None = None,
+    x: str | None = None,
+    y: str | None = None,
+) -> None:
+    """Gives axes their title, labels and grid."""
+    axes.set_title(title, fontsize=TITLE, loc="left")
     axes.set_xlabel(x, fontsize=TEXT)
     axes.set_ylabel(y, fontsize=TEXT)
     axes.tick_params(labelsize=TICKS)
@@ -69,7 +110,8 @@ def dress(axes, title=None, x=None, y=None):
     axes.set_axisbelow(True)
 
 
-def legend_below(axes, ncols=2, down=0.2):
+def legend_below(axes: Axes, ncols: int = 2, down: float = 0.2) -> None:
+    """Says below axes what they show."""
     handles, _ = axes.get_legend_handles_labels()
     if handles:
         axes.legend(
@@ -82,7 +124,7 @@ def legend_below(axes, ncols=2, down=0.2):
         )
 
 
-def legend_above(figure, ncols=None):
+def legend_above(figure: Figure, ncols: int | None = None) -> None:
     """Says once what all axes show; None: in one line."""
     handles = {}
     for axes in figure.axes:
@@ -100,8 +142,10 @@ def legend_above(figure, ncols=None):
     )
 
 
-def ticks_at(axis, values):
+def ticks_at(axis: Axis, values: Sequence[float]) -> None:
     """Puts ticks of a logarithmic axis at values, written out."""
+    from matplotlib import ticker
+
     axis.set_major_locator(ticker.FixedLocator(values))
     axis.set_major_formatter(
         ticker.FixedFormatter([exact(value) for value in values])

@@ -8,7 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
-from rigl_keras import _files
+from rigl_keras import _figure_style
+from rigl_keras._figure_style import (
+    BLACK,
+    BLUE,
+    TEXT,
+    TICKS,
+    VERMILION,
+    dress,
+    legend_above,
+    new_figure,
+)
 from rigl_keras.diagnostics.table import ALL, check_installed, read_rows
 
 __all__ = ["figures"]
@@ -58,8 +68,7 @@ def figures(
     if losses:
         drawn["loss.png"] = _loss_figure(losses)
     for name, figure in drawn.items():
-        with _files.whole(out_dir / name) as unfinished:
-            figure.savefig(unfinished, dpi=120)
+        _figure_style.save(figure, out_dir / name)
     return [out_dir / name for name in drawn]
 
 
@@ -156,25 +165,17 @@ _DEAD_UNITS = [
         counts=True,
     ),
 ]
-# Of Okabe and Ito's palette, which colour-blind people can tell apart, as
-# they can the colours of viridis.
-_BLUE, _VERMILION = "#0072B2", "#D55E00"
+# Colour-blind people can tell these apart, too.
 _COLOURS, _NOTHING = "viridis", "#d9d9d9"
-_TITLE, _TEXT, _TICKS = 10, 9, 8  # sizes of letters
 
 
 def _layer_figure(blocks, panels):
     """Returns a figure with lines for all layers, and below them maps."""
-    from matplotlib.figure import Figure
-
     layers = [row["layer"] for row in blocks[0][:-1]]
     steps = [block[-1]["step"] for block in blocks]
     edges = np.array([*steps, steps[-1] + _typical_gap(steps)])
     height = 0.6 + 0.2 * max(len(layers), 7)
-    figure = Figure(
-        figsize=(1.8 + 5.2 * len(panels), 2.2 + height), layout="constrained"
-    )
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)
+    figure = new_figure(1.8 + 5.2 * len(panels), 2.2 + height)
     axes = figure.subplots(
         2,
         len(panels),
@@ -190,11 +191,11 @@ def _layer_figure(blocks, panels):
         ).T
         image = _draw_map(heat, edges, values, panel)
         bar = figure.colorbar(image, ax=heat, pad=0.1, aspect=30)
-        bar.set_label(panel.unit, fontsize=_TEXT)
-        bar.ax.tick_params(labelsize=_TICKS)
+        bar.set_label(panel.unit, fontsize=TEXT)
+        bar.ax.tick_params(labelsize=TICKS)
         if panel.log:
             _plain_ticks(bar, image.norm)
-    axes[1, 0].set_yticklabels(layers, fontsize=_TICKS)
+    axes[1, 0].set_yticklabels(layers, fontsize=TICKS)
     return figure
 
 
@@ -203,12 +204,10 @@ def _draw_line(axes, edges, values, panel):
 
     # A value holds until the next update.
     axes.step(
-        edges, np.append(values, values[-1]), where="post", color=_BLUE, lw=1.8
+        edges, np.append(values, values[-1]), where="post", color=BLUE, lw=1.8
     )
-    axes.set_title(panel.line_title, fontsize=_TITLE, loc="left")
-    axes.grid(alpha=0.3)
+    dress(axes, panel.line_title)
     axes.margins(x=0)
-    axes.tick_params(labelsize=_TICKS)
     finite = values[np.isfinite(values)]
     top = 1.15 * finite.max() if finite.size else 0
     axes.set_ylim(0, top or 1)
@@ -238,12 +237,11 @@ def _draw_map(axes, edges, values, panel):
         rasterized=True,
     )
     axes.invert_yaxis()
-    axes.set_title(panel.map_title, fontsize=_TITLE, loc="left")
-    axes.set_xlabel("optimizer step", fontsize=_TEXT)
-    axes.tick_params(labelsize=_TICKS)
+    dress(axes, panel.map_title, x="optimizer step")
+    axes.grid(False)
     axes.set_yticks(np.arange(len(values)) + 0.5, [])
     at = axes.get_yaxis_transform()
-    style = dict(transform=at, fontsize=_TICKS - 1, ha="right")
+    style = dict(transform=at, fontsize=TICKS - 1, ha="right")
     axes.text(1.09, -0.15, "last", va="bottom", style="italic", **style)
     for row, value in enumerate(values[:, -1]):
         if np.isfinite(value):
@@ -270,37 +268,29 @@ def _plain_ticks(bar, norm):
 
 def _loss_figure(rows):
     """Returns a figure of the loss of an update's batch, before and after."""
-    from matplotlib.figure import Figure
-
     steps = [row["step"] for row in rows]
     before, after = (
         _array([row[column] for row in rows])
         for column in ("loss_before", "loss_after")
     )
-    figure = Figure(figsize=(7.5, 5.5), layout="constrained")
+    figure = new_figure(7.5, 5.5)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
     for values, label, colour, marker in (
-        (before, "before the update", _BLUE, "o"),
-        (after, "after the update", _VERMILION, "^"),
+        (before, "before the update", BLUE, "o"),
+        (after, "after the update", VERMILION, "^"),
     ):
         top.plot(
             steps, values, label=label, color=colour, marker=marker, ms=3, lw=1
         )
-    top.set_title(
+    dress(
+        top,
         "Loss of an update's batch, by the masks before and after it",
-        fontsize=_TITLE,
-        loc="left",
+        y="loss",
     )
-    top.set_ylabel("loss", fontsize=_TEXT)
-    top.legend(frameon=False, fontsize=_TEXT)
-    bottom.axhline(0, color="black", lw=0.8)
-    bottom.plot(steps, after - before, color="black", marker=".", ms=4, lw=0.8)
-    bottom.set_title("What an update cost", fontsize=_TITLE, loc="left")
-    bottom.set_ylabel("after - before", fontsize=_TEXT)
-    bottom.set_xlabel("optimizer step", fontsize=_TEXT)
-    for axes in (top, bottom):
-        axes.grid(alpha=0.3)
-        axes.tick_params(labelsize=_TICKS)
+    bottom.axhline(0, color=BLACK, lw=0.8)
+    bottom.plot(steps, after - before, color=BLACK, marker=".", ms=4, lw=0.8)
+    dress(bottom, "What an update cost", x="optimizer step", y="after - before")
+    legend_above(figure)
     return figure
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tensorflow as tf
 
-from rigl_keras import _figure_style, _files, kernels
+from rigl_keras import _figure_style, kernels
 from rigl_keras.distributions import DISTRIBUTIONS
 from rigl_keras.experiments import exits
 from rigl_keras.experiments.benchmarks.inference_command import MODELS
@@ -176,5 +176,5 @@ def _write(part, measured, folder):
     )
     table, image = folder / f"{part}.csv", folder / f"{part}.png"
     write_csv(measured, table)
-    _files.write(image, _figure_style.as_png(figure))
+    _figure_style.save(figure, image)
     return table, image

@@ -8,7 +8,20 @@ from pathlib import Path
 
 import numpy as np
 
-from rigl_keras import _files
+from rigl_keras import _figure_style, _files
+from rigl_keras._figure_style import (
+    BLACK,
+    BLUE,
+    ORANGE,
+    SKY,
+    TEXT,
+    TICKS,
+    VERMILION,
+    WHITE,
+    dress,
+    legend_above,
+    new_figure,
+)
 
 __all__ = [
     "COMPACT",
@@ -187,17 +200,15 @@ def check_paths(figure: str | None, json_path: str | None) -> None:
         )
 
 
-# The figure. Colours are Okabe and Ito's, which colour-blind people can tell
-# apart; hatches tell them apart without colour.
+# The figure: the colour and the hatch of a side.
 
 _LOOKS = {
-    SPARSE: ("#0072B2", ""),
-    COMPACT: ("#56B4E9", "///"),
-    TFLITE_DENSE: ("#D55E00", "xxx"),
-    TFLITE_SPARSE: ("#E69F00", "..."),
-    TORCH: ("#FFFFFF", ""),
+    SPARSE: (BLUE, ""),
+    COMPACT: (SKY, "///"),
+    TFLITE_DENSE: (VERMILION, "xxx"),
+    TFLITE_SPARSE: (ORANGE, "..."),
+    TORCH: (WHITE, ""),
 }
-_TITLE, _TEXT, _TICKS = 10, 9, 8  # sizes of letters
 
 
 def draw(comparison: Comparison, path: str | os.PathLike) -> None:
@@ -210,37 +221,20 @@ def draw(comparison: Comparison, path: str | os.PathLike) -> None:
         comparison: What `compare` returned.
         path: Image to write, of a type that matplotlib knows.
     """
-    from matplotlib.figure import Figure
-
     models, batches = comparison.values("model"), comparison.values("batch")
-    figure = Figure(
-        figsize=(1 + 5 * len(batches), 1.2 + 2.9 * len(models)),
-        layout="constrained",
-    )
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+    figure = new_figure(1 + 5 * len(batches), 1.2 + 2.9 * len(models))
     panels = figure.subplots(len(models), len(batches), squeeze=False)
     for row, model in zip(panels, models, strict=True):
         for axes, batch in zip(row, batches, strict=True):
             _draw_panel(axes, comparison, model, batch)
     for axes in panels[:, 0]:
-        axes.set_ylabel("time of a call / dense SavedModel", fontsize=_TEXT)
+        axes.set_ylabel("time of a call / dense SavedModel", fontsize=TEXT)
     for axes in panels[-1]:
         axes.set_xlabel(
-            "density (below it, the dense SavedModel's time)", fontsize=_TEXT
+            "density (below it, the dense SavedModel's time)", fontsize=TEXT
         )
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(
-        handles,
-        labels,
-        loc="outside upper center",
-        ncols=3,
-        frameon=False,
-        fontsize=_TEXT,
-        handlelength=2.5,
-        handleheight=1.2,
-    )
-    with _files.whole(path) as unfinished:
-        figure.savefig(unfinished, dpi=120)
+    legend_above(figure, ncols=3)
+    _figure_style.save(figure, path)
 
 
 def _draw_panel(axes, comparison, model, batch):
@@ -265,18 +259,16 @@ def _draw_panel(axes, comparison, model, batch):
             label=side,
             color=colour,
             hatch=hatch,
-            edgecolor="black",
+            edgecolor=BLACK,
             linewidth=0.7,
         )
         labels = axes.bar_label(
-            bars, fmt="%.2f", fontsize=_TICKS - 1, rotation=90, padding=3
+            bars, fmt="%.2f", fontsize=TICKS - 1, rotation=90, padding=3
         )
         for label in labels:  # the line at 1 stays off the numbers
-            label.set_bbox(
-                {"facecolor": "white", "edgecolor": "none", "pad": 1}
-            )
+            label.set_bbox({"facecolor": WHITE, "edgecolor": "none", "pad": 1})
     axes.axhline(
-        1, color="black", lw=1.2, ls="--", label=DENSE + " (1)", zorder=0.5
+        1, color=BLACK, lw=1.2, ls="--", label=DENSE + " (1)", zorder=0.5
     )
     dense = [
         comparison.of(model=model, density=d, batch=batch, side=DENSE)
@@ -287,10 +279,8 @@ def _draw_panel(axes, comparison, model, batch):
         [f"{m.density:g}\n{_milliseconds(m.seconds)}" for m in dense],
     )
     axes.set_ylim(0, 1.2 * highest)
-    axes.set_title(f"{model}, batch {batch}", fontsize=_TITLE, loc="left")
-    axes.tick_params(labelsize=_TICKS)
-    axes.grid(axis="y", alpha=0.3)
-    axes.set_axisbelow(True)
+    dress(axes, f"{model}, batch {batch}")
+    axes.grid(False, axis="x")
 
 
 def _milliseconds(seconds):

@@ -1,30 +1,39 @@
-"""The figures of `bin/benchmark kernels|train|inference`.
-
-Colours are Okabe and Ito's, which colour-blind people can tell apart; markers
-and line styles tell them apart without colour.
-"""
+"""The figures of `bin/benchmark kernels|train|inference`."""
 
 import math
 from collections.abc import Sequence
 
-from matplotlib import ticker
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from rigl_keras._figure_style import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    TEXT,
+    TICKS,
+    TITLE,
+    VERMILION,
+    dress,
+    new_figure,
+    ticks_at,
+)
 from rigl_keras.experiments.benchmarks.speed_tables import Line
 
 __all__ = ["speed_ups"]
 
-_TITLE, _TEXT, _TICKS = 10, 9, 8  # sizes of letters
 _LOOKS = (
-    ("#D55E00", "o", "-"),
-    ("#0072B2", "s", "--"),
-    ("#009E73", "D", ":"),
-    ("#CC79A7", "^", "-."),
-    ("#E69F00", "v", (0, (5, 1))),
-    ("#56B4E9", "P", (0, (3, 1, 1, 1))),
-    ("#777777", "X", (0, (1, 1))),
+    (VERMILION, "o", "-"),
+    (BLUE, "s", "--"),
+    (GREEN, "D", ":"),
+    (PURPLE, "^", "-."),
+    (ORANGE, "v", (0, (5, 1))),
+    (SKY, "P", (0, (3, 1, 1, 1))),
+    (GREY, "X", (0, (1, 1))),
 )
 _CROSSOVER = {
     "marker": "o",
@@ -49,13 +58,8 @@ def speed_ups(
     """
     down = _values(lines, rows)
     across = _values(lines, columns)
-    figure = Figure(
-        figsize=(3.0 + 3.6 * len(across), 1.0 + 2.7 * len(down)),
-        layout="constrained",
-    )
-    FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
-    figure.suptitle(title, fontsize=_TITLE, x=0.01, ha="left")
+    figure = new_figure(3.0 + 3.6 * len(across), 1.0 + 2.7 * len(down))
+    figure.suptitle(title, fontsize=TITLE, x=0.01, ha="left")
     grid = figure.subplots(
         len(down), len(across), sharex=True, sharey=True, squeeze=False
     )
@@ -67,11 +71,11 @@ def speed_ups(
                 if getattr(line.first, columns) == column:
                     look = labels.index(getattr(line.first, label))
                     _draw(axes, line, _LOOKS[look % len(_LOOKS)])
-            axes.axhline(1, color="black", ls="--", lw=1, zorder=1)
+            axes.axhline(1, color=BLACK, ls="--", lw=1, zorder=1)
             heading = ", ".join(filter(None, map(_said, (row, column))))
-            axes.set_title(heading, fontsize=_TEXT, loc="left")
+            dress(axes, heading)
         _legend(panels[-1], labels, any(_crosses(line) for line in of_row))
-    _dress(grid, lines)
+    _set_scales(grid, lines)
     return figure
 
 
@@ -110,10 +114,10 @@ def _legend(axes, labels, crosses):
             _LOOKS[i % len(_LOOKS)] for i in range(len(labels))
         )
     ]
-    handles.append(Line2D([], [], color="black", ls="--", lw=1))
+    handles.append(Line2D([], [], color=BLACK, ls="--", lw=1))
     labels = [*map(_said, labels), "as fast as dense"]
     if crosses:
-        handles.append(Line2D([], [], color="black", **_CROSSOVER))
+        handles.append(Line2D([], [], color=BLACK, **_CROSSOVER))
         labels.append("crossover")
     axes.legend(
         handles,
@@ -121,13 +125,13 @@ def _legend(axes, labels, crosses):
         loc="upper left",
         bbox_to_anchor=(1.02, 1.02),
         frameon=False,
-        fontsize=_TICKS,
+        fontsize=TICKS,
         handlelength=3.5,
         labelspacing=0.7,
     )
 
 
-def _dress(grid, lines):
+def _set_scales(grid, lines):
     densities = sorted({d for line in lines for d in line.speed_ups})
     found = [s for line in lines for s in line.speed_ups.values()]
     low = math.floor(math.log2(min(1.0, *found)))
@@ -138,21 +142,9 @@ def _dress(grid, lines):
         axes.margins(x=0.08)
         # A little more, so that no marker is cut.
         axes.set_ylim(2 ** (low - 0.15), 2 ** (high + 0.15))
-        _ticks_at(axes.xaxis, densities)
-        _ticks_at(axes.yaxis, [2.0**i for i in range(low, high + 1)])
-        axes.tick_params(labelsize=_TICKS)
-        axes.grid(alpha=0.3)
-        axes.set_axisbelow(True)
+        ticks_at(axes.xaxis, densities)
+        ticks_at(axes.yaxis, [2.0**i for i in range(low, high + 1)])
     for axes in grid[-1]:
-        axes.set_xlabel("density (1 - sparsity)", fontsize=_TEXT)
+        axes.set_xlabel("density (1 - sparsity)", fontsize=TEXT)
     for axes in grid[:, 0]:
-        axes.set_ylabel("speed-up over dense", fontsize=_TEXT)
-
-
-def _ticks_at(axis, values):
-    """Puts ticks of a logarithmic axis at values, written out."""
-    axis.set_major_locator(ticker.FixedLocator(values))
-    axis.set_major_formatter(
-        ticker.FixedFormatter([f"{value:g}" for value in values])
-    )
-    axis.set_minor_locator(ticker.NullLocator())
+        axes.set_ylabel("speed-up over dense", fontsize=TEXT)

@@ -4,12 +4,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from rigl_keras._figure_style import BLACK, BLUE, TEXT, TICKS, TITLE, WHITE
 from rigl_keras.flops.counting import LayerCount
 
 __all__ = ["density_figure"]
 
-_BLUE = "#0072B2"  # of Okabe and Ito's palette, dark in grey as well
-_TITLE, _TEXT, _TICKS = 10, 9, 8  # sizes of letters
 _DPI = 120
 _MOST_INCHES = 200  # of height, however many layers; Agg draws 500
 
@@ -55,11 +54,11 @@ def density_figure(
     )
     handles = []
     for is_masked, label, look in (
-        (True, "masked", {"facecolor": _BLUE}),
-        (False, "without a mask", {"facecolor": "white", "hatch": "////"}),
+        (True, "masked", {"facecolor": BLUE}),
+        (False, "without a mask", {"facecolor": WHITE, "hatch": "////"}),
     ):
         shown = [(layer in masked) == is_masked for layer in layers]
-        look |= {"edgecolor": "black", "linewidth": 0.6}
+        look |= {"edgecolor": BLACK, "linewidth": 0.6}
         axes.barh(rows[shown], now[shown], 0.72, **look)
         if any(shown):
             handles.append(Patch(label=label, **look))
@@ -69,7 +68,7 @@ def density_figure(
         handles.append(
             axes.axvline(
                 overall,
-                color="black",
+                color=BLACK,
                 lw=1.2,
                 ls="--",
                 label=f"all masked layers: {overall:.3f}",
@@ -83,8 +82,8 @@ def density_figure(
             ls="none",
             marker="D",
             ms=4.5,
-            mfc="white",
-            mec="black",
+            mfc=WHITE,
+            mec=BLACK,
             label="at the start",
         )
     at = axes.get_yaxis_transform()
@@ -94,23 +93,23 @@ def density_figure(
             row,
             f"{density:.3f}",
             transform=at,
-            fontsize=_TICKS,
+            fontsize=TICKS,
             ha="right",
             va="center",
         )
     axes.set_xlim(0, 1.02)
     axes.set_ylim(len(layers) - 0.4, -0.6)  # the first layer on top
-    axes.set_yticks(rows, [layer.name for layer in layers], fontsize=_TICKS)
-    axes.tick_params(axis="x", labelsize=_TICKS)
+    axes.set_yticks(rows, [layer.name for layer in layers], fontsize=TICKS)
+    axes.tick_params(axis="x", labelsize=TICKS)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
-    axes.set_xlabel("density", fontsize=_TEXT)
+    axes.set_xlabel("density", fontsize=TEXT)
     figure.text(
         0.15 / width,
         1 - 0.12 / height,
         f"Density of each layer at step {step:,}",
-        fontsize=_TITLE,
+        fontsize=TITLE,
         va="top",
     )
     figure.legend(
@@ -119,7 +118,7 @@ def density_figure(
         bbox_to_anchor=(0.1 / width, 1 - 0.38 / height),
         ncols=len(handles),
         frameon=False,
-        fontsize=_TEXT,
+        fontsize=TEXT,
         borderaxespad=0,
         columnspacing=1.2,
         handlelength=1.8,
