@@ -44,7 +44,7 @@ def asked_for(config):
 def pytest_xdist_auto_num_workers(config):
     """One or two files are done before workers have started."""
     paths = asked_for(config)
-    if len(paths) <= 2 and all(pathlib.Path(p).is_file() for p in paths):
+    if 0 < len(paths) <= 2 and all(pathlib.Path(p).is_file() for p in paths):
         return 0
     return None
 
