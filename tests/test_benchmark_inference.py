@@ -53,6 +53,7 @@ def measured(**changes):
     return inference_command.compare(**arguments)
 
 
+@pytest.mark.slow
 def test_compares_all_sides(tiny, tmp_path):
     lines = []
     comparison = measured(batches=[1, 3], progress=lines.append)

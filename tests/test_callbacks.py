@@ -317,6 +317,7 @@ def test_unknown_length():
     assert model.history.history["grown"][-1] > 0
 
 
+@pytest.mark.slow
 def test_a_schedule_that_never_fires_warns():
     model = compiled(sparsify(small_model(), 0.2))
     with pytest.warns(UserWarning, match="plans 0 updates in the 8 steps"):
@@ -429,6 +430,7 @@ def test_frozen_layers_keep_their_masks():
     assert (before["head"] != after["head"]).any()
 
 
+@pytest.mark.slow
 def test_loss_scaling():
     keras.config.set_dtype_policy("mixed_float16")
     try:
@@ -549,6 +551,7 @@ def test_an_interrupted_fit_does_not_reach_the_next():
     assert history.history.keys() == {"loss"}
 
 
+@pytest.mark.slow
 def test_a_callback_can_be_used_again_after_an_interrupt():
     model, fit = small_regression()
     method = RigL(**EVERY_STEP)
@@ -866,6 +869,7 @@ def test_a_loop_that_never_applies_is_refused():
         RigL().wrap(lambda x: x, model=model, optimizer=optimizer)
 
 
+@pytest.mark.slow
 def test_a_refused_update_is_told_in_a_loop_of_ones_own():
     model = sparsify(one_layer(), 0.5)
     optimizer = keras.optimizers.SGD(0.0)
@@ -909,6 +913,7 @@ def test_a_step_is_traced_once():
     assert len(history["accuracy"]) == 2 and history["accuracy"][1] > 0
 
 
+@pytest.mark.slow
 def test_a_train_function_that_is_rebuilt_within_fit():
     """As is done after layers are frozen: updates go on."""
 
@@ -945,6 +950,7 @@ def test_a_head_without_a_loss():
     assert (before["b"] == after["b"]).all()
 
 
+@pytest.mark.slow
 def test_averaged_weights_of_snfs_are_sparse():
     model = sparsify(small_model(), 0.2)
     optimizer = keras.optimizers.SGD(0.05, 0.9, use_ema=True, ema_momentum=0.5)

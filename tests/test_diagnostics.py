@@ -364,6 +364,7 @@ def test_resumed_from_a_checkpoint(straight, tmp_path):
         assert ours == {**theirs, "step": 5, **nothing, **unknown}
 
 
+@pytest.mark.slow
 def test_the_same_callback_goes_on(straight):
     rows, _ = straight
     model, topology = half()
@@ -371,6 +372,7 @@ def test_the_same_callback_goes_on(straight):
     assert topology.rows == rows
 
 
+@pytest.mark.slow_but("of another step")
 @pytest.mark.parametrize("files", ["none", "of another step"])
 def test_otherwise_it_begins_anew(files, straight, tmp_path):
     """It says so, and keeps what was written before."""
@@ -389,6 +391,7 @@ def test_otherwise_it_begins_anew(files, straight, tmp_path):
     assert diagnostics.read_rows(tmp_path / "topology.csv") == anew.rows
 
 
+@pytest.mark.slow
 def test_from_step_0_the_record_is_new(straight, tmp_path):
     _, text = straight
     _, topology = half(tmp_path)
@@ -396,6 +399,7 @@ def test_from_step_0_the_record_is_new(straight, tmp_path):
     assert (tmp_path / "topology.csv").read_text() == text
 
 
+@pytest.mark.slow
 def test_flops_that_cannot_be_counted_stay_empty(tmp_path):
     inputs = keras.Input((None, None, 3))
     x = layers.Conv2D(4, 3, name="conv")(inputs)

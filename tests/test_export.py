@@ -357,6 +357,7 @@ def test_other_formats(format, kind, tmp_path):
         np.testing.assert_array_equal(mask, masks[name])
 
 
+@pytest.mark.slow
 def test_sparse_files_are_smaller(tmp_path):
     model = rigl_keras.sparsify(rigl_keras.models.mlp(), 0.1)
     signature = signatures.signature_of(model)
@@ -567,6 +568,7 @@ def test_a_batch_size_fixed_by_mistake_is_noticed(tmp_path, monkeypatch):
         export(model, tmp_path / "exported", measure=False)
 
 
+@pytest.mark.slow_but("int8")
 @pytest.mark.parametrize("quantization", [None, "float16", "int8"])
 def test_a_constant_does_not_agree(quantization, tmp_path, monkeypatch):
     """However small outputs are, they are told from their mean."""
@@ -738,6 +740,7 @@ def test_interrupted_between_the_last_steps(which, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["exported"]
 
 
+@pytest.mark.slow
 def test_killed_between_the_last_steps(tmp_path):
     target = tmp_path / "exported"
     target.mkdir()
@@ -759,6 +762,7 @@ def test_killed_between_the_last_steps(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["exported"]
 
 
+@pytest.mark.slow
 def test_from_within_the_folder(tmp_path, monkeypatch):
     model = rigl_keras.sparsify(small_model(), 0.2)
     export(model, tmp_path / "exported", measure=False)

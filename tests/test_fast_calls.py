@@ -165,7 +165,7 @@ def test_files_know_nothing_of_it(tmp_path):
     assert "call" not in vars(rigl_keras.strip(model).get_layer("norm"))
 
 
-@pytest.mark.slow_but("sparse")
+@pytest.mark.slow
 @pytest.mark.parametrize("product", ["dense", "sparse"])
 def test_a_loaded_model_trains_as_the_one_that_was_saved(product, tmp_path):
     x, y = examples()

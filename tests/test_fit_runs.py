@@ -76,7 +76,7 @@ ACTIONS = {
 
 
 @pytest.mark.slow_but(
-    "train_on_batch-graph",
+    "train_on_batch-eager",
     "fit-eager",
     "make-eager",
     "make by force-eager",
@@ -98,6 +98,7 @@ def test_updates_go_on(name, eager):
     assert not {"train_step", "make_train_function"} & vars(model).keys()
 
 
+@pytest.mark.slow
 def test_topology_is_recorded_across_optimizers():
     rows = {}
     for name in ("make", "compile anew"):
@@ -136,6 +137,7 @@ def test_training_before_the_plan_is_refused():
         fit(network(), [RigL(**EVERY_SECOND), early], DATA)
 
 
+@pytest.mark.slow_but("same")
 @pytest.mark.parametrize("other", [False, True], ids=["same", "other model"])
 def test_a_callback_trains_one_model_at_a_time(other):
     model, second = network(), network()
@@ -277,6 +279,7 @@ def test_what_was_put_back_is_what_was_there():
     assert len(calls) == 6
 
 
+@pytest.mark.slow
 def test_a_callback_of_an_interrupted_fit_leaves_the_first_model():
     one, two = network(), network()
     method = RigL(frequency=1, end_step=99, decay="constant")
@@ -345,6 +348,7 @@ def test_an_apply_that_is_repeated_is_refused():
         fit(model, [RigL(**EVERY_SECOND)], DATA)
 
 
+@pytest.mark.slow
 def test_an_apply_in_each_of_two_branches():
     model = network(cls=InABranch, run_eagerly=False)
     method = RigL(**EVERY_SECOND)
@@ -394,6 +398,7 @@ class TwoOptimizers(keras.Model):
         return {"loss": loss}
 
 
+@pytest.mark.slow_but("False")
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_layers_of_another_optimizer_are_named_once(jit_compile):
     model = network(
@@ -544,7 +549,7 @@ class Logs(keras.callbacks.Callback):
         self.rows.append({k: float(v) for k, v in kept.items()})
 
 
-@pytest.mark.slow_but("RigL", "MagnitudePruning")
+@pytest.mark.slow_but("RigL")
 @pytest.mark.parametrize("name", [n for n in METHODS if n != "static"])
 def test_on_trained_weights_as_on_new_ones(name):
     """The same drop fractions and densities at the same steps of the run."""
@@ -606,6 +611,7 @@ class RestoredWithin(keras.callbacks.BackupAndRestore):
         super().__init__(path, save_freq=1, delete_checkpoint=False)
 
 
+@pytest.mark.slow_but("last")
 @pytest.mark.parametrize("first", [True, False], ids=["method first", "last"])
 def test_restored_within_the_first_epoch(first, tmp_path):
     """By Keras, which begins the epoch again: the run is the same."""
@@ -655,6 +661,7 @@ def test_several_fits_of_one_run():
         assert word in text
 
 
+@pytest.mark.slow
 def test_one_epoch_more_without_an_end_step_is_a_loop_too():
     model = network()
     with warnings.catch_warnings(record=True) as caught:
@@ -731,6 +738,7 @@ def test_logs_follow_weights_that_are_loaded(tmp_path):
     assert history["density"] == pytest.approx([0.2, 0.2], abs=0.01)
 
 
+@pytest.mark.slow_but("last")
 @pytest.mark.parametrize("first", [True, False], ids=["method first", "last"])
 def test_logs_of_a_run_that_keras_restores(first, tmp_path):
     """After the ramp has ended, so that no update sets them right."""

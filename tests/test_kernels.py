@@ -331,7 +331,7 @@ def test_densities_and_batches(density, batch):
         compare(images, normal(draw, *shape), mask, options)
 
 
-@pytest.mark.slow_but("portable")
+@pytest.mark.slow
 @pytest.mark.parametrize("wanted_set", ["avx2", "portable"])
 def test_other_instruction_sets(wanted_set):
     if platform.machine() not in ("x86_64", "AMD64"):

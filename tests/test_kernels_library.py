@@ -316,6 +316,7 @@ def test_a_build_that_is_killed(place, stub):
     assert not list(folder.glob(".building-*"))
 
 
+@pytest.mark.slow
 def test_a_half_made_library_is_not_seen(place, stub):
     stub(seconds=0.5)
     seen, done = [], threading.Event()

@@ -272,6 +272,7 @@ def test_planned_flops_of_pruning():
     assert pruned.training_flops == pytest.approx(3 * mean, rel=0.01)
 
 
+@pytest.mark.slow
 def test_a_step_is_measured_once():
     plans.Run("small_dense_wrn", SMALL, 0.01, seed=0).configure()
     network = costs.planned().network

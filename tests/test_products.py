@@ -162,7 +162,7 @@ def test_a_wide_resnet_trains_the_same():
     assert np.mean(np.concatenate(same)) > 0.999
 
 
-@pytest.mark.slow_but("options1")
+@pytest.mark.slow
 @needs_library
 @pytest.mark.parametrize(
     "options", [dict(steps_per_execution=4), dict(run_eagerly=True)]
@@ -404,6 +404,7 @@ def asked(model):
     }
 
 
+@pytest.mark.slow_but("sparse")
 @pytest.mark.parametrize("kernels", ["auto", "dense", "sparse"])
 def test_what_was_asked_for_is_saved(kernels, tmp_path):
     model = small(kernels)
@@ -487,6 +488,7 @@ def test_the_table():
     assert "sparse" not in rows["all"]
 
 
+@pytest.mark.slow
 @needs_library
 def test_chosen_anew_after_a_fit():
     """What was traced is traced again."""
@@ -869,7 +871,7 @@ def test_images_of_any_size_are_dense(not_loaded):
 # Without a library.
 
 
-@pytest.mark.slow_but("auto")
+@pytest.mark.slow
 @pytest.mark.parametrize("kernels", ["auto", "sparse"])
 def test_without_a_library_as_before(unavailable, timed_kernels, kernels):
     losses = []

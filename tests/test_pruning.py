@@ -172,6 +172,7 @@ def test_whole_kernels(scope):
             assert (mask == mask[:1, :1]).all(), name
 
 
+@pytest.mark.slow
 def test_a_schedule_that_is_never_due_warns():
     ramp = SparsityRamp(final_density=0.1, begin_step=500, end_step=900)
     with pytest.warns(UserWarning, match="plans 0 updates in the 12 steps"):
@@ -341,6 +342,7 @@ def test_a_schedule_of_ones_own():
     assert all(mask.mean() == pytest.approx(0.75) for mask in last.values())
 
 
+@pytest.mark.slow
 def test_layers_of_two_precisions():
     inputs = keras.Input((6,))
     x = layers.Dense(8, dtype="mixed_bfloat16", name="half")(inputs)

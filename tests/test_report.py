@@ -730,6 +730,7 @@ def test_planned_flops_are_marked(tmp_path):
     assert cell["training_flops_ratio"] == ""
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:RigL plans 0 updates")
 def test_flops_are_those_that_the_library_counts(tmp_path):
     """Of a run that is trained here: result, report.csv and `count`."""

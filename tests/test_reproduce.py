@@ -371,7 +371,7 @@ def test_killed_and_shared(tmp_path):
         assert "finish" in said
 
 
-@pytest.mark.slow_but("15")
+@pytest.mark.slow
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
 def test_a_run_ends_with_who_started_it(kill):
     """bin/train --parent: nobody pays for cores that nobody watches."""
@@ -425,18 +425,11 @@ def test_plan_and_progress(tmp_path, quick, monkeypatch, capfd):
     assert "4 of 4 runs are finished, 0 failed." in said
 
 
-def test_nonsense():
+def test_nonsense(fresh):
     """The command ends with what is wrong, and what to do about it."""
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "rigl_keras.experiments.reproduction.reproduce",
-            "table3",
-            "--preset=small",
-        ],
-        capture_output=True,
-        text=True,
+    done = fresh(
+        *["-m", "rigl_keras.experiments.reproduction.reproduce"],
+        *["table3", "--preset=small"],
     )
     assert done.returncode == 2
     last = [line for line in done.stderr.splitlines() if line][-1]

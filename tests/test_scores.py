@@ -1,9 +1,5 @@
 """What connections are worth, and that random draws repeat anywhere."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -51,25 +47,15 @@ def test_random_differs_between_keys_and_steps():
     # A key is not a step: (0, 1) and (1, 0) are both among the draws above.
 
 
-def test_random_is_the_same_in_another_process():
+def test_random_is_the_same_in_another_process(fresh):
     """Python salts `hash` of strings in each process; nothing here does."""
     code = (
         "from rigl_keras import scores;"
         "print(scores.random((50,), key=7, step=3).numpy().tobytes().hex())"
     )
-    other = subprocess.run(
-        [sys.executable, "-c", code],
-        env={
-            **os.environ,
-            "PYTHONHASHSEED": "12345",
-            "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-        },
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    other = fresh("-c", code)
     here = scores.random((50,), key=7, step=3).numpy()
-    assert other.stdout.strip() == here.tobytes().hex()
+    assert other.stdout.strip() == here.tobytes().hex(), other.stderr
 
 
 def test_saliency():

@@ -1,9 +1,6 @@
 """A dense model to a masked one and back."""
 
 import math
-import os
-import subprocess
-import sys
 import warnings
 
 import hypothesis
@@ -335,8 +332,7 @@ def test_a_frozen_layer_stays_frozen():
     assert len(sparse.trainable_variables) == 4
 
 
-@pytest.mark.slow
-def test_seed_is_the_same_in_every_process():
+def test_seed_is_the_same_in_every_process(fresh):
     code = (
         "import keras, numpy, rigl_keras\n"
         "i = keras.Input((4,), name='i')\n"
@@ -345,18 +341,12 @@ def test_seed_is_the_same_in_every_process():
         "mask = rigl_keras.masked_layers(m)[0].mask.numpy()\n"
         "print(''.join(str(int(v)) for v in mask.ravel()))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        # Python salts hash() with it.
-        env={**os.environ, "PYTHONHASHSEED": "12345"},
-    )
+    done = fresh("-c", code)  # Python salts hash() in each process
     inputs = keras.Input((4,))
     model = keras.Model(inputs, layers.Dense(5, name="hidden")(inputs))
     mask = masks(sparsify(model, 0.5, seed=7))["hidden"]
-    assert done.stdout.strip() == "".join(str(int(v)) for v in mask.ravel())
+    want = "".join(str(int(v)) for v in mask.ravel())
+    assert done.stdout.strip() == want, done.stderr
 
 
 @hypothesis.settings(max_examples=25, deadline=None, derandomize=True)

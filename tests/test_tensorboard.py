@@ -194,6 +194,7 @@ def test_all_is_shown(kind, finished):
         assert all(n > 0 for n in grown) == updated
 
 
+@pytest.mark.slow
 def test_a_lottery_ticket(finished, tmp_path):
     source = str(finished("RigL")[0])
     result = small_run(
@@ -290,6 +291,7 @@ def test_a_run_of_an_earlier_version(tmp_path, monkeypatch):
     assert first["density"] == "" and float(second["density"]) < 1
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Implicitly cleaning up")
 def test_a_process_that_does_not_write(tmp_path):
     run = RunDirectory(tmp_path / "run", config="", resume=False, writes=False)

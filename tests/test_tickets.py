@@ -135,6 +135,7 @@ def found_of_seed(seed):
     }
 
 
+@pytest.mark.slow
 def test_rewinding_to_an_early_epoch(pruned, tmp_path):
     source, _ = pruned
     still = ["train.epochs = 1", "sgd.learning_rate = 1e-30"]
@@ -224,7 +225,7 @@ def test_masks_of_a_dense_or_unfinished_run(tmp_path):
         ticket(tmp_path / "two", dense)
 
 
-@pytest.mark.slow_but("bindings0-SNIP-0.1", "bindings2-static-0.3")
+@pytest.mark.slow_but("bindings0-SNIP-0.1")
 @pytest.mark.parametrize(
     "bindings, method, density",
     [
@@ -259,6 +260,7 @@ def test_other_starts(tmp_path, bindings, method, density):
     assert "parameters" in table and "training FLOPs" in table
 
 
+@pytest.mark.slow
 def test_a_longer_run(tmp_path):
     """Epochs, falls of the rate and the end scale; the rest does not."""
     bindings = [
@@ -307,6 +309,7 @@ def test_warm_up_and_steps_by_hand():
         WarmUpAndSteps(**{**rate.get_config(), "warmup_steps": -1})
 
 
+@pytest.mark.slow
 def test_training_on_all_examples(tmp_path):
     whole = data.load("digits", validation=0)
     assert len(whole.train_labels) == 1_617  # 1,437 and the 180
