@@ -1,4 +1,4 @@
-"""The gradients that an update goes by, of which batches, and their checks.
+"""The gradients that an update uses: of one batch or several, and checks.
 
 They are dense: dL/d(masked kernel) at every entry, where the mask is zero too,
 without regularisation (Evci et al., 2020, arXiv:1911.11134, section 3).
@@ -31,8 +31,8 @@ class GradientBuffers:
 
     def __init__(self, masked: Sequence[KernelMask]):
         self._kernels = [m.kernel for m in masked]
-        # How many gradients each sum is of, and the batch (as the optimizer
-        # counts them) that would be the next.
+        # How many gradients each sum has, and the number of the batch (as the
+        # optimizer counts them) that must come next.
         self._gathered = tf.Variable([0, 0], trainable=False, dtype=tf.int64)
         self._sums = [
             tf.Variable(tf.zeros_like(kernel.value), trainable=False)
@@ -62,8 +62,8 @@ class GradientBuffers:
             batches: How many batches the optimizer has seen, a scalar.
 
         Returns:
-            `(sums, count)`: the sums so far, and of how many gradients. They
-            begin again where batches were left out, as after another run.
+            `(sums, count)`: the sums so far, and how many gradients they have.
+            They begin again if batches were left out, as after another run.
         """
         count, following = tf.unstack(self._gathered)
         goes_on = (count > 0) & tf.equal(following, batches)
@@ -89,7 +89,7 @@ class GradientBuffers:
         Args: as in `add`.
 
         Returns:
-            The mean gradient of each layer. The next sums begin with nothing.
+            The mean gradient of each layer. The next sums begin at zero.
         """
         sums, count = self.add(layers, gradients, batches)
         self._gathered.assign([0, 0])
@@ -183,9 +183,8 @@ def masked_gradients(
     return [within(g, v) for g, v in zip(gradients, variables, strict=True)]
 
 
-# Of one layer, so many gradients at least must be zero against expectation
-# before it is taken for masked: that it happens by chance to that many is
-# less likely than exp(-20).
+# At least so many gradients of a layer must be zero against expectation before
+# it is taken for masked. By chance this is less likely than exp(-20).
 _ENOUGH = 20.0
 
 
@@ -194,17 +193,17 @@ def seem_masked(
 ) -> tf.Tensor:
     """Returns which gradients are zero outside their masks, and should not be.
 
-    Dense gradients may be zero there, too: those of pixels that are always
-    black, of units that a ReLU has shut, of a kernel so small that little is
-    removed, of a layer that the loss does not depend on. So a gradient is
-    expected only between an input and an output that have others, and as
-    often as it is found where the mask is 1. A layer is taken for masked if
-    20 at least are expected and there is none; where no layer has any, and
-    one is expected, all are from which it was.
+    Dense gradients may be zero there, too: for pixels that are always black,
+    units that a ReLU has shut, a kernel so small that little is removed, or a
+    layer that the loss does not depend on. So a gradient is expected only
+    between an input and an output that have other gradients, and as often as
+    it is found where the mask is 1. A layer is taken for masked if at least
+    20 are expected and there is none. If no layer has any, and at least one
+    is expected in all, each layer that expects some is taken for masked.
 
     Args:
         masks: Tensors of zeros and ones.
-        gradients: One of its shape for each.
+        gradients: A tensor of the same shape for each mask.
 
     Returns:
         A bool for each.

@@ -45,18 +45,17 @@ class GraphUpdates:
     Args:
         attached: What is trained.
         record: Where updates are noted.
-        buffers: Sums of gradients of several batches. None: each update goes
-            by its own batch.
+        buffers: Sums of gradients of several batches. None: each update uses
+            those of its own batch.
         method: Name of the method.
-        is_due: Tells of a step whether masks change, as a bool tensor.
-        is_gathered: Tells of a step whether its gradients count.
-        change_masks: Called with the optimizer, the layers, their gradients
-            and the step, it changes masks and returns how many connections
-            have grown.
+        is_due: Returns whether masks change at a step.
+        is_gathered: Returns whether the gradients of a step count.
+        change_masks: Takes the optimizer, the layers, their gradients and the
+            step, changes masks, and returns how many connections have grown.
         dense_gradients: When gradients are dense: `"never"`, at `"updates"`
             or `"always"`.
-        update_replaces_step: Whether the optimizer is not applied at an
-            update.
+        update_replaces_step: Whether an update takes the place of the
+            optimizer's step, or follows it.
     """
 
     def __init__(
@@ -66,8 +65,8 @@ class GraphUpdates:
         buffers: GradientBuffers | None,
         *,
         method: str,
-        is_due: Callable[[tf.Tensor], tf.Tensor],
-        is_gathered: Callable[[tf.Tensor], tf.Tensor],
+        is_due: Callable[[int | tf.Tensor], bool | tf.Tensor],
+        is_gathered: Callable[[int | tf.Tensor], bool | tf.Tensor],
         change_masks: Callable[..., tf.Tensor],
         dense_gradients: str,
         update_replaces_step: bool,
@@ -95,7 +94,7 @@ class GraphUpdates:
         self.forget_traces()
 
     def forget_traces(self) -> None:
-        """Is called before the training step is traced again."""
+        """Forgets what earlier traces called, before others are made."""
         self._called: dict[int, str] = {}
 
     # Whole steps.

@@ -57,9 +57,8 @@ class StepUpdate(MethodHooks):
     (`LossScaleOptimizer`), a batch whose gradients are not finite is no step,
     and the update waits for the next batch.
 
-    History, the progress bar and TensorBoard show these logs: `density` of all
-    masked weights; `grown`, the connections grown at the last update; and with
-    loss scaling `skipped_updates`, how often an update had to wait.
+    Logs: `density` of all masked weights; `grown`, the connections grown at
+    the last update; with loss scaling `skipped_updates`, how often one waited.
 
     Args:
         conventions: Where the references differ.
@@ -81,23 +80,23 @@ class StepUpdate(MethodHooks):
 
     Raises:
         ValueError: In `fit`: the model has no masked layers, the run's length
-            is needed and unknown, gradients are not finite, the masks of two
-            replicas differ, or the training step applies its optimizer more
-            than once.
+            is needed and unknown, gradients are not finite, replicas differ
+            in masks, or the training step applies its optimizer twice.
         UserWarning: No update falls into the run; a masked layer that is
             trainable has no gradient where the optimizer is applied; or
             `fit(epochs=1)` is called in a loop.
     """
 
     watch_loss: bool = False
+    # Set by `attach`.
+    _attached: Attachment
+    _record: UpdateRecord
+    _updates: GraphUpdates
 
     def __init__(self, *, conventions: Conventions = ORIGINAL):
         super().__init__(conventions=conventions)
         self.run_start = 0
-        self._attached: Attachment | None = None
         self._buffers: GradientBuffers | None = None
-        self._record: UpdateRecord | None = None
-        self._updates: GraphUpdates | None = None
         self._fit: fit_runs.FitRun | None = None
         self._prepared: Attachment | None = None
         # The logged variables of the last update, by name. They stay the same
@@ -106,24 +105,24 @@ class StepUpdate(MethodHooks):
 
     @property
     def optimizer(self) -> keras.Optimizer | None:
-        return self._attached.optimizer if self._attached else None
+        return self._attached.optimizer if hasattr(self, "_attached") else None
 
     @property
     def masked(self) -> list[KernelMask]:
-        return self._attached.masked if self._attached else []
+        return self._attached.masked
 
     @property
     def trajectory(self) -> list[tuple[int, tuple[int, ...]]]:
-        return self._record.trajectory if self._record else []
+        return self._record.trajectory
 
     @property
     def update_losses(self) -> list[tuple[int, float, float]]:
-        return self._record.losses if self._record else []
+        return self._record.losses if hasattr(self, "_record") else []
 
     @property
     def skipped_updates(self) -> int:
         """How often an update had to wait, because of loss scaling."""
-        return int(self._record.skipped.numpy()) if self._record else 0
+        return int(self._record.skipped.numpy())
 
     @property
     def variables(self) -> list[tf.Variable]:
@@ -133,8 +132,7 @@ class StepUpdate(MethodHooks):
     def logged_variables(self) -> list[tf.Variable]:
         """What is logged of the last update, until the next one.
 
-        Training does not depend on them. A run that restores them logs the
-        same as one that was never interrupted.
+        Training does not need them. A run that restores them logs the same.
         """
         return list(self._last.values())
 
@@ -311,7 +309,7 @@ class StepUpdate(MethodHooks):
         ...     variables = model.trainable_variables
         ...     updater.update(tape.gradient(loss, variables), variables)
         """
-        if self._attached is None:
+        if self.optimizer is None:
             raise ValueError(
                 f"{self.name} does not know what it trains: call "
                 "attach(model, optimizer) before update."
@@ -399,8 +397,9 @@ class StepUpdate(MethodHooks):
             # Other callbacks may have set weights, or restored them.
             self._looks = False
             self.fetch()
-        if self.model.train_function is None:  # compiled within `fit`
-            self.model.make_train_function()
+        model = self._attached.model
+        if model.train_function is None:  # compiled within `fit`
+            model.make_train_function()
 
     def on_train_batch_end(self, batch, logs=None):
         # Not every step: on a GPU the host would wait for it.
@@ -415,7 +414,7 @@ class StepUpdate(MethodHooks):
         self._updates.warn_of_unreached()
         # For a mask of another density, another product may be faster.
         if any([m.product_changes() for m in self._attached.wrappers]):
-            self.model.make_train_function(force=True)
+            self._attached.model.make_train_function(force=True)
 
     def on_train_end(self, logs=None):
         if self._fit is None:
@@ -423,7 +422,7 @@ class StepUpdate(MethodHooks):
         fit_runs.note_end(
             self._attached.model,
             begin=self._first_step,
-            end=int(self._attached.applied.iterations.numpy()),
+            end=self._attached.steps_taken() - self._attached.steps_before,
             epochs=self._epochs,
         )
         self._fit.end()
@@ -441,13 +440,14 @@ class StepUpdate(MethodHooks):
         """Plans the run, once all callbacks have restored what they do."""
         params = self.params or {}
         epochs, steps = params.get("epochs"), params.get("steps")
-        with replicas.scope(self.model):
+        model = self._attached.model
+        with replicas.scope(model):
             first = self._first_step = self.steps_taken()
             self._epochs = epochs - epoch if epochs else 0
             self._record.begin(first)
             if self._prepared is None:
                 self.run_start = fit_runs.start_of(
-                    self.model,
+                    model,
                     int(optimizer_state.batches(self.optimizer).numpy()),
                     each=self._attached.batches_per_step,
                     epoch=epoch,
@@ -458,7 +458,7 @@ class StepUpdate(MethodHooks):
                     self._forget_all()
         self._prepared = None
         if self._epochs == 1 and (epoch == 0 or self._measures_the_run):
-            fit_runs.warn_of_a_loop(self.name, self.model, begin=first)
+            fit_runs.warn_of_a_loop(self.name, model, begin=first)
         self._plan(epoch, epochs, steps)
 
     def _plan(self, epoch, epochs, steps):

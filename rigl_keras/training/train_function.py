@@ -66,7 +66,7 @@ class StepExchange:
                 return model.train_step(data)
             return with_updates(data)
 
-        train_step.mask_update, train_step.fit_run = owner, run
+        vars(train_step).update(mask_update=owner, fit_run=run)
 
         def make_train_function(force=False):
             if not run.lasts():
