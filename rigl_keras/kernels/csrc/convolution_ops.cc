@@ -341,9 +341,9 @@ class SparseConv2DBackpropFilter : public SparseConvolution {
     const std::vector<int32_t>& places = owned.order->weights;
     const int64_t count = places.size();
     if (!count) return tensorflow::OkStatus();
-    // Each part sums up groups of its own, whichever thread takes it: the
-    // order of additions, and so the result, is always the same. Fewer parts
-    // where their sums would pass the bounds of memory.
+    // Each part adds the same groups, whichever thread computes it, so that
+    // the order of additions, and with it the result, is always the same.
+    // There are fewer parts where their sums would take too much memory.
     int64_t parts = std::max(8, Threads(context));
     parts = std::max<int64_t>(
         1, std::min<int64_t>(parts, parts * kMostFloats / count));
@@ -670,8 +670,8 @@ REGISTER_OP("RiglKerasScratchBytes")
       return tensorflow::OkStatus();
     });
 
-// What sparse products are computed by, and what TensorFlow's dense ones. Its
-// attribute tells who finds the operations in a process which ones they are.
+// The instruction set of sparse products, and the library of TensorFlow's dense
+// ones. The attribute says of which version the operations in a process are.
 REGISTER_OP("RiglKerasComputedBy")
     .Output("sparse: string")
     .Output("dense: string")

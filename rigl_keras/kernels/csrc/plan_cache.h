@@ -22,11 +22,11 @@ namespace {
 // Of all operations, for tests.
 std::atomic<int64_t> plans_made{0};
 
-// What was made of masks, for as long as TensorFlow holds them.
+// Plans by mask, for as long as TensorFlow holds the mask.
 //
-// The version of a mask is the buffer that it is in. TensorFlow never writes
-// to a buffer that somebody else holds, and these hold theirs: a mask that has
-// been assigned is in another one.
+// A mask is known by its buffer. TensorFlow never writes to a buffer that
+// somebody else holds, and these hold theirs, so that a mask that has been
+// assigned lies in another one.
 class Plans {
  public:
   struct Made {

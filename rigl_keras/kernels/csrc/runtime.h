@@ -40,8 +40,8 @@ using tensorflow::errors::InvalidArgument;
 using tensorflow::errors::ResourceExhausted;
 
 // Whether this is the first copy of the library in the process. A source asks
-// for one of its own operations, before it registers any: of two kernels for an
-// operation TensorFlow would take neither.
+// for one of the operations that it registers, before it does: TensorFlow runs
+// no operation that has two kernels.
 inline bool FirstCopyOf(const char* operation) {
   return tensorflow::OpRegistry::Global()->LookUp(operation) == nullptr;
 }
@@ -135,8 +135,8 @@ inline int Threads(OpKernelContext* context) {
   return context->device()->tensorflow_cpu_worker_threads()->num_threads;
 }
 
-// Tells the thread sanitizer, which sees nothing of what TensorFlow does, that
-// what came before came before.
+// Orders what operations do for the thread sanitizer, which does not see how
+// TensorFlow's threads wait for one another.
 inline void InOrder() {
 #ifdef __SANITIZE_THREAD__
   sanitizer_order.fetch_add(1, std::memory_order_acq_rel);
@@ -146,7 +146,7 @@ inline void InOrder() {
 // Calls a function for each of [0, count), on TensorFlow's own threads.
 inline void ForEach(OpKernelContext* context, int64_t count,
                     const std::function<void(int64_t)>& run) {
-  // Made here, and not in the call below: before what is told to be before.
+  // Made here, and not in the call below: before `InOrder`.
   const std::function<void(int64_t, int64_t)> run_all = [&run](int64_t begin,
                                                                int64_t end) {
     InOrder();
