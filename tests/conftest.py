@@ -134,9 +134,9 @@ def untimed_kernels():
     def never(*_, backward=True):
         return Choice(False, "tests")
 
-    chosen = layer_products.chosen
+    chosen = layer_products.faster_product
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layer_products, "chosen", never)
+        patch.setattr(layer_products, "faster_product", never)
         # Batch norm and dropout are Keras's; test_fast_calls.py has the others.
         patch.setattr(fast_calls, "_LEAST_NUMBERS", float("inf"))
         yield chosen
@@ -147,7 +147,7 @@ def timed_kernels(monkeypatch, untimed_kernels):
     """`kernels="auto"` is what it is outside tests."""
     from rigl_keras.kernels import layer_products
 
-    monkeypatch.setattr(layer_products, "chosen", untimed_kernels)
+    monkeypatch.setattr(layer_products, "faster_product", untimed_kernels)
 
 
 @pytest.fixture
@@ -157,7 +157,7 @@ def always_sparse(monkeypatch):
     from rigl_keras.kernels.choice import Choice
 
     monkeypatch.setattr(
-        layer_products, "chosen", lambda *_, **__: Choice(True, "test")
+        layer_products, "faster_product", lambda *_, **__: Choice(True, "test")
     )
 
 

@@ -874,7 +874,7 @@ model = rigl_keras.sparsify(small_model(), 0.2)
 disk, ends = pathlib.Path(sys.argv[1]), {}
 # Its layers are too small to be faster.
 sparse = rigl_keras.kernels.Choice(True, "test")
-layer_products.chosen = lambda *_, **options: sparse
+layer_products.faster_product = lambda *_, **options: sparse
 for format in FORMATS:
     if format == "sparse_saved_model" and rigl_keras.kernels.load() is None:
         continue

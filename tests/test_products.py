@@ -536,7 +536,7 @@ def test_auto_is_decided_by_the_batch(monkeypatch):
         asked_of.append((layer.name, tuple(shape), round(density, 3)))
         return Choice(False, "a test")
 
-    monkeypatch.setattr(layer_products, "chosen", answer)
+    monkeypatch.setattr(layer_products, "faster_product", answer)
     model = small("auto")
     choose_kernels(model, batch_size=32)
     conv1 = model.get_layer("conv1")

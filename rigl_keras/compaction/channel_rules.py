@@ -1,4 +1,8 @@
-"""How each kind of layer passes on the channels that are left."""
+"""What each kind of layer does to single channels.
+
+`dead_units` asks the rule of each call which channels are constant, which are
+kept together, and which are needed.
+"""
 
 import functools
 import math
@@ -29,7 +33,7 @@ class Slots(Protocol):
     """Sets of channels that are kept or removed together."""
 
     def new(self, n: int) -> np.ndarray:
-        """Returns the numbers of n channels, each in a set of its own."""
+        """Returns the numbers of n channels, each in another set."""
         ...
 
     def tie(self, one: np.ndarray, other: np.ndarray) -> None:

@@ -219,7 +219,7 @@ def _check_graph(model):
 
 
 def _is_its_graph(model):
-    """Returns whether its class has no `call` of its own, lost in a copy."""
+    """Returns whether the class keeps Keras's `call`, as a copy would."""
     owner = next(k for k in type(model).__mro__ if "call" in vars(k))
     return owner.__module__.startswith("keras.")
 

@@ -78,8 +78,8 @@ class Format(abc.ABC):
     Attributes:
         file: Name of the file in the folder that is written. None: the folder
             itself is what is loaded.
-        weights: Folder within it that holds the weights alone. None: the
-            weights cannot be told from the rest.
+        weights: Folder within it that holds the weights alone. None: no
+            folder does.
         packages: Packages that it needs besides TensorFlow.
         quantizations: The `Quantization`s that it offers, by name.
         concessions: What is given up, in this order, for a model that the

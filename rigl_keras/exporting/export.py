@@ -125,12 +125,6 @@ def export(
         )
     target = checked_target(path, overwrite)
     check_model(model)
-    if tf.distribute.has_strategy():
-        raise ValueError(
-            "export loads what it writes, which TensorFlow cannot in the scope "
-            f"of a {type(tf.distribute.get_strategy()).__name__}. Call it "
-            "outside of strategy.scope()."
-        )
     writer = FORMATS[format]
     calibrated = _is_calibrated(writer, quantization)
     signature = signature_of(model, inputs)
@@ -139,16 +133,12 @@ def export(
     if tolerance is None:
         tolerance = usual_tolerance(model, quantization)
     small, compacted = _compacted(model, fold_batch_norm, remove_dead_units)
-    with (
-        _files.set_aside(target, replace=overwrite) as folder,
-        tempfile.TemporaryDirectory() as scratch,
-    ):
-        names = list(wanted[0])
-        artefact = Artefact(writer, folder, signature, names)
-        options = WriteOptions(
-            quantization=quantization,
-            calibration=examples[-1] if calibrated else None,
-        )
+    options = WriteOptions(
+        quantization=quantization,
+        calibration=examples[-1] if calibrated else None,
+    )
+    with _files.set_aside(target, replace=overwrite) as folder:
+        artefact = Artefact(writer, folder, signature, list(wanted[0]))
 
         def write(**changes):
             changed = dataclasses.replace(options, **changes)
@@ -167,15 +157,6 @@ def export(
                 f"Model {model.name!r} cannot be exported as {format}: {error}"
                 f"{way_out} Nothing was written to {os.fspath(path)!r}."
             ) from error
-        measured = {}
-        if measure:
-            dense = Artefact(
-                FORMATS["saved_model"], Path(scratch, "dense"), signature, names
-            )
-            dense.format.write(
-                model, signature, dense.folder, WriteOptions(sparse=False)
-            )
-            measured = compare_artefacts(artefact, dense)
         report = ExportReport(
             path=str(Path(path)),
             format=format,
@@ -185,12 +166,24 @@ def export(
             **costs(model, small),
             max_difference=largest,
             tolerance=tolerance,
-            **measured,
+            **(_measured(artefact, model) if measure else {}),
             **compacted,
             notes=tuple(notes),
         )
         write_report(report, folder)
     return report
+
+
+def _measured(artefact, model):
+    """Returns sizes and times, against a dense SavedModel of a model."""
+    with tempfile.TemporaryDirectory() as scratch:
+        dense = dataclasses.replace(
+            artefact, format=FORMATS["saved_model"], folder=Path(scratch)
+        )
+        dense.format.write(
+            model, dense.signature, dense.folder, WriteOptions(sparse=False)
+        )
+        return compare_artefacts(artefact, dense)
 
 
 def _check_format(format, quantization, inputs):

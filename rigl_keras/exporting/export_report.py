@@ -311,7 +311,7 @@ def foreign_files(path: Path) -> list[str]:
         path: A folder, or anything else that is there.
 
     Returns:
-        Names of files; all that there is where no report tells otherwise.
+        Names of files. Without a report these are all that there are.
     """
     try:
         content = _reading.json_object(path / REPORT)

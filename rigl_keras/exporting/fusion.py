@@ -1,7 +1,7 @@
-"""A model for inference by sparse kernels, which do what is around them too.
+"""A model for inference in which sparse convolutions do more than convolve.
 
-A sparse convolution packs its input and unpacks its output. On the way it
-does what else is to be done to them, so that memory is passed over once:
+A sparse convolution packs its input and unpacks its output. While it does, it
+computes the layers around it, so that memory is read and written once:
 
     relu? (batch norm? (x)), zero padding  ->  convolution  ->
     batch norm?, + residual?, relu?
@@ -26,12 +26,12 @@ __all__ = ["Fused", "FusedLayer"]
 
 @dataclasses.dataclass(frozen=True)
 class FusedLayer:
-    """A layer as it is computed.
+    """How a convolution or dense layer is computed.
 
     Attributes:
-        name: Of the convolution or dense layer.
-        choice: Which product it has, and why.
-        after: Names of the layers that are done while it is unpacked.
+        name: Name of the layer.
+        choice: Which product it uses, and why.
+        after: Names of the layers after it that are computed with it.
     """
 
     name: str
@@ -125,12 +125,12 @@ class Fused:
             if matched:
                 done.update(id(tensor) for tensor in matched.within)
                 steps.append(matched)
-                self.layers.append(matched.told)
+                self.layers.append(matched.fused_layer)
             else:
                 steps.append(_Plain(call))
                 if id(call) in self._choices:
-                    told = FusedLayer(call.layer.name, self._choices[id(call)])
-                    self.layers.append(told)
+                    choice = self._choices[id(call)]
+                    self.layers.append(FusedLayer(call.layer.name, choice))
         self.layers.reverse()
         return steps[::-1]
 
@@ -193,11 +193,15 @@ class Fused:
         density = np.count_nonzero(weights) / weights.size
         shape = tf.TensorShape((self._batch_size, *call.args[0].shape[1:]))
         if self._product == "sparse":
-            choice = layer_products.asked(call.layer, shape, backward=False)
+            choice = layer_products.sparse_if_possible(
+                call.layer, shape, backward=False
+            )
             if not choice.sparse:
                 return choice
             return kernels.Choice(density < 1, f"density {density:.2f}")
-        return layer_products.chosen(call.layer, shape, density, backward=False)
+        return layer_products.faster_product(
+            call.layer, shape, density, backward=False
+        )
 
 
 class _Read:
@@ -298,7 +302,7 @@ class _SparseStep:
     bias: np.ndarray
     relu: bool
     layer: keras.layers.Layer
-    told: FusedLayer
+    fused_layer: FusedLayer
 
     @classmethod
     def of(cls, call, norm, residual, relu, after, within, choice):
@@ -319,7 +323,7 @@ class _SparseStep:
             bias=bias.astype(np.float32),
             relu=relu,
             layer=layer,
-            told=FusedLayer(layer.name, choice, tuple(after)),
+            fused_layer=FusedLayer(layer.name, choice, tuple(after)),
         )
 
     def run(self, values):

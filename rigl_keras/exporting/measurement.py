@@ -147,7 +147,7 @@ def _flops(model, cost):
         layer.flops_at(
             np.count_nonzero(kernels[layer.name].numpy())
             / math.prod(layer.shape)
-            # A kernel beside masked ones of its layer has no name of its own.
+            # A kernel beside masked ones of its layer has no name.
             if layer.name in kernels
             else layer.density
         )

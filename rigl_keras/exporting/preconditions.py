@@ -5,6 +5,7 @@ from pathlib import Path
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from rigl_keras.exporting.export_report import foreign_files
 from rigl_keras.exporting.formats import FORMATS
@@ -80,7 +81,11 @@ def checked_target(path: str | os.PathLike, overwrite: bool) -> Path:
 def check_model(model: keras.Model) -> None:
     """Raises ValueError unless a model can be exported.
 
-    It must be built, sparse and finite, and zero outside its masks.
+    It must be built, sparse and finite, and zero outside its masks; and no
+    scope of a strategy may be open.
+
+    Args:
+        model: The model.
     """
     if not isinstance(model, keras.Model) or not model.built:
         raise ValueError(
@@ -112,4 +117,10 @@ def check_model(model: keras.Model) -> None:
             f"Model {model.name!r} has no masked layer, and no kernel with "
             "zeros enough to leave out. Keras exports a dense model: "
             "model.export(path)."
+        )
+    if tf.distribute.has_strategy():
+        raise ValueError(
+            "export loads what it writes, which TensorFlow cannot in the scope "
+            f"of a {type(tf.distribute.get_strategy()).__name__}. Call it "
+            "outside of strategy.scope()."
         )

@@ -168,7 +168,7 @@ def signature_of(model: keras.Model, examples: Any = None) -> Signature:
     names = [name for name, _ in _paths(structure, "inputs")]
     if is_graph(model):
         names = [
-            # Keras counts what has no name of its own, differently each time.
+            # Keras numbers inputs without a name, differently each time.
             name if _COUNTED.fullmatch(tensor.name) else tensor.name
             for name, tensor in zip(names, flat, strict=True)
         ]

@@ -79,7 +79,7 @@ def kernel_positions(
 
 
 def _caller(kernel) -> keras.layers.Layer | None:
-    """Returns the layer whose calls tell how often a kernel is applied."""
+    """Returns the layer whose calls say how often a kernel is applied."""
     owner = kernel.layer
     steps = owner if isinstance(owner, keras.layers.RNN) else None
     for part in kernel.path.split(".")[:-1]:
@@ -87,7 +87,7 @@ def _caller(kernel) -> keras.layers.Layer | None:
         if isinstance(owner, keras.layers.RNN):
             steps = owner
     if steps is not None:
-        # A convolution within a step has positions of its own.
+        # A convolution within a step has more positions than one.
         return steps if len(kernel.variable.shape) == 2 else None
     return owner if isinstance(owner, _COUNTED) else None
 

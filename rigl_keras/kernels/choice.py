@@ -155,9 +155,9 @@ def choose(
             with _locked():
                 _known.update(_read())
                 if key not in _known:
-                    _tell()
-                    # In a thread of its own, where nothing is being traced and
-                    # gradients are recorded: in an `init_scope` none are.
+                    _announce()
+                    # In another thread nothing is being traced, and gradients
+                    # are recorded; in an `init_scope` none are.
                     with concurrent.futures.ThreadPoolExecutor(1) as thread:
                         seconds = thread.submit(
                             _seconds, problem, _DENSITIES[at], backward
@@ -210,8 +210,8 @@ def _taken(problem):
 
 
 @functools.cache  # once in a process
-def _tell():
-    """Says what it is that takes its time."""
+def _announce():
+    """Logs what takes its time, once."""
     _log.warning(
         "Timing dense and sparse products, once for each kind of layer on "
         "this machine ..."
@@ -269,10 +269,10 @@ def _cores():
 @functools.cache
 def _program():
     """Returns what changes with how times are taken and compared."""
-    told = hashlib.sha256()
+    digest = hashlib.sha256()
     for part in (__file__, _timing.__file__, operations.__file__):
-        told.update(Path(part).read_bytes())
-    return told.hexdigest()[:12]
+        digest.update(Path(part).read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _seconds(problem, density, backward):

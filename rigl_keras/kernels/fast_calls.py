@@ -1,9 +1,9 @@
-"""What lies between convolutions, computed in fewer passes over memory.
+"""Batch norm and dropout in fewer passes over memory.
 
-Once products skip what masks remove, batch normalisation and dropout take
-most of a training step's time: Keras computes them by a dozen operations that
-each read and write whole images. The op library has one operation for each,
-of the same numbers.
+Once products skip what masks remove, these two take most of a training step's
+time: Keras computes them by a dozen operations that each read and write whole
+images. The op library has one operation for each, with the same results up to
+rounding.
 """
 
 import functools
@@ -40,7 +40,11 @@ def use_fast_calls(layer: keras.layers.Layer) -> None:
 
 
 def use_usual_calls(layer: keras.layers.Layer) -> None:
-    """Undoes `hasten`."""
+    """Undoes `use_fast_calls`.
+
+    Args:
+        layer: A layer or model.
+    """
     for one in _keras.flatten_layers(layer):
         if type(one) in _CALLS and "call" in vars(one):
             del one.call

@@ -14,12 +14,12 @@ __all__ = [
     "PRODUCTS",
     "ProductChoices",
     "USUAL_BATCH",
-    "asked",
-    "chosen",
     "dense_products",
+    "faster_product",
     "only_dense",
-    "outputs",
-    "takes",
+    "sparse_if_possible",
+    "sparse_outputs",
+    "takes_one_tensor",
     "why_dense",
 ]
 
@@ -75,12 +75,12 @@ class ProductChoices:
             mask: The mask, whose density decides.
         """
         if self.product == "sparse":
-            found = asked(self._layer, shape)
+            found = sparse_if_possible(self._layer, shape)
         else:
             with tf.init_scope():
                 values = tf.convert_to_tensor(_keras.stored_value(mask))
                 density = float(tf.reduce_mean(values))
-            found = chosen(self._layer, shape, density)
+            found = faster_product(self._layer, shape, density)
         self._by_shape[tuple(shape)] = found
         return found
 
@@ -105,15 +105,15 @@ class ProductChoices:
         self._by_shape.clear()
 
 
-def takes(args: tuple, kwargs: Mapping[str, object]) -> bool:
-    """Returns whether a sparse product can be of what a layer is called on.
+def takes_one_tensor(args: tuple, kwargs: Mapping[str, object]) -> bool:
+    """Returns whether a layer is called on one dense float32 tensor.
 
-    It is of one dense float32 tensor.
+    Only of that is there a sparse product.
 
     Args:
         args, kwargs: Arguments of the call.
     """
-    # Keras tells dense layers whether they are trained: all the same here.
+    # Keras passes `training` to dense layers, which do not use it.
     if len(args) != 1 or kwargs.keys() - {"training"}:
         return False
     # `tf.is_tensor` takes SparseTensors and RaggedTensors for tensors.
@@ -123,8 +123,8 @@ def takes(args: tuple, kwargs: Mapping[str, object]) -> bool:
 def why_dense(layer: keras.layers.Layer) -> str | None:
     """Returns why a layer has no sparse product, or None if it has one.
 
-    Convolutions and dense layers have one, of Keras's own classes: what
-    others do in their `call` is not known.
+    Keras's own `Conv2D` and `Dense` have one. What `call` of another class
+    computes is not known.
 
     Args:
         layer: A built layer with a `kernel`.
@@ -149,7 +149,7 @@ def why_dense(layer: keras.layers.Layer) -> str | None:
     return None
 
 
-def chosen(
+def faster_product(
     layer: keras.layers.Layer,
     shape: tf.TensorShape,
     density: float,
@@ -159,10 +159,10 @@ def chosen(
     """Returns which product is faster for a layer, timed once.
 
     Args:
-        layer: One that has a sparse product.
-        shape: Of its inputs. Where the batch is free, 128 is timed.
-        density: Of its mask.
-        backward: Whether for training, or for inference.
+        layer: A layer that has a sparse product.
+        shape: Shape of its inputs. Where the batch is free, 128 is timed.
+        density: Density of its mask.
+        backward: Whether it is used in training, or in inference alone.
     """
     if None in shape.as_list()[1:-1]:
         return choice.Choice(False, "images of any size")
@@ -170,21 +170,22 @@ def chosen(
     return choice.choose(problem, density, backward=backward)
 
 
-def asked(
+def sparse_if_possible(
     layer: keras.layers.Layer,
     shape: tf.TensorShape,
     *,
     backward: bool = True,
 ) -> choice.Choice:
-    """Returns the sparse product, untimed, if a layer can have it.
+    """Returns the sparse product, without timing it, if a layer can have it.
 
-    It cannot where there are no kernels, or where they would take too much
-    memory (`kernels.too_large`): of images of any size, the smallest count.
+    It cannot if there is no op library, or if the product takes too much
+    memory (`choice.too_large`). Where the size of images is free, the smallest
+    that the layer takes decides.
 
     Args:
-        layer: One that has a sparse product.
-        shape: Of its inputs, of which all but the last may be free.
-        backward: Whether for training, or for inference.
+        layer: A layer that has a sparse product.
+        shape: Shape of its inputs. All axes but the last may be free.
+        backward: Whether it is used in training, or in inference alone.
     """
     if library.load() is None:
         return choice.Choice(False, library.unavailable() or "no op library")
@@ -202,7 +203,7 @@ def asked(
     return choice.Choice(why is None, why or "as asked")
 
 
-def outputs(
+def sparse_outputs(
     layer: keras.layers.Layer,
     inputs: tf.Tensor,
     kernel: tf.Tensor,
@@ -210,12 +211,12 @@ def outputs(
     *,
     dense_gradient: bool,
 ) -> tf.Tensor:
-    """Returns what a layer computes, its product by sparse kernels.
+    """Returns a layer's outputs, its product computed by sparse kernels.
 
     Args:
-        layer: One that has a sparse product.
-        inputs: What it is called on.
-        kernel, mask: Their values.
+        layer: A layer that has a sparse product.
+        inputs: Its inputs.
+        kernel, mask: The values of its kernel and its mask.
         dense_gradient: As in `kernels.sparse_conv2d`.
     """
     if isinstance(layer, keras.layers.Dense):
@@ -250,8 +251,8 @@ def dense_products() -> Iterator[None]:
 def only_dense() -> bool:
     """Returns whether what is traced now can have dense products only.
 
-    XLA knows of no operations but TensorFlow's own, and what Keras traces for
-    shapes alone needs no others.
+    XLA compiles TensorFlow's own operations alone, and where Keras traces for
+    shapes alone, nothing is computed.
     """
     with keras.SymbolicScope() as scope:
         symbolic = scope.original_scope is not None

@@ -48,7 +48,8 @@ from rigl_keras.kernels.toolchain import (
 
 __all__ = ["build", "load", "path", "unavailable"]
 
-# An operation that tells which ones they are, and its Python function.
+# An operation whose attribute says of which version they are, and its Python
+# function.
 _ASKED, _FUNCTION = "RiglKerasComputedBy", "rigl_keras_computed_by"
 _log = logging.getLogger("rigl_keras")
 _lock = threading.Lock()
@@ -374,13 +375,13 @@ def _registered(plan):
         return None
     try:
         sources = found.get_attr("sources").decode()
-    except ValueError:  # of a version that did not tell
+    except ValueError:  # of a version that does not say
         sources = None
     if sources != plan.sources:
         raise BuildError(
             "the process has operations of another version of rigl_keras, by "
-            "tf.load_op_library. Load the model that they came with in a "
-            "process of its own, or export it again"
+            "tf.load_op_library. Load the model that they came with in another "
+            "process, or export it again"
         )
     for module in list(sys.modules.values()):
         # Others load themselves as they are looked at.
@@ -400,5 +401,5 @@ def _loaded(built):
         lines = str(error).splitlines() or [type(error).__name__]
         raise BuildError(
             f"{str(built)!r} cannot be loaded ({lines[0]}). Remove it to have "
-            "it built anew"
+            "it built again"
         ) from error

@@ -36,16 +36,16 @@ def sparse_conv2d(
 ) -> tf.Tensor:
     """Returns `conv2d(images, kernel x mask)`, without what the mask removes.
 
-    Differentiable in images and kernel, any number of times. Weights are
-    worked off in an order that is made anew when the mask has been assigned,
-    and kept otherwise.
+    Differentiable in images and kernel, any number of times. The order in
+    which weights are read is computed when the mask has been assigned, and
+    kept until the next time.
 
     Args:
         images: Float32 of shape (batch, rows, columns, channels).
         kernel: Float32 of shape (rows, columns, channels, filters).
-        mask: Float32 zeros and ones of the kernel's shape. Best the value of
-            a variable: of a tensor that is computed in each call, the order
-            is made in each call too.
+        mask: Float32 zeros and ones of the kernel's shape. Pass the value of
+            a variable: for a tensor that each call computes, each call
+            computes the order as well.
         strides: Of rows and columns, at least 1.
         padding: `"SAME"` or `"VALID"`, as in `tf.nn.conv2d`.
         dilations: Of rows and columns, at least 1.

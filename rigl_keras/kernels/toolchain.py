@@ -94,7 +94,7 @@ def planned_build() -> Build:
         digest.update(f"{name} {len(source)} ".encode() + source)
     sources = digest.hexdigest()[:12]
     objects, link = _compiler_flags(sanitizer)
-    # For the operation that tells it.
+    # An operation returns it.
     objects["convolution_ops.o"].append(f'-DRIGL_SOURCES="{sources}"')
     # Not the compiler: what it has built serves machines that have none.
     digest.update(repr((objects, link)).encode())

@@ -350,7 +350,7 @@ class Masked(KernelMask, keras.layers.Wrapper):
         """Returns whether a call is computed by sparse kernels."""
         return (
             self.product != "dense"
-            and layer_products.takes(args, kwargs)
+            and layer_products.takes_one_tensor(args, kwargs)
             and not masks_are_applied()
             and self.why_dense() is None
             and not layer_products.only_dense()
@@ -388,7 +388,7 @@ class Masked(KernelMask, keras.layers.Wrapper):
 
     def _sparse_outputs(self, scope, inputs):
         note_called(self.kernel, self.name)
-        return layer_products.outputs(
+        return layer_products.sparse_outputs(
             self.layer,
             inputs,
             tf.convert_to_tensor(scope.value_outside(self.kernel)),
