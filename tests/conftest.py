@@ -124,7 +124,7 @@ def pytest_runtest_call(item):
 
 @pytest.fixture(autouse=True, scope="session")
 def untimed_kernels():
-    """`kernels="auto"` is dense, and nothing is built, loaded or timed."""
+    """`product="auto"` is dense, and nothing is built, loaded or timed."""
     if "keras" not in sys.modules:
         yield
         return
@@ -144,7 +144,7 @@ def untimed_kernels():
 
 @pytest.fixture
 def timed_kernels(monkeypatch, untimed_kernels):
-    """`kernels="auto"` is what it is outside tests."""
+    """`product="auto"` is what it is outside tests."""
     from rigl_keras.kernels import layer_products
 
     monkeypatch.setattr(layer_products, "faster_product", untimed_kernels)
@@ -152,7 +152,7 @@ def timed_kernels(monkeypatch, untimed_kernels):
 
 @pytest.fixture
 def always_sparse(monkeypatch):
-    """`kernels="auto"` is sparse: layers of tests are too small to win."""
+    """`product="auto"` is sparse: layers of tests are too small to win."""
     from rigl_keras.kernels import layer_products
     from rigl_keras.kernels.choice import Choice
 

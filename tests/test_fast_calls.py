@@ -144,7 +144,7 @@ def test_models_train_alike():
     losses = {}
     for product in ("dense", "sparse"):
         keras.utils.set_random_seed(0)
-        model = rigl_keras.sparsify(small_model(), 0.3, kernels=product)
+        model = rigl_keras.sparsify(small_model(), 0.3, product=product)
         history = compiled(model).fit(x, y, epochs=3, verbose=0)
         losses[product] = history.history["loss"]
         norm = model.get_layer("norm")
@@ -153,7 +153,7 @@ def test_models_train_alike():
 
 
 def test_files_know_nothing_of_it(tmp_path):
-    model = rigl_keras.sparsify(small_model(), 0.3, kernels="sparse")
+    model = rigl_keras.sparsify(small_model(), 0.3, product="sparse")
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     assert type(loaded.get_layer("norm")) is layers.BatchNormalization
@@ -170,7 +170,7 @@ def test_files_know_nothing_of_it(tmp_path):
 def test_a_loaded_model_trains_as_the_one_that_was_saved(product, tmp_path):
     x, y = examples()
     model = compiled(
-        rigl_keras.sparsify(small_model(dropout=0), 0.3, kernels=product)
+        rigl_keras.sparsify(small_model(dropout=0), 0.3, product=product)
     )
     model.fit(x, y, shuffle=False, verbose=0)
     model.save(tmp_path / "model.keras")

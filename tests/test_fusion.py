@@ -44,7 +44,7 @@ def check(model, *, shape=(8, 8, 3), batches=(1, 5), product="sparse"):
 
 def masked(inputs, outputs):
     model = with_statistics(keras.Model(inputs, outputs))
-    return rigl_keras.sparsify(model, 0.3, kernels="dense")
+    return rigl_keras.sparsify(model, 0.3, product="dense")
 
 
 def conv(filters, name, **options):
@@ -109,7 +109,7 @@ def test_several_outputs_and_a_sum_of_two_convolutions():
     one, two = conv(16, "one")(inputs), conv(16, "two")(inputs)
     total = one + two
     model = with_statistics(keras.Model(inputs, {"a": total, "b": inputs * 2}))
-    model = rigl_keras.sparsify(model, 0.3, kernels="dense")
+    model = rigl_keras.sparsify(model, 0.3, product="dense")
     x = tf.random.stateless_normal((3, 8, 8, 3), seed=(0, 0))
     fused = fusion.Fused(model, product="sparse")
     got, want = fused(x), model(x, training=False)
@@ -159,7 +159,7 @@ def test_a_layer_that_is_called_twice():
     inputs = keras.Input((8, 8, 3))
     shared = conv(3, "shared")
     model = rigl_keras.sparsify(
-        keras.Model(inputs, shared(shared(inputs))), 0.3, kernels="dense"
+        keras.Model(inputs, shared(shared(inputs))), 0.3, product="dense"
     )
     fused = check(model)
     assert "more than once" in fused.layers[0].choice.reason
@@ -224,7 +224,7 @@ np.save(sys.argv[3], serve(**{name: x})["output_0"])
 @pytest.mark.slow
 def test_an_export_and_its_loader(tmp_path, always_sparse):
     model = with_statistics(rigl_keras.models.wide_resnet(10, 1))
-    model = rigl_keras.sparsify(model, 0.1, kernels="dense")
+    model = rigl_keras.sparsify(model, 0.1, product="dense")
     folder = tmp_path / "exported"
     options = {"format": "sparse_saved_model", "measure": False}
     report = rigl_keras.export(model, folder, **options)

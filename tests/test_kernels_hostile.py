@@ -434,7 +434,7 @@ def test_a_model_of_images_that_are_too_small():
     x = layers.ReLU()(layers.Conv2D(4, 3)(inputs))
     x = layers.GlobalAveragePooling2D()(layers.Conv2D(4, 3)(x))
     model = keras.Model(inputs, layers.Dense(2)(x))
-    sparse = rigl_keras.sparsify(model, 0.5, kernels="sparse")
+    sparse = rigl_keras.sparsify(model, 0.5, product="sparse")
     images = np.ones((1, 3, 3, 8), np.float32)
     for each in (model, sparse):
         with pytest.raises(REFUSED):
@@ -618,7 +618,7 @@ def test_layers_that_would_take_too_much_are_dense(size):
         2, (1, 3), padding="same", dilation_rate=(1, 300), name="wide"
     )
     model = keras.Model(inputs, layer(inputs))
-    sparse = rigl_keras.sparsify(model, 0.1, kernels="sparse")
+    sparse = rigl_keras.sparsify(model, 0.1, product="sparse")
     images = normal(np.random.default_rng(0), (1, 1, 700, 8192))
     got = sparse(images)
     (masked,) = rigl_keras.masked_layers(sparse)

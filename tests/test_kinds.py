@@ -308,10 +308,10 @@ def test_strict():
 
 
 @pytest.mark.parametrize(
-    "kernels", [None, "kernel", ["w"], {"Linear": "w"}, {kinds.Linear: 3}]
+    "kernels", [3, "kernel", ["w"], {"Linear": "w"}, {kinds.Linear: 3}]
 )
 def test_kernels_of_a_wrong_type(kernels):
-    with pytest.raises(ValueError, match="kernels must be 'auto' or"):
+    with pytest.raises(ValueError, match="kernels must be {layer or layer"):
         sparsify(make("custom layers"), 0.5, kernels=kernels)
 
 

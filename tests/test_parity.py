@@ -190,7 +190,7 @@ class Recorder(keras.callbacks.Callback):
         )
 
 
-def replay(trace, method, kernels="auto"):
+def replay(trace, method, product="auto"):
     """Trains our model on a trace; returns its record and the model."""
     meta = json.loads(str(trace["meta"]))
     model = rigl_keras.models.wide_resnet(
@@ -208,7 +208,7 @@ def replay(trace, method, kernels="auto"):
         model,
         meta["density"],
         distribution=distribution,
-        kernels=kernels,
+        product=product,
         conventions=REPORT,
     )
     for key in trace.files:
@@ -336,7 +336,7 @@ def test_trace(name, floatx):
 @pytest.mark.parametrize("name", ["rigl_sg", "snfs"])
 def test_trace_with_sparse_kernels(name):
     needs_sparse_kernels()
-    model = assert_follows(name, "float32", kernels="sparse")
+    model = assert_follows(name, "float32", product="sparse")
     for layer in rigl_keras.masked_layers(model):
         (choice,) = layer.chosen_products().values()
         assert choice.sparse
@@ -399,15 +399,15 @@ def assert_follows_with_all_operations(name):
             "batch_norm",
             lambda *x, **how: called.append(1) or batch_norm(*x, **how),
         )
-        assert_follows(name, "float32", kernels="sparse")
+        assert_follows(name, "float32", product="sparse")
     assert called
 
 
-def assert_follows(name, floatx, kernels="auto"):
+def assert_follows(name, floatx, product="auto"):
     """Replays a trace; returns the model."""
     exact = floatx == "float64"
     with np.load(DATA / f"trace_{name}.npz") as trace:
-        meta, record, model = replay(trace, TRACES[name], kernels)
+        meta, record, model = replay(trace, TRACES[name], product)
         assert len(record.losses) == meta["steps"]
         before_update = meta["interval"] - 1
         np.testing.assert_allclose(

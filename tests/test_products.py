@@ -21,7 +21,7 @@ from rigl_keras.kernels import choice, layer_products, library
 from rigl_keras.kernels.choice import Choice, Problem
 from rigl_keras.masking.masked import Masked
 from rigl_keras.masking.masked_layers import choose_kernels, masked_layers
-from rigl_keras.masking.sparsify import sparsify
+from rigl_keras.masking.sparsify import sparsify, with_masks
 from rigl_keras.masking.stripping import strip
 from rigl_keras.masking.tracing import dense_gradients
 from rigl_keras.methods.rigl import RigL
@@ -89,16 +89,16 @@ def assert_same(one, two, rtol=1e-4):
         assert not layer.kernel.numpy()[layer.mask.numpy() == 0].any()
 
 
-def small(kernels, **options):
+def small(product, **options):
     keras.utils.set_random_seed(0)
-    return compiled(sparsify(small_model(), 0.2, kernels=kernels), **options)
+    return compiled(sparsify(small_model(), 0.2, product=product), **options)
 
 
 def both(method, *, epochs=4, **options):
     """Trains small models, with dense products and with sparse ones."""
     models, losses, found = [], [], []
-    for kernels in ("dense", "sparse"):
-        models.append(small(kernels, **options))
+    for product in ("dense", "sparse"):
+        models.append(small(product, **options))
         callbacks = METHODS[method](frequency=3, end_step=14)
         losses.append(
             losses_of(models[-1], examples(), callbacks, epochs=epochs)
@@ -135,17 +135,17 @@ def test_a_wide_resnet_trains_the_same():
         draw.integers(0, 10, 160),
     )
     losses, found = [], []
-    for kernels in ("dense", "sparse"):
+    for product in ("dense", "sparse"):
         keras.utils.set_random_seed(0)
         model = rigl_keras.models.wide_resnet(10, 1)
         model = compiled(
-            sparsify(model, 0.1, kernels=kernels),
+            sparsify(model, 0.1, product=product),
             keras.optimizers.SGD(0.01, momentum=0.9),
         )
         method = RigL(frequency=10, end_step=50)
         losses.append(losses_of(model, data, [method], epochs=5))
         found.append((masks(model), method.trajectory))
-        if kernels == "sparse":
+        if product == "sparse":
             every = masked_layers(model).named
             assert chosen(model) == dict.fromkeys(every, True)
     assert len(losses[0]) == 50
@@ -178,12 +178,12 @@ def test_xla_has_dense_products():
     """It knows of no operations but TensorFlow's own."""
     x = np.random.default_rng(0).standard_normal((32, 6)).astype(np.float32)
     losses = []
-    for kernels in ("dense", "sparse"):
+    for product in ("dense", "sparse"):
         keras.utils.set_random_seed(0)
         dense = keras.Sequential(
             [keras.Input((6,)), layers.Dense(4, name="d")], name="net"
         )
-        model = sparsify(dense, 0.5, kernels=kernels)
+        model = sparsify(dense, 0.5, product=product)
         model.compile("sgd", "mse", jit_compile=True)
         method = RigL(frequency=2, end_step=9)
         data = x, x[:, :4]
@@ -405,18 +405,18 @@ def asked(model):
 
 
 @pytest.mark.slow_but("sparse")
-@pytest.mark.parametrize("kernels", ["auto", "dense", "sparse"])
-def test_what_was_asked_for_is_saved(kernels, tmp_path):
-    model = small(kernels)
-    assert asked(model) == {kernels}
+@pytest.mark.parametrize("product", ["auto", "dense", "sparse"])
+def test_what_was_asked_for_is_saved(product, tmp_path):
+    model = small(product)
+    assert asked(model) == {product}
     model.fit(*examples(), batch_size=16, verbose=0)
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
-    assert asked(loaded) == {kernels}
-    assert asked(keras.models.clone_model(model)) == {kernels}
+    assert asked(loaded) == {product}
+    assert asked(keras.models.clone_model(model)) == {product}
     config = model.get_layer("conv1").get_config()
-    assert config["product"] == kernels
-    assert Masked.from_config(config).get_config()["product"] == kernels
+    assert config["product"] == product
+    assert Masked.from_config(config).get_config()["product"] == product
     x, _ = examples(4)
     np.testing.assert_allclose(
         loaded.predict(x, verbose=0), model.predict(x, verbose=0), rtol=1e-5
@@ -439,20 +439,43 @@ def test_stripped():
     assert chosen(model) == ALL_BUT_DEPTHWISE
 
 
-@pytest.mark.parametrize("kernels", ["fast", "", None, True])
-def test_what_cannot_be_asked_for(kernels):
+@pytest.mark.parametrize("product", ["fast", "", None, True])
+def test_what_cannot_be_asked_for(product):
     with pytest.raises(ValueError) as caught:
-        sparsify(small_model(), 0.2, kernels=kernels)
-    assert repr(kernels) in str(caught.value)
-    if isinstance(kernels, str):
+        sparsify(small_model(), 0.2, product=product)
+    assert repr(product) in str(caught.value)
+    if isinstance(product, str):
         for option in ("auto", "dense", "sparse"):
             assert repr(option) in str(caught.value)
         with pytest.raises(ValueError, match="product must be one of"):
-            Masked(layers.Dense(3), product=kernels)
+            Masked(layers.Dense(3), product=product)
         layer = Masked(layers.Dense(3))
         with pytest.raises(ValueError, match="product must be one of"):
-            layer.product = kernels
+            layer.product = product
         assert layer.product == "auto"
+
+
+@pytest.mark.parametrize("product", ["auto", "dense", "sparse"])
+def test_a_string_as_kernels_is_deprecated(product):
+    dense = small_model()
+    drawn = masks(sparsify(dense, 0.2))
+    for call in (
+        lambda: sparsify(dense, 0.2, kernels=product),
+        lambda: with_masks(dense, drawn, kernels=product),
+    ):
+        with pytest.warns(
+            DeprecationWarning, match=f"Write product='{product}'"
+        ) as warned:
+            model = call()
+        assert [w.filename for w in warned] == [__file__]
+        assert asked(model) == {product}
+    with pytest.warns(DeprecationWarning, match="product='sparse'"):
+        choose_kernels(model, kernels="sparse")
+    assert asked(model) == {"sparse"}
+    with pytest.raises(ValueError, match="two answers.*product='dense'"):
+        sparsify(dense, 0.2, kernels="sparse", product="dense")
+    with pytest.raises(ValueError, match="must be one of.*'sparse'.*'fast'"):
+        choose_kernels(model, kernels="fast")
 
 
 def test_names_of_ones_own_kernels_as_before():
@@ -554,8 +577,8 @@ def test_auto_is_decided_by_the_batch(monkeypatch):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (dict(kernels="fast"), "'auto', 'dense', 'sparse'.*'fast'"),
-        (dict(kernels={layers.Dense: "w"}), "'auto', 'dense', 'sparse'"),
+        (dict(product="fast"), "'auto', 'dense', 'sparse'.*'fast'"),
+        (dict(product={layers.Dense: "w"}), "'auto', 'dense', 'sparse'"),
         (dict(batch_size=0), "batch_size.*0"),
         (dict(batch_size=2.5), "batch_size.*2.5"),
     ],
@@ -657,11 +680,11 @@ def test_timed_once_and_kept(cache, forgotten, monkeypatch):
 def test_auto_trains(cache, timings):
     """Timed where the step is traced."""
     losses = []
-    for kernels in ("auto", "dense"):
-        model = big_model(kernels=kernels)
+    for product in ("auto", "dense"):
+        model = big_model(product=product)
         method = RigL(frequency=2, end_step=9)
         losses.append(losses_of(model, big_examples(), [method], epochs=3))
-        if kernels == "auto":
+        if product == "auto":
             assert chosen(model) == {"big": True, "head": False}
             assert "sparse: 1.5x at batch 16" in str(masked_layers(model))
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
@@ -851,7 +874,7 @@ def test_models_that_are_dense_or_small_load_nothing(not_loaded):
     model.fit(*examples(), batch_size=16, verbose=0)
     assert "sparse" not in str(masked_layers(model))
     model = compiled(
-        sparsify(small_model(), 0.2, kernels="dense"),
+        sparsify(small_model(), 0.2, product="dense"),
     )
     model.fit(*examples(), batch_size=16, verbose=0)
 
@@ -872,14 +895,14 @@ def test_images_of_any_size_are_dense(not_loaded):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kernels", ["auto", "sparse"])
-def test_without_a_library_as_before(unavailable, timed_kernels, kernels):
+@pytest.mark.parametrize("product", ["auto", "sparse"])
+def test_without_a_library_as_before(unavailable, timed_kernels, product):
     losses = []
-    for each in (kernels, "dense"):
-        model = big_model(kernels=each)
+    for each in (product, "dense"):
+        model = big_model(product=each)
         method = RigL(frequency=2, end_step=9)
         losses.append(losses_of(model, big_examples(), [method], epochs=3))
-        if each == kernels:
+        if each == product:
             table = str(masked_layers(model))
             assert "dense: there is no compiler" in table
             assert not any(chosen(model).values())

@@ -72,7 +72,7 @@ class Fused:
         if kernels.load() is None:
             raise ValueError(
                 "Sparse kernels are not available: "
-                f"{kernels.unavailable()}. Pass kernels='dense'."
+                f"{kernels.unavailable()}. Pass product='dense'."
             )
         self._graph = trace(model)
         self._product = product

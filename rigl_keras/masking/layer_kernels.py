@@ -143,16 +143,16 @@ class Kernel:
 
 
 def find_kernels(
-    layer: keras.layers.Layer, kernels: str | Mapping = "auto"
+    layer: keras.layers.Layer, kernels: Mapping | None = None
 ) -> list[Kernel]:
     """Returns the kernels of a built layer and of the layers within it.
 
     Args:
         layer: A built layer.
-        kernels: `"auto"`: variables of two axes or more that are named as in
+        kernels: None: variables of two axes or more that are named as in
             `KERNEL_NAMES`. Or `{layer or layer type: name, or list of
             names}` of the variables of these layers, such as an Embedding's
-            `"embeddings"`; the rest as under `"auto"`.
+            `"embeddings"`; of other layers as under None.
 
     Returns:
         A list in the order of the layers, empty where nothing can be masked.
@@ -224,10 +224,8 @@ def is_normalisation(layer: keras.layers.Layer) -> bool:
 
 
 def _names(layer, kernels):
-    if kernels != "auto":
-        for kind, names in kernels.items():
-            if layer is kind or (
-                isinstance(kind, type) and isinstance(layer, kind)
-            ):
-                return [names] if isinstance(names, str) else names
+    for kind, names in (kernels or {}).items():
+        of_kind = isinstance(kind, type) and isinstance(layer, kind)
+        if layer is kind or of_kind:
+            return [names] if isinstance(names, str) else names
     return () if is_normalisation(layer) else KERNEL_NAMES

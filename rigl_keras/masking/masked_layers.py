@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from rigl_keras import _checks, _keras
+from rigl_keras import _checks, _deprecation, _keras
 from rigl_keras._text import aligned
 from rigl_keras.kernels import fast_calls
 from rigl_keras.kernels.layer_products import PRODUCTS
@@ -147,19 +147,24 @@ def masked_layers(model: keras.Model) -> MaskedLayers:
 
 
 def choose_kernels(
-    model: keras.Model, kernels: str = "auto", *, batch_size: int | None = None
+    model: keras.Model,
+    product: str = "auto",
+    *,
+    batch_size: int | None = None,
+    kernels: str | None = None,
 ) -> MaskedLayers:
     """Decides how the masked layers of a model compute their products.
 
-    Layers decide for themselves when they are traced; this does it before, or
-    anew: of a model that was loaded, or for a batch that tracing does not see
-    (where it is free, 128 is timed).
+    Layers decide for themselves when they are traced. This decides earlier, or
+    once more: for a model that was loaded, or for a batch that tracing does
+    not see (where it is free, 128 is timed).
 
     Args:
-        model: A masked model. What it has compiled is traced anew.
-        kernels: As in `sparsify`.
+        model: A masked model. What it has compiled is traced again.
+        product: As in `sparsify`.
         batch_size: Batch to time `"auto"` at, at least 1. None: nothing is
             timed before the layers are called.
+        kernels: Deprecated name of `product`.
 
     Returns:
         The masked layers, whose table shows what was chosen and why.
@@ -172,7 +177,14 @@ def choose_kernels(
 
     >>> print(choose_kernels(model, batch_size=32))
     """
-    _checks.choice("kernels", kernels, PRODUCTS)
+    if kernels is not None:
+        _checks.choice("kernels", kernels, PRODUCTS)
+        _deprecation.warn(
+            f"choose_kernels(kernels={kernels!r}) is deprecated. Write "
+            f"product={kernels!r}."
+        )
+        product = kernels
+    _checks.choice("product", product, PRODUCTS)
     if batch_size is not None:
         batch_size = _checks.integer("batch_size", batch_size, at_least=1)
     layers = masked_layers(model)
@@ -183,12 +195,12 @@ def choose_kernels(
         )
     (
         fast_calls.use_usual_calls
-        if kernels == "dense"
+        if product == "dense"
         else fast_calls.use_fast_calls
     )(model)
     for layer in _keras.flatten_layers(model):
         if isinstance(layer, Masked):
-            layer.product = kernels
+            layer.product = product
             layer.forget_products()
             for shape in _input_shapes(layer) if batch_size else ():
                 layer.choose_product(tf.TensorShape((batch_size, *shape[1:])))

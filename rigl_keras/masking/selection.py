@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import keras
 import numpy as np
 
-from rigl_keras import _keras
+from rigl_keras import _checks, _deprecation, _keras
 from rigl_keras.kernels.layer_products import PRODUCTS
 from rigl_keras.masking.layer_kernels import Kernel, find_kernels
 from rigl_keras.masking.leaves import containers, named_layers
@@ -31,6 +31,11 @@ __all__ = [
     "without_kernels",
 ]
 
+_KERNELS = (
+    "kernels must be {layer or layer type: name or names of its variables}, "
+    f"and product one of {PRODUCTS}"
+)
+
 # What may be asked to be masked: layers, types of layers, a predicate, or a
 # collection of these.
 Selector = (
@@ -43,7 +48,7 @@ Selector = (
 
 
 def named_kernels(
-    model: keras.Model, kernels: str | Mapping = "auto"
+    model: keras.Model, kernels: Mapping | None = None
 ) -> dict[str, Kernel]:
     """Returns the kernels of a dense model that can be masked, by unique names.
 
@@ -57,6 +62,7 @@ def named_kernels(
         `"lstm/cell/recurrent_kernel"`. One that two layers share is named
         after the first.
     """
+    kernels, _ = names_and_product(kernels)
     found, seen = {}, set()
     for name, layer in named_layers(model).items():
         if isinstance(layer, Masked):
@@ -85,7 +91,7 @@ def check_model(model):
     if masked:
         raise ValueError(
             f"Model {model.name!r} is masked already ({len(masked)} kernels). "
-            "To mask it anew, sparsify(strip(model), ...)."
+            "For other masks, sparsify(strip(model), ...)."
         )
 
 
@@ -93,7 +99,7 @@ def chosen_kernels(
     model: keras.Model,
     selector: Selector = None,
     *,
-    kernels: str | Mapping = "auto",
+    kernels: Mapping | None = None,
     strict: bool = False,
 ) -> dict[str, Kernel]:
     """Returns the kernels of a dense model to mask, by unique name, in order.
@@ -112,7 +118,7 @@ def chosen_kernels(
             named cannot be masked.
     """
     check_model(model)
-    _check_kernels(kernels)
+    kernels, _ = names_and_product(kernels)
     matches = _predicate(selector)
     if selector is not None:
         # Only who asks for an embedding gets one.
@@ -166,21 +172,31 @@ def chosen_kernels(
 
 
 def with_embeddings(kernels):
-    given = {} if kernels == "auto" else kernels
-    return {**given, keras.layers.Embedding: "embeddings"}
+    return {**(kernels or {}), keras.layers.Embedding: "embeddings"}
 
 
-def names_and_product(kernels):
-    """Returns which variables are masked, and how they are multiplied."""
+def names_and_product(kernels, product="auto"):
+    """Returns which variables are masked, and how products are computed.
+
+    The latter was said by a string as `kernels` once.
+    """
     if isinstance(kernels, str):
         if kernels not in PRODUCTS:
+            raise ValueError(f"{_KERNELS}. Received: kernels={kernels!r}.")
+        if product != "auto":
             raise ValueError(
-                f"kernels must be 'auto' or another of {PRODUCTS}, or {{layer "
-                "or layer type: name or names of its variables}. Received: "
-                f"kernels={kernels!r}."
+                "There are two answers to how products are computed. "
+                f"Received: kernels={kernels!r}, product={product!r}. Leave "
+                "kernels out."
             )
-        return "auto", kernels
-    return kernels, "auto"
+        _deprecation.warn(
+            f"kernels={kernels!r} is deprecated: `kernels` says which "
+            f"variables are masked. Write product={kernels!r}."
+        )
+        return None, kernels
+    _checks.choice("product", product, PRODUCTS)
+    _check_kernels(kernels)
+    return kernels, product
 
 
 def _check_kernels(kernels):
@@ -195,11 +211,8 @@ def _check_kernels(kernels):
         )
         for key, names in kernels.items()
     )
-    if kernels != "auto" and not named:
-        raise ValueError(
-            "kernels must be 'auto' or {layer or layer type: name or names of "
-            f"its variables}}. Received: kernels={kernels!r}."
-        )
+    if kernels is not None and not named:
+        raise ValueError(f"{_KERNELS}. Received: kernels={kernels!r}.")
 
 
 def _check_all_masked(model, chosen, matches):

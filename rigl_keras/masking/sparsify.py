@@ -43,7 +43,8 @@ def sparsify(
     densities: Mapping | None = None,
     layers: Selector = None,
     granularity: str = "element",
-    kernels: str | Mapping = "auto",
+    kernels: Mapping | None = None,
+    product: str = "auto",
     scale_to_fan_in: bool = False,
     seed: int = 0,
     conventions: Conventions = ORIGINAL,
@@ -62,7 +63,7 @@ def sparsify(
     nothing with `model`: weights, what is frozen, vocabularies and statistics
     are copied. A model that cannot be copied is masked in place: a subclassed
     one, because only its own code knows how its layers are called; one whose
-    class has a constructor of its own, as those of keras_hub; and, with a
+    class has its own constructor, as those of keras_hub; and, with a
     warning, one with a layer that no config makes again, or with layers that
     share weights. There each layer with a kernel gives way to a `Masked` one
     of the same weights, and `model` itself is returned. Either is to be
@@ -88,14 +89,16 @@ def sparsify(
             (the reproduction's `struct-*`). Layers without spatial axes then
             stay at density 1, unless `densities` says otherwise, and the
             convolutions make up for it.
-        kernels: How products with them are computed: `"dense"`, by
+        kernels: Which variables of a layer are masked: `{layer or layer
+            type: name or names}`, for custom layers that call them other than
+            `kernel`, `recurrent_kernel`, `depthwise_kernel` or
+            `pointwise_kernel`. None: those of these names.
+        product: How products with masked kernels are computed: `"dense"`, by
             TensorFlow, which multiplies by zeros as well; `"sparse"`, by
-            kernels that leave out what a mask removes, wherever a layer has
-            them; `"auto"`: whichever was faster when both were timed on this
-            machine (`choose_kernels`). Or `{layer or layer type: name or
-            names}` of the variables that are masked, for layers of your own
-            that call them other than `kernel`, `recurrent_kernel`,
-            `depthwise_kernel` or `pointwise_kernel`.
+            operations that leave out what a mask removes, wherever a layer
+            has them; `"auto"`: whichever was faster when both were timed on
+            this machine (`choose_kernels`). As `kernels` these strings are
+            deprecated.
         scale_to_fan_in: Whether the weights of each output unit are
             multiplied by sqrt(n / m), where m of its n connections are kept,
             so that what a unit sums has the variance it has in the dense
@@ -121,8 +124,9 @@ def sparsify(
     >>> model = sparsify(model, density=0.1)
     >>> print(masked_layers(model))
     """
-    names, product = names_and_product(kernels)
-    chosen = chosen_kernels(model, layers, kernels=names, strict=strict)
+    check_model(model)
+    kernels, product = names_and_product(kernels, product)
+    chosen = chosen_kernels(model, layers, kernels=kernels, strict=strict)
     seed = _checks.integer("seed", seed, at_least=0)
     check_conventions(conventions)
     if densities is not None and not isinstance(densities, Mapping):
@@ -159,6 +163,7 @@ def sparsify(
         masks,
         granularity=granularity,
         kernels=kernels,
+        product=product,
         scale_to_fan_in=scale_to_fan_in,
         seed=seed,
     )
@@ -169,7 +174,8 @@ def with_masks(
     masks: Mapping[str, np.ndarray],
     *,
     granularity: str = "element",
-    kernels: str | Mapping = "auto",
+    kernels: Mapping | None = None,
+    product: str = "auto",
     scale_to_fan_in: bool = False,
     seed: int = 0,
 ) -> keras.Model:
@@ -186,6 +192,7 @@ def with_masks(
         granularity: What later updates keep or remove as one, as in
             `sparsify`.
         kernels: As in `sparsify`.
+        product: As in `sparsify`.
         scale_to_fan_in: As in `sparsify`.
         seed: Seed of later random draws, at least 0.
 
@@ -207,8 +214,8 @@ def with_masks(
             "with_masks takes {name: mask}, one mask at least. Received: "
             f"{masks!r}."
         )
-    names, product = names_and_product(kernels)
-    named = named_kernels(model, with_embeddings(names))
+    kernels, product = names_and_product(kernels, product)
+    named = named_kernels(model, with_embeddings(kernels))
     check_granularity(granularity)
     by_layer = {}
     for name, mask in masks.items():

@@ -142,7 +142,7 @@ def with_encoder(parent, density=None):
     encoder(X)
     encoder.scale.adapt(X + 3)
     if density is not None:
-        encoder = sparsify(encoder, density, kernels="dense")
+        encoder = sparsify(encoder, density, product="dense")
     if parent == "Functional":
         inputs = keras.Input((6,))
         outputs = layers.Dense(3, name="head")(encoder(inputs))

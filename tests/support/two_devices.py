@@ -58,7 +58,7 @@ def examples():
     return x, draw.integers(0, 3, 48)
 
 
-def made(strategy, optimizer=None, kernels="auto", **options):
+def made(strategy, optimizer=None, product="auto", **options):
     keras.utils.set_random_seed(0)
     with strategy.scope():
         dense = keras.Sequential(
@@ -74,7 +74,7 @@ def made(strategy, optimizer=None, kernels="auto", **options):
             ],
             name="net",  # of which the masks are drawn
         )
-        model = sparsify(dense, 0.5, kernels=kernels)
+        model = sparsify(dense, 0.5, product=product)
         model.compile(
             optimizer() if optimizer else keras.optimizers.SGD(0.1, 0.9),
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -269,9 +269,9 @@ def check_sparse_kernels():
     if rigl_keras.kernels.load() is None:
         return
     for method in (METHODS["RigL"], METHODS["SNFS"]):
-        assert_same(method, kernels="sparse")
+        assert_same(method, product="sparse")
         dense, _ = trained(two(), method())
-        sparse, _ = trained(two(), method(), kernels="sparse")
+        sparse, _ = trained(two(), method(), product="sparse")
         for ours, theirs in zip(sparse.weights, dense.weights, strict=True):
             np.testing.assert_allclose(
                 ours.numpy(), theirs.numpy(), rtol=1e-4, atol=1e-6

@@ -118,7 +118,7 @@ def _train_sides(name, densities, distribution, batch_size, torch):
 
     def sparse(density, product):
         return rigl_keras.sparsify(
-            dense, density, distribution=distribution, kernels=product
+            dense, density, distribution=distribution, product=product
         )
 
     sides = {}
