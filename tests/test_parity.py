@@ -17,7 +17,7 @@ import tensorflow as tf
 
 import rigl_keras
 from rigl_keras.conventions import ORIGINAL, REPORT
-from rigl_keras.kernels import fast_calls
+from rigl_keras.kernels import fast_calls, operations
 
 DATA = pathlib.Path(__file__).parent / "data"
 
@@ -391,11 +391,11 @@ def needs_sparse_kernels():
 
 def assert_follows_with_all_operations(name):
     called = []
-    batch_norm = rigl_keras.kernels.batch_norm
+    batch_norm = operations.batch_norm
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fast_calls, "_LEAST_NUMBERS", 1)
         patch.setattr(
-            rigl_keras.kernels,
+            operations,
             "batch_norm",
             lambda *x, **how: called.append(1) or batch_norm(*x, **how),
         )
