@@ -13,10 +13,11 @@ from keras import layers
 
 import rigl_keras
 from rigl_keras import kernels, models
+from rigl_keras.experiments import exits
 from rigl_keras.experiments.benchmarks import (
     inference_speed,
     kernel_command,
-    kernel_sides,
+    kernel_comparison,
     layer_speed,
     speed_figures,
     torch_network,
@@ -175,7 +176,7 @@ def test_the_figure(tmp_path):
 
 
 def test_the_shapes_are_those_of_the_models():
-    found = layer_speed.problems(MODELS["wide_resnet"](), 128)
+    found = layer_speed.layer_problems(MODELS["wide_resnet"](), 128)
     assert set(found) == {
         "3x3 32x32x3>16",
         "3x3 32x32x16>32",
@@ -195,7 +196,7 @@ def test_the_shapes_are_those_of_the_models():
         strides=(2, 2),
         padding="VALID",
     )
-    found = layer_speed.problems(models.resnet50(100), 1)
+    found = layer_speed.layer_problems(models.resnet50(100), 1)
     # 3x3 ones of 64, and of 128, 256 and 512 channels with and without stride;
     # 1x1 ones, of four stages: first, last and later, and the shortcuts.
     sizes = [name[:3] for name in found]
@@ -206,7 +207,7 @@ def test_the_shapes_are_those_of_the_models():
 @needs_kernels
 def test_layers(tiny, tmp_path):
     said = []
-    measured = layer_speed.layers(
+    measured = layer_speed.measure_layers(
         "tiny", [0.5, 0.1], batch_size=2, rounds=1, say=said.append
     )
     # Three shapes, as conv2 and conv3 have the same.
@@ -231,14 +232,14 @@ def test_layers_that_compute_something_else_are_refused(tiny, monkeypatch):
         kernels, "sparse_conv2d", lambda *a, **k: 1.001 * real(*a, **k)
     )
     with pytest.raises(ValueError, match="A sparse side must compute"):
-        layer_speed.layers("tiny", [0.1], batch_size=2, rounds=1)
+        layer_speed.measure_layers("tiny", [0.1], batch_size=2, rounds=1)
 
 
 @pytest.mark.slow
 def test_train(tiny, tmp_path):
     said = []
     with_torch = torch_network.is_installed()
-    measured = train_speed.train(
+    measured = train_speed.measure_training(
         "tiny",
         [0.2],
         ["uniform"],
@@ -254,7 +255,7 @@ def test_train(tiny, tmp_path):
         "kernels=dense",
     }
     found = {(m.side, m.density): m.seconds for m in measured}
-    torch = {kernel_sides.TORCH} if with_torch else set()
+    torch = {kernel_comparison.TORCH} if with_torch else set()
     assert {side for side, _ in found} == sides | torch
     assert len({m.dense_seconds for m in measured}) == 1
     plain, update, mixed = (
@@ -269,7 +270,7 @@ def test_train(tiny, tmp_path):
 
 def test_inference(tiny, tmp_path):
     said = []
-    measured = inference_speed.inference(
+    measured = inference_speed.measure_inference(
         "tiny",
         [0.2, 0.1],
         ["uniform"],
@@ -279,8 +280,8 @@ def test_inference(tiny, tmp_path):
     )
     assert len(measured) == 2 * 2 * 2
     assert {m.side for m in measured} == {
-        kernel_sides.CALLED,
-        kernel_sides.SERVED,
+        kernel_comparison.CALLED,
+        kernel_comparison.SERVED,
     }
     assert {m.batch_size for m in measured} == {1, 3}
     assert written("inference", measured, tmp_path) == 8
@@ -303,7 +304,7 @@ def test_an_artefact_that_computes_something_else_is_refused(tiny, monkeypatch):
         lambda model: lambda x: np.nan * real(model)(x),
     )
     with pytest.raises(ValueError, match="must compute what the dense one"):
-        inference_speed.inference(
+        inference_speed.measure_inference(
             "tiny", [0.1], ["uniform"], batch_sizes=[1], rounds=1
         )
 
@@ -319,9 +320,9 @@ def test_without_torch(tiny, monkeypatch):
         assert sides["dense", None][-1] is False
         raise InterruptedError
 
-    monkeypatch.setattr(train_speed, "timed", stop)
+    monkeypatch.setattr(train_speed, "timed_in_turns", stop)
     with pytest.raises(InterruptedError):
-        train_speed.train("tiny", [0.1], torch=True, say=said.append)
+        train_speed.measure_training("tiny", [0.1], torch=True, say=said.append)
     assert said[0] == "PyTorch is not measured: pip install torch"
 
 
@@ -380,7 +381,7 @@ def test_the_step_of_torch():
 )
 def test_refuses(tiny, changes, message):
     with pytest.raises(ValueError, match=message):
-        inference_speed.inference(**{"model": "tiny", **changes})
+        inference_speed.measure_inference(**{"model": "tiny", **changes})
 
 
 COMMAND = """
@@ -431,7 +432,7 @@ def test_the_others_go_on_without_kernels(tiny, monkeypatch):
     monkeypatch.setattr(kernels.library, "_module", None)
     monkeypatch.setattr(kernels.library, "_reason", "there is no compiler")
     said = []
-    measured = inference_speed.inference(
+    measured = inference_speed.measure_inference(
         "tiny", [0.1], ["uniform"], batch_sizes=[1], rounds=1, say=said.append
     )
     assert "no sparse kernels" in said[0] and len(measured) == 2
@@ -467,8 +468,9 @@ def test_flags_that_are_wrong(capsys, part, changes, message):
     argv = values.pop("argv")
     given = {name: types.SimpleNamespace(value=v) for name, v in values.items()}
     output = given.pop("output")
+    run = functools.partial(kernel_command._run, part, given, output)
     with pytest.raises(SystemExit) as ended:
-        kernel_command._run(part, given, output, argv)
+        exits.one_line(f"benchmark {part}", run)(argv)
     assert ended.value.code == 2
     told = capsys.readouterr()
     assert told.err.startswith(f"benchmark {part}: {message}"), told.err

@@ -1,10 +1,12 @@
 """What sparse kernels keep in memory, as `bin/benchmark plans` tells it."""
 
+import functools
 import types
 
 import pytest
 
 from rigl_keras import kernels
+from rigl_keras.experiments import exits
 from rigl_keras.experiments.benchmarks import plan_memory
 
 pytestmark = pytest.mark.skipif(
@@ -14,7 +16,7 @@ pytestmark = pytest.mark.skipif(
 
 def test_the_table():
     said = []
-    found = plan_memory.plans(
+    found = plan_memory.measure_plans(
         sizes=5, channels=8, filters=16, density=0.5, say=said.append
     )
     assert [(kept.call, kept.sizes) for kept in found] == [
@@ -45,8 +47,9 @@ def test_flags_that_are_wrong(capsys, changes, message):
     values.update(changes)
     argv = values.pop("argv")
     given = {name: types.SimpleNamespace(value=v) for name, v in values.items()}
+    run = functools.partial(plan_memory._run, given)
     with pytest.raises(SystemExit) as ended:
-        plan_memory._run(given, argv)
+        exits.one_line("benchmark plans", run)(argv)
     assert ended.value.code == 2
     told = capsys.readouterr()
     assert told.err.startswith(f"benchmark plans: {message}"), told.err

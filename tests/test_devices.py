@@ -166,6 +166,7 @@ def names_in(run_dir):
 def test_without_a_tpu(fresh, tmp_path):
     codes, said = ended(train(fresh, tmp_path / "run", "--strategy=tpu"))
     assert codes == [2], said
+    assert "--strategy=tpu has never been run" in said[0]
     assert "finds no TPU named 'local'" in said[0]
 
 

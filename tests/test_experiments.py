@@ -303,11 +303,11 @@ def test_the_command_says_what_is_wrong_without_a_traceback(tmp_path, fresh):
 
 @pytest.mark.slow
 def test_benchmarks_run():
-    seconds = training_steps.training_step(
+    seconds = training_steps.measure_steps(
         depth=10, width=1, batch_size=2, rounds=1, steps_per_execution=2
     )
     assert set(seconds) == {"dense", "RigL", "update"}
     assert (
         sum(np.prod(s) for s in mask_updates._resnet50_shapes()) == 23_652_032
     )
-    assert input_pipeline.input_pipeline("digits", steps=3) > 0
+    assert input_pipeline.measure_input_pipeline("digits", steps=3) > 0

@@ -227,4 +227,4 @@ def test_what_exports_refuses():
 def test_the_script_is_there():
     script = pathlib.Path(rigl_keras.__file__).parents[1] / "bin" / "export"
     assert os.access(script, os.X_OK)
-    assert "experiments.exports" in script.read_text()
+    assert "experiments.runs.export_command" in script.read_text()

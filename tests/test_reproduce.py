@@ -138,12 +138,12 @@ def finished(results, runs):
 def test_what_is_missing_is_trained(tmp_path, quick):
     runs, told = some_runs(), Told()
     results = Results(tmp_path, "full")
-    assert workers.work_off(runs[1:2], results, progress=told) == {}
-    assert workers.work_off(runs, results, progress=told) == {}
+    assert workers.train_missing(runs[1:2], results, progress=told) == {}
+    assert workers.train_missing(runs, results, progress=told) == {}
     finished(results, runs)
     order = [name for what, name in told.events if what == "start"]
     assert order == [runs[i].name for i in (1, 0, 2, 3)]
-    assert workers.work_off(runs, results, progress=Told()) == {}
+    assert workers.train_missing(runs, results, progress=Told()) == {}
     finished(results, runs)
     about = (results.folder(runs[1]) / "about.json").read_text()
     assert '"row": "rigl_erk_wrn"' in about and '"seed": 0' in about
@@ -155,7 +155,7 @@ def test_a_failure_stops_nothing_else(tmp_path, quick):
     runs = [ticket.source, ticket, *some_runs([0])]
     results, told = Results(tmp_path, "full"), Told()
     quick.add("pruning_wrn")
-    failed = workers.work_off(runs, results, progress=told)
+    failed = workers.train_missing(runs, results, progress=told)
     assert failed == {
         ticket.source: "train: there is no such thing",
         ticket: f"it starts from {ticket.source.name}, which failed",
@@ -164,7 +164,7 @@ def test_a_failure_stops_nothing_else(tmp_path, quick):
     assert results.failure(ticket.source) == "train: there is no such thing"
     assert not results.folder(ticket).exists()
     quick.clear()
-    assert workers.work_off(runs, results) == {}
+    assert workers.train_missing(runs, results) == {}
     finished(results, runs)
     assert results.failure(ticket.source) is None
 
@@ -207,14 +207,14 @@ def test_no_failure_is_lost_by_a_clock(tmp_path, skewed):
         ticket: f"it starts from {ticket.source.name}, which failed",
         run: "no luck",
     }
-    assert workers.work_off(runs, results) == wanted
+    assert workers.train_missing(runs, results) == wanted
     # Those failures are of the command before: this one tries again.
     told = Told()
-    assert workers.work_off(runs, results, progress=told) == wanted
+    assert workers.train_missing(runs, results, progress=told) == wanted
     started = [name for what, name in told.events if what == "start"]
     assert started == [ticket.source.name, run.name]
     skewed.clear()
-    assert workers.work_off(runs[2:], results) == {}
+    assert workers.train_missing(runs[2:], results) == {}
     assert results.failure(run) is None
 
 
@@ -238,14 +238,14 @@ def test_no_failure_elsewhere_is_lost_by_a_clock(
 
     monkeypatch.setattr(workers.time, "sleep", other)
     with results.claim(run):
-        failed = workers.work_off([run], Results(tmp_path, "full"))
+        failed = workers.train_missing([run], Results(tmp_path, "full"))
     assert failed == {run: "no luck"}
 
 
 def test_a_run_waits_for_nobody_who_is_not_there(tmp_path):
     ticket = plans.Run("lottery_wrn", FULL, 0.1, 0)
     with pytest.raises(ValueError, match="starts from pruning.*Pass it, too"):
-        workers.work_off([ticket], Results(tmp_path, "full"))
+        workers.train_missing([ticket], Results(tmp_path, "full"))
 
 
 def test_results_that_cannot_be_read(tmp_path):
@@ -275,10 +275,10 @@ def test_a_process_that_is_killed_has_failed(tmp_path, quick, monkeypatch):
         workers, "command_of", lambda run, **o: ["sh", "-c", "kill -9 $$"]
     )
     (run, *_) = some_runs()
-    failed = workers.work_off([run], Results(tmp_path, "full"))
+    failed = workers.train_missing([run], Results(tmp_path, "full"))
     assert failed == {run: "its process was killed by SIGKILL"}
     monkeypatch.setattr(workers, "command_of", lambda run, **o: ["true"])
-    failed = workers.work_off([run], Results(tmp_path, "full"))
+    failed = workers.train_missing([run], Results(tmp_path, "full"))
     assert failed == {run: "its process ended with status 0"}
     assert (
         workers._signal_name(35) == "signal 35"
@@ -304,7 +304,7 @@ def test_claimed_runs_are_left_to_others_and_taken_over(tmp_path, quick):
     assert results.claimed(runs[0]) and not results.claimed(runs[1])
     # Given up a moment after there is nothing else to do.
     told.wait = lambda runs: release.set() or told.events.append("wait")
-    assert workers.work_off(runs, results, progress=told) == {}
+    assert workers.train_missing(runs, results, progress=told) == {}
     process.join()
     assert told.events[:3] == [
         ("start", runs[1].name),
@@ -318,11 +318,11 @@ def test_claimed_runs_are_left_to_others_and_taken_over(tmp_path, quick):
 def test_results_of_another_configuration_are_refused(tmp_path, quick):
     results = Results(tmp_path, "full")
     (run, *_) = some_runs()
-    workers.work_off([run], results)
+    workers.train_missing([run], results)
     config = results.folder(run) / "run" / "config.gin"
     config.write_text(config.read_text() + "\ntrain.epochs = 3\n")
     with pytest.raises(ValueError, match="another configuration.*Move the"):
-        workers.work_off([run], results)
+        workers.train_missing([run], results)
 
 
 def test_the_command_is_that_of_bin_train(tmp_path):
@@ -399,7 +399,7 @@ def test_plan_and_progress(tmp_path, quick, monkeypatch, capfd):
     monkeypatch.setattr(costs, "seconds_of_step", lambda network: 0.5)
     runs = some_runs()
     results = Results(tmp_path, "full")
-    workers.work_off(runs[:1], results)
+    workers.train_missing(runs[:1], results)
     quick.add("rigl_erk_wrn")
     failed = reproduce.reproduce(runs, results)
     assert set(failed) == {runs[1], runs[3]}
@@ -462,7 +462,7 @@ def _work(path):
     print("ready", flush=True)
     sys.stdin.readline()
     with contextlib.suppress(KeyboardInterrupt):
-        failed = workers.work_off(
+        failed = workers.train_missing(
             some_runs(range(6)), Results(path, "full"), progress=Printed()
         )
         sys.exit(len(failed))

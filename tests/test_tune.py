@@ -77,7 +77,7 @@ def write_result(run, results):
 
 
 class Trainer:
-    """In place of `work_off`, and what it was called with."""
+    """In place of `train_missing`, and what it was called with."""
 
     def __init__(self, fails=lambda run: False, seconds=0.0):
         self.trained = []

@@ -3,7 +3,7 @@
 import keras
 from keras import layers
 
-from rigl_keras.models.parts import (
+from rigl_keras.models.building_blocks import (
     batch_norm,
     check_sizes,
     convolution,

@@ -3,7 +3,12 @@
 import keras
 from keras import layers
 
-from rigl_keras.models.parts import check_sizes, convolution, l2, normalised
+from rigl_keras.models.building_blocks import (
+    check_sizes,
+    convolution,
+    l2,
+    normalised,
+)
 
 __all__ = ["wide_resnet"]
 

@@ -18,8 +18,10 @@ import sys
 
 from rigl_keras.experiments import data, exits
 from rigl_keras.experiments.benchmarks import kernel_command
-from rigl_keras.experiments.benchmarks.input_pipeline import input_pipeline
-from rigl_keras.experiments.benchmarks.mask_updates import mask_update
+from rigl_keras.experiments.benchmarks.input_pipeline import (
+    measure_input_pipeline,
+)
+from rigl_keras.experiments.benchmarks.mask_updates import measure_mask_update
 from rigl_keras.experiments.benchmarks.training_steps import print_steps
 
 
@@ -28,7 +30,7 @@ def main() -> None:
     from absl import flags
 
     # It measures steps of this module.
-    from rigl_keras.experiments.benchmarks import kernel_sides, plan_memory
+    from rigl_keras.experiments.benchmarks import kernel_comparison, plan_memory
 
     part = sys.argv[1] if len(sys.argv) > 1 else ""
     if part == "plans" or part in kernel_command.PARTS:
@@ -37,7 +39,7 @@ def main() -> None:
             flags.adopt_module_key_flags(plan_memory)  # for --help
         else:
             run_part = kernel_command.define_command(part)
-            flags.adopt_module_key_flags(kernel_sides)  # for --help
+            flags.adopt_module_key_flags(kernel_comparison)  # for --help
         exits.run_command(
             f"benchmark {part}", run_part, argv=[sys.argv[0], *sys.argv[2:]]
         )
@@ -72,7 +74,7 @@ def main() -> None:
                 said = ", ".join(f"{k}={v}" for k, v in options.items())
                 print_steps(f", {said}", batch_size.value, few, **options)
         if part.value in ("all", "update"):
-            seconds = mask_update()
+            seconds = measure_mask_update()
             print("Mask update, all 54 kernels of ResNet-50 (23.7 M weights)")
             for name, label in (
                 ("sort", "by full sorts"),
@@ -84,7 +86,7 @@ def main() -> None:
                 )
         if part.value in ("all", "input"):
             try:
-                images = input_pipeline(data_dir=data_dir.value)
+                images = measure_input_pipeline(data_dir=data_dir.value)
             except (ValueError, data.DatasetUnavailableError) as error:
                 print(f"Input pipeline not measured: {error}")
                 return

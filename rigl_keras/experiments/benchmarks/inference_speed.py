@@ -9,17 +9,17 @@ import tensorflow as tf
 
 import rigl_keras
 from rigl_keras.experiments.benchmarks.inference_command import MODELS
-from rigl_keras.experiments.benchmarks.kernel_sides import (
+from rigl_keras.experiments.benchmarks.kernel_comparison import (
     CALLED,
     DENSE,
     SERVED,
     TURN,
     Say,
     check,
-    check_same,
+    check_same_outputs,
     machine,
     measurements,
-    timed,
+    timed_in_turns,
 )
 from rigl_keras.experiments.benchmarks.speed_tables import (
     Measurement,
@@ -27,12 +27,12 @@ from rigl_keras.experiments.benchmarks.speed_tables import (
 )
 from rigl_keras.exporting.fusion import Fused
 
-__all__ = ["inference"]
+__all__ = ["measure_inference"]
 
 # A call of the model.
 
 
-def inference(
+def measure_inference(
     model: str = "wide_resnet",
     densities: Sequence[float] = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
     distributions: Sequence[str] = ("uniform", "erdos_renyi_kernel"),
@@ -89,12 +89,12 @@ def inference(
             for density, network in plain.items():
                 wanted = network(images[:1], training=False)
                 for side in (CALLED, SERVED):
-                    check_same(calls[side, density](images)[:1], wanted)
+                    check_same_outputs(calls[side, density](images)[:1], wanted)
             sides = {
                 key: functools.partial(call, images)
                 for key, call in calls.items()
             }
-            seconds = timed(
+            seconds = timed_in_turns(
                 sides,
                 rounds,
                 f"{model}, {distribution}, batch {batch_size}",

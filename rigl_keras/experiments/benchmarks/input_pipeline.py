@@ -4,10 +4,10 @@ import time
 
 from rigl_keras.experiments import data
 
-__all__ = ["input_pipeline"]
+__all__ = ["measure_input_pipeline"]
 
 
-def input_pipeline(
+def measure_input_pipeline(
     name: str = "cifar10", *, data_dir: str | None = None, steps: int = 300
 ) -> float:
     """Returns how many images a second the training pipeline alone yields.

@@ -11,11 +11,11 @@ from rigl_keras import _figure_style, kernels
 from rigl_keras.distributions import DISTRIBUTIONS
 from rigl_keras.experiments import exits
 from rigl_keras.experiments.benchmarks.inference_command import MODELS
-from rigl_keras.experiments.benchmarks.inference_speed import inference
-from rigl_keras.experiments.benchmarks.kernel_sides import UPDATE, check
-from rigl_keras.experiments.benchmarks.layer_speed import layers
+from rigl_keras.experiments.benchmarks.inference_speed import measure_inference
+from rigl_keras.experiments.benchmarks.kernel_comparison import UPDATE, check
+from rigl_keras.experiments.benchmarks.layer_speed import measure_layers
 from rigl_keras.experiments.benchmarks.speed_tables import lines_of, write_csv
-from rigl_keras.experiments.benchmarks.train_speed import train
+from rigl_keras.experiments.benchmarks.train_speed import measure_training
 from rigl_keras.experiments.progress_bar import say
 
 __all__ = ["PARTS", "define_command"]
@@ -31,7 +31,11 @@ _FIGURES = {
         "label": "side",
     },
 }
-_MEASURES = {"kernels": layers, "train": train, "inference": inference}
+_MEASURES = {
+    "kernels": measure_layers,
+    "train": measure_training,
+    "inference": measure_inference,
+}
 
 
 def define_command(part: str) -> Callable[[list[str]], None]:

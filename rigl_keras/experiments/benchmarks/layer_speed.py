@@ -10,13 +10,13 @@ import tensorflow as tf
 from rigl_keras import _keras, kernels
 from rigl_keras._timing import interleaved
 from rigl_keras.experiments.benchmarks.inference_command import MODELS
-from rigl_keras.experiments.benchmarks.kernel_sides import (
+from rigl_keras.experiments.benchmarks.kernel_comparison import (
     BOTH,
     FORWARD,
     TURN,
     Say,
     check,
-    check_same,
+    check_same_outputs,
     machine,
     measurements,
 )
@@ -26,12 +26,14 @@ from rigl_keras.experiments.benchmarks.speed_tables import (
 )
 from rigl_keras.experiments.progress_bar import ProgressBar
 
-__all__ = ["layers", "problems"]
+__all__ = ["layer_problems", "measure_layers"]
 
 # Layer by layer.
 
 
-def problems(model: keras.Model, batch_size: int) -> dict[str, kernels.Problem]:
+def layer_problems(
+    model: keras.Model, batch_size: int
+) -> dict[str, kernels.Problem]:
     """Returns the distinct convolutions of a model.
 
     Args:
@@ -65,7 +67,7 @@ def problems(model: keras.Model, batch_size: int) -> dict[str, kernels.Problem]:
     return found
 
 
-def layers(
+def measure_layers(
     model: str = "wide_resnet",
     densities: Sequence[float] = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5),
     *,
@@ -93,7 +95,7 @@ def layers(
     check(model, densities, rounds, batch_sizes=[batch_size])
     densities = sorted(densities)
     about = machine()
-    found = problems(MODELS[model](), batch_size)
+    found = layer_problems(MODELS[model](), batch_size)
     say(
         table_head(f"Layers of {model}, batch {batch_size}: {about}", densities)
     )
@@ -164,7 +166,7 @@ def _layer_sides(problem, densities):
         kept = (draw.permutation(size) < count).reshape(kernel.shape)
         mask = tf.constant(kept.astype(np.float32))
         sparse = functools.partial(kernels.sparse_conv2d, mask=mask, **settings)
-        check_same(sparse(images, kernel), dense(images, kernel * mask))
+        check_same_outputs(sparse(images, kernel), dense(images, kernel * mask))
         for side, call in calls(sparse).items():
             sides[side, density] = call
     rows, columns = outputs.shape[1:3]

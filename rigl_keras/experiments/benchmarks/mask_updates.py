@@ -6,10 +6,12 @@ import tensorflow as tf
 from rigl_keras import topology
 from rigl_keras._timing import interleaved
 
-__all__ = ["mask_update"]
+__all__ = ["measure_mask_update"]
 
 
-def mask_update(*, density: float = 0.1, rounds: int = 7) -> dict[str, float]:
+def measure_mask_update(
+    *, density: float = 0.1, rounds: int = 7
+) -> dict[str, float]:
     """Times one update of all masks of a ResNet-50, and one by full sorts.
 
     The kernels are those of the ResNet-50 for 32x32 images, 54 of them with

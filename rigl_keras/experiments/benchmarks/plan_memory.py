@@ -19,7 +19,7 @@ import tensorflow as tf
 
 from rigl_keras import _checks, kernels
 
-__all__ = ["Kept", "define_command", "plans"]
+__all__ = ["Kept", "define_command", "measure_plans"]
 
 Say = Callable[[str], None]
 _CALLS = ("inference", "training step")
@@ -49,7 +49,7 @@ class Kept:
     known_seconds: float
 
 
-def plans(
+def measure_plans(
     *,
     sizes: int = 64,
     channels: int = 512,
@@ -201,4 +201,4 @@ def _run(given, argv):
         raise ValueError(
             f"There are no sparse kernels to measure: {kernels.unavailable()}."
         )
-    plans(**{name: flag.value for name, flag in given.items()})
+    measure_plans(**{name: flag.value for name, flag in given.items()})

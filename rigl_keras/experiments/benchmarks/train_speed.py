@@ -9,7 +9,7 @@ import tensorflow as tf
 import rigl_keras
 from rigl_keras.experiments.benchmarks import torch_network
 from rigl_keras.experiments.benchmarks.inference_command import MODELS
-from rigl_keras.experiments.benchmarks.kernel_sides import (
+from rigl_keras.experiments.benchmarks.kernel_comparison import (
     AMORTISED,
     AUTO,
     DENSE,
@@ -21,7 +21,7 @@ from rigl_keras.experiments.benchmarks.kernel_sides import (
     check,
     machine,
     measurements,
-    timed,
+    timed_in_turns,
 )
 from rigl_keras.experiments.benchmarks.speed_tables import (
     Measurement,
@@ -29,12 +29,12 @@ from rigl_keras.experiments.benchmarks.speed_tables import (
 )
 from rigl_keras.experiments.benchmarks.training_steps import stepper
 
-__all__ = ["train"]
+__all__ = ["measure_training"]
 
 # A training step.
 
 
-def train(
+def measure_training(
     model: str = "wide_resnet",
     densities: Sequence[float] = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
     distributions: Sequence[str] = ("uniform", "erdos_renyi_kernel"),
@@ -83,7 +83,7 @@ def train(
             )
         )
         sides = _train_sides(model, densities, distribution, batch_size, torch)
-        seconds = timed(sides, rounds, f"{model}, {distribution}")
+        seconds = timed_in_turns(sides, rounds, f"{model}, {distribution}")
         for density in densities:
             plain, update = seconds[AUTO, density], seconds[UPDATE, density]
             seconds[AMORTISED, density] = (

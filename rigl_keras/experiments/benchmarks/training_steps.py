@@ -9,10 +9,10 @@ import tensorflow as tf
 import rigl_keras
 from rigl_keras._timing import interleaved
 
-__all__ = ["print_steps", "stepper", "training_step"]
+__all__ = ["print_steps", "stepper", "measure_steps"]
 
 
-def training_step(
+def measure_steps(
     *,
     depth: int = 22,
     width: int = 2,
@@ -105,7 +105,7 @@ def stepper(
 
 
 def print_steps(said, batch_size, rounds, **options):
-    seconds = training_step(batch_size=batch_size, rounds=rounds, **options)
+    seconds = measure_steps(batch_size=batch_size, rounds=rounds, **options)
     print(
         f"Training step, WRN-22-2 at batch {batch_size}{said}, median of "
         f"{rounds}, interleaved"

@@ -15,15 +15,15 @@ __all__ = [
     "accuracy_cell",
     "difference_cell",
     "flops_cell",
-    "listed",
-    "pair",
-    "percent",
-    "ratio",
+    "listed_seeds",
+    "train_and_test_cell",
+    "percent_cell",
+    "ratio_cell",
     "scientific",
-    "seeds",
-    "signed",
+    "seeds_cell",
+    "signed_cell",
     "updates_cell",
-    "with_seeds",
+    "accuracy_and_seeds_cell",
 ]
 
 NONE = "-"
@@ -45,7 +45,7 @@ class Context:
 # What stands in cells.
 
 
-def percent(mean, std):
+def percent_cell(mean, std):
     if mean is None:
         return NONE
     return f"{mean:.2f}" + ("" if std is None else f" ± {std:.2f}")
@@ -53,13 +53,13 @@ def percent(mean, std):
 
 def accuracy_cell(summary):
     if summary.n:
-        return percent(summary.mean, summary.std)
+        return percent_cell(summary.mean, summary.std)
     if summary.failed:
         return "failed"
     return "unfinished" if summary.others else NONE
 
 
-def seeds(summary):
+def seeds_cell(summary):
     if not summary.n and not summary.others:
         return NONE
     text = f"{summary.n} of {summary.wanted}"
@@ -70,13 +70,13 @@ def seeds(summary):
     return text
 
 
-def signed(difference):
+def signed_cell(difference):
     if difference is None:
         return NONE
     return f"{round(difference, 2) + 0.0:+.2f}"  # without -0.00
 
 
-def ratio(value):
+def ratio_cell(value):
     return NONE if value is None else f"{value:.2f}x"
 
 
@@ -84,10 +84,10 @@ def flops_cell(context, summary):
     """Returns FLOPs to train and to test; planned ones in brackets."""
     if not summary.n and context.planned is not None:
         planned = context.planned(summary)
-        return tuple(f"({ratio(value)})" for value in planned)
+        return tuple(f"({ratio_cell(value)})" for value in planned)
     return (
-        ratio(summary.training_flops_ratio),
-        ratio(summary.inference_flops_ratio),
+        ratio_cell(summary.training_flops_ratio),
+        ratio_cell(summary.inference_flops_ratio),
     )
 
 
@@ -119,17 +119,17 @@ def updates_cell(drop_fraction, frequency):
     return f"{exact(drop_fraction)}, {exact(frequency)}"
 
 
-def listed(found):
+def listed_seeds(found):
     """Returns the seeds that each row should have, as text."""
     *others, last = map(str, summaries.seeds(found))
     return f"{', '.join(others)} and {last}" if others else last
 
 
-def pair(train, test):
+def train_and_test_cell(train, test):
     return NONE if train == test == NONE else f"{train}, {test}"
 
 
-def with_seeds(summary):
+def accuracy_and_seeds_cell(summary):
     text = accuracy_cell(summary)
     if summary.n and summary.n < summary.wanted:
         text += f" ({summary.n} of {summary.wanted})"

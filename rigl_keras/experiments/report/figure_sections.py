@@ -16,9 +16,9 @@ from rigl_keras.experiments.report.cells import (
     accuracy_cell,
     difference_cell,
     flops_cell,
-    percent,
-    seeds,
-    signed,
+    percent_cell,
+    seeds_cell,
+    signed_cell,
     updates_cell,
 )
 from rigl_keras.experiments.report.contents import HAS, RIGL, TITLES
@@ -92,16 +92,18 @@ def figure_3(context, name):
                 exact(density),
                 flops_cell(context, summary)[0],
                 accuracy_cell(summary),
-                seeds(summary),
+                seeds_cell(summary),
             ]
             if printed:
                 accuracy = NONE
                 if cell is not None:
-                    accuracy = percent(cell.accuracy, cell.std)
+                    accuracy = percent_cell(cell.accuracy, cell.std)
                     accuracy += marks.of(cell.note)
                 line.append(accuracy)
                 if context.comparable:
-                    line.append(signed(difference_cell(context, summary, cell)))
+                    line.append(
+                        signed_cell(difference_cell(context, summary, cell))
+                    )
             lines.append(line)
             add_line(context, name, rows.row(gin).label, summary, cell)
     text = [
@@ -113,7 +115,7 @@ def figure_3(context, name):
             "About the published numbers: " + " ".join(published.notes(name))
         )
         erk = [
-            f"{percent(cell.accuracy, cell.std)} at the FLOPs of uniform "
+            f"{percent_cell(cell.accuracy, cell.std)} at the FLOPs of uniform "
             f"masks of density {exact(cell.density)}"
             for cell in printed
             if cell.gin == RIGL["ERK"]

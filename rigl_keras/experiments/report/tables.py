@@ -11,17 +11,17 @@ from rigl_keras.experiments.report import (
 from rigl_keras.experiments.report.cells import (
     NONE,
     Marks,
+    accuracy_and_seeds_cell,
     accuracy_cell,
     difference_cell,
     flops_cell,
-    listed,
-    pair,
-    ratio,
+    listed_seeds,
+    ratio_cell,
     scientific,
-    seeds,
-    signed,
+    seeds_cell,
+    signed_cell,
+    train_and_test_cell,
     updates_cell,
-    with_seeds,
 )
 from rigl_keras.experiments.report.contents import HAS, RIGL, TITLES
 from rigl_keras.experiments.report.page import Block, Section, as_csv_cell
@@ -172,13 +172,15 @@ def _block(context, name, cells, density, title, marks):
         line = [
             cell.row,
             accuracy_cell(summary),
-            seeds(summary),
+            seeds_cell(summary),
             *flops_cell(context, summary),
         ]
         if with_published:
             line += _published(name, printed, marks)
             if context.comparable:
-                line.append(signed(difference_cell(context, summary, printed)))
+                line.append(
+                    signed_cell(difference_cell(context, summary, printed))
+                )
         lines.append([*line, cell.gin])
         add_line(context, name, cell.row, summary, printed)
     return Block(columns, lines, title)
@@ -199,9 +201,14 @@ def _published(name, cell, marks):
         original = cell.original
         return [accuracy, NONE if original is None else f"{original:.1f}"]
     if cell.dense_train_flops is not None:
-        costs_of = (cell.dense_train_flops, cell.dense_test_flops)
-        return [accuracy, ", ".join(map(scientific, costs_of))]
-    return [accuracy, pair(ratio(cell.train_flops), ratio(cell.test_flops))]
+        costs = (cell.dense_train_flops, cell.dense_test_flops)
+        return [accuracy, ", ".join(map(scientific, costs))]
+    return [
+        accuracy,
+        train_and_test_cell(
+            ratio_cell(cell.train_flops), ratio_cell(cell.test_flops)
+        ),
+    ]
 
 
 def table_4(context, name):
@@ -242,9 +249,9 @@ def table_4(context, name):
     columns += ["test (%)", "seeds"]
     text = [
         "The optimum is the setting of the highest mean validation accuracy "
-        f"among those tried that have all seeds {listed(found)}; how many "
-        "these are "
-        "stands beside it. Its test accuracy did not take part in the choice."
+        f"among those tried that have all seeds {listed_seeds(found)}; how "
+        "many these are stands beside it. Its test accuracy did not take part "
+        "in the choice."
     ]
     if context.with_published:
         columns += ["report: drop fraction, steps", "report: test (%)"]
@@ -268,7 +275,7 @@ def _setting(context, label, summary, cell, marks):
             updates_cell(*updates) if known else NONE,
             NONE if validation is None else f"{validation:.2f}",
             accuracy_cell(summary),
-            seeds(summary),
+            seeds_cell(summary),
         ]
     if not context.with_published:
         return line
@@ -280,7 +287,9 @@ def _setting(context, label, summary, cell, marks):
             cell.printed + marks.of(cell.note),
         ]
     if context.comparable:
-        line.append(signed(summary and difference_cell(context, summary, cell)))
+        line.append(
+            signed_cell(summary and difference_cell(context, summary, cell))
+        )
     return line
 
 
@@ -311,7 +320,7 @@ def methods(context, name):
 
 def _of_methods(context, name, keys, densities, title):
     """Two tables of rows by densities: accuracies, and what they cost."""
-    accuracies, costs_of = [], []
+    accuracies, costs = [], []
     for gin, changes in keys:
         label = summaries.label(gin, changes)
         dense = rows.row(gin).dense
@@ -323,15 +332,18 @@ def _of_methods(context, name, keys, densities, title):
             if summary.n or summary.others:
                 add_line(context, name, label, summary)
         blank = [""] * (len(densities) - 1 if dense else 0)
-        accuracies.append([label, *map(with_seeds, found), *blank])
-        flops = [pair(*flops_cell(context, summary)) for summary in found]
-        costs_of.append([label, *flops, *blank])
+        accuracies.append([label, *map(accuracy_and_seeds_cell, found), *blank])
+        flops = [
+            train_and_test_cell(*flops_cell(context, summary))
+            for summary in found
+        ]
+        costs.append([label, *flops, *blank])
     heads = [f"density {exact(density)}" for density in densities]
     heads = heads or ["dense"]
     data = title.split()[-1]
     return [
         Block(["method", *heads], accuracies, f"{data}: test accuracy (%)"),
-        Block(["method", *heads], costs_of, f"{data}: FLOPs to train, to test"),
+        Block(["method", *heads], costs, f"{data}: FLOPs to train, to test"),
     ]
 
 
@@ -373,7 +385,7 @@ def other_runs(context):
                 ", ".join(f"{name} = {exact(value)}" for name, value in changes)
                 or NONE,
                 accuracy_cell(summary),
-                seeds(summary),
+                seeds_cell(summary),
                 *flops_cell(context, summary),
             ]
         )

@@ -12,7 +12,7 @@ __all__ = ["Bar", "Progress"]
 
 
 class Progress:
-    """What `work_off` tells of its work; this one keeps it to itself."""
+    """Receives what `train_missing` does; this one ignores it."""
 
     def start(self, run: Run) -> None:
         """A run is begun, or continued."""

@@ -26,7 +26,7 @@ from rigl_keras.experiments.reproduction.estimates import estimate, plan_table
 from rigl_keras.experiments.reproduction.plans import Run
 from rigl_keras.experiments.reproduction.progress import Bar
 from rigl_keras.experiments.reproduction.results import Results
-from rigl_keras.experiments.reproduction.workers import work_off
+from rigl_keras.experiments.reproduction.workers import train_missing
 
 __all__ = ["check_data", "main", "numbers", "reproduce"]
 
@@ -185,7 +185,7 @@ def reproduce(
         return {}
     bar = Bar(runs, results, estimates)
     try:
-        failed = work_off(runs, results, progress=bar, data_dir=data_dir)
+        failed = train_missing(runs, results, progress=bar, data_dir=data_dir)
     finally:
         bar.close()
     for run, reason in failed.items():

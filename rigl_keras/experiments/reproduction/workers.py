@@ -12,13 +12,13 @@ from rigl_keras.experiments.reproduction.plans import Run
 from rigl_keras.experiments.reproduction.progress import Progress
 from rigl_keras.experiments.reproduction.results import Results
 
-__all__ = ["command_of", "work_off"]
+__all__ = ["command_of", "train_missing"]
 
 _POLL = 0.5  # seconds between looks at a run that is being trained
 _WAIT = 2.0  # seconds between looks at runs that others train
 
 
-def work_off(
+def train_missing(
     runs: Sequence[Run],
     results: Results,
     *,
@@ -34,7 +34,7 @@ def work_off(
     Args:
         runs: The runs, each after those that it starts from.
         results: Where they are kept.
-        progress: Is told what happens.
+        progress: Receives what happens.
         data_dir: Folder of prepared data sets, over TFDS_DATA_DIR.
 
     Returns:
@@ -159,8 +159,9 @@ def _trained(run, results, claim, progress, data_dir):
         said = log.read().decode(errors="replace").splitlines()
     said = [line for line in said if line.strip()]
     # What bin/train has to say of an error is in its last lines.
-    told = [line for line in said if line.startswith("train: ")]
-    return "\n".join(said[said.index(told[-1]) :] if told else said[-1:]) or (
+    errors = [line for line in said if line.startswith("train: ")]
+    last = said[said.index(errors[-1]) :] if errors else said[-1:]
+    return "\n".join(last) or (
         f"its process ended with status {child.returncode}"
     )
 

@@ -45,7 +45,9 @@ class Batches:
             first_epoch=first_epoch,
             epochs=epochs,
         )
-        return devices.sharded(examples.map(self._smoothed)).map(devices.evened)
+        return devices.sharded(examples.map(self._smoothed)).map(
+            devices.weighted_for_replicas
+        )
 
     def validation(self) -> tf.data.Dataset | None:
         """Returns the batches that are held out, None if there are none."""

@@ -1,5 +1,6 @@
 """The devices of a run, by name: one, several of a machine, or of many."""
 
+import logging
 import os
 import re
 
@@ -10,7 +11,7 @@ from rigl_keras._text import first_line
 
 __all__ = [
     "STRATEGIES",
-    "evened",
+    "weighted_for_replicas",
     "from_chief",
     "is_chief",
     "lost_workers",
@@ -19,6 +20,7 @@ __all__ = [
     "sharded",
 ]
 
+_log = logging.getLogger("rigl_keras")
 STRATEGIES = ("one", "mirrored", "multi_worker", "tpu")
 
 
@@ -30,7 +32,7 @@ def make_strategy(name: str) -> tf.distribute.Strategy:
             of this machine (all logical CPUs where there is none);
             `"multi_worker"`, the processes that TF_CONFIG names, which must
             all be started; `"tpu"`, the TPU that TPU_NAME names, or the local
-            one.
+            one, with a warning: no run on a TPU has been checked.
 
     Returns:
         The strategy. With workers, when all of them have met.
@@ -117,7 +119,7 @@ def sharded(dataset: tf.data.Dataset) -> tf.data.Dataset:
     return dataset.with_options(options)
 
 
-def evened(x: tf.Tensor, y: tf.Tensor) -> tuple[tf.Tensor, ...]:
+def weighted_for_replicas(x: tf.Tensor, y: tf.Tensor) -> tuple[tf.Tensor, ...]:
     """Returns a batch, weighted so that replicas give its mean loss.
 
     A batch of n is cut into parts of ceil(n / replicas), the last of them
@@ -194,6 +196,10 @@ def _cluster():
 
 
 def _tpu_strategy():
+    _log.warning(
+        "--strategy=tpu has never been run: the authors had no TPU. Compare a "
+        "short run with one of --strategy=one before you rely on its results."
+    )
     name = os.environ.get("TPU_NAME", "local")
     try:
         resolver = tf.distribute.cluster_resolver.TPUClusterResolver(name)

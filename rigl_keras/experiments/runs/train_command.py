@@ -46,7 +46,7 @@ def _define_flags():
         "strategy",
         "one",
         f"Devices to train on, one of {', '.join(devices.STRATEGIES)}. The "
-        "batch size is that of all together.",
+        "batch size is that of all together. tpu has never been run.",
     )
     flags.DEFINE_bool(
         "traceback", False, "Show where an error was raised, too."

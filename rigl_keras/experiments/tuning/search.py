@@ -18,7 +18,7 @@ from rigl_keras.experiments.reproduction import plans
 from rigl_keras.experiments.reproduction.plans import Preset, Run
 from rigl_keras.experiments.reproduction.progress import Progress
 from rigl_keras.experiments.reproduction.results import Results
-from rigl_keras.experiments.reproduction.workers import work_off
+from rigl_keras.experiments.reproduction.workers import train_missing
 from rigl_keras.experiments.tuning.studies import Study
 
 __all__ = [
@@ -163,7 +163,7 @@ def search(
     results: Results,
     *,
     prune: bool = True,
-    train: Callable[..., dict[Run, str]] = work_off,
+    train: Callable[..., dict[Run, str]] = train_missing,
     progress: TrialProgress | None = None,
     data_dir: str | None = None,
 ) -> dict[Run, str]:
@@ -178,8 +178,8 @@ def search(
         results: Where runs are kept.
         prune: Whether hopeless trials are cut, as `Study.is_hopeless` says.
         train: Trains runs that are missing and returns those that failed, as
-            `work_off` does.
-        progress: Is told what happens.
+            `train_missing` does.
+        progress: Receives what happens.
         data_dir: Folder of prepared data sets.
 
     Returns:

@@ -37,7 +37,7 @@ from rigl_keras.experiments.reproduction.reproduce import (
     reproduce,
 )
 from rigl_keras.experiments.reproduction.results import Results
-from rigl_keras.experiments.reproduction.workers import work_off
+from rigl_keras.experiments.reproduction.workers import train_missing
 from rigl_keras.experiments.tuning.progress import Bar, plan
 from rigl_keras.experiments.tuning.search import (
     DISTRIBUTIONS,
@@ -64,7 +64,7 @@ def updates(
     results: Results,
     *,
     prune: bool = True,
-    train: Callable[..., dict[Run, str]] = work_off,
+    train: Callable[..., dict[Run, str]] = train_missing,
     data_dir: str | None = None,
     dry_run: bool = False,
 ) -> dict[Run, str]:

@@ -37,10 +37,10 @@ __all__ = [
     "TURN",
     "UPDATES",
     "check",
-    "check_same",
+    "check_same_outputs",
     "machine",
     "measurements",
-    "timed",
+    "timed_in_turns",
 ]
 
 FORWARD, BOTH = "forward", "forward + backward"
@@ -67,7 +67,7 @@ def machine() -> str:
 # What they share.
 
 
-def timed(sides, rounds, doing, turn=0.0):
+def timed_in_turns(sides, rounds, doing, turn=0.0):
     """Returns seconds, as `interleaved` does, and shows how far it is."""
     # Each is called twice before, and once in a turn that is not timed.
     total = None if turn else len(sides) * (2 + rounds)
@@ -113,7 +113,7 @@ def measurements(seconds, dense, densities, say, **about):
     return measured
 
 
-def check_same(got, wanted):
+def check_same_outputs(got, wanted):
     """Raises ValueError unless two outputs are the same, up to rounding."""
     largest = float(tf.reduce_max(tf.abs(wanted)))
     difference = float(tf.reduce_max(tf.abs(got - wanted)))
