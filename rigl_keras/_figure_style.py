@@ -2,7 +2,7 @@
 
 Colours are Okabe and Ito's, which colour-blind people can tell apart; markers,
 line styles and hatches tell them apart without colour. matplotlib is imported
-where a figure is drawn, so that whoever draws none needs none.
+where a figure is drawn: without figures it need not be installed.
 """
 
 from __future__ import annotations

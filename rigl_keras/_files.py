@@ -368,7 +368,7 @@ def set_aside(target: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def _put(new, target, old, replace):
-    """Puts a folder in the place of another, or leaves all as it is."""
+    """Replaces a folder by another, or leaves all as it is."""
     if os.path.lexists(target) and not replace:
         raise ValueError(
             f"{str(target)!r} has appeared in the meantime. Pass another path."

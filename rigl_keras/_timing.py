@@ -18,9 +18,9 @@ def interleaved(
     """Returns the median seconds of a call of each side, which take turns.
 
     In each round every side has one turn, so that whatever else the machine
-    does falls on all of them alike, in an order that is drawn anew: a side
+    does affects all of them alike. Each round has a new random order: a side
     may be slowed down by the one before it, whose threads still wait for
-    work, and that shall not always be the same one.
+    work, and that must not always be the same one.
 
     Args:
         sides: `{name: what to time}`; each is called twice before, untimed.

@@ -11,11 +11,11 @@ gone. It is the measure for kernels that do skip zeros.
 
 All sides compute the same function, which is checked before they are timed,
 take the same NumPy arrays and return NumPy arrays. They take turns in one
-process, in an order drawn anew each round, so that whatever else the machine
-does falls on all of them; medians are compared. Each runtime has threads of
-its own, on all cores, which wait actively for some milliseconds after a call,
-and so slow down whoever comes next. Therefore a turn is many calls where one
-is short, and PyTorch's threads wait passively (OMP_WAIT_POLICY, unless it is
+process, in a new random order each round, so that whatever else the machine
+does affects all of them; medians are compared. Each runtime has its threads on
+all cores. These wait actively for some milliseconds after a call, and slow
+down the side that comes next. Therefore a turn is many calls where one is
+short, and PyTorch's threads wait passively (OMP_WAIT_POLICY, unless it is
 set): where other programs use the cores, active waiting makes it up to a
 hundred times slower.
 """
@@ -362,7 +362,7 @@ def main() -> None:
     def run(argv):
         if len(argv) > 1:
             raise app.UsageError(f"Unexpected: {' '.join(argv[1:])}.")
-        # TensorFlow tells of each SavedModel that it writes.
+        # TensorFlow logs each SavedModel that it writes.
         absl_logging.set_verbosity(absl_logging.WARNING)
         tf.get_logger().setLevel("WARNING")
         # Read when PyTorch is imported, which is later: see the top.

@@ -44,7 +44,7 @@ def measure_inference(
     """Measures what a network takes at inference, dense and sparse.
 
     Args:
-        model: One of `benchmark_inference.MODELS`.
+        model: One of `inference_command.MODELS`.
         densities: Fractions of the masked weights kept.
         distributions: Of the masks over the layers.
         batch_sizes: Images in a call. All sides of one take turns.

@@ -155,7 +155,7 @@ def _prepared(output):
 def _why_no_kernels():
     """Returns why there are no sparse kernels, or None."""
     try:
-        kernels.build()  # `load` would warn, and this is told as an error
+        kernels.build()  # `load` would warn; here it is an error
     except kernels.BuildError as error:
         return str(error).rstrip(".")
     kernels.load()

@@ -168,7 +168,7 @@ def _kept(name, call, sizes, channels, weights, say):
 
 
 def _process_bytes():
-    """Returns the memory that the process has, or 0 where it is not told."""
+    """Returns the memory that the process has, or 0 where that is not known."""
     try:
         with open("/proc/self/status") as status:
             (line,) = (one for one in status if one.startswith("VmRSS:"))

@@ -26,7 +26,7 @@ class Measurement:
     """One side at one density, and the dense one that took turns with it.
 
     Attributes:
-        model: One of `benchmark_inference.MODELS`.
+        model: One of `inference_command.MODELS`.
         layer: Shape of a layer; empty where all of the model is measured.
         size: Of the images that the layer returns.
         distribution: Of the masks; empty where there is one layer only.

@@ -52,7 +52,7 @@ def measure_training(
     dense kernels, as the library had it before, is one more side.
 
     Args:
-        model: One of `benchmark_inference.MODELS`.
+        model: One of `inference_command.MODELS`.
         densities: Fractions of the masked weights kept.
         distributions: Of the masks over the layers. All sides of one take
             turns.
@@ -124,7 +124,7 @@ def _train_sides(name, densities, distribution, batch_size, torch):
     sides = {}
     for density in densities:
         # Updates have a model of their own: the step after one puts the
-        # weights in order anew, which is a cost of the update.
+        # weights in order again, which is a cost of the update.
         for side, product, frequency in (
             (AUTO, "auto", 10**6),
             (UPDATE, "auto", 1),

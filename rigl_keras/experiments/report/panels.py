@@ -59,7 +59,7 @@ def panels(records: Records, network: str) -> dict[str, Keys]:
     found = {"uniform masks": those(_UNIFORM), "ERK masks": those(_ERK)}
     if those(_LONGER):
         found["longer runs"] = those((*_LONGER, "pruning", "lottery"))
-    # Runs that were told to be longer than their row.
+    # Runs that were made longer than their row.
     every = (*_UNIFORM, *_ERK[:-1])
     lengths = {changes for _, changes in finished if len(changes) == 1}
     for ((name, value),) in sorted(lengths):

@@ -47,7 +47,7 @@ def read(path: str | os.PathLike, preset: str | None = None) -> Records:
                 f"to be mixed. Pass --preset with one of {', '.join(presets)}."
             )
         (preset,) = presets
-    # A preset of one's own may be named by its file, as for bin/reproduce.
+    # A user's preset may be named by its file, as for bin/reproduce.
     preset = Path(preset).stem if preset.endswith(".gin") else preset
     preset = printable(preset)
     if preset not in presets:

@@ -48,7 +48,7 @@ class Preset:
 
     Args:
         name: `"full"`, a file of `gin/presets/` without its ending, or the
-            path of a gin file of one's own. It is read after a row's file.
+            path of a user's gin file. It is read after a row's file.
 
     Raises:
         ValueError: There is no such preset.
@@ -120,7 +120,7 @@ class Run:
 
     @property
     def arguments(self) -> dict:
-        """What `command.configure` is to be called with."""
+        """What `train_command.configure` is to be called with."""
         files = [f"gin/{self.row}.gin"]
         if self.preset.path is not None:
             files.append(str(self.preset.path))
@@ -155,7 +155,7 @@ class Run:
         return gin.config_str()
 
     def as_json(self) -> dict:
-        """Returns what tells it from others, to keep beside its result."""
+        """Returns what identifies it, to keep beside its result."""
         return {
             "row": self.row,
             "preset": self.preset.folder,
@@ -183,7 +183,7 @@ def same_training_flops(row: str, like: str, density: float, preset) -> float:
 
     Args:
         row: The gin file whose density is wanted.
-        like: The gin file whose training FLOPs it shall have.
+        like: The gin file whose training FLOPs it must have.
         density: That one's density.
         preset: The `Preset` of both.
 
@@ -284,7 +284,7 @@ def runs(
         densities: In place of those of the report. A dense row has none.
         seeds: In place of the report's 0, 1 and 2.
         rows: Only these of its rows, names or patterns such as `"rigl_*"`.
-        changes: gin bindings of one's own, over those of all its runs.
+        changes: the user's gin bindings, over those of all its runs.
 
     Returns:
         The runs, no two alike, all of one seed before those of the next.

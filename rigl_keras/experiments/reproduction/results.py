@@ -9,7 +9,7 @@
 
 Processes, and machines that see the same folder, may share it. A claim is a
 lock that the kernel holds for the process that trains the run: when that is
-killed the claim is free again, and whoever takes it continues the run.
+killed the claim is free again, and the process that takes it continues the run.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ __all__ = ["ROOM", "Results"]
 
 # What an error says of a full disk.
 ROOM = "Make room; the same command goes on from there."
-# What tells a file from one that had its name before or after it.
+# What distinguishes a file from earlier and later ones of its name.
 Stamp = tuple[int, int, str]
 
 
@@ -104,7 +104,7 @@ class Results:
         return None if stamp is None else stamp[-1]
 
     def failure_stamp(self, run: Run) -> Stamp | None:
-        """Returns what tells one failure of a run from the next, or None.
+        """Returns what identifies the last failure of a run, or None.
 
         It is compared for being equal and never for being later: the times in
         it are the file server's, whose clock need not be this machine's.

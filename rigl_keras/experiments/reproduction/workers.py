@@ -27,7 +27,7 @@ def train_missing(
 ) -> dict[Run, str]:
     """Trains all runs that have no result yet, one after the other.
 
-    Each in a process of its own, which continues what an earlier one has left.
+    Each run has a process, which continues what an earlier one has left.
     Runs that another process has claimed are left to it; when nothing else is
     left this waits for them, and takes over those that are given up.
 
@@ -126,7 +126,7 @@ def _trained_if_free(run, results, progress, data_dir):
 
 
 def _trained(run, results, claim, progress, data_dir):
-    """Trains a run in a process of its own; returns why it failed, or None."""
+    """Trains a run in a new process; returns why it failed, or None."""
     path = results.folder(run) / "log.txt"
     with path.open("ab") as log:
         begins = log.tell()

@@ -60,7 +60,7 @@ class Checkpoints(keras.callbacks.Callback):
         self._epoch = tf.Variable(0, dtype=tf.int64)
         self._checkpoint = tf.train.Checkpoint(
             # Lists of variables: by attributes TensorFlow would not find
-            # those within objects of one's own, as masks are.
+            # those within objects of other classes, as masks are.
             model=state,
             optimizer=[v.value for v in model.optimizer.variables],
             method=list(variables),

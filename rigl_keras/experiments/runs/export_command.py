@@ -294,7 +294,7 @@ def main() -> None:
     )
 
     def run(argv):
-        # TensorFlow tells of each SavedModel it writes.
+        # TensorFlow logs each SavedModel it writes.
         logging.set_verbosity(logging.WARNING)
         if check.value is not None:
             if len(argv) > 1:

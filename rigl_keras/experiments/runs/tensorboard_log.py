@@ -57,7 +57,7 @@ class TensorBoardLog(keras.callbacks.Callback):
     charts.
 
     A process that was killed may have written more than its run continues
-    from: what the folder holds is written anew, from metrics.csv and
+    from: what the folder holds is written again, from metrics.csv and
     trajectory.csv, as this is made.
 
     Args:

@@ -196,8 +196,8 @@ def _percent(fraction):
 def _end_with(parent):
     """Ends this process as soon as its parent is another one.
 
-    Whoever started a run and is killed shall not leave it behind, on cores
-    that are taken for free. Where it ends does not matter to a run.
+    A process that starts a run and is killed must not leave it behind, on
+    cores that others take for free. A run may end at any point.
     """
 
     def watch():
@@ -213,7 +213,7 @@ def _main(argv):
         raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}.")
     if _FLAGS.parent is not None:
         _end_with(_FLAGS.parent)
-    # TensorFlow tells of each checkpoint it writes.
+    # TensorFlow logs each checkpoint it writes.
     absl_logging.set_verbosity(absl_logging.WARNING)
     # And of each sum over replicas that it plans.
     tf.get_logger().setLevel(logging.WARNING)

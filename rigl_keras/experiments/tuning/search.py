@@ -145,7 +145,7 @@ class Search:
 
 
 class TrialProgress(Progress):
-    """What `search` tells of its work; this one keeps it to itself."""
+    """Receives what `search` does; this one ignores it."""
 
     def begin(self, trial: Trial) -> None:
         """A trial is begun."""

@@ -6,10 +6,9 @@
         study.lock    locked while a process chooses what to do next
         trial-7       locked for as long as a process works on trial 7
 
-All locks are the kernel's, which are free as soon as their process is killed.
-A trial that is left so is told to have failed, and its parameters are put in
-the queue once more, as a trial that names it: no setting is lost, and none
-counts twice.
+The kernel holds all locks, and frees them as soon as their process is killed.
+A trial that is left so is marked as failed. Its parameters go back into the
+queue as a trial that names it: no setting is lost, and none counts twice.
 """
 
 import contextlib
@@ -113,7 +112,7 @@ class Study:
         """Claims the next trial, until the end of the block.
 
         Args:
-            trials: How many there shall be.
+            trials: How many trials the study makes.
 
         Yields:
             A trial, with its parameters; or None, if all have been begun.
