@@ -9,7 +9,7 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import keras
 import tensorflow as tf
@@ -177,14 +177,20 @@ def agree(masks: Sequence[tf.Variable]) -> tf.Tensor:
     return tf.equal(dissenters, 0)
 
 
+# No bounds: what TensorFlow takes, and its stubs know nothing of.
+_EVERY_INTEGER: dict[str, Any] = {
+    "minval": None,
+    "maxval": None,
+    "dtype": tf.int32,
+    "alg": "philox",
+}
+
+
 def _checksum(mask, seed):
     numbers = tf.random.stateless_uniform(
         mask.shape,
-        seed=[seed, 0],
-        minval=None,
-        maxval=None,
-        dtype=tf.int32,
-        alg="philox",
+        seed=(seed, 0),
+        **_EVERY_INTEGER,
     )
     kept = tf.cast(tf.convert_to_tensor(mask) > 0, tf.int64)
     return tf.reduce_sum(kept * tf.cast(numbers, tf.int64))
@@ -231,7 +237,7 @@ def choosing(
             make_train_function(force=True)
         finally:
             model.train_step = before
-        return model.train_function
+        return cast(Callable, model.train_function)
 
     def make():
         steps = {False: function_of(ordinary), True: function_of(update)}
@@ -258,7 +264,8 @@ def choosing(
                 raise StopIteration
             return logs
 
-        model.train_function = next_steps
+        trained: Any = model
+        trained.train_function = next_steps
 
     return make
 

@@ -4,6 +4,8 @@ A method drops the active connections of lowest score and grows the inactive
 ones of highest score.
 """
 
+from typing import Any
+
 import tensorflow as tf
 
 from rigl_keras._checks import integer
@@ -62,6 +64,15 @@ def saliency(kernel: tf.Tensor, gradient: tf.Tensor) -> tf.Tensor:
     return tf.abs(kernel * tf.cast(gradient, kernel.dtype))
 
 
+# No bounds: what TensorFlow takes, and its stubs know nothing of.
+_EVERY_INTEGER: dict[str, Any] = {
+    "minval": None,
+    "maxval": None,
+    "dtype": tf.uint32,
+    "alg": "philox",
+}
+
+
 def random(shape, *, key: int, step) -> tf.Tensor:
     """Returns uniform draws, by which SET grows.
 
@@ -82,15 +93,12 @@ def random(shape, *, key: int, step) -> tf.Tensor:
         raise ValueError(
             f"step must be an int or an integer scalar. Received: {step!r}."
         )
-    if not isinstance(shape, tf.TensorShape):
-        shape = [integer("A dimension", n, at_least=0) for n in shape]
+    shape = [integer("A dimension", n, at_least=0) for n in shape]
     key = integer("key", key)
     seed = tf.stack([tf.constant(key, tf.int64), tf.cast(step, tf.int64)])
     # The bits of a named generator are the same on every device and under
     # XLA; TensorFlow's own conversion to floats is not.
-    bits = tf.random.stateless_uniform(
-        shape, seed, minval=None, maxval=None, dtype=tf.uint32, alg="philox"
-    )
+    bits = tf.random.stateless_uniform(shape, seed, **_EVERY_INTEGER)
     return tf.cast(tf.bitwise.right_shift(bits, 8), tf.float32) * 2.0**-24
 
 

@@ -5,6 +5,7 @@ import functools
 import math
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -263,7 +264,7 @@ class Masked(KernelMask, keras.layers.Wrapper):
     def _draw_masks(self):
         """Draws the masks that a config tells only the numbers of ones of."""
         for masked, ones in zip(
-            self.masked_kernels(), self._nonzeros, strict=True
+            self.masked_kernels(), self._nonzeros or (), strict=True
         ):
             shape = tuple(masked.kernel.shape)
             if not 0 <= ones <= math.prod(shape):
@@ -318,7 +319,8 @@ class Masked(KernelMask, keras.layers.Wrapper):
 
     @property
     def found(self) -> Kernel:
-        return kernel_at(self.layer, self.kernels[self._only()])
+        paths = self.kernels or ("kernel",)
+        return kernel_at(self.layer, paths[self._only()])
 
     @property
     def mask(self) -> keras.Variable:
@@ -533,11 +535,12 @@ def show_to_tensorflow(layer, variables: Sequence[keras.Variable]) -> None:
         layer: A layer or model.
         variables: Variables of it, or of layers within it.
     """
-    layer._rigl_keras_variables = tf.Module()
-    layer._rigl_keras_variables.within = list(variables)
+    holder: Any = tf.Module()
+    holder.within = list(variables)
+    layer._rigl_keras_variables = holder
 
 
-def _symbolic(arguments):
+def _symbolic(arguments: Any) -> Any:
     """Returns call arguments with each tensor as a symbol of its shape."""
     return keras.tree.map_structure(
         lambda x: (

@@ -9,6 +9,7 @@ constructor of its own; one with a layer that has no usable config.
 import inspect
 import warnings
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import keras
 
@@ -153,10 +154,11 @@ def _clone_graph(model, clone):
     try:
         if isinstance(model, keras.Sequential):
             first = next(iter(_keras.owned_layers(model)), None)
-            sparse = isinstance(first, keras.layers.InputLayer) and (
-                first.output.sparse or first.output.ragged
-            )
-            inputs = _new_input(first.output) if sparse else None
+            inputs = None
+            if isinstance(first, keras.layers.InputLayer):
+                given: Any = first.output
+                if given.sparse or given.ragged:
+                    inputs = _new_input(given)
         else:
             inputs = keras.tree.map_structure(_new_input, model.input)
         return keras.models.clone_model(
@@ -310,13 +312,14 @@ def _changed(value, changes):
     if not isinstance(value, (list, tuple)):
         return value
     items = [_changed(item, changes) for item in value]
-    if hasattr(value, "_fields"):  # a named tuple
-        return value._make(items)
+    make = getattr(value, "_make", None)
+    if make is not None:  # of a named tuple
+        return make(items)
     return tuple(items) if isinstance(value, tuple) else items
 
 
 def _forget_functions(model):
-    """Makes a model anew compiled before it trains: its weights changed."""
+    """Has a model compiled again before it trains: its weights changed."""
     model.compiled = False
     for name in ("train_function", "test_function", "predict_function"):
         setattr(model, name, None)
@@ -339,8 +342,14 @@ def _config_lists_layers(model):
 # which of its layers are masked. Loading makes the plain model and masks it.
 
 
+# What it is mixed into, for type checkers alone.
+_Model = keras.Model if TYPE_CHECKING else object
+
+
 @keras.saving.register_keras_serializable("rigl_keras", name="MaskedModel")
-class _MaskedModel:
+class _MaskedModel(_Model):
+    _plain_class: type  # set where a class is made of it and the user's
+
     def __reduce__(self):
         # A class that was made here cannot be pickled by its name.
         _, arguments = super().__reduce__()
@@ -350,7 +359,7 @@ class _MaskedModel:
         masked_class = type(self)
         object.__setattr__(self, "__class__", masked_class._plain_class)
         try:
-            plain = keras.saving.serialize_keras_object(self)
+            plain: Any = keras.saving.serialize_keras_object(self)
         finally:
             object.__setattr__(self, "__class__", masked_class)
         plain.pop("compile_config", None)  # the masked model has one

@@ -8,7 +8,7 @@ What the layer assigns is assigned at once.
 import contextlib
 import contextvars
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import keras
 import tensorflow as tf
@@ -28,10 +28,14 @@ __all__ = [
 ]
 
 _dense_gradients = contextvars.ContextVar("dense_gradients", default=False)
-_called = contextvars.ContextVar("called", default=None)
+_called: contextvars.ContextVar[dict[int, str] | None] = contextvars.ContextVar(
+    "called", default=None
+)
 _masks_applied = contextvars.ContextVar("masks_applied", default=False)
 # The scope of the masked layer that is called.
-_scope = contextvars.ContextVar("scope", default=None)
+_scope: contextvars.ContextVar[Any] = contextvars.ContextVar(
+    "scope", default=None
+)
 # The function with a gradient of its own that runs, or that gradient.
 _custom = contextvars.ContextVar("custom", default=None)
 
@@ -101,8 +105,9 @@ def called_kernels() -> Iterator[dict[int, str]]:
 
 def note_called(kernel: keras.Variable, name: str) -> None:
     """Tells `called_kernels` that a layer multiplies a kernel by its mask."""
-    if _called.get() is not None:
-        _called.get()[id(kernel)] = name
+    called = _called.get()
+    if called is not None:
+        called[id(kernel)] = name
 
 
 def zero_outside(mask: keras.Variable, tensor: Any) -> tf.Tensor:
@@ -138,7 +143,8 @@ def product(kernel: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
 
         return kernel * mask, gradient
 
-    return multiply(kernel, mask)
+    # Stubs take what the decorated function returns for its own.
+    return cast(tf.Tensor, multiply(kernel, mask))
 
 
 class KernelScope(keras.StatelessScope):
