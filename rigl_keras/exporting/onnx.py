@@ -1,8 +1,9 @@
 """ONNX files."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -69,7 +70,7 @@ class Onnx(Format):
         if set(given) == set(signature.inputs):
             named = dict(zip(given, given, strict=True))
 
-        def run(arrays):
+        def run(arrays: Mapping[str, np.ndarray]) -> dict[str, Any]:
             feed = {node: arrays[named[node]] for node in given}
             return dict(zip(outputs, session.run(None, feed), strict=True))
 
