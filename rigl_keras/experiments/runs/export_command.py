@@ -159,12 +159,8 @@ class Exports:
         return self.quantization in FORMATS[format].quantizations
 
     def _is_calibrated(self, format):
-        offered = FORMATS[format].quantizations
-        return any(
-            quantization.calibrated
-            for name, quantization in offered.items()
-            if name == self.quantization
-        )
+        offered = FORMATS[format].quantizations.get(self.quantization or "")
+        return offered is not None and offered.calibrated
 
 
 def load_model(source: str | os.PathLike) -> keras.Model:
