@@ -1,8 +1,14 @@
 """Convolutions and products with sparse kernels, faster than dense ones.
 
-The operations are in C++ (`csrc/`), built on first use (`library`), wrapped
-with their gradients (`operations`), and taken where they have been measured
-to win (`choice`).
+csrc/               the operations in C++: convolution_ops.cc and row_ops.cc,
+                    over the loops of lanes.cc and rows.cc, which are compiled
+                    for each instruction set
+toolchain           the compiler and its flags
+library             builds the operations on first use, and loads them
+operations          the operations with their gradients
+choice              times dense and sparse products, and takes the faster
+layer_products      what a masked layer does with products
+fast_calls          batch norm and dropout in few passes over memory
 """
 
 from rigl_keras.kernels import library
