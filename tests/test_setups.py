@@ -811,7 +811,7 @@ def test_what_several_batches_cost():
 # What grown weights start with.
 
 
-@pytest.mark.slow_but("zeros", "initial_dist", "grad_sign_100")
+@pytest.mark.slow_but("zeros-1", "initial_dist-1", "grad_sign-100")
 @pytest.mark.parametrize(
     "kind, divisor",
     [
