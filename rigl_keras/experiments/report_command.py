@@ -14,6 +14,7 @@ import importlib
 import io
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from absl import flags, logging
@@ -26,11 +27,12 @@ from rigl_keras.experiments.report import reading
 from rigl_keras.experiments.report.contents import PICTURES
 from rigl_keras.experiments.report.page import as_html, as_markdown
 from rigl_keras.experiments.report.sections import Report, report
+from rigl_keras.experiments.report.summaries import Summary
 
 __all__ = ["main", "planned_flops", "write"]
 
 
-def planned_flops(preset):
+def planned_flops(preset: str) -> Callable[[Summary], tuple[float, float]]:
     """Returns what computes the FLOPs of runs that are not finished.
 
     Raises:

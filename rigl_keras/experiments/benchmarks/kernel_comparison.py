@@ -13,7 +13,7 @@ compared. How long it takes is for `--densities` and `--rounds` to say.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import tensorflow as tf
 
@@ -67,7 +67,12 @@ def machine() -> str:
 # What they share.
 
 
-def timed_in_turns(sides, rounds, doing, turn=0.0):
+def timed_in_turns(
+    sides: Mapping[Hashable, Callable[[], object]],
+    rounds: int,
+    doing: str,
+    turn: float = 0.0,
+) -> dict[Hashable, float]:
     """Returns seconds, as `interleaved` does, and shows how far it is."""
     # Each is called twice before, and once in a turn that is not timed.
     total = None if turn else len(sides) * (2 + rounds)
@@ -87,7 +92,13 @@ def timed_in_turns(sides, rounds, doing, turn=0.0):
         )
 
 
-def measurements(seconds, dense, densities, say, **about):
+def measurements(
+    seconds: Mapping[Hashable, float],
+    dense: Mapping[str, Hashable],
+    densities: Sequence[float],
+    say: Say,
+    **about,
+) -> list[Measurement]:
     """Returns a `Measurement` of each side and density, and says them.
 
     Args:
@@ -113,7 +124,7 @@ def measurements(seconds, dense, densities, say, **about):
     return measured
 
 
-def check_same_outputs(got, wanted):
+def check_same_outputs(got: tf.Tensor, wanted: tf.Tensor) -> None:
     """Raises ValueError unless two outputs are the same, up to rounding."""
     largest = float(tf.reduce_max(tf.abs(wanted)))
     difference = float(tf.reduce_max(tf.abs(got - wanted)))
@@ -126,7 +137,15 @@ def check_same_outputs(got, wanted):
         )
 
 
-def check(model, densities, rounds, names=("uniform",), *, batch_sizes):
+def check(
+    model: str,
+    densities: Sequence[float],
+    rounds: int,
+    names: Sequence[str] = ("uniform",),
+    *,
+    batch_sizes: Sequence[int],
+) -> None:
+    """Raises ValueError unless these can be measured."""
     _checks.choice("model", model, tuple(MODELS))
     check_each_once(
         {

@@ -104,7 +104,9 @@ def stepper(
     return step
 
 
-def print_steps(said, batch_size, rounds, **options):
+def print_steps(
+    said: str, batch_size: int, rounds: int, **options
+) -> dict[str, float]:
     seconds = measure_steps(batch_size=batch_size, rounds=rounds, **options)
     print(
         f"Training step, WRN-22-2 at batch {batch_size}{said}, median of "

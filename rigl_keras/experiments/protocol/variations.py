@@ -3,6 +3,7 @@
 from pathlib import Path
 
 __all__ = [
+    "Changes",
     "DENSITIES",
     "FIGURE_1",
     "FIGURE_4",
@@ -19,7 +20,7 @@ GIN_FOLDER = Path(__file__).parents[3] / "gin"
 FULL = "full"  # the preset that changes nothing
 SEEDS = (0, 1, 2)  # the report's, section 4.5
 DENSITIES = (0.05, 0.1, 0.2, 0.5)  # of Figure 1
-Changes = tuple[tuple[str, object], ...]
+Changes = tuple[tuple[str, float], ...]  # of gin bindings
 # Figure 1: each method by its initialisation, over the density.
 FIGURE_1 = (
     "dense_wrn",

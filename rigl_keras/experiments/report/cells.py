@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 
 from rigl_keras._text import exact
+from rigl_keras.experiments.protocol import published
 from rigl_keras.experiments.report import summaries
 from rigl_keras.experiments.report.records import Records
 from rigl_keras.experiments.report.summaries import Summary
@@ -13,8 +14,8 @@ __all__ = [
     "Marks",
     "NONE",
     "accuracy_cell",
-    "difference_cell",
-    "flops_cell",
+    "difference_to_published",
+    "flops_cells",
     "listed_seeds",
     "train_and_test_cell",
     "percent_cell",
@@ -45,13 +46,13 @@ class Context:
 # What stands in cells.
 
 
-def percent_cell(mean, std):
+def percent_cell(mean: float | None, std: float | None) -> str:
     if mean is None:
         return NONE
     return f"{mean:.2f}" + ("" if std is None else f" ± {std:.2f}")
 
 
-def accuracy_cell(summary):
+def accuracy_cell(summary: Summary) -> str:
     if summary.n:
         return percent_cell(summary.mean, summary.std)
     if summary.failed:
@@ -59,7 +60,8 @@ def accuracy_cell(summary):
     return "unfinished" if summary.others else NONE
 
 
-def seeds_cell(summary):
+def seeds_cell(summary: Summary) -> str:
+    """Returns how many seeds are finished, of how many, and what failed."""
     if not summary.n and not summary.others:
         return NONE
     text = f"{summary.n} of {summary.wanted}"
@@ -70,21 +72,22 @@ def seeds_cell(summary):
     return text
 
 
-def signed_cell(difference):
+def signed_cell(difference: float | None) -> str:
     if difference is None:
         return NONE
     return f"{round(difference, 2) + 0.0:+.2f}"  # without -0.00
 
 
-def ratio_cell(value):
+def ratio_cell(value: float | None) -> str:
     return NONE if value is None else f"{value:.2f}x"
 
 
-def flops_cell(context, summary):
+def flops_cells(context: Context, summary: Summary) -> tuple[str, str]:
     """Returns FLOPs to train and to test; planned ones in brackets."""
     if not summary.n and context.planned is not None:
         planned = context.planned(summary)
-        return tuple(f"({ratio_cell(value)})" for value in planned)
+        train, test = (f"({ratio_cell(value)})" for value in planned)
+        return train, test
     return (
         ratio_cell(summary.training_flops_ratio),
         ratio_cell(summary.inference_flops_ratio),
@@ -95,9 +98,10 @@ class Marks:
     """Numbers the notes of a section."""
 
     def __init__(self):
-        self.notes = []
+        self.notes: list[str] = []
 
-    def of(self, note):
+    def of(self, note: str) -> str:
+        """Returns the mark of a note, and nothing for no note."""
         if not note:
             return ""
         if note not in self.notes:
@@ -105,31 +109,35 @@ class Marks:
         return f" [{self.notes.index(note) + 1}]"
 
 
-def difference_cell(context, summary, cell):
+def difference_to_published(
+    context: Context, summary: Summary, cell: published.Cell | None
+) -> float | None:
+    """Returns our mean minus the published one, where they compare."""
     if not context.comparable or cell is None or summary.mean is None:
         return None
     return summary.mean - cell.accuracy
 
 
-def scientific(value):
+def scientific(value: float) -> str:
     return f"{value:.2e}".replace("e+0", "e")
 
 
-def updates_cell(drop_fraction, frequency):
+def updates_cell(drop_fraction: float, frequency: float) -> str:
     return f"{exact(drop_fraction)}, {exact(frequency)}"
 
 
-def listed_seeds(found):
+def listed_seeds(found: Records) -> str:
     """Returns the seeds that each row should have, as text."""
     *others, last = map(str, summaries.seeds(found))
     return f"{', '.join(others)} and {last}" if others else last
 
 
-def train_and_test_cell(train, test):
+def train_and_test_cell(train: str, test: str) -> str:
     return NONE if train == test == NONE else f"{train}, {test}"
 
 
-def accuracy_and_seeds_cell(summary):
+def accuracy_and_seeds_cell(summary: Summary) -> str:
+    """Returns the accuracy, and how many seeds it is of if some lack."""
     text = accuracy_cell(summary)
     if summary.n and summary.n < summary.wanted:
         text += f" ({summary.n} of {summary.wanted})"

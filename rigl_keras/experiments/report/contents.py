@@ -1,5 +1,7 @@
 """Which sections and figures the report has, by what was run."""
 
+from collections.abc import Callable
+
 from rigl_keras import _figure_style
 from rigl_keras._text import first_line
 from rigl_keras.experiments.protocol import published, rows
@@ -9,6 +11,7 @@ from rigl_keras.experiments.report import (
     search_figures,
     summaries,
 )
+from rigl_keras.experiments.report.cells import Context
 from rigl_keras.experiments.report.page import Picture
 
 __all__ = ["HAS", "NAMES", "PICTURES", "RIGL", "TITLES", "picture_of"]
@@ -108,7 +111,9 @@ _ALT = {
 }
 
 
-def picture_of(context, name, draw, *arguments, **options):
+def picture_of(
+    context: Context, name: str, draw: Callable, *arguments, **options
+) -> Picture | None:
     """Returns a figure, or None where it cannot be drawn, and notes why."""
     try:
         png = _figure_style.as_png(draw(*arguments, **options))

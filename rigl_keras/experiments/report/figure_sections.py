@@ -12,10 +12,11 @@ from rigl_keras.experiments.report import (
 )
 from rigl_keras.experiments.report.cells import (
     NONE,
+    Context,
     Marks,
     accuracy_cell,
-    difference_cell,
-    flops_cell,
+    difference_to_published,
+    flops_cells,
     percent_cell,
     seeds_cell,
     signed_cell,
@@ -28,7 +29,7 @@ from rigl_keras.experiments.report.tables import add_line
 __all__ = ["figure_1", "figure_2", "figure_3", "figure_4", "tuning"]
 
 
-def figure_1(context, name):
+def figure_1(context: Context, name: str) -> Section:
     picture = None
     if HAS[name](context.records):
         draw = panels.across_densities
@@ -41,7 +42,7 @@ def figure_1(context, name):
     return Section(name, TITLES[name], text, picture)
 
 
-def figure_2(context, name):
+def figure_2(context: Context, name: str) -> Section:
     found = context.records
     if not HAS[name](found):
         return Section(name, TITLES[name])
@@ -62,7 +63,7 @@ def figure_2(context, name):
     return Section(name, TITLES[name], text, picture)
 
 
-def figure_3(context, name):
+def figure_3(context: Context, name: str) -> Section:
     found = context.records
     if not HAS[name](found):
         return Section(name, TITLES[name])
@@ -90,7 +91,7 @@ def figure_3(context, name):
             line = [
                 mask,
                 exact(density),
-                flops_cell(context, summary)[0],
+                flops_cells(context, summary)[0],
                 accuracy_cell(summary),
                 seeds_cell(summary),
             ]
@@ -102,7 +103,9 @@ def figure_3(context, name):
                 line.append(accuracy)
                 if context.comparable:
                     line.append(
-                        signed_cell(difference_cell(context, summary, cell))
+                        signed_cell(
+                            difference_to_published(context, summary, cell)
+                        )
                     )
             lines.append(line)
             add_line(context, name, rows.row(gin).label, summary, cell)
@@ -138,7 +141,7 @@ def figure_3(context, name):
     )
 
 
-def figure_4(context, name):
+def figure_4(context: Context, name: str) -> Section:
     found = context.records
     if not HAS[name](found):
         return Section(name, TITLES[name])
@@ -152,7 +155,7 @@ def figure_4(context, name):
     return Section(name, TITLES[name], text, picture)
 
 
-def tuning(context, name):
+def tuning(context: Context, name: str) -> Section:
     found = context.records
     if not HAS[name](found):
         return Section(name, TITLES[name])

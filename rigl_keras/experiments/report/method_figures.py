@@ -55,7 +55,7 @@ LOOKS = {
 OTHER = (GREY, "*", (0, (6, 2, 1, 2)))
 
 
-def safe_text(name):
+def safe_text(name: str) -> str:
     """Returns a name that is not read as a formula, or as large as a figure."""
     name = printable(name)
     if len(name) > _LETTERS:
@@ -63,7 +63,7 @@ def safe_text(name):
     return name.replace("$", r"\$")
 
 
-def finished_rows(records, network):
+def finished_rows(records: Records, network: str) -> list[str]:
     """The rows of a network that have a result, each with its changes."""
     found = {
         (run.row, run.changes): None

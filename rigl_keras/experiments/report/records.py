@@ -10,11 +10,10 @@ import statistics
 from collections.abc import Iterable, Mapping
 
 from rigl_keras.experiments.protocol import rows
-from rigl_keras.experiments.protocol.variations import TUNED
+from rigl_keras.experiments.protocol.variations import TUNED, Changes
 
 __all__ = ["NOTE", "OF_ANOTHER", "Record", "Records", "as_lines", "collapsed"]
 
-Changes = tuple[tuple[str, float], ...]
 _COLLAPSED = 10.0  # points below the other seeds
 _CLASSES = {"cifar10": 10, "cifar100": 100, "mnist": 10, "digits": 10}
 NOTE = 1_000  # letters of a note that are kept

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from rigl_keras._reading import is_number
 from rigl_keras._text import exact
 from rigl_keras.experiments.protocol import rows, variations
+from rigl_keras.experiments.protocol.variations import Changes
 from rigl_keras.experiments.report.records import Record, Records, collapsed
 
 __all__ = [
@@ -23,7 +24,6 @@ __all__ = [
     "trials",
 ]
 
-Changes = tuple[tuple[str, float], ...]
 _UPDATE = {"UPDATE_FRACTION", "UPDATE_FREQUENCY"}
 
 

@@ -10,11 +10,12 @@ from rigl_keras.experiments.report import (
 )
 from rigl_keras.experiments.report.cells import (
     NONE,
+    Context,
     Marks,
     accuracy_and_seeds_cell,
     accuracy_cell,
-    difference_cell,
-    flops_cell,
+    difference_to_published,
+    flops_cells,
     listed_seeds,
     ratio_cell,
     scientific,
@@ -63,7 +64,7 @@ def add_line(context, table, label, summary, cell=None):
     """Adds a line to report.csv."""
     if not context.with_published:
         cell = None
-    difference = difference_cell(context, summary, cell)
+    difference = difference_to_published(context, summary, cell)
     values = [
         table,
         label,
@@ -91,7 +92,7 @@ def add_line(context, table, label, summary, cell=None):
     )
 
 
-def table_section(context, name):
+def table_section(context: Context, name: str) -> Section:
     """Tables 1, 2, 3 and 5: a block of rows for each network and density."""
     cells = published.cells(name)
     marks = Marks()
@@ -173,13 +174,15 @@ def _block(context, name, cells, density, title, marks):
             cell.row,
             accuracy_cell(summary),
             seeds_cell(summary),
-            *flops_cell(context, summary),
+            *flops_cells(context, summary),
         ]
         if with_published:
             line += _published(name, printed, marks)
             if context.comparable:
                 line.append(
-                    signed_cell(difference_cell(context, summary, printed))
+                    signed_cell(
+                        difference_to_published(context, summary, printed)
+                    )
                 )
         lines.append([*line, cell.gin])
         add_line(context, name, cell.row, summary, printed)
@@ -211,7 +214,7 @@ def _published(name, cell, marks):
     ]
 
 
-def table_4(context, name):
+def table_4(context: Context, name: str) -> Section:
     """The reference setting of mask updates, and the best that was tried."""
     found, marks, lines = context.records, Marks(), []
     printed = published.cells(name)
@@ -288,12 +291,14 @@ def _setting(context, label, summary, cell, marks):
         ]
     if context.comparable:
         line.append(
-            signed_cell(summary and difference_cell(context, summary, cell))
+            signed_cell(
+                summary and difference_to_published(context, summary, cell)
+            )
         )
     return line
 
 
-def methods(context, name):
+def methods(context: Context, name: str) -> Section:
     found = context.records
     if not HAS[name](found):
         return Section(name, TITLES[name])
@@ -334,7 +339,7 @@ def _of_methods(context, name, keys, densities, title):
         blank = [""] * (len(densities) - 1 if dense else 0)
         accuracies.append([label, *map(accuracy_and_seeds_cell, found), *blank])
         flops = [
-            train_and_test_cell(*flops_cell(context, summary))
+            train_and_test_cell(*flops_cells(context, summary))
             for summary in found
         ]
         costs.append([label, *flops, *blank])
@@ -361,7 +366,7 @@ def _ordered(keys):
     return sorted(keys, key=place)
 
 
-def other_runs(context):
+def other_runs(context: Context) -> list[Section]:
     """Runs that no other section shows, such as those of gin files added."""
     found, lines = context.records, []
     shared = summaries.densities(found, {run.row for run in found.runs})
@@ -386,7 +391,7 @@ def other_runs(context):
                 or NONE,
                 accuracy_cell(summary),
                 seeds_cell(summary),
-                *flops_cell(context, summary),
+                *flops_cells(context, summary),
             ]
         )
         add_line(context, "other", rows.row(row).label, summary)

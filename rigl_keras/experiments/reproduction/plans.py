@@ -178,7 +178,9 @@ def learning_rate_of(learning_rate: float) -> Changes:
     return (("sgd.learning_rate", learning_rate),)
 
 
-def same_training_flops(row: str, like: str, density: float, preset) -> float:
+def same_training_flops(
+    row: str, like: str, density: float, preset: Preset
+) -> float:
     """Returns the density at which one row trains for the FLOPs of another.
 
     Args:

@@ -49,17 +49,17 @@ class Bar(Progress):
         self._run = self._epoch = None
         self._left()
 
-    def start(self, run):
+    def start(self, run: Run) -> None:
         self._run, self._epoch = run, None
         again = "continues" if self._results.epochs(run) else "begins"
         say(f"{run.name} {again}")
 
-    def epoch(self, run, epochs):
+    def epoch(self, run: Run, epochs: int) -> None:
         if epochs != self._epoch:
             self._epoch = epochs
             self._left(f"{run.name}: epoch {epochs + 1}")
 
-    def finish(self, run, *, seconds, failure):
+    def finish(self, run: Run, *, seconds: float, failure: str | None) -> None:
         _, estimated = self._estimates.pop(run)
         if failure is not None:
             say(f"{run.name} FAILED: {failure}")
@@ -77,15 +77,15 @@ class Bar(Progress):
             )
             self._bar.advance()
 
-    def elsewhere(self, run):
+    def elsewhere(self, run: Run) -> None:
         self._estimates.pop(run, None)
         say(f"{run.name} finished by another process")
         self._bar.advance()
 
-    def wait(self, runs):
+    def wait(self, runs: Sequence[Run]) -> None:
         self._left(f"waiting for {len(runs)} that others train")
 
-    def close(self):
+    def close(self) -> None:
         self._bar.close()
 
     def _left(self, doing=""):

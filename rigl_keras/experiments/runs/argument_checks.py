@@ -10,22 +10,26 @@ __all__ = ["check_arguments"]
 
 def check_arguments(
     *,
-    model,
-    method,
-    optimizer,
-    density,
-    small_dense,
-    one_shot,
-    masks_from,
-    shuffle_masks,
-    granularity,
-    scale_to_fan_in,
-    keep_weights,
-    epochs,
-    batch_size,
-    length,
-    label_smoothing,
-):
+    model: object,
+    method: object,
+    optimizer: object,
+    density: float | None,
+    small_dense: bool,
+    one_shot: object,
+    masks_from: str | None,
+    shuffle_masks: bool,
+    granularity: str,
+    scale_to_fan_in: bool,
+    keep_weights: Sequence[int],
+    epochs: int,
+    batch_size: int,
+    length: float,
+    label_smoothing: float,
+) -> None:
+    """Raises ValueError for an argument that is wrong, or two that exclude.
+
+    The arguments are those of `train`.
+    """
     if batch_size < devices.replica_count():
         raise ValueError(
             "batch_size counts the examples of all replicas and must leave "

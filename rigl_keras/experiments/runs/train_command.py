@@ -4,6 +4,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Sequence
 
 import tensorflow as tf
 from absl import app, flags
@@ -58,7 +59,13 @@ def _define_flags():
     )
 
 
-def configure(gin_files=(), *, bindings=(), seed=None, density=None) -> None:
+def configure(
+    gin_files: Sequence[str] = (),
+    *,
+    bindings: Sequence[str] = (),
+    seed: int | None = None,
+    density: float | None = None,
+) -> None:
     """Configures gin for one run.
 
     Args:
@@ -81,15 +88,15 @@ def configure(gin_files=(), *, bindings=(), seed=None, density=None) -> None:
 
 
 def run(
-    gin_files=(),
+    gin_files: Sequence[str] = (),
     *,
-    bindings=(),
-    run_dir=None,
-    seed=None,
-    density=None,
-    data_dir=None,
-    resume=False,
-    strategy="one",
+    bindings: Sequence[str] = (),
+    run_dir: str | os.PathLike | None = None,
+    seed: int | None = None,
+    density: float | None = None,
+    data_dir: str | None = None,
+    resume: bool = False,
+    strategy: str = "one",
 ) -> dict:
     """Runs one configuration and returns its result.
 

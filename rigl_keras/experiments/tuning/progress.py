@@ -1,13 +1,22 @@
 """How far a search has come, and what is left of it."""
 
 import dataclasses
+from collections.abc import Sequence
 
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from rigl_keras._text import aligned, exact
 from rigl_keras.experiments.progress_bar import ProgressBar, say
 from rigl_keras.experiments.reproduction import costs
-from rigl_keras.experiments.tuning.search import ENDED, TrialProgress, commas
+from rigl_keras.experiments.reproduction.plans import Run
+from rigl_keras.experiments.reproduction.results import Results
+from rigl_keras.experiments.tuning.search import (
+    ENDED,
+    Search,
+    TrialProgress,
+    with_commas,
+)
+from rigl_keras.experiments.tuning.studies import Study
 
 __all__ = ["Bar", "plan"]
 
@@ -43,7 +52,7 @@ def _cost_left(searched, study, results):
     )
 
 
-def plan(searched, study, results):
+def plan(searched: Search, study: Study, results: Results) -> str:
     """Returns what is done and to do, and what it costs."""
     states = [trial.state for trial in study.trials()]
     ended = sum(state in ENDED for state in states)
@@ -61,7 +70,7 @@ def plan(searched, study, results):
         ),
         (
             "trials",
-            f"{searched.trials}, each of seeds {commas(searched.seeds)}: "
+            f"{searched.trials}, each of seeds {with_commas(searched.seeds)}: "
             f"{ended} finished, {max(searched.trials - ended, 0)} to do",
         ),
         (
@@ -77,7 +86,7 @@ def plan(searched, study, results):
 class Bar(TrialProgress):
     """A progress bar over trials, with the time that is left."""
 
-    def __init__(self, searched, study, results):
+    def __init__(self, searched: Search, study: Study, results: Results):
         self._searched, self._study = searched, study
         self._results = results
         self._begun = 0.0  # part of a run that was trained before
@@ -85,10 +94,10 @@ class Bar(TrialProgress):
         self._bar = ProgressBar(unit="trials", total=searched.trials)
         self._left()
 
-    def begin(self, trial):
+    def begin(self, trial: Trial) -> None:
         say(f"trial {trial.number}: {self._setting(trial.params)}")
 
-    def end(self, trial, failure=None):
+    def end(self, trial: Trial, failure: str | None = None) -> None:
         (ended,) = [t for t in self._study.trials() if t.number == trial.number]
         if failure is not None:
             say(f"trial {trial.number} FAILED: {failure}")
@@ -99,28 +108,28 @@ class Bar(TrialProgress):
             f"{ended.value:.2%}; {self._left()} left"
         )
 
-    def idle(self, trials):
+    def idle(self, trials: Sequence[FrozenTrial]) -> None:
         others = ", ".join(str(trial.number) for trial in trials)
         self._left(f"waiting for trials of others: {others}")
 
-    def start(self, run):
+    def start(self, run: Run) -> None:
         self._epoch = None
         self._begun = self._part(run, self._results.epochs(run))
 
-    def epoch(self, run, epochs):
+    def epoch(self, run: Run, epochs: int) -> None:
         if epochs != self._epoch:
             self._epoch = epochs
             self._left(f"seed {run.seed}: epoch {epochs + 1}")
 
-    def finish(self, run, *, seconds, failure):
+    def finish(self, run: Run, *, seconds: float, failure: str | None) -> None:
         if failure is None:
             trained = max(1 - self._begun, 0.01)
             self._bar.learn_pace(seconds / trained, self._seconds(run))
 
-    def wait(self, runs):
+    def wait(self, runs: Sequence[Run]) -> None:
         self._left(f"waiting for {runs[0].name}, which others train")
 
-    def close(self):
+    def close(self) -> None:
         self._bar.close()
 
     def _setting(self, params):

@@ -4,7 +4,7 @@ import dataclasses
 import fnmatch
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, Trial, TrialState
@@ -14,6 +14,7 @@ from rigl_keras import _checks
 from rigl_keras._text import exact
 from rigl_keras.experiments.data import recipes
 from rigl_keras.experiments.protocol import variations
+from rigl_keras.experiments.protocol.variations import Changes
 from rigl_keras.experiments.reproduction import plans
 from rigl_keras.experiments.reproduction.plans import Preset, Run
 from rigl_keras.experiments.reproduction.progress import Progress
@@ -28,7 +29,7 @@ __all__ = [
     "Search",
     "TrialProgress",
     "check_runs",
-    "commas",
+    "with_commas",
     "runs_of",
     "search",
 ]
@@ -84,7 +85,7 @@ class Search:
             raise ValueError(
                 "--drop_fraction takes the lowest and the highest, in (0, 1] "
                 f"and to three digits, such as 0.1,0.6. Received: "
-                f"{commas(low_high)}."
+                f"{with_commas(low_high)}."
             )
         good = len(self.frequency) == 3
         if good:
@@ -94,7 +95,8 @@ class Search:
             raise ValueError(
                 "--frequency takes the lowest, the highest and the step, whole "
                 "numbers above 0 such as 50,1000,50, and the highest is some "
-                f"steps above the lowest. Received: {commas(self.frequency)}."
+                "steps above the lowest. Received: "
+                f"{with_commas(self.frequency)}."
             )
         steps = self.steps(self.runs(low_high[0], low)[0])
         if steps < 1:
@@ -122,9 +124,9 @@ class Search:
     def about(self) -> dict[str, str]:
         """What a study cannot be continued without, by flag."""
         return {
-            "drop_fraction": commas(self.drop_fraction),
-            "frequency": commas(self.frequency),
-            "seeds": commas(self.seeds),
+            "drop_fraction": with_commas(self.drop_fraction),
+            "frequency": with_commas(self.frequency),
+            "seeds": with_commas(self.seeds),
             "sampler_seed": str(self.sampler_seed),
         }
 
@@ -235,7 +237,9 @@ def _tried(trial, searched, study, results, prune, train, progress):
     return {}
 
 
-def check_runs(row, preset, density, seeds):
+def check_runs(
+    row: str, preset: Preset, density: float, seeds: Sequence[int]
+) -> None:
     """Raises ValueError for runs that cannot be."""
     _checks.number(
         "--density",
@@ -247,7 +251,7 @@ def check_runs(row, preset, density, seeds):
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(
             "--seeds takes one or more, each once, such as 0,1,2. Received: "
-            f"{commas(seeds) or 'none'}."
+            f"{with_commas(seeds) or 'none'}."
         )
     for seed in seeds:
         _checks.integer("--seeds", seed, at_least=0)
@@ -267,12 +271,19 @@ def check_runs(row, preset, density, seeds):
         )
 
 
-def runs_of(row, preset, density, seeds, changes):
+def runs_of(
+    row: str,
+    preset: Preset,
+    density: float,
+    seeds: Sequence[int],
+    changes: Changes,
+) -> list[Run]:
+    """Returns the runs of a setting, one for each seed."""
     return [
         plans.with_changes(Run(row, preset, density, seed), changes)
         for seed in seeds
     ]
 
 
-def commas(values):
+def with_commas(values: Iterable) -> str:
     return ",".join(map(str, values))

@@ -274,7 +274,7 @@ class _JournalLock:
         self._lock.close()
 
 
-def end_with_a_line(path):
+def end_with_a_line(path: Path) -> None:
     """Cuts what follows the last whole line, for a line to be appended."""
     with path.open("r+b") as file:
         size = file.seek(0, os.SEEK_END)

@@ -1,12 +1,16 @@
 """Tables of what searches found."""
 
 import statistics
+from collections.abc import Sequence
 
 from optuna.trial import TrialState
 
 from rigl_keras._text import aligned, exact
 from rigl_keras.experiments.protocol import published
-from rigl_keras.experiments.tuning.search import REFERENCE
+from rigl_keras.experiments.reproduction.plans import Run
+from rigl_keras.experiments.reproduction.results import Results
+from rigl_keras.experiments.tuning.search import REFERENCE, Search
+from rigl_keras.experiments.tuning.studies import Study
 
 __all__ = ["accuracies_of", "mean_cell", "table_4", "trial_table"]
 
@@ -19,7 +23,9 @@ _STATES = {
 }
 
 
-def accuracies_of(runs, results):
+def accuracies_of(
+    runs: Sequence[Run], results: Results
+) -> tuple[list[float], list[float], str]:
     """Returns validation and test accuracies of finished runs, their seeds."""
     finished = [run for run in runs if results.finished(run)]
     found = [results.result(run) for run in finished]
@@ -30,7 +36,7 @@ def accuracies_of(runs, results):
     )
 
 
-def mean_cell(accuracies):
+def mean_cell(accuracies: Sequence[float]) -> str:
     """Returns a mean and, of several, the standard deviation, in percent."""
     if not accuracies:
         return "-"
@@ -40,7 +46,7 @@ def mean_cell(accuracies):
     return f"{mean} +- {100 * statistics.stdev(accuracies):.2f}"
 
 
-def trial_table(searched, study, results):
+def trial_table(searched: Search, study: Study, results: Results) -> str:
     """Returns all trials, the best first."""
     ranks = list(_STATES)
     trials = sorted(
@@ -85,7 +91,7 @@ def trial_table(searched, study, results):
     return "\n".join(lines)
 
 
-def table_4(searched, study, results):
+def table_4(searched: Search, study: Study, results: Results) -> str:
     """Returns the line of Table 4, here and as the report has it."""
     best = max(
         (t for t in study.trials() if t.state == TrialState.COMPLETE),
