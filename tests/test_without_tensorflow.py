@@ -1,5 +1,6 @@
 """bin/report where TensorFlow is not installed, and the library there."""
 
+import ast
 import os
 import pathlib
 import shutil
@@ -132,3 +133,16 @@ def test_the_script_needs_no_installed_project(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "page/report.md").exists()
+
+
+def test_editors_find_every_name():
+    """All that is public is imported by a statement, which they read."""
+    tree = ast.parse(pathlib.Path(rigl_keras.__file__).read_text())
+    found = {
+        alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert set(rigl_keras.__all__) <= found
+    assert not set(rigl_keras.__all__) - set(vars(rigl_keras))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 
 from rigl_keras import _keras
+from rigl_keras._text import first_line
 from rigl_keras.masking.layer_state import copy_before_build
 from rigl_keras.masking.leaves import holds_masked, leaf_layers, leaf_paths
 from rigl_keras.masking.masked import (
@@ -205,7 +206,7 @@ def _fresh(layer):
             "from its config: its class needs a get_config that returns the "
             "arguments of its constructor (so that Keras can load the model, "
             "too), and a Lambda a named function. Keras says: "
-            f"{str(error).splitlines()[0] if str(error) else repr(error)}"
+            f"{first_line(error)}"
         ) from error
     copy_before_build(layer, fresh)
     return fresh
