@@ -382,6 +382,8 @@ class Masked(KernelMask, keras.layers.Wrapper):
 
         It may be, where the mask's density has changed much.
         """
+        if not self._choices.by_shape:  # as of several kernels: no one mask
+            return False
         return self._choices.changes(self.mask)
 
     def forget_products(self) -> None:
