@@ -9,6 +9,7 @@ import math
 import os
 import warnings
 from pathlib import Path
+from typing import Any, cast
 
 import keras
 import numpy as np
@@ -100,6 +101,7 @@ class TopologyDiagnostics(keras.callbacks.Callback):
         self.log_dir = None if log_dir is None else Path(log_dir)
         self.rows: list[dict] = []
         self._layers: dict[str, KernelMask] = {}
+        self._method: Any = None  # the `StepUpdate` that changes the masks
 
     def set_model(self, model: keras.Model) -> None:
         """Makes room for the masks of a model. `fit` calls it too.
@@ -126,9 +128,11 @@ class TopologyDiagnostics(keras.callbacks.Callback):
         bits = sum(math.prod(m.mask.shape) for m in layers.values())
         empty = np.zeros(-(-bits // _WORD), np.int32)
         with tf.device("CPU:0"):
-            self._step = tf.Variable(-1, trainable=False, dtype=tf.int64)
-            self._initial_bits = tf.Variable(empty, trainable=False)
-            self._ever_bits = tf.Variable(empty, trainable=False)
+            self._step = tf.Variable(tf.constant(-1, tf.int64), trainable=False)
+            self._initial_bits = tf.Variable(
+                tf.constant(empty), trainable=False
+            )
+            self._ever_bits = tf.Variable(tf.constant(empty), trainable=False)
 
     @property
     def variables(self) -> list[tf.Variable]:
@@ -182,18 +186,20 @@ class TopologyDiagnostics(keras.callbacks.Callback):
         if self._writer is not None:
             self._writer.close()
             if self.draw:
-                figures(self._csv, self.log_dir)
+                figures(self._csv, self._csv.parent)
 
     # The record.
 
     @property
-    def _csv(self):
-        return self.log_dir / "topology.csv"
+    def _csv(self) -> Path:
+        """The table, where there is a folder for it."""
+        return cast(Path, self.log_dir) / "topology.csv"
 
     def _iterations(self):
         if self._method is not None:  # `compile` may change the optimizer
             return self._method.steps_taken()
-        return int(self.model.optimizer.iterations.numpy())
+        model: Any = self.model
+        return int(model.optimizer.iterations.numpy())
 
     def _masks(self):
         return {name: m.mask.numpy() > 0 for name, m in self._layers.items()}
@@ -206,13 +212,14 @@ class TopologyDiagnostics(keras.callbacks.Callback):
 
     def _begin(self):
         """Finds the mask update, and what of the record is still true."""
-        self._method = installed_update(self.model)
+        model = cast(keras.Model, self.model)
+        self._method = installed_update(model)
         if self._method is not None:
             # In time: the training step is traced at its first batch.
             self._method.watch_loss = True
         step = self._iterations()
         try:
-            self._cost = count(self.model)
+            self._cost = count(model)
         except ValueError as error:
             warnings.warn(
                 f"The column inference_flops stays empty: {error}", stacklevel=2
@@ -305,7 +312,7 @@ class TopologyDiagnostics(keras.callbacks.Callback):
             initial=self._initial_bits.numpy(),
             ever=self._ever_bits.numpy(),
         )
-        _files.write(self.log_dir / "topology.npz", archive.getvalue())
+        _files.write(self._csv.with_suffix(".npz"), archive.getvalue())
         self._writer.flush()
 
     def _write_scalars(self, rows, columns=_SCALARS):

@@ -103,10 +103,10 @@ def explored(*history: Masks) -> dict[str, np.ndarray]:
         `{layer: bool array}`, which is a mask of its own: more masks may be
         joined to it later.
     """
-    history = _alike(*history)
+    alike = _alike(*history)
     return {
-        name: np.logical_or.reduce([masks[name] for masks in history])
-        for name in history[0]
+        name: np.logical_or.reduce([masks[name] for masks in alike])
+        for name in alike[0]
     }
 
 

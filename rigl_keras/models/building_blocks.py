@@ -1,6 +1,7 @@
 """What the report's networks share: their convolutions and batch norm."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 from keras import layers
@@ -50,15 +51,16 @@ def convolution(x, channels: int, size: int, stride: int, penalty, name: str):
     if stride == 2 and size == 3:
         # `same` would pad below and to the right only.
         x = layers.ZeroPadding2D(1, name=f"{name}_pad")(x)
+    initializer: Any = keras.initializers.VarianceScaling(
+        2.0, "fan_out", "untruncated_normal"
+    )
     return layers.Conv2D(
         channels,
         size,
         strides=stride,
         padding="valid" if stride == 2 else "same",
         use_bias=False,
-        kernel_initializer=keras.initializers.VarianceScaling(
-            2.0, "fan_out", "untruncated_normal"
-        ),
+        kernel_initializer=initializer,
         kernel_regularizer=penalty,
         name=name,
     )(x)

@@ -1,5 +1,7 @@
 """Residual networks for small images."""
 
+from typing import Any
+
 import keras
 from keras import layers
 
@@ -136,7 +138,7 @@ def _resnet(
             x = layers.Add(name=f"{prefix}_add")([y, x])
             x = layers.ReLU(name=f"{prefix}_relu")(x)
     x = layers.GlobalAveragePooling2D(name="pool")(x)
-    uniform = keras.initializers.RandomUniform(
+    uniform: Any = keras.initializers.RandomUniform(
         -(x.shape[-1] ** -0.5), x.shape[-1] ** -0.5
     )
     outputs = layers.Dense(

@@ -1,5 +1,7 @@
 """Wide residual networks for small images."""
 
+from typing import Any
+
 import keras
 from keras import layers
 
@@ -102,11 +104,12 @@ def wide_resnet(
             x = block(x, channels, stride, f"block{stage}_{i}")
     x = normalised(x, "bn")
     x = layers.GlobalAveragePooling2D(name="pool")(x)
+    uniform: Any = keras.initializers.VarianceScaling(
+        1 / 3, "fan_in", "uniform"
+    )
     outputs = layers.Dense(
         num_classes,
-        kernel_initializer=keras.initializers.VarianceScaling(
-            1 / 3, "fan_in", "uniform"
-        ),
+        kernel_initializer=uniform,
         kernel_regularizer=penalty,
         name="classifier",
     )(x)

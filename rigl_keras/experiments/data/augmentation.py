@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import tensorflow as tf
 
@@ -38,7 +39,7 @@ def crop_and_flip(
         flips: (batch,) bool, True for a crop to be mirrored left to right.
         pad: pixels reflected on each side, >= 0.
     """
-    height, width = images.shape[1:3]
+    height, width = _size_of(images)
     rows = _reflect(tops[:, None] - pad + tf.range(height), height)
     columns = _reflect(lefts[:, None] - pad + tf.range(width), width)
     columns = tf.where(flips[:, None], columns[:, ::-1], columns)
@@ -66,8 +67,9 @@ def resize_boxes(
         float32 images.
     """
     tops, lefts, heights, widths = tf.unstack(boxes, axis=1)
-    rows = _positions(tops, heights, images.shape[1])
-    columns = _positions(lefts, widths, images.shape[2])
+    height, width = _size_of(images)
+    rows = _positions(tops, heights, height)
+    columns = _positions(lefts, widths, width)
     columns = tf.where(flips[:, None], columns[:, ::-1], columns)
     images = tf.cast(images, tf.float32)
     return _interpolate(_interpolate(images, rows, axis=1), columns, axis=2)
@@ -148,7 +150,7 @@ def _pad_crop_flip(images: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
 
 def _resized_crop_flip(images: tf.Tensor, key: tf.Tensor) -> tf.Tensor:
     keys = tf.random.split(key, 2, alg=ALGORITHM)
-    height, width = images.shape[1:3]
+    height, width = _size_of(images)
     boxes = draw_boxes(
         tf.shape(images)[0], height=height, width=width, key=keys[0]
     )
@@ -167,9 +169,13 @@ AUGMENTATIONS = {
 }
 
 
-def _uniform(
-    shape: list[int | tf.Tensor], key: tf.Tensor, low: float, high: float
-) -> tf.Tensor:
+def _size_of(images: tf.Tensor) -> tuple[int, int]:
+    """Returns height and width, which are known as a graph is traced."""
+    height, width = images.shape[1:3]
+    return cast(int, height), cast(int, width)
+
+
+def _uniform(shape: Any, key: tf.Tensor, low: float, high: float) -> tf.Tensor:
     return tf.random.stateless_uniform(
         shape, seed=key, minval=low, maxval=high, alg=ALGORITHM
     )
@@ -212,7 +218,7 @@ def _interpolate(
     weight = tf.expand_dims(positions - low, 3 - axis)[..., None]
     low = tf.cast(low, tf.int32)
     # Beyond the last pixel the weight is 0; the index must still exist.
-    high = tf.minimum(low + 1, images.shape[axis] - 1)
+    high = tf.minimum(low + 1, _size_of(images)[axis - 1] - 1)
     below = _take(images, low, axis=axis)
     above = _take(images, high, axis=axis)
     return below + (above - below) * weight

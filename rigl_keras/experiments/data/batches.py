@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from rigl_keras.experiments.data.augmentation import ALGORITHM, AUGMENTATIONS
 from rigl_keras.experiments.data.recipes import Recipe, check_integer
+
+# Stubs know little of its stateless functions.
+_random: Any = tf.random
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -124,13 +128,13 @@ class Data:
 
         def batches_of(epoch: tf.Tensor) -> tf.data.Dataset:
             order_key, augment_key = _epoch_keys(seed, epoch)
-            order = tf.random.experimental.stateless_shuffle(
+            order = _random.experimental.stateless_shuffle(
                 tf.range(count), seed=order_key, alg=ALGORITHM
             )
 
             def batch(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
                 start = step * batch_size
-                key = tf.random.fold_in(augment_key, step, alg=ALGORITHM)
+                key = _random.fold_in(augment_key, step, alg=ALGORITHM)
                 return order[start : start + batch_size], key
 
             return tf.data.Dataset.range(steps).map(batch)
@@ -216,10 +220,10 @@ def _epoch_keys(seed: int, epoch: tf.Tensor) -> list[tf.Tensor]:
     `fold_in` and `split` hash, so neighbouring seeds, epochs and batches
     share no stream, as they would if the numbers were added up.
     """
-    key = tf.random.fold_in(
+    key = _random.fold_in(
         tf.constant([seed, 0], tf.int64), epoch, alg=ALGORITHM
     )
-    return tf.unstack(tf.random.split(key, 2, alg=ALGORITHM))
+    return tf.unstack(_random.split(key, 2, alg=ALGORITHM))
 
 
 def _in_order(

@@ -13,6 +13,7 @@ import difflib
 import os
 import socket
 import urllib.request
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -112,7 +113,7 @@ def _digits(recipe: Recipe) -> list[tuple[np.ndarray, np.ndarray]]:
             "'digits' is part of scikit-learn, which is not installed. "
             "Run `pip install scikit-learn`."
         ) from error
-    digits = datasets.load_digits()
+    digits: Any = datasets.load_digits()
     images = np.rint(digits.images[..., None] * 255 / 16).astype(np.uint8)
     labels = digits.target.astype(np.int32)
     cut = len(images) - recipe.validation  # test and validation are as large
@@ -152,7 +153,7 @@ def _tfds_split(
             "'digits'."
         ) from error
 
-    def read(*, download: bool) -> dict[str, tf.Tensor]:
+    def read(*, download: bool) -> Any:
         return tfds.load(
             name,
             split=split,
