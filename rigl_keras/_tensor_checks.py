@@ -1,10 +1,15 @@
 """Arguments that are tensors: masks, scores and counts."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import tensorflow as tf
 
 from rigl_keras._checks import fraction, integer
 
 __all__ = [
+    "Number",
+    "TensorLike",
     "as_mask",
     "as_scores",
     "as_tensor",
@@ -18,19 +23,27 @@ __all__ = [
 ]
 
 
-def count_true(selected):
+# What TensorFlow makes a tensor of, and a scalar tensor.
+TensorLike = tf.Tensor | tf.Variable | np.ndarray | Sequence | float
+Number = tf.Tensor | tf.Variable | float
+
+
+def count_true(selected: tf.Tensor) -> tf.Tensor:
+    """Returns how many entries of a bool tensor hold, an int32 scalar."""
     return tf.reduce_sum(tf.cast(selected, tf.int32))
 
 
-def no_nan_within(scores, where):
+def no_nan_within(scores: tf.Tensor, where: tf.Tensor) -> tf.Tensor:
+    """Returns whether no score is NaN where a bool tensor holds."""
     return ~tf.reduce_any(where & tf.math.is_nan(scores))
 
 
-def count_nan(scores, where):
+def count_nan(scores: tf.Tensor, where: tf.Tensor) -> int:
+    """Returns how many scores are NaN where a bool tensor holds."""
     return int(count_true(where & tf.math.is_nan(scores)))
 
 
-def as_mask(name: str, mask) -> tf.Tensor:
+def as_mask(name: str, mask: TensorLike) -> tf.Tensor:
     """Returns a mask as a bool tensor.
 
     Args:
@@ -58,7 +71,7 @@ def as_mask(name: str, mask) -> tf.Tensor:
     return tf.cast(values, tf.bool)
 
 
-def as_scores(name: str, scores) -> tf.Tensor:
+def as_scores(name: str, scores: TensorLike) -> tf.Tensor:
     """Returns scores as a float tensor; whole numbers become float64.
 
     Args:
@@ -84,7 +97,8 @@ def as_scores(name: str, scores) -> tf.Tensor:
     return tf.cast(scores, tf.float64)
 
 
-def as_tensor(name, value):
+def as_tensor(name: str, value: TensorLike) -> tf.Tensor:
+    """Returns an argument as a tensor, or raises ValueError."""
     try:
         return tf.convert_to_tensor(value)
     except (TypeError, ValueError, OverflowError, tf.errors.OpError) as error:
@@ -93,7 +107,8 @@ def as_tensor(name, value):
         ) from error
 
 
-def check_one_shape(**tensors):
+def check_one_shape(**tensors: tf.Tensor) -> None:
+    """Raises ValueError unless all tensors have one shape."""
     shapes = [tensor.shape for tensor in tensors.values()]
     if not all(shape.is_compatible_with(shapes[0]) for shape in shapes):
         *names, last = tensors
@@ -104,7 +119,7 @@ def check_one_shape(**tensors):
         )
 
 
-def check_defined(name, scores, where):
+def check_defined(name: str, scores: tf.Tensor, where: tf.Tensor) -> None:
     """Refuses NaN where it would be ranked, when called eagerly."""
     if tf.executing_eagerly() and not bool(no_nan_within(scores, where)):
         raise ValueError(
@@ -113,7 +128,7 @@ def check_defined(name, scores, where):
         )
 
 
-def checked_fraction(value):
+def checked_fraction(value: Number) -> tf.Tensor:
     """Returns a fraction as a float64 scalar tensor."""
     rule = "is a fraction of the active connections and must be in [0, 1]"
     if not (tf.is_tensor(value) or isinstance(value, tf.Variable)):
@@ -129,7 +144,7 @@ def checked_fraction(value):
     return value
 
 
-def checked_count(name, value):
+def checked_count(name: str, value: Number) -> tf.Tensor:
     """Returns a number of connections as an int32 scalar tensor."""
     if tf.is_tensor(value) or isinstance(value, tf.Variable):
         value = tf.convert_to_tensor(value)
@@ -139,6 +154,6 @@ def checked_count(name, value):
             )
         if not tf.executing_eagerly():
             return tf.cast(value, tf.int32)
-        value = value.numpy()
-    value = integer(name, value, at_least=0)
-    return tf.constant(min(value, tf.int32.max), tf.int32)
+        value = int(value)
+    whole = integer(name, value, at_least=0)
+    return tf.constant(min(whole, tf.int32.max), tf.int32)

@@ -70,7 +70,7 @@ def grown_values(
     gradient: tf.Tensor,
     initial: tf.Tensor | None,
     key: int,
-    step,
+    step: int | tf.Tensor,
 ) -> tf.Tensor | None:
     """Returns what each entry of a kernel would start with if it were grown.
 

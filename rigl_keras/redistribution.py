@@ -11,7 +11,12 @@ from collections.abc import Sequence
 
 import tensorflow as tf
 
-from rigl_keras._tensor_checks import as_mask, as_scores
+from rigl_keras._tensor_checks import (
+    Number,
+    TensorLike,
+    as_mask,
+    as_scores,
+)
 from rigl_keras.conventions import ORIGINAL, Conventions, check_conventions
 
 __all__ = [
@@ -31,7 +36,7 @@ _FULL = 0.99  # of its free entries, the most that a layer grows
 _ROUNDS = 1000  # in which the reproduction spreads what overflows
 
 
-def layer_mean(statistic: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
+def layer_mean(statistic: TensorLike, mask: TensorLike) -> tf.Tensor:
     """Returns the mean magnitude over the active connections of one layer.
 
     Dettmers and Zettlemoyer, 2020, section 3.2, with the momentum; the
@@ -127,11 +132,11 @@ def nonzero_shares(kernels: Sequence) -> tf.Tensor:
 
 
 def grow_counts(
-    shares: tf.Tensor,
-    dropped: tf.Tensor,
-    free: tf.Tensor,
+    shares: TensorLike,
+    dropped: TensorLike,
+    free: TensorLike,
     *,
-    correction: float | tf.Tensor = 0.0,
+    correction: Number = 0.0,
     conventions: Conventions = ORIGINAL,
 ) -> tf.Tensor:
     """Returns how many connections each layer grows.
@@ -184,7 +189,7 @@ def grow_counts(
 
 
 def corrected(
-    correction: tf.Tensor, missing: tf.Tensor, mean_missing: tf.Tensor
+    correction: Number, missing: Number, mean_missing: Number
 ) -> tf.Tensor:
     """Returns by how much the reproduction corrects its next update.
 
@@ -207,7 +212,7 @@ def corrected(
     return 0.25 * correction + 0.75 * missing + mean_missing
 
 
-def start_of_correction(connections) -> tf.Tensor:
+def start_of_correction(connections: Number) -> tf.Tensor:
     """Returns the state of the correction before the first update.
 
     Args:
@@ -223,7 +228,7 @@ def start_of_correction(connections) -> tf.Tensor:
     return tf.stack([zero, zero, zero, connections])
 
 
-def next_correction(state: tf.Tensor, connections) -> tf.Tensor:
+def next_correction(state: TensorLike, connections: Number) -> tf.Tensor:
     """Returns the state of the correction after an update.
 
     Args:

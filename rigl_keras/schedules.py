@@ -7,6 +7,8 @@ tensors alike.
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -25,18 +27,19 @@ __all__ = [
     "planned_updates",
 ]
 
+Step = int | np.ndarray | tf.Tensor | tf.Variable
 _POSITIVE = "must be positive"
 DECAYS = ("cosine", "constant", "linear", "polynomial")
 
 
 def is_update_step(
-    step,
+    step: Step,
     *,
     frequency: int,
     begin_step: int,
     end_step: int,
     conventions: Conventions = ORIGINAL,
-):
+) -> bool | tf.Tensor:
     """Returns whether the masks change at `step`.
 
     True when t mod frequency = 0, t > 0 and begin_step <= t <= end_step.
@@ -59,29 +62,26 @@ def is_update_step(
     >>> [t for t in range(50) if is_update_step(t, **window)]
     [10, 20, 30]
     """
-    step = _checked_step(step)
+    t = _checked_step(step)
     frequency = integer("frequency", frequency, at_least=1)
     begin_step = integer("begin_step", begin_step)
-    counted = step + _ahead(conventions)
+    counted = t + _ahead(conventions)
     last = last_update_step(end_step, conventions=conventions)
     return (
-        (counted % frequency == 0)
-        & (step > 0)
-        & (step >= begin_step)
-        & (step <= last)
+        (counted % frequency == 0) & (t > 0) & (t >= begin_step) & (t <= last)
     )
 
 
 def is_gathered_step(
-    step,
+    step: Step,
     *,
     gradient_batches: int,
     frequency: int,
     begin_step: int,
     end_step: int,
     conventions: Conventions = ORIGINAL,
-):
-    """Returns whether `step` is one of the last up to and with an update.
+) -> bool | tf.Tensor:
+    """Returns whether `step` is one of the last steps before an update, or it.
 
     Args:
         step: Optimizer step t, an int or an integer tensor.
@@ -102,9 +102,10 @@ def is_gathered_step(
     ...  if is_gathered_step(t, gradient_batches=3, **window)]
     [8, 9, 10, 18, 19, 20]
     """
-    ahead = -(step + _ahead(conventions)) % frequency
+    t = _checked_step(step)
+    ahead = -(t + _ahead(conventions)) % frequency
     due = is_update_step(
-        step + ahead,
+        t + ahead,
         frequency=frequency,
         begin_step=begin_step,
         end_step=end_step,
@@ -173,7 +174,7 @@ def planned_updates(
 
 
 def decayed_drop_fraction(
-    step,
+    step: Step,
     *,
     drop_fraction: float,
     begin_step: int,
@@ -226,10 +227,10 @@ def decayed_drop_fraction(
     decay_power = number("decay_power", decay_power, above=0, rule=_POSITIVE)
     begin_step = integer("begin_step", begin_step)
     end_step = integer("end_step", end_step)
-    step = tf.cast(_checked_step(step), tf.float64)
-    step -= conventions.drop_fraction_lag
+    t = tf.cast(_checked_step(step), tf.float64)
+    t -= conventions.drop_fraction_lag
     length = max(end_step - begin_step, 1)
-    x = tf.clip_by_value((step - begin_step) / length, 0.0, 1.0)
+    x: Any = tf.clip_by_value((t - begin_step) / length, 0.0, 1.0)
     if decay == "cosine":
         factor = (1 + tf.cos(math.pi * x)) / 2
     elif decay == "constant":
@@ -250,12 +251,12 @@ class SparsityRamp:
 
         s_t = s_f + (s_i - s_f) (1 - x) ^ power
 
-    pruned to at t = begin_step + k x frequency, and at end_step itself, so
-    that the final density is met whatever the frequency. Zhu and Gupta, 2018,
-    arXiv:1710.01878, section 3.
+    Weights are pruned at t = begin_step + k x frequency, and at end_step
+    itself, so that the final density is reached with any frequency. Zhu and
+    Gupta, 2018, arXiv:1710.01878, section 3.
 
-    Called with a step it returns `(due, sparsity)`, as a
-    `tfmot.sparsity.keras.PruningSchedule` does, in whose place it stands.
+    A call with a step returns `(due, sparsity)`, like that of a
+    `tfmot.sparsity.keras.PruningSchedule`.
 
     Args:
         final_density: Fraction of the weights kept in the end, in (0, 1].
@@ -320,10 +321,10 @@ class SparsityRamp:
         )
         return due, self.sparsity(step)
 
-    def sparsity(self, step) -> tf.Tensor:
+    def sparsity(self, step: Step) -> tf.Tensor:
         """Returns s_t, a float64 scalar in [0, 1)."""
-        step = tf.cast(_checked_step(step), tf.float64)
-        x = (step - self.begin_step) / (self.end_step - self.begin_step)
+        t: Any = tf.cast(_checked_step(step), tf.float64)
+        x = (t - self.begin_step) / (self.end_step - self.begin_step)
         left = (1 - tf.clip_by_value(x, 0.0, 1.0)) ** self.power
         return (1 - self.final_density) - (
             self.initial_density - self.final_density
@@ -336,14 +337,17 @@ class SparsityRamp:
 
 
 def planned_sparsity(
-    schedule, step, *, conventions: Conventions = ORIGINAL
+    schedule: Callable[..., tuple],
+    step: Step,
+    *,
+    conventions: Conventions = ORIGINAL,
 ) -> tuple:
     """Returns whether a schedule prunes at a step, and to which sparsity.
 
     Args:
         schedule: A `SparsityRamp`, or any callable `step -> (due, sparsity)`,
-            such as a `tfmot.sparsity.keras.PruningSchedule`, which is asked
-            as it is.
+            such as a `tfmot.sparsity.keras.PruningSchedule`. The conventions
+            apply to a ramp only.
         step: Optimizer step t, an int or an integer tensor.
         conventions: Under `REPORT` a ramp prunes when `is_update_step` holds,
             to the sparsity of the step before.
@@ -370,7 +374,7 @@ def planned_sparsity(
     return due, schedule.sparsity(step - conventions.drop_fraction_lag)
 
 
-def _checked_step(step):
+def _checked_step(step: Step) -> Any:
     """Returns a step as an int, or as an int64 tensor; steps as they are."""
     if isinstance(step, np.ndarray) and np.issubdtype(step.dtype, np.integer):
         return step

@@ -4,6 +4,7 @@ A method drops the active connections of lowest score and grows the inactive
 ones of highest score.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -73,7 +74,9 @@ _EVERY_INTEGER: dict[str, Any] = {
 }
 
 
-def random(shape, *, key: int, step) -> tf.Tensor:
+def random(
+    shape: tf.TensorShape | Sequence[int], *, key: int, step: int | tf.Tensor
+) -> tf.Tensor:
     """Returns uniform draws, by which SET grows.
 
     Mocanu et al., 2018. The draws depend on `key` and `step` only, so that
@@ -87,7 +90,7 @@ def random(shape, *, key: int, step) -> tf.Tensor:
     Returns:
         float32 tensor of `shape`, in [0, 1).
     """
-    if not tf.is_tensor(step):
+    if not isinstance(step, (tf.Tensor, tf.Variable)):
         step = integer("step", step)
     elif not step.dtype.is_integer:
         raise ValueError(

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 import tensorflow as tf
 
 from rigl_keras._tensor_checks import (
+    Number,
+    TensorLike,
     as_mask,
     as_scores,
     as_tensor,
@@ -41,9 +43,9 @@ def update_masks(
     drop_scores: Sequence,
     grow_scores: Sequence,
     *,
-    drop_fraction: float | tf.Tensor,
-    shares: Sequence | tf.Tensor | None = None,
-    grow_counts: Callable[[tf.Tensor, tf.Tensor], Sequence] | None = None,
+    drop_fraction: Number,
+    shares: TensorLike | None = None,
+    grow_counts: Callable[[tf.Tensor, tf.Tensor], TensorLike] | None = None,
     conventions: Conventions = ORIGINAL,
 ) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
     """Moves a fraction of the connections of every layer from worst to best.
@@ -147,12 +149,12 @@ def update_masks(
 
 
 def drop_and_grow(
-    mask,
-    drop_scores,
-    grow_scores,
+    mask: TensorLike,
+    drop_scores: TensorLike,
+    grow_scores: TensorLike,
     *,
-    drop_fraction: float | tf.Tensor,
-    grow_count: int | tf.Tensor | None = None,
+    drop_fraction: Number,
+    grow_count: Number | None = None,
     conventions: Conventions = ORIGINAL,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Moves a fraction of one kernel's connections from worst to best.
@@ -274,7 +276,11 @@ def _check_ranked(active, drop_scores, kept, grow_scores):
 
 
 def drop(
-    active, scores, drop_fraction, *, conventions: Conventions = ORIGINAL
+    active: TensorLike,
+    scores: TensorLike,
+    drop_fraction: Number,
+    *,
+    conventions: Conventions = ORIGINAL,
 ) -> tf.Tensor:
     """Returns the connections that stay when the worst ones leave.
 
@@ -312,7 +318,12 @@ def _drop(active, scores, drop_fraction, conventions):
 
 
 def grow(
-    active, kept, scores, count, *, conventions: Conventions = ORIGINAL
+    active: TensorLike,
+    kept: TensorLike,
+    scores: TensorLike,
+    count: Number,
+    *,
+    conventions: Conventions = ORIGINAL,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns the mask with the best connections added, and which are new.
 
@@ -335,7 +346,7 @@ def grow(
     active, kept = as_mask("active", active), as_mask("kept", kept)
     scores = as_scores("scores", scores)
     check_one_shape(active=active, kept=kept, scores=scores)
-    check_defined("scores", scores, ~kept)
+    check_defined("scores", scores, tf.logical_not(kept))
     count = checked_count("count", count)
     return _grow(active, kept, scores, count, conventions)
 
@@ -351,7 +362,10 @@ def _grow(active, kept, scores, count, conventions):
 
 
 def drop_count(
-    mask, drop_fraction, *, conventions: Conventions = ORIGINAL
+    mask: TensorLike,
+    drop_fraction: Number,
+    *,
+    conventions: Conventions = ORIGINAL,
 ) -> tf.Tensor:
     """Returns how many connections an update of `mask` drops.
 
@@ -383,8 +397,8 @@ def _drop_count(active, drop_fraction, conventions):
 
 def layer_drop_fractions(
     masks: Sequence,
-    shares: Sequence | None,
-    drop_fraction,
+    shares: TensorLike | None,
+    drop_fraction: Number,
     *,
     conventions: Conventions = ORIGINAL,
 ) -> list:
@@ -432,7 +446,9 @@ def layer_drop_fractions(
     return fractions
 
 
-def select_highest(scores, count, *, among) -> tf.Tensor:
+def select_highest(
+    scores: TensorLike, count: Number, *, among: TensorLike
+) -> tf.Tensor:
     """Returns which `count` entries among the candidates score highest.
 
     Exactly `count` are selected (all candidates if there are fewer); ties go

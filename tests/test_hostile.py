@@ -961,6 +961,7 @@ def test_there_are_ten_thousand_calls():
 
 
 @pytest.mark.filterwarnings("ignore:SNIP keeps no connection")
+@pytest.mark.filterwarnings("ignore:At density.* no connection is left")
 @pytest.mark.parametrize("name", CASES)
 def test_hostile(name, request):
     function, arguments, check, calls = CASES[name]

@@ -231,7 +231,7 @@ THIRD_PARTY = {
     "_figure_style": {"matplotlib"},
     "_files": set(),
     "_reading": set(),
-    "_tensor_checks": {"tensorflow"},
+    "_tensor_checks": {"numpy", "tensorflow"},
     "_text": set(),
     "_timing": {"numpy"},
     "conventions": set(),

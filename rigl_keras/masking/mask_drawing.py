@@ -2,16 +2,19 @@
 
 import math
 import zlib
+from collections.abc import Mapping
 
 import numpy as np
 
+from rigl_keras.distributions import Budget
 from rigl_keras.masking.drawing import draw_mask
+from rigl_keras.masking.layer_kernels import Kernel
 from rigl_keras.masking.selection import granularity_of
 
 __all__ = ["draw_masks", "drawing_key", "fan_in_scale", "unit_sizes"]
 
 
-def fan_in_scale(kernel, mask):
+def fan_in_scale(kernel: Kernel, mask: np.ndarray) -> np.ndarray:
     """Returns sqrt(n / m) for each output unit with m of n connections."""
     units = tuple(
         axis for axis in range(mask.ndim) if axis not in kernel.output_axes
@@ -21,7 +24,9 @@ def fan_in_scale(kernel, mask):
     return np.sqrt(connections / np.maximum(kept, 1)).astype(np.float32)
 
 
-def unit_sizes(chosen, granularity):
+def unit_sizes(
+    chosen: Mapping[str, Kernel], granularity: str
+) -> dict[str, int] | None:
     """Returns how many weights of each kernel a mask keeps or removes as one.
 
     None where these are single weights.
@@ -36,7 +41,14 @@ def unit_sizes(chosen, granularity):
     }
 
 
-def draw_masks(budgets, chosen, granularity, seed, *, sampling):
+def draw_masks(
+    budgets: Mapping[str, Budget],
+    chosen: Mapping[str, Kernel],
+    granularity: str,
+    seed: int,
+    *,
+    sampling: str,
+) -> dict[str, np.ndarray]:
     """Returns `{name: float32 array of zeros and ones}`."""
     masks = {}
     for name, (density, count) in budgets.items():
@@ -52,9 +64,10 @@ def draw_masks(budgets, chosen, granularity, seed, *, sampling):
     return masks
 
 
-def drawing_key(name, kernel, seed):
-    # Unique names within the model, and paths of attributes: what Keras calls
-    # a path begins with the model's name, which it may have made by counting.
+def drawing_key(name: str, kernel: Kernel, seed: int) -> int:
+    """Returns the seed of the mask of one kernel."""
+    # Not Keras's path of the variable: it begins with the name of the model,
+    # which may be a counter.
     layer = kernel.layer.name
     if kernel.path == "kernel":
         path = f"{layer}/kernel{name.removeprefix(layer)}"

@@ -75,7 +75,8 @@ def named_kernels(
     return found
 
 
-def check_model(model):
+def check_model(model: keras.Model) -> None:
+    """Raises ValueError unless a model can be masked."""
     if not isinstance(model, keras.Model):
         raise ValueError(
             "sparsify takes a Keras model. Received: "
@@ -121,7 +122,7 @@ def chosen_kernels(
     kernels, _ = names_and_product(kernels)
     matches = _predicate(selector)
     if selector is not None:
-        # Only who asks for an embedding gets one.
+        # An embedding is masked on request only.
         kernels = with_embeddings(kernels)
     chosen = {
         name: kernel
@@ -171,14 +172,17 @@ def chosen_kernels(
     return chosen
 
 
-def with_embeddings(kernels):
+def with_embeddings(kernels: Mapping | None) -> dict:
+    """Returns which variables are kernels if embeddings are masked too."""
     return {**(kernels or {}), keras.layers.Embedding: "embeddings"}
 
 
-def names_and_product(kernels, product="auto"):
+def names_and_product(
+    kernels: Mapping | str | None, product: str = "auto"
+) -> tuple[Mapping | None, str]:
     """Returns which variables are masked, and how products are computed.
 
-    The latter was said by a string as `kernels` once.
+    A string as `kernels`, which is deprecated, says how.
     """
     if isinstance(kernels, str):
         if kernels not in PRODUCTS:
@@ -237,12 +241,12 @@ def _check_all_masked(model, chosen, matches):
         )
 
 
-def granularity_of(kernel, wanted):
+def granularity_of(kernel: Kernel, wanted: str) -> str:
     """Returns what a mask keeps as one; whole kernels are convolved."""
     return wanted if kernel.is_convolution else "element"
 
 
-def without_kernels(chosen):
+def without_kernels(chosen: Mapping[str, Kernel]) -> dict[str, float]:
     """Returns density 1 for each kernel that has no spatial axes."""
     flat = {
         name: 1.0
@@ -258,7 +262,13 @@ def without_kernels(chosen):
     return flat
 
 
-def check_mask(name, mask, named, granularity):
+def check_mask(
+    name: str,
+    mask: np.ndarray,
+    named: Mapping[str, Kernel],
+    granularity: str,
+) -> None:
+    """Raises ValueError unless a mask fits the kernel of its name."""
     if name not in named:
         raise ValueError(
             f"There is a mask for {name!r}, which is no kernel of this model "
@@ -318,7 +328,9 @@ def _selected_layers(selector):
     return [item for item in selector if isinstance(item, keras.layers.Layer)]
 
 
-def by_name(densities, chosen):
+def by_name(
+    densities: Mapping | None, chosen: Mapping[str, Kernel]
+) -> dict[str, float]:
     """Returns densities by name; those of a layer hold for its kernels."""
     given = {}
     for key, value in (densities or {}).items():

@@ -56,19 +56,20 @@ def sparsify(
        that exactly round(density x masked weights) remain
        (`distributions.layer_budgets`).
     2. Each mask is drawn with its count of ones, seeded by `seed` and the
-       kernel's name (`named_kernels`). What the model is called has no part
-       in that.
+       kernel's name (`named_kernels`). The name of the model does not matter.
 
-    Of a Sequential or Functional model the result is a copy, which shares
-    nothing with `model`: weights, what is frozen, vocabularies and statistics
-    are copied. A model that cannot be copied is masked in place: a subclassed
-    one, because only its own code knows how its layers are called; one whose
-    class has its own constructor, as those of keras_hub; and, with a
-    warning, one with a layer that no config makes again, or with layers that
-    share weights. There each layer with a kernel gives way to a `Masked` one
-    of the same weights, and `model` itself is returned. Either is to be
-    compiled again. It trains, saves and loads as
-    any Keras model; without a callback the masks never change (static sparse
+    A Sequential or Functional model is copied. The copy shares nothing with
+    `model`: it has the same weights, frozen layers, vocabularies and
+    statistics. A model that cannot be copied is masked in place, and `model`
+    itself is returned: each layer with a kernel is replaced by a `Masked` one
+    of the same weights. This concerns subclassed models, since only their own
+    code knows how layers are called; models whose class has its own
+    constructor, such as those of keras_hub; and, with a warning, models with
+    layers that share weights, or with a layer that cannot be made from its
+    config.
+
+    Compile the result before training. It trains, saves and loads like any
+    Keras model. Without a callback the masks never change (static sparse
     training). A model that was made in the scope of a strategy is masked in
     that scope.
 
@@ -181,9 +182,9 @@ def with_masks(
 ) -> keras.Model:
     """Returns a masked model with the masks given, its weights kept.
 
-    What `sparsify` does with the masks that it draws, SNIP with those it
-    computes and a lottery ticket with those that another run has found. A
-    copy, or the model itself, as there.
+    `sparsify` draws masks and SNIP computes them; a lottery ticket takes those
+    that another run has found. Returns a copy, or the model itself, as
+    `sparsify` does.
 
     Args:
         model: A built model.

@@ -9,7 +9,9 @@ import copy
 import dataclasses
 import functools
 import math
+from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -17,7 +19,7 @@ from rigl_keras import _checks, redistribution, schedules, scores, topology
 from rigl_keras._tensor_checks import count_true
 from rigl_keras.conventions import ORIGINAL, Conventions
 from rigl_keras.initial_values import checked_grow_init, grown_values
-from rigl_keras.masking.masked import Masked
+from rigl_keras.masking.masked import KernelMask
 from rigl_keras.redistribution import CRITERIA
 from rigl_keras.training import optimizer_state
 from rigl_keras.training.fit_runs import warn_of_no_update
@@ -30,9 +32,8 @@ __all__ = ["MaskUpdate"]
 class MaskUpdate(StepUpdate):
     """Drops and grows connections every so many steps of training.
 
-    At an update step (`schedules.is_update_step`, where a run that begins on
-    trained weights may begin with one), which takes the place of the
-    optimizer's:
+    At an update step (`schedules.is_update_step`; a run that begins on trained
+    weights may begin with one), instead of a step of the optimizer:
 
     1. the drop fraction f is that of `schedules.decayed_drop_fraction`;
     2. each kernel drops the fraction f of its connections, by this method's
@@ -125,7 +126,7 @@ class MaskUpdate(StepUpdate):
         self.seed = _checks.integer(
             "seed", self.seed, at_least=0, at_most=2**32 - 1
         )
-        self._span = None
+        self._span: dict[str, int] = {}  # until a run is planned
         self._initial = []
 
     def _check_window(self):
@@ -156,13 +157,13 @@ class MaskUpdate(StepUpdate):
         The correction, the sum of what was missing, updates so far, and
         connections at the start, or -1.
         """
-        start = [0.0, 0.0, 0.0, -1.0]
-        return tf.Variable(start, trainable=False, dtype=tf.float64)
+        start = tf.constant([0.0, 0.0, 0.0, -1.0], tf.float64)
+        return tf.Variable(start, trainable=False)
 
     # What makes a method: what connections are worth.
 
     def drop_scores(
-        self, layer: Masked, gradient: tf.Tensor, step: tf.Tensor
+        self, layer: KernelMask, gradient: tf.Tensor, step: tf.Tensor
     ) -> tf.Tensor:
         """Returns the scores by which the lowest connections are dropped.
 
@@ -179,7 +180,7 @@ class MaskUpdate(StepUpdate):
         return scores.magnitude(layer.kernel.value)
 
     def grow_scores(
-        self, layer: Masked, gradient: tf.Tensor, step: tf.Tensor
+        self, layer: KernelMask, gradient: tf.Tensor, step: tf.Tensor
     ) -> tf.Tensor:
         """Returns the scores by which the highest connections are grown.
 
@@ -190,7 +191,7 @@ class MaskUpdate(StepUpdate):
         )
 
     def grow_count(
-        self, layer: Masked, dropped: tf.Tensor, step: tf.Tensor
+        self, layer: KernelMask, dropped: tf.Tensor, step: tf.Tensor
     ) -> tf.Tensor:
         """Returns how many connections of a layer are grown.
 
@@ -233,7 +234,7 @@ class MaskUpdate(StepUpdate):
     def extra_logs(self) -> dict[str, tf.Tensor]:
         return {"drop_fraction": self._last["drop_fraction"].value()}
 
-    def set_up(self):
+    def set_up(self) -> None:
         if self.redistribution is not None:
             units = [m.name for m in self.masked if m.granularity != "element"]
             if units:
@@ -245,8 +246,8 @@ class MaskUpdate(StepUpdate):
                 )
         if self.needs_momentum or self.redistribution == "momentum":
             self._check_momentum()
-        # A run that resumes without `variables` takes what it has as what
-        # training started from.
+        # A run that resumes without its `variables` takes its weights for
+        # those that training started from.
         if self.grow_init == "initial_dist" and [
             v.shape[0] for v in self._initial
         ] != [math.prod(m.kernel.shape) for m in self.masked]:
@@ -257,7 +258,7 @@ class MaskUpdate(StepUpdate):
         if self._correction[3] < 0:
             self._begin_correction()
 
-    def forget(self):
+    def forget(self) -> None:
         self._begin_correction()
         if self._initial:
             for kept, layer in zip(self._initial, self.masked, strict=True):
@@ -270,7 +271,8 @@ class MaskUpdate(StepUpdate):
 
     def _check_momentum(self):
         # Of any that is trained: one that is frozen has no memory.
-        trained = {id(v) for v in self._model.trainable_variables}
+        model: Any = self.model  # which is set by now
+        trained = {id(v) for v in model.trainable_variables}
         for layer in self.masked:
             if id(layer.kernel) in trained:
                 optimizer_state.momentum(self.optimizer, layer.kernel)
@@ -278,7 +280,7 @@ class MaskUpdate(StepUpdate):
 
     # When.
 
-    def plan(self, epoch, epochs, steps):
+    def plan(self, epoch: int, epochs: int | None, steps: int | None) -> None:
         """Fixes the update window, once the run is known."""
         end_step = self.end_step
         if end_step is None:
@@ -317,10 +319,10 @@ class MaskUpdate(StepUpdate):
         return {name: t + self.run_start for name, t in self._span.items()}
 
     def _counted(self, step):
-        """Returns when updates come, and a step as this counts it.
+        """Returns a step and the update window, counted from the run's start.
 
-        A run that begins on trained weights may begin with an update. Nothing
-        is known of a connection at the first step of all (t > 0 in
+        A run that begins on trained weights may begin with an update. At the
+        very first step nothing is known of a connection yet (t > 0 in
         Algorithm 1).
         """
         earlier = self.frequency if self.run_start > 0 else 0
@@ -330,11 +332,11 @@ class MaskUpdate(StepUpdate):
             **{name: t + earlier for name, t in self._span.items()},
         }
 
-    def is_due(self, step):
+    def is_due(self, step: int | tf.Tensor) -> bool | tf.Tensor:
         step, rhythm = self._counted(step)
         return schedules.is_update_step(step, **rhythm)
 
-    def is_gathered(self, step):
+    def is_gathered(self, step: int | tf.Tensor) -> bool | tf.Tensor:
         if self.gradient_batches == 1:
             return self.is_due(step)
         step, rhythm = self._counted(step)
@@ -344,7 +346,13 @@ class MaskUpdate(StepUpdate):
 
     # The update, in the graph.
 
-    def change_masks(self, optimizer, layers, gradients, step):
+    def change_masks(
+        self,
+        optimizer: keras.Optimizer,
+        layers: list[KernelMask],
+        gradients: list[tf.Tensor],
+        step: tf.Tensor,
+    ) -> tf.Tensor:
         fraction = schedules.decayed_drop_fraction(
             step,
             drop_fraction=self.drop_fraction,
@@ -453,7 +461,8 @@ def _repeated_nonzeros(kernel):
     """Returns a kernel's nonzero weights, repeated to its own size."""
     weights = kernel.numpy().ravel()
     nonzeros = weights[weights != 0]
-    return np.resize(nonzeros if nonzeros.size else weights, weights.shape)
+    repeated = nonzeros if nonzeros.size else weights
+    return tf.constant(np.resize(repeated, weights.shape))
 
 
 def _whole(name, value, *, at_least):

@@ -116,7 +116,7 @@ def _highest_of_all(saliencies, count):
     flat = [
         tf.reshape(tf.cast(s, tf.float32), [-1]) for s in saliencies.values()
     ]
-    ends = np.cumsum([s.shape[0] for s in flat])
+    ends = np.cumsum([int(tf.size(s)) for s in flat])
     kept = np.split(_highest(tf.concat(flat, axis=0), count), ends[:-1])
     return {
         name: mask.reshape(tuple(saliency.shape))
@@ -146,7 +146,7 @@ def _saliencies(model, chosen, batch, loss):
         value, values, unconnected_gradients=tf.UnconnectedGradients.ZERO
     )
     found = [
-        scores.saliency(value, gradient)
+        scores.saliency(value, tf.convert_to_tensor(gradient))
         for value, gradient in zip(values, gradients, strict=True)
     ]
     if not all(bool(tf.reduce_all(tf.math.is_finite(s))) for s in found):

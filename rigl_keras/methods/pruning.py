@@ -5,10 +5,12 @@ import dataclasses
 import math
 from collections.abc import Callable
 
+import keras
 import tensorflow as tf
 
 from rigl_keras import _checks, schedules, scores, topology
 from rigl_keras.conventions import ORIGINAL, Conventions
+from rigl_keras.masking.masked import KernelMask
 from rigl_keras.training.fit_runs import warn_of_no_update
 from rigl_keras.training.step_update import StepUpdate
 
@@ -25,9 +27,9 @@ class MagnitudePruning(StepUpdate):
     kernels, as many as fit into that). What is removed never returns. Zhu and
     Gupta, 2018, To prune, or not to prune, arXiv:1710.01878.
 
-    As for every method here the pruning takes the place of an optimizer step;
-    with `update_replaces_step=False` in the conventions it follows one, as in
-    the authors' code.
+    Pruning replaces an optimizer step, as the updates of every method do. With
+    `update_replaces_step=False` in the conventions it follows one, as in the
+    authors' code.
 
     Args:
         schedule: A `schedules.SparsityRamp`, or a
@@ -84,7 +86,7 @@ class MagnitudePruning(StepUpdate):
         longer.__post_init__()  # nothing of a run that this one was in
         return longer
 
-    def plan(self, epoch, epochs, steps):
+    def plan(self, epoch: int, epochs: int | None, steps: int | None) -> None:
         if not (steps and epochs):
             return
         first = self.trajectory[0][0]
@@ -93,7 +95,7 @@ class MagnitudePruning(StepUpdate):
         @tf.function
         def first_due():
             return tf.while_loop(
-                lambda t: (t < first + left) & ~self.is_due(t),
+                lambda t: (t < first + left) & tf.logical_not(self.is_due(t)),
                 lambda t: (t + 1,),
                 (tf.constant(first, tf.int64),),
             )
@@ -106,7 +108,7 @@ class MagnitudePruning(StepUpdate):
                 f"{self.schedule} is never due",
             )
 
-    def is_due(self, step):
+    def is_due(self, step: int | tf.Tensor) -> bool | tf.Tensor:
         # A user's schedule may say True.
         return tf.convert_to_tensor(self._planned_sparsity(step)[0], tf.bool)
 
@@ -115,7 +117,13 @@ class MagnitudePruning(StepUpdate):
             self.schedule, step - self.run_start, conventions=self.conventions
         )
 
-    def change_masks(self, optimizer, layers, gradients, step):
+    def change_masks(
+        self,
+        optimizer: keras.Optimizer,
+        layers: list[KernelMask],
+        gradients: list[tf.Tensor],
+        step: tf.Tensor,
+    ) -> tf.Tensor:
         sparsity = self._planned_sparsity(step)[1]
         if not tf.is_tensor(sparsity):
             sparsity = tf.constant(sparsity, tf.float64)
@@ -142,8 +150,8 @@ class MagnitudePruning(StepUpdate):
             ]
         for layer, stays in zip(layers, kept, strict=True):
             # Of the kernel on the threshold, a part may have been selected.
-            whole = ~layer.units(~stays)
-            stays = layer.by_element(whole)
+            removed = layer.units(tf.logical_not(stays))
+            stays = layer.by_element(tf.logical_not(removed))
             nothing = tf.zeros_like(stays)
             self.set_kernel_and_mask(optimizer, layer, stays, nothing)
         return tf.constant(0)

@@ -6,6 +6,7 @@ import tensorflow as tf
 
 from rigl_keras import scores
 from rigl_keras._tensor_checks import count_true
+from rigl_keras.masking.masked import KernelMask
 from rigl_keras.methods.mask_update import MaskUpdate
 from rigl_keras.training import optimizer_state
 
@@ -26,7 +27,9 @@ class RigL(MaskUpdate):
     >>> model.fit(train, epochs=250, callbacks=[RigL()])
     """
 
-    def grow_scores(self, layer, gradient, step):
+    def grow_scores(
+        self, layer: KernelMask, gradient: tf.Tensor, step: tf.Tensor
+    ) -> tf.Tensor:
         return scores.gradient_magnitude(gradient)
 
 
@@ -42,12 +45,16 @@ class SET(MaskUpdate):
 
     dense_gradients = "never"
 
-    def grow_scores(self, layer, gradient, step):
+    def grow_scores(
+        self, layer: KernelMask, gradient: tf.Tensor, step: tf.Tensor
+    ) -> tf.Tensor:
         return scores.random(
             layer.kernel.shape, key=layer.draw_key ^ self.seed, step=step
         )
 
-    def grow_count(self, layer, dropped, step):
+    def grow_count(
+        self, layer: KernelMask, dropped: tf.Tensor, step: tf.Tensor
+    ) -> tf.Tensor:
         if self.conventions.sampling == "exact":
             return dropped
         # Each inactive unit joins with probability dropped / inactive: the
@@ -99,6 +106,8 @@ class SNFS(MaskUpdate):
         other = {"momentum": "", "gradient": "-SG", None: " (fixed)"}
         return type(self).__name__ + other[self.redistribution]
 
-    def grow_scores(self, layer, gradient, step):
+    def grow_scores(
+        self, layer: KernelMask, gradient: tf.Tensor, step: tf.Tensor
+    ) -> tf.Tensor:
         momentum = optimizer_state.momentum(self.optimizer, layer.kernel)
         return scores.magnitude(momentum)
