@@ -482,3 +482,10 @@ def test_what_to_measure_is_named_first(command):
     assert done.returncode == 2 and not done.stdout
     assert "benchmark: What to measure is named before" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_help_shows_the_flags_of_the_part(command):
+    done = command("kernels", "--help")
+    for flag in ("--densities", "--rounds", "--output"):
+        assert f"  {flag}: " in done.stdout
+    assert "--part" not in done.stdout

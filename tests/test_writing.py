@@ -243,7 +243,7 @@ def test_every_command_ends_so():
         "'reproduce'",
         "'train'",
         "'tune'",
-        "f'benchmark {part}'",
+        "f'benchmark {named}'",
     ]
 
 

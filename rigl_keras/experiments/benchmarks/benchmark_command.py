@@ -17,7 +17,7 @@ the machine does falls on both; medians of their times are compared.
 import sys
 
 from rigl_keras.experiments import data, exits
-from rigl_keras.experiments.benchmarks import kernel_command
+from rigl_keras.experiments.benchmarks import kernel_command, plan_memory
 from rigl_keras.experiments.benchmarks.input_pipeline import (
     measure_input_pipeline,
 )
@@ -29,19 +29,16 @@ def main() -> None:
     """Prints the tables that the command line asks for."""
     from absl import flags
 
-    # It measures steps of this module.
-    from rigl_keras.experiments.benchmarks import kernel_comparison, plan_memory
-
-    part = sys.argv[1] if len(sys.argv) > 1 else ""
-    if part == "plans" or part in kernel_command.PARTS:
-        if part == "plans":
-            run_part = plan_memory.define_command()
+    named = sys.argv[1] if len(sys.argv) > 1 else ""
+    if named == "plans" or named in kernel_command.PARTS:
+        if named == "plans":
+            measure = plan_memory.define_command()
             flags.adopt_module_key_flags(plan_memory)  # for --help
         else:
-            run_part = kernel_command.define_command(part)
-            flags.adopt_module_key_flags(kernel_comparison)  # for --help
+            measure = kernel_command.define_command(named)
+            flags.adopt_module_key_flags(kernel_command)  # for --help
         exits.run_command(
-            f"benchmark {part}", run_part, argv=[sys.argv[0], *sys.argv[2:]]
+            f"benchmark {named}", measure, argv=[sys.argv[0], *sys.argv[2:]]
         )
         return
     part = flags.DEFINE_enum(

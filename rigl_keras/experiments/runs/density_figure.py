@@ -33,11 +33,8 @@ def density_figure(
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.patches import Patch
 
     now, before = (_densities(layers, c) for c in (connections, first))
-    masked = [layer for layer in layers if layer.name in connections]
-    rows = np.arange(len(layers))
     # In inches, as a layout that fits itself takes most of a second.
     left = 0.3 + 0.075 * max(len(layer.name) for layer in layers)
     width, above, below = left + 5.6, 0.85, 0.5
@@ -52,6 +49,36 @@ def density_figure(
             (height - above - below) / height,
         )
     )
+    handles = _draw_bars(axes, layers, connections, now, before)
+    _draw_scale(axes, layers, now)
+    figure.text(
+        0.15 / width,
+        1 - 0.12 / height,
+        f"Density of each layer at step {step:,}",
+        fontsize=TITLE,
+        va="top",
+    )
+    figure.legend(
+        handles=handles,
+        loc="upper left",
+        bbox_to_anchor=(0.1 / width, 1 - 0.38 / height),
+        ncols=len(handles),
+        frameon=False,
+        fontsize=TEXT,
+        borderaxespad=0,
+        columnspacing=1.2,
+        handlelength=1.8,
+    )
+    canvas.draw()
+    return np.array(canvas.buffer_rgba())[..., :3]
+
+
+def _draw_bars(axes, layers, connections, now, before):
+    """Draws a bar for each layer; returns what the legend has to explain."""
+    from matplotlib.patches import Patch
+
+    masked = [layer for layer in layers if layer.name in connections]
+    rows = np.arange(len(layers))
     handles = []
     for is_masked, label, look in (
         (True, "masked", {"facecolor": BLUE}),
@@ -86,6 +113,12 @@ def density_figure(
             mec=BLACK,
             label="at the start",
         )
+    return handles
+
+
+def _draw_scale(axes, layers, now):
+    """Names the layers at the left, and writes their densities at the right."""
+    rows = np.arange(len(layers))
     at = axes.get_yaxis_transform()
     for row, density in zip(rows, now, strict=True):
         axes.text(
@@ -105,26 +138,6 @@ def density_figure(
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
     axes.set_xlabel("density", fontsize=TEXT)
-    figure.text(
-        0.15 / width,
-        1 - 0.12 / height,
-        f"Density of each layer at step {step:,}",
-        fontsize=TITLE,
-        va="top",
-    )
-    figure.legend(
-        handles=handles,
-        loc="upper left",
-        bbox_to_anchor=(0.1 / width, 1 - 0.38 / height),
-        ncols=len(handles),
-        frameon=False,
-        fontsize=TEXT,
-        borderaxespad=0,
-        columnspacing=1.2,
-        handlelength=1.8,
-    )
-    canvas.draw()
-    return np.array(canvas.buffer_rgba())[..., :3]
 
 
 def _densities(layers, connections):

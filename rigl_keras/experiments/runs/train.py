@@ -200,16 +200,9 @@ def train(
     if method is not None:
         update = method() if length == 1 else method().lengthened(length)
     topology = _topology(run, network) if diagnostics else None
-    if update is not None:
-        # What the method remembers is made here, for a checkpoint to restore.
-        update.attach(network, network.optimizer)
-    run.begin()
-    if operative_config is not None:
-        run.write_operative_config(operative_config())
-    checkpoints = run.checkpoints(
-        network, variables=_remembered(update, topology)
+    checkpoints, first_epoch = _begun(
+        run, start, update, topology, epochs, operative_config
     )
-    first_epoch = _restored(checkpoints, run, start.dense, epochs)
     trajectory = Trajectory(
         run,
         network,
@@ -230,17 +223,17 @@ def train(
             run, trajectory, cost.count, first_epoch=first_epoch, epochs=epochs
         )
     held_out = batches.validation()
+    callbacks = [
+        update,
+        topology,
+        trajectory,
+        EpochLogs(network, cost, trajectory),
+        Metrics(run, first_epoch=first_epoch) if run.writes else None,
+        board,
+        KeepWeights(run, keep_weights),
+        checkpoints,  # last: what it saves is logged already
+    ]
     if first_epoch < epochs:
-        callbacks = [
-            update,
-            topology,
-            trajectory,
-            EpochLogs(network, cost, trajectory),
-            Metrics(run, first_epoch=first_epoch) if run.writes else None,
-            board,
-            KeepWeights(run, keep_weights),
-            checkpoints,  # last: what it saves is logged already
-        ]
         network.fit(
             batches.train(first_epoch=first_epoch, epochs=epochs),
             steps_per_epoch=examples.steps_per_epoch(batch_size),
@@ -251,10 +244,8 @@ def train(
             callbacks=[each for each in callbacks if each is not None],
             verbose=(1 if sys.stdout.isatty() else 2) if run.writes else 0,
         )
-    test = network.evaluate(batches.test(), verbose=0, return_dict=True)
-    validated = {}
-    if held_out is not None:
-        validated = network.evaluate(held_out, verbose=0, return_dict=True)
+    test = _metrics(network, batches.test())
+    validated = _metrics(network, held_out) if held_out is not None else {}
     steps = int(network.optimizer.iterations.numpy())
     curves = cost.curves(steps)
     run.write_curve(*curves)
@@ -296,6 +287,10 @@ def train(
     return found
 
 
+def _metrics(network, batches):
+    return network.evaluate(batches, verbose=0, return_dict=True)
+
+
 def _topology(run, network):
     """Returns what records how the masks move, None where there are none."""
     if not rigl_keras.masked_layers(network):
@@ -307,24 +302,28 @@ def _topology(run, network):
     return topology
 
 
-def _remembered(update, topology):
-    """Returns variables that a checkpoint has beside model and optimizer."""
-    return [
+def _begun(run, start, update, topology, epochs, operative_config):
+    """Begins or resumes a run; returns its checkpoints and first epoch."""
+    network = start.network
+    if update is not None:
+        # What the method remembers is made here, for a checkpoint to restore.
+        update.attach(network, network.optimizer)
+    run.begin()
+    if operative_config is not None:
+        run.write_operative_config(operative_config())
+    remembered = [
         *(update.variables if update else []),
         *(update.logged_variables if update else []),
         *(topology.variables if topology else []),
     ]
-
-
-def _restored(checkpoints, run, dense, epochs):
-    """Returns the epoch to begin with; a run that is new keeps its start."""
+    checkpoints = run.checkpoints(network, variables=remembered)
     first_epoch = checkpoints.restore()
     if first_epoch is None:
-        run.save_weights(dense, 0)
+        first_epoch = 0
+        run.save_weights(start.dense, 0)
         checkpoints.save(0)
-        return 0
-    if first_epoch == epochs:
+    elif first_epoch == epochs:
         print(f"Resuming {run.path} after its last epoch.")
     elif first_epoch:
         print(f"Resuming {run.path} at epoch {first_epoch + 1} of {epochs}.")
-    return first_epoch
+    return checkpoints, first_epoch
