@@ -299,6 +299,7 @@ def test_three_quarters_of_the_run():
 
 
 # Keras warns when a generator of unknown length ends.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Your input ran out of data")
 def test_unknown_length():
     def batches():
@@ -993,7 +994,6 @@ def test_the_fields_of_a_method_are_its_arguments():
         Seldom(500)
 
 
-@pytest.mark.slow
 def test_only_what_the_optimizer_trains_is_updated():
     """The layer within may be frozen, and not the mask around it."""
     model = sparsify(small_model(), 0.2)

@@ -331,6 +331,7 @@ def other_half(model, topology):
     fit(model, [RigL(**WINDOW), topology], 2, initial_epoch=1)
 
 
+@pytest.mark.slow
 def test_resumed_from_its_files(straight, tmp_path):
     rows, text = straight
     model, _ = half(tmp_path)

@@ -130,6 +130,7 @@ def test_every_kind_of_model_is_served_without_this_package(tmp_path):
                 )
 
 
+@pytest.mark.slow
 def test_states_go_on_from_call_to_call(tmp_path):
     model = rigl_keras.sparsify(stateful(), 0.5)
     before = [v.numpy() for v in model.variables]

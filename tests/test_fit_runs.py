@@ -342,6 +342,7 @@ def test_two_applies_are_refused(options):
     assert equal_masks(before, masks(model))
 
 
+@pytest.mark.slow
 def test_an_apply_that_is_repeated_is_refused():
     model = network(cls=InALoop, run_eagerly=False)
     with pytest.raises(ValueError, match="step 2: .*optimizer more than"):
@@ -578,6 +579,7 @@ def test_on_trained_weights_as_on_new_ones(name):
         assert got == pytest.approx(want, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_on_trained_weights_may_begin_with_an_update():
     """And its multiples count from there, not from the optimizer's 0."""
     model = network()

@@ -342,7 +342,7 @@ def test_trace_with_sparse_kernels(name):
         assert choice.sparse
 
 
-@pytest.mark.slow_but("static")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TRACES)
 def test_trace_with_all_operations_of_ours(name):
     """With sparse products, and batch norms of the op library as well."""
@@ -465,6 +465,7 @@ TABLE_2 = {
 }
 
 
+@pytest.mark.slow
 def test_flops_of_table_2(dense_counts):
     """To the two digits printed, or the README names the difference."""
     dense = dense_counts["wrn-22-2"]

@@ -869,6 +869,7 @@ def test_dense_without_loading_anything(not_loaded):
     assert choice.choose(tiny, 0.1) == Choice(False, "too small to matter")
 
 
+@pytest.mark.slow
 def test_models_that_are_dense_or_small_load_nothing(not_loaded):
     model = small("auto")
     model.fit(*examples(), batch_size=16, verbose=0)

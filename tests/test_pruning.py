@@ -152,6 +152,7 @@ def test_the_largest_stay(scope):
     )
 
 
+@pytest.mark.slow
 def test_one_weight_of_each_layer_stays():
     ramp = SparsityRamp(final_density=1e-6, begin_step=0, end_step=4)
     last, _ = trained(MagnitudePruning(ramp, scope="layer"), steps=6)[-1]
