@@ -13,6 +13,9 @@ import pytest
 from support import fresh as fresh_processes
 from support.disk import disk  # noqa: F401 - a fixture
 
+# XLA compiles a quarter sooner: its code is slower, and computes the same.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
 # Seconds of this process and of those it started, above which a test must be
 # marked as slow.
 LONGEST = 20
@@ -34,6 +37,11 @@ def pytest_addoption(parser):
         action="store_true",
         help="Runs are killed at many random moments, not only at a few.",
     )
+
+
+def pytest_configure(config):
+    option = config.option
+    option.all |= option.every_combination or option.every_kill
 
 
 def asked_for(config):
