@@ -5,9 +5,8 @@
 Each break changes one operator, number, truth or call of one line, in a copy
 of the tracked files. The tests that know the module run on it, those that are
 not marked as slow or, with `--all`, all of them, until one fails that does not
-fail unbroken. A break that changes nothing one
-could see is not caught, either: those that are not caught are printed to be
-judged.
+fail unbroken. A break that changes nothing one could see is not caught, either:
+those that are not caught are printed to be judged.
 """
 
 import argparse
