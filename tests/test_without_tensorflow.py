@@ -75,33 +75,30 @@ def test_the_library_says_that_it_needs_tensorflow(code):
     )
 
 
-def test_the_script_does_not_wait_for_tensorflow(tmp_path):
-    """And loads it for --planned, as the Python that it runs does."""
-    shown = "import sys; sys.argv[1:1] = {}; " + REPORT.replace(
-        '__main__")', '__main__", alter_sys=True)'
-    )
-    ends = f"""
-import atexit, runpy
+ENDS = (
+    """
+import atexit, runpy, sys
 atexit.register(lambda: print("tensorflow" in sys.modules))
-{shown}
 """
-    data = ROOT / "docs/results_small/results.jsonl"
-    for flags, loaded in (([], False), (["--planned"], True)):
-        done = subprocess.run(
-            [
-                sys.executable,
-                "-c",
-                ends.format(flags),
-                f"--results_dir={data}",
-                f"--output={tmp_path}",
-            ],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, "RIGL_KERAS_WITHOUT_TENSORFLOW": "1"},
-        )
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.splitlines()[-1] == str(loaded)
+    + REPORT
+)
+
+
+@pytest.mark.parametrize(
+    "options, loaded", [([], "False"), (["--planned"], "True")]
+)
+def test_the_script_does_not_wait_for_tensorflow(options, loaded, tmp_path):
+    """And loads it for --planned, as the Python that it runs does."""
+    data = f"--results_dir={ROOT / 'docs/results_small/results.jsonl'}"
+    done = subprocess.run(
+        [sys.executable, "-c", ENDS, data, f"--output={tmp_path}", *options],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "RIGL_KERAS_WITHOUT_TENSORFLOW": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == loaded
     script = (ROOT / "bin/report").read_text()
     assert "export RIGL_KERAS_WITHOUT_TENSORFLOW=1" in script
 
