@@ -39,7 +39,7 @@ def integer(
         ValueError: It is no whole number, or out of bounds.
     """
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not whole or not at_least <= value <= at_most:
+    if not whole or not at_least <= int(value) <= at_most:
         if not rule:
             rule = "must be an int" + _bounds(at_least, at_most)
         raise ValueError(f"{name} {rule}. {_received(name, value)}")

@@ -84,14 +84,15 @@ def new_figure(width: float, height: float) -> Figure:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     if max(width, height) > _LONGEST or width * height > _LARGEST:
         raise ValueError(
             f"it would be {width:.0f} by {height:.0f} inches: too many panels"
         )
-    figure = Figure(figsize=(width, height), layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08)
+    figure = Figure(figsize=(width, height), layout=layout)
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
     return figure
 
 
@@ -102,9 +103,9 @@ def dress(
     y: str | None = None,
 ) -> None:
     """Gives axes their title, labels and grid."""
-    axes.set_title(title, fontsize=TITLE, loc="left")
-    axes.set_xlabel(x, fontsize=TEXT)
-    axes.set_ylabel(y, fontsize=TEXT)
+    axes.set_title(title or "", fontsize=TITLE, loc="left")
+    axes.set_xlabel(x or "", fontsize=TEXT)
+    axes.set_ylabel(y or "", fontsize=TEXT)
     axes.tick_params(labelsize=TICKS)
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)

@@ -7,6 +7,7 @@ TensorFlow is met in this file alone.
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any, cast
 
 import keras
 import tensorflow as tf
@@ -144,7 +145,7 @@ def applies_default_build(layer: Layer) -> bool:
     return getattr(type(layer).build, "_is_default", False)
 
 
-def operation_of(tensor: keras.KerasTensor):
+def operation_of(tensor: Any) -> Any:
     """Returns the layer or operation that a symbolic tensor comes from.
 
     Without it copies of a model forget that an input is optional.
@@ -194,7 +195,7 @@ def compute_loss(model: keras.Model, **arguments) -> tf.Tensor:
     Models may override `compute_loss` with or without the argument
     `training`. Without it the latter cannot be watched.
     """
-    return model._compute_loss(**arguments)
+    return cast(tf.Tensor, model._compute_loss(**arguments))
 
 
 # Changes of a model in place. Keras can only make another model.
