@@ -73,7 +73,8 @@ def check_error(error, arguments):
     trace = error.__traceback__
     while trace.tb_next is not None:
         trace = trace.tb_next
-    ours = pathlib.Path(trace.tb_frame.f_code.co_filename).parent == PACKAGE
+    file = pathlib.Path(trace.tb_frame.f_code.co_filename)
+    ours = file.is_relative_to(PACKAGE)
     if ours and isinstance(error, ValueError):
         message = str(error)
         # Of plain values, the value itself.
