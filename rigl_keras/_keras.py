@@ -383,5 +383,5 @@ def _wrap_decorator(name, wrap):
         return decorate(wrap(function), args, kwargs)
 
     if not hasattr(decorate, "is_wrapped"):
-        wrapping.is_wrapped = True
+        vars(wrapping)["is_wrapped"] = True
         setattr(_custom_gradient, name, wrapping)

@@ -1,5 +1,7 @@
 """What a method trains: a model, its optimizer and its masked layers."""
 
+from typing import Any
+
 import keras
 import tensorflow as tf
 
@@ -67,7 +69,8 @@ class Attachment:
 
     def steps_taken(self) -> int:
         """Returns how many steps this optimizer and earlier ones took."""
-        return int(self.applied.iterations.numpy()) + self.steps_before
+        iterations: Any = self.applied.iterations
+        return int(iterations.numpy()) + self.steps_before
 
     def batches(self) -> tf.Tensor:
         """Returns how many batches the optimizer has seen, a scalar."""

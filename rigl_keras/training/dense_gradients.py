@@ -5,6 +5,7 @@ without regularisation (Evci et al., 2020, arXiv:1911.11134, section 3).
 """
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -33,7 +34,7 @@ class GradientBuffers:
         self._kernels = [m.kernel for m in masked]
         # How many gradients each sum has, and the number of the batch (as the
         # optimizer counts them) that must come next.
-        self._gathered = tf.Variable([0, 0], trainable=False, dtype=tf.int64)
+        self._gathered = tf.Variable(tf.zeros([2], tf.int64), trainable=False)
         self._sums = [
             tf.Variable(tf.zeros_like(kernel.value), trainable=False)
             for kernel in self._kernels
@@ -119,9 +120,13 @@ def kernel_gradients(
         ValueError: No masked layer has a gradient, though some are trainable.
     """
     of = {variable_key(v): g for v, g in zip(variables, gradients, strict=True)}
-    layers = [
-        m for m in attached.masked if of.get(variable_key(m.kernel)) is not None
+    found = [
+        (m, gradient)
+        for m in attached.masked
+        for gradient in [of.get(variable_key(m.kernel))]
+        if gradient is not None
     ]
+    layers = [m for m, _ in found]
     if not attached.trainable():
         return [], []
     if not layers:
@@ -132,7 +137,7 @@ def kernel_gradients(
         )
     scale = attached.optimizer.loss_scale_factor or 1.0  # a fixed one
     summed = replicas.summed(
-        [tf.convert_to_tensor(of[variable_key(m.kernel)]) for m in layers]
+        [tf.convert_to_tensor(gradient) for _, gradient in found]
     )
     dense = [
         gradient / tf.cast(scale, gradient.dtype)
@@ -142,7 +147,7 @@ def kernel_gradients(
     return layers, dense
 
 
-def _regularisation_gradient(kernel):
+def _regularisation_gradient(kernel) -> Any:
     """Returns the gradient of a kernel's own penalty, or 0 without one."""
     if kernel.regularizer is None:
         return 0.0
@@ -219,11 +224,14 @@ def seem_masked(
         found = tf.math.divide_no_nan(
             _count(alive & kept & moved), _count(alive & kept)
         )
-        expected.append(found * _count(alive & ~kept))
-        reached.append(tf.reduce_any(moved & ~kept))
+        removed = tf.logical_not(kept)
+        expected.append(found * _count(alive & removed))
+        reached.append(tf.reduce_any(moved & removed))
     reached, expected = tf.stack(reached), tf.stack(expected)
-    none = ~tf.reduce_any(reached) & (tf.reduce_sum(expected) >= 1.0)
-    return ~reached & ((expected >= _ENOUGH) | (none & (expected > 0.0)))
+    nowhere = tf.logical_not(tf.reduce_any(reached))
+    none = nowhere & (tf.reduce_sum(expected) >= 1.0)
+    enough = (expected >= _ENOUGH) | (none & (expected > 0.0))
+    return tf.logical_not(reached) & enough
 
 
 def _count(where):

@@ -10,6 +10,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import keras
 
@@ -123,7 +124,8 @@ class FitRun:
         Args:
             check: Called before each step of the run.
         """
-        model, function = self.model, self.model.train_function
+        model: Any = self.model
+        function = model.train_function
 
         def train_function(iterator):
             if not self.lasts():
@@ -141,7 +143,7 @@ class FitRun:
         self._over = True
         if self._callbacks is not None:
             self._finalizer.detach()
-        attributes = vars(self.model)
+        attributes: dict[str, Any] = self.model.__dict__
         for name in self._own:
             if attributes.get(name) is not self._given[name]:
                 continue
@@ -166,7 +168,8 @@ def _who_begins():
         if frame.f_code.co_name == "on_train_begin":
             callbacks = frame.f_locals.get("self")
             if isinstance(callbacks, keras.callbacks.CallbackList):
-                return callbacks, frame.f_back.f_code
+                around = frame.f_back
+                return callbacks, around and around.f_code
         frame = frame.f_back
     return None, None
 

@@ -343,7 +343,7 @@ class GraphUpdates:
             )
 
     def _gather_or_update(self, apply, gradients, variables, loss, by_hand):
-        attached, optimizer = self._attached, self._attached.optimizer
+        attached = self._attached
         step = attached.step()
         layers, dense = kernel_gradients(
             attached, gradients, variables, method=self._method
@@ -352,30 +352,34 @@ class GraphUpdates:
             apply(gradients, variables)
             return
 
-        batches = attached.batches()
-        last = tf.equal((batches + 1) % attached.batches_per_step, 0)
-
         def apply_masked():
             apply(self._masked_gradients(gradients, variables), variables)
 
-        def gather():
-            self._buffers.add(layers, dense, batches)
-            apply_masked()
-
-        def update():
-            growth = dense
-            if self._buffers:
-                growth = self._buffers.mean(layers, dense, batches)
+        def update(growth):
             if not self._update_replaces_step:
                 apply_masked()
             self._change_once(layers, growth, step, loss, by_hand)
             if self._update_replaces_step:
-                optimizer_state.count_step(optimizer)
+                optimizer_state.count_step(attached.optimizer)
 
-        if self._buffers:
-            tf.cond(self._is_due(step) & last, update, gather)
-        else:
-            update()
+        buffers = self._buffers
+        if buffers is None:
+            update(dense)
+            return
+
+        batches = attached.batches()
+        each = attached.batches_per_step
+        last = tf.equal(tf.math.floormod(batches + 1, each), 0)
+
+        def gather():
+            buffers.add(layers, dense, batches)
+            apply_masked()
+
+        tf.cond(
+            self._is_due(step) & last,
+            lambda: update(buffers.mean(layers, dense, batches)),
+            gather,
+        )
 
     def _masked_gradients(self, gradients, variables):
         """Returns what an ordinary step gives to the optimizer."""
@@ -409,11 +413,11 @@ class GraphUpdates:
             self._record.refuse_unless(dense, step, NOT_DENSE)
 
         def change():
-            before = loss() if loss else None
+            losses = [loss()] if loss else []
             grown = self._change_masks(
                 self._attached.optimizer, layers, gradients, step
             )
-            losses = (before, loss()) if loss else None
+            losses += [loss()] if loss else []
             self._record.note_update(step, grown, losses)
 
         tf.cond(accepted, change, lambda: None)

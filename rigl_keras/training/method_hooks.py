@@ -171,7 +171,9 @@ class MethodHooks(keras.callbacks.Callback):
         before = layer.mask.value > 0
         zeros = tf.zeros_like(kernel.value)
         start = zeros if values is None else tf.where(grown, values, zeros)
-        kernel.assign(tf.where(mask & ~grown, kernel.value, start))
+        kernel.assign(
+            tf.where(mask & tf.logical_not(grown), kernel.value, start)
+        )
         # A connection that left and rejoined keeps its memory, even where the
         # conventions zero its weight.
         optimizer_state.forget(

@@ -5,6 +5,7 @@ does the work of `StepUpdate`, at the place where it would apply the optimizer.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -71,8 +72,7 @@ class StepUpdate(MethodHooks):
             model and its optimizer.
         masked: The masked layers of the model, frozen ones included.
         optimizer: The optimizer that trains them, within any loss scaling.
-        run_start: The optimizer step at which the run began; 0 in a custom
-            loop.
+        run_start: The optimizer step at which the run began, or 0.
         trajectory: `[(step, counts)]`: the active connections of each masked
             layer before the first step and after each update of this run.
             Masks that were changed otherwise (`set_weights`) appear at the
@@ -192,7 +192,7 @@ class StepUpdate(MethodHooks):
             self._bind(attached)
             for name in self._logged:
                 if name not in self._last:
-                    self._last[name] = tf.Variable(0.0, trainable=False)
+                    self._last[name] = tf.Variable(tf.zeros([]), False)
             self._record = UpdateRecord(attached, self._last)
             self._updates = GraphUpdates(
                 attached,
@@ -359,7 +359,7 @@ class StepUpdate(MethodHooks):
         super().set_model(model)
 
     def on_train_begin(self, logs=None):
-        model = self.model
+        model: Any = self.model
         self._refuse_while_running(model)
         if model.optimizer is None:
             raise ValueError(

@@ -11,6 +11,7 @@ import tensorflow as tf
 from rigl_keras import _keras, replicas
 from rigl_keras.training.fit_runs import FitRun
 from rigl_keras.training.graph_updates import GraphUpdates
+from rigl_keras.training.method_hooks import MethodHooks
 
 __all__ = ["StepExchange", "installed_update", "untraced"]
 
@@ -48,7 +49,7 @@ class StepExchange:
         self._logs, self._watches_loss = logs, watches_loss
         self._renew, self._check = renew, check
 
-    def install(self, owner: keras.callbacks.Callback) -> None:
+    def install(self, owner: MethodHooks) -> None:
         """Exchanges the step, and makes the train function.
 
         Args:
@@ -131,7 +132,7 @@ class StepExchange:
             self._run.own("make_train_function"),
             ordinary=self._with_logs(ordinary),
             update=self._with_logs(update),
-            is_due=updates.is_gathered,
+            is_due=lambda step: bool(updates.is_gathered(step)),
             stepping=stepping,
             check=updates.check_steps,
         )
@@ -150,7 +151,7 @@ class StepExchange:
         return logged
 
 
-def installed_update(model: keras.Model) -> keras.callbacks.Callback | None:
+def installed_update(model: keras.Model) -> MethodHooks | None:
     """Returns the callback whose updates a model's training step runs.
 
     Args:

@@ -6,6 +6,7 @@ which the host reads now and then.
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import tensorflow as tf
 
@@ -67,7 +68,7 @@ class UpdateRecord:
         self.skipped = _counter(0)
         self._refused = _counter([-1, NOT_FINITE])  # step and reason
         self._differ_at = _counter(-1)
-        self.density = tf.Variable(0.0, trainable=False)
+        self.density = tf.Variable(tf.zeros([]), trainable=False)
         self.trajectory, self.losses = [], []
         self.bind(attached)
 
@@ -90,7 +91,7 @@ class UpdateRecord:
         self._seem_masked = tf.Variable(
             tf.zeros([masked], tf.bool), trainable=False
         )
-        self._kept = tf.Variable(0, trainable=False)
+        self._kept = tf.Variable(tf.constant(0), trainable=False)
 
     # In the graph.
 
@@ -147,24 +148,24 @@ class UpdateRecord:
         self,
         step: tf.Tensor,
         grown: tf.Tensor,
-        losses: tuple[tf.Tensor, tf.Tensor] | None = None,
+        losses: Sequence[tf.Tensor] = (),
     ) -> None:
         """Notes the masks that an update has left.
 
         Args:
             step: The optimizer step, an int64 scalar.
             grown: How many connections have grown, an integer scalar.
-            losses: The loss of its batch before and after. None: not known.
+            losses: The loss of its batch before and after; none if not known.
         """
         counts = self._counts()
         self._last["grown"].assign(tf.cast(grown, tf.float32))
         self.density.assign(self._density_of(counts))
-        rows = self._rows.shape[0]
+        rows: Any = self._rows.shape[0]
         row = tf.minimum(self._kept, rows - 1)
         here = tf.expand_dims(tf.equal(tf.range(rows), row), axis=1)
         values = tf.concat([[step], counts], axis=0)
         self._rows.assign(tf.where(here, values, self._rows))
-        if losses is not None:
+        if losses:
             self._losses.assign(tf.where(here, [[*losses]], self._losses))
         self._kept.assign(row + 1)
 
