@@ -55,6 +55,7 @@ setup(
             "pytest",
             "hypothesis",
             "ruff",
+            "pyright",
             "tensorflow-model-optimization",
             "tf_keras",
         ),
