@@ -13,8 +13,10 @@ import pytest
 from support import fresh as fresh_processes
 from support.disk import disk  # noqa: F401 - a fixture
 
-# XLA compiles a quarter sooner: its code is slower, and computes the same.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# XLA compiles a quarter sooner: its code is slower, and computes the same. All
+# tests together see the code that users get. (Workers inherit the choice.)
+if "--all" not in sys.argv and "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 # Seconds of this process and of those it started, above which a test must be
 # marked as slow.
