@@ -88,6 +88,10 @@ def test_config_round_trip():
     assert callback.lengthened(3).schedule == dataclasses.replace(
         RAMP, end_step=30
     )
+    half = callback.lengthened(0.5).schedule
+    assert half.end_step == callback.schedule.end_step // 2
+    with pytest.raises(ValueError, match="factor must be positive"):
+        callback.lengthened(0)
 
     class Fixed:
         def __call__(self, step):
