@@ -3,18 +3,20 @@
 import math
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from typing import TypeVar
 
 import numpy as np
 
 __all__ = ["interleaved", "rounds_within"]
 
-Sides = Mapping[str, Callable[[], object]]
+Name = TypeVar("Name", bound=Hashable)
+Sides = Mapping[Name, Callable[[], object]]
 
 
 def interleaved(
-    sides: Sides, *, rounds: int, turn: float = 0.0
-) -> dict[str, float]:
+    sides: Sides[Name], *, rounds: int, turn: float = 0.0
+) -> dict[Name, float]:
     """Returns the median seconds of a call of each side, which take turns.
 
     In each round every side has one turn, so that whatever else the machine

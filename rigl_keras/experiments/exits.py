@@ -8,6 +8,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import cast
 
 from absl import app
 
@@ -113,7 +114,7 @@ def _of_a_file(error):
         return f"The disk{of} is full ({reason}). Make room and try again."
     if isinstance(error, OSError):
         file = "A file" if name is None else repr(str(name))
-        return f"{file} cannot be used ({os.strerror(error.errno)})."
+        return f"{file} cannot be used ({os.strerror(cast(int, error.errno))})."
     return None
 
 

@@ -316,8 +316,7 @@ def _environment():
     threads = {"TensorFlow": chosen or cores, "TFLite": cores}
     packages = ["tensorflow", "keras", "numpy"]
     if torch_network.is_installed():
-        import torch
-
+        torch = importlib.import_module("torch")
         threads[TORCH] = torch.get_num_threads()
         packages.append("torch")
     versions = {name: importlib.metadata.version(name) for name in packages}

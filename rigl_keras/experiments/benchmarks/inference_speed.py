@@ -1,7 +1,7 @@
 """Inference of whole networks: sparse products against dense ones."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import keras
 import numpy as np
@@ -64,7 +64,7 @@ def measure_inference(
     dense = MODELS[model]()
     measured = []
     for distribution in distributions:
-        calls = {DENSE: _called(dense)}
+        calls: dict[Hashable, Callable] = {DENSE: _called(dense)}
         plain = {}
         for density in densities:
             network = rigl_keras.sparsify(

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import tensorflow as tf
@@ -38,7 +38,7 @@ _MEASURES = {
 }
 
 
-def define_command(part: str) -> Callable[[list[str]], None]:
+def define_command(part: str) -> Callable[[Sequence[str]], None]:
     """Defines the flags of a part, and returns what runs it after parsing.
 
     Args:

@@ -14,6 +14,7 @@ compared. How long it takes is for `--densities` and `--rounds` to say.
 
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, cast
 
 import tensorflow as tf
 
@@ -60,7 +61,7 @@ def machine() -> str:
     found = "no sparse kernels"
     if kernels.load() is not None:
         found = f"{kernels.instruction_set()} against {kernels.dense_library()}"
-    cores = os.cpu_count()
+    cores = cast(int, os.cpu_count())
     return f"{found}, {cores} core{'s' if cores > 1 else ''}"
 
 
@@ -93,7 +94,7 @@ def timed_in_turns(
 
 
 def measurements(
-    seconds: Mapping[Hashable, float],
+    seconds: Mapping[Any, float],
     dense: Mapping[str, Hashable],
     densities: Sequence[float],
     say: Say,

@@ -1,7 +1,8 @@
 """Single layers: sparse products against dense ones."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -50,9 +51,10 @@ def layer_problems(
     for layer in _keras.flatten_layers(model):
         if type(layer) is not keras.layers.Conv2D:
             continue
-        rows, columns, channels, filters = layer.kernel.shape
-        images = tuple(layer.input.shape[1:3])
-        stride = f"/{layer.strides[0]}" if max(layer.strides) > 1 else ""
+        conv: Any = layer  # a built one: Keras's annotations know of none
+        rows, columns, channels, filters = conv.kernel.shape
+        images = tuple(conv.input.shape[1:3])
+        stride = f"/{conv.strides[0]}" if max(conv.strides) > 1 else ""
         name = (
             f"{rows}x{columns} {images[0]}x{images[1]}x{channels}>{filters}"
             f"{stride}"
@@ -60,9 +62,9 @@ def layer_problems(
         found[name] = kernels.Problem(
             kernel=(rows, columns, channels, filters),
             images=(batch_size, *images),
-            strides=tuple(layer.strides),
-            padding=layer.padding.upper(),
-            dilations=tuple(layer.dilation_rate),
+            strides=tuple(conv.strides),
+            padding=conv.padding.upper(),
+            dilations=tuple(conv.dilation_rate),
         )
     return found
 
@@ -159,11 +161,13 @@ def _layer_sides(problem, densities):
             BOTH: lambda: both(images, kernel, upstream),
         }
 
-    sides = {(side, None): call for side, call in calls(dense).items()}
+    sides: dict[tuple[str, float | None], Callable] = {
+        (side, None): call for side, call in calls(dense).items()
+    }
     for density in densities:
         size = kernel.shape.num_elements()
         count = max(1, round(density * size))
-        kept = (draw.permutation(size) < count).reshape(kernel.shape)
+        kept = (draw.permutation(size) < count).reshape(problem.kernel)
         mask = tf.constant(kept.astype(np.float32))
         sparse = functools.partial(kernels.sparse_conv2d, mask=mask, **settings)
         check_same_outputs(sparse(images, kernel), dense(images, kernel * mask))

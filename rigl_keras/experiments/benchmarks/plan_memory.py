@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -125,7 +126,7 @@ def _training_step(mask):
 
 def _kept(name, call, sizes, channels, weights, say):
     """Returns a `Kept` after 2, 4, 8 ... sizes, and after all."""
-    operations = kernels.load()
+    operations: Any = kernels.load()  # its names are made as it loads
 
     def plan_bytes():
         return int(operations.rigl_keras_plan_bytes())

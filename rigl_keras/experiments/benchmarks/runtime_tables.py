@@ -5,6 +5,7 @@ import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -104,7 +105,8 @@ class Comparison:
 
     def ratio(self, measured: Measurement) -> float:
         """Returns a time in units of that of the dense SavedModel."""
-        dense = self.of(
+        # There is a dense side of everything that is measured.
+        dense: Any = self.of(
             model=measured.model,
             density=measured.density,
             batch=measured.batch,

@@ -3,10 +3,12 @@
 PyTorch is no dependency: it is imported when a network is made.
 """
 
+# pyright: reportMissingImports=false
+
 import contextvars
 import importlib.util
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import keras
 import numpy as np
@@ -120,7 +122,7 @@ def torch_training_step(
     token = _parameters.set([])
     try:
         steps, given, wanted = _steps(model, rules)
-        parameters = _parameters.get()
+        parameters = cast(list, _parameters.get())
     finally:
         _parameters.reset(token)
     masks = [

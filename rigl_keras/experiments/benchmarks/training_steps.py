@@ -1,6 +1,7 @@
 """What a training step costs: dense, masked, and with RigL."""
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import keras
 import numpy as np
@@ -97,9 +98,10 @@ def stepper(
         method.on_train_begin()
         method.on_epoch_begin(0)
     iterator: Iterator = iter(batches)
+    made: Any = model  # with a train function; Keras declares it as None
 
     def step():
-        float(model.train_function(iterator)["loss"])
+        float(made.train_function(iterator)["loss"])
 
     return step
 

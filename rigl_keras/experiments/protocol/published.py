@@ -11,6 +11,7 @@ import csv
 import dataclasses
 import functools
 from pathlib import Path
+from typing import Any
 
 __all__ = ["Cell", "FIGURES", "TABLES", "cells", "notes"]
 
@@ -143,7 +144,8 @@ def _all():
 
 
 def _cell(line):
-    numbers = {
+    # Any: some fields are numbers, some may be None.
+    numbers: dict[str, Any] = {
         name: float(line[name]) if line[name] else None
         for name in (
             "density",

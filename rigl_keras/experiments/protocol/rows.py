@@ -108,7 +108,7 @@ def run_name(
     gin: str,
     density: float | None,
     seed: int,
-    changes: Iterable[tuple[str, object]] = (),
+    changes: Iterable[tuple[str, float]] = (),
 ) -> str:
     """Returns the name of a run's folder; runs that differ have other ones.
 

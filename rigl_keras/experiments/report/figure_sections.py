@@ -1,5 +1,7 @@
 """The report's figures, each with what it shows."""
 
+from typing import cast
+
 from rigl_keras._text import exact
 from rigl_keras.experiments.protocol import published, rows
 from rigl_keras.experiments.report import (
@@ -48,7 +50,7 @@ def figure_2(context: Context, name: str) -> Section:
         return Section(name, TITLES[name])
     for row, density, changes in sorted(
         {
-            (run.row, run.density, run.changes)
+            (run.gin, run.density, run.changes)
             for run in found.runs
             if run.row in RIGL.values()
             and "sgd.learning_rate" in dict(run.changes)
@@ -76,7 +78,7 @@ def figure_3(context: Context, name: str) -> Section:
     lines, marks = [], Marks()
     for mask, gin in RIGL.items():
         own = {r.density for r in found.runs if r.row == gin and not r.changes}
-        for density in sorted(own):
+        for density in sorted(cast(set[float], own)):
             summary = summaries.of(found, gin, density)
             cell = next(
                 (
@@ -119,7 +121,7 @@ def figure_3(context: Context, name: str) -> Section:
         )
         erk = [
             f"{percent_cell(cell.accuracy, cell.std)} at the FLOPs of uniform "
-            f"masks of density {exact(cell.density)}"
+            f"masks of density {exact(cast(float, cell.density))}"
             for cell in printed
             if cell.gin == RIGL["ERK"]
         ]
@@ -161,7 +163,7 @@ def tuning(context: Context, name: str) -> Section:
         return Section(name, TITLES[name])
     for mask, gin in RIGL.items():
         densities = {run.density for run in found.runs if run.row == gin}
-        for density in sorted(densities):
+        for density in sorted(cast(set[float], densities)):
             for trial in summaries.trials(found, gin, density):
                 updates = updates_cell(trial.drop_fraction, trial.frequency)
                 label = f"{mask}, {updates}"

@@ -6,6 +6,7 @@ line styles and hatches tell them apart without colour.
 
 import itertools
 import statistics
+from typing import cast
 
 import numpy as np
 from matplotlib import ticker
@@ -28,6 +29,7 @@ from rigl_keras._figure_style import (
 )
 from rigl_keras._text import exact, printable
 from rigl_keras.experiments.protocol import published, rows
+from rigl_keras.experiments.protocol.variations import Changes
 from rigl_keras.experiments.report import summaries
 from rigl_keras.experiments.report.records import Records
 from rigl_keras.experiments.report.search_figures import RIGL
@@ -63,12 +65,12 @@ def safe_text(name: str) -> str:
     return name.replace("$", r"\$")
 
 
-def finished_rows(records: Records, network: str) -> list[str]:
+def finished_rows(records: Records, network: str) -> list[tuple[str, Changes]]:
     """The rows of a network that have a result, each with its changes."""
     found = {
-        (run.row, run.changes): None
+        (run.gin, run.changes): None
         for run in records.finished
-        if not summaries.is_trial(run) and rows.row(run.row).network == network
+        if not summaries.is_trial(run) and rows.row(run.gin).network == network
     }
     return list(found)
 
@@ -217,7 +219,8 @@ def equal_flops(records: Records, *, with_published: bool) -> Figure:
             if run.row == gin and not run.changes
         }
         points[mask] = [
-            summaries.of(records, gin, density) for density in sorted(found)
+            summaries.of(records, gin, density)
+            for density in sorted(cast(set[float], found))
         ]
         colour, marker, line = {
             "uniform": (BLUE, "o", "--"),

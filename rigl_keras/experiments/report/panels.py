@@ -12,6 +12,7 @@ from rigl_keras._figure_style import (
 )
 from rigl_keras._text import exact
 from rigl_keras.experiments.protocol import rows
+from rigl_keras.experiments.protocol.variations import Changes
 from rigl_keras.experiments.report import summaries
 from rigl_keras.experiments.report.method_figures import (
     LOOKS,
@@ -23,7 +24,7 @@ from rigl_keras.experiments.report.records import Records
 
 __all__ = ["across_densities", "panels"]
 
-Keys = list[tuple[str, tuple]]
+Keys = list[tuple[str, Changes]]
 _UNIFORM = (
     "small_dense",
     "static_uniform",
@@ -52,7 +53,7 @@ def panels(records: Records, network: str) -> dict[str, Keys]:
     """
     finished = finished_rows(records, network)
 
-    def those(names, changes=()):
+    def those(names, changes: Changes = ()) -> Keys:
         keys = [(f"{name}_{network}", changes) for name in names]
         return [key for key in keys if key in finished]
 

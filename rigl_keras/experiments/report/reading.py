@@ -34,7 +34,7 @@ def read(path: str | os.PathLike, preset: str | None = None) -> Records:
             f"There are no results at {str(path)!r}. Pass --results_dir with "
             "the folder that bin/reproduce was given, or a results.jsonl."
         )
-    presets = sorted({record.preset for record in found})
+    presets: list[str] = sorted({record.preset for record in found})
     if not presets:
         raise ValueError(
             f"{str(path)!r} holds no run of bin/reproduce. Pass --results_dir "

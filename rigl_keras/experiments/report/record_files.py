@@ -8,6 +8,7 @@ import csv
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from rigl_keras._reading import is_number, json_object, text
 from rigl_keras._text import brief
@@ -98,7 +99,7 @@ def about_in(content: Mapping) -> dict:
         ValueError: Something of it is not.
     """
     names = ("row", "preset", "density", "seed", "changes")
-    found = {name: content.get(name) for name in names}
+    found: dict[str, Any] = {name: content.get(name) for name in names}
     density, seed, changes = (found[name] for name in names[2:])
     fits = {
         "row": _is_name(found["row"]),
@@ -164,7 +165,7 @@ def result_in(content: Mapping) -> dict:
             raise ValueError(f"{name} is {brief(content[name])}")
     if not isinstance(content.get("settings"), dict):
         raise ValueError(f"settings is {brief(content.get('settings'))}")
-    kept = {name: content.get(name) for name in _KEPT}
+    kept: dict[str, Any] = {name: content.get(name) for name in _KEPT}
     kept["steps"] = int(kept["steps"])
     if not is_number(kept["seconds"], least=0, most=1e12):
         kept["seconds"] = 0.0

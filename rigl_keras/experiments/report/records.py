@@ -8,6 +8,7 @@ import dataclasses
 import json
 import statistics
 from collections.abc import Iterable, Mapping
+from typing import cast
 
 from rigl_keras.experiments.protocol import rows
 from rigl_keras.experiments.protocol.variations import TUNED, Changes
@@ -69,27 +70,37 @@ class Record:
         return self.folder.split("/", 1)[-1]
 
     @property
+    def gin(self) -> str:
+        """Its row, of a run whose folder says what it is."""
+        return cast(str, self.row)
+
+    @property
+    def finished_result(self) -> Mapping:
+        """Its result, of a finished run."""
+        return cast(Mapping, self.result)
+
+    @property
     def test(self) -> float:
         """Test accuracy in percent, of a finished run."""
-        return 100 * self.result["test_accuracy"]
+        return 100 * self.finished_result["test_accuracy"]
 
     @property
     def validation(self) -> float | None:
         """Validation accuracy in percent; None where none was held out."""
-        accuracy = self.result["validation_accuracy"]
+        accuracy = self.finished_result["validation_accuracy"]
         return None if accuracy is None else 100 * accuracy
 
     @property
     def training_flops_ratio(self) -> float:
         """Over training the dense model once; of tickets, with Pruning's."""
-        of_ticket = rows.row(self.row).method == "Lottery"
+        of_ticket = rows.row(self.gin).method == "Lottery"
         name = "training_flops_ratio" + "_with_sources" * of_ticket
-        return self.result[name]
+        return self.finished_result[name]
 
     @property
     def inference_flops_ratio(self) -> float:
         """Over the dense model's, at the end."""
-        return self.result["inference_flops_ratio"]
+        return self.finished_result["inference_flops_ratio"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +153,9 @@ def collapsed(runs: Iterable[Record]) -> dict[str, str]:
     """
     runs, found = list(runs), {}
     for run in runs:
-        chance = 100 / _CLASSES.get(run.result["dataset"], float("inf"))
+        chance = 100 / _CLASSES.get(
+            run.finished_result["dataset"], float("inf")
+        )
         others = [other.test for other in runs if other is not run]
         below = statistics.median(others) - run.test if others else 0.0
         if run.test <= 1.2 * chance:

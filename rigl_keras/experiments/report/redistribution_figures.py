@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from typing import Any
 
 import numpy as np
 from matplotlib import ticker
@@ -67,7 +68,8 @@ def redistribution(records: Records) -> Figure:
     found = _redistributed(records)
     densities = sorted({density for _, density in found})
     layers = max(
-        (s.finished[0].result["layers"] for s in found.values()), key=len
+        (s.finished[0].finished_result["layers"] for s in found.values()),
+        key=len,
     )
     wide = 1.2 + 0.27 * len(layers)
     figure = new_figure(4.2 + wide, 0.7 + 3.0 * len(densities))
@@ -136,11 +138,13 @@ def redistribution(records: Records) -> Figure:
     # Lines and bars share the colours: a handle that shows both.
     styles = {label: style for label, _, style, _ in _REDISTRIBUTED.values()}
     colours = {label: c for label, c, _, _ in _REDISTRIBUTED.values()}
+    # Matplotlib's annotations do not know handles that `handler_map` draws.
+    shown: list[Any] = [
+        (Line2D([], [], color=colours[label], ls=styles[label]), bars[0])
+        for label, bars in handles.items()
+    ]
     figure.legend(
-        [
-            (Line2D([], [], color=colours[label], ls=styles[label]), bars[0])
-            for label, bars in handles.items()
-        ],
+        shown,
         handles,
         handler_map={tuple: HandlerTuple(ndivide=None, pad=0.4)},
         loc="outside upper center",
@@ -157,7 +161,7 @@ def _layer_means(summary, names):
     """Returns the density of each layer, the mean over seeds."""
     by_layer = {}
     for run in summary.finished:
-        for layer in run.result["layers"]:
+        for layer in run.finished_result["layers"]:
             by_layer.setdefault(layer["name"], []).append(layer["density"])
     return [
         statistics.fmean(by_layer[name]) if name in by_layer else 0.0

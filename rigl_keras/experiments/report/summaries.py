@@ -4,6 +4,7 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Iterable
+from typing import cast
 
 from rigl_keras._reading import is_number
 from rigl_keras._text import exact
@@ -126,7 +127,7 @@ def of(
             for run in records.runs
             if (run.row, run.density, run.changes) == (row, density, changes)
         ),
-        key=lambda run: run.seed,
+        key=lambda run: cast(int, run.seed),
     )
     return Summary(
         row,
@@ -146,7 +147,7 @@ def seeds(records: Records) -> tuple[int, ...]:
     Args:
         records: All runs.
     """
-    found = {run.seed for run in records.runs}
+    found = {cast(int, run.seed) for run in records.runs}
     return (
         tuple(sorted(found))
         if found.isdisjoint(variations.SEEDS)
@@ -187,9 +188,9 @@ def trials(records: Records, row: str, density: float) -> list[Trial]:
     found = []
     for changes in tried:
         summary = of(records, row, density, changes)
-        values = settings_of(records, summary)
-        if None not in values:
-            found.append(Trial(summary, *values))
+        drop_fraction, frequency = settings_of(records, summary)
+        if drop_fraction is not None and frequency is not None:
+            found.append(Trial(summary, drop_fraction, frequency))
     return found
 
 
@@ -210,7 +211,7 @@ def settings_of(
             return changed[macro]
         for run in (*summary.finished, *of_row):
             if macro not in dict(run.changes):
-                method = run.result["settings"].get("method")
+                method = run.finished_result["settings"].get("method")
                 method = method if isinstance(method, dict) else {}
                 own = method.get(name)
                 return own if is_number(own, least=least, most=most) else None
@@ -233,7 +234,9 @@ def best(found: Iterable[Trial]) -> Trial | None:
         if trial.summary.complete and trial.summary.validation is not None
     ]
     return max(
-        complete, key=lambda trial: trial.summary.validation, default=None
+        complete,
+        key=lambda trial: cast(float, trial.summary.validation),
+        default=None,
     )
 
 

@@ -1,5 +1,7 @@
 """The report's tables."""
 
+from typing import cast
+
 from rigl_keras._text import exact
 from rigl_keras.experiments.protocol import published, rows, variations
 from rigl_keras.experiments.report import (
@@ -219,9 +221,15 @@ def table_4(context: Context, name: str) -> Section:
     found, marks, lines = context.records, Marks(), []
     printed = published.cells(name)
     for mask, gin in RIGL.items():
-        densities = {cell.density for cell in printed if cell.gin == gin}
+        densities = {
+            cast(float, cell.density) for cell in printed if cell.gin == gin
+        }
         own = {run.density for run in found.runs if run.row == gin}
-        tried_at = {d for d in own if summaries.trials(found, gin, d)}
+        tried_at = {
+            density
+            for density in cast(set[float], own)
+            if summaries.trials(found, gin, density)
+        }
         if not context.comparable:
             densities = tried_at
         for density in sorted(densities | tried_at):
@@ -271,11 +279,12 @@ def _setting(context, label, summary, cell, marks):
     line = [label, *[NONE] * 4]
     if summary is not None:
         updates = summaries.settings_of(context.records, summary)
+        settings = cast(tuple[float, float], updates)  # where they are known
         known = None not in updates and (summary.n or summary.others)
         validation = summary.validation if summary.n else None
         line = [
             label,
-            updates_cell(*updates) if known else NONE,
+            updates_cell(*settings) if known else NONE,
             NONE if validation is None else f"{validation:.2f}",
             accuracy_cell(summary),
             seeds_cell(summary),
@@ -306,9 +315,9 @@ def methods(context: Context, name: str) -> Section:
     for network, title in rows.NETWORKS.items():
         keys = _ordered(
             {
-                (run.row, run.changes)
+                (run.gin, run.changes)
                 for run in found.runs
-                if rows.row(run.row).network == network
+                if rows.row(run.gin).network == network
                 and not summaries.is_trial(run)
             }
         )
@@ -369,9 +378,9 @@ def _ordered(keys):
 def other_runs(context: Context) -> list[Section]:
     """Runs that no other section shows, such as those of gin files added."""
     found, lines = context.records, []
-    shared = summaries.densities(found, {run.row for run in found.runs})
+    shared = summaries.densities(found, {run.gin for run in found.runs})
     groups = dict.fromkeys(
-        (run.row, run.density, run.changes, summaries.is_trial(run))
+        (run.gin, run.density, run.changes, summaries.is_trial(run))
         for run in found.finished
     )
     for row, density, changes, is_trial in groups:

@@ -11,6 +11,7 @@ import fnmatch
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import gin
 from rigl_keras import _text
@@ -249,7 +250,8 @@ def _table_4(preset, densities):
     for cell in published.cells("table4"):
         at_all = not densities or cell.density in densities
         if cell.optimal and at_all and preset.path is None:
-            changes = updates_of(cell.drop_fraction, cell.frequency)
+            drop_fraction = cast(float, cell.drop_fraction)
+            changes = updates_of(drop_fraction, cast(int, cell.frequency))
             yield cell.gin, cell.density, changes
 
 

@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -57,7 +58,8 @@ class Checkpoints(keras.callbacks.Callback):
         # `variables` are the weights, the generators' states and metrics.
         metrics = {id(v) for v in model.metrics_variables}
         state = [v.value for v in model.variables if id(v) not in metrics]
-        self._epoch = tf.Variable(0, dtype=tf.int64)
+        zero: Any = 0  # TensorFlow's annotations want a tensor
+        self._epoch = tf.Variable(zero, dtype=tf.int64)
         self._checkpoint = tf.train.Checkpoint(
             # Lists of variables: by attributes TensorFlow would not find
             # those within objects of other classes, as masks are.

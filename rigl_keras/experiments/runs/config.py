@@ -16,6 +16,7 @@ import gin
 import rigl_keras
 from rigl_keras.experiments.protocol.variations import GIN_FOLDER
 from rigl_keras.experiments.runs import export_command, optimizers, train
+from rigl_keras.methods import one_shot
 
 __all__ = ["configured", "find", "has_macro", "parse"]
 
@@ -32,7 +33,7 @@ _CONFIGURABLE: dict[str, Callable] = {
     "SNFS": rigl_keras.SNFS,
     "MagnitudePruning": rigl_keras.MagnitudePruning,
     "SparsityRamp": rigl_keras.SparsityRamp,
-    "snip": rigl_keras.methods.one_shot.snip,
+    "snip": one_shot.snip,
     "Exports": export_command.Exports,
 }
 _CONSTANTS = {"ORIGINAL": rigl_keras.ORIGINAL, "REPORT": rigl_keras.REPORT}

@@ -1,6 +1,7 @@
 """TensorBoard's figure of the density of each layer."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -85,7 +86,7 @@ def _draw_bars(axes, layers, connections, now, before):
         (False, "without a mask", {"facecolor": WHITE, "hatch": "////"}),
     ):
         shown = [(layer in masked) == is_masked for layer in layers]
-        look |= {"edgecolor": BLACK, "linewidth": 0.6}
+        look: dict[str, Any] = look | {"edgecolor": BLACK, "linewidth": 0.6}
         axes.barh(rows[shown], now[shown], 0.72, **look)
         if any(shown):
             handles.append(Patch(label=label, **look))

@@ -2,6 +2,7 @@
 
 import math
 import time
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -34,8 +35,11 @@ class EpochLogs(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         self._start = time.perf_counter()
 
-    def on_epoch_end(self, epoch, logs=None):
-        optimizer = self.model.optimizer
+    # Any: Keras passes a dictionary, and its annotations do not know of it
+    # nor of the model.
+    def on_epoch_end(self, epoch, logs: Any = None):
+        model: Any = self.model
+        optimizer = model.optimizer
         step = int(optimizer.iterations.numpy())
         logs["step"] = step
         logs["learning_rate"] = float(

@@ -13,6 +13,7 @@ import warnings
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -191,7 +192,9 @@ def load_model(source: str | os.PathLike) -> keras.Model:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return keras.models.load_model(path, compile=False)
+            # Keras's annotations do not say what this is.
+            loaded: Any = keras.models.load_model(path, compile=False)
+            return loaded
     except Exception as error:  # what a damaged archive raises is anything
         raise ValueError(
             f"{str(path)!r} cannot be loaded: {first_line(error)} A "
@@ -243,7 +246,8 @@ def _training_images(source, data_dir):
     examples = data.load(
         EarlierRun(source).result["dataset"], data_dir=data_dir
     )
-    images = examples.train_images[:_CALIBRATED_ON]
+    # TensorFlow takes arrays for tensors.
+    images: Any = examples.train_images[:_CALIBRATED_ON]
     return data.normalise(images, examples.recipe).numpy()
 
 

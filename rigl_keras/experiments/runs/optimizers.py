@@ -1,5 +1,7 @@
 """The optimizer of the report, and its learning rates."""
 
+from typing import Any
+
 import keras
 import tensorflow as tf
 
@@ -97,7 +99,8 @@ def sgd(
     Returns:
         A Keras optimizer, with `WarmUpAndSteps` as its learning rate.
     """
-    schedule = WarmUpAndSteps(
+    # Any: Keras annotates rates as numbers, and takes schedules, too.
+    schedule: Any = WarmUpAndSteps(
         learning_rate=learning_rate,
         decay_factor=decay_factor,
         decay_every=decay_every and int(decay_every * length),

@@ -1,6 +1,7 @@
 """What a run writes as it goes: metrics, trajectory, weights."""
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import keras
 import numpy as np
@@ -27,7 +28,8 @@ class Metrics(keras.callbacks.Callback):
             row for row in run.metrics if int(row["epoch"]) < first_epoch
         ]
 
-    def on_epoch_end(self, epoch, logs=None):
+    # Any: a dictionary, which Keras always passes.
+    def on_epoch_end(self, epoch, logs: Any = None):
         self._rows.append({"epoch": epoch, **logs})
         self._run.write_metrics(self._rows)
 
@@ -93,7 +95,7 @@ class KeepWeights(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         if epoch + 1 in self._epochs:
-            plain = self.model
+            plain = cast(keras.Model, self.model)  # Keras declares it None
             if rigl_keras.masked_layers(plain):
                 plain = rigl_keras.strip(plain)
             self._run.save_weights(plain, epoch + 1)

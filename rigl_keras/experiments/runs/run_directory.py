@@ -13,6 +13,7 @@ import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import keras
 import numpy as np
@@ -338,7 +339,8 @@ class EarlierRun:
             ValueError: The run is not finished, or was dense.
         """
         _ = self.result  # only of a finished run are they final
-        model = keras.models.load_model(
+        # Any: Keras's annotations do not say what this is.
+        model: Any = keras.models.load_model(
             self.path / "model.keras", compile=False
         )
         masks = rigl_keras.masked_layers(model).masks

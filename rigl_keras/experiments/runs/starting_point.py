@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import cast
 
 import keras
 import numpy as np
@@ -65,7 +66,9 @@ def starting_point(
         ValueError: An earlier run lacks what is asked of it.
     """
     sources = {}
-    scale = {"channel_scale": math.sqrt(density)} if small_dense else {}
+    scale = {}
+    if small_dense:
+        scale["channel_scale"] = math.sqrt(cast(float, density))
     dense = make(**scale)
     if weights_from is not None:
         source = EarlierRun(weights_from)

@@ -1,6 +1,7 @@
 """What TensorBoard shows of a run: its metrics, and a figure of densities."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -91,7 +92,8 @@ class TensorBoardLog(keras.callbacks.Callback):
             if int(row["epoch"]) < first_epoch:
                 self._write_epoch(row)
 
-    def on_epoch_end(self, epoch, logs=None):
+    # Any: a dictionary, which Keras always passes.
+    def on_epoch_end(self, epoch, logs: Any = None):
         self._write_epoch({"epoch": epoch, **logs})
 
     def write_test(self, step: int, metrics: Mapping[str, float]) -> None:

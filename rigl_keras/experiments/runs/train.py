@@ -9,6 +9,7 @@ The options of the command are in `train_command.py`.
 import functools
 import sys
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import keras
 
@@ -173,7 +174,8 @@ def train(
     )
 
     def masked_at_once(dense):
-        return one_shot(dense, density, batches.first(), loss, seed=seed)
+        make_masks = cast(Callable, one_shot)  # used where there is one
+        return make_masks(dense, density, batches.first(), loss, seed=seed)
 
     start = starting_point(
         make,
@@ -198,7 +200,9 @@ def train(
     )
     update = None
     if method is not None:
-        update = method() if length == 1 else method().lengthened(length)
+        update = method()
+        if length != 1:  # which makes one of the same class
+            update = cast(StepUpdate, update.lengthened(length))
     topology = _topology(run, network) if diagnostics else None
     checkpoints, first_epoch = _begun(
         run, start, update, topology, epochs, operative_config

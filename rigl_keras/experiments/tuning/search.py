@@ -114,9 +114,10 @@ class Search:
     @property
     def space(self) -> dict:
         """What the sampler draws from."""
+        lowest, highest = self.drop_fraction
         low, high, step = self.frequency
         return {
-            "drop_fraction": FloatDistribution(*self.drop_fraction, step=_STEP),
+            "drop_fraction": FloatDistribution(lowest, highest, step=_STEP),
             "frequency": IntDistribution(low, high, step=step),
         }
 

@@ -16,6 +16,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import optuna
@@ -58,7 +59,7 @@ class Study:
     ):
         self.path = Path(path)
         self._space, self._about, self._seed = dict(space), dict(about), seed
-        self._study = None
+        self._study: optuna.Study | None = None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         if (self.path / "journal.log").exists():
             self._open(create=False)
@@ -105,7 +106,8 @@ class Study:
 
     def params(self, trial: FrozenTrial) -> dict:
         """Returns what a trial tries, also of one that has not begun."""
-        return self._params(trial, self._study.get_trials(deepcopy=False))
+        everything = self._opened.get_trials(deepcopy=False)
+        return cast(dict, self._params(trial, everything))
 
     @contextlib.contextmanager
     def claim(self, trials: int) -> Iterator[Trial | None]:
@@ -152,8 +154,13 @@ class Study:
         if failure is not None:
             state = TrialState.FAIL
             trial.set_user_attr("failure", failure)
-        self._study.tell(trial, value, state)
+        self._opened.tell(trial, value, state)
         self._claim_of(trial.number).unlink(missing_ok=True)
+
+    @property
+    def _opened(self) -> optuna.Study:
+        """The study, after `begin`."""
+        return cast(optuna.Study, self._study)
 
     def _open(self, *, create):
         """Opens the study; who creates it has its lock."""
@@ -204,9 +211,9 @@ class Study:
                 # In this order: killed in between, it will not be queued
                 # again, since there is one that repeats it.
                 self._queue(trial)
-        for trial in self._study.get_trials(states=[TrialState.RUNNING]):
+        for trial in self._opened.get_trials(states=[TrialState.RUNNING]):
             if not self._claimed(trial.number):
-                self._study.tell(trial.number, state=TrialState.FAIL)
+                self._opened.tell(trial.number, state=TrialState.FAIL)
         for path in self.path.glob("trial-*"):  # of killed processes
             number = path.name.removeprefix("trial-")
             if number.isdecimal() and not self._claimed(int(number)):
@@ -217,11 +224,11 @@ class Study:
             return None
         # Numbers of trials differ with what was killed; how many settings
         # there are does not, and is never the same for two that are asked.
-        self._study.sampler = _sampler(self._seed, len(now))
-        return self._study.ask(self._space)
+        self._opened.sampler = _sampler(self._seed, len(now))
+        return self._opened.ask(self._space)
 
     def _queue(self, trial):
-        self._study.enqueue_trial(
+        self._opened.enqueue_trial(
             self.params(trial), user_attrs={_AGAIN: trial.number}
         )
 
@@ -246,7 +253,9 @@ class _Journal(journal.JournalFileBackend):
     """A journal that names itself where the disk is full."""
 
     def __init__(self, path):
-        super().__init__(str(path), lock_obj=_JournalLock(path))
+        # Any: Optuna annotates a lock as one of its own.
+        journal_lock: Any = _JournalLock(path)
+        super().__init__(str(path), lock_obj=journal_lock)
         self._path = path
 
     def append_logs(self, logs):

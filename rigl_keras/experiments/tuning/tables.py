@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
+from typing import cast
 
 from optuna.trial import TrialState
 
@@ -95,7 +96,7 @@ def table_4(searched: Search, study: Study, results: Results) -> str:
     """Returns the line of Table 4, here and as the report has it."""
     best = max(
         (t for t in study.trials() if t.state == TrialState.COMPLETE),
-        key=lambda trial: trial.value,
+        key=lambda trial: cast(float, trial.value),
         default=None,
     )
     if best is None:
@@ -131,7 +132,7 @@ def table_4(searched: Search, study: Study, results: Results) -> str:
         )
     lines = aligned(rows, left=1)
     if len(reference) == len(searched.seeds):
-        gain = 100 * (best.value - statistics.fmean(reference))
+        gain = 100 * (cast(float, best.value) - statistics.fmean(reference))
         lines.append(
             f"In validation accuracy the optimum is {gain:+.2f} points from "
             "the reference."
