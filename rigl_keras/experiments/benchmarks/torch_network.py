@@ -3,6 +3,7 @@
 PyTorch is no dependency: it is imported when a network is made.
 """
 
+# PyTorch may be missing where types are checked, too.
 # pyright: reportMissingImports=false
 
 import contextvars
