@@ -479,6 +479,11 @@ def select_highest(
 
 
 def _select_highest(scores, count, among):
+    select = _selection if tf.executing_eagerly() else _traced_selection
+    return select(scores, count, among)
+
+
+def _selection(scores, count, among):
     count = tf.minimum(count, count_true(among))
     keys = _ordered_bits(scores)
     keys = tf.where(among, keys, keys.dtype.min)
@@ -495,6 +500,11 @@ def _select_highest(scores, count, among):
     return tf.cond(
         tf.equal(count_true(reached), count), lambda: reached, first_of_the_tied
     )
+
+
+# A graph calls it, as often as there are layers twice over: it is traced once
+# for each shape, and not once for each call.
+_traced_selection = tf.function(_selection, autograph=False)
 
 
 def _largest(keys, rank):
