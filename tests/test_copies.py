@@ -533,7 +533,7 @@ def test_dense_weights_into_a_model_masked_in_place(tmp_path):
 # Masked models within others.
 
 
-@keras.saving.register_keras_serializable("tests")
+@keras.saving.register_keras_serializable("test_copies")
 class Around(layers.Layer):
     def __init__(self, inner, **kwargs):
         super().__init__(**kwargs)

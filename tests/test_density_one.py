@@ -55,7 +55,7 @@ def make(kind, density=None):
         return copied_kinds.MASKED[kind](density=density)
     model = KINDS[kind]()
     if density is not None:
-        options = {"kernels": "dense", **kinds.OPTIONS.get(kind, {})}
+        options = {"product": "dense", **kinds.OPTIONS.get(kind, {})}
         model = sparsify(model, density, **options)
     return model
 

@@ -93,8 +93,13 @@ def _end(line, status):
 
 def _said(error, refusals):
     """Returns what to say of an error, or None if the user can't mend it."""
-    if not isinstance(error, refusals):
-        return _of_a_file(error)
+    if isinstance(error, refusals):
+        return _message(error)
+    return _of_a_file(error)
+
+
+def _message(error):
+    """Returns an error's own words."""
     # gin adds which of its calls failed; the message says more.
     return "\n".join(
         printable(line)
@@ -109,7 +114,7 @@ def _of_a_file(error):
     of = "" if name is None else f" of {str(name)!r}"
     reason = disk_is_full(error)
     if isinstance(error, OSError) and error.errno is None:
-        return str(error)  # in our own words
+        return _message(error)  # in our own words
     if reason:
         return f"The disk{of} is full ({reason}). Make room and try again."
     if isinstance(error, OSError):
