@@ -783,7 +783,7 @@ def test_what_a_machine_and_a_program_are():
 
 
 def test_it_is_said_once_what_takes_its_time(cache, timings, caplog):
-    choice._tell.cache_clear()
+    choice._announce.cache_clear()
     choice.choose(BIG, 0.1)
     choice.choose(BIG, 0.2)
     assert len(timings) == 2
