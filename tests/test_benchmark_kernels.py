@@ -486,6 +486,7 @@ def test_what_to_measure_is_named_first(command):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_help_shows_the_flags_of_the_part():
     """Those of the module that is run: no fork of another has them."""
     module = "rigl_keras.experiments.benchmarks.benchmark_command"

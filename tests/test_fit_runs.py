@@ -77,8 +77,6 @@ ACTIONS = {
 
 @pytest.mark.slow_but(
     "train_on_batch-eager",
-    "fit-eager",
-    "make-eager",
     "make by force-eager",
     "compile-graph",
     "compile anew-eager",

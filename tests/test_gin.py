@@ -161,7 +161,7 @@ def short(monkeypatch, data_dir, finished):
     tf.config.run_functions_eagerly(False)
 
 
-@pytest.mark.slow_but("rigl_erk_wrn", "static_uniform_resnet50", "pruning_wrn")
+@pytest.mark.slow_but("rigl_erk_wrn")
 @pytest.mark.parametrize("name", [n for n in FILES if n != "quickstart"])
 @pytest.mark.filterwarnings("ignore:Even though the `tf.config")
 @pytest.mark.filterwarnings("ignore:RigL plans 0 updates")

@@ -229,6 +229,7 @@ def test_two_processes_build_once_and_load(place):
     assert len(compiles) in (4, 8)  # of one instruction set, or of three
 
 
+@pytest.mark.slow
 def test_what_is_undefined_fails_the_build(place, monkeypatch):
     """And not only where it is called."""
     if sys.platform != "linux":

@@ -149,7 +149,7 @@ def test_strip(kind):
         np.testing.assert_array_equal(m.kernel.numpy(), kernels[name])
 
 
-@pytest.mark.slow_but("Sequential", "subclassed", "shared layer")
+@pytest.mark.slow_but("Sequential", "shared layer")
 @every_kind
 def test_save_and_load(kind, tmp_path):
     model = masked(kind)

@@ -325,7 +325,7 @@ FLOAT32_DRIFT = 0.2
 FLOAT32_AGREE = {"rigl_erk": 0.98, "rigl_sm": 0.98}
 
 
-@pytest.mark.slow_but("float64-rigl_erk", "float64-pruning")
+@pytest.mark.slow_but("float64-rigl_erk")
 @pytest.mark.parametrize("name", TRACES)
 def test_trace(name, floatx):
     """The library's own model, callback and fit repeat the reproduction."""

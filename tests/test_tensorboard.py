@@ -158,7 +158,7 @@ def finished(tmp_path_factory):
     return of
 
 
-@pytest.mark.slow_but("SNFS", "static")
+@pytest.mark.slow_but("SNFS")
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_is_shown(kind, finished):
     run_dir, result = finished(kind)

@@ -160,6 +160,7 @@ def test_shuffled_masks_keep_the_densities(pruned, tmp_path):
         assert (mask != theirs).any()
 
 
+@pytest.mark.slow
 def test_a_run_of_updates_may_start_from_masks(pruned, tmp_path):
     """The report's re-initialised RigL."""
     source, _ = pruned

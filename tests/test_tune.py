@@ -478,6 +478,7 @@ def test_what_is_shown(tmp_path, monkeypatch, capsys):
     assert again[again.index("trial  state") :].splitlines() == table
 
 
+@pytest.mark.slow
 def test_the_grid_is_figure_2(tmp_path, monkeypatch, capsys):
     asked = []
 

@@ -84,8 +84,11 @@ atexit.register(lambda: print("tensorflow" in sys.modules))
 )
 
 
+@pytest.mark.slow_but("without")
 @pytest.mark.parametrize(
-    "options, loaded", [([], "False"), (["--planned"], "True")]
+    "options, loaded",
+    [([], "False"), (["--planned"], "True")],
+    ids=["without", "planned"],
 )
 def test_the_script_does_not_wait_for_tensorflow(options, loaded, tmp_path):
     """And loads it for --planned, as the Python that it runs does."""
