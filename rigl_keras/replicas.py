@@ -14,6 +14,8 @@ from typing import Any, cast
 import keras
 import tensorflow as tf
 
+from rigl_keras._random import random_bits
+
 __all__ = [
     "MultiWorkerMirroredStrategy",
     "agree",
@@ -177,21 +179,8 @@ def agree(masks: Sequence[tf.Variable]) -> tf.Tensor:
     return tf.equal(dissenters, 0)
 
 
-# No bounds: what TensorFlow takes, and its stubs know nothing of.
-_EVERY_INTEGER: dict[str, Any] = {
-    "minval": None,
-    "maxval": None,
-    "dtype": tf.int32,
-    "alg": "philox",
-}
-
-
 def _checksum(mask, seed):
-    numbers = tf.random.stateless_uniform(
-        mask.shape,
-        seed=(seed, 0),
-        **_EVERY_INTEGER,
-    )
+    numbers = random_bits(mask.shape, (seed, 0), dtype=tf.int32)
     kept = tf.cast(tf.convert_to_tensor(mask) > 0, tf.int64)
     return tf.reduce_sum(kept * tf.cast(numbers, tf.int64))
 

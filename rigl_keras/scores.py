@@ -5,11 +5,11 @@ ones of highest score.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import tensorflow as tf
 
 from rigl_keras._checks import integer
+from rigl_keras._random import random_bits
 
 __all__ = ["gradient_magnitude", "magnitude", "random", "saliency"]
 
@@ -65,15 +65,6 @@ def saliency(kernel: tf.Tensor, gradient: tf.Tensor) -> tf.Tensor:
     return tf.abs(kernel * tf.cast(gradient, kernel.dtype))
 
 
-# No bounds: what TensorFlow takes, and its stubs know nothing of.
-_EVERY_INTEGER: dict[str, Any] = {
-    "minval": None,
-    "maxval": None,
-    "dtype": tf.uint32,
-    "alg": "philox",
-}
-
-
 def random(
     shape: tf.TensorShape | Sequence[int], *, key: int, step: int | tf.Tensor
 ) -> tf.Tensor:
@@ -99,9 +90,8 @@ def random(
     shape = [integer("A dimension", n, at_least=0) for n in shape]
     key = integer("key", key)
     seed = tf.stack([tf.constant(key, tf.int64), tf.cast(step, tf.int64)])
-    # The bits of a named generator are the same on every device and under
-    # XLA; TensorFlow's own conversion to floats is not.
-    bits = tf.random.stateless_uniform(shape, seed, **_EVERY_INTEGER)
+    # TensorFlow's own conversion to floats differs under XLA.
+    bits = random_bits(shape, seed, dtype=tf.uint32)
     return tf.cast(tf.bitwise.right_shift(bits, 8), tf.float32) * 2.0**-24
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 __all__ = ["ALL", "COLUMNS", "as_csv", "check_installed", "read_rows"]
 
-ALL = "all"  # in the place of a layer: all of them together
+ALL = "all"  # stands for all layers together
 COLUMNS = (
     "step",
     "layer",

@@ -407,8 +407,13 @@ class MaskUpdate(StepUpdate):
         return tf.add_n(counts)
 
     def _shares(self, optimizer, layers, gradients):
-        """Returns each layer's share of what density is redistributed by."""
+        """Returns each layer's share of what density is redistributed by.
+
+        None where nothing reads it.
+        """
         if self.redistribution is None:
+            if not self.conventions.spare_dense_layers:
+                return None
             return redistribution.nonzero_shares(
                 [m.kernel.value for m in layers]
             )
