@@ -1,0 +1,1 @@
+"""A sparse network as one operation, with TensorFlow and without."""
