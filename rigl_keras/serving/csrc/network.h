@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-namespace rigl_network {
+namespace rigl_serving {
 
 // What a node computes. The numbers stand in files: they never change.
 enum class Operation : uint32_t {
@@ -128,6 +128,6 @@ Network Parse(const void* bytes, size_t size);
 std::vector<Shape> Shapes(const Network& network,
                           const std::vector<Shape>& inputs);
 
-}  // namespace rigl_network
+}  // namespace rigl_serving
 
 #endif  // RIGL_KERAS_NETWORK_H_

@@ -12,6 +12,10 @@
 extern "C" {
 #endif
 
+#if defined(__GNUC__)
+#pragma GCC visibility push(default)
+#endif
+
 #define RIGL_NETWORK_MOST_AXES 8
 
 typedef struct rigl_network rigl_network;
@@ -52,8 +56,28 @@ int rigl_network_run(rigl_network* network, const float* const* inputs,
                      const int64_t* input_shapes, float* const* outputs,
                      char* error, size_t error_size);
 
+/* Measures for `seconds` how calls of this batch size (the first number of
+ * each shape) are computed fastest on this machine, and follows it from now
+ * on. No other call may run meanwhile. */
+int rigl_network_tune(rigl_network* network, const int64_t* input_shapes,
+                      double seconds, char* error, size_t error_size);
+
+/* What was measured, as the text of `hints` that a file has. It lives until
+ * the next call of this function. */
+const char* rigl_network_hints(rigl_network* network);
+
+/* One line for each step of a call: what it is, and what it takes. It lives
+ * until the next call of this function; NULL where there is an error. */
+const char* rigl_network_profile(rigl_network* network,
+                                 const int64_t* input_shapes, char* error,
+                                 size_t error_size);
+
 /* "avx512", "avx2" or "portable". */
 const char* rigl_network_instruction_set(void);
+
+#if defined(__GNUC__)
+#pragma GCC visibility pop
+#endif
 
 #ifdef __cplusplus
 }

@@ -17,7 +17,7 @@
 
 #include <cstdint>
 
-namespace rigl_network {
+namespace rigl_serving {
 
 // data + channel * plane + row * pitch + cell * L is aligned to L floats.
 struct Field {
@@ -108,6 +108,10 @@ struct Pool {
 struct Tiles {
   const char* name;   // "avx512", "avx2", "portable"
   int32_t length;     // L: floats of a vector
+  const int32_t (*tile_shapes)[2];  // rows and cells that `sparse` has
+  int32_t tile_shape_count;
+  const int32_t (*dense_shapes)[2];
+  int32_t dense_shape_count;
   int32_t registers;  // sums that a tile may have at most: rows * cells
   int32_t panel;      // channels of a panel of dense weights
   int32_t dense_cells;  // cells that a dense tile has at most
@@ -145,6 +149,6 @@ struct Tiles {
 // AVX-512 has 16 and 8, AVX2 has 8, portable code 4.
 const Tiles* TilesOf(int32_t length = 0);
 
-}  // namespace rigl_network
+}  // namespace rigl_serving
 
 #endif  // RIGL_KERAS_TILES_H_

@@ -1,0 +1,213 @@
+// Weights in the order in which the kernels read them, and how to choose it.
+
+#include <algorithm>
+#include <climits>
+
+#include "plan.h"
+
+namespace rigl_serving {
+namespace {
+
+// Of a tile's inputs, within the first cache beside what else is there.
+constexpr int64_t kTileBytes = 24 * 1024;
+// Above this part of its weights a kernel is computed densely, where nothing
+// was measured: its loads are shared by several channels.
+constexpr double kDense = 0.6;
+// What a weight costs beside its products, in products.
+constexpr double kPerEntry = 2.5;
+
+// A kernel as [taps, channels of a group, filters].
+struct Kernel {
+  int64_t taps = 1, inputs = 1, filters = 1;
+  int64_t groups = 1;
+
+  explicit Kernel(const Node& node) {
+    const std::vector<int64_t>& shape = node.kernel.shape;
+    filters = shape.back();
+    inputs = shape[shape.size() - 2];
+    for (size_t i = 0; i + 2 < shape.size(); ++i) taps *= shape[i];
+    groups = node.groups;
+  }
+};
+
+// Calls use(tap, input channel, filter, weight) for each weight that is not
+// zero. Input channels are those of the whole input.
+template <typename Use>
+void ForEachWeight(const Node& node, const Use& use) {
+  const Kernel kernel(node);
+  const Array& array = node.kernel;
+  const int64_t filters = kernel.filters / kernel.groups;
+  for (size_t i = 0; i < array.values.size(); ++i) {
+    const float weight = array.values[i];
+    if (weight == 0) continue;
+    const int64_t place = array.sparse ? array.places[i] : i;
+    const int64_t filter = place % kernel.filters;
+    const int64_t input = place / kernel.filters % kernel.inputs;
+    const int64_t tap = place / (kernel.filters * kernel.inputs);
+    use(tap, filter / filters * kernel.inputs + input, filter, weight);
+  }
+}
+
+// The products and what else it takes to compute an image with a tile.
+double Cost(const int32_t* tile, const Geometry& out) {
+  const auto parts = [](int64_t length, int64_t each) {
+    return length / each + (length % each ? 1 : 0);
+  };
+  return double{1} * out.rows * out.cells +
+         kPerEntry * parts(out.rows, tile[0]) * parts(out.cells, tile[1]);
+}
+
+// How many channels of the input a tile reads at a time.
+int32_t BlockFor(const Step& step, const int32_t* tile, int64_t channels,
+                 const Layout& layout) {
+  int64_t rows = 0, cells = 0;
+  if (!step.taps.empty()) {
+    const int64_t pitch = step.in.geometry.pitch;
+    int64_t low = INT64_MAX, high = INT64_MIN;
+    for (const Step::Tap& tap : step.taps) {
+      low = std::min(low, tap.offset);
+      high = std::max(high, tap.offset);
+    }
+    rows = pitch ? (high - low) / pitch : 0;
+    cells = std::min<int64_t>(2, step.taps.size() - 1);
+  }
+  const int64_t stride_rows =
+      step.in.geometry.pitch ? step.in_pitch / step.in.geometry.pitch : 1;
+  const int64_t stride_cells = std::max<int64_t>(
+      1, step.in_step / layout.length());
+  const int64_t bytes = ((tile[0] - 1) * stride_rows + rows + 1) *
+                        ((tile[1] - 1) * stride_cells + cells + 1) *
+                        layout.length() * 4;
+  const int64_t block = std::max<int64_t>(8, kTileBytes / bytes / 8 * 8);
+  // What is left is not to be a sliver.
+  const int64_t blocks = std::max<int64_t>(1, (channels + block - 1) / block);
+  return static_cast<int32_t>((channels + blocks - 1) / blocks);
+}
+
+}  // namespace
+
+std::vector<Choice> ChoicesFor(const Step& step, const Geometry& out,
+                               const Layout& layout) {
+  const Tiles& tiles = *layout.tiles;
+  const Kernel kernel(*step.of);
+  const int64_t channels = kernel.inputs * kernel.groups;
+  int64_t weights = 0;
+  ForEachWeight(*step.of,
+                [&](int64_t, int64_t, int64_t, float) { ++weights; });
+  const bool one_group = kernel.groups == 1;
+  const double density = double{1} * weights /
+                         (kernel.taps * channels * kernel.filters);
+  const bool dense_first = one_group && density > kDense;
+
+  const auto some = [&](bool dense) {
+    std::vector<Choice> choices;
+    const int32_t(*shapes)[2] = dense ? tiles.dense_shapes : tiles.tile_shapes;
+    const int32_t count =
+        dense ? tiles.dense_shape_count : tiles.tile_shape_count;
+    for (int32_t i = 0; i < count; ++i) {
+      Choice choice;
+      choice.dense = dense;
+      choice.tile[0] = shapes[i][0];
+      choice.tile[1] = shapes[i][1];
+      choice.block = BlockFor(step, choice.tile, channels, layout);
+      choices.push_back(choice);
+    }
+    std::stable_sort(choices.begin(), choices.end(),
+                     [&](const Choice& a, const Choice& b) {
+                       return Cost(a.tile, out) < Cost(b.tile, out);
+                     });
+    // Of those that are as good, one with other blocks.
+    if (!choices.empty() && choices[0].block < channels) {
+      for (int32_t block : {choices[0].block * 2, choices[0].block / 2}) {
+        if (block < 4) continue;
+        Choice other = choices[0];
+        other.block = static_cast<int32_t>(
+            std::min<int64_t>(block, channels));
+        choices.push_back(other);
+      }
+    }
+    return choices;
+  };
+
+  std::vector<Choice> choices = some(dense_first);
+  if (one_group) {
+    const std::vector<Choice> others = some(!dense_first);
+    choices.insert(choices.end(), others.begin(), others.end());
+  }
+  return choices;
+}
+
+void Choose(Step* step, const Choice& choice, const Layout& layout) {
+  const Node& node = *step->of;
+  const Kernel kernel(node);
+  const int64_t channels = kernel.inputs * kernel.groups;
+  const int64_t filters = kernel.filters;
+  const int64_t plane = step->in.geometry.plane;
+  const int64_t block =
+      choice.block > 0 ? std::min<int64_t>(choice.block, channels) : channels;
+  const int64_t blocks = (channels + block - 1) / block;
+  auto weights = std::make_shared<Weights>();
+  weights->blocks = static_cast<int32_t>(blocks);
+
+  // Positions of the window that read anything, by their place in it.
+  std::vector<const Step::Tap*> taps(kernel.taps, nullptr);
+  int64_t live = 0;
+  for (const Step::Tap& tap : step->taps) taps[tap.place] = &tap;
+  for (const Step::Tap* tap : taps) live += tap != nullptr;
+  const auto offset = [&](const Step::Tap& tap, int64_t channel) {
+    const int64_t at =
+        (tap.phase * channels + channel) * plane + tap.offset;
+    if (at > INT32_MAX || at < INT32_MIN)
+      throw Error("node '" + node.name + "' reads too far");
+    return static_cast<int32_t>(at);
+  };
+
+  if (choice.dense) {
+    const int64_t panel = layout.tiles->panel;
+    const int64_t inputs = live * channels;
+    const int64_t panels = (filters + panel - 1) / panel;
+    std::vector<int64_t> number(kernel.taps * channels, -1);
+    for (int64_t b = 0; b < blocks; ++b) {
+      weights->dense_blocks.push_back(weights->offsets.size());
+      for (int64_t t = 0; t < kernel.taps; ++t) {
+        if (!taps[t]) continue;
+        for (int64_t c = b * block; c < std::min((b + 1) * block, channels);
+             ++c) {
+          number[t * channels + c] = weights->offsets.size();
+          weights->offsets.push_back(offset(*taps[t], c));
+        }
+      }
+    }
+    weights->dense_blocks.push_back(weights->offsets.size());
+    weights->dense.assign(panels * inputs * panel, 0.0f);
+    ForEachWeight(node, [&](int64_t tap, int64_t channel, int64_t filter,
+                            float weight) {
+      const int64_t at = number[tap * channels + channel];
+      if (at >= 0)
+        weights->dense[(filter / panel * inputs + at) * panel +
+                       filter % panel] = weight;
+    });
+  } else {
+    // How many entries each row has, then where it begins.
+    std::vector<int32_t>& rows = weights->rows;
+    rows.assign(blocks * filters + 1, 0);
+    ForEachWeight(node, [&](int64_t tap, int64_t channel, int64_t filter,
+                            float) {
+      if (taps[tap]) ++rows[channel / block * filters + filter + 1];
+    });
+    for (size_t i = 1; i < rows.size(); ++i) rows[i] += rows[i - 1];
+    weights->entries.resize(rows.back());
+    std::vector<int32_t> next(rows.begin(), rows.end() - 1);
+    ForEachWeight(node, [&](int64_t tap, int64_t channel, int64_t filter,
+                            float weight) {
+      if (!taps[tap]) return;
+      weights->entries[next[channel / block * filters + filter]++] = {
+          offset(*taps[tap], channel), weight};
+    });
+  }
+  step->choice = choice;
+  step->choice.block = static_cast<int32_t>(block);
+  step->weights = std::move(weights);
+}
+
+}  // namespace rigl_serving
