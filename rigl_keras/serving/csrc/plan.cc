@@ -431,10 +431,11 @@ Planner::Window Planner::WindowOf(int32_t n) const {
       !IsNotNegative(At(value)))
     window.fill = kNone;
   window.copied =
-      window.fill != 0 ||
+      !window.taps.empty() &&
+      (window.fill != 0 ||
       (layout_.positions &&
        ((node.strides[1] > 1 && out.columns > 1) ||
-        (in.is_pixel() && !out.is_pixel())));
+        (in.is_pixel() && !out.is_pixel()))));
   return window;
 }
 
