@@ -15,6 +15,8 @@ constexpr int64_t kTileBytes = 24 * 1024;
 constexpr double kDense = 0.6;
 // What a weight costs beside its products, in products.
 constexpr double kPerEntry = 2.5;
+// Tiles that are worth measuring.
+constexpr size_t kMostTiles = 6;
 
 // A kernel as [taps, channels of a group, filters].
 struct Kernel {
@@ -101,23 +103,27 @@ std::vector<Choice> ChoicesFor(const Step& step, const Geometry& out,
 
   const auto some = [&](bool dense) {
     std::vector<Choice> choices;
-    const int32_t(*shapes)[2] = dense ? tiles.dense_shapes : tiles.tile_shapes;
-    const int32_t count =
-        dense ? tiles.dense_shape_count : tiles.tile_shape_count;
-    for (int32_t i = 0; i < count; ++i) {
-      Choice choice;
-      choice.dense = dense;
-      choice.tile[0] = shapes[i][0];
-      choice.tile[1] = shapes[i][1];
-      choice.block = BlockFor(step, choice.tile, channels, layout);
-      choices.push_back(choice);
+    const int32_t most = dense ? tiles.dense_cells : tiles.registers;
+    for (int32_t rows = 1; rows <= std::min(tiles.most_rows, most); ++rows) {
+      for (int32_t cells : {1, 2, 3, 4, 6, 8, 12, 16}) {
+        if (cells > tiles.most_cells || rows * cells > most) continue;
+        // What is beyond the image would not be computed.
+        if (rows > out.rows || cells > out.cells) continue;
+        Choice choice;
+        choice.dense = dense;
+        choice.tile[0] = rows;
+        choice.tile[1] = cells;
+        choice.block = BlockFor(step, choice.tile, channels, layout);
+        choices.push_back(choice);
+      }
     }
     std::stable_sort(choices.begin(), choices.end(),
                      [&](const Choice& a, const Choice& b) {
                        return Cost(a.tile, out) < Cost(b.tile, out);
                      });
-    // Of those that are as good, one with other blocks.
-    if (!choices.empty() && choices[0].block < channels) {
+    if (choices.size() > kMostTiles) choices.resize(kMostTiles);
+    // The best one with other blocks, too.
+    if (choices[0].block < channels) {
       for (int32_t block : {choices[0].block * 2, choices[0].block / 2}) {
         if (block < 4) continue;
         Choice other = choices[0];
