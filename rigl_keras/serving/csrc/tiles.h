@@ -17,7 +17,7 @@
 
 #include <cstdint>
 
-namespace rigl_serving {
+namespace rigl_network {
 
 // data + channel * plane + row * pitch + cell * L is aligned to L floats.
 struct Field {
@@ -108,16 +108,15 @@ struct Pool {
 struct Tiles {
   const char* name;   // "avx512", "avx2", "portable"
   int32_t length;     // L: floats of a vector
-  const int32_t (*tile_shapes)[2];  // rows and cells that `sparse` has
-  int32_t tile_shape_count;
-  const int32_t (*dense_shapes)[2];
-  int32_t dense_shape_count;
-  int32_t registers;  // sums that a tile may have at most: rows * cells
-  int32_t panel;      // channels of a panel of dense weights
-  int32_t dense_cells;  // cells that a dense tile has at most
+  // A tile may have so many sums (rows * cells), rows and cells. `sparse` takes
+  // any; one that was not compiled is computed as several lower ones.
+  int32_t registers, most_rows, most_cells;
+  int32_t panel;        // channels of a panel of dense weights
+  int32_t dense_cells;  // rows * cells that a dense tile has at most
 
   // `scratch`: floats for `tile[0] * tile[1] * L` sums of each channel of the
-  // part, where there is more than one block.
+  // part, where there is more than one block. Parts of a dense convolution
+  // begin with a panel, and their scratch is for whole ones.
   void (*sparse)(const Convolution&, const Part&, float* scratch);
   void (*dense)(const Convolution&, const Part&, float* scratch);
 
@@ -149,6 +148,6 @@ struct Tiles {
 // AVX-512 has 16 and 8, AVX2 has 8, portable code 4.
 const Tiles* TilesOf(int32_t length = 0);
 
-}  // namespace rigl_serving
+}  // namespace rigl_network
 
 #endif  // RIGL_KERAS_TILES_H_

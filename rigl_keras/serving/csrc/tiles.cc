@@ -1,0 +1,938 @@
+// The kernels of tiles.h for one instruction set, RIGL_ISA, and vectors of
+// RIGL_LENGTH floats. They are `rigl_tiles_<RIGL_ISA>_<RIGL_LENGTH>`.
+//
+// Nothing here may be shared by the linker between instruction sets: functions
+// are of this source alone, and none of the standard library's is called.
+
+#include "tiles.h"
+
+#include <cstdint>
+
+#include "network.h"
+
+#define RIGL_JOIN_(a, b, c) a##b##_##c
+#define RIGL_JOIN(a, b, c) RIGL_JOIN_(a, b, c)
+#define RIGL_TEXT_(a) #a
+#define RIGL_TEXT(a) RIGL_TEXT_(a)
+#define RIGL_INLINE static inline __attribute__((always_inline))
+
+namespace rigl_network {
+namespace {
+
+constexpr int L = RIGL_LENGTH;
+
+#if defined(__AVX512VL__)
+constexpr int kRegisters = 28;  // of 32: sums, a weight, and a few to spare
+constexpr int kDenseCells = 6;
+#elif defined(__AVX2__)
+constexpr int kRegisters = 14;  // of 16
+constexpr int kDenseCells = 3;
+#else
+constexpr int kRegisters = 12;  // of 16, and products need one
+constexpr int kDenseCells = 2;
+#endif
+constexpr int kMostRows = 16;
+constexpr int kMostCells = 8;
+constexpr int kPanel = 4;
+
+typedef float Vector __attribute__((vector_size(L * 4), may_alias));
+typedef float Unaligned
+    __attribute__((vector_size(L * 4), aligned(4), may_alias));
+typedef int32_t Integers __attribute__((vector_size(L * 4), may_alias));
+
+RIGL_INLINE Vector All(float value) { return value - Vector{}; }
+RIGL_INLINE Vector Load(const float* from) {
+  return *reinterpret_cast<const Unaligned*>(from);
+}
+RIGL_INLINE void Store(float* to, Vector v) {
+  *reinterpret_cast<Vector*>(to) = v;
+}
+RIGL_INLINE void StoreUnaligned(float* to, Vector v) {
+  *reinterpret_cast<Unaligned*>(to) = v;
+}
+RIGL_INLINE int32_t Least(int32_t a, int32_t b) { return a < b ? a : b; }
+// The compiler shall not know where this pointer comes from: it would keep
+// each sum of it in a register of its own, and there are too few.
+RIGL_INLINE const float* Hidden(const float* pointer) {
+  __asm__("" : "+r"(pointer));
+  return pointer;
+}
+
+// ---------------------------------------------------------------- Activations
+
+RIGL_INLINE Integers Bits(Vector v) { return reinterpret_cast<Integers>(v); }
+RIGL_INLINE Vector Floats(Integers v) { return reinterpret_cast<Vector>(v); }
+RIGL_INLINE Vector Chosen(Integers which, Vector yes, Vector no) {
+  return Floats((which & Bits(yes)) | (~which & Bits(no)));
+}
+RIGL_INLINE Vector Masked(Vector v, Integers kept) {
+  return Floats(Bits(v) & kept);
+}
+RIGL_INLINE Vector Absolute(Vector v) {
+  return Floats(Bits(v) & (Integers{} + 0x7fffffff));
+}
+// The first with the sign of the second.
+RIGL_INLINE Vector WithSign(Vector v, Vector sign) {
+  const Integers mask = Integers{} + 0x7fffffff;
+  return Floats((Bits(v) & mask) | (Bits(sign) & ~mask));
+}
+
+// A NaN stays one, as in TensorFlow.
+RIGL_INLINE Vector Clipped(Vector v, Vector low, Vector high) {
+  v = v < low ? low : v;
+  return v > high ? high : v;
+}
+
+// exp(r) - 1 where |r| <= log(2) / 2.
+RIGL_INLINE Vector SmallExpm1(Vector r) {
+  Vector p = All(1.f / 5040);
+  p = p * r + All(1.f / 720);
+  p = p * r + All(1.f / 120);
+  p = p * r + All(1.f / 24);
+  p = p * r + All(1.f / 6);
+  p = p * r + All(0.5f);
+  return p * (r * r) + r;
+}
+
+// x as n log(2) + r: r, and n.
+RIGL_INLINE Vector Reduced(Vector x, Integers* n) {
+  const Vector magic = All(12582912.f);  // 1.5 * 2^23: its sums are rounded
+  const Vector shifted = x * All(1.44269504f) + magic;
+  *n = Bits(shifted) - Bits(magic);
+  const Vector whole = shifted - magic;
+  // log(2) in two parts: the first has few digits, its products are exact.
+  return (x - whole * All(0.693359375f)) + whole * All(2.12194440e-4f);
+}
+
+RIGL_INLINE Vector PowerOf2(Integers n) { return Floats((n + 127) << 23); }
+
+// exp(x + y), where y is tiny beside x and makes up for its rounding.
+RIGL_INLINE Vector ExpOfSum(Vector x, Vector y) {
+  // Beyond these it is 0 and infinite, and n keeps within 8 bits.
+  x = Clipped(x, All(-104.f), All(89.f));
+  Integers n;
+  const Vector r = Reduced(x, &n) + y;
+  const Integers half = n >> 1;  // 2^n alone may be no number, where exp is
+  return (SmallExpm1(r) + All(1.f)) * PowerOf2(half) * PowerOf2(n - half);
+}
+
+RIGL_INLINE Vector Exp(Vector x) { return ExpOfSum(x, Vector{}); }
+
+// exp(x) - 1 for x <= 0.
+RIGL_INLINE Vector Expm1(Vector x) {
+  x = x < All(-30.f) ? All(-30.f) : x;
+  Integers n;
+  const Vector r = Reduced(x, &n);
+  const Vector power = PowerOf2(n);
+  return SmallExpm1(r) * power + (power - All(1.f));
+}
+
+RIGL_INLINE Vector Sigmoid(Vector x) { return All(1.f) / (All(1.f) + Exp(-x)); }
+
+RIGL_INLINE Vector Tanh(Vector x) {
+  const Vector e = Expm1(All(-2.f) * Absolute(x));
+  return WithSign(-e / (e + All(2.f)), x);
+}
+
+// log(1 + y) for y in [0, 1].
+RIGL_INLINE Vector Log1p(Vector y) {
+  const Vector s = y / (y + All(2.f));  // 2 atanh(s)
+  const Vector q = s * s;
+  Vector p = All(1.f / 17);
+  p = p * q + All(1.f / 15);
+  p = p * q + All(1.f / 13);
+  p = p * q + All(1.f / 11);
+  p = p * q + All(1.f / 9);
+  p = p * q + All(1.f / 7);
+  p = p * q + All(1.f / 5);
+  p = p * q + All(1.f / 3);
+  p = p * q;
+  return All(2.f) * (s + s * p);
+}
+
+RIGL_INLINE Vector Softplus(Vector x) {
+  const Vector positive = x < Vector{} ? Vector{} : x;
+  return positive + Log1p(Exp(-Absolute(x)));
+}
+
+// x times the normal distribution's share below x.
+RIGL_INLINE Vector Gelu(Vector x) {
+  const Vector z = Absolute(x) * All(0.707106781f), q = z * z;
+  // Below z = 1/2 erf(z) is z times a polynomial of its square, fitted.
+  Vector p;
+  p = All(0.00471756747f);
+  p = p * q + All(-0.0267569721f);
+  p = p * q + All(0.112828195f);
+  p = p * q + All(-0.376126081f);
+  p = p * q + All(1.12837911f);
+  const Vector near = All(1.f) - p * z;
+  // Above it erfc(z) is exp(-z^2) / (z + 1) times a polynomial, fitted, too.
+  const Vector far_z = z < All(11.f) ? z : All(11.f);
+  const Vector t = (far_z - All(1.f)) / (far_z + All(1.f));
+  p = All(0.00182547292f);
+  p = p * t + All(-0.00108790898f);
+  p = p * t + All(-0.00265979278f);
+  p = p * t + All(-0.00342681725f);
+  p = p * t + All(-0.00120579964f);
+  p = p * t + All(0.00951411109f);
+  p = p * t + All(0.0253960583f);
+  p = p * t + All(0.0139104323f);
+  p = p * t + All(-0.0955564454f);
+  p = p * t + All(-0.237680927f);
+  p = p * t + All(0.855167150f);
+  // x^2 with the digits that one float has not: the high half's square is
+  // exact.
+  Vector whole = Absolute(x);
+  whole = whole < All(16.f) ? whole : All(16.f);
+  const Vector high = Floats(Bits(whole) & (Integers{} + ~0xfff));
+  const Vector rest = (whole - high) * (whole + high);
+  const Vector far = ExpOfSum(All(-0.5f) * high * high, All(-0.5f) * rest) * p /
+                     (far_z + All(1.f));
+  const Vector tail = All(0.5f) * (z < All(0.5f) ? near : far);
+  return x * (x < Vector{} ? tail : All(1.f) - tail);
+}
+
+RIGL_INLINE Vector GeluTanh(Vector x) {
+  // 0.5 (1 + tanh(u)) is sigmoid(2 u).
+  const Vector u = x + All(0.044715f) * x * x * x;
+  return x * Sigmoid(All(1.59576912f) * u);
+}
+
+RIGL_INLINE Vector HardSigmoid(Vector x) {
+  return Clipped(x * All(1.f / 6) + All(0.5f), Vector{}, All(1.f));
+}
+
+// An activation as min(max(x, low), high), if it is one.
+struct Clip {
+  bool is;
+  float low, high;
+};
+
+RIGL_INLINE Clip ClipOf(int32_t act, float a, float b) {
+  const float infinity = __builtin_inff();
+  if (act == -1) return {true, -infinity, infinity};
+  if (act == static_cast<int32_t>(Activation::kRelu))
+    return {true, 0, infinity};
+  return {act == static_cast<int32_t>(Activation::kClip), a, b};
+}
+
+template <class Function>
+RIGL_INLINE void Each(Vector* v, int n, Function function) {
+  for (int i = 0; i < n; ++i) v[i] = function(v[i]);
+}
+
+void Activate(Vector* v, int n, int32_t act, float a_, float b_) {
+  const Vector a = All(a_), b = All(b_), zero{};
+  switch (static_cast<Activation>(act)) {
+    case Activation::kRelu:
+      return Each(v, n, [=](Vector x) { return x < zero ? zero : x; });
+    case Activation::kClip:
+      return Each(v, n, [=](Vector x) { return Clipped(x, a, b); });
+    case Activation::kLeakyRelu:
+      return Each(v, n, [=](Vector x) { return x < zero ? a * x : x; });
+    case Activation::kElu:
+      return Each(v, n, [=](Vector x) {
+        return x < zero ? a * Expm1(x) : x;
+      });
+    case Activation::kSigmoid:
+      return Each(v, n, [](Vector x) { return Sigmoid(x); });
+    case Activation::kTanh:
+      return Each(v, n, [](Vector x) { return Tanh(x); });
+    case Activation::kSilu:
+      return Each(v, n, [](Vector x) { return x * Sigmoid(x); });
+    case Activation::kGelu:
+      return Each(v, n, [](Vector x) { return Gelu(x); });
+    case Activation::kGeluTanh:
+      return Each(v, n, [](Vector x) { return GeluTanh(x); });
+    case Activation::kHardSigmoid:
+      return Each(v, n, [](Vector x) { return HardSigmoid(x); });
+    case Activation::kHardSilu:
+      return Each(v, n, [](Vector x) { return x * HardSigmoid(x); });
+    case Activation::kSoftplus:
+      return Each(v, n, [](Vector x) { return Softplus(x); });
+    case Activation::kSelu:
+      return Each(v, n, [=](Vector x) {
+        return All(1.05070099f) *
+               (x < zero ? All(1.67326324f) * Expm1(x) : x);
+      });
+    case Activation::kExponential:
+      return Each(v, n, [](Vector x) { return Exp(x); });
+    default:  // none
+      return;
+  }
+}
+
+// ------------------------------------------------------------------ Epilogues
+
+// Numbers that count, as bits of a vector.
+RIGL_INLINE Integers FirstOf(int32_t count) {
+  Integers lanes;
+  for (int i = 0; i < L; ++i) lanes[i] = i;
+  return lanes < Integers{} + count;
+}
+
+RIGL_INLINE int64_t Place(const Field& field, int32_t channel, int32_t row,
+                          int32_t cell) {
+  return channel * field.plane + row * field.pitch +
+         static_cast<int64_t>(cell) * L;
+}
+
+// Ends the numbers of some cells of a row, whatever the epilogue but for
+// scale and shift. `kept` of the last of them count.
+void FinishRow(const Epilogue& after, int32_t channel, int32_t row,
+               int32_t cell, int32_t cells, Integers kept, Vector* v) {
+  if (after.other.data) {
+    const bool pixel = after.other_is_pixel;
+    const float* other =
+        after.other.data + (pixel ? Place(after.other, channel, 0, 0)
+                                  : Place(after.other, channel, row, cell));
+    const int64_t step = pixel ? 0 : L;
+    if (after.combine == '+')
+      for (int i = 0; i < cells; ++i) v[i] += Load(other + i * step);
+    else if (after.combine == '-')
+      for (int i = 0; i < cells; ++i) v[i] -= Load(other + i * step);
+    else
+      for (int i = 0; i < cells; ++i) v[i] *= Load(other + i * step);
+  }
+  Activate(v, cells, after.act, after.a, after.b);
+  v[cells - 1] = Masked(v[cells - 1], kept);
+  if (after.to.data) {
+    float* to = after.to.data + Place(after.to, channel, row, cell);
+    for (int i = 0; i < cells; ++i) Store(to + i * L, v[i]);
+  }
+  if (after.to2.data) {
+    const Vector scale = All(after.scale2 ? after.scale2[channel] : 1.f);
+    const Vector shift = All(after.shift2 ? after.shift2[channel] : 0.f);
+    for (int i = 0; i < cells; ++i) v[i] = v[i] * scale + shift;
+    Activate(v, cells, after.act2, after.a2, after.b2);
+    v[cells - 1] = Masked(v[cells - 1], kept);
+    float* to = after.to2.data + Place(after.to2, channel, row, cell);
+    for (int i = 0; i < cells; ++i) Store(to + i * L, v[i]);
+  }
+}
+
+// The same where all that happens is adding, clips, and the second output's
+// scale and shift: in one pass.
+template <bool add, bool first, bool second>
+RIGL_INLINE void FinishPlainRow(const Epilogue& after, const Clip& clip,
+                                const Clip& clip2, int32_t channel,
+                                int32_t row, int32_t cell, int32_t cells,
+                                Integers kept, const Vector* v) {
+  const Vector low = All(clip.low), high = All(clip.high);
+  const Vector low2 = All(clip2.low), high2 = All(clip2.high);
+  const Vector scale = All(after.scale2 ? after.scale2[channel] : 1.f);
+  const Vector shift = All(after.shift2 ? after.shift2[channel] : 0.f);
+  const float* other =
+      add ? after.other.data + Place(after.other, channel, row, cell) : nullptr;
+  float* to =
+      first ? after.to.data + Place(after.to, channel, row, cell) : nullptr;
+  float* to2 =
+      second ? after.to2.data + Place(after.to2, channel, row, cell) : nullptr;
+  const auto one = [&](int32_t i, bool ragged) {
+    Vector x = v[i];
+    if constexpr (add) x += Load(other + i * L);
+    x = Clipped(x, low, high);
+    if (ragged) x = Masked(x, kept);
+    if constexpr (first) Store(to + i * L, x);
+    if constexpr (second) {
+      x = Clipped(x * scale + shift, low2, high2);
+      if (ragged) x = Masked(x, kept);
+      Store(to2 + i * L, x);
+    }
+  };
+  for (int32_t i = 0; i + 1 < cells; ++i) one(i, false);
+  one(cells - 1, true);
+}
+
+// Ends the numbers of some rows and cells, whatever the epilogue.
+__attribute__((noinline)) void Finish(const Epilogue& after, int32_t channel,
+                                      int32_t row, int32_t cell, int32_t rows,
+                                      int32_t cells, int32_t last, Vector* v) {
+  const Integers kept = FirstOf(last);
+  if (after.scale || after.shift) {
+    const Vector scale = All(after.scale ? after.scale[channel] : 1.f);
+    const Vector shift = All(after.shift ? after.shift[channel] : 0.f);
+    for (int i = 0; i < rows * cells; ++i) v[i] = v[i] * scale + shift;
+  }
+  const Clip clip = ClipOf(after.act, after.a, after.b);
+  const Clip clip2 = ClipOf(after.act2, after.a2, after.b2);
+  const bool add = after.other.data;
+  const bool first = after.to.data, second = after.to2.data;
+  if (!clip.is || (second && !clip2.is) || (!first && !second) ||
+      (add && (after.combine != '+' || after.other_is_pixel))) {
+    for (int r = 0; r < rows; ++r)
+      FinishRow(after, channel, row + r, cell, cells, kept, v + r * cells);
+    return;
+  }
+#define RIGL_PLAIN(add, first, second)                                      \
+  for (int r = 0; r < rows; ++r)                                            \
+  FinishPlainRow<add, first, second>(after, clip, clip2, channel, row + r,  \
+                                     cell, cells, kept, v + r * cells)
+  if (add && first && second)
+    RIGL_PLAIN(true, true, true);
+  else if (add && first)
+    RIGL_PLAIN(true, true, false);
+  else if (add)
+    RIGL_PLAIN(true, false, true);
+  else if (first && second)
+    RIGL_PLAIN(false, true, true);
+  else if (first)
+    RIGL_PLAIN(false, true, false);
+  else
+    RIGL_PLAIN(false, false, true);
+#undef RIGL_PLAIN
+}
+
+// --------------------------------------------------------------- Convolutions
+
+// Which tiles there are. Widths are all there, for the ends of rows.
+constexpr bool Exists(int rows, int cells) {
+  if (rows * cells > kRegisters) return false;
+  const bool narrow = cells <= 2;
+  return rows <= 4 || (rows == 5 && cells == 5) || (rows == 6 && cells == 4) ||
+         rows == 7 || rows == 8 || (narrow && (rows == 12 || rows == 14)) ||
+         rows == 16;
+}
+
+// One tile of R rows and C cells, of all channels of the part.
+template <int R, int C>
+void SparseTile(const Convolution& k, const Part& part, float* scratch,
+                int32_t row, int32_t cell) {
+  // What is read here is not read again after each store, which might change
+  // it.
+  const int64_t pitch = k.in_pitch, step = k.in_step;
+  const float* const in = k.in + row * pitch + cell * step;
+  const Entry* const entries = k.entries;
+  const int32_t blocks = k.blocks;
+  const float* const bias = k.bias;
+  const Epilogue& after = k.after;
+  const Clip clip = ClipOf(after.act, after.a, after.b);
+  const bool plain = clip.is && !after.scale && !after.shift &&
+                     !after.other.data && !after.to2.data && after.to.data;
+  const int32_t last = cell + C == k.out_cells ? k.out_last : L;
+  const bool ragged = last < L;
+  const Integers kept = FirstOf(last);
+  for (int32_t block = 0; block < blocks; ++block) {
+    const int32_t* const rows =
+        k.rows + static_cast<int64_t>(block) * k.channels;
+    for (int32_t o = part.channel_begin; o < part.channel_end; ++o) {
+      Vector sum[R][C];
+      float* sums =
+          scratch + static_cast<int64_t>(o - part.channel_begin) * (R * C * L);
+      if (block == 0) {
+        const Vector start = All(bias ? bias[o] : 0.f);
+#pragma GCC unroll 32
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 32
+          for (int c = 0; c < C; ++c) sum[r][c] = start;
+      } else {
+#pragma GCC unroll 32
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 32
+          for (int c = 0; c < C; ++c) sum[r][c] = Load(sums + (r * C + c) * L);
+      }
+      const Entry* const end = entries + rows[o + 1];
+      for (const Entry* entry = entries + rows[o]; entry != end; ++entry) {
+        const Vector weight = All(entry->weight);
+        const float* at = in + entry->offset;
+#pragma GCC unroll 32
+        for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 32
+          for (int c = 0; c < C; ++c)
+            sum[r][c] += weight * Load(at + c * step);
+          if (r + 1 < R) at = Hidden(at + pitch);
+        }
+      }
+      const bool done = block + 1 == blocks;
+      if (done && plain) {
+        const Vector low = All(clip.low), high = All(clip.high);
+        float* to = after.to.data + Place(after.to, o, row, cell);
+        const int64_t to_pitch = after.to.pitch;
+#pragma GCC unroll 32
+        for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 32
+          for (int c = 0; c < C; ++c)
+            sum[r][c] = Clipped(sum[r][c], low, high);
+          if (ragged) sum[r][C - 1] = Masked(sum[r][C - 1], kept);
+#pragma GCC unroll 32
+          for (int c = 0; c < C; ++c) Store(to + c * L, sum[r][c]);
+          to += to_pitch;
+        }
+      } else {
+        Vector buffer[R * C];
+        if (done) sums = reinterpret_cast<float*>(buffer);
+#pragma GCC unroll 32
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 32
+          for (int c = 0; c < C; ++c)
+            StoreUnaligned(sums + (r * C + c) * L, sum[r][c]);
+        if (done)
+          Finish(after, o, row, cell, R, C, last, buffer);
+      }
+    }
+  }
+}
+
+typedef void (*SparseFunction)(const Convolution&, const Part&, float*,
+                               int32_t, int32_t);
+
+template <int R, int C>
+constexpr SparseFunction SparseTileOf() {
+  if constexpr (Exists(R, C))
+    return &SparseTile<R, C>;
+  else
+    return nullptr;
+}
+
+// Of all tiles: [rows - 1][cells - 1].
+template <int... index>
+struct SparseTable {
+  static constexpr SparseFunction of[] = {
+      SparseTileOf<index / kMostCells + 1, index % kMostCells + 1>()...};
+};
+template <int count, int... index>
+struct SparseTableOf : SparseTableOf<count - 1, count - 1, index...> {};
+template <int... index>
+struct SparseTableOf<0, index...> : SparseTable<index...> {};
+
+// Calls run(row, cell, rows, cells) for tiles that cover some rows of an
+// output. At its right edge they are as wide as what is left, and higher.
+// `exists` says which tiles there are.
+template <class Exists, class Run>
+RIGL_INLINE void ForTiles(const Convolution& k, const Part& part,
+                          int32_t most_rows, int32_t most_cells, Exists exists,
+                          Run run) {
+  const int32_t width = Least(k.tile[1], most_cells);
+  const int32_t most_sums = k.tile[0] * width;
+  for (int32_t cell = 0; cell < k.out_cells;) {
+    const int32_t cells = Least(k.out_cells - cell, width);
+    const int32_t height =
+        Least(cells == width ? k.tile[0] : most_sums / cells, most_rows);
+    for (int32_t row = part.row_begin; row < part.row_end;) {
+      int32_t rows = Least(height, part.row_end - row);
+      while (!exists(rows, cells)) --rows;
+      run(row, cell, rows, cells);
+      row += rows;
+    }
+    cell += cells;
+  }
+}
+
+void Sparse(const Convolution& k, const Part& part, float* scratch) {
+  const SparseFunction* const table = SparseTableOf<kMostRows * kMostCells>::of;
+  const auto tile = [table](int32_t rows, int32_t cells) {
+    return table[(rows - 1) * kMostCells + cells - 1];
+  };
+  ForTiles(k, part, kMostRows, kMostCells, tile,
+           [&](int32_t row, int32_t cell, int32_t rows, int32_t cells) {
+             tile(rows, cells)(k, part, scratch, row, cell);
+           });
+}
+
+// Cells of a dense tile: how far they are from the first, in the input.
+struct DenseCells {
+  int64_t places[kDenseCells];
+};
+
+// Sums of `panels` panels of channels, and D cells, over one block.
+template <int panels, int D>
+RIGL_INLINE void DenseSums(const float* in, const DenseCells& cells,
+                           const int32_t* offset, const int32_t* end,
+                           const float* weights, int64_t panel_stride,
+                           Vector (&sum)[panels * kPanel][D]) {
+  int64_t place[D];
+#pragma GCC unroll 32
+  for (int d = 0; d < D; ++d) place[d] = cells.places[d];
+  for (; offset != end; ++offset, weights += kPanel) {
+    const float* const at = in + *offset;
+    Vector x[D];
+#pragma GCC unroll 32
+    for (int d = 0; d < D; ++d) x[d] = Load(at + place[d]);
+#pragma GCC unroll 32
+    for (int p = 0; p < panels; ++p)
+#pragma GCC unroll 32
+      for (int i = 0; i < kPanel; ++i) {
+        const Vector weight = All(weights[p * panel_stride + i]);
+#pragma GCC unroll 32
+        for (int d = 0; d < D; ++d) sum[p * kPanel + i][d] += weight * x[d];
+      }
+  }
+}
+
+// Some panels of a tile, over one block.
+template <int panels, int D>
+void DensePanels(const Convolution& k, const DenseCells& cells,
+                 const float* in, int32_t block, int32_t channel, int32_t end,
+                 float* scratch, int32_t row, int32_t cell, int32_t rows,
+                 int32_t columns) {
+  Vector sum[panels * kPanel][D];
+  if (block == 0) {
+#pragma GCC unroll 32
+    for (int i = 0; i < panels * kPanel; ++i) {
+      const Vector start =
+          All(k.bias && channel + i < k.channels ? k.bias[channel + i] : 0.f);
+#pragma GCC unroll 32
+      for (int d = 0; d < D; ++d) sum[i][d] = start;
+    }
+  } else {
+#pragma GCC unroll 32
+    for (int i = 0; i < panels * kPanel; ++i)
+#pragma GCC unroll 32
+      for (int d = 0; d < D; ++d) sum[i][d] = Load(scratch + (i * D + d) * L);
+  }
+  const int64_t panel_stride = static_cast<int64_t>(k.inputs) * kPanel;
+  const int32_t first = k.dense_blocks[block];
+  DenseSums<panels, D>(
+      in, cells, k.offsets + first, k.offsets + k.dense_blocks[block + 1],
+      k.weights + channel / kPanel * panel_stride + first * kPanel,
+      panel_stride, sum);
+  if (block + 1 < k.blocks) {
+#pragma GCC unroll 32
+    for (int i = 0; i < panels * kPanel; ++i)
+#pragma GCC unroll 32
+      for (int d = 0; d < D; ++d)
+        StoreUnaligned(scratch + (i * D + d) * L, sum[i][d]);
+    return;
+  }
+  Vector sums[panels * kPanel * D];
+#pragma GCC unroll 32
+  for (int i = 0; i < panels * kPanel; ++i)
+#pragma GCC unroll 32
+    for (int d = 0; d < D; ++d) sums[i * D + d] = sum[i][d];
+  const int32_t count = Least(end - channel, panels * kPanel);
+  const int32_t last = cell + columns == k.out_cells ? k.out_last : L;
+  for (int i = 0; i < count; ++i)
+    Finish(k.after, channel + i, row, cell, rows, columns, last, sums + i * D);
+}
+
+template <int D>
+void DenseTile(const Convolution& k, const Part& part, float* scratch,
+               int32_t row, int32_t cell, int32_t rows, int32_t columns) {
+  // As many panels at a time as there are registers for.
+  constexpr int most = kDenseCells / D > 1 ? kDenseCells / D : 1;
+  const float* const in = k.in + row * k.in_pitch + cell * k.in_step;
+  DenseCells cells;
+  for (int d = 0; d < D; ++d)
+    cells.places[d] = d / columns * k.in_pitch + d % columns * k.in_step;
+  for (int32_t block = 0; block < k.blocks; ++block) {
+    for (int32_t o = part.channel_begin; o < part.channel_end;) {
+      float* const sums =
+          scratch + static_cast<int64_t>(o - part.channel_begin) * (D * L);
+      if (o + (most - 1) * kPanel < part.channel_end) {
+        DensePanels<most, D>(k, cells, in, block, o, part.channel_end, sums,
+                             row, cell, rows, columns);
+        o += most * kPanel;
+      } else {
+        DensePanels<1, D>(k, cells, in, block, o, part.channel_end, sums, row,
+                          cell, rows, columns);
+        o += kPanel;
+      }
+    }
+  }
+}
+
+void Dense(const Convolution& k, const Part& part, float* scratch) {
+  ForTiles(k, part, kDenseCells, kDenseCells,
+           [](int32_t rows, int32_t cells) {
+             return rows * cells <= kDenseCells;
+           },
+           [&](int32_t row, int32_t cell, int32_t rows, int32_t cells) {
+             switch (rows * cells) {
+#define RIGL_CASE(D)                                                        \
+  case D:                                                                   \
+    return DenseTile<D>(k, part, scratch, row, cell, rows, cells);
+               RIGL_CASE(1)
+               RIGL_CASE(2)
+#if defined(__AVX2__)
+               RIGL_CASE(3)
+#endif
+#if defined(__AVX512VL__)
+               RIGL_CASE(4)
+               RIGL_CASE(5)
+               RIGL_CASE(6)
+#endif
+#undef RIGL_CASE
+             }
+           });
+}
+
+// ------------------------------------------------ Elementwise, and of windows
+
+constexpr int kChunk = 16;  // cells that are at work at a time
+
+void Elementwise(const Field& in, const Epilogue& after, int32_t begin,
+                 int32_t end) {
+  for (int32_t o = begin; o < end; ++o)
+    for (int32_t row = 0; row < in.rows; ++row)
+      for (int32_t cell = 0; cell < in.cells; cell += kChunk) {
+        const int32_t count = Least(in.cells - cell, kChunk);
+        Vector v[kChunk];
+        const float* from = in.data + Place(in, o, row, cell);
+        for (int i = 0; i < count; ++i) v[i] = Load(from + i * L);
+        Finish(after, o, row, cell, 1, count,
+               cell + count == in.cells ? in.last : L, v);
+      }
+}
+
+template <bool maximum>
+RIGL_INLINE Vector Pooled(const float* at, const int32_t* offsets,
+                          int32_t count) {
+  Vector v = Load(at + offsets[0]);
+  for (int32_t i = 1; i < count; ++i) {
+    const Vector x = Load(at + offsets[i]);
+    if constexpr (maximum)
+      v = x > v ? x : v;
+    else
+      v += x;
+  }
+  return v;
+}
+
+void PoolWindows(const Pool& pool, int32_t begin, int32_t end) {
+  for (int32_t o = begin; o < end; ++o)
+    for (int32_t row = 0; row < pool.out_rows; ++row)
+      for (int32_t cell = 0; cell < pool.out_cells; cell += kChunk) {
+        const int32_t count = Least(pool.out_cells - cell, kChunk);
+        Vector v[kChunk];
+        const float* at = pool.in + o * pool.in_plane + row * pool.in_pitch +
+                          cell * pool.in_step;
+        if (pool.maximum)
+          for (int i = 0; i < count; ++i, at += pool.in_step)
+            v[i] = Pooled<true>(at, pool.offsets, pool.count);
+        else
+          for (int i = 0; i < count; ++i, at += pool.in_step)
+            v[i] = Pooled<false>(at, pool.offsets, pool.count);
+        if (pool.factors) {
+          const float* factors =
+              pool.factors +
+              (static_cast<int64_t>(row) * pool.out_cells + cell) * L;
+          for (int i = 0; i < count; ++i) v[i] *= Load(factors + i * L);
+        }
+        Finish(pool.after, o, row, cell, 1, count,
+               cell + count == pool.out_cells ? pool.out_last : L, v);
+      }
+}
+
+void GlobalPool(const Field& in, bool maximum, bool positions, int32_t columns,
+                const Epilogue& after, int32_t begin, int32_t end) {
+  const Vector least = All(-__builtin_inff());
+  // Of the last cell.
+  const Integers kept = FirstOf(positions ? columns - (in.cells - 1) * L : L);
+  for (int32_t o = begin; o < end; ++o) {
+    Vector all = maximum ? least : Vector{};
+    for (int32_t row = 0; row < in.rows; ++row) {
+      const float* at = in.data + Place(in, o, row, 0);
+      const Vector last = Load(at + static_cast<int64_t>(in.cells - 1) * L);
+      if (maximum) {
+        for (int32_t cell = 0; cell + 1 < in.cells; ++cell) {
+          const Vector x = Load(at + static_cast<int64_t>(cell) * L);
+          all = x > all ? x : all;
+        }
+        const Vector x = Chosen(kept, last, least);
+        all = x > all ? x : all;
+      } else {
+        // By rows: a sum of few numbers is off by little.
+        Vector sum = Masked(last, kept);
+        for (int32_t cell = 0; cell + 1 < in.cells; ++cell)
+          sum += Load(at + static_cast<int64_t>(cell) * L);
+        all += sum;
+      }
+    }
+    if (positions) {
+      float one = all[0];
+      for (int i = 1; i < L; ++i)
+        one = !maximum ? one + all[i] : all[i] > one ? all[i] : one;
+      all = All(one);
+    }
+    if (!maximum)
+      all *= All(1.f / (static_cast<float>(in.rows) * columns));
+    Finish(after, o, 0, 0, 1, 1, L, &all);
+  }
+}
+
+// -------------------------------------------------------------------- Packing
+
+// The values of two vectors in turn: of their first halves, or of the second
+// ones.
+template <bool second>
+RIGL_INLINE Vector Interleaved(Vector a, Vector b) {
+#if defined(__clang__)
+  Vector both;
+#pragma unroll
+  for (int i = 0; i < L; ++i)
+    both[i] = (i % 2 ? b : a)[i / 2 + (second ? L / 2 : 0)];
+  return both;
+#else
+  Integers at{};
+  for (int i = 0; i < L; ++i) at[i] = i / 2 + (second ? L / 2 : 0) + i % 2 * L;
+  return __builtin_shuffle(a, b, at);
+#endif
+}
+
+// Turns L vectors of L values on their diagonal. Each pass interleaves row i
+// with row i + L / 2; log2(L) of them are the transposition.
+template <int pass = 1>
+RIGL_INLINE void Transpose(Vector* rows) {
+  if constexpr (pass < L) {
+    Vector next[L];
+#pragma GCC unroll 16
+    for (int i = 0; i < L / 2; ++i) {
+      next[2 * i] = Interleaved<false>(rows[i], rows[i + L / 2]);
+      next[2 * i + 1] = Interleaved<true>(rows[i], rows[i + L / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) rows[i] = next[i];
+    Transpose<pass * 2>(rows);
+  }
+}
+
+void PackImages(const float* pixels, int64_t image_stride, int32_t count,
+                int32_t columns, int32_t channels, const Field& to,
+                int32_t row_begin, int32_t row_end) {
+  // What follows in a row of each image is one cell after the other, whatever
+  // the channels are.
+  const int64_t numbers = static_cast<int64_t>(columns) * channels;
+  for (int32_t row = row_begin; row < row_end; ++row) {
+    const float* from = pixels + row * numbers;
+    float* const out = to.data + row * to.pitch;
+    int64_t place = 0;
+    int32_t channel = 0;
+    for (int64_t i = 0; i < numbers; i += L) {
+      const int32_t here = numbers - i < L ? numbers - i : L;
+      Vector v[L];
+      if (here == L) {
+        for (int l = 0; l < L; ++l)
+          v[l] = l < count ? Load(from + l * image_stride + i) : Vector{};
+      } else {
+        for (int l = 0; l < L; ++l) {
+          v[l] = Vector{};
+          for (int j = 0; l < count && j < here; ++j)
+            v[l][j] = from[l * image_stride + i + j];
+        }
+      }
+      Transpose(v);
+      for (int j = 0; j < here; ++j) {
+        Store(out + place, v[j]);
+        place += to.plane;
+        if (++channel == channels) {
+          channel = 0;
+          place += L - channels * to.plane;
+        }
+      }
+    }
+  }
+}
+
+void UnpackImages(const Field& from, float* pixels, int64_t image_stride,
+                  int32_t count, int32_t columns, int32_t channels,
+                  int32_t row_begin, int32_t row_end) {
+  const int64_t numbers = static_cast<int64_t>(columns) * channels;
+  for (int32_t row = row_begin; row < row_end; ++row) {
+    float* to = pixels + row * numbers;
+    const float* const in = from.data + row * from.pitch;
+    int64_t place = 0;
+    int32_t channel = 0;
+    for (int64_t i = 0; i < numbers; i += L) {
+      const int32_t here = numbers - i < L ? numbers - i : L;
+      Vector v[L];
+      for (int j = 0; j < here; ++j) {
+        v[j] = Load(in + place);
+        place += from.plane;
+        if (++channel == channels) {
+          channel = 0;
+          place += L - channels * from.plane;
+        }
+      }
+      for (int j = here; j < L; ++j) v[j] = Vector{};
+      Transpose(v);
+      for (int l = 0; l < count; ++l)
+        if (here == L)
+          StoreUnaligned(to + l * image_stride + i, v[l]);
+        else
+          for (int j = 0; j < here; ++j)
+            to[l * image_stride + i + j] = v[l][j];
+    }
+  }
+}
+
+void PackPositions(const float* pixels, int32_t columns, int32_t channels,
+                   const Field& to, int32_t row_begin, int32_t row_end) {
+  for (int32_t row = row_begin; row < row_end; ++row) {
+    const float* const from =
+        pixels + static_cast<int64_t>(row) * columns * channels;
+    for (int32_t cell = 0; cell < to.cells; ++cell) {
+      const int32_t column = cell * L, here = Least(columns - column, L);
+      float* const out = to.data + Place(to, 0, row, cell);
+      int32_t o = 0;
+      for (; here == L && o + L <= channels; o += L) {
+        Vector v[L];
+        for (int i = 0; i < L; ++i)
+          v[i] = Load(from + static_cast<int64_t>(column + i) * channels + o);
+        Transpose(v);
+        for (int i = 0; i < L; ++i) Store(out + (o + i) * to.plane, v[i]);
+      }
+      for (; o < channels; ++o) {
+        float* const cell_of = out + o * to.plane;
+        const float* at = from + static_cast<int64_t>(column) * channels + o;
+        for (int i = 0; i < L; ++i)
+          cell_of[i] = i < here ? at[static_cast<int64_t>(i) * channels] : 0.f;
+        // A single pixel fills its cell.
+        if (columns == 1 && to.last > 1) Store(cell_of, All(*at));
+      }
+    }
+  }
+}
+
+void UnpackPositions(const Field& from, float* pixels, int32_t columns,
+                     int32_t channels, int32_t row_begin, int32_t row_end) {
+  for (int32_t row = row_begin; row < row_end; ++row) {
+    float* const to = pixels + static_cast<int64_t>(row) * columns * channels;
+    for (int32_t cell = 0; cell < from.cells; ++cell) {
+      const int32_t column = cell * L, here = Least(columns - column, L);
+      const float* const in = from.data + Place(from, 0, row, cell);
+      int32_t o = 0;
+      for (; here > 1 && o + L <= channels; o += L) {
+        Vector v[L];
+        for (int i = 0; i < L; ++i) v[i] = Load(in + (o + i) * from.plane);
+        Transpose(v);
+        for (int i = 0; i < here; ++i)
+          StoreUnaligned(to + static_cast<int64_t>(column + i) * channels + o,
+                         v[i]);
+      }
+      for (; o < channels; ++o)
+        for (int i = 0; i < here; ++i)
+          to[static_cast<int64_t>(column + i) * channels + o] =
+              in[o * from.plane + i];
+    }
+  }
+}
+
+void Pack(const float* pixels, int64_t image_stride, int32_t count,
+          bool positions, int32_t columns, int32_t channels, const Field& to,
+          int32_t row_begin, int32_t row_end) {
+  if (positions)
+    PackPositions(pixels, columns, channels, to, row_begin, row_end);
+  else
+    PackImages(pixels, image_stride, count, columns, channels, to, row_begin,
+               row_end);
+}
+
+void Unpack(const Field& from, float* pixels, int64_t image_stride,
+            int32_t count, bool positions, int32_t columns, int32_t channels,
+            int32_t row_begin, int32_t row_end) {
+  if (positions)
+    UnpackPositions(from, pixels, columns, channels, row_begin, row_end);
+  else
+    UnpackImages(from, pixels, image_stride, count, columns, channels,
+                 row_begin, row_end);
+}
+
+}  // namespace
+
+extern const Tiles RIGL_JOIN(rigl_tiles_, RIGL_ISA, RIGL_LENGTH);
+const Tiles RIGL_JOIN(rigl_tiles_, RIGL_ISA, RIGL_LENGTH) = {
+    RIGL_TEXT(RIGL_ISA), L,          kRegisters,  kMostRows, kMostCells,
+    kPanel,              kDenseCells, Sparse,     Dense,     Elementwise,
+    PoolWindows,         GlobalPool, Pack,        Unpack};
+
+}  // namespace rigl_network

@@ -1,0 +1,22 @@
+// What tests/support/tiles.py calls of the kernels of a network.
+#include "tiles.h"
+
+extern "C" {
+
+__attribute__((visibility("default"))) const rigl_network::Tiles* tiles_of(
+    int32_t length) {
+  return rigl_network::TilesOf(length);
+}
+
+// Bytes of what is handed over, which Python describes again.
+__attribute__((visibility("default"))) void sizes(int64_t* to) {
+  using namespace rigl_network;
+  to[0] = sizeof(Field);
+  to[1] = sizeof(Entry);
+  to[2] = sizeof(Epilogue);
+  to[3] = sizeof(Convolution);
+  to[4] = sizeof(Part);
+  to[5] = sizeof(Pool);
+  to[6] = sizeof(Tiles);
+}
+}
