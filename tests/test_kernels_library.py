@@ -51,6 +51,22 @@ namespace rigl::avx512 { int twice(int x); }
 #endif
 """
 
+NETWORK = """
+namespace hidden { int length(); }
+#pragma GCC visibility push(default)
+extern "C" int rigl_stand_in() { return 10 * hidden::length(); }
+#pragma GCC visibility pop
+namespace rigl::portable_4 { int length(); }
+int hidden::length() { return rigl::portable_4::length(); }
+"""
+TILES = """
+#define JOIN_(a, b) a##_##b
+#define JOIN(a, b) JOIN_(a, b)
+namespace rigl::JOIN(RIGL_ISA, RIGL_LENGTH) {
+int length() { return RIGL_LENGTH; }
+}
+"""
+
 # Stands in for a compiler where only files matter: it notes what it is asked
 # for, takes a moment, and writes the file after -o.
 STUB = """#!{python}
@@ -78,7 +94,14 @@ def place(tmp_path, monkeypatch):
     (sources / "lanes.cc").write_text(LANES)
     (sources / "rows.cc").write_text("")
     (sources / "lanes.h").write_text(HEADER)
-    monkeypatch.setattr(toolchain, "_SOURCES", sources)
+    serving = sources / "serving"
+    serving.mkdir()
+    (serving / "network.cc").write_text(NETWORK)
+    (serving / "network_op.cc").write_text("")
+    (serving / "tiles.cc").write_text(TILES)
+    monkeypatch.setattr(
+        toolchain, "_SOURCES", {"kernels": sources, "serving": serving}
+    )
     monkeypatch.setattr(library, "_module", None)
     monkeypatch.setattr(library, "_reason", None)
     # Of other tests, whose operations are those of the real sources.
@@ -143,6 +166,12 @@ def objects():
     return len(toolchain.planned_build().objects)
 
 
+def commands():
+    """Returns how many commands a build takes."""
+    plan = toolchain.planned_build()
+    return len(plan.objects) + len(plan.libraries)
+
+
 def test_four_threads_build_once(place, stub, caplog, monkeypatch):
     stub(seconds=0.2)
     loads = []
@@ -156,21 +185,23 @@ def test_four_threads_build_once(place, stub, caplog, monkeypatch):
     assert in_threads(4, library.load) == [library] * 4
     assert library.load() is library and library.unavailable() is None
     assert loads == [library.path()]
-    assert len(calls(place)) == objects() + 1
+    assert len(calls(place)) == commands()
     assert len(said(caplog)) == 1 and "stub compiler" in said(caplog)[0]
     # And they are told apart by what they are for.
     portable = [c for c in calls(place) if "-DRIGL_ISA=portable" in c]
-    assert len(portable) == len(toolchain._PER_INSTRUCTION_SET)
+    assert len(portable) == len(toolchain._PER_INSTRUCTION_SET) + 1
+    assert sum("-DRIGL_LENGTH=4" in c for c in portable) == 1
     with_tensorflow = [c for c in calls(place) if "tensorflow" in c]
     compiled = sum(" -c " in c for c in with_tensorflow)
     assert compiled == len(toolchain._OPERATIONS)
+    assert len(with_tensorflow) == compiled + 1  # and the op library
 
 
 def test_threads_that_build_at_once(place, stub):
     """The lock is of files that each opens, so that it is theirs as well."""
     stub(seconds=0.2)
     assert set(in_threads(3, library.build)) == {library.path()}
-    assert len(calls(place)) == objects() + 1
+    assert len(calls(place)) == commands()
 
 
 def test_forced(place, stub):
@@ -183,7 +214,8 @@ def test_forced(place, stub):
 LOADS = """
 import pathlib, sys
 from rigl_keras.kernels import library, toolchain
-toolchain._SOURCES = pathlib.Path(sys.argv[1])
+sources = pathlib.Path(sys.argv[1])
+toolchain._SOURCES = {"kernels": sources, "serving": sources / "serving"}
 module = library.load()
 assert library.unavailable() is None, library.unavailable()
 print("answer", int(module.rigl_stand_in()), library.path())
@@ -293,7 +325,8 @@ def test_a_compile_that_fails(place, stub, caplog):
 KILLED = """
 import pathlib, sys
 from rigl_keras.kernels import library, toolchain
-toolchain._SOURCES = pathlib.Path(sys.argv[1])
+sources = pathlib.Path(sys.argv[1])
+toolchain._SOURCES = {"kernels": sources, "serving": sources / "serving"}
 library.build()
 """
 
@@ -353,7 +386,7 @@ def test_a_cache_that_cannot_be_written(place, stub, monkeypatch):
     assert library.build() == would_be == library.path()
     about = own.stat()
     assert stat.S_IMODE(about.st_mode) == 0o700
-    assert len(calls(place)) == objects() + 1
+    assert len(calls(place)) == commands()
 
 
 @pytest.mark.parametrize("how", ["open", "another's", "link"])
@@ -379,7 +412,7 @@ def test_a_folder_in_tmp_of_somebody_else(place, stub, monkeypatch, how):
     assert "not yours alone" in str(error.value)
     assert str(place / "file") in str(error.value)
     assert "RIGL_KERAS_CACHE" in str(error.value)
-    assert len(calls(place)) == objects() + 1
+    assert len(calls(place)) == commands()
 
 
 def test_where_the_cache_is(place, stub, monkeypatch):
@@ -410,7 +443,7 @@ def test_another_version_has_another_folder(place, stub, monkeypatch):
     assert paths[-1].parent.name.startswith("99.0-")
     assert len({path.parent for path in paths}) == 5
     assert all(path.read_text() == "made" for path in paths)
-    assert len(calls(place)) == 5 * (objects() + 1)
+    assert len(calls(place)) == 5 * commands()
 
 
 def test_switched_off(place, stub, monkeypatch, caplog):

@@ -1,10 +1,11 @@
 """The op library of the sparse kernels, which is built on first use.
 
-It is built into a cache, where every later process finds it. Environment
-variables decide where that is, how it is built and whether at all:
+It is built into a cache, where every later process finds it, and beside it the
+library that runs a network without TensorFlow. Environment variables decide
+where that is, how they are built and whether at all:
 
-    RIGL_KERAS_KERNELS  `on`, which is the default; `off`: it is neither built
-                        nor loaded; `address` or `thread`: a variant of its
+    RIGL_KERAS_KERNELS  `on`, which is the default; `off`: nothing is built or
+                        loaded; `address` or `thread`: a variant of its
                         own, under that sanitizer.
     RIGL_KERAS_CACHE    The folder of the cache; else `XDG_CACHE_HOME` and, in
                         the end, `~/.cache` have one.
@@ -37,16 +38,17 @@ import tensorflow as tf
 from rigl_keras import _files
 from rigl_keras.kernels.toolchain import (
     LIBRARY_NAME,
+    NETWORK_LIBRARY_NAME,
     BuildError,
     compile_commands,
     find_compiler,
     first_error,
-    link_command,
+    link_commands,
     planned_build,
     run_compiler,
 )
 
-__all__ = ["build", "load", "path", "unavailable"]
+__all__ = ["build", "build_network", "load", "path", "unavailable"]
 
 # An operation whose attribute says of which version they are, and its Python
 # function.
@@ -114,19 +116,19 @@ def path() -> Path:
 
 
 def build(*, force: bool = False) -> Path:
-    """Builds the op library if it is not in the cache.
+    """Builds the libraries if they are not in the cache.
 
     Of processes that ask at once, one builds, and the others wait for it. A
     process that is killed leaves nothing that another would load.
 
     Args:
-        force: Whether to build it even so.
+        force: Whether to build them even so.
 
     Returns:
-        Its path.
+        The path of the op library.
 
     Raises:
-        BuildError: It cannot be built: what is wrong, and what to do.
+        BuildError: They cannot be built: what is wrong, and what to do.
     """
     plan = planned_build()
     found = _existing(plan)
@@ -135,15 +137,14 @@ def build(*, force: bool = False) -> Path:
     failures = []
     for place, private in _places():
         folder = place / plan.version
-        library = folder / LIBRARY_NAME
         try:
             refused = _refused(place, plan)
             if not refused:
                 _make(folder, mode=0o700 if private else 0o755)
                 with _files.lock(folder / ".lock"):
-                    if force or _exposed(library) or not library.exists():
+                    if force or not _whole(folder, plan):
                         _build(plan, folder)
-                return library.resolve()
+                return (folder / LIBRARY_NAME).resolve()
             failures.append(f"{str(place)!r} ({refused})")
             _log.warning(
                 "The cache %r is not used, where others could put a library: "
@@ -159,14 +160,29 @@ def build(*, force: bool = False) -> Path:
     )
 
 
+def build_network() -> Path:
+    """Builds what runs a network without TensorFlow, as `build` does.
+
+    Returns:
+        The path of the library. Its functions are those of `rigl_network.h`.
+
+    Raises:
+        BuildError: It cannot be built: what is wrong, and what to do.
+    """
+    return build().with_name(NETWORK_LIBRARY_NAME)
+
+
 def main() -> None:
-    """Builds the op library and prints where it is."""
+    """Builds the libraries and prints where they are."""
     parser = argparse.ArgumentParser(
         prog="build_kernels",
-        description="Builds the op library of the sparse kernels.",
+        description="Builds the libraries of the sparse kernels: one of "
+        "TensorFlow's operations, one that needs no TensorFlow.",
     )
     parser.add_argument(
-        "--force", action="store_true", help="Build it even if it is there."
+        "--force",
+        action="store_true",
+        help="Build them even if they are there.",
     )
     force = parser.parse_args().force
     start = time.perf_counter()
@@ -177,11 +193,13 @@ def main() -> None:
     except BuildError as error:
         sys.exit(f"Sparse kernels cannot be built: {error}")
     seconds = time.perf_counter() - start
+    for name in plan.libraries:
+        print(built.with_name(name))
     if there:
-        print(f"{built}\nwas there")
+        print("were there")
     else:
         compiler, identity = find_compiler()
-        print(f"{built}\nbuilt in {seconds:.1f} s by {compiler[0]}: {identity}")
+        print(f"built in {seconds:.1f} s by {compiler[0]}: {identity}")
 
 
 def _places():
@@ -319,15 +337,20 @@ def _writable(folder):
 def _existing(plan):
     """Returns the path of what has been built, or None."""
     for place, _ in _places():
-        library = place / plan.version / LIBRARY_NAME
+        folder = place / plan.version
         # In this order: what is in another's folder is not looked at.
         with contextlib.suppress(OSError):
-            if (
-                not (_refused(place, plan) or _exposed(library))
-                and library.is_file()
-            ):
-                return library.resolve()
+            if not _refused(place, plan) and _whole(folder, plan):
+                return (folder / LIBRARY_NAME).resolve()
     return None
+
+
+def _whole(folder, plan):
+    """Returns whether a folder has all libraries, which are this user's."""
+    return all(
+        not _exposed(folder / name) and (folder / name).is_file()
+        for name in plan.libraries
+    )
 
 
 def _build(plan, folder):
@@ -346,8 +369,8 @@ def _build(plan, folder):
         run = functools.partial(run_compiler, folder=scratch)
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             done = list(pool.map(run, compile_commands(plan, compiler)))
-        if not any(step.returncode for step in done):
-            done.append(run(link_command(plan, compiler)))
+            if not any(step.returncode for step in done):
+                done += pool.map(run, link_commands(plan, compiler))
         log = folder / "build.log"
         text = "\n".join(f"$ {shlex.join(s.args)}\n{s.stdout}" for s in done)
         log.write_text(text, encoding="utf-8", errors="replace")
@@ -357,10 +380,11 @@ def _build(plan, folder):
                     f"the build failed: {first_error(step)} (all of it is in "
                     f"{str(log)!r}). Set CXX to a newer compiler, perhaps"
                 )
-        built = Path(scratch, LIBRARY_NAME)
-        # Whatever the umask is: what everybody can write is not loaded.
-        built.chmod(0o755)
-        _files.put(built, folder / LIBRARY_NAME)
+        for name in plan.libraries:
+            built = Path(scratch, name)
+            # Whatever the umask is: what everybody can write is not loaded.
+            built.chmod(0o755)
+            _files.put(built, folder / name)
 
 
 def _registered(plan):

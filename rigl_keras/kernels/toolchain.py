@@ -1,4 +1,8 @@
-"""The compiler, its flags, and a build of the operations."""
+"""The compiler, its flags, and a build of the two libraries.
+
+One has TensorFlow's operations. The other runs a network without TensorFlow;
+the operations link it as well, because one of them runs such a network, too.
+"""
 
 import dataclasses
 import hashlib
@@ -17,22 +21,35 @@ __all__ = [
     "Build",
     "BuildError",
     "LIBRARY_NAME",
+    "NETWORK_LIBRARY_NAME",
     "compile_commands",
     "find_compiler",
     "first_error",
-    "link_command",
+    "link_commands",
     "planned_build",
     "run_compiler",
 ]
 
 LIBRARY_NAME = "rigl_keras_kernels.so"
-_SOURCES = Path(__file__).with_name("csrc")
-# TensorFlow's operations, and the loops that they run, which are compiled for
-# each instruction set.
-_OPERATIONS = ("convolution_ops.cc", "row_ops.cc")
-_PER_INSTRUCTION_SET = ("lanes.cc", "rows.cc")
+NETWORK_LIBRARY_NAME = "rigl_keras_network.so"
+# Where the sources are, which go by "folder/name".
+_SOURCES = {
+    "kernels": Path(__file__).with_name("csrc"),
+    "serving": Path(__file__).parents[1] / "serving" / "csrc",
+}
+# Those that need TensorFlow.
+_OPERATIONS = (
+    "kernels/convolution_ops.cc",
+    "kernels/row_ops.cc",
+    "serving/network_op.cc",
+)
+# Loops, which are compiled for each instruction set, and some of them for each
+# length of its vectors as well.
+_PER_INSTRUCTION_SET = ("kernels/lanes.cc", "kernels/rows.cc")
+_PER_VECTOR_LENGTH = ("serving/tiles.cc",)
 _COMPILERS = ("g++", "c++", "clang++")
 _SANITIZERS = ("address", "thread")
+_X86 = ("x86_64", "AMD64")
 # What these are compiled for on x86_64; elsewhere only for the last.
 _INSTRUCTION_SETS = {
     "avx512": [
@@ -47,6 +64,9 @@ _INSTRUCTION_SETS = {
     "avx2": ["-mavx2", "-mfma"],
     "portable": [],
 }
+# Floats of a vector. A load of 64 bytes that is not aligned meets two cache
+# lines, one of 32 only every other time.
+_VECTOR_LENGTHS = {"avx512": (16, 8), "avx2": (8,), "portable": (4,)}
 # What is wrong, in the lines of a compiler or a linker.
 _ERROR = re.compile(r"\berror: |undefined reference|cannot find ")
 
@@ -64,15 +84,16 @@ class Build:
 
     Attributes:
         objects: `{object file: [source, flag, ...]}`.
-        link: Flags that link the objects to a library.
+        libraries: `{library: [object file, ..., flag, ...]}`, what is linked
+            to each of them.
         version: Name of a folder in the cache. It changes with the objects,
             the flags, the sources and TensorFlow.
-        sources: Digest of the sources. The library has an operation that
+        sources: Digest of the sources. The op library has an operation that
             returns it.
     """
 
     objects: dict[str, list[str]]
-    link: list[str]
+    libraries: dict[str, list[str]]
     version: str
     sources: str
 
@@ -90,18 +111,21 @@ def planned_build() -> Build:
             f"they are built on Linux and macOS, and this is {sys.platform!r}"
         )
     digest = hashlib.sha256()
-    for name, source in _sources().items():
+    found = _sources()
+    for name, source in found.items():
         digest.update(f"{name} {len(source)} ".encode() + source)
     sources = digest.hexdigest()[:12]
-    objects, link = _compiler_flags(sanitizer)
+    objects = _objects(found, sanitizer)
     # An operation returns it.
-    objects["convolution_ops.o"].append(f'-DRIGL_SOURCES="{sources}"')
+    asked = "kernels_convolution_ops.o"
+    objects[asked].append(f'-DRIGL_SOURCES="{sources}"')
+    libraries = _libraries(objects, sanitizer)
     # Not the compiler: what it has built serves machines that have none.
-    digest.update(repr((objects, link)).encode())
+    digest.update(repr((objects, libraries)).encode())
     parts = [tf.__version__, platform.system(), platform.machine(), sanitizer]
     parts.append(digest.hexdigest()[:12])
     version = "-".join(part for part in parts if part)
-    return Build(objects, link, version, sources)
+    return Build(objects, libraries, version, sources)
 
 
 def _sanitizer():
@@ -163,53 +187,102 @@ def find_compiler() -> tuple[list[str], str]:
 
 
 def _sources():
-    """Returns `{name: bytes}` of the sources."""
-    paths = [*_SOURCES.glob("*.cc"), *_SOURCES.glob("*.h")]
-    sources = {path.name: path.read_bytes() for path in sorted(paths)}
-    for name in (*_OPERATIONS, *_PER_INSTRUCTION_SET):
+    """Returns `{"folder/name": bytes}` of the sources."""
+    sources = {
+        f"{name}/{path.name}": path.read_bytes()
+        for name, folder in _SOURCES.items()
+        for path in sorted([*folder.glob("*.cc"), *folder.glob("*.h")])
+    }
+    for name in (*_OPERATIONS[:2], *_PER_INSTRUCTION_SET, "serving/network.cc"):
         if name not in sources:
             raise BuildError(
-                f"the source {str(_SOURCES / name)!r} is missing. Reinstall "
+                f"the source {str(_path(name))!r} is missing. Reinstall "
                 "rigl_keras"
             )
     return sources
 
 
-def _compiler_flags(sanitizer):
-    """Returns the `objects` and `link` of a `Build`."""
-    common = ["-std=c++17", "-O3", "-fPIC", "-DNDEBUG", "-Wall"]
-    # Of TensorFlow's own macros and names.
-    common.append("-Wno-deprecated-declarations")
+def _path(source):
+    folder, name = source.split("/")
+    return _SOURCES[folder] / name
+
+
+def _common_flags(sanitizer):
+    """Returns the flags of every command."""
+    flags = ["-std=c++17", "-O3", "-fPIC", "-DNDEBUG", "-Wall", "-pthread"]
     if sanitizer:
-        common[1:2] = ["-O1", "-g", "-fno-omit-frame-pointer"]
-        common.append(f"-fsanitize={sanitizer}")
+        flags[1:2] = ["-O1", "-g", "-fno-omit-frame-pointer"]
+        flags.append(f"-fsanitize={sanitizer}")
     if sanitizer == "address":
         # Checks as calls: within unrolled loops, GCC takes minutes over them.
-        common.append("--param=asan-instrumentation-with-call-threshold=0")
-    names = ["portable"]
-    if platform.machine() in ("x86_64", "AMD64"):
-        common.append("-DRIGL_X86=1")
-        names = list(_INSTRUCTION_SETS)
-    # TensorFlow's headers are not ours to warn about.
+        flags.append("--param=asan-instrumentation-with-call-threshold=0")
+    if platform.machine() in _X86:
+        flags.append("-DRIGL_X86=1")
+    return flags
+
+
+def _objects(sources, sanitizer):
+    """Returns the `objects` of a `Build`."""
+    common = _common_flags(sanitizer)
+    # TensorFlow's headers are not ours to warn about, nor its own macros.
     tensorflow = [
-        re.sub("^-I", "-isystem", f) for f in tf.sysconfig.get_compile_flags()
+        *(
+            re.sub("^-I", "-isystem", f)
+            for f in tf.sysconfig.get_compile_flags()
+        ),
+        *common,
+        "-Wno-deprecated-declarations",
     ]
-    objects = {
-        f"{Path(source).stem}.o": [source, *tensorflow, *common]
-        for source in _OPERATIONS
-    }
-    for name in names:
-        flags = [*common, f"-DRIGL_ISA={name}", *_INSTRUCTION_SETS[name]]
-        for source in _PER_INSTRUCTION_SET:
-            objects[f"{Path(source).stem}_{name}.o"] = [source, *flags]
-    link = ["-shared", *common, *tf.sysconfig.get_link_flags()]
+    plain = [*common, "-fvisibility=hidden"]
+    names = list(_INSTRUCTION_SETS)
+    if platform.machine() not in _X86:
+        names = names[-1:]
+    objects = {}
+    for source in sources:
+        if not source.endswith(".cc"):
+            continue
+        stem = source.removesuffix(".cc").replace("/", "_")
+        if source in _OPERATIONS:
+            objects[f"{stem}.o"] = [source, *tensorflow]
+        elif source in _PER_INSTRUCTION_SET:
+            for name in names:
+                objects[f"{stem}_{name}.o"] = [source, *common, *_isa(name)]
+        elif source in _PER_VECTOR_LENGTH:
+            for name in names:
+                for length in _VECTOR_LENGTHS[name]:
+                    objects[f"{stem}_{name}_{length}.o"] = [
+                        *(source, *plain, *_isa(name)),
+                        f"-DRIGL_LENGTH={length}",
+                    ]
+        else:
+            objects[f"{stem}.o"] = [source, *plain]
+    return objects
+
+
+def _isa(name):
+    """Returns the flags of an instruction set."""
+    return [f"-DRIGL_ISA={name}", *_INSTRUCTION_SETS[name]]
+
+
+def _libraries(objects, sanitizer):
+    """Returns the `libraries` of a `Build`."""
+    link = ["-shared", *_common_flags(sanitizer)]
+    operations = tf.sysconfig.get_link_flags()
     if sys.platform == "darwin":
         # As TensorFlow's own documentation has it; untested, for want of one.
-        link += ["-undefined", "dynamic_lookup"]
+        operations += ["-undefined", "dynamic_lookup"]
     elif not sanitizer:  # whose functions come with the process
         # What is missing fails the build, and not the load.
         link.append("-Wl,--no-undefined")
-    return objects, link
+    network = [
+        name
+        for name, (source, *_) in objects.items()
+        if source.startswith("serving/") and source not in _OPERATIONS
+    ]
+    return {
+        LIBRARY_NAME: [*objects, *link, *operations],
+        NETWORK_LIBRARY_NAME: [*network, *link],
+    }
 
 
 def compile_commands(build: Build, compiler: list[str]) -> list[list[str]]:
@@ -220,19 +293,22 @@ def compile_commands(build: Build, compiler: list[str]) -> list[list[str]]:
         compiler: Command of the compiler.
     """
     return [
-        [*compiler, *flags, "-c", str(_SOURCES / source), "-o", made]
+        [*compiler, *flags, "-c", str(_path(source)), "-o", made]
         for made, (source, *flags) in build.objects.items()
     ]
 
 
-def link_command(build: Build, compiler: list[str]) -> list[str]:
-    """Returns the command that links the objects of a build to a library.
+def link_commands(build: Build, compiler: list[str]) -> list[list[str]]:
+    """Returns one command for each library of a build.
 
     Args:
         build: The build.
         compiler: Command of the compiler.
     """
-    return [*compiler, *build.objects, *build.link, "-o", LIBRARY_NAME]
+    return [
+        [*compiler, *linked, "-o", name]
+        for name, linked in build.libraries.items()
+    ]
 
 
 def run_compiler(

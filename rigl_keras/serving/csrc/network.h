@@ -104,7 +104,7 @@ struct Output {
   int32_t node = 0;
 };
 
-// One that `Check` has passed: inputs come before their readers, shapes of
+// One that `Parse` has checked: inputs come before their readers, shapes of
 // weights agree with one another and with what a node needs.
 struct Network {
   std::vector<Node> nodes;  // inputs are those of kInput, in this order
@@ -124,7 +124,9 @@ struct Error : std::runtime_error {
 Network Parse(const void* bytes, size_t size);
 
 // Returns the shape of every node, given those of the inputs, in their order.
-// Throws Error where they do not fit, or a value would pass 2^31 numbers.
+// Lengths of -1 are free, and so are those that follow from them: the inputs'
+// own shapes give what is known before a call. Throws Error where shapes do
+// not fit, or a value, or an image with its padding, would have 2^31 numbers.
 std::vector<Shape> Shapes(const Network& network,
                           const std::vector<Shape>& inputs);
 
