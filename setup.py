@@ -36,6 +36,8 @@ setup(
         "rigl_keras.experiments.protocol": ["published.csv"],
         # Compiled where they are first used.
         "rigl_keras.kernels": ["csrc/*.cc", "csrc/*.h"],
+        # And an example in C, for those who serve a network.
+        "rigl_keras.serving": ["csrc/*.cc", "csrc/*.h", "csrc/*.c"],
     },
     install_requires=requirements("tensorflow", "keras", "numpy"),
     extras_require={

@@ -1,5 +1,6 @@
 """How the op library of the kernels is built, found and loaded."""
 
+import ctypes
 import os
 import pathlib
 import shutil
@@ -162,10 +163,6 @@ def in_threads(n, call):
     return results
 
 
-def objects():
-    return len(toolchain.planned_build().objects)
-
-
 def commands():
     """Returns how many commands a build takes."""
     plan = toolchain.planned_build()
@@ -256,9 +253,15 @@ def test_two_processes_build_once_and_load(place):
         assert answer == "42" and path.startswith(str(place / "cache"))
     links = [c for c in calls(place) if "-shared" in c.split()]
     compiles = [c for c in calls(place) if "-c" in c.split()]
-    assert len(links) == 1
+    assert len(links) == 2
     assert len(compiles) == len({c.split("-o ")[1] for c in compiles})
-    assert len(compiles) in (4, 8)  # of one instruction set, or of three
+    assert len(compiles) in (7, 14)  # of one instruction set, or of three
+    # The other one needs no TensorFlow, and shows what it must alone.
+    other = pathlib.Path(path).with_name(toolchain.NETWORK_LIBRARY_NAME)
+    network = ctypes.CDLL(str(other))
+    assert network.rigl_stand_in() == 40
+    assert not hasattr(network, "_ZN6hidden6lengthEv")
+    assert b"tensorflow" not in other.read_bytes()
 
 
 @pytest.mark.slow
@@ -368,6 +371,22 @@ def test_a_half_made_library_is_not_seen(place, stub):
     done.set()
     watcher.join()
     assert set(seen) == {"made"}
+
+
+def test_one_library_of_two_is_built_again(place, stub):
+    built = library.build_network()
+    assert built.name == "rigl_keras_network.so"
+    assert {p.name for p in built.parent.iterdir() if p.suffix == ".so"} == {
+        "rigl_keras_kernels.so",
+        "rigl_keras_network.so",
+    }
+    before = len(calls(place))
+    built.unlink()
+    assert library.build_network() == built and built.read_text() == "made"
+    assert len(calls(place)) == before + commands()
+    built.chmod(0o777)  # anybody may have written it since
+    built.write_text("planted")
+    assert library.build_network().read_text() == "made"
 
 
 def test_a_file_that_is_no_library(place, stub, caplog):
@@ -493,8 +512,9 @@ def test_ahead_of_time(place, stub, monkeypatch, capsys):
     first = capsys.readouterr().out
     assert str(library.path()) in first and "built in" in first
     assert "stub compiler: stub 1" in first
+    assert str(library.build_network()) in first
     library.main()
-    assert "was there" in capsys.readouterr().out
+    assert "were there" in capsys.readouterr().out
     monkeypatch.setenv("CXX", "/nonexistent")
     monkeypatch.setattr(sys, "argv", ["build_kernels", "--force"])
     with pytest.raises(SystemExit, match="cannot be built: the compiler CXX"):

@@ -233,7 +233,7 @@ def _objects(sources, sanitizer):
         *common,
         "-Wno-deprecated-declarations",
     ]
-    plain = [*common, "-fvisibility=hidden"]
+    plain = [*common, *_without_tensorflow(sanitizer), "-fvisibility=hidden"]
     names = list(_INSTRUCTION_SETS)
     if platform.machine() not in _X86:
         names = names[-1:]
@@ -259,6 +259,16 @@ def _objects(sources, sanitizer):
     return objects
 
 
+def _without_tensorflow(sanitizer):
+    """Returns flags of what reads files of others, to compile and to link.
+
+    Undefined behaviour is not looked for in TensorFlow's headers.
+    """
+    if sanitizer != "address":
+        return []
+    return ["-fsanitize=undefined", "-fno-sanitize-recover=undefined"]
+
+
 def _isa(name):
     """Returns the flags of an instruction set."""
     return [f"-DRIGL_ISA={name}", *_INSTRUCTION_SETS[name]]
@@ -267,6 +277,7 @@ def _isa(name):
 def _libraries(objects, sanitizer):
     """Returns the `libraries` of a `Build`."""
     link = ["-shared", *_common_flags(sanitizer)]
+    link += _without_tensorflow(sanitizer)
     operations = tf.sysconfig.get_link_flags()
     if sys.platform == "darwin":
         # As TensorFlow's own documentation has it; untested, for want of one.
