@@ -2,7 +2,7 @@
 
 #include <array>
 
-namespace rigl_network {
+namespace rigl_serving {
 
 namespace {
 
@@ -67,4 +67,4 @@ std::string TextOf(const Shape& shape) {
   return text + ")";
 }
 
-}  // namespace rigl_network
+}  // namespace rigl_serving

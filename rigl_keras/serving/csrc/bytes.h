@@ -13,7 +13,7 @@
 #error "files are little endian, and are read as they are"
 #endif
 
-namespace rigl_network {
+namespace rigl_serving {
 
 // The CRC-32 of zlib, PNG and Ethernet.
 uint32_t Checksum(const uint8_t* bytes, size_t size);
@@ -67,6 +67,6 @@ class Bytes {
   size_t left_;
 };
 
-}  // namespace rigl_network
+}  // namespace rigl_serving
 
 #endif  // RIGL_KERAS_BYTES_H_

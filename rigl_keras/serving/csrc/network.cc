@@ -9,7 +9,7 @@
 
 #include "bytes.h"
 
-namespace rigl_network {
+namespace rigl_serving {
 
 namespace {
 
@@ -459,4 +459,4 @@ Network Parse(const void* bytes, size_t size) {
   return network;
 }
 
-}  // namespace rigl_network
+}  // namespace rigl_serving

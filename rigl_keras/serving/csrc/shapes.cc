@@ -6,7 +6,7 @@
 #include "bytes.h"
 #include "network.h"
 
-namespace rigl_network {
+namespace rigl_serving {
 
 namespace {
 
@@ -310,4 +310,4 @@ std::vector<Shape> Shapes(const Network& network,
   return shapes;
 }
 
-}  // namespace rigl_network
+}  // namespace rigl_serving
