@@ -104,12 +104,14 @@ MAY_IMPORT = {
     "methods": {"private", "paper", "masking", "training"},
     "flops": {"private", "paper", "masking"},
     "compaction": {"private", "paper", "masking"},
+    "serving": {"private", "kernels"},
     "exporting": {
         "private",
         "kernels",
         "masking",
         "flops",
         "compaction",
+        "serving",
     },
     "diagnostics": {"private", "paper", "masking", "training", "flops"},
 }
@@ -231,6 +233,7 @@ THIRD_PARTY = {
     "_figure_style": {"matplotlib"},
     "_files": set(),
     "_reading": set(),
+    "_sparse_arrays": {"numpy"},
     "_tensor_checks": {"numpy", "tensorflow"},
     "_text": set(),
     "_timing": {"numpy"},
@@ -246,6 +249,7 @@ THIRD_PARTY = {
     "exporting/export_report": set(),
     "exporting/onnx": {"numpy", "keras", "onnx", "onnxruntime"},
     "exporting/sparse_storage": {"numpy", "tensorflow"},
+    "serving/network_file": {"numpy"},
 }
 
 
