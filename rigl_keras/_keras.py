@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import keras
 import tensorflow as tf
+from tensorflow.python.framework import convert_to_constants as _constants
 from tensorflow.python.ops import custom_gradient as _custom_gradient
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "direct_weights",
     "drop_accumulated_gradients",
     "flatten_layers",
+    "frozen",
     "has_loss",
     "inbound_nodes",
     "is_bookkeeping",
@@ -351,6 +353,17 @@ def is_compiled_by_xla(graph: tf.Graph) -> bool:
     """
     context = graph._get_control_flow_context()
     return context is not None and context.IsXLAContext()
+
+
+def frozen(function: Any) -> Any:
+    """Returns a concrete function whose variables have become constants.
+
+    Calls within it are inlined, where TensorFlow does that; loops stay.
+    Without it no graph tells the weights of a model.
+    """
+    return _constants.convert_variables_to_constants_v2(
+        function, lower_control_flow=False
+    )
 
 
 def like_function(function: Callable, decorated: Callable) -> Callable:

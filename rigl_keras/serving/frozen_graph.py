@@ -1,0 +1,319 @@
+"""A function of TensorFlow as a graph without variables and without calls."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from rigl_keras import _keras
+from rigl_keras._text import first_line
+
+__all__ = ["FrozenGraph", "captured", "freeze"]
+
+_CALLS = ("PartitionedCall", "StatefulPartitionedCall")
+_SHAPES = ("Shape", "ShapeN", "Size")
+
+
+@dataclasses.dataclass
+class FrozenGraph:
+    """A graph, and what is constant in it.
+
+    Attributes:
+        graph: The graph.
+        inputs: `{name: tensor}` of the arguments.
+        outputs: `{name: tensor}` of the results.
+        captures: `{name of a tensor: what feeds it}`, of what the function
+            holds beside variables, as tables.
+        constants: `{name of a tensor: array}` of those that operations with
+            other inputs read.
+        constant_operations: Names of operations that always give the same.
+    """
+
+    graph: tf.Graph
+    inputs: dict[str, tf.Tensor]
+    outputs: dict[str, tf.Tensor]
+    captures: dict[str, tf.Tensor]
+    constants: dict[str, np.ndarray]
+    constant_operations: set[str]
+
+    def contents(
+        self,
+        tensor: tf.Tensor,
+        shape_of: Callable[[str], tuple[int, ...] | None],
+    ) -> np.ndarray | None:
+        """Returns what a tensor holds, given shapes of others.
+
+        Args:
+            tensor: One that depends on shapes alone, as the second input of a
+                Reshape does.
+            shape_of: Returns the shape of a tensor by its name, or None.
+
+        Returns:
+            Its value, or None where it depends on something else.
+        """
+        if tensor.name in self.constants:
+            return self.constants[tensor.name]
+        fed, waiting, seen = {}, [tensor.op], set()
+        while waiting:
+            operation = waiting.pop()
+            name = operation.name
+            if name in seen or name in self.constant_operations:
+                continue
+            seen.add(name)
+            if operation.type in _SHAPES:
+                for source, output in zip(
+                    operation.inputs, operation.outputs, strict=True
+                ):
+                    lengths = shape_of(source.name)
+                    if lengths is None:
+                        return None
+                    shape = np.array(lengths)
+                    if operation.type == "Size":
+                        shape = shape.prod()
+                    fed[output] = shape.astype(output.dtype.as_numpy_dtype)
+            elif operation.inputs:
+                waiting += [source.op for source in operation.inputs]
+            else:
+                return None
+        with tf.compat.v1.Session(graph=self.graph) as session:
+            return np.asarray(session.run(tensor, fed))
+
+
+def freeze(function: Any) -> FrozenGraph:
+    """Returns the graph of a concrete function.
+
+    Args:
+        function: Concrete function with named arguments, as `tf.function`
+            makes of `serve(**inputs)`, that returns a dict.
+    """
+    names = sorted(function.structured_input_signature[1])
+    pruned = _pruned(function, names)
+    try:
+        frozen = _keras.frozen(pruned)
+    except ValueError as error:
+        raise ValueError(
+            "The function cannot be made one without variables: "
+            f"{first_line(error)}"
+        ) from error
+    definition = _inlined(frozen.graph)
+    graph = tf.Graph()
+    with graph.as_default():
+        tf.graph_util.import_graph_def(definition, name="")
+
+    def tensors(named):
+        return {
+            name: graph.get_tensor_by_name(tensor.name)
+            for name, tensor in named
+        }
+
+    fed = zip(names, pruned.inputs[: len(names)], strict=True)
+    made = zip(sorted(function.structured_outputs), frozen.outputs, strict=True)
+    kept = {tensor.name for tensor in frozen.inputs}
+    constant = _constant_operations(graph)
+    return FrozenGraph(
+        graph=graph,
+        inputs=tensors(fed),
+        outputs=tensors(made),
+        captures={
+            inner.name: outer
+            for outer, inner in pruned.graph.captures
+            if inner.name in kept
+        },
+        constants=_constants(graph, constant),
+        constant_operations=constant,
+    )
+
+
+def _pruned(function, names):
+    """Returns a function that computes the same, and does nothing besides.
+
+    Keras draws the seeds of dropout within recurrent layers in inference too,
+    and TensorFlow makes no function constant that assigns anything.
+    """
+    graph = function.graph
+    definition = graph.as_graph_def()
+    live = _live(graph, function.outputs)
+    for operation in graph.get_operations():
+        if operation.type.startswith("Assign") and operation.name not in live:
+            changed = operation.inputs[0]
+            if changed.op.name in live:
+                raise ValueError(
+                    "The function changes what it reads "
+                    f"({changed.op.name}), as a recurrent layer with "
+                    "stateful=True does: it is more than a function of its "
+                    "inputs."
+                )
+    kept = [node for node in definition.node if node.name in live]
+    del definition.node[:]
+    for node in kept:
+        if node.op == "Placeholder":
+            continue
+        inputs = [name for name in node.input if not name.startswith("^")]
+        copy = definition.node.add()
+        copy.CopyFrom(node)
+        del copy.input[:]
+        copy.input.extend(inputs)
+        copy.attr.pop("_class", None)
+    arguments = {
+        tensor.name: name
+        for name, tensor in zip(names, function.inputs, strict=False)
+        if tensor.op.name in live
+    }
+    captures = {
+        inner.name: outer
+        for outer, inner in graph.captures
+        if inner.op.name in live
+    }
+
+    @tf.function(autograph=False)
+    def pruned(**inputs):
+        for variable in function.variables:
+            variable.read_value()  # has TensorFlow know that it is read
+        values = {inner: inputs[name] for inner, name in arguments.items()}
+        values |= captured(captures)
+        made = tf.graph_util.import_graph_def(
+            definition,
+            input_map=values,
+            return_elements=[tensor.name for tensor in function.outputs],
+            name="",
+        )
+        return list(made)
+
+    return pruned.get_concrete_function(
+        **function.structured_input_signature[1]
+    )
+
+
+def captured(tensors: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    """Returns eager tensors, by name, as those of the function being traced."""
+    graph: Any = tf.compat.v1.get_default_graph()
+    return {name: graph.capture(tensor) for name, tensor in tensors.items()}
+
+
+def _live(graph, outputs):
+    """Returns the names of the operations that outputs are computed by."""
+    live, waiting = set(), [tensor.op for tensor in outputs]
+    while waiting:
+        operation = waiting.pop()
+        if operation.name not in live:
+            live.add(operation.name)
+            waiting += [source.op for source in operation.inputs]
+    return live
+
+
+def _constant_operations(graph):
+    names = set()
+    for operation in graph.get_operations():
+        if operation.type == "Const" or (
+            operation.inputs
+            and not operation.op_def.is_stateful
+            and all(source.op.name in names for source in operation.inputs)
+        ):
+            names.add(operation.name)
+    return names
+
+
+def _constants(graph, constant):
+    """Returns the values at the borders of what is constant."""
+    wanted = {
+        source.name: source
+        for operation in graph.get_operations()
+        if operation.name not in constant
+        for source in operation.inputs
+        if source.op.name in constant
+        and source.dtype not in (tf.variant, tf.resource)
+    }
+    if not wanted:
+        return {}
+    with tf.compat.v1.Session(graph=graph) as session:
+        return session.run(wanted)
+
+
+def _inlined(graph):
+    """Returns a graph's definition, the bodies of functions for their calls."""
+    definition = graph.as_graph_def()
+    while True:
+        library = {f.signature.name: f for f in definition.library.function}
+        calls = {
+            node.name: library[node.attr["f"].func.name]
+            for node in definition.node
+            if node.op in _CALLS and node.attr["f"].func.name in library
+        }
+        if not calls:
+            return definition
+        inlined = tf.compat.v1.GraphDef()
+        inlined.library.CopyFrom(definition.library)
+        inlined.versions.CopyFrom(definition.versions)
+        renamed = {}
+        for node in definition.node:
+            if node.name in calls:
+                body, results = _body(graph, node, calls[node.name])
+                inlined.node.extend(body)
+                for i, result in enumerate(results):
+                    renamed[f"{node.name}:{i}"] = result
+            else:
+                inlined.node.add().CopyFrom(node)
+        for node in inlined.node:
+            inputs = [_flat(name) for name in node.input]
+            for i, name in enumerate(inputs):
+                while name in renamed:
+                    name = _flat(renamed[name])
+                inputs[i] = name
+            del node.input[:]
+            # What only had to come first: a call that is gone.
+            node.input.extend(
+                name for name in inputs if name.removeprefix("^") not in calls
+            )
+        definition = inlined
+
+
+def _flat(name):
+    """Returns `node:0` for `node`."""
+    return name if ":" in name or name.startswith("^") else f"{name}:0"
+
+
+def _body(graph, call, function):
+    """Returns the nodes of a function as called, and its results' names."""
+    data = [name for name in call.input if not name.startswith("^")]
+    known = {
+        argument.name: name
+        for argument, name in zip(
+            function.signature.input_arg, data, strict=True
+        )
+    }
+    for node in function.node_def:
+        first = 0
+        for output in graph.op_def_for_type(node.op).output_arg:
+            count = 1
+            if output.number_attr:
+                count = node.attr[output.number_attr].i
+            elif output.type_list_attr:
+                count = len(node.attr[output.type_list_attr].list.type)
+            for i in range(count):
+                known[f"{node.name}:{output.name}:{i}"] = (
+                    f"{call.name}/{node.name}:{first + i}"
+                )
+            first += count
+    body = []
+    for node in function.node_def:
+        copy = tf.compat.v1.NodeDef()
+        copy.CopyFrom(node)
+        copy.name = f"{call.name}/{node.name}"
+        del copy.input[:]
+        copy.input.extend(
+            known[name]
+            for name in node.input
+            if not name.startswith("^") and name in known
+        )
+        copy.input.extend(
+            f"^{call.name}/{name[1:]}"
+            for name in node.input
+            if name.startswith("^") and name[1:] not in known
+        )
+        body.append(copy)
+    results = [
+        known[function.ret[r.name]] for r in function.signature.output_arg
+    ]
+    return body, results

@@ -1,0 +1,140 @@
+"""A network while it is made: steps that read one another."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from rigl_keras.serving.network import (
+    Network,
+    Node,
+    Operation,
+    Output,
+    check_network,
+)
+from rigl_keras.serving.shapes import Shape, shape_of
+
+__all__ = ["Step", "network_of", "readers", "sorted_steps"]
+
+
+@dataclasses.dataclass(eq=False)
+class Step:
+    """A value, and how it is computed.
+
+    Passes change the latter and never the former, so that whatever reads a
+    step goes on to read the same value.
+
+    Attributes:
+        node: What computes it, its `inputs` left empty. None: TensorFlow.
+        reads: What it is computed from.
+        shape: Its shape, without the batch. None: a network cannot read it.
+        tensor: Name of the tensor in the graph.
+    """
+
+    node: Node | None
+    reads: list["Step"]
+    shape: Shape | None
+    tensor: str
+
+    @classmethod
+    def of(cls, node: Node, reads: Sequence["Step"], tensor: str) -> "Step":
+        """Returns a step with the shape that a node makes of others.
+
+        Raises:
+            ValueError: The node cannot read these.
+        """
+        shapes = [_known(step) for step in reads]
+        return cls(node, list(reads), shape_of(node, shapes), tensor)
+
+    def become(self, node: Node, *reads: "Step") -> None:
+        """Has the same value computed in another way."""
+        shape = shape_of(node, [_known(step) for step in reads])
+        if shape != self.shape and -1 not in shape:
+            raise ValueError(
+                f"{self.tensor} is of shape {self.shape}. Received: {shape}."
+            )
+        self.node, self.reads = node, list(reads)
+
+    def is_a(self, *operations: Operation) -> bool:
+        """Returns whether the step computes one of these."""
+        return self.node is not None and self.node.operation in operations
+
+
+def _known(step):
+    if step.shape is None:
+        raise ValueError(f"{step.tensor} is no value of a network.")
+    return step.shape
+
+
+def sorted_steps(
+    ends: Iterable[Step], given: Iterable[Step] = ()
+) -> list[Step]:
+    """Returns steps and all that they read, what is read first.
+
+    Args:
+        ends: The last steps.
+        given: Steps that are left out, with what only they need.
+    """
+    order: list[Step] = []
+    seen = {id(step) for step in given}
+    path: list[Step] = []  # without recursion: networks are deep
+    stack = [iter(list(ends))]
+    while stack:
+        step = next(stack[-1], None)
+        if step is None:
+            stack.pop()
+            if path:
+                order.append(path.pop())
+        elif id(step) not in seen:
+            seen.add(id(step))
+            path.append(step)
+            stack.append(iter(step.reads))
+    return order
+
+
+def readers(steps: Iterable[Step], ends: Iterable[Step]) -> dict[int, list]:
+    """Returns `{id of a step: what reads it}`, None for an end."""
+    found: dict[int, list] = {}
+    for step in steps:
+        for read in step.reads:
+            found.setdefault(id(read), []).append(step)
+    for step in ends:
+        found.setdefault(id(step), []).append(None)
+    return found
+
+
+def network_of(
+    inputs: Sequence[tuple[str, Step]], outputs: Sequence[tuple[str, Step]]
+) -> Network:
+    """Returns a network of steps.
+
+    Args:
+        inputs: What is fed, by name.
+        outputs: What is returned, by name.
+    """
+    index, nodes = {}, []
+    for name, step in inputs:
+        index[id(step)] = len(nodes)
+        nodes.append(Node(Operation.INPUT, name, shape=_known(step)))
+    ends, given = ([step for _, step in x] for x in (outputs, inputs))
+    for step in sorted_steps(ends, given):
+        if step.node is None:
+            raise ValueError(f"{step.tensor} is no value of a network.")
+        index[id(step)] = len(nodes)
+        arrays = {
+            field: np.asarray(getattr(step.node, field), np.float32)
+            for field in ("kernel", "bias", "scale", "shift")
+        }
+        nodes.append(
+            dataclasses.replace(
+                step.node,
+                inputs=tuple(index[id(read)] for read in step.reads),
+                **arrays,
+            )
+        )
+    network = Network(
+        tuple(nodes),
+        tuple(Output(name, index[id(step)]) for name, step in outputs),
+    )
+    check_network(network)
+    return network
