@@ -3,14 +3,14 @@
 
 extern "C" {
 
-__attribute__((visibility("default"))) const rigl_network::Tiles* tiles_of(
+__attribute__((visibility("default"))) const rigl_serving::Tiles* tiles_of(
     int32_t length) {
-  return rigl_network::TilesOf(length);
+  return rigl_serving::TilesOf(length);
 }
 
 // Bytes of what is handed over, which Python describes again.
 __attribute__((visibility("default"))) void sizes(int64_t* to) {
-  using namespace rigl_network;
+  using namespace rigl_serving;
   to[0] = sizeof(Field);
   to[1] = sizeof(Entry);
   to[2] = sizeof(Epilogue);

@@ -16,7 +16,7 @@
 #define RIGL_TEXT(a) RIGL_TEXT_(a)
 #define RIGL_INLINE static inline __attribute__((always_inline))
 
-namespace rigl_network {
+namespace rigl_serving {
 namespace {
 
 constexpr int L = RIGL_LENGTH;
@@ -935,4 +935,4 @@ const Tiles RIGL_JOIN(rigl_tiles_, RIGL_ISA, RIGL_LENGTH) = {
     kPanel,              kDenseCells, Sparse,     Dense,     Elementwise,
     PoolWindows,         GlobalPool, Pack,        Unpack};
 
-}  // namespace rigl_network
+}  // namespace rigl_serving

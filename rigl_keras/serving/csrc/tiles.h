@@ -17,7 +17,7 @@
 
 #include <cstdint>
 
-namespace rigl_network {
+namespace rigl_serving {
 
 // data + channel * plane + row * pitch + cell * L is aligned to L floats.
 struct Field {
@@ -148,6 +148,6 @@ struct Tiles {
 // AVX-512 has 16 and 8, AVX2 has 8, portable code 4.
 const Tiles* TilesOf(int32_t length = 0);
 
-}  // namespace rigl_network
+}  // namespace rigl_serving
 
 #endif  // RIGL_KERAS_TILES_H_

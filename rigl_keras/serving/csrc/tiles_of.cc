@@ -5,7 +5,7 @@
 
 #include "tiles.h"
 
-namespace rigl_network {
+namespace rigl_serving {
 
 #ifdef RIGL_X86
 extern const Tiles rigl_tiles_avx512_16;
@@ -49,4 +49,4 @@ const Tiles* TilesOf(int32_t length) {
   return nullptr;
 }
 
-}  // namespace rigl_network
+}  // namespace rigl_serving
