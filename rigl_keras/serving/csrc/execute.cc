@@ -12,6 +12,7 @@
 namespace rigl_serving {
 namespace {
 
+constexpr int64_t kBand = 100'000;  // floats of a band's input
 constexpr int64_t kHugePage = 1 << 21;  // bytes
 
 // What one of several threads does of a number of things.
@@ -94,6 +95,17 @@ Epilogue Instance::EpilogueOf(const Step& step) const {
   return e;
 }
 
+int32_t Instance::PanelOf(const Step& step) const {
+  switch (step.choice.product) {
+    case Product::kDense:
+      return tiles_.panel;
+    case Product::kGenerated:
+      return step.weights->generated.blocks[0].channels;
+    default:
+      return 1;
+  }
+}
+
 std::vector<Part> Instance::PartsOf(const Step& step,
                                     const Convolution& whole) const {
   std::vector<Part> parts;
@@ -110,13 +122,13 @@ std::vector<Part> Instance::PartsOf(const Step& step,
     }
     return parts;
   }
-  const int32_t panel = step.choice.dense ? tiles_.panel : 1;
+  const int32_t panel = PanelOf(step);
   const int32_t panels = (whole.channels + panel - 1) / panel;
   // As many weights for each; a channel costs something besides.
   std::vector<int64_t> until(panels + 1, 0);
   for (int32_t p = 0; p < panels; ++p) {
     int64_t cost = 4;
-    if (!step.choice.dense)
+    if (step.choice.product == Product::kSparse)
       for (int32_t b = 0; b < whole.blocks; ++b)
         cost += whole.rows[b * whole.channels + p + 1] -
                 whole.rows[b * whole.channels + p];
@@ -226,8 +238,12 @@ void Instance::Run(int32_t s, int thread, int threads, const Unit& unit) {
       if (part.row_begin >= part.row_end ||
           part.channel_begin >= part.channel_end)
         break;
-      (step.choice.dense ? tiles_.dense : tiles_.sparse)(bound.convolution,
-                                                         part, scratch);
+      if (step.choice.product == Product::kGenerated)
+        RunGenerated(step, bound, part, scratch);
+      else if (step.choice.product == Product::kDense)
+        tiles_.dense(bound.convolution, part, scratch);
+      else
+        tiles_.sparse(bound.convolution, part, scratch);
       break;
     }
     case StepKind::kElementwise: {
@@ -276,6 +292,40 @@ void Instance::Run(int32_t s, int thread, int threads, const Unit& unit) {
     case StepKind::kReshape:
       if (thread == 0) Reshape(step, bound, scratch);
       break;
+  }
+}
+
+// A band of rows that stays in the second cache is read by all blocks of
+// channels, one after another, so that the code of a block is, too.
+void Instance::RunGenerated(const Step& step, const Bound& bound,
+                            const Part& part, float* scratch) const {
+  const Convolution& c = bound.convolution;
+  const Generated& generated = step.weights->generated;
+  const int32_t* tile = step.choice.tile;
+  const int64_t row_floats =
+      std::max<int64_t>(1, int64_t{step.in.geometry.channels} *
+                               c.in_pitch);
+  const int32_t band = static_cast<int32_t>(std::max<int64_t>(
+      tile[0], kBand / row_floats / tile[0] * tile[0]));
+  for (int32_t begin = part.row_begin; begin < part.row_end; begin += band) {
+    const int32_t end = std::min(begin + band, part.row_end);
+    for (const Generated::Block& block : generated.blocks) {
+      if (block.first_channel < part.channel_begin ||
+          block.first_channel >= part.channel_end)
+        continue;
+      const SumsFunction sums = generated.function(block);
+      const float* weights = generated.weights.data() + block.weights_at;
+      for (int32_t i = begin; i < end; i += tile[0]) {
+        for (int32_t j = 0; j < c.out_cells; j += tile[1]) {
+          sums(c.in + i * c.in_pitch + j * c.in_step, weights, scratch);
+          tiles_.finish(c.after, scratch, block.first_channel,
+                        block.first_channel + block.channels, i, j, tile[0],
+                        tile[1],
+                        j + tile[1] == c.out_cells ? c.out_last
+                                                   : tiles_.length);
+        }
+      }
+    }
   }
 }
 

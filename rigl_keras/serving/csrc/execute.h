@@ -66,6 +66,10 @@ class Instance {
   std::vector<Part> PartsOf(const Step& step, const Convolution& whole) const;
   void Reserve();
 
+  int32_t PanelOf(const Step& step) const;
+  void RunGenerated(const Step& step, const Bound& bound, const Part& part,
+                    float* scratch) const;
+
   void Phases(const Step& step, const Bound& bound, int32_t begin,
               int32_t end) const;
   void Splat(const Bound& bound, int32_t begin, int32_t end) const;

@@ -56,6 +56,7 @@ Model::Model(const void* bytes, size_t size, int threads)
   for (size_t n = 0; n < network_.nodes.size(); ++n)
     if (network_.nodes[n].operation == Operation::kInput)
       inputs_.push_back(static_cast<int32_t>(n));
+  if (getenv("IL")) images_length_ = atoi(getenv("IL"));  if (getenv("PL")) positions_length_ = atoi(getenv("PL"));
   ReadHints();
 }
 
@@ -92,12 +93,10 @@ Shape Model::OutputShape(int32_t output) const {
 }
 
 Layout Model::LayoutFor(bool positions) const {
-  const Tiles* tiles = TilesOf(0);
-  if (positions) {
-    const Tiles* narrow = TilesOf(positions_length_ ? positions_length_ : 8);
-    if (narrow) tiles = narrow;
-  }
-  return {tiles, positions};
+  const int32_t wanted = positions ? (positions_length_ ? positions_length_ : 8)
+                                   : images_length_;
+  const Tiles* tiles = TilesOf(wanted);
+  return {tiles ? tiles : TilesOf(0), positions};
 }
 
 std::string Model::KeyOf(bool positions) const {
@@ -245,7 +244,7 @@ void Model::RunShares(Ready* ready, const Shares& shares,
 
 // Hints are lines: `<instruction set> <i or p><L> choice <node> <d or s>
 // <rows> <cells> <block>`, and `... costs <threads> <images> <alone>
-// <shared>`, and `<instruction set> positions <L>`. What is no such line is passed over: choices that no plan has
+// <shared>`, and `<instruction set> <positions or images> <L>`. What is no such line is passed over: choices that no plan has
 // are not followed.
 
 void Model::ReadHints() {
@@ -255,8 +254,10 @@ void Model::ReadHints() {
     std::string set, layout, what;
     if (!(words >> set >> layout >> what)) continue;
     const std::string key = set + " " + layout;
-    if (layout == "positions") {
-      if (set == TilesOf(0)->name) positions_length_ = std::atoi(what.c_str());
+    if (layout == "positions" || layout == "images") {
+      if (set == TilesOf(0)->name)
+        (layout == "images" ? images_length_ : positions_length_) =
+            std::atoi(what.c_str());
     } else if (what == "choice") {
       int32_t node;
       std::string product;
@@ -264,7 +265,8 @@ void Model::ReadHints() {
       if (!(words >> node >> product >> choice.tile[0] >> choice.tile[1] >>
             choice.block))
         continue;
-      choice.dense = product == "d";
+      if (product != "s" && product != "d" && product != "g") continue;
+      choice.product = static_cast<Product>(product[0]);
       choices_[key][node] = choice;
     } else if (what == "costs") {
       std::string threads;
@@ -280,10 +282,12 @@ std::string Model::Hints() const {
   std::ostringstream text;
   if (positions_length_)
     text << TilesOf(0)->name << " positions " << positions_length_ << "\n";
+  if (images_length_)
+    text << TilesOf(0)->name << " images " << images_length_ << "\n";
   for (const auto& [key, choices] : choices_)
     for (const auto& [node, c] : choices)
-      text << key << " choice " << node << (c.dense ? " d " : " s ")
-           << c.tile[0] << " " << c.tile[1] << " " << c.block << "\n";
+      text << key << " choice " << node << " "
+           << static_cast<char>(c.product) << " " << c.tile[0] << " " << c.tile[1] << " " << c.block << "\n";
   for (const auto& [key, c] : costs_) {
     const size_t at = key.rfind(' ');
     text << key.substr(0, at) << " costs " << key.substr(at + 1) << " "
@@ -343,7 +347,7 @@ std::string Model::Profile(const std::vector<Shape>& shapes, int64_t batch) {
                   "%6.1f GFLOP/s\n",
                   step.node, names[static_cast<int>(step.kind)],
                   network_.nodes[step.node].name.c_str(), g.rows, g.columns,
-                  g.channels, step.choice.dense ? 'd' : 's',
+                  g.channels, static_cast<char>(step.choice.product),
                   step.choice.tile[0], step.choice.tile[1], step.choice.block,
                   least[s] * 1e6,
                   2e-9 * step.products * count / least[s]);

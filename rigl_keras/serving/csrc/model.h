@@ -119,7 +119,8 @@ class Model {
   std::map<std::vector<Shape>, std::shared_ptr<Ready>> ready_;
   std::map<std::string, Choices> choices_;  // by layout
   std::map<std::string, Costs> costs_;
-  int32_t positions_length_ = 0;
+  // Lengths of vectors that were measured to be best; 0: none were.
+  int32_t positions_length_ = 0, images_length_ = 0;
 };
 
 }  // namespace rigl_serving

@@ -13,6 +13,8 @@ namespace {
 
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
+constexpr int64_t kLine = 16;  // floats of a cache line
+
 int64_t RoundUp(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // A value's shape as rows and columns of pixels.
@@ -71,6 +73,10 @@ Geometry GeometryOf(const Pixels& pixels, const Margin& margin,
     g.lead = g.left * length;
   }
   g.plane = (g.rows + int64_t{std::max(g.top, g.bottom)}) * g.pitch;
+  // An odd number of cache lines: the planes of a tile lie in all sets of the
+  // cache, and do not push one another out of a few.
+  g.plane = RoundUp(g.plane, kLine);
+  if (g.plane / kLine % 2 == 0) g.plane += kLine;
   g.lead += g.top * g.pitch;
   if (g.floats() > INT32_MAX)
     throw Error("a value of the network is too large to be planned");

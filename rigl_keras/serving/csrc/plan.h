@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "generated.h"
 #include "network.h"
 #include "tiles.h"
 
@@ -51,16 +52,19 @@ struct Weights {
   std::vector<int32_t> offsets, dense_blocks;
   std::vector<float> dense;
   int32_t blocks = 1;
+  Generated generated;
 };
 
 // How a convolution is computed: what a planner chooses.
+enum class Product : char { kSparse = 's', kDense = 'd', kGenerated = 'g' };
+
 struct Choice {
-  bool dense = false;
+  Product product = Product::kSparse;
   int32_t tile[2] = {1, 1};
   int32_t block = 0;  // channels of the input at a time
 
   bool operator==(const Choice& other) const {
-    return dense == other.dense && tile[0] == other.tile[0] &&
+    return product == other.product && tile[0] == other.tile[0] &&
            tile[1] == other.tile[1] && block == other.block;
   }
 };

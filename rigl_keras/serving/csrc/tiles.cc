@@ -383,6 +383,14 @@ __attribute__((noinline)) void Finish(const Epilogue& after, int32_t channel,
 #undef RIGL_PLAIN
 }
 
+void FinishAll(const Epilogue& after, float* sums, int32_t begin, int32_t end,
+               int32_t row, int32_t cell, int32_t rows, int32_t cells,
+               int32_t last) {
+  for (int32_t o = begin; o < end; ++o)
+    Finish(after, o, row, cell, rows, cells, last,
+           reinterpret_cast<Vector*>(sums) + (o - begin) * rows * cells);
+}
+
 // --------------------------------------------------------------- Convolutions
 
 // Which tiles there are. Widths are all there, for the ends of rows.
@@ -932,7 +940,7 @@ void Unpack(const Field& from, float* pixels, int64_t image_stride,
 extern const Tiles RIGL_JOIN(rigl_tiles_, RIGL_ISA, RIGL_LENGTH);
 const Tiles RIGL_JOIN(rigl_tiles_, RIGL_ISA, RIGL_LENGTH) = {
     RIGL_TEXT(RIGL_ISA), L,          kRegisters,  kMostRows, kMostCells,
-    kPanel,              kDenseCells, Sparse,     Dense,     Elementwise,
-    PoolWindows,         GlobalPool, Pack,        Unpack};
+    kPanel,              kDenseCells, Sparse,     Dense,     FinishAll,
+    Elementwise,         PoolWindows, GlobalPool, Pack,      Unpack};
 
 }  // namespace rigl_serving

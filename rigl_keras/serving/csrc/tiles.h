@@ -120,6 +120,13 @@ struct Tiles {
   void (*sparse)(const Convolution&, const Part&, float* scratch);
   void (*dense)(const Convolution&, const Part&, float* scratch);
 
+  // The epilogue of sums that were computed elsewhere: [channel][cell][L], of
+  // the channels [begin, end) of a tile of some rows and cells. They are
+  // overwritten.
+  void (*finish)(const Epilogue&, float* sums, int32_t begin, int32_t end,
+                 int32_t row, int32_t cell, int32_t rows, int32_t cells,
+                 int32_t last);
+
   // Channels [begin, end) of a field, changed by an epilogue alone. The field
   // may be the epilogue's own `to`.
   void (*elementwise)(const Field& in, const Epilogue&, int32_t begin,

@@ -15,6 +15,12 @@ constexpr int64_t kTileBytes = 24 * 1024;
 constexpr double kDense = 0.6;
 // What a weight costs beside its products, in products.
 constexpr double kPerEntry = 2.5;
+// Rows and cells of the tiles that code is generated for. They must fit.
+constexpr int32_t kGeneratedTiles[][2] = {{1, 1}, {1, 2}, {2, 1}, {1, 3},
+                                          {3, 1}, {2, 2}, {1, 4}, {4, 1}};
+// Weights of an output channel above which code is better, where nothing was
+// measured.
+constexpr int64_t kWorthCode = 12;
 // Tiles that are worth measuring.
 constexpr size_t kMostTiles = 6;
 
@@ -101,22 +107,26 @@ std::vector<Choice> ChoicesFor(const Step& step, const Geometry& out,
                          (kernel.taps * channels * kernel.filters);
   const bool dense_first = one_group && density > kDense;
 
-  const auto some = [&](bool dense) {
+  const auto add = [&](Product product, int32_t rows, int32_t cells,
+                       std::vector<Choice>* choices) {
+    // What is beyond the image would not be computed.
+    if (rows > out.rows || cells > out.cells) return;
+    Choice choice;
+    choice.product = product;
+    choice.tile[0] = rows;
+    choice.tile[1] = cells;
+    if (product != Product::kGenerated)
+      choice.block = BlockFor(step, choice.tile, channels, layout);
+    choices->push_back(choice);
+  };
+  const auto looped = [&](Product product) {
     std::vector<Choice> choices;
-    const int32_t most = dense ? tiles.dense_cells : tiles.registers;
-    for (int32_t rows = 1; rows <= std::min(tiles.most_rows, most); ++rows) {
-      for (int32_t cells : {1, 2, 3, 4, 6, 8, 12, 16}) {
-        if (cells > tiles.most_cells || rows * cells > most) continue;
-        // What is beyond the image would not be computed.
-        if (rows > out.rows || cells > out.cells) continue;
-        Choice choice;
-        choice.dense = dense;
-        choice.tile[0] = rows;
-        choice.tile[1] = cells;
-        choice.block = BlockFor(step, choice.tile, channels, layout);
-        choices.push_back(choice);
-      }
-    }
+    const int32_t most =
+        product == Product::kDense ? tiles.dense_cells : tiles.registers;
+    for (int32_t rows = 1; rows <= std::min(tiles.most_rows, most); ++rows)
+      for (int32_t cells : {1, 2, 3, 4, 6, 8, 12, 16})
+        if (cells <= tiles.most_cells && rows * cells <= most)
+          add(product, rows, cells, &choices);
     std::stable_sort(choices.begin(), choices.end(),
                      [&](const Choice& a, const Choice& b) {
                        return Cost(a.tile, out) < Cost(b.tile, out);
@@ -135,12 +145,36 @@ std::vector<Choice> ChoicesFor(const Step& step, const Geometry& out,
     return choices;
   };
 
-  std::vector<Choice> choices = some(dense_first);
-  if (one_group) {
-    const std::vector<Choice> others = some(!dense_first);
-    choices.insert(choices.end(), others.begin(), others.end());
+  std::vector<Choice> choices;
+  if (CanGenerate(layout.length())) {
+    for (const auto& tile : kGeneratedTiles)
+      if (out.rows % tile[0] == 0 && out.cells % tile[1] == 0)
+        add(Product::kGenerated, tile[0], tile[1], &choices);
+    // Vectors of half a register need two for each weight.
+    const int32_t best = layout.length() == 16 ? 1 : 2;
+    std::stable_sort(choices.begin(), choices.end(),
+                     [&](const Choice& a, const Choice& b) {
+                       const auto far = [&](const Choice& c) {
+                         return std::abs(c.tile[0] * c.tile[1] - best);
+                       };
+                       return far(a) < far(b);
+                     });
   }
-  return choices;
+  const bool generated_first =
+      !choices.empty() && weights >= kWorthCode * kernel.filters;
+  std::vector<Choice> loops =
+      looped(dense_first ? Product::kDense : Product::kSparse);
+  if (one_group) {
+    const std::vector<Choice> others =
+        looped(dense_first ? Product::kSparse : Product::kDense);
+    loops.insert(loops.end(), others.begin(), others.end());
+  }
+  if (generated_first) {
+    choices.insert(choices.end(), loops.begin(), loops.end());
+    return choices;
+  }
+  loops.insert(loops.end(), choices.begin(), choices.end());
+  return loops;
 }
 
 void Choose(Step* step, const Choice& choice, const Layout& layout) {
@@ -168,7 +202,69 @@ void Choose(Step* step, const Choice& choice, const Layout& layout) {
     return static_cast<int32_t>(at);
   };
 
-  if (choice.dense) {
+  if (choice.product == Product::kGenerated) {
+    const int32_t cells = choice.tile[0] * choice.tile[1];
+    const int64_t most = MostChannels(cells);
+    const int64_t parts = (filters + most - 1) / most;
+    const int64_t each = (filters + parts - 1) / parts;
+    std::vector<GeneratedBlock> made((filters + each - 1) / each);
+    for (size_t b = 0; b < made.size(); ++b) {
+      made[b].channels =
+          static_cast<int32_t>(std::min(each, filters - int64_t(b) * each));
+      for (int32_t c = 0; c < made[b].channels; ++c)
+        made[b].bias.push_back(step->bias ? step->bias[b * each + c] : 0.0f);
+    }
+    // By channels: positions of the window read lines that are neighbours, or
+    // the same.
+    struct Weight {
+      int32_t filter;
+      float value;
+    };
+    std::vector<int64_t> begins(channels * kernel.taps + 1, 0);
+    ForEachWeight(node, [&](int64_t tap, int64_t channel, int64_t, float) {
+      ++begins[channel * kernel.taps + tap + 1];
+    });
+    for (size_t i = 1; i < begins.size(); ++i) begins[i] += begins[i - 1];
+    std::vector<Weight> all(begins.back());
+    std::vector<int64_t> next(begins.begin(), begins.end() - 1);
+    ForEachWeight(node, [&](int64_t tap, int64_t channel, int64_t filter,
+                            float weight) {
+      all[next[channel * kernel.taps + tap]++] = {
+          static_cast<int32_t>(filter), weight};
+    });
+    for (int64_t place = 0; place < channels * kernel.taps; ++place) {
+      const Step::Tap* tap = taps[place % kernel.taps];
+      if (!tap || begins[place] == begins[place + 1]) continue;
+      const int32_t at = offset(*tap, place / kernel.taps);
+      for (int64_t i = begins[place]; i < begins[place + 1]; ++i) {
+        GeneratedBlock& to = made[all[i].filter / each];
+        if (to.reads.empty() || to.reads.back().offset != at)
+          to.reads.push_back(
+              {at, static_cast<int32_t>(to.products.size()), 0});
+        ++to.reads.back().count;
+        to.products.push_back(
+            {static_cast<int32_t>(all[i].filter % each), all[i].value});
+      }
+    }
+    std::vector<int64_t> places;
+    for (int32_t i = 0; i < choice.tile[0]; ++i)
+      for (int32_t j = 0; j < choice.tile[1]; ++j)
+        places.push_back(i * step->in_pitch + j * step->in_step);
+    std::vector<uint8_t> code;
+    Generated& generated = weights->generated;
+    for (size_t b = 0; b < made.size(); ++b) {
+      code.resize((code.size() + 63) / 64 * 64, 0xcc);
+      generated.blocks.push_back(
+          {static_cast<int32_t>(b * each), made[b].channels,
+           static_cast<int64_t>(code.size()),
+           static_cast<int64_t>(generated.weights.size())});
+      Generate(made[b], places, layout.length(), &code, &generated.weights);
+    }
+    generated.code = Code::Of(code);
+    if (!generated.code)
+      throw Error("the system allows no more pages of generated code. Set "
+                  "RIGL_KERAS_GENERATED=off");
+  } else if (choice.product == Product::kDense) {
     const int64_t panel = layout.tiles->panel;
     const int64_t inputs = live * channels;
     const int64_t panels = (filters + panel - 1) / panel;
@@ -212,7 +308,8 @@ void Choose(Step* step, const Choice& choice, const Layout& layout) {
     });
   }
   step->choice = choice;
-  step->choice.block = static_cast<int32_t>(block);
+  if (choice.product != Product::kGenerated)
+    step->choice.block = static_cast<int32_t>(block);
   step->weights = std::move(weights);
 }
 
