@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <sstream>
@@ -14,7 +15,7 @@ namespace {
 
 // Input shapes for which plans are kept.
 constexpr size_t kMostReady = 8;
-// Instances that are kept for later calls, of each plan and thread count.
+// Vehicles that are kept for later calls, of each mode.
 constexpr size_t kMostFree = 16;
 
 double Now() {
@@ -29,34 +30,26 @@ int64_t FloatsOf(const Shape& shape) {
   return floats;
 }
 
+// Floats of a value in one image up to which a group of images is computed
+// side by side: more of them do not stay in a cache.
+constexpr int64_t kGroupFloats = 140'000;
+
+Layout LayoutOf(const Leg& leg) {
+  const Tiles* tiles = TilesOf(leg.length);
+  return {tiles ? tiles : TilesOf(), leg.positions};
+}
+
+std::string KeyOf(const Leg& leg) {
+  return (leg.positions ? "p" : "i") + std::to_string(leg.length);
+}
+
 }  // namespace
 
-Prepared::Loan::Loan(Prepared* from, int threads)
-    : from_(from), threads_(threads) {
-  {
-    std::lock_guard<std::mutex> lock(from->mutex_);
-    auto& free = from->free_[threads];
-    if (!free.empty()) {
-      instance_ = std::move(free.back());
-      free.pop_back();
-    }
-  }
-  if (!instance_) instance_ = std::make_unique<Instance>(from->plan_, threads);
-}
-
-Prepared::Loan::~Loan() {
-  if (!instance_) return;
-  std::lock_guard<std::mutex> lock(from_->mutex_);
-  auto& free = from_->free_[threads_];
-  if (free.size() < kMostFree) free.push_back(std::move(instance_));
-}
-
 Model::Model(const void* bytes, size_t size, int threads)
-    : network_(Parse(bytes, size)), team_(threads) {
+    : network_(Parse(bytes, size)), cuts_(Cuts(network_)), team_(threads) {
   for (size_t n = 0; n < network_.nodes.size(); ++n)
     if (network_.nodes[n].operation == Operation::kInput)
       inputs_.push_back(static_cast<int32_t>(n));
-  if (getenv("IL")) images_length_ = atoi(getenv("IL"));  if (getenv("PL")) positions_length_ = atoi(getenv("PL"));
   ReadHints();
 }
 
@@ -92,18 +85,7 @@ Shape Model::OutputShape(int32_t output) const {
   return shape;
 }
 
-Layout Model::LayoutFor(bool positions) const {
-  const int32_t wanted = positions ? (positions_length_ ? positions_length_ : 8)
-                                   : images_length_;
-  const Tiles* tiles = TilesOf(wanted);
-  return {tiles ? tiles : TilesOf(0), positions};
-}
-
-std::string Model::KeyOf(bool positions) const {
-  const Layout layout = LayoutFor(positions);
-  return std::string(layout.tiles->name) + (positions ? " p" : " i") +
-         std::to_string(layout.length());
-}
+int64_t Model::GroupLength() const { return TilesOf()->length; }
 
 std::shared_ptr<Model::Ready> Model::ReadyFor(
     const std::vector<Shape>& shapes) {
@@ -117,38 +99,160 @@ std::shared_ptr<Model::Ready> Model::ReadyFor(
   return ready;
 }
 
-Prepared& Model::PlanFor(Ready* ready, bool positions) {
+const Plan& Model::PlanFor(Ready* ready, const Leg& leg) {
   std::lock_guard<std::mutex> lock(ready->mutex);
-  std::unique_ptr<Prepared>& plan =
-      positions ? ready->positions : ready->images;
+  const std::string key = KeyOf(leg);
+  std::unique_ptr<Plan>& plan = ready->plans[{key, leg.range}];
   if (!plan) {
     Choices choices;
     {
       std::lock_guard<std::mutex> all(mutex_);
-      const auto found = choices_.find(KeyOf(positions));
+      const auto found = choices_.find(key);
       if (found != choices_.end()) choices = found->second;
     }
-    plan = std::make_unique<Prepared>(network_, ready->shapes,
-                                      LayoutFor(positions), choices);
+    plan = std::make_unique<Plan>(MakePlan(network_, ready->shapes,
+                                           LayoutOf(leg), choices, leg.range));
   }
   return *plan;
 }
 
+// Rules, where nothing was measured. Generated code wants wide vectors, and
+// these want wide images; the values of a group of images are to stay in a
+// cache.
+Route Model::DefaultRoute(const Ready& ready, Mode mode) const {
+  const int32_t widest = TilesOf()->length;
+  Leg early, late;
+  early.length = widest;
+  late.positions = mode != Mode::kGroups;
+  late.length = late.positions && TilesOf(8) ? 8 : widest;
+  const auto is_late = [&](const Shape& shape) {
+    const int64_t columns = shape.size() < 2 ? 1 : shape[shape.size() - 2];
+    return columns < widest ||
+           (mode == Mode::kGroups && FloatsOf(shape) <= kGroupFloats);
+  };
+  if (!CanGenerate(widest)) return {late};
+  // The last cut before which nothing is late, but for a value of no rows.
+  int32_t at = -1;
+  for (int32_t cut : cuts_) {
+    bool late_before = false;
+    for (int32_t n = at + 1; n <= cut; ++n)
+      late_before |= is_late(ready.shapes[n]);
+    if (late_before && mode != Mode::kGroups) break;
+    if (mode == Mode::kGroups && is_late(ready.shapes[cut])) break;
+    at = cut;
+  }
+  if (at < 0) return {late};
+  early.range.last = late.range.first = at;
+  return {early, late};
+}
+
+const Route& Model::RouteFor(Ready* ready, Mode mode) {
+  std::lock_guard<std::mutex> lock(ready->mutex);
+  auto found = ready->routes.find(mode);
+  if (found == ready->routes.end()) {
+    Route route;
+    {
+      std::lock_guard<std::mutex> all(mutex_);
+      const auto measured = routes_.find(mode);
+      if (measured != routes_.end()) route = measured->second;
+    }
+    if (route.empty()) route = DefaultRoute(*ready, mode);
+    found = ready->routes.emplace(mode, std::move(route)).first;
+  }
+  return found->second;
+}
+
+Model::Borrowed Model::VehicleFor(Ready* ready, Mode mode) {
+  {
+    std::lock_guard<std::mutex> lock(ready->mutex);
+    auto& free = ready->free[mode];
+    if (!free.empty()) {
+      Borrowed borrowed(ready, mode, std::move(free.back()));
+      free.pop_back();
+      return borrowed;
+    }
+  }
+  const int threads = mode == Mode::kShared ? team_.threads() : 1;
+  const int64_t images = mode == Mode::kGroups ? GroupLength() : 1;
+  auto vehicle = std::make_unique<Vehicle>();
+  vehicle->route = &RouteFor(ready, mode);
+  for (const Leg& leg : *vehicle->route) {
+    vehicle->legs.push_back(
+        std::make_unique<Instance>(PlanFor(ready, leg), threads));
+    if (leg.range.last < 0) continue;
+    vehicle->floats.push_back(FloatsOf(ready->shapes[leg.range.last]));
+    vehicle->between.emplace_back(vehicle->floats.back() * images);
+  }
+  return Borrowed(ready, mode, std::move(vehicle));
+}
+
+Model::Borrowed::~Borrowed() {
+  if (!vehicle_) return;
+  std::lock_guard<std::mutex> lock(from_->mutex);
+  auto& free = from_->free[mode_];
+  if (free.size() < kMostFree) free.push_back(std::move(vehicle_));
+}
+
+// What a leg is given of a unit: of all its images, or of one.
+Unit Model::UnitOfLeg(Vehicle* vehicle, size_t leg, const Unit& unit,
+                      int64_t image) {
+  const int64_t first = image < 0 ? 0 : image;
+  Unit of_leg;
+  of_leg.count = image < 0 ? unit.count : 1;
+  const auto add = [&](const std::vector<Unit::Value>& values,
+                       std::vector<Unit::Value>* to) {
+    for (const Unit::Value& value : values)
+      to->push_back({value.pixels + first * value.floats, value.floats});
+  };
+  const auto between = [&](size_t at) {
+    return std::vector<Unit::Value>{
+        {vehicle->between[at].data(), vehicle->floats[at]}};
+  };
+  add(leg == 0 ? unit.inputs : between(leg - 1), &of_leg.inputs);
+  add(leg + 1 == vehicle->legs.size() ? unit.outputs : between(leg),
+      &of_leg.outputs);
+  return of_leg;
+}
+
+void Model::Drive(Vehicle* vehicle, const Unit& unit) {
+  for (size_t leg = 0; leg < vehicle->legs.size(); ++leg) {
+    Instance& instance = *vehicle->legs[leg];
+    if (!(*vehicle->route)[leg].positions) {
+      instance.Run(UnitOfLeg(vehicle, leg, unit, -1));
+      continue;
+    }
+    for (int32_t image = 0; image < unit.count; ++image)
+      instance.Run(UnitOfLeg(vehicle, leg, unit, image));
+  }
+}
+
+void Model::DriveTogether(Vehicle* vehicle, const Unit& unit, int thread,
+                          int threads, Barrier* barrier) {
+  for (size_t leg = 0; leg < vehicle->legs.size(); ++leg) {
+    Instance& instance = *vehicle->legs[leg];
+    const Unit of_leg = UnitOfLeg(vehicle, leg, unit, 0);
+    for (int32_t step = 0; step < instance.steps(); ++step) {
+      instance.Run(step, thread, threads, of_leg);
+      barrier->Wait();
+    }
+  }
+}
+
 Model::Shares Model::SharesFor(int64_t batch) const {
   const int64_t threads = team_.threads();
-  const int64_t length = LayoutFor(false).length();
+  const int64_t length = GroupLength();
   Costs costs;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    const auto found = costs_.find(KeyOf(true) + " " +
-                                   std::to_string(threads));
+    const auto found = costs_.find(static_cast<int>(threads));
     if (found != costs_.end()) costs = found->second;
   }
   // In units of an image alone, where nothing was measured.
-  if (costs.alone <= 0) costs.alone = 1;
+  if (costs.alone <= 0)
+    costs.alone = costs.shared > 0 ? costs.shared * 0.8 * threads : 1;
   if (costs.shared <= 0)
     costs.shared = threads == 1 ? costs.alone : 1.25 / threads * costs.alone;
-  if (costs.images <= 0) costs.images = 0.7 * length * costs.alone;
+  if (costs.groups <= 0) costs.groups = 0.7 * length * costs.alone;
   Shares best;
   double least = std::numeric_limits<double>::infinity();
   const int64_t most = (batch + length - 1) / length;
@@ -158,7 +262,7 @@ Model::Shares Model::SharesFor(int64_t batch) const {
     const int64_t left = std::max<int64_t>(0, batch - groups * length);
     for (int64_t alone : {left, left / threads * threads, int64_t{0}}) {
       const double seconds =
-          std::ceil(double(groups) / threads) * costs.images +
+          std::ceil(double(groups) / threads) * costs.groups +
           std::ceil(double(alone) / threads) * costs.alone +
           (left - alone) * costs.shared;
       if (seconds < least) {
@@ -198,160 +302,193 @@ void Model::RunShares(Ready* ready, const Shares& shares,
                       const float* const* inputs, int64_t batch,
                       float* const* outputs) {
   const int threads = team_.threads();
-  const int64_t length = LayoutFor(false).length();
+  const int64_t length = GroupLength();
   // All memory is there before threads start: they cannot fail.
-  std::vector<Prepared::Loan> images, alone, shared;
-  const auto borrow = [&](std::vector<Prepared::Loan>* loans, bool positions,
-                          int64_t count, int each) {
-    if (!count) return;
-    Prepared& plan = PlanFor(ready, positions);
-    for (int64_t i = 0; i < count; ++i) loans->emplace_back(&plan, each);
-  };
-  borrow(&images, false, std::min<int64_t>(threads, shares.groups), 1);
-  borrow(&alone, true, std::min<int64_t>(threads, shares.alone), 1);
-  borrow(&shared, true, shares.shared ? 1 : 0, threads);
+  std::vector<Borrowed> groups, alone, shared;
+  for (int64_t i = 0; i < std::min<int64_t>(threads, shares.groups); ++i)
+    groups.push_back(VehicleFor(ready, Mode::kGroups));
+  for (int64_t i = 0; i < std::min<int64_t>(threads, shares.alone); ++i)
+    alone.push_back(VehicleFor(ready, Mode::kAlone));
+  if (shares.shared) shared.push_back(VehicleFor(ready, Mode::kShared));
   std::vector<Unit> units;
-  const int64_t after_groups = std::min(shares.groups * length, batch);
   for (int64_t g = 0; g < shares.groups; ++g)
     units.push_back(UnitOf(inputs, outputs, *ready, g * length,
                            std::min(length, batch - g * length)));
-  for (int64_t i = after_groups; i < batch; ++i)
+  for (int64_t i = std::min(shares.groups * length, batch); i < batch; ++i)
     units.push_back(UnitOf(inputs, outputs, *ready, i, 1));
 
   std::atomic<int64_t> next_group{0}, next_alone{0};
+  std::atomic<bool> failed{false};
   Barrier barrier(threads);
   team_.Run([&](int thread, int count) {
-    for (int64_t g; thread < static_cast<int>(images.size()) &&
-                    (g = next_group++) < shares.groups;)
-      images[thread]->Run(units[g]);
-    for (int64_t i; thread < static_cast<int>(alone.size()) &&
-                    (i = next_alone++) < shares.alone;)
-      alone[thread]->Run(units[shares.groups + i]);
+    try {
+      const size_t mine = static_cast<size_t>(thread);
+      for (int64_t g;
+           mine < groups.size() && (g = next_group++) < shares.groups;)
+        Drive(groups[mine].get(), units[g]);
+      for (int64_t i; mine < alone.size() && (i = next_alone++) < shares.alone;)
+        Drive(alone[mine].get(), units[shares.groups + i]);
+    } catch (const std::bad_alloc&) {
+      failed = true;
+    }
     for (int64_t i = 0; i < shares.shared; ++i) {
       const Unit& unit = units[shares.groups + shares.alone + i];
-      Instance& instance = *shared[0];
-      if (count == 1) {
-        instance.Run(unit);
-        continue;
-      }
-      for (int32_t s = 0; s < instance.steps(); ++s) {
-        instance.Run(s, thread, count, unit);
-        barrier.Wait();
-      }
+      if (count == 1)
+        Drive(shared[0].get(), unit);
+      else
+        DriveTogether(shared[0].get(), unit, thread, count, &barrier);
     }
   });
+  if (failed) throw std::bad_alloc();
 }
 
-// Hints are lines: `<instruction set> <i or p><L> choice <node> <d or s>
-// <rows> <cells> <block>`, and `... costs <threads> <images> <alone>
-// <shared>`, and `<instruction set> <positions or images> <L>`. What is no such line is passed over: choices that no plan has
-// are not followed.
+// Hints are lines of words, each for one instruction set:
+//
+//   <set> choice <i or p><L> <node> <s, d or g> <rows> <cells> <block>
+//   <set> route <mode> {<i or p><L> <last node>}
+//   <set> costs <threads> <groups> <alone> <shared>
+//
+// What is no such line, or does not fit the network, is passed over.
 
 void Model::ReadHints() {
   std::istringstream lines(network_.hints);
+  const auto leg_of = [](const std::string& word, Leg* leg) {
+    if (word.size() < 2 || (word[0] != 'p' && word[0] != 'i')) return false;
+    leg->positions = word[0] == 'p';
+    leg->length = std::atoi(word.c_str() + 1);
+    return leg->length > 0 && TilesOf(leg->length) != nullptr;
+  };
   for (std::string line; std::getline(lines, line);) {
     std::istringstream words(line);
-    std::string set, layout, what;
-    if (!(words >> set >> layout >> what)) continue;
-    const std::string key = set + " " + layout;
-    if (layout == "positions" || layout == "images") {
-      if (set == TilesOf(0)->name)
-        (layout == "images" ? images_length_ : positions_length_) =
-            std::atoi(what.c_str());
-    } else if (what == "choice") {
+    std::string set, what, word;
+    if (!(words >> set >> what) || set != TilesOf()->name) continue;
+    if (what == "choice") {
       int32_t node;
       std::string product;
       Choice choice;
-      if (!(words >> node >> product >> choice.tile[0] >> choice.tile[1] >>
-            choice.block))
+      Leg leg;
+      if (!(words >> word >> node >> product >> choice.tile[0] >>
+            choice.tile[1] >> choice.block) ||
+          !leg_of(word, &leg) ||
+          (product != "s" && product != "d" && product != "g"))
         continue;
-      if (product != "s" && product != "d" && product != "g") continue;
       choice.product = static_cast<Product>(product[0]);
-      choices_[key][node] = choice;
+      choices_[KeyOf(leg)][node] = choice;
     } else if (what == "costs") {
-      std::string threads;
+      int threads;
       Costs costs;
-      if (words >> threads >> costs.images >> costs.alone >> costs.shared)
-        costs_[key + " " + threads] = costs;
+      if (words >> threads >> costs.groups >> costs.alone >> costs.shared)
+        costs_[threads] = costs;
+    } else if (what == "route") {
+      int mode;
+      if (!(words >> mode) || mode < 0 || mode > 2) continue;
+      Route route;
+      int32_t first = -1;
+      bool good = true;
+      for (Leg leg; good && (words >> word >> leg.range.last);) {
+        good = leg_of(word, &leg) && (leg.positions || mode == 0) &&
+               (leg.range.last < 0 ||
+                (leg.range.last > first &&
+                 std::find(cuts_.begin(), cuts_.end(), leg.range.last) !=
+                     cuts_.end())) &&
+               (route.empty() || first >= 0) &&
+               (leg.positions || leg.length == GroupLength());
+        leg.range.first = first;
+        first = leg.range.last;
+        route.push_back(leg);
+      }
+      if (good && !route.empty() && first < 0)
+        routes_[static_cast<Mode>(mode)] = route;
     }
   }
 }
 
 std::string Model::Hints() const {
   std::lock_guard<std::mutex> lock(mutex_);
+  const char* set = TilesOf()->name;
   std::ostringstream text;
-  if (positions_length_)
-    text << TilesOf(0)->name << " positions " << positions_length_ << "\n";
-  if (images_length_)
-    text << TilesOf(0)->name << " images " << images_length_ << "\n";
   for (const auto& [key, choices] : choices_)
     for (const auto& [node, c] : choices)
-      text << key << " choice " << node << " "
-           << static_cast<char>(c.product) << " " << c.tile[0] << " " << c.tile[1] << " " << c.block << "\n";
-  for (const auto& [key, c] : costs_) {
-    const size_t at = key.rfind(' ');
-    text << key.substr(0, at) << " costs " << key.substr(at + 1) << " "
-         << c.images << " " << c.alone << " " << c.shared << "\n";
+      text << set << " choice " << key << " " << node << " "
+           << static_cast<char>(c.product) << " " << c.tile[0] << " "
+           << c.tile[1] << " " << c.block << "\n";
+  for (const auto& [mode, route] : routes_) {
+    text << set << " route " << static_cast<int>(mode);
+    for (const Leg& leg : route)
+      text << " " << KeyOf(leg) << " " << leg.range.last;
+    text << "\n";
   }
+  for (const auto& [threads, c] : costs_)
+    text << set << " costs " << threads << " " << c.groups << " " << c.alone
+         << " " << c.shared << "\n";
   return text.str();
 }
 
 std::string Model::Profile(const std::vector<Shape>& shapes, int64_t batch) {
   const std::shared_ptr<Ready> ready = ReadyFor(shapes);
   const Shares shares = SharesFor(batch);
-  const bool positions = shares.groups == 0;
-  const int threads = shares.shared && !shares.alone ? team_.threads() : 1;
-  Prepared& prepared = PlanFor(ready.get(), positions);
-  Prepared::Loan instance(&prepared, threads);
-  const int64_t count = positions ? 1 : LayoutFor(false).length();
+  const Mode mode = shares.groups  ? Mode::kGroups
+                    : shares.alone ? Mode::kAlone
+                                   : Mode::kShared;
+  const int threads = mode == Mode::kShared ? team_.threads() : 1;
+  const int64_t count = mode == Mode::kGroups ? GroupLength() : 1;
+  const Borrowed borrowed = VehicleFor(ready.get(), mode);
+  Vehicle& vehicle = *borrowed;
   std::vector<std::vector<float>> memory;
   std::vector<float*> in, out;
+  memory.reserve(inputs_.size() + network_.outputs.size());
   const auto room = [&](int32_t node, std::vector<float*>* to) {
     memory.emplace_back(FloatsOf(ready->shapes[node]) * count, 0.5f);
     to->push_back(memory.back().data());
   };
-  memory.reserve(inputs_.size() + network_.outputs.size());
   for (int32_t node : inputs_) room(node, &in);
   for (const Output& output : network_.outputs) room(output.node, &out);
   const Unit unit = UnitOf(in.data(), out.data(), *ready, 0, count);
-  std::vector<double> least(instance->steps(),
-                            std::numeric_limits<double>::infinity());
-  Barrier barrier(threads);
-  for (int round = 0; round < 30; ++round) {
-    const auto run = [&](int thread, int of) {
-      for (int32_t s = 0; s < instance->steps(); ++s) {
-        const double start = Now();
-        instance->Run(s, thread, of, unit);
-        if (of > 1) barrier.Wait();
-        if (thread == 0) least[s] = std::min(least[s], Now() - start);
-      }
-    };
-    if (threads > 1)
-      team_.Run(run);
-    else
-      run(0, 1);
-  }
   static const char* const names[] = {
       "pack", "unpack", "convolution", "elementwise", "pool", "global_pool",
       "phases", "splat", "pad", "upsample", "reshape", "softmax"};
   std::ostringstream text;
-  text << KeyOf(positions) << ", " << threads << " threads, " << count
-       << " images\n";
-  for (int32_t s = 0; s < instance->steps(); ++s) {
-    const Step& step = prepared.plan().steps[s];
-    char line[256];
-    const Geometry& g =
-        (step.to ? step.to : step.to2 ? step.to2 : step.in).geometry;
-    std::snprintf(line, sizeof line,
-                  "%4d %-11s %-28.28s %4dx%-4d %5d %c %2dx%-2d %5d %9.1f us "
-                  "%6.1f GFLOP/s\n",
-                  step.node, names[static_cast<int>(step.kind)],
-                  network_.nodes[step.node].name.c_str(), g.rows, g.columns,
-                  g.channels, static_cast<char>(step.choice.product),
-                  step.choice.tile[0], step.choice.tile[1], step.choice.block,
-                  least[s] * 1e6,
-                  2e-9 * step.products * count / least[s]);
-    text << line;
+  Barrier barrier(threads);
+  for (size_t leg = 0; leg < vehicle.legs.size(); ++leg) {
+    const Leg& of = (*vehicle.route)[leg];
+    Instance& instance = *vehicle.legs[leg];
+    const int64_t images = of.positions ? 1 : count;
+    const Unit part = UnitOfLeg(&vehicle, leg, unit, of.positions ? 0 : -1);
+    std::vector<double> least(instance.steps(),
+                              std::numeric_limits<double>::infinity());
+    const auto run = [&](int thread, int all) {
+      for (int32_t s = 0; s < instance.steps(); ++s) {
+        const double start = Now();
+        instance.Run(s, thread, all, part);
+        if (all > 1) barrier.Wait();
+        if (thread == 0) least[s] = std::min(least[s], Now() - start);
+      }
+    };
+    for (int round = 0; round < 30; ++round) {
+      if (threads > 1)
+        team_.Run(run);
+      else
+        run(0, 1);
+    }
+    text << TilesOf()->name << " " << KeyOf(of) << ", " << threads
+         << " threads, " << images << " images\n";
+    const Plan& plan = PlanFor(ready.get(), of);
+    for (int32_t s = 0; s < instance.steps(); ++s) {
+      const Step& step = plan.steps[s];
+      char line[256];
+      const Geometry& g =
+          (step.to ? step.to : step.to2 ? step.to2 : step.in).geometry;
+      std::snprintf(
+          line, sizeof line,
+          "%4d %-11s %-36.36s %4dx%-4d %5d %c %2dx%-2d %5d %9.1f us "
+          "%6.1f GFLOP/s\n",
+          step.node, names[static_cast<int>(step.kind)],
+          network_.nodes[step.node].name.c_str(), g.rows, g.columns,
+          g.channels, static_cast<char>(step.choice.product),
+          step.choice.tile[0], step.choice.tile[1], step.choice.block,
+          least[s] * 1e6, 2e-9 * step.products * images / least[s]);
+      text << line;
+    }
   }
   return text.str();
 }

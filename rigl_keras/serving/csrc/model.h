@@ -16,43 +16,27 @@
 
 namespace rigl_serving {
 
-// Seconds that units of work take; how a batch is shared out follows.
-struct Costs {
-  double images = 0;  // L images by one thread, in the layout of images
-  double alone = 0;   // one image by one thread
-  double shared = 0;  // one image by all threads
+// How images are computed.
+enum class Mode {
+  kGroups,  // L images side by side, each thread a group of them
+  kAlone,   // each thread an image
+  kShared,  // all threads one image
 };
 
-// A plan, with instances that callers take and give back.
-class Prepared {
- public:
-  Prepared(const Network& network, const std::vector<Shape>& shapes,
-           const Layout& layout, const Choices& choices)
-      : plan_(MakePlan(network, shapes, layout, choices)) {}
+// A part of a network in one layout. Between two of them values are as in the
+// network's inputs: pixel by pixel.
+struct Leg {
+  bool positions = true;
+  int32_t length = 0;
+  Range range;
+};
+using Route = std::vector<Leg>;
 
-  // An instance for a number of threads, returned when this is destroyed.
-  class Loan {
-   public:
-    Loan(Prepared* from, int threads);
-    ~Loan();
-    Loan(Loan&& other) noexcept
-        : from_(other.from_), instance_(std::move(other.instance_)),
-          threads_(other.threads_) {}
-    Instance* operator->() const { return instance_.get(); }
-    Instance& operator*() const { return *instance_; }
-
-   private:
-    Prepared* from_;
-    std::unique_ptr<Instance> instance_;
-    int threads_;
-  };
-
-  Plan& plan() { return plan_; }
-
- private:
-  Plan plan_;
-  std::mutex mutex_;
-  std::map<int, std::vector<std::unique_ptr<Instance>>> free_;  // by threads
+// Seconds that units of work take; how a batch is shared out follows.
+struct Costs {
+  double groups = 0;  // a group of images, by one thread
+  double alone = 0;   // one image by one thread
+  double shared = 0;  // one image by all threads
 };
 
 class Model {
@@ -84,43 +68,80 @@ class Model {
   std::string Profile(const std::vector<Shape>& shapes, int64_t batch);
 
  private:
-  // Plans for one set of input shapes.
+  // What one thread, or all of them together, need to follow a route.
+  struct Vehicle {
+    const Route* route = nullptr;
+    std::vector<std::unique_ptr<Instance>> legs;
+    std::vector<std::vector<float>> between;  // values after each leg
+    std::vector<int64_t> floats;              // of an image there
+  };
+  // Plans for one set of input shapes, and vehicles that nobody uses now.
   struct Ready {
     std::vector<Shape> shapes;  // of all nodes
     std::mutex mutex;
-    std::unique_ptr<Prepared> images, positions;
+    std::map<std::pair<std::string, Range>, std::unique_ptr<Plan>> plans;
+    std::map<Mode, Route> routes;
+    std::map<Mode, std::vector<std::unique_ptr<Vehicle>>> free;
+  };
+  // A vehicle that is given back when this is destroyed.
+  class Borrowed {
+   public:
+    Borrowed(Ready* from, Mode mode, std::unique_ptr<Vehicle> vehicle)
+        : from_(from), mode_(mode), vehicle_(std::move(vehicle)) {}
+    Borrowed(Borrowed&&) = default;
+    ~Borrowed();
+    Vehicle& operator*() const { return *vehicle_; }
+    Vehicle* get() const { return vehicle_.get(); }
+
+   private:
+    Ready* from_;
+    Mode mode_;
+    std::unique_ptr<Vehicle> vehicle_;
   };
   // How a batch is computed: so many units of each kind, one after another.
   struct Shares {
     int64_t groups = 0, alone = 0, shared = 0;
   };
+  // What was measured of a layout: what to choose, and what nodes take then.
+  struct Measurement {
+    Choices choices;
+    std::map<int32_t, double> seconds;
+  };
 
   std::shared_ptr<Ready> ReadyFor(const std::vector<Shape>& shapes);
-  Prepared& PlanFor(Ready* ready, bool positions);
+  const Plan& PlanFor(Ready* ready, const Leg& leg);
+  Route DefaultRoute(const Ready& ready, Mode mode) const;
+  const Route& RouteFor(Ready* ready, Mode mode);
+  Borrowed VehicleFor(Ready* ready, Mode mode);
+  static void Drive(Vehicle* vehicle, const Unit& unit);
+  static void DriveTogether(Vehicle* vehicle, const Unit& unit, int thread,
+                            int threads, Barrier* barrier);
+  static Unit UnitOfLeg(Vehicle* vehicle, size_t leg, const Unit& unit,
+                        int64_t image);
   Shares SharesFor(int64_t batch) const;
-  Layout LayoutFor(bool positions) const;
-  std::string KeyOf(bool positions) const;
+  int64_t GroupLength() const;
   void ReadHints();
   Unit UnitOf(const float* const* inputs, float* const* outputs,
               const Ready& ready, int64_t first, int64_t count) const;
-  // Seconds of a call, the least of many.
-  double SecondsOf(const std::vector<Shape>& shapes, int64_t batch,
-                   const Shares& shares, double seconds);
-  Choices Measured(const Ready& ready, bool positions, int threads,
-                   double seconds);
   void RunShares(Ready* ready, const Shares& shares,
                  const float* const* inputs, int64_t batch,
                  float* const* outputs);
 
+  // Seconds of a call, the least of many.
+  double SecondsOf(const std::vector<Shape>& shapes, int64_t batch,
+                   const Shares& shares, double seconds);
+  Measurement Measured(const Ready& ready, const Leg& layout, bool shared,
+                       double seconds);
+  void TuneMode(const std::vector<Shape>& shapes, Mode mode, double seconds);
+
   const Network network_;
-  std::vector<int32_t> inputs_;
+  std::vector<int32_t> inputs_, cuts_;
   Team team_;
   mutable std::mutex mutex_;  // of what follows
   std::map<std::vector<Shape>, std::shared_ptr<Ready>> ready_;
   std::map<std::string, Choices> choices_;  // by layout
-  std::map<std::string, Costs> costs_;
-  // Lengths of vectors that were measured to be best; 0: none were.
-  int32_t positions_length_ = 0, images_length_ = 0;
+  std::map<Mode, Route> routes_;            // that were measured to be best
+  std::map<int, Costs> costs_;              // by threads
 };
 
 }  // namespace rigl_serving

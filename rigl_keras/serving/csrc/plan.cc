@@ -132,8 +132,13 @@ Margin MarginFor(const std::vector<WindowTap>& taps, const int32_t* strides,
 class Planner {
  public:
   Planner(const Network& network, const std::vector<Shape>& shapes,
-          const Layout& layout, const Choices& choices)
-      : network_(network), layout_(layout), choices_(choices) {
+          const Layout& layout, const Choices& choices, const Range& range)
+      : network_(network), layout_(layout), choices_(choices),
+        first_(range.first),
+        last_(range.last >= 0 ? range.last
+                              : static_cast<int32_t>(network.nodes.size()) -
+                                    1),
+        ends_(range.last < 0) {
     plan_.layout = layout;
     plan_.shapes = shapes;
     for (const Shape& shape : shapes) pixels_.emplace_back(shape);
@@ -189,6 +194,8 @@ class Planner {
   const Network& network_;
   const Layout layout_;
   const Choices& choices_;
+  const int32_t first_, last_;  // of the nodes; the first one's value is given
+  const bool ends_;             // with the network's outputs
   Plan plan_;
   std::vector<Pixels> pixels_;
   std::vector<int32_t> same_;  // the node whose value a node's is
@@ -221,6 +228,7 @@ void Planner::FindReaders() {
   for (int32_t n = 0; n < count; ++n) {
     const Node& node = At(n);
     same_[n] = n;
+    if (n <= first_ || n > last_) continue;
     if (node.operation == Operation::kReshape &&
         pixels_[n] == pixels_[node.inputs[0]]) {
       same_[n] = same_[node.inputs[0]];
@@ -228,7 +236,10 @@ void Planner::FindReaders() {
     }
     for (int32_t input : node.inputs) readers_[Same(input)].push_back(n);
   }
-  for (const Output& output : network_.outputs) ++outputs_[Same(output.node)];
+  if (ends_)
+    for (const Output& output : network_.outputs) ++outputs_[Same(output.node)];
+  else
+    ++outputs_[Same(last_)];
 }
 
 const float* Planner::Constant(const Array& array, int32_t channels,
@@ -333,11 +344,11 @@ void Planner::FindSecond(Group* group) {
 
 std::vector<Planner::Group> Planner::Groups() {
   std::vector<Group> groups;
-  for (int32_t n = 0; n < static_cast<int32_t>(network_.nodes.size()); ++n) {
+  for (int32_t n = std::max(first_, 0); n <= last_; ++n) {
     if (absorbed_[n] || Same(n) != n) continue;
     Group group;
     group.base = group.y = n;
-    switch (At(n).operation) {
+    if (n != first_) switch (At(n).operation) {
       case Operation::kConvolution:
       case Operation::kDense:
       case Operation::kPool:
@@ -447,6 +458,7 @@ Planner::Window Planner::WindowOf(int32_t n) const {
 
 void Planner::FindMargins(const std::vector<Group>& groups) {
   for (const Group& group : groups) {
+    if (group.base == first_) continue;
     const Operation operation = At(group.base).operation;
     if (operation != Operation::kConvolution && operation != Operation::kPool)
       continue;
@@ -548,6 +560,15 @@ Operand Planner::CopyFor(const Window& window, const Pixels& out,
 }
 
 void Planner::EmitOutputs(int32_t value) {
+  if (!ends_) {
+    if (Same(last_) != value) return;
+    Step step;
+    step.kind = StepKind::kUnpack;
+    step.node = value;
+    step.in = ValueOf(value);
+    Push(std::move(step));
+    return;
+  }
   for (size_t i = 0; i < network_.outputs.size(); ++i) {
     if (Same(network_.outputs[i].node) != value) continue;
     Step step;
@@ -586,6 +607,12 @@ void Planner::Emit(const Group& group) {
     if (group.keeps_y) step.to = NewValue(group.y);
     if (group.z >= 0) step.to2 = NewValue(group.z);
   };
+  if (n == first_) {
+    step.kind = StepKind::kPack;
+    step.to = NewValue(n);
+    Push(std::move(step));
+    return;
+  }
   switch (node.operation) {
     case Operation::kInput:
       step.kind = StepKind::kPack;
@@ -781,9 +808,31 @@ Plan Planner::Make() {
 
 }  // namespace
 
+std::vector<int32_t> Cuts(const Network& network) {
+  const int32_t count = static_cast<int32_t>(network.nodes.size());
+  // The first node that anything after it, or an output, reads.
+  std::vector<int32_t> least(count + 1, count);
+  for (const Output& output : network.outputs)
+    least[count] = std::min(least[count], output.node);
+  for (int32_t n = count - 1; n >= 0; --n) {
+    least[n] = least[n + 1];
+    for (int32_t input : network.nodes[n].inputs)
+      least[n] = std::min(least[n], input);
+    if (network.nodes[n].operation == Operation::kInput) least[n] = -1;
+  }
+  std::vector<int32_t> cuts;
+  for (int32_t n = 0; n + 1 < count; ++n)
+    if (network.nodes[n].operation != Operation::kInput &&
+        network.nodes[n].operation != Operation::kReshape &&
+        least[n + 1] >= n)
+      cuts.push_back(n);
+  return cuts;
+}
+
 Plan MakePlan(const Network& network, const std::vector<Shape>& shapes,
-              const Layout& layout, const Choices& choices) {
-  return Planner(network, shapes, layout, choices).Make();
+              const Layout& layout, const Choices& choices,
+              const Range& range) {
+  return Planner(network, shapes, layout, choices, range).Make();
 }
 
 }  // namespace rigl_serving

@@ -124,9 +124,25 @@ struct Plan {
 // Choices that were measured, by node. Others are made by rules.
 using Choices = std::map<int32_t, Choice>;
 
+// A part of a network: the nodes after `first`, whose value comes in, up to
+// `last`, whose value goes out. Nothing before `first` is read after it.
+struct Range {
+  int32_t first = -1;  // -1: from the inputs of the network
+  int32_t last = -1;   // -1: to its outputs
+
+  bool operator<(const Range& other) const {
+    return first != other.first ? first < other.first : last < other.last;
+  }
+};
+
+// Nodes at which a network can be cut in two: what comes after one reads
+// nothing before it.
+std::vector<int32_t> Cuts(const Network& network);
+
 // Throws Error where a value is too large to be addressed.
 Plan MakePlan(const Network& network, const std::vector<Shape>& shapes,
-              const Layout& layout, const Choices& choices);
+              const Layout& layout, const Choices& choices,
+              const Range& range = {});
 
 // What could be chosen for a convolution, the likely best one first. `out` are
 // its rows and cells.

@@ -3,6 +3,9 @@
 #include <algorithm>
 #include <chrono>
 #include <limits>
+#include <memory>
+#include <string>
+#include <vector>
 
 #include "model.h"
 
@@ -15,6 +18,8 @@ constexpr double kForChoices = 0.7;
 // The fewest rounds in which choices take turns.
 constexpr int kRounds = 3;
 constexpr double kTurn = 2e-4;  // seconds
+// What a number costs that goes from one layout to another, in seconds.
+constexpr double kPerFloat = 1e-9;
 
 double Now() {
   return std::chrono::duration<double>(
@@ -71,122 +76,189 @@ double Model::SecondsOf(const std::vector<Shape>& shapes, int64_t batch,
   return least;
 }
 
-Choices Model::Measured(const Ready& ready, bool positions, int threads,
-                        double seconds) {
-  const Layout layout = LayoutFor(positions);
+Model::Measurement Model::Measured(const Ready& ready, const Leg& leg,
+                                   bool shared, double seconds) {
+  const Tiles* tiles = TilesOf(leg.length);
+  const Layout layout{tiles ? tiles : TilesOf(), leg.positions};
+  const int threads = team_.threads();
+  const int64_t count = leg.positions ? 1 : layout.length();
   Plan plan = MakePlan(network_, ready.shapes, layout, {});
-  Instance instance(plan, threads);
-  const int64_t count = positions ? 1 : layout.length();
-  const Examples examples(network_, ready.shapes, count);
-  const Unit unit =
-      UnitOf(examples.inputs(), examples.outputs(), ready, 0, count);
+  // Threads that compute units of their own are in one another's way, too:
+  // all are busy while one of them is measured.
+  std::vector<std::unique_ptr<Instance>> instances;
+  std::vector<Examples> examples;
+  std::vector<Unit> units;
+  for (int t = 0; t < (shared ? 1 : threads); ++t) {
+    instances.push_back(
+        std::make_unique<Instance>(plan, shared ? threads : 1));
+    examples.emplace_back(network_, ready.shapes, count);
+    units.push_back(UnitOf(examples[t].inputs(), examples[t].outputs(), ready,
+                           0, count));
+  }
+  const auto bind = [&](int32_t s) {
+    for (auto& instance : instances) instance->Bind(s);
+  };
   Barrier barrier(threads);
-
   // Seconds of a step, of some turns.
   const auto time = [&](int32_t s, int turns) {
     double taken = 0;
-    const auto run = [&](int thread, int of) {
+    team_.Run([&](int thread, int of) {
       if (of > 1) barrier.Wait();
       const double start = Now();
       for (int i = 0; i < turns; ++i) {
-        instance.Run(s, thread, of, unit);
+        if (!shared) {
+          instances[thread]->Run(s, 0, 1, units[thread]);
+          continue;
+        }
+        instances[0]->Run(s, thread, of, units[0]);
         if (of > 1) barrier.Wait();
       }
       if (thread == 0) taken = (Now() - start) / turns;
-    };
-    if (threads > 1)
-      team_.Run(run);
-    else
-      run(0, 1);
+    });
     return taken;
+  };
+  const auto turns_of = [](double once) {
+    return static_cast<int>(
+        std::clamp(kTurn / std::max(once, 1e-7), 1.0, 50.0));
   };
 
   // Values are what they would be: denormals, say, are slow.
-  for (int32_t s = 0; s < instance.steps(); ++s) time(s, 1);
-  std::vector<int32_t> open;
-  for (int32_t s = 0; s < instance.steps(); ++s)
-    if (plan.steps[s].kind == StepKind::kConvolution) open.push_back(s);
-  Choices measured;
-  for (size_t k = 0; k < open.size(); ++k) {
-    const int32_t s = open[k];
+  for (size_t s = 0; s < plan.steps.size(); ++s) time(s, 1);
+  int64_t all = 0;
+  for (const Step& step : plan.steps) all += step.products;
+  Measurement measured;
+  for (size_t s = 0; s < plan.steps.size(); ++s) {
     Step& step = plan.steps[s];
-    const double until = Now() + seconds / open.size();
-    const Geometry& out = (step.to ? step.to : step.to2).geometry;
-    std::vector<Choice> choices = ChoicesFor(step, out, layout);
-    std::vector<double> least(choices.size(), kInfinity);
-    size_t best = 0;
-    for (int round = 0; round < kRounds || Now() < until; ++round) {
-      for (size_t i = 0; i < choices.size(); ++i) {
-        // Far behind the best one is behind it for good.
-        if (round > 0 && least[i] > 1.3 * least[best]) continue;
-        Choose(&step, choices[i], layout);
-        instance.Bind(s);
-        const double once = time(s, 1);
-        const int turns = static_cast<int>(
-            std::clamp(kTurn / std::max(once, 1e-7), 1.0, 50.0));
-        least[i] = std::min(least[i], time(s, turns));
-        if (least[i] < least[best]) best = i;
+    double taken = time(s, turns_of(time(s, 1)));
+    if (step.kind == StepKind::kConvolution) {
+      const double until =
+          Now() + seconds * step.products / std::max<int64_t>(all, 1);
+      const Geometry& out = (step.to ? step.to : step.to2).geometry;
+      const std::vector<Choice> choices = ChoicesFor(step, out, layout);
+      std::vector<double> least(choices.size(), kInfinity);
+      size_t best = 0;
+      for (int round = 0; round < kRounds || Now() < until; ++round) {
+        int open = 0;
+        for (size_t i = 0; i < choices.size(); ++i) {
+          // Far behind the best one is behind it for good.
+          if (round > 0 && least[i] > (round > 2 ? 1.08 : 1.25) * least[best])
+            continue;
+          ++open;
+          Choose(&step, choices[i], layout);
+          bind(s);
+          const double once = time(s, 1);
+          const int turns = turns_of(once);
+          least[i] = std::min(
+              least[i], turns > 1 ? std::min(once, time(s, turns)) : once);
+          if (least[i] < least[best]) best = i;
+        }
+        if (open == 1 && round >= kRounds) break;
       }
-      if (Now() > until + seconds) break;  // a machine that is very busy
+      Choose(&step, choices[best], layout);
+      bind(s);
+      measured.choices[step.node] = step.choice;
+      taken = least[best];
     }
-    Choose(&step, choices[best], layout);
-    instance.Bind(s);
-    measured[step.node] = step.choice;
+    measured.seconds[step.node] += taken;
   }
   return measured;
+}
+
+// Measures the layouts that a mode may have, and where one of them is to take
+// over from another.
+void Model::TuneMode(const std::vector<Shape>& shapes, Mode mode,
+                     double seconds) {
+  const std::shared_ptr<Ready> ready = ReadyFor(shapes);
+  std::vector<Leg> legs;
+  for (int32_t length : {16, 8, 4}) {
+    Leg leg;
+    leg.length = length;
+    if (TilesOf(length)) legs.push_back(leg);
+  }
+  if (mode == Mode::kGroups) {
+    legs.resize(1);
+    Leg images;
+    images.positions = false;
+    images.length = static_cast<int32_t>(GroupLength());
+    legs.push_back(images);
+  }
+  std::vector<Measurement> measured;
+  for (const Leg& leg : legs) {
+    measured.push_back(Measured(*ready, leg, mode == Mode::kShared,
+                                seconds / legs.size()));
+    // Of positions, choices are those for the smallest batch that was
+    // measured: it is where they matter most.
+    const std::string key =
+        (leg.positions ? "p" : "i") + std::to_string(leg.length);
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (mode == Mode::kShared || !leg.positions || !choices_.count(key))
+      choices_[key] = measured.back().choices;
+  }
+  // All of one layout, or the first ones until a cut and then another.
+  const int32_t count = static_cast<int32_t>(network_.nodes.size());
+  const auto cost = [&](size_t leg, int32_t first, int32_t last) {
+    const double images =
+        mode == Mode::kGroups && legs[leg].positions ? GroupLength() : 1;
+    double sum = 0;
+    for (const auto& [node, taken] : measured[leg].seconds)
+      if (node > first && node <= last) sum += taken * images;
+    return sum;
+  };
+  Route best;
+  double least = kInfinity;
+  for (size_t leg = 0; leg < legs.size(); ++leg) {
+    if (cost(leg, -1, count) < least) {
+      least = cost(leg, -1, count);
+      best = {legs[leg]};
+    }
+  }
+  for (size_t early = 0; early < legs.size(); ++early) {
+    for (size_t late = 0; late < legs.size(); ++late) {
+      if (early == late || (!legs[early].positions && legs[late].positions))
+        continue;
+      for (int32_t cut : cuts_) {
+        int64_t floats = mode == Mode::kGroups ? GroupLength() : 1;
+        for (int64_t length : ready->shapes[cut]) floats *= length;
+        const double taken = cost(early, -1, cut) + cost(late, cut, count) +
+                             kPerFloat * floats;
+        if (taken >= 0.99 * least) continue;
+        least = taken;
+        best = {legs[early], legs[late]};
+        best[0].range.last = best[1].range.first = cut;
+      }
+    }
+  }
+  std::lock_guard<std::mutex> lock(mutex_);
+  routes_[mode] = best;
+  ready_.clear();
 }
 
 void Model::Tune(const std::vector<Shape>& shapes, int64_t batch,
                  double seconds) {
   const int threads = team_.threads();
-  const int64_t length = LayoutFor(false).length();
+  const int64_t length = GroupLength();
   const bool grouped = batch >= length / 2;
-  const auto forget = [&] {
-    std::lock_guard<std::mutex> lock(mutex_);
-    ready_.clear();
-  };
-  const auto choose = [&](bool positions, int of, double share) {
-    const std::shared_ptr<Ready> ready = ReadyFor(shapes);
-    const Choices measured =
-        Measured(*ready, positions, of, share * seconds);
-    std::lock_guard<std::mutex> lock(mutex_);
-    choices_[KeyOf(positions)] = measured;
-  };
-  // How wide vectors of positions are best is for the smallest batch to say.
-  if (batch < threads || choices_.find(KeyOf(true)) == choices_.end()) {
-    std::vector<int32_t> lengths;
-    for (int32_t one : {8, 16, 4})
-      if (TilesOf(one)) lengths.push_back(one);
-    double least = kInfinity;
-    int32_t best = lengths.front();
-    for (int32_t one : lengths) {
-      positions_length_ = one;
-      choose(true, batch < threads ? threads : 1,
-             kForChoices / 2 / lengths.size());
-      forget();
-      const double taken = SecondsOf(shapes, 1, {0, 0, 1}, seconds / 20);
-      if (taken < least) {
-        least = taken;
-        best = one;
-      }
-      forget();
-    }
-    positions_length_ = best;
-  }
-  if (grouped) choose(false, 1, kForChoices / 2);
-  forget();
+  const bool alone = batch >= threads && threads > 1;
+  const int modes = grouped + alone + (batch < threads || threads == 1);
+  const double each = kForChoices * seconds / modes;
+  if (batch < threads || threads == 1)
+    TuneMode(shapes, Mode::kShared, each);
+  if (alone) TuneMode(shapes, Mode::kAlone, each);
+  if (grouped) TuneMode(shapes, Mode::kGroups, each);
 
   Costs costs;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    costs = costs_[threads];
+  }
   const double share = (1 - kForChoices) / 3 * seconds;
   costs.shared = SecondsOf(shapes, 1, {0, 0, 1}, share);
   costs.alone = SecondsOf(shapes, threads, {0, threads, 0}, share);
   if (grouped)
-    costs.images =
+    costs.groups =
         SecondsOf(shapes, threads * length, {threads, 0, 0}, share);
   std::lock_guard<std::mutex> lock(mutex_);
-  Costs& kept = costs_[KeyOf(true) + " " + std::to_string(threads)];
-  if (!grouped) costs.images = kept.images;
-  kept = costs;
+  costs_[threads] = costs;
 }
 
 }  // namespace rigl_serving

@@ -21,6 +21,8 @@ constexpr int32_t kGeneratedTiles[][2] = {{1, 1}, {1, 2}, {2, 1}, {1, 3},
 // Weights of an output channel above which code is better, where nothing was
 // measured.
 constexpr int64_t kWorthCode = 12;
+// And tiles of an image above which it is.
+constexpr int64_t kWorthRuns = 32;
 // Tiles that are worth measuring.
 constexpr size_t kMostTiles = 6;
 
@@ -160,8 +162,11 @@ std::vector<Choice> ChoicesFor(const Step& step, const Geometry& out,
                        return far(a) < far(b);
                      });
   }
+  // It is read from memory each time that it runs.
   const bool generated_first =
-      !choices.empty() && weights >= kWorthCode * kernel.filters;
+      !choices.empty() && weights >= kWorthCode * kernel.filters &&
+      int64_t{out.rows} * out.cells >=
+          kWorthRuns * choices[0].tile[0] * choices[0].tile[1];
   std::vector<Choice> loops =
       looped(dense_first ? Product::kDense : Product::kSparse);
   if (one_group) {
