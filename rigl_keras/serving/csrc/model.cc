@@ -63,26 +63,9 @@ std::vector<Shape> Model::OutputShapes(
 }
 
 Shape Model::OutputShape(int32_t output) const {
-  // Axes that two lengths of the free ones both leave as they are, are fixed.
-  std::vector<Shape> found;
-  for (int64_t length : {64, 96}) {
-    std::vector<Shape> inputs;
-    for (int32_t node : inputs_) {
-      inputs.push_back(network_.nodes[node].shape);
-      for (int64_t& axis : inputs.back())
-        if (axis < 0) axis = length;
-    }
-    try {
-      found.push_back(OutputShapes(inputs)[output]);
-    } catch (const Error&) {
-      // These lengths do not fit: how many axes there are is known.
-    }
-  }
-  if (found.empty()) return {};
-  Shape shape = found.front();
-  for (size_t i = 0; i < shape.size(); ++i)
-    if (found.size() < 2 || found.back()[i] != shape[i]) shape[i] = -1;
-  return shape;
+  std::vector<Shape> inputs;
+  for (int32_t node : inputs_) inputs.push_back(network_.nodes[node].shape);
+  return OutputShapes(inputs)[output];  // -1 where it follows from a free one
 }
 
 int64_t Model::GroupLength() const { return TilesOf()->length; }

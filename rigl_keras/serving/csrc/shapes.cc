@@ -275,7 +275,7 @@ void CheckInput(const Node& node, const Shape& given) {
     throw Error("input " + Quoted(node.name) + " has the shape " +
                 TextOf(node.shape) + " beside the batch, and not " +
                 TextOf(given));
-  CheckSize(given, "it");
+  CheckSize(given, ("input " + Quoted(node.name)).c_str());
 }
 
 }  // namespace

@@ -1,0 +1,533 @@
+"""Runs an exported network where there is NumPy and no TensorFlow.
+
+This file stands alone: a copy of it, the library `rigl_keras_network.so` and a
+network's file are all that a machine needs.
+
+    from runtime import Network
+
+    network = Network("network.rigl")
+    print(network.inputs, network.outputs)
+    found = network(images)["probabilities"]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import operator
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+__all__ = ["LIBRARY_NAME", "Network", "Value"]
+
+LIBRARY_NAME = "rigl_keras_network.so"
+_MOST_AXES = 8
+_MOST_THREADS = 1024
+_ERROR_BYTES = 1024
+# Sets of input shapes for which the outputs' are kept.
+_MOST_SHAPES = 64
+
+
+class Value(NamedTuple):
+    """What goes into a network or comes out of it.
+
+    Attributes:
+        name: Its name.
+        shape: Its lengths, the batch first. None where they are free.
+    """
+
+    name: str
+    shape: tuple[int | None, ...]
+
+
+class _Value(ctypes.Structure):
+    _fields_ = [
+        ("name", ctypes.c_char_p),
+        ("axes", ctypes.c_int),
+        ("shape", ctypes.c_int64 * _MOST_AXES),
+    ]
+
+
+_int64s = ctypes.POINTER(ctypes.c_int64)
+_pointers = ctypes.POINTER(ctypes.c_void_p)
+_error = [ctypes.c_char_p, ctypes.c_size_t]
+# The functions of rigl_network.h: what they return and what they take.
+_FUNCTIONS = {
+    "load": (ctypes.c_void_p, [ctypes.c_char_p, ctypes.c_int, *_error]),
+    "load_memory": (
+        ctypes.c_void_p,
+        [ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int, *_error],
+    ),
+    "free": (None, [ctypes.c_void_p]),
+    "input_count": (ctypes.c_int, [ctypes.c_void_p]),
+    "output_count": (ctypes.c_int, [ctypes.c_void_p]),
+    "input": (_Value, [ctypes.c_void_p, ctypes.c_int]),
+    "output": (_Value, [ctypes.c_void_p, ctypes.c_int]),
+    "output_shapes": (
+        ctypes.c_int,
+        [ctypes.c_void_p, _int64s, _int64s, *_error],
+    ),
+    "run": (
+        ctypes.c_int,
+        [ctypes.c_void_p, _pointers, _int64s, _pointers, *_error],
+    ),
+    "tune": (
+        ctypes.c_int,
+        [ctypes.c_void_p, _int64s, ctypes.c_double, *_error],
+    ),
+    "hints": (ctypes.c_char_p, [ctypes.c_void_p]),
+    "profile": (ctypes.c_char_p, [ctypes.c_void_p, _int64s, *_error]),
+    "instruction_set": (ctypes.c_char_p, []),
+}
+
+
+class Network:
+    """A network that is ready to run.
+
+    Any number of threads may call it at once; Python runs others meanwhile.
+
+    Attributes:
+        inputs: What goes in: a `Value` for each, in their order.
+        outputs: What comes out.
+
+    Args:
+        path: The network's file.
+        library: The library that runs it. None: `rigl_keras_network.so` beside
+            this Python file. It is never looked for beside a network, which
+            may be somebody else's.
+        threads: How many threads compute a call, 0 to 1024. 0: one for each
+            core that this process may use.
+
+    Raises:
+        ValueError: The file is no network or is damaged, the library is
+            missing or another one, or `threads` is out of range.
+
+    Example:
+
+    >>> with Network("network.rigl", threads=2) as network:
+    ...     network(np.zeros((1, 32, 32, 3), "float32"))
+    {'probabilities': array([[0.1, ...]], dtype=float32)}
+    """
+
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        *,
+        library: str | os.PathLike | None = None,
+        threads: int = 0,
+    ):
+        name = os.fsencode(path)
+        if b"\0" in name:  # where the name would end in C
+            raise ValueError(f"path must not have a NUL. Received: {path!r}")
+        self._load(os.fsdecode(path), library, threads, "load", name)
+
+    @classmethod
+    def from_bytes(
+        cls,
+        data: bytes,
+        *,
+        library: str | os.PathLike | None = None,
+        threads: int = 0,
+    ) -> Network:
+        """Returns the network of a file that is in memory already.
+
+        Args:
+            data: The file's bytes. They are not needed afterwards.
+            library: As in `Network`.
+            threads: As in `Network`.
+
+        Raises:
+            ValueError: As for `Network`.
+        """
+        network = cls.__new__(cls)
+        data = bytes(data)
+        network._load(
+            f"<{len(data)} bytes>",
+            library,
+            threads,
+            "load_memory",
+            data,
+            len(data),
+        )
+        return network
+
+    def _load(self, source, library, threads, function, *arguments):
+        self._network: int | None = None
+        self._source = source
+        if type(threads) is not int or not 0 <= threads <= _MOST_THREADS:
+            raise ValueError(
+                f"threads must be an int, 0 to {_MOST_THREADS}; 0 means one "
+                f"for each core. Received: {threads!r}"
+            )
+        self._c = _functions(library)
+        self._state = threading.Condition()
+        self._running = 0
+        self._alone = False
+        self._shapes: dict[tuple, list[tuple[int, ...]]] = {}
+        network, error = self._ask(function, *arguments, threads)
+        if not network:
+            raise ValueError(f"{source!r} cannot be loaded: {error}")
+        self._network = network
+        self.inputs = tuple(
+            _value(self._c["input"](network, i))
+            for i in range(self._c["input_count"](network))
+        )
+        self.outputs = tuple(
+            _value(self._c["output"](network, i))
+            for i in range(self._c["output_count"](network))
+        )
+        self._places = {value.name: i for i, value in enumerate(self.inputs)}
+
+    @property
+    def instruction_set(self) -> str:
+        """What it computes with: "avx512", "avx2" or "portable"."""
+        return self._c["instruction_set"]().decode()
+
+    def __call__(
+        self, /, *arrays: np.ndarray, **named: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """Computes the outputs of a batch.
+
+        Args:
+            *arrays: Inputs, in the order of `inputs`. Float32; an array that
+                is not contiguous is copied. All have one batch size.
+            **named: The other inputs, by their names.
+
+        Returns:
+            `{name: array}`, in the order of `outputs`.
+
+        Raises:
+            ValueError: An input is missing, unknown, or of another shape or
+                type; there is not enough memory; or the network is closed.
+        """
+        found = self._run(self._ordered(arrays, named))
+        return {
+            value.name: array
+            for value, array in zip(self.outputs, found, strict=True)
+        }
+
+    def run(
+        self, arrays: Sequence[np.ndarray] | Mapping[str, np.ndarray]
+    ) -> list[np.ndarray]:
+        """Computes the outputs of a batch, as a list.
+
+        Args:
+            arrays: Inputs in the order of `inputs`, or all of them by their
+                names. As in `network(...)`.
+
+        Returns:
+            An array for each of `outputs`.
+
+        Raises:
+            ValueError: As for `network(...)`.
+        """
+        if isinstance(arrays, Mapping):
+            return self._run(self._ordered((), arrays))
+        if not isinstance(arrays, (list, tuple)):
+            raise ValueError(
+                "arrays must be a list of arrays, or {name: array}. Received: "
+                f"{type(arrays).__name__}. Call the network with a single one"
+            )
+        return self._run(self._ordered(arrays, {}))
+
+    def output_shapes(self, *shapes: Sequence[int]) -> list[tuple[int, ...]]:
+        """Returns the shapes that the outputs have.
+
+        Args:
+            *shapes: The shape of each input, the batch first.
+
+        Returns:
+            A shape for each of `outputs`.
+
+        Raises:
+            ValueError: The shapes do not fit the network, or it is closed.
+        """
+        given = self._numbers(shapes)
+        with self._in_use() as network:
+            key = tuple(tuple(shape) for shape in shapes)
+            return list(self._output_shapes(network, key, given))
+
+    def tune(self, *shapes: Sequence[int], seconds: float = 1.0) -> None:
+        """Measures how calls of one batch size are computed fastest here.
+
+        Later calls follow what was found. Calls of other threads wait until
+        it is done. On a busy machine it finds what is fast on a busy machine.
+
+        Args:
+            *shapes: The shape of each input, the batch first.
+            seconds: How long it may take.
+
+        Raises:
+            ValueError: The shapes do not fit the network, or it is closed.
+        """
+        given = self._numbers(shapes)
+        with self._in_use(alone=True) as network:
+            failed, error = self._ask("tune", network, given, float(seconds))
+        if failed:
+            raise ValueError(error)
+
+    def hints(self) -> str:
+        """Returns what `tune` has found, as the text that a file keeps.
+
+        Raises:
+            ValueError: The network is closed.
+        """
+        with self._in_use(alone=True) as network:
+            return _text(self._c["hints"](network))
+
+    def profile(self, *shapes: Sequence[int]) -> str:
+        """Returns a line for each step of a call, with the time it takes.
+
+        Args:
+            *shapes: The shape of each input, the batch first.
+
+        Raises:
+            ValueError: The shapes do not fit the network, or it is closed.
+        """
+        given = self._numbers(shapes)
+        with self._in_use(alone=True) as network:
+            found, error = self._ask("profile", network, given)
+            if found is None:
+                raise ValueError(error)
+            return _text(found)
+
+    def close(self) -> None:
+        """Frees the network, once the calls that are running have ended.
+
+        Later calls raise ValueError. Closing twice does nothing.
+        """
+        with contextlib.suppress(ValueError):
+            with self._in_use(alone=True) as network:
+                self._network = None
+                self._c["free"](network)
+
+    def __enter__(self) -> Network:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def __del__(self):
+        # No call is running: it would hold the network.
+        if getattr(self, "_network", None):
+            self._c["free"](self._network)
+
+    def __repr__(self) -> str:
+        closed = "" if self._network else ", closed"
+        return f"Network({self._source!r}{closed})"
+
+    def __reduce__(self):
+        raise TypeError(
+            "a network cannot be pickled. Load it in the other process"
+        )
+
+    def _ordered(self, arrays, named):
+        """Returns all inputs in their order."""
+        if len(arrays) > len(self.inputs):
+            raise ValueError(
+                f"the network has {_inputs(self.inputs)}. Received: "
+                f"{len(arrays)} arrays"
+            )
+        unknown = [name for name in named if name not in self._places]
+        if unknown:
+            raise ValueError(
+                f"the network has no input {unknown[0]!r}, but "
+                f"{_inputs(self.inputs)}"
+            )
+        missing = [
+            value.name
+            for value in self.inputs[len(arrays) :]
+            if value.name not in named
+        ]
+        if missing:
+            raise ValueError(
+                f"input {missing[0]!r} is missing. The network has "
+                f"{_inputs(self.inputs)}"
+            )
+        twice = [name for name in named if self._places[name] < len(arrays)]
+        if twice:
+            raise ValueError(
+                f"input {twice[0]!r} is given twice: in its place and by name"
+            )
+        left = self.inputs[len(arrays) :]
+        return [*arrays, *(named[value.name] for value in left)]
+
+    def _run(self, arrays):
+        """Returns the outputs in their order, of inputs in their order."""
+        arrays = [
+            _checked(array, value)
+            for array, value in zip(arrays, self.inputs, strict=True)
+        ]
+        shapes = tuple(array.shape for array in arrays)
+        given = self._numbers(shapes)
+        with self._in_use() as network:
+            outputs = [
+                np.empty(shape, np.float32)
+                for shape in self._output_shapes(network, shapes, given)
+            ]
+            failed, error = self._ask(
+                "run", network, _places(arrays), given, _places(outputs)
+            )
+        if failed:
+            raise ValueError(error)
+        return outputs
+
+    def _output_shapes(self, network, shapes, given):
+        """Returns the outputs' shapes, for inputs of some shapes."""
+        found = self._shapes.get(shapes)
+        if found is not None:
+            return found
+        # As many as can be, whatever an output is said to have.
+        numbers = (ctypes.c_int64 * (_MOST_AXES * len(self.outputs)))()
+        failed, error = self._ask("output_shapes", network, given, numbers)
+        if failed:
+            raise ValueError(error)
+        rest, found = list(numbers), []
+        for value in self.outputs:
+            axes = len(value.shape)
+            found.append(tuple(rest[:axes]))
+            rest = rest[axes:]
+        if len(self._shapes) >= _MOST_SHAPES:
+            self._shapes = {}
+        self._shapes[shapes] = found
+        return found
+
+    def _numbers(self, shapes):
+        """Returns shapes as C reads them, which fit the inputs."""
+        if len(shapes) != len(self.inputs):
+            raise ValueError(
+                f"a shape is needed for each of {_inputs(self.inputs)}. "
+                f"Received: {len(shapes)}"
+            )
+        for shape, value in zip(shapes, self.inputs, strict=True):
+            if len(shape) != len(value.shape) or not all(
+                length in (None, given)
+                for given, length in zip(shape, value.shape, strict=True)
+            ):
+                raise ValueError(
+                    f"input {value.name!r} must have the shape "
+                    f"{_shown(value.shape)}. Received: {_shown(shape)}"
+                )
+        sizes = {shape[0] for shape in shapes}
+        if len(sizes) > 1:
+            raise ValueError(
+                "all inputs must have one batch size, their first axis. "
+                f"Received: {', '.join(_shown(shape) for shape in shapes)}"
+            )
+        flat = [operator.index(n) for shape in shapes for n in shape]
+        return (ctypes.c_int64 * len(flat))(*flat)
+
+    @contextlib.contextmanager
+    def _in_use(self, *, alone: bool = False) -> Iterator[int]:
+        """Gives the network, which is not freed meanwhile.
+
+        Many may use it at once, or one alone.
+        """
+        with self._state:
+            while self._alone or (alone and self._running):
+                self._state.wait()
+            if not self._network:
+                raise ValueError(
+                    f"the network {self._source!r} is closed. Load it again"
+                )
+            self._running += 1
+            self._alone = alone
+            network = self._network
+        try:
+            yield network
+        finally:
+            with self._state:
+                self._running -= 1
+                self._alone = False
+                self._state.notify_all()
+
+    def _ask(self, function, *arguments):
+        """Returns what a function returns, and what it says of an error."""
+        error = ctypes.create_string_buffer(_ERROR_BYTES)
+        found = self._c[function](*arguments, error, _ERROR_BYTES)
+        return found, _text(error.value) or "the library does not say why"
+
+
+def _functions(library):
+    """Returns the functions of a library, by their names in `_FUNCTIONS`."""
+    if library is None:
+        library = Path(__file__).with_name(LIBRARY_NAME)
+        if not library.exists():
+            raise ValueError(
+                f"the library {str(library)!r} is missing. Copy it from an "
+                "exported network, or pass library=path"
+            )
+    # Without a folder it would be looked for in those of the system.
+    name = os.path.abspath(os.fsdecode(library))
+    try:
+        loaded = ctypes.CDLL(name)
+    except OSError as error:
+        raise ValueError(
+            f"the library {name!r} cannot be loaded: {error}"
+        ) from error
+    functions = {}
+    for function, (returned, taken) in _FUNCTIONS.items():
+        symbol = f"rigl_network_{function}"
+        try:
+            found = loaded[symbol]  # of this caller alone
+        except AttributeError as error:
+            raise ValueError(
+                f"the library {name!r} has no function {symbol}: it is another "
+                f"library, or of another version. Use the {LIBRARY_NAME} that "
+                "came with this file"
+            ) from error
+        found.restype, found.argtypes = returned, taken
+        functions[function] = found
+    return functions
+
+
+def _checked(array, value):
+    """Returns an input as the library reads it, a copy if it must be."""
+    array = np.asarray(array)
+    if array.dtype != np.float32:
+        raise ValueError(
+            f"input {value.name!r} must be float32. Received: {array.dtype}. "
+            'Convert it: x.astype("float32")'
+        )
+    if array.ndim != len(value.shape):  # before a scalar gets an axis
+        raise ValueError(
+            f"input {value.name!r} must have the shape {_shown(value.shape)}. "
+            f"Received: {_shown(array.shape)}"
+        )
+    return np.require(array, requirements=["C", "A"])
+
+
+def _places(arrays):
+    """Returns where the numbers of arrays are, as C reads it."""
+    return (ctypes.c_void_p * len(arrays))(*(a.ctypes.data for a in arrays))
+
+
+def _value(found):
+    lengths = found.shape[: found.axes]
+    return Value(
+        found.name.decode(errors="surrogateescape"),
+        tuple(None if length < 0 else length for length in lengths),
+    )
+
+
+def _text(found):
+    return found.decode(errors="replace")
+
+
+def _inputs(values):
+    """Returns how many inputs there are, and which."""
+    names = ", ".join(f"{v.name!r} {_shown(v.shape)}" for v in values)
+    return f"{len(values)} input{'s' * (len(values) > 1)}: {names}"
+
+
+def _shown(shape):
+    lengths = ", ".join("?" if n is None else str(n) for n in shape)
+    return f"({lengths})"

@@ -1,0 +1,527 @@
+"""What the library makes of a network's file, whatever its bytes are.
+
+Files are written here byte by byte, by `support.network_bytes`.
+"""
+
+import random
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests.support import network_bytes as b
+from tests.support.network_library import loaded
+
+KERNEL = np.arange(1, 37, dtype="f").reshape(3, 3, 2, 2)
+NO_INPUT = "the network has no input"
+
+
+def refused(data):
+    """Returns why a file is refused, which must be one line."""
+    with pytest.raises(ValueError) as error:
+        loaded(data)
+    text = str(error.value).split(" bytes>' cannot be loaded: ", 1)[1]
+    assert text.isprintable() and text, text
+    return text
+
+
+# The header: the file as a whole.
+
+
+def test_what_is_no_network():
+    good = b.network(b.image())
+    assert loaded(good).inputs[0].name == "x"
+    assert "empty" in refused(b"")
+    for data in (b"x", b"RIGLNET\r\n" + good[8:], b"PK\3\4" + good):
+        assert "not a network that rigl_keras has exported" in refused(data)
+    for end in (1, 8, 31):
+        assert refused(good[:end]) == (
+            f"the file is cut off: it has {end} bytes, and its header alone 32"
+        )
+
+
+def test_every_end_is_noticed():
+    good = b.network(b.image(), b.convolution(KERNEL))
+    for end in range(32, len(good)):
+        assert "cut off" in refused(good[:end]), end
+        # As if the writer had been cut off before it wrote the header.
+        assert "cut off" not in refused(b.file(good[32:end])), end
+    assert refused(good + b"12") == (
+        "the file is damaged: 2 bytes follow its end"
+    )
+
+
+def test_another_version():
+    text = refused(b.file(b.body([b.image()]), version=7))
+    assert "format version 7, and this library reads version 1" in text
+    assert "use the library of the rigl_keras that wrote the file" in text
+    assert "damaged" in refused(b.file(b.body([b.image()]), version=0))
+
+
+def test_every_bit_counts():
+    good = b.network(b.image(), b.node(b.SOFTMAX, "end", (0,)))
+    for bit in range(8 * len(good)):
+        bad = bytearray(good)
+        bad[bit // 8] ^= 1 << bit % 8
+        refused(bytes(bad))
+
+
+def test_checksums_are_those_of_zlib():
+    """Of every length and alignment: eight bytes are taken at a time."""
+    random.seed(0)
+    for hints in range(40):
+        text = random.randbytes(hints)
+        data = b.network(b.image(), hints=text)
+        loaded(data).close()
+        struct.pack_into("<I", damaged := bytearray(data), 24, 0)
+        assert "its checksum is another one" in refused(bytes(damaged))
+        assert zlib.crc32(data[32:]) != 0
+
+
+# What arrays hold. A dense layer shows it: its outputs of the unit vectors are
+# the rows of its kernel.
+
+
+def kernel_of(data, inputs):
+    network = loaded(b.network(b.image("x", (inputs,)), data))
+    return network(np.eye(inputs, dtype="f"))["y"]
+
+
+@pytest.mark.parametrize("encoding", [b.PLAIN, b.BITMASK, b.GAPS])
+@pytest.mark.parametrize("kept", [0.0, 0.003, 0.1, 0.9, 1.0])
+def test_encodings(encoding, kept):
+    rng = np.random.default_rng(round(1000 * kept))
+    kernel = rng.normal(size=(37, 45)).astype("f")
+    kernel *= rng.random(kernel.shape) < kept
+    found = kernel_of(b.dense(kernel, encoding=encoding), 37)
+    np.testing.assert_array_equal(found, kernel)
+
+
+def test_encodings_at_their_ends():
+    for place in (0, 7, 8, 254, 255, 256, 510, 511, 764, 765):
+        kernel = np.zeros((9, 85), "f")
+        kernel.flat[place % kernel.size] = 2.5
+        for encoding in (b.BITMASK, b.GAPS):
+            found = kernel_of(b.dense(kernel, encoding=encoding), 9)
+            np.testing.assert_array_equal(found, kernel)
+
+
+def test_numbers_may_be_any():
+    kernel = np.array([[np.nan, np.inf], [-0.0, 1e-45]], "f")
+    data = b.network(b.image("x", (1,)), b.dense(kernel[:1]))
+    found = loaded(data)(np.ones((1, 1), "f"))["y"]
+    np.testing.assert_array_equal(found, kernel[:1])
+
+
+def with_kernel(kernel):
+    return b.network(b.image("x", (8,)), b.dense(kernel))
+
+
+def raw(encoding, shape, count, rest):
+    return b.u32(encoding, len(shape), *shape, count) + rest
+
+
+ONES = np.ones(16, "<f4").tobytes()
+ARRAYS = {
+    "is encoded as 3, and only 0, 1 and 2": raw(3, [8, 2], 16, ONES),
+    "has 1 to 8 axes, and not 0": raw(0, [], 1, ONES),
+    "has 1 to 8 axes, and not 9": raw(0, [1] * 9, 1, ONES),
+    "has 1 to 8 axes, and not 4294967295": b.u32(0, 2**32 - 1, 1),
+    "has 2 axes, and not the shape (16)": raw(0, [16], 16, ONES),
+    "has 15 numbers where its shape is (8, 2)": raw(0, [8, 2], 15, ONES),
+    "has a length of 0: (8, 0)": raw(0, [8, 0], 0, b""),
+    "would have more than 2^31 - 1 numbers": raw(2, [2**16, 2**15], 0, b""),
+    # Products that come out small in 32 or 64 bits.
+    "its kernel would have more": raw(2, [2**16, 2**16], 0, b""),
+    "its kernel would have": raw(2, [2**22] * 6, 0, b""),
+    "would have more than": raw(2, [0, 2**32 - 1, 2**31], 0, b""),
+    "16777216 channels or filters": raw(2, [8, 2**25], 0, b""),
+    "ends within its kernel: 4294967295 times 4 bytes": raw(
+        0, [8, 2], 2**32 - 1, ONES
+    ),
+    "ends within its kernel: 268435456 times 1": raw(
+        1, [1, 2**31 - 1], 0, b"1"
+    ),
+    "has 2 numbers, and its mask 3 ones": raw(
+        1, [8, 2], 2, ONES[:8] + b"\x80\x03"
+    ),
+    "has a number at place 10, and 9 places": raw(
+        1, [3, 3], 2, ONES[:8] + b"\x80\x20"
+    ),
+    "has a number at place 16, and 16 places": raw(
+        2, [8, 2], 2, ONES[:8] + b"\x0f\x01"
+    ),
+    "has two numbers in one place": raw(2, [8, 2], 2, ONES[:8] + b"\x03\0"),
+}
+
+
+@pytest.mark.parametrize("text", ARRAYS)
+def test_arrays_that_are_wrong(text):
+    found = refused(with_kernel(ARRAYS[text]))
+    assert text in found and found.startswith("node 1 ('dense'): "), found
+
+
+def one(*nodes, **settings):
+    """A network of an image of 4 x 4 pixels and two channels, and more."""
+    return b.network(b.image(), *nodes, **settings)
+
+
+def convolved(**settings):
+    return one(b.convolution(KERNEL, **settings))
+
+
+FREE = b.image("x", (-1, -1, -1))
+NODES = {
+    # Nodes, what they read, and names.
+    "the file announces 65537 nodes": b.file(b.u32(65537)),
+    NO_INPUT: b.network(outputs={"y": 0}),
+    "its operation is 15, and this library knows 0 to 14": one(b.node(15, "n")),
+    "its name has a NUL": b.network(b.image("a\0b")),
+    "input has no name": b.network(b.image("")),
+    "two inputs have the name 'x'": one(b.image()),
+    "the network has no output": one(outputs={}),
+    "output has no name": one(outputs={"": 0}),
+    "the name of an output has a NUL": one(outputs={"\0": 0}),
+    "output 'y' is of node 1, and the network has 1": one(outputs={"y": 1}),
+    "output 'y' is of node 4294967295": one(outputs={"y": 2**32 - 1}),
+    "3 bytes follow the hints": b.file(b.body([b.image()]) + b"abc"),
+    "it has 0 inputs, and needs 1": one(b.node(b.SOFTMAX, "s")),
+    "it has 1 inputs, and needs 0": one(
+        b.node(b.INPUT, "i", (0,), b.shape([1]))
+    ),
+    "it has 3 inputs, and needs 2": one(b.node(b.ADD, "a", (0, 0, 0))),
+    "it has 0 inputs, and needs 1 or more": one(b.node(b.CONCATENATE, "c")),
+    "it reads node 1, which does not come before": one(
+        b.node(b.SOFTMAX, "s", (1,))
+    ),
+    "it reads node 4294967295": one(b.node(b.SOFTMAX, "s", (2**32 - 1,))),
+    "ends within its inputs: 1073741824 times 4": b.file(
+        b.u32(1, b.CONCATENATE) + b.string("c") + b.u32(2**30)
+    ),
+    # Shapes.
+    "has 8 axes beside the batch, and at most 7": b.network(
+        b.image("x", [1] * 8)
+    ),
+    "a length of 0: lengths are at least 1": b.network(b.image("x", [0])),
+    "a length of -2": b.network(b.image("x", [-2])),
+    "input 'x' would have the shape (2147483647, 2)": b.network(
+        b.image("x", [2**31 - 1, 2])
+    ),
+    "has more than one free length": one(b.reshape([-1, -1])),
+    # Convolutions.
+    "each of its strides is 1 to 1048576, and not 0": convolved(strides=(1, 0)),
+    "each of its strides is 1 to 1048576, and not -1": convolved(
+        strides=(-1, 1)
+    ),
+    "each of its dilations is 1 to 1048576, and not 1048577": convolved(
+        dilations=(1, 2**20 + 1)
+    ),
+    "its 0 groups do not divide its 2 filters": convolved(groups=0),
+    "its -1 groups do not": convolved(groups=-1),
+    "its 3 groups do not divide its 2 filters": convolved(groups=3),
+    "in 2 groups needs 4 channels, and its input has 2": convolved(groups=2),
+    "its padding is 0 to 1048576, and not -1": convolved(pad=(0, -1, 0, 0)),
+    "its padding is 0 to 1048576, and not 1048577": convolved(
+        pad=(0, 0, 2**20 + 1, 0)
+    ),
+    "its padding is `same` and has a width": one(
+        b.convolution(KERNEL).replace(b.padding("same"), b.i32(1, 0, 0, 0, 1))
+    ),
+    "whether its padding is `same` is 0 or 1, and not 2": one(
+        b.convolution(KERNEL).replace(b.padding("same"), b.i32(2, 0, 0, 0, 0))
+    ),
+    "its kernel has 4 axes, and not the shape (3, 3, 4)": one(
+        b.convolution(KERNEL.reshape(3, 3, 4))
+    ),
+    "more than 1048576 rows or columns": one(
+        b.convolution(raw(b.GAPS, [1, 2**20 + 1, 2, 1], 0, b""))
+    ),
+    "its bias has 3 numbers, and its kernel 2 filters": convolved(
+        bias=b.array(np.ones(3))
+    ),
+    "its bias is a dense vector, and not sparse": convolved(
+        bias=b.array(np.ones(2), b.BITMASK)
+    ),
+    "its bias is a dense vector, and not of shape (1, 2)": convolved(
+        bias=b.array(np.ones((1, 2)))
+    ),
+    "needs an image": b.network(b.image("x", (4, 2)), b.convolution(KERNEL)),
+    "its window of 7 does not fit into the 4 rows or columns": convolved(
+        pad=(0, 0, 0, 0), dilations=(1, 3)
+    ),
+    "its input with its padding would have the shape": convolved(
+        dilations=(2**20, 2**20)
+    ),
+    # Others.
+    "its kernel of shape (3, 2) needs 3 channels": one(
+        b.dense(np.ones((3, 2)))
+    ),
+    "it needs channels, and its input has no axis": b.network(
+        b.image("x", ()), b.dense(np.ones((1, 2)))
+    ),
+    "its scale has 2 numbers and its shift 3": one(
+        b.affine(np.ones(2), np.ones(3))
+    ),
+    "its scale has 0 numbers and its shift 2": one(
+        b.affine(np.ones(0), np.ones(2))
+    ),
+    "it scales and shifts 3 channels": one(b.affine(np.ones(3), np.ones(1))),
+    "its scale is a dense vector": one(b.affine(np.ones((2, 1)), np.ones(2))),
+    "its activation is 14, and this library knows 0 to 13": one(
+        b.activation(14)
+    ),
+    "whether it takes the maximum is 0 or 1, and not 2": one(
+        b.pool((2, 2), (2, 2), maximum=2)
+    ),
+    "each of its window sizes is 1 to 1048576, and not 0": one(
+        b.pool((2, 0), (2, 2))
+    ),
+    "its window has more than 1048576 pixels": one(
+        b.pool((1025, 1024), (2, 2))
+    ),
+    "its padding is as wide as its window": one(
+        b.pool((2, 2), (2, 2), (1, 1, 1, 2))
+    ),
+    "its window of 5 does not fit": one(b.pool((5, 5), (1, 1), (0, 0, 0, 0))),
+    "whether it keeps its axes is 0 or 1": one(b.global_pool(keep_axes=7)),
+    "what pads alone cannot pad as `same`": one(b.pad("same")),
+    "it crops all of the 4 rows": one(b.pad((-2, -2, 0, 0))),
+    "it crops all of the 4": one(b.pad((-4, 100, 0, 0))),
+    "its padding is -1048576 to 1048576": one(b.pad((2**20 + 1, 0, 0, 0))),
+    "its output would have the shape": one(b.upsample((2**20, 2**20))),
+    "each of its factors is 1 to 1048576, and not 0": one(b.upsample((0, 1))),
+    "whether it is bilinear is 0 or 1": one(
+        b.upsample((1, 1), bilinear=-1 % 9)
+    ),
+    "(4, 4, 2) cannot be given the shape (31)": one(b.reshape([31])),
+    "(4, 4, 2) cannot be given the shape (-1, 5)": one(b.reshape([-1, 5])),
+    "shapes (4, 4, 2) and (32)": one(
+        b.reshape([32]), b.node(b.ADD, "a", (0, 1))
+    ),
+    "they must be equal, or one of them an image of one pixel": one(
+        b.pad((1, 0, 0, 0)), b.node(b.MULTIPLY, "a", (0, 1))
+    ),
+    "(1, 1, 1) and (4, 4, 2)": b.network(
+        b.image("a", (1, 1, 1)), b.image(), b.node(b.ADD, "a", (0, 1))
+    ),
+    "its inputs 0 and 1 have the shapes (4, 4, 2) and (5, 4, 2)": one(
+        b.pad((1, 0, 0, 0)), b.node(b.CONCATENATE, "c", (0, 1))
+    ),
+    "which differ before the last axis": one(
+        b.reshape([32]), b.node(b.CONCATENATE, "c", (0, 1))
+    ),
+}
+
+
+@pytest.mark.parametrize("text", NODES)
+def test_networks_that_are_wrong(text):
+    assert text in refused(NODES[text])
+
+
+def test_a_message_names_the_node():
+    """However long and strange its name is."""
+    name = "line\nbreak\x1b[31m" + 100 * "é"
+    text = refused(one(b.dense(np.ones((3, 2)), name=name)))
+    assert text.startswith("node 1 ('line?break?[31m??") and len(text) < 250
+
+
+def test_shapes_that_are_free():
+    """What does not follow from a free length is checked before a call."""
+    text = refused(
+        b.network(
+            FREE,
+            b.convolution(KERNEL),
+            b.pool((2, 2), (2, 2)),
+            b.dense(np.ones((3, 2)), 2),
+        )
+    )
+    assert "node 3 ('dense')" in text and "(-1, -1, 2)" in text
+    network = loaded(
+        b.network(
+            FREE,
+            b.convolution(KERNEL, strides=(2, 2)),
+            b.global_pool(1),
+            b.upsample((2, 3), 1),
+            b.reshape([-1, 2], 3),
+            outputs={"a": 1, "b": 2, "c": 3, "d": 4},
+        )
+    )
+    assert network.inputs[0].shape == (None,) * 4
+    assert [v.shape for v in network.outputs] == [
+        (None, None, None, 2),
+        (None, 2),
+        (None, None, None, 2),
+        (None, None, 2),
+    ]
+    assert network.output_shapes((5, 7, 4, 2)) == [
+        (5, 4, 2, 2),
+        (5, 2),
+        (5, 8, 6, 2),
+        (5, 48, 2),
+    ]
+    # And what does follow, in a call.
+    with pytest.raises(ValueError, match=r"node 1 \('conv'\).* has 3"):
+        network.output_shapes((5, 7, 4, 3))
+
+
+def test_of_two_images_one_may_be_a_pixel():
+    pixel, other = b.image("p", (1, 1, 2)), b.image("x", (-1, 3, 2))
+    for inputs in ((0, 1), (1, 0)):
+        network = loaded(
+            b.network(pixel, other, b.node(b.MULTIPLY, "m", inputs))
+        )
+        assert network.outputs[0].shape == (None, None, 3, 2)
+        found = network.output_shapes((2, 1, 1, 2), (2, 5, 3, 2))
+        assert found == [(2, 5, 3, 2)]
+    # Free ones may turn out to be pixels.
+    network = loaded(
+        b.network(
+            b.image("a", (-1, -1, 2)),
+            b.image("b", (-1, 1, 2)),
+            b.node(b.ADD, "s", (0, 1)),
+        )
+    )
+    assert network.output_shapes((1, 1, 1, 2), (1, 4, 1, 2)) == [(1, 4, 1, 2)]
+    assert network.output_shapes((1, 3, 4, 2), (1, 1, 1, 2)) == [(1, 3, 4, 2)]
+    with pytest.raises(ValueError, match="must be equal"):
+        network.output_shapes((1, 3, 4, 2), (1, 3, 1, 2))
+
+
+def test_shapes_are_tensorflows():
+    rng = random.Random(1)
+    checked = set()
+    for _ in range(300):
+        rows, columns = rng.randint(1, 12), rng.randint(1, 12)
+        size = rng.randint(1, 5), rng.randint(1, 5)
+        strides = rng.randint(1, 4), rng.randint(1, 4)
+        dilations = rng.choice([(1, 1), (2, 1), (3, 2)])
+        how = rng.choice(["same", "valid", "explicit"])
+        sides = [0] * 4 if how != "explicit" else rng.choices(range(3), k=4)
+        pooled = rng.random() < 0.3 and how != "explicit"
+        if pooled:
+            data = b.pool(size, strides, "same" if how == "same" else sides)
+        else:
+            data = b.convolution(
+                np.ones((*size, 2, 3)),
+                strides=strides,
+                dilations=dilations,
+                pad="same" if how == "same" else sides,
+            )
+        with tf.Graph().as_default():
+            x = tf.zeros((1, rows, columns, 2))
+            padded = how.upper()
+            if how == "explicit":
+                t, d, l, r = sides  # noqa: E741
+                padded = [[0, 0], [t, d], [l, r], [0, 0]]
+            try:
+                if pooled:
+                    y = tf.nn.max_pool2d(x, size, strides, padded)
+                else:
+                    kernel = tf.zeros((*size, 2, 3))
+                    y = tf.nn.conv2d(
+                        x, kernel, strides, padded, dilations=dilations
+                    )
+                expected = tuple(y.shape)
+            except ValueError:
+                expected = None
+        data = b.network(b.image("x", (rows, columns, 2)), data)
+        if expected is None or 0 in expected:
+            assert "does not fit" in refused(data)
+        else:
+            with loaded(data) as network:
+                found = network.output_shapes((1, rows, columns, 2))
+            assert found == [expected], (rows, columns, size, strides, how)
+        checked.add((pooled, how, expected is None or 0 in expected))
+    assert len(checked) >= 8
+
+
+# Files that somebody has made to do harm.
+
+
+def a_network():
+    """A file with every operation, of which each field is small."""
+    rng = np.random.default_rng(0)
+    kernel = rng.normal(size=(3, 3, 2, 4)) * (rng.random((3, 3, 2, 4)) < 0.4)
+    nodes = [
+        b.image("x", (6, 6, 2)),
+        b.convolution(kernel, bias=b.array(np.ones(4)), encoding=b.GAPS),
+        b.affine(np.ones(4), np.ones(1), 1),
+        b.activation(1, 2, 0.0, 6.0),
+        b.convolution(np.ones((3, 3, 1, 4)), 3, groups=4, encoding=b.BITMASK),
+        b.node(b.ADD, "add", (3, 4)),
+        b.pool((2, 2), (2, 2), "same", 5),
+        b.pool((3, 3), (1, 1), (1, 1, 1, 1), 5, maximum=0),
+        b.global_pool(7, keep_axes=1),
+        b.node(b.MULTIPLY, "scale", (7, 8)),
+        b.node(b.SUBTRACT, "minus", (9, 5)),
+        b.upsample((2, 2), 6, bilinear=1),
+        b.pad((-1, 1, 2, -2), 11, 1.0),
+        b.node(b.CONCATENATE, "join", (10, 12)),
+        b.global_pool(13),
+        b.reshape([2, 4], 14),
+        b.dense(np.ones((4, 3)), 15, bias=b.array(np.ones(3))),
+        b.node(b.SOFTMAX, "softmax", (16,)),
+    ]
+    return b.body(nodes, {"y": 17, "image": 13}, b"hints\n")
+
+
+def test_the_network_that_is_broken_below():
+    network = loaded(b.file(a_network()))
+    assert network.output_shapes((2, 6, 6, 2)) == [(2, 2, 3), (2, 6, 6, 8)]
+    found = network(np.ones((2, 6, 6, 2), "f"))
+    np.testing.assert_allclose(found["y"].sum(-1), 1, rtol=1e-6)
+
+
+def broken(body, rng):
+    """Returns a body with some of it changed."""
+    data = bytearray(body)
+    for _ in range(rng.choice([1, 1, 1, 2, 5])):
+        at = rng.randrange(len(data))
+        how = rng.randrange(6)
+        if how == 0:
+            data[at] ^= 1 << rng.randrange(8)
+        elif how == 1:
+            data[at] = rng.randrange(256)
+        elif how == 2:  # a number, of which most fields consist
+            at &= ~3
+            number = rng.choice(
+                [
+                    0,
+                    1,
+                    2,
+                    3,
+                    255,
+                    2**16,
+                    2**20,
+                    2**30,
+                    2**31 - 1,
+                    2**31,
+                    2**32 - 1,
+                ]
+            )
+            data[at : at + 4] = struct.pack("<I", number)
+        elif how == 3:
+            del data[at : at + rng.choice([1, 4, 8, 100])]
+        elif how == 4:
+            data[at:at] = rng.randbytes(rng.choice([1, 4, 8]))
+        else:
+            del data[at:]
+        if not data:
+            break
+    return bytes(data)
+
+
+def test_files_that_are_broken_at_random():
+    """Their checksums are right, so that all of it is read."""
+    rng = random.Random(0)
+    body, said, whole = a_network(), set(), 0
+    for _ in range(3000):
+        try:
+            loaded(b.file(broken(body, rng))).close()
+            whole += 1
+        except ValueError as error:
+            said.add(str(error).split(": ", 2)[-1])
+    # Some are networks still, others meet many of the messages.
+    assert whole > 100 and len(said) > 100
