@@ -333,7 +333,7 @@ def test_shapes_that_are_free():
         b.network(
             FREE,
             b.convolution(KERNEL),
-            b.pool((2, 2), (2, 2)),
+            b.pool((2, 2), (2, 2), of=1),
             b.dense(np.ones((3, 2)), 2),
         )
     )

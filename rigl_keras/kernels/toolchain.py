@@ -290,9 +290,15 @@ def _libraries(objects, sanitizer):
         for name, (source, *_) in objects.items()
         if source.startswith("serving/") and source not in _OPERATIONS
     ]
+    # By this name whatever links it finds it later, in its own folder.
+    name = (
+        f"-Wl,-install_name,@rpath/{NETWORK_LIBRARY_NAME}"
+        if sys.platform == "darwin"
+        else f"-Wl,-soname,{NETWORK_LIBRARY_NAME}"
+    )
     return {
         LIBRARY_NAME: [*objects, *link, *operations],
-        NETWORK_LIBRARY_NAME: [*network, *link],
+        NETWORK_LIBRARY_NAME: [*network, *link, name],
     }
 
 

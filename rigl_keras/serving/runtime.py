@@ -170,7 +170,8 @@ class Network:
         self._c = _functions(library)
         self._state = threading.Condition()
         self._running = 0
-        self._alone = False
+        self._alone = False  # one call
+        self._asked = 0  # calls that wait until they are alone
         self._shapes: dict[tuple, list[tuple[int, ...]]] = {}
         network, error = self._ask(function, *arguments, threads)
         if not network:
@@ -342,22 +343,18 @@ class Network:
                 f"the network has no input {unknown[0]!r}, but "
                 f"{_inputs(self.inputs)}"
             )
-        missing = [
-            value.name
-            for value in self.inputs[len(arrays) :]
-            if value.name not in named
-        ]
-        if missing:
-            raise ValueError(
-                f"input {missing[0]!r} is missing. The network has "
-                f"{_inputs(self.inputs)}"
-            )
         twice = [name for name in named if self._places[name] < len(arrays)]
         if twice:
             raise ValueError(
                 f"input {twice[0]!r} is given twice: in its place and by name"
             )
         left = self.inputs[len(arrays) :]
+        missing = [value.name for value in left if value.name not in named]
+        if missing:
+            raise ValueError(
+                f"input {missing[0]!r} is missing. The network has "
+                f"{_inputs(self.inputs)}"
+            )
         return [*arrays, *(named[value.name] for value in left)]
 
     def _run(self, arrays):
@@ -429,12 +426,20 @@ class Network:
     def _in_use(self, *, alone: bool = False) -> Iterator[int]:
         """Gives the network, which is not freed meanwhile.
 
-        Many may use it at once, or one alone.
+        Many may use it at once, or one alone, for whom those that come later
+        wait.
         """
         with self._state:
-            while self._alone or (alone and self._running):
-                self._state.wait()
+            if alone:
+                self._asked += 1
+                try:
+                    self._state.wait_for(lambda: not self._running)
+                finally:
+                    self._asked -= 1
+            else:
+                self._state.wait_for(lambda: not (self._alone or self._asked))
             if not self._network:
+                self._state.notify_all()
                 raise ValueError(
                     f"the network {self._source!r} is closed. Load it again"
                 )
