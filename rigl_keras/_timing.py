@@ -1,17 +1,121 @@
 """Seconds that things take, compared fairly on a machine that others use."""
 
+import dataclasses
 import math
 import random
 import time
-from collections.abc import Callable, Hashable, Mapping
-from typing import TypeVar
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Generic, TypeVar
 
 import numpy as np
 
-__all__ = ["interleaved", "rounds_within"]
+__all__ = ["Verdict", "interleaved", "rounds_within", "settled"]
 
 Name = TypeVar("Name", bound=Hashable)
 Sides = Mapping[Name, Callable[[], object]]
+# Turns of which each minimum is taken, and how many minima must agree.
+_TURNS, _MINIMA = 5, 3
+# How much of itself a minimum may vary where nobody else uses the machine.
+_QUIET = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict(Generic[Name]):
+    """What `settled` has found.
+
+    Attributes:
+        minima: `{name: seconds}` of a call of each side, when nothing else
+            was in its way.
+        medians: The same of its usual turn.
+        spread: How far the minimum of a few turns lies above the least, on
+            average, as a fraction of it; of the side where that is most.
+        certain: Whether one side was the fastest by each of three minima at
+            least, or as fast as the fastest up to the margin.
+    """
+
+    minima: Mapping[Name, float]
+    medians: Mapping[Name, float]
+    spread: float
+    certain: bool
+
+    @property
+    def busy(self) -> bool:
+        """Whether the machine had other things to do, by the spread."""
+        return self.spread > _QUIET
+
+
+def settled(
+    sides: Sides[Name],
+    *,
+    seconds: float,
+    margin: float = 0.0,
+    turn: float = 0.002,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Verdict[Name]:
+    """Times sides in turns until it is certain which of them is the fastest.
+
+    What else a machine does makes a turn longer, and never shorter. So the
+    minimum of many short turns is what a call takes; and the minima of a few
+    turns each, one after the other, tell how far it can be trusted.
+
+    Args:
+        sides: `{name: what to time}`; each is called twice before, untimed.
+        seconds: Time after which it ends, certain or not. There are three
+            rounds at least.
+        margin: Fraction by which minima may differ and yet count as equal:
+            sides that are this close are not told apart for longer.
+        turn: As in `interleaved`.
+        clock: Returns the time in seconds.
+
+    Returns:
+        The verdict.
+    """
+    calls = {
+        name: max(1, math.ceil(turn / once))
+        for name, once in _seconds_of_a_call(sides, clock).items()
+    }
+    taken = {name: [] for name in sides}
+    draw, end = random.Random(0), clock() + seconds
+    certain = False
+    while not certain and (
+        clock() < end or len(next(iter(taken.values()))) < _MINIMA
+    ):
+        _round(sides, calls, taken, draw, clock)
+        if len(next(iter(taken.values()))) >= _TURNS * _MINIMA:
+            certain = _is_certain([_minima(s) for s in taken.values()], margin)
+    least = {name: min(s) for name, s in taken.items()}
+    mean = {name: float(np.mean(_minima(s))) for name, s in taken.items()}
+    return Verdict(
+        minima=least,
+        medians={name: float(np.median(s)) for name, s in taken.items()},
+        spread=max(mean[name] / least[name] - 1 for name in sides),
+        certain=certain,
+    )
+
+
+def _minima(turns: Sequence[float]) -> list[float]:
+    """Returns the minimum of every few turns, in their order.
+
+    Of turns that are too few for that, it returns all.
+    """
+    if len(turns) < _TURNS * _MINIMA:
+        return list(turns)
+    starts = range(0, len(turns) - _TURNS + 1, _TURNS)
+    return [min(turns[at : at + _TURNS]) for at in starts]
+
+
+def _is_certain(minima: Sequence[Sequence[float]], margin: float) -> bool:
+    """Returns whether a side is the fastest, whichever minima are compared.
+
+    One that is as fast, up to the margin, may be taken for it.
+    """
+    first = min(minima, key=min)
+    others = [one for one in minima if one is not first]
+    return all(
+        max(first) < min(one)
+        or max(*first, *one) <= (1 + margin) * min(*first, *one)
+        for one in others
+    )
 
 
 def interleaved(
@@ -35,18 +139,12 @@ def interleaved(
     """
     calls = {
         name: max(1, math.ceil(turn / once))
-        for name, once in _seconds_of_a_call(sides).items()
+        for name, once in _seconds_of_a_call(sides, time.perf_counter).items()
     }
     seconds = {name: [] for name in sides}
-    order, draw = list(sides), random.Random(0)
+    draw = random.Random(0)
     for _ in range(rounds):
-        draw.shuffle(order)
-        for name in order:
-            start = time.perf_counter()
-            for _ in range(calls[name]):
-                sides[name]()
-            taken = time.perf_counter() - start
-            seconds[name].append(taken / calls[name])
+        _round(sides, calls, seconds, draw, time.perf_counter)
     return {name: float(np.median(s)) for name, s in seconds.items()}
 
 
@@ -69,16 +167,26 @@ def rounds_within(
     Returns:
         A number of rounds.
     """
-    once = sum(max(turn, s) for s in _seconds_of_a_call(sides).values())
+    calls = _seconds_of_a_call(sides, time.perf_counter)
+    once = sum(max(turn, s) for s in calls.values())
     return int(min(max(seconds / once, at_least), at_most))
 
 
-def _seconds_of_a_call(sides):
+def _round(sides, calls, seconds, draw, clock):
+    """Gives each side a turn, in a random order, and notes what it takes."""
+    for name in draw.sample(list(sides), len(sides)):
+        start = clock()
+        for _ in range(calls[name]):
+            sides[name]()
+        seconds[name].append(max((clock() - start) / calls[name], 1e-9))
+
+
+def _seconds_of_a_call(sides, clock):
     """Returns what the second call of each side takes."""
     seconds = {}
     for name, run in sides.items():
         run()
-        start = time.perf_counter()
+        start = clock()
         run()
-        seconds[name] = max(time.perf_counter() - start, 1e-9)
+        seconds[name] = max(clock() - start, 1e-9)
     return seconds

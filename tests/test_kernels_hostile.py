@@ -600,13 +600,13 @@ def test_too_large_a_product_is_not_timed(monkeypatch):
 def test_long_products_are_timed_once(monkeypatch):
     """Dense ones of large dilations can take a minute."""
     calls = []
-    monkeypatch.setattr(_timing, "interleaved", lambda *_, **__: calls)
+    monkeypatch.setattr(_timing, "settled", lambda *_, **__: calls)
     monkeypatch.setattr(choice, "_LONG", 0.0)
     problem = kernels.Problem((3, 3, 4, 4), (2, 5, 5))
-    dense, sparse = choice._seconds(problem, 0.5, True)
-    assert 0 < dense < 60 and 0 < sparse < 60
+    dense, sparse, busy = choice._seconds(problem, 0.5, True)
+    assert 0 < dense < 60 and 0 < sparse < 60 and not busy
     monkeypatch.setattr(choice, "_LONG", 60.0)
-    with pytest.raises(TypeError):  # it takes what is not a dict
+    with pytest.raises(AttributeError):  # it takes what is no verdict
         choice._seconds(problem, 0.5, True)
 
 

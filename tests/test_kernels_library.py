@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from rigl_keras.kernels import library, toolchain
+from rigl_keras.kernels import build_command, choice, library, toolchain
 
 OPS = """
 #include "tensorflow/core/framework/op.h"
@@ -508,17 +508,26 @@ def test_an_import_compiles_nothing(place, stub):
 
 def test_ahead_of_time(place, stub, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["build_kernels"])
-    library.main()
+    build_command.main()
     first = capsys.readouterr().out
     assert str(library.path()) in first and "built in" in first
     assert "stub compiler: stub 1" in first
     assert str(library.build_network()) in first
-    library.main()
+    build_command.main()
     assert "were there" in capsys.readouterr().out
+    library.path().with_name("choices.json").write_text('{"a": [2, 1, 16]}')
+    build_command.main()
+    assert "forgotten" not in capsys.readouterr().out
+    monkeypatch.setattr(choice, "_known", {"b": None})
+    monkeypatch.setattr(sys, "argv", ["build_kernels", "--retime"])
+    for forgotten in (1, 0):
+        build_command.main()
+        assert f"\n{forgotten} choices" in capsys.readouterr().out
+        assert choice._known == {}
     monkeypatch.setenv("CXX", "/nonexistent")
     monkeypatch.setattr(sys, "argv", ["build_kernels", "--force"])
     with pytest.raises(SystemExit, match="cannot be built: the compiler CXX"):
-        library.main()
+        build_command.main()
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ toolchain           the compiler and its flags
 library             builds the operations on first use, and loads them
 operations          the operations with their gradients
 choice              times dense and sparse products, and takes the faster
+build_command       what bin/build_kernels does
 layer_products      what a masked layer does with products
 fast_calls          batch norm and dropout in few passes over memory
 """

@@ -1,6 +1,6 @@
 """`python -m rigl_keras.kernels` builds the op library ahead of time."""
 
-from rigl_keras.kernels import library
+from rigl_keras.kernels import build_command
 
 if __name__ == "__main__":
-    library.main()
+    build_command.main()

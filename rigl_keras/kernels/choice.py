@@ -31,7 +31,7 @@ from rigl_keras.kernels.operations import (
     sparse_conv2d,
 )
 
-__all__ = ["Choice", "Problem", "choose", "too_large"]
+__all__ = ["Choice", "Problem", "choose", "forget", "too_large"]
 
 # Upper ends of the ranges of density, for which the choice is the same. Above
 # the last, dense products are taken as they are.
@@ -41,10 +41,11 @@ _DENSITIES = (
 )
 # Products below which neither takes any time.
 _LEAST_WORK = 1 << 21
-# What sparse products must win by: a layer has more to do than its product.
-_MARGIN = 0.95
+# Fraction by which two products may differ and yet take the same time: the
+# sparse one is used then, which has fewer FLOPs.
+_MARGIN = 0.05
 _MOST_FLOATS = 1 << 26  # of images that are made up for timing
-_ROUNDS = 5
+_SECONDS = 0.4  # in which both take turns, unless they are told apart before
 # What takes longer than so many seconds is timed once.
 _LONG = 1.0
 _log = logging.getLogger("rigl_keras")
@@ -91,7 +92,7 @@ class Choice:
         sparse: Whether it is the sparse one.
         reason: A few words: `"3.1x at batch 128"`, `"density above 0.75"`.
         dense_seconds, sparse_seconds: Of the passes; NaN where they were not
-            timed.
+            timed. They are minima.
         batch: At which they were.
     """
 
@@ -102,11 +103,20 @@ class Choice:
     batch: int | None = None
 
     @classmethod
-    def timed(cls, dense: float, sparse: float, batch: int) -> "Choice":
-        """Returns what follows from the seconds that both take."""
+    def timed(
+        cls, dense: float, sparse: float, batch: int, *, busy: bool = False
+    ) -> "Choice":
+        """Returns what follows from the seconds that both take.
+
+        Args:
+            dense, sparse: Seconds of the passes.
+            batch: At which they were timed.
+            busy: Whether the machine had other things to do meanwhile.
+        """
+        load = ", on a busy machine" if busy else ""
         return cls(
-            sparse=sparse < _MARGIN * dense,
-            reason=f"{dense / sparse:.1f}x at batch {batch}",
+            sparse=sparse <= (1 + _MARGIN) * dense,
+            reason=f"{dense / sparse:.1f}x at batch {batch}{load}",
             dense_seconds=dense,
             sparse_seconds=sparse,
             batch=batch,
@@ -120,6 +130,7 @@ def choose(
 
     Dense and sparse products take turns on random images of the problem's
     shape, forwards and backwards, at the upper end of the range of densities.
+    Of two that are as fast, it is the sparse one.
 
     Args:
         problem: What the layer computes.
@@ -159,12 +170,31 @@ def choose(
                     # In another thread nothing is being traced, and gradients
                     # are recorded; in an `init_scope` none are.
                     with concurrent.futures.ThreadPoolExecutor(1) as thread:
-                        seconds = thread.submit(
+                        dense, sparse, busy = thread.submit(
                             _seconds, problem, _DENSITIES[at], backward
                         ).result()
-                    _known[key] = Choice.timed(*seconds, batch)
-                    _write(key, _known[key])
+                    _known[key] = Choice.timed(dense, sparse, batch, busy=busy)
+                    if not busy:
+                        _write({**_read(), key: _known[key]})
         return _known[key]
+
+
+def forget() -> int:
+    """Forgets what was timed on this machine, and kept for other processes.
+
+    Processes that run go on with what they have chosen.
+
+    Returns:
+        How many choices there were.
+
+    Raises:
+        OSError: The cache cannot be written.
+    """
+    with _lock, _locked():
+        _known.clear()
+        kept = len(_read())
+        _path().unlink(missing_ok=True)
+        return kept
 
 
 def too_large(problem: Problem, *, backward: bool = True) -> str | None:
@@ -276,7 +306,7 @@ def _program():
 
 
 def _seconds(problem, density, backward):
-    """Returns what the passes take, dense and sparse."""
+    """Returns what the passes take, dense and sparse, and if others ran."""
     draw = np.random.default_rng(0)
 
     def normal(*shape):
@@ -332,7 +362,7 @@ def _seconds(problem, density, backward):
         sides["dense"]()
     except (tf.errors.UnimplementedError, tf.errors.InvalidArgumentError):
         # TensorFlow has no such product on a CPU, or not its gradient.
-        return math.inf, 1.0
+        return math.inf, 1.0, False
     sides["sparse"]()  # it is traced, as the other one has been
     once = {}
     for name, run in sides.items():
@@ -340,9 +370,9 @@ def _seconds(problem, density, backward):
         run()
         once[name] = time.perf_counter() - start
     if max(once.values()) > _LONG:  # as dense dilated convolutions may take
-        return once["dense"], once["sparse"]
-    seconds = _timing.interleaved(sides, rounds=_ROUNDS, turn=0.002)
-    return seconds["dense"], seconds["sparse"]
+        return once["dense"], once["sparse"], False
+    found = _timing.settled(sides, seconds=_SECONDS, margin=_MARGIN)
+    return found.minima["dense"], found.minima["sparse"], found.busy
 
 
 # The cache: {key: [dense seconds, sparse seconds, batch]}. Without one, all
@@ -385,11 +415,11 @@ def _kept(dense, sparse, batch):
     return Choice.timed(float(dense), float(sparse), int(batch))
 
 
-def _write(key, choice):
-    """Adds a choice to those of other processes."""
+def _write(choices):
+    """Writes choices where other processes find them."""
     kept = {
         key: [c.dense_seconds, c.sparse_seconds, c.batch]
-        for key, c in {**_read(), key: choice}.items()
+        for key, c in choices.items()
     }
     with contextlib.suppress(OSError):
         _files.write(_path(), json.dumps(kept, indent=0))

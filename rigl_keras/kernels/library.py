@@ -17,7 +17,6 @@ them. Operations that are in the process already, as those of an exported model
 may be, are used as they are.
 """
 
-import argparse
 import concurrent.futures
 import contextlib
 import functools
@@ -29,7 +28,6 @@ import stat
 import sys
 import tempfile
 import threading
-import time
 import types
 from pathlib import Path
 
@@ -170,36 +168,6 @@ def build_network() -> Path:
         BuildError: It cannot be built: what is wrong, and what to do.
     """
     return build().with_name(NETWORK_LIBRARY_NAME)
-
-
-def main() -> None:
-    """Builds the libraries and prints where they are."""
-    parser = argparse.ArgumentParser(
-        prog="build_kernels",
-        description="Builds the libraries of the sparse kernels: one of "
-        "TensorFlow's operations, one that needs no TensorFlow.",
-    )
-    parser.add_argument(
-        "--force",
-        action="store_true",
-        help="Build them even if they are there.",
-    )
-    force = parser.parse_args().force
-    start = time.perf_counter()
-    try:
-        plan = planned_build()
-        there = _existing(plan) is not None and not force
-        built = build(force=force)
-    except BuildError as error:
-        sys.exit(f"Sparse kernels cannot be built: {error}")
-    seconds = time.perf_counter() - start
-    for name in plan.libraries:
-        print(built.with_name(name))
-    if there:
-        print("were there")
-    else:
-        compiler, identity = find_compiler()
-        print(f"built in {seconds:.1f} s by {compiler[0]}: {identity}")
 
 
 def _places():

@@ -1,0 +1,55 @@
+"""`bin/build_kernels`: builds the op library ahead of its first use."""
+
+import argparse
+import sys
+import time
+
+from rigl_keras.kernels import choice, library
+from rigl_keras.kernels.toolchain import (
+    BuildError,
+    find_compiler,
+    planned_build,
+)
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Builds the libraries and prints where they are."""
+    parser = argparse.ArgumentParser(
+        prog="build_kernels",
+        description="Builds the libraries of the sparse kernels: one of "
+        "TensorFlow's operations, one that needs no TensorFlow.",
+    )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="Build them even if they are there.",
+    )
+    parser.add_argument(
+        "--retime",
+        action="store_true",
+        help="Forget which products were faster here: they are timed again "
+        "when they are used next, as after a change of the machine.",
+    )
+    flags = parser.parse_args()
+    start = time.perf_counter()
+    try:
+        there = library.path().is_file() and not flags.force
+        built = library.build(force=flags.force)
+        compiler, identity = find_compiler()
+    except BuildError as error:
+        sys.exit(f"Sparse kernels cannot be built: {error}")
+    seconds = time.perf_counter() - start
+    for name in planned_build().libraries:
+        print(built.with_name(name))
+    if there:
+        print("were there")
+    else:
+        print(f"built in {seconds:.1f} s by {compiler[0]}: {identity}")
+    if flags.retime:
+        try:
+            forgotten = choice.forget()
+        except OSError as error:
+            sys.exit(f"The kept choices cannot be removed: {error}")
+        print(f"{forgotten} choices between products forgotten")
