@@ -11,6 +11,8 @@ from typing import Any, cast
 
 import keras
 import tensorflow as tf
+from keras.src.backend.common import global_state as _global_state
+from tensorflow.python.eager import record as _record
 from tensorflow.python.framework import convert_to_constants as _constants
 from tensorflow.python.ops import custom_gradient as _custom_gradient
 
@@ -30,8 +32,10 @@ __all__ = [
     "inbound_nodes",
     "is_bookkeeping",
     "is_compiled_by_xla",
+    "is_training",
     "keeping_losses",
     "like_function",
+    "may_differentiate",
     "operation_of",
     "owned_layers",
     "replace_calls",
@@ -180,6 +184,17 @@ def restored_epoch(model: keras.Model) -> int | None:
     Without it a run that was cut off in epoch 0 counts as a new one.
     """
     return getattr(model, "_initial_epoch", None)
+
+
+def is_training() -> bool:
+    """Returns whether the layer that is called is called for training.
+
+    It is an argument of calls that not all layers take, and that outer layers
+    pass on to inner ones by a context. Without it a layer that takes none
+    multiplies its kernel by its mask at each call.
+    """
+    context = _global_state.get_global_attribute("current_call_ctx")
+    return bool(context is not None and context.get_value("training"))
 
 
 def has_loss(model: keras.Model) -> bool:
@@ -364,6 +379,14 @@ def frozen(function: Any) -> Any:
     return _constants.convert_variables_to_constants_v2(
         function, lower_control_flow=False
     )
+
+
+def may_differentiate() -> bool:
+    """Returns whether a gradient tape may record what is computed now.
+
+    Without it a training loop with its own tape takes longer.
+    """
+    return _record.could_possibly_record()
 
 
 def like_function(function: Callable, decorated: Callable) -> Callable:

@@ -2,7 +2,7 @@
 
 csrc/               the operations in C++: convolution_ops.cc and row_ops.cc,
                     over the loops of lanes.cc and rows.cc, which are compiled
-                    for each instruction set
+                    for each instruction set; masked_kernel_op.cc
 toolchain           the compiler and its flags
 library             builds the operations on first use, and loads them
 operations          the operations with their gradients
@@ -22,6 +22,7 @@ from rigl_keras.kernels.operations import (
     dropout,
     frozen_conv2d,
     instruction_set,
+    masked_kernel,
     scratch_bytes,
     sparse_conv2d,
     sparse_dense,
@@ -41,6 +42,7 @@ __all__ = [
     "instruction_set",
     "library",
     "load",
+    "masked_kernel",
     "scratch_bytes",
     "sparse_conv2d",
     "sparse_dense",

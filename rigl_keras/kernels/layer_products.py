@@ -16,6 +16,7 @@ __all__ = [
     "USUAL_BATCH",
     "dense_products",
     "faster_product",
+    "inference_kernel",
     "only_dense",
     "sparse_if_possible",
     "sparse_outputs",
@@ -27,6 +28,8 @@ __all__ = [
 PRODUCTS = ("auto", "dense", "sparse")
 # The batch that is timed where a layer is called on batches of any size.
 USUAL_BATCH = 128
+# A product of fewer weights takes no time.
+_LEAST_WEIGHTS = 1 << 14
 _dense_products = contextvars.ContextVar("dense_products", default=False)
 
 
@@ -236,6 +239,31 @@ def sparse_outputs(
     if layer.use_bias:
         product = product + tf.convert_to_tensor(layer.bias)
     return product if layer.activation is None else layer.activation(product)
+
+
+def inference_kernel(kernel: tf.Tensor, mask: tf.Tensor) -> tf.Tensor | None:
+    """Returns kernel x mask where nothing but inference is going on, or None.
+
+    Kernels are zero outside their masks, and so are the product. That one
+    really is, and that it has not been changed since, the op library sees to
+    (`operations.masked_kernel`). Of a kernel that changes with every call, it
+    would compare and multiply each time: so None where a gradient tape may
+    watch, and where there is no op for the kernel.
+
+    Args:
+        kernel, mask: Their values.
+    """
+    if (
+        kernel.dtype == tf.float32
+        and kernel.shape.num_elements() >= _LEAST_WEIGHTS
+        and not _keras.is_training()
+        and not _keras.may_differentiate()
+        and not tf.config.list_physical_devices("GPU")
+        and not only_dense()
+        and library.load() is not None
+    ):
+        return operations.masked_kernel(kernel, mask)
+    return None
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ __all__ = [
     "dropout",
     "frozen_conv2d",
     "instruction_set",
+    "masked_kernel",
     "scratch_bytes",
     "sparse_conv2d",
     "sparse_dense",
@@ -106,6 +107,20 @@ def sparse_dense(
     outputs = tf.reshape(outputs, sizes)
     outputs.set_shape([*inputs.shape[:-1], units])
     return outputs
+
+
+def masked_kernel(kernel: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
+    """Returns kernel x mask, computed once for as long as both stay the same.
+
+    It is the kernel itself where that is zero outside the mask. Differentiable
+    any number of times; the gradient is masked.
+
+    Args:
+        kernel: Float32 of any shape: the value of a variable. Of a tensor that
+            each call computes, each call computes the product.
+        mask: Float32 zeros and ones of the kernel's shape.
+    """
+    return _operations().rigl_keras_masked_kernel(kernel=kernel, mask=mask)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -366,6 +381,11 @@ def _backprop_filter_gradient(op, upstream):
         input=images, filter=upstream, mask=mask, **attributes
     )
     return to_images, None, to_out_backprop
+
+
+@tf.RegisterGradient("RiglKerasMaskedKernel")
+def _masked_kernel_gradient(op, upstream):
+    return upstream * op.inputs[1], None
 
 
 @tf.RegisterGradient("RiglKerasBatchNorm")

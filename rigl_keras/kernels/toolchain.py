@@ -40,6 +40,7 @@ _SOURCES = {
 # Those that need TensorFlow.
 _OPERATIONS = (
     "kernels/convolution_ops.cc",
+    "kernels/masked_kernel_op.cc",
     "kernels/row_ops.cc",
     "serving/network_op.cc",
 )

@@ -124,11 +124,15 @@ class KernelMask:
         """
         return tf.broadcast_to(tensor, self.kernel.shape)
 
-    def masked_kernel(self, kernel=None) -> tf.Tensor:
+    def masked_kernel(
+        self, kernel: Any = None, *, kept: bool = False
+    ) -> tf.Tensor:
         """Returns kernel x mask, through which training differentiates.
 
         Args:
             kernel: The kernel's value. None: that of the variable.
+            kept: Whether the product may be kept from call to call, where
+                nothing differentiates.
         """
         note_called(self.kernel, self.name)
         if kernel is None:
@@ -136,7 +140,12 @@ class KernelMask:
         kernel = tf.convert_to_tensor(kernel)
         if masks_are_applied():
             return kernel
-        return product(kernel, tf.cast(self.mask.value, kernel.dtype))
+        mask = tf.cast(self.mask.value, kernel.dtype)
+        if kept and not gradients_are_dense():
+            found = layer_products.inference_kernel(kernel, mask)
+            if found is not None:
+                return found
+        return product(kernel, mask)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -339,7 +348,8 @@ class Masked(KernelMask, keras.layers.Wrapper):
         return super().__call__(*args, **kwargs)
 
     def _call_masked(self, *args, **kwargs):
-        with KernelScope(self.masked_kernels()) as scope:
+        kept = self.product != "dense"
+        with KernelScope(self.masked_kernels(), kept=kept) as scope:
             if self._is_sparse(args, kwargs):
                 return self._sparse_outputs(scope, *args)
             scope.multiply_ahead()

@@ -155,10 +155,12 @@ class KernelScope(keras.StatelessScope):
 
     Args:
         masked: The `KernelMask`s of kernels that read as kernel x mask.
+        kept: Whether products may be kept, as in `KernelMask.masked_kernel`.
     """
 
-    def __init__(self, masked: Sequence = ()):
+    def __init__(self, masked: Sequence = (), *, kept: bool = False):
         super().__init__(collect_losses=True)
+        self._kept = kept
         self._masked = {id(m.kernel): m for m in masked}
         self._given = {}
         self._made = {}
@@ -225,7 +227,9 @@ class KernelScope(keras.StatelessScope):
         return scope
 
     def _product(self, masked):
-        return masked.masked_kernel(self.value_outside(masked.kernel))
+        return masked.masked_kernel(
+            self.value_outside(masked.kernel), kept=self._kept
+        )
 
     def _sees_what_was_made(self):
         # A custom gradient is asked for those of the variables that its
