@@ -9,6 +9,8 @@
     bin/benchmark inference        at inference (`kernel_command`)
     bin/benchmark plans            and what it keeps in memory for that, by
                                    sizes of images (`plan_memory`)
+    bin/benchmark engines          which engine serves sparse networks the
+                                   fastest (`engine_command`)
 
 Both sides of a comparison alternate in one process, so that whatever else
 the machine does falls on both; medians of their times are compared.
@@ -17,7 +19,11 @@ the machine does falls on both; medians of their times are compared.
 import sys
 
 from rigl_keras.experiments import data, exits
-from rigl_keras.experiments.benchmarks import kernel_command, plan_memory
+from rigl_keras.experiments.benchmarks import (
+    engine_command,
+    kernel_command,
+    plan_memory,
+)
 from rigl_keras.experiments.benchmarks.input_pipeline import (
     measure_input_pipeline,
 )
@@ -30,10 +36,11 @@ def main() -> None:
     from absl import flags
 
     named = sys.argv[1] if len(sys.argv) > 1 else ""
-    if named == "plans" or named in kernel_command.PARTS:
-        if named == "plans":
-            measure = plan_memory.define_command()
-            flags.adopt_module_key_flags(plan_memory)  # for --help
+    commands = {"plans": plan_memory, "engines": engine_command}
+    if named in commands or named in kernel_command.PARTS:
+        if named in commands:
+            measure = commands[named].define_command()
+            flags.adopt_module_key_flags(commands[named])  # for --help
         else:
             measure = kernel_command.define_command(named)
             flags.adopt_module_key_flags(kernel_command)  # for --help
@@ -55,7 +62,8 @@ def main() -> None:
         if len(argv) > 1:
             raise ValueError(
                 "What to measure is named before all flags, one of "
-                f"{', '.join(kernel_command.PARTS)} and plans; without it "
+                f"{', '.join((*kernel_command.PARTS, 'plans'))} and engines; "
+                f"without it "
                 f"--part counts. Received: {argv[1]!r}."
             )
         rate = None

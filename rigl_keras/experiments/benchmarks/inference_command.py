@@ -62,6 +62,8 @@ __all__ = [
     "check_densities",
     "check_each_once",
     "compare",
+    "outputs_in_parts",
+    "set_batch_norms",
     "sparse_network",
 ]
 
@@ -145,10 +147,8 @@ def compare(
 def sparse_network(name: str, density: float) -> keras.Model:
     """Returns a network that is like a trained one, its kernels sparse.
 
-    Its masks are of the ERK distribution. Training is what gives batch norms
-    their values: gamma is drawn from U(0.5, 1.5) and beta from N(0, 0.1^2),
-    so that none is 0 as `zero_init_residual` leaves it, and the statistics
-    are those of a random batch.
+    Its masks are of the ERK distribution, and its batch norms as
+    `set_batch_norms` leaves them.
 
     Args:
         name: One of `MODELS`.
@@ -158,8 +158,21 @@ def sparse_network(name: str, density: float) -> keras.Model:
         A plain model: outside the masks the kernels are zero.
     """
     keras.utils.set_random_seed(0)
-    model = MODELS[name]()
-    model = rigl_keras.strip(rigl_keras.sparsify(model, density))
+    model = rigl_keras.strip(rigl_keras.sparsify(MODELS[name](), density))
+    set_batch_norms(model)
+    return model
+
+
+def set_batch_norms(model: keras.Model) -> None:
+    """Gives batch norms values that are like those of a trained network.
+
+    Gamma is drawn from U(0.5, 1.5) and beta from N(0, 0.1^2), so that none is
+    0 as `zero_init_residual` leaves it, and the statistics are those of a
+    random batch.
+
+    Args:
+        model: A built model, whose values of batch norms are replaced.
+    """
     random = np.random.default_rng(0)
     norms = [
         layer
@@ -176,7 +189,6 @@ def sparse_network(name: str, density: float) -> keras.Model:
     model(signature.pack(signature.random(_PART)), training=True)
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-    return model
 
 
 def check_each_once(lists: Mapping[str, Sequence]) -> None:
@@ -263,7 +275,7 @@ def _measured(network, sides, batch, rounds, seconds):
     """Returns seconds and differences of each side, and how many rounds."""
     signature = signatures.signature_of(network)
     arrays = signature.random(batch)
-    wanted = _outputs(network, signature, arrays)
+    wanted = outputs_in_parts(network, signature, arrays)
     differences = {
         side: _difference(side, run(arrays)["output_0"], wanted)
         for side, run in sides.items()
@@ -282,10 +294,19 @@ def _measured(network, sides, batch, rounds, seconds):
     return taken, differences, rounds
 
 
-def _outputs(network, signature, arrays):
-    """Returns what the Keras model computes, of a few examples at a time.
+def outputs_in_parts(
+    network: keras.Model,
+    signature: signatures.Signature,
+    arrays: Mapping[str, np.ndarray],
+) -> np.ndarray:
+    """Returns what a Keras model computes, of a few examples at a time.
 
     Called without a graph, it keeps all that is between its layers.
+
+    Args:
+        network: A model of one input and one output.
+        signature: Of the model.
+        arrays: Its input by name.
     """
     (name,), (array,) = arrays.keys(), arrays.values()
     return np.concatenate(

@@ -18,7 +18,7 @@ from rigl_keras.experiments.benchmarks.speed_tables import lines_of, write_csv
 from rigl_keras.experiments.benchmarks.train_speed import measure_training
 from rigl_keras.experiments.progress_bar import say
 
-__all__ = ["PARTS", "define_command"]
+__all__ = ["PARTS", "define_command", "numbers", "prepared_folder"]
 
 PARTS = ("kernels", "train", "inference")
 # What a figure has in its rows, in its columns, and as lines.
@@ -103,7 +103,7 @@ def _run(part, given, output, argv):
     values = {name: flag.value for name, flag in given.items()}
     for name, kind in (("densities", float), ("batch_sizes", int)):
         if name in values:
-            values[name] = _numbers(name, values[name], kind)
+            values[name] = numbers(name, values[name], kind)
     check(
         values["model"],
         values["densities"],
@@ -111,7 +111,7 @@ def _run(part, given, output, argv):
         values.get("distributions", ("uniform",)),
         batch_sizes=values.get("batch_sizes") or [values["batch_size"]],
     )
-    folder = output.value and _prepared(output.value)
+    folder = output.value and prepared_folder(output.value)
     why = _why_no_kernels() if part == "kernels" else None
     if why:
         raise exits.FailedError(
@@ -123,7 +123,17 @@ def _run(part, given, output, argv):
             say(f"Written: {path}")
 
 
-def _numbers(name, texts, kind):
+def numbers(name: str, texts: Sequence[str], kind: type) -> list:
+    """Returns the numbers of a flag.
+
+    Args:
+        name: Of the flag.
+        texts: What it was given.
+        kind: int or float.
+
+    Raises:
+        ValueError: One is no number of that kind.
+    """
     try:
         return [kind(text) for text in texts]
     except ValueError as error:
@@ -133,8 +143,15 @@ def _numbers(name, texts, kind):
         ) from error
 
 
-def _prepared(output):
-    """Returns a folder that is there, and that a figure can be drawn for."""
+def prepared_folder(output: str) -> Path:
+    """Returns a folder that is there, and that a figure can be drawn for.
+
+    Args:
+        output: Of the flag.
+
+    Raises:
+        ValueError: It can't be made, or matplotlib is missing.
+    """
     try:
         from rigl_keras.experiments.benchmarks import speed_figures  # noqa: F401
     except ImportError as error:

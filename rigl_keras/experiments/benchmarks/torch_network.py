@@ -17,7 +17,13 @@ from keras import layers
 
 from rigl_keras.compaction.graphs import tensors_in, trace
 
-__all__ = ["INSTALL", "is_installed", "torch_network", "torch_training_step"]
+__all__ = [
+    "INSTALL",
+    "is_installed",
+    "torch_module",
+    "torch_network",
+    "torch_training_step",
+]
 
 INSTALL = "pip install torch"
 # What the rules below make of weights, while a training step is made.
@@ -63,6 +69,45 @@ def torch_network(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
         raise ImportError(f"PyTorch is not installed: {INSTALL}")
     import torch
 
+    compute = _tensors_through(model)
+
+    @torch.inference_mode()
+    def run(array):
+        return compute(torch.from_numpy(array)).numpy()
+
+    return run
+
+
+def torch_module(model: keras.Model) -> Any:
+    """Returns what a model computes at inference, as a module of PyTorch.
+
+    Args:
+        model: As in `torch_network`.
+
+    Returns:
+        A `torch.nn.Module` that takes a tensor and returns one, channels
+        last. Its weights are constants.
+
+    Raises:
+        ImportError, ValueError: As in `torch_network`.
+    """
+    if not is_installed():
+        raise ImportError(f"PyTorch is not installed: {INSTALL}")
+    import torch
+
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.compute = _tensors_through(model)
+
+        def forward(self, images):
+            return self.compute(images)
+
+    return Network().eval()
+
+
+def _tensors_through(model):
+    """Returns what a model computes, from a tensor to a tensor."""
     steps, given, wanted = _steps(model, _RULES)
     # Of a large batch all tensors together would not fit into memory: each
     # goes when it has been read for the last time.
@@ -72,16 +117,15 @@ def torch_network(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
         if read != wanted:
             dropped[i].append(read)
 
-    @torch.inference_mode()
-    def run(array):
-        values = {given: _channels_first(torch.from_numpy(array))}
+    def run(images):
+        values = {given: _channels_first(images)}
         for (compute, reads, written), unread in zip(
             steps, dropped, strict=True
         ):
             values[written] = compute(*(values[read] for read in reads))
             for read in unread:
                 del values[read]
-        return _channels_last(values[wanted]).numpy()
+        return _channels_last(values[wanted])
 
     return run
 
@@ -210,10 +254,22 @@ def _channels_last(x):
 
 
 def _convolution(layer, inputs):
+    kernel = _tensor(layer.kernel).permute(3, 2, 0, 1)
+    return _convolved(layer, inputs, kernel, layer.groups)
+
+
+def _depthwise_convolution(layer, inputs):
+    rows, columns, channels, multiplier = layer.kernel.shape
+    # Output c * multiplier + m is of channel c, in both.
+    kernel = _tensor(layer.kernel).permute(2, 3, 0, 1)
+    kernel = kernel.reshape(channels * multiplier, 1, rows, columns)
+    return _convolved(layer, inputs, kernel, channels)
+
+
+def _convolved(layer, inputs, kernel, groups):
     import torch
     from torch.nn import functional
 
-    kernel = _tensor(layer.kernel).permute(3, 2, 0, 1)
     kernel = _trained(kernel.contiguous(memory_format=torch.channels_last))
     bias = _trained(_tensor(layer.bias)) if layer.use_bias else None
     pad, padding = _padding(layer, layer.kernel_size, inputs[0], 0.0)
@@ -222,7 +278,7 @@ def _convolution(layer, inputs):
         stride=layer.strides,
         padding=padding,
         dilation=layer.dilation_rate,
-        groups=layer.groups,
+        groups=groups,
     )
 
     def compute(x):
@@ -344,6 +400,7 @@ def _dropout_in_training(layer, inputs):
 
 _RULES: dict[Any, Callable] = {
     layers.Conv2D: _convolution,
+    layers.DepthwiseConv2D: _depthwise_convolution,
     layers.Dense: _dense,
     layers.BatchNormalization: _batch_norm,
     layers.ReLU: _relu,

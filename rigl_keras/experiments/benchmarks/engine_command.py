@@ -1,0 +1,325 @@
+"""Which engine serves sparse networks the fastest: a leaderboard.
+
+    bin/benchmark engines                        all of it, some hours
+    bin/benchmark engines --models=wide_resnet --densities=0.1
+    bin/benchmark engines --engines=native,deepsparse,openvino
+    bin/benchmark engines --isa=avx2             without AVX-512, where the
+                                                 engine has a switch for it
+
+Each engine runs in a process of its own and, where its packages clash with
+TensorFlow's, in an environment of its own, which the first command makes in the
+cache. All are given the same weights and images, and have to agree with the
+Keras model before they are timed. They take turns in random order; while one
+has its turn the processes of all others are stopped, so that their threads
+can't wait actively. What cannot be measured is named with the reason.
+
+What was measured is in `engines.json` and `engines.csv` of the folder
+`--output` after each network, density and batch size; the same command goes on
+from there, and draws `engines.png`. `--again` measures all of it again.
+
+PyTorch is installed as pip finds it, with CUDA libraries of some GB where no
+other build is nearer: PIP_EXTRA_INDEX_URL can name an index of CPU builds.
+"""
+
+import functools
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import tensorflow as tf
+
+import rigl_keras
+from rigl_keras import _checks, _figure_style, kernels
+from rigl_keras.distributions import DISTRIBUTIONS
+from rigl_keras.experiments.benchmarks.engines.catalogue import ENGINES
+from rigl_keras.experiments.benchmarks.engines.environments import (
+    UnavailableError,
+    folder_of_environments,
+    own_python,
+)
+from rigl_keras.experiments.benchmarks.engines.network_files import (
+    MODELS,
+    network_of,
+)
+from rigl_keras.experiments.benchmarks.engines.records import (
+    Case,
+    LeftOut,
+    Machine,
+    Records,
+    table,
+)
+from rigl_keras.experiments.benchmarks.engines.serving import (
+    measured_case,
+    serving,
+)
+from rigl_keras.experiments.benchmarks.inference_command import (
+    check_densities,
+    check_each_once,
+)
+from rigl_keras.experiments.benchmarks.kernel_command import (
+    numbers,
+    prepared_folder,
+)
+from rigl_keras.experiments.progress_bar import ProgressBar, say
+
+__all__ = ["define_command", "measure_engines"]
+
+ISAS = ("avx2", "avx512")
+
+
+def measure_engines(
+    models: Sequence[str] = tuple(MODELS),
+    densities: Sequence[float] = (0.05, 0.1, 0.2),
+    batches: Sequence[int] = (1, 16, 128),
+    engines: Sequence[str] = tuple(ENGINES),
+    *,
+    distributions: Sequence[str] = ("erdos_renyi_kernel",),
+    rounds: int = 15,
+    seconds: float = 60.0,
+    isa: str | None = None,
+    folder: Path | None = None,
+    again: bool = False,
+    install: bool = True,
+    say: Callable[[str], None] = say,
+) -> Records:
+    """Measures engines on some networks.
+
+    Args:
+        models: Some of `network_files.MODELS`.
+        densities: Fractions of the weights kept, each in (0, 1].
+        batches: Examples in a call, each at least 1.
+        engines: Some of `catalogue.ENGINES`.
+        distributions: Of the masks over the layers.
+        rounds: Turns of each engine, at most.
+        seconds: Time for the turns of one network and batch size, after which
+            there are no more rounds than 3.
+        isa: Instruction set that engines are held to, avx2 or avx512. None:
+            all that there is.
+        folder: Where the results are kept, and gone on from. None: nowhere.
+        again: Whether what is there already is measured again.
+        install: Whether missing environments are made.
+        say: Called with a line on what is done, and with tables.
+
+    Returns:
+        All that is in the folder now.
+
+    Raises:
+        ValueError: An argument is out of range, or the folder has results of
+            another machine.
+    """
+    _check(models, densities, batches, engines, distributions)
+    _checks.integer("rounds", rounds, at_least=1)
+    _checks.number("seconds", seconds, above=0, rule="must be above 0")
+    _checks.choice("isa", isa, (None, *ISAS))
+    if isa:  # of what this process writes, too
+        os.environ["RIGL_KERAS_ISA"] = isa
+    machine, commit = _machine(isa), _commit()
+    records = Records(folder, machine)
+    pythons, missing = _pythons(engines, install, say)
+    networks = {}
+    for model in models:
+        for distribution in distributions:
+            for density in densities:
+                cases = [
+                    Case(model, distribution, density, batch)
+                    for batch in batches
+                ]
+                networks[model, distribution, density] = [
+                    case
+                    for case in cases
+                    if again or not records.has(case, list(pythons))
+                ]
+    left = sum(map(len, networks.values()))
+    with ProgressBar(unit="cases", total=left) as bar:
+        for about, cases in networks.items():
+            if not cases:
+                continue
+            bar.show_left(left * seconds, f"{about[0]}: a network")
+            with serving(
+                network_of(*about),
+                {name: ENGINES[name] for name in ENGINES if name in pythons},
+                pythons=pythons,
+                batches=[case.batch for case in cases],
+                threads=machine.threads,
+                isa=isa,
+            ) as served:
+                for case in cases:
+                    show = functools.partial(bar.show_left, left * seconds)
+                    measured, left_out = measured_case(
+                        served,
+                        case,
+                        machine,
+                        commit,
+                        rounds=rounds,
+                        seconds=seconds,
+                        doing=show,
+                    )
+                    left_out += _left_out(case, machine, missing)
+                    records.put(case, measured, left_out)
+                    say(table(case, measured, left_out))
+                    bar.advance()
+                    left -= 1
+    return records
+
+
+def _check(models, densities, batches, engines, distributions):
+    check_each_once(
+        {
+            "models": models,
+            "densities": densities,
+            "batches": batches,
+            "engines": engines,
+            "distributions": distributions,
+        }
+    )
+    for name in models:
+        _checks.choice("models", name, tuple(MODELS))
+    for name in engines:
+        _checks.choice("engines", name, tuple(ENGINES))
+    for name in distributions:
+        _checks.choice("distributions", name, DISTRIBUTIONS)
+    check_densities(densities)
+    for batch in batches:
+        _checks.integer("batches", batch, at_least=1)
+
+
+def _pythons(names, install, say):
+    """Returns the Python of each engine that has one, and why others don't."""
+    pythons: dict[str, str] = {}
+    missing: dict[str, str] = {}
+    folder = folder_of_environments()
+    for name in names:
+        environment = ENGINES[name].environment
+        try:
+            pythons[name] = (
+                own_python()
+                if environment is None
+                else environment.python(folder, install=install, say=say)
+            )
+        except UnavailableError as error:
+            missing[name] = str(error)
+            say(f"{ENGINES[name].label} is not measured: {error}.")
+    return pythons, missing
+
+
+def _left_out(case, machine, missing: Mapping[str, str]):
+    return [
+        LeftOut(
+            case=case,
+            machine=machine,
+            engine=name,
+            reason=reason,
+            tried=False,
+        )
+        for name, reason in missing.items()
+    ]
+
+
+def _machine(isa):
+    best = platform.machine()
+    if kernels.load() is not None:
+        best = kernels.instruction_set()
+    threads = len(os.sched_getaffinity(0))
+    return Machine(_processor(), isa or best, threads)
+
+
+def _processor():
+    """Returns the name of the processor."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    except OSError:  # no Linux
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _commit():
+    """Returns which state of this project is measured, as well as it knows."""
+    home = Path(rigl_keras.__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
+            cwd=home,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return found.stdout.strip()
+
+
+# The command.
+
+
+def define_command() -> Callable[[Sequence[str]], None]:
+    """Defines the flags, and returns what runs the command after parsing."""
+    from absl import flags
+
+    given = {
+        "models": flags.DEFINE_list("models", list(MODELS), "Networks."),
+        "densities": flags.DEFINE_list(
+            "densities", ["0.05", "0.1", "0.2"], "Fractions of weights kept."
+        ),
+        "batches": flags.DEFINE_list(
+            "batches", ["1", "16", "128"], "Examples in a call."
+        ),
+        "engines": flags.DEFINE_list(
+            "engines", list(ENGINES), "Engines that take turns."
+        ),
+        "distributions": flags.DEFINE_list(
+            "distributions",
+            ["erdos_renyi_kernel"],
+            f"Of the masks over the layers, of {', '.join(DISTRIBUTIONS)}.",
+        ),
+        "rounds": flags.DEFINE_integer(
+            "rounds", 15, "Turns of each engine, at most."
+        ),
+        "seconds": flags.DEFINE_float(
+            "seconds", 60.0, "For the turns of a network and batch size."
+        ),
+        "isa": flags.DEFINE_enum(
+            "isa", None, list(ISAS), "Instruction set to do with."
+        ),
+        "again": flags.DEFINE_bool(
+            "again", False, "Measure what --output has already."
+        ),
+        "install": flags.DEFINE_bool(
+            "install", True, "Make environments that are missing."
+        ),
+    }
+    flags.DEFINE_alias("distribution", "distributions")
+    output = flags.DEFINE_string(
+        "output", "engines", "Folder for results and figure; empty: none."
+    )
+    return functools.partial(_run, given, output)
+
+
+def _run(given, output, argv):
+    from absl import logging
+
+    logging.set_verbosity(logging.WARNING)
+    tf.get_logger().setLevel("ERROR")
+    if len(argv) > 1:
+        raise ValueError(
+            f"There is nothing to name but flags. Received: {argv[1]!r}."
+        )
+    values = {name: flag.value for name, flag in given.items()}
+    for name, kind in (("densities", float), ("batches", int)):
+        values[name] = numbers(name, values[name], kind)
+    folder = prepared_folder(output.value) if output.value else None
+    records = measure_engines(**values, folder=folder)
+    if folder and records.measurements:
+        # matplotlib is imported where a figure is drawn.
+        from rigl_keras.experiments.benchmarks.engines.engine_figure import (
+            engine_figure,
+        )
+
+        image = folder / "engines.png"
+        _figure_style.save(engine_figure(records.measurements), image)
+        for path in (folder / "engines.csv", folder / "engines.json", image):
+            say(f"Written: {path}")

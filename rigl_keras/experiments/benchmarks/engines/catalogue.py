@@ -1,0 +1,175 @@
+"""The engines that serve networks, and where each runs."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+from rigl_keras.experiments.benchmarks.engines.environments import Environment
+
+__all__ = ["ENGINES", "OURS", "WORKER", "Engine", "variables_of"]
+
+WORKER = Path(__file__).with_name("worker.py")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Engine:
+    """An engine, or one way of using it.
+
+    Attributes:
+        label: Its name in tables.
+        loader: Its name in `worker.py`.
+        file: What it reads, one of `network_files.FILES`.
+        environment: Where it runs. None: where this process does.
+        precision: What it computes in. Only float32 has to agree.
+        variables: Of its process.
+        isa_variable: Variable that keeps it from using instructions beyond a
+            set, and how it calls the sets. Empty: it has none.
+        isas: `{avx2 or avx512: its name for that}`.
+        script: What its process runs.
+    """
+
+    label: str
+    loader: str
+    file: str
+    environment: Environment | None = None
+    precision: str = "float32"
+    variables: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    isa_variable: str = ""
+    isas: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    script: Path = WORKER
+
+
+# The last versions that were tried. What has a wheel for this Python only in
+# other versions is left out, with what pip says.
+_DEEPSPARSE = Environment(
+    name="deepsparse",
+    packages=("deepsparse==1.8.0", "numpy==1.26.4", "onnx==1.14.1"),
+    modules=("deepsparse",),
+    pythons=((3, 8), (3, 11)),
+)
+_OPENVINO = Environment(
+    name="openvino",
+    packages=("openvino==2026.4.1", "nncf==3.4.0", "numpy<3"),
+    modules=("openvino", "nncf"),
+)
+_LITERT = Environment(
+    name="litert",
+    packages=("ai-edge-litert==2.3.0", "numpy<3"),
+    modules=("ai_edge_litert",),
+)
+_ONNXRUNTIME = Environment(
+    name="onnxruntime",
+    packages=("onnxruntime==1.32.0", "numpy<3"),
+    modules=("onnxruntime",),
+)
+_PYTORCH = Environment(
+    name="pytorch",
+    packages=("torch==2.13.0", "numpy<3"),
+    modules=("torch",),
+)
+_ONEDNN = {
+    "isa_variable": "ONEDNN_MAX_CPU_ISA",
+    "isas": {"avx2": "AVX2", "avx512": "AVX512_CORE_BF16"},
+}
+_TENSORFLOW = {
+    "variables": {"CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "2"}
+}
+_TORCH = {
+    "isa_variable": "ATEN_CPU_CAPABILITY",
+    "isas": {"avx2": "avx2", "avx512": "avx512"},
+    # Compiled here, and not by processes of its own that stay.
+    "variables": {"TORCHINDUCTOR_COMPILE_THREADS": "1"},
+}
+_OUR_ISA = {
+    "isa_variable": "RIGL_KERAS_ISA",
+    "isas": {"avx2": "avx2", "avx512": "avx512"},
+}
+# In this order they get their memory, and stand in tables of equals.
+ENGINES: Mapping[str, Engine] = {
+    "native": Engine(
+        label="rigl_keras, native", loader="native", file="native", **_OUR_ISA
+    ),
+    "sparse_saved_model": Engine(
+        label="rigl_keras, SavedModel",
+        loader="sparse_saved_model",
+        file="sparse_saved_model",
+        **_TENSORFLOW,
+        **_OUR_ISA,
+    ),
+    "deepsparse": Engine(
+        label="DeepSparse",
+        loader="deepsparse",
+        file="onnx",
+        environment=_DEEPSPARSE,
+        variables={"NM_DISABLE_ANALYTICS": "1"},
+        isa_variable="NM_ARCH",
+        isas={"avx2": "avx2", "avx512": "avx512"},
+    ),
+    "openvino": Engine(
+        label="OpenVINO",
+        loader="openvino",
+        file="onnx",
+        environment=_OPENVINO,
+        **_ONEDNN,
+    ),
+    "onnxruntime": Engine(
+        label="ONNX Runtime",
+        loader="onnxruntime",
+        file="onnx",
+        environment=_ONNXRUNTIME,
+    ),
+    "litert": Engine(
+        label="LiteRT", loader="litert", file="tflite", environment=_LITERT
+    ),
+    "tensorflow": Engine(
+        label="TensorFlow",
+        loader="tensorflow",
+        file="saved_model",
+        **_TENSORFLOW,
+        **_ONEDNN,
+    ),
+    "tensorflow_folded": Engine(
+        label="TensorFlow, folded",
+        loader="tensorflow",
+        file="folded_saved_model",
+        **_TENSORFLOW,
+        **_ONEDNN,
+    ),
+    "pytorch": Engine(
+        label="PyTorch, eager",
+        loader="pytorch",
+        file="pytorch",
+        environment=_PYTORCH,
+        **_TORCH,
+    ),
+    "pytorch_compiled": Engine(
+        label="PyTorch, compiled",
+        loader="pytorch_compiled",
+        file="pytorch",
+        environment=_PYTORCH,
+        **_TORCH,
+    ),
+    "openvino_int8": Engine(
+        label="OpenVINO int8",
+        loader="openvino",
+        file="openvino_int8",
+        environment=_OPENVINO,
+        precision="int8",
+        **_ONEDNN,
+    ),
+}
+OURS = ("native", "sparse_saved_model")  # the first there is compared with
+
+
+def variables_of(engine: Engine, isa: str | None, threads: int) -> dict:
+    """Returns the variables of an engine's process.
+
+    Args:
+        engine: The engine.
+        isa: Instructions to do with: avx2 or avx512. None: all there are.
+        threads: With which it computes.
+    """
+    variables = {**engine.variables, "OMP_NUM_THREADS": str(threads)}
+    if isa in engine.isas:
+        variables[engine.isa_variable] = engine.isas[isa]
+    return variables

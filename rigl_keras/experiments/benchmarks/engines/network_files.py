@@ -1,0 +1,253 @@
+"""A network as files, each of which some engine reads."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import keras
+import numpy as np
+
+import rigl_keras
+from rigl_keras._text import first_line
+from rigl_keras.compaction.folding import fold_batch_norm
+from rigl_keras.experiments.benchmarks.engines.catalogue import Engine
+from rigl_keras.experiments.benchmarks.engines.processes import (
+    EngineError,
+    Process,
+)
+from rigl_keras.experiments.benchmarks.inference_command import (
+    MODELS as SMALL_MODELS,
+)
+from rigl_keras.experiments.benchmarks.inference_command import (
+    outputs_in_parts,
+    set_batch_norms,
+)
+from rigl_keras.exporting.base_format import WriteOptions
+from rigl_keras.exporting.formats import FORMATS, check_available
+from rigl_keras.exporting.signatures import Signature, signature_of
+
+__all__ = [
+    "FILES",
+    "MODELS",
+    "Network",
+    "TOLERANCE",
+    "Writing",
+    "network_of",
+    "written",
+]
+
+
+def _mobilenet_v2():
+    return keras.applications.MobileNetV2(
+        weights=None, classifier_activation=None
+    )
+
+
+MODELS: Mapping[str, Callable[[], keras.Model]] = {
+    **SMALL_MODELS,
+    "mobilenet_v2": _mobilenet_v2,
+}
+TOLERANCE = 1e-4  # difference of outputs, in units of their spread
+_CALIBRATION = 64  # examples that int8 is calibrated on
+_LONGEST = 1800.0  # seconds that a conversion may take
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A sparse network, and how it is called.
+
+    Attributes:
+        masked: The model with its masks.
+        plain: The same without wrappers, zero outside the masks.
+        signature: Of both.
+    """
+
+    masked: keras.Model
+    plain: keras.Model
+    signature: Signature
+
+    def inputs(self, batch: int, *, seed: int = 0) -> np.ndarray:
+        """Returns random images."""
+        (array,) = self.signature.random(batch, seed=seed).values()
+        return array
+
+    def outputs(self, images: np.ndarray) -> np.ndarray:
+        """Returns what the Keras model computes."""
+        (name,) = self.signature.inputs
+        return outputs_in_parts(self.plain, self.signature, {name: images})
+
+
+def network_of(name: str, distribution: str, density: float) -> Network:
+    """Returns a sparse network that is like a trained one.
+
+    Args:
+        name: One of `MODELS`.
+        distribution: Of the masks over the layers.
+        density: Fraction of its masked weights that is kept.
+    """
+    keras.utils.set_random_seed(0)
+    masked = rigl_keras.sparsify(
+        MODELS[name](), density, distribution=distribution
+    )
+    set_batch_norms(masked)
+    plain = rigl_keras.strip(masked)
+    return Network(masked, plain, signature_of(plain))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Writing:
+    """What a file is written for.
+
+    Attributes:
+        folder: Where it may be written.
+        batches: Sizes that it will be loaded for.
+        engine: The engine that reads it.
+        python: That of the engine's environment.
+        variables: Of the engine's process.
+    """
+
+    folder: Path
+    batches: Sequence[int]
+    engine: Engine
+    python: str
+    variables: Mapping[str, str]
+
+
+def _saved_model(network, writing):
+    return _written("saved_model", network.plain, network, writing.folder)
+
+
+def _folded_saved_model(network, writing):
+    folded, _ = fold_batch_norm(network.plain)
+    return _written("saved_model", folded, network, writing.folder)
+
+
+def _tflite(network, writing):
+    return _written("tflite", network.plain, network, writing.folder)
+
+
+def _onnx(network, writing):
+    # Sparse initializers are for ONNX Runtime alone.
+    return _written("onnx", network.plain, network, writing.folder)
+
+
+def _written(format, model, network, folder):
+    """Returns the path of a model in a format, its kernels stored dense."""
+    check_available(format)
+    target = folder / "model"
+    target.mkdir()
+    options = WriteOptions(sparse=False)
+    FORMATS[format].write(model, network.signature, target, options)
+    return FORMATS[format].path(target)
+
+
+def _exported(format):
+    """Returns what writes one of the formats that compute sparsely."""
+
+    def write(network, writing):
+        if format not in FORMATS:
+            raise ValueError(f"this version has no format {format!r}")
+        target = writing.folder / "model"
+        rigl_keras.export(
+            network.masked,
+            target,
+            format=format,
+            tolerance=TOLERANCE,
+            measure=False,
+        )
+        return target
+
+    return write
+
+
+def _openvino_int8(network, writing):
+    onnx = _onnx(network, writing)
+    examples = writing.folder / "examples.npy"
+    np.save(examples, network.inputs(_CALIBRATION, seed=1))
+    target = writing.folder / "int8.xml"
+    process = Process(
+        [writing.python, str(writing.engine.script), writing.engine.loader],
+        environment=writing.variables,
+        log=writing.folder / "log",
+    )
+    try:
+        process.ask(
+            "prepare",
+            limit=_LONGEST,
+            path=str(onnx),
+            to=str(target),
+            inputs=str(examples),
+        )
+    finally:
+        process.close()
+    return target
+
+
+def _pytorch(network, writing):
+    path = writing.folder / "network.keras"
+    network.plain.save(path)
+    sizes = [str(batch) for batch in writing.batches]
+    # TensorFlow comes from here, and PyTorch from the environment.
+    variables = {
+        **os.environ,
+        **writing.variables,
+        "PYTHONPATH": ":".join(filter(None, sys.path)),
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+    }
+    module = f"{__package__}.torch_files"
+    with tempfile.TemporaryFile() as printed:
+        done = subprocess.run(
+            [writing.python, "-m", module, str(path), *sizes],
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=printed,
+            stderr=printed,
+            timeout=_LONGEST,
+            check=False,
+        )
+        printed.seek(0)
+        lines = printed.read().decode(errors="replace").strip().splitlines()
+    if done.returncode:
+        raise EngineError(f"PyTorch's export fails: {lines[-1][:200]}")
+    return {
+        batch: path.with_name(f"network-{batch}.pt2")
+        for batch in writing.batches
+    }
+
+
+_WRITERS: Mapping[str, Callable[[Network, Writing], Path | dict]] = {
+    "native": _exported("native"),
+    "sparse_saved_model": _exported("sparse_saved_model"),
+    "onnx": _onnx,
+    "tflite": _tflite,
+    "saved_model": _saved_model,
+    "folded_saved_model": _folded_saved_model,
+    "pytorch": _pytorch,
+    "openvino_int8": _openvino_int8,
+}
+FILES = tuple(_WRITERS)
+
+
+def written(kind: str, network: Network, writing: Writing) -> dict[int, Path]:
+    """Returns the files of a network, by batch size.
+
+    Args:
+        kind: One of `FILES`.
+        network: The network.
+        writing: What for, and where.
+
+    Raises:
+        EngineError: The network cannot be written so, and why.
+    """
+    writing.folder.mkdir()
+    try:
+        path = _WRITERS[kind](network, writing)
+    except (ImportError, ValueError, subprocess.TimeoutExpired) as error:
+        raise EngineError(first_line(error)) from error
+    if isinstance(path, dict):
+        return path
+    return dict.fromkeys(writing.batches, path)

@@ -1,0 +1,137 @@
+"""Processes with an engine each, which run only while they are asked."""
+
+import contextlib
+import json
+import os
+import selectors
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["EngineError", "Process"]
+
+
+class EngineError(Exception):
+    """An engine cannot do what it was asked."""
+
+
+class Process:
+    """A process that runs `worker.py`, or what speaks like it.
+
+    Between two requests all of its threads are stopped: engines wait actively
+    for the next call, which would slow down the engine that has its turn.
+
+    Args:
+        command: What to run.
+        environment: Variables on top of those of this process.
+        log: File for what it prints.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        *,
+        environment: Mapping[str, str],
+        log: Path,
+    ):
+        self._log = log
+        self._unread = b""
+        with open(log, "ab") as printed:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=printed,
+                env={**os.environ, **environment},
+                start_new_session=True,  # a group, to stop all that it starts
+            )
+        self._requests: Any = self._process.stdin
+        self._answers: Any = self._process.stdout
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it can be asked."""
+        return self._process.poll() is None
+
+    def ask(self, do: str, *, limit: float, **details: Any) -> dict[str, Any]:
+        """Returns the answer to a request.
+
+        Args:
+            do: What it is to do, one of those in `worker.py`.
+            limit: Seconds after which it is ended.
+            **details: Of the request, as JSON knows them.
+
+        Raises:
+            EngineError: It answers with an error, ends, or takes too long.
+        """
+        request = json.dumps({"do": do, **details}) + "\n"
+        try:
+            self._signal(signal.SIGCONT)
+            self._requests.write(request.encode())
+            self._requests.flush()
+            line = self._line(time.monotonic() + limit)
+        except TimeoutError as error:
+            self.close()
+            raise EngineError(
+                f"{do} takes more than {limit:.0f} seconds"
+            ) from error
+        except (BrokenPipeError, EOFError) as error:
+            self.close()
+            raise EngineError(self._how_it_ended()) from error
+        self._stop()
+        answer = json.loads(line)
+        if "error" in answer:
+            raise EngineError(answer["error"])
+        return answer
+
+    def close(self) -> None:
+        """Ends it, whatever it does."""
+        self._signal(signal.SIGKILL)
+        self._process.wait()
+        for pipe in (self._requests, self._answers):
+            with contextlib.suppress(BrokenPipeError):  # of a request
+                pipe.close()
+
+    def _line(self, deadline):
+        """Returns the next line of answers."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._answers, selectors.EVENT_READ)
+            while b"\n" not in self._unread:
+                left = deadline - time.monotonic()
+                if left <= 0 or not selector.select(left):
+                    raise TimeoutError
+                read = os.read(self._answers.fileno(), 1 << 16)
+                if not read:
+                    raise EOFError
+                self._unread += read
+        line, _, self._unread = self._unread.partition(b"\n")
+        return line
+
+    def _stop(self):
+        """Stops all of its threads, and returns when they are."""
+        self._signal(signal.SIGSTOP)
+        with contextlib.suppress(ChildProcessError):
+            # It stays for `Popen` to collect, if it has ended.
+            os.waitid(
+                os.P_PID,
+                self._process.pid,
+                os.WSTOPPED | os.WEXITED | os.WNOWAIT,
+            )
+
+    def _signal(self, number):
+        """Sends a signal to the process, and to those that it has started."""
+        if self.is_alive:  # its number may be another's else
+            os.killpg(self._process.pid, number)
+
+    def _how_it_ended(self):
+        status = self._process.returncode
+        try:
+            how = f"by signal {signal.Signals(-status).name}"
+        except ValueError:
+            how = f"with status {status}"
+        printed = self._log.read_text(errors="replace").strip().splitlines()
+        last = f": {printed[-1][:200]}" if printed else ""
+        return f"its process ended {how}{last}"

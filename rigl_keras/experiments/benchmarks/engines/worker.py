@@ -1,0 +1,308 @@
+"""A process with one engine: loads a network, and computes and times calls.
+
+    python worker.py ENGINE
+
+It reads requests from its standard input, a line of JSON each, and answers
+with a line each. Errors are answers: {"error": text}.
+
+    {"do": "prepare", "path": file, "to": file, "inputs": file}
+    {"do": "load", "path": file, "threads": n, "batch": n}   {"version": text}
+    {"do": "compute", "inputs": file, "outputs": file}
+    {"do": "run", "seconds": s, "warm_up": s}    {"seconds": [of each call]}
+    {"do": "quit"}
+
+Files of inputs and outputs are NumPy's (.npy). Each engine is given an array
+and returns one, as a Python program would use it.
+
+Nothing of rigl_keras is imported, and nothing at the top that Python 3.8 or an
+environment with one engine lacks.
+"""
+
+import contextlib
+import gc
+import importlib
+import importlib.metadata
+import json
+import os
+import sys
+import time
+
+# A folder of modules is no place to import other packages from.
+_HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path[:] = [path for path in sys.path if os.path.abspath(path) != _HERE]
+
+__all__ = ["serve"]
+
+
+# One function for each engine: it loads a file and returns what computes.
+
+
+def _tensorflow(path, threads, batch):
+    tf = importlib.import_module("tensorflow")
+    tf.config.threading.set_intra_op_parallelism_threads(threads)
+    return _served(tf, tf.saved_model.load(path))
+
+
+def _sparse_saved_model(path, threads, batch):
+    tf = importlib.import_module("tensorflow")
+    tf.config.threading.set_intra_op_parallelism_threads(threads)
+    return _served(tf, _module(os.path.join(path, "load.py")).model())
+
+
+def _served(tf, model):
+    serve = model.signatures["serving_default"]
+    (name,) = serve.structured_input_signature[1]
+    (output,) = serve.structured_outputs
+    call = {}
+
+    def compute(images):
+        call[name] = tf.constant(images)
+        return serve(**call)[output].numpy()
+
+    # The functions of a SavedModel go when nobody holds it.
+    compute.model = model
+    return compute
+
+
+def _native(path, threads, batch):
+    loader = _module(os.path.join(path, "load.py"))
+    network = loader.model(threads=threads)
+    (name,) = network.inputs
+
+    def compute(images):
+        (output,) = network(**{name: images}).values()
+        return output
+
+    return compute
+
+
+def _litert(path, threads, batch):
+    interpreter_class = importlib.import_module(
+        "ai_edge_litert.interpreter"
+    ).Interpreter
+    interpreter = interpreter_class(path, num_threads=threads)
+    (given,) = interpreter.get_input_details()
+    shape = [batch, *given["shape"][1:].tolist()]
+    interpreter.resize_tensor_input(given["index"], shape)
+    interpreter.allocate_tensors()
+    (output,) = interpreter.get_output_details()
+
+    def compute(images):
+        interpreter.set_tensor(given["index"], images)
+        interpreter.invoke()
+        return interpreter.get_tensor(output["index"])  # a copy
+
+    return compute
+
+
+def _onnxruntime(path, threads, batch):
+    onnxruntime = importlib.import_module("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(
+        path, options, providers=["CPUExecutionProvider"]
+    )
+    (given,) = session.get_inputs()
+    return lambda images: session.run(None, {given.name: images})[0]
+
+
+def _openvino(path, threads, batch):
+    openvino = importlib.import_module("openvino")
+    core = openvino.Core()
+    model = core.read_model(path)
+    shape = model.input(0).partial_shape
+    shape[0] = batch
+    model.reshape(shape)
+    # Without the hint it computes in bfloat16 where the processor can.
+    compiled = core.compile_model(
+        model,
+        "CPU",
+        {
+            "INFERENCE_NUM_THREADS": threads,
+            "INFERENCE_PRECISION_HINT": "f32",
+            "PERFORMANCE_HINT": "LATENCY",
+        },
+    )
+    request = compiled.create_infer_request()
+
+    def compute(images):
+        return request.infer([images], share_inputs=True)[0].copy()
+
+    return compute
+
+
+def _deepsparse(path, threads, batch):
+    deepsparse = importlib.import_module("deepsparse")
+    engine = deepsparse.compile_model(path, batch_size=batch, num_cores=threads)
+    return lambda images: engine.run([images])[0]
+
+
+def _pytorch(path, threads, batch, *, compiled=False):
+    torch = importlib.import_module("torch")
+    torch.set_num_threads(threads)
+    exported = torch.export.load(path)
+    network = exported.module(check_guards=False)
+    if compiled:
+        importlib.import_module("torch._inductor.config").freezing = True
+        torch._dynamo.reset()
+        network = torch.compile(network)
+
+    @torch.inference_mode()
+    def compute(images):
+        return network(torch.from_numpy(images)).numpy()
+
+    return compute
+
+
+def _pytorch_compiled(path, threads, batch):
+    return _pytorch(path, threads, batch, compiled=True)
+
+
+LOADERS = {
+    "tensorflow": _tensorflow,
+    "sparse_saved_model": _sparse_saved_model,
+    "native": _native,
+    "litert": _litert,
+    "onnxruntime": _onnxruntime,
+    "openvino": _openvino,
+    "deepsparse": _deepsparse,
+    "pytorch": _pytorch,
+    "pytorch_compiled": _pytorch_compiled,
+}
+_PACKAGES = {
+    "sparse_saved_model": "tensorflow",
+    "litert": "ai-edge-litert",
+    "pytorch": "torch",
+    "pytorch_compiled": "torch",
+}
+
+
+def _quantized(path, to, inputs):
+    """Writes the network of an ONNX file for OpenVINO in int8, by NNCF."""
+    import numpy as np
+
+    nncf = importlib.import_module("nncf")
+    openvino = importlib.import_module("openvino")
+    model = openvino.Core().read_model(path)
+    images = np.load(inputs)
+    examples = nncf.Dataset([images[i : i + 1] for i in range(len(images))])
+    quantized = nncf.quantize(model, examples, subset_size=len(images))
+    openvino.save_model(quantized, to, compress_to_fp16=False)
+
+
+PREPARERS = {"openvino": _quantized}
+
+
+def _module(path):
+    """Returns the module of a file."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("network_loader", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _version(engine):
+    package = _PACKAGES.get(engine, engine)
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+class _Session:
+    """What the requests are about: a network and its inputs.
+
+    Args:
+        load: From a file, threads and a batch size to what computes.
+        version: Of the engine, as a function.
+        prepare: From files to one that `load` takes; None: nothing is to do.
+    """
+
+    def __init__(self, load, version, prepare=None):
+        self._load, self._version, self._prepare = load, version, prepare
+        self._compute = self._images = None
+
+    def prepare(self, path, to, inputs):
+        self._prepare(path, to, inputs)
+        return {}
+
+    def load(self, path, threads, batch):
+        self._compute = self._images = None  # one network at a time
+        gc.collect()
+        self._compute = self._load(path, threads, batch)
+        return {"version": self._version()}
+
+    def compute(self, inputs, outputs):
+        import numpy as np
+
+        self._images = np.load(inputs)
+        np.save(outputs, self._compute(self._images))
+        return {}
+
+    def run(self, seconds, warm_up):
+        compute, images, now = self._compute, self._images, time.perf_counter
+        taken = []
+        gc.collect()
+        gc.disable()
+        try:
+            # What others left in the caches, and threads that sleep.
+            end = now() + warm_up
+            compute(images)
+            while now() < end:
+                compute(images)
+            end = now() + seconds
+            start = now()
+            while not taken or start < end:
+                compute(images)
+                stop = now()
+                taken.append(stop - start)
+                start = stop
+        finally:
+            gc.enable()
+        return {"seconds": taken}
+
+
+def serve(load, version, prepare=None):
+    """Answers requests until it is asked to quit, or nobody can ask.
+
+    Args:
+        load: Takes the path of a file, a number of threads and a batch size.
+            Returns what takes an array and returns one.
+        version: Takes nothing and returns that of the engine.
+        prepare: Takes three paths: of an ONNX file, of the file to write, and
+            of examples.
+    """
+    _end_with_parent()
+    # What engines print goes to the log, and not between the answers.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    session = _Session(load, version, prepare)
+    for line in sys.stdin:
+        request = json.loads(line)
+        do = request.pop("do")
+        if do == "quit":
+            return
+        try:
+            answer = getattr(session, do)(**request)
+        except Exception as error:
+            lines = str(error).strip().splitlines() or [""]
+            answer = {"error": f"{type(error).__name__}: {lines[0]}"}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def _end_with_parent():
+    """Has Linux end this process, stopped or not, when its parent ends."""
+    with contextlib.suppress(OSError, AttributeError):
+        import ctypes
+        import signal
+
+        set_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    name = sys.argv[1]
+    serve(LOADERS[name], lambda: _version(name), PREPARERS.get(name))
