@@ -170,6 +170,6 @@ def variables_of(engine: Engine, isa: str | None, threads: int) -> dict:
         threads: With which it computes.
     """
     variables = {**engine.variables, "OMP_NUM_THREADS": str(threads)}
-    if isa in engine.isas:
+    if isa is not None and isa in engine.isas:
         variables[engine.isa_variable] = engine.isas[isa]
     return variables

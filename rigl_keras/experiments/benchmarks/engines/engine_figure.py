@@ -21,7 +21,7 @@ from rigl_keras._figure_style import (
     new_figure,
 )
 from rigl_keras._text import exact
-from rigl_keras.experiments.benchmarks.engines.catalogue import ENGINES, OURS
+from rigl_keras.experiments.benchmarks.engines import catalogue
 from rigl_keras.experiments.benchmarks.engines.records import Measurement
 
 __all__ = ["engine_figure"]
@@ -40,7 +40,9 @@ def engine_figure(measurements: Sequence[Measurement]) -> Figure:
         measurements: One or more, of one machine.
     """
     engines = [
-        name for name in ENGINES if any(m.engine == name for m in measurements)
+        name
+        for name in catalogue.ENGINES
+        if any(m.engine == name for m in measurements)
     ]
     rows = _each((m.case.model, m.case.distribution) for m in measurements)
     batches = sorted({m.case.batch for m in measurements})
@@ -100,13 +102,15 @@ def _draw(axes, measurements, engines, densities):
 def _label(axes, engines, *, named):
     """Names the rows of a panel, ours first, and its times."""
     axes.set_ylim(len(engines) - 0.5, -0.5)
-    labels = [ENGINES[name].label for name in engines] if named else []
+    labels = (
+        [catalogue.ENGINES[name].label for name in engines] if named else []
+    )
     axes.set_yticks(range(len(engines)), labels or [""] * len(engines))
     for name, label in zip(engines, axes.get_yticklabels(), strict=True):
-        label.set_fontweight("bold" if name in OURS else "normal")
+        label.set_fontweight("bold" if name in catalogue.OURS else "normal")
     axes.axhspan(
         -0.5,
-        sum(name in OURS for name in engines) - 0.5,
+        sum(name in catalogue.OURS for name in engines) - 0.5,
         color=BLACK,
         alpha=0.06,
         lw=0,

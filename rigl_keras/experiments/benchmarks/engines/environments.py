@@ -161,7 +161,7 @@ def _run(command, log):
 def _reason(log):
     """Returns the line of a log that says why a command has failed."""
     lines = log.read_text(errors="replace").strip().splitlines() or [""]
-    errors = [line for line in lines if "rror" in line]
+    errors = [line for line in lines if "error" in line.lower()]
     return (errors or lines)[-1].strip()[:200]
 
 

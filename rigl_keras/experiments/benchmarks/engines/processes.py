@@ -67,6 +67,8 @@ class Process:
         Raises:
             EngineError: It answers with an error, ends, or takes too long.
         """
+        if self._requests.closed:
+            raise EngineError(self._how_it_ended())
         request = json.dumps({"do": do, **details}) + "\n"
         try:
             self._signal(signal.SIGCONT)
@@ -81,11 +83,24 @@ class Process:
         except (BrokenPipeError, EOFError) as error:
             self.close()
             raise EngineError(self._how_it_ended()) from error
-        self._stop()
+        self.stop()
         answer = json.loads(line)
         if "error" in answer:
             raise EngineError(answer["error"])
         return answer
+
+    def stop(self) -> None:
+        """Stops all of its threads, if it runs, and returns when they are."""
+        if not self.is_alive:
+            return
+        self._signal(signal.SIGSTOP)
+        with contextlib.suppress(ChildProcessError):
+            # It stays for `Popen` to collect, if it has ended.
+            os.waitid(
+                os.P_PID,
+                self._process.pid,
+                os.WSTOPPED | os.WEXITED | os.WNOWAIT,
+            )
 
     def close(self) -> None:
         """Ends it, whatever it does."""
@@ -109,17 +124,6 @@ class Process:
                 self._unread += read
         line, _, self._unread = self._unread.partition(b"\n")
         return line
-
-    def _stop(self):
-        """Stops all of its threads, and returns when they are."""
-        self._signal(signal.SIGSTOP)
-        with contextlib.suppress(ChildProcessError):
-            # It stays for `Popen` to collect, if it has ended.
-            os.waitid(
-                os.P_PID,
-                self._process.pid,
-                os.WSTOPPED | os.WEXITED | os.WNOWAIT,
-            )
 
     def _signal(self, number):
         """Sends a signal to the process, and to those that it has started."""

@@ -25,6 +25,8 @@ __all__ = [
     "table",
 ]
 
+_QUIET = 0.5  # what the system calls the load of a machine that does little
+
 
 class Turn(NamedTuple):
     """Seconds of a call in one turn: the median, and the shortest."""
@@ -318,6 +320,12 @@ def table(
         f"  {ENGINES[found.engine].label} is not measured: {found.reason}."
         for found in left_out
     ]
+    load = max((m.load for m in measurements), default=0.0)
+    if load > _QUIET:
+        lines.append(
+            f"  Other programs were running (load {load:.2f}): medians are too "
+            "high, and minima nearer."
+        )
     return "\n".join(lines)
 
 

@@ -12,6 +12,7 @@ TensorFlow and PyTorch, the one that loads them PyTorch alone.
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import keras
 
@@ -29,7 +30,7 @@ def write_programs(path: Path, batches: list[int]) -> None:
     """
     import torch
 
-    model = keras.saving.load_model(path, compile=False)
+    model: Any = keras.saving.load_model(path, compile=False)
     module = torch_module(model)
     for batch in batches:
         images = torch.zeros((batch, *model.input_shape[1:]))

@@ -114,6 +114,8 @@ def timed_turns(
         order = list(turns)
         draw.shuffle(order)
         for name in order:
+            for process in processes.values():
+                process.stop()  # whatever may have had it go on
             try:
                 taken = processes[name].ask(
                     "run",

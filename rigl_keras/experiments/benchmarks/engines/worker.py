@@ -22,6 +22,7 @@ import contextlib
 import gc
 import importlib
 import importlib.metadata
+import importlib.util
 import json
 import os
 import sys
@@ -143,7 +144,8 @@ def _pytorch(path, threads, batch, *, compiled=False):
     exported = torch.export.load(path)
     network = exported.module(check_guards=False)
     if compiled:
-        importlib.import_module("torch._inductor.config").freezing = True
+        settings = importlib.import_module("torch._inductor.config")
+        settings.freezing = True  # pyright: ignore[reportAttributeAccessIssue]
         torch._dynamo.reset()
         network = torch.compile(network)
 
@@ -195,16 +197,16 @@ PREPARERS = {"openvino": _quantized}
 
 def _module(path):
     """Returns the module of a file."""
-    import importlib.util
-
     spec = importlib.util.spec_from_file_location("network_loader", path)
+    if spec is None or spec.loader is None:
+        raise ImportError(path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
 def _version(engine):
-    package = _PACKAGES.get(engine, engine)
+    package = _PACKAGES.get(engine) or engine
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -217,19 +219,19 @@ class _Session:
     Args:
         load: From a file, threads and a batch size to what computes.
         version: Of the engine, as a function.
-        prepare: From files to one that `load` takes; None: nothing is to do.
+        prepare: From files to one that `load` takes.
     """
 
-    def __init__(self, load, version, prepare=None):
+    def __init__(self, load, version, prepare):
         self._load, self._version, self._prepare = load, version, prepare
-        self._compute = self._images = None
+        self._compute, self._images = _nothing, None
 
     def prepare(self, path, to, inputs):
         self._prepare(path, to, inputs)
         return {}
 
     def load(self, path, threads, batch):
-        self._compute = self._images = None  # one network at a time
+        self._compute, self._images = _nothing, None  # one network at a time
         gc.collect()
         self._compute = self._load(path, threads, batch)
         return {"version": self._version()}
@@ -264,7 +266,11 @@ class _Session:
         return {"seconds": taken}
 
 
-def serve(load, version, prepare=None):
+def _nothing(*arguments):
+    raise RuntimeError("there is no such thing to do, or not yet")
+
+
+def serve(load, version, prepare=_nothing):
     """Answers requests until it is asked to quit, or nobody can ask.
 
     Args:
@@ -305,4 +311,4 @@ def _end_with_parent():
 
 if __name__ == "__main__":
     name = sys.argv[1]
-    serve(LOADERS[name], lambda: _version(name), PREPARERS.get(name))
+    serve(LOADERS[name], lambda: _version(name), PREPARERS.get(name, _nothing))
