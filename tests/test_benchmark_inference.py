@@ -215,6 +215,7 @@ def padded():
             layers.MaxPooling2D(2, padding="same"),
             layers.Conv2D(4, 3, padding="same", groups=2, dilation_rate=2),
             layers.BatchNormalization(scale=False),
+            layers.DepthwiseConv2D(2, depth_multiplier=3, padding="same"),
             layers.Activation("tanh"),
             layers.ReLU(max_value=6),
             layers.Flatten(),
@@ -250,6 +251,18 @@ def test_torch_computes_the_same(build):
     np.testing.assert_allclose(got, wanted, atol=1e-4 * np.abs(wanted).max())
 
 
+@needs_torch
+def test_the_module_of_torch_computes_the_same():
+    import torch
+
+    model = padded()
+    images = np.random.default_rng(0).standard_normal((3, 9, 7, 3), np.float32)
+    module = torch_network.torch_module(model)
+    with torch.no_grad():
+        got = module(torch.from_numpy(images)).numpy()
+    np.testing.assert_allclose(got, model(images).numpy(), atol=1e-5)
+
+
 def chain(*several):
     return keras.Sequential([keras.Input((8, 8, 3)), *several])
 
@@ -268,7 +281,7 @@ def operation():
 @pytest.mark.parametrize(
     "build, message",
     [
-        (lambda: chain(layers.DepthwiseConv2D(3, name="d")), "'d', Depthwise"),
+        (lambda: chain(layers.SeparableConv2D(2, 3, name="d")), "'d', Separab"),
         (operation, "does not know layer 'add.*Build the network of Act"),
         (two_outputs, "one input and one output.*with 1 and 2"),
         (

@@ -22,9 +22,8 @@ class Engine:
         environment: Where it runs. None: where this process does.
         precision: What it computes in. Only float32 has to agree.
         variables: Of its process.
-        isa_variable: Variable that keeps it from using instructions beyond a
-            set, and how it calls the sets. Empty: it has none.
-        isas: `{avx2 or avx512: its name for that}`.
+        isas: Variables that hold it to a set of instructions, `{avx2 or
+            avx512: {variable: value}}`. Empty: it takes all that there are.
         script: What its process runs.
     """
 
@@ -34,8 +33,9 @@ class Engine:
     environment: Environment | None = None
     precision: str = "float32"
     variables: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    isa_variable: str = ""
-    isas: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    isas: Mapping[str, Mapping[str, str]] = dataclasses.field(
+        default_factory=dict
+    )
     script: Path = WORKER
 
 
@@ -67,34 +67,36 @@ _PYTORCH = Environment(
     packages=("torch==2.13.0", "numpy<3"),
     modules=("torch",),
 )
-_ONEDNN = {
-    "isa_variable": "ONEDNN_MAX_CPU_ISA",
-    "isas": {"avx2": "AVX2", "avx512": "AVX512_CORE_BF16"},
+_OUR_ISAS = {isa: {"RIGL_KERAS_ISA": isa} for isa in ("avx2", "avx512")}
+_ONEDNN_ISAS = {
+    "avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2"},
+    "avx512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"},
 }
-_TENSORFLOW = {
-    "variables": {"CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "2"}
+_TORCH_ISAS = {
+    isa: {"ATEN_CPU_CAPABILITY": isa, **variables}
+    for isa, variables in _ONEDNN_ISAS.items()
 }
-_TORCH = {
-    "isa_variable": "ATEN_CPU_CAPABILITY",
-    "isas": {"avx2": "avx2", "avx512": "avx512"},
-    # Compiled here, and not by processes of its own that stay.
-    "variables": {"TORCHINDUCTOR_COMPILE_THREADS": "1"},
+_DEEPSPARSE_ISAS = {isa: {"NM_ARCH": isa} for isa in ("avx2", "avx512")}
+_TENSORFLOW_VARIABLES = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "TF_CPP_MIN_LOG_LEVEL": "2",
 }
-_OUR_ISA = {
-    "isa_variable": "RIGL_KERAS_ISA",
-    "isas": {"avx2": "avx2", "avx512": "avx512"},
-}
+# Compiled in the process, and not by processes of its own that stay.
+_TORCH_VARIABLES = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
 # In this order they get their memory, and stand in tables of equals.
 ENGINES: Mapping[str, Engine] = {
     "native": Engine(
-        label="rigl_keras, native", loader="native", file="native", **_OUR_ISA
+        label="rigl_keras, native",
+        loader="native",
+        file="native",
+        isas=_OUR_ISAS,
     ),
     "sparse_saved_model": Engine(
         label="rigl_keras, SavedModel",
         loader="sparse_saved_model",
         file="sparse_saved_model",
-        **_TENSORFLOW,
-        **_OUR_ISA,
+        variables=_TENSORFLOW_VARIABLES,
+        isas=_OUR_ISAS,
     ),
     "deepsparse": Engine(
         label="DeepSparse",
@@ -102,15 +104,14 @@ ENGINES: Mapping[str, Engine] = {
         file="onnx",
         environment=_DEEPSPARSE,
         variables={"NM_DISABLE_ANALYTICS": "1"},
-        isa_variable="NM_ARCH",
-        isas={"avx2": "avx2", "avx512": "avx512"},
+        isas=_DEEPSPARSE_ISAS,
     ),
     "openvino": Engine(
         label="OpenVINO",
         loader="openvino",
         file="onnx",
         environment=_OPENVINO,
-        **_ONEDNN,
+        isas=_ONEDNN_ISAS,
     ),
     "onnxruntime": Engine(
         label="ONNX Runtime",
@@ -125,29 +126,31 @@ ENGINES: Mapping[str, Engine] = {
         label="TensorFlow",
         loader="tensorflow",
         file="saved_model",
-        **_TENSORFLOW,
-        **_ONEDNN,
+        variables=_TENSORFLOW_VARIABLES,
+        isas=_ONEDNN_ISAS,
     ),
     "tensorflow_folded": Engine(
         label="TensorFlow, folded",
         loader="tensorflow",
         file="folded_saved_model",
-        **_TENSORFLOW,
-        **_ONEDNN,
+        variables=_TENSORFLOW_VARIABLES,
+        isas=_ONEDNN_ISAS,
     ),
     "pytorch": Engine(
         label="PyTorch, eager",
         loader="pytorch",
         file="pytorch",
         environment=_PYTORCH,
-        **_TORCH,
+        variables=_TORCH_VARIABLES,
+        isas=_TORCH_ISAS,
     ),
     "pytorch_compiled": Engine(
         label="PyTorch, compiled",
         loader="pytorch_compiled",
         file="pytorch",
         environment=_PYTORCH,
-        **_TORCH,
+        variables=_TORCH_VARIABLES,
+        isas=_TORCH_ISAS,
     ),
     "openvino_int8": Engine(
         label="OpenVINO int8",
@@ -155,7 +158,7 @@ ENGINES: Mapping[str, Engine] = {
         file="openvino_int8",
         environment=_OPENVINO,
         precision="int8",
-        **_ONEDNN,
+        isas=_ONEDNN_ISAS,
     ),
 }
 OURS = ("native", "sparse_saved_model")  # the first there is compared with
@@ -170,6 +173,6 @@ def variables_of(engine: Engine, isa: str | None, threads: int) -> dict:
         threads: With which it computes.
     """
     variables = {**engine.variables, "OMP_NUM_THREADS": str(threads)}
-    if isa is not None and isa in engine.isas:
-        variables[engine.isa_variable] = engine.isas[isa]
+    if isa is not None:
+        variables.update(engine.isas.get(isa, {}))
     return variables

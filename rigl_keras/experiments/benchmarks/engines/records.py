@@ -81,6 +81,8 @@ class Measurement:
         engine: One of `catalogue.ENGINES`.
         version: Of its package.
         precision: What it computes in.
+        held: Whether it was held to the machine's instruction set, if that
+            was asked for. Some engines take all that there are.
         difference: Of its outputs from the Keras model's, in units of their
             spread.
         same_class: Fraction of examples whose largest output is the same.
@@ -95,6 +97,7 @@ class Measurement:
     engine: str
     version: str
     precision: str
+    held: bool
     difference: float
     same_class: float
     turns: tuple[Turn, ...]
@@ -272,6 +275,7 @@ def _csv(measurements):
             "date": m.date,
             "commit": m.commit,
             **vars(m.machine),
+            "held": m.held,
             "load": f"{m.load:.2f}",
         }
         for m in measurements
@@ -341,7 +345,8 @@ def _ours(measurements):
 def _row(m, ours):
     low, high = (_milliseconds(seconds) for seconds in m.quartiles)
     row = [
-        f"  {ENGINES[m.engine].label}",
+        f"  {ENGINES[m.engine].label}"
+        + ("" if m.held else " (any instructions)"),
         m.version,
         _milliseconds(m.median),
         _milliseconds(m.minimum),

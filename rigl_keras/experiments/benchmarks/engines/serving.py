@@ -105,6 +105,10 @@ class Serving:
         )["version"]
         return process, version
 
+    def is_held(self, name: str) -> bool:
+        """Returns whether an engine heeds the set of instructions, if any."""
+        return self._isa is None or self._isa in self.engines[name].isas
+
     def end(self, name: str) -> None:
         """Ends the process of an engine, if there is one."""
         process = self._processes.pop(name, None)
@@ -244,6 +248,7 @@ def measured_case(
             load=load,
             engine=name,
             precision=served.engines[name].precision,
+            held=served.is_held(name),
             turns=tuple(taken),
             **about[name],
         )
