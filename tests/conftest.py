@@ -155,6 +155,19 @@ def untimed_kernels():
         yield chosen
 
 
+@pytest.fixture(autouse=True, scope="session")
+def short_measurements():
+    """An export is measured for a tenth of the seconds that it may take."""
+    if "keras" not in sys.modules:
+        yield
+        return
+    from rigl_keras.exporting import measurement
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measurement, "_SECONDS", measurement._SECONDS / 10)
+        yield
+
+
 @pytest.fixture
 def timed_kernels(monkeypatch, untimed_kernels):
     """`product="auto"` is what it is outside tests."""
@@ -172,6 +185,16 @@ def always_sparse(monkeypatch):
     monkeypatch.setattr(
         layer_products, "faster_product", lambda *_, **__: Choice(True, "test")
     )
+
+
+@pytest.fixture(scope="module")
+def blank_figures():
+    """Figures are written, and blank: to draw one takes half a second."""
+    import matplotlib.figure
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matplotlib.figure.Figure, "draw", lambda *_: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -18,8 +18,6 @@ from rigl_keras.flops.training import training_flops
 from rigl_keras.masking.sparsify import sparsify
 from rigl_keras.masking.stripping import strip
 
-every_method = pytest.mark.parametrize("method", METHODS)
-
 
 def state(model):
     return [v.numpy() for v in (*model.variables, *model.optimizer.variables)]
@@ -44,28 +42,35 @@ def whole_run(request):
     return request.param, state(model)
 
 
-@pytest.mark.slow_but("SNFS")
-def test_saved_in_the_middle_ends_the_same(whole_run, tmp_path):
-    method, want = whole_run
+@pytest.fixture(scope="module")
+def saved(whole_run, tmp_path_factory):
+    """A folder with a model of the method, and its weights, after 5 steps."""
+    folder = tmp_path_factory.mktemp("saved")
     model = tiny()
-    fit(model, METHODS[method](**WINDOW), 1)
+    fit(model, METHODS[whole_run[0]](**WINDOW), 1)
     assert int(model.optimizer.iterations.numpy()) == 5
-    model.save(tmp_path / "model.keras")
-    loaded = keras.models.load_model(tmp_path / "model.keras")
+    model.save(folder / "model.keras")
+    model.save_weights(folder / "at5.weights.h5")
+    return folder
+
+
+@pytest.mark.slow_but("SNFS")
+def test_saved_in_the_middle_ends_the_same(whole_run, saved):
+    method, want = whole_run
+    loaded = keras.models.load_model(saved / "model.keras")
     fit(loaded, METHODS[method](**WINDOW), 2, initial_epoch=1)
     assert_equal(state(loaded), want)
 
 
 @pytest.mark.slow_but("RigL")
-def test_weights_alone_are_a_checkpoint(whole_run, tmp_path):
+def test_weights_alone_are_a_checkpoint(whole_run, saved):
     """Into a model of other masks, which the file replaces."""
     method, want = whole_run
-    model = tiny()
-    fit(model, METHODS[method](**WINDOW), 1)
-    model.save_weights(tmp_path / "at5.weights.h5")
     other = tiny()
+    other.run_eagerly = True  # no graph of what is replaced
     fit(other, METHODS[method](frequency=1, end_step=9), 1)
-    other.load_weights(tmp_path / "at5.weights.h5")
+    other.run_eagerly = False
+    other.load_weights(saved / "at5.weights.h5")
     fit(other, METHODS[method](**WINDOW), 2, initial_epoch=1)
     assert_equal(state(other), want)
 
@@ -91,24 +96,31 @@ def test_interrupted_and_restored_by_keras(whole_run, tmp_path):
     assert_equal(state(model), want)
 
 
-@pytest.mark.slow_but("MagnitudePruning")
-@every_method
-def test_trained_then_stripped_then_masked_anew(method):
-    """The seed alone decides masks, whatever became of the weights."""
+@pytest.fixture(scope="module", params=METHODS)
+def trained(request):
+    """A method, its callbacks, a model after 4 steps, and its first masks."""
     model = compiled(sparsify(small_model(), 0.2, seed=4))
     first = masks(model)
+    callbacks = METHODS[request.param](**WINDOW)
     model.fit(
         *examples(),
         batch_size=16,
         shuffle=False,
         verbose=0,
-        callbacks=METHODS[method](frequency=2, end_step=9),
+        callbacks=callbacks,
     )
+    return request.param, callbacks, model, first
+
+
+@pytest.mark.slow_but("MagnitudePruning")
+def test_trained_then_stripped_then_masked_anew(trained):
+    """The seed alone decides masks, whatever became of the weights."""
+    method, _, model, first = trained
     cost = count(model)
     plain = strip(model)
     x, _ = examples(4, seed=9)
     np.testing.assert_array_equal(
-        plain.predict(x, verbose=0), model.predict(x, verbose=0)
+        plain(x, training=False), model(x, training=False)
     )
     # Nothing was lost or added on the way: kept weights are the trained ones.
     if method != "MagnitudePruning":
@@ -120,63 +132,46 @@ def test_trained_then_stripped_then_masked_anew(method):
 
 
 @pytest.mark.slow_but("RigL-SM")
-@every_method
-def test_a_loop_of_ones_own(whole_run_by_hand, method):
+def test_a_loop_of_ones_own(whole_run):
     """`wrap` in a `tf.function` ends where `fit` does."""
-    want, got = whole_run_by_hand(method)
-    for ours, theirs in zip(got, want, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    method, want = whole_run
+    model = tiny()
+    optimizer = model.optimizer
+    optimizer.build(model.trainable_variables)
+    loss = keras.losses.MeanSquaredError()
 
+    def train_step(x, y):
+        with tf.GradientTape() as tape:
+            value = loss(y, model(x, training=True))
+        variables = model.trainable_variables
+        gradients = tape.gradient(value, variables)
+        optimizer.apply(gradients, variables)
+        return value
 
-@pytest.fixture
-def whole_run_by_hand():
-    def run(method):
-        model = tiny()
-        fit(model, METHODS[method](**WINDOW), 2)
-        want = [v.numpy() for v in model.variables]
-        model = tiny()
-        optimizer = model.optimizer
-        optimizer.build(model.trainable_variables)
-        loss = keras.losses.MeanSquaredError()
-
-        def train_step(x, y):
-            with tf.GradientTape() as tape:
-                value = loss(y, model(x, training=True))
-            variables = model.trainable_variables
-            gradients = tape.gradient(value, variables)
-            optimizer.apply(gradients, variables)
-            return value
-
-        callbacks = METHODS[method](**WINDOW)
-        for callback in callbacks:
-            train_step = callback.wrap(
-                train_step, model=model, optimizer=optimizer
-            )
-        train_step = tf.function(train_step)
-        draw = np.random.default_rng(0)
-        x = draw.standard_normal((20, 6)).astype(np.float32)
-        y = draw.standard_normal((20, 3)).astype(np.float32)
-        for start in 2 * list(range(0, 20, 4)):
-            value = train_step(x[start : start + 4], y[start : start + 4])
-        assert np.isfinite(value)
-        for callback in callbacks:
-            callback.fetch()
-            steps = [step for step, _ in callback.trajectory]
-            due = [t for t in range(1, 10) if callback.is_due(t)]
-            assert steps == [0, *due]
-        return want, [v.numpy() for v in model.variables]
-
-    return run
+    callbacks = METHODS[method](**WINDOW)
+    for callback in callbacks:
+        train_step = callback.wrap(train_step, model=model, optimizer=optimizer)
+    train_step = tf.function(train_step)
+    draw = np.random.default_rng(0)
+    x = draw.standard_normal((20, 6)).astype(np.float32)
+    y = draw.standard_normal((20, 3)).astype(np.float32)
+    for start in 2 * list(range(0, 20, 4)):
+        value = train_step(x[start : start + 4], y[start : start + 4])
+    assert np.isfinite(value)
+    for callback in callbacks:
+        callback.fetch()
+        steps = [step for step, _ in callback.trajectory]
+        due = [t for t in range(1, 10) if callback.is_due(t)]
+        assert steps == [0, *due]
+    for ours, theirs in zip(model.variables, want, strict=False):
+        np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow_but("RigL-SG")
-@every_method
-def test_what_training_costs(method):
+def test_what_training_costs(trained):
     """In closed form, and from the masks of the run; both agree by hand."""
-    model = compiled(sparsify(small_model(), 0.2))
-    callbacks = METHODS[method](frequency=2, end_step=9)
-    start = {name: int(mask.sum()) for name, mask in masks(model).items()}
-    model.fit(*examples(), batch_size=16, verbose=0, callbacks=callbacks)
+    method, callbacks, model, first = trained
+    start = {name: int(mask.sum()) for name, mask in first.items()}
     cost = count(model)
     dense = cost.dense_inference_flops
     trajectory, needs = [(0, start)], "never"

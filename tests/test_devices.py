@@ -19,22 +19,25 @@ import gin
 import rigl_keras
 from rigl_keras.experiments.runs import train_command
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 LIMIT = 600  # seconds, after which a process hangs
 
 
 ALONE = "a_run_on_two_devices"
+FIRST, REFUSED = "RigL", "what_does_not_work_is_refused"
 
 
 @pytest.mark.slow_but("a method")
 @pytest.mark.parametrize(
     "names",
     [
-        list(two_devices.METHODS)[:1],
-        list(two_devices.METHODS)[1:],
+        [FIRST, REFUSED],
+        [name for name in two_devices.METHODS if name != FIRST],
         [
             name
             for name in two_devices.CHECKS
-            if name not in two_devices.METHODS and name != ALONE
+            if name not in (*two_devices.METHODS, REFUSED, ALONE)
         ],
         [ALONE],
     ],
@@ -65,11 +68,20 @@ SMALL = [
 ]
 
 
+# As `bin/train` does, with blank figures, as `support.two_devices` has them.
+TRAIN = """
+import matplotlib.figure
+matplotlib.figure.Figure.draw = lambda figure, renderer: None
+from rigl_keras.experiments.runs import train_command
+train_command.main()
+"""
+
+
 def train(fresh, run_dir, *flags, **env):
     """Starts one process of a run."""
     return fresh.start(
-        "-m",
-        "rigl_keras.experiments.runs.train_command",
+        "-c",
+        TRAIN,
         *[f"--gin_bindings={binding}" for binding in SMALL],
         *[f"--run_dir={run_dir}", *flags],
         env=env,

@@ -21,6 +21,8 @@ from rigl_keras.experiments.runs.export_command import (
     read_inputs,
 )
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 SMALL = [
     "train.epochs = 1",
     "train.diagnostics = False",
@@ -89,9 +91,20 @@ def test_a_dense_run_is_refused_before_it_trains(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+# As `bin/export` does, with measurements of a tenth of their seconds.
+EXPORT = """
+from rigl_keras.exporting import measurement
+from rigl_keras.experiments.runs import export_command
+measurement._SECONDS /= 10
+export_command.main()
+"""
+
+
 @pytest.mark.slow
-def test_the_command(finished, tmp_path, bin_export):
-    done = bin_export(
+def test_the_command(finished, tmp_path, fresh, bin_export):
+    done = fresh(
+        "-c",
+        EXPORT,
         finished,
         "--output=out",
         "--formats=saved_model,tflite",

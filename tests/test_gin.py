@@ -16,6 +16,8 @@ from rigl_keras.experiments.runs import config, train_command
 from rigl_keras.experiments.runs.export_command import Exports
 from rigl_keras.models import resnet
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 GIN = pathlib.Path(rigl_keras.__file__).parents[1] / "gin"
 FILES = sorted(path.stem for path in GIN.glob("*.gin"))
 

@@ -210,12 +210,15 @@ def small(num_classes=10, input_shape=(8, 8, 1)):
 def server(task, folder):
     # Imported before any fork.
     import matplotlib.backends.backend_agg  # noqa: F401
+    import matplotlib.figure
     import sklearn.datasets  # noqa: F401
     import tensorflow as tf
 
     import gin
     from rigl_keras.experiments.runs import train_command  # noqa: F401
 
+    # Figures are written, and blank: to draw them takes half of a run's time.
+    matplotlib.figure.Figure.draw = lambda figure, renderer: None
     gin.external_configurable(small, name="small")
     tf.config.experimental.enable_op_determinism()
     threads = len(os.listdir("/proc/self/task"))

@@ -177,6 +177,27 @@ def test_whole_kernels(scope):
             assert (mask == mask[:1, :1]).all(), name
 
 
+@pytest.mark.parametrize("due", [7, 8])
+def test_what_is_left_of_a_run_may_have_no_update(due, recwarn):
+    """Of four epochs two are left, of four steps each: 0 to 7."""
+    model = keras.Sequential([keras.Input((6,)), layers.Dense(4)])
+    model = sparsify(model, 1.0)
+    model.compile(keras.optimizers.SGD(0.1), "mse", run_eagerly=True)
+    model.fit(
+        np.ones((8, 6)),
+        np.ones((8, 4)),
+        batch_size=2,
+        initial_epoch=2,
+        epochs=4,
+        verbose=0,
+        callbacks=[MagnitudePruning(lambda step: (step == due, 0.5))],
+    )
+    warned = [
+        "plans 0 updates in the 8 steps" in str(w.message) for w in recwarn
+    ]
+    assert warned == [True] * (due == 8)
+
+
 @pytest.mark.slow
 def test_a_schedule_that_is_never_due_warns():
     ramp = SparsityRamp(final_density=0.1, begin_step=500, end_step=900)

@@ -17,6 +17,8 @@ from rigl_keras.experiments.runs.optimizers import WarmUpAndSteps, sgd
 from rigl_keras.experiments.runs.run_callbacks import Metrics
 from rigl_keras.experiments.runs.run_directory import EarlierRun
 
+pytestmark = pytest.mark.usefixtures("blank_figures")
+
 # Two epochs of 23 steps on digits.
 SMALL = [
     "train.model = @small_network",

@@ -11,6 +11,10 @@ def sgd(**options):
     return keras.optimizers.SGD(0.01, momentum=0.9, **options)
 
 
+def adam(**options):
+    return keras.optimizers.Adam(0.01, **options)
+
+
 # How a model is trained: what is given to whom.
 SETUPS = {
     "float32": {},
@@ -19,17 +23,40 @@ SETUPS = {
     "jit_compile": {"compile": {"jit_compile": True}},
     "steps_per_execution": {"compile": {"steps_per_execution": 3}},
     "run_eagerly": {"compile": {"run_eagerly": True}},
-    "Adam": {"optimizer": lambda: keras.optimizers.Adam(0.01)},
+    "Adam": {"optimizer": adam},
     "gradient accumulation": {
-        "optimizer": lambda: sgd(gradient_accumulation_steps=2),
+        "optimizer_options": {"gradient_accumulation_steps": 2},
         "batch_size": BATCH // 2,
     },
-    "clipnorm": {"optimizer": lambda: sgd(clipnorm=0.1)},
-    "EMA": {"optimizer": lambda: sgd(use_ema=True)},
+    "clipnorm": {"optimizer_options": {"clipnorm": 0.1}},
+    "EMA": {"optimizer_options": {"use_ema": True}},
     "sample_weight": {"weighted": True},
     "growth by several batches": {"method": {"gradient_batches": 2}},
     "own loop": {"by_hand": True},
 }
+# Those that have nothing to do with one another share a run: most of its time
+# is that of its graph.
+TOGETHER = [
+    ("float32",),
+    ("mixed_float16",),
+    ("mixed_bfloat16", "clipnorm"),
+    ("jit_compile",),
+    ("steps_per_execution", "sample_weight", "growth by several batches"),
+    ("run_eagerly",),
+    ("Adam", "EMA"),
+    ("gradient accumulation",),
+    ("own loop",),
+]
+
+
+def options_of(setups):
+    """Returns what is given to whom in a run of several set-ups."""
+    options = {}
+    for setup in setups:
+        both = options.keys() & SETUPS[setup].keys()
+        assert not both, f"Two of {setups} set {both}."
+        options.update(SETUPS[setup])
+    return options
 
 
 # What is not claimed, and why.

@@ -15,6 +15,7 @@ import traceback
 import warnings
 
 import keras
+import matplotlib.figure
 import numpy as np
 import tensorflow as tf
 from keras import layers
@@ -99,11 +100,14 @@ def copies(strategy, variable):
     ]
 
 
-def assert_same(method, strategy=None, **options):
-    """On two devices as on one."""
+def assert_same(method, strategy=None, one=None, **options):
+    """On two devices as on one, of which `one` are other options.
+
+    Returns the model of several devices.
+    """
     strategy = strategy or two()
     start = [m.mask.numpy() for m in masked_layers(made(ONE))]
-    one, on_one = trained(ONE, method(), **options)
+    one, on_one = trained(ONE, method(), **(one or options))
     many, on_many = trained(strategy, method(), **options)
     assert on_one.trajectory == on_many.trajectory
     assert len(on_one.trajectory) > 3
@@ -125,6 +129,7 @@ def assert_same(method, strategy=None, **options):
     for ours, theirs in zip(state, same, strict=True):
         for copy in copies(strategy, theirs):
             np.testing.assert_allclose(copy, ours.numpy(), rtol=1e-4, atol=1e-6)
+    return many
 
 
 def refused(action, *words):
@@ -265,17 +270,11 @@ def check_loss_scaling():
 
 
 def check_sparse_kernels():
-    """On two devices as on one, and as with dense products."""
+    """On two devices as with dense products on one."""
     if rigl_keras.kernels.load() is None:
         return
     for method in (METHODS["RigL"], METHODS["SNFS"]):
-        assert_same(method, product="sparse")
-        dense, _ = trained(two(), method())
-        sparse, _ = trained(two(), method(), product="sparse")
-        for ours, theirs in zip(sparse.weights, dense.weights, strict=True):
-            np.testing.assert_allclose(
-                ours.numpy(), theirs.numpy(), rtol=1e-4, atol=1e-6
-            )
+        sparse = assert_same(method, product="sparse", one={"product": "dense"})
         for layer in masked_layers(sparse):
             choices = layer.chosen_products().values()
             assert choices and all(choice.sparse for choice in choices)
@@ -324,6 +323,16 @@ def check_what_does_not_work_is_refused():
         ),
         "MirroredStrategy",
         "model.fit",
+    )
+    by_hand = RigL(**WINDOW)
+    by_hand.attach(model, model.optimizer)
+    variables = model.trainable_variables
+    refused(
+        lambda: by_hand.update(
+            [tf.zeros(v.shape) for v in variables], variables
+        ),
+        "update is for training steps of one device",
+        "MirroredStrategy",
     )
 
 
@@ -379,6 +388,8 @@ def main(names):
     warnings.simplefilter("error")
     # keras, where numpy 2 turns one of its variables into an array.
     warnings.filterwarnings("ignore", "__array__", DeprecationWarning)
+    # Blank figures: to draw those of a run takes as long as the run.
+    matplotlib.figure.Figure.draw = lambda figure, renderer: None
     (cpu,) = tf.config.list_physical_devices("CPU")
     halves = [tf.config.LogicalDeviceConfiguration()] * 2
     tf.config.set_logical_device_configuration(cpu, halves)
