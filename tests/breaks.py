@@ -6,8 +6,9 @@
 Each break changes one operator, number, truth or call of one line, in a copy
 of the tracked files. The tests that know the module run on it and, unless it is
 `--near`, then all others; those that are not marked as slow or, with `--all`,
-slow ones, too; until one fails that does not fail unbroken. A break that changes nothing one could see is not caught, either:
-those that are not caught are printed to be judged.
+slow ones, too; until one fails that does not fail unbroken. A break that
+changes nothing one could see is not caught, either: those that are not caught
+are printed to be judged.
 """
 
 import argparse
