@@ -70,6 +70,7 @@ def test_weights_alone_are_a_checkpoint(whole_run, saved):
     other.run_eagerly = True  # no graph of what is replaced
     fit(other, METHODS[method](frequency=1, end_step=9), 1)
     other.run_eagerly = False
+    other.make_train_function(force=True)
     other.load_weights(saved / "at5.weights.h5")
     fit(other, METHODS[method](**WINDOW), 2, initial_epoch=1)
     assert_equal(state(other), want)

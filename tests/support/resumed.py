@@ -7,7 +7,7 @@ from keras import layers
 from rigl_keras.masking.sparsify import sparsify
 
 
-def tiny():
+def tiny(**options):
     """Batch norm and momentum, which a resume must restore as well.
 
     No dropout: Keras does not save the state of its random layers.
@@ -19,7 +19,7 @@ def tiny():
     x = layers.ReLU()(x)
     model = sparsify(keras.Model(inputs, layers.Dense(3, name="d")(x)), 0.5)
     optimizer = keras.optimizers.SGD(0.1, momentum=0.9, nesterov=True)
-    model.compile(optimizer, "mse")
+    model.compile(optimizer, "mse", **options)
     return model
 
 

@@ -37,11 +37,15 @@ SETUPS = {
 # Those that have nothing to do with one another share a run: most of its time
 # is that of its graph.
 TOGETHER = [
-    ("float32",),
+    (
+        "float32",
+        "steps_per_execution",
+        "sample_weight",
+        "growth by several batches",
+    ),
     ("mixed_float16",),
     ("mixed_bfloat16", "clipnorm"),
     ("jit_compile",),
-    ("steps_per_execution", "sample_weight", "growth by several batches"),
     ("run_eagerly",),
     ("Adam", "EMA"),
     ("gradient accumulation",),
