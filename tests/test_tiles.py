@@ -2,6 +2,7 @@
 processor has, against NumPy."""
 
 import ctypes
+import itertools
 import math
 
 import numpy as np
@@ -89,8 +90,10 @@ class After:
             "to2": False,
             "affine2": True,
             "act2": -1,
+            "halo": 0,
             **asked,
         }
+        halo = asked["halo"]
         self.asked, self.last = asked, last
 
         def vector(wanted):
@@ -110,9 +113,11 @@ class After:
         kind = asked["other"]  # one of + - *, and with `.`: of a pixel
         if kind:
             size = (1, 1) if "." in kind else (rows, cells)
-            self.other = Plane(length, channels, *size, rng=rng)
+            self.other = Plane(length, channels, *size, rng=rng, halo=halo)
         self.planes = [
-            Plane(length, channels, rows, cells, last) if wanted else None
+            Plane(length, channels, rows, cells, last, halo=halo)
+            if wanted
+            else None
             for wanted in (asked["to"], asked["to2"])
         ]
         none = Field()
@@ -165,7 +170,7 @@ class After:
             np.testing.assert_allclose(plane.cells, full, **tolerance)
             around = plane.around()
             assert set(np.unique(around)) <= {0, Plane.untouched}
-            assert np.count_nonzero(around == 0) == plane.cells.size
+            assert np.count_nonzero(around == 0) == plane.size
 
 
 PLAIN = {"act": RELU}
@@ -281,6 +286,10 @@ def run_sparse(tiles, rng, tile, out, *, blocks=1, part=None, **asked):
     kept[-1].check(computed(weights), slice(*part[:2]), slice(*part[2:]))
 
 
+def halos(tiles):
+    return (0, 4) if tiles.length == 8 else (0,)
+
+
 def shapes_of_tiles(tiles):
     return [
         (r, c)
@@ -303,6 +312,7 @@ def test_a_sparse_convolution_with_every_tile(tiles):
             blocks=int(rng.integers(1, 4)),
             last=int(rng.integers(1, tiles.length + 1)),
             step=int(rng.integers(1, 3)),
+            halo=int(rng.choice(halos(tiles))),
             **EPILOGUES[int(rng.integers(4))],
         )
 
@@ -318,7 +328,7 @@ def test_a_sparse_convolution_of_any_size(tiles, rows):
 @pytest.mark.parametrize("blocks", (1, 3))
 @pytest.mark.parametrize("asked", EPILOGUES)
 def test_what_follows_a_convolution(tiles, asked, blocks):
-    for last in (1, tiles.length):
+    for last, halo in itertools.product((1, tiles.length), halos(tiles)):
         run_sparse(
             tiles,
             generator(last),
@@ -327,6 +337,7 @@ def test_what_follows_a_convolution(tiles, asked, blocks):
             last=last,
             step=1,
             blocks=blocks,
+            halo=halo,
             **asked,
         )
         run_dense(
@@ -337,6 +348,7 @@ def test_what_follows_a_convolution(tiles, asked, blocks):
             last=last,
             step=1,
             blocks=blocks,
+            halo=halo,
             **asked,
         )
 
@@ -413,10 +425,23 @@ def test_a_part_of_a_dense_convolution(tiles):
 def test_an_epilogue_alone(tiles, asked):
     rng = generator(5)
     for cells, last in ((1, 1), (5, tiles.length), (37, 2)):
-        field = Plane(tiles.length, 4, 3, cells, last, rng=rng)
-        after = After(rng, field.cells.shape, last, **asked)
+        halo = halos(tiles)[-1]
+        field = Plane(tiles.length, 4, 3, cells, last, rng=rng, halo=halo)
+        after = After(rng, field.cells.shape, last, halo=halo, **asked)
         tiles.elementwise(field.field, after.struct, 1, 3)
         after.check(field.cells, channels=slice(1, 3))
+
+
+def test_an_epilogue_of_sums(tiles):
+    # Of the channels [1, 3), and of a tile of two rows.
+    shape = (3, 4, 5, tiles.length)
+    after = After(generator(6), shape, 2, other="+", act=RELU)
+    memory = aligned(2 * 2 * 5 * tiles.length).reshape(-1)
+    sums = memory[: 20 * tiles.length].reshape(2, 2, 5, tiles.length)
+    expected = generator(7).standard_normal(shape).astype(np.float32)
+    sums[:] = expected[1:, 1:3]
+    tiles.finish(after.struct, pointer(sums), 1, 3, 1, 0, 2, 5, 2)
+    after.check(expected, slice(1, 3), slice(1, 3))
 
 
 def test_a_field_changes_in_place(tiles):
@@ -486,7 +511,13 @@ def test_windows(tiles, maximum):
     rng = generator(7)
     for rows, cells, last, step in ((1, 1, 1, 1), (3, 5, 2, 1), (2, 20, 1, 2)):
         field = Plane(length, 3, 2 * rows + 1, step * cells + 1, rng=rng)
-        after = After(rng, (3, rows, cells, length), last, act=RELU)
+        after = After(
+            rng,
+            (3, rows, cells, length),
+            last,
+            act=RELU,
+            halo=halos(tiles)[-1],
+        )
         offsets = [0, 1, field.pitch, field.pitch + 1, 2 * field.pitch - 1]
         offsets = np.array(offsets, np.int32)
         factors = rng.random((rows, cells, length)).astype(np.float32)
@@ -525,7 +556,8 @@ def test_all_of_an_image_in_one_cell(tiles, maximum, positions):
     for rows, columns in ((1, 1), (4, 3), (3, 2 * length + 1)):
         cells = -(-columns // length) if positions else columns
         last = columns - (cells - 1) * length if positions else length
-        field = Plane(length, 3, rows, cells, last, rng=rng)
+        halo = halos(tiles)[-1]
+        field = Plane(length, 3, rows, cells, last, rng=rng, halo=halo)
         # All below zero: the margin is not the largest.
         field.cells[:] = np.where(field.cells, -1 - abs(field.cells), 0)
         after = After(rng, (3, 1, 1, length), length, affine=True)
@@ -568,7 +600,7 @@ def test_packing_of_images(tiles, channels):
             expected[:, 0] = Plane.untouched
             np.testing.assert_array_equal(to.cells, expected)
             around = to.around()
-            assert np.count_nonzero(around == 0) == to.cells.size
+            assert np.count_nonzero(around == 0) == to.size
             back = np.full((count, numbers + 3), 5, np.float32)
             tiles.unpack(
                 to.field,
@@ -591,11 +623,12 @@ def test_packing_of_images(tiles, channels):
 def test_packing_of_positions(tiles, channels):
     length = tiles.length
     rng = generator(10)
-    for columns in (2, length - 1, length, 2 * length + 1):
+    sizes = (2, length - 1, length, 2 * length + 1)
+    for columns, halo in itertools.product(sizes, halos(tiles)):
         cells = -(-columns // length)
         last = columns - (cells - 1) * length
         image = rng.standard_normal((4, columns, channels)).astype(np.float32)
-        to = Plane(length, channels, 4, cells, last)
+        to = Plane(length, channels, 4, cells, last, halo=halo)
         tiles.pack(
             pointer(image), 0, 1, True, columns, channels, to.field, 1, 4
         )
@@ -605,7 +638,7 @@ def test_packing_of_positions(tiles, channels):
         np.testing.assert_array_equal(
             to.cells.reshape(channels, 4, -1), expected
         )
-        assert np.count_nonzero(to.around() == 0) == to.cells.size
+        assert np.count_nonzero(to.around() == 0) == to.size
         back = np.full_like(image, 5)
         tiles.unpack(
             to.field, pointer(back), 0, 1, True, columns, channels, 1, 4

@@ -6,6 +6,10 @@
 
 #include "tiles.h"
 
+#if RIGL_LENGTH == 8
+#include <immintrin.h>
+#endif
+
 #include <cstdint>
 
 #include "network.h"
@@ -45,9 +49,6 @@ RIGL_INLINE Vector Load(const float* from) {
   return *reinterpret_cast<const Unaligned*>(from);
 }
 RIGL_INLINE void Store(float* to, Vector v) {
-  *reinterpret_cast<Vector*>(to) = v;
-}
-RIGL_INLINE void StoreUnaligned(float* to, Vector v) {
   *reinterpret_cast<Unaligned*>(to) = v;
 }
 RIGL_INLINE int32_t Least(int32_t a, int32_t b) { return a < b ? a : b; }
@@ -271,10 +272,27 @@ RIGL_INLINE Integers FirstOf(int32_t count) {
   return lanes < Integers{} + count;
 }
 
+// Floats from cell to cell.
+RIGL_INLINE int64_t Step(const Field& field) { return L + 2 * field.halo; }
+
 RIGL_INLINE int64_t Place(const Field& field, int32_t channel, int32_t row,
                           int32_t cell) {
-  return channel * field.plane + row * field.pitch +
-         static_cast<int64_t>(cell) * L;
+  return channel * field.plane + row * field.pitch + cell * Step(field);
+}
+
+// Stores a cell.
+RIGL_INLINE void StoreCell(const Field& field, int32_t cell, float* to,
+                           Vector v) {
+  Store(to, v);
+#if RIGL_LENGTH == 8
+  // What its neighbours keep of it.
+  if (!field.halo) return;
+  if (cell > 0) _mm_storeu_ps(to - 8, _mm256_castps256_ps128(v));
+  if (cell + 1 < field.cells)
+    _mm_storeu_ps(to + 12, _mm256_extractf128_ps(v, 1));
+#else
+  (void)field, (void)cell;
+#endif
 }
 
 // Ends the numbers of some cells of a row, whatever the epilogue but for
@@ -286,7 +304,7 @@ void FinishRow(const Epilogue& after, int32_t channel, int32_t row,
     const float* other =
         after.other.data + (pixel ? Place(after.other, channel, 0, 0)
                                   : Place(after.other, channel, row, cell));
-    const int64_t step = pixel ? 0 : L;
+    const int64_t step = pixel ? 0 : Step(after.other);
     if (after.combine == '+')
       for (int i = 0; i < cells; ++i) v[i] += Load(other + i * step);
     else if (after.combine == '-')
@@ -298,7 +316,8 @@ void FinishRow(const Epilogue& after, int32_t channel, int32_t row,
   v[cells - 1] = Masked(v[cells - 1], kept);
   if (after.to.data) {
     float* to = after.to.data + Place(after.to, channel, row, cell);
-    for (int i = 0; i < cells; ++i) Store(to + i * L, v[i]);
+    for (int i = 0; i < cells; ++i, to += Step(after.to))
+      StoreCell(after.to, cell + i, to, v[i]);
   }
   if (after.to2.data) {
     const Vector scale = All(after.scale2 ? after.scale2[channel] : 1.f);
@@ -307,7 +326,8 @@ void FinishRow(const Epilogue& after, int32_t channel, int32_t row,
     Activate(v, cells, after.act2, after.a2, after.b2);
     v[cells - 1] = Masked(v[cells - 1], kept);
     float* to = after.to2.data + Place(after.to2, channel, row, cell);
-    for (int i = 0; i < cells; ++i) Store(to + i * L, v[i]);
+    for (int i = 0; i < cells; ++i, to += Step(after.to2))
+      StoreCell(after.to2, cell + i, to, v[i]);
   }
 }
 
@@ -330,14 +350,15 @@ RIGL_INLINE void FinishPlainRow(const Epilogue& after, const Clip& clip,
       second ? after.to2.data + Place(after.to2, channel, row, cell) : nullptr;
   const auto one = [&](int32_t i, bool ragged) {
     Vector x = v[i];
-    if constexpr (add) x += Load(other + i * L);
+    if constexpr (add) x += Load(other + i * Step(after.other));
     x = Clipped(x, low, high);
     if (ragged) x = Masked(x, kept);
-    if constexpr (first) Store(to + i * L, x);
+    if constexpr (first)
+      StoreCell(after.to, cell + i, to + i * Step(after.to), x);
     if constexpr (second) {
       x = Clipped(x * scale + shift, low2, high2);
       if (ragged) x = Masked(x, kept);
-      Store(to2 + i * L, x);
+      StoreCell(after.to2, cell + i, to2 + i * Step(after.to2), x);
     }
   };
   for (int32_t i = 0; i + 1 < cells; ++i) one(i, false);
@@ -393,6 +414,21 @@ void FinishAll(const Epilogue& after, float* sums, int32_t begin, int32_t end,
 
 // --------------------------------------------------------------- Convolutions
 
+// A weight for all lanes, and its offset. Where a register can be spread they
+// are read at once: loads are what a tile is bound by.
+RIGL_INLINE Vector WeightOf(const Entry* entry, int32_t* offset) {
+#if defined(__AVX2__)
+  uint64_t both;
+  __builtin_memcpy(&both, entry, sizeof both);
+  __asm__("" : "+r"(both));  // as it stands: not each half by itself
+  *offset = static_cast<int32_t>(both);
+  return Floats(Integers{} + static_cast<int32_t>(both >> 32));
+#else
+  *offset = entry->offset;
+  return All(entry->weight);
+#endif
+}
+
 // Which tiles there are. Widths are all there, for the ends of rows.
 constexpr bool Exists(int rows, int cells) {
   if (rows * cells > kRegisters) return false;
@@ -409,7 +445,7 @@ void SparseTile(const Convolution& k, const Part& part, float* scratch,
   // What is read here is not read again after each store, which might change
   // it.
   const int64_t pitch = k.in_pitch, step = k.in_step;
-  const float* const in = k.in + row * pitch + cell * step;
+  const float* const in = Hidden(k.in + row * pitch + cell * step);
   const Entry* const entries = k.entries;
   const int32_t blocks = k.blocks;
   const float* const bias = k.bias;
@@ -441,8 +477,9 @@ void SparseTile(const Convolution& k, const Part& part, float* scratch,
       }
       const Entry* const end = entries + rows[o + 1];
       for (const Entry* entry = entries + rows[o]; entry != end; ++entry) {
-        const Vector weight = All(entry->weight);
-        const float* at = in + entry->offset;
+        int32_t offset;
+        const Vector weight = WeightOf(entry, &offset);
+        const float* at = in + offset;
 #pragma GCC unroll 32
         for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 32
@@ -455,7 +492,7 @@ void SparseTile(const Convolution& k, const Part& part, float* scratch,
       if (done && plain) {
         const Vector low = All(clip.low), high = All(clip.high);
         float* to = after.to.data + Place(after.to, o, row, cell);
-        const int64_t to_pitch = after.to.pitch;
+        const int64_t to_pitch = after.to.pitch, to_step = Step(after.to);
 #pragma GCC unroll 32
         for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 32
@@ -463,7 +500,8 @@ void SparseTile(const Convolution& k, const Part& part, float* scratch,
             sum[r][c] = Clipped(sum[r][c], low, high);
           if (ragged) sum[r][C - 1] = Masked(sum[r][C - 1], kept);
 #pragma GCC unroll 32
-          for (int c = 0; c < C; ++c) Store(to + c * L, sum[r][c]);
+          for (int c = 0; c < C; ++c)
+            StoreCell(after.to, cell + c, to + c * to_step, sum[r][c]);
           to += to_pitch;
         }
       } else {
@@ -473,7 +511,7 @@ void SparseTile(const Convolution& k, const Part& part, float* scratch,
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 32
           for (int c = 0; c < C; ++c)
-            StoreUnaligned(sums + (r * C + c) * L, sum[r][c]);
+            Store(sums + (r * C + c) * L, sum[r][c]);
         if (done)
           Finish(after, o, row, cell, R, C, last, buffer);
       }
@@ -599,7 +637,7 @@ void DensePanels(const Convolution& k, const DenseCells& cells,
     for (int i = 0; i < panels * kPanel; ++i)
 #pragma GCC unroll 32
       for (int d = 0; d < D; ++d)
-        StoreUnaligned(scratch + (i * D + d) * L, sum[i][d]);
+        Store(scratch + (i * D + d) * L, sum[i][d]);
     return;
   }
   Vector sums[panels * kPanel * D];
@@ -676,7 +714,7 @@ void Elementwise(const Field& in, const Epilogue& after, int32_t begin,
         const int32_t count = Least(in.cells - cell, kChunk);
         Vector v[kChunk];
         const float* from = in.data + Place(in, o, row, cell);
-        for (int i = 0; i < count; ++i) v[i] = Load(from + i * L);
+        for (int i = 0; i < count; ++i) v[i] = Load(from + i * Step(in));
         Finish(after, o, row, cell, 1, count,
                cell + count == in.cells ? in.last : L, v);
       }
@@ -730,10 +768,10 @@ void GlobalPool(const Field& in, bool maximum, bool positions, int32_t columns,
     Vector all = maximum ? least : Vector{};
     for (int32_t row = 0; row < in.rows; ++row) {
       const float* at = in.data + Place(in, o, row, 0);
-      const Vector last = Load(at + static_cast<int64_t>(in.cells - 1) * L);
+      const Vector last = Load(at + (in.cells - 1) * Step(in));
       if (maximum) {
         for (int32_t cell = 0; cell + 1 < in.cells; ++cell) {
-          const Vector x = Load(at + static_cast<int64_t>(cell) * L);
+          const Vector x = Load(at + cell * Step(in));
           all = x > all ? x : all;
         }
         const Vector x = Chosen(kept, last, least);
@@ -742,7 +780,7 @@ void GlobalPool(const Field& in, bool maximum, bool positions, int32_t columns,
         // By rows: a sum of few numbers is off by little.
         Vector sum = Masked(last, kept);
         for (int32_t cell = 0; cell + 1 < in.cells; ++cell)
-          sum += Load(at + static_cast<int64_t>(cell) * L);
+          sum += Load(at + cell * Step(in));
         all += sum;
       }
     }
@@ -855,7 +893,7 @@ void UnpackImages(const Field& from, float* pixels, int64_t image_stride,
       Transpose(v);
       for (int l = 0; l < count; ++l)
         if (here == L)
-          StoreUnaligned(to + l * image_stride + i, v[l]);
+          Store(to + l * image_stride + i, v[l]);
         else
           for (int j = 0; j < here; ++j)
             to[l * image_stride + i + j] = v[l][j];
@@ -877,15 +915,17 @@ void PackPositions(const float* pixels, int32_t columns, int32_t channels,
         for (int i = 0; i < L; ++i)
           v[i] = Load(from + static_cast<int64_t>(column + i) * channels + o);
         Transpose(v);
-        for (int i = 0; i < L; ++i) Store(out + (o + i) * to.plane, v[i]);
+        for (int i = 0; i < L; ++i)
+          StoreCell(to, cell, out + (o + i) * to.plane, v[i]);
       }
       for (; o < channels; ++o) {
-        float* const cell_of = out + o * to.plane;
         const float* at = from + static_cast<int64_t>(column) * channels + o;
-        for (int i = 0; i < L; ++i)
-          cell_of[i] = i < here ? at[static_cast<int64_t>(i) * channels] : 0.f;
+        Vector v{};
+        for (int i = 0; i < here; ++i)
+          v[i] = at[static_cast<int64_t>(i) * channels];
         // A single pixel fills its cell.
-        if (columns == 1 && to.last > 1) Store(cell_of, All(*at));
+        if (columns == 1 && to.last > 1) v = All(*at);
+        StoreCell(to, cell, out + o * to.plane, v);
       }
     }
   }
@@ -904,7 +944,7 @@ void UnpackPositions(const Field& from, float* pixels, int32_t columns,
         for (int i = 0; i < L; ++i) v[i] = Load(in + (o + i) * from.plane);
         Transpose(v);
         for (int i = 0; i < here; ++i)
-          StoreUnaligned(to + static_cast<int64_t>(column + i) * channels + o,
+          Store(to + static_cast<int64_t>(column + i) * channels + o,
                          v[i]);
       }
       for (; o < channels; ++o)

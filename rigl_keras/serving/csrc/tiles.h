@@ -19,13 +19,20 @@
 
 namespace rigl_serving {
 
-// data + channel * plane + row * pitch + cell * L is aligned to L floats.
+// data + channel * plane + row * pitch + cell * (L + 2 * halo) is aligned to L
+// floats, or where there is a halo as it says.
 struct Field {
   float* data = nullptr;  // channel 0, row 0, cell 0
   int64_t plane = 0;      // floats from channel to channel
   int64_t pitch = 0;      // floats from row to row
   int32_t channels = 0, rows = 0, cells = 0;
   int32_t last = 0;  // numbers of the last cell of a row that count, 1 to L
+  // Of positions with vectors of 8 it may be 4: a cell keeps the 4 numbers
+  // before and after it, too, those of its neighbours or zero, in 16 floats
+  // that are aligned to as many; `data` is the fifth. Cells are 16 floats
+  // apart then, and no load of what is up to 4 columns away crosses a line of
+  // the cache. A row needs no other margin. Who writes a cell writes these.
+  int32_t halo = 0;
 };
 
 // One weight, and how far from its output's place it reads, in floats.
@@ -80,7 +87,7 @@ struct Convolution {
   int32_t channels = 0;        // of the output, all of them
   const float* bias = nullptr;  // [channels]; null: zero
   int32_t out_rows = 0, out_cells = 0, out_last = 0;
-  int32_t tile[2] = {1, 1};  // rows and cells of which the sums are in registers
+  int32_t tile[2] = {1, 1};  // rows and cells whose sums are in registers
   Epilogue after;
 };
 
