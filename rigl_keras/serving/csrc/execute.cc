@@ -295,6 +295,22 @@ void Instance::Run(int32_t s, int thread, int threads, const Unit& unit) {
   }
 }
 
+// Asks for what the epilogue of a tile reads and writes: a line of each of many
+// planes, too many for the processor to foresee. It arrives while the sums are
+// computed.
+template <bool write>
+inline void Prefetch(const Field& field, const Generated::Block& block,
+                     int32_t row, int32_t cell, const int32_t* tile,
+                     int32_t length) {
+  if (!field.data) return;
+  const float* at = field.data + block.first_channel * field.plane +
+                    row * field.pitch + int64_t{cell} * length;
+  for (int32_t c = 0; c < block.channels; ++c, at += field.plane)
+    for (int32_t i = 0; i < tile[0]; ++i)
+      for (int32_t j = 0; j < tile[1]; ++j)
+        __builtin_prefetch(at + i * field.pitch + j * length, write);
+}
+
 // A band of rows that stays in the second cache is read by all blocks of
 // channels, one after another, so that the code of a block is, too.
 void Instance::RunGenerated(const Step& step, const Bound& bound,
@@ -317,6 +333,9 @@ void Instance::RunGenerated(const Step& step, const Bound& bound,
       const float* weights = generated.weights.data() + block.weights_at;
       for (int32_t i = begin; i < end; i += tile[0]) {
         for (int32_t j = 0; j < c.out_cells; j += tile[1]) {
+          Prefetch<false>(c.after.other, block, i, j, tile, tiles_.length);
+          Prefetch<true>(c.after.to, block, i, j, tile, tiles_.length);
+          Prefetch<true>(c.after.to2, block, i, j, tile, tiles_.length);
           sums(c.in + i * c.in_pitch + j * c.in_step, weights, scratch);
           tiles_.finish(c.after, scratch, block.first_channel,
                         block.first_channel + block.channels, i, j, tile[0],

@@ -821,11 +821,14 @@ std::vector<int32_t> Cuts(const Network& network) {
     if (network.nodes[n].operation == Operation::kInput) least[n] = -1;
   }
   std::vector<int32_t> cuts;
-  for (int32_t n = 0; n + 1 < count; ++n)
+  for (int32_t n = 0; n + 1 < count; ++n) {
+    // An activation is computed with what it follows.
     if (network.nodes[n].operation != Operation::kInput &&
         network.nodes[n].operation != Operation::kReshape &&
+        network.nodes[n + 1].operation != Operation::kActivation &&
         least[n + 1] >= n)
       cuts.push_back(n);
+  }
   return cuts;
 }
 

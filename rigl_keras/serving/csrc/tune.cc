@@ -141,7 +141,7 @@ Model::Measurement Model::Measured(const Ready& ready, const Leg& leg,
         int open = 0;
         for (size_t i = 0; i < choices.size(); ++i) {
           // Far behind the best one is behind it for good.
-          if (round > 0 && least[i] > (round > 2 ? 1.08 : 1.25) * least[best])
+          if (round > 1 && least[i] > (round > 2 ? 1.08 : 1.25) * least[best])
             continue;
           ++open;
           Choose(&step, choices[i], layout);
