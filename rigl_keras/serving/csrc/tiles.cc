@@ -6,10 +6,6 @@
 
 #include "tiles.h"
 
-#if RIGL_LENGTH == 8
-#include <immintrin.h>
-#endif
-
 #include <cstdint>
 
 #include "network.h"
@@ -19,6 +15,12 @@
 #define RIGL_TEXT_(a) #a
 #define RIGL_TEXT(a) RIGL_TEXT_(a)
 #define RIGL_INLINE static inline __attribute__((always_inline))
+// A function that is large, and never made for a few of its arguments alone.
+#if defined(__clang__)
+#define RIGL_ONCE __attribute__((noinline))
+#else
+#define RIGL_ONCE __attribute__((noinline, noclone))
+#endif
 
 namespace rigl_serving {
 namespace {
@@ -42,6 +44,8 @@ constexpr int kPanel = 4;
 typedef float Vector __attribute__((vector_size(L * 4), may_alias));
 typedef float Unaligned
     __attribute__((vector_size(L * 4), aligned(4), may_alias));
+typedef float Half
+    __attribute__((vector_size(L * 2), aligned(4), may_alias));
 typedef int32_t Integers __attribute__((vector_size(L * 4), may_alias));
 
 RIGL_INLINE Vector All(float value) { return value - Vector{}; }
@@ -50,6 +54,9 @@ RIGL_INLINE Vector Load(const float* from) {
 }
 RIGL_INLINE void Store(float* to, Vector v) {
   *reinterpret_cast<Unaligned*>(to) = v;
+}
+RIGL_INLINE Half HalfAt(const float* from) {
+  return *reinterpret_cast<const Half*>(from);
 }
 RIGL_INLINE int32_t Least(int32_t a, int32_t b) { return a < b ? a : b; }
 // The compiler shall not know where this pointer comes from: it would keep
@@ -222,7 +229,7 @@ RIGL_INLINE void Each(Vector* v, int n, Function function) {
   for (int i = 0; i < n; ++i) v[i] = function(v[i]);
 }
 
-void Activate(Vector* v, int n, int32_t act, float a_, float b_) {
+RIGL_ONCE void Activate(Vector* v, int n, int32_t act, float a_, float b_) {
   const Vector a = All(a_), b = All(b_), zero{};
   switch (static_cast<Activation>(act)) {
     case Activation::kRelu:
@@ -280,19 +287,14 @@ RIGL_INLINE int64_t Place(const Field& field, int32_t channel, int32_t row,
   return channel * field.plane + row * field.pitch + cell * Step(field);
 }
 
-// Stores a cell.
+// Stores a cell, and what its neighbours keep of it.
 RIGL_INLINE void StoreCell(const Field& field, int32_t cell, float* to,
                            Vector v) {
   Store(to, v);
-#if RIGL_LENGTH == 8
-  // What its neighbours keep of it.
   if (!field.halo) return;
-  if (cell > 0) _mm_storeu_ps(to - 8, _mm256_castps256_ps128(v));
+  if (cell > 0) *reinterpret_cast<Half*>(to - L) = HalfAt(to);
   if (cell + 1 < field.cells)
-    _mm_storeu_ps(to + 12, _mm256_extractf128_ps(v, 1));
-#else
-  (void)field, (void)cell;
-#endif
+    *reinterpret_cast<Half*>(to + L + L / 2) = HalfAt(to + L / 2);
 }
 
 // Ends the numbers of some cells of a row, whatever the epilogue but for
@@ -366,9 +368,9 @@ RIGL_INLINE void FinishPlainRow(const Epilogue& after, const Clip& clip,
 }
 
 // Ends the numbers of some rows and cells, whatever the epilogue.
-__attribute__((noinline)) void Finish(const Epilogue& after, int32_t channel,
-                                      int32_t row, int32_t cell, int32_t rows,
-                                      int32_t cells, int32_t last, Vector* v) {
+RIGL_ONCE void Finish(const Epilogue& after, int32_t channel, int32_t row,
+                      int32_t cell, int32_t rows, int32_t cells, int32_t last,
+                      Vector* v) {
   const Integers kept = FirstOf(last);
   if (after.scale || after.shift) {
     const Vector scale = All(after.scale ? after.scale[channel] : 1.f);
@@ -429,13 +431,13 @@ RIGL_INLINE Vector WeightOf(const Entry* entry, int32_t* offset) {
 #endif
 }
 
-// Which tiles there are. Widths are all there, for the ends of rows.
+// Which tiles there are: each is a function, and what the compiler takes a
+// while for. Of every width there are some, for the ends of rows.
 constexpr bool Exists(int rows, int cells) {
   if (rows * cells > kRegisters) return false;
-  const bool narrow = cells <= 2;
-  return rows <= 4 || (rows == 5 && cells == 5) || (rows == 6 && cells == 4) ||
-         rows == 7 || rows == 8 || (narrow && (rows == 12 || rows == 14)) ||
-         rows == 16;
+  if (rows == 1 || rows == 2 || rows == 4) return true;
+  if (cells <= 2) return rows == 7 || rows == 8 || rows == 14 || rows == 16;
+  return cells == 4 ? rows == 6 || rows == 7 : cells == 8 && rows == 3;
 }
 
 // One tile of R rows and C cells, of all channels of the part.
@@ -452,7 +454,8 @@ void SparseTile(const Convolution& k, const Part& part, float* scratch,
   const Epilogue& after = k.after;
   const Clip clip = ClipOf(after.act, after.a, after.b);
   const bool plain = clip.is && !after.scale && !after.shift &&
-                     !after.other.data && !after.to2.data && after.to.data;
+                     !after.other.data && !after.to2.data && after.to.data &&
+                     !after.to.halo;
   const int32_t last = cell + C == k.out_cells ? k.out_last : L;
   const bool ragged = last < L;
   const Integers kept = FirstOf(last);
@@ -492,7 +495,7 @@ void SparseTile(const Convolution& k, const Part& part, float* scratch,
       if (done && plain) {
         const Vector low = All(clip.low), high = All(clip.high);
         float* to = after.to.data + Place(after.to, o, row, cell);
-        const int64_t to_pitch = after.to.pitch, to_step = Step(after.to);
+        const int64_t to_pitch = after.to.pitch;
 #pragma GCC unroll 32
         for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 32
@@ -500,8 +503,7 @@ void SparseTile(const Convolution& k, const Part& part, float* scratch,
             sum[r][c] = Clipped(sum[r][c], low, high);
           if (ragged) sum[r][C - 1] = Masked(sum[r][C - 1], kept);
 #pragma GCC unroll 32
-          for (int c = 0; c < C; ++c)
-            StoreCell(after.to, cell + c, to + c * to_step, sum[r][c]);
+          for (int c = 0; c < C; ++c) Store(to + c * L, sum[r][c]);
           to += to_pitch;
         }
       } else {

@@ -27,11 +27,11 @@ struct Field {
   int64_t pitch = 0;      // floats from row to row
   int32_t channels = 0, rows = 0, cells = 0;
   int32_t last = 0;  // numbers of the last cell of a row that count, 1 to L
-  // Of positions with vectors of 8 it may be 4: a cell keeps the 4 numbers
-  // before and after it, too, those of its neighbours or zero, in 16 floats
-  // that are aligned to as many; `data` is the fifth. Cells are 16 floats
-  // apart then, and no load of what is up to 4 columns away crosses a line of
-  // the cache. A row needs no other margin. Who writes a cell writes these.
+  // Of positions it may be L / 2: a cell keeps as many numbers before and after
+  // it, too, those of its neighbours or zero, in 2 L floats that are aligned to
+  // as many; `data` is in the middle. Cells are 2 L floats apart then, and with
+  // L = 8 no load of what is up to 4 columns away crosses a line of the cache.
+  // A row needs no other margin. Who writes a cell writes these.
   int32_t halo = 0;
 };
 
