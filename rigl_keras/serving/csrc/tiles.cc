@@ -15,6 +15,7 @@
 #define RIGL_TEXT_(a) #a
 #define RIGL_TEXT(a) RIGL_TEXT_(a)
 #define RIGL_INLINE static inline __attribute__((always_inline))
+#define RIGL_MEMBER inline __attribute__((always_inline))
 // A function that is large, and never made for a few of its arguments alone.
 #if defined(__clang__)
 #define RIGL_ONCE __attribute__((noinline))
@@ -287,14 +288,17 @@ RIGL_INLINE int64_t Place(const Field& field, int32_t channel, int32_t row,
   return channel * field.plane + row * field.pitch + cell * Step(field);
 }
 
-// Stores a cell, and what its neighbours keep of it.
+// Stores what the neighbours of a cell keep of it.
+RIGL_INLINE void StoreHalo(float* cell, bool before, bool after) {
+  if (before) *reinterpret_cast<Half*>(cell - L) = HalfAt(cell);
+  if (after)
+    *reinterpret_cast<Half*>(cell + L + L / 2) = HalfAt(cell + L / 2);
+}
+
 RIGL_INLINE void StoreCell(const Field& field, int32_t cell, float* to,
                            Vector v) {
   Store(to, v);
-  if (!field.halo) return;
-  if (cell > 0) *reinterpret_cast<Half*>(to - L) = HalfAt(to);
-  if (cell + 1 < field.cells)
-    *reinterpret_cast<Half*>(to + L + L / 2) = HalfAt(to + L / 2);
+  if (field.halo) StoreHalo(to, cell > 0, cell + 1 < field.cells);
 }
 
 // Ends the numbers of some cells of a row, whatever the epilogue but for
@@ -333,64 +337,100 @@ void FinishRow(const Epilogue& after, int32_t channel, int32_t row,
   }
 }
 
-// The same where all that happens is adding, clips, and the second output's
-// scale and shift: in one pass.
-template <bool add, bool first, bool second>
-RIGL_INLINE void FinishPlainRow(const Epilogue& after, const Clip& clip,
-                                const Clip& clip2, int32_t channel,
-                                int32_t row, int32_t cell, int32_t cells,
-                                Integers kept, const Vector* v) {
-  const Vector low = All(clip.low), high = All(clip.high);
-  const Vector low2 = All(clip2.low), high2 = All(clip2.high);
-  const Vector scale = All(after.scale2 ? after.scale2[channel] : 1.f);
-  const Vector shift = All(after.shift2 ? after.shift2[channel] : 0.f);
-  const float* other =
-      add ? after.other.data + Place(after.other, channel, row, cell) : nullptr;
-  float* to =
-      first ? after.to.data + Place(after.to, channel, row, cell) : nullptr;
-  float* to2 =
-      second ? after.to2.data + Place(after.to2, channel, row, cell) : nullptr;
-  const auto one = [&](int32_t i, bool ragged) {
-    Vector x = v[i];
-    if constexpr (add) x += Load(other + i * Step(after.other));
-    x = Clipped(x, low, high);
-    if (ragged) x = Masked(x, kept);
-    if constexpr (first)
-      StoreCell(after.to, cell + i, to + i * Step(after.to), x);
-    if constexpr (second) {
-      x = Clipped(x * scale + shift, low2, high2);
-      if (ragged) x = Masked(x, kept);
-      StoreCell(after.to2, cell + i, to2 + i * Step(after.to2), x);
-    }
-  };
-  for (int32_t i = 0; i + 1 < cells; ++i) one(i, false);
-  one(cells - 1, true);
+// Where a tile of a field begins, and how it goes on: what is kept here is not
+// read again after each store, which might change it.
+struct Cursor {
+  float* data;
+  int64_t plane, pitch, step;
+  bool halo;
+  int32_t cell, cells;
+
+  RIGL_MEMBER void Put(int64_t place, int32_t c, Vector v) const {
+    float* const to = data + place;
+    Store(to, v);
+    if (halo) StoreHalo(to, cell + c > 0, cell + c + 1 < cells);
+  }
+};
+
+RIGL_INLINE Cursor CursorOf(const Field& field, int32_t channel, int32_t row,
+                            int32_t cell) {
+  return {field.data + Place(field, channel, row, cell),
+          field.plane,
+          field.pitch,
+          Step(field),
+          field.halo != 0,
+          cell,
+          field.cells};
 }
 
-// Ends the numbers of some rows and cells, whatever the epilogue.
-RIGL_ONCE void Finish(const Epilogue& after, int32_t channel, int32_t row,
-                      int32_t cell, int32_t rows, int32_t cells, int32_t last,
-                      Vector* v) {
+// The same of channels [begin, end) of a tile, where all that happens is
+// adding, clips, and the second output's scale and shift: in one pass.
+template <bool add, bool first, bool second>
+RIGL_INLINE void FinishPlain(const Epilogue& after, const Clip& clip,
+                             const Clip& clip2, int32_t begin, int32_t end,
+                             int32_t row, int32_t cell, int32_t rows,
+                             int32_t cells, int32_t last, const Vector* v) {
+  const Vector low = All(clip.low), high = All(clip.high);
+  const Vector low2 = All(clip2.low), high2 = All(clip2.high);
+  const float *scales = after.scale2, *shifts = after.shift2;
+  Cursor other{}, to{}, to2{};
+  if constexpr (add) other = CursorOf(after.other, begin, row, cell);
+  if constexpr (first) to = CursorOf(after.to, begin, row, cell);
+  if constexpr (second) to2 = CursorOf(after.to2, begin, row, cell);
   const Integers kept = FirstOf(last);
-  if (after.scale || after.shift) {
-    const Vector scale = All(after.scale ? after.scale[channel] : 1.f);
-    const Vector shift = All(after.shift ? after.shift[channel] : 0.f);
-    for (int i = 0; i < rows * cells; ++i) v[i] = v[i] * scale + shift;
+  // The last cell of a row, if it is ragged.
+  const int32_t ragged = last < L ? cells - 1 : -1;
+  for (int64_t o = begin; o < end; ++o) {
+    const int64_t plane = o - begin;
+    const Vector scale = All(second && scales ? scales[o] : 1.f);
+    const Vector shift = All(second && shifts ? shifts[o] : 0.f);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int32_t c = 0; c < cells; ++c) {
+        Vector x = *v++;
+        if constexpr (add)
+          x += Load(other.data + plane * other.plane + r * other.pitch +
+                    c * other.step);
+        x = Clipped(x, low, high);
+        if (c == ragged) x = Masked(x, kept);
+        if constexpr (first)
+          to.Put(plane * to.plane + r * to.pitch + c * to.step, c, x);
+        if constexpr (second) {
+          x = Clipped(x * scale + shift, low2, high2);
+          if (c == ragged) x = Masked(x, kept);
+          to2.Put(plane * to2.plane + r * to2.pitch + c * to2.step, c, x);
+        }
+      }
   }
+}
+
+// Ends the sums of channels [begin, end), whatever the epilogue.
+RIGL_ONCE void Finish(const Epilogue& after, float* sums, int32_t begin,
+                      int32_t end, int32_t row, int32_t cell, int32_t rows,
+                      int32_t cells, int32_t last) {
+  Vector* v = reinterpret_cast<Vector*>(sums);
   const Clip clip = ClipOf(after.act, after.a, after.b);
   const Clip clip2 = ClipOf(after.act2, after.a2, after.b2);
   const bool add = after.other.data;
   const bool first = after.to.data, second = after.to2.data;
+  if (after.scale || after.shift) {
+    Vector* x = v;
+    for (int32_t o = begin; o < end; ++o) {
+      const Vector scale = All(after.scale ? after.scale[o] : 1.f);
+      const Vector shift = All(after.shift ? after.shift[o] : 0.f);
+      for (int32_t i = 0; i < rows * cells; ++i, ++x) *x = *x * scale + shift;
+    }
+  }
   if (!clip.is || (second && !clip2.is) || (!first && !second) ||
       (add && (after.combine != '+' || after.other_is_pixel))) {
-    for (int r = 0; r < rows; ++r)
-      FinishRow(after, channel, row + r, cell, cells, kept, v + r * cells);
+    const Integers kept = FirstOf(last);
+    for (int32_t o = begin; o < end; ++o)
+      for (int32_t r = 0; r < rows; ++r, v += cells)
+        FinishRow(after, o, row + r, cell, cells, kept, v);
     return;
   }
-#define RIGL_PLAIN(add, first, second)                                      \
-  for (int r = 0; r < rows; ++r)                                            \
-  FinishPlainRow<add, first, second>(after, clip, clip2, channel, row + r,  \
-                                     cell, cells, kept, v + r * cells)
+#define RIGL_PLAIN(add, first, second)                                       \
+  FinishPlain<add, first, second>(after, clip, clip2, begin, end, row, cell, \
+                                  rows, cells, last, v)
   if (add && first && second)
     RIGL_PLAIN(true, true, true);
   else if (add && first)
@@ -406,12 +446,12 @@ RIGL_ONCE void Finish(const Epilogue& after, int32_t channel, int32_t row,
 #undef RIGL_PLAIN
 }
 
-void FinishAll(const Epilogue& after, float* sums, int32_t begin, int32_t end,
-               int32_t row, int32_t cell, int32_t rows, int32_t cells,
-               int32_t last) {
-  for (int32_t o = begin; o < end; ++o)
-    Finish(after, o, row, cell, rows, cells, last,
-           reinterpret_cast<Vector*>(sums) + (o - begin) * rows * cells);
+// The same of one channel.
+RIGL_INLINE void FinishOne(const Epilogue& after, int32_t channel, int32_t row,
+                           int32_t cell, int32_t rows, int32_t cells,
+                           int32_t last, Vector* v) {
+  Finish(after, reinterpret_cast<float*>(v), channel, channel + 1, row, cell,
+         rows, cells, last);
 }
 
 // --------------------------------------------------------------- Convolutions
@@ -515,7 +555,7 @@ void SparseTile(const Convolution& k, const Part& part, float* scratch,
           for (int c = 0; c < C; ++c)
             Store(sums + (r * C + c) * L, sum[r][c]);
         if (done)
-          Finish(after, o, row, cell, R, C, last, buffer);
+          FinishOne(after, o, row, cell, R, C, last, buffer);
       }
     }
   }
@@ -649,8 +689,8 @@ void DensePanels(const Convolution& k, const DenseCells& cells,
     for (int d = 0; d < D; ++d) sums[i * D + d] = sum[i][d];
   const int32_t count = Least(end - channel, panels * kPanel);
   const int32_t last = cell + columns == k.out_cells ? k.out_last : L;
-  for (int i = 0; i < count; ++i)
-    Finish(k.after, channel + i, row, cell, rows, columns, last, sums + i * D);
+  Finish(k.after, reinterpret_cast<float*>(sums), channel, channel + count, row,
+         cell, rows, columns, last);
 }
 
 template <int D>
@@ -717,7 +757,7 @@ void Elementwise(const Field& in, const Epilogue& after, int32_t begin,
         Vector v[kChunk];
         const float* from = in.data + Place(in, o, row, cell);
         for (int i = 0; i < count; ++i) v[i] = Load(from + i * Step(in));
-        Finish(after, o, row, cell, 1, count,
+        FinishOne(after, o, row, cell, 1, count,
                cell + count == in.cells ? in.last : L, v);
       }
 }
@@ -756,7 +796,7 @@ void PoolWindows(const Pool& pool, int32_t begin, int32_t end) {
               (static_cast<int64_t>(row) * pool.out_cells + cell) * L;
           for (int i = 0; i < count; ++i) v[i] *= Load(factors + i * L);
         }
-        Finish(pool.after, o, row, cell, 1, count,
+        FinishOne(pool.after, o, row, cell, 1, count,
                cell + count == pool.out_cells ? pool.out_last : L, v);
       }
 }
@@ -794,7 +834,7 @@ void GlobalPool(const Field& in, bool maximum, bool positions, int32_t columns,
     }
     if (!maximum)
       all *= All(1.f / (static_cast<float>(in.rows) * columns));
-    Finish(after, o, 0, 0, 1, 1, L, &all);
+    FinishOne(after, o, 0, 0, 1, 1, L, &all);
   }
 }
 
@@ -982,7 +1022,7 @@ void Unpack(const Field& from, float* pixels, int64_t image_stride,
 extern const Tiles RIGL_JOIN(rigl_tiles_, RIGL_ISA, RIGL_LENGTH);
 const Tiles RIGL_JOIN(rigl_tiles_, RIGL_ISA, RIGL_LENGTH) = {
     RIGL_TEXT(RIGL_ISA), L,          kRegisters,  kMostRows, kMostCells,
-    kPanel,              kDenseCells, Sparse,     Dense,     FinishAll,
+    kPanel,              kDenseCells, Sparse,     Dense,     Finish,
     Elementwise,         PoolWindows, GlobalPool, Pack,      Unpack};
 
 }  // namespace rigl_serving
