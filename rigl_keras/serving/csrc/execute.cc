@@ -12,7 +12,8 @@
 namespace rigl_serving {
 namespace {
 
-constexpr int64_t kBand = 100'000;  // floats of a band's input
+constexpr int64_t kArea = 110'000;  // floats of an area's input
+constexpr int32_t kFewestTiles = 8;  // of an area
 constexpr int64_t kHugePage = 1 << 21;  // bytes
 
 // What one of several threads does of a number of things.
@@ -183,6 +184,7 @@ void Instance::Bind(int32_t s) {
     c.tile[1] = step.choice.tile[1];
     c.after = bound.after;
     bound.parts = PartsOf(step, c);
+    if (step.choice.product == Product::kGenerated) SetArea(step, &bound);
     scratch = int64_t{c.tile[0]} * c.tile[1] * tiles_.length *
               ((c.channels + tiles_.panel - 1) / tiles_.panel * tiles_.panel);
   } else if (step.kind == StepKind::kPool) {
@@ -311,41 +313,73 @@ inline void Prefetch(const Field& field, const Generated::Block& block,
         __builtin_prefetch(at + i * field.pitch + j * length, write);
 }
 
-// A band of rows that stays in the second cache is read by all blocks of
-// channels, one after another, so that the code of a block is, too.
+// An area of the output whose inputs stay in the second cache is computed for
+// all blocks of channels, one after another: the code of a block then stays in
+// the first one for the whole area.
 void Instance::RunGenerated(const Step& step, const Bound& bound,
                             const Part& part, float* scratch) const {
   const Convolution& c = bound.convolution;
   const Generated& generated = step.weights->generated;
   const int32_t* tile = step.choice.tile;
-  const int64_t row_floats =
-      std::max<int64_t>(1, int64_t{step.in.geometry.channels} *
-                               c.in_pitch);
-  const int32_t band = static_cast<int32_t>(std::max<int64_t>(
-      tile[0], kBand / row_floats / tile[0] * tile[0]));
-  for (int32_t begin = part.row_begin; begin < part.row_end; begin += band) {
-    const int32_t end = std::min(begin + band, part.row_end);
-    for (const Generated::Block& block : generated.blocks) {
-      if (block.first_channel < part.channel_begin ||
-          block.first_channel >= part.channel_end)
-        continue;
-      const SumsFunction sums = generated.function(block);
-      const float* weights = generated.weights.data() + block.weights_at;
-      for (int32_t i = begin; i < end; i += tile[0]) {
-        for (int32_t j = 0; j < c.out_cells; j += tile[1]) {
-          Prefetch<false>(c.after.other, block, i, j, tile, tiles_.length);
-          Prefetch<true>(c.after.to, block, i, j, tile, tiles_.length);
-          Prefetch<true>(c.after.to2, block, i, j, tile, tiles_.length);
-          sums(c.in + i * c.in_pitch + j * c.in_step, weights, scratch);
-          tiles_.finish(c.after, scratch, block.first_channel,
-                        block.first_channel + block.channels, i, j, tile[0],
-                        tile[1],
-                        j + tile[1] == c.out_cells ? c.out_last
-                                                   : tiles_.length);
+  const int32_t* area = bound.area;
+  for (int32_t top = part.row_begin; top < part.row_end; top += area[0]) {
+    const int32_t bottom = std::min(top + area[0], part.row_end);
+    for (int32_t left = 0; left < c.out_cells; left += area[1]) {
+      const int32_t right = std::min(left + area[1], c.out_cells);
+      for (const Generated::Block& block : generated.blocks) {
+        if (block.first_channel < part.channel_begin ||
+            block.first_channel >= part.channel_end)
+          continue;
+        const SumsFunction sums = generated.function(block);
+        const float* weights = generated.weights.data() + block.weights_at;
+        for (int32_t i = top; i < bottom; i += tile[0]) {
+          for (int32_t j = left; j < right; j += tile[1]) {
+            Prefetch<false>(c.after.other, block, i, j, tile, tiles_.length);
+            Prefetch<true>(c.after.to, block, i, j, tile, tiles_.length);
+            Prefetch<true>(c.after.to2, block, i, j, tile, tiles_.length);
+            sums(c.in + i * c.in_pitch + j * c.in_step, weights, scratch);
+            tiles_.finish(c.after, scratch, block.first_channel,
+                          block.first_channel + block.channels, i, j, tile[0],
+                          tile[1],
+                          j + tile[1] == c.out_cells ? c.out_last
+                                                     : tiles_.length);
+          }
         }
       }
     }
   }
+}
+
+// How many rows and cells of the output read no more of the input than stays
+// in the second cache, in whole tiles.
+void Instance::SetArea(const Step& step, Bound* bound) const {
+  const Convolution& c = bound->convolution;
+  const int32_t* tile = step.choice.tile;
+  int64_t low = 0, high = 0;
+  for (const Step::Tap& tap : step.taps) {
+    low = std::min(low, tap.offset);
+    high = std::max(high, tap.offset);
+  }
+  const int64_t pitch = std::max<int64_t>(1, step.in.geometry.pitch);
+  const int64_t window = (high - low) / pitch + 1;  // rows
+  const int64_t channels = step.in.geometry.channels;
+  const auto floats = [&](int64_t rows, int64_t cells) {
+    const int64_t width =
+        std::min(pitch, (cells - 1) * c.in_step + 3 * tiles_.length);
+    return channels * ((rows - 1) * c.in_pitch / pitch + window) * width;
+  };
+  int32_t* area = bound->area;
+  area[0] = tile[0];
+  area[1] = (c.out_cells + tile[1] - 1) / tile[1] * tile[1];
+  // Narrower, until it fits or the code would be read for too few tiles.
+  while (area[1] > tile[1] && area[1] / tile[1] % 2 == 0 &&
+         area[1] / tile[1] > 4 && floats(area[0], area[1]) > kArea)
+    area[1] /= 2;
+  while (area[0] < c.out_rows && floats(area[0] + tile[0], area[1]) <= kArea)
+    area[0] += tile[0];
+  while (area[0] < c.out_rows &&
+         area[0] / tile[0] * (area[1] / tile[1]) < kFewestTiles)
+    area[0] += tile[0];
 }
 
 // What follows is rare or cheap, and the same for both layouts: a pixel is

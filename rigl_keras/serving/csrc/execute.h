@@ -58,6 +58,7 @@ class Instance {
     Pool pool;
     std::vector<Field> phases;
     std::vector<Part> parts;  // of each thread
+    int32_t area[2] = {1, 1};  // of what generated code computes at a time
   };
 
   static Memory Allocated(int64_t floats);
@@ -66,6 +67,7 @@ class Instance {
   std::vector<Part> PartsOf(const Step& step, const Convolution& whole) const;
   void Reserve();
 
+  void SetArea(const Step& step, Bound* bound) const;
   int32_t PanelOf(const Step& step) const;
   void RunGenerated(const Step& step, const Bound& bound, const Part& part,
                     float* scratch) const;

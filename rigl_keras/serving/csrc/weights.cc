@@ -22,7 +22,7 @@ constexpr int32_t kGeneratedTiles[][2] = {{1, 1}, {1, 2}, {2, 1}, {1, 3},
 // measured.
 constexpr int64_t kWorthCode = 12;
 // And tiles of an image above which it is.
-constexpr int64_t kWorthRuns = 32;
+constexpr int64_t kWorthRuns = 32, kWorthRunsOfImages = 12;
 // Tiles that are worth measuring.
 constexpr size_t kMostTiles = 6;
 
@@ -166,7 +166,8 @@ std::vector<Choice> ChoicesFor(const Step& step, const Geometry& out,
   const bool generated_first =
       !choices.empty() && weights >= kWorthCode * kernel.filters &&
       int64_t{out.rows} * out.cells >=
-          kWorthRuns * choices[0].tile[0] * choices[0].tile[1];
+          (layout.positions ? kWorthRuns : kWorthRunsOfImages) *
+              choices[0].tile[0] * choices[0].tile[1];
   std::vector<Choice> loops =
       looped(dense_first ? Product::kDense : Product::kSparse);
   if (one_group) {
