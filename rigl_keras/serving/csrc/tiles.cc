@@ -363,13 +363,20 @@ RIGL_INLINE Cursor CursorOf(const Field& field, int32_t channel, int32_t row,
           field.cells};
 }
 
+template <int n>
+struct Number {
+  static constexpr int value = n;
+};
+
 // The same of channels [begin, end) of a tile, where all that happens is
-// adding, clips, and the second output's scale and shift: in one pass.
-template <bool add, bool first, bool second>
+// adding, clips, and the second output's scale and shift: in one pass. R
+// and C: rows and cells, or 0 where they are only known here.
+template <int R, int C, bool add, bool first, bool second>
 RIGL_INLINE void FinishPlain(const Epilogue& after, const Clip& clip,
                              const Clip& clip2, int32_t begin, int32_t end,
                              int32_t row, int32_t cell, int32_t rows,
                              int32_t cells, int32_t last, const Vector* v) {
+  if constexpr (R != 0) rows = R, cells = C;
   const Vector low = All(clip.low), high = All(clip.high);
   const Vector low2 = All(clip2.low), high2 = All(clip2.high);
   const float *scales = after.scale2, *shifts = after.shift2;
@@ -381,25 +388,25 @@ RIGL_INLINE void FinishPlain(const Epilogue& after, const Clip& clip,
   // The last cell of a row, if it is ragged.
   const int32_t ragged = last < L ? cells - 1 : -1;
   for (int64_t o = begin; o < end; ++o) {
-    const int64_t plane = o - begin;
     const Vector scale = All(second && scales ? scales[o] : 1.f);
     const Vector shift = All(second && shifts ? shifts[o] : 0.f);
     for (int64_t r = 0; r < rows; ++r)
       for (int32_t c = 0; c < cells; ++c) {
         Vector x = *v++;
         if constexpr (add)
-          x += Load(other.data + plane * other.plane + r * other.pitch +
-                    c * other.step);
+          x += Load(other.data + r * other.pitch + c * other.step);
         x = Clipped(x, low, high);
         if (c == ragged) x = Masked(x, kept);
-        if constexpr (first)
-          to.Put(plane * to.plane + r * to.pitch + c * to.step, c, x);
+        if constexpr (first) to.Put(r * to.pitch + c * to.step, c, x);
         if constexpr (second) {
           x = Clipped(x * scale + shift, low2, high2);
           if (c == ragged) x = Masked(x, kept);
-          to2.Put(plane * to2.plane + r * to2.pitch + c * to2.step, c, x);
+          to2.Put(r * to2.pitch + c * to2.step, c, x);
         }
       }
+    if constexpr (add) other.data += other.plane;
+    if constexpr (first) to.data += to.plane;
+    if constexpr (second) to2.data += to2.plane;
   }
 }
 
@@ -428,22 +435,35 @@ RIGL_ONCE void Finish(const Epilogue& after, float* sums, int32_t begin,
         FinishRow(after, o, row + r, cell, cells, kept, v);
     return;
   }
-#define RIGL_PLAIN(add, first, second)                                       \
-  FinishPlain<add, first, second>(after, clip, clip2, begin, end, row, cell, \
-                                  rows, cells, last, v)
+  const auto plain = [&](auto add, auto first, auto second) {
+    const auto run = [&](auto r, auto c) {
+      FinishPlain<r.value, c.value, add.value, first.value, second.value>(
+          after, clip, clip2, begin, end, row, cell, rows, cells, last, v);
+    };
+    // Small tiles, whose sums were computed for many channels at once.
+    if (rows == 1 && cells == 1)
+      run(Number<1>{}, Number<1>{});
+    else if (rows == 1 && cells == 2)
+      run(Number<1>{}, Number<2>{});
+    else if (rows == 2 && cells == 1)
+      run(Number<2>{}, Number<1>{});
+    else
+      run(Number<0>{}, Number<0>{});
+  };
+  const Number<1> yes;
+  const Number<0> no;
   if (add && first && second)
-    RIGL_PLAIN(true, true, true);
+    plain(yes, yes, yes);
   else if (add && first)
-    RIGL_PLAIN(true, true, false);
+    plain(yes, yes, no);
   else if (add)
-    RIGL_PLAIN(true, false, true);
+    plain(yes, no, yes);
   else if (first && second)
-    RIGL_PLAIN(false, true, true);
+    plain(no, yes, yes);
   else if (first)
-    RIGL_PLAIN(false, true, false);
+    plain(no, yes, no);
   else
-    RIGL_PLAIN(false, false, true);
-#undef RIGL_PLAIN
+    plain(no, no, yes);
 }
 
 // The same of one channel.
