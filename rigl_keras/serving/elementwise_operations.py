@@ -80,25 +80,53 @@ def _value_and_constant(t, operation):
 
 
 def _affine(t, tensor, scale, shift):
-    """Returns a value times a constant plus another, by channels."""
+    """Returns a value times a constant plus another.
+
+    Constants are one for each channel, or for each place of some last axes,
+    which are one axis in between.
+    """
+    scale, shift = (np.asarray(array, np.float64) for array in (scale, shift))
 
     def make(x):
-        channels = x.shape[-1]
-        vectors = []
-        for array in (scale, shift):
-            array = np.asarray(array, np.float64)
-            rank = len(x.shape) + 1
-            last = array.shape[-1] if array.ndim else 1
-            if array.size != last or last not in (1, channels):
-                raise UnknownError("its constant is not one for each channel")
-            if array.ndim > rank:
-                raise UnknownError("its constant has more axes than its value")
-            vectors.append(array.reshape(last))
+        axes = max(_spanned(scale, x.shape), _spanned(shift, x.shape))
+        kept = x.shape[: len(x.shape) - axes]
+        vectors = [
+            np.reshape(array, -1)
+            if array.size == 1
+            else np.broadcast_to(_stripped(array), x.shape[len(kept) :]).ravel()
+            for array in (scale, shift)
+        ]
         if (vectors[0] == 1).all() and (vectors[1] == 0).all():
             return x
-        return t.make(Operation.AFFINE, x, scale=vectors[0], shift=vectors[1])
+        if axes > 1:
+            y = t.reshaped(x, (*kept, math.prod(x.shape[len(kept) :])))
+        else:
+            y = x
+        y = t.make(Operation.AFFINE, y, scale=vectors[0], shift=vectors[1])
+        return t.reshaped(y, x.shape)
 
     return t.each(tensor, make)
+
+
+def _stripped(array):
+    """Returns an array without first axes of length 1."""
+    while array.shape[:1] == (1,):
+        array = array[0]
+    return array
+
+
+def _spanned(array, shape):
+    """Returns how many of the last axes of a value a constant is for."""
+    lengths = _stripped(array).shape
+    axes = len(lengths)
+    if array.ndim > len(shape) + 1 or axes > len(shape):
+        raise UnknownError("its constant has more axes than its value")
+    own = shape[len(shape) - axes :]
+    if -1 in own or any(
+        n not in (1, m) for n, m in zip(lengths, own, strict=True)
+    ):
+        raise UnknownError("its constant does not fit its value")
+    return axes
 
 
 def _add(t, operation):

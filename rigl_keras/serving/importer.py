@@ -104,8 +104,7 @@ def import_function(function: Any, *, least_work: int = LEAST_WORK) -> Imported:
     translation = Translation(graph, {**LAYERS, **ELEMENTWISE})
     ends = [translation.step(tensor) for tensor in graph.outputs.values()]
     if all(step.node is not None for step in sorted_steps(ends)):
-        network, segment = _whole(graph, translation, ends)
-        segments = (segment,)
+        network, segments = _whole(graph, translation, ends)
     else:
         network = None
         segments = _parts(graph, translation, ends, least_work)
@@ -118,7 +117,7 @@ def import_function(function: Any, *, least_work: int = LEAST_WORK) -> Imported:
 
 
 def _whole(graph, translation, ends):
-    """Returns a graph as a network, and as the one segment of it."""
+    """Returns a graph as a network, and as the one segment of it, if any."""
     fed = {
         name: translation.step(tensor)
         for name, tensor in graph.inputs.items()
@@ -131,6 +130,8 @@ def _whole(graph, translation, ends):
     )
     # A tensor is computed once, though it may be two outputs.
     outputs = dict(zip(tensors, (o.node for o in network.outputs), strict=True))
+    if not outputs:
+        return network, ()
     segment = Segment(
         dataclasses.replace(
             network, outputs=tuple(Output(*pair) for pair in outputs.items())
@@ -138,26 +139,25 @@ def _whole(graph, translation, ends):
         tuple(step.tensor for step in fed.values()),
         tuple(outputs),
     )
-    return network, segment
+    return network, (segment,)
 
 
 def _parts(graph, translation, ends, least_work):
     parts = parts_of(translation, ends, least_work)
+    part_of = {id(step): part for part in parts for step in part.steps}
     made_in = {
-        step.tensor: part
-        for part in parts
-        for step in part.steps
-        # Not what is between an operation's inputs and its result.
-        if translation.steps.get(step.tensor) is step
+        name: part_of[id(step)]
+        for name, step in translation.steps.items()
+        if id(step) in part_of
     }
     waiting = [tensor.name for tensor in graph.outputs.values()]
     waiting += [step.tensor for part in parts for step in part.inputs]
-    read = set(waiting)
+    read = dict.fromkeys(waiting)
     for operation in operations_until(graph, waiting, made_in):
-        read.update(source.name for source in operation.inputs)
-    for name, part in made_in.items():
-        if name in read:
-            part.outputs.append(translation.steps[name])
+        read |= dict.fromkeys(source.name for source in operation.inputs)
+    for name in read:
+        if name in made_in:
+            made_in[name].outputs[name] = translation.steps[name]
     return tuple(segment_of(part) for part in parts if part.outputs)
 
 

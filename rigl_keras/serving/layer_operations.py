@@ -363,7 +363,7 @@ def _reshape(t, operation):
     lengths = t.lengths(x)
     if targets == [list(one) for one in lengths]:
         return x
-    if _are_rows(targets, lengths):
+    if _are_rows(targets, lengths) and targets[0][0] != lengths[0][0]:
         return Rows(x)
     upsampled = _upsampled_by_tiles(t, operation, targets)
     if upsampled is not None:

@@ -47,12 +47,13 @@ class Part:
     Attributes:
         steps: What is read comes first.
         inputs: What they read from outside.
-        outputs: Those that are read outside, which the caller fills in.
+        outputs: Those that are read outside, by the names of their tensors,
+            which the caller fills in.
     """
 
     steps: list[Step]
     inputs: list[Step]
-    outputs: list[Step] = dataclasses.field(default_factory=list)
+    outputs: dict[str, Step] = dataclasses.field(default_factory=dict)
 
 
 def parts_of(
@@ -161,9 +162,9 @@ def segment_of(part: Part) -> Segment:
     for step in part.steps:
         step.reads = [fed.get(id(read), read) for read in step.reads]
     inputs = tuple(step.tensor for step in part.inputs)
-    outputs = tuple(step.tensor for step in part.outputs)
+    outputs = tuple(part.outputs)
     network = network_of(
         list(zip(inputs, fed.values(), strict=True)),
-        list(zip(outputs, simplify(part.outputs), strict=True)),
+        list(zip(outputs, simplify(part.outputs.values()), strict=True)),
     )
     return Segment(network, inputs, outputs)

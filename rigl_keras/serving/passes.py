@@ -5,7 +5,7 @@ of weights are taken in float64.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -19,7 +19,7 @@ _ELEMENTWISE = (Operation.AFFINE, Operation.ACTIVATION)
 _BINARY = (Operation.ADD, Operation.SUBTRACT, Operation.MULTIPLY)
 
 
-def simplify(ends: Sequence[Step]) -> list[Step]:
+def simplify(ends: Iterable[Step]) -> list[Step]:
     """Changes how the steps that ends need are computed.
 
     Args:

@@ -17,7 +17,7 @@ from rigl_keras.serving.steps import Step
 
 __all__ = ["Rows", "Translation", "Translator", "UnknownError"]
 
-# Batches that are tried where a tensor holds shapes.
+# Batches that are tried where a tensor holds shapes, unless one is fixed.
 _BATCHES = (3, 5)
 _FREE, _APART = (101, 211), (2, 6)  # and lengths of free axes with them
 
@@ -64,11 +64,13 @@ class Translation:
         self._free: dict[tuple[int, int], int] = {}
         self._operation: tf.Operation
         named = {tensor.name: name for name, tensor in graph.inputs.items()}
-        self._batch = {
+        fixed = {
             tensor.shape[0]
             for tensor in graph.inputs.values()
             if tensor.shape.rank
-        } | {None}
+        } - {None}
+        self._batch = fixed | {None}
+        self._batches = 2 * tuple(fixed) if len(fixed) == 1 else _BATCHES
         for operation in graph.graph.get_operations():
             self._operation = operation
             if operation.name in graph.constant_operations:
@@ -105,6 +107,8 @@ class Translation:
         if isinstance(made, Rows):
             self._rows[tensor.name] = made
         else:
+            if self.steps.get(made.tensor) is not made:
+                made.tensor = tensor.name  # not that of rows
             self.steps[tensor.name] = made
 
     def give_up(self, step: Step, reason: str) -> None:
@@ -191,7 +195,7 @@ class Translation:
             UnknownError: It depends on more than shapes.
         """
         found = []
-        for i in range(len(_BATCHES)):
+        for i in range(len(self._batches)):
 
             def shape(name, i=i):
                 step = self.steps.get(name)
@@ -211,7 +215,7 @@ class Translation:
         Axes that are free have a length of their own in either.
         """
         found = []
-        for i, batch in enumerate(_BATCHES):
+        for i, batch in enumerate(self._batches):
             shape = [batch]
             for axis, length in enumerate(step.shape or ()):
                 if length == -1:

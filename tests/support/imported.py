@@ -1,0 +1,66 @@
+"""A model's networks, and whether they compute what it does."""
+
+import numpy as np
+import tensorflow as tf
+
+from rigl_keras.exporting.networks import import_model
+from rigl_keras.exporting.signatures import outputs_of, signature_of
+from rigl_keras.serving.network_file import from_bytes, to_bytes
+from support.network_reference import evaluate
+
+# Of the largest output. Values are sums of few products.
+TOLERANCE = 3e-6
+
+
+def check_imported(model, *, batch=3, least_work=1, tolerance=TOLERANCE):
+    """Imports a model, and compares what it computes with the networks.
+
+    They are read from the bytes that a file holds. What TensorFlow computes
+    of the model besides is computed by it.
+
+    Returns:
+        What `import_model` returned.
+    """
+    signature = signature_of(model)
+    imported = import_model(model, signature, least_work=least_work)
+    arrays = signature.random(batch)
+    wanted = outputs_of(model, signature, arrays)
+    if imported.network is not None:
+        network = from_bytes(to_bytes(imported.network))
+        compare(evaluate(network, arrays), wanted, tolerance)
+    compare(rebuilt(imported, arrays), wanted, tolerance)
+    return imported
+
+
+def rebuilt(imported, arrays):
+    """Returns what a function computes whose networks NumPy computes."""
+    networks = [from_bytes(to_bytes(s.network)) for s in imported.segments]
+
+    def run(number, tensors):
+        network = networks[number]
+        names = [node.name for node in network.inputs()]
+
+        def compute(*values):
+            outputs = evaluate(network, dict(zip(names, values, strict=True)))
+            return [y.astype(np.float32) for y in outputs.values()]
+
+        return tf.numpy_function(
+            compute, tensors, [tf.float32] * len(network.outputs)
+        )
+
+    @tf.function(autograph=False)
+    def serve(**inputs):
+        return imported.rebuild(inputs, run)
+
+    outputs = serve(**{name: tf.constant(x) for name, x in arrays.items()})
+    return {name: tensor.numpy() for name, tensor in outputs.items()}
+
+
+def compare(found, wanted, tolerance):
+    assert list(found) == list(wanted)
+    for name, array in wanted.items():
+        assert found[name].shape == array.shape
+        largest = np.abs(array).max()
+        np.testing.assert_allclose(
+            found[name], array, rtol=0, atol=tolerance * largest, err_msg=name
+        )
