@@ -295,7 +295,7 @@ def test_what_is_measured(tmp_path):
     assert report.bytes < report.dense_bytes
     assert report.gzip_bytes < report.dense_gzip_bytes
     assert report.load_seconds > 0 and report.dense_load_seconds > 0
-    assert set(report.latency) == set(report.dense_latency) == {1, 32}
+    assert set(report.latency) == set(report.dense_latency) == {1, 32, 128}
     assert min(report.latency.values()) > 0
     table = str(report)
     for said in ("on disk", "gzip", "time to load", "latency at batch 32"):
@@ -536,13 +536,14 @@ def test_refuses(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow_but("saved_model", "sparse_saved_model", "onnx", "keras")
+NEED_KERNELS = ("sparse_saved_model", "native")
+
+
+@pytest.mark.slow_but("saved_model", *NEED_KERNELS, "onnx", "keras")
 @pytest.mark.parametrize("format", list(FORMATS))
-def test_what_disagrees_is_not_written(format, tmp_path, monkeypatch, request):
-    if format == "sparse_saved_model":
-        if rigl_keras.kernels.load() is None:
-            pytest.skip(f"no kernels: {rigl_keras.kernels.unavailable()}")
-        request.getfixturevalue("always_sparse")
+def test_what_disagrees_is_not_written(format, tmp_path, monkeypatch):
+    if format in NEED_KERNELS and rigl_keras.kernels.load() is None:
+        pytest.skip(f"no kernels: {rigl_keras.kernels.unavailable()}")
     model = rigl_keras.sparsify(small_model(), 0.2)
     load = FORMATS[format].load
 
@@ -552,7 +553,9 @@ def test_what_disagrees_is_not_written(format, tmp_path, monkeypatch, request):
 
     monkeypatch.setattr(FORMATS[format], "load", load_wrongly)
     with pytest.raises(ValueError, match="disagrees with the model"):
-        export(model, tmp_path / "new" / "exported", format=format)
+        export(
+            model, tmp_path / "new" / "exported", format=format, measure=False
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -663,8 +666,8 @@ def test_times_are_of_the_side_that_they_name(tmp_path, monkeypatch):
     )
     report = export(model, tmp_path / "exported")
     assert (report.load_seconds, report.dense_load_seconds) == (1.0, 2.0)
-    assert report.latency == {1: 1.0, 32: 1.0}
-    assert report.dense_latency == {1: 2.0, 32: 2.0}
+    assert report.latency == {1: 1.0, 32: 1.0, 128: 1.0}
+    assert report.dense_latency == {1: 2.0, 32: 2.0, 128: 2.0}
 
 
 def test_bits_that_are_wrong_are_noticed(tmp_path, monkeypatch):
@@ -870,18 +873,17 @@ FILL = """
 import json, pathlib, sys
 import rigl_keras
 from rigl_keras.exporting.formats import FORMATS
-from rigl_keras.kernels import layer_products
 from support.small_models import small_model
 model = rigl_keras.sparsify(small_model(), 0.2)
 disk, ends = pathlib.Path(sys.argv[1]), {}
-# Its layers are too small to be faster.
-sparse = rigl_keras.kernels.Choice(True, "test")
-layer_products.faster_product = lambda *_, **options: sparse
+needy = "sparse_saved_model", "native"
 for format in FORMATS:
-    if format == "sparse_saved_model" and rigl_keras.kernels.load() is None:
+    if format in needy and rigl_keras.kernels.load() is None:
         continue
     try:
-        rigl_keras.export(model, disk / "new" / format, format=format)
+        rigl_keras.export(
+            model, disk / "new" / format, format=format, measure=False
+        )
     except Exception as error:
         ends[format] = type(error).__name__, str(error)
     assert not list(disk.iterdir()), list(disk.rglob("*"))
@@ -908,7 +910,7 @@ def test_a_full_disk(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     ends = json.loads(done.stdout.splitlines()[-1])
-    without = {"sparse_saved_model"}
+    without = set(NEED_KERNELS)
     if rigl_keras.kernels.load() is not None:
         without = set()
     assert set(ends) == set(FORMATS) - without

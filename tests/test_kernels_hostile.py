@@ -15,7 +15,6 @@ from keras import layers
 
 import rigl_keras
 from rigl_keras import _timing, kernels
-from rigl_keras.exporting import fusion
 from rigl_keras.kernels import choice, library
 from rigl_keras.kernels.operations import FrozenKernel, sparse_conv2d
 
@@ -442,12 +441,6 @@ def test_a_model_of_images_that_are_too_small():
         run = tf.function(each, input_signature=[tf.TensorSpec((None,) * 4)])
         with pytest.raises(REFUSED):
             run(images)
-    fused = tf.function(
-        fusion.Fused(sparse, product="sparse"),
-        input_signature=[tf.TensorSpec((None, None, None, 8))],
-    )
-    with pytest.raises(REFUSED, match="smaller than the kernel"):
-        fused(images)
 
 
 def test_no_channels_sum_up_to_zero():

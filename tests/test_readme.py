@@ -98,7 +98,7 @@ def test_the_server_answers(tmp_path):
 
 @pytest.mark.slow
 @needs_kernels
-def test_the_sparse_saved_model_is_loaded(tmp_path, always_sparse):
+def test_the_sparse_saved_model_is_loaded(tmp_path):
     """In a process that cannot import this package, by the lines it has."""
     model = rigl_keras.sparsify(rigl_keras.models.wide_resnet(10, 1), 0.1)
     rigl_keras.export(

@@ -3,12 +3,12 @@
 export              `export`
 formats             the registry of formats
 base_format         `Format`: what each format provides
-saved_model, sparse_saved_model, tflite, onnx, keras_file
+saved_model, sparse_saved_model, native, tflite, onnx, keras_file
 preconditions       what must hold before anything is written
 comparison          whether what was written computes what the model does
 measurement         its size and speed
 export_report       `ExportReport`, `check_export`
 signatures          what a served model takes and returns
-fusion              a network as sparse steps, for sparse_saved_model
+networks            a model as networks, for sparse_saved_model and native
 sparse_storage      kernels with their zeros left out
 """

@@ -37,12 +37,15 @@ class WriteOptions:
         calibration: Named inputs from which the ranges of activations are
             read, for a quantization that is calibrated.
         batch_size: The batch size. None: free.
+        batch_sizes: Those for which a format that can choose compares what is
+            fastest. Empty: it does not.
     """
 
     sparse: bool = True
     quantization: str | None = None
     calibration: Mapping[str, np.ndarray] | None = None
     batch_size: int | None = None
+    batch_sizes: Sequence[int] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +85,7 @@ class Format(abc.ABC):
             folder does.
         packages: Packages that it needs besides TensorFlow.
         quantizations: The `Quantization`s that it offers, by name.
+        folds: Whether it folds batch norms, whatever is asked for.
         concessions: What is given up, in this order, for a model that the
             format otherwise cannot hold, or runs wrongly.
     """
@@ -90,6 +94,7 @@ class Format(abc.ABC):
     weights: str | None = None
     packages: Sequence[str] = ()
     quantizations: Mapping[str, Quantization] = {}
+    folds: bool = False
     concessions: Sequence[Concession] = ()
 
     @abc.abstractmethod
@@ -99,7 +104,7 @@ class Format(abc.ABC):
         signature: Signature,
         folder: Path,
         options: WriteOptions,
-    ) -> None:
+    ) -> list[str]:
         """Writes a model.
 
         Args:
@@ -108,6 +113,9 @@ class Format(abc.ABC):
             signature: What it is called on.
             folder: An empty folder.
             options: How it is written.
+
+        Returns:
+            What was not done, and why, for the report.
 
         Raises:
             ValueError: The format cannot hold this model.

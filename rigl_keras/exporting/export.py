@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import keras
 import tensorflow as tf
 
 from rigl_keras import _files, compaction
-from rigl_keras._checks import boolean, choice, number
+from rigl_keras._checks import boolean, choice, integer, number
 from rigl_keras.exporting.base_format import WriteOptions
 from rigl_keras.exporting.comparison import (
     DisagreesError,
@@ -50,6 +51,7 @@ def export(
     quantization: str | None = None,
     inputs: Any = None,
     tolerance: float | None = None,
+    batch_sizes: Sequence[int] = (1, 32, 128),
     measure: bool = True,
     overwrite: bool = False,
 ) -> ExportReport:
@@ -69,19 +71,21 @@ def export(
     `serving_default`, with the inputs of the model by name, any batch size,
     and its outputs: by the keys of a dict, else `output_0`, `output_1`, ...
     Its kernels become dense again when it is loaded, so that a call costs
-    what it costs in the dense model; under `"sparse_saved_model"` they stay
-    sparse, and a call costs less. `exporting.formats` says how the other
-    formats store them.
+    what it costs in the dense model; under `"sparse_saved_model"` and
+    `"native"` they stay sparse, and a call costs less. `exporting.formats`
+    says how the other formats store them.
 
     Args:
         model: A masked model of any kind, or one that `strip` returned.
         path: Folder to write. Of a link to a folder, that folder; the link
             stays. What `..` leads to is for the system to say.
-        format: `"saved_model"`; `"sparse_saved_model"`, whose layers compute
-            with sparse kernels wherever these are faster on this machine, and
-            which needs their op library: it is in the folder, with a
-            `load.py`; `"tflite"`, `"onnx"` or `"keras"`, of which the folder
-            holds a file `model.tflite`, `model.onnx` or `model.keras`.
+        format: `"saved_model"`; `"sparse_saved_model"`, the model as one
+            operation, or as many as are left between what only TensorFlow
+            knows, and which needs their library: it is in the folder, with a
+            `load.py`; `"native"`, which needs no TensorFlow: the folder has a
+            file `network.rigl`, a library with its C header, and a
+            `network.py`; `"tflite"`, `"onnx"` or `"keras"`, of which the
+            folder holds a file `model.tflite`, `model.onnx` or `model.keras`.
         fold_batch_norm: Whether batch norms become part of the layer before
             them, where the graph allows.
         remove_dead_units: Whether units without a connection to the input or
@@ -93,9 +97,13 @@ def export(
             calibrate the ranges of activations, and a hundred or more should
             be typical of what is served.
         tolerance: By how much outputs may differ, in units of how far they
-            spread around their mean. None: `TOLERANCES`, by the precision.
-        measure: Whether sizes, load time and latency of the dense SavedModel
-            are measured. False is quicker.
+            spread around their mean. None: `usual_tolerance`, by the
+            precision and the depth.
+        batch_sizes: Sizes, each at least 1, of which the latency is measured,
+            and for which `"sparse_saved_model"` and `"native"` compare what
+            is fastest on this machine. Any other size can be served, too.
+        measure: Whether that is compared, and sizes, load time and latency of
+            the dense SavedModel are measured. False is quicker.
         overwrite: Whether an earlier export at `path` may be replaced.
 
     Returns:
@@ -123,6 +131,7 @@ def export(
         tolerance = number(
             "tolerance", tolerance, above=0, rule="must be a positive number"
         )
+    batch_sizes = _checked_sizes(batch_sizes)
     target = checked_target(path, overwrite)
     check_model(model)
     writer = FORMATS[format]
@@ -130,19 +139,28 @@ def export(
     signature = signature_of(model, inputs)
     examples = comparison_inputs(signature, inputs, calibrated=calibrated)
     wanted = _outputs_to_match(model, signature, examples)
-    if tolerance is None:
-        tolerance = usual_tolerance(model, quantization)
     small, compacted = _compacted(model, fold_batch_norm, remove_dead_units)
+    if tolerance is None:
+        tolerance = usual_tolerance(
+            model,
+            quantization,
+            folded=None if writer.folds else len(compacted.get("folded", ())),
+        )
+    fixed = signature.batch_size
     options = WriteOptions(
         quantization=quantization,
         calibration=examples[-1] if calibrated else None,
+        batch_sizes=(batch_sizes if fixed is None else (fixed,))
+        if measure
+        else (),
     )
+    told: list[str] = []
     with _files.set_aside(target, replace=overwrite) as folder:
         artefact = Artefact(writer, folder, signature, list(wanted[0]))
 
         def write(**changes):
             changed = dataclasses.replace(options, **changes)
-            writer.write(small, signature, folder, changed)
+            told[:] = writer.write(small, signature, folder, changed)
             return artefact.load
 
         try:
@@ -166,15 +184,27 @@ def export(
             **costs(model, small),
             max_difference=largest,
             tolerance=tolerance,
-            **(_measured(artefact, model) if measure else {}),
+            **(_measured(artefact, model, batch_sizes) if measure else {}),
             **compacted,
-            notes=tuple(notes),
+            notes=(*notes, *told),
         )
         write_report(report, folder)
     return report
 
 
-def _measured(artefact, model):
+def _checked_sizes(sizes):
+    """Returns batch sizes as a tuple, each once."""
+    if isinstance(sizes, str) or not isinstance(sizes, Sequence) or not sizes:
+        raise ValueError(
+            "batch_sizes must be a list of sizes, such as [1, 32]. Received: "
+            f"batch_sizes={sizes!r}."
+        )
+    return tuple(
+        dict.fromkeys(integer("batch_sizes", n, at_least=1) for n in sizes)
+    )
+
+
+def _measured(artefact, model, batch_sizes):
     """Returns sizes and times, against a dense SavedModel of a model."""
     with tempfile.TemporaryDirectory() as scratch:
         dense = dataclasses.replace(
@@ -183,7 +213,7 @@ def _measured(artefact, model):
         dense.format.write(
             model, dense.signature, dense.folder, WriteOptions(sparse=False)
         )
-        return compare_artefacts(artefact, dense)
+        return compare_artefacts(artefact, dense, batch_sizes)
 
 
 def _check_format(format, quantization, inputs):

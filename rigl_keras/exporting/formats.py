@@ -1,7 +1,8 @@
 """The formats of an exported model, by name.
 
     saved_model         kernels as values and positions (`sparse_storage`)
-    sparse_saved_model  the same weights, computed with sparsely (`fusion`)
+    sparse_saved_model  the model as one operation (`networks`), and its library
+    native              the same without TensorFlow: a file and a library
     tflite              LiteRT's sparse encoding (EXPERIMENTAL_SPARSITY)
     onnx                sparse initializers, through Keras's exporter
     keras               the plain Keras model, kernels dense
@@ -11,6 +12,7 @@ A further format is a subclass of `Format` (`base_format`) and a line here.
 
 from rigl_keras.exporting.base_format import Format
 from rigl_keras.exporting.keras_file import KerasFile
+from rigl_keras.exporting.native import Native
 from rigl_keras.exporting.onnx import Onnx
 from rigl_keras.exporting.saved_model import SavedModel
 from rigl_keras.exporting.sparse_saved_model import SparseSavedModel
@@ -21,6 +23,7 @@ __all__ = ["FORMATS", "QUANTIZATIONS", "check_available", "formats_with"]
 FORMATS: dict[str, Format] = {
     "saved_model": SavedModel(),
     "sparse_saved_model": SparseSavedModel(),
+    "native": Native(),
     "tflite": TFLite(),
     "onnx": Onnx(),
     "keras": KerasFile(),

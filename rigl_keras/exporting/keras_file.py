@@ -31,8 +31,9 @@ class KerasFile(Format):
         signature: Signature,
         folder: Path,
         options: WriteOptions,
-    ) -> None:
+    ) -> list[str]:
         unmasked_copy(model).save(self.path(folder))
+        return []
 
     def load(
         self, folder: Path, signature: Signature, outputs: Sequence[str]

@@ -19,7 +19,6 @@ from rigl_keras.masking.selection import named_kernels
 
 __all__ = ["Artefact", "compare_artefacts", "costs"]
 
-_BATCHES = (1, 32)  # of which the latency is measured
 _SECONDS = 4.0  # that each of these measurements may take
 _TURN = 0.05  # seconds of calls, before the other side has its turn
 
@@ -49,12 +48,15 @@ class Artefact:
         return size_of(self.folder / (self.format.weights or ""))
 
 
-def compare_artefacts(ours: Artefact, dense: Artefact) -> dict[str, object]:
+def compare_artefacts(
+    ours: Artefact, dense: Artefact, batch_sizes: Sequence[int]
+) -> dict[str, object]:
     """Returns sizes and times of an artefact and of the dense SavedModel.
 
     Args:
         ours: The artefact.
         dense: The dense SavedModel of the same model.
+        batch_sizes: Of which the latency is measured.
 
     Returns:
         Fields of an `ExportReport`. Calls of both alternate; of a batch size
@@ -67,7 +69,7 @@ def compare_artefacts(ours: Artefact, dense: Artefact) -> dict[str, object]:
     )
     run, run_dense = sides["ours"](), sides["dense"]()
     latency, dense_latency = {}, {}
-    for batch in _BATCHES:
+    for batch in batch_sizes:
         if signature.batch_size not in (None, batch):
             continue
         try:

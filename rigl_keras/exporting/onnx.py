@@ -36,7 +36,7 @@ class Onnx(Format):
         signature: Signature,
         folder: Path,
         options: WriteOptions,
-    ) -> None:
+    ) -> list[str]:
         import onnx
 
         path = self.path(folder)
@@ -55,6 +55,7 @@ class Onnx(Format):
             written = onnx.load(path)
             _make_sparse(written.graph)
             onnx.save(written, path)
+        return []
 
     def load(
         self, folder: Path, signature: Signature, outputs: Sequence[str]

@@ -36,9 +36,10 @@ class SavedModel(Format):
         signature: Signature,
         folder: Path,
         options: WriteOptions,
-    ) -> None:
+    ) -> list[str]:
         served = Served(model, signature, sparse=options.sparse)
         tf.saved_model.save(served, str(folder), signatures=served.function)
+        return []
 
     def load(
         self, folder: Path, signature: Signature, outputs: Sequence[str]
@@ -73,6 +74,7 @@ class Served(tf.Module):
 
     Attributes:
         function: The concrete function.
+        tables: What it looks up in.
     """
 
     def __init__(
@@ -98,7 +100,7 @@ class Served(tf.Module):
 
         self.function = serve.get_concrete_function(**signature.inputs)
         self._weights = list(self.function.variables)
-        self._tables = [
+        self.tables = [
             layer.lookup_table
             for layer in _keras.flatten_layers(model)
             if hasattr(layer, "lookup_table")

@@ -1,7 +1,8 @@
-"""SavedModels that call the sparse kernels."""
+"""SavedModels whose networks are operations of the op library."""
 
 import shutil
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import keras
@@ -14,8 +15,15 @@ from rigl_keras.exporting.base_format import (
     WriteOptions,
     numpy_runner,
 )
-from rigl_keras.exporting.fusion import Fused
-from rigl_keras.exporting.signatures import Signature, named_outputs
+from rigl_keras.exporting.networks import (
+    ModelNetworks,
+    output_shapes,
+    told,
+    tuned,
+)
+from rigl_keras.exporting.signatures import Signature
+from rigl_keras.serving.network import Network
+from rigl_keras.serving.operation import checksum_of, run_network
 
 __all__ = ["LOADER", "SparseSavedModel"]
 
@@ -25,11 +33,15 @@ _LIBRARY = Path("assets.extra", "rigl_keras_kernels.so")
 
 
 class SparseSavedModel(Format):
-    """A SavedModel that computes with sparse kernels.
+    """A SavedModel that computes a model as one operation.
 
-    It needs their operations: the op library, and a file that loads both, lie
-    in its folder. It has the signature `serving_default`.
+    What no network knows (attention, recurrent layers) stays TensorFlow's,
+    with the largest networks between as operations. Their weights are files
+    among the assets. The operation needs its library: that, and a file that
+    loads both, lie in the folder. It has the signature `serving_default`.
     """
+
+    folds = True
 
     def write(
         self,
@@ -37,37 +49,48 @@ class SparseSavedModel(Format):
         signature: Signature,
         folder: Path,
         options: WriteOptions,
-    ) -> None:
-        fused = Fused(model, batch_size=signature.batch_size or 128)
-        try:
-            # Into the cache, where the process has its operations from
-            # elsewhere.
-            built = kernels.build()
-        except kernels.BuildError as error:
+    ) -> list[str]:
+        found = ModelNetworks(model, signature)
+        imported = found.imported
+        unknown = told(imported.unknown)
+        if not imported.segments:
             raise ValueError(
-                f"There is no library to put beside the model: {error}."
-            ) from error
-        if not any(layer.choice.sparse for layer in fused.layers):
-            reasons = [f"{x.name} ({x.choice.reason})" for x in fused.layers]
-            raise ValueError(
-                f"no layer of model {model.name!r} is faster by sparse kernels "
-                f"here: {', '.join(reasons) or 'it has none'}. Pass "
-                "format='saved_model'."
+                f"no part of model {model.name!r} is a network that sparse "
+                f"kernels compute: {'; '.join(unknown) or 'it has no layer'}. "
+                "Pass format='saved_model'."
             )
-
-        @tf.function(autograph=False)
-        def serve(**inputs):
-            return named_outputs(fused(signature.pack(inputs)))
-
-        function = serve.get_concrete_function(**signature.inputs)
-        tf.saved_model.save(
-            _Function(function), str(folder), signatures=function
-        )
+        with tempfile.TemporaryDirectory() as scratch:
+            try:
+                # Into the cache, where the process has its operations from
+                # elsewhere.
+                built = kernels.build()
+                networks = [
+                    _Saved(
+                        segment.network,
+                        Path(scratch, _file_name(i)),
+                        options.batch_sizes,
+                    )
+                    for i, segment in enumerate(imported.segments)
+                ]
+            except kernels.BuildError as error:
+                raise ValueError(
+                    f"There is no library to put beside the model: {error}."
+                ) from error
+            served = _Served(found, networks, signature)
+            tf.saved_model.save(served, str(folder), signatures=served.function)
         library = Path(folder, _LIBRARY)
         library.parent.mkdir(exist_ok=True)
         shutil.copyfile(built, library)
         loader = _LOADER.format(library=_LIBRARY.as_posix())
         Path(folder, LOADER).write_text(loader)
+        if not unknown:
+            return []
+        count = len(networks)
+        parts = "a part is a network" if count == 1 else f"{count} are networks"
+        return [
+            f"TensorFlow computes a part of the model, and {parts}:",
+            *(f"  {line}" for line in unknown),
+        ]
 
     def load(
         self, folder: Path, signature: Signature, outputs: Sequence[str]
@@ -88,13 +111,68 @@ class SparseSavedModel(Format):
         )
 
 
-class _Function(tf.Module):
-    """A concrete function with the variables that it reads."""
+def _file_name(segment):
+    return f"network_{segment}.rigl" if segment else "network.rigl"
 
-    def __init__(self, function):
+
+class _Saved(tf.Module):
+    """A network in a file of its own.
+
+    Args:
+        network: The network.
+        path: The file to write, which the SavedModel copies.
+        batch_sizes: As in `tuned`.
+    """
+
+    def __init__(
+        self, network: Network, path: Path, batch_sizes: Sequence[int]
+    ):
         super().__init__()
-        self.function = function
-        self.kept = list(function.variables)
+        data = tuned(network, batch_sizes)
+        path.write_bytes(data)
+        self._asset = tf.saved_model.Asset(str(path))
+        self._checksum = checksum_of(data)
+        self._shapes = output_shapes(network)
+
+    def __call__(self, inputs: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        return run_network(
+            self._asset.asset_path,
+            inputs,
+            checksum=self._checksum,
+            # Not what TensorFlow made of the list to track it.
+            shapes=list(self._shapes),
+        )
+
+
+class _Served(tf.Module):
+    """A model of networks as one function of its named inputs.
+
+    Args:
+        found: The model's networks.
+        networks: The same, in files.
+        signature: What it is called on.
+
+    Attributes:
+        function: The concrete function.
+    """
+
+    def __init__(
+        self,
+        found: ModelNetworks,
+        networks: Sequence[_Saved],
+        signature: Signature,
+    ):
+        super().__init__()
+        self._networks = list(networks)
+        self._tables = found.tables
+
+        @tf.function(autograph=False)
+        def serve(**inputs: tf.Tensor) -> Mapping[str, tf.Tensor]:
+            return found.imported.rebuild(
+                inputs, lambda i, tensors: self._networks[i](tensors)
+            )
+
+        self.function = serve.get_concrete_function(**signature.inputs)
 
 
 _LOADER = '''"""Loads the model here, and the operations that it needs.

@@ -52,11 +52,12 @@ class TFLite(Format):
         signature: Signature,
         folder: Path,
         options: WriteOptions,
-    ) -> None:
+    ) -> list[str]:
         served = Served(
             model, signature.with_batch_size(options.batch_size), sparse=False
         )
         self.path(folder).write_bytes(_converted(served, options))
+        return []
 
     def load(
         self, folder: Path, signature: Signature, outputs: Sequence[str]

@@ -194,7 +194,7 @@ def _sources():
         for name, folder in _SOURCES.items()
         for path in sorted([*folder.glob("*.cc"), *folder.glob("*.h")])
     }
-    for name in (*_OPERATIONS[:2], *_PER_INSTRUCTION_SET, "serving/network.cc"):
+    for name in (*_OPERATIONS, *_PER_INSTRUCTION_SET, *_PER_VECTOR_LENGTH):
         if name not in sources:
             raise BuildError(
                 f"the source {str(_path(name))!r} is missing. Reinstall "

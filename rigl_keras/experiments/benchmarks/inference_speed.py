@@ -1,7 +1,9 @@
 """Inference of whole networks: sparse products against dense ones."""
 
 import functools
+import tempfile
 from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -25,7 +27,9 @@ from rigl_keras.experiments.benchmarks.speed_tables import (
     Measurement,
     table_head,
 )
-from rigl_keras.exporting.fusion import Fused
+from rigl_keras.exporting.base_format import WriteOptions
+from rigl_keras.exporting.formats import FORMATS
+from rigl_keras.exporting.signatures import signature_of
 
 __all__ = ["measure_inference"]
 
@@ -72,7 +76,7 @@ def measure_inference(
             )
             plain[density] = rigl_keras.strip(network)
             calls[CALLED, density] = _called(network)
-            calls[SERVED, density] = _served(network)
+            calls[SERVED, density] = _served(network, batch_sizes)
         for batch_size in batch_sizes:
             say(
                 table_head(
@@ -120,10 +124,28 @@ def _called(model):
     return tf.function(lambda x: model(x, training=False))
 
 
-def _served(model: keras.Model) -> Callable[[tf.Tensor], tf.Tensor]:
+def _served(
+    model: keras.Model, batch_sizes: Sequence[int]
+) -> Callable[[tf.Tensor], tf.Tensor]:
     """Returns a masked model as `format="sparse_saved_model"` serves it."""
     if rigl_keras.kernels.load() is None:
         return _called(model)
-    shape = (None, *model.input_shape[1:])
-    fused = tf.function(Fused(model), autograph=False)
-    return fused.get_concrete_function(tf.TensorSpec(shape))
+    signature = signature_of(model)
+    with tempfile.TemporaryDirectory() as scratch:
+        FORMATS["sparse_saved_model"].write(
+            model,
+            signature,
+            Path(scratch),
+            WriteOptions(batch_sizes=batch_sizes),
+        )
+        loaded = tf.saved_model.load(scratch)
+        serve = loaded.signatures["serving_default"]
+        (name,) = signature.inputs
+        # Its network is read now, before the files are gone.
+        serve(**{n: tf.constant(x) for n, x in signature.random(1).items()})
+
+    # `loaded` holds what the function reads.
+    def call(images: tf.Tensor, loaded: object = loaded) -> tf.Tensor:
+        return serve(**{name: images})["output_0"]
+
+    return call

@@ -32,7 +32,7 @@ int64_t FloatsOf(const Shape& shape) {
 
 // Floats of a value in one image up to which a group of images is computed
 // side by side: more of them do not stay in a cache.
-constexpr int64_t kGroupFloats = 140'000;
+constexpr int64_t kGroupFloats = 200'000;
 
 Layout LayoutOf(const Leg& leg) {
   const Tiles* tiles = TilesOf(leg.length);
@@ -108,22 +108,22 @@ Route Model::DefaultRoute(const Ready& ready, Mode mode) const {
   early.length = widest;
   late.positions = mode != Mode::kGroups;
   late.length = late.positions && TilesOf(8) ? 8 : widest;
-  const auto is_late = [&](const Shape& shape) {
-    const int64_t columns = shape.size() < 2 ? 1 : shape[shape.size() - 2];
-    return columns < widest ||
-           (mode == Mode::kGroups && FloatsOf(shape) <= kGroupFloats);
-  };
   if (!CanGenerate(widest)) return {late};
-  // The last cut before which nothing is late, but for a value of no rows.
-  int32_t at = -1;
-  for (int32_t cut : cuts_) {
-    bool late_before = false;
-    for (int32_t n = at + 1; n <= cut; ++n)
-      late_before |= is_late(ready.shapes[n]);
-    if (late_before && mode != Mode::kGroups) break;
-    if (mode == Mode::kGroups && is_late(ready.shapes[cut])) break;
-    at = cut;
+  // Early is what comes before images get narrow; of groups, as long as the
+  // values of a group would leave the cache.
+  int32_t early_until = -1;
+  const int32_t count = static_cast<int32_t>(ready.shapes.size());
+  for (int32_t n = 0; n < count; ++n) {
+    const Shape& shape = ready.shapes[n];
+    const int64_t columns = shape.size() < 2 ? 1 : shape[shape.size() - 2];
+    if (mode == Mode::kGroups ? FloatsOf(shape) > kGroupFloats
+                              : columns >= widest)
+      early_until = n;
   }
+  int32_t at = -1;
+  for (int32_t cut : cuts_)
+    if (at < early_until) at = cut;
+  if (at < early_until) return {mode == Mode::kGroups ? late : early};
   if (at < 0) return {late};
   early.range.last = late.range.first = at;
   return {early, late};

@@ -1,0 +1,120 @@
+"""Folders that serve a model where there is no TensorFlow."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import keras
+
+import rigl_keras.serving
+from rigl_keras.exporting.base_format import Format, Runner, WriteOptions
+from rigl_keras.exporting.networks import ModelNetworks, told, tuned
+from rigl_keras.exporting.signatures import Signature
+from rigl_keras.kernels import library
+from rigl_keras.kernels.toolchain import NETWORK_LIBRARY_NAME, BuildError
+from rigl_keras.serving.network import Network, Node
+from rigl_keras.serving.runtime import Network as Runtime
+
+__all__ = ["NETWORK", "Native"]
+
+NETWORK = "network.rigl"
+_SERVING = Path(rigl_keras.serving.__file__).parent
+# Names in the folder, and what is copied there.
+_COPIES = {
+    "network.py": _SERVING / "runtime.py",
+    "rigl_network.h": _SERVING / "csrc" / "rigl_network.h",
+    "serve.c": _SERVING / "csrc" / "serve.c",
+}
+
+
+class Native(Format):
+    """A network's file, and a library that runs it without TensorFlow.
+
+    The folder has all that a server needs: `network.rigl`, the library with
+    its header, `network.py`, which needs NumPy alone, `serve.c`, an example
+    in C, and `README.txt`, which says how they are used.
+    """
+
+    folds = True
+
+    def write(
+        self,
+        model: keras.Model,
+        signature: Signature,
+        folder: Path,
+        options: WriteOptions,
+    ) -> list[str]:
+        imported = ModelNetworks(model, signature).imported
+        if imported.network is None:
+            raise ValueError(
+                "these operations need TensorFlow: "
+                f"{'; '.join(told(imported.unknown))}. Pass "
+                "format='sparse_saved_model', in which they stay "
+                "TensorFlow's."
+            )
+        try:
+            built = library.build_network()
+            data = tuned(imported.network, options.batch_sizes)
+        except BuildError as error:
+            raise ValueError(
+                f"There is no library to put beside the model: {error}."
+            ) from error
+        Path(folder, NETWORK).write_bytes(data)
+        shutil.copyfile(built, Path(folder, NETWORK_LIBRARY_NAME))
+        for name, source in _COPIES.items():
+            shutil.copyfile(source, Path(folder, name))
+        Path(folder, "README.txt").write_text(_note(imported.network))
+        return []
+
+    def load(
+        self, folder: Path, signature: Signature, outputs: Sequence[str]
+    ) -> Runner:
+        # The same library as in the folder, which a process would load again
+        # for each export.
+        network = Runtime(
+            Path(folder, NETWORK), library=library.build_network()
+        )
+        return lambda arrays: network(**arrays)
+
+    def why_unavailable(self) -> str | None:
+        try:
+            library.build_network()
+        except BuildError as error:
+            return (
+                f"the library that runs networks: {error}. Pass "
+                "format='saved_model'."
+            )
+        return None
+
+
+def _note(network: Network) -> str:
+    """Returns how a network is called, as text."""
+    inputs = ", ".join(_shown(node) for node in network.inputs())
+    outputs = ", ".join(repr(output.name) for output in network.outputs)
+    return _NOTE.format(
+        inputs=inputs, outputs=outputs, library=NETWORK_LIBRARY_NAME
+    )
+
+
+def _shown(node: Node) -> str:
+    lengths = ["batch", *("free" if n == -1 else str(n) for n in node.shape)]
+    return f"{node.name!r} float32 [{', '.join(lengths)}]"
+
+
+_NOTE = """A sparse network that needs no TensorFlow. Its inputs: {inputs}.
+Its outputs: {outputs}.
+
+In Python, with NumPy, where this folder is on sys.path:
+
+    from network import Network
+    outputs = Network("network.rigl")(images)
+
+In C, or whatever calls C: rigl_network.h has the functions, and serve.c is an
+example.
+
+    cc serve.c ./{library} -Wl,-rpath,'$ORIGIN' -o serve
+    ./serve network.rigl 1
+
+The library is for this kind of machine and its system. Load none that somebody
+else could have changed.
+"""
