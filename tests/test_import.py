@@ -249,6 +249,8 @@ THIRD_PARTY = {
     "exporting/export_report": set(),
     "exporting/onnx": {"numpy", "keras", "onnx", "onnxruntime"},
     "exporting/sparse_storage": {"numpy", "tensorflow"},
+    # Copied to where there is no TensorFlow.
+    "serving/runtime": {"numpy"},
     "serving/network_file": {"numpy"},
 }
 
