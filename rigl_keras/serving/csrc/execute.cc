@@ -313,6 +313,13 @@ inline void Prefetch(const Field& field, const Generated::Block& block,
         __builtin_prefetch(at + i * field.pitch + j * length, write);
 }
 
+float* Instance::At(const Field& field, const Generated::Block& block,
+                    int32_t row, int32_t cell) const {
+  if (!field.data) return nullptr;
+  return field.data + block.first_channel * field.plane + row * field.pitch +
+         int64_t{cell} * tiles_.length;
+}
+
 // An area of the output whose inputs stay in the second cache is computed for
 // all blocks of channels, one after another: the code of a block then stays in
 // the first one for the whole area.
@@ -337,7 +344,14 @@ void Instance::RunGenerated(const Step& step, const Bound& bound,
             Prefetch<false>(c.after.other, block, i, j, tile, tiles_.length);
             Prefetch<true>(c.after.to, block, i, j, tile, tiles_.length);
             Prefetch<true>(c.after.to2, block, i, j, tile, tiles_.length);
-            sums(c.in + i * c.in_pitch + j * c.in_step, weights, scratch);
+            const float* in = c.in + i * c.in_pitch + j * c.in_step;
+            if (generated.ends) {
+              sums(in, weights, At(c.after.to, block, i, j),
+                   At(c.after.other, block, i, j),
+                   At(c.after.to2, block, i, j));
+              continue;
+            }
+            sums(in, weights, scratch, nullptr, nullptr);
             tiles_.finish(c.after, scratch, block.first_channel,
                           block.first_channel + block.channels, i, j, tile[0],
                           tile[1],

@@ -67,6 +67,8 @@ class Instance {
   std::vector<Part> PartsOf(const Step& step, const Convolution& whole) const;
   void Reserve();
 
+  float* At(const Field& field, const Generated::Block& block, int32_t row,
+            int32_t cell) const;
   void SetArea(const Step& step, Bound* bound) const;
   int32_t PanelOf(const Step& step) const;
   void RunGenerated(const Step& step, const Bound& bound, const Part& part,

@@ -14,8 +14,9 @@ namespace {
 // cells, then a weight.
 constexpr int kRegisters = 32;
 
-// General registers by which memory is found: the function's arguments.
-enum Base { kSums = 2, kWeights = 6, kInput = 7 };  // rdx, rsi, rdi
+// General registers by which memory is found: the function's arguments rdi,
+// rsi, rdx, rcx and r8.
+enum Base { kInput = 7, kWeights = 6, kTo = 2, kOther = 1, kTo2 = 8 };
 
 // Writes instructions of AVX-512, with vectors of 512 or 256 bits.
 class Assembler {
@@ -29,9 +30,27 @@ class Assembler {
     Byte(0x10);
     Memory(vector, base, bytes, bytes_);
   }
+  // sum += memory
+  void Add(int sum, Base base, int64_t bytes) {
+    Evex(1, 0, sum, sum, false, 0, base);
+    Byte(0x58);
+    Memory(sum, base, bytes, bytes_);
+  }
+  // vector = 0
+  void Clear(int vector) {
+    Evex(1, 1, vector, vector, false, vector);
+    Byte(0xef);
+    Byte(0xc0 | (vector & 7) << 3 | (vector & 7));
+  }
+  // vector = max(zero, vector); a NaN stays one
+  void Relu(int vector, int zero) {
+    Evex(1, 0, vector, zero, false, vector);
+    Byte(0x5f);
+    Byte(0xc0 | (vector & 7) << 3 | (vector & 7));
+  }
   // memory = vector
   void Store(Base base, int64_t bytes, int vector) {
-    Evex(1, 0, vector, 0, false);
+    Evex(1, 0, vector, 0, false, 0, base);
     Byte(0x11);
     Memory(vector, base, bytes, bytes_);
   }
@@ -74,10 +93,10 @@ class Assembler {
   // The prefix: which registers, opcode map (1: 0F, 2: 0F38), and prefix
   // (0: none, 1: 66). `rm`: a vector in the place of memory.
   void Evex(int map, int prefix, int reg, int second, bool broadcast,
-            int rm = 0) {
+            int rm = 0, int base = 0) {
     Byte(0x62);
-    Byte((~reg & 8) << 4 | (~rm & 16) << 2 | (~rm & 8) << 2 | (~reg & 16) |
-         map);
+    Byte((~reg & 8) << 4 | (~rm & 16) << 2 | (~(rm | base) & 8) << 2 |
+         (~reg & 16) | map);
     Byte((~second & 15) << 3 | 4 | prefix);
     Byte((wide_ ? 0x40 : 0x20) | (broadcast ? 0x10 : 0) |
          (~second & 16) >> 1);
@@ -88,7 +107,7 @@ class Assembler {
   void Memory(int reg, Base base, int64_t bytes, int unit) {
     const int64_t units = bytes / unit;
     const bool is_short = bytes % unit == 0 && units >= -128 && units < 128;
-    Byte((is_short ? 0x40 : 0x80) | (reg & 7) << 3 | base);
+    Byte((is_short ? 0x40 : 0x80) | (reg & 7) << 3 | (base & 7));
     if (is_short)
       Byte(static_cast<int>(units) & 0xff);
     else
@@ -142,14 +161,15 @@ bool CanGenerate(int32_t length) {
 int32_t MostChannels(int32_t cells) {
   // One cell: the weight comes from memory with the product.
   const int32_t weight = cells > 1 ? 1 : 0;
-  // Two inputs of a cell, so that one is loaded while the other is used.
-  const int32_t inputs = cells == 1 ? 2 : cells;
+  // Inputs of a cell in turn, so that one is loaded while another is used. In
+  // the end three registers are for the epilogue.
+  const int32_t inputs = cells == 1 ? 3 : cells;
   return (kRegisters - inputs - weight) / cells;
 }
 
 void Generate(const GeneratedBlock& block, const std::vector<int64_t>& cells,
-              int32_t length, std::vector<uint8_t>* code,
-              std::vector<float>* weights) {
+              int32_t length, const Ending* ending,
+              std::vector<uint8_t>* code, std::vector<float>* weights) {
   Assembler assembler(code, length);
   const int count = static_cast<int>(cells.size());
   const int channels = block.channels;
@@ -181,7 +201,7 @@ void Generate(const GeneratedBlock& block, const std::vector<int64_t>& cells,
   }
   int turn = 0;
   for (const GeneratedBlock::Read& read : block.reads) {
-    const int input = first_input + (count == 1 ? turn++ % 2 : 0);
+    const int input = first_input + (count == 1 ? turn++ % 3 : 0);
     for (int cell = 0; cell < count; ++cell)
       assembler.Load(input + cell, kInput, 4 * (read.offset + cells[cell]));
     for (int32_t p = read.first; p < read.first + read.count; ++p) {
@@ -199,11 +219,50 @@ void Generate(const GeneratedBlock& block, const std::vector<int64_t>& cells,
                               weight);
     }
   }
-  for (int channel = 0; channel < channels; ++channel)
-    for (int cell = 0; cell < count; ++cell)
-      assembler.Store(kSums,
-                      int64_t{4} * length * (channel * count + cell),
-                      sum(channel, cell));
+  if (!ending) {
+    for (int channel = 0; channel < channels; ++channel)
+      for (int cell = 0; cell < count; ++cell)
+        assembler.Store(kTo, int64_t{4} * length * (channel * count + cell),
+                        sum(channel, cell));
+    assembler.Return();
+    return;
+  }
+
+  // Inputs and weights are done with: their registers are free.
+  const int zero = first_input, scale = zero + 1, shift = zero + 2;
+  if (ending->relu || ending->relu2) assembler.Clear(zero);
+  const auto bytes = [](int channel, int64_t plane, int64_t cell) {
+    return 4 * (channel * plane + cell);
+  };
+  for (int channel = 0; channel < channels; ++channel) {
+    int64_t at_scale = 0, at_shift = 0;
+    if (ending->second) {
+      at_scale = next_weight(ending->scale[channel]);
+      // Both are in reach: the pointer may not move on between them.
+      at_shift = next_weight(ending->shift[channel]);
+      if (at_shift < at_scale) {
+        at_scale -= int64_t{4} * kReach;
+      }
+    }
+    for (int cell = 0; cell < count; ++cell) {
+      const int y = sum(channel, cell);
+      if (ending->adds)
+        assembler.Add(y, kOther, bytes(channel, ending->other_plane,
+                                       ending->other_cells[cell]));
+      if (ending->relu) assembler.Relu(y, zero);
+      if (ending->stores)
+        assembler.Store(kTo,
+                        bytes(channel, ending->plane, ending->cells[cell]), y);
+      if (!ending->second) continue;
+      assembler.Broadcast(scale, kWeights, at_scale);
+      assembler.Broadcast(shift, kWeights, at_shift);
+      assembler.MultiplyAdd(shift, y, scale);
+      if (ending->relu2) assembler.Relu(shift, zero);
+      assembler.Store(kTo2,
+                      bytes(channel, ending->plane2, ending->cells2[cell]),
+                      shift);
+    }
+  }
   assembler.Return();
 }
 

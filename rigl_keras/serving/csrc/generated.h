@@ -35,9 +35,22 @@ class Code {
 };
 
 // Sums of some output channels for the cells of a tile:
-//   sums[channel][cell][L] = bias + sum of weight * in[offset + cell's place]
-using SumsFunction = void (*)(const float* in, const float* weights,
-                              float* sums);
+//   bias + sum of weight * in[offset + cell's place]
+// written to `to` as [channel][cell][L], or ended as an `Ending` says.
+using SumsFunction = void (*)(const float* in, const float* weights, float* to,
+                              const float* other, float* to2);
+
+// The epilogue of a convolution, where it is a plain one:
+//   y = relu?(sum + other), z = relu?(y * scale + shift)
+// each stored where there is a field for it.
+struct Ending {
+  bool adds = false, relu = false, stores = false;
+  bool second = false, relu2 = false;
+  // Of the fields: floats from channel to channel, and a tile's cells.
+  int64_t other_plane = 0, plane = 0, plane2 = 0;
+  std::vector<int64_t> other_cells, cells, cells2;
+  std::vector<float> scale, shift;  // of the block's channels
+};
 
 // What code is made for: some output channels of a convolution.
 struct GeneratedBlock {
@@ -66,6 +79,7 @@ struct Generated {
     int64_t code_at, weights_at;
   };
   std::vector<Block> blocks;
+  bool ends = false;  // the code has the epilogue
 
   SumsFunction function(const Block& block) const {
     return reinterpret_cast<SumsFunction>(
@@ -82,9 +96,10 @@ int32_t MostChannels(int32_t cells);
 
 // Appends the code of a block, and its weights in the order in which it reads
 // them. `cells` are the places of the tile's cells, in floats.
+// `ending`: null where sums are all.
 void Generate(const GeneratedBlock& block, const std::vector<int64_t>& cells,
-              int32_t length, std::vector<uint8_t>* code,
-              std::vector<float>* weights);
+              int32_t length, const Ending* ending,
+              std::vector<uint8_t>* code, std::vector<float>* weights);
 
 }  // namespace rigl_serving
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <climits>
+#include <optional>
 
 #include "plan.h"
 
@@ -183,6 +184,49 @@ std::vector<Choice> ChoicesFor(const Step& step, const Geometry& out,
   return loops;
 }
 
+namespace {
+
+// What code does after the sums of a block, where it can: only the last cell
+// of a row may be ragged, and then it cannot.
+std::optional<Ending> EndingOf(const Step& step, const Choice& choice,
+                               const Layout& layout, int64_t first,
+                               int64_t channels) {
+  const auto plain = [](int32_t act) {
+    return act < 0 || act == static_cast<int32_t>(Activation::kRelu);
+  };
+  const Geometry& out = (step.to ? step.to : step.to2).geometry;
+  if (step.scale || step.shift || !plain(step.act) || !plain(step.act2) ||
+      step.combine != '+' || out.last != layout.length() ||
+      (step.other && step.other.geometry.is_pixel() != out.is_pixel()))
+    return std::nullopt;
+  const auto cells_of = [&](const Operand& operand) {
+    std::vector<int64_t> cells;
+    for (int32_t i = 0; i < choice.tile[0]; ++i)
+      for (int32_t j = 0; j < choice.tile[1]; ++j)
+        cells.push_back(i * operand.geometry.pitch + j * layout.length());
+    return cells;
+  };
+  Ending ending;
+  ending.adds = bool(step.other);
+  ending.relu = step.act >= 0;
+  ending.stores = bool(step.to);
+  ending.second = bool(step.to2);
+  ending.relu2 = step.act2 >= 0;
+  ending.other_plane = step.other.geometry.plane;
+  ending.plane = step.to.geometry.plane;
+  ending.plane2 = step.to2.geometry.plane;
+  ending.other_cells = cells_of(step.other);
+  ending.cells = cells_of(step.to);
+  ending.cells2 = cells_of(step.to2);
+  for (int64_t c = first; c < first + channels; ++c) {
+    ending.scale.push_back(step.scale2 ? step.scale2[c] : 1.0f);
+    ending.shift.push_back(step.shift2 ? step.shift2[c] : 0.0f);
+  }
+  return ending;
+}
+
+}  // namespace
+
 void Choose(Step* step, const Choice& choice, const Layout& layout) {
   const Node& node = *step->of;
   const Kernel kernel(node);
@@ -264,7 +308,11 @@ void Choose(Step* step, const Choice& choice, const Layout& layout) {
           {static_cast<int32_t>(b * each), made[b].channels,
            static_cast<int64_t>(code.size()),
            static_cast<int64_t>(generated.weights.size())});
-      Generate(made[b], places, layout.length(), &code, &generated.weights);
+      const std::optional<Ending> ending = EndingOf(
+          *step, choice, layout, b * each, made[b].channels);
+      generated.ends = ending.has_value();
+      Generate(made[b], places, layout.length(), ending ? &*ending : nullptr,
+               &code, &generated.weights);
     }
     generated.code = Code::Of(code);
     if (!generated.code)
