@@ -12,6 +12,7 @@ from typing import Any, cast
 import keras
 import tensorflow as tf
 from keras.src.backend.common import global_state as _global_state
+from tensorflow.python.eager import context as _context
 from tensorflow.python.eager import record as _record
 from tensorflow.python.framework import convert_to_constants as _constants
 from tensorflow.python.ops import custom_gradient as _custom_gradient
@@ -23,6 +24,7 @@ __all__ = [
     "assign_now",
     "check_file_of_layer",
     "compute_loss",
+    "define_functions",
     "direct_variables",
     "direct_weights",
     "drop_accumulated_gradients",
@@ -370,15 +372,30 @@ def is_compiled_by_xla(graph: tf.Graph) -> bool:
     return context is not None and context.IsXLAContext()
 
 
-def frozen(function: Any) -> Any:
-    """Returns a concrete function whose variables have become constants.
+def define_functions(definition: Any) -> None:
+    """Has TensorFlow know the functions of a graph's definition.
 
-    Calls within it are inlined, where TensorFlow does that; loops stay.
+    Importing the graph into a function that is traced does not, and the bodies
+    of loops are such functions. Without it recurrent layers cannot run beside
+    networks.
+    """
+    known = _context.context()
+    for function in definition.library.function:
+        if not known.has_function(function.signature.name):
+            known.add_function_def(function)
+
+
+def frozen(function: Any) -> Any:
+    """Returns the graph of a concrete function, its variables as constants.
+
+    Calls within it are inlined, where TensorFlow does that; loops stay. The
+    public way makes a function of the graph, which takes as long again.
     Without it no graph tells the weights of a model.
     """
-    return _constants.convert_variables_to_constants_v2(
-        function, lower_control_flow=False
+    data = _constants._FunctionConverterDataInEager(
+        func=function, lower_control_flow=False, aggressive_inlining=False
     )
+    return _constants._replace_variables_by_constants(converter_data=data)[0]
 
 
 def may_differentiate() -> bool:

@@ -26,6 +26,7 @@ class FrozenGraph:
         outputs: `{name: tensor}` of the results.
         captures: `{name of a tensor: what feeds it}`, of what the function
             holds beside variables, as tables.
+        session: Computes parts of it.
         constants: `{name of a tensor: array}` of those that operations with
             other inputs read.
         constant_operations: Names of operations that always give the same.
@@ -35,6 +36,7 @@ class FrozenGraph:
     inputs: dict[str, tf.Tensor]
     outputs: dict[str, tf.Tensor]
     captures: dict[str, tf.Tensor]
+    session: tf.compat.v1.Session
     constants: dict[str, np.ndarray]
     constant_operations: set[str]
 
@@ -77,8 +79,7 @@ class FrozenGraph:
                 waiting += [source.op for source in operation.inputs]
             else:
                 return None
-        with tf.compat.v1.Session(graph=self.graph) as session:
-            return np.asarray(session.run(tensor, fed))
+        return np.asarray(self.session.run(tensor, fed))
 
 
 def freeze(function: Any) -> FrozenGraph:
@@ -91,14 +92,15 @@ def freeze(function: Any) -> FrozenGraph:
     names = sorted(function.structured_input_signature[1])
     pruned = _pruned(function, names)
     try:
-        frozen = _keras.frozen(pruned)
+        definition = _keras.frozen(pruned)
     except ValueError as error:
         raise ValueError(
             "The function cannot be made one without variables: "
             f"{first_line(error)}"
         ) from error
-    definition = _inlined(frozen.graph)
     graph = tf.Graph()
+    definition = _inlined(graph, definition)
+    _keras.define_functions(definition)
     with graph.as_default():
         tf.graph_util.import_graph_def(definition, name="")
 
@@ -109,9 +111,10 @@ def freeze(function: Any) -> FrozenGraph:
         }
 
     fed = zip(names, pruned.inputs[: len(names)], strict=True)
-    made = zip(sorted(function.structured_outputs), frozen.outputs, strict=True)
-    kept = {tensor.name for tensor in frozen.inputs}
+    made = zip(sorted(function.structured_outputs), pruned.outputs, strict=True)
+    kept = {f"{node.name}:0" for node in definition.node}
     constant = _constant_operations(graph)
+    session = _session(graph)
     return FrozenGraph(
         graph=graph,
         inputs=tensors(fed),
@@ -121,7 +124,8 @@ def freeze(function: Any) -> FrozenGraph:
             for outer, inner in pruned.graph.captures
             if inner.name in kept
         },
-        constants=_constants(graph, constant),
+        session=session,
+        constants=_constants(session, constant),
         constant_operations=constant,
     )
 
@@ -133,10 +137,17 @@ def _pruned(function, names):
     and TensorFlow makes no function constant that assigns anything.
     """
     graph = function.graph
+    assigned = [
+        operation
+        for operation in graph.get_operations()
+        if operation.type.startswith("Assign")
+    ]
+    if not assigned:
+        return function
     definition = graph.as_graph_def()
-    live = _live(graph, function.outputs)
-    for operation in graph.get_operations():
-        if operation.type.startswith("Assign") and operation.name not in live:
+    live = _live(function.outputs)
+    for operation in assigned:
+        if operation.name not in live:
             changed = operation.inputs[0]
             if changed.op.name in live:
                 raise ValueError(
@@ -192,7 +203,7 @@ def captured(tensors: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
     return {name: graph.capture(tensor) for name, tensor in tensors.items()}
 
 
-def _live(graph, outputs):
+def _live(outputs):
     """Returns the names of the operations that outputs are computed by."""
     live, waiting = set(), [tensor.op for tensor in outputs]
     while waiting:
@@ -215,25 +226,29 @@ def _constant_operations(graph):
     return names
 
 
-def _constants(graph, constant):
+def _session(graph):
+    """Returns a session that computes what it is asked for, and no more."""
+    config = tf.compat.v1.ConfigProto()
+    rewriting = config.graph_options.rewrite_options
+    rewriting.disable_meta_optimizer = True
+    return tf.compat.v1.Session(graph=graph, config=config)
+
+
+def _constants(session, constant):
     """Returns the values at the borders of what is constant."""
     wanted = {
         source.name: source
-        for operation in graph.get_operations()
+        for operation in session.graph.get_operations()
         if operation.name not in constant
         for source in operation.inputs
         if source.op.name in constant
         and source.dtype not in (tf.variant, tf.resource)
     }
-    if not wanted:
-        return {}
-    with tf.compat.v1.Session(graph=graph) as session:
-        return session.run(wanted)
+    return session.run(wanted) if wanted else {}
 
 
-def _inlined(graph):
+def _inlined(graph, definition):
     """Returns a graph's definition, the bodies of functions for their calls."""
-    definition = graph.as_graph_def()
     while True:
         library = {f.signature.name: f for f in definition.library.function}
         calls = {

@@ -102,6 +102,7 @@ def import_function(function: Any, *, least_work: int = LEAST_WORK) -> Imported:
     least_work = integer("least_work", least_work, at_least=1)
     graph = freeze(function)
     translation = Translation(graph, {**LAYERS, **ELEMENTWISE})
+    graph.session.close()
     ends = [translation.step(tensor) for tensor in graph.outputs.values()]
     if all(step.node is not None for step in sorted_steps(ends)):
         network, segments = _whole(graph, translation, ends)
@@ -123,13 +124,18 @@ def _whole(graph, translation, ends):
         for name, tensor in graph.inputs.items()
         if translation.step(tensor).is_a(Operation.INPUT)
     }
-    tensors = [step.tensor for step in ends]
     network = network_of(
         list(fed.items()),
         list(zip(graph.outputs, simplify(ends), strict=True)),
     )
-    # A tensor is computed once, though it may be two outputs.
-    outputs = dict(zip(tensors, (o.node for o in network.outputs), strict=True))
+    # What is an output as it was fed is there already.
+    outputs = {
+        tensor.name: output.node
+        for tensor, step, output in zip(
+            graph.outputs.values(), ends, network.outputs, strict=True
+        )
+        if not step.is_a(Operation.INPUT)
+    }
     if not outputs:
         return network, ()
     segment = Segment(

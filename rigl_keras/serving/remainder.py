@@ -55,7 +55,7 @@ class Remainder:
 
     def __init__(self, graph: FrozenGraph, segments: Sequence[Segment]):
         self._graph, self._segments = graph, segments
-        self._made_by = {
+        self._made_by: dict[str, int] = {
             name: number
             for number, segment in enumerate(segments, 1)
             for name in segment.outputs
@@ -84,7 +84,13 @@ class Remainder:
         values = {
             tensor.name: inputs[name] for name, tensor in graph.inputs.items()
         }
-        values |= captured(graph.captures)
+        values |= captured(
+            {
+                name: tensor
+                for name, tensor in graph.captures.items()
+                if any(name in piece.inputs for piece in self._pieces)
+            }
+        )
         for number, piece in enumerate(self._pieces):
             if number:
                 segment = self._segments[number - 1]
@@ -116,7 +122,9 @@ class Remainder:
 
     def _made(self, tensor, places):
         """Returns the number of the piece after which a tensor is there."""
-        return self._made_by.get(tensor.name, places.get(tensor.op.name, 0))
+        if tensor.name in self._made_by:
+            return self._made_by[tensor.name]
+        return places.get(tensor.op.name, 0)
 
     def _check_order(self):
         for number, segment in enumerate(self._segments, 1):
