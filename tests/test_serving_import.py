@@ -449,7 +449,8 @@ def test_one_value_as_two_outputs():
     x = layers.Dense(2)(inputs)
     imported = check_imported(keras.Model(inputs, {"a": x, "b": x}))
     assert [output.node for output in imported.network.outputs] == [1, 1]
-    assert len(imported.segments[0].outputs) == 1
+    (segment,) = imported.segments
+    assert [output.node for output in segment.network.outputs] == [1, 1]
 
 
 def test_a_fixed_batch():
