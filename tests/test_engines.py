@@ -688,14 +688,14 @@ def test_a_command_goes_on_from_an_earlier_one(fakes, tmp_path, monkeypatch):
 
     monkeypatch.setattr(engine_command, "measured_case", serving.measured_case)
     found, said = measured(tmp_path, ["right"])
-    assert len(said) == 1 and "batch 3" in said[0]
+    assert [line.split(",")[3][:8] for line in said] == [" batch 1", " batch 3"]
     assert [m.case.batch for m in found.measurements] == [1, 3]
     assert json.loads(json.dumps(first["turns"])) == [
         list(turn) for turn in found.measurements[0].turns
     ]
-    # All is there, and no network is made.
+    # All is there: it is shown, and no network is made.
     monkeypatch.setattr(engine_command, "network_of", None)
-    assert measured(tmp_path, ["right"])[1] == []
+    assert measured(tmp_path, ["right"])[1] == said
 
 
 def test_what_is_there_is_measured_again(fakes, tmp_path):

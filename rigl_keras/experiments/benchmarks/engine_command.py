@@ -6,8 +6,8 @@
     bin/benchmark engines --isa=avx2             without AVX-512, where the
                                                  engine has a switch for it
 
-Each engine runs in a process of its own and, where its packages clash with
-TensorFlow's, in an environment of its own, which the first command makes in the
+Each engine runs in a separate process and, where its packages clash with
+TensorFlow's, in a separate environment, which the first command makes in the
 cache. All are given the same weights and images, and have to agree with the
 Keras model before they are timed. They take turns in random order; while one
 has its turn the processes of all others are stopped, so that their threads
@@ -118,25 +118,31 @@ def measure_engines(
     machine, commit = _machine(isa), _commit()
     records = Records(folder, machine)
     pythons, missing = _pythons(engines, install, say)
-    networks = {}
-    for model in models:
-        for distribution in distributions:
-            for density in densities:
-                cases = [
-                    Case(model, distribution, density, batch)
-                    for batch in batches
-                ]
-                networks[model, distribution, density] = [
-                    case
-                    for case in cases
-                    if again or not records.has(case, list(pythons))
-                ]
-    left = sum(map(len, networks.values()))
-    with ProgressBar(unit="cases", total=left) as bar:
+    networks = {
+        (model, distribution, density): [
+            Case(model, distribution, density, batch) for batch in batches
+        ]
+        for model in models
+        for distribution in distributions
+        for density in densities
+    }
+    to_do = {
+        case
+        for cases in networks.values()
+        for case in cases
+        if again or not records.has(case, list(pythons))
+    }
+    with ProgressBar(unit="cases", total=len(to_do)) as bar:
         for about, cases in networks.items():
+            for case in cases:
+                if case not in to_do:
+                    say(
+                        table(case, records.of(case), records.left_out_of(case))
+                    )
+            cases = [case for case in cases if case in to_do]
             if not cases:
                 continue
-            bar.show_left(left * seconds, f"{about[0]}: a network")
+            bar.show_left(len(to_do) * seconds, f"{about[0]}: a network")
             with serving(
                 network_of(*about),
                 {name: ENGINES[name] for name in ENGINES if name in pythons},
@@ -146,7 +152,6 @@ def measure_engines(
                 isa=isa,
             ) as served:
                 for case in cases:
-                    show = functools.partial(bar.show_left, left * seconds)
                     measured, left_out = measured_case(
                         served,
                         case,
@@ -154,13 +159,15 @@ def measure_engines(
                         commit,
                         rounds=rounds,
                         seconds=seconds,
-                        doing=show,
+                        doing=functools.partial(
+                            bar.show_left, len(to_do) * seconds
+                        ),
                     )
                     left_out += _left_out(case, machine, missing)
                     records.put(case, measured, left_out)
                     say(table(case, measured, left_out))
                     bar.advance()
-                    left -= 1
+                    to_do.remove(case)
     return records
 
 

@@ -1,4 +1,4 @@
-"""Engines that serve networks, each in a process of its own, compared.
+"""Engines that serve networks, each in a separate process, compared.
 
 catalogue      the engines, what each reads and in which environment it runs
 environments   makes these environments, once, in the cache

@@ -81,7 +81,7 @@ _TENSORFLOW_VARIABLES = {
     "CUDA_VISIBLE_DEVICES": "",
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
-# Compiled in the process, and not by processes of its own that stay.
+# Compiled in the process, and not by others that stay.
 _TORCH_VARIABLES = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
 # In this order they get their memory, and stand in tables of equals.
 ENGINES: Mapping[str, Engine] = {

@@ -14,6 +14,7 @@ from rigl_keras.experiments.benchmarks.engines.catalogue import (
     Engine,
     variables_of,
 )
+from rigl_keras.experiments.benchmarks.engines.environments import own_python
 from rigl_keras.experiments.benchmarks.engines.network_files import (
     TOLERANCE,
     Network,
@@ -149,7 +150,10 @@ class Serving:
         return files[batch]
 
     def _variables(self, name):
-        return variables_of(self.engines[name], self._isa, self._threads)
+        variables = variables_of(self.engines[name], self._isa, self._threads)
+        if self._pythons[name] != own_python():
+            variables["PYTHONPATH"] = ""  # its packages would come first
+        return variables
 
 
 @contextlib.contextmanager

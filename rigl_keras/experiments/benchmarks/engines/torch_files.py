@@ -1,10 +1,10 @@
-"""Writes a Keras network as PyTorch's own programs, one for each batch size.
+"""Writes a Keras network as programs of PyTorch, one for each batch size.
 
     python -m rigl_keras.experiments.benchmarks.engines.torch_files \
         NETWORK.keras BATCH ...
 
-NETWORK-BATCH.pt2 lie beside it. It is a process of its own: this one needs
-TensorFlow and PyTorch, the one that loads them PyTorch alone.
+NETWORK-BATCH.pt2 lie beside it. This process needs TensorFlow and
+PyTorch, the one that loads them PyTorch alone.
 """
 
 # PyTorch may be missing where types are checked.

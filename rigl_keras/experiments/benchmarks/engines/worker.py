@@ -66,12 +66,13 @@ def _served(tf, model):
 
 
 def _native(path, threads, batch):
-    loader = _module(os.path.join(path, "load.py"))
-    network = loader.model(threads=threads)
-    (name,) = network.inputs
+    runtime = _module(os.path.join(path, "network.py"))
+    network = runtime.Network(
+        os.path.join(path, "network.rigl"), threads=threads
+    )
 
     def compute(images):
-        (output,) = network(**{name: images}).values()
+        (output,) = network.run([images])
         return output
 
     return compute
@@ -201,6 +202,7 @@ def _module(path):
     if spec is None or spec.loader is None:
         raise ImportError(path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module  # as `import` has it
     spec.loader.exec_module(module)
     return module
 
