@@ -1,10 +1,10 @@
 """The figure of `bin/benchmark engines`."""
 
+import math
 from collections.abc import Sequence
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import LogLocator, StrMethodFormatter
 
 from rigl_keras._figure_style import (
     BLACK,
@@ -19,6 +19,7 @@ from rigl_keras._figure_style import (
     WHITE,
     dress,
     new_figure,
+    ticks_at,
 )
 from rigl_keras._text import exact
 from rigl_keras.experiments.benchmarks.engines import catalogue
@@ -48,7 +49,7 @@ def engine_figure(measurements: Sequence[Measurement]) -> Figure:
     batches = sorted({m.case.batch for m in measurements})
     densities = sorted({m.case.density for m in measurements})
     figure = new_figure(
-        2.4 + 3.2 * len(batches), 1.2 + (0.7 + 0.24 * len(engines)) * len(rows)
+        2.4 + 3.2 * len(batches), 1.2 + (0.7 + 0.3 * len(engines)) * len(rows)
     )
     figure.suptitle(_title(measurements), fontsize=TITLE, x=0.01, ha="left")
     grid = figure.subplots(len(rows), len(batches), squeeze=False)
@@ -116,9 +117,12 @@ def _label(axes, engines, *, named):
         lw=0,
     )
     low, high = axes.get_xlim()
-    few = high / low < 30
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    steps = range(1, 10) if high / low < 4 else (1, 2, 5)
+    if high / low > 100:
+        steps = (1,)
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
+    places = [step * 10.0**power for power in powers for step in steps]
+    ticks_at(axes.xaxis, [place for place in places if low <= place <= high])
 
 
 def _legend(figure, densities):
