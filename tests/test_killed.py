@@ -175,6 +175,8 @@ def steps_shown(folder, tag):
 def bits_of_model(path):
     import keras
 
+    import rigl_keras  # noqa: F401 - Keras knows its layers from here on
+
     return [w.tobytes() for w in keras.models.load_model(path).get_weights()]
 
 

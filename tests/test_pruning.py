@@ -195,10 +195,10 @@ def test_what_is_left_of_a_run_may_have_no_update(due, recwarn):
         verbose=0,
         callbacks=[MagnitudePruning(lambda step: (step == due, 0.5))],
     )
-    warned = [
-        "plans 0 updates in the 8 steps" in str(w.message) for w in recwarn
-    ]
-    assert warned == [True] * (due == 8)
+    said = [str(warning.message) for warning in recwarn]
+    assert any("plans 0 updates in the 8 steps" in s for s in said) == (
+        due == 8
+    )
 
 
 @pytest.mark.slow
