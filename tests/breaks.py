@@ -193,6 +193,7 @@ def first_failure(server, copy, *arguments):
             *["-m", "pytest", "-n0", "-x", "-p", "no:cacheprovider", "-rfE"],
             *arguments,
             cwd=copy,
+            env={"PYTHONPATH": str(copy)},  # for processes that tests start
             timeout=LIMIT,
         )
     except subprocess.TimeoutExpired:
