@@ -68,20 +68,11 @@ SMALL = [
 ]
 
 
-# As `bin/train` does, with blank figures, as `support.two_devices` has them.
-TRAIN = """
-import matplotlib.figure
-matplotlib.figure.Figure.draw = lambda figure, renderer: None
-from rigl_keras.experiments.runs import train_command
-train_command.main()
-"""
-
-
 def train(fresh, run_dir, *flags, **env):
     """Starts one process of a run."""
     return fresh.start(
-        "-c",
-        TRAIN,
+        "-m",
+        "rigl_keras.experiments.runs.train_command",
         *[f"--gin_bindings={binding}" for binding in SMALL],
         *[f"--run_dir={run_dir}", *flags],
         env=env,
@@ -131,7 +122,7 @@ def test_two_workers(fresh, tmp_path):
     start = time.monotonic()
     while not first_epoch.exists() and chief.poll() is None:
         assert time.monotonic() < start + LIMIT, ended(chief, worker)
-        time.sleep(0.05)
+        time.sleep(0.005)
     worker.send_signal(signal.SIGKILL)
     # It takes the chief some seconds to notice: time for those undisturbed.
     undisturbed = pair(fresh, tmp_path / "pair")
