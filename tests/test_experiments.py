@@ -110,9 +110,8 @@ def test_a_finished_run_is_not_repeated(finished, capsys):
 
 
 SCRIPT = """
-import matplotlib.figure, sys, tensorflow as tf
+import sys, tensorflow as tf
 import support.small_models  # which has gin know the small network
-matplotlib.figure.Figure.draw = lambda *_: None  # blank, in no time
 tf.config.experimental.enable_op_determinism()
 from rigl_keras.experiments.runs import train_command
 train_command.run(bindings=sys.argv[2].split(";"), run_dir=sys.argv[1],
