@@ -39,11 +39,12 @@ Layout LayoutOf(const Leg& leg) {
   return {tiles ? tiles : TilesOf(), leg.positions};
 }
 
-std::string KeyOf(const Leg& leg) {
-  return (leg.positions ? "p" : "i") + std::to_string(leg.length);
-}
-
 }  // namespace
+
+std::string KeyOf(const Leg& leg) {
+  return (leg.together ? "s" : leg.positions ? "p" : "i") +
+         std::to_string(leg.length);
+}
 
 Model::Model(const void* bytes, size_t size, int threads)
     : network_(Parse(bytes, size)), cuts_(Cuts(network_)), team_(threads) {
@@ -106,6 +107,7 @@ Route Model::DefaultRoute(const Ready& ready, Mode mode) const {
   const int32_t widest = TilesOf()->length;
   Leg early, late;
   early.length = widest;
+  early.together = late.together = mode == Mode::kShared;
   late.positions = mode != Mode::kGroups;
   late.length = late.positions && TilesOf(8) ? 8 : widest;
   if (!CanGenerate(widest)) return {late};
@@ -327,8 +329,8 @@ void Model::RunShares(Ready* ready, const Shares& shares,
 
 // Hints are lines of words, each for one instruction set:
 //
-//   <set> choice <i or p><L> <node> <s, d or g> <rows> <cells> <block>
-//   <set> route <mode> {<i or p><L> <last node>}
+//   <set> choice <i, p or s><L> <node> <s, d or g> <rows> <cells> <block>
+//   <set> route <mode> {<i, p or s><L> <last node>}
 //   <set> costs <threads> <groups> <alone> <shared>
 //
 // What is no such line, or does not fit the network, is passed over.
@@ -336,8 +338,9 @@ void Model::RunShares(Ready* ready, const Shares& shares,
 void Model::ReadHints() {
   std::istringstream lines(network_.hints);
   const auto leg_of = [](const std::string& word, Leg* leg) {
-    if (word.size() < 2 || (word[0] != 'p' && word[0] != 'i')) return false;
-    leg->positions = word[0] == 'p';
+    if (word.size() < 2 || !std::strchr("psi", word[0])) return false;
+    leg->positions = word[0] != 'i';
+    leg->together = word[0] == 's';
     leg->length = std::atoi(word.c_str() + 1);
     return leg->length > 0 && TilesOf(leg->length) != nullptr;
   };
@@ -370,6 +373,7 @@ void Model::ReadHints() {
       bool good = true;
       for (Leg leg; good && (words >> word >> leg.range.last);) {
         good = leg_of(word, &leg) && (leg.positions || mode == 0) &&
+               leg.together == (mode == static_cast<int>(Mode::kShared)) &&
                (leg.range.last < 0 ||
                 (leg.range.last > first &&
                  std::find(cuts_.begin(), cuts_.end(), leg.range.last) !=

@@ -27,10 +27,14 @@ enum class Mode {
 // network's inputs: pixel by pixel.
 struct Leg {
   bool positions = true;
+  bool together = false;  // of all threads: what is best may be another choice
   int32_t length = 0;
   Range range;
 };
 using Route = std::vector<Leg>;
+
+// "p16": which layout a leg is in.
+std::string KeyOf(const Leg& leg);
 
 // Seconds that units of work take; how a batch is shared out follows.
 struct Costs {
@@ -130,7 +134,7 @@ class Model {
   // Seconds of a call, the least of many.
   double SecondsOf(const std::vector<Shape>& shapes, int64_t batch,
                    const Shares& shares, double seconds);
-  Measurement Measured(const Ready& ready, const Leg& layout, bool shared,
+  Measurement Measured(const Ready& ready, const Leg& leg, bool shared,
                        double seconds);
   void TuneMode(const std::vector<Shape>& shapes, Mode mode, double seconds);
 
