@@ -2,7 +2,6 @@
 processor has, against NumPy."""
 
 import ctypes
-import itertools
 import math
 
 import numpy as np
@@ -90,10 +89,8 @@ class After:
             "to2": False,
             "affine2": True,
             "act2": -1,
-            "halo": 0,
             **asked,
         }
-        halo = asked["halo"]
         self.asked, self.last = asked, last
 
         def vector(wanted):
@@ -113,11 +110,9 @@ class After:
         kind = asked["other"]  # one of + - *, and with `.`: of a pixel
         if kind:
             size = (1, 1) if "." in kind else (rows, cells)
-            self.other = Plane(length, channels, *size, rng=rng, halo=halo)
+            self.other = Plane(length, channels, *size, rng=rng)
         self.planes = [
-            Plane(length, channels, rows, cells, last, halo=halo)
-            if wanted
-            else None
+            Plane(length, channels, rows, cells, last) if wanted else None
             for wanted in (asked["to"], asked["to2"])
         ]
         none = Field()
@@ -286,10 +281,6 @@ def run_sparse(tiles, rng, tile, out, *, blocks=1, part=None, **asked):
     kept[-1].check(computed(weights), slice(*part[:2]), slice(*part[2:]))
 
 
-def halos(tiles):
-    return 0, tiles.length // 2
-
-
 def shapes_of_tiles(tiles):
     return [
         (r, c)
@@ -312,7 +303,6 @@ def test_a_sparse_convolution_with_every_tile(tiles):
             blocks=int(rng.integers(1, 4)),
             last=int(rng.integers(1, tiles.length + 1)),
             step=int(rng.integers(1, 3)),
-            halo=int(rng.choice(halos(tiles))),
             **EPILOGUES[int(rng.integers(4))],
         )
 
@@ -328,7 +318,7 @@ def test_a_sparse_convolution_of_any_size(tiles, rows):
 @pytest.mark.parametrize("blocks", (1, 3))
 @pytest.mark.parametrize("asked", EPILOGUES)
 def test_what_follows_a_convolution(tiles, asked, blocks):
-    for last, halo in itertools.product((1, tiles.length), halos(tiles)):
+    for last in (1, tiles.length):
         run_sparse(
             tiles,
             generator(last),
@@ -337,7 +327,6 @@ def test_what_follows_a_convolution(tiles, asked, blocks):
             last=last,
             step=1,
             blocks=blocks,
-            halo=halo,
             **asked,
         )
         run_dense(
@@ -348,7 +337,6 @@ def test_what_follows_a_convolution(tiles, asked, blocks):
             last=last,
             step=1,
             blocks=blocks,
-            halo=halo,
             **asked,
         )
 
@@ -425,9 +413,8 @@ def test_a_part_of_a_dense_convolution(tiles):
 def test_an_epilogue_alone(tiles, asked):
     rng = generator(5)
     for cells, last in ((1, 1), (5, tiles.length), (37, 2)):
-        halo = halos(tiles)[-1]
-        field = Plane(tiles.length, 4, 3, cells, last, rng=rng, halo=halo)
-        after = After(rng, field.cells.shape, last, halo=halo, **asked)
+        field = Plane(tiles.length, 4, 3, cells, last, rng=rng)
+        after = After(rng, field.cells.shape, last, **asked)
         tiles.elementwise(field.field, after.struct, 1, 3)
         after.check(field.cells, channels=slice(1, 3))
 
@@ -516,7 +503,6 @@ def test_windows(tiles, maximum):
             (3, rows, cells, length),
             last,
             act=RELU,
-            halo=halos(tiles)[-1],
         )
         offsets = [0, 1, field.pitch, field.pitch + 1, 2 * field.pitch - 1]
         offsets = np.array(offsets, np.int32)
@@ -556,8 +542,7 @@ def test_all_of_an_image_in_one_cell(tiles, maximum, positions):
     for rows, columns in ((1, 1), (4, 3), (3, 2 * length + 1)):
         cells = -(-columns // length) if positions else columns
         last = columns - (cells - 1) * length if positions else length
-        halo = halos(tiles)[-1]
-        field = Plane(length, 3, rows, cells, last, rng=rng, halo=halo)
+        field = Plane(length, 3, rows, cells, last, rng=rng)
         # All below zero: the margin is not the largest.
         field.cells[:] = np.where(field.cells, -1 - abs(field.cells), 0)
         after = After(rng, (3, 1, 1, length), length, affine=True)
@@ -624,11 +609,11 @@ def test_packing_of_positions(tiles, channels):
     length = tiles.length
     rng = generator(10)
     sizes = (2, length - 1, length, 2 * length + 1)
-    for columns, halo in itertools.product(sizes, halos(tiles)):
+    for columns in sizes:
         cells = -(-columns // length)
         last = columns - (cells - 1) * length
         image = rng.standard_normal((4, columns, channels)).astype(np.float32)
-        to = Plane(length, channels, 4, cells, last, halo=halo)
+        to = Plane(length, channels, 4, cells, last)
         tiles.pack(
             pointer(image), 0, 1, True, columns, channels, to.field, 1, 4
         )

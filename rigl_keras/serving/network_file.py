@@ -19,6 +19,7 @@ All numbers are little endian, nothing is aligned:
                0 dense    nothing
                1 bitmask  a bit for each entry, the first the highest
                2 gaps     count bytes (`_sparse_arrays.encode`)
+             Of biases, scales and shifts: dense
     node     u32 operation, string name, u32 inputs, u32 input[inputs], and
              the fields of its operation in the order of `_FIELDS`
 """
@@ -74,7 +75,7 @@ def to_bytes(network: Network) -> bytes:
     """Returns the file of a network.
 
     Each array is stored dense, or as its entries that are not zero, whichever
-    takes least.
+    takes least. Vectors are stored dense.
 
     Args:
         network: The network.
@@ -120,7 +121,8 @@ def _string(text):
 def _array(array):
     """Returns the bytes of an array of float32."""
     array = np.ascontiguousarray(array, "<f4")
-    encoding = cheapest_encoding(array)
+    # A vector, a bias say, has little to gain, and readers want all of it.
+    encoding = "dense" if array.ndim == 1 else cheapest_encoding(array)
     values, positions = array, None
     if encoding != "dense":
         values, positions = encode([array], encoding)

@@ -31,7 +31,6 @@ class Field(ctypes.Structure):
         ("rows", _i32),
         ("cells", _i32),
         ("last", _i32),
-        ("halo", _i32),
     ]
 
 
@@ -242,22 +241,16 @@ class Plane:
             `untouched` of one to write.
         cells: [channels, rows, cells, L] of it.
         field: What the kernels get.
-
-    Args:
-        halo: Floats that a cell keeps on each side of its own.
     """
 
     untouched = np.float32(77.25)
 
-    def __init__(
-        self, length, channels, rows, cells, last=None, *, rng=None, halo=0
-    ):
+    def __init__(self, length, channels, rows, cells, last=None, *, rng=None):
         last = length if last is None else last
         margin = 4 * length
-        step = length + 2 * halo
-        self.pitch = cells * step + margin
+        self.pitch = cells * length + margin
         self.plane = (rows + 6) * self.pitch + length
-        self.begin = 3 * self.pitch + 2 * length + halo
+        self.begin = 3 * self.pitch + 2 * length
         size = channels * self.plane + self.pitch + length
         whole = np.empty(size + 16, np.float32)
         skipped = -whole.ctypes.data // 4 % 16
@@ -266,13 +259,12 @@ class Plane:
         self.cells = np.lib.stride_tricks.as_strided(
             self.memory[self.begin :],
             (channels, rows, cells, length),
-            (4 * self.plane, 4 * self.pitch, 4 * step, 4),
+            (4 * self.plane, 4 * self.pitch, 4 * length, 4),
         )
         if rng is not None:
             self.cells[:] = rng.standard_normal(self.cells.shape)
             self.cells[:, :, -1, last:] = 0
-        # With what neighbours keep.
-        self.size = channels * rows * (cells * step - 2 * halo)
+        self.size = channels * rows * cells * length
         self.field = Field(
             pointer(self.memory) + 4 * self.begin,
             self.plane,
@@ -281,29 +273,12 @@ class Plane:
             rows,
             cells,
             last,
-            halo,
         )
 
     def around(self):
-        """Returns the memory with zeros in all cells and in what is kept of
-        them by their neighbours, which must be the same numbers."""
+        """Returns the memory with zeros in all cells."""
         kept = self.memory.copy()
-        shape, strides = self.cells.shape, self.cells.strides
-        mine = np.lib.stride_tricks.as_strided(
-            kept[self.begin :], shape, strides
-        )
-        halo = self.field.halo
-        if halo and shape[2] > 1:
-            shape = (*shape[:2], shape[2] - 1, halo)
-            step = strides[2] // 4
-            after = np.lib.stride_tricks.as_strided(
-                kept[self.begin + self.cells.shape[3] :], shape, strides
-            )
-            before = np.lib.stride_tricks.as_strided(
-                kept[self.begin + step - halo :], shape, strides
-            )
-            np.testing.assert_array_equal(after, mine[:, :, 1:, :halo])
-            np.testing.assert_array_equal(before, mine[:, :, :-1, -halo:])
-            after[:] = before[:] = 0
-        mine[:] = 0
+        np.lib.stride_tricks.as_strided(
+            kept[self.begin :], self.cells.shape, self.cells.strides
+        )[:] = 0
         return kept

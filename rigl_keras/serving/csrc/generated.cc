@@ -137,11 +137,11 @@ std::unique_ptr<Code> Code::Of(const std::vector<uint8_t>& bytes) {
 
 Code::~Code() { munmap(begin_, size_); }
 
-bool CanGenerate(int32_t length) {
+bool CanGenerate(const Tiles& tiles) {
 #if defined(__x86_64__) && defined(__linux__)
+  const char* asked = std::getenv("RIGL_KERAS_GENERATED");
+  if (asked && !std::strcmp(asked, "off")) return false;
   static const bool can = [] {
-    const char* asked = std::getenv("RIGL_KERAS_GENERATED");
-    if (asked && !std::strcmp(asked, "off")) return false;
     if (!__builtin_cpu_supports("avx512f") ||
         !__builtin_cpu_supports("avx512vl"))
       return false;
@@ -151,9 +151,10 @@ bool CanGenerate(int32_t length) {
     reinterpret_cast<void (*)()>(const_cast<uint8_t*>(code->begin()))();
     return true;
   }();
-  return can && (length == 16 || length == 8);
+  // Kernels of AVX2 may be asked for where there is more.
+  return can && !std::strcmp(tiles.name, "avx512");
 #else
-  (void)length;
+  (void)tiles;
   return false;
 #endif
 }

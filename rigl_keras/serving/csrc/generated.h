@@ -14,6 +14,8 @@
 #include <memory>
 #include <vector>
 
+#include "tiles.h"
+
 namespace rigl_serving {
 
 // Pages of code, which can be read and run, and no longer be written.
@@ -88,8 +90,8 @@ struct Generated {
 };
 
 // Whether this processor and this system run such code (RIGL_KERAS_GENERATED
-// set to `off`: no) for vectors of so many floats.
-bool CanGenerate(int32_t length);
+// set to `off`: no) beside these kernels.
+bool CanGenerate(const Tiles& tiles);
 
 // How many output channels a block may have, for a tile of so many cells.
 int32_t MostChannels(int32_t cells);

@@ -17,6 +17,8 @@ namespace {
 constexpr size_t kMostReady = 8;
 // Vehicles that are kept for later calls, of each mode.
 constexpr size_t kMostFree = 16;
+// Above what a unit of work takes.
+constexpr double kMostSeconds = 1e6;
 
 double Now() {
   return std::chrono::duration<double>(
@@ -34,11 +36,6 @@ int64_t FloatsOf(const Shape& shape) {
 // side by side: more of them do not stay in a cache.
 constexpr int64_t kGroupFloats = 200'000;
 
-Layout LayoutOf(const Leg& leg) {
-  const Tiles* tiles = TilesOf(leg.length);
-  return {tiles ? tiles : TilesOf(), leg.positions};
-}
-
 }  // namespace
 
 std::string KeyOf(const Leg& leg) {
@@ -47,7 +44,9 @@ std::string KeyOf(const Leg& leg) {
 }
 
 Model::Model(const void* bytes, size_t size, int threads)
-    : network_(Parse(bytes, size)), cuts_(Cuts(network_)), team_(threads) {
+    : network_(Parse(bytes, size)),
+      tiles_{TilesOf(16), TilesOf(8), TilesOf(4)},
+      cuts_(Cuts(network_)), team_(threads) {
   for (size_t n = 0; n < network_.nodes.size(); ++n)
     if (network_.nodes[n].operation == Operation::kInput)
       inputs_.push_back(static_cast<int32_t>(n));
@@ -69,7 +68,15 @@ Shape Model::OutputShape(int32_t output) const {
   return OutputShapes(inputs)[output];  // -1 where it follows from a free one
 }
 
-int64_t Model::GroupLength() const { return TilesOf()->length; }
+const Tiles* Model::TilesFor(int32_t length) const {
+  for (const Tiles* tiles : tiles_)
+    if (tiles && (length == 0 || tiles->length == length)) return tiles;
+  return nullptr;
+}
+
+Layout Model::LayoutOf(const Leg& leg) const {
+  return {TilesFor(leg.length), leg.positions};
+}
 
 std::shared_ptr<Model::Ready> Model::ReadyFor(
     const std::vector<Shape>& shapes) {
@@ -104,13 +111,13 @@ const Plan& Model::PlanFor(Ready* ready, const Leg& leg) {
 // these want wide images; the values of a group of images are to stay in a
 // cache.
 Route Model::DefaultRoute(const Ready& ready, Mode mode) const {
-  const int32_t widest = TilesOf()->length;
+  const int32_t widest = TilesFor()->length;
   Leg early, late;
   early.length = widest;
   early.together = late.together = mode == Mode::kShared;
   late.positions = mode != Mode::kGroups;
-  late.length = late.positions && TilesOf(8) ? 8 : widest;
-  if (!CanGenerate(widest)) return {late};
+  late.length = late.positions && TilesFor(8) ? 8 : widest;
+  if (!CanGenerate(*TilesFor())) return {late};
   // Early is what comes before images get narrow; of groups, as long as the
   // values of a group would leave the cache.
   int32_t early_until = -1;
@@ -337,17 +344,17 @@ void Model::RunShares(Ready* ready, const Shares& shares,
 
 void Model::ReadHints() {
   std::istringstream lines(network_.hints);
-  const auto leg_of = [](const std::string& word, Leg* leg) {
+  const auto leg_of = [this](const std::string& word, Leg* leg) {
     if (word.size() < 2 || !std::strchr("psi", word[0])) return false;
     leg->positions = word[0] != 'i';
     leg->together = word[0] == 's';
     leg->length = std::atoi(word.c_str() + 1);
-    return leg->length > 0 && TilesOf(leg->length) != nullptr;
+    return leg->length > 0 && TilesFor(leg->length) != nullptr;
   };
   for (std::string line; std::getline(lines, line);) {
     std::istringstream words(line);
     std::string set, what, word;
-    if (!(words >> set >> what) || set != TilesOf()->name) continue;
+    if (!(words >> set >> what) || set != TilesFor()->name) continue;
     if (what == "choice") {
       int32_t node;
       std::string product;
@@ -363,8 +370,13 @@ void Model::ReadHints() {
     } else if (what == "costs") {
       int threads;
       Costs costs;
-      if (words >> threads >> costs.groups >> costs.alone >> costs.shared)
-        costs_[threads] = costs;
+      if (!(words >> threads >> costs.groups >> costs.alone >> costs.shared))
+        continue;
+      // Sums of them are compared.
+      bool good = true;
+      for (double seconds : {costs.groups, costs.alone, costs.shared})
+        good &= seconds >= 0 && seconds < kMostSeconds;
+      if (good) costs_[threads] = costs;
     } else if (what == "route") {
       int mode;
       if (!(words >> mode) || mode < 0 || mode > 2) continue;
@@ -392,7 +404,7 @@ void Model::ReadHints() {
 
 std::string Model::Hints() const {
   std::lock_guard<std::mutex> lock(mutex_);
-  const char* set = TilesOf()->name;
+  const char* set = TilesFor()->name;
   std::ostringstream text;
   for (const auto& [key, choices] : choices_)
     for (const auto& [node, c] : choices)
@@ -457,7 +469,7 @@ std::string Model::Profile(const std::vector<Shape>& shapes, int64_t batch) {
       else
         run(0, 1);
     }
-    text << TilesOf()->name << " " << KeyOf(of) << ", " << threads
+    text << TilesFor()->name << " " << KeyOf(of) << ", " << threads
          << " threads, " << images << " images\n";
     const Plan& plan = PlanFor(ready.get(), of);
     for (int32_t s = 0; s < instance.steps(); ++s) {

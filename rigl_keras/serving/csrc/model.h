@@ -123,7 +123,11 @@ class Model {
   static Unit UnitOfLeg(Vehicle* vehicle, size_t leg, const Unit& unit,
                         int64_t image);
   Shares SharesFor(int64_t batch) const;
-  int64_t GroupLength() const;
+  // Kernels with vectors of so many floats, 0: the widest; null: there are
+  // none. Whatever the environment says later, they are of one set.
+  const Tiles* TilesFor(int32_t length = 0) const;
+  Layout LayoutOf(const Leg& leg) const;
+  int64_t GroupLength() const { return TilesFor()->length; }
   void ReadHints();
   Unit UnitOf(const float* const* inputs, float* const* outputs,
               const Ready& ready, int64_t first, int64_t count) const;
@@ -139,6 +143,7 @@ class Model {
   void TuneMode(const std::vector<Shape>& shapes, Mode mode, double seconds);
 
   const Network network_;
+  const Tiles* const tiles_[3];  // the widest first; null: none so wide
   std::vector<int32_t> inputs_, cuts_;
   Team team_;
   mutable std::mutex mutex_;  // of what follows

@@ -15,7 +15,6 @@
 #define RIGL_TEXT_(a) #a
 #define RIGL_TEXT(a) RIGL_TEXT_(a)
 #define RIGL_INLINE static inline __attribute__((always_inline))
-#define RIGL_MEMBER inline __attribute__((always_inline))
 // A function that is large, and never made for a few of its arguments alone.
 #if defined(__clang__)
 #define RIGL_ONCE __attribute__((noinline))
@@ -45,8 +44,6 @@ constexpr int kPanel = 4;
 typedef float Vector __attribute__((vector_size(L * 4), may_alias));
 typedef float Unaligned
     __attribute__((vector_size(L * 4), aligned(4), may_alias));
-typedef float Half
-    __attribute__((vector_size(L * 2), aligned(4), may_alias));
 typedef int32_t Integers __attribute__((vector_size(L * 4), may_alias));
 
 RIGL_INLINE Vector All(float value) { return value - Vector{}; }
@@ -55,9 +52,6 @@ RIGL_INLINE Vector Load(const float* from) {
 }
 RIGL_INLINE void Store(float* to, Vector v) {
   *reinterpret_cast<Unaligned*>(to) = v;
-}
-RIGL_INLINE Half HalfAt(const float* from) {
-  return *reinterpret_cast<const Half*>(from);
 }
 RIGL_INLINE int32_t Least(int32_t a, int32_t b) { return a < b ? a : b; }
 // The compiler shall not know where this pointer comes from: it would keep
@@ -280,25 +274,9 @@ RIGL_INLINE Integers FirstOf(int32_t count) {
   return lanes < Integers{} + count;
 }
 
-// Floats from cell to cell.
-RIGL_INLINE int64_t Step(const Field& field) { return L + 2 * field.halo; }
-
 RIGL_INLINE int64_t Place(const Field& field, int32_t channel, int32_t row,
                           int32_t cell) {
-  return channel * field.plane + row * field.pitch + cell * Step(field);
-}
-
-// Stores what the neighbours of a cell keep of it.
-RIGL_INLINE void StoreHalo(float* cell, bool before, bool after) {
-  if (before) *reinterpret_cast<Half*>(cell - L) = HalfAt(cell);
-  if (after)
-    *reinterpret_cast<Half*>(cell + L + L / 2) = HalfAt(cell + L / 2);
-}
-
-RIGL_INLINE void StoreCell(const Field& field, int32_t cell, float* to,
-                           Vector v) {
-  Store(to, v);
-  if (field.halo) StoreHalo(to, cell > 0, cell + 1 < field.cells);
+  return channel * field.plane + row * field.pitch + cell * L;
 }
 
 // Ends the numbers of some cells of a row, whatever the epilogue but for
@@ -310,7 +288,7 @@ void FinishRow(const Epilogue& after, int32_t channel, int32_t row,
     const float* other =
         after.other.data + (pixel ? Place(after.other, channel, 0, 0)
                                   : Place(after.other, channel, row, cell));
-    const int64_t step = pixel ? 0 : Step(after.other);
+    const int64_t step = pixel ? 0 : L;
     if (after.combine == '+')
       for (int i = 0; i < cells; ++i) v[i] += Load(other + i * step);
     else if (after.combine == '-')
@@ -322,8 +300,7 @@ void FinishRow(const Epilogue& after, int32_t channel, int32_t row,
   v[cells - 1] = Masked(v[cells - 1], kept);
   if (after.to.data) {
     float* to = after.to.data + Place(after.to, channel, row, cell);
-    for (int i = 0; i < cells; ++i, to += Step(after.to))
-      StoreCell(after.to, cell + i, to, v[i]);
+    for (int i = 0; i < cells; ++i) Store(to + i * L, v[i]);
   }
   if (after.to2.data) {
     const Vector scale = All(after.scale2 ? after.scale2[channel] : 1.f);
@@ -332,8 +309,7 @@ void FinishRow(const Epilogue& after, int32_t channel, int32_t row,
     Activate(v, cells, after.act2, after.a2, after.b2);
     v[cells - 1] = Masked(v[cells - 1], kept);
     float* to = after.to2.data + Place(after.to2, channel, row, cell);
-    for (int i = 0; i < cells; ++i, to += Step(after.to2))
-      StoreCell(after.to2, cell + i, to, v[i]);
+    for (int i = 0; i < cells; ++i) Store(to + i * L, v[i]);
   }
 }
 
@@ -341,26 +317,13 @@ void FinishRow(const Epilogue& after, int32_t channel, int32_t row,
 // read again after each store, which might change it.
 struct Cursor {
   float* data;
-  int64_t plane, pitch, step;
-  bool halo;
-  int32_t cell, cells;
-
-  RIGL_MEMBER void Put(int64_t place, int32_t c, Vector v) const {
-    float* const to = data + place;
-    Store(to, v);
-    if (halo) StoreHalo(to, cell + c > 0, cell + c + 1 < cells);
-  }
+  int64_t plane, pitch;
 };
 
 RIGL_INLINE Cursor CursorOf(const Field& field, int32_t channel, int32_t row,
                             int32_t cell) {
-  return {field.data + Place(field, channel, row, cell),
-          field.plane,
-          field.pitch,
-          Step(field),
-          field.halo != 0,
-          cell,
-          field.cells};
+  return {field.data + Place(field, channel, row, cell), field.plane,
+          field.pitch};
 }
 
 template <int n>
@@ -394,14 +357,14 @@ RIGL_INLINE void FinishPlain(const Epilogue& after, const Clip& clip,
       for (int32_t c = 0; c < cells; ++c) {
         Vector x = *v++;
         if constexpr (add)
-          x += Load(other.data + r * other.pitch + c * other.step);
+          x += Load(other.data + r * other.pitch + c * L);
         x = Clipped(x, low, high);
         if (c == ragged) x = Masked(x, kept);
-        if constexpr (first) to.Put(r * to.pitch + c * to.step, c, x);
+        if constexpr (first) Store(to.data + r * to.pitch + c * L, x);
         if constexpr (second) {
           x = Clipped(x * scale + shift, low2, high2);
           if (c == ragged) x = Masked(x, kept);
-          to2.Put(r * to2.pitch + c * to2.step, c, x);
+          Store(to2.data + r * to2.pitch + c * L, x);
         }
       }
     if constexpr (add) other.data += other.plane;
@@ -514,8 +477,7 @@ void SparseTile(const Convolution& k, const Part& part, float* scratch,
   const Epilogue& after = k.after;
   const Clip clip = ClipOf(after.act, after.a, after.b);
   const bool plain = clip.is && !after.scale && !after.shift &&
-                     !after.other.data && !after.to2.data && after.to.data &&
-                     !after.to.halo;
+                     !after.other.data && !after.to2.data && after.to.data;
   const int32_t last = cell + C == k.out_cells ? k.out_last : L;
   const bool ragged = last < L;
   const Integers kept = FirstOf(last);
@@ -776,7 +738,7 @@ void Elementwise(const Field& in, const Epilogue& after, int32_t begin,
         const int32_t count = Least(in.cells - cell, kChunk);
         Vector v[kChunk];
         const float* from = in.data + Place(in, o, row, cell);
-        for (int i = 0; i < count; ++i) v[i] = Load(from + i * Step(in));
+        for (int i = 0; i < count; ++i) v[i] = Load(from + i * L);
         FinishOne(after, o, row, cell, 1, count,
                cell + count == in.cells ? in.last : L, v);
       }
@@ -830,10 +792,10 @@ void GlobalPool(const Field& in, bool maximum, bool positions, int32_t columns,
     Vector all = maximum ? least : Vector{};
     for (int32_t row = 0; row < in.rows; ++row) {
       const float* at = in.data + Place(in, o, row, 0);
-      const Vector last = Load(at + (in.cells - 1) * Step(in));
+      const Vector last = Load(at + (in.cells - 1) * L);
       if (maximum) {
         for (int32_t cell = 0; cell + 1 < in.cells; ++cell) {
-          const Vector x = Load(at + cell * Step(in));
+          const Vector x = Load(at + cell * L);
           all = x > all ? x : all;
         }
         const Vector x = Chosen(kept, last, least);
@@ -842,7 +804,7 @@ void GlobalPool(const Field& in, bool maximum, bool positions, int32_t columns,
         // By rows: a sum of few numbers is off by little.
         Vector sum = Masked(last, kept);
         for (int32_t cell = 0; cell + 1 < in.cells; ++cell)
-          sum += Load(at + cell * Step(in));
+          sum += Load(at + cell * L);
         all += sum;
       }
     }
@@ -978,7 +940,7 @@ void PackPositions(const float* pixels, int32_t columns, int32_t channels,
           v[i] = Load(from + static_cast<int64_t>(column + i) * channels + o);
         Transpose(v);
         for (int i = 0; i < L; ++i)
-          StoreCell(to, cell, out + (o + i) * to.plane, v[i]);
+          Store(out + (o + i) * to.plane, v[i]);
       }
       for (; o < channels; ++o) {
         const float* at = from + static_cast<int64_t>(column) * channels + o;
@@ -987,7 +949,7 @@ void PackPositions(const float* pixels, int32_t columns, int32_t channels,
           v[i] = at[static_cast<int64_t>(i) * channels];
         // A single pixel fills its cell.
         if (columns == 1 && to.last > 1) v = All(*at);
-        StoreCell(to, cell, out + o * to.plane, v);
+        Store(out + o * to.plane, v);
       }
     }
   }

@@ -19,20 +19,13 @@
 
 namespace rigl_serving {
 
-// data + channel * plane + row * pitch + cell * (L + 2 * halo) is aligned to L
-// floats, or where there is a halo as it says.
+// data + channel * plane + row * pitch + cell * L is aligned to L floats.
 struct Field {
   float* data = nullptr;  // channel 0, row 0, cell 0
   int64_t plane = 0;      // floats from channel to channel
   int64_t pitch = 0;      // floats from row to row
   int32_t channels = 0, rows = 0, cells = 0;
   int32_t last = 0;  // numbers of the last cell of a row that count, 1 to L
-  // Of positions it may be L / 2: a cell keeps as many numbers before and after
-  // it, too, those of its neighbours or zero, in 2 L floats that are aligned to
-  // as many; `data` is in the middle. Cells are 2 L floats apart then, and with
-  // L = 8 no load of what is up to 4 columns away crosses a line of the cache.
-  // A row needs no other margin. Who writes a cell writes these.
-  int32_t halo = 0;
 };
 
 // One weight, and how far from its output's place it reads, in floats.

@@ -78,8 +78,7 @@ double Model::SecondsOf(const std::vector<Shape>& shapes, int64_t batch,
 
 Model::Measurement Model::Measured(const Ready& ready, const Leg& leg,
                                    bool shared, double seconds) {
-  const Tiles* tiles = TilesOf(leg.length);
-  const Layout layout{tiles ? tiles : TilesOf(), leg.positions};
+  const Layout layout = LayoutOf(leg);
   const int threads = team_.threads();
   const int64_t count = leg.positions ? 1 : layout.length();
   Plan plan = MakePlan(network_, ready.shapes, layout, {});
@@ -191,7 +190,7 @@ void Model::TuneMode(const std::vector<Shape>& shapes, Mode mode,
     Leg leg;
     leg.length = length;
     leg.together = mode == Mode::kShared;
-    if (TilesOf(length)) legs.push_back(leg);
+    if (TilesFor(length)) legs.push_back(leg);
   }
   if (mode == Mode::kGroups) {
     legs.resize(1);

@@ -149,7 +149,7 @@ std::vector<Choice> ChoicesFor(const Step& step, const Geometry& out,
   };
 
   std::vector<Choice> choices;
-  if (CanGenerate(layout.length())) {
+  if (CanGenerate(tiles)) {
     for (const auto& tile : kGeneratedTiles)
       if (out.rows % tile[0] == 0 && out.cells % tile[1] == 0)
         add(Product::kGenerated, tile[0], tile[1], &choices);

@@ -1,0 +1,560 @@
+"""Networks as the engine in C++ computes them, against NumPy in float64."""
+
+import contextlib
+import dataclasses
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from rigl_keras.serving.network import (
+    Activation,
+    Network,
+    Node,
+    Operation,
+    Output,
+    Padding,
+)
+from rigl_keras.serving.network_file import to_bytes
+from tests.support.network_library import build_sanitized, loaded
+from tests.support.network_reference import evaluate
+from tests.support.networks_of_nodes import random_inputs, random_network
+
+BATCHES = (1, 3, 16, 33, 130)
+THREADS = (1, 2, 5)
+SETS = ("avx512", "avx2", "portable")
+# Instruction sets, and whether code is generated. AVX-512 alone has it.
+KINDS = ("avx512", "avx512 without code", "avx2", "portable")
+IMAGES = 35  # that differ, in a batch
+SIZES = ((7, 9), (1, 1), (20, 3), (5, 18))
+SANITIZED = os.environ.get("RIGL_KERAS_KERNELS") in ("address", "thread")
+
+
+@contextlib.contextmanager
+def kind_of_code(kind):
+    """Asks for an instruction set. Networks are loaded and planned within."""
+    name, *rest = kind.split(" ", 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RIGL_KERAS_ISA", name)
+        patch.setenv("RIGL_KERAS_GENERATED", "off" if rest else "")
+        yield name
+
+
+def load(network, *, threads=1, hints=""):
+    network = dataclasses.replace(network, hints=hints)
+    return loaded(to_bytes(network), threads=threads)
+
+
+def check(found, expected, about=""):
+    """Compares outputs: by the largest number of each."""
+    assert list(found) == list(expected)
+    for name, want in expected.items():
+        got = found[name]
+        assert got.shape == want.shape, (about, name)
+        largest = max(np.abs(want).max(initial=0), 1e-3)
+        error = np.abs(got - want).max(initial=0) / largest
+        assert error < 2e-5, (about, name, error)
+
+
+def first(arrays, batch):
+    """Returns the first images of arrays: of fewer, again and again."""
+    return {
+        name: array[np.arange(batch) % len(array)]
+        for name, array in arrays.items()
+    }
+
+
+def check_network_of(seed, kinds=KINDS, batches=BATCHES):
+    """Runs a random network in all ways."""
+    network = random_network(seed)
+    inputs = random_inputs(network, IMAGES)
+    expected = evaluate(network, inputs)
+    for i, kind in enumerate(kinds):
+        threads = THREADS[(seed + i) % len(THREADS)]
+        with kind_of_code(kind) as name:
+            with load(network, threads=threads) as engine:
+                if engine.instruction_set != name:
+                    continue  # not this processor's
+                for batch in batches:
+                    check(
+                        engine(**first(inputs, batch)),
+                        first(expected, batch),
+                        (seed, kind, threads, batch),
+                    )
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_random_network(seed):
+    check_network_of(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(100, 700, 50))
+def test_more_random_networks(seed):
+    for more in range(50):
+        check_network_of(seed + more)
+
+
+def check_sizes_of(seed):
+    """Inputs have several sizes, one after another and again."""
+    network = random_network(seed, sizes=SIZES)
+    cases = []
+    for at in (0, 1, 2, 0, 3):
+        inputs = random_inputs(network, 18, size=SIZES[at])
+        cases.append((inputs, evaluate(network, inputs)))
+    for kind in KINDS:
+        with kind_of_code(kind):
+            with load(network, threads=1 + seed % 3) as engine:
+                for inputs, expected in cases:
+                    check(engine(**inputs), expected, (seed, kind))
+                    check(
+                        engine(**first(inputs, 1)),
+                        first(expected, 1),
+                        (seed, kind),
+                    )
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_inputs_of_any_size(seed):
+    check_sizes_of(seed)
+
+
+@pytest.mark.slow
+def test_more_inputs_of_any_size():
+    for seed in range(100, 160):
+        check_sizes_of(seed)
+
+
+def test_random_networks_have_all_operations():
+    """At the sizes and batches above; and all kinds of what they have."""
+    nodes = [node for seed in range(30) for node in random_network(seed).nodes]
+    assert {node.operation for node in nodes} == set(Operation)
+    of = {
+        operation: [n for n in nodes if n.operation == operation]
+        for operation in Operation
+    }
+    convolutions = of[Operation.CONVOLUTION]
+    assert {n.strides[0] for n in convolutions} == {1, 2, 3}
+    assert {n.dilations[1] for n in convolutions} == {1, 2, 3}
+    assert {n.padding.same for n in convolutions} == {True, False}
+    assert any(not n.kernel.any() for n in convolutions)
+    assert any(n.kernel.all() for n in convolutions)
+    assert any(n.groups == 2 for n in convolutions)
+    assert any(n.groups > 2 and n.kernel.shape[2] == 1 for n in convolutions)
+    assert {n.activation for n in of[Operation.ACTIVATION]} == set(Activation)
+    pools = of[Operation.POOL]
+    assert {(n.maximum, n.padding.same) for n in pools} == {
+        (maximum, same) for maximum in (0, 1) for same in (0, 1)
+    }
+    assert any(
+        len(set(n.inputs)) < len(n.inputs) for n in of[Operation.CONCATENATE]
+    )
+
+
+# A network of which each value can be checked by hand, and which goes through
+# what a planner may cut: two convolutions, a sum, and a dense layer.
+
+
+def a_network(channels=12, size=(9, 17), seed=3):
+    draw = np.random.default_rng(seed)
+
+    def kernel(*shape):
+        kept = draw.random(shape) < 0.4
+        values = draw.standard_normal(shape) * kept / np.sqrt(shape[2])
+        return values.astype(np.float32)
+
+    same = Padding(same=True)
+    nodes = (
+        Node(Operation.INPUT, "x", shape=(*size, 3)),
+        Node(
+            Operation.CONVOLUTION,
+            "c1",
+            (0,),
+            kernel=kernel(3, 3, 3, channels),
+            padding=same,
+        ),
+        Node(Operation.ACTIVATION, "r1", (1,)),
+        Node(
+            Operation.CONVOLUTION,
+            "c2",
+            (2,),
+            kernel=kernel(3, 3, channels, channels),
+            strides=(2, 2),
+            padding=same,
+        ),
+        Node(Operation.ACTIVATION, "r2", (3,)),
+        Node(
+            Operation.CONVOLUTION,
+            "c3",
+            (4,),
+            kernel=kernel(3, 3, channels, channels),
+            padding=same,
+        ),
+        Node(Operation.ADD, "sum", (4, 5)),
+        Node(Operation.GLOBAL_POOL, "pool", (6,)),
+        Node(
+            Operation.DENSE,
+            "d",
+            (7,),
+            kernel=kernel(1, 1, channels, 10)[0, 0],
+            bias=np.arange(10, dtype=np.float32),
+        ),
+    )
+    return Network(nodes, (Output("y", 8), Output("features", 6)))
+
+
+@pytest.fixture(scope="module")
+def case():
+    """A network, inputs of it, and what it makes of them."""
+    network = a_network()
+    inputs = random_inputs(network, IMAGES)
+    return network, inputs, evaluate(network, inputs)
+
+
+# Costs that leave a single way to compute a batch: images side by side, each
+# by one thread, and each by all threads.
+WAYS = {"groups": "1e-9 1 1", "alone": "1 1e-9 1", "shared": "1 1 1e-9"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", WAYS)
+def test_threads_change_no_bit(case, way, kind):
+    """Of one way to compute a batch: neither do other images of the batch."""
+    network, inputs, expected = case
+    with kind_of_code(kind) as name:
+        before = None
+        for threads in THREADS:
+            hints = f"{name} costs {threads} {WAYS[way]}\n"
+            with load(network, threads=threads, hints=hints) as engine:
+                if engine.instruction_set != name:
+                    pytest.skip(f"this processor has no {name}")
+                found = engine(**inputs)
+                check(found, expected)
+                before = before or found
+                for batch in (*BATCHES, 31):
+                    same = first(before, batch)
+                    for output, value in engine(**first(inputs, batch)).items():
+                        np.testing.assert_array_equal(value, same[output])
+
+
+def test_batches_without_images():
+    network = random_network(0, sizes=SIZES)
+    with load(network, threads=2) as engine:
+        for size in SIZES:
+            inputs = random_inputs(network, 0, size=size)
+            some = random_inputs(network, 1, size=size)
+            expected = first(evaluate(network, some), 0)
+            check(engine(**inputs), expected)
+
+
+def in_threads(calls):
+    """Runs functions at the same time, and raises what one of them raises."""
+    raised = []
+
+    def run(call):
+        try:
+            call()
+        except BaseException as error:  # the test's own as well
+            raised.append(error)
+
+    threads = [threading.Thread(target=run, args=[call]) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if raised:
+        raise raised[0]
+
+
+@pytest.mark.parametrize("threads", THREADS)
+def test_many_callers_of_many_sizes(threads):
+    network = random_network(1, sizes=SIZES)
+    cases = []
+    for i, batch in enumerate((1, 2, 17, 33, 5, 40)):
+        inputs = random_inputs(network, batch, size=SIZES[i % 4], seed=i)
+        cases.append((inputs, evaluate(network, inputs)))
+    with load(network, threads=threads) as engine:
+
+        def call(turn):
+            for at in range(12):
+                inputs, expected = cases[(turn + at) % len(cases)]
+                check(engine(**inputs), expected)
+
+        in_threads([lambda turn=turn: call(turn) for turn in range(6)])
+
+
+def test_more_sizes_than_plans_are_kept_by_many_callers():
+    """A plan is used until its last call has ended."""
+    network = random_network(1, sizes=SIZES)
+    cases = []
+    for rows in range(1, 12):
+        inputs = random_inputs(network, 3, size=(rows, 4))
+        cases.append((inputs, evaluate(network, inputs)))
+    with load(network, threads=2) as engine:
+
+        def call(turn):
+            for inputs, expected in cases[turn:] + cases[:turn]:
+                check(engine(**inputs), expected)
+
+        in_threads([lambda turn=turn: call(turn) for turn in range(4)])
+
+
+def in_a_child(call):
+    """Returns whether a function raises nothing in a forked process."""
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            call()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes do not fork")
+@pytest.mark.skipif(SANITIZED, reason="its runtime has threads of its own")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_child_calls_what_its_parent_has_used(case):
+    network, inputs, expected = case
+    with load(network, threads=3) as engine:
+
+        def call():
+            for batch in BATCHES:
+                check(engine(**first(inputs, batch)), first(expected, batch))
+
+        call()
+
+        def call_and_close():
+            call()
+            assert in_a_child(call)  # a grandchild
+            engine.close()
+
+        assert in_a_child(call_and_close)
+        call()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tuned_networks_compute_the_same(case, kind):
+    network, inputs, expected = case
+    with kind_of_code(kind) as name:
+        with load(network, threads=2) as engine:
+            if engine.instruction_set != name:
+                pytest.skip(f"this processor has no {name}")
+            for batch in (1, 40):
+                engine.tune((batch, *inputs["x"].shape[1:]), seconds=0.02)
+            hints = engine.hints()
+            for batch in BATCHES:
+                check(engine(**first(inputs, batch)), first(expected, batch))
+        assert f"{name} choice " in hints and f"{name} costs 2 " in hints
+        # A file keeps it, and it is all of it.
+        with load(network, threads=2, hints=hints) as engine:
+            assert engine.hints() == hints
+            for batch in BATCHES:
+                check(engine(**first(inputs, batch)), first(expected, batch))
+
+
+@pytest.mark.slow
+def test_random_networks_are_tuned():
+    for seed in range(40):
+        network = random_network(seed)
+        inputs = random_inputs(network, 33)
+        expected = evaluate(network, inputs)
+        with load(network, threads=1 + seed % 3) as engine:
+            for batch in (1, 33):
+                some = first(inputs, batch)
+                shapes = [array.shape for array in some.values()]
+                engine.tune(*shapes, seconds=0.02)
+                check(engine(**some), first(expected, batch), seed)
+
+
+def a_number(draw):
+    return draw.choice(
+        [
+            *(
+                "0",
+                "1",
+                "-1",
+                "2",
+                "3",
+                "4",
+                "7",
+                "8",
+                "16",
+                "17",
+                "-2147483648",
+            ),
+            *("2147483647", "2147483648", "99999999999999999999", "1e308", "x"),
+            *("-1e308", "nan", "inf", "-inf", "1e-320", "0.5", "0x10", "", "é"),
+        ]
+    )
+
+
+def a_hint(draw, name):
+    """Returns a line that is nearly one, or is one that does not fit."""
+
+    def layout():
+        return draw.choice(["p", "i", "q", ""]) + draw.choice(
+            ["16", "8", "4", "0", "-8", "5", "16x", "4294967312", ""]
+        )
+
+    def number():
+        return a_number(draw)
+
+    def small():
+        return str(draw.integers(-2, 12))
+
+    def either():
+        return number() if draw.random() < 0.3 else small()
+
+    kind = draw.choice(
+        ["choice", "route", "costs", "words"], p=[0.5, 0.3, *[0.1] * 2]
+    )
+    words = [draw.choice([name] * 6 + ["avx2", "sse", ""]), kind]
+    if kind == "choice":
+        words += [layout(), either(), draw.choice(list("sdgsdgx"))]
+        words += [either() for _ in range(3)]
+    elif kind == "route":
+        words.append(either())
+        for _ in range(draw.integers(0, 4)):
+            words += [layout(), either()]
+        if draw.random() < 0.7:
+            words += [layout(), "-1"]
+    elif kind == "costs":
+        words += [draw.choice(["1", "2", "5"]), *(number() for _ in range(3))]
+    else:
+        words += [number() for _ in range(draw.integers(0, 6))]
+    return (
+        " ".join(words[: draw.integers(1, len(words) + 1)])[:200]
+        if (draw.random() < 0.2)
+        else " ".join(words)
+    )
+
+
+def check_hints(case, hints, threads):
+    network, inputs, expected = case
+    with load(network, threads=threads, hints=hints) as engine:
+        for batch in (1, 3, 40):
+            check(
+                engine(**first(inputs, batch)),
+                first(expected, batch),
+                hints,
+            )
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_hints_that_are_nonsense(case, seed):
+    """They change neither answers nor whether there are any."""
+    draw = np.random.default_rng(seed)
+    with kind_of_code("") as name:
+        with load(case[0]) as engine:
+            name = engine.instruction_set
+    for turn in range(40):
+        lines = [a_hint(draw, name) for _ in range(draw.integers(1, 30))]
+        check_hints(case, "\n".join(lines), 1 + turn % 2)
+
+
+def every(name, *words):
+    """Hints for all instruction sets."""
+    return "".join(f"{isa} {name} {' '.join(words)}\n" for isa in SETS)
+
+
+HINTS = {
+    "costs whose sums are infinite": every("costs", "2", *["1e308"] * 3),
+    "costs below zero": every("costs", "2", *["-5"] * 3),
+    "costs that are next to nothing": every("costs", "2", *["1e-320"] * 3),
+    "a cut at the end": every("route", "2", "p8", "8", "p8", "-1"),
+    "a cut within a residual block": every("route", "2", "p8", "5", "p8", "-1"),
+    "cuts that go back": every("route", "0", *"p8 7 p8 4 p8 -1".split()),
+    "a route that has no end": every("route", "0", "p8", "4"),
+    "positions that follow images": "".join(
+        f"{isa} route 0 i{n} 4 p{n} -1\n{isa} costs 2 1e-9 1 1\n"
+        for isa, n in zip(SETS, (16, 8, 4), strict=True)
+    ),
+    "many legs": "".join(
+        f"{isa} route {mode} p{n} 2 p{n} 4 p{n} 6 p{n} 7 p{n} -1\n"
+        for isa, n in zip(SETS, (16, 8, 4), strict=True)
+        for mode in range(3)
+    ),
+    "bytes of zero": "\0" * 50 + "\n" + every("choice", "p8", "\0"),
+    "a line that is long": "avx512 choice " + "p" * 100_000,
+    "many lines": every("choice", "p8", "1", "s", "1", "1", "1") * 3000,
+    **{
+        f"a tile of {rows} x {cells} for {product}": "".join(
+            every("choice", kind, str(node), product, str(rows), str(cells), b)
+            for kind in ("p16", "p8", "p4", "i16", "i8", "i4")
+            for node in (1, 3, 5, 8)
+            for b in ("0", "4", "12", "-1", "2147483647")
+        )
+        for product in "sdg"
+        for rows, cells in ((0, 1), (-1, -1), (5, 2), (16, 8), (1, 2**31 - 1))
+    },
+}
+
+
+@pytest.mark.parametrize("hints", HINTS)
+def test_hints_that_are_hostile(case, hints):
+    check_hints(case, HINTS[hints], 2)
+
+
+def test_the_instruction_set_is_that_of_the_load(case):
+    """Whatever the environment says when a loaded network is called."""
+    network, inputs, expected = case
+    for kind in KINDS:
+        with kind_of_code(kind):
+            engine = load(network, threads=2)
+        for other in KINDS:
+            with kind_of_code(other):
+                check(engine(**inputs), expected)
+                check(engine(**first(inputs, 1)), first(expected, 1))
+
+
+def resident():
+    """Returns the bytes of memory that this process has."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there is no /proc")
+@pytest.mark.skipif(SANITIZED, reason="what is freed is kept for a while")
+def test_loading_again_and_again_needs_no_more_memory():
+    network = a_network(channels=32, size=(8, 16))
+    data = to_bytes(network)
+    inputs = random_inputs(network, 33)
+
+    def use(turns):
+        for turn in range(turns):
+            with loaded(data, threads=1 + turn % 2) as engine:
+                engine(**first(inputs, 1))
+                engine(**inputs)
+
+    use(40)
+    before = resident()
+    use(160)
+    # A network in memory has more than a tenth of a megabyte.
+    assert resident() - before < 160 * 0.1e6 / 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(SANITIZED, reason="it is what runs")
+@pytest.mark.parametrize(
+    "sanitizer, tests", [("address", ""), ("thread", "callers or threads")]
+)
+def test_under_sanitizers(sanitizer, tests, tmp_path):
+    """These tests again, in a process of their own."""
+    _, variables = build_sanitized(sanitizer, tmp_path)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-n0", "-q", "-x", __file__),
+            *("-p", "no:cacheprovider", "-k", tests),
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **variables},
+        cwd=os.path.dirname(os.path.dirname(__file__)),
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-9000:]
+    assert "passed" in done.stdout
