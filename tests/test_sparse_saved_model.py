@@ -293,7 +293,7 @@ def test_free_axes_are_not_measured(tmp_path, tunes):
 def test_plans_are_really_measured(quick):
     model = rigl_keras.sparsify(small_model(), 0.3)
     signature = signature_of(model)
-    network = networks.ModelNetworks(model, signature).imported.network
+    network = networks.import_model(model, signature).network
     assert network is not None
     data = networks.tuned(network, [1, 16])
     assert "choice" in from_bytes(data).hints

@@ -37,14 +37,14 @@ def test_it_grows_with_the_root_of_the_layers(
 ):
     model = chain(convolutions, norms)
     got = usual_tolerance(model, None, folded=folded)
-    assert got == pytest.approx(32 * EPSILON * terms**0.5)
+    assert got == pytest.approx(24 * EPSILON * terms**0.5)
     masked = rigl_keras.sparsify(model, 0.5)
     assert usual_tolerance(masked, None, folded=folded) == got
 
 
 def test_it_is_never_less_than_it_was():
     assert usual_tolerance(chain(2), None) == 1e-5
-    assert 32 * EPSILON * 2**0.5 < 1e-5
+    assert 24 * EPSILON * 2**0.5 < 1e-5
 
 
 def test_other_precisions_do_not_grow():
@@ -58,15 +58,15 @@ def test_other_precisions_do_not_grow():
 
 @pytest.fixture(scope="module")
 def deep():
-    """A ResNet-50 whose batch norms have seen something, and is slim."""
+    """A slim ResNet-50, whose batch norms have seen something."""
     keras.utils.set_random_seed(0)
     model = rigl_keras.models.resnet50(channel_scale=0.25)
-    draw = np.random.default_rng(0)
     for layer in model.layers:
         if isinstance(layer, layers.BatchNormalization):
-            for variable in layer.variables:
-                variable.assign(draw.uniform(0.5, 1.5, variable.shape))
-    return rigl_keras.sparsify(model, 0.1)
+            layer.momentum = 0.0  # one batch says it all
+    draw = np.random.default_rng(0)
+    model(draw.standard_normal((16, 32, 32, 3)).astype("f"), training=True)
+    return rigl_keras.sparsify(model, 0.1, product="dense")
 
 
 @pytest.mark.slow
@@ -75,7 +75,7 @@ def test_a_deep_network_with_folded_norms_passes(deep, tmp_path):
         deep, tmp_path / "e", fold_batch_norm=True, measure=False
     )
     assert len(report.folded) == 53
-    assert report.tolerance == pytest.approx(32 * EPSILON * 107**0.5)
+    assert report.tolerance == pytest.approx(24 * EPSILON * 107**0.5)
     assert 0 < report.max_difference <= report.tolerance
 
 

@@ -8,7 +8,7 @@ import keras
 
 import rigl_keras.serving
 from rigl_keras.exporting.base_format import Format, Runner, WriteOptions
-from rigl_keras.exporting.networks import ModelNetworks, told, tuned
+from rigl_keras.exporting.networks import import_model, told, tuned
 from rigl_keras.exporting.signatures import Signature
 from rigl_keras.kernels import library
 from rigl_keras.kernels.toolchain import NETWORK_LIBRARY_NAME, BuildError
@@ -44,7 +44,7 @@ class Native(Format):
         folder: Path,
         options: WriteOptions,
     ) -> list[str]:
-        imported = ModelNetworks(model, signature).imported
+        imported = import_model(model, signature)
         if imported.network is None:
             raise ValueError(
                 "these operations need TensorFlow: "

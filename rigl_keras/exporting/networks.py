@@ -21,7 +21,7 @@ from rigl_keras.serving.network_file import to_bytes
 from rigl_keras.serving.runtime import Network as Runtime
 from rigl_keras.serving.shapes import Shape, shape_of
 
-__all__ = ["ModelNetworks", "import_model", "output_shapes", "told", "tuned"]
+__all__ = ["import_model", "output_shapes", "told", "tuned"]
 
 # Seconds in which plans of one batch size are compared.
 _SECONDS = 2.0
@@ -45,25 +45,6 @@ def import_model(
     """
     served = Served(model, signature, sparse=False)
     return import_function(served.function, least_work=least_work)
-
-
-class ModelNetworks:
-    """What is computed by networks of a model, and what by TensorFlow.
-
-    Args:
-        model: A built model. Kernels of a masked one must be zero outside
-            their masks.
-        signature: What it is called on.
-
-    Attributes:
-        imported: Its networks.
-        tables: What it looks up in, which a SavedModel must hold.
-    """
-
-    def __init__(self, model: keras.Model, signature: Signature):
-        served = Served(model, signature, sparse=False)
-        self.imported: Imported = import_function(served.function)
-        self.tables = served.tables
 
 
 def told(unknown: Sequence[Unknown]) -> list[str]:

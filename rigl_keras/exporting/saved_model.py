@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -19,7 +20,12 @@ from rigl_keras.masking.leaves import trained_weights
 from rigl_keras.masking.model_tree import call_model
 from rigl_keras.masking.tracing import KernelScope, masks_applied
 
-__all__ = ["SavedModel", "Served", "kernels_to_store_sparse"]
+__all__ = [
+    "SavedModel",
+    "Served",
+    "kernels_to_store_sparse",
+    "lookup_tables",
+]
 
 
 class SavedModel(Format):
@@ -63,6 +69,15 @@ def kernels_to_store_sparse(model: keras.Model) -> list[keras.Variable]:
     ]
 
 
+def lookup_tables(model: keras.Model) -> list[Any]:
+    """Returns what a model looks up in, which a SavedModel must hold."""
+    return [
+        layer.lookup_table
+        for layer in _keras.flatten_layers(model)
+        if hasattr(layer, "lookup_table")
+    ]
+
+
 class Served(tf.Module):
     """A model as one `tf.function` of its named inputs, and its weights.
 
@@ -74,7 +89,6 @@ class Served(tf.Module):
 
     Attributes:
         function: The concrete function.
-        tables: What it looks up in.
     """
 
     def __init__(
@@ -100,8 +114,4 @@ class Served(tf.Module):
 
         self.function = serve.get_concrete_function(**signature.inputs)
         self._weights = list(self.function.variables)
-        self.tables = [
-            layer.lookup_table
-            for layer in _keras.flatten_layers(model)
-            if hasattr(layer, "lookup_table")
-        ]
+        self._tables = lookup_tables(model)

@@ -4,6 +4,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import keras
 import tensorflow as tf
@@ -16,12 +17,14 @@ from rigl_keras.exporting.base_format import (
     numpy_runner,
 )
 from rigl_keras.exporting.networks import (
-    ModelNetworks,
+    import_model,
     output_shapes,
     told,
     tuned,
 )
+from rigl_keras.exporting.saved_model import lookup_tables
 from rigl_keras.exporting.signatures import Signature
+from rigl_keras.serving.importer import Imported
 from rigl_keras.serving.network import Network
 from rigl_keras.serving.operation import checksum_of, run_network
 
@@ -50,8 +53,7 @@ class SparseSavedModel(Format):
         folder: Path,
         options: WriteOptions,
     ) -> list[str]:
-        found = ModelNetworks(model, signature)
-        imported = found.imported
+        imported = import_model(model, signature)
         unknown = told(imported.unknown)
         if not imported.segments:
             raise ValueError(
@@ -76,7 +78,9 @@ class SparseSavedModel(Format):
                 raise ValueError(
                     f"There is no library to put beside the model: {error}."
                 ) from error
-            served = _Served(found, networks, signature)
+            served = _Served(
+                imported, networks, signature, lookup_tables(model)
+            )
             tf.saved_model.save(served, str(folder), signatures=served.function)
         library = Path(folder, _LIBRARY)
         library.parent.mkdir(exist_ok=True)
@@ -148,9 +152,10 @@ class _Served(tf.Module):
     """A model of networks as one function of its named inputs.
 
     Args:
-        found: The model's networks.
+        imported: The model's networks.
         networks: The same, in files.
         signature: What it is called on.
+        tables: What it looks up in, which belongs to what is saved.
 
     Attributes:
         function: The concrete function.
@@ -158,17 +163,18 @@ class _Served(tf.Module):
 
     def __init__(
         self,
-        found: ModelNetworks,
+        imported: Imported,
         networks: Sequence[_Saved],
         signature: Signature,
+        tables: Sequence[Any],
     ):
         super().__init__()
         self._networks = list(networks)
-        self._tables = found.tables
+        self._tables = list(tables)
 
         @tf.function(autograph=False)
         def serve(**inputs: tf.Tensor) -> Mapping[str, tf.Tensor]:
-            return found.imported.rebuild(
+            return imported.rebuild(
                 inputs, lambda i, tensors: self._networks[i](tensors)
             )
 
