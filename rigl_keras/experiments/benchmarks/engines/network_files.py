@@ -158,6 +158,7 @@ def _exported(format):
             target,
             format=format,
             tolerance=TOLERANCE,
+            batch_sizes=tuple(writing.batches),
             measure=False,
         )
         return target
