@@ -173,6 +173,7 @@ LOADERS = {
     "pytorch_compiled": _pytorch_compiled,
 }
 _PACKAGES = {
+    "native": "rigl_keras",
     "sparse_saved_model": "tensorflow",
     "litert": "ai-edge-litert",
     "pytorch": "torch",
