@@ -34,6 +34,7 @@ __all__ = [
     "inbound_nodes",
     "is_bookkeeping",
     "is_compiled_by_xla",
+    "is_in_step_of_keras",
     "is_training",
     "keeping_losses",
     "like_function",
@@ -372,6 +373,27 @@ def is_compiled_by_xla(graph: tf.Graph) -> bool:
     return context is not None and context.IsXLAContext()
 
 
+def is_in_step_of_keras() -> bool:
+    """Returns whether a step of Keras's own is traced: of `predict`, say.
+
+    Without it operations of the op library get into graphs that users trace,
+    which they may save, or have XLA compile, without that library.
+    """
+    graph, names = tf.compat.v1.get_default_graph(), set()
+    while graph is not None:
+        names.add(getattr(graph, "name", ""))
+        graph = getattr(graph, "outer_graph", None)
+    return bool(
+        names
+        & {
+            "one_step_on_data",
+            "one_step_on_data_distributed",
+            "multi_step_on_data",
+            "multi_step_on_iterator",
+        }
+    )
+
+
 def define_functions(definition: Any) -> None:
     """Has TensorFlow know the functions of a graph's definition.
 
@@ -379,7 +401,7 @@ def define_functions(definition: Any) -> None:
     of loops are such functions. Without it recurrent layers cannot run beside
     networks.
     """
-    known = _context.context()
+    known: Any = _context.context()
     for function in definition.library.function:
         if not known.has_function(function.signature.name):
             known.add_function_def(function)

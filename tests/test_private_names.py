@@ -10,6 +10,7 @@ import rigl_keras
 PACKAGE = pathlib.Path(rigl_keras.__file__).parent
 # Python's own, and what this package notes on classes and layers of others.
 HARMLESS = {
+    "_asdict",
     "_current_frames",
     "_exit",
     "_fields",

@@ -215,8 +215,8 @@ def case():
 
 
 # Costs that leave a single way to compute a batch: images side by side, each
-# by one thread, and each by all threads. Of a large batch most are computed side
-# by side, whatever the costs.
+# by one thread, and each by all threads. Of a large batch most are computed
+# side by side, whatever the costs.
 WAYS = {"groups": "1e-9 1 1", "alone": "1 1e-9 1", "shared": "1 1 1e-9"}
 
 

@@ -248,7 +248,8 @@ def inference_kernel(kernel: tf.Tensor, mask: tf.Tensor) -> tf.Tensor | None:
     really is, and that it has not been changed since, the op library sees to
     (`operations.masked_kernel`). Of a kernel that changes with every call, it
     would compare and multiply each time: so None where a gradient tape may
-    watch, and where there is no op for the kernel.
+    watch, and where there is no op for the kernel. In a graph that a user
+    traces TensorFlow's own operations do: it may be saved, or compiled by XLA.
 
     Args:
         kernel, mask: Their values.
@@ -258,6 +259,7 @@ def inference_kernel(kernel: tf.Tensor, mask: tf.Tensor) -> tf.Tensor | None:
         and kernel.shape.num_elements() >= _LEAST_WEIGHTS
         and not _keras.is_training()
         and not _keras.may_differentiate()
+        and (tf.executing_eagerly() or _keras.is_in_step_of_keras())
         and not tf.config.list_physical_devices("GPU")
         and not only_dense()
         and library.load() is not None

@@ -147,7 +147,7 @@ def _pytorch(path, threads, batch, *, compiled=False):
     if compiled:
         settings = importlib.import_module("torch._inductor.config")
         settings.freezing = True  # pyright: ignore[reportAttributeAccessIssue]
-        torch._dynamo.reset()
+        torch.compiler.reset()
         network = torch.compile(network)
 
     @torch.inference_mode()
