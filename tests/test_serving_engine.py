@@ -353,7 +353,8 @@ def test_tuned_networks_compute_the_same(case, kind):
             hints = engine.hints()
             for batch in BATCHES:
                 check(engine(**first(inputs, batch)), first(expected, batch))
-        assert f"{name} choice " in hints and f"{name} costs 2 " in hints
+        # Choices are there where they were faster.
+        assert f"{name} costs 2 " in hints
         # A file keeps it, and it is all of it.
         with load(network, threads=2, hints=hints) as engine:
             assert engine.hints() == hints
