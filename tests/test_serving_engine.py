@@ -545,15 +545,14 @@ def test_loading_again_and_again_needs_no_more_memory():
 
 @pytest.mark.slow
 @pytest.mark.skipif(SANITIZED, reason="it is what runs")
-@pytest.mark.parametrize(
-    "sanitizer, tests", [("address", ""), ("thread", "callers or threads")]
-)
-def test_under_sanitizers(sanitizer, tests, tmp_path):
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+def test_under_sanitizers(sanitizer, tmp_path):
     """These tests again, in a process of their own."""
+    tests = "callers or threads" if sanitizer == "thread" else ""
     _, variables = build_sanitized(sanitizer, tmp_path)
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "pytest", "-n0", "-q", "-x", __file__),
+            *(sys.executable, "-m", "pytest", "-n0", "-x", __file__),
             *("-p", "no:cacheprovider", "-k", tests),
         ],
         capture_output=True,
