@@ -140,6 +140,15 @@ def test_a_process_is_stopped_while_it_is_not_asked(started, tmp_path):
     assert not process.is_alive
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux says it in /proc")
+def test_where_memory_runs_out_an_engine_is_ended_first(started):
+    process = started("fails", load=False)
+    with pytest.raises(EngineError):  # it has begun to answer
+        process.ask("load", limit=LIMIT, path="x", threads=1, batch=1)
+    path = pathlib.Path(f"/proc/{process._process.pid}/oom_score_adj")
+    assert path.read_text() == "1000\n"
+
+
 def test_a_process_that_ends(started, tmp_path):
     process = started("dies")
     compute(process, tmp_path)

@@ -284,6 +284,7 @@ def serve(load, version, prepare=_nothing):
             of examples.
     """
     _end_with_parent()
+    _end_first()
     # What engines print goes to the log, and not between the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -310,6 +311,13 @@ def _end_with_parent():
 
         set_death_signal = 1  # PR_SET_PDEATHSIG
         ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
+
+
+def _end_first():
+    """Has Linux end this process, and no other, where memory runs out."""
+    with contextlib.suppress(OSError):
+        with open("/proc/self/oom_score_adj", "w") as likeliest:
+            likeliest.write("1000")
 
 
 if __name__ == "__main__":
