@@ -611,6 +611,7 @@ void Planner::Emit(const Group& group) {
     step.kind = StepKind::kPack;
     step.to = NewValue(n);
     Push(std::move(step));
+    EmitOutputs(n);  // what was cut at may be one
     return;
   }
   switch (node.operation) {
