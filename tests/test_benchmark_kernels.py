@@ -303,7 +303,7 @@ def test_an_artefact_that_computes_something_else_is_refused(tiny, monkeypatch):
     monkeypatch.setattr(
         inference_speed,
         "_served",
-        lambda model: lambda x: np.nan * real(model)(x),
+        lambda *given: lambda x: np.nan * real(*given)(x),
     )
     with pytest.raises(ValueError, match="must compute what the dense one"):
         inference_speed.measure_inference(
