@@ -193,6 +193,12 @@ class _Growing:
 
     def pad(self, x):
         around = self.numbers(-1, 2, 4)
+        top, bottom, left, right = (min(n, 0) for n in around)
+        if any(
+            rows + top + bottom < 1 or columns + left + right < 1
+            for rows, columns, _ in self.shapes[x]
+        ):
+            return  # nothing of the image would be left
         self.add(
             Operation.PAD,
             x,
