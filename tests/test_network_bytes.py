@@ -567,7 +567,7 @@ def sanitized(sanitizer, folder, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "sanitizer, turns", [("address", 4000), ("thread", 400)]
+    "sanitizer, turns", [("address", 1200), ("thread", 150)]
 )
 @pytest.mark.parametrize("isa", ["", "avx2", "portable"])
 def test_files_that_are_broken_under_sanitizers(
