@@ -17,6 +17,7 @@ import pytest
 from rigl_keras.serving import runtime
 from tests.support import network_bytes as b
 from tests.support.network_library import loaded, path
+from tests.support.threads import in_threads
 
 SOURCES = pathlib.Path(runtime.__file__).with_name("csrc")
 # x [images of 3 x 4, 2 channels] and "an image/of one pixel": x * 2 * other,
@@ -263,24 +264,6 @@ def test_neither_copied_nor_pickled(two):
     for make in (pickle.dumps, copy.copy, copy.deepcopy):
         with pytest.raises(TypeError, match="Load it in the other process"):
             make(two)
-
-
-def in_threads(calls):
-    """Runs functions at the same time, and returns what they raise."""
-    raised = []
-
-    def run(call):
-        try:
-            call()
-        except BaseException as error:  # the test's own as well
-            raised.append(error)
-
-    threads = [threading.Thread(target=run, args=[call]) for call in calls]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return raised
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])

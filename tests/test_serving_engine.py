@@ -5,7 +5,6 @@ import dataclasses
 import os
 import subprocess
 import sys
-import threading
 import types
 
 import numpy as np
@@ -24,6 +23,7 @@ from rigl_keras.serving.network_file import to_bytes
 from tests.support.network_library import build_sanitized, loaded
 from tests.support.network_reference import evaluate
 from tests.support.networks_of_nodes import random_inputs, random_network
+from tests.support.threads import in_threads
 
 BATCHES = (1, 3, 16, 33, 130)
 THREADS = (1, 2, 5)
@@ -267,25 +267,6 @@ def test_batches_without_images():
             check(engine(**inputs), expected)
 
 
-def in_threads(calls):
-    """Runs functions at the same time, and raises what one of them raises."""
-    raised = []
-
-    def run(call):
-        try:
-            call()
-        except BaseException as error:  # the test's own as well
-            raised.append(error)
-
-    threads = [threading.Thread(target=run, args=[call]) for call in calls]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if raised:
-        raise raised[0]
-
-
 @pytest.mark.parametrize("threads", THREADS)
 def test_many_callers_of_many_sizes(threads):
     network = random_network(1, sizes=SIZES)
@@ -300,7 +281,9 @@ def test_many_callers_of_many_sizes(threads):
                 inputs, expected = cases[(turn + at) % len(cases)]
                 check(engine(**inputs), expected)
 
-        in_threads([lambda turn=turn: call(turn) for turn in range(6)])
+        assert not in_threads(
+            [lambda turn=turn: call(turn) for turn in range(6)]
+        )
 
 
 def test_more_sizes_than_plans_are_kept_by_many_callers():
@@ -316,7 +299,9 @@ def test_more_sizes_than_plans_are_kept_by_many_callers():
             for inputs, expected in cases[turn:] + cases[:turn]:
                 check(engine(**inputs), expected)
 
-        in_threads([lambda turn=turn: call(turn) for turn in range(4)])
+        assert not in_threads(
+            [lambda turn=turn: call(turn) for turn in range(4)]
+        )
 
 
 def in_a_child(call):
