@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from rigl_keras import kernels
 from rigl_keras.kernels import library
-from rigl_keras.kernels.operations import FrozenKernel, sparse_conv2d
+from rigl_keras.kernels.operations import sparse_conv2d
 
 HERE = pathlib.Path(__file__).parent
 
@@ -132,7 +132,7 @@ def wanted(images, kernel, mask, **options):
 
 
 def compare(images, kernel, mask, options):
-    """Forward, backward and frozen."""
+    """Forward and backward."""
     outputs, to_images, to_kernel = wanted(images, kernel, mask, **options)
     got = passes(
         lambda images, kernel: sparse_conv2d(images, kernel, mask, **options),
@@ -143,29 +143,6 @@ def compare(images, kernel, mask, options):
     assert_close(got[1], to_images)
     assert_close(got[2], to_kernel)
     assert not got[2].numpy()[mask == 0].any()
-    frozen = FrozenKernel.of(kernel * mask)
-    assert_close(kernels.frozen_conv2d(images, frozen, **options), outputs)
-    draw = np.random.default_rng(8)
-    scale, shift = normal(draw, 2, images.shape[-1])
-    bias, residual = normal(draw, kernel.shape[-1]), normal(draw, *got[0].shape)
-    before = np.maximum(images * scale + shift, 0).astype(np.float64)
-    assert_close(
-        kernels.frozen_conv2d(
-            images,
-            frozen,
-            scale=scale,
-            shift=shift,
-            relu_before=True,
-            bias=bias,
-            residual=residual,
-            relu_after=True,
-            **options,
-        ),
-        tf.nn.relu(
-            reference(before, np.float64(kernel * mask), **options)
-            + (bias + residual)
-        ),
-    )
 
 
 # What is known without any library.
@@ -224,45 +201,6 @@ def test_gradients_by_hand():
         np.testing.assert_array_equal(to_kernel.numpy().ravel(), want)
 
 
-@pytest.mark.parametrize(
-    "around, want",
-    [
-        ({}, [5, 0]),
-        (dict(relu_before=True), [5, 0]),
-        (dict(scale=[2, 2], shift=[1, 1]), [15, 0]),  # 5 (2 x 1 + 1)
-        (dict(scale=[-2, 2], shift=[1, 1]), [-5, 0]),
-        (dict(scale=[-2, 2], shift=[1, 1], relu_before=True), [0, 0]),
-        (dict(bias=[1, 2]), [6, 2]),
-        (dict(residual=[[[[-9, 4]]]]), [-4, 4]),
-        (dict(residual=[[[[-9, 4]]]], relu_after=True), [0, 4]),
-        (dict(bias=[5, 0], residual=[[[[-9, 4]]]], relu_after=True), [1, 4]),
-    ],
-)
-def test_what_is_around_a_frozen_convolution(around, want):
-    """From channel 0 of (1, -2) to filter 0 by a weight of 5."""
-    kernel = FrozenKernel.of(np.float32([[5, 0], [0, 0]]))
-    around = {
-        name: value if isinstance(value, bool) else np.float32(value)
-        for name, value in around.items()
-    }
-    images = np.float32([[[[1, -2]]]])
-    got = kernels.frozen_conv2d(images, kernel, **around)
-    np.testing.assert_array_equal(got, [[[want]]])
-
-
-@pytest.mark.parametrize("channels", [1, 16, 21])
-def test_what_is_not_a_number_stays_so(channels):
-    """Within a relu, too: a network that diverges must show it."""
-    kernel = FrozenKernel.of(np.eye(channels, dtype=np.float32))
-    images = np.full((1, 1, 3, channels), -1, np.float32)
-    images[0, 0, 1] = np.nan
-    for where in ("relu_before", "relu_after"):
-        got = kernels.frozen_conv2d(images, kernel, **{where: True}).numpy()
-        assert np.isnan(got[0, 0, 1]).all()
-        assert not got[0, 0, [0, 2]].any()
-        np.testing.assert_array_equal(got, tf.nn.relu(images))
-
-
 @pytest.mark.parametrize("low", [2**32 - 3, 2**64 - 3, 2**64 - 1])
 def test_dropout_counts_in_128_bits(low):
     """As TensorFlow does: what overflows is carried."""
@@ -275,19 +213,6 @@ def test_dropout_counts_in_128_bits(low):
         x=tf.ones(200), key=key, counter=counter, rate=0.5
     )
     np.testing.assert_array_equal(got, np.where(numbers >= 0.5, 2, 0))
-
-
-def test_shifted_images_are_padded_with_zeros():
-    """And not with the shift: the weight sees row -1 of the images."""
-    kernel = np.zeros((3, 3, 1, 1), np.float32)
-    kernel[0, 1] = 2
-    got = kernels.frozen_conv2d(
-        tf.zeros((1, 2, 1, 1)),
-        FrozenKernel.of(kernel),
-        scale=[1.0],
-        shift=[3.0],
-    )
-    np.testing.assert_array_equal(got[0, :, 0, 0], [0, 6])
 
 
 # Against dense TensorFlow.
@@ -495,10 +420,6 @@ def test_no_images():
     assert outputs.shape == (0, 4, 4, 5)
     assert to_images.shape == (0, 8, 7, 4)
     np.testing.assert_array_equal(to_kernel, np.zeros_like(kernel))
-    frozen = kernels.frozen_conv2d(
-        tf.zeros((0, 8, 7, 4)), FrozenKernel.of(kernel)
-    )
-    assert frozen.shape == (0, 8, 7, 5)
 
 
 # Masks that change.
@@ -619,23 +540,6 @@ def test_masks_that_are_parts_of_one_tensor():
             )
 
 
-def test_frozen_kernels_that_take_turns():
-    """Of equal places or equal values, and parts of one tensor."""
-    values = tf.constant(np.arange(1, 33, dtype=np.float32).reshape(2, 16))
-    places = tf.reshape(tf.range(32), (2, 16))
-    image = tf.ones((1, 1, 1, 8))
-    for _ in range(2):
-        for i, j in itertools.product(range(2), repeat=2):
-            frozen = FrozenKernel(values[i], places[j], (1, 1, 8, 4))
-            got = kernels.frozen_conv2d(image, frozen)
-            # Four channels lead to each of four filters.
-            want = values[i].numpy().reshape(4, 4).sum(axis=0)
-            np.testing.assert_array_equal(got[0, 0, 0], want)
-            channels = tf.one_hot([[[4 * j]]], 8)
-            got = kernels.frozen_conv2d(channels, frozen)
-            np.testing.assert_array_equal(got[0, 0, 0], values[i, :4])
-
-
 def test_more_masks_than_are_remembered():
     draw = np.random.default_rng(1)
     inputs, kernel = normal(draw, 2, 6), normal(draw, 6, 5)
@@ -707,19 +611,6 @@ def test_sizes_that_are_not_known(strides):
         want = wanted(images, kernel, mask.numpy(), strides=strides)
         for ours, theirs in zip(run(images), want, strict=True):
             assert_close(ours, theirs)
-
-
-def test_the_known_shape_of_a_frozen_convolution():
-    kernel = FrozenKernel.of(np.ones((3, 2, 4, 5), np.float32))
-    options = dict(strides=(2, 2), padding="VALID")
-
-    @tf.function(input_signature=[tf.TensorSpec([None, 8, None, 4])])
-    def run(images):
-        outputs = kernels.frozen_conv2d(images, kernel, **options)
-        assert outputs.shape.as_list() == [None, 3, None, 5]
-        return outputs
-
-    assert run(tf.ones((2, 8, 6, 4))).shape == (2, 3, 3, 5)
 
 
 def test_within_a_loop():
@@ -872,47 +763,6 @@ def test_gradients_of_a_shape_that_does_not_fit(shape):
 def test_strides_and_dilations_that_do_not_fit(options):
     with pytest.raises(tf.errors.InvalidArgumentError, match="strides and di"):
         sparse_conv2d(X, W, W, **options)
-
-
-@pytest.mark.parametrize(
-    "values, places, around, words",
-    [
-        ([1, 2], [5, 4], {}, "places must rise, within the kernel"),
-        ([1, 2], [4, 4], {}, "places must rise, within the kernel"),
-        ([1], [-1], {}, "places must rise, within the kernel"),
-        ([1], [W.size], {}, "places must rise, within the kernel"),
-        ([1, 2], [4], {}, r"values must have shape \[1\].*\[2\]"),
-        ([1], [4], dict(bias=[1, 2]), r"bias must have shape \[5\].*\[2\]"),
-        ([1], [4], dict(scale=[1, 2, 3]), "given both or neither"),
-        (
-            [1],
-            [4],
-            dict(scale=[1, 2], shift=[1, 2]),
-            r"scale and shift must have shape \[3\].*\[2\]",
-        ),
-        (
-            [1],
-            [4],
-            dict(residual=X),
-            r"residual must have shape \[2,4,4,5\].*\[2,4,4,3\]",
-        ),
-    ],
-)
-def test_what_a_frozen_convolution_refuses(values, places, around, words):
-    kernel = FrozenKernel(np.float32(values), np.int32(places), W.shape)
-    around = {name: np.float32(value) for name, value in around.items()}
-    with pytest.raises(tf.errors.InvalidArgumentError, match=words):
-        kernels.frozen_conv2d(X, kernel, **around)
-
-
-def test_places_at_both_ends_are_within():
-    kernel = FrozenKernel(
-        np.float32([1, 1]), np.int32([0, W.size - 1]), W.shape
-    )
-    got = kernels.frozen_conv2d(X + 1, kernel)
-    # The first weight sees all but the first row and column, the last one
-    # all but the last ones.
-    assert got.numpy()[0, :, :, 0].sum() == got.numpy()[0, :, :, 4].sum() == 9
 
 
 def test_without_a_library(monkeypatch):

@@ -16,12 +16,11 @@ from keras import layers
 import rigl_keras
 from rigl_keras import _timing, kernels
 from rigl_keras.kernels import choice, library
-from rigl_keras.kernels.operations import FrozenKernel, sparse_conv2d
+from rigl_keras.kernels.operations import sparse_conv2d
 
 REFUSED = (tf.errors.InvalidArgumentError, ValueError)
 LARGEST = 2**31 - 1
 SANITIZED = os.environ.get("RIGL_KERAS_KERNELS") in ("address", "thread")
-EMPTY = np.zeros(0, np.float32)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -151,7 +150,6 @@ def test_any_convolution(part):
         accepted, refused = accepted + fits, refused + (not fits)
         if fits:
             check_gradients(draw, x, w, mask, options)
-            check_frozen(x, w * mask, options)
     assert accepted > 10 and refused > 10, (accepted, refused)
 
 
@@ -175,20 +173,6 @@ def check_gradients(draw, x, w, mask, options):
         want = np.sum(moved * upstream)
         largest = np.sqrt(np.sum((moved * upstream) ** 2))
         assert abs(got - want) <= 1e-4 * max(1, largest)
-
-
-def check_frozen(x, w, options):
-    """Also with zeros around, where they are not those of the padding."""
-    frozen = FrozenKernel.of(w)
-    assert_close(
-        kernels.frozen_conv2d(x, frozen, **options), dense(x, w, **options)
-    )
-    if options["padding"] == "VALID":
-        padded = np.pad(x, [(0, 0), (1, 2), (0, 3), (0, 0)])
-        assert_close(
-            kernels.frozen_conv2d(x, frozen, pads=[1, 2, 0, 3], **options),
-            dense(padded, w, **options),
-        )
 
 
 def test_any_shapes_of_gradients(operations):
@@ -278,19 +262,8 @@ def test_any_rows(operations):
 W = np.zeros((1, 1, 3, 4), np.float32)
 
 
-def frozen(operations, x, **changes):
-    given = dict(
-        values=EMPTY,
-        places=np.zeros(0, np.int32),
-        scale=EMPTY,
-        shift=EMPTY,
-        bias=EMPTY,
-        residual=EMPTY,
-        kernel_shape=W.shape,
-        strides=[1, 1, 1, 1],
-        padding="VALID",
-    )
-    return operations.rigl_keras_frozen_conv2d(input=x, **{**given, **changes})
+def of_shape(*shape):
+    return dict(filter=np.ones(shape, "f"), mask=np.ones(shape, "f"))
 
 
 @pytest.mark.parametrize("traced", [False, True])
@@ -301,24 +274,19 @@ def frozen(operations, x, **changes):
         (dict(strides=[2, 1, 1, 1]), "strides and dilations must be"),
         (dict(strides=[1, 1, 1]), "strides and dilations must be"),
         (dict(dilations=[1, -1, 1, 1]), "strides and dilations must be"),
-        (dict(pads=[LARGEST] * 4), "pads are four numbers from 0 to 16777216"),
-        (dict(pads=[0, -1, 0, 0]), "pads are four numbers"),
-        (dict(pads=[0, 0, 0]), "pads are four numbers"),
-        (dict(pads=[1, 1, 1, 1], padding="SAME"), "with padding VALID"),
         (dict(padding="FULL"), "padding"),
-        (dict(kernel_shape=[1, 3, 4]), "rank 4|four sizes"),
-        (dict(kernel_shape=[1, 1, 5, 4]), "3 and 5|takes 5 channels"),
-        (dict(kernel_shape=[0, 1, 3, 4]), "must have rows and columns"),
-        (dict(kernel_shape=[2**31, 1, 3, 0]), r"below 2\^31"),
-        (dict(kernel_shape=[2**40, 2**40, 3, 4]), "(?i)shape"),
-        (dict(kernel_shape=[9, 1, 3, 4]), "smaller than the kernel"),
-        (dict(kernel_shape=None), "(?i)shape"),
-        (dict(values=np.ones(2, "f")), "must have shape|must be equal"),
+        (of_shape(1, 3, 4), r"rank 4|\[rows, columns, in, out\]"),
+        (of_shape(1, 1, 5, 4), "3 and 5|takes 5 channels"),
+        (of_shape(0, 1, 3, 4), "must have rows and columns"),
+        (of_shape(9, 1, 3, 4), "smaller than the kernel"),
+        (dict(mask=np.ones((1, 1, 3, 2), "f")), "must be equal|mask must have"),
     ],
 )
-def test_what_a_frozen_convolution_refuses(operations, traced, changes, words):
+def test_what_a_convolution_refuses(operations, traced, changes, words):
+    given = dict(filter=W, mask=W, strides=[1, 1, 1, 1], padding="VALID")
+
     def run(x):
-        return frozen(operations, x, **changes)
+        return operations.rigl_keras_conv2d(input=x, **{**given, **changes})
 
     if traced:  # refused before anything is computed
         graph = tf.function(run, autograph=False)
@@ -327,17 +295,6 @@ def test_what_a_frozen_convolution_refuses(operations, traced, changes, words):
     else:
         with pytest.raises(REFUSED, match=words):
             run(tf.zeros((1, 4, 4, 3)))
-
-
-@pytest.mark.parametrize("places", [[3, 1], [2, 2], [-1, 0], [0, 12]])
-def test_places_are_checked(operations, places):
-    with pytest.raises(REFUSED, match="places must rise, within the kernel"):
-        frozen(
-            operations,
-            tf.zeros((1, 4, 4, 3)),
-            values=np.ones(2, "f"),
-            places=np.int32(places),
-        )
 
 
 def test_sizes_that_no_tensor_has(operations):
@@ -409,22 +366,17 @@ def test_images_smaller_than_the_kernel(operations):
     """As TensorFlow: a graph that knows it refuses, kernels where < 0 rows."""
     kernel = tf.ones((3, 3, 3, 4))
 
-    def ours(x):
+    def run(x):
         return sparse_conv2d(x, kernel, kernel, padding="VALID")
 
-    def served(x):
-        weights = FrozenKernel.of(kernel.numpy())
-        return kernels.frozen_conv2d(x, weights, padding="VALID")
-
-    for run in (ours, served):
-        assert run(tf.ones((1, 2, 2, 3))).shape == (1, 0, 0, 4)
-        with pytest.raises(REFUSED, match="smaller than the kernel"):
-            run(tf.ones((1, 1, 3, 3)))
-        unknown = tf.function(run, input_signature=[tf.TensorSpec(None)])
-        with pytest.raises(REFUSED, match="1 pixels and a kernel of 3"):
-            unknown(tf.ones((1, 3, 1, 3)))
-        with pytest.raises(REFUSED, match="smaller than the kernel"):
-            tf.function(run)(tf.ones((1, 2, 2, 3)))
+    assert run(tf.ones((1, 2, 2, 3))).shape == (1, 0, 0, 4)
+    with pytest.raises(REFUSED, match="smaller than the kernel"):
+        run(tf.ones((1, 1, 3, 3)))
+    unknown = tf.function(run, input_signature=[tf.TensorSpec(None)])
+    with pytest.raises(REFUSED, match="1 pixels and a kernel of 3"):
+        unknown(tf.ones((1, 3, 1, 3)))
+    with pytest.raises(REFUSED, match="smaller than the kernel"):
+        tf.function(run)(tf.ones((1, 2, 2, 3)))
 
 
 def test_a_model_of_images_that_are_too_small():
@@ -447,15 +399,9 @@ def test_no_channels_sum_up_to_zero():
     """In memory that has held something else."""
     other = tf.fill((1, 64, 64, 30), 1234.5)
     ones = np.ones((1, 1, 30, 1), np.float32)
-    kernels.frozen_conv2d(other, FrozenKernel.of(ones))
+    sparse_conv2d(other, ones, ones)
     nothing = np.zeros((3, 3, 0, 8), np.float32)
     images = np.zeros((2, 16, 16, 0), np.float32)
-    got = kernels.frozen_conv2d(images, FrozenKernel.of(nothing))
-    assert got.shape == (2, 16, 16, 8) and not got.numpy().any()
-    got = kernels.frozen_conv2d(
-        images, FrozenKernel.of(nothing), bias=np.arange(-4, 4, dtype="f")
-    )
-    np.testing.assert_array_equal(got[1, 3, 5], np.arange(-4, 4))
     got = sparse_conv2d(images, nothing, nothing)
     assert got.shape == (2, 16, 16, 8) and not got.numpy().any()
 
@@ -470,10 +416,6 @@ def test_tensors_that_begin_anywhere():
         got = sparse_conv2d(given, kernel, kernel, padding="VALID")
         assert float(got[0, 0, 0, 0]) == part.sum()
         mask = (part.reshape(1, 1, 20, 5) % 2).astype(np.float32)
-        frozen = kernels.frozen_conv2d(
-            given, FrozenKernel.of(kernel), padding="VALID"
-        )
-        assert float(frozen[0, 0, 0, 0]) == part.sum()
         y, mean, _ = kernels.batch_norm(
             given, tf.ones(4), tf.zeros(4), epsilon=0.1
         )
@@ -526,18 +468,6 @@ def test_more_scratch_memory_than_allowed_is_shared_out():
     want = passes(lambda x, w: shifted(x, w * mask))
     for ours, theirs in zip(got, want, strict=True):
         assert_close(ours, theirs)
-    bias, residual = normal(draw, (2,)), normal(draw, got[0].shape)
-    frozen = kernels.frozen_conv2d(
-        images,
-        FrozenKernel.of((kernel * mask).numpy()),
-        relu_before=True,
-        bias=bias,
-        residual=residual,
-        relu_after=True,
-        **options,
-    )
-    want = shifted(tf.nn.relu(images), kernel * mask) + bias + residual
-    assert_close(frozen, tf.nn.relu(want))
 
 
 def test_positions_that_reach_no_pixel_take_nothing():
@@ -674,16 +604,11 @@ def test_plans_are_bounded_by_their_bytes():
 
 def test_sizes_of_images_share_their_plans():
     draw = np.random.default_rng(0)
-    frozen = FrozenKernel.of(
-        np.where(draw.random((3, 3, 16, 16)) < 0.3, 1, 0).astype("f")
-    )
-    weights = len(frozen.values)
-    kernel = FrozenKernel(
-        tf.constant(frozen.values), tf.constant(frozen.places), frozen.shape
-    )
+    mask = tf.constant(draw.random((3, 3, 16, 16)) < 0.3, tf.float32)
+    weights = int(tf.reduce_sum(mask))
     before = plan_bytes()
     for columns in range(4, 68):
-        got = kernels.frozen_conv2d(tf.ones((1, 4, columns, 16)), kernel)
+        got = sparse_conv2d(tf.ones((1, 4, columns, 16)), mask, mask)
         assert got.shape[2] == columns
     kept = plan_bytes() - before
     assert 8 * weights < kept < 16 * 8 * weights

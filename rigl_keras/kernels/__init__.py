@@ -16,11 +16,9 @@ from rigl_keras.kernels import library
 from rigl_keras.kernels.choice import Choice, Problem, choose, too_large
 from rigl_keras.kernels.library import BuildError, build, load, unavailable
 from rigl_keras.kernels.operations import (
-    FrozenKernel,
     batch_norm,
     dense_library,
     dropout,
-    frozen_conv2d,
     instruction_set,
     masked_kernel,
     scratch_bytes,
@@ -31,14 +29,12 @@ from rigl_keras.kernels.operations import (
 __all__ = [
     "BuildError",
     "Choice",
-    "FrozenKernel",
     "Problem",
     "batch_norm",
     "build",
     "choose",
     "dense_library",
     "dropout",
-    "frozen_conv2d",
     "instruction_set",
     "library",
     "load",

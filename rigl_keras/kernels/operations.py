@@ -1,20 +1,16 @@
 """The C++ operations as functions of tensors, with their gradients."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
 from rigl_keras.kernels import library
 
 __all__ = [
-    "FrozenKernel",
     "batch_norm",
     "dense_library",
     "dropout",
-    "frozen_conv2d",
     "instruction_set",
     "masked_kernel",
     "scratch_bytes",
@@ -121,87 +117,6 @@ def masked_kernel(kernel: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
         mask: Float32 zeros and ones of the kernel's shape.
     """
     return _operations().rigl_keras_masked_kernel(kernel=kernel, mask=mask)
-
-
-@dataclasses.dataclass(frozen=True)
-class FrozenKernel:
-    """The weights that are left of a kernel, and their places in it.
-
-    Attributes:
-        values: Float32 of shape (weights,).
-        places: Int32 of the same shape: positions in the kernel, row by row,
-            rising. Others are refused.
-        shape: Of the kernel: rows, columns, channels, filters.
-    """
-
-    values: tf.Tensor | np.ndarray
-    places: tf.Tensor | np.ndarray
-    shape: tuple[int, int, int, int]
-
-    @classmethod
-    def of(cls, kernel: np.ndarray) -> "FrozenKernel":
-        """Returns the weights of a kernel that are not zero.
-
-        Args:
-            kernel: Float32 of four axes; of two for a dense layer.
-        """
-        shape: Any = (1,) * (4 - kernel.ndim) + kernel.shape
-        places = np.flatnonzero(kernel).astype(np.int32)
-        return cls(kernel.ravel()[places], places, shape)
-
-
-def frozen_conv2d(
-    images: tf.Tensor,
-    kernel: FrozenKernel,
-    *,
-    strides: Sequence[int] = (1, 1),
-    padding: str = "SAME",
-    dilations: Sequence[int] = (1, 1),
-    pads: Sequence[int] = (0, 0, 0, 0),
-    scale: tf.Tensor | None = None,
-    shift: tf.Tensor | None = None,
-    relu_before: bool = False,
-    bias: tf.Tensor | np.ndarray | None = None,
-    residual: tf.Tensor | None = None,
-    relu_after: bool = False,
-) -> tf.Tensor:
-    """Returns a convolution for inference, with what is around it.
-
-    x' = relu?(x * scale + shift), padded with zeros;
-    y = relu?(conv2d(x', kernel) + bias + residual).
-
-    Args:
-        images, strides, padding, dilations: As in `sparse_conv2d`.
-        kernel: Its weights. Their order is made once, for as long as values
-            and places are the same tensors.
-        pads: Zeros beyond the images with `"VALID"`: above, below, to the
-            left, to the right. At most 2^24.
-        scale, shift: Float32 of shape (channels,), or None: x' = x.
-        relu_before: Whether negative x' are 0.
-        bias: Float32 of shape (filters,), or None.
-        residual: Float32 of the output's shape, or None.
-        relu_after: Whether negative y are 0.
-
-    Returns:
-        Float32 of shape (batch, new rows, new columns, filters).
-    """
-    nothing = tf.zeros([0])
-    return _operations().rigl_keras_frozen_conv2d(
-        input=images,
-        values=kernel.values,
-        places=kernel.places,
-        scale=nothing if scale is None else scale,
-        shift=nothing if shift is None else shift,
-        bias=nothing if bias is None else bias,
-        residual=nothing if residual is None else residual,
-        kernel_shape=kernel.shape,
-        strides=[1, *strides, 1],
-        padding=padding.upper(),
-        dilations=[1, *dilations, 1],
-        pads=list(pads),
-        relu_before=relu_before,
-        relu_after=relu_after,
-    )
 
 
 def batch_norm(

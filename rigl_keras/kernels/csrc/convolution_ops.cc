@@ -28,12 +28,11 @@ const bool first_copy = FirstCopyOf("RiglKerasComputedBy");
 // What the attributes of all convolutions say, and what follows from shapes.
 struct Attributes {
   std::vector<int32_t> strides, dilations;
-  std::vector<int32_t> pads = {0, 0, 0, 0};
   std::string padding;
 
   // From a kernel's construction or a shape function.
   template <typename Context>
-  tensorflow::Status Get(Context* context, bool padded = false) {
+  tensorflow::Status Get(Context* context) {
     TF_RETURN_IF_ERROR(context->GetAttr("strides", &strides));
     TF_RETURN_IF_ERROR(context->GetAttr("dilations", &dilations));
     TF_RETURN_IF_ERROR(context->GetAttr("padding", &padding));
@@ -45,15 +44,6 @@ struct Attributes {
     if (padding != "SAME" && padding != "VALID")
       return InvalidArgument("padding must be SAME or VALID. Received: ",
                              padding);
-    if (!padded) return tensorflow::OkStatus();
-    pads.clear();  // what is read is appended
-    TF_RETURN_IF_ERROR(context->GetAttr("pads", &pads));
-    if (pads.size() != 4 ||
-        *std::min_element(pads.begin(), pads.end()) < 0 ||
-        *std::max_element(pads.begin(), pads.end()) > kMostPad ||
-        (padding != "VALID" && pads != std::vector<int32_t>{0, 0, 0, 0}))
-      return InvalidArgument("pads are four numbers from 0 to ", kMostPad,
-                             ", with padding VALID.");
     return tensorflow::OkStatus();
   }
 
@@ -62,26 +52,22 @@ struct Attributes {
   tensorflow::Status Output(int axis, int64_t length, int64_t kernel,
                             bool known, int64_t* output) const {
     const int64_t stride = strides[axis + 1];
-    const int64_t padded = length + pads[2 * axis] + pads[2 * axis + 1];
     const int64_t extent = (kernel - 1) * dilations[axis + 1] + 1;
-    *output = padding == "SAME" ? CeilDivide(padded, stride)
-                                : (padded - extent + stride) / stride;
-    if (*output < 0 || (known && padding != "SAME" && padded < extent))
+    *output = padding == "SAME" ? CeilDivide(length, stride)
+                                : (length - extent + stride) / stride;
+    if (*output < 0 || (known && padding != "SAME" && length < extent))
       return InvalidArgument("images must not be smaller than the kernel, with "
                              "padding VALID. Received: ",
-                             padded, " pixels and a kernel of ", extent);
+                             length, " pixels and a kernel of ", extent);
     return tensorflow::OkStatus();
   }
-
- private:
-  static constexpr int32_t kMostPad = 1 << 24;
 };
 
 class SparseConvolution : public OpKernel {
  public:
-  explicit SparseConvolution(OpKernelConstruction* context, bool padded = false)
+  explicit SparseConvolution(OpKernelConstruction* context)
       : OpKernel(context) {
-    OP_REQUIRES_OK(context, attributes_.Get(context, padded));
+    OP_REQUIRES_OK(context, attributes_.Get(context));
   }
 
  protected:
@@ -120,7 +106,7 @@ class SparseConvolution : public OpKernel {
           int64_t{conv->kernel[a] - 1} * conv->dilation[a] + 1;
       conv->padding[a] =
           attributes_.padding == "VALID"
-              ? attributes_.pads[2 * a]
+              ? 0
               : std::max<int64_t>(
                     0, (out[a] - 1) * conv->stride[a] + extent - length) / 2;
       if (out[a] > kMost)
@@ -150,13 +136,13 @@ class SparseConvolution : public OpKernel {
   }
 
   // Makes the plans for weights that are left: `counts` at each position of
-  // the kernel, and active() where, rising; `values`: what they are, or null.
+  // the kernel, and active() where, rising.
   template <typename Known, typename Active>
   static tensorflow::Status Make(OpKernelContext* context, bool transposed,
                                  bool may_split,
                                  const std::vector<int64_t>& counts,
                                  const Known& known, const Active& active,
-                                 const float* values, Plans::Made* made) {
+                                 Plans::Made* made) {
     const Convolution& conv = made->conv;
     const RiglLanes& lanes = BestLanes();
     const std::vector<Tap> taps = TapsOf(conv, counts, transposed);
@@ -165,7 +151,7 @@ class SparseConvolution : public OpKernel {
       std::vector<int64_t> key = KeyOf(conv, transposed, plan, some);
       if (auto order = known(key)) return order;
       return MakeOrder(conv, transposed, plan, some, std::move(key), active(),
-                       values, lanes);
+                       lanes);
     };
     if ((!transposed || !taps.empty()) &&
         !MakePlans(conv, taps, transposed, may_split, Threads(context), lanes,
@@ -203,17 +189,16 @@ class SparseConvolution : public OpKernel {
                         if (kept[i] > 0) active.push_back(i);
                     return active;
                   },
-                  nullptr, fresh);
+                  fresh);
     };
-    return plans_.Get(mask, Tensor(), conv, make, got);
+    return plans_.Get(mask, conv, make, got);
   }
 
   // Computes all parts. `weights(part)`: in the order of its plan.
   template <typename Weights>
   tensorflow::Status Correlate(OpKernelContext* context,
-                               const Plans::Made& made, const RiglFused* fused,
-                               const float* x, const Weights& weights,
-                               Tensor* output) {
+                               const Plans::Made& made, const float* x,
+                               const Weights& weights, Tensor* output) {
     const RiglLanes& lanes = BestLanes();
     float* y = Write(output);
     if (!made.whole) std::fill_n(y, output->NumElements(), 0.0f);
@@ -221,17 +206,13 @@ class SparseConvolution : public OpKernel {
       const RiglPlan& plan = made.parts[i].plan;
       const float* values = nullptr;
       TF_RETURN_IF_ERROR(weights(made.parts[i], &values));
-      RiglFused how = fused ? *fused : RiglFused{};
-      if (i) how.bias = nullptr, how.residual = y;  // added to the others
-      if (i + 1 < made.parts.size()) how.relu_after = 0;
       std::atomic<bool> short_of_memory{false};
       ForEach(context, plan.groups * plan.splits, [&](int64_t unit) {
         const Scratch memory(plan.packed_floats + plan.micro_floats);
         if (!memory.data)
           short_of_memory = true;
         else
-          lanes.correlate(&plan, fused || i ? &how : nullptr, x, values, y,
-                          unit, memory.data);
+          lanes.correlate(&plan, i > 0, x, values, y, unit, memory.data);
       });
       if (short_of_memory) return NoMemory(plan);
     }
@@ -300,7 +281,7 @@ class SparseConv2D : public SparseConvolution {
       *values = to;
       return tensorflow::OkStatus();
     };
-    return Correlate(context, *made, nullptr, Read(x), weights, y);
+    return Correlate(context, *made, Read(x), weights, y);
   }
 };
 
@@ -373,90 +354,6 @@ class SparseConv2DBackpropFilter : public SparseConvolution {
     for (int64_t e = 0; e < count; ++e) gradient[places[e]] = partial[e];
     return tensorflow::OkStatus();
   }
-};
-
-// For inference: the weights that are left with their places, and what comes
-// before and after the convolution.
-class FrozenSparseConv2D : public SparseConvolution {
- public:
-  explicit FrozenSparseConv2D(OpKernelConstruction* context)
-      : SparseConvolution(context, true) {
-    OP_REQUIRES_OK(context, context->GetAttr("kernel_shape", &kernel_shape_));
-    OP_REQUIRES_OK(context, context->GetAttr("relu_before", &relu_before_));
-    OP_REQUIRES_OK(context, context->GetAttr("relu_after", &relu_after_));
-    OP_REQUIRES(context, kernel_shape_.dims() == 4,
-                InvalidArgument("kernel_shape must have four sizes."));
-  }
-
- protected:
-  tensorflow::Status Run(OpKernelContext* context) {
-    const Tensor& x = context->input(0);
-    const Tensor& values = context->input(1);
-    const Tensor& places = context->input(2);
-    const Tensor& scale = context->input(3);
-    const Tensor& shift = context->input(4);
-    const Tensor& bias = context->input(5);
-    const Tensor& residual = context->input(6);
-    TF_RETURN_IF_ERROR(Check(values.shape(), places.shape(), "values"));
-    Convolution conv;
-    TensorShape y_shape;
-    TF_RETURN_IF_ERROR(Describe(x.shape(), kernel_shape_, &conv, &y_shape));
-    for (const Tensor* one : {&scale, &shift})
-      if (one->NumElements())
-        TF_RETURN_IF_ERROR(
-            Check(one->shape(), {conv.channels}, "scale and shift"));
-    if (scale.NumElements() != shift.NumElements())
-      return InvalidArgument("scale and shift are given both or neither.");
-    if (bias.NumElements())
-      TF_RETURN_IF_ERROR(Check(bias.shape(), {conv.filters}, "bias"));
-    if (residual.NumElements())
-      TF_RETURN_IF_ERROR(Check(residual.shape(), y_shape, "residual"));
-    Tensor* y = nullptr;
-    TF_RETURN_IF_ERROR(context->allocate_output(0, y_shape, &y));
-    if (y->NumElements() == 0) return tensorflow::OkStatus();
-    std::shared_ptr<const Plans::Made> made;
-    const auto make = [&](const auto& known, Plans::Made* fresh) {
-      return MakeFrozen(context, places, values, known, fresh);
-    };
-    TF_RETURN_IF_ERROR(plans_.Get(places, values, conv, make, &made));
-    auto data = [](const Tensor& tensor) {
-      return tensor.NumElements() ? Read(tensor) : nullptr;
-    };
-    const RiglFused fused = {data(scale), data(shift),    relu_before_,
-                             data(bias),  data(residual), relu_after_};
-    const auto weights = [](const OwnedPlan& part, const float** their) {
-      *their = part.order->values.data();
-      return tensorflow::OkStatus();
-    };
-    return Correlate(context, *made, &fused, Read(x), weights, y);
-  }
-
- private:
-  template <typename Known>
-  tensorflow::Status MakeFrozen(OpKernelContext* context, const Tensor& places,
-                                const Tensor& values, const Known& known,
-                                Plans::Made* fresh) const {
-    const int32_t* at = Read<int32_t>(places);
-    const std::vector<int32_t> active(at, at + places.NumElements());
-    const bool rising =
-        std::adjacent_find(active.begin(), active.end(),
-                           std::greater_equal<int32_t>()) == active.end();
-    if (!rising ||
-        (!active.empty() && (active.front() < 0 ||
-                             active.back() >= kernel_shape_.num_elements())))
-      return InvalidArgument("places must rise, within the kernel.");
-    const Convolution& conv = fresh->conv;
-    // Only as many positions as have weights: sizes are but an attribute.
-    const int64_t each = conv.channels * conv.filters;
-    std::vector<int64_t> counts(active.empty() ? 0 : active.back() / each + 1);
-    for (int32_t place : active) ++counts[place / each];
-    return Make(context, false, true, counts, known,
-                [&]() -> const std::vector<int32_t>& { return active; },
-                Read(values), fresh);
-  }
-
-  TensorShape kernel_shape_;
-  bool relu_before_, relu_after_;
 };
 
 // What a thread's memory would take, in bytes: of the forward pass, and of all
@@ -624,37 +521,6 @@ REGISTER_OP("RiglKerasConv2DBackpropFilter")
       return SetOutput(context, 0, kernel);
     });
 
-REGISTER_OP("RiglKerasFrozenConv2D")
-    .Input("input: float")
-    .Input("values: float")
-    .Input("places: int32")
-    .Input("scale: float")
-    .Input("shift: float")
-    .Input("bias: float")
-    .Input("residual: float")
-    .Output("output: float")
-    .Attr("kernel_shape: shape")
-    .Attr("strides: list(int)")
-    .Attr("padding: {'SAME', 'VALID'}")
-    .Attr("dilations: list(int) = [1, 1, 1, 1]")
-    .Attr("pads: list(int) = [0, 0, 0, 0]")
-    .Attr("relu_before: bool = false")
-    .Attr("relu_after: bool = false")
-    .SetShapeFn([](InferenceContext* context) {
-      Attributes attributes;
-      TF_RETURN_IF_ERROR(attributes.Get(context, true));
-      TensorShape sizes;
-      TF_RETURN_IF_ERROR(context->GetAttr("kernel_shape", &sizes));
-      ShapeHandle kernel, places, y;
-      TF_RETURN_IF_ERROR(
-          context->MakeShapeFromTensorShape(sizes, &kernel));
-      TF_RETURN_IF_ERROR(
-          context->Merge(context->input(1), context->input(2), &places));
-      TF_RETURN_IF_ERROR(
-          OutputOf(context, attributes, context->input(0), kernel, &y));
-      return SetOutput(context, 0, y);
-    });
-
 // Bytes of a thread's memory (`ScratchBytes`).
 REGISTER_OP("RiglKerasScratchBytes")
     .Input("images: int64")
@@ -730,7 +596,6 @@ class ComputedBy : public OpKernel {
   Register<SparseConv2D<false>>("RiglKerasConv2D");
   Register<SparseConv2D<true>>("RiglKerasConv2DBackpropInput");
   Register<SparseConv2DBackpropFilter>("RiglKerasConv2DBackpropFilter");
-  Register<FrozenSparseConv2D>("RiglKerasFrozenConv2D");
   Register<ScratchBytes>("RiglKerasScratchBytes");
   Register<Number<plans_made>>("RiglKerasPlansMade");
   Register<Number<Order::held_bytes>>("RiglKerasPlanBytes");

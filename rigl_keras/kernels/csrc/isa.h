@@ -14,7 +14,9 @@
 
 namespace {
 
-#if defined(__AVX512F__)
+#if defined(RIGL_LENGTH)  // a source that is compiled for several
+constexpr int L = RIGL_LENGTH;
+#elif defined(__AVX512F__)
 constexpr int L = 16;
 #elif defined(__AVX2__)
 constexpr int L = 8;

@@ -3,57 +3,14 @@
 #include "lanes.h"
 
 #include "isa.h"
+#include "vectors.h"
 
 namespace {
 
+using namespace vectors;
+
 // Sixteen sums need more registers than AVX2 has.
 constexpr int kRegisters = L == 16 ? 16 : 8;
-
-typedef int Indices __attribute__((vector_size(L * 4)));
-
-RIGL_INLINE Vector All(float value) { return value - Vector{}; }
-
-RIGL_INLINE Vector Relu(Vector v) {
-  // A NaN stays one, as in TensorFlow.
-  return v < Vector{} ? Vector{} : v;
-}
-
-// The values of two vectors in turn, by runs of `run`: of their first halves,
-// or of the second ones.
-template <int run, bool second>
-RIGL_INLINE Vector Interleaved(Vector a, Vector b) {
-#if defined(__clang__)
-  Vector both;
-#pragma unroll
-  for (int i = 0; i < L; ++i)
-    both[i] = ((i / run) % 2 ? b : a)[(i / (2 * run)) * run + i % run +
-                                      (second ? L / 2 : 0)];
-  return both;
-#else
-  Indices at{};
-  for (int i = 0; i < L; ++i)
-    at[i] = (i / (2 * run)) * run + i % run + (second ? L / 2 : 0) +
-            (i / run) % 2 * L;
-  return __builtin_shuffle(a, b, at);
-#endif
-}
-
-// Turns L vectors of L values on their diagonal. Each pass interleaves row i
-// with row i + L / 2; log2(L) of them are the transposition.
-template <int pass = 1>
-RIGL_INLINE void Transpose(Vector* rows) {
-  if constexpr (pass < L) {
-    Vector next[L];
-#pragma GCC unroll 16
-    for (int i = 0; i < L / 2; ++i) {
-      next[2 * i] = Interleaved<1, false>(rows[i], rows[i + L / 2]);
-      next[2 * i + 1] = Interleaved<1, true>(rows[i], rows[i + L / 2]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < L; ++i) rows[i] = next[i];
-    Transpose<pass * 2>(rows);
-  }
-}
 
 // The lanes of one group: which image each is of, and where its tile begins.
 struct Lanes {
@@ -84,23 +41,10 @@ Lanes LanesOf(const RiglPlan& plan, int64_t group) {
 
 // Reads the channels [from, from + L) of one pixel of each lane, and writes
 // one vector for each channel, `stride` floats apart. Null lanes are zero.
-template <bool fused, bool whole>
+template <bool whole>
 RIGL_INLINE void PackChannels(const float* const* pixels, int64_t from,
-                              int count, const RiglFused* how, float* packed,
-                              int64_t stride) {
+                              int count, float* packed, int64_t stride) {
   Vector rows[L];
-  Vector scale{}, shift{};
-  if (fused && how->scale) {
-    if (whole) {
-      scale = *(const Unaligned*)(how->scale + from);
-      shift = *(const Unaligned*)(how->shift + from);
-    } else {
-      for (int i = 0; i < count; ++i) {
-        scale[i] = how->scale[from + i];
-        shift[i] = how->shift[from + i];
-      }
-    }
-  }
 #pragma GCC unroll 16
   for (int l = 0; l < L; ++l) {
     Vector v{};
@@ -110,8 +54,6 @@ RIGL_INLINE void PackChannels(const float* const* pixels, int64_t from,
       } else {
         for (int i = 0; i < count; ++i) v[i] = pixels[l][from + i];
       }
-      if (fused && how->scale) v = v * scale + shift;
-      if (fused && how->relu_before) v = Relu(v);
     }
     rows[l] = v;
   }
@@ -124,22 +66,19 @@ RIGL_INLINE void PackChannels(const float* const* pixels, int64_t from,
   }
 }
 
-template <bool fused>
-void PackPixel(const float* const* pixels, int64_t channels,
-               const RiglFused* how, float* packed, int64_t stride) {
+void PackPixel(const float* const* pixels, int64_t channels, float* packed,
+               int64_t stride) {
   int64_t c = 0;
   for (; c + L <= channels; c += L)
-    PackChannels<fused, true>(pixels, c, L, how, packed + c * stride, stride);
+    PackChannels<true>(pixels, c, L, packed + c * stride, stride);
   if (c < channels)
-    PackChannels<fused, false>(pixels, c, channels - c, how,
-                               packed + c * stride, stride);
+    PackChannels<false>(pixels, c, channels - c, packed + c * stride, stride);
 }
 
 // Writes the tiles of a group with their halos: [channel, phase, row, column,
 // lane], zero where the image ends.
-template <bool fused>
-void PackTile(const RiglPlan& plan, const RiglFused* how, const Lanes& lanes,
-              const float* x, float* packed) {
+void PackTile(const RiglPlan& plan, const Lanes& lanes, const float* x,
+              float* packed) {
   const int64_t plane = int64_t{plan.packed[0]} * plan.packed[1] * L;
   const int64_t stride = plane * plan.in_phases;
   for (int f = 0; f < plan.in_phases; ++f) {
@@ -182,7 +121,7 @@ void PackTile(const RiglPlan& plan, const RiglFused* how, const Lanes& lanes,
           }
         }
         if (some) {
-          PackPixel<fused>(pixels, plan.in_channels, how, to, stride);
+          PackPixel(pixels, plan.in_channels, to, stride);
         } else {
           for (int64_t c = 0; c < plan.in_channels; ++c)
             *(Vector*)(to + c * stride) = Vector{};
@@ -235,10 +174,10 @@ RIGL_INLINE void Accumulate(const float* packed, int64_t pitch,
     for (int c = 0; c < C; ++c) *(Vector*)(out + (r * C + c) * L) = sums[r][c];
 }
 
-// Writes one pixel of each lane: channels [begin, end) of the sums.
-template <bool fused>
-RIGL_INLINE void UnpackPixel(const RiglPlan& plan, const RiglFused* how,
-                             const float* sums, int64_t stride, int64_t begin,
+// Writes one pixel of each lane, or adds to it: channels [begin, end) of the
+// sums.
+template <bool add>
+RIGL_INLINE void UnpackPixel(const float* sums, int64_t stride, int64_t begin,
                              int64_t end, const int64_t* at, float* y) {
   for (int64_t c = begin; c < end; c += L) {
     const int count = end - c < L ? end - c : L;
@@ -254,37 +193,28 @@ RIGL_INLINE void UnpackPixel(const RiglPlan& plan, const RiglFused* how,
                       : Vector{};
     }
     Transpose(rows);
-    Vector bias{};
-    if (fused && how->bias)
-      for (int i = 0; i < count; ++i) bias[i] = how->bias[c + i];
 #pragma GCC unroll 16
     for (int l = 0; l < L; ++l) {
       if (at[l] < 0) continue;
+      float* const to = y + at[l] + c;
       Vector v = rows[l];
-      if (fused) v += bias;
       if (count == L) {
-        if (fused && how->residual)
-          v += *(const Unaligned*)(how->residual + at[l] + c);
-        if (fused && how->relu_after) v = Relu(v);
-        *(Unaligned*)(y + at[l] + c) = v;
+        if (add) v += *(const Unaligned*)to;
+        *(Unaligned*)to = v;
       } else {
-        if (fused && how->residual)
-          for (int i = 0; i < count; ++i)
-            v[i] += how->residual[at[l] + c + i];
-        if (fused && how->relu_after) v = Relu(v);
-        for (int i = 0; i < count; ++i) y[at[l] + c + i] = v[i];
+        for (int i = 0; i < count; ++i) to[i] = add ? to[i] + v[i] : v[i];
       }
     }
   }
 }
 
-template <int R, int C, bool fused>
-void Correlate(const RiglPlan& plan, const RiglFused* how, const float* x,
-               const float* weights, float* y, int64_t unit, float* memory) {
+template <int R, int C, bool add>
+void Correlate(const RiglPlan& plan, const float* x, const float* weights,
+               float* y, int64_t unit, float* memory) {
   const Lanes lanes = LanesOf(plan, unit / plan.splits);
   float* packed = memory;
   float* sums = memory + plan.packed_floats;
-  PackTile<fused>(plan, how, lanes, x, packed);
+  PackTile(plan, lanes, x, packed);
 
   // The output channels of this unit, whole vectors of them.
   const int64_t vectors = (plan.out_channels + L - 1) / L;
@@ -314,18 +244,12 @@ void Correlate(const RiglPlan& plan, const RiglFused* how, const float* x,
         for (int p = 0; p < R * C; ++p) {
           int64_t pixels[L];
           OutputPixels(plan, lanes, g, i + p / C, j + p % C, pixels);
-          UnpackPixel<fused>(plan, how, sums + (g * kept * R * C + p) * L,
-                             int64_t{R} * C * L, begin, end, pixels, y);
+          UnpackPixel<add>(sums + (g * kept * R * C + p) * L,
+                           int64_t{R} * C * L, begin, end, pixels, y);
         }
       }
     }
   }
-}
-
-RIGL_INLINE float Sum(Vector v) {
-  float sum = 0;
-  for (int l = 0; l < L; ++l) sum += v[l];
-  return sum;
 }
 
 // Adds the gradients of the weights of one output channel over a micro-tile.
@@ -383,7 +307,7 @@ void CorrelateWeights(const RiglPlan& plan, const float* x, const float* dy,
   const Lanes lanes = LanesOf(plan, group);
   float* packed = memory;
   float* upstream = memory + plan.packed_floats;
-  PackTile<false>(plan, nullptr, lanes, x, packed);
+  PackTile(plan, lanes, x, packed);
   const int64_t pitch = int64_t{plan.packed[1]} * L;
   for (int i = 0; i < plan.tile[0]; i += R) {
     for (int j = 0; j < plan.tile[1]; j += C) {
@@ -392,8 +316,8 @@ void CorrelateWeights(const RiglPlan& plan, const float* x, const float* dy,
         const float* pixels[L];
         OutputPixels(plan, lanes, 0, i + p / C, j + p % C, at);
         for (int l = 0; l < L; ++l) pixels[l] = at[l] < 0 ? nullptr : dy + at[l];
-        PackPixel<false>(pixels, plan.out_channels, nullptr, upstream + p * L,
-                         int64_t{R} * C * L);
+        PackPixel(pixels, plan.out_channels, upstream + p * L,
+                  int64_t{R} * C * L);
       }
       const float* at = packed + i * pitch + j * L;
       for (int b = 0; b < plan.blocks; ++b) {
@@ -418,15 +342,14 @@ void CorrelateWeights(const RiglPlan& plan, const float* x, const float* dy,
 #define RIGL_LARGE_MICRO_TILES(with)
 #endif
 
-void CorrelateAny(const RiglPlan* plan, const RiglFused* fused, const float* x,
+void CorrelateAny(const RiglPlan* plan, int add, const float* x,
                   const float* weights, float* y, int64_t unit,
                   float* memory) {
-#define RIGL_CASE(R, C)                                                     \
-  if (plan->micro[0] == R && plan->micro[1] == C) {                         \
-    return fused ? Correlate<R, C, true>(*plan, fused, x, weights, y, unit, \
-                                         memory)                            \
-                 : Correlate<R, C, false>(*plan, fused, x, weights, y,      \
-                                          unit, memory);                    \
+#define RIGL_CASE(R, C)                                                   \
+  if (plan->micro[0] == R && plan->micro[1] == C) {                       \
+    return add ? Correlate<R, C, true>(*plan, x, weights, y, unit, memory) \
+               : Correlate<R, C, false>(*plan, x, weights, y, unit,       \
+                                        memory);                          \
   }
   RIGL_MICRO_TILES(RIGL_CASE)
 #undef RIGL_CASE

@@ -51,25 +51,16 @@ struct RiglPlan {
   int64_t micro_floats;
 };
 
-// What is done to inputs and outputs on the way; null: nothing.
-struct RiglFused {
-  const float* scale;     // [in_channels]: x * scale + shift
-  const float* shift;     // [in_channels]
-  int relu_before;        // then max(x, 0)
-  const float* bias;      // [out_channels]
-  const float* residual;  // of the output's shape, added
-  int relu_after;
-};
-
 struct RiglLanes {
   const char* name;
   int width;      // L
   int registers;  // micro-tiles of how many vectors fit
-  // One part of the output: unit of groups * splits. `memory` holds
-  // packed_floats + micro_floats, aligned to 64 bytes.
-  void (*correlate)(const RiglPlan* plan, const RiglFused* fused,
-                    const float* x, const float* weights, float* y,
-                    int64_t unit, float* memory);
+  // One part of the output, which is written, or with `add` added to what is
+  // there: unit of groups * splits. `memory` holds packed_floats +
+  // micro_floats, aligned to 64 bytes.
+  void (*correlate)(const RiglPlan* plan, int add, const float* x,
+                    const float* weights, float* y, int64_t unit,
+                    float* memory);
   // Adds dL/dw of one group, at the weights that are left, in their order.
   void (*correlate_weights)(const RiglPlan* plan, const float* x,
                             const float* dy, float* dw, int64_t group,

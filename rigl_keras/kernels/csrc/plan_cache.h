@@ -37,14 +37,13 @@ class Plans {
 
   // Finds what was made, or makes it: `make(known, Made*)` fills in the rest,
   // or says why it cannot; known(key) is an order that there is, or null.
-  // `frozen`: values that never change, or nothing.
   template <typename Make>
-  tensorflow::Status Get(const Tensor& mask, const Tensor& frozen,
-                         const Convolution& conv, const Make& make,
+  tensorflow::Status Get(const Tensor& mask, const Convolution& conv,
+                         const Make& make,
                          std::shared_ptr<const Made>* got) {
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      if (Kept* kept = Find(mask, frozen)) {
+      if (Kept* kept = Find(mask)) {
         auto& made = kept->made;
         for (auto at = made.begin(); at != made.end(); ++at) {
           if (!Same((*at)->conv, conv)) continue;
@@ -58,7 +57,7 @@ class Plans {
     fresh->conv = conv;
     const auto known = [&](const std::vector<int64_t>& key) {
       std::lock_guard<std::mutex> lock(mutex_);
-      if (const Kept* kept = Find(mask, frozen))
+      if (const Kept* kept = Find(mask))
         for (const auto& made : kept->made)
           for (const OwnedPlan& part : made->parts)
             if (part.order->key == key) return part.order;
@@ -70,9 +69,9 @@ class Plans {
     std::lock_guard<std::mutex> lock(mutex_);
     // Masks that nobody else holds will not come again.
     kept_.remove_if([](const Kept& one) { return one.mask.RefCountIsOne(); });
-    Kept* kept = Find(mask, frozen);
+    Kept* kept = Find(mask);
     if (!kept) {
-      kept_.push_front({mask, frozen, {}});
+      kept_.push_front({mask, {}});
       kept = &kept_.front();
     }
     if (kept_.size() > kMostMasks) kept_.pop_back();
@@ -93,15 +92,14 @@ class Plans {
   using List = std::list<std::shared_ptr<const Made>>;
 
   struct Kept {
-    Tensor mask;  // or the places of weights
-    Tensor frozen;
+    Tensor mask;
     List made;  // the latest first
   };
 
   // With the lock held. What is found is the first from then on.
-  Kept* Find(const Tensor& mask, const Tensor& frozen) {
+  Kept* Find(const Tensor& mask) {
     for (auto at = kept_.begin(); at != kept_.end(); ++at) {
-      if (!Same(at->mask, mask) || !Same(at->frozen, frozen)) continue;
+      if (!Same(at->mask, mask)) continue;
       kept_.splice(kept_.begin(), kept_, at);
       return &kept_.front();
     }

@@ -36,13 +36,12 @@ struct Order {
 
   std::vector<int64_t> key;  // of equal keys, orders are equal
   std::vector<int32_t> rows, offsets;
-  std::vector<int32_t> weights;  // where each is in the kernel (HWIO), or
-  std::vector<float> values;     // what it is
+  std::vector<int32_t> weights;  // where each is in the kernel (HWIO)
   int64_t counted = 0;
 
   int64_t bytes() const {
     return 8 * key.size() +
-           4 * (rows.size() + offsets.size() + weights.size() + values.size());
+           4 * (rows.size() + offsets.size() + weights.size());
   }
 };
 
@@ -304,13 +303,11 @@ inline std::vector<int64_t> KeyOf(const Convolution& conv, bool transposed,
 }
 
 // Sorts weights by block of input channels and output plane, counting each.
-// `active`: where those that are left are in the kernel (HWIO), rising;
-// `values`: what they are, or null.
+// `active`: where those that are left are in the kernel (HWIO), rising.
 inline std::shared_ptr<const Order> MakeOrder(
     const Convolution& conv, bool transposed, const RiglPlan& p,
     const std::vector<Tap>& taps, std::vector<int64_t> key,
-    const std::vector<int32_t>& active, const float* values,
-    const RiglLanes& lanes) {
+    const std::vector<int32_t>& active, const RiglLanes& lanes) {
   auto order = std::make_shared<Order>();
   order->key = std::move(key);
   const int64_t per_position = conv.channels * conv.filters;
@@ -342,15 +339,12 @@ inline std::shared_ptr<const Order> MakeOrder(
   for (size_t b = 1; b < order->rows.size(); ++b)
     order->rows[b] += order->rows[b - 1];
   order->offsets.resize(count);
-  values ? order->values.resize(count) : order->weights.resize(count);
+  order->weights.resize(count);
   std::vector<int32_t> next(order->rows.begin(), order->rows.end() - 1);
   for (int64_t e = 0; e < count; ++e) {
     const int32_t to = next[bins[e]]++;
     order->offsets[to] = shifted[e];
-    if (values)
-      order->values[to] = values[from[e]];
-    else
-      order->weights[to] = active[from[e]];
+    order->weights[to] = active[from[e]];
   }
   order->counted = order->bytes();
   Order::held_bytes.fetch_add(order->counted, std::memory_order_relaxed);

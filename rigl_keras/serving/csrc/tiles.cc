@@ -8,13 +8,11 @@
 
 #include <cstdint>
 
+#include "../../kernels/csrc/vectors.h"
 #include "network.h"
 
-#define RIGL_JOIN_(a, b, c) a##b##_##c
-#define RIGL_JOIN(a, b, c) RIGL_JOIN_(a, b, c)
-#define RIGL_TEXT_(a) #a
-#define RIGL_TEXT(a) RIGL_TEXT_(a)
-#define RIGL_INLINE static inline __attribute__((always_inline))
+#define RIGL_TILES \
+  RIGL_JOIN(rigl_tiles_, RIGL_JOIN(RIGL_ISA, RIGL_JOIN(_, RIGL_LENGTH)))
 // A function that is large, and never made for a few of its arguments alone.
 #if defined(__clang__)
 #define RIGL_ONCE __attribute__((noinline))
@@ -24,8 +22,6 @@
 
 namespace rigl_serving {
 namespace {
-
-constexpr int L = RIGL_LENGTH;
 
 #if defined(__AVX512VL__)
 constexpr int kRegisters = 28;  // of 32: sums, a weight, and a few to spare
@@ -41,9 +37,6 @@ constexpr int kMostRows = 16;
 constexpr int kMostCells = 8;
 constexpr int kPanel = 4;
 
-typedef float Vector __attribute__((vector_size(L * 4), may_alias));
-typedef float Unaligned
-    __attribute__((vector_size(L * 4), aligned(4), may_alias));
 typedef int32_t Integers __attribute__((vector_size(L * 4), may_alias));
 
 RIGL_INLINE Vector All(float value) { return value - Vector{}; }
@@ -783,6 +776,11 @@ void PoolWindows(const Pool& pool, int32_t begin, int32_t end) {
       }
 }
 
+// A NaN stays one, as in TensorFlow's maximum of an axis.
+RIGL_INLINE Vector Largest(Vector v, Vector x) {
+  return (x > v) | (x != x) ? x : v;
+}
+
 void GlobalPool(const Field& in, bool maximum, bool positions, int32_t columns,
                 const Epilogue& after, int32_t begin, int32_t end) {
   const Vector least = All(-__builtin_inff());
@@ -794,12 +792,9 @@ void GlobalPool(const Field& in, bool maximum, bool positions, int32_t columns,
       const float* at = in.data + Place(in, o, row, 0);
       const Vector last = Load(at + (in.cells - 1) * L);
       if (maximum) {
-        for (int32_t cell = 0; cell + 1 < in.cells; ++cell) {
-          const Vector x = Load(at + cell * L);
-          all = x > all ? x : all;
-        }
-        const Vector x = Chosen(kept, last, least);
-        all = x > all ? x : all;
+        for (int32_t cell = 0; cell + 1 < in.cells; ++cell)
+          all = Largest(all, Load(at + cell * L));
+        all = Largest(all, Chosen(kept, last, least));
       } else {
         // By rows: a sum of few numbers is off by little.
         Vector sum = Masked(last, kept);
@@ -811,7 +806,10 @@ void GlobalPool(const Field& in, bool maximum, bool positions, int32_t columns,
     if (positions) {
       float one = all[0];
       for (int i = 1; i < L; ++i)
-        one = !maximum ? one + all[i] : all[i] > one ? all[i] : one;
+        if (!maximum)
+          one += all[i];
+        else if (all[i] > one || all[i] != all[i])
+          one = all[i];
       all = All(one);
     }
     if (!maximum)
@@ -821,40 +819,6 @@ void GlobalPool(const Field& in, bool maximum, bool positions, int32_t columns,
 }
 
 // -------------------------------------------------------------------- Packing
-
-// The values of two vectors in turn: of their first halves, or of the second
-// ones.
-template <bool second>
-RIGL_INLINE Vector Interleaved(Vector a, Vector b) {
-#if defined(__clang__)
-  Vector both;
-#pragma unroll
-  for (int i = 0; i < L; ++i)
-    both[i] = (i % 2 ? b : a)[i / 2 + (second ? L / 2 : 0)];
-  return both;
-#else
-  Integers at{};
-  for (int i = 0; i < L; ++i) at[i] = i / 2 + (second ? L / 2 : 0) + i % 2 * L;
-  return __builtin_shuffle(a, b, at);
-#endif
-}
-
-// Turns L vectors of L values on their diagonal. Each pass interleaves row i
-// with row i + L / 2; log2(L) of them are the transposition.
-template <int pass = 1>
-RIGL_INLINE void Transpose(Vector* rows) {
-  if constexpr (pass < L) {
-    Vector next[L];
-#pragma GCC unroll 16
-    for (int i = 0; i < L / 2; ++i) {
-      next[2 * i] = Interleaved<false>(rows[i], rows[i + L / 2]);
-      next[2 * i + 1] = Interleaved<true>(rows[i], rows[i + L / 2]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < L; ++i) rows[i] = next[i];
-    Transpose<pass * 2>(rows);
-  }
-}
 
 void PackImages(const float* pixels, int64_t image_stride, int32_t count,
                 int32_t columns, int32_t channels, const Field& to,
@@ -880,7 +844,7 @@ void PackImages(const float* pixels, int64_t image_stride, int32_t count,
             v[l][j] = from[l * image_stride + i + j];
         }
       }
-      Transpose(v);
+      vectors::Transpose(v);
       for (int j = 0; j < here; ++j) {
         Store(out + place, v[j]);
         place += to.plane;
@@ -914,7 +878,7 @@ void UnpackImages(const Field& from, float* pixels, int64_t image_stride,
         }
       }
       for (int j = here; j < L; ++j) v[j] = Vector{};
-      Transpose(v);
+      vectors::Transpose(v);
       for (int l = 0; l < count; ++l)
         if (here == L)
           Store(to + l * image_stride + i, v[l]);
@@ -938,7 +902,7 @@ void PackPositions(const float* pixels, int32_t columns, int32_t channels,
         Vector v[L];
         for (int i = 0; i < L; ++i)
           v[i] = Load(from + static_cast<int64_t>(column + i) * channels + o);
-        Transpose(v);
+        vectors::Transpose(v);
         for (int i = 0; i < L; ++i)
           Store(out + (o + i) * to.plane, v[i]);
       }
@@ -966,7 +930,7 @@ void UnpackPositions(const Field& from, float* pixels, int32_t columns,
       for (; here > 1 && o + L <= channels; o += L) {
         Vector v[L];
         for (int i = 0; i < L; ++i) v[i] = Load(in + (o + i) * from.plane);
-        Transpose(v);
+        vectors::Transpose(v);
         for (int i = 0; i < here; ++i)
           Store(to + static_cast<int64_t>(column + i) * channels + o,
                          v[i]);
@@ -1001,8 +965,8 @@ void Unpack(const Field& from, float* pixels, int64_t image_stride,
 
 }  // namespace
 
-extern const Tiles RIGL_JOIN(rigl_tiles_, RIGL_ISA, RIGL_LENGTH);
-const Tiles RIGL_JOIN(rigl_tiles_, RIGL_ISA, RIGL_LENGTH) = {
+extern const Tiles RIGL_TILES;
+const Tiles RIGL_TILES = {
     RIGL_TEXT(RIGL_ISA), L,          kRegisters,  kMostRows, kMostCells,
     kPanel,              kDenseCells, Sparse,     Dense,     Finish,
     Elementwise,         PoolWindows, GlobalPool, Pack,      Unpack};

@@ -1,0 +1,75 @@
+// Vectors of the instruction set that a source is compiled for: how they are
+// filled, interleaved and transposed.
+#ifndef RIGL_KERAS_VECTORS_H_
+#define RIGL_KERAS_VECTORS_H_
+
+#include "isa.h"
+
+namespace {
+namespace vectors {
+
+typedef int Indices __attribute__((vector_size(L * 4)));
+
+RIGL_INLINE Vector All(float value) { return value - Vector{}; }
+
+// The values of two vectors in turn, by runs of `run`: of their first halves,
+// or of the second ones.
+template <int run, bool second>
+RIGL_INLINE Vector Interleaved(Vector a, Vector b) {
+#if defined(__clang__)
+  Vector both;
+#pragma unroll
+  for (int i = 0; i < L; ++i)
+    both[i] = ((i / run) % 2 ? b : a)[(i / (2 * run)) * run + i % run +
+                                      (second ? L / 2 : 0)];
+  return both;
+#else
+  Indices at{};
+  for (int i = 0; i < L; ++i)
+    at[i] = (i / (2 * run)) * run + i % run + (second ? L / 2 : 0) +
+            (i / run) % 2 * L;
+  return __builtin_shuffle(a, b, at);
+#endif
+}
+
+// Turns L vectors of L values on their diagonal. Each pass interleaves row i
+// with row i + L / 2; log2(L) of them are the transposition.
+template <int pass = 1>
+RIGL_INLINE void Transpose(Vector* rows) {
+  if constexpr (pass < L) {
+    Vector next[L];
+#pragma GCC unroll 16
+    for (int i = 0; i < L / 2; ++i) {
+      next[2 * i] = Interleaved<1, false>(rows[i], rows[i + L / 2]);
+      next[2 * i + 1] = Interleaved<1, true>(rows[i], rows[i + L / 2]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) rows[i] = next[i];
+    Transpose<pass * 2>(rows);
+  }
+}
+
+RIGL_INLINE float Sum(Vector v) {
+  float sum = 0;
+  for (int l = 0; l < L; ++l) sum += v[l];
+  return sum;
+}
+
+// Adds the sums of four vectors to four numbers: [0 1 0 1 ...] + [2 3 2 3
+// ...], halved until four values are left.
+RIGL_INLINE void AddSums(const Vector* four, float* to) {
+  const Vector a = Interleaved<1, false>(four[0], four[1]) +
+                   Interleaved<1, true>(four[0], four[1]);
+  const Vector b = Interleaved<1, false>(four[2], four[3]) +
+                   Interleaved<1, true>(four[2], four[3]);
+  const Vector both = Interleaved<2, false>(a, b) + Interleaved<2, true>(a, b);
+  float sums[4] = {};
+#pragma GCC unroll 16
+  for (int l = 0; l < L; ++l) sums[l % 4] += both[l];
+  for (int k = 0; k < 4; ++k) to[k] += sums[k];
+}
+
+}  // namespace vectors
+}  // namespace
+
+#endif  // RIGL_KERAS_VECTORS_H_
