@@ -3,6 +3,7 @@
 import copy
 import ctypes.util
 import gc
+import os
 import pathlib
 import pickle
 import re
@@ -190,6 +191,14 @@ def test_a_library_that_is_missing_or_another(tmp_path, monkeypatch):
     fails("/none.so' cannot be loaded: .*No such file", tmp_path / "none.so")
     (tmp_path / "text.so").write_text("text")
     fails("text.so' cannot be loaded: ", tmp_path / "text.so")
+    if sys.platform == "linux":
+        code = bytearray(path().read_bytes())
+        code[18:20] = b"\xf3\x00"  # RISC-V, in the header of an ELF file
+        (tmp_path / "riscv.so").write_bytes(code)
+        fails(
+            "riscv.so' cannot be loaded: .*Export the model on one of this",
+            tmp_path / "riscv.so",
+        )
     other = ctypes.util.find_library("m")
     if other and sys.platform == "linux":
         # By its name alone it would be found in the system's folders.
@@ -217,6 +226,59 @@ def test_a_file(tmp_path):
     ):
         with pytest.raises(ValueError, match=why):
             runtime.Network(given, library=path())
+
+
+CUT = """
+import os, sys, threading
+sys.path.insert(0, sys.argv[1])
+from runtime import Network
+
+path, library = sys.argv[2:]
+whole = open(path, "rb").read()
+done = threading.Event()
+
+def cut():
+    while not done.is_set():
+        os.truncate(path, 4096)
+        with open(path, "r+b") as file:
+            file.write(whole)
+
+cutting = threading.Thread(target=cut)
+cutting.start()
+said = set()
+for _ in range(100):
+    try:
+        Network(path, library=library, threads=1).close()
+    except ValueError as error:
+        said.add(str(error))
+done.set()
+cutting.join()
+print(*said, sep=chr(10))
+"""
+
+
+def test_a_file_that_is_cut_while_it_loads(tmp_path):
+    """It is an error. A mapped file would end the process (SIGBUS)."""
+    draw = np.random.default_rng(0)
+    kernel = draw.standard_normal((500, 1000)).astype("f")
+    file = tmp_path / "network.rigl"
+    file.write_bytes(b.network(b.image("x", (500,)), b.dense(kernel)))
+    done = subprocess.run(
+        [sys.executable, "-c", CUT, SOURCES.parent, file, path()],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    assert re.search("is cut off|has become shorter|is damaged", done.stdout)
+
+
+def test_a_file_without_a_network_is_not_read(tmp_path):
+    """However large it is: this one has 64 GB of nothing, in no room."""
+    file = tmp_path / "network.rigl"
+    file.write_bytes(b"RIGLNET\n")
+    os.truncate(file, 2**36)
+    with pytest.raises(ValueError, match="cannot be loaded: .*is damaged"):
+        runtime.Network(file, library=path())
 
 
 def test_names_that_are_no_text():

@@ -475,8 +475,14 @@ def _functions(library):
     try:
         loaded = ctypes.CDLL(name)
     except OSError as error:
+        advice = ""
+        if os.path.isfile(name):
+            advice = (
+                ". A library runs on the kind of machine and system that it "
+                "was built on. Export the model on one of this kind"
+            )
         raise ValueError(
-            f"the library {name!r} cannot be loaded: {error}"
+            f"the library {name!r} cannot be loaded: {error}{advice}"
         ) from error
     functions = {}
     for function, (returned, taken) in _FUNCTIONS.items():

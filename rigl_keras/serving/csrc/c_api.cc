@@ -2,6 +2,7 @@
 
 #include "rigl_network.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdint>
 #include <cstdio>
@@ -13,7 +14,6 @@
 #include <vector>
 
 #include <fcntl.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -33,44 +33,64 @@ struct rigl_network {
 
 namespace {
 
-// What a file holds, for as long as this lives.
-class Mapped {
- public:
-  explicit Mapped(const char* path) {
-    const int file = open(path, O_RDONLY | O_CLOEXEC);
-    if (file < 0) Fail(path);
-    struct stat about;
-    if (fstat(file, &about) != 0) {
-      close(file);
-      Fail(path);
-    }
-    if (!S_ISREG(about.st_mode)) {
-      close(file);
-      throw Error(std::string("'") + path + "' is no file");
-    }
-    size_ = static_cast<size_t>(about.st_size);
-    if (size_ > 0)
-      bytes_ = mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file, 0);
-    close(file);
-    if (bytes_ == MAP_FAILED) Fail(path);
-  }
-  ~Mapped() {
-    if (bytes_) munmap(bytes_, size_);
-  }
-  Mapped(const Mapped&) = delete;
-  Mapped& operator=(const Mapped&) = delete;
+std::unique_ptr<rigl_network> Loaded(const void* bytes, size_t size,
+                                     int threads) {
+  if (threads < 0 || threads > 1024)
+    throw Error("threads must be 0 to 1024. Received: " +
+                std::to_string(threads));
+  return std::make_unique<rigl_network>(bytes, size, threads);
+}
 
-  const void* bytes() const { return bytes_; }
-  size_t size() const { return size_; }
+// A file that is open, for as long as this lives.
+class File {
+ public:
+  explicit File(const char* path)
+      : path_(path), number_(open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {
+    if (number_ < 0) Fail();
+  }
+  ~File() { close(number_); }
+  File(const File&) = delete;
+  File& operator=(const File&) = delete;
+
+  // Returns the file's network. It is read and not mapped: whoever reads a
+  // mapped file that somebody cuts short is ended by a signal.
+  std::unique_ptr<rigl_network> Load(int threads) const {
+    struct stat about;
+    if (fstat(number_, &about) != 0) Fail();
+    if (!S_ISREG(about.st_mode))
+      throw Error(std::string("'") + path_ + "' is no file");
+    const size_t size = static_cast<size_t>(about.st_size);
+    // What is no network gets no memory, however large it is.
+    char header[rigl_serving::kHeader] = {};
+    ReadInto(header, std::min(size, sizeof header));
+    rigl_serving::ReadHeader(header, size);
+    const std::unique_ptr<char[]> bytes(new char[size]);  // not filled first
+    std::memcpy(bytes.get(), header, sizeof header);
+    ReadInto(bytes.get() + sizeof header, size - sizeof header);
+    return Loaded(bytes.get(), size, threads);
+  }
 
  private:
-  [[noreturn]] static void Fail(const char* path) {
-    throw Error(std::string("'") + path +
+  void ReadInto(char* to, size_t size) const {
+    while (size > 0) {
+      const ssize_t count = read(number_, to, size);
+      if (count < 0 && errno == EINTR) continue;
+      if (count < 0) Fail();
+      if (count == 0)
+        throw Error(std::string("'") + path_ +
+                    "' has become shorter while it was read");
+      to += count;
+      size -= static_cast<size_t>(count);
+    }
+  }
+
+  [[noreturn]] void Fail() const {
+    throw Error(std::string("'") + path_ +
                 "' cannot be read: " + std::strerror(errno));
   }
 
-  void* bytes_ = nullptr;
-  size_t size_ = 0;
+  const char* const path_;
+  const int number_;
 };
 
 void Say(const char* what, char* error, size_t error_size) {
@@ -91,13 +111,6 @@ bool Guarded(char* error, size_t error_size, const Run& run) {
     Say(e.what(), error, error_size);
   }
   return false;
-}
-
-rigl_network* Loaded(const void* bytes, size_t size, int threads) {
-  if (threads < 0 || threads > 1024)
-    throw Error("threads must be 0 to 1024. Received: " +
-                std::to_string(threads));
-  return new rigl_network(bytes, size, threads);
 }
 
 // The shapes of a call, without the batch, and the batch.
@@ -152,8 +165,7 @@ rigl_network* rigl_network_load(const char* path, int threads, char* error,
   rigl_network* network = nullptr;
   Guarded(error, error_size, [&] {
     if (!path) throw Error("the path is missing");
-    const Mapped file(path);
-    network = Loaded(file.bytes(), file.size(), threads);
+    network = File(path).Load(threads).release();
   });
   return network;
 }
@@ -164,7 +176,7 @@ rigl_network* rigl_network_load_memory(const void* bytes, size_t size,
   rigl_network* network = nullptr;
   Guarded(error, error_size, [&] {
     if (!bytes) throw Error("the bytes are missing");
-    network = Loaded(bytes, size, threads);
+    network = Loaded(bytes, size, threads).release();
   });
   return network;
 }

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -19,12 +18,6 @@ constexpr size_t kMostReady = 8;
 constexpr size_t kMostFree = 16;
 // Above what a unit of work takes.
 constexpr double kMostSeconds = 1e6;
-
-double Now() {
-  return std::chrono::duration<double>(
-             std::chrono::steady_clock::now().time_since_epoch())
-      .count();
-}
 
 int64_t FloatsOf(const Shape& shape) {
   int64_t floats = 1;

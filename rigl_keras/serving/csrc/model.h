@@ -2,6 +2,7 @@
 #ifndef RIGL_KERAS_MODEL_H_
 #define RIGL_KERAS_MODEL_H_
 
+#include <chrono>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -15,6 +16,13 @@
 #include "team.h"
 
 namespace rigl_serving {
+
+// Seconds of a clock that is never set.
+inline double Now() {
+  return std::chrono::duration<double>(
+             std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
 
 // How images are computed.
 enum class Mode {

@@ -15,7 +15,6 @@ namespace {
 
 constexpr char kMagic[8] = {'R', 'I', 'G', 'L', 'N', 'E', 'T', '\n'};
 constexpr uint32_t kVersion = 1;
-constexpr size_t kHeader = 32;
 
 constexpr uint32_t kMostNodes = 1 << 16;
 constexpr uint32_t kMostAxes = 8;  // the batch is one of a value's
@@ -405,16 +404,18 @@ void ReadOutputs(Bytes& bytes, Network& network) {
   }
 }
 
-// Returns the body of a file.
-Bytes ReadHeader(const uint8_t* bytes, size_t size) {
-  const size_t begun = std::min(size, sizeof(kMagic));
+}  // namespace
+
+uint32_t ReadHeader(const void* bytes, uint64_t size) {
+  const size_t begun = std::min<uint64_t>(size, sizeof(kMagic));
   if (size == 0) throw Error("the file is empty");
   if (std::memcmp(bytes, kMagic, begun) != 0)
     throw Error("the file is not a network that rigl_keras has exported");
   if (size < kHeader)
     throw Error("the file is cut off: it has " + std::to_string(size) +
                 " bytes, and its header alone " + std::to_string(kHeader));
-  Bytes header(bytes + sizeof(kMagic), kHeader - sizeof(kMagic));
+  Bytes header(static_cast<const uint8_t*>(bytes) + sizeof(kMagic),
+               kHeader - sizeof(kMagic));
   const uint32_t version = header.Read<uint32_t>("the version");
   const uint32_t zero = header.Read<uint32_t>("the header");
   const uint64_t body = header.Read<uint64_t>("the header");
@@ -436,15 +437,15 @@ Bytes ReadHeader(const uint8_t* bytes, size_t size) {
                                    " bytes follow its end"
                              : "its header is none of version " +
                                    std::to_string(kVersion)));
-  if (Checksum(bytes + kHeader, left) != checksum)
-    throw Error("the file is damaged: its checksum is another one");
-  return Bytes(bytes + kHeader, left);
+  return checksum;
 }
 
-}  // namespace
-
 Network Parse(const void* bytes, size_t size) {
-  Bytes body = ReadHeader(static_cast<const uint8_t*>(bytes), size);
+  const uint32_t checksum = ReadHeader(bytes, size);
+  const uint8_t* const begin = static_cast<const uint8_t*>(bytes) + kHeader;
+  if (Checksum(begin, size - kHeader) != checksum)
+    throw Error("the file is damaged: its checksum is another one");
+  Bytes body(begin, size - kHeader);
   Network network;
   ReadNodes(body, network);
   ReadOutputs(body, network);

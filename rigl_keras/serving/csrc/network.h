@@ -120,6 +120,14 @@ struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// Bytes that a file begins with, before the network.
+constexpr size_t kHeader = 32;
+
+// Returns the checksum of what follows the header of a file of `size` bytes.
+// The first ones, `kHeader` or as many as there are, are at `bytes`. Throws
+// Error where no network can follow them.
+uint32_t ReadHeader(const void* bytes, uint64_t size);
+
 // Returns the network of a file. Throws Error, whatever the bytes are.
 Network Parse(const void* bytes, size_t size);
 

@@ -28,46 +28,30 @@ constexpr size_t kErrorBytes = 1024;
 
 using Loaded = std::shared_ptr<rigl_network>;
 
-// What a file holds, mapped where its file system can.
-class File {
- public:
-  tensorflow::Status Open(const std::string& path) {
-    tensorflow::Env* env = tensorflow::Env::Default();
-    if (env->NewReadOnlyMemoryRegionFromFile(path, &region_).ok())
-      return tensorflow::OkStatus();
-    region_.reset();
-    return tensorflow::ReadFileToString(env, path, &text_);
-  }
-
-  const void* bytes() const { return region_ ? region_->data() : text_.data(); }
-  size_t size() const { return region_ ? region_->length() : text_.size(); }
-
- private:
-  std::unique_ptr<tensorflow::ReadOnlyMemoryRegion> region_;
-  std::string text_;
-};
-
 // The checksum that stands in a file's header, or -1 where there is none.
-int64_t ChecksumOf(const File& file) {
+int64_t ChecksumOf(const std::string& file) {
   constexpr size_t kPlace = 24;
   uint32_t checksum;
   if (file.size() < kPlace + sizeof checksum) return -1;
-  std::memcpy(&checksum, static_cast<const char*>(file.bytes()) + kPlace,
+  std::memcpy(&checksum, file.data() + kPlace,
               sizeof checksum);
   return checksum;
 }
 
 tensorflow::Status Load(const std::string& path, int64_t checksum, int threads,
                         Loaded* loaded) {
-  File file;
-  TF_RETURN_IF_ERROR(file.Open(path));
+  // Not mapped: whoever reads a mapped file that somebody cuts short is ended
+  // by a signal.
+  std::string file;
+  TF_RETURN_IF_ERROR(
+      tensorflow::ReadFileToString(tensorflow::Env::Default(), path, &file));
   // One of another model, or of an export that has taken its place.
   if (ChecksumOf(file) != checksum)
     return tensorflow::errors::DataLoss(
         "the file '", path, "' is not the one that this model was exported "
         "with. Export the model again");
   char error[kErrorBytes] = "";
-  loaded->reset(rigl_network_load_memory(file.bytes(), file.size(), threads,
+  loaded->reset(rigl_network_load_memory(file.data(), file.size(), threads,
                                          error, sizeof error),
                 rigl_network_free);
   if (*loaded) return tensorflow::OkStatus();

@@ -1,7 +1,6 @@
 // Measures what `Model` may choose from.
 
 #include <algorithm>
-#include <chrono>
 #include <limits>
 #include <memory>
 #include <string>
@@ -20,12 +19,6 @@ constexpr int kRounds = 3;
 constexpr double kTurn = 2e-4;  // seconds
 // What a number costs that goes from one layout to another, in seconds.
 constexpr double kPerFloat = 1e-9;
-
-double Now() {
-  return std::chrono::duration<double>(
-             std::chrono::steady_clock::now().time_since_epoch())
-      .count();
-}
 
 // Numbers for all inputs and outputs of a network.
 class Examples {
