@@ -446,10 +446,10 @@ def test_the_others_go_on_without_kernels(tiny, monkeypatch):
         (
             "kernels",
             {"densities": ["0.1", "x"]},
-            "--densities must be numbers with commas between. Received: '0.1,x",
+            "--densities takes numbers, separated by commas. Received: '0.1,x",
         ),
         ("train", {"rounds": 0}, "rounds must be an int of at least 1"),
-        ("inference", {"batch_sizes": ["1", "2.5"]}, "--batch_sizes must be"),
+        ("inference", {"batch_sizes": ["1", "2.5"]}, "--batch_sizes takes"),
         ("train", {"output": __file__}, "--output must be a folder"),
         ("kernels", {"argv": ["", "here"]}, "There is nothing to name but"),
     ],

@@ -20,6 +20,7 @@ from rigl_keras.experiments.runs.export_command import (
     load_model,
     read_inputs,
 )
+from rigl_keras.exporting import measurement
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
 
@@ -111,6 +112,7 @@ def test_the_command(finished, tmp_path, fresh, bin_export):
         "--quantization=int8",  # calibrated on the run's own data
         "--fold_batch_norm",
         "--remove_dead_units",
+        "--batch_sizes=2,32",
         cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
@@ -123,7 +125,7 @@ def test_the_command(finished, tmp_path, fresh, bin_export):
     # Nothing of TensorFlow's own between the tables.
     assert "Sharding" not in done.stderr and "Warning" not in done.stderr
     report = rigl_keras.check_export(tmp_path / "out" / "saved_model")
-    assert report.folded and report.dense_latency
+    assert report.folded and list(report.dense_latency) == [2, 32]
 
     done = bin_export("--check=out/saved_model", cwd=tmp_path)
     assert done.returncode == 0 and "All files are as they" in done.stdout
@@ -142,6 +144,13 @@ def test_the_command(finished, tmp_path, fresh, bin_export):
         (["RUN", "--formats=pickle"], "formats must be one of"),
         (["RUN", "--quantization=float16"], "is of the format 'tflite'"),
         (["RUN", "--formats="], "Pass one format at least"),
+        (["RUN", "--batch_sizes=1,x"], "--batch_sizes takes whole numbers"),
+        (["RUN", "--batch_sizes=0"], "batch_sizes must be an int of at least"),
+        (["RUN", "--batch_sizes="], "batch_sizes must be a list of sizes"),
+        (
+            ["RUN", "--batch_sizes=2", "--nomeasure"],
+            "--nomeasure that nothing is. Pass one of them",
+        ),
         (["RUN", "--check=out"], "--check exports nothing"),
         (["RUN"], "exported/saved_model' exists. Pass overwrite=True"),
     ],
@@ -224,11 +233,23 @@ def test_inputs_from_files(tmp_path):
         np.testing.assert_array_equal(read_inputs(tmp_path / name, single), x)
 
 
+def test_batch_sizes_are_those_that_are_measured(
+    finished, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(measurement, "_SECONDS", 0.0)
+    monkeypatch.setattr(measurement, "_TURN", 0.0)
+    exports = Exports(formats=["keras"], batch_sizes=[3, 2, 3])
+    (report,) = exports.write(finished, tmp_path)
+    assert list(report.latency) == [3, 2]
+
+
 def test_what_exports_refuses():
     for options, said in (
         ({"formats": "saved_model"}, "is a list"),
         ({"formats": [None]}, "formats must be one of"),
         ({"fold_batch_norm": "no"}, "fold_batch_norm must be True or False"),
+        ({"batch_sizes": 16}, "batch_sizes must be a list of sizes"),
+        ({"batch_sizes": [1, 2.5]}, "batch_sizes must be an int"),
         ({"quantization": "int8"}, "is of the format 'tflite'"),
         ({"formats": ["tflite"], "quantization": "int4"}, "quantization must"),
     ):

@@ -58,6 +58,7 @@ if __name__ == "__main__" and sys.argv[1] == "run":
 import pytest  # noqa: E402
 
 import gin  # noqa: E402
+from rigl_keras.experiments import exits  # noqa: E402
 from rigl_keras.experiments.reproduction import (  # noqa: E402
     costs,  # noqa: E402
     plans,
@@ -443,7 +444,7 @@ def test_nonsense(fresh):
     with pytest.raises(ValueError, match="data_dir must be an existing folder"):
         reproduce.check_data(some_runs(), data_dir="/nowhere")
     with pytest.raises(ValueError, match="--densities takes.*0.1,much"):
-        reproduce.numbers("densities", float, ["0.1", "much"])
+        exits.numbers("densities", ["0.1", "much"], float)
     with pytest.raises(ValueError, match="cannot be made.*--results_dir"):
         Results("/dev/null/x", "full")
 

@@ -406,7 +406,7 @@ def test_without_validation_nothing_can_be_compared(tmp_path):
         (["figure2"], "one of updates, learning_rate. Received: figure2"),
         (["updates", "--distribution=er"], "uniform, erk. Received: 'er'"),
         (["learning_rate", "--trials=3"], "Received: --trials. Leave"),
-        (["updates", "--frequency=50,x"], "whole numbers.*Received: 50,x"),
+        (["updates", "--frequency=50,x"], "whole numbers.*Received: '50,x'"),
     ],
 )
 def test_nonsense_on_the_command_line(arguments, says, monkeypatch, capsys):

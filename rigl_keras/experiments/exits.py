@@ -15,7 +15,27 @@ from absl import app
 from rigl_keras._files import disk_is_full
 from rigl_keras._text import printable
 
-__all__ = ["FailedError", "one_line", "run_command"]
+__all__ = ["FailedError", "numbers", "one_line", "run_command"]
+
+
+def numbers(name: str, texts: Sequence[str], kind: type) -> tuple:
+    """Returns the numbers that a flag lists.
+
+    Args:
+        name: Of the flag.
+        texts: What is between its commas.
+        kind: int or float.
+
+    Raises:
+        ValueError: One of them is no number of that kind.
+    """
+    try:
+        return tuple(kind(text) for text in texts)
+    except ValueError as error:
+        raise ValueError(
+            f"--{name} takes {'whole ' if kind is int else ''}numbers, "
+            f"separated by commas. Received: {','.join(texts)!r}."
+        ) from error
 
 
 class FailedError(Exception):

@@ -11,7 +11,7 @@ import keras
 import tensorflow as tf
 
 from rigl_keras import _files, compaction
-from rigl_keras._checks import boolean, choice, integer, number
+from rigl_keras._checks import boolean, choice, number
 from rigl_keras.exporting.base_format import WriteOptions
 from rigl_keras.exporting.comparison import (
     DisagreesError,
@@ -30,7 +30,13 @@ from rigl_keras.exporting.formats import (
     check_available,
     formats_with,
 )
-from rigl_keras.exporting.measurement import Artefact, compare_artefacts, costs
+from rigl_keras.exporting.measurement import (
+    BATCH_SIZES,
+    Artefact,
+    checked_sizes,
+    compare_artefacts,
+    costs,
+)
 from rigl_keras.exporting.preconditions import check_model, checked_target
 from rigl_keras.exporting.signatures import (
     is_finite,
@@ -51,7 +57,7 @@ def export(
     quantization: str | None = None,
     inputs: Any = None,
     tolerance: float | None = None,
-    batch_sizes: Sequence[int] = (1, 32, 128),
+    batch_sizes: Sequence[int] = BATCH_SIZES,
     measure: bool = True,
     overwrite: bool = False,
 ) -> ExportReport:
@@ -77,15 +83,14 @@ def export(
 
     Args:
         model: A masked model of any kind, or one that `strip` returned.
-        path: Folder to write. Of a link to a folder, that folder; the link
-            stays. What `..` leads to is for the system to say.
-        format: `"saved_model"`; `"sparse_saved_model"`, the model as one
-            operation, or as many as are left between what only TensorFlow
-            knows, and which needs their library: it is in the folder, with a
-            `load.py`; `"native"`, which needs no TensorFlow: the folder has a
-            file `network.rigl`, a library with its C header, and a
-            `network.py`; `"tflite"`, `"onnx"` or `"keras"`, of which the
-            folder holds a file `model.tflite`, `model.onnx` or `model.keras`.
+        path: Folder to write. A link to a folder is followed, and stays.
+        format: `"saved_model"`; `"sparse_saved_model"`, where the model is one
+            operation, or several with TensorFlow's own between them (they
+            need a library, which the folder holds with a `load.py`);
+            `"native"`, which needs no TensorFlow (the folder holds a file
+            `network.rigl`, a library with its C header, and a `network.py`);
+            `"tflite"`, `"onnx"` or `"keras"`, where the folder holds a file
+            `model.tflite`, `model.onnx` or `model.keras`.
         fold_batch_norm: Whether batch norms become part of the layer before
             them, where the graph allows.
         remove_dead_units: Whether units without a connection to the input or
@@ -101,7 +106,8 @@ def export(
             precision and the depth.
         batch_sizes: Sizes, each at least 1, of which the latency is measured,
             and for which `"sparse_saved_model"` and `"native"` compare what
-            is fastest on this machine. Any other size can be served, too.
+            is fastest on this machine. Any other size can be served, too. Of
+            a model with a fixed batch size it is that one.
         measure: Whether that is compared, and sizes, load time and latency of
             the dense SavedModel are measured. False is quicker.
         overwrite: Whether an earlier export at `path` may be replaced.
@@ -131,7 +137,7 @@ def export(
         tolerance = number(
             "tolerance", tolerance, above=0, rule="must be a positive number"
         )
-    batch_sizes = _checked_sizes(batch_sizes)
+    batch_sizes = checked_sizes(batch_sizes)
     target = checked_target(path, overwrite)
     check_model(model)
     writer = FORMATS[format]
@@ -146,13 +152,12 @@ def export(
             quantization,
             folded=None if writer.folds else len(compacted.get("folded", ())),
         )
-    fixed = signature.batch_size
+    if signature.batch_size is not None:
+        batch_sizes = (signature.batch_size,)
     options = WriteOptions(
         quantization=quantization,
         calibration=examples[-1] if calibrated else None,
-        batch_sizes=(batch_sizes if fixed is None else (fixed,))
-        if measure
-        else (),
+        batch_sizes=batch_sizes if measure else (),
     )
     told: list[str] = []
     with _files.set_aside(target, replace=overwrite) as folder:
@@ -190,18 +195,6 @@ def export(
         )
         write_report(report, folder)
     return report
-
-
-def _checked_sizes(sizes):
-    """Returns batch sizes as a tuple, each once."""
-    if isinstance(sizes, str) or not isinstance(sizes, Sequence) or not sizes:
-        raise ValueError(
-            "batch_sizes must be a list of sizes, such as [1, 32]. Received: "
-            f"batch_sizes={sizes!r}."
-        )
-    return tuple(
-        dict.fromkeys(integer("batch_sizes", n, at_least=1) for n in sizes)
-    )
 
 
 def _measured(artefact, model, batch_sizes):

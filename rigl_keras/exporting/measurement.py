@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 from rigl_keras import _timing
+from rigl_keras._checks import integer
 from rigl_keras.exporting.base_format import Format, Runner
 from rigl_keras.exporting.export_report import size_of
 from rigl_keras.exporting.signatures import Signature
@@ -17,7 +18,15 @@ from rigl_keras.masking.leaves import trained_weights
 from rigl_keras.masking.masked_layers import masked_layers
 from rigl_keras.masking.selection import named_kernels
 
-__all__ = ["Artefact", "compare_artefacts", "costs"]
+__all__ = [
+    "Artefact",
+    "BATCH_SIZES",
+    "checked_sizes",
+    "compare_artefacts",
+    "costs",
+]
+
+BATCH_SIZES = (1, 32, 128)
 
 _SECONDS = 4.0  # that each of these measurements may take
 _TURN = 0.05  # seconds of calls, before the other side has its turn
@@ -48,6 +57,25 @@ class Artefact:
         return size_of(self.folder / (self.format.weights or ""))
 
 
+def checked_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Returns the batch sizes that something is measured for, each once.
+
+    Args:
+        sizes: Ints of at least 1, one or more.
+
+    Raises:
+        ValueError: They are none.
+    """
+    if isinstance(sizes, str) or not isinstance(sizes, Sequence) or not sizes:
+        raise ValueError(
+            "batch_sizes must be a list of sizes, such as [1, 32]. Received: "
+            f"batch_sizes={sizes!r}."
+        )
+    return tuple(
+        dict.fromkeys(integer("batch_sizes", n, at_least=1) for n in sizes)
+    )
+
+
 def compare_artefacts(
     ours: Artefact, dense: Artefact, batch_sizes: Sequence[int]
 ) -> dict[str, object]:
@@ -56,11 +84,12 @@ def compare_artefacts(
     Args:
         ours: The artefact.
         dense: The dense SavedModel of the same model.
-        batch_sizes: Of which the latency is measured.
+        batch_sizes: Of which the latency is measured. The model must take
+            them.
 
     Returns:
-        Fields of an `ExportReport`. Calls of both alternate; of a batch size
-        that the model cannot be called on there is no time.
+        Fields of an `ExportReport`. Calls of both alternate. There are no
+        times where an input is of strings, which cannot be drawn.
     """
     sides = {"ours": ours.load, "dense": dense.load}
     signature = ours.signature
@@ -70,8 +99,6 @@ def compare_artefacts(
     run, run_dense = sides["ours"](), sides["dense"]()
     latency, dense_latency = {}, {}
     for batch in batch_sizes:
-        if signature.batch_size not in (None, batch):
-            continue
         try:
             x = signature.random(batch)
         except ValueError:  # strings cannot be drawn

@@ -33,6 +33,7 @@ import tensorflow as tf
 import rigl_keras
 from rigl_keras import _checks, _figure_style, kernels
 from rigl_keras.distributions import DISTRIBUTIONS
+from rigl_keras.experiments import exits
 from rigl_keras.experiments.benchmarks.engines.catalogue import ENGINES
 from rigl_keras.experiments.benchmarks.engines.environments import (
     UnavailableError,
@@ -59,7 +60,6 @@ from rigl_keras.experiments.benchmarks.inference_command import (
     check_each_once,
 )
 from rigl_keras.experiments.benchmarks.kernel_command import (
-    numbers,
     prepared_folder,
 )
 from rigl_keras.experiments.progress_bar import ProgressBar, say
@@ -317,7 +317,7 @@ def _run(given, output, argv):
         )
     values = {name: flag.value for name, flag in given.items()}
     for name, kind in (("densities", float), ("batches", int)):
-        values[name] = numbers(name, values[name], kind)
+        values[name] = exits.numbers(name, values[name], kind)
     folder = prepared_folder(output.value) if output.value else None
     records = measure_engines(**values, folder=folder)
     if folder and records.measurements:

@@ -350,16 +350,6 @@ def _environment():
     }
 
 
-def _numbers(name, texts, kind):
-    try:
-        return [kind(text) for text in texts]
-    except ValueError as error:
-        raise ValueError(
-            f"--{name} must be numbers with commas between. Received: "
-            f"{','.join(texts)!r}."
-        ) from error
-
-
 def main() -> None:
     """Prints the tables that the command line asks for, and draws them."""
     from absl import app, flags
@@ -390,8 +380,8 @@ def main() -> None:
         check_paths(figure.value, json_path.value)
         comparison = compare(
             models.value,
-            _numbers("densities", densities.value, float),
-            _numbers("batches", batches.value, int),
+            exits.numbers("densities", densities.value, float),
+            exits.numbers("batches", batches.value, int),
             rounds=rounds.value,
             seconds=seconds.value,
             progress=functools.partial(print, file=sys.stderr, flush=True),

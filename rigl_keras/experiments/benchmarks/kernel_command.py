@@ -18,7 +18,7 @@ from rigl_keras.experiments.benchmarks.speed_tables import lines_of, write_csv
 from rigl_keras.experiments.benchmarks.train_speed import measure_training
 from rigl_keras.experiments.progress_bar import say
 
-__all__ = ["PARTS", "define_command", "numbers", "prepared_folder"]
+__all__ = ["PARTS", "define_command", "prepared_folder"]
 
 PARTS = ("kernels", "train", "inference")
 # What a figure has in its rows, in its columns, and as lines.
@@ -103,7 +103,7 @@ def _run(part, given, output, argv):
     values = {name: flag.value for name, flag in given.items()}
     for name, kind in (("densities", float), ("batch_sizes", int)):
         if name in values:
-            values[name] = numbers(name, values[name], kind)
+            values[name] = exits.numbers(name, values[name], kind)
     check(
         values["model"],
         values["densities"],
@@ -121,26 +121,6 @@ def _run(part, given, output, argv):
     if folder:
         for path in _write(part, measured, folder):
             say(f"Written: {path}")
-
-
-def numbers(name: str, texts: Sequence[str], kind: type) -> list:
-    """Returns the numbers of a flag.
-
-    Args:
-        name: Of the flag.
-        texts: What it was given.
-        kind: int or float.
-
-    Raises:
-        ValueError: One is no number of that kind.
-    """
-    try:
-        return [kind(text) for text in texts]
-    except ValueError as error:
-        raise ValueError(
-            f"--{name} must be numbers with commas between. Received: "
-            f"{','.join(texts)!r}."
-        ) from error
 
 
 def prepared_folder(output: str) -> Path:

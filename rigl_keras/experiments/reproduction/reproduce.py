@@ -28,27 +28,7 @@ from rigl_keras.experiments.reproduction.progress import Bar
 from rigl_keras.experiments.reproduction.results import Results
 from rigl_keras.experiments.reproduction.workers import train_missing
 
-__all__ = ["check_data", "main", "numbers", "reproduce"]
-
-
-def numbers(name: str, kind: type, texts: Sequence[str]) -> tuple:
-    """Returns the numbers that a flag lists.
-
-    Args:
-        name: The flag.
-        kind: int or float.
-        texts: What is between its commas.
-
-    Raises:
-        ValueError: One of them is none.
-    """
-    try:
-        return tuple(kind(text) for text in texts)
-    except ValueError as error:
-        raise ValueError(
-            f"--{name} takes {'whole ' if kind is int else ''}numbers, "
-            f"separated by commas. Received: {','.join(texts)}."
-        ) from error
+__all__ = ["check_data", "main", "reproduce"]
 
 
 def _changes(bindings):
@@ -111,8 +91,8 @@ def main() -> None:
         runs = plans.runs(
             argv[1],
             preset=chosen,
-            densities=numbers("densities", float, densities.value),
-            seeds=numbers("seeds", int, seeds.value),
+            densities=exits.numbers("densities", densities.value, float),
+            seeds=exits.numbers("seeds", seeds.value, int),
             rows=rows.value,
             changes=_changes(bindings.value),
         )

@@ -4,6 +4,7 @@
     bin/export runs/quickstart --formats=tflite --quantization=int8
     bin/export model.keras --output=served --formats=saved_model,onnx \
         --fold_batch_norm --remove_dead_units
+    bin/export model.keras --formats=native --batch_sizes=1,16
     bin/export --check=served/saved_model       whether its files are intact
 """
 
@@ -31,6 +32,7 @@ from rigl_keras.exporting.formats import (
     check_available,
     formats_with,
 )
+from rigl_keras.exporting.measurement import BATCH_SIZES, checked_sizes
 
 __all__ = ["Exports", "load_model", "read_inputs"]
 
@@ -46,17 +48,18 @@ class Exports:
             folder of its name. None: nothing is.
         fold_batch_norm, remove_dead_units: As in `rigl_keras.export`.
         quantization: As there; of the formats that offer it.
-        measure: As there.
+        batch_sizes, measure: As there.
 
     Raises:
         ValueError: A format is unknown, needs what is not installed, or is
-            not one that is quantised.
+            not one that is quantised; or a batch size is out of range.
     """
 
     formats: Sequence[str] = ()
     fold_batch_norm: bool = False
     remove_dead_units: bool = False
     quantization: str | None = None
+    batch_sizes: Sequence[int] = BATCH_SIZES
     measure: bool = True
 
     def __post_init__(self) -> None:
@@ -71,6 +74,7 @@ class Exports:
         choice("quantization", self.quantization, (None, *QUANTIZATIONS))
         for name in ("fold_batch_norm", "remove_dead_units", "measure"):
             boolean(name, getattr(self, name))
+        checked_sizes(self.batch_sizes)
         if self.quantization and not any(map(self._quantizes, self.formats)):
             offered = " or ".join(map(repr, formats_with(self.quantization)))
             raise ValueError(
@@ -139,6 +143,7 @@ class Exports:
                     remove_dead_units=self.remove_dead_units,
                     quantization=quantization,
                     inputs=examples,
+                    batch_sizes=self.batch_sizes,
                     measure=self.measure,
                     overwrite=overwrite,
                 )
@@ -287,6 +292,13 @@ def main() -> None:
     data_dir = flags.DEFINE_string(
         "data_dir", None, "Folder of prepared data sets, over TFDS_DATA_DIR."
     )
+    sizes = flags.DEFINE_list(
+        "batch_sizes",
+        [str(size) for size in BATCH_SIZES],
+        "Examples in a call: the latency of each is measured, and native and "
+        "sparse_saved_model compare what is fastest for it. Others can be "
+        "served, too.",
+    )
     measure = flags.DEFINE_bool(
         "measure", True, "Measure size, loading and latency against dense."
     )
@@ -316,11 +328,17 @@ def main() -> None:
             )
         if not wanted.value:
             raise app.UsageError("Pass one format at least.")
+        if sizes.present and not measure.value:
+            raise app.UsageError(
+                "--batch_sizes says what is measured, and --nomeasure that "
+                "nothing is. Pass one of them."
+            )
         Exports(
             formats=wanted.value,
             fold_batch_norm=fold.value,
             remove_dead_units=remove.value,
             quantization=quantization.value,
+            batch_sizes=exits.numbers("batch_sizes", sizes.value, int),
             measure=measure.value,
         ).write(
             argv[1],

@@ -33,7 +33,6 @@ from rigl_keras.experiments.reproduction import plans
 from rigl_keras.experiments.reproduction.plans import Preset, Run
 from rigl_keras.experiments.reproduction.reproduce import (
     check_data,
-    numbers,
     reproduce,
 )
 from rigl_keras.experiments.reproduction.results import Results
@@ -259,7 +258,7 @@ def main() -> None:
             Preset(preset.value),
             density.value,
         )
-        chosen = numbers("seeds", int, seeds.value)
+        chosen = exits.numbers("seeds", seeds.value, int)
         needed = [] if dry_run.value else [Run(*of_runs, seed=0)]
         options = {"data_dir": data_dir.value, "dry_run": dry_run.value}
         if subject == "updates":
@@ -267,10 +266,10 @@ def main() -> None:
                 *of_runs,
                 seeds=chosen,
                 trials=trials.value,
-                drop_fraction=numbers(
-                    "drop_fraction", float, drop_fraction.value
+                drop_fraction=exits.numbers(
+                    "drop_fraction", drop_fraction.value, float
                 ),
-                frequency=numbers("frequency", int, frequency.value),
+                frequency=exits.numbers("frequency", frequency.value, int),
                 sampler_seed=sampler_seed.value,
             )
             check_data(needed, data_dir=data_dir.value)
