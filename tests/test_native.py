@@ -156,6 +156,30 @@ def test_what_needs_tensorflow_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_small_needs_no_tensorflow(tmp_path):
+    """The error names the layer that no network computes, and no other."""
+    inputs = keras.Input((6,))
+    x = layers.Dense(5, activation="softsign", name="hidden")(inputs)
+    model = keras.Model(inputs, layers.Dense(3, name="head")(x))
+    model = rigl_keras.sparsify(model, 0.5)
+    with pytest.raises(
+        ValueError,
+        match=r"need TensorFlow: Softsign \(1\): no network computes it\. Pass",
+    ):
+        rigl_keras.export(model, tmp_path / "e", format="native")
+
+
+def test_a_fixed_batch_size_is_the_one_that_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(networks, "_SECONDS", 0.02)
+    monkeypatch.setattr(measurement, "_SECONDS", 0.0)
+    monkeypatch.setattr(measurement, "_TURN", 0.0)
+    inputs = keras.Input(batch_shape=(4, 6))
+    model = keras.Model(inputs, layers.Dense(5, name="head")(inputs))
+    model = rigl_keras.sparsify(model, 0.5)
+    report = rigl_keras.export(model, tmp_path / "e", format="native")
+    assert list(report.latency) == list(report.dense_latency) == [4]
+
+
 def test_no_library(monkeypatch, tmp_path):
     def fail():
         raise kernels.BuildError("no C++ compiler was found")
@@ -180,7 +204,7 @@ def test_it_is_measured(tmp_path, monkeypatch):
     assert list(report.latency) == list(report.dense_latency) == [1, 3]
     assert min(report.latency.values()) > 0
     data = (tmp_path / "e" / "network.rigl").read_bytes()
-    assert "choice" in from_bytes(data).hints
+    assert " costs " in from_bytes(data).hints
 
 
 @pytest.mark.parametrize(

@@ -198,7 +198,7 @@ def test_what_stays_tensorflows(tmp_path):
     assert rest
     for note in rest:
         assert note in str(report)
-    for note in rest[: networks._TOLD]:
+    for note in rest[: networks._MOST_LINES]:
         operation, reason = note.strip().split(": ", 1)
         assert operation.split(" (")[0] in found and len(reason) > 5
     assert rigl_keras.check_export(tmp_path / "e") == report

@@ -8,7 +8,11 @@ import keras
 
 import rigl_keras.serving
 from rigl_keras.exporting.base_format import Format, Runner, WriteOptions
-from rigl_keras.exporting.networks import import_model, told, tuned
+from rigl_keras.exporting.networks import (
+    library_to_copy,
+    tuned,
+    whole_network,
+)
 from rigl_keras.exporting.signatures import Signature
 from rigl_keras.kernels import library
 from rigl_keras.kernels.toolchain import NETWORK_LIBRARY_NAME, BuildError
@@ -44,26 +48,14 @@ class Native(Format):
         folder: Path,
         options: WriteOptions,
     ) -> list[str]:
-        imported = import_model(model, signature)
-        if imported.network is None:
-            raise ValueError(
-                "these operations need TensorFlow: "
-                f"{'; '.join(told(imported.unknown))}. Pass "
-                "format='sparse_saved_model', in which they stay "
-                "TensorFlow's."
-            )
-        try:
-            built = library.build_network()
-            data = tuned(imported.network, options.batch_sizes)
-        except BuildError as error:
-            raise ValueError(
-                f"There is no library to put beside the model: {error}."
-            ) from error
+        network = whole_network(model, signature)
+        built = library_to_copy(library.build_network)
+        data = tuned(network, options.batch_sizes)
         Path(folder, NETWORK).write_bytes(data)
         shutil.copyfile(built, Path(folder, NETWORK_LIBRARY_NAME))
         for name, source in _COPIES.items():
             shutil.copyfile(source, Path(folder, name))
-        Path(folder, "README.txt").write_text(_note(imported.network))
+        Path(folder, "README.txt").write_text(_note(network))
         return []
 
     def load(

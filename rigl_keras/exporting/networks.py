@@ -2,7 +2,8 @@
 
 import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import keras
 import tensorflow as tf
@@ -10,6 +11,7 @@ import tensorflow as tf
 from rigl_keras.exporting.saved_model import Served
 from rigl_keras.exporting.signatures import Signature
 from rigl_keras.kernels import library
+from rigl_keras.kernels.toolchain import BuildError
 from rigl_keras.serving.importer import (
     LEAST_WORK,
     Imported,
@@ -18,14 +20,23 @@ from rigl_keras.serving.importer import (
 )
 from rigl_keras.serving.network import Network
 from rigl_keras.serving.network_file import to_bytes
+from rigl_keras.serving.partition import SMALL
 from rigl_keras.serving.runtime import Network as Runtime
 from rigl_keras.serving.shapes import Shape, shape_of
 
-__all__ = ["import_model", "output_shapes", "told", "tuned"]
+__all__ = [
+    "import_model",
+    "library_to_copy",
+    "lines_about",
+    "networks_within",
+    "output_shapes",
+    "tuned",
+    "whole_network",
+]
 
 # Seconds in which plans of one batch size are compared.
 _SECONDS = 2.0
-_TOLD = 8  # lines about what is not known
+_MOST_LINES = 8  # about what no network computes
 
 
 def import_model(
@@ -47,7 +58,68 @@ def import_model(
     return import_function(served.function, least_work=least_work)
 
 
-def told(unknown: Sequence[Unknown]) -> list[str]:
+def whole_network(model: keras.Model, signature: Signature) -> Network:
+    """Returns a model as one network, or says what of it is none.
+
+    Args:
+        model, signature: As in `import_model`.
+
+    Raises:
+        ValueError: Parts of it need TensorFlow; which, and what to pass.
+    """
+    imported = import_model(model, signature)
+    if imported.network is not None:
+        return imported.network
+    # What is small would be part of a network with the rest.
+    needed = [one for one in imported.unknown if one.reason != SMALL]
+    raise ValueError(
+        "these operations need TensorFlow: "
+        f"{_listed(needed) or 'a value is not float32'}. Pass "
+        "format='sparse_saved_model', in which they stay TensorFlow's."
+    )
+
+
+def networks_within(model: keras.Model, signature: Signature) -> Imported:
+    """Returns the networks in a model, one at least, or says why there is none.
+
+    Args:
+        model, signature: As in `import_model`.
+
+    Raises:
+        ValueError: No part of it is a network; why, and what to pass.
+    """
+    imported = import_model(model, signature)
+    if imported.segments:
+        return imported
+    raise ValueError(
+        f"no part of model {model.name!r} is a network that sparse kernels "
+        f"compute: {_listed(imported.unknown) or 'it has no layer'}. Pass "
+        "format='saved_model'."
+    )
+
+
+def _listed(unknown):
+    return "; ".join(lines_about(unknown))
+
+
+def library_to_copy(build: Callable[[], Path]) -> Path:
+    """Returns a library that is put beside a model.
+
+    Args:
+        build: Builds it, unless it is built already.
+
+    Raises:
+        ValueError: There is none.
+    """
+    try:
+        return build()
+    except BuildError as error:
+        raise ValueError(
+            f"There is no library to put beside the model: {error}."
+        ) from error
+
+
+def lines_about(unknown: Sequence[Unknown]) -> list[str]:
     """Returns what no network computes, a line for each kind of operation.
 
     Args:
@@ -62,8 +134,8 @@ def told(unknown: Sequence[Unknown]) -> list[str]:
         f"{operation} ({count}): {reason}"
         for (operation, reason), count in kinds.items()
     ]
-    if len(lines) > _TOLD:
-        lines[_TOLD:] = [f"and {len(lines) - _TOLD} more kinds"]
+    if len(lines) > _MOST_LINES:
+        lines[_MOST_LINES:] = [f"and {len(lines) - _MOST_LINES} more kinds"]
     return lines
 
 

@@ -17,9 +17,10 @@ from rigl_keras.exporting.base_format import (
     numpy_runner,
 )
 from rigl_keras.exporting.networks import (
-    import_model,
+    library_to_copy,
+    lines_about,
+    networks_within,
     output_shapes,
-    told,
     tuned,
 )
 from rigl_keras.exporting.saved_model import lookup_tables
@@ -53,31 +54,18 @@ class SparseSavedModel(Format):
         folder: Path,
         options: WriteOptions,
     ) -> list[str]:
-        imported = import_model(model, signature)
-        unknown = told(imported.unknown)
-        if not imported.segments:
-            raise ValueError(
-                f"no part of model {model.name!r} is a network that sparse "
-                f"kernels compute: {'; '.join(unknown) or 'it has no layer'}. "
-                "Pass format='saved_model'."
-            )
+        imported = networks_within(model, signature)
+        # Into the cache, where the process has its operations from elsewhere.
+        built = library_to_copy(kernels.build)
         with tempfile.TemporaryDirectory() as scratch:
-            try:
-                # Into the cache, where the process has its operations from
-                # elsewhere.
-                built = kernels.build()
-                networks = [
-                    _Saved(
-                        segment.network,
-                        Path(scratch, _file_name(i)),
-                        options.batch_sizes,
-                    )
-                    for i, segment in enumerate(imported.segments)
-                ]
-            except kernels.BuildError as error:
-                raise ValueError(
-                    f"There is no library to put beside the model: {error}."
-                ) from error
+            networks = [
+                _Saved(
+                    segment.network,
+                    Path(scratch, _file_name(i)),
+                    options.batch_sizes,
+                )
+                for i, segment in enumerate(imported.segments)
+            ]
             served = _Served(
                 imported, networks, signature, lookup_tables(model)
             )
@@ -87,6 +75,7 @@ class SparseSavedModel(Format):
         shutil.copyfile(built, library)
         loader = _LOADER.format(library=_LIBRARY.as_posix())
         Path(folder, LOADER).write_text(loader)
+        unknown = lines_about(imported.unknown)
         if not unknown:
             return []
         count = len(networks)

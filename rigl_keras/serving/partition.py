@@ -1,10 +1,10 @@
 """Which parts of a graph are networks, and which stay TensorFlow's.
 
-A part must be convex: where a value leaves it and what is computed of it comes
-back, it could never run. So each step has a stage, the number of times that a
-path to it goes from steps that are known to one that is not. It never falls
-along a path, and rises where one leaves what is known; what hangs together in
-one stage is therefore convex.
+A part must be convex: it could never run if it read what TensorFlow computes
+from one of its own outputs. So each step has a stage: how often a path to it
+leaves the known steps, at most. The stage never falls along a path, and rises
+where the path leaves what is known. Connected steps of one stage are therefore
+convex.
 """
 
 import dataclasses
@@ -18,8 +18,10 @@ from rigl_keras.serving.passes import simplify
 from rigl_keras.serving.steps import Step, network_of, sorted_steps
 from rigl_keras.serving.translation import Translation
 
-__all__ = ["Part", "Segment", "parts_of", "segment_of"]
+__all__ = ["SMALL", "Part", "Segment", "parts_of", "segment_of"]
 
+# Why TensorFlow computes what a network could.
+SMALL = "what is known around it is small"
 _FREE = 32  # length of an axis that is free, where work is estimated
 
 
@@ -48,7 +50,7 @@ class Part:
         steps: What is read comes first.
         inputs: What they read from outside.
         outputs: Those that are read outside, by the names of their tensors,
-            which the caller fills in.
+            The caller fills them in.
     """
 
     steps: list[Step]
@@ -59,9 +61,9 @@ class Part:
 def parts_of(
     translation: Translation, ends: Sequence[Step], least_work: int
 ) -> list[Part]:
-    """Returns the parts of a graph that are worth to be networks.
+    """Returns the parts of a graph that are worth making networks.
 
-    The steps of all others become TensorFlow's.
+    All other steps become TensorFlow's.
 
     Args:
         translation: The graph's steps.
@@ -81,7 +83,7 @@ def parts_of(
             for step in part.steps:
                 # TensorFlow's operation may read more than the step does: the
                 # shape of something.
-                translation.give_up(step, "what is known around it is small")
+                translation.give_up(step, SMALL)
 
 
 def _connected(translation, ends):
