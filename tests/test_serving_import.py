@@ -15,7 +15,13 @@ import rigl_keras
 from rigl_keras.exporting.networks import import_model
 from rigl_keras.exporting.signatures import outputs_of, signature_of
 from rigl_keras.serving.importer import import_function
-from rigl_keras.serving.network import Activation, Operation, Padding
+from rigl_keras.serving.network import (
+    Activation,
+    Node,
+    Operation,
+    Padding,
+)
+from rigl_keras.serving.shapes import shape_of
 
 
 def of_layers(shape, *parts):
@@ -487,6 +493,20 @@ def test_what_changes_what_it_reads():
     model = keras.Model(inputs, layers.Dense(2)(x))
     with pytest.raises(ValueError, match="changes what it reads.*stateful"):
         import_model(model, signature_of(model))
+
+
+def test_what_is_cropped_is_of_the_image():
+    """And not of what the other side is padded with, as in the engine."""
+
+    def padded(*numbers):
+        node = Node(Operation.PAD, padding=Padding(False, *numbers))
+        return shape_of(node, [(4, 5, 2)])
+
+    assert padded(-3, 100, 0, 0) == (101, 5, 2)
+    assert padded(0, 0, -2, -2) == (4, 1, 2)
+    for numbers in ((-4, 100, 0, 0), (-2, -2, 0, 0), (0, 0, 7, -5)):
+        with pytest.raises(ValueError, match="crops all rows or columns"):
+            padded(*numbers)
 
 
 def test_arguments():

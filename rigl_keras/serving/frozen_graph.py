@@ -131,10 +131,10 @@ def freeze(function: Any) -> FrozenGraph:
 
 
 def _pruned(function, names):
-    """Returns a function that computes the same, and does nothing besides.
+    """Returns a function that computes the same and assigns nothing.
 
-    Keras draws the seeds of dropout within recurrent layers in inference too,
-    and TensorFlow makes no function constant that assigns anything.
+    TensorFlow freezes no function that assigns a variable, and Keras's
+    recurrent layers update the seeds of their dropout in inference, too.
     """
     graph = function.graph
     assigned = [

@@ -108,9 +108,9 @@ def _around_images(numbers):
 def _batch_to_space(t, operation):
     """A dilated convolution, as TensorFlow computes it on the CPU.
 
-    Each d-th row makes an image of its own, these are convolved, and put
-    together again: space to batch, (an axis more), convolution, (an axis
-    less), batch to space.
+    It makes an image of each d-th row, convolves these images, and joins them
+    again: space to batch, (expand an axis), convolution, (squeeze it), batch
+    to space.
     """
     block = t.numbers(operation.inputs[1])
     crops = t.numbers(operation.inputs[2])

@@ -1,7 +1,7 @@
-"""What makes a network of translated steps a smaller one.
+"""Passes that make a network smaller.
 
-Each pass changes how steps compute their values, never the values; products
-of weights are taken in float64.
+Each pass changes how steps compute their values, and never the values.
+Products of weights are computed in float64.
 """
 
 import dataclasses

@@ -149,7 +149,7 @@ class Remainder:
         pieces = []
         for group in reversed(groups):
             within = {operation.name for operation in group}
-            # Constants of its own; those that are outputs go first.
+            # The constants that it reads. Those that are outputs go first.
             ends = [
                 source.name
                 for operation in group

@@ -138,16 +138,19 @@ def _global_pool(node, shape):
 
 def _pad(node, shape):
     top, bottom, left, right = node.padding.numbers()
-    rows, columns, channels = _image(node, shape)
-    lengths = tuple(
-        n if n == -1 else n + more
-        for n, more in ((rows, top + bottom), (columns, left + right))
-    )
-    if any(n < 1 and n != old for n, old in zip(lengths, shape, strict=False)):
-        raise ValueError(
-            f"{node.padding} leaves nothing of an image {list(shape)}."
-        )
-    return *lengths, channels
+    *lengths, channels = _image(node, shape)
+    padded = []
+    for length, before, after in zip(
+        lengths, (top, left), (bottom, right), strict=True
+    ):
+        # Of the image itself something must be left, whatever is padded.
+        if 0 <= length <= max(-before, 0) + max(-after, 0):
+            raise ValueError(
+                f"{node.padding} crops all rows or columns of an image "
+                f"{list(shape)}."
+            )
+        padded.append(-1 if length == -1 else length + before + after)
+    return *padded, channels
 
 
 def _upsample(node, shape):

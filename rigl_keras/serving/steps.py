@@ -21,8 +21,8 @@ __all__ = ["Step", "network_of", "readers", "sorted_steps"]
 class Step:
     """A value, and how it is computed.
 
-    Passes change the latter and never the former, so that whatever reads a
-    step goes on to read the same value.
+    Passes change how it is computed and never the value, so that all readers
+    of a step go on to read the same value.
 
     Attributes:
         node: What computes it, its `inputs` left empty. None: TensorFlow.
@@ -40,6 +40,11 @@ class Step:
     def of(cls, node: Node, reads: Sequence["Step"], tensor: str) -> "Step":
         """Returns a step with the shape that a node makes of others.
 
+        Args:
+            node: What computes the step.
+            reads: What it reads.
+            tensor: Name of the tensor in the graph.
+
         Raises:
             ValueError: The node cannot read these.
         """
@@ -47,7 +52,15 @@ class Step:
         return cls(node, list(reads), shape_of(node, shapes), tensor)
 
     def become(self, node: Node, *reads: "Step") -> None:
-        """Has the same value computed in another way."""
+        """Computes the same value in another way.
+
+        Args:
+            node: What computes it from now on.
+            reads: What that reads.
+
+        Raises:
+            ValueError: The shape would change.
+        """
         shape = shape_of(node, [_known(step) for step in reads])
         if shape != self.shape and -1 not in shape:
             raise ValueError(
@@ -93,7 +106,15 @@ def sorted_steps(
 
 
 def readers(steps: Iterable[Step], ends: Iterable[Step]) -> dict[int, list]:
-    """Returns `{id of a step: what reads it}`, None for an end."""
+    """Returns which steps read which.
+
+    Args:
+        steps: The steps.
+        ends: Those of them that are results.
+
+    Returns:
+        `{id of a step: steps that read it}`. For a result there is a None, too.
+    """
     found: dict[int, list] = {}
     for step in steps:
         for read in step.reads:
@@ -106,11 +127,15 @@ def readers(steps: Iterable[Step], ends: Iterable[Step]) -> dict[int, list]:
 def network_of(
     inputs: Sequence[tuple[str, Step]], outputs: Sequence[tuple[str, Step]]
 ) -> Network:
-    """Returns a network of steps.
+    """Returns a network of steps, its weights in float32.
 
     Args:
         inputs: What is fed, by name.
         outputs: What is returned, by name.
+
+    Raises:
+        ValueError: A step is TensorFlow's, or the network is none
+            (`check_network`).
     """
     index, nodes = {}, []
     for name, step in inputs:

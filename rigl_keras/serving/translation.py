@@ -212,7 +212,7 @@ class Translation:
     def lengths(self, step: Step) -> list[tuple[int, ...]]:
         """Returns a step's shape with its batch, for two batches.
 
-        Axes that are free have a length of their own in either.
+        Each free axis has a different length.
         """
         found = []
         for i, batch in enumerate(self._batches):
