@@ -1,16 +1,13 @@
 """Networks as the engine in C++ computes them, against NumPy in float64."""
 
-import contextlib
 import dataclasses
 import os
 import subprocess
 import sys
-import types
 
 import numpy as np
 import pytest
 
-from rigl_keras.serving import runtime
 from rigl_keras.serving.network import (
     Activation,
     Network,
@@ -20,7 +17,13 @@ from rigl_keras.serving.network import (
     Padding,
 )
 from rigl_keras.serving.network_file import to_bytes
-from tests.support.network_library import build_sanitized, loaded
+from tests.support.network_library import (
+    KINDS,
+    build_sanitized,
+    kind_of_code,
+    loaded,
+    outputs_begin_as_nan,
+)
 from tests.support.network_reference import evaluate
 from tests.support.networks_of_nodes import random_inputs, random_network
 from tests.support.threads import in_threads
@@ -28,32 +31,14 @@ from tests.support.threads import in_threads
 BATCHES = (1, 3, 16, 33, 130)
 THREADS = (1, 2, 5)
 SETS = ("avx512", "avx2", "portable")
-# Instruction sets, and whether code is generated. AVX-512 alone has it.
-KINDS = ("avx512", "avx512 without code", "avx2", "portable")
 IMAGES = 35  # that differ, in a batch
 SIZES = ((7, 9), (1, 1), (20, 3), (5, 18))
 SANITIZED = os.environ.get("RIGL_KERAS_KERNELS") in ("address", "thread")
 
 
-@contextlib.contextmanager
-def kind_of_code(kind):
-    """Asks for an instruction set. Networks are loaded and planned within."""
-    name, *rest = kind.split(" ", 1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RIGL_KERAS_ISA", name)
-        patch.setenv("RIGL_KERAS_GENERATED", "off" if rest else "")
-        yield name
-
-
 @pytest.fixture(autouse=True)
 def outputs_of_no_numbers(monkeypatch):
-    """What is not computed is not by chance what an earlier call returned."""
-
-    def empty(shape, dtype):
-        return np.full(shape, np.nan, dtype)
-
-    names = types.SimpleNamespace(**{**vars(np), "empty": empty})
-    monkeypatch.setattr(runtime, "np", names)
+    outputs_begin_as_nan(monkeypatch)
 
 
 def load(network, *, threads=1, hints=""):

@@ -36,24 +36,53 @@ def rebuilt(imported, arrays):
     """Returns what a function computes whose networks NumPy computes."""
     networks = [from_bytes(to_bytes(s.network)) for s in imported.segments]
 
-    def run(number, tensors):
+    def compute(number, values):
         network = networks[number]
         names = [node.name for node in network.inputs()]
+        outputs = evaluate(network, dict(zip(names, values, strict=True)))
+        return [y.astype(np.float32) for y in outputs.values()]
 
-        def compute(*values):
-            outputs = evaluate(network, dict(zip(names, values, strict=True)))
-            return [y.astype(np.float32) for y in outputs.values()]
+    return as_function(imported, in_numpy(imported, compute))(arrays)
 
+
+def in_numpy(imported, compute):
+    """Returns what `Imported.rebuild` runs, for networks on arrays.
+
+    Args:
+        imported: What `import_model` returned.
+        compute: Given the number of a network, and a list of its inputs,
+            returns a list of its outputs.
+    """
+
+    def run(number, tensors):
+        outputs = imported.segments[number].outputs
         return tf.numpy_function(
-            compute, tensors, [tf.float32] * len(network.outputs)
+            lambda *values: compute(number, list(values)),
+            tensors,
+            [tf.float32] * len(outputs),
         )
 
-    @tf.function(autograph=False)
-    def serve(**inputs):
-        return imported.rebuild(inputs, run)
+    return run
 
-    outputs = serve(**{name: tf.constant(x) for name, x in arrays.items()})
-    return {name: tensor.numpy() for name, tensor in outputs.items()}
+
+def as_function(imported, run):
+    """Returns what was imported as a function of arrays, by their names.
+
+    Args:
+        imported: What `import_model` returned.
+        run: Of `Imported.rebuild`.
+    """
+    serve = tf.function(
+        lambda **inputs: imported.rebuild(inputs, run),
+        autograph=False,
+        reduce_retracing=True,
+    )
+
+    def call(arrays):
+        outputs = serve(**{name: tf.constant(x) for name, x in arrays.items()})
+        return {name: tensor.numpy() for name, tensor in outputs.items()}
+
+    return call
 
 
 def compare(found, wanted, tolerance):

@@ -1,10 +1,13 @@
 """Networks by the library that is built here, of bytes and of files."""
 
 import concurrent.futures
+import contextlib
 import functools
 import os
 import pathlib
+import types
 
+import numpy as np
 import pytest
 
 from rigl_keras.serving import runtime
@@ -12,6 +15,8 @@ from rigl_keras.serving import runtime
 # The library for the tests of a process that another one has started, which
 # has built it. TensorFlow, which the build needs, is not imported then.
 GIVEN = "RIGL_KERAS_NETWORK_OF_TESTS"
+# Instruction sets, and whether code is generated. AVX-512 alone has it.
+KINDS = ("avx512", "avx512 without code", "avx2", "portable")
 
 
 @functools.cache
@@ -30,6 +35,29 @@ def path():
 def loaded(data, *, threads=1):
     """Returns the network of a file's bytes."""
     return runtime.Network.from_bytes(data, library=path(), threads=threads)
+
+
+@contextlib.contextmanager
+def kind_of_code(kind):
+    """Asks for one of `KINDS`. Networks are loaded and planned within."""
+    name, *rest = kind.split(" ", 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RIGL_KERAS_ISA", name)
+        patch.setenv("RIGL_KERAS_GENERATED", "off" if rest else "")
+        yield name
+
+
+def outputs_begin_as_nan(monkeypatch):
+    """Has the runtime return NaN where the engine has written nothing.
+
+    Memory that is not filled may hold what an earlier call returned.
+    """
+
+    def empty(shape, dtype):
+        return np.full(shape, np.nan, dtype)
+
+    names = types.SimpleNamespace(**{**vars(np), "empty": empty})
+    monkeypatch.setattr(runtime, "np", names)
 
 
 def build_sanitized(sanitizer, folder):

@@ -204,6 +204,7 @@ class _Growing:
         self.add(layers.Rescaling(0.5, offset=self.pick(0.0, 0.25)))
 
 
+@keras.saving.register_keras_serializable("tests")
 def _gelu_by_tanh(x):
     return keras.activations.gelu(x, approximate=True)
 
