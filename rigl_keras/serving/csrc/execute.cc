@@ -297,22 +297,6 @@ void Instance::Run(int32_t s, int thread, int threads, const Unit& unit) {
   }
 }
 
-// Asks for what the epilogue of a tile reads and writes: a line of each of many
-// planes, too many for the processor to foresee. It arrives while the sums are
-// computed.
-template <bool write>
-inline void Prefetch(const Field& field, const Generated::Block& block,
-                     int32_t row, int32_t cell, const int32_t* tile,
-                     int32_t length) {
-  if (!field.data) return;
-  const float* at = field.data + block.first_channel * field.plane +
-                    row * field.pitch + int64_t{cell} * length;
-  for (int32_t c = 0; c < block.channels; ++c, at += field.plane)
-    for (int32_t i = 0; i < tile[0]; ++i)
-      for (int32_t j = 0; j < tile[1]; ++j)
-        __builtin_prefetch(at + i * field.pitch + j * length, write);
-}
-
 float* Instance::At(const Field& field, const Generated::Block& block,
                     int32_t row, int32_t cell) const {
   if (!field.data) return nullptr;
@@ -341,9 +325,6 @@ void Instance::RunGenerated(const Step& step, const Bound& bound,
         const float* weights = generated.weights.data() + block.weights_at;
         for (int32_t i = top; i < bottom; i += tile[0]) {
           for (int32_t j = left; j < right; j += tile[1]) {
-            Prefetch<false>(c.after.other, block, i, j, tile, tiles_.length);
-            Prefetch<true>(c.after.to, block, i, j, tile, tiles_.length);
-            Prefetch<true>(c.after.to2, block, i, j, tile, tiles_.length);
             const float* in = c.in + i * c.in_pitch + j * c.in_step;
             if (generated.ends) {
               sums(in, weights, At(c.after.to, block, i, j),
@@ -405,11 +386,18 @@ void Instance::Phases(const Step& step, const Bound& bound, int32_t begin,
   const Geometry& to = step.phases[0].geometry;
   const int64_t columns = step.in.geometry.columns;
   if (!plan_.layout.positions) {
-    for (int32_t c = begin; c < end; ++c)
-      for (int32_t i = 0; i < in.rows; ++i)
-        std::memcpy(bound.phases[0].data + c * to.plane + i * to.pitch,
-                    in.data + c * in.plane + i * in.pitch,
-                    columns * tiles_.length * sizeof(float));
+    const int64_t length = tiles_.length;
+    for (int32_t c = begin; c < end; ++c) {
+      for (int32_t i = 0; i < to.rows; ++i) {
+        const float* read = in.data + c * in.plane +
+                            (step.first_row + i * step.row_stride) * in.pitch +
+                            step.first * length;
+        float* write = bound.phases[0].data + c * to.plane + i * to.pitch;
+        for (int32_t j = 0; j < to.columns; ++j)
+          std::memcpy(write + j * length, read + j * step.stride * length,
+                      length * sizeof(float));
+      }
+    }
     return;
   }
   for (size_t p = 0; p < bound.phases.size(); ++p) {

@@ -48,10 +48,10 @@ class Assembler {
     Byte(0x5f);
     Byte(0xc0 | (vector & 7) << 3 | (vector & 7));
   }
-  // memory = vector
-  void Store(Base base, int64_t bytes, int vector) {
+  // memory = vector; `past` the caches
+  void Store(Base base, int64_t bytes, int vector, bool past = false) {
     Evex(1, 0, vector, 0, false, 0, base);
-    Byte(0x11);
+    Byte(past ? 0x2b : 0x11);
     Memory(vector, base, bytes, bytes_);
   }
   // Every number of a vector = one of memory.
@@ -253,7 +253,8 @@ void Generate(const GeneratedBlock& block, const std::vector<int64_t>& cells,
       if (ending->relu) assembler.Relu(y, zero);
       if (ending->stores)
         assembler.Store(kTo,
-                        bytes(channel, ending->plane, ending->cells[cell]), y);
+                        bytes(channel, ending->plane, ending->cells[cell]), y,
+                        ending->past);
       if (!ending->second) continue;
       assembler.Broadcast(scale, kWeights, at_scale);
       assembler.Broadcast(shift, kWeights, at_shift);
@@ -261,7 +262,7 @@ void Generate(const GeneratedBlock& block, const std::vector<int64_t>& cells,
       if (ending->relu2) assembler.Relu(shift, zero);
       assembler.Store(kTo2,
                       bytes(channel, ending->plane2, ending->cells2[cell]),
-                      shift);
+                      shift, ending->past);
     }
   }
   assembler.Return();

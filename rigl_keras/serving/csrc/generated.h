@@ -48,6 +48,7 @@ using SumsFunction = void (*)(const float* in, const float* weights, float* to,
 struct Ending {
   bool adds = false, relu = false, stores = false;
   bool second = false, relu2 = false;
+  bool past = false;  // stores do not go through the caches
   // Of the fields: floats from channel to channel, and a tile's cells.
   int64_t other_plane = 0, plane = 0, plane2 = 0;
   std::vector<int64_t> other_cells, cells, cells2;

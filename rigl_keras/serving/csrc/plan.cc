@@ -163,6 +163,7 @@ class Planner {
     const int32_t* strides = nullptr;
     Margin margin;   // that it reads
     bool copied;     // it reads a copy: phases, or with another fill
+    bool thinned = false;  // which has the pixels alone that it reads
     float fill = 0;
   };
 
@@ -453,6 +454,12 @@ Planner::Window Planner::WindowOf(int32_t n) const {
       (layout_.positions &&
        ((node.strides[1] > 1 && out.columns > 1) ||
         (in.is_pixel() && !out.is_pixel()))));
+  // Pixels that are read, between others that are not, lie in a part of the
+  // sets of the caches.
+  window.thinned = !layout_.positions && convolves && !window.copied &&
+                   window.taps.size() == 1 && !window.margin.any() &&
+                   node.strides[1] > 1 && !out.is_pixel();
+  window.copied |= window.thinned;
   return window;
 }
 
@@ -498,8 +505,13 @@ Operand Planner::CopyFor(const Window& window, const Pixels& out,
     step->in_step = layout_.positions ? length : window.strides[1] * length;
     return from;
   }
-  const int32_t stride = layout_.positions ? window.strides[1] : 1;
-  const int32_t first = -window.margin.left;
+  const bool thinned = window.thinned;
+  const int32_t stride =
+      layout_.positions || thinned ? window.strides[1] : 1;
+  const int32_t first =
+      thinned ? window.taps[0].column : -window.margin.left;
+  const int32_t first_row = thinned ? window.taps[0].row : 0;
+  const int32_t row_stride = thinned ? window.strides[0] : 1;
   Margin margin = window.margin;
   Pixels pixels = pixels_[value];
   std::vector<int32_t> numbers;
@@ -517,6 +529,10 @@ Operand Planner::CopyFor(const Window& window, const Pixels& out,
     pixels.columns = out.columns + most;
   } else {
     numbers = {0};
+    if (thinned) {
+      pixels.rows = out.rows;
+      pixels.columns = out.columns;
+    }
   }
   Pixels all = pixels;
   all.channels *= static_cast<int32_t>(numbers.size());
@@ -525,7 +541,8 @@ Operand Planner::CopyFor(const Window& window, const Pixels& out,
   const auto key = std::make_tuple(
       value, first, stride, window.fill, numbers,
       std::vector<int64_t>{geometry.top, geometry.bottom, geometry.left,
-                           geometry.right, geometry.columns});
+                           geometry.right, geometry.columns, geometry.rows,
+                           first_row, row_stride});
   auto found = copies_.find(key);
   if (found == copies_.end()) {
     found = copies_.emplace(key, NewOperand(geometry)).first;
@@ -534,7 +551,9 @@ Operand Planner::CopyFor(const Window& window, const Pixels& out,
     copy.node = step->node;
     copy.in = from;
     copy.stride = stride;
-    copy.first = layout_.positions ? first : 0;
+    copy.first = layout_.positions || thinned ? first : 0;
+    copy.row_stride = row_stride;
+    copy.first_row = first_row;
     copy.phase_numbers = numbers;
     for (size_t i = 0; i < numbers.size(); ++i) {
       Operand phase = found->second;
@@ -543,6 +562,12 @@ Operand Planner::CopyFor(const Window& window, const Pixels& out,
       copy.phases.push_back(phase);
     }
     Push(std::move(copy));
+  }
+  if (thinned) {
+    step->taps.push_back({window.taps[0].place, 0, 0});
+    step->in_pitch = geometry.pitch;
+    step->in_step = length;
+    return found->second;
   }
   for (const WindowTap& tap : window.taps) {
     const int32_t number = layout_.positions ? (tap.column - first) % stride

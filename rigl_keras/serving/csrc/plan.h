@@ -71,7 +71,8 @@ struct Choice {
 
 enum class StepKind {
   kPack, kUnpack, kConvolution, kElementwise, kPool, kGlobalPool,
-  kPhases,   // columns of a stride apart, and a margin of another fill
+  kPhases,   // columns of a stride apart, a margin of another fill, or the
+             // pixels that a window reads
   kSplat,    // a value of one pixel fills its cells
   kPad, kUpsample, kReshape, kSoftmax,
 };
@@ -101,6 +102,7 @@ struct Step {
   std::vector<int32_t> offsets;  // kPool
   std::vector<float> factors;    // kPool, of averages
   int32_t stride = 1, first = 0;  // kPhases: of columns; which is the first
+  int32_t row_stride = 1, first_row = 0;  // as well, where a cell is a pixel
 
   // Of an epilogue, without its fields.
   const float *scale = nullptr, *shift = nullptr;

@@ -8,6 +8,10 @@
 
 #include <cstdint>
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include "../../kernels/csrc/vectors.h"
 #include "network.h"
 
@@ -45,6 +49,21 @@ RIGL_INLINE Vector Load(const float* from) {
 }
 RIGL_INLINE void Store(float* to, Vector v) {
   *reinterpret_cast<Unaligned*>(to) = v;
+}
+// Stores a vector past the caches, which need not read its line from memory
+// first. It is a whole line, or none is saved.
+RIGL_INLINE void StorePast(float* to, Vector v) {
+#if defined(__AVX512F__) && RIGL_LENGTH == 16
+  _mm512_stream_ps(to, v);
+#else
+  Store(to, v);
+#endif
+}
+// All of these stores are seen before any later one.
+RIGL_INLINE void EndStoresPast() {
+#if defined(__AVX512F__) && RIGL_LENGTH == 16
+  _mm_sfence();
+#endif
 }
 RIGL_INLINE int32_t Least(int32_t a, int32_t b) { return a < b ? a : b; }
 // The compiler shall not know where this pointer comes from: it would keep
@@ -826,6 +845,7 @@ void PackImages(const float* pixels, int64_t image_stride, int32_t count,
   // What follows in a row of each image is one cell after the other, whatever
   // the channels are.
   const int64_t numbers = static_cast<int64_t>(columns) * channels;
+  const bool past = channels * to.plane > kCachedFloats;
   for (int32_t row = row_begin; row < row_end; ++row) {
     const float* from = pixels + row * numbers;
     float* const out = to.data + row * to.pitch;
@@ -846,7 +866,10 @@ void PackImages(const float* pixels, int64_t image_stride, int32_t count,
       }
       vectors::Transpose(v);
       for (int j = 0; j < here; ++j) {
-        Store(out + place, v[j]);
+        if (past)
+          StorePast(out + place, v[j]);
+        else
+          Store(out + place, v[j]);
         place += to.plane;
         if (++channel == channels) {
           channel = 0;
@@ -855,6 +878,7 @@ void PackImages(const float* pixels, int64_t image_stride, int32_t count,
       }
     }
   }
+  if (past) EndStoresPast();
 }
 
 void UnpackImages(const Field& from, float* pixels, int64_t image_stride,

@@ -28,6 +28,10 @@ struct Field {
   int32_t last = 0;  // numbers of the last cell of a row that count, 1 to L
 };
 
+// A value of more floats is not in the caches any more when it is read: it is
+// written past them.
+constexpr int64_t kCachedFloats = 1'500'000;
+
 // One weight, and how far from its output's place it reads, in floats.
 struct Entry {
   int32_t offset;

@@ -212,6 +212,9 @@ std::optional<Ending> EndingOf(const Step& step, const Choice& choice,
   ending.stores = bool(step.to);
   ending.second = bool(step.to2);
   ending.relu2 = step.act2 >= 0;
+  // Whole lines only.
+  ending.past = layout.length() == 16 &&
+                out.plane * out.channels > kCachedFloats;
   ending.other_plane = step.other.geometry.plane;
   ending.plane = step.to.geometry.plane;
   ending.plane2 = step.to2.geometry.plane;
