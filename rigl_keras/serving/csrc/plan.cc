@@ -776,7 +776,7 @@ void Planner::Allocate() {
     for (const Operand* o : operands(plan_.steps[s])) last[o->slot] = s;
   struct Slot {
     Geometry geometry;
-    bool free;
+    int32_t owner;  // what lies in it; -1: it is free
   };
   std::vector<Slot> slots;
   std::vector<int32_t> slot_of(wanted_.size(), -1);
@@ -786,14 +786,29 @@ void Planner::Allocate() {
            std::make_tuple(b.rows, b.columns, b.top, b.bottom, b.left,
                            b.right, b.last, b.fill, b.pitch);
   };
+  // Each number that is added is read once, where the sum is written: it lies
+  // in a cache then, and may be overwritten after its last use.
+  const auto overwrites = [&](const Step& step, const Operand& operand) {
+    const Operand& other = step.other;
+    return &operand == &step.to && other && other.slot != step.in.slot &&
+           other.slot != operand.slot && last[other.slot] == &step -
+           plan_.steps.data() && other.channel == 0 && operand.channel == 0 &&
+           other.geometry.channels == operand.geometry.channels &&
+           fits(wanted_[other.slot], wanted_[operand.slot]);
+  };
   for (size_t s = 0; s < plan_.steps.size(); ++s) {
     for (Operand* o : operands(plan_.steps[s])) {
       const int32_t want = o->slot;
       if (slot_of[want] >= 0) continue;
+      if (overwrites(plan_.steps[s], *o)) {
+        slot_of[want] = slot_of[plan_.steps[s].other.slot];
+        slots[slot_of[want]].owner = want;
+        continue;
+      }
       const Geometry& g = wanted_[want];
       int32_t best = -1;
       for (size_t i = 0; i < slots.size(); ++i) {
-        if (!slots[i].free || !fits(slots[i].geometry, g)) continue;
+        if (slots[i].owner >= 0 || !fits(slots[i].geometry, g)) continue;
         const int32_t have = slots[i].geometry.channels;
         const int32_t had = best < 0 ? 0 : slots[best].geometry.channels;
         // The smallest that is large enough, or else the largest.
@@ -804,16 +819,17 @@ void Planner::Allocate() {
       }
       if (best < 0) {
         best = slots.size();
-        slots.push_back({g, true});
+        slots.push_back({g, -1});
       }
-      slots[best].free = false;
+      slots[best].owner = want;
       slots[best].geometry.channels =
           std::max(slots[best].geometry.channels, g.channels);
       slot_of[want] = best;
     }
     for (size_t want = 0; want < last.size(); ++want)
-      if (last[want] == static_cast<int32_t>(s) && slot_of[want] >= 0)
-        slots[slot_of[want]].free = true;
+      if (last[want] == static_cast<int32_t>(s) && slot_of[want] >= 0 &&
+          slots[slot_of[want]].owner == static_cast<int32_t>(want))
+        slots[slot_of[want]].owner = -1;
   }
   for (Step& step : plan_.steps)
     for (Operand* o : operands(step)) o->slot = slot_of[o->slot];
