@@ -213,7 +213,7 @@ std::optional<Ending> EndingOf(const Step& step, const Choice& choice,
   ending.second = bool(step.to2);
   ending.relu2 = step.act2 >= 0;
   // Whole lines only.
-  ending.past = layout.length() == 16 &&
+  ending.past = layout.length() == 16 && !ending.adds &&
                 out.plane * out.channels > kCachedFloats;
   ending.other_plane = step.other.geometry.plane;
   ending.plane = step.to.geometry.plane;
