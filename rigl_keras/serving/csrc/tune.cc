@@ -14,6 +14,8 @@ namespace {
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 // How much of the time is for choices; the rest is for whole calls.
 constexpr double kForChoices = 0.7;
+// Of that for choices, how much is for whole ways through a network.
+constexpr double kForWays = 0.3;
 // The fewest rounds in which choices take turns.
 constexpr int kRounds = 3;
 constexpr double kTurn = 2e-4;  // seconds
@@ -169,8 +171,6 @@ void Model::TuneMode(const std::vector<Shape>& shapes, Mode mode,
   const int64_t images = mode == Mode::kGroups  ? threads * GroupLength()
                          : mode == Mode::kAlone ? threads
                                                 : 1;
-  const double check = 0.05 * seconds;
-  const double before = SecondsOf(shapes, images, whole, check);
   std::map<std::string, Choices> choices_before;
   std::map<Mode, Route> routes_before;
   {
@@ -195,7 +195,7 @@ void Model::TuneMode(const std::vector<Shape>& shapes, Mode mode,
   std::vector<Measurement> measured;
   for (const Leg& leg : legs) {
     measured.push_back(Measured(*ready, leg, mode == Mode::kShared,
-                                seconds / legs.size()));
+                                (1 - kForWays) * seconds / legs.size()));
     std::lock_guard<std::mutex> lock(mutex_);
     choices_[KeyOf(leg)] = measured.back().choices;
   }
@@ -233,39 +233,46 @@ void Model::TuneMode(const std::vector<Shape>& shapes, Mode mode,
       }
     }
   }
-  const auto follow = [&](const std::map<std::string, Choices>& choices,
-                          const std::map<Mode, Route>& routes) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    choices_ = choices;
-    routes_ = routes;
-    ready_.clear();
-  };
-  std::map<std::string, Choices> choices_after;
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    choices_after = choices_;
-  }
   // What is best step by step, each in a warm cache, need not be best in all:
   // the route is tried with the choices that were there, and with the new ones.
-  std::map<Mode, Route> routes_after = routes_before;
-  routes_after[mode] = best;
-  const std::pair<const std::map<std::string, Choices>*,
-                  const std::map<Mode, Route>*>
-      ways[] = {{&choices_before, &routes_before},
-                {&choices_before, &routes_after},
-                {&choices_after, &routes_before},
-                {&choices_after, &routes_after}};
-  int at = 0;
-  double best_seconds = before;
-  for (int way = 1; way < 4; ++way) {
-    follow(*ways[way].first, *ways[way].second);
-    const double taken = SecondsOf(shapes, images, whole, check);
-    if (taken < 0.99 * best_seconds) {
-      best_seconds = taken;
-      at = way;
+  // All ways take turns, as the machine may be slower for some of the time.
+  struct Way {
+    std::map<std::string, Choices> choices;
+    std::map<Mode, Route> routes;
+    std::map<std::vector<Shape>, std::shared_ptr<Ready>> ready;
+    double least = kInfinity;
+  };
+  Way ways[4];
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    ready_.clear();
+    for (int w = 0; w < 4; ++w) {
+      ways[w].choices = w < 2 ? choices_before : choices_;
+      ways[w].routes = routes_before;
+      if (w % 2) ways[w].routes[mode] = best;
     }
   }
-  follow(*ways[at].first, *ways[at].second);
+  const auto follow = [&](Way& way) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    choices_ = way.choices;
+    routes_ = way.routes;
+    ready_.swap(way.ready);
+  };
+  const double until = Now() + kForWays * seconds;
+  for (int round = 0; round < kRounds || Now() < until; ++round) {
+    for (Way& way : ways) {
+      // Far behind the best one is behind it for good.
+      if (round >= kRounds && way.least > 1.1 * ways[0].least) continue;
+      follow(way);
+      way.least = std::min(way.least, SecondsOf(shapes, images, whole, 0));
+      std::lock_guard<std::mutex> lock(mutex_);
+      ready_.swap(way.ready);
+    }
+  }
+  Way* fastest = &ways[0];
+  for (Way& way : ways)
+    if (way.least < 0.99 * fastest->least) fastest = &way;
+  follow(*fastest);
 }
 
 void Model::Tune(const std::vector<Shape>& shapes, int64_t batch,
