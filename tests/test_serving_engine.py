@@ -403,7 +403,7 @@ def a_hint(draw, name):
     )
     words = [draw.choice([name] * 6 + ["avx2", "sse", ""]), kind]
     if kind == "choice":
-        words += [layout(), either(), draw.choice(list("sdgsdgx"))]
+        words += [layout(), either(), draw.choice(list("sdgwsdgwx"))]
         words += [either() for _ in range(3)]
     elif kind == "route":
         words.append(either())
@@ -482,7 +482,7 @@ HINTS = {
             for node in (1, 3, 5, 8)
             for b in ("0", "4", "12", "-1", "2147483647")
         )
-        for product in "sdg"
+        for product in "sdgw"
         for rows, cells in ((0, 1), (-1, -1), (5, 2), (16, 8), (1, 2**31 - 1))
     },
 }

@@ -409,6 +409,49 @@ def test_a_part_of_a_dense_convolution(tiles):
     )
 
 
+def run_depthwise(tiles, rng, out, *, part=None, **asked):
+    channels, rows, _ = out
+    k, kept, offsets, computed = convolution(
+        rng, tiles.length, (1, 1), out, blocks=1, inputs=9 * channels, **asked
+    )
+    memory = kept[0]
+    columns = rng.integers(-tiles.length, tiles.length + 1, 3)
+    taps = np.add.outer(np.arange(-1, 2) * memory.pitch, columns).reshape(-1)
+    offsets[:] = np.add.outer(np.arange(channels) * memory.plane, taps).flat
+    weights = rng.standard_normal((channels, 9)).astype(np.float32)
+    first_row = taps[:3].astype(np.int32)
+    k.offsets, k.weights = pointer(first_row), pointer(weights)
+    k.in_plane = memory.plane
+    part = part or (0, rows, 0, channels)
+    tiles.depthwise(k, Part(*part), None)
+    of_all = np.einsum("oi,oc->oci", weights, np.eye(channels))
+    kept[-1].check(
+        computed(of_all.reshape(channels, -1)),
+        slice(*part[:2]),
+        slice(*part[2:]),
+    )
+
+
+@pytest.mark.parametrize("cells", range(1, 8))
+def test_a_depthwise_convolution(tiles, cells):
+    rng = generator(cells)
+    for rows in (1, 2, 5):
+        last = int(rng.integers(1, tiles.length + 1))
+        run_depthwise(tiles, rng, (3, rows, cells), last=last, step=1, **PLAIN)
+        run_depthwise(tiles, rng, (2, rows, cells), last=last, step=2)
+
+
+@pytest.mark.parametrize("asked", EPILOGUES)
+def test_what_follows_a_depthwise_convolution(tiles, asked):
+    run_depthwise(tiles, generator(2), (3, 2, 3), last=2, step=1, **asked)
+
+
+def test_a_part_of_a_depthwise_convolution(tiles):
+    run_depthwise(
+        tiles, generator(3), (3, 6, 3), part=(1, 4, 1, 3), last=3, step=1
+    )
+
+
 @pytest.mark.parametrize("asked", EPILOGUES)
 def test_an_epilogue_alone(tiles, asked):
     rng = generator(5)

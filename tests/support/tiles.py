@@ -65,6 +65,7 @@ class Convolution(ctypes.Structure):
         ("dense_blocks", _pointer),
         ("weights", _pointer),
         ("inputs", _i32),
+        ("in_plane", _i64),
         ("blocks", _i32),
         ("channels", _i32),
         ("bias", _pointer),
@@ -125,6 +126,7 @@ class Tiles(ctypes.Structure):
         ("dense_cells", _i32),
         ("sparse", _function(_to(Convolution), _to(Part), _pointer)),
         ("dense", _function(_to(Convolution), _to(Part), _pointer)),
+        ("depthwise", _function(_to(Convolution), _to(Part), _pointer)),
         (
             "finish",
             _function(

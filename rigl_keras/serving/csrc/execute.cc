@@ -168,6 +168,7 @@ void Instance::Bind(int32_t s) {
     c.in = bound.in.data;
     c.in_pitch = step.in_pitch;
     c.in_step = step.in_step;
+    c.in_plane = bound.in.plane;
     c.entries = w.entries.data();
     c.rows = w.rows.data();
     c.offsets = w.offsets.data();
@@ -244,6 +245,8 @@ void Instance::Run(int32_t s, int thread, int threads, const Unit& unit) {
         RunGenerated(step, bound, part, scratch);
       else if (step.choice.product == Product::kDense)
         tiles_.dense(bound.convolution, part, scratch);
+      else if (step.choice.product == Product::kDepthwise)
+        tiles_.depthwise(bound.convolution, part, scratch);
       else
         tiles_.sparse(bound.convolution, part, scratch);
       break;

@@ -329,7 +329,7 @@ void Model::RunShares(Ready* ready, const Shares& shares,
 
 // Hints are lines of words, each for one instruction set:
 //
-//   <set> choice <i, p or s><L> <node> <s, d or g> <rows> <cells> <block>
+//   <set> choice <i, p or s><L> <node> <s, d, g or w> <rows> <cells> <block>
 //   <set> route <mode> {<i, p or s><L> <last node>}
 //   <set> costs <threads> <groups> <alone> <shared>
 //
@@ -356,7 +356,7 @@ void Model::ReadHints() {
       if (!(words >> word >> node >> product >> choice.tile[0] >>
             choice.tile[1] >> choice.block) ||
           !leg_of(word, &leg) ||
-          (product != "s" && product != "d" && product != "g"))
+          product.size() != 1 || !std::strchr("sdgw", product[0]))
         continue;
       choice.product = static_cast<Product>(product[0]);
       choices_[KeyOf(leg)][node] = choice;

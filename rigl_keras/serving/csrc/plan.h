@@ -56,7 +56,9 @@ struct Weights {
 };
 
 // How a convolution is computed: what a planner chooses.
-enum class Product : char { kSparse = 's', kDense = 'd', kGenerated = 'g' };
+enum class Product : char {
+  kSparse = 's', kDense = 'd', kGenerated = 'g', kDepthwise = 'w'
+};
 
 struct Choice {
   Product product = Product::kSparse;

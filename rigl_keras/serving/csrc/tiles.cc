@@ -611,6 +611,96 @@ void Sparse(const Convolution& k, const Part& part, float* scratch) {
            });
 }
 
+// Some rows of C cells of one channel. The sums of three rows of the output are
+// begun, went on with, and ended by each row of the input.
+template <int C>
+RIGL_INLINE void DepthwiseCells(const Convolution& k, const Part& part,
+                                int32_t channel, int32_t cell) {
+  const int64_t pitch = k.in_pitch, step = k.in_step;
+  const float* in = Hidden(k.in + channel * k.in_plane +
+                           part.row_begin * pitch + cell * step);
+  const int64_t left = k.offsets[0], middle = k.offsets[1],
+                right = k.offsets[2];
+  Vector w[9];
+#pragma GCC unroll 9
+  for (int i = 0; i < 9; ++i) w[i] = All(k.weights[channel * 9 + i]);
+  const Vector bias = All(k.bias ? k.bias[channel] : 0.f);
+  const Epilogue& after = k.after;
+  const Clip clip = ClipOf(after.act, after.a, after.b);
+  const bool plain = clip.is && !after.scale && !after.shift &&
+                     !after.other.data && !after.to2.data && after.to.data;
+  const Vector low = All(clip.low), high = All(clip.high);
+  const int32_t last = cell + C == k.out_cells ? k.out_last : L;
+  const Integers kept = FirstOf(last);
+  float* to = plain ? after.to.data +
+                          Place(after.to, channel, part.row_begin, cell)
+                    : nullptr;
+  const int64_t to_pitch = after.to.pitch;
+  Vector above[C], here[C], below[C];
+#pragma GCC unroll 8
+  for (int c = 0; c < C; ++c) above[c] = here[c] = bias;
+  // Rows of the input: those of the output, and two more.
+  for (int32_t row = part.row_begin; row < part.row_end + 2; ++row) {
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) {
+      const float* const at = in + c * step;
+      const Vector x0 = Load(at + left), x1 = Load(at + middle),
+                   x2 = Load(at + right);
+      above[c] += w[6] * x0;
+      here[c] += w[3] * x0;
+      below[c] = bias + w[0] * x0;
+      above[c] += w[7] * x1;
+      here[c] += w[4] * x1;
+      below[c] += w[1] * x1;
+      above[c] += w[8] * x2;
+      here[c] += w[5] * x2;
+      below[c] += w[2] * x2;
+    }
+    in = Hidden(in + pitch);
+    const int32_t ended = row - 2;
+    if (ended >= part.row_begin) {
+      if (plain) {
+#pragma GCC unroll 8
+        for (int c = 0; c < C; ++c) {
+          Vector x = Clipped(above[c], low, high);
+          if (c == C - 1) x = Masked(x, kept);
+          Store(to + c * L, x);
+        }
+        to += to_pitch;
+      } else {
+        FinishOne(after, channel, ended, cell, 1, C, last, above);
+      }
+    }
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) above[c] = here[c], here[c] = below[c];
+  }
+}
+
+// Which of these tiles there are: their sums and weights are in registers.
+constexpr int kDepthwiseCells = kRegisters >= 28 ? 4 : 1;
+
+void Depthwise(const Convolution& k, const Part& part, float*) {
+  for (int32_t o = part.channel_begin; o < part.channel_end; ++o) {
+    for (int32_t cell = 0; cell < k.out_cells;) {
+      const int32_t left = k.out_cells - cell;
+      if constexpr (kDepthwiseCells == 4) {
+        if (left >= 4) {
+          DepthwiseCells<4>(k, part, o, cell);
+          cell += 4;
+          continue;
+        }
+        if (left >= 2) {
+          DepthwiseCells<2>(k, part, o, cell);
+          cell += 2;
+          continue;
+        }
+      }
+      DepthwiseCells<1>(k, part, o, cell);
+      cell += 1;
+    }
+  }
+}
+
 // Cells of a dense tile: how far they are from the first, in the input.
 struct DenseCells {
   int64_t places[kDenseCells];
@@ -992,7 +1082,8 @@ void Unpack(const Field& from, float* pixels, int64_t image_stride,
 extern const Tiles RIGL_TILES;
 const Tiles RIGL_TILES = {
     RIGL_TEXT(RIGL_ISA), L,          kRegisters,  kMostRows, kMostCells,
-    kPanel,              kDenseCells, Sparse,     Dense,     Finish,
-    Elementwise,         PoolWindows, GlobalPool, Pack,      Unpack};
+    kPanel,              kDenseCells, Sparse,     Dense,     Depthwise,
+    Finish,              Elementwise, PoolWindows, GlobalPool, Pack,
+    Unpack};
 
 }  // namespace rigl_serving

@@ -95,6 +95,21 @@ int32_t BlockFor(const Step& step, const int32_t* tile, int64_t channels,
   return static_cast<int32_t>((channels + blocks - 1) / blocks);
 }
 
+// Whether each channel is convolved by itself, with a window of 3 rows and
+// columns that all read the image, and whose rows follow one another.
+bool IsDepthwise(const Step& step, const Kernel& kernel) {
+  if (kernel.inputs != 1 || kernel.filters != kernel.groups ||
+      kernel.taps != 9 || step.taps.size() != 9)
+    return false;
+  for (int32_t i = 0; i < 9; ++i) {
+    const Step::Tap &tap = step.taps[i], &above = step.taps[i % 3];
+    if (tap.place != i || tap.phase != 0 ||
+        tap.offset != above.offset + i / 3 * step.in_pitch)
+      return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 std::vector<Choice> ChoicesFor(const Step& step, const Geometry& out,
@@ -175,6 +190,13 @@ std::vector<Choice> ChoicesFor(const Step& step, const Geometry& out,
     const std::vector<Choice> others =
         looped(dense_first ? Product::kSparse : Product::kDense);
     loops.insert(loops.end(), others.begin(), others.end());
+  }
+  if (IsDepthwise(step, kernel)) {
+    std::vector<Choice> whole;
+    add(Product::kDepthwise, 1, 1, &whole);
+    loops.insert(loops.begin(), whole.begin(), whole.end());
+    loops.insert(loops.end(), choices.begin(), choices.end());
+    return loops;
   }
   if (generated_first) {
     choices.insert(choices.end(), loops.begin(), loops.end());
@@ -321,6 +343,14 @@ void Choose(Step* step, const Choice& choice, const Layout& layout) {
     if (!generated.code)
       throw Error("the system allows no more pages of generated code. Set "
                   "RIGL_KERAS_GENERATED=off");
+  } else if (choice.product == Product::kDepthwise) {
+    for (int32_t i = 0; i < 3; ++i)
+      weights->offsets.push_back(offset(step->taps[i], 0));
+    weights->dense.assign(filters * 9, 0.0f);
+    ForEachWeight(node, [&](int64_t tap, int64_t, int64_t filter,
+                            float weight) {
+      weights->dense[filter * 9 + tap] = weight;
+    });
   } else if (choice.product == Product::kDense) {
     const int64_t panel = layout.tiles->panel;
     const int64_t inputs = live * channels;
