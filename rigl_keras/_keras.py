@@ -18,6 +18,7 @@ from tensorflow.python.framework import convert_to_constants as _constants
 from tensorflow.python.ops import custom_gradient as _custom_gradient
 
 __all__ = [
+    "CheckpointedAsFloats",
     "LOOKUP_STATE",
     "accumulated_batches",
     "applies_default_build",
@@ -312,6 +313,21 @@ def replace_in_sequential(
 
 
 # Variables.
+
+
+class CheckpointedAsFloats(keras.Variable):
+    """A bool variable that `tf.train.Checkpoint` writes and reads as float32.
+
+    TensorFlow reads what has the type that a variable has now, and knows no
+    other. Without it checkpoints of versions that had float masks are lost.
+    """
+
+    def _serialize_to_tensors(self):
+        return {"VARIABLE_VALUE": tf.cast(self.value, tf.float32)}
+
+    def _restore_from_tensors(self, restored_tensors):
+        self.assign(restored_tensors["VARIABLE_VALUE"] != 0)
+        return self.value
 
 
 def stored_value(variable: keras.Variable) -> tf.Variable:

@@ -166,7 +166,7 @@ def agree(masks: Sequence[tf.Variable]) -> tf.Tensor:
     copies keep. Masks that differ have equal sums once in 2^32.
 
     Args:
-        masks: Variables of zeros and ones.
+        masks: Bool variables.
 
     Returns:
         A bool scalar, the same on every replica.
@@ -181,7 +181,7 @@ def agree(masks: Sequence[tf.Variable]) -> tf.Tensor:
 
 def _checksum(mask, seed):
     numbers = random_bits(mask.shape, (seed, 0), dtype=tf.int32)
-    kept = tf.cast(tf.convert_to_tensor(mask) > 0, tf.int64)
+    kept = tf.cast(tf.convert_to_tensor(mask), tf.int64)
     return tf.reduce_sum(kept * tf.cast(numbers, tf.int64))
 
 

@@ -186,6 +186,37 @@ def test_one_weight_between_channels():
     np.testing.assert_array_equal(got, [[[[0, 6, 0]]], [[[0, -3, 0]]]])
 
 
+@pytest.mark.parametrize("dense_gradient", [False, True])
+def test_masks_are_bools_or_zeros_and_ones(dense_gradient):
+    """Of the same bits, as are the gradients of gradients."""
+    draw = np.random.default_rng(0)
+    images = tf.constant(normal(draw, 2, 5, 4, 3))
+    kernel = tf.constant(normal(draw, 3, 3, 3, 2))
+    mask = draw.random(kernel.shape) < 0.4
+
+    def everything(mask):
+        with tf.GradientTape() as outer:
+            outer.watch([images, kernel])
+            with tf.GradientTape() as tape:
+                tape.watch([images, kernel])
+                outputs = sparse_conv2d(
+                    images, kernel, mask, dense_gradient=dense_gradient
+                )
+                total = tf.reduce_sum(outputs**2)
+            first = tape.gradient(total, [images, kernel])
+            both = sum(tf.reduce_sum(g**2) for g in first)
+        return [outputs, *first, *outer.gradient(both, [images, kernel])]
+
+    pairs = zip(
+        everything(tf.constant(mask)),
+        everything(tf.constant(mask, tf.float32)),
+        strict=True,
+    )
+    for ours, theirs in pairs:
+        assert ours.numpy().any()
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def test_gradients_by_hand():
     """y = [2 a], with weights 2 and (removed) 9: dy/da = 2, dy/dw = [a, 0]."""
     images = tf.constant([[[[5.0, 7.0]]]])

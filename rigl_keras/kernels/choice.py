@@ -317,7 +317,7 @@ def _seconds(problem, density, backward):
     kept = draw.permutation(math.prod(problem.kernel)) < density * math.prod(
         problem.kernel
     )
-    mask = tf.constant(kept.reshape(problem.kernel).astype(np.float32))
+    mask = tf.constant(kept.reshape(problem.kernel))
 
     def passes(product):
         @tf.function(autograph=False)
@@ -336,7 +336,7 @@ def _seconds(problem, density, backward):
     def dense(images, kernel):
         return tf.nn.convolution(
             images,
-            kernel * mask,
+            tf.where(mask, kernel, 0.0),
             strides=problem.strides,
             padding=problem.padding,
             dilations=problem.dilations,

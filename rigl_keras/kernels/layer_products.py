@@ -82,7 +82,7 @@ class ProductChoices:
         else:
             with tf.init_scope():
                 values = tf.convert_to_tensor(_keras.stored_value(mask))
-                density = float(tf.reduce_mean(values))
+                density = float(tf.reduce_mean(tf.cast(values, tf.float64)))
             found = faster_product(self._layer, shape, density)
         self._by_shape[tuple(shape)] = found
         return found

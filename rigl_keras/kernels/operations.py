@@ -40,9 +40,9 @@ def sparse_conv2d(
     Args:
         images: Float32 of shape (batch, rows, columns, channels).
         kernel: Float32 of shape (rows, columns, channels, filters).
-        mask: Float32 zeros and ones of the kernel's shape. Pass the value of
-            a variable: for a tensor that each call computes, each call
-            computes the order as well.
+        mask: Bool tensor of the kernel's shape, or one of float32 zeros and
+            ones. Pass the value of a variable: for a tensor that each call
+            computes, each call computes the order as well.
         strides: Of rows and columns, at least 1.
         padding: `"SAME"` or `"VALID"`, as in `tf.nn.conv2d`.
         dilations: Of rows and columns, at least 1.
@@ -83,7 +83,8 @@ def sparse_dense(
 
     Args:
         inputs: Float32 of shape (..., inputs).
-        kernel, mask: Float32 of shape (inputs, units).
+        kernel: Float32 of shape (inputs, units).
+        mask: Of the same shape, as in `sparse_conv2d`.
         dense_gradient: As in `sparse_conv2d`.
 
     Returns:
@@ -114,7 +115,7 @@ def masked_kernel(kernel: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
     Args:
         kernel: Float32 of any shape: the value of a variable. Of a tensor that
             each call computes, each call computes the product.
-        mask: Float32 zeros and ones of the kernel's shape.
+        mask: Of the kernel's shape, as in `sparse_conv2d`.
     """
     return _operations().rigl_keras_masked_kernel(kernel=kernel, mask=mask)
 
@@ -300,7 +301,8 @@ def _backprop_filter_gradient(op, upstream):
 
 @tf.RegisterGradient("RiglKerasMaskedKernel")
 def _masked_kernel_gradient(op, upstream):
-    return upstream * op.inputs[1], None
+    mask = tf.cast(op.inputs[1], tf.bool)
+    return tf.where(mask, upstream, tf.zeros([], upstream.dtype)), None
 
 
 @tf.RegisterGradient("RiglKerasBatchNorm")

@@ -24,12 +24,12 @@ def draw_mask(
             and an output channel, which are the last two axes, are equal.
 
     Returns:
-        Float32 array of zeros and ones.
+        Bool array.
 
     Example:
 
     >>> draw_mask((2, 3), 4, key=7).sum()
-    np.float32(4.0)
+    np.int64(4)
     """
     shape = tuple(shape)
     # A unit is what the mask keeps or removes as one.
@@ -39,4 +39,4 @@ def draw_mask(
     mask = np.zeros(size, bool)
     mask[:count] = True
     mask = np.random.default_rng(key).permutation(mask).reshape(units)
-    return np.broadcast_to(mask, shape).astype(np.float32)
+    return np.broadcast_to(mask, shape).copy()

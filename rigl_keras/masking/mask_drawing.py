@@ -49,7 +49,7 @@ def draw_masks(
     *,
     sampling: str,
 ) -> dict[str, np.ndarray]:
-    """Returns `{name: float32 array of zeros and ones}`."""
+    """Returns `{name: bool array}`."""
     masks = {}
     for name, (density, count) in budgets.items():
         shape = tuple(chosen[name].variable.shape)
@@ -58,7 +58,7 @@ def draw_masks(
         if sampling == "bernoulli":
             units = shape[-2:] if whole == "kernel" else shape
             mask = np.random.default_rng(key).random(units) < density
-            masks[name] = np.broadcast_to(mask, shape).astype(np.float32)
+            masks[name] = np.broadcast_to(mask, shape).copy()
         else:
             masks[name] = draw_mask(shape, count, key, granularity=whole)
     return masks

@@ -1,9 +1,8 @@
-"""The variable that holds a mask: zeros and ones, whatever it is assigned."""
+"""The variable that holds a mask: a byte an entry, whatever it is assigned."""
 
 import warnings
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 
@@ -12,12 +11,15 @@ from rigl_keras import _keras
 __all__ = ["MaskVariable"]
 
 
-class MaskVariable(keras.Variable):
-    """A variable of zeros and ones, whatever it is assigned.
+class MaskVariable(_keras.CheckpointedAsFloats):
+    """A bool variable, whatever it is assigned: True where a mask keeps.
 
-    What is not zero counts as one. So the mask of a model that is given the
+    What is not zero counts as True. So the mask of a model that is given the
     average of two models' weights, as a target network or a federated one is,
-    keeps what either of them keeps, and the averaged kernel is whole.
+    keeps what either of them keeps, and the averaged kernel is whole. Keras's
+    files hold bools; those of earlier versions hold float32 zeros and ones,
+    and are read as well. `tf.train.Checkpoint` reads what has the type of the
+    variable alone: there masks are float32, as they always were.
 
     Raises:
         UserWarning: What it was assigned is neither zero nor one, or may be,
@@ -52,4 +54,4 @@ class MaskVariable(keras.Variable):
         if value is _keras.stored_value(self):
             return value
         # Given by a scope of the caller's (stateless_call).
-        return tf.cast(tf.convert_to_tensor(value) != 0, self.dtype)
+        return tf.cast(tf.convert_to_tensor(value), tf.bool)

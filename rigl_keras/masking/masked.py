@@ -58,7 +58,7 @@ class KernelMask:
     Attributes:
         name: Unique within the model, but for layers of one name.
         kernel: The kernel variable, zero outside the mask.
-        mask: Variable of the kernel's shape and dtype, 1 where kept.
+        mask: Bool variable of the kernel's shape, True where kept.
         found: Where the kernel is, and the axes that it joins.
         draw_key: Int from which random draws for this kernel are seeded.
         granularity: What the mask keeps or removes as one: `"element"`, each
@@ -140,7 +140,7 @@ class KernelMask:
         kernel = tf.convert_to_tensor(kernel)
         if masks_are_applied():
             return kernel
-        mask = tf.cast(self.mask.value, kernel.dtype)
+        mask = tf.convert_to_tensor(self.mask.value)
         if kept and not gradients_are_dense():
             found = layer_products.inference_kernel(kernel, mask)
             if found is not None:
@@ -297,7 +297,7 @@ class Masked(KernelMask, keras.layers.Wrapper):
         mask = self.add_weight(
             name=name,
             shape=kernel.variable.shape,
-            dtype=kernel.variable.dtype,
+            dtype="bool",  # a byte an entry
             initializer="ones",
             trainable=False,
             autocast=False,

@@ -58,7 +58,7 @@ class MaskedLayers(Sequence):
 
     @property
     def masks(self) -> dict[str, np.ndarray]:
-        """The masks, `{unique name: zeros and ones}` as `with_masks` takes."""
+        """The masks, `{unique name: bool array}`, as `with_masks` takes."""
         return {name: m.mask.numpy() for name, m in self.named.items()}
 
     @property

@@ -221,8 +221,8 @@ def with_masks(
     by_layer = {}
     for name, mask in masks.items():
         check_mask(name, mask, named, granularity)
-        by_layer.setdefault(id(named[name].layer), {})[name] = np.asarray(
-            mask, np.float32
+        by_layer.setdefault(id(named[name].layer), {})[name] = (
+            np.asarray(mask) != 0
         )
 
     def mask_chosen(layer, fresh):

@@ -116,15 +116,21 @@ def zero_outside(mask: keras.Variable, tensor: Any) -> tf.Tensor:
     A product would keep a NaN or an infinity that lies there.
 
     Args:
-        mask: Variable of zeros and ones.
+        mask: Bool variable, as masks are, or one of zeros and ones.
         tensor: Float tensor or variable of its shape.
 
     Returns:
         Tensor of the same shape and dtype.
     """
     tensor = tf.convert_to_tensor(tensor)
-    kept = tf.convert_to_tensor(mask.value) > 0
-    return tf.where(kept, tensor, tf.zeros_like(tensor))
+    kept = tf.cast(mask.value, tf.bool)  # as it is, where it is one
+    return _within(kept, tensor)
+
+
+def _within(mask, tensor):
+    # Faster than the product with a mask that must be cast for it, which
+    # would be one more copy of the mask in each step, four times its size.
+    return tf.where(mask, tensor, tf.zeros([], tensor.dtype))
 
 
 def product(kernel: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
@@ -132,16 +138,16 @@ def product(kernel: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
 
     Args:
         kernel: Float tensor.
-        mask: Zeros and ones, of the kernel's shape and dtype.
+        mask: Bool tensor of its shape.
     """
     dense = _dense_gradients.get()
 
     @tf.custom_gradient
     def multiply(kernel, mask):
         def gradient(upstream):
-            return (upstream if dense else upstream * mask), None
+            return (upstream if dense else _within(mask, upstream)), None
 
-        return kernel * mask, gradient
+        return _within(mask, kernel), gradient
 
     # Stubs take what the decorated function returns for its own.
     return cast(tf.Tensor, multiply(kernel, mask))

@@ -364,7 +364,7 @@ class MaskUpdate(StepUpdate):
         self._last["drop_fraction"].assign(tf.cast(fraction, tf.float32))
         # A unit is an entry of the kernel, or all entries between two
         # channels.
-        masks = [m.units(m.mask.value > 0) for m in layers]
+        masks = [m.units(tf.convert_to_tensor(m.mask.value)) for m in layers]
         drop_scores, grow_scores = (
             [
                 layer.by_unit(score(layer, gradient, step))

@@ -128,7 +128,7 @@ class MagnitudePruning(StepUpdate):
         if not tf.is_tensor(sparsity):
             sparsity = tf.constant(sparsity, tf.float64)
         density = 1 - sparsity
-        masks = [m.mask.value > 0 for m in layers]
+        masks = [tf.convert_to_tensor(m.mask.value) for m in layers]
         # Of a kernel that is kept or removed as one, each entry is worth the
         # same.
         worth = [

@@ -59,7 +59,7 @@ class SET(MaskUpdate):
             return dropped
         # Each inactive unit joins with probability dropped / inactive: the
         # number that join is binomial, and which ones is uniform.
-        mask = layer.units(layer.mask.value > 0)
+        mask = layer.units(tf.convert_to_tensor(layer.mask.value))
         inactive = tf.size(mask) - count_true(mask) + dropped
         key = tf.constant(layer.draw_key ^ self.seed ^ 1, tf.int64)
         seed = tf.stack([key, step])

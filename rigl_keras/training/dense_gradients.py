@@ -207,7 +207,7 @@ def seem_masked(
     is expected in all, each layer that expects some is taken for masked.
 
     Args:
-        masks: Tensors of zeros and ones.
+        masks: Bool tensors, or ones of zeros and ones.
         gradients: A tensor of the same shape for each mask.
 
     Returns:
@@ -215,7 +215,7 @@ def seem_masked(
     """
     reached, expected = [], []
     for mask, gradient in zip(masks, gradients, strict=True):
-        kept, moved = mask > 0, gradient != 0
+        kept, moved = tf.cast(mask, tf.bool), gradient != 0
         axes = range(len(mask.shape))
         alive = tf.ones_like(kept)
         for axis in axes:

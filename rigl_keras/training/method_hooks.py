@@ -168,7 +168,7 @@ class MethodHooks(keras.callbacks.Callback):
             How many connections were grown, an integer scalar.
         """
         kernel = layer.kernel
-        before = layer.mask.value > 0
+        before = tf.convert_to_tensor(layer.mask.value)
         zeros = tf.zeros_like(kernel.value)
         start = zeros if values is None else tf.where(grown, values, zeros)
         kernel.assign(

@@ -170,8 +170,8 @@ def check_gradients_are_averaged_before_their_magnitude():
 
         # What has been dropped would be the first to rejoin.
         def grow_scores(self, layer, gradient, step):
-            inactive = 1 - tf.convert_to_tensor(layer.mask.value)
-            return super().grow_scores(layer, gradient, step) * inactive
+            scores = super().grow_scores(layer, gradient, step)
+            return tf.where(layer.mask.value, 0.0, scores)
 
     method = Growing(
         frequency=1, drop_fraction=1.0, end_step=1, decay="constant"

@@ -168,9 +168,11 @@ def _layer_sides(problem, densities):
         size = kernel.shape.num_elements()
         count = max(1, round(density * size))
         kept = (draw.permutation(size) < count).reshape(problem.kernel)
-        mask = tf.constant(kept.astype(np.float32))
+        mask = tf.constant(kept)
         sparse = functools.partial(kernels.sparse_conv2d, mask=mask, **settings)
-        check_same_outputs(sparse(images, kernel), dense(images, kernel * mask))
+        check_same_outputs(
+            sparse(images, kernel), dense(images, tf.where(mask, kernel, 0.0))
+        )
         for side, call in calls(sparse).items():
             sides[side, density] = call
     rows, columns = outputs.shape[1:3]

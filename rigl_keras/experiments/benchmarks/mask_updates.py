@@ -27,7 +27,7 @@ def measure_mask_update(
     draw = np.random.default_rng(0)
     layers = []
     for shape in _resnet50_shapes():
-        mask = (draw.random(shape, np.float32) < density).astype(np.float32)
+        mask = draw.random(shape, np.float32) < density
         weights = draw.standard_normal(shape, np.float32) * mask
         gradient = draw.standard_normal(shape, np.float32)
         layers.append(tuple(map(tf.constant, (mask, weights, gradient))))
@@ -70,7 +70,7 @@ def measure_mask_update(
 
 def _drop_and_grow_by_sorting(mask, drop_scores, grow_scores):
     """Returns the new mask of an update at fraction 0.3, by two sorts."""
-    active = tf.reshape(mask, [-1]) > 0
+    active = tf.reshape(mask, [-1])
     size = tf.size(active)
     ones = tf.math.count_nonzero(active, dtype=tf.int32)
     count = tf.cast(tf.floor(0.3 * tf.cast(ones, tf.float64)), tf.int32)
@@ -84,7 +84,7 @@ def _drop_and_grow_by_sorting(mask, drop_scores, grow_scores):
 
     kept = best(drop_scores, active, ones - count)
     new = kept | best(grow_scores, ~kept, count)
-    return tf.reshape(tf.cast(new, mask.dtype), tf.shape(mask))
+    return tf.reshape(new, tf.shape(mask))
 
 
 def _resnet50_shapes():

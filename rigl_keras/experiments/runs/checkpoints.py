@@ -12,6 +12,7 @@ from rigl_keras import _files
 from rigl_keras._text import first_line
 from rigl_keras.experiments.runs import devices
 from rigl_keras.experiments.runs.run_files import naming
+from rigl_keras.masking.mask_variable import MaskVariable
 
 __all__ = ["Checkpoints"]
 
@@ -57,7 +58,12 @@ class Checkpoints(keras.callbacks.Callback):
             model.optimizer.build(model.trainable_variables)
         # `variables` are the weights, the generators' states and metrics.
         metrics = {id(v) for v in model.metrics_variables}
-        state = [v.value for v in model.variables if id(v) not in metrics]
+        state = [
+            # A mask says itself how it is saved: as it always was.
+            v if isinstance(v, MaskVariable) else v.value
+            for v in model.variables
+            if id(v) not in metrics
+        ]
         zero: Any = 0  # TensorFlow's annotations want a tensor
         self._epoch = tf.Variable(zero, dtype=tf.int64)
         self._checkpoint = tf.train.Checkpoint(

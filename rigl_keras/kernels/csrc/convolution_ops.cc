@@ -174,19 +174,20 @@ class SparseConvolution : public OpKernel {
                                 bool may_split,
                                 std::shared_ptr<const Plans::Made>* got) {
     const auto make = [&](const auto& known, Plans::Made* fresh) {
-      const float* kept = Read(mask);
+      const MaskBytes bytes(mask);
+      const uint8_t* kept = bytes.data();
       const int64_t all = mask.NumElements();
       const int64_t each = conv.channels * conv.filters;
       std::vector<int64_t> counts(int64_t{conv.kernel[0]} * conv.kernel[1]);
       for (size_t k = 0; k < counts.size(); ++k)
         for (int64_t i = 0; i < each; ++i)
-          counts[k] += kept[k * each + i] > 0;
+          counts[k] += kept[k * each + i] != 0;
       std::vector<int32_t> active;
       return Make(context, transposed, may_split, counts, known,
                   [&]() -> const std::vector<int32_t>& {
                     if (active.empty())
                       for (int64_t i = 0; i < all; ++i)
-                        if (kept[i] > 0) active.push_back(i);
+                        if (kept[i]) active.push_back(i);
                     return active;
                   },
                   fresh);
@@ -462,7 +463,8 @@ tensorflow::Status OutputOf(InferenceContext* context,
 REGISTER_OP("RiglKerasConv2D")
     .Input("input: float")
     .Input("filter: float")
-    .Input("mask: float")
+    .Input("mask: mask_type")
+    .Attr("mask_type: {bool, float} = DT_FLOAT")
     .Output("output: float")
     .Attr("strides: list(int)")
     .Attr("padding: {'SAME', 'VALID'}")
@@ -482,7 +484,8 @@ REGISTER_OP("RiglKerasConv2D")
 REGISTER_OP("RiglKerasConv2DBackpropInput")
     .Input("out_backprop: float")
     .Input("filter: float")
-    .Input("mask: float")
+    .Input("mask: mask_type")
+    .Attr("mask_type: {bool, float} = DT_FLOAT")
     .Input("input_sizes: int32")
     .Output("output: float")
     .Attr("strides: list(int)")
@@ -504,7 +507,8 @@ REGISTER_OP("RiglKerasConv2DBackpropInput")
 
 REGISTER_OP("RiglKerasConv2DBackpropFilter")
     .Input("input: float")
-    .Input("mask: float")
+    .Input("mask: mask_type")
+    .Attr("mask_type: {bool, float} = DT_FLOAT")
     .Input("out_backprop: float")
     .Output("output: float")
     .Attr("strides: list(int)")

@@ -46,7 +46,9 @@ class MaskedKernel : public OpKernel {
         return tensorflow::OkStatus();
       }
     }
-    Kept fresh{kernel, mask, IsMasked(context, kernel, mask), Tensor()};
+    const MaskBytes kept(mask);
+    const uint8_t* m = kept.data();
+    Kept fresh{kernel, mask, IsMasked(context, kernel, m), Tensor()};
     if (fresh.masked) {
       context->set_output(0, kernel);
     } else {
@@ -54,11 +56,10 @@ class MaskedKernel : public OpKernel {
       TF_RETURN_IF_ERROR(
           context->allocate_output(0, kernel.shape(), &product));
       const float* k = Read(kernel);
-      const float* m = Read(mask);
       float* to = Write(product);
       ForPieces(context, kernel.NumElements(),
                 [=](int64_t begin, int64_t end) {
-                  for (int64_t i = begin; i < end; ++i) to[i] = k[i] * m[i];
+                  for (int64_t i = begin; i < end; ++i) to[i] = m[i] ? k[i] : 0.0f;
                 });
       fresh.product = *product;
     }
@@ -93,15 +94,14 @@ class MaskedKernel : public OpKernel {
 
   // Whether the product would be the kernel, bit for bit.
   static bool IsMasked(OpKernelContext* context, const Tensor& kernel,
-                       const Tensor& mask) {
+                       const uint8_t* m) {
     std::atomic<bool> masked{true};
     const float* k = Read(kernel);
-    const float* m = Read(mask);
     ForPieces(context, kernel.NumElements(), [&](int64_t begin, int64_t end) {
       if (!masked.load(std::memory_order_relaxed)) return;
       int32_t others = 0;  // without a branch: the loop is vectorised
       for (int64_t i = begin; i < end; ++i)
-        others |= !((m[i] == 1) | ((m[i] == 0) & (k[i] == 0)));
+        others |= (m[i] == 0) & (k[i] != 0);
       if (others) masked.store(false, std::memory_order_relaxed);
     });
     return masked.load(std::memory_order_relaxed);
@@ -119,7 +119,8 @@ namespace shapes = tensorflow::shape_inference;
 
 REGISTER_OP("RiglKerasMaskedKernel")
     .Input("kernel: float")
-    .Input("mask: float")
+    .Input("mask: mask_type")
+    .Attr("mask_type: {bool, float} = DT_FLOAT")
     .Output("product: float")
     .SetShapeFn([](shapes::InferenceContext* context) {
       shapes::ShapeHandle shape;

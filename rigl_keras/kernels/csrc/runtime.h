@@ -131,6 +131,31 @@ T* Write(Tensor* tensor) {
   return static_cast<T*>(tensor->data());
 }
 
+// A mask, a byte for each entry, 0 where it removes. Masks are bools; graphs
+// that earlier versions have traced hold float ones.
+class MaskBytes {
+ public:
+  explicit MaskBytes(const Tensor& mask) {
+    if (mask.dtype() == tensorflow::DT_BOOL) {
+      data_ = Read<uint8_t>(mask);
+      return;
+    }
+    const float* floats = Read(mask);
+    converted_.resize(mask.NumElements());
+    for (size_t i = 0; i < converted_.size(); ++i)
+      converted_[i] = floats[i] > 0;
+    data_ = converted_.data();
+  }
+  MaskBytes(const MaskBytes&) = delete;
+  MaskBytes& operator=(const MaskBytes&) = delete;
+
+  const uint8_t* data() const { return data_; }
+
+ private:
+  const uint8_t* data_;
+  std::vector<uint8_t> converted_;
+};
+
 inline int Threads(OpKernelContext* context) {
   return context->device()->tensorflow_cpu_worker_threads()->num_threads;
 }
