@@ -233,6 +233,7 @@ THIRD_PARTY = {
     "_checks": {"numpy"},
     "_figure_style": {"matplotlib"},
     "_files": set(),
+    "_patience": set(),
     "_reading": set(),
     "_sparse_arrays": {"numpy"},
     "_tensor_checks": {"numpy", "tensorflow"},

@@ -10,9 +10,15 @@ import sys
 import threading
 import time
 
+import keras
 import pytest
 
+import rigl_keras
+from rigl_keras import _files
+from rigl_keras.kernels import ahead as build_ahead
 from rigl_keras.kernels import build_command, choice, library, toolchain
+
+SOURCES = toolchain._SOURCES
 
 OPS = """
 #include "tensorflow/core/framework/op.h"
@@ -724,3 +730,76 @@ def test_operations_that_the_process_has(tmp_path):
     assert not (tmp_path / "cache").exists()  # nothing is built
     # In this process they are ours.
     assert library._registered(toolchain.planned_build()) is library.load()
+
+
+# Built ahead.
+
+
+@pytest.fixture
+def ahead(monkeypatch):
+    monkeypatch.setattr(build_ahead, "_begun", False)
+    return build_ahead
+
+
+def test_another_process_builds_ahead(place, stub, ahead, monkeypatch):
+    # Those that the other process has.
+    monkeypatch.setattr(toolchain, "_SOURCES", SOURCES)
+    stub()
+    process = ahead.build_ahead()
+    assert ahead.build_ahead() is None  # once
+    assert process.wait(120) == 0
+    assert len(calls(place)) == commands()
+    built = library.path()
+    assert library.build() == built.resolve()
+    assert len(calls(place)) == commands()
+    monkeypatch.setattr(ahead, "_begun", False)
+    assert ahead.build_ahead() is None  # it is there
+
+
+def test_nothing_is_built_ahead_in_vain(place, stub, ahead, monkeypatch):
+    stub()
+    begun = []
+    monkeypatch.setattr(ahead, "_started", lambda: begun.append(1))
+
+    def begins():
+        monkeypatch.setattr(ahead, "_begun", False)
+        before = len(begun)
+        ahead.build_ahead()
+        return len(begun) > before
+
+    assert begins()
+    folder = library.path().parent
+    folder.mkdir(parents=True)
+    with _files.lock(folder / ".lock"):
+        assert not begins()  # another process does
+    assert begins()
+    with monkeypatch.context() as patch:
+        patch.setenv("RIGL_KERAS_KERNELS", "off")
+        assert not begins()
+    with monkeypatch.context() as patch:
+        patch.setenv("CXX", str(place / "no compiler"))
+        assert not begins()
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.executable", "/usr/bin/an-app")
+        assert not begins()
+    with monkeypatch.context() as patch:
+        patch.setattr(library, "_module", library)
+        assert not begins()
+
+
+def test_large_layers_are_built_for_ahead(monkeypatch):
+    begun = []
+    monkeypatch.setattr(build_ahead, "build_ahead", lambda: begun.append(1))
+
+    def begins(units, layer=keras.layers.Dense, **options):
+        before = len(begun)
+        inputs = keras.Input((128, 4) if layer is not keras.layers.Dense else 128)
+        model = keras.Model(inputs, layer(units)(inputs))
+        rigl_keras.sparsify(model, 0.5, **options)
+        return len(begun) > before
+
+    assert begins(128)
+    assert begins(128, product="sparse")
+    assert not begins(127)
+    assert not begins(128, product="dense")
+    assert not begins(128, layer=keras.layers.LSTM)

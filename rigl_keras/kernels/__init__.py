@@ -5,6 +5,7 @@ csrc/               the operations in C++: convolution_ops.cc and row_ops.cc,
                     for each instruction set; masked_kernel_op.cc
 toolchain           the compiler and its flags
 library             builds the operations on first use, and loads them
+ahead               begins to build them while other things go on
 operations          the operations with their gradients
 choice              times dense and sparse products, and takes the faster
 build_command       what bin/build_kernels does

@@ -34,6 +34,7 @@ from pathlib import Path
 import tensorflow as tf
 
 from rigl_keras import _files
+from rigl_keras._patience import said_if_slow
 from rigl_keras.kernels.toolchain import (
     LIBRARY_NAME,
     NETWORK_LIBRARY_NAME,
@@ -46,7 +47,14 @@ from rigl_keras.kernels.toolchain import (
     run_compiler,
 )
 
-__all__ = ["build", "build_network", "load", "path", "unavailable"]
+__all__ = [
+    "build",
+    "build_network",
+    "is_loaded",
+    "load",
+    "path",
+    "unavailable",
+]
 
 # An operation whose attribute says of which version they are, and its Python
 # function.
@@ -83,6 +91,11 @@ def load() -> types.ModuleType | None:
                         _reason,
                     )
     return _module
+
+
+def is_loaded() -> bool:
+    """Returns whether the op library is loaded. Nothing is built."""
+    return _module is not None
 
 
 def unavailable() -> str | None:
@@ -139,7 +152,12 @@ def build(*, force: bool = False) -> Path:
             refused = _refused(place, plan)
             if not refused:
                 _make(folder, mode=0o700 if private else 0o755)
-                with _files.lock(folder / ".lock"):
+                with contextlib.ExitStack() as stack:
+                    with said_if_slow(
+                        "Waiting for the sparse kernels, which another "
+                        "process builds (once, about half a minute) ..."
+                    ):
+                        stack.enter_context(_files.lock(folder / ".lock"))
                     if force or not _whole(folder, plan):
                         _build(plan, folder)
                 return (folder / LIBRARY_NAME).resolve()

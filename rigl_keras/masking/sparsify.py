@@ -1,5 +1,6 @@
 """A dense model to a masked one and back; says what it skipped and why."""
 
+import math
 import warnings
 from collections.abc import Mapping
 
@@ -8,7 +9,7 @@ import numpy as np
 
 from rigl_keras import _checks, distributions, replicas
 from rigl_keras.conventions import ORIGINAL, Conventions, check_conventions
-from rigl_keras.kernels import fast_calls
+from rigl_keras.kernels import ahead, fast_calls
 from rigl_keras.masking.layer_state import copy_state
 from rigl_keras.masking.mask_drawing import (
     draw_masks,
@@ -255,7 +256,22 @@ def with_masks(
                     )
     if product != "dense":
         fast_calls.use_fast_calls(model)
+        if any(_may_be_sparse(new) for _, new in pairs):
+            ahead.build_ahead()
     if model is not given:
         # Keras's own would leave the weights of a dense file half loaded.
         model.load_weights = weight_loader(model)
     return model
+
+
+# Kernels of fewer weights have dense products at usual batches.
+_LEAST_WEIGHTS = 1 << 14
+
+
+def _may_be_sparse(layer):
+    """Returns whether the op library is likely to compute a layer."""
+    return (
+        isinstance(layer, Masked)
+        and layer.why_dense() is None
+        and math.prod(layer.kernel.shape) >= _LEAST_WEIGHTS
+    )

@@ -9,6 +9,7 @@ import keras
 import tensorflow as tf
 
 from rigl_keras import _keras, replicas
+from rigl_keras._patience import said_if_slow
 from rigl_keras.training.fit_runs import FitRun
 from rigl_keras.training.graph_updates import GraphUpdates
 from rigl_keras.training.method_hooks import MethodHooks
@@ -144,11 +145,21 @@ class StepExchange:
         def logged(data):
             train_step = untraced(run.own("train_step"))
             loss = _loss_on(model, data) if self._watches_loss() else None
-            with _traced_once(model):
+            with _traced_once(model), _told_if_slow():
                 logs = step(lambda: train_step(data), loss)
             return {**logs, **self._logs()}
 
         return logged
+
+
+def _told_if_slow() -> contextlib.AbstractContextManager:
+    """Within the context, tracing that takes long is not without a word."""
+    if tf.executing_eagerly():  # it is a step, whose time is the user's
+        return contextlib.nullcontext()
+    return said_if_slow(
+        "Tracing the training step, once for ordinary steps and once for "
+        "mask updates ..."
+    )
 
 
 def installed_update(model: keras.Model) -> MethodHooks | None:
