@@ -931,6 +931,24 @@ def test_a_step_is_traced_once():
     assert len(history["accuracy"]) == 2 and history["accuracy"][1] > 0
 
 
+@pytest.mark.skipif(
+    bool(tf.config.list_physical_devices("GPU")), reason="of CPUs"
+)
+def test_an_update_is_traced_when_it_is_due():
+    """Nobody waits for it before the first step."""
+    model = compiled(sparsify(two_layers(), 0.2))
+    own, traced, each = model.train_step, [], []
+    model.train_step = lambda data: traced.append(1) or own(data)
+    counting = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: each.append(len(traced))
+    )
+    method = RigL(frequency=3, end_step=99)
+    train(model, [method, counting])
+    (first, _), *_ = method.trajectory[1:]
+    assert first == 3
+    assert each == [1, 1, 1] + [2] * (len(each) - 3) and len(each) > 3
+
+
 @pytest.mark.slow
 def test_a_train_function_that_is_rebuilt_within_fit():
     """As is done after layers are frozen: updates go on."""

@@ -793,7 +793,8 @@ def test_large_layers_are_built_for_ahead(monkeypatch):
 
     def begins(units, layer=keras.layers.Dense, **options):
         before = len(begun)
-        inputs = keras.Input((128, 4) if layer is not keras.layers.Dense else 128)
+        shape = (128,) if layer is keras.layers.Dense else (4, 128)
+        inputs = keras.Input(shape)
         model = keras.Model(inputs, layer(units)(inputs))
         rigl_keras.sparsify(model, 0.5, **options)
         return len(begun) > before

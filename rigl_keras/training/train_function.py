@@ -93,14 +93,25 @@ class StepExchange:
         run, model = self._run, self._run.model
         make = functools.partial(run.own("make_train_function"), force=True)
         together = replicas.is_distributed(model)
-        # Within a `tf.cond` XLA computes convolutions on CPUs with one thread:
-        # a step would take four times as long.
-        alone = model.jit_compile and model.steps_per_execution == 1
-        if together or alone:
+        if together or self._chooses_on_the_host():
             make = self._choosing(together=together)
         self._updates.forget_traces()
         make()
         run.guard(self._check)
+
+    def _chooses_on_the_host(self):
+        """Returns whether the host chooses between steps and updates.
+
+        A `tf.cond` would have both traced before the first step, which takes
+        three times as long as tracing the step alone: so an update is traced
+        when the first one is due. And within a `tf.cond` XLA computes
+        convolutions on CPUs with one thread, in four times the time. But a
+        block of steps has no host, and a GPU would wait for it at each step.
+        """
+        model = self._run.model
+        if model.steps_per_execution > 1:
+            return False
+        return model.jit_compile or not tf.config.list_physical_devices("GPU")
 
     def _choosing(self, *, together):
         """Returns what makes a train function that chooses on the host.
@@ -157,8 +168,8 @@ def _told_if_slow() -> contextlib.AbstractContextManager:
     if tf.executing_eagerly():  # it is a step, whose time is the user's
         return contextlib.nullcontext()
     return said_if_slow(
-        "Tracing the training step, once for ordinary steps and once for "
-        "mask updates ..."
+        "Tracing the training step, and once more for mask updates (once in "
+        "each fit) ..."
     )
 
 
