@@ -1,12 +1,14 @@
 """Convolutions and products with sparse kernels, faster than dense ones.
 
-csrc/               the operations in C++: convolution_ops.cc and row_ops.cc,
-                    over the loops of lanes.cc and rows.cc, which are compiled
-                    for each instruction set; masked_kernel_op.cc
+csrc/               the operations in C++: convolution_ops.cc, matrix_ops.cc
+                    and row_ops.cc, over the loops of lanes.cc, panels.cc and
+                    rows.cc, which are compiled for each instruction set;
+                    masked_kernel_op.cc
 toolchain           the compiler and its flags
 library             builds the operations on first use, and loads them
 ahead               begins to build them while other things go on
 operations          the operations with their gradients
+matrix_operations   products of matrices with a sparse one
 choice              times dense and sparse products, and takes the faster
 build_command       what bin/build_kernels does
 layer_products      what a masked layer does with products
@@ -16,6 +18,7 @@ fast_calls          batch norm and dropout in few passes over memory
 from rigl_keras.kernels import library
 from rigl_keras.kernels.choice import Choice, Problem, choose, too_large
 from rigl_keras.kernels.library import BuildError, build, load, unavailable
+from rigl_keras.kernels.matrix_operations import sparse_dense
 from rigl_keras.kernels.operations import (
     batch_norm,
     dense_library,
@@ -24,7 +27,6 @@ from rigl_keras.kernels.operations import (
     masked_kernel,
     scratch_bytes,
     sparse_conv2d,
-    sparse_dense,
 )
 
 __all__ = [

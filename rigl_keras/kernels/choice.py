@@ -23,7 +23,8 @@ import numpy as np
 import tensorflow as tf
 
 from rigl_keras import _files, _timing
-from rigl_keras.kernels import library, operations
+from rigl_keras.kernels import library, matrix_operations, operations
+from rigl_keras.kernels.matrix_operations import sparse_dense
 from rigl_keras.kernels.operations import (
     dense_library,
     instruction_set,
@@ -44,6 +45,7 @@ _LEAST_WORK = 1 << 21
 # Fraction by which two products may differ and yet take the same time: the
 # sparse one is used then, which has fewer FLOPs.
 _MARGIN = 0.05
+_MOST_BYTES = 1 << 26  # of a thread's memory, for a product of matrices
 _MOST_FLOATS = 1 << 26  # of images that are made up for timing
 _SECONDS = 0.4  # in which both take turns, unless they are told apart before
 # What takes longer than so many seconds is timed once.
@@ -55,13 +57,15 @@ _known: dict[str, "Choice"] = {}
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A convolution, or a dense layer as one of single pixels.
+    """A convolution, or a product of matrices as one of single pixels.
 
     Attributes:
         kernel: Rows, columns, channels, filters.
         images: Batch, rows, columns.
         strides, dilations: Of rows and columns.
         padding: `"SAME"` or `"VALID"`.
+        matrix: Whether it is a product of matrices: of `images[0]` rows, and
+            of the kernel's channels and filters.
     """
 
     kernel: tuple[int, int, int, int]
@@ -69,6 +73,7 @@ class Problem:
     strides: tuple[int, int] = (1, 1)
     padding: str = "SAME"
     dilations: tuple[int, int] = (1, 1)
+    matrix: bool = False
 
     @property
     def products(self) -> int:
@@ -227,6 +232,10 @@ def too_large(problem: Problem, *, backward: bool = True) -> str | None:
 @functools.lru_cache(maxsize=1024)
 def _taken(problem):
     """Returns the `scratch_bytes` of a problem, or None if it is none."""
+    if problem.matrix:
+        # A panel of sixteen rows, with what is computed of it.
+        least = 64 * sum(problem.kernel[2:])
+        return least, least, _MOST_BYTES
     try:
         return scratch_bytes(
             (*problem.images, problem.kernel[2]),
@@ -266,7 +275,7 @@ def _key(problem, density, backward):
             "x".join(map(str, problem.kernel)),
             "x".join(map(str, problem.images)),
             "x".join(map(str, problem.strides)),
-            problem.padding,
+            "matrix" if problem.matrix else problem.padding,
             "x".join(map(str, problem.dilations)),
             density,
             "both passes" if backward else "forward",
@@ -300,7 +309,8 @@ def _cores():
 def _program():
     """Returns what changes with how times are taken and compared."""
     digest = hashlib.sha256()
-    for part in (__file__, _timing.__file__, operations.__file__):
+    modules = (_timing, operations, matrix_operations)
+    for part in (__file__, *(module.__file__ for module in modules)):
         digest.update(Path(part).read_bytes())
     return digest.hexdigest()[:12]
 
@@ -312,12 +322,13 @@ def _seconds(problem, density, backward):
     def normal(*shape):
         return tf.constant(draw.standard_normal(shape, np.float32))
 
-    images = normal(*problem.images, problem.kernel[2])
-    kernel = normal(*problem.kernel)
-    kept = draw.permutation(math.prod(problem.kernel)) < density * math.prod(
-        problem.kernel
-    )
-    mask = tf.constant(kept.reshape(problem.kernel))
+    images, shape = problem.images, problem.kernel
+    if problem.matrix:
+        images, shape = images[:1], shape[2:]
+    images = normal(*images, shape[-2])
+    kernel = normal(*shape)
+    kept = draw.permutation(math.prod(shape)) < density * math.prod(shape)
+    mask = tf.constant(kept.reshape(shape))
 
     def passes(product):
         @tf.function(autograph=False)
@@ -334,6 +345,8 @@ def _seconds(problem, density, backward):
         return both
 
     def dense(images, kernel):
+        if problem.matrix:
+            return tf.matmul(images, tf.where(mask, kernel, 0.0))
         return tf.nn.convolution(
             images,
             tf.where(mask, kernel, 0.0),
@@ -343,6 +356,8 @@ def _seconds(problem, density, backward):
         )
 
     def sparse(images, kernel):
+        if problem.matrix:
+            return sparse_dense(images, kernel, mask)
         return sparse_conv2d(
             images,
             kernel,

@@ -2,13 +2,27 @@
 
 import contextlib
 import contextvars
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 
 import keras
 import tensorflow as tf
 
 from rigl_keras import _checks, _keras
 from rigl_keras.kernels import choice, library, operations
+from rigl_keras.kernels.convolution_layers import (
+    CONVOLUTIONS,
+    convolution_outputs,
+    convolution_problem,
+    least_sizes,
+    why_no_convolution,
+)
+from rigl_keras.kernels.matrix_layers import (
+    SEPARABLE,
+    matrix_of,
+    matrix_outputs,
+)
+from rigl_keras.kernels.recurrent_layers import RECURRENT, why_not_recurrent
 
 __all__ = [
     "PRODUCTS",
@@ -28,6 +42,8 @@ __all__ = [
 PRODUCTS = ("auto", "dense", "sparse")
 # The batch that is timed where a layer is called on batches of any size.
 USUAL_BATCH = 128
+# And the length of axes between it and the last, where they may have any.
+_USUAL_LENGTH = 64
 # A product of fewer weights takes no time.
 _LEAST_WEIGHTS = 1 << 14
 _dense_products = contextvars.ContextVar("dense_products", default=False)
@@ -50,6 +66,8 @@ class ProductChoices:
     """
 
     def __init__(self, layer: keras.layers.Layer, product: str):
+        self._within: dict[int, ProductChoices] = {}
+        self._masks: Sequence[keras.Variable] = ()
         self.product = product
         self._layer = layer
         self._by_shape: dict[tuple[int | None, ...], choice.Choice] = {}
@@ -62,50 +80,65 @@ class ProductChoices:
     def product(self, product: str) -> None:
         _checks.choice("product", product, PRODUCTS)
         self._product = product
+        for inner in self._within.values():
+            inner.product = product
+
+    def within(self, layer: keras.layers.Layer) -> "ProductChoices":
+        """Returns the choices of a layer within this one, for it alone."""
+        if id(layer) not in self._within:
+            self._within[id(layer)] = ProductChoices(layer, self.product)
+        return self._within[id(layer)]
 
     @property
     def by_shape(self) -> dict[tuple[int | None, ...], choice.Choice]:
         """What was chosen, by the shape of the inputs; a copy."""
         return dict(self._by_shape)
 
+    def chosen(self, layer: keras.layers.Layer) -> "ProductChoices":
+        """Returns those of a layer within this one, or what it is itself."""
+        return self._within.get(id(layer), self)
+
     def choose(
-        self, shape: tf.TensorShape, mask: keras.Variable
+        self, shape: tf.TensorShape, masks: Sequence[keras.Variable]
     ) -> choice.Choice:
         """Returns which product is used for inputs of a shape.
 
         Args:
             shape: Of the inputs; the batch may be free.
-            mask: The mask, whose density decides.
+            masks: The masks of the layer's kernels, whose density decides.
         """
+        self._masks = masks
         if self.product == "sparse":
             found = sparse_if_possible(self._layer, shape)
         else:
             with tf.init_scope():
-                values = tf.convert_to_tensor(_keras.stored_value(mask))
-                density = float(tf.reduce_mean(tf.cast(values, tf.float64)))
+                values = [_keras.stored_value(mask) for mask in masks]
+                ones = sum(int(tf.math.count_nonzero(v)) for v in values)
+                size = sum(math.prod(value.shape) for value in values)
+            density = ones / size if size else 0.0
             found = faster_product(self._layer, shape, density)
         self._by_shape[tuple(shape)] = found
         return found
 
-    def changes(self, mask: keras.Variable) -> bool:
+    def changes(self) -> bool:
         """Returns whether another product is faster by now, for some inputs.
 
         It may be, where the density has changed much. All are chosen again.
-
-        Args:
-            mask: The mask.
         """
         return any(
             [
-                self.choose(tf.TensorShape(shape), mask).sparse
+                self.choose(tf.TensorShape(shape), self._masks).sparse
                 != earlier.sparse
                 for shape, earlier in self.by_shape.items()
             ]
+            + [inner.changes() for inner in self._within.values()]
         )
 
     def forget(self) -> None:
         """Forgets what was chosen."""
         self._by_shape.clear()
+        for inner in self._within.values():
+            inner.forget()
 
 
 def takes_one_tensor(args: tuple, kwargs: Mapping[str, object]) -> bool:
@@ -126,27 +159,34 @@ def takes_one_tensor(args: tuple, kwargs: Mapping[str, object]) -> bool:
 def why_dense(layer: keras.layers.Layer) -> str | None:
     """Returns why a layer has no sparse product, or None if it has one.
 
-    Keras's own `Conv2D` and `Dense` have one. What `call` of another class
-    computes is not known.
+    Keras's own `Conv1D`, `Conv2D` and `Conv2DTranspose` have one, and so have
+    layers that multiply by a matrix (`matrix_layers.matrix_of`), `LSTM` and
+    `GRU`. What `call` of another class computes is not known.
 
     Args:
-        layer: A built layer with a `kernel`.
+        layer: A built layer with kernels.
     """
     kind = type(layer)
-    if kind not in (keras.layers.Conv2D, keras.layers.Dense):
+    if kind in RECURRENT:
+        why = why_not_recurrent(layer)
+        if why is not None:
+            return why
+    elif kind is keras.layers.EinsumDense and matrix_of(layer) is None:
+        return f"{layer.equation!r} is no product of rows"
+    elif kind not in CONVOLUTIONS and matrix_of(layer) is None:
         return f"no sparse kernels for {kind.__name__}"
     dtypes = {layer.compute_dtype, layer.variable_dtype}
     if dtypes != {"float32"}:
         return f"sparse kernels are float32, not {layer.compute_dtype}"
     if getattr(layer, "lora_enabled", False) or layer.quantization_mode:
         return "quantised or with LoRA"
-    if layer.activity_regularizer is not None:
+    # What a recurrent layer does with its outputs stays its own.
+    if layer.activity_regularizer is not None and kind not in RECURRENT:
         return "its activity is regularised"
-    if kind is keras.layers.Conv2D:
-        if layer.data_format != "channels_last":
-            return f"sparse kernels are channels_last, not {layer.data_format}"
-        if layer.groups != 1:
-            return f"{layer.groups} groups"
+    if kind in (*CONVOLUTIONS, *SEPARABLE):
+        why = why_no_convolution(layer)
+        if why is not None:
+            return why
     if tf.config.list_physical_devices("GPU"):
         return "sparse kernels are for CPUs, and there is a GPU"
     return None
@@ -167,7 +207,7 @@ def faster_product(
         density: Density of its mask.
         backward: Whether it is used in training, or in inference alone.
     """
-    if None in shape.as_list()[1:-1]:
+    if _has_images(layer) and None in shape.as_list()[1:-1]:
         return choice.Choice(False, "images of any size")
     problem = _problem(layer, shape)
     return choice.choose(problem, density, backward=backward)
@@ -193,9 +233,8 @@ def sparse_if_possible(
     if library.load() is None:
         return choice.Choice(False, library.unavailable() or "no op library")
     least = [1] * (len(shape) - 2)
-    if getattr(layer, "padding", None) == "valid":
-        extents = zip(layer.kernel.shape[:2], layer.dilation_rate, strict=True)
-        least = [(size - 1) * dilation + 1 for size, dilation in extents]
+    if _has_images(layer):
+        least = least_sizes(layer)
     batch, *sizes, channels = shape.as_list()
     sizes = [
         free if size is None else size
@@ -222,22 +261,17 @@ def sparse_outputs(
         kernel, mask: The values of its kernel and its mask.
         dense_gradient: As in `kernels.sparse_conv2d`.
     """
-    if isinstance(layer, keras.layers.Dense):
-        product = operations.sparse_dense(
-            inputs, kernel, mask, dense_gradient=dense_gradient
+    matrix = matrix_of(layer)
+    if matrix is not None:
+        product = matrix_outputs(
+            layer, matrix, inputs, kernel, mask, dense_gradient=dense_gradient
         )
     else:
-        product = operations.sparse_conv2d(
-            inputs,
-            kernel,
-            mask,
-            strides=layer.strides,
-            padding=layer.padding,
-            dilations=layer.dilation_rate,
-            dense_gradient=dense_gradient,
+        product = convolution_outputs(
+            layer, inputs, kernel, mask, dense_gradient=dense_gradient
         )
-    if layer.use_bias:
-        product = product + tf.convert_to_tensor(layer.bias)
+        if layer.use_bias:
+            product = product + tf.convert_to_tensor(layer.bias)
     return product if layer.activation is None else layer.activation(product)
 
 
@@ -298,22 +332,33 @@ def _in_xla():
     return False
 
 
+def _has_images(layer):
+    return type(layer) not in RECURRENT and matrix_of(layer) is None
+
+
 def _problem(layer, shape) -> choice.Problem:
     """Returns what a layer computes for inputs of a shape.
 
-    Only the batch may be free: it is `USUAL_BATCH` then.
+    Only the batch of images may be free, and all but the last axis of rows:
+    they are as usual then.
     """
     batch, *sizes = shape.as_list()[:-1]
     batch = USUAL_BATCH if batch is None else batch
-    kernel = tuple(layer.kernel.shape)
-    if isinstance(layer, keras.layers.Dense):
-        for length in sizes:
-            batch *= length
-        return choice.Problem(kernel=(1, 1, *kernel), images=(batch, 1, 1))
-    return choice.Problem(
-        kernel=kernel,
-        images=(batch, *sizes),
-        strides=tuple(layer.strides),
-        padding=layer.padding.upper(),
-        dilations=tuple(layer.dilation_rate),
-    )
+    if type(layer) in RECURRENT:
+        # A step: the product of inputs and state with both kernels.
+        cell = layer.cell
+        units, products = cell.recurrent_kernel.shape
+        inputs = cell.kernel.shape[0]
+        return choice.Problem(
+            kernel=(1, 1, inputs + units, products),
+            images=(batch, 1, 1),
+            matrix=True,
+        )
+    matrix = matrix_of(layer)
+    if matrix is not None:
+        for length in sizes[: len(sizes) + 1 - len(matrix.inputs)]:
+            batch *= _USUAL_LENGTH if length is None else length
+        return choice.Problem(
+            kernel=(1, 1, *matrix.shape), images=(batch, 1, 1), matrix=True
+        )
+    return convolution_problem(layer, batch, sizes)

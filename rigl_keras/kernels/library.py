@@ -53,6 +53,7 @@ __all__ = [
     "is_loaded",
     "load",
     "path",
+    "required",
     "unavailable",
 ]
 
@@ -96,6 +97,21 @@ def load() -> types.ModuleType | None:
 def is_loaded() -> bool:
     """Returns whether the op library is loaded. Nothing is built."""
     return _module is not None
+
+
+def required() -> types.ModuleType:
+    """Returns the op library, as `load` does.
+
+    Raises:
+        RuntimeError: There is none.
+    """
+    module = load()
+    if module is None:
+        raise RuntimeError(
+            f"Sparse kernels are not available: {unavailable()}. Use the "
+            "masked product of dense TensorFlow."
+        )
+    return module
 
 
 def unavailable() -> str | None:

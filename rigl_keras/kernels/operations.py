@@ -15,7 +15,7 @@ __all__ = [
     "masked_kernel",
     "scratch_bytes",
     "sparse_conv2d",
-    "sparse_dense",
+    "sparse_conv2d_transpose",
 ]
 
 _ATTRIBUTES = ("strides", "padding", "dilations")
@@ -72,38 +72,46 @@ def sparse_conv2d(
     )
 
 
-def sparse_dense(
-    inputs: tf.Tensor,
+def sparse_conv2d_transpose(
+    outputs: tf.Tensor,
     kernel: tf.Tensor,
     mask: tf.Tensor,
     *,
+    sizes: Sequence[Any],
+    strides: Sequence[int] = (1, 1),
+    padding: str = "SAME",
+    dilations: Sequence[int] = (1, 1),
     dense_gradient: bool = False,
 ) -> tf.Tensor:
-    """Returns `inputs @ (kernel x mask)`, without what the mask removes.
+    """Returns the gradient of the images of a `sparse_conv2d`.
+
+    As `tf.nn.conv2d_transpose` has it, and differentiable as `sparse_conv2d`.
 
     Args:
-        inputs: Float32 of shape (..., inputs).
-        kernel: Float32 of shape (inputs, units).
-        mask: Of the same shape, as in `sparse_conv2d`.
-        dense_gradient: As in `sparse_conv2d`.
+        outputs: Float32 of shape (batch, new rows, new columns, filters).
+        kernel, mask: Of shape (rows, columns, channels, filters), as in
+            `sparse_conv2d`.
+        sizes: Rows and columns of the images, ints or tensors. A convolution
+            of such images must have outputs of this shape.
+        strides, padding, dilations, dense_gradient: As in `sparse_conv2d`.
 
     Returns:
-        Float32 of shape (..., units).
+        Float32 of shape (batch, rows, columns, channels).
     """
-    shape = tf.shape(inputs)
-    rows = tf.reshape(inputs, [-1, 1, 1, kernel.shape[0]])
-    # A mask of another shape, but in the same memory.
-    outputs = sparse_conv2d(
-        rows,
-        tf.reshape(kernel, [1, 1, *kernel.shape]),
-        tf.reshape(mask, [1, 1, *mask.shape]),
+    channels: Any = kernel.shape[2]
+    images = _operations().rigl_keras_conv2d_backprop_input(
+        out_backprop=outputs,
+        filter=kernel,
+        mask=mask,
+        input_sizes=tf.stack([tf.shape(outputs)[0], *sizes, channels]),
+        strides=[1, *strides, 1],
+        padding=padding.upper(),
+        dilations=[1, *dilations, 1],
         dense_gradient=dense_gradient,
     )
-    units: Any = kernel.shape[1]
-    sizes = tf.concat([shape[:-1], tf.constant([units])], axis=0)
-    outputs = tf.reshape(outputs, sizes)
-    outputs.set_shape([*inputs.shape[:-1], units])
-    return outputs
+    known = [size if isinstance(size, int) else None for size in sizes]
+    images.set_shape([outputs.shape[0], *known, channels])
+    return images
 
 
 def masked_kernel(kernel: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
@@ -214,13 +222,7 @@ def dense_library() -> str:
 
 
 def _operations():
-    module = library.load()
-    if module is None:
-        raise RuntimeError(
-            f"Sparse kernels are not available: {library.unavailable()}. Use "
-            "the masked product of dense TensorFlow."
-        )
-    return module
+    return library.required()
 
 
 def _attributes(op):

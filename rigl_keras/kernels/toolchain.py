@@ -41,12 +41,19 @@ _SOURCES = {
 _OPERATIONS = (
     "kernels/convolution_ops.cc",
     "kernels/masked_kernel_op.cc",
+    "kernels/matrix_ops.cc",
+    "kernels/recurrent_ops.cc",
     "kernels/row_ops.cc",
     "serving/network_op.cc",
 )
 # Loops, which are compiled for each instruction set, and some of them for each
 # length of its vectors as well.
-_PER_INSTRUCTION_SET = ("kernels/lanes.cc", "kernels/rows.cc")
+_PER_INSTRUCTION_SET = (
+    "kernels/lanes.cc",
+    "kernels/panels.cc",
+    "kernels/recurrent.cc",
+    "kernels/rows.cc",
+)
 _PER_VECTOR_LENGTH = ("serving/tiles.cc",)
 _COMPILERS = ("g++", "c++", "clang++")
 _SANITIZERS = ("address", "thread")

@@ -15,6 +15,7 @@ from rigl_keras import _keras, kernels
 from rigl_keras.kernels import layer_products
 from rigl_keras.kernels.layer_products import ProductChoices
 from rigl_keras.masking.drawing import draw_mask
+from rigl_keras.masking.inner_products import ask_scope, multiplier
 from rigl_keras.masking.layer_kernels import Kernel, find_kernels, kernel_at
 from rigl_keras.masking.mask_variable import MaskVariable
 from rigl_keras.masking.tracing import (
@@ -158,6 +159,13 @@ class MaskedKernel(KernelMask):
     draw_key: int
     granularity: str
     layer: keras.layers.Layer
+    choices: ProductChoices
+
+    def chosen_products(self) -> dict[tuple, kernels.Choice]:
+        """Returns what was chosen, by the shape of the inputs."""
+        return self.choices.chosen(
+            multiplier(self.layer, self.found.owner)
+        ).by_shape
 
 
 @keras.saving.register_keras_serializable("rigl_keras")
@@ -267,6 +275,8 @@ class Masked(KernelMask, keras.layers.Wrapper):
                 mask, kernel.variable.constraint
             )
             _refuse_in_place_of(kernel.owner)
+        if self.kernels != ("kernel",):
+            ask_scope(self.layer)
         if self._nonzeros is not None:
             self._draw_masks()
 
@@ -322,6 +332,7 @@ class Masked(KernelMask, keras.layers.Wrapper):
                 if kernel.is_convolution
                 else "element",
                 layer=self.layer,
+                choices=self._choices,
             )
             for kernel, mask in zip(found, self._masks, strict=False)
         )
@@ -370,7 +381,7 @@ class Masked(KernelMask, keras.layers.Wrapper):
         )
 
     def why_dense(self) -> str | None:
-        """Returns why the layer has no sparse product, or None."""
+        """Returns why the layer has no sparse product as a whole, or None."""
         if self.kernels != ("kernel",):
             return "its kernels have other names"
         return layer_products.why_dense(self.layer)
@@ -381,20 +392,15 @@ class Masked(KernelMask, keras.layers.Wrapper):
         Args:
             shape: Of the inputs; the batch may be free.
         """
-        return self._choices.choose(shape, self.mask)
+        return self._choices.choose(shape, [self.mask])
 
     def chosen_products(self) -> dict[tuple, kernels.Choice]:
         """Returns what was chosen, by the shape of the inputs."""
         return self._choices.by_shape
 
     def product_changes(self) -> bool:
-        """Returns whether another product is faster by now, for some inputs.
-
-        It may be, where the mask's density has changed much.
-        """
-        if not self._choices.by_shape:  # as of several kernels: no one mask
-            return False
-        return self._choices.changes(self.mask)
+        """Returns whether another product is faster by now, for some inputs."""
+        return self._choices.changes()
 
     def forget_products(self) -> None:
         """Forgets what was chosen."""

@@ -122,7 +122,7 @@ class MaskedLayers(Sequence):
 
 def _product_of(masked):
     """Returns how a layer was computed when it was called last, and why."""
-    chosen = masked.chosen_products() if isinstance(masked, Masked) else {}
+    chosen = masked.chosen_products()
     if not chosen:
         return ""
     choice = list(chosen.values())[-1]

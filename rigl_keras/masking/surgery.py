@@ -15,6 +15,7 @@ import keras
 
 from rigl_keras import _keras
 from rigl_keras._text import first_line
+from rigl_keras.masking.inner_products import ask_scope_no_more
 from rigl_keras.masking.layer_state import copy_before_build
 from rigl_keras.masking.leaves import holds_masked, leaf_layers, leaf_paths
 from rigl_keras.masking.masked import (
@@ -141,6 +142,7 @@ def release(layer: Masked) -> Layer:
         if isinstance(projection, MaskProjection):
             masked.kernel.constraint = projection.constraint
         allow_again(masked.found.owner)
+    ask_scope_no_more(layer.layer)
     return layer.layer
 
 

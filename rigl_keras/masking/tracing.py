@@ -18,6 +18,7 @@ from rigl_keras import _keras
 __all__ = [
     "KernelScope",
     "called_kernels",
+    "current_scope",
     "dense_gradients",
     "gradients_are_dense",
     "masks_applied",
@@ -186,6 +187,14 @@ class KernelScope(keras.StatelessScope):
         """Has a variable read as a value."""
         self._given[id(variable)] = value
 
+    def masked(self, variable: keras.Variable) -> Any:
+        """Returns the `KernelMask` by which a variable is multiplied, or None.
+
+        None as well for one that reads as a value that was given.
+        """
+        key = id(variable)
+        return None if key in self._given else self._masked.get(key)
+
     def multiply_ahead(self) -> None:
         """Makes the products of a graph here, rather than at each reading.
 
@@ -246,6 +255,11 @@ class KernelScope(keras.StatelessScope):
                 return False
             graph = graph.outer_graph
         return _custom.get() is self._custom
+
+
+def current_scope() -> "KernelScope | None":
+    """Returns the scope of the masked layer that is called, or None."""
+    return _scope.get()
 
 
 # A custom gradient may call layers once more: `tf.recompute_grad`, and so

@@ -1,0 +1,72 @@
+"""LSTM and GRU layers of Keras, by operations of a whole sequence."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from rigl_keras.kernels.recurrent_operations import sparse_gru, sparse_lstm
+
+__all__ = ["RECURRENT", "recurrent_loop", "why_not_recurrent"]
+
+RECURRENT = (keras.layers.LSTM, keras.layers.GRU)
+_CELLS = (keras.layers.LSTMCell, keras.layers.GRUCell)
+
+
+def why_not_recurrent(layer: keras.layers.Layer) -> str | None:
+    """Returns why a recurrent layer is no LSTM or GRU that is known, or None.
+
+    Args:
+        layer: A built layer.
+    """
+    cell: Any = getattr(layer, "cell", None)
+    if type(layer) not in RECURRENT or type(cell) not in _CELLS:
+        return f"no sparse kernels for {type(layer).__name__}"
+    if cell.activation is not keras.activations.tanh:
+        return "its activation is not tanh"
+    if cell.recurrent_activation is not keras.activations.sigmoid:
+        return "its recurrent activation is not sigmoid"
+    if cell.dropout or cell.recurrent_dropout:
+        return "it has dropout"
+    if not getattr(cell, "reset_after", True):
+        return "reset_after=False"
+    return None
+
+
+def recurrent_loop(
+    layer: keras.layers.Layer,
+    sequences: tf.Tensor,
+    states: Sequence[tf.Tensor],
+    kernels: Sequence[tf.Tensor],
+    *,
+    dense_gradient: bool,
+) -> tuple[tf.Tensor, tf.Tensor, list[tf.Tensor]]:
+    """Returns what the `inner_loop` of a layer does, by sparse kernels.
+
+    Args:
+        layer: A built LSTM or GRU (`why_not_recurrent`).
+        sequences: Float32 of shape (batch, steps, inputs).
+        states: Its states before the first step.
+        kernels: The values of its kernel, that one's mask, its recurrent
+            kernel and that one's mask.
+        dense_gradient: As in `sparse_lstm`.
+
+    Returns:
+        The last output, all outputs that the layer returns, and the states
+        after the last step.
+    """
+    keras_layer: Any = layer
+    bias = keras_layer.cell.bias
+    outputs, *after = (
+        sparse_lstm if isinstance(layer, keras.layers.LSTM) else sparse_gru
+    )(
+        sequences,
+        *states,
+        *kernels,
+        None if bias is None else tf.convert_to_tensor(bias),
+        sequences=keras_layer.return_sequences,
+        backwards=keras_layer.go_backwards,
+        dense_gradient=dense_gradient,
+    )
+    return after[0], outputs, after

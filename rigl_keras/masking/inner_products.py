@@ -1,0 +1,175 @@
+"""Sparse products of the layers within a masked one.
+
+The projections of attention, the loop of an LSTM and the pointwise half of a
+separable convolution are within what is masked. They ask the scope of the call (`tracing.KernelScope`) whether their
+kernels are masked, and compute as they would without it where they are not.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from rigl_keras.kernels import layer_products
+from rigl_keras.kernels.matrix_layers import SEPARABLE
+from rigl_keras.kernels.recurrent_layers import RECURRENT, recurrent_loop
+from rigl_keras.masking.model_tree import within
+from rigl_keras.masking.tracing import (
+    current_scope,
+    gradients_are_dense,
+    masks_are_applied,
+    note_called,
+)
+
+__all__ = ["ask_scope", "ask_scope_no_more", "multiplier"]
+
+_MATRICES = (keras.layers.Dense, keras.layers.EinsumDense)
+
+
+def ask_scope(layer: keras.layers.Layer) -> None:
+    """Has layers within one use sparse products where they can.
+
+    Args:
+        layer: A built layer that is masked. What is within it is left alone,
+            but for matrices and recurrent layers of Keras's own classes.
+    """
+    for _, inner in within(layer, "", set()):
+        name = _method(inner)
+        if name is not None and name not in vars(inner):
+            function = _loop
+            if name == "call":
+                separable = type(inner) in SEPARABLE
+                function = _call_separable if separable else _call_matrix
+            setattr(
+                inner,
+                name,
+                functools.wraps(getattr(inner, name))(
+                    functools.partial(function, inner)
+                ),
+            )
+
+
+def ask_scope_no_more(layer: keras.layers.Layer) -> None:
+    """Undoes `ask_scope`."""
+    for _, inner in within(layer, "", set()):
+        name = _method(inner)
+        if isinstance(vars(inner).get(name), functools.partial):
+            delattr(inner, name)
+
+
+def multiplier(
+    layer: keras.layers.Layer, owner: keras.layers.Layer
+) -> keras.layers.Layer:
+    """Returns which layer within one multiplies by a kernel.
+
+    Args:
+        layer: A layer that is masked.
+        owner: The owner of the kernel: of that of an LSTM, its cell.
+    """
+    for _, inner in within(layer, "", set()):
+        if type(inner) in RECURRENT and inner.cell is owner:
+            return inner
+    return owner
+
+
+def _method(layer):
+    if type(layer) in (*_MATRICES, *SEPARABLE):
+        return "call"
+    return "inner_loop" if type(layer) in RECURRENT else None
+
+
+def _call_matrix(layer, inputs, *args, **kwargs):
+    found = _masked([layer.kernel])
+    if (
+        found is not None
+        and layer_products.takes_one_tensor((inputs, *args), kwargs)
+        and layer_products.why_dense(layer) is None
+        and _is_sparse(layer, inputs, found)
+    ):
+        return layer_products.sparse_outputs(
+            layer, inputs, *_values(found), dense_gradient=gradients_are_dense()
+        )
+    return type(layer).call(layer, inputs, *args, **kwargs)
+
+
+def _call_separable(layer, inputs):
+    found = _masked([layer.pointwise_kernel])
+    if (
+        found is not None
+        and layer_products.takes_one_tensor((inputs,), {})
+        and layer_products.why_dense(layer) is None
+    ):
+        between = keras.ops.depthwise_conv(
+            inputs,
+            layer.depthwise_kernel,
+            strides=layer.strides,
+            padding=layer.padding,
+            dilation_rate=layer.dilation_rate,
+            data_format=layer.data_format,
+        )
+        if _is_sparse(layer, between, found):
+            return layer_products.sparse_outputs(
+                layer,
+                between,
+                *_values(found),
+                dense_gradient=gradients_are_dense(),
+            )
+    return type(layer).call(layer, inputs)
+
+
+def _loop(layer, sequences, initial_state, mask, training=False):
+    found = _masked([layer.cell.kernel, layer.cell.recurrent_kernel])
+    if (
+        found is not None
+        and mask is None
+        and layer_products.takes_one_tensor((sequences,), {})
+        and layer_products.why_dense(layer) is None
+        and _is_sparse(layer, sequences, found)
+    ):
+        return recurrent_loop(
+            layer,
+            sequences,
+            initial_state,
+            _values(found),
+            dense_gradient=gradients_are_dense(),
+        )
+    return type(layer).inner_loop(
+        layer, sequences, initial_state, mask, training
+    )
+
+
+def _masked(kernels) -> Sequence | None:
+    """Returns the masks on some kernels, or None if one has none here."""
+    scope = current_scope()
+    if scope is None or masks_are_applied():
+        return None
+    found = [scope.masked(kernel) for kernel in kernels]
+    return None if None in found else found
+
+
+def _is_sparse(layer, inputs, found):
+    """Returns whether a call is computed by sparse kernels."""
+    choices: Any = found[0].choices
+    return (
+        choices is not None
+        and choices.product != "dense"
+        and not layer_products.only_dense()
+        and choices.within(layer)
+        .choose(inputs.shape, [masked.mask for masked in found])
+        .sparse
+    )
+
+
+def _values(found):
+    """Returns kernels and masks, as they are outside the scope."""
+    scope: Any = current_scope()
+    values = []
+    for masked in found:
+        note_called(masked.kernel, masked.name)
+        values += [
+            tf.convert_to_tensor(scope.value_outside(masked.kernel)),
+            tf.convert_to_tensor(masked.mask.value),
+        ]
+    return values
