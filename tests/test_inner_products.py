@@ -86,6 +86,35 @@ CALLED = {
         [(3, 2, 5)],
     ),
     "conv1d": (lambda: layers.Conv1D(5, 1, activation="relu"), [(7, 4)]),
+    "conv1d of more": (
+        lambda: layers.Conv1D(5, 3, strides=2, padding="same"),
+        [(7, 4)],
+    ),
+    "dilated": (lambda: layers.Conv1D(5, 3, dilation_rate=2), [(9, 4)]),
+    "causal": (
+        lambda: layers.Conv1D(5, 3, dilation_rate=2, padding="causal"),
+        [(3, 4)],
+    ),
+    "transposed": (
+        lambda: layers.Conv2DTranspose(
+            5, (3, 2), strides=(2, 3), padding="same", activation="relu"
+        ),
+        [(4, 3, 6)],
+    ),
+    "transposed, padded": (
+        lambda: layers.Conv2DTranspose(5, 2, strides=(1, 3), use_bias=False),
+        [(4, 3, 6)],
+    ),
+    "separable": (
+        lambda: layers.SeparableConv2D(
+            5, 3, strides=2, depth_multiplier=2, activation="relu"
+        ),
+        [(7, 6, 4)],
+    ),
+    "separable1d": (
+        lambda: layers.SeparableConv1D(5, 3, padding="same"),
+        [(7, 4)],
+    ),
     "attention": (lambda: layers.MultiHeadAttention(2, 3), [(5, 6), (4, 6)]),
     "grouped": (
         lambda: layers.GroupQueryAttention(3, 4, 2),
@@ -98,7 +127,7 @@ CALLED = {
         [(5, 4)],
     ),
 }
-# How many sparse products each has.
+# How many sparse products each has, and kernels beside.
 PRODUCTS = {"attention": 4, "grouped": 4, "lstm": 2, "gru": 2} | {
     "both directions": 4
 }
@@ -125,7 +154,11 @@ def test_agree_with_dense_products(name, dense):
     draw = np.random.default_rng(0)
     inputs = [normal(draw, 6, *shape) for shape in shapes]
     got = gradients(layer, inputs, dense=dense)
-    products = [one.chosen_products() for one in layer.masked_kernels()]
+    products = [
+        one.chosen_products()
+        for one in layer.masked_kernels()
+        if "depthwise" not in one.name
+    ]
     assert len(products) == PRODUCTS.get(name, 1)
     for chosen in products:
         assert list(chosen.values())[-1].sparse
@@ -139,6 +172,49 @@ def test_agree_with_dense_products(name, dense):
         at = [v.path for v in layer.trainable_variables].index(one.kernel.path)
         gradient = got[1 + len(inputs) + at].numpy()
         assert gradient[one.mask.numpy() == 0].any() == dense
+
+
+def test_transposed_convolutions_of_any_batch():
+    make, shapes = CALLED["transposed"]
+    layer = masked(make(), *shapes)
+    run = tf.function(
+        layer,
+        input_signature=[tf.TensorSpec([None, 4, 3, 6])],
+        autograph=False,
+    )
+    traced = run.get_concrete_function().structured_outputs
+    assert traced.shape.as_list() == [None, 8, 9, 5]
+    x = normal(np.random.default_rng(0), 2, *shapes[0])
+    got = run(x)
+    (chosen,) = layer.chosen_products().values()
+    assert chosen.sparse
+    assert_close(got, layer.layer(x))
+
+
+def test_what_convolutions_have_no_sparse_product():
+    for make, shape, why in (
+        (lambda: layers.Conv1D(4, 3, groups=2), (8, 4), "2 groups"),
+        (
+            lambda: layers.Conv2DTranspose(4, 3, strides=2, output_padding=1),
+            (5, 5, 2),
+            "it has an output_padding",
+        ),
+        (
+            lambda: layers.Conv1DTranspose(4, 3),
+            (5, 2),
+            "no sparse kernels for Conv1DTranspose",
+        ),
+        (
+            lambda: layers.Conv3D(4, 3),
+            (5, 5, 5, 2),
+            "no sparse kernels for Conv3D",
+        ),
+    ):
+        layer = Masked(make(), product="sparse")
+        layer.build((None, *shape))
+        assert layer.why_dense() == why
+        x = normal(np.random.default_rng(0), 2, *shape)
+        assert_close(layer(x), layer.layer(x))
 
 
 @pytest.mark.parametrize("name", ["attention", "lstm"])

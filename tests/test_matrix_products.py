@@ -275,9 +275,10 @@ def test_shapes_are_known_where_they_are_traced():
         assert gradients[1].shape == (6, 4)
         return y
 
-    assert run(tf.ones((2, 3, 6))).numpy().tolist() == np.full(
-        (2, 3, 4), 6.0
-    ).tolist()
+    assert (
+        run(tf.ones((2, 3, 6))).numpy().tolist()
+        == np.full((2, 3, 4), 6.0).tolist()
+    )
 
 
 @pytest.mark.parametrize("traced", [False, True])

@@ -55,7 +55,9 @@ def matrix_of(layer: keras.layers.Layer) -> Matrix | None:
         return Matrix(shape[:1], shape[1:])
     if kind is keras.layers.EinsumDense:
         summed = _summed_axes(layer.equation)
-        return None if summed is None else Matrix(shape[:summed], shape[summed:])
+        return (
+            None if summed is None else Matrix(shape[:summed], shape[summed:])
+        )
     if shape[0] == 1 and tuple(layer.strides) == (1,) and layer.groups == 1:
         return Matrix(shape[1:2], shape[2:])
     return None
@@ -68,7 +70,9 @@ def _summed_axes(equation):
     1
     >>> _summed_axes("ab,cb->ac")
     """
-    terms, of_outputs = equation.replace(" ", "").replace("...", ".").split("->")
+    terms, of_outputs = (
+        equation.replace(" ", "").replace("...", ".").split("->")
+    )
     of_inputs, of_kernel = terms.split(",")
     for count in range(1, len(of_kernel) + 1):
         summed, new = of_kernel[:count], of_kernel[count:]
