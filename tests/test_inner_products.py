@@ -267,7 +267,32 @@ def test_sequences_with_a_mask_are_dense():
     assert_close(got[1:], layer(x[1:, :2]))
 
 
-def test_one_of_two_kernels_is_dense():
+def test_an_input_kernel_without_a_mask():
+    """Its product is a dense one, ahead of the operation."""
+    for kind in (layers.LSTM, layers.GRU):
+        plain = kind(3, go_backwards=True, return_sequences=True)
+        layer = Masked(
+            plain, kernels=["cell.recurrent_kernel"], product="sparse"
+        )
+        layer.build((None, 5, 4))
+        (only,) = layer.masked_kernels()
+        only.assign_mask(
+            np.arange(np.prod(only.kernel.shape)).reshape(3, -1) % 2
+        )
+        x = normal(np.random.default_rng(0), 2, 5, 4)
+        for dense in (False, True):
+            got = gradients(layer, [x], dense=dense)
+            (chosen,) = only.chosen_products().values()
+            assert chosen.sparse
+            layer.product = "dense"
+            layer.forget_products()
+            want = gradients(layer, [x], dense=dense)
+            layer.product = "sparse"
+            for one, two in zip(got, want, strict=True):
+                assert_close(one, two)
+
+
+def test_a_recurrent_kernel_without_a_mask():
     layer = Masked(layers.LSTM(3), kernels=["cell.kernel"], product="sparse")
     layer.build((None, 5, 4))
     x = normal(np.random.default_rng(0), 2, 5, 4)

@@ -46,10 +46,11 @@ def recurrent_loop(
 
     Args:
         layer: A built LSTM or GRU (`why_not_recurrent`).
-        sequences: Float32 of shape (batch, steps, inputs).
+        sequences: Float32 of shape (batch, steps, inputs); or what its kernel
+            makes of them, where that is not among `kernels`.
         states: Its states before the first step.
         kernels: The values of its kernel, that one's mask, its recurrent
-            kernel and that one's mask.
+            kernel and that one's mask; or of the last two alone.
         dense_gradient: As in `sparse_lstm`.
 
     Returns:
@@ -58,6 +59,9 @@ def recurrent_loop(
     """
     keras_layer: Any = layer
     bias = keras_layer.cell.bias
+    if len(kernels) == 2:
+        none = tf.zeros([0, kernels[0].shape[1]])
+        kernels = [none, none, *kernels]
     outputs, *after = (
         sparse_lstm if isinstance(layer, keras.layers.LSTM) else sparse_gru
     )(

@@ -31,7 +31,8 @@ def sparse_lstm(
         state, carry: Float32 of shape (batch, units): before the first step.
         kernel, kernel_mask: Of shape (inputs, 4 units): for the input,
             forget, carry and output gates. Masks are as in `sparse_conv2d`.
-        recurrent, recurrent_mask: Of shape (units, 4 units).
+            Or of shape (0, 4 units): x has been multiplied by it already.
+        recurrent, recurrent_mask: Float32 of shape (units, 4 units).
         bias: Float32 of shape (4 units,), or None.
         sequences: Whether outputs of all steps are returned, or of the last.
         backwards: Whether the last step of x comes first.
@@ -114,7 +115,7 @@ def _recurrent(kind, tensors, bias, sequences, backwards, dense_gradient):
 
 @tf.RegisterGradient("RiglKerasRecurrent")
 def _recurrent_gradient(op, of_outputs, of_last, *_):
-    x, state, *_ = op.inputs
+    x, state, _, kernel, *_ = op.inputs
     outputs, last, *kept = op.outputs
     dense, kind = op.get_attr("dense_gradient"), op.get_attr("kind").decode()
     unneeded = getattr(op, "skip_input_indices", None) or ()
@@ -136,7 +137,11 @@ def _recurrent_gradient(op, of_outputs, of_last, *_):
         # What was multiplied by each kernel, and the gradients of products.
         before = tf.concat([state[:, tf.newaxis], outputs[:, :-1]], axis=1)
         of_inputs, of_state = products
-        to_kernel = _sum_of_products(x[:, ::-1] if backwards else x, of_inputs)
+        to_kernel = tf.zeros_like(kernel)
+        if kernel.shape[0] != 0:
+            to_kernel = _sum_of_products(
+                x[:, ::-1] if backwards else x, of_inputs
+            )
         to_recurrent = _sum_of_products(
             before, of_inputs if kind == "lstm" else of_state
         )

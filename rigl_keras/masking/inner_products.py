@@ -1,8 +1,9 @@
 """Sparse products of the layers within a masked one.
 
 The projections of attention, the loop of an LSTM and the pointwise half of a
-separable convolution are within what is masked. They ask the scope of the call (`tracing.KernelScope`) whether their
-kernels are masked, and compute as they would without it where they are not.
+separable convolution are within what is masked. They ask the scope of the call
+(`tracing.KernelScope`) whether their kernels are masked, and compute as they
+would without it where they are not.
 """
 
 import functools
@@ -120,21 +121,25 @@ def _call_separable(layer, inputs):
 
 
 def _loop(layer, sequences, initial_state, mask, training=False):
-    found = _masked([layer.cell.kernel, layer.cell.recurrent_kernel])
+    found = _masked([layer.cell.recurrent_kernel])
     if (
         found is not None
         and mask is None
         and layer_products.takes_one_tensor((sequences,), {})
         and layer_products.why_dense(layer) is None
-        and _is_sparse(layer, sequences, found)
     ):
-        return recurrent_loop(
-            layer,
-            sequences,
-            initial_state,
-            _values(found),
-            dense_gradient=gradients_are_dense(),
-        )
+        of_inputs = _masked([layer.cell.kernel])
+        both = [*(of_inputs or ()), *found]
+        if _is_sparse(layer, sequences, both):
+            if of_inputs is None:  # a dense product, of all steps at once
+                sequences = keras.ops.matmul(sequences, layer.cell.kernel)
+            return recurrent_loop(
+                layer,
+                sequences,
+                initial_state,
+                _values(both),
+                dense_gradient=gradients_are_dense(),
+            )
     return type(layer).inner_loop(
         layer, sequences, initial_state, mask, training
     )

@@ -45,6 +45,8 @@ struct Sizes {
   int64_t batch, steps, inputs, units;
   int64_t gates;  // products of a step, in units: 4 of an LSTM, 3 of a GRU
   bool lstm;
+  // Whether x has been multiplied by the kernel, which has no rows then.
+  bool projected;
   int64_t out_steps;
   int vectors;
   int64_t pitch, panels;
@@ -86,6 +88,8 @@ class Recurrent : public OpKernel {
     s.gates = lstm_ ? 4 : 3;
     s.units = recurrent.dim_size(0);
     s.inputs = kernel.dim_size(0);
+    s.projected = x.dims() == 3 && !s.inputs && x.dim_size(2);
+    if (s.projected) s.inputs = s.gates * s.units;
     if (x.dims() != 3 || x.dim_size(2) != s.inputs || x.dim_size(1) < 1)
       return InvalidArgument("sequences must be [batch, steps, ", s.inputs,
                              "], of a step at least. Received: ",
@@ -202,10 +206,13 @@ class RecurrentForward : public Recurrent {
             Write(kept) + (panel * s.steps + step) * s.kept() * s.pitch;
         float* carry = gates + s.carry_at();
         float* after = gates + s.state_at();
+        float* projected = lstm_ ? gates : of_inputs;
         best.pack(Read(x) + (first * s.steps + TimeOf(s, step)) * s.inputs,
-                  s.steps * s.inputs, rows, s.inputs, s.vectors, packed);
-        best.multiply(views[0], 0, products, s.vectors, packed,
-                      Read(ordered[0]), false, lstm_ ? gates : of_inputs);
+                  s.steps * s.inputs, rows, s.inputs, s.vectors,
+                  s.projected ? projected : packed);
+        if (!s.projected)
+          best.multiply(views[0], 0, products, s.vectors, packed,
+                        Read(ordered[0]), false, projected);
         best.multiply(views[1], 0, products, s.vectors, before,
                       Read(ordered[1]), lstm_, lstm_ ? gates : of_state);
         if (lstm_)
@@ -390,9 +397,10 @@ class RecurrentGrad : public Recurrent {
                         Read(ordered[1]), !lstm_, of_state);
           const int64_t time = first * s.steps + TimeOf(s, step);
           if (to_x_) {
-            best.multiply(backward[0], 0, s.inputs, s.vectors, of[0],
-                          Read(ordered[0]), false, downstream);
-            best.unpack(downstream, s.vectors, rows, s.inputs, nullptr,
+            if (!s.projected)
+              best.multiply(backward[0], 0, s.inputs, s.vectors, of[0],
+                            Read(ordered[0]), false, downstream);
+            best.unpack(s.projected ? of[0] : downstream, s.vectors, rows, s.inputs, nullptr,
                         s.steps * s.inputs, false,
                         Write(dx) + time * s.inputs);
           }
@@ -410,10 +418,12 @@ class RecurrentGrad : public Recurrent {
                               (first * s.steps + step) * products);
             continue;
           }
-          best.pack(Read(x) + time * s.inputs, s.steps * s.inputs, rows,
-                    s.inputs, s.vectors, packed);
-          (by_vector[0] ? best.vector_dots : best.dots)(
-              forward[0], 0, products, s.vectors, packed, of[0], adding[0]);
+          if (!s.projected) {
+            best.pack(Read(x) + time * s.inputs, s.steps * s.inputs, rows,
+                      s.inputs, s.vectors, packed);
+            (by_vector[0] ? best.vector_dots : best.dots)(
+                forward[0], 0, products, s.vectors, packed, of[0], adding[0]);
+          }
           (by_vector[1] ? best.vector_dots : best.dots)(
               forward[1], 0, products, s.vectors, before, of[1], adding[1]);
         }
