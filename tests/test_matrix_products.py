@@ -234,13 +234,13 @@ def test_a_mask_that_stays_is_sorted_once(operations):
             y = sparse_dense(x, kernel, mask.value())
         return y, tape.gradient(y, [x, kernel])
 
-    made = int(operations.rigl_keras_matrices_made())
+    made = int(operations.rigl_keras_plans_made())
     for _ in range(3):
         run(x, kernel)
-    assert int(operations.rigl_keras_matrices_made()) == made + 2
+    assert int(operations.rigl_keras_plans_made()) == made + 2
     mask.assign(1.0 - mask)
     y, (_, to_kernel) = run(x, kernel)
-    assert int(operations.rigl_keras_matrices_made()) == made + 4
+    assert int(operations.rigl_keras_plans_made()) == made + 4
     assert_close(y, x @ (kernel * mask))
     assert_close(to_kernel, tf.reduce_sum(x, 0)[:, tf.newaxis] * mask)
 

@@ -401,31 +401,10 @@ REGISTER_OP("RiglKerasMatMulGrad")
       return tensorflow::OkStatus();
     });
 
-// How often a mask was turned into an order of weights in this source's
-// operations.
-REGISTER_OP("RiglKerasMatricesMade")
-    .Output("count: int64")
-    .SetIsStateful()
-    .SetShapeFn(shapes::ScalarShape);
-
-class MatricesMade : public OpKernel {
- public:
-  using OpKernel::OpKernel;
-
- protected:
-  tensorflow::Status Run(OpKernelContext* context) {
-    Tensor* output = nullptr;
-    TF_RETURN_IF_ERROR(context->allocate_output(0, TensorShape(), &output));
-    *Write<int64_t>(output) = matrices_made.load(std::memory_order_relaxed);
-    return tensorflow::OkStatus();
-  }
-};
-
 [[maybe_unused]] const bool registered = [] {
   if (!first_copy) return false;
   Register<SparseMatMul>("RiglKerasMatMul");
   Register<SparseMatMulGrad>("RiglKerasMatMulGrad");
-  Register<MatricesMade>("RiglKerasMatricesMade");
   return true;
 }();
 

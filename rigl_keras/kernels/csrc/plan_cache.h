@@ -19,9 +19,6 @@
 namespace rigl_keras {
 namespace {
 
-// Of all operations, for tests.
-std::atomic<int64_t> plans_made{0};
-
 // Plans by mask, for as long as TensorFlow holds the mask.
 //
 // A mask is known by its buffer. TensorFlow never writes to a buffer that

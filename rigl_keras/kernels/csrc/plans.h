@@ -16,6 +16,9 @@
 
 namespace rigl_keras {
 
+// Of all operations, for tests.
+inline std::atomic<int64_t> plans_made{0};
+
 struct Convolution {
   int64_t images, height, width, channels;  // of the input
   int64_t out_height, out_width, filters;

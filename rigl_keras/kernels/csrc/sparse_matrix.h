@@ -30,9 +30,6 @@ inline const RiglPanels& BestPanels() {
   return *best;
 }
 
-// Of all operations in this source, for tests.
-std::atomic<int64_t> matrices_made{0};
-
 // Calls run(begin, end) for pieces of [0, size).
 template <typename Run>
 void ForPieces(OpKernelContext* context, int64_t size, const Run& run) {
@@ -111,7 +108,7 @@ class SparseMatrix {
     // What was counted: somebody may write to a mask that is not theirs.
     for (int64_t i = 0; i < all && int64_t(places_.size()) < count; ++i)
       if (mask[i]) places_.push_back(i);
-    matrices_made.fetch_add(1, std::memory_order_relaxed);
+    plans_made.fetch_add(1, std::memory_order_relaxed);
   }
 
   int64_t size() const { return places_.size(); }
