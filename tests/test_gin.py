@@ -56,6 +56,31 @@ AFTER = {
 }
 
 
+def row_of(name):
+    """Returns the name of a row, whichever network it has and how long."""
+    return re.sub(r"(_\dx|_50k)?_(wrn|resnet50)$", "", name)
+
+
+MODELS = ("resnet50", "wrn")
+ROWS = sorted({row_of(name) for name in FILES if name != "quickstart"})
+# Their files differ between the two networks by more than the network.
+OF_BOTH = ("pruning", "snip")
+
+
+def trained_files():
+    """Returns a file of each row; the two networks take turns."""
+    names = [f"{row}_{model}" for row in OF_BOTH for model in MODELS]
+    names.append("rigl_uniform_2x_wrn")
+    for row in ROWS:
+        # Where a run starts from another one, it has the network of that one.
+        source = row_of(AFTER.get(f"{row}_wrn", f"{row}_wrn"))
+        names.append(f"{row}_{MODELS[ROWS.index(source) % 2]}")
+    return sorted(set(names))
+
+
+TRAINED = trained_files()
+
+
 @pytest.fixture(autouse=True)
 def clean_gin():
     yield
@@ -164,7 +189,7 @@ def short(monkeypatch, data_dir, finished):
 
 
 @pytest.mark.slow_but("rigl_erk_wrn")
-@pytest.mark.parametrize("name", [n for n in FILES if n != "quickstart"])
+@pytest.mark.parametrize("name", TRAINED)
 @pytest.mark.filterwarnings("ignore:Even though the `tf.config")
 @pytest.mark.filterwarnings("ignore:RigL plans 0 updates")
 def test_two_steps(name, short):
@@ -198,6 +223,47 @@ def test_two_steps(name, short):
     )
     if name in AFTER:
         assert result["settings"]["masks_from"] == source
+
+
+def bindings_of(path):
+    """Returns `{what is bound: to what}` of a gin file, as text."""
+    config.parse([f"{path}.gin"], [])
+    lines = gin.config_str(max_line_length=1000).splitlines()
+    bound = [line.split(" = ", 1) for line in lines if not line.startswith("#")]
+    return dict(pair for pair in bound if len(pair) == 2)
+
+
+def own_bindings(name):
+    """Returns what a file adds to the settings of its network."""
+    model = name.rsplit("_", 1)[1]
+    dataset = {"wrn": "cifar10", "resnet50": "cifar100"}[model]
+    base = bindings_of(f"includes/{model}_{dataset}")
+    assert base["train.dataset"] == repr(dataset)
+    found = bindings_of(name)
+    assert base.keys() <= found.keys()
+    return {
+        what: value.replace(f"_{model}'", "'")  # names of runs
+        for what, value in found.items()
+        if base.get(what) != value
+    }
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in FILES if n not in (*TRAINED, "quickstart")]
+)
+def test_differs_from_one_that_is_trained_by_its_name_alone(name):
+    """By the network, its length, and what is held out: by nothing else."""
+    model = name.rsplit("_", 1)[1]
+    same_row = [like for like in TRAINED if row_of(like) == row_of(name)]
+    like = max(same_row, key=lambda like: like == f"{row_of(name)}_{model}")
+    ours, theirs = own_bindings(name), own_bindings(like)
+    longer = re.search(r"_(\d)x_", name)
+    if longer:
+        assert ours.pop("train.length") == longer[1]
+    if "_50k_" in name:
+        assert ours.pop("train.validation") == "0"
+    assert ours == {w: v for w, v in theirs.items() if w != "train.length"}
+    assert ours  # it has settings of its own
 
 
 def test_lengths_are_those_of_the_rows():

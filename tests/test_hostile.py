@@ -590,7 +590,7 @@ CASES = {
             densities=given_densities,
         ),
         check_densities,
-        1000,
+        1300,
     ),
     "layer_budgets": (
         distributions.layer_budgets,
@@ -631,19 +631,19 @@ CASES = {
             total=st.integers(0, 14),
         ),
         check_counts,
-        700,
+        1000,
     ),
     "is_update_step": (
         schedules.is_update_step,
         mixed(step=step, **window),
         check_due,
-        500,
+        800,
     ),
     "last_update_step": (
         schedules.last_update_step,
         mixed(end_step=st.integers(0, 99), conventions=presets),
         check_last,
-        200,
+        300,
     ),
     "planned_updates": (
         schedules.planned_updates,
@@ -651,7 +651,7 @@ CASES = {
             first_step=st.integers(0, 99), steps=st.integers(0, 300), **window
         ),
         check_planned,
-        500,
+        800,
     ),
     "decayed_drop_fraction": (
         schedules.decayed_drop_fraction,
@@ -715,7 +715,7 @@ CASES = {
             dict(scores="scores", among="mask"), count=st.integers(0, 12)
         ),
         check_highest,
-        500,
+        300,
     ),
     "drop": (
         topology.drop,
@@ -725,7 +725,7 @@ CASES = {
             conventions=presets,
         ),
         check_drop,
-        500,
+        250,
     ),
     "grow": (
         topology.grow,
@@ -735,7 +735,7 @@ CASES = {
             conventions=presets,
         ),
         check_grow,
-        400,
+        200,
     ),
     "drop_and_grow": (
         topology.drop_and_grow,
@@ -746,7 +746,7 @@ CASES = {
             conventions=presets,
         ),
         check_drop_and_grow,
-        700,
+        300,
     ),
     "update_masks": (
         topology.update_masks,
@@ -760,7 +760,7 @@ CASES = {
             conventions=presets,
         ),
         check_update,
-        100,
+        60,
     ),
     "drop_count": (
         topology.drop_count,
@@ -770,7 +770,7 @@ CASES = {
             conventions=presets,
         ),
         check_drop_count,
-        300,
+        200,
     ),
     "layer_drop_fractions": (
         topology.layer_drop_fractions,
@@ -826,7 +826,7 @@ CASES = {
             conventions=presets,
         ),
         check_grow_counts,
-        400,
+        150,
     ),
     "corrected": (
         redistribution.corrected,
@@ -886,7 +886,7 @@ CASES = {
             seed=st.integers(0, 2**32),
         ),
         check_snip,
-        100,
+        60,
     ),
     "sparsify": (
         rigl_keras.sparsify,

@@ -74,8 +74,6 @@ KERNELS = {
     ],
     "Conv2DTranspose": ["transposed", "head"],
     "LSTM, GRU, Bidirectional": [
-        "lstm/cell/kernel",
-        "lstm/cell/recurrent_kernel",
         "both/forward_layer/cell/kernel",
         "both/forward_layer/cell/recurrent_kernel",
         "both/backward_layer/cell/kernel",

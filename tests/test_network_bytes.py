@@ -3,10 +3,7 @@
 Files are written here byte by byte, by `support.network_bytes`.
 """
 
-import concurrent.futures
-import functools
 import os
-import pathlib
 import random
 import re
 import struct
@@ -17,9 +14,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from rigl_keras.kernels import toolchain
 from tests.support import network_bytes as b
-from tests.support.network_library import loaded
+from tests.support.network_library import common_folder, loaded, sanitized
 
 KERNEL = np.arange(1, 37, dtype="f").reshape(3, 3, 2, 2)
 NO_INPUT = "the network has no input"
@@ -534,55 +530,19 @@ def test_files_that_are_broken_at_random():
     assert whole > 100 and len(said) > 100
 
 
-def sanitized(sanitizer, folder, monkeypatch):
-    """Returns a program that breaks files, built with a sanitizer."""
-    monkeypatch.setenv("RIGL_KERAS_KERNELS", sanitizer)
-    try:
-        plan = toolchain.planned_build()
-        compiler, _ = toolchain.find_compiler()
-    except toolchain.BuildError as error:
-        pytest.skip(str(error))
-    linked = plan.libraries[toolchain.NETWORK_LIBRARY_NAME]
-    flags = [f for f in linked if f not in plan.objects and f != "-shared"]
-    flags = [f for f in flags if not f.startswith("-Wl,")]
-    source = pathlib.Path(b.__file__).with_name("network_fuzz.cc")
-    included = toolchain._SOURCES["serving"]
-    commands = [
-        command
-        for command in toolchain.compile_commands(plan, compiler)
-        if command[-1] in linked
-    ]
-    commands.append(
-        [*compiler, *flags, f"-I{included}", "-c", str(source), "-o", "fuzz.o"]
-    )
-    objects = [command[-1] for command in commands]
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        run = functools.partial(toolchain.run_compiler, folder=folder)
-        for done in pool.map(run, commands):
-            assert done.returncode == 0, done.stdout
-    done = run([*compiler, *objects, *flags, "-o", "fuzz"])
-    assert done.returncode == 0, done.stdout
-    return folder / "fuzz"
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "sanitizer, turns", [("address", 1200), ("thread", 150)]
 )
 @pytest.mark.parametrize("isa", ["", "avx2", "portable"])
 def test_files_that_are_broken_under_sanitizers(
-    sanitizer, turns, isa, tmp_path_factory, tmp_path, monkeypatch
+    sanitizer, turns, isa, tmp_path_factory, tmp_path
 ):
     """Those that are networks even so are run: threads, plans and kernels."""
-    program = _programs.get(sanitizer)
-    if program is None:
-        program = sanitized(
-            sanitizer, tmp_path_factory.mktemp(sanitizer), monkeypatch
-        )
-        _programs[sanitizer] = program
+    folder, _ = sanitized(sanitizer, common_folder(tmp_path_factory))
     (tmp_path / "body").write_bytes(a_network())
     done = subprocess.run(
-        [program, tmp_path / "body", str(turns)],
+        [folder / "fuzz", tmp_path / "body", str(turns)],
         capture_output=True,
         text=True,
         env={**os.environ, "RIGL_KERAS_ISA": isa},
@@ -590,6 +550,3 @@ def test_files_that_are_broken_under_sanitizers(
     assert done.returncode == 0, done.stderr[-5000:]
     refused, _, run = re.findall(r"\d+", done.stdout)
     assert int(refused) > turns / 10 and int(run) > turns / 10, done.stdout
-
-
-_programs = {}

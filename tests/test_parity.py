@@ -248,7 +248,7 @@ def replay(trace, method, product="auto"):
     return meta, record, model
 
 
-@pytest.fixture(params=["float64", "float32"])
+@pytest.fixture
 def floatx(request):
     keras.config.set_floatx(request.param)
     keras.config.set_dtype_policy(request.param)
@@ -325,21 +325,22 @@ FLOAT32_DRIFT = 0.2
 FLOAT32_AGREE = {"rigl_erk": 0.98, "rigl_sm": 0.98}
 
 
+# What float32 makes of the others is tested with all operations of ours.
+IN_FLOAT32 = ("rigl_erk", "snfs", "pruning")
+
+
 @pytest.mark.slow_but("float64-rigl_erk")
-@pytest.mark.parametrize("name", TRACES)
+@pytest.mark.parametrize(
+    "floatx, name",
+    [
+        *(("float64", name) for name in TRACES),
+        *(("float32", name) for name in IN_FLOAT32),
+    ],
+    indirect=["floatx"],
+)
 def test_trace(name, floatx):
     """The library's own model, callback and fit repeat the reproduction."""
     assert_follows(name, floatx)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["rigl_sg", "snfs"])
-def test_trace_with_sparse_kernels(name):
-    needs_sparse_kernels()
-    model = assert_follows(name, "float32", product="sparse")
-    for layer in rigl_keras.masked_layers(model):
-        (choice,) = layer.chosen_products().values()
-        assert choice.sparse
 
 
 @pytest.mark.slow
@@ -399,8 +400,11 @@ def assert_follows_with_all_operations(name):
             "batch_norm",
             lambda *x, **how: called.append(1) or batch_norm(*x, **how),
         )
-        assert_follows(name, "float32", product="sparse")
+        model = assert_follows(name, "float32", product="sparse")
     assert called
+    for layer in rigl_keras.masked_layers(model):
+        (choice,) = layer.chosen_products().values()
+        assert choice.sparse
 
 
 def assert_follows(name, floatx, product="auto"):

@@ -190,8 +190,13 @@ def transposed():
 
 def recurrent():
     inputs = keras.Input((4, 5))
-    x = layers.LSTM(4, return_sequences=True, dropout=0.1, name="lstm")(inputs)
-    x = layers.Bidirectional(layers.GRU(3), name="both")(x)
+    # Each is a loop, which takes a second to trace.
+    both = layers.Bidirectional(
+        layers.LSTM(4, dropout=0.1),
+        backward_layer=layers.GRU(4, go_backwards=True),
+        name="both",
+    )
+    x = both(inputs)
     return keras.Model(inputs, layers.Dense(3, name="head")(x))
 
 

@@ -60,17 +60,25 @@ def outputs_begin_as_nan(monkeypatch):
     monkeypatch.setattr(runtime, "np", names)
 
 
-def build_sanitized(sanitizer, folder):
-    """Builds the library under a sanitizer, and nothing else.
+def common_folder(tmp_path_factory):
+    """Returns a folder that all workers of a test run have in common."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+def sanitized(sanitizer, common):
+    """Builds the library and a program that fuzzes it, under a sanitizer.
 
     Args:
         sanitizer: "address", which looks for undefined behaviour as well, or
             "thread".
-        folder: Where to.
+        common: The `common_folder`. The first who asks builds, and others wait.
 
     Returns:
-        The library's path, and the variables for a process that loads it.
+        The folder of the library, and of the program `fuzz`; and a function
+        that runs the compiler there and returns what it prints.
     """
+    from rigl_keras._files import lock
     from rigl_keras.kernels import toolchain
 
     with pytest.MonkeyPatch.context() as patch:
@@ -80,31 +88,55 @@ def build_sanitized(sanitizer, folder):
             compiler, _ = toolchain.find_compiler()
         except toolchain.BuildError as error:
             pytest.skip(str(error))
+    folder = common / f"sanitized-{sanitizer}"
+    folder.mkdir(exist_ok=True)
 
-    def run(command):
-        done = toolchain.run_compiler(command, folder)
+    def run(arguments):
+        done = toolchain.run_compiler([*compiler, *arguments], folder)
         assert done.returncode == 0, done.stdout
         return done.stdout.strip()
 
     name = toolchain.NETWORK_LIBRARY_NAME
     linked = plan.libraries[name]
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        commands = toolchain.compile_commands(plan, compiler)
-        list(pool.map(run, (c for c in commands if c[-1] in linked)))
-    run([*compiler, *linked, "-o", name])
+    flags = [f for f in linked if f not in plan.objects and f != "-shared"]
+    flags = [f for f in flags if not f.startswith("-Wl,")]
+    source = pathlib.Path(__file__).with_name("network_fuzz.cc")
+    included = toolchain._SOURCES["serving"]
+    fuzz = [*flags, f"-I{included}", "-c", str(source), "-o", "fuzz.o"]
+    objects = [f for f in linked if f in plan.objects]
+    with lock(folder / "lock"):
+        if not (folder / "built").exists():
+            commands = [
+                command
+                for command in toolchain.compile_commands(plan, [])
+                if command[-1] in objects
+            ]
+            with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(run, [*commands, fuzz]))
+            run([*linked, "-o", name])
+            run([*objects, "fuzz.o", *flags, "-o", "fuzz"])
+            (folder / "built").touch()
+    return folder, run
+
+
+def sanitized_library(sanitizer, common):
+    """Returns the variables for a Python that loads the `sanitized` library."""
+    from rigl_keras.kernels import toolchain
+
+    folder, run = sanitized(sanitizer, common)
     # The C++ library as well: the runtime looks for its functions as it starts.
     runtimes = [
-        run([*compiler, f"-print-file-name={file}"])
+        run([f"-print-file-name={file}"])
         for file in (f"lib{sanitizer[0]}san.so", "libstdc++.so")
     ]
     if not all(map(os.path.isfile, runtimes)):
         pytest.skip(f"the compiler has no runtime of the {sanitizer} sanitizer")
-    return folder / name, {
+    return {
         "RIGL_KERAS_KERNELS": sanitizer,
         "LD_PRELOAD": " ".join(runtimes),
         # Python's own memory is not all freed.
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "TSAN_OPTIONS": "ignore_noninstrumented_modules=1:history_size=7",
-        GIVEN: str(folder / name),
+        GIVEN: str(folder / toolchain.NETWORK_LIBRARY_NAME),
     }

@@ -43,12 +43,11 @@ TOGETHER = [
         "sample_weight",
         "growth by several batches",
     ),
-    ("mixed_float16",),
+    ("mixed_float16", "gradient accumulation"),
     ("mixed_bfloat16", "clipnorm"),
     ("jit_compile",),
     ("run_eagerly",),
     ("Adam", "EMA"),
-    ("gradient accumulation",),
     ("own loop",),
 ]
 

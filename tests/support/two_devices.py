@@ -84,6 +84,12 @@ def made(strategy, optimizer=None, product="auto", **options):
     return model
 
 
+@functools.cache
+def trained_on_one(name, product):
+    """What several checks compare with."""
+    return trained(ONE, METHODS[name](), product=product)
+
+
 def trained(strategy, method, **options):
     """Returns a model after 18 steps of 8 examples, and its method."""
     model = made(strategy, **options)
@@ -101,13 +107,13 @@ def copies(strategy, variable):
 
 
 def assert_same(method, strategy=None, one=None, **options):
-    """On two devices as on one, of which `one` are other options.
+    """On two devices as on one, where `one` may have been trained before.
 
     Returns the model of several devices.
     """
     strategy = strategy or two()
     start = [m.mask.numpy() for m in masked_layers(made(ONE))]
-    one, on_one = trained(ONE, method(), **(one or options))
+    one, on_one = one or trained(ONE, method(), **options)
     many, on_many = trained(strategy, method(), **options)
     assert on_one.trajectory == on_many.trajectory
     assert len(on_one.trajectory) > 3
@@ -256,25 +262,23 @@ def check_steps_that_callbacks_take():
         assert steps == [0, 3, 6, 9, 12], steps
 
 
-def check_blocks_of_steps():
+def check_blocks_of_steps_with_loss_scaling():
     """4 steps, then the 2 that an epoch has left; updates fall into both."""
-    assert_same(METHODS["RigL"], steps_per_execution=4)
 
-
-def check_loss_scaling():
     def optimizer():
         inner = keras.optimizers.SGD(0.1, 0.9)
         return keras.optimizers.LossScaleOptimizer(inner, initial_scale=4.0)
 
-    assert_same(METHODS["RigL"], optimizer=optimizer)
+    assert_same(METHODS["RigL"], optimizer=optimizer, steps_per_execution=4)
 
 
 def check_sparse_kernels():
     """On two devices as with dense products on one."""
     if rigl_keras.kernels.load() is None:
         return
-    for method in (METHODS["RigL"], METHODS["SNFS"]):
-        sparse = assert_same(method, product="sparse", one={"product": "dense"})
+    for name in ("RigL", "SNFS"):
+        dense = trained_on_one(name, "dense")
+        sparse = assert_same(METHODS[name], product="sparse", one=dense)
         for layer in masked_layers(sparse):
             choices = layer.chosen_products().values()
             assert choices and all(choice.sparse for choice in choices)
@@ -287,7 +291,8 @@ def check_updates_after_a_step():
 
 def check_a_strategy_of_one_device():
     strategy = tf.distribute.MirroredStrategy(["CPU:0"])
-    assert_same(METHODS["RigL"], strategy=strategy)
+    dense = trained_on_one("RigL", "dense")
+    assert_same(METHODS["RigL"], strategy=strategy, one=dense, product="dense")
 
 
 def check_masked_where_it_was_made():
