@@ -15,7 +15,12 @@ import pytest
 import tensorflow as tf
 
 from tests.support import network_bytes as b
-from tests.support.network_library import common_folder, loaded, sanitized
+from tests.support.network_library import (
+    built,  # noqa: F401 - a fixture
+    common_folder,
+    loaded,
+    sanitized,
+)
 
 KERNEL = np.arange(1, 37, dtype="f").reshape(3, 3, 2, 2)
 NO_INPUT = "the network has no input"

@@ -17,7 +17,11 @@ import pytest
 
 from rigl_keras.serving import runtime
 from tests.support import network_bytes as b
-from tests.support.network_library import loaded, path
+from tests.support.network_library import (
+    built,  # noqa: F401 - a fixture
+    loaded,
+    path,
+)
 from tests.support.threads import in_threads
 
 SOURCES = pathlib.Path(runtime.__file__).with_name("csrc")

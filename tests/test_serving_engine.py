@@ -19,6 +19,7 @@ from rigl_keras.serving.network import (
 from rigl_keras.serving.network_file import to_bytes
 from tests.support.network_library import (
     KINDS,
+    built,  # noqa: F401 - a fixture
     common_folder,
     kind_of_code,
     loaded,

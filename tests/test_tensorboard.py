@@ -47,7 +47,7 @@ KINDS = {
         "SparsityRamp.frequency = 5",
     ],
     "small-dense": [
-        "train.model = @wide_resnet",
+        "train.model = @small_network",
         "train.method = None",
         "train.small_dense = True",
     ],

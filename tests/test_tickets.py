@@ -26,6 +26,8 @@ SMALL = [
     "train.diagnostics = False",  # whose figures take seconds
     "RigL.frequency = 5",
 ]
+# Where the network does not matter.
+SMALLER = [*SMALL, "train.model = @mlp", "mlp.hidden = (24, 16)"]
 PRUNING = [
     *SMALL,
     "train.density = 1.0",
@@ -235,7 +237,11 @@ def test_masks_of_a_dense_or_unfinished_run(tmp_path):
         (["train.one_shot = @snip"], "SNIP", 0.1),
         (
             # Of which channels are a tenth of the weights.
-            ["train.model = @wide_resnet", "train.small_dense = True"],
+            [
+                "train.model = @wide_resnet",
+                "wide_resnet.depth = 10",
+                "train.small_dense = True",
+            ],
             "small-dense",
             0.1,
         ),
@@ -267,7 +273,7 @@ def test_other_starts(tmp_path, bindings, method, density):
 def test_a_longer_run(tmp_path):
     """Epochs, falls of the rate and the end scale; the rest does not."""
     bindings = [
-        *SMALL,
+        *SMALLER,
         "train.epochs = 1",
         "train.length = 2",
         "sgd.decay_every = 10",
@@ -320,7 +326,7 @@ def test_training_on_all_examples(tmp_path):
     with pytest.raises(ValueError, match="none is held out"):
         whole.validation(batch_size=4)
     result = train_command.run(
-        bindings=[*SMALL, "train.validation = 0"], run_dir=tmp_path / "run"
+        bindings=[*SMALLER, "train.validation = 0"], run_dir=tmp_path / "run"
     )
     assert result["steps"] == 52
     assert result["validation_accuracy"] is None
@@ -357,7 +363,7 @@ def test_labels_are_smoothed_in_training_alone(tmp_path):
 def test_the_corrections_of_the_report_survive_a_restart(tmp_path):
     """What RigL-SM must remember under REPORT is in the run's checkpoints."""
     bindings = [
-        *SMALL,
+        *SMALLER,
         "RigL.redistribution = 'momentum'",
         "RigL.conventions = %REPORT",
         "train.conventions = %REPORT",

@@ -32,6 +32,13 @@ def path():
         pytest.skip(f"no network library: {error}")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def built():
+    """The library is built before a test's time is taken."""
+    with contextlib.suppress(pytest.skip.Exception):
+        path()
+
+
 def loaded(data, *, threads=1):
     """Returns the network of a file's bytes."""
     return runtime.Network.from_bytes(data, library=path(), threads=threads)
