@@ -77,8 +77,11 @@ def test_weights_alone_are_a_checkpoint(whole_run, saved):
 
 
 @pytest.mark.slow_but("SET")
+@pytest.mark.parametrize(
+    "whole_run", ["SET", "RigL-SM", "MagnitudePruning"], indirect=True
+)
 def test_interrupted_and_restored_by_keras(whole_run, tmp_path):
-    """`BackupAndRestore` is how Keras itself resumes."""
+    """`BackupAndRestore` is how Keras itself resumes, from weights as above."""
     method, want = whole_run
 
     class Stop(keras.callbacks.Callback):
