@@ -309,8 +309,12 @@ def _cores():
 def _program():
     """Returns what changes with how times are taken and compared."""
     digest = hashlib.sha256()
-    modules = (_timing, operations, matrix_operations)
-    for part in (__file__, *(module.__file__ for module in modules)):
+    for part in (
+        __file__,
+        _timing.__file__,
+        operations.__file__,
+        matrix_operations.__file__,
+    ):
         digest.update(Path(part).read_bytes())
     return digest.hexdigest()[:12]
 

@@ -131,9 +131,10 @@ def convolution_problem(
         sizes = [1, sizes[0] + conv.causal]
     if isinstance(layer, keras.layers.Conv2DTranspose):
         sizes = conv.transposed_sizes(sizes)
+    images: Any = (batch, *sizes)
     return Problem(
         kernel=conv.kernel,
-        images=(batch, *sizes),
+        images=images,
         strides=conv.strides,
         padding=conv.padding,
         dilations=conv.dilations,

@@ -114,7 +114,7 @@ class ProductChoices:
             with tf.init_scope():
                 values = [_keras.stored_value(mask) for mask in masks]
                 ones = sum(int(tf.math.count_nonzero(v)) for v in values)
-                size = sum(math.prod(value.shape) for value in values)
+                size = sum(math.prod(mask.shape) for mask in masks)
             density = ones / size if size else 0.0
             found = faster_product(self._layer, shape, density)
         self._by_shape[tuple(shape)] = found

@@ -105,10 +105,11 @@ def matrix_outputs(
         kernel, mask: The values of its kernel and its mask.
         dense_gradient: As in `sparse_dense`.
     """
-    bias = getattr(layer, "bias", None)
-    bias = None if bias is None else tf.convert_to_tensor(bias)
+    keras_layer: Any = layer
+    has_bias = getattr(keras_layer, "bias", None) is not None
+    bias: Any = tf.convert_to_tensor(keras_layer.bias) if has_bias else None
     # Of EinsumDense it may be a number for some of the new axes alone.
-    whole = bias is not None and tuple(bias.shape) == matrix.outputs
+    whole = has_bias and tuple(bias.shape) == matrix.outputs
     outputs = sparse_dense(
         _with_last(inputs, len(matrix.inputs), matrix.shape[:1]),
         tf.reshape(kernel, matrix.shape),
@@ -117,7 +118,7 @@ def matrix_outputs(
         dense_gradient=dense_gradient,
     )
     outputs = _with_last(outputs, 1, matrix.outputs)
-    return outputs if whole or bias is None else outputs + bias
+    return outputs if whole or not has_bias else outputs + bias
 
 
 def _with_last(tensor, axes, sizes):

@@ -61,10 +61,10 @@ def recurrent_loop(
     bias = keras_layer.cell.bias
     if len(kernels) == 2:
         none = tf.zeros([0, kernels[0].shape[1]])
-        kernels = [none, none, *kernels]
-    outputs, *after = (
-        sparse_lstm if isinstance(layer, keras.layers.LSTM) else sparse_gru
-    )(
+        kernels = [none, tf.cast(none, kernels[1].dtype), *kernels]
+    lstm = isinstance(layer, keras.layers.LSTM)
+    operation: Any = sparse_lstm if lstm else sparse_gru
+    outputs, *after = operation(
         sequences,
         *states,
         *kernels,

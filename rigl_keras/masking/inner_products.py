@@ -56,7 +56,7 @@ def ask_scope_no_more(layer: keras.layers.Layer) -> None:
     """Undoes `ask_scope`."""
     for _, inner in within(layer, "", set()):
         name = _method(inner)
-        if isinstance(vars(inner).get(name), functools.partial):
+        if name and isinstance(vars(inner).get(name), functools.partial):
             delattr(inner, name)
 
 
@@ -102,7 +102,7 @@ def _call_separable(layer, inputs):
         and layer_products.takes_one_tensor((inputs,), {})
         and layer_products.why_dense(layer) is None
     ):
-        between = keras.ops.depthwise_conv(
+        between: Any = keras.ops.depthwise_conv(
             inputs,
             layer.depthwise_kernel,
             strides=layer.strides,
@@ -132,7 +132,8 @@ def _loop(layer, sequences, initial_state, mask, training=False):
         both = [*(of_inputs or ()), *found]
         if _is_sparse(layer, sequences, both):
             if of_inputs is None:  # a dense product, of all steps at once
-                sequences = keras.ops.matmul(sequences, layer.cell.kernel)
+                kernel = tf.convert_to_tensor(layer.cell.kernel)
+                sequences = tf.tensordot(sequences, kernel, 1)
             return recurrent_loop(
                 layer,
                 sequences,
