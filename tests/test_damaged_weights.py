@@ -169,7 +169,22 @@ def test_masks_are_zeros_and_ones(model, before, saved, tmp_path, value):
     path = tmp_path / "m.weights.h5"
     path.write_bytes(saved[".weights.h5"])
     with h5py.File(path, "r+") as file:
-        file["layers/masked_1/vars/0"][0, 0] = value
+        # Float32, as earlier versions wrote it.
+        mask = file["layers/masked_1/vars/0"][:].astype(np.float32)
+        mask[0, 0] = value
+        del file["layers/masked_1/vars/0"]
+        file["layers/masked_1/vars/0"] = mask
+    with pytest.raises(ValueError, match="The model is unchanged"):
+        model.load_weights(path)
+    assert same(model, before)
+
+
+def test_masks_are_bytes_of_0_and_1(model, before, saved, tmp_path):
+    path = tmp_path / "m.weights.h5"
+    content = bytearray(saved[".weights.h5"])
+    mask = rigl_keras.masked_layers(model)[1].mask.numpy().tobytes()
+    content[content.index(mask)] = 0xFF
+    path.write_bytes(content)
     with pytest.raises(ValueError, match="The model is unchanged"):
         model.load_weights(path)
     assert same(model, before)

@@ -468,7 +468,10 @@ class Masked(KernelMask, keras.layers.Wrapper):
             )
         _keras.check_file_of_layer(self, store)
         for i in range(len(self._masks)):
-            values = np.unique(np.asarray(store[f"{i}"]))
+            values = np.asarray(store[f"{i}"])
+            if values.dtype == bool:  # as bytes, which damage may have changed
+                values = values.view(np.uint8)
+            values = np.unique(values)
             if not np.isin(values, [0, 1]).all():
                 raise ValueError(
                     f"The mask of layer {self.name!r} in this file holds "
