@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from rigl_keras import _keras
 
-__all__ = ["MaskVariable"]
+__all__ = ["MaskVariable", "check_read"]
 
 
 class MaskVariable(_keras.CheckpointedAsFloats):
@@ -55,3 +55,26 @@ class MaskVariable(_keras.CheckpointedAsFloats):
             return value
         # Given by a scope of the caller's (stateless_call).
         return tf.cast(tf.convert_to_tensor(value), tf.bool)
+
+
+def check_read(mask: Any, layer_name: str) -> None:
+    """Checks that what a file holds as a mask is one.
+
+    Args:
+        mask: An array, or a data set of the file.
+        layer_name: Of the layer that is masked.
+
+    Raises:
+        ValueError: It holds other values than zeros and ones.
+    """
+    values = np.asarray(mask)
+    if values.dtype == bool:  # as bytes, which damage may have changed
+        values = values.view(np.uint8)
+    values = np.unique(values)
+    others = values[~np.isin(values, [0, 1])]
+    if others.size:
+        raise ValueError(
+            f"The mask of layer {layer_name!r} in this file holds "
+            f"{others[0]}, and masks are zeros and ones: the file is damaged, "
+            "or not ours."
+        )

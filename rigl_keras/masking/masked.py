@@ -17,7 +17,7 @@ from rigl_keras.kernels.layer_products import ProductChoices
 from rigl_keras.masking.drawing import draw_mask
 from rigl_keras.masking.inner_products import ask_scope, multiplier
 from rigl_keras.masking.layer_kernels import Kernel, find_kernels, kernel_at
-from rigl_keras.masking.mask_variable import MaskVariable
+from rigl_keras.masking.mask_variable import MaskVariable, check_read
 from rigl_keras.masking.tracing import (
     KernelScope,
     gradients_are_dense,
@@ -468,16 +468,7 @@ class Masked(KernelMask, keras.layers.Wrapper):
             )
         _keras.check_file_of_layer(self, store)
         for i in range(len(self._masks)):
-            values = np.asarray(store[f"{i}"])
-            if values.dtype == bool:  # as bytes, which damage may have changed
-                values = values.view(np.uint8)
-            values = np.unique(values)
-            if not np.isin(values, [0, 1]).all():
-                raise ValueError(
-                    f"The mask of layer {self.name!r} in this file holds "
-                    f"{values[~np.isin(values, [0, 1])][0]}, and masks are "
-                    "zeros and ones: the file is damaged, or not ours."
-                )
+            check_read(store[f"{i}"], self.name)
         super().load_own_variables(store)
 
     def get_config(self):
