@@ -136,7 +136,8 @@ class MagnitudePruning(StepUpdate):
             for m in layers
         ]
         if self.scope == "global":
-            count = _share(density, sum(math.prod(m.shape) for m in masks))
+            entries = sum(math.prod(layer.mask.shape) for layer in layers)
+            count = _share(density, entries)
             everything = topology.select_highest(
                 _joined(worth), count, among=_joined(masks)
             )
