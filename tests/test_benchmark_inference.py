@@ -7,6 +7,7 @@ import tensorflow as tf
 from keras import layers
 
 from rigl_keras import models
+from rigl_keras.experiments import exits
 from rigl_keras.experiments.benchmarks import (
     inference_command,
     runtime_tables,
@@ -198,9 +199,9 @@ def test_what_cannot_be_written_is_refused_at_once(figure, numbers, message):
 
 
 def test_numbers_of_a_flag():
-    assert inference_command._numbers("batches", ["1", "128"], int) == [1, 128]
-    with pytest.raises(ValueError, match="--batches must be numbers.*'1,x'"):
-        inference_command._numbers("batches", ["1", "x"], int)
+    assert exits.numbers("batches", ["1", "128"], int) == (1, 128)
+    with pytest.raises(ValueError, match="--batches takes whole num.*'1,x'"):
+        exits.numbers("batches", ["1", "x"], int)
 
 
 # PyTorch's side.
