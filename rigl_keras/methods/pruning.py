@@ -165,7 +165,8 @@ def _share(density, size):
 
 def _layer_share(density, layer):
     """Returns how many entries of a layer stay: whole units, one at least."""
-    units = math.prod(layer.by_unit(layer.mask.value).shape)
+    mask = tf.convert_to_tensor(layer.mask.value)
+    units = math.prod(layer.units(mask).shape)
     entries = math.prod(layer.mask.shape) // units
     return tf.maximum(_share(density, units), 1) * entries
 
