@@ -801,7 +801,7 @@ def test_the_command(fakes, tmp_path, capsys):
     names = {path.name for path in (tmp_path / "new").iterdir()}
     assert names == {"engines.csv", "engines.json", "engines.png"}
     for changes, message in (
-        ({"densities": ["x"]}, "--densities must be numbers"),
+        ({"densities": ["x"]}, "--densities takes numbers"),
         ({"argv": ["", "here"]}, "There is nothing to name but flags"),
     ):
         with pytest.raises(SystemExit):
