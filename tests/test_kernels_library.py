@@ -96,20 +96,18 @@ def place(tmp_path, monkeypatch):
     """A folder with sources, and nothing built or tried."""
     sources = tmp_path / "sources"
     sources.mkdir()
-    (sources / "convolution_ops.cc").write_text(OPS)
-    (sources / "row_ops.cc").write_text("")
-    (sources / "masked_kernel_op.cc").write_text("")
-    (sources / "lanes.cc").write_text(LANES)
-    (sources / "rows.cc").write_text("")
-    (sources / "lanes.h").write_text(HEADER)
     serving = sources / "serving"
     serving.mkdir()
+    folders = {"kernels": sources, "serving": serving}
+    for name in (*toolchain._OPERATIONS, *toolchain._PER_INSTRUCTION_SET):
+        folder, file = name.split("/")
+        (folders[folder] / file).write_text("")
+    (sources / "convolution_ops.cc").write_text(OPS)
+    (sources / "lanes.cc").write_text(LANES)
+    (sources / "lanes.h").write_text(HEADER)
     (serving / "network.cc").write_text(NETWORK)
-    (serving / "network_op.cc").write_text("")
     (serving / "tiles.cc").write_text(TILES)
-    monkeypatch.setattr(
-        toolchain, "_SOURCES", {"kernels": sources, "serving": serving}
-    )
+    monkeypatch.setattr(toolchain, "_SOURCES", folders)
     monkeypatch.setattr(library, "_module", None)
     monkeypatch.setattr(library, "_reason", None)
     # Of other tests, whose operations are those of the real sources.
