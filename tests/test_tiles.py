@@ -409,14 +409,17 @@ def test_a_part_of_a_dense_convolution(tiles):
     )
 
 
-def run_depthwise(tiles, rng, out, *, part=None, **asked):
+def run_depthwise(tiles, rng, out, *, part=None, dilation=1, **asked):
+    """Rows of the window are `dilation` rows of the input apart."""
     channels, rows, _ = out
     k, kept, offsets, computed = convolution(
         rng, tiles.length, (1, 1), out, blocks=1, inputs=9 * channels, **asked
     )
     memory = kept[0]
     columns = rng.integers(-tiles.length, tiles.length + 1, 3)
-    taps = np.add.outer(np.arange(-1, 2) * memory.pitch, columns).reshape(-1)
+    k.row_pitch = dilation * memory.pitch
+    taps = np.add.outer(np.arange(3) * k.row_pitch, columns).reshape(-1)
+    taps -= memory.pitch
     offsets[:] = np.add.outer(np.arange(channels) * memory.plane, taps).flat
     weights = rng.standard_normal((channels, 9)).astype(np.float32)
     first_row = taps[:3].astype(np.int32)
@@ -439,6 +442,9 @@ def test_a_depthwise_convolution(tiles, cells):
         last = int(rng.integers(1, tiles.length + 1))
         run_depthwise(tiles, rng, (3, rows, cells), last=last, step=1, **PLAIN)
         run_depthwise(tiles, rng, (2, rows, cells), last=last, step=2)
+        run_depthwise(
+            tiles, rng, (3, rows, cells), dilation=2, last=last, step=1
+        )
 
 
 @pytest.mark.parametrize("asked", EPILOGUES)

@@ -66,6 +66,7 @@ class Convolution(ctypes.Structure):
         ("weights", _pointer),
         ("inputs", _i32),
         ("in_plane", _i64),
+        ("row_pitch", _i64),
         ("blocks", _i32),
         ("channels", _i32),
         ("bias", _pointer),

@@ -169,6 +169,7 @@ void Instance::Bind(int32_t s) {
     c.in_pitch = step.in_pitch;
     c.in_step = step.in_step;
     c.in_plane = bound.in.plane;
+    c.row_pitch = bound.in.pitch;
     c.entries = w.entries.data();
     c.rows = w.rows.data();
     c.offsets = w.offsets.data();

@@ -611,12 +611,13 @@ void Sparse(const Convolution& k, const Part& part, float* scratch) {
            });
 }
 
-// Some rows of C cells of one channel. The sums of three rows of the output are
-// begun, went on with, and ended by each row of the input.
-template <int C>
+// Some rows of C cells of one channel. Where rows of the output read rows of
+// the input that follow one another, each row read begins the sums of one row,
+// goes on with those of another, and ends those of a third.
+template <int C, bool follows>
 RIGL_INLINE void DepthwiseCells(const Convolution& k, const Part& part,
                                 int32_t channel, int32_t cell) {
-  const int64_t pitch = k.in_pitch, step = k.in_step;
+  const int64_t pitch = k.in_pitch, step = k.in_step, row_pitch = k.row_pitch;
   const float* in = Hidden(k.in + channel * k.in_plane +
                            part.row_begin * pitch + cell * step);
   const int64_t left = k.offsets[0], middle = k.offsets[1],
@@ -636,6 +637,38 @@ RIGL_INLINE void DepthwiseCells(const Convolution& k, const Part& part,
                           Place(after.to, channel, part.row_begin, cell)
                     : nullptr;
   const int64_t to_pitch = after.to.pitch;
+  const auto end = [&](Vector* sums, int32_t row) {
+    if (!plain) {
+      FinishOne(after, channel, row, cell, 1, C, last, sums);
+      return;
+    }
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) {
+      Vector x = Clipped(sums[c], low, high);
+      if (c == C - 1) x = Masked(x, kept);
+      Store(to + c * L, x);
+    }
+    to += to_pitch;
+  };
+  if constexpr (!follows) {
+    for (int32_t row = part.row_begin; row < part.row_end; ++row) {
+      Vector sums[C];
+#pragma GCC unroll 8
+      for (int c = 0; c < C; ++c) {
+        const float* at = in + c * step;
+        sums[c] = bias;
+#pragma GCC unroll 3
+        for (int r = 0; r < 3; ++r, at += row_pitch) {
+          sums[c] += w[3 * r] * Load(at + left);
+          sums[c] += w[3 * r + 1] * Load(at + middle);
+          sums[c] += w[3 * r + 2] * Load(at + right);
+        }
+      }
+      in = Hidden(in + pitch);
+      end(sums, row);
+    }
+    return;
+  }
   Vector above[C], here[C], below[C];
 #pragma GCC unroll 8
   for (int c = 0; c < C; ++c) above[c] = here[c] = bias;
@@ -657,20 +690,7 @@ RIGL_INLINE void DepthwiseCells(const Convolution& k, const Part& part,
       below[c] += w[2] * x2;
     }
     in = Hidden(in + pitch);
-    const int32_t ended = row - 2;
-    if (ended >= part.row_begin) {
-      if (plain) {
-#pragma GCC unroll 8
-        for (int c = 0; c < C; ++c) {
-          Vector x = Clipped(above[c], low, high);
-          if (c == C - 1) x = Masked(x, kept);
-          Store(to + c * L, x);
-        }
-        to += to_pitch;
-      } else {
-        FinishOne(after, channel, ended, cell, 1, C, last, above);
-      }
-    }
+    if (row - 2 >= part.row_begin) end(above, row - 2);
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) above[c] = here[c], here[c] = below[c];
   }
@@ -679,26 +699,26 @@ RIGL_INLINE void DepthwiseCells(const Convolution& k, const Part& part,
 // Which of these tiles there are: their sums and weights are in registers.
 constexpr int kDepthwiseCells = kRegisters >= 28 ? 4 : 1;
 
-void Depthwise(const Convolution& k, const Part& part, float*) {
+template <bool follows>
+RIGL_INLINE void DepthwiseChannels(const Convolution& k, const Part& part) {
   for (int32_t o = part.channel_begin; o < part.channel_end; ++o) {
-    for (int32_t cell = 0; cell < k.out_cells;) {
-      const int32_t left = k.out_cells - cell;
-      if constexpr (kDepthwiseCells == 4) {
-        if (left >= 4) {
-          DepthwiseCells<4>(k, part, o, cell);
-          cell += 4;
-          continue;
-        }
-        if (left >= 2) {
-          DepthwiseCells<2>(k, part, o, cell);
-          cell += 2;
-          continue;
-        }
-      }
-      DepthwiseCells<1>(k, part, o, cell);
-      cell += 1;
+    int32_t cell = 0;
+    if constexpr (kDepthwiseCells == 4) {
+      for (; k.out_cells - cell >= 4; cell += 4)
+        DepthwiseCells<4, follows>(k, part, o, cell);
+      for (; k.out_cells - cell >= 2; cell += 2)
+        DepthwiseCells<2, follows>(k, part, o, cell);
     }
+    for (; cell < k.out_cells; ++cell)
+      DepthwiseCells<1, follows>(k, part, o, cell);
   }
+}
+
+void Depthwise(const Convolution& k, const Part& part, float*) {
+  if (k.in_pitch == k.row_pitch)
+    DepthwiseChannels<true>(k, part);
+  else
+    DepthwiseChannels<false>(k, part);
 }
 
 // Cells of a dense tile: how far they are from the first, in the input.

@@ -83,8 +83,8 @@ struct Convolution {
   // Depthwise: channel o reads channel o of the input alone, `in_plane` floats
   // on. `weights` are [channels][9], of a window of 3 rows and columns; the
   // columns of its first row are at offsets[0] to offsets[2], and each row
-  // follows `in_pitch` floats after the one before.
-  int64_t in_plane = 0;
+  // follows `row_pitch` floats after the one before.
+  int64_t in_plane = 0, row_pitch = 0;
 
   int32_t blocks = 1;
   int32_t channels = 0;        // of the output, all of them
@@ -129,7 +129,8 @@ struct Tiles {
   // begin with a panel, and their scratch is for whole ones.
   void (*sparse)(const Convolution&, const Part&, float* scratch);
   void (*dense)(const Convolution&, const Part&, float* scratch);
-  // A row of the input is read once for the three of the output that it is for.
+  // Without strides a row of the input is read once for the three of the output
+  // that it is for.
   void (*depthwise)(const Convolution&, const Part&, float* scratch);
 
   // The epilogue of sums that were computed elsewhere: [channel][cell][L], of

@@ -96,15 +96,15 @@ int32_t BlockFor(const Step& step, const int32_t* tile, int64_t channels,
 }
 
 // Whether each channel is convolved by itself, with a window of 3 rows and
-// columns that all read the image, and whose rows follow one another.
+// columns that all read the image, and whose rows are neighbours.
 bool IsDepthwise(const Step& step, const Kernel& kernel) {
   if (kernel.inputs != 1 || kernel.filters != kernel.groups ||
       kernel.taps != 9 || step.taps.size() != 9)
     return false;
   for (int32_t i = 0; i < 9; ++i) {
     const Step::Tap &tap = step.taps[i], &above = step.taps[i % 3];
-    if (tap.place != i || tap.phase != 0 ||
-        tap.offset != above.offset + i / 3 * step.in_pitch)
+    if (tap.place != i || tap.phase != above.phase ||
+        tap.offset != above.offset + i / 3 * step.in.geometry.pitch)
       return false;
   }
   return true;
