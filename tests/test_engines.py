@@ -477,6 +477,16 @@ def test_the_figure(tmp_path):
     drawn = [round(float(line.get_xdata()[0]), 6) for line in one.lines]
     assert drawn.count(1.5) == drawn.count(15.0) == 2
     assert many.lines[0].get_xdata() == [192.0]  # 128 times as many
+    assert many.axison
+
+
+def test_what_was_not_measured_has_no_panel():
+    found = [
+        measurement("native", 1.0, 2.0, case=Case(model, "uniform", 0.1, batch))
+        for model, batch in (("tiny", 1), ("tiny", 128), ("other", 1))
+    ]
+    shown = [axes.axison for axes in engine_figure(found).axes]
+    assert shown == [True, True, True, False]
 
 
 # Environments.

@@ -60,6 +60,9 @@ def engine_figure(measurements: Sequence[Measurement]) -> Figure:
                 for m in measurements
                 if m.case[:2] == (model, distribution) and m.case.batch == batch
             ]
+            if not found:  # this batch was not asked for of this network
+                axes.set_axis_off()
+                continue
             _draw(axes, found, engines, densities)
             dress(axes, f"{model}, {distribution}, batch {batch}")
             _label(axes, engines, named=axes is panels[0])
