@@ -390,7 +390,8 @@ def test_auto_times_rows_of_any_length(monkeypatch, timed_kernels):
     """Of a step of an LSTM it is the product with both kernels."""
     asked = []
 
-    def choose(problem, density, *, backward):
+    def choose(problem, density, *, backward, in_lanes):
+        assert not in_lanes
         asked.append((problem, round(density, 2)))
         return kernels.Choice(True, "test")
 

@@ -23,7 +23,13 @@ import numpy as np
 import tensorflow as tf
 
 from rigl_keras import _files, _timing
-from rigl_keras.kernels import library, matrix_operations, operations
+from rigl_keras.kernels import (
+    lane_operations,
+    library,
+    matrix_operations,
+    operations,
+)
+from rigl_keras.kernels.lane_operations import Lanes
 from rigl_keras.kernels.matrix_operations import sparse_dense
 from rigl_keras.kernels.operations import (
     dense_library,
@@ -129,7 +135,11 @@ class Choice:
 
 
 def choose(
-    problem: Problem, density: float, *, backward: bool = True
+    problem: Problem,
+    density: float,
+    *,
+    backward: bool = True,
+    in_lanes: bool = False,
 ) -> Choice:
     """Returns which product is faster, timed once on this machine.
 
@@ -142,15 +152,19 @@ def choose(
         density: Fraction of the kernel that is left, in [0, 1].
         backward: Whether gradients are timed as well, or only what inference
             does.
+        in_lanes: Whether images are in lanes (`lane_operations`), so that a
+            dense product has to turn them, and its outputs back. Not for
+            matrices.
 
     Returns:
         The choice.
     """
-    at = bisect.bisect_left(_DENSITIES, density)
-    if at == len(_DENSITIES):
+    densities = (*_DENSITIES, 1.0) if in_lanes else _DENSITIES
+    at = bisect.bisect_left(densities, density)
+    if at == len(densities):
         return Choice(False, f"density above {_DENSITIES[-1]}")
     if problem.products < _LEAST_WORK:
-        return Choice(False, "too small to matter")
+        return Choice(in_lanes, "too small to matter")
     if library.load() is None:
         return Choice(False, library.unavailable() or "no op library")
     why = too_large(problem, backward=backward)
@@ -165,7 +179,7 @@ def choose(
     problem = dataclasses.replace(problem, images=(batch, *problem.images[1:]))
     # Whatever is being traced, it is timed now.
     with _lock, tf.init_scope():
-        key = _key(problem, _DENSITIES[at], backward)
+        key = _key(problem, densities[at], backward, in_lanes)
         if key not in _known:
             # Of processes that ask at once, one times, and all choose alike.
             with _locked():
@@ -176,7 +190,7 @@ def choose(
                     # are recorded; in an `init_scope` none are.
                     with concurrent.futures.ThreadPoolExecutor(1) as thread:
                         dense, sparse, busy = thread.submit(
-                            _seconds, problem, _DENSITIES[at], backward
+                            _seconds, problem, densities[at], backward, in_lanes
                         ).result()
                     _known[key] = Choice.timed(dense, sparse, batch, busy=busy)
                     if not busy:
@@ -257,7 +271,7 @@ def _announce():
     )
 
 
-def _key(problem, density, backward):
+def _key(problem, density, backward, in_lanes):
     """Returns what the times depend on, but for the load of the machine.
 
     Machines of several kinds may share the cache, in a home on a network, and
@@ -279,6 +293,7 @@ def _key(problem, density, backward):
             "x".join(map(str, problem.dilations)),
             density,
             "both passes" if backward else "forward",
+            *(["in lanes"] if in_lanes else []),
             f"timed by {_program()}",
         )
     )
@@ -312,6 +327,7 @@ def _program():
     for part in (
         __file__,
         _timing.__file__,
+        lane_operations.__file__,
         operations.__file__,
         matrix_operations.__file__,
     ):
@@ -319,7 +335,7 @@ def _program():
     return digest.hexdigest()[:12]
 
 
-def _seconds(problem, density, backward):
+def _seconds(problem, density, backward, in_lanes=False):
     """Returns what the passes take, dense and sparse, and if others ran."""
     draw = np.random.default_rng(0)
 
@@ -330,6 +346,8 @@ def _seconds(problem, density, backward):
     if problem.matrix:
         images, shape = images[:1], shape[2:]
     images = normal(*images, shape[-2])
+    if in_lanes:
+        images, count = lane_operations.to_lanes(images)
     kernel = normal(*shape)
     kept = draw.permutation(math.prod(shape)) < density * math.prod(shape)
     mask = tf.constant(kept.reshape(shape))
@@ -351,17 +369,28 @@ def _seconds(problem, density, backward):
     def dense(images, kernel):
         if problem.matrix:
             return tf.matmul(images, tf.where(mask, kernel, 0.0))
-        return tf.nn.convolution(
+        if in_lanes:
+            images = lane_operations.from_lanes(Lanes(images, count))
+        outputs = tf.nn.convolution(
             images,
             tf.where(mask, kernel, 0.0),
             strides=problem.strides,
             padding=problem.padding,
             dilations=problem.dilations,
         )
+        return lane_operations.to_lanes(outputs).values if in_lanes else outputs
 
     def sparse(images, kernel):
         if problem.matrix:
             return sparse_dense(images, kernel, mask)
+        if in_lanes:
+            return lane_operations.conv2d(
+                images,
+                kernel,
+                mask,
+                strides=problem.strides,
+                padding=problem.padding,
+            )
         return sparse_conv2d(
             images,
             kernel,

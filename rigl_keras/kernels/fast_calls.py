@@ -13,7 +13,8 @@ import keras
 import tensorflow as tf
 
 from rigl_keras import _keras
-from rigl_keras.kernels import library, operations
+from rigl_keras.kernels import lane_calls, library, operations
+from rigl_keras.kernels.lane_operations import in_lanes
 from rigl_keras.kernels.layer_products import USUAL_BATCH, only_dense
 
 __all__ = ["use_fast_calls", "use_usual_calls"]
@@ -29,8 +30,9 @@ def use_fast_calls(layer: keras.layers.Layer) -> None:
     computed, up to rounding.
 
     Args:
-        layer: A layer or model. All but batch normalisation and dropout of
-            Keras's own classes are left alone.
+        layer: A layer or model. Batch normalisation and dropout of Keras's
+            own classes, and those of `lane_calls.CALLS`, compute otherwise;
+            all others are left alone.
     """
     for one in _keras.flatten_layers(layer):
         call = _CALLS.get(type(one))
@@ -64,7 +66,12 @@ def _batch_norm(layer, inputs, training=None, mask=None):
     channels = inputs.shape[-1]
     gamma = layer.gamma if layer.scale else tf.ones(channels)
     beta = layer.beta if layer.center else tf.zeros(channels)
-    outputs, mean, variance = operations.batch_norm(
+    normalise = (
+        operations.batch_norm
+        if in_lanes(inputs) is None
+        else lane_calls.batch_norm
+    )
+    outputs, mean, variance = normalise(
         inputs,
         tf.convert_to_tensor(gamma),
         tf.convert_to_tensor(beta),
@@ -86,7 +93,11 @@ def _dropout(layer, inputs, training=False):
         and _fits(inputs)
     ):
         return type(layer).call(layer, inputs, training=training)
-    return operations.dropout(inputs, layer.rate, layer.seed_generator.next())
+    seed = layer.seed_generator.next()
+    found = lane_calls.dropout(inputs, layer.rate, seed)
+    if found is not None:
+        return found
+    return operations.dropout(inputs, layer.rate, seed)
 
 
 def _fits(inputs):
@@ -111,6 +122,7 @@ def _numbers(shape):
 
 
 _CALLS = {
+    **lane_calls.CALLS,
     keras.layers.BatchNormalization: _batch_norm,
     keras.layers.Dropout: _dropout,
 }

@@ -9,7 +9,7 @@ import keras
 import tensorflow as tf
 
 from rigl_keras import _checks, _keras
-from rigl_keras.kernels import choice, library, operations
+from rigl_keras.kernels import choice, lane_calls, library, operations
 from rigl_keras.kernels.convolution_layers import (
     CONVOLUTIONS,
     convolution_outputs,
@@ -30,6 +30,7 @@ __all__ = [
     "USUAL_BATCH",
     "dense_products",
     "faster_product",
+    "goes_in_lanes",
     "inference_kernel",
     "only_dense",
     "sparse_if_possible",
@@ -70,7 +71,10 @@ class ProductChoices:
         self._masks: Sequence[keras.Variable] = ()
         self.product = product
         self._layer = layer
-        self._by_shape: dict[tuple[int | None, ...], choice.Choice] = {}
+        # By shape, and whether in lanes: training is, evaluation is not.
+        self._chosen: dict[
+            tuple[tuple[int | None, ...], bool], choice.Choice
+        ] = {}
 
     @property
     def product(self) -> str:
@@ -91,21 +95,26 @@ class ProductChoices:
 
     @property
     def by_shape(self) -> dict[tuple[int | None, ...], choice.Choice]:
-        """What was chosen, by the shape of the inputs; a copy."""
-        return dict(self._by_shape)
+        """What was chosen last, by the shape of the inputs; a copy."""
+        return {shape: found for (shape, _), found in self._chosen.items()}
 
     def chosen(self, layer: keras.layers.Layer) -> "ProductChoices":
         """Returns those of a layer within this one, or what it is itself."""
         return self._within.get(id(layer), self)
 
     def choose(
-        self, shape: tf.TensorShape, masks: Sequence[keras.Variable]
+        self,
+        shape: tf.TensorShape,
+        masks: Sequence[keras.Variable],
+        *,
+        in_lanes: bool = False,
     ) -> choice.Choice:
         """Returns which product is used for inputs of a shape.
 
         Args:
             shape: Of the inputs; the batch may be free.
             masks: The masks of the layer's kernels, whose density decides.
+            in_lanes: Whether the sparse product would be computed in lanes.
         """
         self._masks = masks
         if self.product == "sparse":
@@ -116,8 +125,12 @@ class ProductChoices:
                 ones = sum(int(tf.math.count_nonzero(v)) for v in values)
                 size = sum(math.prod(mask.shape) for mask in masks)
             density = ones / size if size else 0.0
-            found = faster_product(self._layer, shape, density)
-        self._by_shape[tuple(shape)] = found
+            found = faster_product(
+                self._layer, shape, density, in_lanes=in_lanes
+            )
+        key = (tuple(shape), in_lanes)
+        self._chosen.pop(key, None)  # the latest is the last
+        self._chosen[key] = found
         return found
 
     def changes(self) -> bool:
@@ -127,16 +140,20 @@ class ProductChoices:
         """
         return any(
             [
-                self.choose(tf.TensorShape(shape), self._masks).sparse
+                self.choose(
+                    tf.TensorShape(shape),
+                    self._masks,
+                    in_lanes=in_lanes,
+                ).sparse
                 != earlier.sparse
-                for shape, earlier in self.by_shape.items()
+                for (shape, in_lanes), earlier in [*self._chosen.items()]
             ]
             + [inner.changes() for inner in self._within.values()]
         )
 
     def forget(self) -> None:
         """Forgets what was chosen."""
-        self._by_shape.clear()
+        self._chosen.clear()
         for inner in self._within.values():
             inner.forget()
 
@@ -198,6 +215,7 @@ def faster_product(
     density: float,
     *,
     backward: bool = True,
+    in_lanes: bool = False,
 ) -> choice.Choice:
     """Returns which product is faster for a layer, timed once.
 
@@ -206,11 +224,13 @@ def faster_product(
         shape: Shape of its inputs. Where the batch is free, 128 is timed.
         density: Density of its mask.
         backward: Whether it is used in training, or in inference alone.
+        in_lanes: Whether the sparse product is computed in lanes, and the
+            dense one has to turn its inputs and its outputs.
     """
     if _has_images(layer) and None in shape.as_list()[1:-1]:
         return choice.Choice(False, "images of any size")
     problem = _problem(layer, shape)
-    return choice.choose(problem, density, backward=backward)
+    return choice.choose(problem, density, backward=backward, in_lanes=in_lanes)
 
 
 def sparse_if_possible(
@@ -266,6 +286,10 @@ def sparse_outputs(
         product = matrix_outputs(
             layer, matrix, inputs, kernel, mask, dense_gradient=dense_gradient
         )
+    elif goes_in_lanes(layer, inputs):
+        return lane_calls.convolve(
+            layer, inputs, kernel, mask, dense_gradient=dense_gradient
+        )
     else:
         product = convolution_outputs(
             layer, inputs, kernel, mask, dense_gradient=dense_gradient
@@ -273,6 +297,21 @@ def sparse_outputs(
         if layer.use_bias:
             product = product + tf.convert_to_tensor(layer.bias)
     return product if layer.activation is None else layer.activation(product)
+
+
+def goes_in_lanes(layer: keras.layers.Layer, inputs: tf.Tensor) -> bool:
+    """Returns whether a layer's product is computed in lanes.
+
+    In training, where its inputs are in lanes already, and where it costs
+    little to turn them.
+
+    Args:
+        layer: A layer that has a sparse product.
+        inputs: Its inputs.
+    """
+    return _keras.is_training() and (
+        lane_calls.stays(layer, inputs) or lane_calls.enters(layer, inputs)
+    )
 
 
 def inference_kernel(kernel: tf.Tensor, mask: tf.Tensor) -> tf.Tensor | None:

@@ -40,6 +40,7 @@ _SOURCES = {
 # Those that need TensorFlow.
 _OPERATIONS = (
     "kernels/convolution_ops.cc",
+    "kernels/lane_ops.cc",
     "kernels/masked_kernel_op.cc",
     "kernels/matrix_ops.cc",
     "kernels/recurrent_ops.cc",
@@ -49,6 +50,7 @@ _OPERATIONS = (
 # Loops, which are compiled for each instruction set, and some of them for each
 # length of its vectors as well.
 _PER_INSTRUCTION_SET = (
+    "kernels/lane_layers.cc",
     "kernels/lanes.cc",
     "kernels/panels.cc",
     "kernels/recurrent.cc",

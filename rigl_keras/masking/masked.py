@@ -377,7 +377,11 @@ class Masked(KernelMask, keras.layers.Wrapper):
             and not masks_are_applied()
             and self.why_dense() is None
             and not layer_products.only_dense()
-            and self.choose_product(args[0].shape).sparse
+            and self._choices.choose(
+                args[0].shape,
+                [self.mask],
+                in_lanes=layer_products.goes_in_lanes(self.layer, args[0]),
+            ).sparse
         )
 
     def why_dense(self) -> str | None:

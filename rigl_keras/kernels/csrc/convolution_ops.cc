@@ -28,11 +28,13 @@ const bool first_copy = FirstCopyOf("RiglKerasComputedBy");
 // What the attributes of all convolutions say, and what follows from shapes.
 struct Attributes {
   std::vector<int32_t> strides, dilations;
+  std::vector<int32_t> pads = {0, 0, 0, 0};  // above, below, left, right
   std::string padding;
 
-  // From a kernel's construction or a shape function.
+  // From a kernel's construction or a shape function. `padded`: of an
+  // operation that has pads.
   template <typename Context>
-  tensorflow::Status Get(Context* context) {
+  tensorflow::Status Get(Context* context, bool padded = false) {
     TF_RETURN_IF_ERROR(context->GetAttr("strides", &strides));
     TF_RETURN_IF_ERROR(context->GetAttr("dilations", &dilations));
     TF_RETURN_IF_ERROR(context->GetAttr("padding", &padding));
@@ -44,6 +46,16 @@ struct Attributes {
     if (padding != "SAME" && padding != "VALID")
       return InvalidArgument("padding must be SAME or VALID. Received: ",
                              padding);
+    if (!padded) return tensorflow::OkStatus();
+    pads.clear();  // what is read is appended
+    TF_RETURN_IF_ERROR(context->GetAttr("pads", &pads));
+    constexpr int32_t kMostPad = 1 << 24;
+    if (pads.size() != 4 ||
+        *std::min_element(pads.begin(), pads.end()) < 0 ||
+        *std::max_element(pads.begin(), pads.end()) > kMostPad ||
+        (padding != "VALID" && pads != std::vector<int32_t>{0, 0, 0, 0}))
+      return InvalidArgument("pads are four numbers from 0 to ", kMostPad,
+                             ", with padding VALID.");
     return tensorflow::OkStatus();
   }
 
@@ -52,28 +64,31 @@ struct Attributes {
   tensorflow::Status Output(int axis, int64_t length, int64_t kernel,
                             bool known, int64_t* output) const {
     const int64_t stride = strides[axis + 1];
+    const int64_t padded = length + pads[2 * axis] + pads[2 * axis + 1];
     const int64_t extent = (kernel - 1) * dilations[axis + 1] + 1;
-    *output = padding == "SAME" ? CeilDivide(length, stride)
-                                : (length - extent + stride) / stride;
-    if (*output < 0 || (known && padding != "SAME" && length < extent))
+    *output = padding == "SAME" ? CeilDivide(padded, stride)
+                                : (padded - extent + stride) / stride;
+    if (*output < 0 || (known && padding != "SAME" && padded < extent))
       return InvalidArgument("images must not be smaller than the kernel, with "
                              "padding VALID. Received: ",
-                             length, " pixels and a kernel of ", extent);
+                             padded, " pixels and a kernel of ", extent);
     return tensorflow::OkStatus();
   }
 };
 
 class SparseConvolution : public OpKernel {
  public:
-  explicit SparseConvolution(OpKernelConstruction* context)
+  explicit SparseConvolution(OpKernelConstruction* context, bool padded = false)
       : OpKernel(context) {
-    OP_REQUIRES_OK(context, attributes_.Get(context));
+    OP_REQUIRES_OK(context, attributes_.Get(context, padded));
   }
 
  protected:
   tensorflow::Status Describe(const TensorShape& x, const TensorShape& kernel,
-                              Convolution* conv, TensorShape* y) const {
+                              Convolution* conv, TensorShape* y,
+                              bool in_lanes = false) const {
     *conv = {};
+    conv->in_lanes = in_lanes;
     if (x.dims() != 4 || kernel.dims() != 4)
       return InvalidArgument("images must be [batch, rows, columns, channels] "
                              "and kernels [rows, columns, in, out]. Received: ",
@@ -106,7 +121,7 @@ class SparseConvolution : public OpKernel {
           int64_t{conv->kernel[a] - 1} * conv->dilation[a] + 1;
       conv->padding[a] =
           attributes_.padding == "VALID"
-              ? 0
+              ? attributes_.pads[2 * a]
               : std::max<int64_t>(
                     0, (out[a] - 1) * conv->stride[a] + extent - length) / 2;
       if (out[a] > kMost)
@@ -117,7 +132,7 @@ class SparseConvolution : public OpKernel {
     TF_RETURN_IF_ERROR(tensorflow::TensorShapeUtils::MakeShape(sizes, 4, y));
     conv->out_height = out[0], conv->out_width = out[1];
     // Rows of a matrix, which may be dealt to lanes as they come.
-    if (conv->kernel[0] == 1 && conv->kernel[1] == 1 &&
+    if (!in_lanes && conv->kernel[0] == 1 && conv->kernel[1] == 1 &&
         conv->stride[0] == 1 && conv->stride[1] == 1 &&
         out[0] == conv->height && out[1] == conv->width) {
       conv->width = conv->images * conv->height * conv->width;
@@ -357,6 +372,200 @@ class SparseConv2DBackpropFilter : public SparseConvolution {
   }
 };
 
+// The shape of images in lanes (lane_layers.h), as NHWC of whole groups.
+tensorflow::Status ImagesOf(const TensorShape& lanes, TensorShape* images) {
+  const int64_t width = BestLanes().width;
+  if (lanes.dims() != 5 || lanes.dim_size(4) != width)
+    return InvalidArgument("images in lanes are [groups, channels, rows, "
+                           "columns, ", width, "]. Received: ",
+                           lanes.DebugString());
+  const int64_t sizes[] = {lanes.dim_size(0) * width, lanes.dim_size(2),
+                           lanes.dim_size(3), lanes.dim_size(1)};
+  return tensorflow::TensorShapeUtils::MakeShape(sizes, 4, images);
+}
+
+TensorShape LanesOf(const TensorShape& images) {
+  const int64_t width = BestLanes().width;
+  return TensorShape({CeilDivide(images.dim_size(0), width),
+                      images.dim_size(3), images.dim_size(1),
+                      images.dim_size(2), width});
+}
+
+// Units that one thread computes in a row, which each prefetches for the next.
+int64_t UnitsInARow(OpKernelContext* context, int64_t units) {
+  return std::max<int64_t>(1, units / (8 * Threads(context)));
+}
+
+// As SparseConv2D, of images in lanes.
+template <bool transposed>
+class LanesConv2D : public SparseConvolution {
+ public:
+  explicit LanesConv2D(OpKernelConstruction* context)
+      : SparseConvolution(context, true) {}
+
+ protected:
+  tensorflow::Status Run(OpKernelContext* context) {
+    const Tensor& x = context->input(0);
+    const Tensor& kernel = context->input(1);
+    const Tensor& mask = context->input(2);
+    TensorShape x_shape = x.shape(), images, y_images;
+    if (transposed) {
+      const Tensor& sizes = context->input(3);
+      if (sizes.dims() != 1 || sizes.dim_size(0) != 5)
+        return InvalidArgument("input_sizes must be five sizes.");
+      const int32_t* five = Read<int32_t>(sizes);
+      if (*std::min_element(five, five + 5) < 0)
+        return InvalidArgument("input_sizes must not be negative.");
+      TF_RETURN_IF_ERROR(
+          tensorflow::TensorShapeUtils::MakeShape(five, 5, &x_shape));
+    }
+    TF_RETURN_IF_ERROR(Check(mask.shape(), kernel.shape(), "mask"));
+    TF_RETURN_IF_ERROR(ImagesOf(x_shape, &images));
+    Convolution conv;
+    TF_RETURN_IF_ERROR(
+        Describe(images, kernel.shape(), &conv, &y_images, true));
+    if (transposed)
+      TF_RETURN_IF_ERROR(Check(x.shape(), LanesOf(y_images), "out_backprop"));
+    Tensor* y = nullptr;
+    TF_RETURN_IF_ERROR(context->allocate_output(
+        0, transposed ? x_shape : LanesOf(y_images), &y));
+    if (y->NumElements() == 0) return tensorflow::OkStatus();
+    float* to = Write(y);
+    if (x.NumElements() == 0) {
+      std::fill_n(to, y->NumElements(), 0.0f);
+      return tensorflow::OkStatus();
+    }
+    std::shared_ptr<const Plans::Made> made;
+    TF_RETURN_IF_ERROR(
+        PlanOfMask(context, mask, conv, transposed, true, &made));
+    if (made->parts.size() > 1) return TooLarge(conv);
+    if (!made->whole) std::fill_n(to, y->NumElements(), 0.0f);
+    if (made->parts.empty()) return tensorflow::OkStatus();
+    const RiglPlan& plan = made->parts[0].plan;
+    const std::vector<int32_t>& places = made->parts[0].order->weights;
+    Tensor gathered;
+    TF_RETURN_IF_ERROR(context->allocate_temp(
+        tensorflow::DT_FLOAT, TensorShape({int64_t(places.size())}),
+        &gathered));
+    float* weights = Write(&gathered);
+    const float* dense = Read(kernel);
+    for (size_t e = 0; e < places.size(); ++e) weights[e] = dense[places[e]];
+    std::atomic<bool> short_of_memory{false};
+    const float* from = Read(x);
+    const RiglLaneLayers& lanes = BestLaneLayers();
+    ForEach(
+        context, plan.groups,
+        [&](int64_t unit) {
+          const Scratch memory(plan.packed_floats + plan.micro_floats);
+          if (!memory.data)
+            short_of_memory = true;
+          else
+            lanes.correlate(&plan, from, weights, to, unit, memory.data);
+        },
+        UnitsInARow(context, plan.groups));
+    return short_of_memory ? NoMemory(plan) : tensorflow::OkStatus();
+  }
+
+ private:
+  static tensorflow::Status TooLarge(const Convolution& conv) {
+    return ResourceExhausted("a sparse product of ", conv.channels,
+                             " channels to ", conv.filters,
+                             " takes too much memory for images in lanes");
+  }
+};
+
+// As SparseConv2DBackpropFilter, of images in lanes.
+class LanesConv2DBackpropFilter : public SparseConvolution {
+ public:
+  explicit LanesConv2DBackpropFilter(OpKernelConstruction* context)
+      : SparseConvolution(context, true) {}
+
+ protected:
+  tensorflow::Status Run(OpKernelContext* context) {
+    const Tensor& x = context->input(0);
+    const Tensor& mask = context->input(1);
+    const Tensor& dy = context->input(2);
+    TensorShape images, y_images;
+    TF_RETURN_IF_ERROR(ImagesOf(x.shape(), &images));
+    Convolution conv;
+    TF_RETURN_IF_ERROR(Describe(images, mask.shape(), &conv, &y_images, true));
+    TF_RETURN_IF_ERROR(Check(dy.shape(), LanesOf(y_images), "out_backprop"));
+    Tensor* dw = nullptr;
+    TF_RETURN_IF_ERROR(context->allocate_output(0, mask.shape(), &dw));
+    float* gradient = Write(dw);
+    std::fill_n(gradient, dw->NumElements(), 0.0f);
+    if (dy.NumElements() == 0 || x.NumElements() == 0)
+      return tensorflow::OkStatus();
+    std::shared_ptr<const Plans::Made> made;
+    TF_RETURN_IF_ERROR(PlanOfMask(context, mask, conv, false, false, &made));
+    for (const OwnedPlan& part : made->parts)
+      TF_RETURN_IF_ERROR(Add(context, part, Read(x), Read(dy), gradient));
+    return tensorflow::OkStatus();
+  }
+
+ private:
+  // Weights whose sums are kept at once: in a core's own cache.
+  static constexpr int64_t kMostSums = 12'000;
+
+  // Writes the gradients of the weights of one plan.
+  static tensorflow::Status Add(OpKernelContext* context,
+                                const OwnedPlan& owned, const float* x,
+                                const float* dy, float* gradient) {
+    const RiglPlan& plan = owned.plan;
+    const std::vector<int32_t>& places = owned.order->weights;
+    const int64_t count = places.size();
+    if (!count) return tensorflow::OkStatus();
+    // As in SparseConv2DBackpropFilter: additions are always in this order.
+    int64_t parts = std::max(8, Threads(context));
+    parts = std::max<int64_t>(
+        1, std::min<int64_t>(parts, parts * kMostFloats / count));
+    parts = std::min(parts, plan.groups);
+    const int64_t chunks =
+        std::min(plan.out_channels, CeilDivide(count, kMostSums));
+    Tensor sums;
+    TF_RETURN_IF_ERROR(context->allocate_temp(
+        tensorflow::DT_FLOAT, TensorShape({parts, count}), &sums));
+    float* partial = Write(&sums);
+    const RiglLaneLayers& lanes = BestLaneLayers();
+    std::atomic<bool> short_of_memory{false};
+    ForEach(context, parts * chunks, [&](int64_t unit) {
+      const int64_t part = unit / chunks, chunk = unit % chunks;
+      const int64_t begin = plan.out_channels * chunk / chunks;
+      const int64_t end = plan.out_channels * (chunk + 1) / chunks;
+      // Its weights, block by block.
+      const auto rows = [&](int b, int64_t o) {
+        return plan.rows[b * plan.out_channels + o];
+      };
+      int64_t own = 0;
+      for (int b = 0; b < plan.blocks; ++b)
+        own += rows(b, end) - rows(b, begin);
+      const Scratch memory(plan.packed_floats + plan.micro_floats +
+                           own * (lanes.width + 1));
+      if (!memory.data) {
+        short_of_memory = true;
+        return;
+      }
+      float* vectors = memory.data + plan.packed_floats + plan.micro_floats;
+      std::fill_n(vectors, own * lanes.width, 0.0f);
+      for (int64_t group = plan.groups * part / parts;
+           group < plan.groups * (part + 1) / parts; ++group)
+        lanes.correlate_weights(&plan, x, dy, vectors, begin, end, group,
+                                memory.data);
+      for (int b = 0; b < plan.blocks; ++b) {
+        const int64_t some = rows(b, end) - rows(b, begin);
+        lanes.sums(vectors, some, partial + part * count + rows(b, begin));
+        vectors += some * lanes.width;
+      }
+    });
+    if (short_of_memory) return NoMemory(plan);
+    for (int64_t part = 1; part < parts; ++part)
+      for (int64_t e = 0; e < count; ++e)
+        partial[e] += partial[part * count + e];
+    for (int64_t e = 0; e < count; ++e) gradient[places[e]] = partial[e];
+    return tensorflow::OkStatus();
+  }
+};
+
 // What a thread's memory would take, in bytes: of the forward pass, and of all
 // three, were every weight left. More than the limit: no tile is within it.
 class ScratchBytes : public SparseConvolution {
@@ -406,6 +615,7 @@ class ScratchBytes : public SparseConvolution {
     return tensorflow::OkStatus();
   }
 };
+
 namespace shapes = tensorflow::shape_inference;
 
 using shapes::DimensionHandle;
@@ -525,6 +735,85 @@ REGISTER_OP("RiglKerasConv2DBackpropFilter")
       return SetOutput(context, 0, kernel);
     });
 
+// As OutputOf, of images in lanes.
+tensorflow::Status LanesOutputOf(InferenceContext* context, ShapeHandle lanes,
+                                 ShapeHandle kernel, ShapeHandle* outputs) {
+  Attributes attributes;
+  TF_RETURN_IF_ERROR(attributes.Get(context, true));
+  ShapeHandle x, y;
+  TF_RETURN_IF_ERROR(context->WithRank(lanes, 5, &x));
+  TF_RETURN_IF_ERROR(OutputOf(
+      context, attributes,
+      context->MakeShape({context->UnknownDim(), context->Dim(x, 2),
+                          context->Dim(x, 3), context->Dim(x, 1)}),
+      kernel, &y));
+  *outputs = context->MakeShape({context->Dim(x, 0), context->Dim(y, 3),
+                                 context->Dim(y, 1), context->Dim(y, 2),
+                                 context->Dim(x, 4)});
+  return tensorflow::OkStatus();
+}
+
+REGISTER_OP("RiglKerasLanesConv2D")
+    .Input("input: float")
+    .Input("filter: float")
+    .Input("mask: mask_type")
+    .Attr("mask_type: {bool, float} = DT_FLOAT")
+    .Output("output: float")
+    .Attr("strides: list(int)")
+    .Attr("padding: {'SAME', 'VALID'}")
+    .Attr("dilations: list(int) = [1, 1, 1, 1]")
+    .Attr("pads: list(int) = [0, 0, 0, 0]")
+    .Attr("dense_gradient: bool = false")
+    .SetShapeFn([](InferenceContext* context) {
+      ShapeHandle kernel, y;
+      TF_RETURN_IF_ERROR(
+          context->Merge(context->input(1), context->input(2), &kernel));
+      TF_RETURN_IF_ERROR(
+          LanesOutputOf(context, context->input(0), kernel, &y));
+      return SetOutput(context, 0, y);
+    });
+
+REGISTER_OP("RiglKerasLanesConv2DBackpropInput")
+    .Input("out_backprop: float")
+    .Input("filter: float")
+    .Input("mask: mask_type")
+    .Attr("mask_type: {bool, float} = DT_FLOAT")
+    .Input("input_sizes: int32")
+    .Output("output: float")
+    .Attr("strides: list(int)")
+    .Attr("padding: {'SAME', 'VALID'}")
+    .Attr("dilations: list(int) = [1, 1, 1, 1]")
+    .Attr("pads: list(int) = [0, 0, 0, 0]")
+    .Attr("dense_gradient: bool = false")
+    .SetShapeFn([](InferenceContext* context) {
+      ShapeHandle x, kernel, y;
+      TF_RETURN_IF_ERROR(context->MakeShapeFromShapeTensor(3, &x));
+      TF_RETURN_IF_ERROR(
+          context->Merge(context->input(1), context->input(2), &kernel));
+      TF_RETURN_IF_ERROR(LanesOutputOf(context, x, kernel, &y));
+      TF_RETURN_IF_ERROR(context->Merge(context->input(0), y, &y));
+      return SetOutput(context, 0, x);
+    });
+
+REGISTER_OP("RiglKerasLanesConv2DBackpropFilter")
+    .Input("input: float")
+    .Input("mask: mask_type")
+    .Attr("mask_type: {bool, float} = DT_FLOAT")
+    .Input("out_backprop: float")
+    .Output("output: float")
+    .Attr("strides: list(int)")
+    .Attr("padding: {'SAME', 'VALID'}")
+    .Attr("dilations: list(int) = [1, 1, 1, 1]")
+    .Attr("pads: list(int) = [0, 0, 0, 0]")
+    .SetShapeFn([](InferenceContext* context) {
+      ShapeHandle kernel, y;
+      TF_RETURN_IF_ERROR(context->WithRank(context->input(1), 4, &kernel));
+      TF_RETURN_IF_ERROR(
+          LanesOutputOf(context, context->input(0), kernel, &y));
+      TF_RETURN_IF_ERROR(context->Merge(context->input(2), y, &y));
+      return SetOutput(context, 0, kernel);
+    });
+
 // Bytes of a thread's memory (`ScratchBytes`).
 REGISTER_OP("RiglKerasScratchBytes")
     .Input("images: int64")
@@ -600,6 +889,9 @@ class ComputedBy : public OpKernel {
   Register<SparseConv2D<false>>("RiglKerasConv2D");
   Register<SparseConv2D<true>>("RiglKerasConv2DBackpropInput");
   Register<SparseConv2DBackpropFilter>("RiglKerasConv2DBackpropFilter");
+  Register<LanesConv2D<false>>("RiglKerasLanesConv2D");
+  Register<LanesConv2D<true>>("RiglKerasLanesConv2DBackpropInput");
+  Register<LanesConv2DBackpropFilter>("RiglKerasLanesConv2DBackpropFilter");
   Register<ScratchBytes>("RiglKerasScratchBytes");
   Register<Number<plans_made>>("RiglKerasPlansMade");
   Register<Number<Order::held_bytes>>("RiglKerasPlanBytes");

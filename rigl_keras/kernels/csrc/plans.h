@@ -26,6 +26,8 @@ struct Convolution {
   int stride[2];
   int dilation[2];
   int64_t padding[2];  // before the first row and column
+  // Whether images are in lanes (lane_layers.h); then they are whole groups.
+  int64_t in_lanes;
 };
 
 // In what order a plan works off its weights, and where each finds its input.
@@ -201,6 +203,52 @@ inline bool ChooseTile(RiglPlan* plan, const RiglLanes& lanes,
   return least < std::numeric_limits<double>::infinity();
 }
 
+// Chooses the micro-tile of a plan whose images are in lanes already
+// (lane_layers.h): what one takes of a block of channels is copied to where the
+// first cache has it. A unit is a line of micro-tiles; false: none is within
+// the bounds.
+// `sums`: it keeps sums of outputs, and not of weights.
+inline bool ChooseLine(RiglPlan* p, const RiglLanes& lanes, int64_t weights,
+                       bool sums) {
+  static const int micro[][2] = {{2, 4}, {2, 8}, {4, 4}, {1, 8}, {2, 2},
+                                 {1, 4}, {1, 2}, {1, 1}};
+  const int64_t l = lanes.width;
+  constexpr int64_t kCached = 7'500;  // floats of the first cache
+  double least = std::numeric_limits<double>::infinity();
+  RiglPlan best = *p;
+  for (const auto& m : micro) {
+    const int r = m[0], c = m[1];
+    if (r * c > lanes.registers) continue;
+    p->micro[0] = r, p->micro[1] = c;
+    p->tile[0] = r, p->tile[1] = p->width;
+    p->packed[0] = r + p->halo[0], p->packed[1] = c + p->halo[1];
+    p->tiles[0] = CeilDivide(p->height, r), p->tiles[1] = 1;
+    p->groups = CeilDivide(p->images, l) * p->tiles[0];
+    p->splits = 1;
+    const double area =
+        std::max(1.0, 1.0 * p->packed[0] * p->packed[1] * p->in_phases);
+    p->channel_block = std::max<int64_t>(
+        1, std::min<int64_t>(p->in_channels, kCached / (area * l)));
+    p->blocks =
+        std::max<int64_t>(1, CeilDivide(p->in_channels, p->channel_block));
+    const double planes = double(p->out_phases) * p->out_channels;
+    if (p->blocks * planes >= std::numeric_limits<int32_t>::max() ||
+        (p->channel_block * area + planes * r * c) * l > kMostFloats)
+      continue;
+    p->packed_floats = p->channel_block * area * l;
+    p->micro_floats = planes * r * c * l;
+    // Sums that are many are not in the first cache.
+    const double moved = sums ? planes * r * c * l > 6'000 ? 3 : 1.5 : 1;
+    const double one = weights * (r * c + 1.5) + p->in_channels * area * 2 +
+                       p->blocks * planes * (moved * r * c + 12);
+    const double cost =
+        one * p->tiles[0] * static_cast<double>(CeilDivide(p->width, c));
+    if (cost < least) least = cost, best = *p;
+  }
+  *p = best;
+  return least < std::numeric_limits<double>::infinity();
+}
+
 // The positions of the kernel that have weights and reach a pixel. `counts`:
 // the weights that are left at each.
 //
@@ -289,15 +337,17 @@ inline bool PlanTaps(const Convolution& conv, bool transposed, bool may_split,
     p.first_shift[a] = least[a];
     p.halo[a] = std::min<int64_t>(most[a] - least[a], kMostFloats);
   }
+  if (conv.in_lanes) return ChooseLine(&p, lanes, weights, may_split);
   return ChooseTile(&p, lanes, weights, threads, may_split);
 }
 
 inline std::vector<int64_t> KeyOf(const Convolution& conv, bool transposed,
                                   const RiglPlan& p,
                                   const std::vector<Tap>& taps) {
-  std::vector<int64_t> key = {transposed,      conv.kernel[1], conv.channels,
-                              conv.filters,    p.channel_block, p.in_phases,
-                              p.out_phases,    p.packed[0],    p.packed[1]};
+  std::vector<int64_t> key = {transposed,    conv.in_lanes,   conv.kernel[1],
+                              conv.channels, conv.filters,    p.channel_block,
+                              p.in_phases,   p.out_phases,    p.packed[0],
+                              p.packed[1]};
   for (const Tap& tap : taps)
     key.insert(key.end(), {tap.position, tap.in_phase, tap.out_phase,
                            tap.shift[0] - p.first_shift[0],
@@ -333,6 +383,7 @@ inline std::shared_ptr<const Order> MakeOrder(
     if (transposed) std::swap(in, out);
     bins[found] = (in / p.channel_block * p.out_phases + tap->out_phase) *
                       p.out_channels + out;
+    if (conv.in_lanes) in %= p.channel_block;  // copied block by block
     shifted[found] = (in * p.in_phases + tap->in_phase) * plane +
                      (tap->shift[0] - p.first_shift[0]) * pitch +
                      (tap->shift[1] - p.first_shift[1]) * lanes.width;

@@ -3,6 +3,7 @@
 #include "rows.h"
 
 #include "isa.h"
+#include "philox.h"
 
 namespace {
 
@@ -120,30 +121,10 @@ void Combine(const float* x, const float* dy, int64_t rows, int64_t channels,
                    mean + c, scale + c, slope + c, shift + c, dx + c);
 }
 
-// Philox 4x32-10 (Salmon et al., 2011, Parallel random numbers: as easy as 1,
-// 2, 3) of eight counters at once. Each word has 64 bits, of which the upper
-// half is zero.
-typedef uint64_t Words __attribute__((vector_size(64)));
 typedef uint32_t Bits __attribute__((vector_size(64)));
 typedef float Numbers __attribute__((vector_size(64), may_alias));
 typedef float LooseNumbers
     __attribute__((vector_size(64), aligned(4), may_alias));
-
-RIGL_INLINE void Philox(Words* counter, uint64_t key) {
-  uint32_t low = static_cast<uint32_t>(key);
-  uint32_t high = static_cast<uint32_t>(key >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const Words a = counter[0] * 0xD2511F53ull;
-    const Words b = counter[2] * 0xCD9E8D57ull;
-    const Words mask = Words{} + 0xFFFFFFFFull;
-    counter[0] = (b >> 32) ^ counter[1] ^ uint64_t{low};
-    counter[1] = b & mask;
-    counter[2] = (a >> 32) ^ counter[3] ^ uint64_t{high};
-    counter[3] = a & mask;
-    low += 0x9E3779B9u;
-    high += 0xBB67AE85u;
-  }
-}
 
 // Sixteen uniform numbers in [0, 1), of 23 bits, as TensorFlow makes them.
 RIGL_INLINE void Uniform(const Words& words, Numbers* numbers) {

@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "lane_layers.h"
 #include "lanes.h"
 #include "rows.h"
 #include "tensorflow/core/framework/op.h"
@@ -78,6 +79,18 @@ inline const RiglRows& BestRows() {
     if (name == rigl_rows_avx2.name) return &rigl_rows_avx2;
 #endif
     return &rigl_rows_portable;
+  }();
+  return *best;
+}
+
+inline const RiglLaneLayers& BestLaneLayers() {
+  static const RiglLaneLayers* const best = []() -> const RiglLaneLayers* {
+    const std::string name = BestLanes().name;
+#ifdef RIGL_X86
+    if (name == rigl_lane_layers_avx512.name) return &rigl_lane_layers_avx512;
+    if (name == rigl_lane_layers_avx2.name) return &rigl_lane_layers_avx2;
+#endif
+    return &rigl_lane_layers_portable;
   }();
   return *best;
 }
@@ -168,9 +181,11 @@ inline void InOrder() {
 #endif
 }
 
-// Calls a function for each of [0, count), on TensorFlow's own threads.
+// Calls a function for each of [0, count), on TensorFlow's own threads; for
+// `block` of them in a row by the same one.
 inline void ForEach(OpKernelContext* context, int64_t count,
-                    const std::function<void(int64_t)>& run) {
+                    const std::function<void(int64_t)>& run,
+                    int64_t block = 1) {
   // Made here, and not in the call below: before `InOrder`.
   const std::function<void(int64_t, int64_t)> run_all = [&run](int64_t begin,
                                                                int64_t end) {
@@ -178,13 +193,13 @@ inline void ForEach(OpKernelContext* context, int64_t count,
     for (int64_t i = begin; i < end; ++i) run(i);
     InOrder();
   };
-  if (count == 1) return run_all(0, 1);
+  if (count <= block) return run_all(0, count);
   InOrder();
   context->device()->tensorflow_cpu_worker_threads()->workers->ParallelFor(
       count,
       tensorflow::thread::ThreadPool::SchedulingParams(
           tensorflow::thread::ThreadPool::SchedulingStrategy::kFixedBlockSize,
-          std::nullopt, 1),
+          std::nullopt, block),
       run_all);
   InOrder();
 }

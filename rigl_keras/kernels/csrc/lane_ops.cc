@@ -1,0 +1,475 @@
+// TensorFlow operations over lane_layers.h: images in lanes, and what lies
+// between convolutions of them.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <initializer_list>
+#include <vector>
+
+#include "lane_layers.h"
+#include "plans.h"
+#include "runtime.h"
+#include "tensorflow/core/framework/common_shape_fns.h"
+#include "tensorflow/core/framework/op.h"
+#include "tensorflow/core/framework/op_kernel.h"
+#include "tensorflow/core/framework/shape_inference.h"
+
+namespace rigl_keras {
+namespace {
+
+// Before any operation is registered below.
+const bool first_copy = FirstCopyOf("RiglKerasToLanes");
+
+// Images in lanes: [group, channel, row, column, lane].
+struct Lanes {
+  int64_t images, groups, channels, height, width;
+
+  int64_t vectors() const { return height * width; }
+  int64_t plane() const { return vectors() * BestLanes().width; }
+  RiglPlane PlaneOf(int64_t group) const {
+    const int64_t l = BestLanes().width;
+    return {vectors(),
+            static_cast<int>(std::min(l, images - group * l))};
+  }
+};
+
+tensorflow::Status Describe(const Tensor& x, const Tensor& images,
+                            Lanes* lanes) {
+  const int64_t l = BestLanes().width;
+  if (x.dims() != 5 || x.dim_size(4) != l)
+    return InvalidArgument("images in lanes are [groups, channels, rows, "
+                           "columns, ", l, "]. Received: ",
+                           x.shape().DebugString());
+  if (images.NumElements() != 1)
+    return InvalidArgument("images must be a number.");
+  *lanes = {*Read<int32_t>(images), x.dim_size(0), x.dim_size(1),
+            x.dim_size(2), x.dim_size(3)};
+  if (lanes->images < 0 || CeilDivide(lanes->images, l) != lanes->groups)
+    return InvalidArgument(lanes->images, " images are not ", lanes->groups,
+                           " groups of ", l, " lanes.");
+  return tensorflow::OkStatus();
+}
+
+// Calls run(group, channel) for each plane, or for each `step`-th channel.
+template <typename Run>
+void ForPlanes(OpKernelContext* context, const Lanes& lanes, const Run& run,
+               int64_t step = 1) {
+  const int64_t each = CeilDivide(lanes.channels, step);
+  const int64_t units = lanes.groups * each;
+  // 64 KB at least, for a thread to begin.
+  const int64_t least =
+      CeilDivide(1 << 14, std::max<int64_t>(1, lanes.plane() * step));
+  ForEach(
+      context, units,
+      [&](int64_t unit) { run(unit / each, unit % each * step); },
+      std::min(least, CeilDivide(units, Threads(context))));
+}
+
+class ToLanes : public OpKernel {
+ public:
+  using OpKernel::OpKernel;
+
+ protected:
+  tensorflow::Status Run(OpKernelContext* context) {
+    const Tensor& x = context->input(0);
+    if (x.dims() != 4)
+      return InvalidArgument("images must be [batch, rows, columns, channels]. "
+                             "Received: ", x.shape().DebugString());
+    const RiglLaneLayers& layers = BestLaneLayers();
+    const int64_t images = x.dim_size(0), height = x.dim_size(1),
+                  width = x.dim_size(2), channels = x.dim_size(3);
+    const int64_t groups = CeilDivide(images, layers.width);
+    Tensor* lanes = nullptr;
+    TF_RETURN_IF_ERROR(context->allocate_output(
+        0, TensorShape({groups, channels, height, width, layers.width}),
+        &lanes));
+    if (!lanes->NumElements()) return tensorflow::OkStatus();
+    const float* from = Read(x);
+    float* to = Write(lanes);
+    ForEach(context, groups * height, [&](int64_t unit) {
+      layers.to_lanes(from, images, height, width, channels, unit / height,
+                      unit % height, to);
+    });
+    return tensorflow::OkStatus();
+  }
+};
+
+class FromLanes : public OpKernel {
+ public:
+  using OpKernel::OpKernel;
+
+ protected:
+  tensorflow::Status Run(OpKernelContext* context) {
+    const Tensor& x = context->input(0);
+    Lanes lanes;
+    TF_RETURN_IF_ERROR(Describe(x, context->input(1), &lanes));
+    Tensor* images = nullptr;
+    TF_RETURN_IF_ERROR(context->allocate_output(
+        0,
+        TensorShape(
+            {lanes.images, lanes.height, lanes.width, lanes.channels}),
+        &images));
+    if (!images->NumElements()) return tensorflow::OkStatus();
+    const RiglLaneLayers& layers = BestLaneLayers();
+    const float* from = Read(x);
+    float* to = Write(images);
+    ForEach(context, lanes.groups * lanes.height, [&](int64_t unit) {
+      layers.from_lanes(from, lanes.images, lanes.height, lanes.width,
+                        lanes.channels, unit / lanes.height,
+                        unit % lanes.height, to);
+    });
+    return tensorflow::OkStatus();
+  }
+};
+
+tensorflow::Status CheckChannels(const Lanes& lanes,
+                                 std::initializer_list<const Tensor*> vectors) {
+  for (const Tensor* one : vectors)
+    if (one->dims() != 1 || one->dim_size(0) != lanes.channels)
+      return InvalidArgument("one number for each channel is needed. "
+                             "Received: ", one->shape().DebugString());
+  return tensorflow::OkStatus();
+}
+
+// The mean and the variance of each channel.
+class LanesMoments : public OpKernel {
+ public:
+  using OpKernel::OpKernel;
+
+ protected:
+  tensorflow::Status Run(OpKernelContext* context) {
+    const Tensor& x = context->input(0);
+    Lanes lanes;
+    TF_RETURN_IF_ERROR(Describe(x, context->input(1), &lanes));
+    Tensor *mean, *variance;
+    TF_RETURN_IF_ERROR(
+        context->allocate_output(0, TensorShape({lanes.channels}), &mean));
+    TF_RETURN_IF_ERROR(
+        context->allocate_output(1, TensorShape({lanes.channels}), &variance));
+    const RiglLaneLayers& layers = BestLaneLayers();
+    const float* from = Read(x);
+    std::vector<float> moments(2 * lanes.groups * lanes.channels);
+    if (lanes.vectors())
+      ForPlanes(context, lanes, [&](int64_t g, int64_t c) {
+        const int64_t plane = g * lanes.channels + c;
+        float* mine = moments.data() + 2 * plane;
+        layers.moments(from + plane * lanes.plane(), lanes.PlaneOf(g), mine,
+                       mine + 1);
+      });
+    // As in BatchNorm.
+    for (int64_t c = 0; c < lanes.channels; ++c) {
+      double center = 0, squares = 0, seen = 0;
+      for (int64_t g = 0; lanes.vectors() && g < lanes.groups; ++g) {
+        const float* one = moments.data() + 2 * (g * lanes.channels + c);
+        const double more = lanes.PlaneOf(g).used * lanes.vectors();
+        const double apart = one[0] - center;
+        squares += one[1] + apart * apart * seen * more / (seen + more);
+        seen += more;
+        center += apart * more / seen;
+      }
+      const double var = squares / seen;
+      Write(mean)[c] = seen ? center : var;  // of nothing: NaN, as variance
+      Write(variance)[c] = var;
+    }
+    return tensorflow::OkStatus();
+  }
+};
+
+// Batch norm, with ReLU and dropout after it, or without.
+class OverNorm : public OpKernel {
+ public:
+  explicit OverNorm(OpKernelConstruction* context) : OpKernel(context) {
+    OP_REQUIRES_OK(context, context->GetAttr("epsilon", &epsilon_));
+    OP_REQUIRES_OK(context, context->GetAttr("relu", &relu_));
+    OP_REQUIRES_OK(context, context->GetAttr("rate", &rate_));
+    OP_REQUIRES(context, rate_ >= 0 && rate_ < 1,
+                InvalidArgument("rate must be in [0, 1). Received: ", rate_));
+  }
+
+ protected:
+  std::vector<RiglNorm> NormsOf(const Tensor& mean, const Tensor& variance,
+                                const Tensor& gamma,
+                                const Tensor& beta) const {
+    std::vector<RiglNorm> norms(mean.NumElements());
+    const float kept = static_cast<float>(1 / (1 - double{rate_}));
+    for (size_t c = 0; c < norms.size(); ++c) {
+      const float scale =
+          Read(gamma)[c] / std::sqrt(double{Read(variance)[c]} + epsilon_);
+      norms[c] = {Read(mean)[c], scale, Read(beta)[c], relu_, kept};
+    }
+    return norms;
+  }
+
+  float epsilon_, rate_;
+  bool relu_;
+};
+
+class LanesNormalise : public OverNorm {
+ public:
+  explicit LanesNormalise(OpKernelConstruction* context) : OverNorm(context) {}
+
+ protected:
+  tensorflow::Status Run(OpKernelContext* context) {
+    const Tensor& x = context->input(0);
+    const Tensor& mean = context->input(2);
+    const Tensor& variance = context->input(3);
+    const Tensor& gamma = context->input(4);
+    const Tensor& beta = context->input(5);
+    const Tensor& key = context->input(6);
+    const Tensor& counter = context->input(7);
+    Lanes lanes;
+    TF_RETURN_IF_ERROR(Describe(x, context->input(1), &lanes));
+    TF_RETURN_IF_ERROR(
+        CheckChannels(lanes, {&mean, &variance, &gamma, &beta}));
+    const bool dropout = rate_ > 0;
+    if (dropout && (key.NumElements() != 1 || counter.NumElements() != 2 ||
+                    lanes.channels % 4))
+      return InvalidArgument("dropout needs a key, two counters, and a "
+                             "multiple of four channels.");
+    Tensor *y, *passed;
+    TF_RETURN_IF_ERROR(context->allocate_output(0, x.shape(), &y));
+    TF_RETURN_IF_ERROR(context->allocate_output(
+        1,
+        dropout ? TensorShape({lanes.groups, lanes.channels, lanes.height,
+                               lanes.width})
+                : TensorShape({0}),
+        &passed));
+    if (!x.NumElements()) return tensorflow::OkStatus();
+    const RiglLaneLayers& layers = BestLaneLayers();
+    const std::vector<RiglNorm> norms = NormsOf(mean, variance, gamma, beta);
+    const float* from = Read(x);
+    float* to = Write(y);
+    uint16_t* bits = dropout ? Write<uint16_t>(passed) : nullptr;
+    // Numbers k / 2^23 of at least the rate.
+    const uint32_t least = std::ceil(double{rate_} * (1 << 23));
+    const int64_t step = dropout ? 4 : 1;
+    ForPlanes(
+        context, lanes,
+        [&](int64_t g, int64_t first) {
+          if (dropout)
+            layers.keep(lanes.height, lanes.width, lanes.channels, g, first,
+                        Read<uint64_t>(counter), *Read<uint64_t>(key), least,
+                        bits + (g * lanes.channels + first) * lanes.vectors());
+          for (int64_t c = first; c < first + step; ++c) {
+            const int64_t plane = g * lanes.channels + c;
+            layers.normalise(from + plane * lanes.plane(), lanes.PlaneOf(g),
+                             norms[c],
+                             dropout ? bits + plane * lanes.vectors() : nullptr,
+                             to + plane * lanes.plane());
+          }
+        },
+        step);
+    return tensorflow::OkStatus();
+  }
+};
+
+// The gradients of x, gamma and beta, the mean and variance being those of x.
+class LanesNormaliseGrad : public OverNorm {
+ public:
+  explicit LanesNormaliseGrad(OpKernelConstruction* context)
+      : OverNorm(context) {}
+
+ protected:
+  tensorflow::Status Run(OpKernelContext* context) {
+    const Tensor& dy = context->input(0);
+    const Tensor& x = context->input(1);
+    const Tensor& mean = context->input(3);
+    const Tensor& variance = context->input(4);
+    const Tensor& gamma = context->input(5);
+    const Tensor& beta = context->input(6);
+    const Tensor& passed = context->input(7);
+    Lanes lanes;
+    TF_RETURN_IF_ERROR(Describe(x, context->input(2), &lanes));
+    TF_RETURN_IF_ERROR(
+        CheckChannels(lanes, {&mean, &variance, &gamma, &beta}));
+    const bool dropout = rate_ > 0;
+    if (dy.shape() != x.shape() ||
+        (dropout && passed.NumElements() !=
+                        lanes.groups * lanes.channels * lanes.vectors()))
+      return InvalidArgument("the gradient must be of shape ",
+                             x.shape().DebugString(), ". Received: ",
+                             dy.shape().DebugString());
+    Tensor *dx, *dgamma, *dbeta;
+    TF_RETURN_IF_ERROR(context->forward_input_or_allocate_output(
+        {0}, 0, x.shape(), &dx));
+    TF_RETURN_IF_ERROR(
+        context->allocate_output(1, TensorShape({lanes.channels}), &dgamma));
+    TF_RETURN_IF_ERROR(
+        context->allocate_output(2, TensorShape({lanes.channels}), &dbeta));
+    const RiglLaneLayers& layers = BestLaneLayers();
+    const std::vector<RiglNorm> norms = NormsOf(mean, variance, gamma, beta);
+    const float* from = Read(x);
+    const float* upstream = Read(dy);
+    const uint16_t* bits = dropout ? Read<uint16_t>(passed) : nullptr;
+    const auto bits_of = [&](int64_t plane) {
+      return dropout ? bits + plane * lanes.vectors() : nullptr;
+    };
+    std::vector<float> sums(2 * lanes.groups * lanes.channels);
+    if (lanes.vectors())
+      ForPlanes(context, lanes, [&](int64_t g, int64_t c) {
+        const int64_t plane = g * lanes.channels + c;
+        layers.upstream_sums(
+            from + plane * lanes.plane(), upstream + plane * lanes.plane(),
+            lanes.PlaneOf(g), norms[c], bits_of(plane), &sums[2 * plane],
+            &sums[2 * plane + 1]);
+      });
+    std::vector<float> slope(lanes.channels), constant(lanes.channels);
+    const double n = double(lanes.images) * lanes.vectors();
+    for (int64_t c = 0; c < lanes.channels; ++c) {
+      double sum = 0, product = 0;
+      for (int64_t g = 0; g < lanes.groups; ++g) {
+        sum += sums[2 * (g * lanes.channels + c)];
+        product += sums[2 * (g * lanes.channels + c) + 1];
+      }
+      const double inverse =
+          1 / std::sqrt(double{Read(variance)[c]} + epsilon_);
+      const double a = Read(gamma)[c] * inverse;
+      slope[c] = -a * inverse * inverse * product / n;
+      constant[c] = -a * sum / n;
+      Write(dgamma)[c] = product * inverse;
+      Write(dbeta)[c] = sum;
+    }
+    float* to = Write(dx);
+    if (lanes.vectors())
+      ForPlanes(context, lanes, [&](int64_t g, int64_t c) {
+        const int64_t plane = g * lanes.channels + c;
+        layers.combine(from + plane * lanes.plane(),
+                       upstream + plane * lanes.plane(), lanes.PlaneOf(g),
+                       norms[c], bits_of(plane), slope[c], constant[c],
+                       to + plane * lanes.plane());
+      });
+    return tensorflow::OkStatus();
+  }
+};
+
+namespace shapes = tensorflow::shape_inference;
+
+using shapes::DimensionHandle;
+using shapes::InferenceContext;
+using shapes::ShapeHandle;
+
+REGISTER_OP("RiglKerasToLanes")
+    .Input("images: float")
+    .Output("lanes: float")
+    .SetShapeFn([](InferenceContext* context) {
+      ShapeHandle x;
+      TF_RETURN_IF_ERROR(context->WithRank(context->input(0), 4, &x));
+      const int64_t width = BestLanes().width;
+      DimensionHandle groups = context->UnknownDim();
+      if (context->ValueKnown(context->Dim(x, 0)))
+        groups = context->MakeDim(
+            CeilDivide(context->Value(context->Dim(x, 0)), width));
+      context->set_output(
+          0, context->MakeShape({groups, context->Dim(x, 3),
+                                 context->Dim(x, 1), context->Dim(x, 2),
+                                 context->MakeDim(width)}));
+      return tensorflow::OkStatus();
+    });
+
+REGISTER_OP("RiglKerasFromLanes")
+    .Input("lanes: float")
+    .Input("count: int32")
+    .Output("images: float")
+    .SetShapeFn([](InferenceContext* context) {
+      ShapeHandle x;
+      TF_RETURN_IF_ERROR(context->WithRank(context->input(0), 5, &x));
+      DimensionHandle images = context->UnknownDim();
+      TF_RETURN_IF_ERROR(context->MakeDimForScalarInput(1, &images));
+      context->set_output(
+          0, context->MakeShape({images, context->Dim(x, 2),
+                                 context->Dim(x, 3), context->Dim(x, 1)}));
+      return tensorflow::OkStatus();
+    });
+
+// Merges what inputs have for each channel of the lanes.
+tensorflow::Status Channels(InferenceContext* context, int lanes,
+                            std::initializer_list<int> vectors,
+                            ShapeHandle* x, DimensionHandle* channels) {
+  TF_RETURN_IF_ERROR(context->WithRank(context->input(lanes), 5, x));
+  *channels = context->Dim(*x, 1);
+  ShapeHandle vector;
+  for (int i : vectors) {
+    TF_RETURN_IF_ERROR(context->WithRank(context->input(i), 1, &vector));
+    TF_RETURN_IF_ERROR(
+        context->Merge(context->Dim(vector, 0), *channels, channels));
+  }
+  return tensorflow::OkStatus();
+}
+
+REGISTER_OP("RiglKerasLanesMoments")
+    .Input("lanes: float")
+    .Input("count: int32")
+    .Output("mean: float")
+    .Output("variance: float")
+    .SetShapeFn([](InferenceContext* context) {
+      ShapeHandle x;
+      DimensionHandle channels;
+      TF_RETURN_IF_ERROR(Channels(context, 0, {}, &x, &channels));
+      context->set_output(0, context->Vector(channels));
+      context->set_output(1, context->Vector(channels));
+      return tensorflow::OkStatus();
+    });
+
+REGISTER_OP("RiglKerasLanesNormalise")
+    .Input("lanes: float")
+    .Input("count: int32")
+    .Input("mean: float")
+    .Input("variance: float")
+    .Input("gamma: float")
+    .Input("beta: float")
+    .Input("key: uint64")
+    .Input("counter: uint64")
+    .Output("y: float")
+    .Output("passed: uint16")
+    .Attr("epsilon: float")
+    .Attr("relu: bool = false")
+    .Attr("rate: float = 0.0")
+    .SetShapeFn([](InferenceContext* context) {
+      ShapeHandle x;
+      DimensionHandle channels;
+      TF_RETURN_IF_ERROR(Channels(context, 0, {2, 3, 4, 5}, &x, &channels));
+      context->set_output(0, x);
+      context->set_output(1, context->UnknownShape());
+      return tensorflow::OkStatus();
+    });
+
+REGISTER_OP("RiglKerasLanesNormaliseGrad")
+    .Input("dy: float")
+    .Input("lanes: float")
+    .Input("count: int32")
+    .Input("mean: float")
+    .Input("variance: float")
+    .Input("gamma: float")
+    .Input("beta: float")
+    .Input("passed: uint16")
+    .Output("dx: float")
+    .Output("dgamma: float")
+    .Output("dbeta: float")
+    .Attr("epsilon: float")
+    .Attr("relu: bool = false")
+    .Attr("rate: float = 0.0")
+    .SetShapeFn([](InferenceContext* context) {
+      ShapeHandle x;
+      DimensionHandle channels;
+      TF_RETURN_IF_ERROR(
+          Channels(context, 1, {3, 4, 5, 6}, &x, &channels));
+      TF_RETURN_IF_ERROR(context->Merge(context->input(0), x, &x));
+      context->set_output(0, x);
+      context->set_output(1, context->Vector(channels));
+      context->set_output(2, context->Vector(channels));
+      return tensorflow::OkStatus();
+    });
+
+[[maybe_unused]] const bool registered = [] {
+  if (!first_copy) return false;
+  Register<ToLanes>("RiglKerasToLanes");
+  Register<FromLanes>("RiglKerasFromLanes");
+  Register<LanesMoments>("RiglKerasLanesMoments");
+  Register<LanesNormalise>("RiglKerasLanesNormalise");
+  Register<LanesNormaliseGrad>("RiglKerasLanesNormaliseGrad");
+  return true;
+}();
+
+}  // namespace
+}  // namespace rigl_keras

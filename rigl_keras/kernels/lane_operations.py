@@ -1,0 +1,370 @@
+"""Operations on images in lanes, the layout of sparse convolutions.
+
+Images in lanes are `[groups, channels, rows, columns, lanes]`: a group is as
+many images as a vector has numbers, and lanes without an image are zero. A
+convolution reads them as it computes, so that layers which follow one another
+in lanes never turn images from one layout into the other.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from rigl_keras.kernels import library
+
+__all__ = [
+    "Lanes",
+    "conv2d",
+    "from_lanes",
+    "in_lanes",
+    "moments",
+    "normalise",
+    "to_lanes",
+]
+
+_ATTRIBUTES = ("strides", "padding", "dilations", "pads")
+_NORM = ("epsilon", "relu", "rate")
+
+
+class Lanes(NamedTuple):
+    """Images in lanes.
+
+    Attributes:
+        values: Float32 of shape (groups, channels, rows, columns, lanes).
+        count: How many images there are, an int32 scalar.
+    """
+
+    values: tf.Tensor
+    count: tf.Tensor
+
+
+def in_lanes(images: tf.Tensor) -> Lanes | None:
+    """Returns images in lanes if they have been so in this graph, or None.
+
+    What turned them back is then used by nobody, and TensorFlow leaves it out.
+
+    Args:
+        images: A tensor of any kind.
+    """
+    if not tf.is_symbolic_tensor(images):
+        return None
+    source = images.op
+    if (
+        source.type != "RiglKerasFromLanes"
+        or source.graph is not tf.compat.v1.get_default_graph()
+    ):
+        return None
+    return Lanes(*source.inputs)
+
+
+def to_lanes(images: tf.Tensor) -> Lanes:
+    """Returns images in lanes.
+
+    Args:
+        images: Float32 of shape (batch, rows, columns, channels).
+    """
+    known = in_lanes(images)
+    if known is not None:
+        return known
+    values = library.required().rigl_keras_to_lanes(images=images)
+    return Lanes(values, tf.shape(images)[0])
+
+
+def from_lanes(lanes: Lanes, batch: int | None = None) -> tf.Tensor:
+    """Returns images of shape (batch, rows, columns, channels).
+
+    Args:
+        lanes: The images.
+        batch: How many they are, if it is known.
+    """
+    images = library.required().rigl_keras_from_lanes(
+        lanes=lanes.values, count=lanes.count
+    )
+    _, channels, rows, columns, _ = lanes.values.shape
+    images.set_shape([batch, rows, columns, channels])
+    return images
+
+
+def conv2d(
+    values: tf.Tensor,
+    kernel: tf.Tensor,
+    mask: tf.Tensor,
+    *,
+    strides: Sequence[int] = (1, 1),
+    padding: str = "SAME",
+    pads: Sequence[int] = (0, 0, 0, 0),
+    dense_gradient: bool = False,
+) -> tf.Tensor:
+    """Returns what `operations.sparse_conv2d` does, of images in lanes.
+
+    Args:
+        values: Images in lanes.
+        kernel, mask, strides, dense_gradient: As in `sparse_conv2d`.
+        padding: `"SAME"` or `"VALID"`.
+        pads: Zeros beyond the images with `"VALID"`: above, below, to the
+            left, to the right.
+    """
+    return library.required().rigl_keras_lanes_conv2d(
+        input=values,
+        filter=kernel,
+        mask=mask,
+        strides=[1, *strides, 1],
+        padding=padding.upper(),
+        pads=list(pads),
+        dense_gradient=dense_gradient,
+    )
+
+
+def moments(lanes: Lanes) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns the mean and the (biased) variance of each channel."""
+    return library.required().rigl_keras_lanes_moments(
+        lanes=lanes.values, count=lanes.count
+    )
+
+
+def normalise(
+    lanes: Lanes,
+    mean: tf.Tensor,
+    variance: tf.Tensor,
+    gamma: tf.Tensor,
+    beta: tf.Tensor,
+    *,
+    epsilon: float,
+    relu: bool = False,
+    rate: float = 0.0,
+    seed: tf.Tensor | None = None,
+) -> tf.Tensor:
+    """Returns batch norm by the moments of a batch, and what follows it.
+
+    Differentiable in the images, gamma and beta: `mean` and `variance` must be
+    those of the images, and the gradient that goes through them is counted in.
+
+    Args:
+        lanes: The images.
+        mean, variance: What `moments` returns of them.
+        gamma, beta: Float32 of shape (channels,).
+        epsilon: Added to the variance, positive.
+        relu: Whether ReLU follows.
+        rate: Rate of the dropout that follows that, in [0, 1). Above 0, the
+            number of channels must be a multiple of 4.
+        seed: Its seed, integers of shape (2,). What is dropped is what
+            `operations.dropout` drops.
+
+    Returns:
+        Images in lanes.
+    """
+    key, counter = tf.zeros([0], tf.uint64), tf.zeros([0], tf.uint64)
+    if rate:
+        if seed is None:
+            raise ValueError(f"Dropout needs a seed. Received: {rate=}.")
+        key, counter = tf.raw_ops.StatelessRandomGetKeyCounter(
+            seed=tf.cast(seed, tf.int64)
+        )
+    return (
+        library.required()
+        .rigl_keras_lanes_normalise(
+            lanes=lanes.values,
+            count=lanes.count,
+            mean=mean,
+            variance=variance,
+            gamma=gamma,
+            beta=beta,
+            key=key,
+            counter=counter,
+            epsilon=epsilon,
+            relu=relu,
+            rate=rate,
+        )
+        .y
+    )
+
+
+def _attributes(op, names):
+    attributes = {name: op.get_attr(name) for name in names}
+    if "padding" in attributes:
+        attributes["padding"] = attributes["padding"].decode()
+    return attributes
+
+
+@tf.RegisterGradient("RiglKerasToLanes")
+def _to_lanes_gradient(op, upstream):
+    images = op.inputs[0]
+    lanes = Lanes(upstream, tf.shape(images)[0])
+    return from_lanes(lanes, images.shape[0])
+
+
+@tf.RegisterGradient("RiglKerasFromLanes")
+def _from_lanes_gradient(op, upstream):
+    return to_lanes(upstream).values, None
+
+
+@tf.RegisterGradient("RiglKerasLanesConv2D")
+def _conv2d_gradient(op, upstream):
+    values, kernel, mask = op.inputs
+    attributes = _attributes(op, _ATTRIBUTES)
+    dense = op.get_attr("dense_gradient")
+    to_values = library.required().rigl_keras_lanes_conv2d_backprop_input(
+        out_backprop=upstream,
+        filter=kernel,
+        mask=mask,
+        input_sizes=tf.shape(values),
+        dense_gradient=dense,
+        **attributes,
+    )
+    to_values.set_shape(values.shape)
+    to_kernel = _kernel_gradient(values, mask, upstream, attributes, dense)
+    return to_values, to_kernel, None
+
+
+def _kernel_gradient(values, mask, upstream, attributes, dense):
+    """Returns it at every entry if `dense`, else zero where the mask is."""
+    if not dense:
+        return library.required().rigl_keras_lanes_conv2d_backprop_filter(
+            input=values, mask=mask, out_backprop=upstream, **attributes
+        )
+    above, below, left, right = attributes["pads"]
+    # Lanes without an image are zero, and add nothing.
+    images, gradients = (
+        from_lanes(Lanes(t, tf.shape(t)[0] * tf.shape(t)[4]))
+        for t in (values, upstream)
+    )
+    if any(attributes["pads"]):
+        images = tf.pad(images, [[0, 0], [above, below], [left, right], [0, 0]])
+    return tf.raw_ops.Conv2DBackpropFilter(
+        input=images,
+        filter_sizes=mask.shape,
+        out_backprop=gradients,
+        strides=attributes["strides"],
+        padding=attributes["padding"],
+        dilations=attributes["dilations"],
+    )
+
+
+@tf.RegisterGradient("RiglKerasLanesConv2DBackpropInput")
+def _backprop_input_gradient(op, upstream):
+    out_backprop, kernel, mask, _ = op.inputs
+    attributes = _attributes(op, _ATTRIBUTES)
+    dense = op.get_attr("dense_gradient")
+    to_out_backprop = library.required().rigl_keras_lanes_conv2d(
+        input=upstream,
+        filter=kernel,
+        mask=mask,
+        dense_gradient=dense,
+        **attributes,
+    )
+    to_kernel = _kernel_gradient(
+        upstream, mask, out_backprop, attributes, dense
+    )
+    return to_out_backprop, to_kernel, None, None
+
+
+@tf.RegisterGradient("RiglKerasLanesConv2DBackpropFilter")
+def _backprop_filter_gradient(op, upstream):
+    values, mask, out_backprop = op.inputs
+    attributes = _attributes(op, _ATTRIBUTES)
+    operations = library.required()
+    to_values = operations.rigl_keras_lanes_conv2d_backprop_input(
+        out_backprop=out_backprop,
+        filter=upstream,
+        mask=mask,
+        input_sizes=tf.shape(values),
+        **attributes,
+    )
+    to_out_backprop = operations.rigl_keras_lanes_conv2d(
+        input=values, filter=upstream, mask=mask, **attributes
+    )
+    return to_values, None, to_out_backprop
+
+
+@tf.RegisterGradient("RiglKerasLanesMoments")
+def _moments_gradient(op, to_mean, to_variance):
+    values, count = op.inputs
+    size = _numbers_of_a_channel(values, count)
+    apart = values - _of_channels(op.outputs[0])
+    to_values = _of_channels(to_mean) + 2 * apart * _of_channels(to_variance)
+    return _used(values, count) * to_values / size, None
+
+
+@tf.RegisterGradient("RiglKerasLanesNormalise")
+def _normalise_gradient(op, upstream, _):
+    values, count, mean, variance, gamma, beta, *_ = op.inputs
+    to_values, to_gamma, to_beta = (
+        library.required().rigl_keras_lanes_normalise_grad(
+            dy=upstream,
+            lanes=values,
+            count=count,
+            mean=mean,
+            variance=variance,
+            gamma=gamma,
+            beta=beta,
+            passed=op.outputs[1],
+            **_attributes(op, _NORM),
+        )
+    )
+    return to_values, None, None, None, to_gamma, to_beta, None, None
+
+
+@tf.RegisterGradient("RiglKerasLanesNormaliseGrad")
+def _normalise_second_gradient(op, *upstream):
+    # Rare enough for TensorFlow's own operations to do.
+    dy, values, count, _, _, gamma, beta, passed = op.inputs
+    watched = [tf.identity(t) for t in (dy, values, gamma, beta)]
+    with tf.GradientTape() as tape:
+        tape.watch(watched)
+        outputs = _gradients_of_norm(
+            count, passed, *watched, **_attributes(op, _NORM)
+        )
+    to_dy, to_values, to_gamma, to_beta = tape.gradient(
+        outputs, watched, output_gradients=list(upstream)
+    )
+    return to_dy, to_values, None, None, None, to_gamma, to_beta, None
+
+
+def _gradients_of_norm(
+    count, passed, upstream, values, gamma, beta, *, epsilon, relu, rate
+):
+    """Returns what the operation does, differentiable in everything."""
+    axes = [0, 2, 3, 4]
+    size = _numbers_of_a_channel(values, count)
+    used = _used(values, count)
+    mean = tf.reduce_sum(values, axes) / size
+    apart = used * (values - _of_channels(mean))
+    variance = tf.reduce_sum(apart**2, axes) / size
+    inverse = tf.math.rsqrt(variance + epsilon)
+    if rate:
+        lanes = tf.bitwise.left_shift(
+            tf.constant(1, tf.int32), tf.range(values.shape[4])
+        )
+        bits = tf.cast(passed, tf.int32)[..., None]
+        kept = tf.bitwise.bitwise_and(bits, lanes) > 0
+        upstream = tf.where(kept, upstream / (1 - rate), 0.0)
+    elif relu:
+        positive = apart * _of_channels(gamma * inverse) + _of_channels(beta) > 0
+        upstream = tf.where(positive, upstream, 0.0)
+    upstream = used * upstream
+    total = tf.reduce_sum(upstream, axes)
+    product = tf.reduce_sum(upstream * apart, axes)
+    to_values = used * (
+        _of_channels(gamma * inverse) * (upstream - _of_channels(total) / size)
+        - apart * _of_channels(gamma * inverse**3 * product) / size
+    )
+    return to_values, product * inverse, total
+
+
+def _of_channels(vector):
+    """Returns numbers of channels, to go with images in lanes."""
+    return tf.reshape(vector, [1, -1, 1, 1, 1])
+
+
+def _numbers_of_a_channel(values, count):
+    sizes = tf.shape(values)
+    return tf.cast(count * sizes[2] * sizes[3], values.dtype)
+
+
+def _used(values, count) -> Any:
+    """Returns 1 for each lane that has an image."""
+    sizes = tf.shape(values)
+    lanes = tf.range(sizes[0] * sizes[4]) < count
+    shape = tf.stack([sizes[0], 1, 1, 1, sizes[4]])
+    return tf.cast(tf.reshape(lanes, shape), values.dtype)

@@ -1,0 +1,291 @@
+"""Images in lanes: the layout, its operations, and layers that stay in it."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from keras import layers
+
+import rigl_keras
+from rigl_keras import kernels
+from rigl_keras.kernels import fast_calls, lane_operations
+from rigl_keras.kernels.lane_operations import Lanes
+
+pytestmark = pytest.mark.skipif(
+    kernels.load() is None, reason=f"no op library: {kernels.unavailable()}"
+)
+
+
+@pytest.fixture(autouse=True)
+def of_any_size(monkeypatch):
+    """What is small is left to Keras, but here."""
+    monkeypatch.setattr(fast_calls, "_LEAST_NUMBERS", 0)
+
+
+def normal(*shape, seed=0):
+    draw = np.random.default_rng(seed)
+    return tf.constant(draw.standard_normal(shape, np.float32))
+
+
+def close(got, want, tolerance=2e-5):
+    largest = max(np.abs(want).max(), 1e-3)
+    np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * largest)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 3, 5, 3), (17, 4, 4, 16), (33, 2, 3, 20), (16, 1, 1, 1)]
+)
+def test_images_are_turned_into_lanes_and_back(shape):
+    images = normal(*shape)
+    values, count = lane_operations.to_lanes(images)
+    batch, rows, columns, channels = shape
+    groups, *rest, width = values.shape
+    assert rest == [channels, rows, columns]
+    assert groups == -(-batch // width) and int(count) == batch
+    by_image = tf.reshape(
+        tf.transpose(values, [0, 4, 2, 3, 1]), [-1, *shape[1:]]
+    )
+    np.testing.assert_array_equal(by_image[:batch], images)
+    assert not np.any(by_image[batch:])
+    back = lane_operations.from_lanes(Lanes(values, count))
+    np.testing.assert_array_equal(back, images)
+
+
+@pytest.mark.parametrize(
+    "images, kernel, strides, padding, pads",
+    [
+        ((5, 6, 7, 3), (3, 3, 3, 5), (1, 1), "SAME", (0, 0, 0, 0)),
+        ((17, 8, 8, 20), (3, 3, 20, 17), (1, 1), "SAME", (0, 0, 0, 0)),
+        ((16, 9, 4, 4), (3, 3, 4, 8), (2, 2), "VALID", (1, 1, 1, 1)),
+        ((33, 8, 10, 6), (1, 1, 6, 7), (2, 2), "SAME", (0, 0, 0, 0)),
+        ((2, 11, 9, 3), (5, 3, 3, 4), (2, 1), "SAME", (0, 0, 0, 0)),
+        ((4, 5, 5, 2), (3, 3, 2, 3), (1, 1), "VALID", (0, 2, 1, 0)),
+        ((1, 2, 2, 40), (1, 1, 40, 33), (1, 1), "VALID", (0, 0, 0, 0)),
+    ],
+)
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+def test_convolutions_are_those_of_tensorflow(
+    images, kernel, strides, padding, pads, density
+):
+    x, w = normal(*images), normal(*kernel, seed=1)
+    mask = tf.cast(
+        np.random.default_rng(2).random(kernel) < density, tf.float32
+    )
+    above, below, left, right = pads
+
+    def dense(x, w):
+        x = tf.pad(x, [[0, 0], [above, below], [left, right], [0, 0]])
+        return tf.nn.conv2d(x, w * mask, strides, padding)
+
+    def in_lanes(x, w):
+        lanes = lane_operations.to_lanes(x)
+        y = lane_operations.conv2d(
+            lanes.values, w, mask, strides=strides, padding=padding, pads=pads
+        )
+        return lane_operations.from_lanes(Lanes(y, lanes.count))
+
+    found = {}
+    for product in (dense, in_lanes):
+        with tf.GradientTape() as second:
+            second.watch([x, w])
+            with tf.GradientTape() as first:
+                first.watch([x, w])
+                y = product(x, w)
+                loss = tf.reduce_sum(tf.sin(y))
+            gradients = first.gradient(loss, [x, w])
+            steepness = tf.add_n([tf.reduce_sum(g**2) for g in gradients])
+        again = second.gradient(steepness, [x, w])
+        found[product] = [y, *gradients, *again]
+    for got, want in zip(found[in_lanes], found[dense], strict=True):
+        close(got, want, 1e-4)
+
+
+def test_a_dense_gradient_of_the_kernel():
+    x, w = normal(9, 6, 6, 3), normal(3, 3, 3, 4, seed=1)
+    mask = tf.cast(np.random.default_rng(2).random(w.shape) < 0.3, tf.float32)
+    upstream = normal(9, 3, 3, 4, seed=3)
+    lanes = lane_operations.to_lanes(x)
+    with tf.GradientTape() as tape:
+        tape.watch(w)
+        y = lane_operations.conv2d(
+            lanes.values,
+            w,
+            mask,
+            strides=(2, 2),
+            padding="VALID",
+            pads=(1, 1, 1, 1),
+            dense_gradient=True,
+        )
+        loss = tf.reduce_sum(
+            lane_operations.from_lanes(Lanes(y, lanes.count)) * upstream
+        )
+    got = tape.gradient(loss, w)
+    with tf.GradientTape() as tape:
+        tape.watch(w)
+        padded = tf.pad(x, [[0, 0], [1, 1], [1, 1], [0, 0]])
+        product = tf.nn.conv2d(padded, w, 2, "VALID")
+        loss = tf.reduce_sum(product * upstream)
+    close(got, tape.gradient(loss, w))
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+@pytest.mark.parametrize("shape", [(16, 3, 2, 4), (37, 4, 5, 8)])
+def test_batch_norm_and_what_follows_it(shape, relu, rate):
+    x = normal(*shape) * 3 + 1
+    gamma = 1 + normal(shape[-1], seed=1) / 4
+    beta = normal(shape[-1], seed=2)
+    seed = tf.constant([5, -3])
+
+    def plain(x, gamma, beta):
+        mean, variance = tf.nn.moments(x, [0, 1, 2])
+        y = tf.nn.batch_normalization(x, mean, variance, beta, gamma, 1e-3)
+        y = tf.nn.relu(y) if relu else y
+        if rate:
+            y = tf.nn.experimental.stateless_dropout(y, rate, seed)
+        return y, mean, variance
+
+    def ours(x, gamma, beta):
+        lanes = lane_operations.to_lanes(x)
+        mean, variance = lane_operations.moments(lanes)
+        y = lane_operations.normalise(
+            *(lanes, mean, variance, gamma, beta),
+            epsilon=1e-3,
+            relu=relu,
+            rate=rate,
+            seed=seed,
+        )
+        unused = tf.reshape(
+            tf.transpose(y, [0, 4, 1, 2, 3]), [-1, *y.shape[1:4]]
+        )[shape[0] :]
+        assert not np.any(unused)
+        y = lane_operations.from_lanes(Lanes(y, lanes.count))
+        return y, mean, variance
+
+    found = {}
+    for norm in (plain, ours):
+        with tf.GradientTape() as second:
+            second.watch([x, gamma, beta])
+            with tf.GradientTape() as first:
+                first.watch([x, gamma, beta])
+                y, mean, variance = norm(x, gamma, beta)
+                loss = tf.reduce_sum(tf.sin(y) * y)
+            gradients = first.gradient(loss, [x, gamma, beta])
+            steepness = tf.add_n([tf.reduce_sum(g**2) for g in gradients])
+        again = second.gradient(steepness, [x, gamma, beta])
+        found[norm] = [y, mean, variance, *gradients, *again]
+    for got, want in zip(found[ours], found[plain], strict=True):
+        close(got, want, 1e-4)
+
+
+def test_moments_have_gradients():
+    x = normal(21, 3, 3, 4)
+    weights = normal(4, seed=1)
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch(x)
+        mean, variance = lane_operations.moments(lane_operations.to_lanes(x))
+        ours = tf.reduce_sum((mean + variance**2) * weights)
+        mean, variance = tf.nn.moments(x, [0, 1, 2])
+        theirs = tf.reduce_sum((mean + variance**2) * weights)
+    close(tape.gradient(ours, x), tape.gradient(theirs, x))
+
+
+def blocks(dropout=0.3):
+    """Returns a pre-activation network with all that stays in lanes."""
+    inputs = keras.Input((10, 10, 3))
+    x = layers.Conv2D(8, 3, padding="same", use_bias=False)(inputs)
+    for i, (channels, stride) in enumerate([(8, 1), (16, 2)]):
+        a = layers.BatchNormalization(name=f"norm{i}")(x)
+        a = layers.ReLU()(a)
+        y = layers.ZeroPadding2D(1)(a) if stride == 2 else a
+        y = layers.Conv2D(
+            channels,
+            3,
+            stride,
+            padding="valid" if stride == 2 else "same",
+            use_bias=False,
+        )(y)
+        y = layers.BatchNormalization()(y)
+        y = layers.Activation("relu")(y)
+        y = layers.Dropout(dropout, seed=i)(y)
+        y = layers.Conv2D(channels, 3, padding="same", use_bias=False)(y)
+        if stride == 2:
+            x = layers.Conv2D(channels, 1, 2, use_bias=False)(a)
+        x = layers.Add()([x, y])
+    x = layers.ReLU()(layers.BatchNormalization()(x))
+    x = layers.GlobalAveragePooling2D()(x)
+    return keras.Model(inputs, layers.Dense(3)(x))
+
+
+def trained(model, product, batches):
+    keras.utils.set_random_seed(0)
+    model = rigl_keras.sparsify(model, 0.4, product=product)
+    model.compile(
+        keras.optimizers.SGD(0.05, momentum=0.9),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    history = model.fit(batches, epochs=3, verbose=0)
+    return model, history.history["loss"]
+
+
+def test_a_network_that_stays_in_lanes_trains_alike():
+    model = blocks()
+    x, y = normal(50, 10, 10, 3), np.arange(50) % 3
+    batches = tf.data.Dataset.from_tensor_slices((x, y)).batch(20)
+    dense, want = trained(model, "dense", batches)
+    sparse, got = trained(model, "sparse", batches)
+    np.testing.assert_allclose(got, want, rtol=1e-3)
+    for a, b in zip(dense.weights, sparse.weights, strict=True):
+        close(b, np.asarray(a), 2e-3)
+
+
+def operations_of(function, *args):
+    graph = function.get_concrete_function(*args).graph
+    return [op for op in graph.get_operations() if "Rigl" in op.type]
+
+
+def test_layers_become_one_operation():
+    model = rigl_keras.sparsify(blocks(), 0.4, product="sparse")
+
+    @tf.function(autograph=False)
+    def outputs(x):
+        return model(x, training=True)
+
+    found = operations_of(outputs, tf.TensorSpec((None, 10, 10, 3)))
+    used = {t.op.name for op in found for t in op.inputs}
+    norms = [op for op in found if op.type == "RiglKerasLanesNormalise"]
+    read = [
+        (op.get_attr("relu"), round(op.get_attr("rate"), 3))
+        for op in norms
+        if op.outputs[0].consumers()
+        and any(
+            consumer.type != "RiglKerasFromLanes"
+            for consumer in op.outputs[0].consumers()
+        )
+    ]
+    assert sorted(set(read)) == [(True, 0.0), (True, 0.3)]
+    # Nothing is turned back whose outputs are read.
+    assert not [
+        op
+        for op in found
+        if op.type == "RiglKerasFromLanes" and op.name in used
+    ]
+    assert sum(op.type == "RiglKerasToLanes" for op in found) == 1
+    assert "RiglKerasConv2D" not in {op.type for op in found}
+
+
+def test_other_layers_find_their_images():
+    """Where a layer knows no lanes, it has what Keras would give it."""
+    inputs = keras.Input((8, 8, 4))
+    x = layers.Conv2D(8, 3, padding="same", use_bias=False)(inputs)
+    x = layers.BatchNormalization()(x)
+    x = layers.LeakyReLU()(x)
+    x = layers.Conv2D(8, 3, padding="same", use_bias=False)(x)
+    x = layers.Add()([x, x])
+    x = layers.Flatten()(x)
+    model = keras.Model(inputs, layers.Dense(3)(x))
+    x, y = normal(40, 8, 8, 4), np.arange(40) % 3
+    batches = tf.data.Dataset.from_tensor_slices((x, y)).batch(16)
+    _, want = trained(model, "dense", batches)
+    _, got = trained(model, "sparse", batches)
+    np.testing.assert_allclose(got, want, rtol=1e-3)
