@@ -27,9 +27,26 @@ def normal(*shape, seed=0):
     return tf.constant(draw.standard_normal(shape, np.float32))
 
 
+def random_mask(shape, density):
+    return tf.constant(np.random.default_rng(2).random(shape) < density)
+
+
 def close(got, want, tolerance=2e-5):
     largest = max(np.abs(want).max(), 1e-3)
     np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * largest)
+
+
+def everything(product, x, w):
+    """Returns outputs, gradients and the gradients of these."""
+    with tf.GradientTape() as second:
+        second.watch([x, w])
+        with tf.GradientTape() as first:
+            first.watch([x, w])
+            y = product(x, w)
+            loss = tf.reduce_sum(tf.sin(y))
+        gradients = first.gradient(loss, [x, w])
+        steepness = tf.add_n([tf.reduce_sum(g**2) for g in gradients])
+    return [y, *gradients, *second.gradient(steepness, [x, w])]
 
 
 @pytest.mark.parametrize(
@@ -64,18 +81,18 @@ def test_images_are_turned_into_lanes_and_back(shape):
     ],
 )
 @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
-def test_convolutions_are_those_of_tensorflow(
+def test_convolutions_are_those_of_images_that_are_not_in_lanes(
     images, kernel, strides, padding, pads, density
 ):
     x, w = normal(*images), normal(*kernel, seed=1)
-    mask = tf.cast(
-        np.random.default_rng(2).random(kernel) < density, tf.float32
-    )
+    mask = random_mask(kernel, density)
     above, below, left, right = pads
 
-    def dense(x, w):
+    def plain(x, w):
         x = tf.pad(x, [[0, 0], [above, below], [left, right], [0, 0]])
-        return tf.nn.conv2d(x, w * mask, strides, padding)
+        return kernels.sparse_conv2d(
+            x, w, mask, strides=strides, padding=padding
+        )
 
     def in_lanes(x, w):
         lanes = lane_operations.to_lanes(x)
@@ -84,25 +101,37 @@ def test_convolutions_are_those_of_tensorflow(
         )
         return lane_operations.from_lanes(Lanes(y, lanes.count))
 
-    found = {}
-    for product in (dense, in_lanes):
-        with tf.GradientTape() as second:
-            second.watch([x, w])
-            with tf.GradientTape() as first:
-                first.watch([x, w])
-                y = product(x, w)
-                loss = tf.reduce_sum(tf.sin(y))
-            gradients = first.gradient(loss, [x, w])
-            steepness = tf.add_n([tf.reduce_sum(g**2) for g in gradients])
-        again = second.gradient(steepness, [x, w])
-        found[product] = [y, *gradients, *again]
-    for got, want in zip(found[in_lanes], found[dense], strict=True):
+    found, wanted = everything(in_lanes, x, w), everything(plain, x, w)
+    for got, want in zip(found, wanted, strict=True):
         close(got, want, 1e-4)
+
+
+@pytest.mark.parametrize("dense_gradient", [False, True])
+def test_masks_are_bools_or_zeros_and_ones(dense_gradient):
+    """Of the same bits, as are the gradients of gradients."""
+    x, w = normal(19, 5, 4, 3), normal(3, 3, 3, 2, seed=1)
+    mask = random_mask(w.shape, 0.4)
+
+    def product_by(mask):
+        def product(x, w):
+            lanes = lane_operations.to_lanes(x)
+            y = lane_operations.conv2d(
+                lanes.values, w, mask, dense_gradient=dense_gradient
+            )
+            return lane_operations.from_lanes(Lanes(y, lanes.count))
+
+        return product
+
+    bools = everything(product_by(mask), x, w)
+    floats = everything(product_by(tf.cast(mask, tf.float32)), x, w)
+    for ours, theirs in zip(bools, floats, strict=True):
+        assert ours.numpy().any()
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_a_dense_gradient_of_the_kernel():
     x, w = normal(9, 6, 6, 3), normal(3, 3, 3, 4, seed=1)
-    mask = tf.cast(np.random.default_rng(2).random(w.shape) < 0.3, tf.float32)
+    mask = random_mask(w.shape, 0.3)
     upstream = normal(9, 3, 3, 4, seed=3)
     lanes = lane_operations.to_lanes(x)
     with tf.GradientTape() as tape:
@@ -224,7 +253,7 @@ def trained(model, product, batches):
         keras.optimizers.SGD(0.05, momentum=0.9),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
-    history = model.fit(batches, epochs=3, verbose=0)
+    history = model.fit(batches, epochs=3, shuffle=False, verbose=0)
     return model, history.history["loss"]
 
 
@@ -271,6 +300,8 @@ def test_layers_become_one_operation():
         if op.type == "RiglKerasFromLanes" and op.name in used
     ]
     assert sum(op.type == "RiglKerasToLanes" for op in found) == 1
+    # The classifier's.
+    assert sum(op.type == "RiglKerasMatMul" for op in found) == 1
     assert "RiglKerasConv2D" not in {op.type for op in found}
 
 

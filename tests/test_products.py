@@ -557,7 +557,7 @@ def test_chosen_before_a_call():
 def test_auto_is_decided_by_the_batch(monkeypatch):
     asked_of = []
 
-    def answer(layer, shape, density):
+    def answer(layer, shape, density, *, in_lanes):
         asked_of.append((layer.name, tuple(shape), round(density, 3)))
         return Choice(False, "a test")
 
@@ -642,7 +642,7 @@ def timings(monkeypatch):
     """The problems that are timed: a list, and what the times are."""
     timed = []
 
-    def seconds(problem, density, backward):
+    def seconds(problem, density, backward, in_lanes):
         assert backward
         timed.append((problem, density))
         return 3.0, 2.0, False
@@ -693,6 +693,28 @@ def test_auto_trains(cache, timings):
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-4)
     assert len(timings) == 1
     assert timings[0][0] == BIG
+
+
+def test_a_change_in_training_shows_after_an_evaluation(monkeypatch):
+    """Training is in lanes, evaluation is not: they are chosen apart."""
+    wins = True
+    monkeypatch.setattr(
+        layer_products,
+        "faster_product",
+        lambda *_, in_lanes: Choice(in_lanes and wins, "a test"),
+    )
+    layer = layers.Conv2D(4, 3)
+    layer.build((None, 8, 8, 3))
+    choices = layer_products.ProductChoices(layer, "auto")
+    shape = tf.TensorShape((5, 8, 8, 3))
+    mask = keras.Variable(np.ones((3, 3, 3, 4), bool), trainable=False)
+    assert choices.choose(shape, [mask], in_lanes=True).sparse
+    assert not choices.choose(shape, [mask]).sparse
+    assert choices.by_shape == {(5, 8, 8, 3): Choice(False, "a test")}
+    assert not choices.changes()
+    wins = False
+    assert choices.changes()
+    assert not choices.changes()
 
 
 def test_batches_of_any_size_are_timed_at_128(cache, timings):

@@ -13,6 +13,9 @@ choice              times dense and sparse products, and takes the faster
 build_command       what bin/build_kernels does
 layer_products      what a masked layer does with products
 fast_calls          batch norm and dropout in few passes over memory
+lane_operations     images in lanes, the layout of sparse convolutions, over
+                    lane_ops.cc and the loops of lane_layers.cc
+lane_calls          layers that keep images in lanes from one to the next
 """
 
 from rigl_keras.kernels import library

@@ -340,7 +340,9 @@ def _gradients_of_norm(
         kept = tf.bitwise.bitwise_and(bits, lanes) > 0
         upstream = tf.where(kept, upstream / (1 - rate), 0.0)
     elif relu:
-        positive = apart * _of_channels(gamma * inverse) + _of_channels(beta) > 0
+        positive = (
+            apart * _of_channels(gamma * inverse) + _of_channels(beta) > 0
+        )
         upstream = tf.where(positive, upstream, 0.0)
     upstream = used * upstream
     total = tf.reduce_sum(upstream, axes)
