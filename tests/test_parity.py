@@ -17,7 +17,7 @@ import tensorflow as tf
 
 import rigl_keras
 from rigl_keras.conventions import ORIGINAL, REPORT
-from rigl_keras.kernels import fast_calls, operations
+from rigl_keras.kernels import fast_calls, lane_calls, operations
 
 DATA = pathlib.Path(__file__).parent / "data"
 
@@ -392,14 +392,17 @@ def needs_sparse_kernels():
 
 def assert_follows_with_all_operations(name):
     called = []
-    batch_norm = operations.batch_norm
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fast_calls, "_LEAST_NUMBERS", 1)
-        patch.setattr(
-            operations,
-            "batch_norm",
-            lambda *x, **how: called.append(1) or batch_norm(*x, **how),
-        )
+        # Of images as they are, and in lanes.
+        for module in (operations, lane_calls):
+            patch.setattr(
+                module,
+                "batch_norm",
+                lambda *x, of=module.batch_norm, **how: (
+                    called.append(1) or of(*x, **how)
+                ),
+            )
         model = assert_follows(name, "float32", product="sparse")
     assert called
     for layer in rigl_keras.masked_layers(model):
