@@ -1,4 +1,4 @@
-"""Who waits for long is told for what."""
+"""A line says what a long wait is for."""
 
 import time
 

@@ -199,6 +199,19 @@ def test_masks_that_are_assigned():
     assert np.abs(full - want).max() > 0.01
 
 
+# Of four examples, three steps, five features and two units.
+SHAPES = dict(
+    x=(4, 3, 5),
+    state=(4, 2),
+    carry=(4, 2),
+    kernel=(5, 8),
+    kernel_mask=(5, 8),
+    recurrent=(2, 8),
+    recurrent_mask=(2, 8),
+    bias=(8,),
+)
+
+
 @pytest.mark.parametrize("traced", [False, True])
 @pytest.mark.parametrize(
     "name, shape",
@@ -219,17 +232,6 @@ def test_masks_that_are_assigned():
     ],
 )
 def test_shapes_that_do_not_fit(name, shape, traced):
-    shapes = dict(
-        x=(4, 3, 5),
-        state=(4, 2),
-        carry=(4, 2),
-        kernel=(5, 8),
-        kernel_mask=(5, 8),
-        recurrent=(2, 8),
-        recurrent_mask=(2, 8),
-        bias=(8,),
-    )
-
     def run(*tensors):
         return sparse_lstm(*tensors)
 
@@ -237,24 +239,14 @@ def test_shapes_that_do_not_fit(name, shape, traced):
         run = tf.function(
             run, input_signature=[tf.TensorSpec(None)] * 8, autograph=False
         )
-    assert run(*map(tf.ones, shapes.values()))[0].shape == (4, 3, 2)
+    assert run(*map(tf.ones, SHAPES.values()))[0].shape == (4, 3, 2)
     with pytest.raises(REFUSED):
-        run(*map(tf.ones, {**shapes, name: shape}.values()))
+        run(*map(tf.ones, {**SHAPES, name: shape}.values()))
 
 
 def test_gradients_that_do_not_fit(operations):
-    good = dict(
-        x=(4, 3, 5),
-        state=(4, 2),
-        carry=(4, 2),
-        kernel=(5, 8),
-        kernel_mask=(5, 8),
-        recurrent=(2, 8),
-        recurrent_mask=(2, 8),
-        bias=(8,),
-    )
     how = dict(kind="lstm", sequences=True, backwards=False)
-    forward = {name: tf.ones(shape) for name, shape in good.items()}
+    forward = {name: tf.ones(shape) for name, shape in SHAPES.items()}
     y, last, kept, one, two = operations.rigl_keras_recurrent(**forward, **how)
     backward = dict(
         kept=kept,

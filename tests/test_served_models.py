@@ -69,7 +69,7 @@ class Case:
 
         Args:
             run: Given arrays by name, returns what is computed of them.
-            about: What is told where they differ.
+            about: Shown where they differ.
         """
         for arrays, wanted in self.batches:
             apart = difference(run(arrays), wanted)

@@ -19,7 +19,7 @@ sys.path[:] = json.loads(sys.argv[1])
 from rigl_keras.kernels import library
 try:
     library.build()
-except library.BuildError:  # who asks for it next is told
+except library.BuildError:  # whoever needs it next sees why
     pass
 """
 _lock = threading.Lock()

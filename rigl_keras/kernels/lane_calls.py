@@ -2,7 +2,7 @@
 
 A convolution returns its images turned back from lanes, for whatever comes
 next. A layer that knows lanes looks at where its inputs come from
-(`lane_operations.in_lanes`), computes in lanes, and turns back in its turn;
+(`lane_operations.in_lanes`), computes in lanes, and turns its outputs back;
 what nobody uses, TensorFlow leaves out. So a graph of such layers stays in
 lanes, whichever way it was built, and any other layer finds the images it
 expects.

@@ -61,7 +61,7 @@ def sparse_conv2d(
             single position of the kernel takes more than `scratch_bytes`
             allows: it has a million channels or so.
     """
-    return _operations().rigl_keras_conv2d(
+    return library.required().rigl_keras_conv2d(
         input=images,
         filter=kernel,
         mask=mask,
@@ -99,7 +99,7 @@ def sparse_conv2d_transpose(
         Float32 of shape (batch, rows, columns, channels).
     """
     channels: Any = kernel.shape[2]
-    images = _operations().rigl_keras_conv2d_backprop_input(
+    images = library.required().rigl_keras_conv2d_backprop_input(
         out_backprop=outputs,
         filter=kernel,
         mask=mask,
@@ -125,7 +125,7 @@ def masked_kernel(kernel: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
             each call computes, each call computes the product.
         mask: Of the kernel's shape, as in `sparse_conv2d`.
     """
-    return _operations().rigl_keras_masked_kernel(kernel=kernel, mask=mask)
+    return library.required().rigl_keras_masked_kernel(kernel=kernel, mask=mask)
 
 
 def batch_norm(
@@ -144,7 +144,7 @@ def batch_norm(
     Returns:
         y, and the mean and the (biased) variance of each channel.
     """
-    return _operations().rigl_keras_batch_norm(
+    return library.required().rigl_keras_batch_norm(
         x=x, gamma=gamma, beta=beta, epsilon=epsilon
     )
 
@@ -166,7 +166,7 @@ def dropout(x: tf.Tensor, rate: float, seed: tf.Tensor) -> tf.Tensor:
     key, counter = tf.raw_ops.StatelessRandomGetKeyCounter(
         seed=tf.cast(seed, tf.int64)
     )
-    return _operations().rigl_keras_dropout(
+    return library.required().rigl_keras_dropout(
         x=x, key=key, counter=counter, rate=rate
     )
 
@@ -196,7 +196,7 @@ def scratch_bytes(
     Raises:
         tf.errors.InvalidArgumentError: Shapes do not fit.
     """
-    taken, limit = _operations().rigl_keras_scratch_bytes(
+    taken, limit = library.required().rigl_keras_scratch_bytes(
         images=tf.constant(images, tf.int64),
         kernel=tf.constant(kernel, tf.int64),
         strides=[1, *strides, 1],
@@ -209,7 +209,7 @@ def scratch_bytes(
 
 def instruction_set() -> str:
     """Returns what the kernels run on here: avx512, avx2 or portable."""
-    return _operations().rigl_keras_computed_by().sparse.numpy().decode()
+    return library.required().rigl_keras_computed_by().sparse.numpy().decode()
 
 
 def dense_library() -> str:
@@ -218,11 +218,7 @@ def dense_library() -> str:
     oneDNN, or Eigen: without AVX-512 TensorFlow uses oneDNN, which may be the
     faster, only where TF_ENABLE_ONEDNN_OPTS=1 is set before it is imported.
     """
-    return _operations().rigl_keras_computed_by().dense.numpy().decode()
-
-
-def _operations():
-    return library.required()
+    return library.required().rigl_keras_computed_by().dense.numpy().decode()
 
 
 def _attributes(op):
@@ -235,7 +231,7 @@ def _attributes(op):
 def _conv2d_gradient(op, upstream):
     images, kernel, mask = op.inputs
     attributes, dense = _attributes(op), op.get_attr("dense_gradient")
-    to_images = _operations().rigl_keras_conv2d_backprop_input(
+    to_images = library.required().rigl_keras_conv2d_backprop_input(
         out_backprop=upstream,
         filter=kernel,
         mask=mask,
@@ -252,7 +248,7 @@ def _kernel_gradient(images, mask, upstream, attributes, dense):
     """Returns it at every entry if `dense`, else zero where the mask is."""
     # TensorFlow has no gradient of dilated kernels on a CPU.
     if not dense or max(attributes["dilations"]) > 1:
-        return _operations().rigl_keras_conv2d_backprop_filter(
+        return library.required().rigl_keras_conv2d_backprop_filter(
             input=images,
             mask=tf.ones_like(mask) if dense else mask,
             out_backprop=upstream,
@@ -270,7 +266,7 @@ def _kernel_gradient(images, mask, upstream, attributes, dense):
 def _backprop_input_gradient(op, upstream):
     out_backprop, kernel, mask, _ = op.inputs
     attributes, dense = _attributes(op), op.get_attr("dense_gradient")
-    to_out_backprop = _operations().rigl_keras_conv2d(
+    to_out_backprop = library.required().rigl_keras_conv2d(
         input=upstream,
         filter=kernel,
         mask=mask,
@@ -287,7 +283,7 @@ def _backprop_input_gradient(op, upstream):
 def _backprop_filter_gradient(op, upstream):
     images, mask, out_backprop = op.inputs
     attributes = _attributes(op)
-    operations = _operations()
+    operations = library.required()
     to_images = operations.rigl_keras_conv2d_backprop_input(
         out_backprop=out_backprop,
         filter=upstream,
@@ -312,7 +308,7 @@ def _batch_norm_gradient(op, upstream, to_mean, to_variance):
     x, gamma, _ = op.inputs
     _, mean, variance = op.outputs
     nothing = tf.zeros_like(mean)
-    return _operations().rigl_keras_batch_norm_grad(
+    return library.required().rigl_keras_batch_norm_grad(
         dy=tf.zeros_like(x) if upstream is None else upstream,
         dmean=nothing if to_mean is None else to_mean,
         dvariance=nothing if to_variance is None else to_variance,
@@ -357,7 +353,7 @@ def _gradients_of_batch_norm(
 @tf.RegisterGradient("RiglKerasDropout")
 def _dropout_gradient(op, upstream):
     _, key, counter = op.inputs
-    to_x = _operations().rigl_keras_dropout(
+    to_x = library.required().rigl_keras_dropout(
         x=upstream, key=key, counter=counter, rate=op.get_attr("rate")
     )
     return to_x, None, None
