@@ -14,6 +14,7 @@ from rigl_keras.masking.sparsify import sparsify
 from rigl_keras.masking.stripping import strip
 from rigl_keras.masking.tracing import dense_gradients
 from rigl_keras.methods.rigl import RigL
+from tests.support.sparse_products import assert_close
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -24,13 +25,6 @@ def loaded():
 
 def normal(draw, *shape):
     return tf.constant(draw.standard_normal(shape).astype(np.float32))
-
-
-def assert_close(got, want):
-    got, want = np.asarray(got), np.asarray(want)
-    assert got.shape == want.shape
-    scale = max(1.0, np.abs(want).max(initial=0))
-    np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * scale)
 
 
 @pytest.mark.parametrize(

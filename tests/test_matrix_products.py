@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from rigl_keras import kernels
 from rigl_keras.kernels import library, sparse_dense
+from tests.support.sparse_products import assert_close, random_mask
 
 REFUSED = (tf.errors.InvalidArgumentError, ValueError)
 
@@ -23,17 +24,6 @@ def operations():
 
 def normal(draw, *shape):
     return tf.constant(draw.standard_normal(shape).astype(np.float32))
-
-
-def random_mask(draw, shape, density):
-    return tf.constant((draw.random(shape) < density).astype(np.float32))
-
-
-def assert_close(got, want):
-    got, want = np.asarray(got), np.asarray(want)
-    assert got.shape == want.shape
-    scale = max(1.0, np.abs(want).max(initial=0))
-    np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * scale)
 
 
 def by_hand():

@@ -1,0 +1,17 @@
+"""What tests of sparse products draw, and how they compare."""
+
+import numpy as np
+import tensorflow as tf
+
+__all__ = ["assert_close", "random_mask"]
+
+
+def random_mask(draw, shape, density):
+    return tf.constant((draw.random(shape) < density).astype(np.float32))
+
+
+def assert_close(got, want):
+    got, want = np.asarray(got), np.asarray(want)
+    assert got.shape == want.shape
+    scale = max(1.0, np.abs(want).max(initial=0))
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-5 * scale)
