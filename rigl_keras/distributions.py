@@ -8,7 +8,7 @@ no model, no tensor.
 
 import difflib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -42,7 +42,8 @@ class Budget(NamedTuple):
 
     Args:
         density: Fraction of its weights, before rounding.
-        count: Number of its weights.
+        count: Number of its weights, or of the units that each of its groups
+            keeps, where a pattern makes groups.
     """
 
     density: float
@@ -56,7 +57,8 @@ def layer_budgets(
     *,
     conventions: Conventions = ORIGINAL,
     densities: Mapping[str, float] | None = None,
-    unit_sizes: Mapping[str, int] | None = None,
+    group_sizes: Mapping[str, int] | None = None,
+    apart: Collection[str] = (),
 ) -> dict[str, Budget]:
     """Returns the density of each masked layer, and how many weights it keeps.
 
@@ -71,9 +73,12 @@ def layer_budgets(
         distribution: As in `layer_densities`.
         conventions: As in `layer_densities`.
         densities: As in `layer_densities`.
-        unit_sizes: `{name: weights that a mask keeps or removes as one}`.
-            Then units are counted instead of weights: all layers together
-            keep round(sum of density x units). None: single weights.
+        group_sizes: `{name: units of which a group chooses}`, where masks have
+            a pattern (`patterns.Layout.size`). Then units are counted instead
+            of weights: all layers together keep round(sum of density x
+            units). None: single weights.
+        apart: Names of layers that have many groups. Each group keeps
+            round(density x units), one at least, whatever the others do.
 
     Returns:
         `{name: Budget}` of the masked layers, in the order of `shapes`.
@@ -100,16 +105,21 @@ def layer_budgets(
     sizes = {name: math.prod(shape) for name, shape in masked.items()}
     weights = sum(sizes.values())
     solved = {name: solved[name] for name in sizes}
-    if unit_sizes is None:
-        total = total_count(density * weights, density, weights)
-        counts = layer_counts(sizes, solved, total)
-    else:
-        each = _checked_units(unit_sizes, sizes)
-        units = {name: size // each[name] for name, size in sizes.items()}
-        exact = sum(solved[name] * number for name, number in units.items())
-        total = total_count(exact, density, weights)
-        kept = layer_counts(units, solved, total)
-        counts = {name: number * each[name] for name, number in kept.items()}
+    exact = density * weights
+    if group_sizes is not None:
+        sizes = _checked_groups(group_sizes, sizes)
+        exact = sum(
+            solved[n] * size for n, size in sizes.items() if n not in apart
+        )
+    counts = {
+        name: max(1, round(solved[name] * size))
+        for name, size in sizes.items()
+        if name in apart
+    }
+    together = {n: size for n, size in sizes.items() if n not in apart}
+    if together:
+        total = total_count(exact, density, sum(together.values()))
+        counts |= layer_counts(together, solved, total)
     return {name: Budget(solved[name], counts[name]) for name in sizes}
 
 
@@ -473,24 +483,24 @@ def _checked_given(given, shapes):
     return checked
 
 
-def _checked_units(unit_sizes, sizes):
-    """Returns `{name: int}`, each of which divides its layer."""
-    _check_mapping("unit_sizes", unit_sizes)
-    if not set(sizes) <= set(unit_sizes):
+def _checked_groups(group_sizes, sizes):
+    """Returns `{name: int}`, no more than a layer has weights."""
+    _check_mapping("group_sizes", group_sizes)
+    if not set(sizes) <= set(group_sizes):
         raise ValueError(
-            "unit_sizes must name every masked layer. Received: "
-            f"unit_sizes={unit_sizes!r}, layers {', '.join(sizes)}."
+            "group_sizes must name every masked layer. Received: "
+            f"group_sizes={group_sizes!r}, layers {', '.join(sizes)}."
         )
-    checked = {
-        name: integer(str(name), unit_sizes[name], at_least=1) for name in sizes
+    return {
+        name: integer(
+            str(name),
+            group_sizes[name],
+            at_least=1,
+            at_most=size,
+            rule=f"must be an int from 1 to {size}, the weights of the layer",
+        )
+        for name, size in sizes.items()
     }
-    for name, size in sizes.items():
-        if size % checked[name]:
-            raise ValueError(
-                f"A layer consists of whole units. Received: unit size "
-                f"{checked[name]} of {name!r}, which has {size} weights."
-            )
-    return checked
 
 
 def _check_mapping(name, value):

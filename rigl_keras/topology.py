@@ -8,9 +8,11 @@ under XLA.
 """
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import tensorflow as tf
 
+from rigl_keras._selecting import count_rows, highest_of_rows
 from rigl_keras._tensor_checks import (
     Number,
     TensorLike,
@@ -26,6 +28,7 @@ from rigl_keras._tensor_checks import (
     no_nan_within,
 )
 from rigl_keras.conventions import ORIGINAL, Conventions, check_conventions
+from rigl_keras.layouts import Layout
 
 __all__ = [
     "drop",
@@ -46,6 +49,7 @@ def update_masks(
     drop_fraction: Number,
     shares: TensorLike | None = None,
     grow_counts: Callable[[tf.Tensor, tf.Tensor], TensorLike] | None = None,
+    layouts: Sequence[Layout] | None = None,
     conventions: Conventions = ORIGINAL,
 ) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
     """Moves a fraction of the connections of every layer from worst to best.
@@ -56,6 +60,12 @@ def update_masks(
        `grow_counts` says.
     3. Grow: as many of those now inactive, of highest `grow_scores`, join. A
        connection that has just left may join again.
+
+    A layer whose connections compete in groups (`patterns`) drops as above,
+    and then grows in each group as many as that has dropped. Where
+    `grow_counts` says another number, all its groups keep the same number,
+    the nearest that there is, of those with the highest scores; a pattern that
+    fixes the number, as 2:4 does, keeps it.
 
     Where scores tie, the lower flat index leaves, or joins, first. Evci et
     al., 2020, arXiv:1911.11134, Algorithm 1 and section 3, drop and grow
@@ -76,6 +86,9 @@ def update_masks(
             layer has dropped and how many of its entries are inactive then.
             It returns how many each is to grow, a whole number for each.
             None: as many as it has dropped.
+        layouts: For each layer the groups within which its connections
+            compete; masks and scores are then of its `unit_shape`. None: all
+            of a layer compete.
         conventions: The `REPORT` conventions change rounding, ranking and
             what counts as grown.
 
@@ -89,8 +102,9 @@ def update_masks(
 
     Raises:
         ValueError: There is not one mask and one score of each kind for every
-            layer, shapes differ, an argument is out of range, or a score that
-            is read is NaN (when called eagerly).
+            layer, shapes differ, an argument is out of range, a score that is
+            read is NaN (when called eagerly), or the conventions break the
+            groups of a layer.
 
     Example:
 
@@ -116,6 +130,7 @@ def update_masks(
     dtypes, active, drop_scores, grow_scores = _checked_layers(
         masks, drop_scores, grow_scores
     )
+    of_layers = _checked_layouts(layouts, active, conventions)
     fractions = layer_drop_fractions(
         active, shares, drop_fraction, conventions=conventions
     )
@@ -128,12 +143,14 @@ def update_masks(
     dropped = tf.stack([count_true(leaves) for leaves in left])
     free = tf.stack([count_true(~stays) for stays in kept])
     counts = dropped if grow_counts is None else grow_counts(dropped, free)
-    counts = _checked_counts(counts, len(masks))
+    counts = _checked_counts(counts, len(active))
 
     moved = [
-        _grow(mask, stays, scores, count, conventions)
-        for mask, stays, scores, count in _layers(
-            active, kept, grow_scores, counts
+        _grow(mask, stays, grows, count, conventions)
+        if layout is None or not layout.is_apart
+        else _grow_groups(mask, stays, drops, grows, count, layout, conventions)
+        for mask, stays, drops, grows, count, layout in _layers(
+            active, kept, drop_scores, grow_scores, counts, of_layers
         )
     ]
     defined = _check_ranked(active, drop_scores, kept, grow_scores)
@@ -155,6 +172,7 @@ def drop_and_grow(
     *,
     drop_fraction: Number,
     grow_count: Number | None = None,
+    layout: Layout | None = None,
     conventions: Conventions = ORIGINAL,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Moves a fraction of one kernel's connections from worst to best.
@@ -170,6 +188,8 @@ def drop_and_grow(
             number or a scalar float tensor.
         grow_count: How many connections join, an integer scalar. None: as
             many as leave.
+        layout: The groups within which connections compete, as in
+            `update_masks`. None: all compete.
         conventions: As in `update_masks`.
 
     Returns:
@@ -195,6 +215,7 @@ def drop_and_grow(
         [grow_scores],
         drop_fraction=drop_fraction,
         grow_counts=None if grow_count is None else lambda *_: [grow_count],
+        layouts=None if layout is None else [layout],
         conventions=conventions,
     )
     return new, grown
@@ -236,6 +257,37 @@ def _checked_counts(counts, layers):
             f"Received: {counts!r}."
         )
     return checked
+
+
+def _checked_layouts(layouts, masks, conventions):
+    """Returns a layout, or None, for each mask."""
+    if layouts is None:
+        return [None] * len(masks)
+    layouts = list(layouts)
+    if len(layouts) != len(masks):
+        raise ValueError(
+            f"There must be a layout for each of {len(masks)} masks. Received: "
+            f"{len(layouts)} layouts."
+        )
+    for layout, mask in _layers(layouts, masks):
+        _check_units(layout, mask)
+        if layout.is_apart and conventions.grow_ranking != "inactive":
+            raise ValueError(
+                "Among all entries fewer may be grown than were dropped, and "
+                "groups of connections keep their numbers. Received: "
+                f"grow_ranking={conventions.grow_ranking!r} with "
+                f"{layout.groups} groups of a layer. Pass conventions with "
+                "grow_ranking='inactive', or granularity='element'."
+            )
+    return layouts
+
+
+def _check_units(layout, tensor):
+    if not tensor.shape.is_compatible_with(layout.unit_shape):
+        raise ValueError(
+            "Masks and scores must have a value for each unit of the layout, "
+            f"shape {layout.unit_shape}. Received: shape {tensor.shape}."
+        )
 
 
 def _as_list(name, of_each):
@@ -310,11 +362,12 @@ def drop(
 def _drop(active, scores, drop_fraction, conventions):
     count = _drop_count(active, drop_fraction, conventions)
     if conventions.drop_ranking == "active":
-        return active & ~_select_highest(-scores, count, active)
+        leaves = _select_highest(-scores, count, active)
+        return active & tf.logical_not(leaves)
     ranked = tf.where(active, scores, tf.zeros_like(scores))
     count += count_true(~active)
-    everything = tf.ones_like(active)
-    return active & ~_select_highest(-ranked, count, everything)
+    leaves = _select_highest(-ranked, count, tf.ones_like(active))
+    return active & tf.logical_not(leaves)
 
 
 def grow(
@@ -359,6 +412,33 @@ def _grow(active, kept, scores, count, conventions):
         joined = _select_highest(ranked, count, tf.ones_like(kept))
     restarts_at_zero = conventions.regrown_value == "zero"
     return kept | joined, joined if restarts_at_zero else joined & ~active
+
+
+def _grow_groups(
+    active, kept, drop_scores, grow_scores, count, layout, conventions
+):
+    """Returns what `_grow` does, with as many in each group."""
+    before, stays, drops, grows = (
+        layout.grouped(t) for t in (active, kept, drop_scores, grow_scores)
+    )
+    wanted = count_rows(before)
+    if layout.fixed is None:
+        remains = count_true(stays)
+        # Groups of one number keep it, whatever rounding would make of it.
+        each = (2 * (remains + count) + layout.groups) // (2 * layout.groups)
+        changes = remains + count != count_true(before)
+        wanted = tf.where(changes, each, wanted)
+    stays = tf.cond(
+        tf.reduce_any(count_rows(stays) > wanted),
+        lambda: highest_of_rows(drops, wanted, stays),
+        lambda: stays,
+    )
+    free = tf.logical_not(stays)
+    joined = highest_of_rows(grows, wanted - count_rows(stays), free)
+    grown = joined
+    if conventions.regrown_value != "zero":
+        grown = joined & tf.logical_not(before)
+    return layout.ungrouped(stays | joined), layout.ungrouped(grown)
 
 
 def drop_count(
@@ -447,7 +527,11 @@ def layer_drop_fractions(
 
 
 def select_highest(
-    scores: TensorLike, count: Number, *, among: TensorLike
+    scores: TensorLike,
+    count: TensorLike,
+    *,
+    among: TensorLike,
+    layout: Layout | None = None,
 ) -> tf.Tensor:
     """Returns which `count` entries among the candidates score highest.
 
@@ -458,8 +542,11 @@ def select_highest(
 
     Args:
         scores: Float tensor, free of NaN where `among` holds.
-        count: Integer scalar, at least 0.
+        count: Integer scalar, at least 0. With a layout of several groups it
+            may be a vector, a number for each group.
         among: Bool tensor of the same shape, True for candidates.
+        layout: The groups in each of which so many are selected; the tensors
+            are of its `unit_shape`. None: all entries are one group.
 
     Returns:
         Bool tensor of the same shape.
@@ -475,75 +562,35 @@ def select_highest(
     scores, among = as_scores("scores", scores), as_mask("among", among)
     check_one_shape(scores=scores, among=among)
     check_defined("scores", scores, among)
-    return _select_highest(scores, checked_count("count", count), among)
+    if layout is None:
+        whole = checked_count("count", cast(Number, count))
+        return _select_highest(scores, whole, among)
+    _check_units(layout, scores)
+    counts = _group_counts(count, layout)
+    return layout.ungrouped(
+        highest_of_rows(layout.grouped(scores), counts, layout.grouped(among))
+    )
+
+
+def _group_counts(count, layout):
+    """Returns an int32 tensor (groups, 1), or (1, 1) for all of them."""
+    counts = as_tensor("count", count)
+    if counts.shape.rank == 0:
+        return tf.reshape(checked_count("count", counts), [1, 1])
+    whole = counts.dtype.is_integer and counts.shape == (layout.groups,)
+    if not whole or (
+        tf.executing_eagerly() and bool(tf.reduce_any(counts < 0))
+    ):
+        raise ValueError(
+            "count must be a whole number, or one for each of "
+            f"{layout.groups} groups. Received: count={count!r}."
+        )
+    return tf.reshape(tf.cast(counts, tf.int32), [-1, 1])
 
 
 def _select_highest(scores, count, among):
-    select = _selection if tf.executing_eagerly() else _traced_selection
-    return select(scores, count, among)
-
-
-def _selection(scores, count, among):
-    count = tf.minimum(count, count_true(among))
-    keys = _ordered_bits(scores)
-    keys = tf.where(among, keys, keys.dtype.min)
-    threshold = _largest(keys, count)
-    reached = among & (keys >= threshold)
-
-    def first_of_the_tied():
-        above = among & (keys > threshold)
-        tied = tf.reshape(reached & ~above, [-1])
-        place = tf.cumsum(tf.cast(tied, tf.int32))
-        first = tied & (place <= count - count_true(above))
-        return above | tf.reshape(first, tf.shape(reached))
-
-    return tf.cond(
-        tf.equal(count_true(reached), count), lambda: reached, first_of_the_tied
+    rows = [1, -1]
+    selected = highest_of_rows(
+        tf.reshape(scores, rows), count, tf.reshape(among, rows)
     )
-
-
-# A graph calls it, as often as there are layers twice over: it is traced once
-# for each shape, and not once for each call.
-_traced_selection = tf.function(_selection, autograph=False)
-
-
-def _largest(keys, rank):
-    """Returns a threshold that the `rank` largest of integer `keys` reach.
-
-    It is the `rank`-th largest key, or lower where no more than `rank` keys
-    reach it, so that no further bisection would change the selection.
-    """
-
-    def halve(low, high, reaching):
-        # Average without overflow, rounded down.
-        one = tf.ones_like(low)
-        middle = (
-            tf.bitwise.right_shift(low, one)
-            + tf.bitwise.right_shift(high, one)
-            + (low & high & one)
-        )
-        size = count_true(keys >= middle)
-        enough = size >= rank
-        return (
-            tf.where(enough, middle, low),
-            tf.where(enough, high, middle),
-            tf.where(enough, size, reaching),
-        )
-
-    # Invariant: `reaching` >= rank keys are >= low, fewer are >= high.
-    low, _, _ = tf.while_loop(
-        lambda low, high, reaching: (low + 1 < high) & (reaching > rank),
-        halve,
-        (tf.reduce_min(keys), tf.reduce_max(keys) + 1, tf.size(keys)),
-    )
-    return low
-
-
-def _ordered_bits(scores):
-    """Returns integers that are ordered as the floats `scores` are."""
-    integer = tf.int64 if scores.dtype == tf.float64 else tf.int32
-    bits = tf.bitcast(scores, integer)
-    # -0.0 and 0.0 tie, though their bits differ. (Comparing floats here would
-    # make denormals tie as well, on devices that flush them.)
-    bits = tf.where(bits == integer.min, tf.zeros_like(bits), bits)
-    return tf.where(bits < 0, bits ^ integer.max, bits)
+    return tf.reshape(selected, tf.shape(scores))

@@ -251,13 +251,38 @@ def test_budgets_are_densities_and_counts():
         assert {n: b.count for n, b in budgets.items()} == layer_counts(
             sizes, solved, total
         )
-    units = {"a": 9, "b": 9, "c": 1}
-    budgets = layer_budgets(shapes, 0.2, densities={"c": 1.0}, unit_sizes=units)
+    numbers = {"a": 48, "b": 256, "c": 160}  # whole kernels, and weights
+    budgets = layer_budgets(
+        shapes, 0.2, densities={"c": 1.0}, group_sizes=numbers
+    )
     assert budgets["c"] == (1.0, 160)
-    numbers = {"a": 48, "b": 256, "c": 160}
     exact = sum(budgets[n].density * number for n, number in numbers.items())
-    assert sum(b.count // units[n] for n, b in budgets.items()) == round(exact)
-    assert all(b.count % units[n] == 0 for n, b in budgets.items())
+    assert sum(b.count for b in budgets.values()) == round(exact)
+    assert all(0 < b.count <= numbers[n] for n, b in budgets.items())
+
+
+def test_groups_keep_a_number_of_their_own():
+    """round(density x size), one at least, whatever other layers keep."""
+    shapes = {"a": (3, 3, 3, 16), "b": (3, 3, 16, 16), "c": (16, 10)}
+    fan_in = {"a": 27, "b": 144, "c": 16}
+    budgets = layer_budgets(
+        shapes, 0.02, group_sizes=fan_in, apart=["a", "b", "c"]
+    )
+    for name, (density, count) in budgets.items():
+        assert count == max(1, round(density * fan_in[name]))
+    assert {n: b.count for n, b in budgets.items()} == {"a": 1, "b": 2, "c": 2}
+    least = layer_budgets(shapes, 0.005, group_sizes=fan_in, apart=fan_in)
+    assert all(0.5 > b.density * fan_in[n] for n, b in least.items())
+    assert all(budget.count == 1 for budget in least.values())
+    # Beside them others share their own total: 2:4 and single weights.
+    sizes = {"a": 432, "b": 4, "c": 160}
+    budgets = layer_budgets(
+        shapes, 0.45, densities={"b": 0.5}, group_sizes=sizes, apart={"b"}
+    )
+    assert budgets["b"] == (0.5, 2)
+    assert budgets["a"].count + budgets["c"].count == round(
+        0.45 * (432 + 2304 + 160) - 1152
+    )
 
 
 @pytest.mark.parametrize(
@@ -265,10 +290,10 @@ def test_budgets_are_densities_and_counts():
     [
         (dict(density=2.0), "must be in .0, 1.*density=2.0"),
         (dict(density=1e-9), "rounds to no connection"),
-        (dict(unit_sizes={"a": 9}), "name every masked layer"),
-        (dict(unit_sizes={"a": 9, "b": 7}), "unit size 7 of 'b'"),
-        (dict(unit_sizes={"a": 9, "b": 0}), "b must be an int of at least 1"),
-        (dict(unit_sizes=3), "unit_sizes must map"),
+        (dict(group_sizes={"a": 9}), "name every masked layer"),
+        (dict(group_sizes={"a": 9, "b": 17}), "b must be an int from 1 to 16"),
+        (dict(group_sizes={"a": 9, "b": 0}), "b must be an int from 1 to 16"),
+        (dict(group_sizes=3), "group_sizes must map"),
     ],
 )
 def test_bad_budgets(options, message):

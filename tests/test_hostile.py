@@ -146,7 +146,7 @@ def check_densities(got, shapes, density, distribution, conventions, densities):
     assert kept == pytest.approx(wanted, abs=2 * len(sizes) + 1)
 
 
-def check_budgets(got, shapes, density, unit_sizes, **options):
+def check_budgets(got, shapes, density, group_sizes, **options):
     assert set(got) <= set(shapes)
     sizes = {name: math.prod(shapes[name]) for name in got}
     assert all(0 <= got[name].count <= sizes[name] for name in got)
@@ -600,7 +600,7 @@ CASES = {
             distribution=names,
             conventions=presets,
             densities=given_densities,
-            unit_sizes=st.none(),
+            group_sizes=st.none(),
         ),
         check_budgets,
         200,

@@ -1,42 +1,35 @@
-"""Masks with a given number of ones, drawn from a key."""
-
-import math
-from collections.abc import Sequence
+"""Masks with a given number of units, drawn from a key."""
 
 import numpy as np
+
+from rigl_keras.layouts import Layout
 
 __all__ = ["draw_mask"]
 
 
-def draw_mask(
-    shape: Sequence[int], ones: int, key: int, *, granularity: str = "element"
-) -> np.ndarray:
-    """Returns a random mask with exactly so many ones.
+def draw_mask(layout: Layout, count: int, key: int) -> np.ndarray:
+    """Returns a random mask that keeps exactly so many units of each group.
 
     The same arguments give the same mask, on every machine.
 
     Args:
-        shape: Of the kernel.
-        ones: How many entries are 1, at least 0. Where whole kernels are kept
-            or removed, the nearest number that these can have.
+        layout: The units and groups of the kernel.
+        count: How many units of a group are kept, from 0 to all of them.
         key: Seed, at least 0.
-        granularity: `"element"`, or `"kernel"`: all entries between an input
-            and an output channel, which are the last two axes, are equal.
 
     Returns:
-        Bool array.
+        Bool array of the kernel's shape.
 
     Example:
 
-    >>> draw_mask((2, 3), 4, key=7).sum()
+    >>> draw_mask(Element().layout((2, 3)), 4, key=7).sum()
     np.int64(4)
     """
-    shape = tuple(shape)
-    # A unit is what the mask keeps or removes as one.
-    units = shape[-2:] if granularity == "kernel" else shape
-    size = math.prod(units)
-    count = round(ones * size / max(math.prod(shape), 1))
-    mask = np.zeros(size, bool)
-    mask[:count] = True
-    mask = np.random.default_rng(key).permutation(mask).reshape(units)
-    return np.broadcast_to(mask, shape).copy()
+    draw = np.random.default_rng(key)
+    mask = np.zeros((layout.groups, layout.size), bool)
+    mask[:, :count] = True
+    if layout.groups == 1:
+        mask = draw.permutation(mask[0])[np.newaxis]
+    else:
+        mask = draw.permuted(mask, axis=1)
+    return layout.by_element(layout.ungrouped(mask)).copy()

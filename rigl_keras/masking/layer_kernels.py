@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import keras
 
+from rigl_keras.layouts import Axes
 from rigl_keras.masking.model_tree import step_to, within
 
 __all__ = [
@@ -131,6 +132,16 @@ class Kernel:
             outputs = self.output_axes
             return tuple(i for i in range(axes) if i not in outputs)
         return (axes - 2,)
+
+    @property
+    def axes(self) -> Axes:
+        """What a pattern has to know of the kernel."""
+        return Axes(
+            tuple(self.variable.shape),
+            self.input_axes,
+            self.output_axes,
+            self.is_convolution,
+        )
 
     @property
     def initializer(self) -> keras.initializers.Initializer | None:

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 import numpy as np
 
 from rigl_keras.distributions import Budget
+from rigl_keras.layouts import Layout
 from rigl_keras.masking.drawing import draw_mask
 from rigl_keras.masking.layer_kernels import Kernel
-from rigl_keras.masking.selection import granularity_of
 
-__all__ = ["draw_masks", "drawing_key", "fan_in_scale", "unit_sizes"]
+__all__ = ["draw_masks", "drawing_key", "fan_in_scale"]
 
 
 def fan_in_scale(kernel: Kernel, mask: np.ndarray) -> np.ndarray:
@@ -24,43 +24,41 @@ def fan_in_scale(kernel: Kernel, mask: np.ndarray) -> np.ndarray:
     return np.sqrt(connections / np.maximum(kept, 1)).astype(np.float32)
 
 
-def unit_sizes(
-    chosen: Mapping[str, Kernel], granularity: str
-) -> dict[str, int] | None:
-    """Returns how many weights of each kernel a mask keeps or removes as one.
-
-    None where these are single weights.
-    """
-    if granularity == "element":
-        return None
-    return {
-        name: math.prod(kernel.variable.shape[:-2])
-        if granularity_of(kernel, granularity) == "kernel"
-        else 1
-        for name, kernel in chosen.items()
-    }
-
-
 def draw_masks(
     budgets: Mapping[str, Budget],
     chosen: Mapping[str, Kernel],
-    granularity: str,
+    layouts: Mapping[str, Layout],
     seed: int,
     *,
     sampling: str,
 ) -> dict[str, np.ndarray]:
-    """Returns `{name: bool array}`."""
+    """Returns `{name: bool array}`.
+
+    Args:
+        budgets: `{name: what a kernel keeps}`.
+        chosen: `{name: kernel}`.
+        layouts: `{name: its units and groups}`.
+        seed: Seed of all masks.
+        sampling: As in `conventions.Conventions`.
+
+    Raises:
+        ValueError: Units are drawn one by one, and groups keep a number.
+    """
     masks = {}
     for name, (density, count) in budgets.items():
-        shape = tuple(chosen[name].variable.shape)
+        layout = layouts[name]
         key = drawing_key(name, chosen[name], seed)
-        whole = granularity_of(chosen[name], granularity)
-        if sampling == "bernoulli":
-            units = shape[-2:] if whole == "kernel" else shape
-            mask = np.random.default_rng(key).random(units) < density
-            masks[name] = np.broadcast_to(mask, shape).copy()
+        if sampling == "exact":
+            masks[name] = draw_mask(layout, count, key)
+        elif layout.is_apart:
+            raise ValueError(
+                "sampling='bernoulli' draws each weight by itself, and the "
+                f"mask of {name!r} {layout.reason}. Pass conventions with "
+                "sampling='exact', or granularity='element'."
+            )
         else:
-            masks[name] = draw_mask(shape, count, key, granularity=whole)
+            units = np.random.default_rng(key).random(layout.unit_shape)
+            masks[name] = layout.by_element(units < density).copy()
     return masks
 
 

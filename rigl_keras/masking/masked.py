@@ -1,6 +1,5 @@
 """`Masked`: a Keras wrapper that holds the mask of the layer it wraps."""
 
-import dataclasses
 import functools
 import math
 import zlib
@@ -15,7 +14,8 @@ from rigl_keras import _keras, kernels
 from rigl_keras.kernels import layer_products
 from rigl_keras.kernels.layer_products import ProductChoices
 from rigl_keras.masking.drawing import draw_mask
-from rigl_keras.masking.inner_products import ask_scope, multiplier
+from rigl_keras.masking.inner_products import ask_scope
+from rigl_keras.masking.kernel_mask import KernelMask, MaskedKernel
 from rigl_keras.masking.layer_kernels import Kernel, find_kernels, kernel_at
 from rigl_keras.masking.mask_variable import MaskVariable, check_read
 from rigl_keras.masking.tracing import (
@@ -23,149 +23,17 @@ from rigl_keras.masking.tracing import (
     gradients_are_dense,
     masks_are_applied,
     note_called,
-    product,
     zero_outside,
 )
+from rigl_keras.patterns import Granularity, as_pattern
 
 __all__ = [
-    "GRANULARITIES",
     "KernelMask",
     "MaskProjection",
     "Masked",
-    "MaskedKernel",
     "allow_again",
-    "check_granularity",
     "show_to_tensorflow",
 ]
-
-GRANULARITIES = ("element", "kernel")
-
-
-def check_granularity(granularity: str) -> None:
-    """Raises ValueError unless it is one of `GRANULARITIES`."""
-    if granularity not in GRANULARITIES:
-        raise ValueError(
-            f"granularity must be one of {GRANULARITIES}. Received: "
-            f"granularity={granularity!r}."
-        )
-
-
-class KernelMask:
-    """A kernel and the mask on it: what a method changes.
-
-    A `Masked` layer with one `kernel` is one itself; those of others (an
-    LSTM, attention) are listed by `Masked.masked_kernels()`.
-
-    Attributes:
-        name: Unique within the model, but for layers of one name.
-        kernel: The kernel variable, zero outside the mask.
-        mask: Bool variable of the kernel's shape, True where kept.
-        found: Where the kernel is, and the axes that it joins.
-        draw_key: Int from which random draws for this kernel are seeded.
-        granularity: What the mask keeps or removes as one: `"element"`, each
-            weight; `"kernel"`, all weights between one input and one output
-            channel, which are the last two axes.
-        density: Fraction of the mask that is 1.
-    """
-
-    name: str
-    mask: keras.Variable
-    found: Kernel
-    draw_key: int
-    granularity: str
-
-    @property
-    def kernel(self) -> keras.Variable:
-        return self.found.variable
-
-    @property
-    def density(self) -> float:
-        return float(tf.reduce_mean(tf.cast(self.mask.value, tf.float64)))
-
-    def assign_mask(self, mask) -> None:
-        """Sets the mask and zeroes the kernel outside it."""
-        self.mask.assign(mask)
-        self.kernel.assign(zero_outside(self.mask, self.kernel.value))
-
-    def by_unit(self, tensor: tf.Tensor) -> tf.Tensor:
-        """Returns one value for each unit that the mask keeps or removes.
-
-        Args:
-            tensor: Float tensor of the kernel's shape.
-
-        Returns:
-            The tensor itself where units are elements; its mean over the
-            spatial axes, of the shape of the last two, where they are kernels.
-        """
-        if self.granularity == "element":
-            return tensor
-        return tf.reduce_mean(tensor, axis=range(len(tensor.shape) - 2))
-
-    def units(self, mask: tf.Tensor) -> tf.Tensor:
-        """Returns whether anything of each unit is kept.
-
-        Args:
-            mask: Bool tensor of the kernel's shape.
-
-        Returns:
-            Bool tensor, a value for each unit as in `by_unit`.
-        """
-        if self.granularity == "element":
-            return mask
-        return tf.reduce_any(mask, axis=range(len(mask.shape) - 2))
-
-    def by_element(self, tensor: tf.Tensor) -> tf.Tensor:
-        """Returns the value of its unit for each entry of the kernel.
-
-        Args:
-            tensor: One value for each unit, as `by_unit` returns them.
-
-        Returns:
-            Tensor of the kernel's shape.
-        """
-        return tf.broadcast_to(tensor, self.kernel.shape)
-
-    def masked_kernel(
-        self, kernel: Any = None, *, kept: bool = False
-    ) -> tf.Tensor:
-        """Returns kernel x mask, through which training differentiates.
-
-        Args:
-            kernel: The kernel's value. None: that of the variable.
-            kept: Whether the product may be kept from call to call, where
-                nothing differentiates.
-        """
-        note_called(self.kernel, self.name)
-        if kernel is None:
-            kernel = self.kernel.value
-        kernel = tf.convert_to_tensor(kernel)
-        if masks_are_applied():
-            return kernel
-        mask = tf.convert_to_tensor(self.mask.value)
-        if kept and not gradients_are_dense():
-            found = layer_products.inference_kernel(kernel, mask)
-            if found is not None:
-                return found
-        return product(kernel, mask)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class MaskedKernel(KernelMask):
-    """A masked kernel within a layer, perhaps one of several."""
-
-    name: str
-    mask: keras.Variable
-    found: Kernel
-    draw_key: int
-    granularity: str
-    layer: keras.layers.Layer
-    choices: ProductChoices
-
-    def chosen_products(self) -> dict[tuple, kernels.Choice]:
-        """Returns what was chosen, by the shape of the inputs."""
-        return self.choices.chosen(
-            multiplier(self.layer, self.found.owner)
-        ).by_shape
 
 
 @keras.saving.register_keras_serializable("rigl_keras")
@@ -185,8 +53,8 @@ class Masked(KernelMask, keras.layers.Wrapper):
             None: all that are found.
         draw_key: Int from which random draws are seeded. None: the crc32 of
             the name.
-        granularity: `"element"` or `"kernel"`, as in `KernelMask`; the latter
-            holds for convolutions.
+        granularity: What masks keep or remove as one, and what competes with
+            what: a pattern, or its name, as in `sparsify`.
         product: How kernel x mask is multiplied with inputs: `"dense"`, by
             TensorFlow; `"sparse"`, by kernels that leave out what the mask
             removes, where the layer has such a product
@@ -207,7 +75,7 @@ class Masked(KernelMask, keras.layers.Wrapper):
 
     Raises:
         ValueError: `layer` is masked already, turns out to have no kernel
-            when it is built, or `granularity` is unknown.
+            when it is built, or `granularity` is unknown or does not fit one.
     """
 
     def __init__(
@@ -216,7 +84,7 @@ class Masked(KernelMask, keras.layers.Wrapper):
         *,
         kernels: Sequence[str] | None = None,
         draw_key: int | None = None,
-        granularity: str = "element",
+        granularity: Granularity = "element",
         product: str = "auto",
         nonzeros: Sequence[int] | None = None,
         name: str | None = None,
@@ -239,8 +107,7 @@ class Masked(KernelMask, keras.layers.Wrapper):
         self.draw_key = (
             zlib.crc32(self.name.encode()) if draw_key is None else draw_key
         )
-        check_granularity(granularity)
-        self.granularity = granularity
+        self.granularity = as_pattern(granularity).name
         self._choices = ProductChoices(layer, product)
         self.kernels = None if kernels is None else tuple(kernels)
         self._nonzeros = None if nonzeros is None else tuple(nonzeros)
@@ -268,6 +135,8 @@ class Masked(KernelMask, keras.layers.Wrapper):
                 "kernels=[name]."
             )
         self.kernels = tuple(kernel.path for kernel in found)
+        for kernel in found:
+            as_pattern(self.granularity).layout(kernel.axes)  # which it fits
         self._masks = [self._make_mask(kernel) for kernel in found]
         show_to_tensorflow(self, [*self._masks, *self.layer.variables])
         for kernel, mask in zip(found, self._masks, strict=True):
@@ -291,13 +160,9 @@ class Masked(KernelMask, keras.layers.Wrapper):
                     f"nonzeros must be in [0, {math.prod(shape)}] for the "
                     f"kernel of {masked.name!r}. Received: {ones!r}."
                 )
+            layout = masked.layout
             masked.assign_mask(
-                draw_mask(
-                    shape,
-                    ones,
-                    masked.draw_key,
-                    granularity=masked.granularity,
-                )
+                draw_mask(layout, layout.count_of(ones), masked.draw_key)
             )
 
     def _make_mask(self, kernel):
@@ -328,9 +193,7 @@ class Masked(KernelMask, keras.layers.Wrapper):
                 mask=mask,
                 found=kernel,
                 draw_key=zlib.crc32(f"{self.draw_key}/{kernel.path}".encode()),
-                granularity=self.granularity
-                if kernel.is_convolution
-                else "element",
+                granularity=as_pattern(self.granularity).of(kernel.axes).name,
                 layer=self.layer,
                 choices=self._choices,
             )

@@ -11,9 +11,17 @@ from rigl_keras import _checks, _deprecation, _keras
 from rigl_keras._text import aligned
 from rigl_keras.kernels import fast_calls
 from rigl_keras.kernels.layer_products import PRODUCTS
+from rigl_keras.masking.layer_kernels import find_kernels
 from rigl_keras.masking.leaves import containers, leaf_layers, named_layers
 from rigl_keras.masking.masked import KernelMask, Masked
-from rigl_keras.masking.unmasked import left_dense, listed, matrices, why_dense
+from rigl_keras.masking.unmasked import (
+    left_dense,
+    listed,
+    matrices,
+    why_dense,
+    why_unfit,
+)
+from rigl_keras.patterns import as_pattern
 
 __all__ = ["MaskedLayers", "choose_kernels", "masked_layers"]
 
@@ -69,13 +77,15 @@ class MaskedLayers(Sequence):
         axes or more; so is a model that has weights besides its layers.
         """
         masked = {id(masked.kernel) for masked in self._masked}
+        names = dict.fromkeys(m.granularity for m in self._masked)
+        patterns = [as_pattern(name) for name in names]
         skipped = [
-            (layer, why_dense(layer))
+            (layer, why_dense(layer, patterns))
             for layer in named_layers(self._model).values()
             if not isinstance(layer, Masked)
         ]
         skipped += [
-            (layer, f"not masked: {listed(left)}")
+            (layer, f"not masked: {listed(left)}{_why_left(layer, left)}")
             for layer in named_layers(self._model).values()
             if isinstance(layer, Masked)
             for left in [left_dense(layer.layer, masked)]
@@ -118,6 +128,16 @@ class MaskedLayers(Sequence):
         return "\n".join(lines)
 
     __repr__ = __str__
+
+
+def _why_left(layer, left):
+    """Returns what to add of kernels that the pattern of others fits not."""
+    ids = {id(variable) for variable in left.values()}
+    why = why_unfit(
+        [k for k in find_kernels(layer.layer) if id(k.variable) in ids],
+        [as_pattern(layer.granularity)],
+    )
+    return f": {why}" if why else ""
 
 
 def _product_of(masked):

@@ -18,17 +18,17 @@ from rigl_keras.masking.unmasked import (
     why_adapted,
     why_dense,
 )
+from rigl_keras.patterns import Pattern
 
 __all__ = [
     "by_name",
     "check_mask",
     "check_model",
     "chosen_kernels",
-    "granularity_of",
     "named_kernels",
     "names_and_product",
+    "selected_layers",
     "with_embeddings",
-    "without_kernels",
 ]
 
 _KERNELS = (
@@ -144,7 +144,7 @@ def chosen_kernels(
             + "\n".join(f"  {layer.name}: {why}" for layer, why in adapted)
             + "\nOr pass `layers` that leaves them out."
         )
-    for layer in _selected_layers(selector):
+    for layer in selected_layers(selector):
         if all(layer not in (k.layer, k.owner) for k in chosen.values()):
             raise ValueError(
                 f"`layers` names {layer.name!r}, a {type(layer).__name__} that "
@@ -241,32 +241,11 @@ def _check_all_masked(model, chosen, matches):
         )
 
 
-def granularity_of(kernel: Kernel, wanted: str) -> str:
-    """Returns what a mask keeps as one; whole kernels are convolved."""
-    return wanted if kernel.is_convolution else "element"
-
-
-def without_kernels(chosen: Mapping[str, Kernel]) -> dict[str, float]:
-    """Returns density 1 for each kernel that has no spatial axes."""
-    flat = {
-        name: 1.0
-        for name, kernel in chosen.items()
-        if not kernel.is_convolution
-    }
-    if len(flat) == len(chosen):
-        raise ValueError(
-            "granularity='kernel' keeps or removes whole kernels of "
-            "convolutions, and none of the layers to mask is one: "
-            f"{', '.join(flat)}. Use granularity='element'."
-        )
-    return flat
-
-
 def check_mask(
     name: str,
     mask: np.ndarray,
     named: Mapping[str, Kernel],
-    granularity: str,
+    pattern: Pattern,
 ) -> None:
     """Raises ValueError unless a mask fits the kernel of its name."""
     if name not in named:
@@ -286,14 +265,12 @@ def check_mask(
             f"The mask of {name!r} must hold zeros and ones only. Received "
             f"{values[~np.isin(values, [0, 1])][0]} among its entries."
         )
-    if granularity_of(named[name], granularity) == "kernel":
-        spatial = tuple(range(np.ndim(mask) - 2))
-        if (np.max(mask, axis=spatial) != np.min(mask, axis=spatial)).any():
-            raise ValueError(
-                f"The mask of {name!r} keeps a part of some kernels, and "
-                "granularity='kernel' keeps or removes them whole. Pass "
-                "granularity='element'."
-            )
+    breach = pattern.layout(named[name].axes).breach(np.asarray(mask))
+    if breach is not None:
+        raise ValueError(
+            f"The mask of {name!r} {breach}, as granularity={pattern.name!r} "
+            "asks. Pass granularity='element'."
+        )
 
 
 def _predicate(selector):
@@ -320,7 +297,8 @@ def _predicate(selector):
     )
 
 
-def _selected_layers(selector):
+def selected_layers(selector: Selector) -> list[keras.layers.Layer]:
+    """Returns the layers that a selector names one by one."""
     if isinstance(selector, keras.layers.Layer):
         return [selector]
     if not isinstance(selector, Iterable) or isinstance(selector, str):
@@ -329,23 +307,38 @@ def _selected_layers(selector):
 
 
 def by_name(
-    densities: Mapping | None, chosen: Mapping[str, Kernel]
-) -> dict[str, float]:
-    """Returns densities by name; those of a layer hold for its kernels."""
-    given = {}
-    for key, value in (densities or {}).items():
+    given: Mapping | None,
+    chosen: Mapping[str, Kernel],
+    argument: str = "densities",
+) -> dict:
+    """Returns what is given for layers by the names of their kernels.
+
+    Args:
+        given: `{layer, its type or its name: value}`; the last that fits
+            holds.
+        chosen: `{name: kernel}`.
+        argument: What it is called.
+
+    Raises:
+        ValueError: A layer or type fits no kernel. A name that fits none is
+            returned as it is.
+    """
+    found = {}
+    for key, value in (given or {}).items():
         names = [
             name
             for name, kernel in chosen.items()
             if name == key
             or key is kernel.layer
             or (isinstance(key, str) and name.startswith(f"{key}/"))
+            or (isinstance(key, type) and isinstance(kernel.layer, key))
         ]
-        if not names and isinstance(key, keras.layers.Layer):
+        if not names and isinstance(key, keras.layers.Layer | type):
+            named = key.__name__ if isinstance(key, type) else repr(key.name)
             raise ValueError(
-                f"densities names {key.name!r}, which is no masked layer. "
+                f"{argument} names {named}, which is no masked layer. "
                 f"Masked layers: {', '.join(chosen)}."
             )
         # A name that fits nothing is refused where densities are solved.
-        given.update(dict.fromkeys(names or [key], value))
-    return given
+        found.update(dict.fromkeys(names or [key], value))
+    return found

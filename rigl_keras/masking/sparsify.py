@@ -15,35 +15,42 @@ from rigl_keras.masking.mask_drawing import (
     draw_masks,
     drawing_key,
     fan_in_scale,
-    unit_sizes,
 )
-from rigl_keras.masking.masked import Masked, check_granularity
+from rigl_keras.masking.masked import Masked
+from rigl_keras.masking.pattern_choice import (
+    PatternOf,
+    fitting_kernels,
+    layer_granularity,
+    layouts_of,
+    pattern_densities,
+    patterns_of,
+)
 from rigl_keras.masking.selection import (
     Selector,
     by_name,
     check_mask,
     check_model,
     chosen_kernels,
-    granularity_of,
     named_kernels,
     names_and_product,
+    selected_layers,
     with_embeddings,
-    without_kernels,
 )
 from rigl_keras.masking.surgery import exchange
 from rigl_keras.masking.weight_files import weight_loader
+from rigl_keras.patterns import Element, Kernel
 
 __all__ = ["sparsify", "with_masks"]
 
 
 def sparsify(
     model: keras.Model,
-    density: float,
+    density: float | None = None,
     *,
     distribution: str = "erdos_renyi_kernel",
     densities: Mapping | None = None,
     layers: Selector = None,
-    granularity: str = "element",
+    granularity: PatternOf = "element",
     kernels: Mapping | None = None,
     product: str = "auto",
     scale_to_fan_in: bool = False,
@@ -76,21 +83,31 @@ def sparsify(
 
     Args:
         model: A built model of any kind, models within it included.
-        density: Fraction of the masked weights kept, in (0, 1].
+        density: Fraction of the masked weights kept, in (0, 1]. None: that of
+            the pattern, where each layer's fixes it.
         distribution: `"erdos_renyi_kernel"` (`"erk"`), `"erdos_renyi"`
             (`"er"`) or `"uniform"`, which leaves the first layer dense.
-        densities: `{layer or its name: density}` of layers whose density is
-            given. They count towards `density`; the others share the rest.
+        densities: `{layer, its type or its name: density}` of layers whose
+            density is given. They count towards `density`; the others share
+            the rest.
         layers: Which layers to mask: layer objects, layer types, a predicate
             `layer -> bool`, or a list of these; it may mean a layer of the
             model or one within it, such as the cell of an LSTM. None: all
             with a kernel, so that embeddings are left out. Biases and
             normalisation are never masked.
-        granularity: `"element"`: single weights. `"kernel"`: all weights
-            between an input and an output channel of a convolution, as one
-            (the reproduction's `struct-*`). Layers without spatial axes then
-            stay at density 1, unless `densities` says otherwise, and the
-            convolutions make up for it.
+        granularity: What masks keep or remove as one, and what competes with
+            what: one of `rigl_keras.patterns`, or its name. `"element"`:
+            single weights. `"kernel"`: all weights between an input and an
+            output channel of a convolution, as one (the reproduction's
+            `struct-*`). Layers without spatial axes then stay at density 1,
+            unless `densities` says otherwise, and the convolutions make up
+            for it. `"n:m"`, such as `"2:4"`: n of each m inputs of an output;
+            each layer has density n/m, and `density` may be left out (or be 1,
+            to prune from there). `"fan_in"`: the same number of inputs for
+            every output unit. `"rxc"`, such as `"4x16"`: blocks of r inputs
+            and c outputs. Or `{layer, its type or its name: one of these}`,
+            where others are of single weights. Layers that a pattern does not
+            fit, such as one of 3 inputs for 2:4, are left dense.
         kernels: Which variables of a layer are masked: `{layer or layer
             type: name or names}`, for custom layers that call them other than
             `kernel`, `recurrent_kernel`, `depthwise_kernel` or
@@ -110,16 +127,17 @@ def sparsify(
         conventions: `erk_rounding` and `sampling` apply. Under `"bernoulli"`
             sampling, as the report's, the number of ones is random.
         strict: Whether weights of two axes or more that are not masked raise,
-            instead of being left dense. Biases, normalisation and embedding
-            tables do not.
+            also where a pattern does not fit them, instead of being left
+            dense. Biases, normalisation and embedding tables do not.
 
     Returns:
         A model of the same kind in which the chosen layers are `Masked`.
 
     Raises:
         ValueError: The model is not built, or is masked already; nothing
-            matches `layers`; a layer is quantized or has LoRA; or a density
-            is out of reach.
+            matches `layers`; a layer is quantized or has LoRA; a density is
+            out of reach, or disagrees with a pattern; or a pattern fits no
+            layer.
 
     Example:
 
@@ -136,21 +154,38 @@ def sparsify(
             "densities must map layers or their names to densities. Received: "
             f"densities={densities!r}."
         )
-    check_granularity(granularity)
+    patterns = patterns_of(granularity, chosen)
+    first = next(iter(chosen))
+    chosen = fitting_kernels(
+        chosen, patterns, selected_layers(layers), strict=strict
+    )
+    _check_convolutions(chosen, patterns)
     given = by_name(densities, chosen)
-    shapes = {n: tuple(kernel.variable.shape) for n, kernel in chosen.items()}
-    if granularity == "kernel":
-        given = {**without_kernels(chosen), **given}
+    dense_first = distributions.full_name(distribution) == "uniform"
+    density, given = pattern_densities(
+        density,
+        given,
+        chosen,
+        patterns,
+        dense_first=dense_first and first in chosen,
+    )
+    if dense_first and first not in chosen:  # it is dense as it is
+        given.setdefault(next(iter(chosen)), density)
+    layouts = layouts_of(chosen, patterns)
+    single = all(patterns[name] == Element() for name in chosen)
     budgets = distributions.layer_budgets(
-        shapes,
+        {name: layout.shape for name, layout in layouts.items()},
         density,
         distribution,
         conventions=conventions,
         densities=given,
-        unit_sizes=unit_sizes(chosen, granularity),
+        group_sizes=None
+        if single
+        else {name: layout.size for name, layout in layouts.items()},
+        apart=[name for name, layout in layouts.items() if layout.is_apart],
     )
     masks = draw_masks(
-        budgets, chosen, granularity, seed, sampling=conventions.sampling
+        budgets, chosen, layouts, seed, sampling=conventions.sampling
     )
     empty = [name for name, mask in masks.items() if not mask.any()]
     if empty:
@@ -171,11 +206,23 @@ def sparsify(
     )
 
 
+def _check_convolutions(chosen, patterns):
+    if all(
+        patterns[name] == Kernel() and not kernel.is_convolution
+        for name, kernel in chosen.items()
+    ):
+        raise ValueError(
+            "granularity='kernel' keeps or removes whole kernels of "
+            "convolutions, and none of the layers to mask is one: "
+            f"{', '.join(chosen)}. Use granularity='element'."
+        )
+
+
 def with_masks(
     model: keras.Model,
     masks: Mapping[str, np.ndarray],
     *,
-    granularity: str = "element",
+    granularity: PatternOf = "element",
     kernels: Mapping | None = None,
     product: str = "auto",
     scale_to_fan_in: bool = False,
@@ -192,7 +239,7 @@ def with_masks(
         masks: `{name: array of zeros and ones of the kernel's shape}`, names
             as in `named_kernels`. Kernels that are not named stay dense.
         granularity: What later updates keep or remove as one, as in
-            `sparsify`.
+            `sparsify`. The masks must have the pattern.
         kernels: As in `sparsify`.
         product: As in `sparsify`.
         scale_to_fan_in: As in `sparsify`.
@@ -218,10 +265,12 @@ def with_masks(
         )
     kernels, product = names_and_product(kernels, product)
     named = named_kernels(model, with_embeddings(kernels))
-    check_granularity(granularity)
+    patterns = patterns_of(
+        granularity, {name: named[name] for name in masks if name in named}
+    )
     by_layer = {}
     for name, mask in masks.items():
-        check_mask(name, mask, named, granularity)
+        check_mask(name, mask, named, patterns.get(name, Element()))
         by_layer.setdefault(id(named[name].layer), {})[name] = (
             np.asarray(mask) != 0
         )
@@ -234,7 +283,9 @@ def with_masks(
             fresh,
             kernels=[named[name].path for name in names],
             draw_key=drawing_key(names[0], named[names[0]], seed),
-            granularity=granularity_of(named[names[0]], granularity),
+            granularity=layer_granularity(
+                [named[name] for name in names], patterns[names[0]]
+            ),
             product=product,
             trainable=layer.trainable,
         )

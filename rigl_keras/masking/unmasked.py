@@ -5,16 +5,39 @@ from collections.abc import Container, Iterable, Mapping
 import keras
 
 from rigl_keras import _keras
-from rigl_keras.masking.layer_kernels import find_kernels, is_normalisation
+from rigl_keras.masking.layer_kernels import (
+    Kernel,
+    find_kernels,
+    is_normalisation,
+)
+from rigl_keras.patterns import Pattern
 
-__all__ = ["left_dense", "listed", "matrices", "why_adapted", "why_dense"]
+__all__ = [
+    "left_dense",
+    "listed",
+    "matrices",
+    "why_adapted",
+    "why_dense",
+    "why_unfit",
+]
 
 
-def why_dense(layer: keras.layers.Layer) -> str:
-    """Returns why a layer that has weights has no mask."""
+def why_dense(
+    layer: keras.layers.Layer, patterns: Iterable[Pattern] = ()
+) -> str:
+    """Returns why a layer that has weights has no mask.
+
+    Args:
+        layer: A layer, not a `Masked` one.
+        patterns: Those that the masks of the model have.
+    """
     if is_normalisation(layer):
         return "normalisation, never masked"
-    if find_kernels(layer):
+    found = find_kernels(layer)
+    if found:
+        unfit = why_unfit(found, patterns)
+        if unfit is not None:
+            return f"left dense: {unfit}"
         return (
             "left dense: the first layer under 'uniform', or not selected by "
             "`layers`"
@@ -34,6 +57,18 @@ def why_dense(layer: keras.layers.Layer) -> str:
         f"{kind} has no kernel that can be masked; where it has one of another "
         f"name, pass kernels={{{kind}: name}}"
     )
+
+
+def why_unfit(
+    kernels: Iterable[Kernel], patterns: Iterable[Pattern]
+) -> str | None:
+    """Returns which pattern does not fit a kernel, and why, or None."""
+    for pattern in patterns:
+        for kernel in kernels:
+            why = pattern.why_not(kernel.axes)
+            if why is not None:
+                return f"{pattern.name!r} does not fit: {why}"
+    return None
 
 
 def why_adapted(layer: keras.layers.Layer) -> str | None:

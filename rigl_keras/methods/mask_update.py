@@ -235,15 +235,8 @@ class MaskUpdate(StepUpdate):
         return {"drop_fraction": self._last["drop_fraction"].value()}
 
     def set_up(self) -> None:
-        if self.redistribution is not None:
-            units = [m.name for m in self.masked if m.granularity != "element"]
-            if units:
-                raise ValueError(
-                    "redistribution moves single weights between layers, and "
-                    f"the mask of {units[0]!r} keeps or removes whole "
-                    "kernels, whose sizes differ. Pass redistribution=None, "
-                    "or sparsify with granularity='element'."
-                )
+        for layer in self.masked:
+            self._check_pattern(layer)
         if self.needs_momentum or self.redistribution == "momentum":
             self._check_momentum()
         # A run that resumes without its `variables` takes its weights for
@@ -257,6 +250,24 @@ class MaskUpdate(StepUpdate):
             ]
         if self._correction[3] < 0:
             self._begin_correction()
+
+    def _check_pattern(self, layer):
+        layout = layer.layout
+        if self.redistribution is not None and layout.reason:
+            raise ValueError(
+                "redistribution moves single weights between layers, and "
+                f"the mask of {layer.name!r} {layout.reason}. Pass "
+                "redistribution=None, or sparsify with granularity='element'."
+            )
+        ranking = self.conventions.grow_ranking
+        if layout.is_apart and ranking != "inactive":
+            raise ValueError(
+                f"With grow_ranking={ranking!r} a layer may grow fewer "
+                f"connections than it drops, and the mask of {layer.name!r} "
+                f"{layout.reason}. Pass conventions with "
+                "grow_ranking='inactive', or sparsify with "
+                "granularity='element'."
+            )
 
     def forget(self) -> None:
         self._begin_correction()
@@ -362,8 +373,7 @@ class MaskUpdate(StepUpdate):
             **self._window,
         )
         self._last["drop_fraction"].assign(tf.cast(fraction, tf.float32))
-        # A unit is an entry of the kernel, or all entries between two
-        # channels.
+        # A unit is what the pattern of the mask keeps or removes as one.
         masks = [m.units(tf.convert_to_tensor(m.mask.value)) for m in layers]
         drop_scores, grow_scores = (
             [
@@ -387,6 +397,7 @@ class MaskUpdate(StepUpdate):
             drop_fraction=fraction,
             shares=shares,
             grow_counts=self._grow_counts(layers, shares, step),
+            layouts=[layer.layout for layer in layers],
             conventions=self.conventions,
         )
         counts = [

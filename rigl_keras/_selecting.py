@@ -1,0 +1,116 @@
+"""The highest of many scores, row by row, in linear time."""
+
+import tensorflow as tf
+
+__all__ = ["count_rows", "highest_of_rows"]
+
+
+def count_rows(selected: tf.Tensor) -> tf.Tensor:
+    """Returns how many entries of each row of a bool matrix hold.
+
+    Args:
+        selected: Bool tensor (rows, size).
+
+    Returns:
+        int32 tensor (rows, 1).
+    """
+    ones = tf.cast(selected, tf.int32)
+    return tf.reduce_sum(ones, axis=-1, keepdims=True)
+
+
+def highest_of_rows(
+    scores: tf.Tensor, counts: tf.Tensor, among: tf.Tensor
+) -> tf.Tensor:
+    """Returns which candidates score highest, so many of each row.
+
+    Exactly as many as `counts` says (all candidates of a row if there are
+    fewer); ties go to the lower index. The score of that rank is found by
+    bisection on the bits of the floats, for all rows at once, which costs a
+    sweep per bit and, unlike a partial sort, compiles on every device.
+
+    Args:
+        scores: Float tensor (rows, size), free of NaN where `among` holds.
+        counts: int32 tensor (rows, 1), or of one entry for all rows.
+        among: Bool tensor (rows, size), True for candidates.
+
+    Returns:
+        Bool tensor (rows, size).
+    """
+    select = _selection if tf.executing_eagerly() else _traced_selection
+    return select(scores, counts, among)
+
+
+def _selection(scores, counts, among):
+    counts = tf.minimum(counts, count_rows(among))
+    keys = _ordered_bits(scores)
+    keys = tf.where(among, keys, keys.dtype.min)
+    threshold = _largest(keys, counts)
+    reached = among & (keys >= threshold)
+
+    def first_of_the_tied():
+        above = among & (keys > threshold)
+        tied = reached & ~above
+        place = tf.cumsum(tf.cast(tied, tf.int32), axis=-1)
+        return above | (tied & (place <= counts - count_rows(above)))
+
+    return tf.cond(
+        tf.reduce_all(tf.equal(count_rows(reached), counts)),
+        lambda: reached,
+        first_of_the_tied,
+    )
+
+
+# A graph calls it, as often as there are layers twice over: it is traced once
+# for each shape, and not once for each call.
+_traced_selection = tf.function(_selection, autograph=False)
+
+
+def _largest(keys, ranks):
+    """Returns thresholds that the largest integers of each row reach.
+
+    Each is the `rank`-th largest key of its row, or lower where no more than
+    `rank` keys reach it, so that no further bisection would change the
+    selection.
+    """
+
+    def is_open(low, high, reaching):
+        return (low + 1 < high) & (reaching > ranks)
+
+    def halve(low, high, reaching):
+        # Average without overflow, rounded down.
+        one = tf.ones_like(low)
+        middle = (
+            tf.bitwise.right_shift(low, one)
+            + tf.bitwise.right_shift(high, one)
+            + (low & high & one)
+        )
+        size = count_rows(keys >= middle)
+        still = is_open(low, high, reaching)
+        enough = size >= ranks
+        return (
+            tf.where(still & enough, middle, low),
+            tf.where(still & ~enough, middle, high),
+            tf.where(still & enough, size, reaching),
+        )
+
+    # Invariant: `reaching` >= rank keys are >= low, fewer are >= high.
+    low, _, _ = tf.while_loop(
+        lambda *state: tf.reduce_any(is_open(*state)),
+        halve,
+        (
+            tf.reduce_min(keys, axis=-1, keepdims=True),
+            tf.reduce_max(keys, axis=-1, keepdims=True) + 1,
+            tf.fill([tf.shape(keys)[0], 1], tf.shape(keys)[1]),
+        ),
+    )
+    return low
+
+
+def _ordered_bits(scores):
+    """Returns integers that are ordered as the floats `scores` are."""
+    integer = tf.int64 if scores.dtype == tf.float64 else tf.int32
+    bits = tf.bitcast(scores, integer)
+    # -0.0 and 0.0 tie, though their bits differ. (Comparing floats here would
+    # make denormals tie as well, on devices that flush them.)
+    bits = tf.where(bits == integer.min, tf.zeros_like(bits), bits)
+    return tf.where(bits < 0, bits ^ integer.max, bits)

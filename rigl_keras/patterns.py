@@ -1,0 +1,315 @@
+"""What a mask keeps or removes as one, and what competes with what.
+
+A pattern cuts a kernel into *units* (single weights, whole kernels, blocks),
+and these into *groups* of one size. Units compete for a place within their
+group, and each group keeps as many as every other. What a method says of
+weights is averaged over each unit, `topology.update_masks` grows in each group
+as many units as it has dropped there, and so every method keeps every pattern,
+exactly, without knowing of it.
+
+pattern          unit                          group
+`Element()`      a weight                      the layer
+`Kernel()`       the weights between an input  the layer
+                 and an output channel of a
+                 convolution
+`Blocks(r, c)`   r inputs x c outputs          the layer
+`NM(n, m)`       a weight                      m consecutive inputs of a
+                                               weight's output and position
+`FanIn()`        a weight                      the inputs of an output unit
+"""
+
+import abc
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+
+from rigl_keras import _checks
+from rigl_keras.layouts import Axes, BlockLayout, KernelLayout, Layout
+
+__all__ = [
+    "Blocks",
+    "Element",
+    "FanIn",
+    "Granularity",
+    "Kernel",
+    "NM",
+    "Pattern",
+    "as_pattern",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pattern(abc.ABC):
+    """What a mask keeps or removes as one, and what competes with what.
+
+    A method need not know of it: `Layout` has what it says of one kernel.
+    """
+
+    @property
+    @abc.abstractmethod
+    def name(self) -> str:
+        """As `granularity` of `sparsify` says it."""
+
+    def __str__(self) -> str:
+        return self.name
+
+    def of(self, axes: Axes) -> "Pattern":
+        """Returns the pattern of a kernel in a model that has this one."""
+        del axes
+        return self
+
+    def why_not(self, axes: Axes) -> str | None:
+        """Returns why no mask of a kernel can have the pattern, or None."""
+        del axes
+        return None
+
+    def density_of(self, axes: Axes) -> float | None:
+        """Returns the density that the pattern gives a kernel, or None."""
+        del axes
+        return None
+
+    def layout(self, axes: Axes | Sequence[int]) -> Layout:
+        """Returns the units and groups of a kernel.
+
+        Args:
+            axes: What the axes of the kernel are, or its shape alone: then
+                they are as in `Axes.of`.
+
+        Raises:
+            ValueError: The pattern does not fit the kernel (`why_not`).
+
+        Example:
+
+        >>> layout = NM(2, 4).layout((8, 3))
+        >>> layout.groups, layout.size
+        (6, 4)
+        """
+        if not isinstance(axes, Axes):
+            axes = Axes.of(axes)
+        why = self.why_not(axes)
+        if why is not None:
+            raise ValueError(
+                f"The pattern {self.name!r} does not fit a kernel of shape "
+                f"{axes.shape}: {why}. Leave its layer dense, or use another "
+                "pattern."
+            )
+        return self._layout(axes)
+
+    @abc.abstractmethod
+    def _layout(self, axes: Axes) -> Layout: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Element(Pattern):
+    """Single weights, each of which competes with all of its layer.
+
+    Evci et al., 2020, arXiv:1911.11134.
+    """
+
+    @property
+    def name(self) -> str:
+        return "element"
+
+    def _layout(self, axes):
+        order = tuple(range(len(axes.shape)))
+        return Layout(axes.shape, order, math.prod(axes.shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel(Pattern):
+    """All weights between an input and an output channel of a convolution.
+
+    The reproduction's `struct-*` methods. A kernel without positions is of
+    single weights, and stays at density 1 unless `densities` says otherwise.
+    """
+
+    @property
+    def name(self) -> str:
+        return "kernel"
+
+    def of(self, axes: Axes) -> Pattern:
+        return self if axes.convolved else Element()
+
+    def density_of(self, axes: Axes) -> float | None:
+        return None if axes.convolved else 1.0
+
+    def _layout(self, axes):
+        if not axes.convolved:
+            return Element().layout(axes)
+        return KernelLayout(
+            axes.shape,
+            (0, 1),
+            math.prod(axes.shape[-2:]),
+            "keeps or removes whole kernels, whose sizes differ",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks(Pattern):
+    """Blocks of so many inputs and outputs, at one position each.
+
+    A kernel is a matrix of its inputs and outputs, one for each position of a
+    convolution, that is cut into blocks from its first entry on. A block is
+    worth the mean of what its weights are worth; one at the edge may be
+    smaller, and is counted like the others. tfmot's `block_size` with
+    `"AVG"` pooling, for kernels of any number of axes.
+
+    Args:
+        rows: Inputs (channels) of a block, at least 1.
+        columns: Outputs of a block, at least 1.
+
+    Raises:
+        ValueError: An argument is out of range.
+    """
+
+    rows: int
+    columns: int
+
+    def __post_init__(self):
+        for name in ("rows", "columns"):
+            whole = _checks.integer(name, getattr(self, name), at_least=1)
+            object.__setattr__(self, name, whole)
+
+    @property
+    def name(self) -> str:
+        return f"{self.rows}x{self.columns}"
+
+    def why_not(self, axes: Axes) -> str | None:
+        if axes.is_depthwise:
+            return "depthwise, it has no matrix of inputs and outputs"
+        return None
+
+    def _layout(self, axes):
+        positions = axes.rest(*axes.inputs, *axes.outputs)
+        inputs, outputs = axes.size(axes.inputs), axes.size(axes.outputs)
+        down, across = -(-inputs // self.rows), -(-outputs // self.columns)
+        return BlockLayout(
+            axes.shape,
+            (0, 1, 2),
+            axes.size(positions) * down * across,
+            "keeps or removes whole blocks, whose sizes may differ",
+            axes=(*positions, *axes.inputs, *axes.outputs),
+            matrices=(axes.size(positions), inputs, outputs),
+            block=(self.rows, self.columns),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class NM(Pattern):
+    """n weights of each m that follow one another along the inputs.
+
+    At each position of a convolution and for each output, m consecutive
+    inputs (channels) are a group. This is the axis along which sparse tensor
+    cores multiply: TensorRT and cuSPARSELt take 2:4 in half precision and
+    int8. Zhou et al., 2021, Learning N:M fine-grained structured sparse neural
+    networks from scratch, arXiv:2102.04010. Density is n/m in each layer.
+
+    Args:
+        n: Weights of a group that are kept, at least 1.
+        m: Weights of a group, above n.
+
+    Raises:
+        ValueError: An argument is out of range.
+
+    Example:
+
+    >>> model = sparsify(model, granularity="2:4")
+    """
+
+    n: int
+    m: int
+
+    def __post_init__(self):
+        for name, least in (("n", 1), ("m", 2)):
+            whole = _checks.integer(name, getattr(self, name), at_least=least)
+            object.__setattr__(self, name, whole)
+        if self.n >= self.m:
+            raise ValueError(
+                "n of each m weights are kept, and n must be below m. "
+                f"Received: n={self.n}, m={self.m}."
+            )
+
+    @property
+    def name(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    def why_not(self, axes: Axes) -> str | None:
+        if axes.is_depthwise:
+            return "depthwise, each unit reads a single channel"
+        inputs = axes.size(axes.inputs)
+        if inputs % self.m:
+            return f"its {inputs} inputs are no multiple of {self.m}"
+        return None
+
+    def density_of(self, axes: Axes) -> float | None:
+        return self.n / self.m
+
+    def _layout(self, axes):
+        return Layout(
+            axes.shape,
+            (*axes.rest(*axes.inputs), *axes.inputs),
+            self.m,
+            f"keeps {self.n} of each {self.m} weights, whatever the layer",
+            self.n,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class FanIn(Pattern):
+    """The same number of inputs for every output unit of a layer.
+
+    A layer of density d and F inputs of a unit (positions of a convolution
+    included) keeps round(d F) of each unit, one at least. Lasby et al., 2024,
+    Dynamic sparse training with structured sparsity, arXiv:2305.02299.
+    """
+
+    @property
+    def name(self) -> str:
+        return "fan_in"
+
+    def _layout(self, axes):
+        inputs = axes.rest(*axes.outputs)
+        return Layout(
+            axes.shape,
+            (*axes.outputs, *inputs),
+            axes.size(inputs),
+            "keeps the same number of inputs for every unit, so that one "
+            "weight does not move by itself",
+        )
+
+
+Granularity = str | Pattern
+
+
+def as_pattern(granularity: Granularity) -> Pattern:
+    """Returns a pattern, where it may be a name.
+
+    Args:
+        granularity: `"element"`, `"kernel"`, `"fan_in"`, `"n:m"` such as
+            `"2:4"`, `"rxc"` such as `"4x16"` (`Blocks`), or a pattern.
+
+    Raises:
+        ValueError: It is none of these.
+
+    Example:
+
+    >>> as_pattern("2:4")
+    NM(n=2, m=4)
+    """
+    if isinstance(granularity, Pattern):
+        return granularity
+    if isinstance(granularity, str):
+        for kind in (Element, Kernel, FanIn):
+            if granularity == kind().name:
+                return kind()
+        for kind, sign in ((NM, ":"), (Blocks, "x")):
+            number = r"(\d{1,9})"
+            found = re.fullmatch(number + sign + number, granularity)
+            if found:
+                return kind(*map(int, found.groups()))
+    raise ValueError(
+        "granularity must be one of 'element', 'kernel', 'fan_in', 'n:m' such "
+        "as '2:4' and 'rxc' such as '4x16', or a pattern of "
+        f"rigl_keras.patterns. Received: granularity={granularity!r}."
+    )
