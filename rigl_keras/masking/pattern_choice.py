@@ -1,23 +1,32 @@
 """Which pattern the mask of each kernel has, and what that fixes."""
 
+import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 
 import keras
 
 from rigl_keras import distributions
+from rigl_keras.conventions import ORIGINAL, Conventions
+from rigl_keras.distributions import Budget
 from rigl_keras.layouts import Layout
 from rigl_keras.masking.layer_kernels import Kernel
 from rigl_keras.masking.selection import by_name
-from rigl_keras.patterns import NM, Granularity, Pattern, as_pattern
+from rigl_keras.patterns import (
+    NM,
+    Element,
+    Granularity,
+    Pattern,
+    as_pattern,
+)
+from rigl_keras.patterns import Kernel as WholeKernel
 
 __all__ = [
     "PatternOf",
-    "fitting_kernels",
+    "PatternPlan",
     "layer_granularity",
-    "layouts_of",
-    "pattern_densities",
     "patterns_of",
+    "plan_patterns",
 ]
 
 # One for all kernels, or `{layer, its type or its name: one}`.
@@ -69,24 +78,151 @@ def layer_granularity(
     return found.pop() if len(found) == 1 else pattern
 
 
-def fitting_kernels(
+@dataclasses.dataclass(frozen=True)
+class PatternPlan:
+    """The kernels to mask, and the pattern of each.
+
+    Attributes:
+        kernels: `{name: kernel}`, those that their pattern fits.
+        patterns: `{name: pattern}` of these.
+        begins_dense: Whether an earlier kernel of the model is left out.
+    """
+
+    kernels: dict[str, Kernel]
+    patterns: dict[str, Pattern]
+    begins_dense: bool
+
+    @property
+    def layouts(self) -> dict[str, Layout]:
+        """The units and groups of each kernel."""
+        return {
+            name: self.patterns[name].layout(kernel.axes)
+            for name, kernel in self.kernels.items()
+        }
+
+    def budgets(
+        self,
+        density: float | None,
+        distribution: str,
+        *,
+        densities: Mapping[str, float],
+        conventions: Conventions = ORIGINAL,
+    ) -> dict[str, Budget]:
+        """Returns what each masked kernel keeps.
+
+        Args:
+            density, distribution, conventions: As in `sparsify`.
+            densities: `{name: density}` of kernels whose density is given.
+
+        Raises:
+            ValueError: A density is missing, out of reach, or disagrees with
+                a pattern.
+        """
+        given = {**densities, **self._fixed(density, densities)}
+        first = next(iter(self.kernels))
+        if distributions.full_name(distribution) == "uniform":
+            if self.begins_dense:  # and that is the first layer
+                share = distributions.checked_density(
+                    given[first] if density is None else density
+                )
+                given.setdefault(first, share)
+            elif first not in densities and density != 1:
+                self._spare(first, given)
+        density = self._overall(density, distribution, given)
+        layouts = self.layouts
+        sizes = {name: layout.size for name, layout in layouts.items()}
+        single = all(p == Element() for p in self.patterns.values())
+        return distributions.layer_budgets(
+            {name: layout.shape for name, layout in layouts.items()},
+            density,
+            distribution,
+            conventions=conventions,
+            densities=given,
+            group_sizes=None if single else sizes,
+            apart=[n for n, layout in layouts.items() if layout.is_apart],
+        )
+
+    def fixed_budgets(self, density: float | None) -> dict[str, Budget]:
+        """Returns what those kernels keep whose pattern fixes it.
+
+        Args:
+            density: As in `sparsify`.
+        """
+        fixed = [n for n, layout in self.layouts.items() if layout.fixed]
+        if not fixed:
+            return {}
+        budgets = self.budgets(density, "erdos_renyi_kernel", densities={})
+        return {name: budgets[name] for name in fixed}
+
+    def _spare(self, first, given):
+        # Under "uniform" the first layer is dense, but for what
+        # `Kernel.density_of` makes of it.
+        if isinstance(self.patterns[first], NM):
+            given.pop(first, None)
+
+    def _fixed(self, density, given):
+        """Returns the densities that patterns give kernels, by name."""
+        fixed = {}
+        for name, pattern in self.patterns.items():
+            share = pattern.density_of(self.kernels[name].axes)
+            if share is None:
+                continue
+            found = given.get(name, share)
+            if not isinstance(pattern, NM):
+                fixed[name] = found
+            elif name in given or density != 1:
+                fixed[name] = _agreed(name, found, share, pattern)
+        return fixed
+
+    def _overall(self, density, distribution, given):
+        """Returns the density of all kernels together."""
+        shapes = {n: kernel.axes.shape for n, kernel in self.kernels.items()}
+        masked = distributions.masked_shapes(shapes, distribution, given)
+        fixed = all(isinstance(self.patterns[name], NM) for name in masked)
+        if density is not None:
+            density = distributions.checked_density(density)
+        elif not fixed:
+            raise ValueError(
+                "density is the fraction of weights kept, in (0, 1], and may "
+                "be left out only where the pattern of each layer fixes it, "
+                "as granularity='2:4' does. Received: density=None."
+            )
+        if density == 1 or not fixed:
+            return density
+        sizes = {name: math.prod(shape) for name, shape in masked.items()}
+        kept = sum(given[name] * size for name, size in sizes.items())
+        overall = kept / sum(sizes.values())
+        if density is not None and abs(density - overall) > _ROUNDED:
+            names = {self.patterns[name].name: None for name in masked}
+            raise ValueError(
+                f"The pattern {', '.join(map(repr, names))} fixes the density "
+                f"of each layer, and that of all together: {overall:.4g}. "
+                "Leave density out, or pass 1.0 to prune from there. Received: "
+                f"density={density!r}."
+            )
+        return overall
+
+
+def plan_patterns(
     chosen: Mapping[str, Kernel],
-    patterns: Mapping[str, Pattern],
+    granularity: PatternOf,
     named: Iterable[keras.layers.Layer] = (),
     *,
     strict: bool = False,
-) -> dict[str, Kernel]:
-    """Returns the kernels whose pattern fits them; the others stay dense.
+) -> PatternPlan:
+    """Returns which kernels are masked with which pattern.
 
     Args:
-        chosen: `{name: kernel}`.
-        patterns: `{name: pattern}` of these.
+        chosen: `{name: kernel}` of those that may be, in order.
+        granularity: As in `sparsify`.
         named: Layers that were asked for one by one.
-        strict: Whether a kernel that does not fit raises.
+        strict: Whether a kernel that its pattern does not fit raises.
 
     Raises:
-        ValueError: None is left, or one that does not fit was asked for.
+        ValueError: There is no such pattern, it fits none of the kernels, or
+            not one that was asked for.
     """
+    patterns = patterns_of(granularity, chosen)
     unfit = {
         name: f"{patterns[name].name!r} does not fit: {why}"
         for name, kernel in chosen.items()
@@ -94,99 +230,44 @@ def fitting_kernels(
         if why
     }
     fit = {name: k for name, k in chosen.items() if name not in unfit}
+    if unfit:
+        _check_unfit(unfit, chosen, named, strict=strict)
+    if all(
+        patterns[name] == WholeKernel() and not kernel.is_convolution
+        for name, kernel in fit.items()
+    ):
+        raise ValueError(
+            "granularity='kernel' keeps or removes whole kernels of "
+            "convolutions, and none of the layers to mask is one: "
+            f"{', '.join(fit)}. Use granularity='element'."
+        )
+    return PatternPlan(
+        fit, {name: patterns[name] for name in fit}, next(iter(chosen)) in unfit
+    )
+
+
+def _check_unfit(unfit, chosen, named, *, strict):
     asked = {id(layer) for layer in named}
-    asked_for = [
-        name
+    if strict:
+        begin = "strict=True, and these kernels would be left dense"
+    elif len(unfit) == len(chosen):
+        begin = "No kernel is left to mask"
+    elif any(
+        asked & {id(chosen[name].layer), id(chosen[name].owner)}
         for name in unfit
-        if id(chosen[name].layer) in asked or id(chosen[name].owner) in asked
-    ]
-    if unfit and (strict or not fit or asked_for):
-        begin = (
-            "strict=True, and these kernels would be left dense"
-            if strict
-            else "`layers` names kernels whose pattern does not fit"
-            if asked_for and fit
-            else "No kernel is left to mask"
-        )
-        raise ValueError(
-            f"{begin}:\n"
-            + "\n".join(f"  {name}: {why}" for name, why in unfit.items())
-            + "\nChange granularity, which may be {layer: pattern}, or layers."
-        )
-    return fit
-
-
-def layouts_of(
-    chosen: Mapping[str, Kernel], patterns: Mapping[str, Pattern]
-) -> dict[str, Layout]:
-    """Returns the units and groups of each kernel, by name."""
-    return {
-        name: patterns[name].layout(kernel.axes)
-        for name, kernel in chosen.items()
-    }
-
-
-def pattern_densities(
-    density: float | None,
-    given: Mapping[str, float],
-    chosen: Mapping[str, Kernel],
-    patterns: Mapping[str, Pattern],
-    *,
-    dense_first: bool = False,
-) -> tuple[float, dict[str, float]]:
-    """Returns the overall density, and those of layers that are fixed.
-
-    Args:
-        density: Fraction of the weights kept overall. None: patterns fix it.
-            1: masks of ones, with which pruning begins.
-        given: `{name: density}` of layers whose density was given.
-        chosen: `{name: kernel}` of the layers to mask.
-        patterns: `{name: pattern}` of these.
-        dense_first: Whether the first layer stays dense, outside the budget,
-            unless its density is given.
-
-    Raises:
-        ValueError: A density disagrees with a pattern, or is missing.
-    """
-    if density is not None:
-        density = distributions.checked_density(density)
-    fixed = {}
-    for i, (name, kernel) in enumerate(chosen.items()):
-        share = patterns[name].density_of(kernel.axes)
-        if isinstance(patterns[name], NM):
-            if name in given:
-                share = _agreed(name, given[name], share, patterns[name])
-            elif density == 1 or (dense_first and i == 0):
-                share = None
-        else:
-            share = given.get(name, share)
-        if share is not None:
-            fixed[name] = share
-    given = {**given, **fixed}
-    masked = list(chosen)[dense_first and next(iter(chosen)) not in given :]
-    of_patterns = [name for name in masked if isinstance(patterns[name], NM)]
-    if density == 1 or not masked or len(of_patterns) < len(masked):
-        if density is None:
-            raise ValueError(
-                "density is the fraction of weights kept, in (0, 1], and may "
-                "be left out only where each layer's pattern fixes it, as "
-                "granularity='2:4' does. Received: density=None."
-            )
-        return density, given
-    sizes = {name: chosen[name].axes.weights for name in masked}
-    overall = sum(given[n] * size for n, size in sizes.items())
-    overall /= sum(sizes.values())
-    if density is not None and abs(density - overall) > _ROUNDED:
-        names = ", ".join(sorted({repr(patterns[n].name) for n in masked}))
-        raise ValueError(
-            f"Patterns fix the density of each layer, {names} here, and of all "
-            f"together {overall:.4g}. Leave density out (or pass 1.0, to prune "
-            f"from there). Received: density={density!r}."
-        )
-    return overall, given
+    ):
+        begin = "`layers` names kernels whose pattern does not fit"
+    else:
+        return
+    raise ValueError(
+        f"{begin}:\n"
+        + "\n".join(f"  {name}: {why}" for name, why in unfit.items())
+        + "\nChange granularity, which may be {layer: pattern}, or layers."
+    )
 
 
 def _agreed(name, density, share, pattern):
+    """Returns the density of a layer whose pattern fixes one."""
     for wanted in (1.0, share):
         # 0.333 is meant by 1:3.
         if isinstance(density, (int, float)) and math.isclose(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import keras
 import numpy as np
 
-from rigl_keras import _checks, distributions, replicas
+from rigl_keras import _checks, replicas
 from rigl_keras.conventions import ORIGINAL, Conventions, check_conventions
 from rigl_keras.kernels import ahead, fast_calls
 from rigl_keras.masking.layer_state import copy_state
@@ -19,11 +19,9 @@ from rigl_keras.masking.mask_drawing import (
 from rigl_keras.masking.masked import Masked
 from rigl_keras.masking.pattern_choice import (
     PatternOf,
-    fitting_kernels,
     layer_granularity,
-    layouts_of,
-    pattern_densities,
     patterns_of,
+    plan_patterns,
 )
 from rigl_keras.masking.selection import (
     Selector,
@@ -38,7 +36,7 @@ from rigl_keras.masking.selection import (
 )
 from rigl_keras.masking.surgery import exchange
 from rigl_keras.masking.weight_files import weight_loader
-from rigl_keras.patterns import Element, Kernel
+from rigl_keras.patterns import Element
 
 __all__ = ["sparsify", "with_masks"]
 
@@ -154,38 +152,17 @@ def sparsify(
             "densities must map layers or their names to densities. Received: "
             f"densities={densities!r}."
         )
-    patterns = patterns_of(granularity, chosen)
-    first = next(iter(chosen))
-    chosen = fitting_kernels(
-        chosen, patterns, selected_layers(layers), strict=strict
+    plan = plan_patterns(
+        chosen, granularity, selected_layers(layers), strict=strict
     )
-    _check_convolutions(chosen, patterns)
-    given = by_name(densities, chosen)
-    dense_first = distributions.full_name(distribution) == "uniform"
-    density, given = pattern_densities(
-        density,
-        given,
-        chosen,
-        patterns,
-        dense_first=dense_first and first in chosen,
-    )
-    if dense_first and first not in chosen:  # it is dense as it is
-        given.setdefault(next(iter(chosen)), density)
-    layouts = layouts_of(chosen, patterns)
-    single = all(patterns[name] == Element() for name in chosen)
-    budgets = distributions.layer_budgets(
-        {name: layout.shape for name, layout in layouts.items()},
+    budgets = plan.budgets(
         density,
         distribution,
+        densities=by_name(densities, plan.kernels),
         conventions=conventions,
-        densities=given,
-        group_sizes=None
-        if single
-        else {name: layout.size for name, layout in layouts.items()},
-        apart=[name for name, layout in layouts.items() if layout.is_apart],
     )
     masks = draw_masks(
-        budgets, chosen, layouts, seed, sampling=conventions.sampling
+        budgets, plan.kernels, plan.layouts, seed, sampling=conventions.sampling
     )
     empty = [name for name, mask in masks.items() if not mask.any()]
     if empty:
@@ -204,18 +181,6 @@ def sparsify(
         scale_to_fan_in=scale_to_fan_in,
         seed=seed,
     )
-
-
-def _check_convolutions(chosen, patterns):
-    if all(
-        patterns[name] == Kernel() and not kernel.is_convolution
-        for name, kernel in chosen.items()
-    ):
-        raise ValueError(
-            "granularity='kernel' keeps or removes whole kernels of "
-            "convolutions, and none of the layers to mask is one: "
-            f"{', '.join(chosen)}. Use granularity='element'."
-        )
 
 
 def with_masks(

@@ -3,13 +3,19 @@
 import math
 import warnings
 from collections.abc import Callable, Mapping
+from typing import cast
 
 import keras
-import numpy as np
 import tensorflow as tf
 
-from rigl_keras import _checks, distributions, scores, topology
-from rigl_keras.masking.selection import Selector, chosen_kernels
+from rigl_keras import _checks, distributions, ranking, scores, topology
+from rigl_keras.masking.pattern_choice import PatternOf, plan_patterns
+from rigl_keras.masking.selection import (
+    Selector,
+    by_name,
+    chosen_kernels,
+    selected_layers,
+)
 from rigl_keras.masking.sparsify import with_masks
 
 __all__ = ["snip"]
@@ -17,7 +23,7 @@ __all__ = ["snip"]
 
 def snip(
     model: keras.Model,
-    density: float,
+    density: float | None,
     batch: tuple,
     loss: Callable,
     *,
@@ -25,6 +31,7 @@ def snip(
     distribution: str = "erdos_renyi_kernel",
     densities: Mapping | None = None,
     layers: Selector = None,
+    granularity: PatternOf = "element",
     seed: int = 0,
 ) -> keras.Model:
     """Returns a masked copy of a model that keeps its most salient weights.
@@ -32,7 +39,10 @@ def snip(
     1. One forward and backward pass of the dense model on the batch gives the
        saliency |w dL/dw| of each weight (`scores.saliency`).
     2. The round(density x weights) of largest saliency are kept: of all
-       layers together, or of each layer as a distribution says.
+       layers together (`ranking.highest_of_all`), or of each layer as a
+       distribution says. A whole kernel or block is worth the mean of its
+       weights. Where groups of weights keep a number of their own, such as 2
+       of 4, the highest of each are kept.
 
     Lee et al., 2019, SNIP: single-shot network pruning based on connection
     sensitivity, arXiv:1810.02340. Without a callback the masks never change.
@@ -40,7 +50,8 @@ def snip(
     Args:
         model: A built dense Sequential or Functional model, which stays as it
             is: its batch statistics, too.
-        density: Fraction of the masked weights kept, in (0, 1].
+        density: Fraction of the masked weights kept, in (0, 1]. None: that of
+            the pattern, where each layer's fixes it.
         batch: `(inputs, targets)`, what `model` and `loss` take.
         loss: `loss(targets, outputs)`, a Keras loss or any function that
             returns a tensor of losses.
@@ -48,9 +59,10 @@ def snip(
             RigL's authors.
         distribution: With `"layer"`, how density is spread over layers, as in
             `sparsify`.
-        densities: With `"layer"`, `{layer name: density}` of layers whose
-            density is given.
+        densities: With `"layer"`, `{layer or its name: density}` of layers
+            whose density is given.
         layers: Which layers to mask, as in `sparsify`.
+        granularity: What masks keep or remove as one, as in `sparsify`.
         seed: Seed of later random draws.
 
     Returns:
@@ -77,24 +89,24 @@ def snip(
             "With scope='global' one threshold decides every density. Pass "
             f"scope='layer'. Received: densities={densities!r}."
         )
-    chosen = chosen_kernels(model, layers)
-    shapes = {n: tuple(kernel.variable.shape) for n, kernel in chosen.items()}
+    plan = plan_patterns(
+        chosen_kernels(model, layers), granularity, selected_layers(layers)
+    )
     if scope == "layer":
-        budgets = distributions.layer_budgets(
-            shapes, density, distribution, densities=densities
+        budgets = plan.budgets(
+            density, distribution, densities=by_name(densities, plan.kernels)
         )
-        saliencies = _saliencies(model, chosen, batch, loss)
-        masks = {
-            name: _highest(saliencies[name], budget.count)
-            for name, budget in budgets.items()
-        }
+        saliencies = _saliencies(model, plan.kernels, batch, loss)
+        kept = _highest_of_each(saliencies, plan, budgets)
     else:
         distributions.full_name(distribution)  # which is not misspelt
-        density = distributions.checked_density(density)
-        weights = sum(math.prod(shape) for shape in shapes.values())
-        total = distributions.total_count(density * weights, density, weights)
-        saliencies = _saliencies(model, chosen, batch, loss)
-        masks = _highest_of_all(saliencies, total)
+        # Of layers whose patterns fix what they keep.
+        budgets = plan.fixed_budgets(density)
+        total = _total(density, plan, budgets)
+        saliencies = _saliencies(model, plan.kernels, batch, loss)
+        kept = _highest_of_each(saliencies, plan, budgets)
+        kept |= _highest_of_all(saliencies, plan, total)
+    masks = {name: kept[name] for name in plan.kernels if name in kept}
     empty = [name for name, mask in masks.items() if not mask.any()]
     if empty:
         warnings.warn(
@@ -103,24 +115,58 @@ def snip(
             "pass scope='layer'.",
             stacklevel=2,
         )
-    return with_masks(model, masks, seed=seed)
+    return with_masks(model, masks, granularity=granularity, seed=seed)
 
 
-def _highest(saliency, count):
-    everything = tf.ones_like(saliency, tf.bool)
-    return topology.select_highest(saliency, count, among=everything).numpy()
+def _total(density, plan, fixed):
+    """Returns how many weights the layers that share a threshold keep."""
+    layouts = plan.layouts
+    sizes = {name: math.prod(layout.shape) for name, layout in layouts.items()}
+    weights = sum(sizes.values())
+    if len(fixed) == len(sizes):
+        return 0
+    density = distributions.checked_density(cast(float, density))
+    total = distributions.total_count(density * weights, density, weights)
+    return total - sum(
+        budget.count * sizes[name] // layouts[name].size
+        for name, budget in fixed.items()
+    )
 
 
-def _highest_of_all(saliencies, count):
-    """Returns `{name: mask}`, `count` ones in all of them together."""
-    flat = [
-        tf.reshape(tf.cast(s, tf.float32), [-1]) for s in saliencies.values()
+def _highest_of_each(saliencies, plan, budgets):
+    """Returns `{name: mask}`, a number of units for each layer."""
+    masks = {}
+    for name, budget in budgets.items():
+        layout = plan.layouts[name]
+        worth = layout.by_unit(saliencies[name])
+        kept = topology.select_highest(
+            worth,
+            budget.count,
+            among=tf.ones_like(worth, tf.bool),
+            layout=layout,
+        )
+        masks[name] = layout.by_element(kept).numpy()
+    return masks
+
+
+def _highest_of_all(saliencies, plan, total):
+    """Returns `{name: mask}` of the layers that share a threshold."""
+    layouts = {n: at for n, at in plan.layouts.items() if at.fixed is None}
+    if not layouts:
+        return {}
+    worth = [
+        layout.by_unit(tf.cast(saliencies[name], tf.float32))
+        for name, layout in layouts.items()
     ]
-    ends = np.cumsum([int(tf.size(s)) for s in flat])
-    kept = np.split(_highest(tf.concat(flat, axis=0), count), ends[:-1])
+    kept = ranking.highest_of_all(
+        worth,
+        total,
+        among=[tf.ones_like(each, tf.bool) for each in worth],
+        layouts=list(layouts.values()),
+    )
     return {
-        name: mask.reshape(tuple(saliency.shape))
-        for (name, saliency), mask in zip(saliencies.items(), kept, strict=True)
+        name: layout.by_element(units).numpy()
+        for (name, layout), units in zip(layouts.items(), kept, strict=True)
     }
 
 

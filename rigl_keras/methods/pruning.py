@@ -8,7 +8,7 @@ from collections.abc import Callable
 import keras
 import tensorflow as tf
 
-from rigl_keras import _checks, schedules, scores, topology
+from rigl_keras import _checks, ranking, schedules, scores, topology
 from rigl_keras.conventions import ORIGINAL, Conventions
 from rigl_keras.masking.masked import KernelMask
 from rigl_keras.training.fit_runs import warn_of_no_update
@@ -24,8 +24,13 @@ class MagnitudePruning(StepUpdate):
     Start with `sparsify(model, density=1.0)`. When the schedule is due with a
     sparsity s, the round((1 - s) x weights) connections of largest magnitude
     stay, of all masked layers together or of each on its own (of whole
-    kernels, as many as fit into that). What is removed never returns. Zhu and
-    Gupta, 2018, To prune, or not to prune, arXiv:1710.01878.
+    kernels and blocks, as many as fit into that). What is removed never
+    returns. Zhu and Gupta, 2018, To prune, or not to prune, arXiv:1710.01878.
+
+    Groups of weights that keep a number of their own (`patterns`) keep the
+    highest of each: with `FanIn` as many of every unit as comes nearest to
+    what the layer would keep; with `NM(n, m)` round((1 - s) m), but never
+    fewer than n, in either scope.
 
     Pruning replaces an optimizer step, as the updates of every method do. With
     `update_replaces_step=False` in the conventions it follows one, as in the
@@ -42,8 +47,9 @@ class MagnitudePruning(StepUpdate):
         conventions: Under `REPORT` a ramp is read as the reproduction does.
 
     Raises:
-        ValueError: The schedule cannot be called, the scope is unknown, or
-            what `StepUpdate` raises.
+        ValueError: The schedule cannot be called, the scope is unknown, a
+            ramp does not end where a pattern does, or what `StepUpdate`
+            raises.
         UserWarning: The schedule is never due in the run.
 
     Example:
@@ -85,6 +91,22 @@ class MagnitudePruning(StepUpdate):
         longer.schedule = self.schedule.lengthened(factor)
         longer.__post_init__()  # nothing of a run that this one was in
         return longer
+
+    def set_up(self) -> None:
+        super().set_up()
+        final = getattr(self.schedule, "final_density", None)
+        fixed = [m for m in self.masked if m.layout.fixed is not None]
+        for layer in fixed if final is not None else ():
+            kept, size = layer.layout.fixed or 0, layer.layout.size
+            # Beside layers of other patterns, one stops at its own density.
+            alone = len(fixed) == len(self.masked)
+            above = (final or 0.0) - kept / size
+            if above > 1e-3 or (alone and above < -1e-3):
+                raise ValueError(
+                    f"The mask of {layer.name!r} {layer.layout.reason}, where "
+                    f"the ramp does not end. Pass final_density={kept}/{size}. "
+                    f"Received: final_density={final!r}."
+                )
 
     def plan(self, epoch: int, epochs: int | None, steps: int | None) -> None:
         if not (steps and epochs):
@@ -128,59 +150,46 @@ class MagnitudePruning(StepUpdate):
         if not tf.is_tensor(sparsity):
             sparsity = tf.constant(sparsity, tf.float64)
         density = 1 - sparsity
-        masks = [tf.convert_to_tensor(m.mask.value) for m in layers]
-        # Of a kernel that is kept or removed as one, each entry is worth the
-        # same.
-        worth = [
-            m.by_element(m.by_unit(scores.magnitude(m.kernel.value)))
-            for m in layers
+        layouts = [layer.layout for layer in layers]
+        masks = [
+            layout.units(tf.convert_to_tensor(layer.mask.value))
+            for layer, layout in zip(layers, layouts, strict=True)
         ]
-        if self.scope == "global":
-            entries = sum(math.prod(layer.mask.shape) for layer in layers)
-            count = _share(density, entries)
-            everything = topology.select_highest(
-                _joined(worth), count, among=_joined(masks)
-            )
-            kept = _split(everything, masks)
-        else:
-            kept = [
-                topology.select_highest(
-                    score, _layer_share(density, layer), among=mask
+        worth = [
+            layout.by_unit(scores.magnitude(layer.kernel.value))
+            for layer, layout in zip(layers, layouts, strict=True)
+        ]
+        kept = self._together(density, worth, masks, layouts)
+        for i, (layer, layout) in enumerate(zip(layers, layouts, strict=True)):
+            if i not in kept:
+                count = _share(density, layout.size)
+                kept[i] = topology.select_highest(
+                    worth[i],
+                    tf.maximum(count, layout.fixed or 1),
+                    among=masks[i],
+                    layout=layout,
                 )
-                for score, mask, layer in zip(worth, masks, layers, strict=True)
-            ]
-        for layer, stays in zip(layers, kept, strict=True):
-            # Of the kernel on the threshold, a part may have been selected.
-            removed = layer.units(tf.logical_not(stays))
-            stays = layer.by_element(tf.logical_not(removed))
-            nothing = tf.zeros_like(stays)
-            self.set_kernel_and_mask(optimizer, layer, stays, nothing)
+            stays = layout.by_element(kept[i])
+            self.set_kernel_and_mask(
+                optimizer, layer, stays, tf.zeros_like(stays)
+            )
         return tf.constant(0)
+
+    def _together(self, density, worth, masks, layouts):
+        """Returns what stays of the layers that share a threshold, by index."""
+        shared = [i for i, layout in enumerate(layouts) if layout.fixed is None]
+        if self.scope == "layer" or not shared:
+            return {}
+        worth, masks, layouts = (
+            [of_each[i] for i in shared] for of_each in (worth, masks, layouts)
+        )
+        weights = sum(math.prod(layout.shape) for layout in layouts)
+        kept = ranking.highest_of_all(
+            worth, _share(density, weights), among=masks, layouts=layouts
+        )
+        return dict(zip(shared, kept, strict=True))
 
 
 def _share(density, size):
     # In the precision of the schedule, as tfmot rounds.
     return tf.cast(tf.round(density * tf.cast(size, density.dtype)), tf.int32)
-
-
-def _layer_share(density, layer):
-    """Returns how many entries of a layer stay: whole units, one at least."""
-    mask = tf.convert_to_tensor(layer.mask.value)
-    units = math.prod(layer.units(mask).shape)
-    entries = math.prod(layer.mask.shape) // units
-    return tf.maximum(_share(density, units), 1) * entries
-
-
-def _joined(tensors):
-    # Layers of a model in mixed precision may differ in type.
-    dtype = max((t.dtype for t in tensors), key=lambda dtype: dtype.size)
-    return tf.concat(
-        [tf.reshape(tf.cast(t, dtype), [-1]) for t in tensors], axis=0
-    )
-
-
-def _split(vector, like):
-    parts = tf.split(vector, [math.prod(t.shape) for t in like])
-    return [
-        tf.reshape(part, t.shape) for part, t in zip(parts, like, strict=True)
-    ]

@@ -1,0 +1,79 @@
+"""What stays of several layers that one threshold prunes together."""
+
+import math
+from collections.abc import Sequence
+
+import tensorflow as tf
+
+from rigl_keras._tensor_checks import Number, count_true
+from rigl_keras.layouts import Layout
+from rigl_keras.topology import select_highest
+
+__all__ = ["highest_of_all"]
+
+
+def highest_of_all(
+    scores: Sequence[tf.Tensor],
+    count: Number,
+    *,
+    among: Sequence[tf.Tensor],
+    layouts: Sequence[Layout],
+) -> list[tf.Tensor]:
+    """Returns the units that stay when all layers share one threshold.
+
+    1. A weight is worth what its unit is. Of all layers together, the `count`
+       weights of highest score are found, ties in favour of earlier ones.
+    2. A unit stays if all of its weights were found: of the unit on the
+       threshold a part may have been.
+    3. Where groups keep a number of their own (`patterns.FanIn`), each keeps
+       the nearest that makes up what was found of the layer, one at least, and
+       of each group the highest.
+
+    Args:
+        scores: For each layer a float tensor of its `unit_shape`.
+        count: How many weights are found, an integer scalar.
+        among: For each layer a bool tensor of the same shape, True for units
+            that may stay.
+        layouts: The units and groups of each layer.
+
+    Returns:
+        For each layer a bool tensor of its `unit_shape`.
+
+    Raises:
+        ValueError: An argument is out of range.
+
+    Example:
+
+    >>> layouts = [Element().layout((1, 2)), Kernel().layout((2, 1, 1))]
+    >>> worth = [tf.constant([[5.0, 1.0]]), tf.constant([[3.0]])]
+    >>> everything = [tf.fill([1, 2], True), tf.fill([1, 1], True)]
+    >>> [m.numpy().tolist() for m in highest_of_all(
+    ...     worth, 2, among=everything, layouts=layouts)]
+    [[[True, False]], [[False]]]
+    """
+    layers = list(zip(scores, among, layouts, strict=True))
+    # Layers of a model in mixed precision may differ in type.
+    dtype = max((s.dtype for s in scores), key=lambda dtype: dtype.size)
+    worth = [tf.cast(layout.by_element(s), dtype) for s, _, layout in layers]
+    free = [layout.by_element(may) for _, may, layout in layers]
+    selected = select_highest(_joined(worth), count, among=_joined(free))
+    parts = tf.split(selected, [math.prod(layout.shape) for layout in layouts])
+    return [
+        _whole(tf.reshape(part, layout.shape), score, may, layout)
+        for part, (score, may, layout) in zip(parts, layers, strict=True)
+    ]
+
+
+def _joined(tensors):
+    return tf.concat([tf.reshape(tensor, [-1]) for tensor in tensors], axis=0)
+
+
+def _whole(selected, scores, among, layout):
+    """Returns the units that stay of a layer, given the weights found."""
+    if not layout.is_apart:
+        return tf.logical_not(layout.units(tf.logical_not(selected)))
+    groups = layout.groups
+    each = (2 * count_true(selected) + groups) // (2 * groups)
+    return select_highest(
+        scores, tf.maximum(each, 1), among=among, layout=layout
+    )
