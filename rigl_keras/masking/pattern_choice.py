@@ -179,16 +179,16 @@ class PatternPlan:
         shapes = {n: kernel.axes.shape for n, kernel in self.kernels.items()}
         masked = distributions.masked_shapes(shapes, distribution, given)
         fixed = all(isinstance(self.patterns[name], NM) for name in masked)
-        if density is not None:
-            density = distributions.checked_density(density)
-        elif not fixed:
+        if density is None and not fixed:
             raise ValueError(
                 "density is the fraction of weights kept, in (0, 1], and may "
                 "be left out only where the pattern of each layer fixes it, "
                 "as granularity='2:4' does. Received: density=None."
             )
-        if density == 1 or not fixed:
-            return density
+        if density is not None:
+            density = distributions.checked_density(density)
+            if density == 1 or not fixed:
+                return density
         sizes = {name: math.prod(shape) for name, shape in masked.items()}
         kept = sum(given[name] * size for name, size in sizes.items())
         overall = kept / sum(sizes.values())
