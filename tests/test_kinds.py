@@ -12,6 +12,7 @@ import pytest
 import tensorflow as tf
 from keras import layers
 from support import kinds
+from support.patterns import group_counts
 
 from rigl_keras.flops.counting import count
 from rigl_keras.masking.masked import Masked
@@ -19,6 +20,7 @@ from rigl_keras.masking.masked_layers import masked_layers
 from rigl_keras.masking.sparsify import sparsify, with_masks
 from rigl_keras.masking.stripping import strip
 from rigl_keras.masking.weight_files import load_weights
+from rigl_keras.patterns import as_pattern
 
 every_kind = pytest.mark.parametrize("kind", kinds.KINDS)
 
@@ -128,6 +130,35 @@ def test_masks_and_weights(kind):
         assert m.density == pytest.approx(mask.mean())
     with pytest.raises(ValueError, match="masked already"):
         sparsify(model, 0.4)
+
+
+@pytest.mark.parametrize("pattern", ["1:2", "fan_in", "3x2"])
+@every_kind
+def test_masks_of_every_pattern(kind, pattern):
+    """Drawn, counted one by one, and drawn again from the config."""
+    nm = pattern == "1:2"
+    try:
+        model = masked(kind, None if nm else 0.4, granularity=pattern)
+    except ValueError as error:
+        # Of 5 inputs, 3 channels and depthwise kernels alone.
+        assert nm and "No kernel is left to mask" in str(error)
+        return
+    found = masked_layers(model)
+    assert {m.granularity for m in found} == {pattern}
+    for m in found:
+        kept = group_counts(as_pattern(pattern), m.found.axes, m.mask.numpy())
+        assert len(set(kept)) == 1 and (set(kept) == {1} or not nm)
+        assert not m.kernel.numpy()[m.mask.numpy() == 0].any()
+    # What no pattern fits says so.
+    masks = len(masked_layers(masked(kind)))
+    text = str(found)
+    assert len(found) == masks or f"{pattern!r} does not fit: " in text
+    again = model.__class__.from_config(model.get_config())
+    for one, two in zip(found, masked_layers(again), strict=True):
+        assert two.granularity == pattern
+        assert one.layout == two.layout
+        if pattern != "3x2":  # ragged blocks differ in size
+            assert one.mask.numpy().sum() == two.mask.numpy().sum()
 
 
 @every_kind

@@ -13,6 +13,7 @@ import pytest
 import tensorflow as tf
 from support import kinds
 from support.methods import METHODS
+from support.patterns import group_counts
 from support.setups import (
     BATCH,
     SETUPS,
@@ -28,6 +29,7 @@ from rigl_keras.masking.masked_layers import masked_layers
 from rigl_keras.masking.sparsify import sparsify
 from rigl_keras.masking.stripping import strip
 from rigl_keras.methods.pruning import MagnitudePruning
+from rigl_keras.patterns import as_pattern
 from rigl_keras.schedules import SparsityRamp
 
 DENSITY = 0.4
@@ -218,6 +220,65 @@ def test_combination(combination, policy, tmp_path):
     plain = strip(loaded)
     assert not masked_layers(plain)
     assert_same(outputs(plain, x), want)
+
+
+PATTERNED = ("RigL", "SET", "MagnitudePruning")
+PATTERNS = ("kernel", "1:2", "fan_in", "3x2")
+
+
+def patterned():
+    """Yields each pattern with each set-up; methods take turns."""
+    for i, pattern in enumerate(PATTERNS):
+        for j, setups in enumerate(TOGETHER):
+            plain = (pattern, setups) in (
+                ("1:2", ("run_eagerly",)),
+                ("fan_in", ("mixed_bfloat16", "clipnorm")),
+            )
+            method = PATTERNED[(i + j) % len(PATTERNED)]
+            yield pytest.param(
+                pattern,
+                setups,
+                method,
+                id=f"{pattern} - {' + '.join(setups)} - {method}",
+                marks=[] if plain else [pytest.mark.slow],
+            )
+
+
+@pytest.mark.parametrize("pattern, setups, method", patterned())
+def test_patterns_in_every_setup(pattern, setups, method, policy):
+    """A model with a convolution of each sort, and a dense layer."""
+    options = options_of(setups)
+    policy(options.get("policy", "float32"))
+    keras.utils.set_random_seed(0)
+    fixed, prunes = pattern == "1:2", method == "MagnitudePruning"
+    density = 1.0 if fixed and prunes else 0.5 if fixed else 0.6
+    model = sparsify(kinds.KINDS["Functional"](), density, granularity=pattern)
+    named = masked_layers(model).named
+    before, masks = counts(model), masked_layers(model).masks
+    if prunes:
+        ramp = SparsityRamp(
+            final_density=0.5 if fixed else 0.3,
+            initial_density=density,
+            begin_step=1,
+            end_step=5,
+            frequency=2,
+        )
+        callbacks = [MagnitudePruning(ramp)]
+    else:
+        given = options.get("method", {})
+        callbacks = METHODS[method](**WINDOW, **given)
+    train(model, callbacks, options)
+    moved = masked_layers(model).masks
+    assert any((moved[name] != masks[name]).any() for name in masks)
+    assert prunes or counts(model) == before
+    for name, m in named.items():
+        kept = group_counts(
+            as_pattern(m.granularity), m.found.axes, moved[name]
+        )
+        assert len(set(kept)) == 1
+        assert not fixed or set(kept) == {1}
+        kernel = m.kernel.numpy()
+        assert np.isfinite(kernel).all() and not kernel[~moved[name]].any()
 
 
 # What has been trained so is the same model: of each kind others are saved.

@@ -250,6 +250,11 @@ def test_masks_of_a_dense_or_unfinished_run(tmp_path):
             "static",
             0.3,
         ),
+        (
+            ["train.granularity = '2:4'", "train.density = 0.5"],
+            "static",
+            0.5,
+        ),
     ],
 )
 def test_other_starts(tmp_path, bindings, method, density):

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Sequence
 
 from rigl_keras.experiments.runs import devices
+from rigl_keras.patterns import as_pattern
 
 __all__ = ["check_arguments"]
 
@@ -51,11 +52,7 @@ def check_arguments(
                 "resnet50, or of a model of yours that takes `channel_scale`. "
                 f"Received: model={getattr(model, '__name__', model)!r}."
             )
-    if one_shot is not None and granularity != "element":
-        raise ValueError(
-            "one_shot chooses single weights. Set train.granularity = "
-            f"'element'. Received: granularity={granularity!r}."
-        )
+    as_pattern(granularity)  # is a name of one
     if scale_to_fan_in and (density is None or small_dense or one_shot):
         raise ValueError(
             "scale_to_fan_in scales the weights that masks keep: set "

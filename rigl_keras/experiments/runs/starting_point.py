@@ -8,10 +8,12 @@ from typing import cast
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 import rigl_keras
 from rigl_keras.conventions import Conventions
 from rigl_keras.experiments.runs.run_directory import EarlierRun
+from rigl_keras.patterns import as_pattern
 
 __all__ = ["StartingPoint", "starting_point"]
 
@@ -84,7 +86,7 @@ def starting_point(
         sources[source.path] = source.result
         masks = _masks_of(source, density)
         if shuffle_masks:
-            masks = _shuffled(masks, granularity, seed)
+            masks = _shuffled(masks, dense, granularity, seed)
         kind = "lottery"
         network = rigl_keras.with_masks(
             dense,
@@ -125,15 +127,19 @@ def _masks_of(source, density):
     return masks
 
 
-def _shuffled(masks, granularity, seed):
+def _shuffled(masks, dense, granularity, seed):
     """Returns masks of the same counts, with their units placed at random."""
     draw = np.random.default_rng(seed)
+    kernels = rigl_keras.named_kernels(dense)
+    pattern = as_pattern(granularity)
     shuffled = {}
     for name, mask in masks.items():
-        # Where units are kernels, one entry of each stands for it.
-        units = mask[(0,) * (mask.ndim - 2)]
-        if granularity == "element" or (mask != units).any():
-            units = mask
-        placed = draw.permutation(units.ravel()).reshape(units.shape)
-        shuffled[name] = np.broadcast_to(placed, mask.shape)
+        layout = pattern.layout(kernels[name].axes)
+        units = layout.units(tf.constant(mask != 0)).numpy()
+        if layout.groups == 1:
+            placed = draw.permutation(units.ravel()).reshape(units.shape)
+        else:
+            rows = draw.permuted(layout.grouped(units), axis=1)
+            placed = layout.ungrouped(rows)
+        shuffled[name] = layout.by_element(placed).copy()
     return shuffled

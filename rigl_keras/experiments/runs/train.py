@@ -89,8 +89,10 @@ def train(
             None: the dense model, without masks.
         distribution: How density is spread over layers, where masks are
             drawn.
-        granularity: What a mask keeps or removes as one, `"element"` or
-            `"kernel"`. Masks from another run must be of it.
+        granularity: What a mask keeps or removes as one, and what competes
+            with what, by its name (`patterns.as_pattern`): `"element"`,
+            `"kernel"`, `"fan_in"`, `"2:4"` (with the density 0.5), `"4x16"`.
+            Masks from another run must be of it.
         scale_to_fan_in: Whether weights at the start are scaled to the number
             of connections that each unit keeps, as in `sparsify`. Not for
             masks of `one_shot`.
@@ -99,8 +101,9 @@ def train(
         small_dense: Whether, instead of masks, every number of channels is
             scaled by sqrt(density), truncated (the report's Small-Dense).
         one_shot: Makes the masks from a batch of training data:
-            `one_shot.snip`, which is given the model, density, batch, loss
-            and seed. None: they are drawn.
+            `one_shot.snip`, which is given the model, density, batch, loss,
+            seed and, unless it is of single weights, granularity. None: they
+            are drawn.
         masks_from: Directory of a finished run whose final masks this run
             starts with (Frankle and Carbin, 2018, arXiv:1803.03635). They
             must be of this `density`.
@@ -175,7 +178,10 @@ def train(
 
     def masked_at_once(dense):
         make_masks = cast(Callable, one_shot)  # used where there is one
-        return make_masks(dense, density, batches.first(), loss, seed=seed)
+        options = {"seed": seed}
+        if granularity != "element":
+            options["granularity"] = granularity
+        return make_masks(dense, density, batches.first(), loss, **options)
 
     start = starting_point(
         make,
