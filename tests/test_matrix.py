@@ -244,7 +244,7 @@ def patterned():
             )
 
 
-@pytest.mark.parametrize("pattern, setups, method", patterned())
+@pytest.mark.parametrize("pattern, setups, method", list(patterned()))
 def test_patterns_in_every_setup(pattern, setups, method, policy):
     """A model with a convolution of each sort, and a dense layer."""
     options = options_of(setups)

@@ -455,6 +455,33 @@ def test_onnx_has_the_groups_of_a_2_4_model(tmp_path):
     assert by_shape[(8, 3, 3, 3)].all()  # the stem is dense
 
 
+def test_the_table_of_the_docs():
+    """Each name is the object beside it, and its examples are those of
+    models that there are."""
+    text = (Path(__file__).parent.parent / "docs" / "patterns.md").read_text()
+    rows = re.findall(r"^\| `(.*?)`.* \| `(.*?)` \|", text, re.MULTILINE)
+    assert len(rows) == 5
+    for name, made in rows:
+        made = eval(made, vars(rigl_keras.patterns))
+        assert as_pattern(name.strip('"').replace("n:m", "2:4")) == made
+    lines = re.findall(r"sparsify\(model, (.*?)\)(?:$| )", text, re.MULTILINE)
+    assert len(lines) == 4
+    names = {"keras": keras, "rigl_keras": rigl_keras}
+    names["model"] = rigl_keras.models.wide_resnet(10, 1)
+    for arguments in lines:
+        model = eval(f"rigl_keras.sparsify(model, {arguments})", names)
+        assert masked_layers(model)
+
+
+def test_the_table_of_a_model_names_patterns():
+    lines = str(masked_layers(mixed())).splitlines()
+    assert lines[0].split()[:3] == ["layer", "kernel", "pattern"]
+    assert [line.split()[2] for line in lines[1:6]] == [
+        "kernel", "2:4", "fan_in", "5x4", "element",
+    ]  # fmt: skip
+    assert "pattern" not in str(masked_layers(sparsify(sized(), 0.5)))
+
+
 def test_patterns_are_part_of_the_library():
     assert rigl_keras.patterns.FanIn() == FanIn()
     assert rigl_keras.patterns.as_pattern("element") == Element()

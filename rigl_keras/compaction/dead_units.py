@@ -63,7 +63,8 @@ def remove_dead_units(model: keras.Model) -> tuple[keras.Model, Removal]:
     Returns:
         `(model, Removal)`: a plain Functional model, models in it opened, of
         the same outputs up to rounding; and what went. Kernels hold zeros
-        also where a unit that stays has lost its meaning.
+        also where a unit that stays has lost its meaning. Where inputs have
+        gone, groups of 2:4 are others than the masks had.
 
     Raises:
         ValueError: The model is subclassed or not built.

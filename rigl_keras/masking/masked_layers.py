@@ -99,7 +99,17 @@ class MaskedLayers(Sequence):
         ]
 
     def __str__(self) -> str:
-        rows = [("layer", "kernel", "density", "nonzeros", "of", "product")]
+        rows = [
+            (
+                "layer",
+                "kernel",
+                "pattern",
+                "density",
+                "nonzeros",
+                "of",
+                "product",
+            )
+        ]
         ones = size = 0
         for name, layer in self.named.items():
             nonzeros = int(np.count_nonzero(layer.mask.numpy()))
@@ -109,6 +119,7 @@ class MaskedLayers(Sequence):
                 (
                     name,
                     "x".join(map(str, layer.kernel.shape)),
+                    layer.granularity,
                     f"{nonzeros / weights:.4f}",
                     f"{nonzeros:,}",
                     f"{weights:,}",
@@ -117,9 +128,11 @@ class MaskedLayers(Sequence):
             )
         if size:
             total = f"{ones / size:.4f}", f"{ones:,}", f"{size:,}"
-            rows.append(("all masked", "", *total, ""))
+            rows.append(("all masked", "", "", *total, ""))
         if not any(product for *_, product in rows[1:]):
             rows = [row[:-1] for row in rows]  # nothing was called yet
+        if all(m.granularity == "element" for m in self._masked):
+            rows = [(*row[:2], *row[3:]) for row in rows]
         lines = [line.rstrip() for line in aligned(rows)]
         skipped = self.skipped
         if skipped:

@@ -9,7 +9,7 @@ The options of the command are in `train_command.py`.
 import functools
 import sys
 from collections.abc import Callable, Sequence
-from typing import cast
+from typing import Any, cast
 
 import keras
 
@@ -178,7 +178,7 @@ def train(
 
     def masked_at_once(dense):
         make_masks = cast(Callable, one_shot)  # used where there is one
-        options = {"seed": seed}
+        options: dict[str, Any] = {"seed": seed}
         if granularity != "element":
             options["granularity"] = granularity
         return make_masks(dense, density, batches.first(), loss, **options)
