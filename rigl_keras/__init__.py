@@ -63,6 +63,7 @@ if TYPE_CHECKING or _WITHOUT_KERAS is None:
         conventions,
         diagnostics,
         distributions,
+        fan_in,
         flops,
         initial_values,
         kernels,
@@ -97,9 +98,15 @@ if TYPE_CHECKING or _WITHOUT_KERAS is None:
     from rigl_keras.masking.tracing import dense_gradients
     from rigl_keras.masking.weight_files import load_weights
     from rigl_keras.methods import one_shot
+    from rigl_keras.methods.acdc import ACDC
+    from rigl_keras.methods.granet import GraNet
+    from rigl_keras.methods.gse import GSE
     from rigl_keras.methods.mask_update import MaskUpdate
+    from rigl_keras.methods.mest import MEST
     from rigl_keras.methods.pruning import MagnitudePruning
     from rigl_keras.methods.rigl import SET, SNFS, RigL
+    from rigl_keras.methods.srigl import SRigL
+    from rigl_keras.methods.stored_weights import SRSTE, TopKAST
     from rigl_keras.schedules import SparsityRamp
     from rigl_keras.training import optimizer_state
     from rigl_keras.training.step_update import StepUpdate
@@ -119,18 +126,25 @@ else:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ACDC",
+    "GSE",
+    "MEST",
     "ORIGINAL",
     "REPORT",
     "SET",
     "SNFS",
+    "SRSTE",
     "Conventions",
     "ExportReport",
+    "GraNet",
     "MagnitudePruning",
     "MaskUpdate",
     "Masked",
     "RigL",
+    "SRigL",
     "SparsityRamp",
     "StepUpdate",
+    "TopKAST",
     "TopologyDiagnostics",
     "check_export",
     "choose_kernels",
@@ -141,6 +155,7 @@ __all__ = [
     "diagnostics",
     "distributions",
     "export",
+    "fan_in",
     "flops",
     "fold_batch_norm",
     "initial_values",

@@ -25,6 +25,7 @@ __all__ = [
     "assign_now",
     "check_file_of_layer",
     "compute_loss",
+    "computing_in_double",
     "define_functions",
     "direct_variables",
     "direct_weights",
@@ -136,6 +137,26 @@ def keeping_losses(model: keras.Model) -> Iterator[None]:
     finally:
         for part, losses in before:
             part._losses[:] = losses
+
+
+@contextlib.contextmanager
+def computing_in_double(model: keras.Model) -> Iterator[None]:
+    """Within the context, all layers of a model compute in float64.
+
+    Their variables stay as they are. A policy has one name for both, but for
+    half precision. Without it sums over all paths of a deep network overflow.
+    """
+    policy = keras.DTypePolicy("float32")
+    policy._compute_dtype = "float64"
+    parts = flatten_layers(model)
+    before = [part.dtype_policy for part in parts]
+    try:
+        for part in parts:
+            part.dtype_policy = policy
+        yield
+    finally:
+        for part, own in zip(parts, before, strict=True):
+            part.dtype_policy = own
 
 
 def inbound_nodes(layer: Layer) -> list:

@@ -9,7 +9,7 @@ from rigl_keras._tensor_checks import Number, count_true
 from rigl_keras.layouts import Layout
 from rigl_keras.topology import select_highest
 
-__all__ = ["highest_of_all"]
+__all__ = ["highest_at_density", "highest_of_all"]
 
 
 def highest_of_all(
@@ -62,6 +62,53 @@ def highest_of_all(
         _whole(tf.reshape(part, layout.shape), score, may, layout)
         for part, (score, may, layout) in zip(parts, layers, strict=True)
     ]
+
+
+def highest_at_density(
+    scores: Sequence[tf.Tensor],
+    density: tf.Tensor,
+    *,
+    among: Sequence[tf.Tensor],
+    layouts: Sequence[Layout],
+    scope: str = "global",
+) -> list[tf.Tensor]:
+    """Returns the units that stay at a density.
+
+    Args:
+        scores, among, layouts: As in `highest_of_all`.
+        density: Fraction of all weights, a float scalar.
+        scope: `"global"`: one threshold for all layers whose patterns do not
+            fix what they keep. `"layer"`: the same density for each. Of a
+            group round(density x units) stay, one at least, or as many as the
+            pattern says.
+
+    Returns:
+        For each layer a bool tensor of its `unit_shape`.
+    """
+    shared = [i for i, layout in enumerate(layouts) if layout.fixed is None]
+    kept = {}
+    if scope == "global" and shared:
+        some, may, of = (
+            [of_each[i] for i in shared] for of_each in (scores, among, layouts)
+        )
+        weights = sum(math.prod(layout.shape) for layout in of)
+        count = _share(density, weights)
+        found = highest_of_all(some, count, among=may, layouts=of)
+        kept = dict(zip(shared, found, strict=True))
+    for i, layout in enumerate(layouts):
+        if i not in kept:
+            kept[i] = select_highest(
+                scores[i],
+                tf.maximum(_share(density, layout.size), layout.fixed or 1),
+                among=among[i],
+                layout=layout,
+            )
+    return [kept[i] for i in range(len(layouts))]
+
+
+def _share(density, size):
+    # In the precision of the schedule, as tfmot rounds.
+    return tf.cast(tf.round(density * tf.cast(size, density.dtype)), tf.int32)
 
 
 def _joined(tensors):

@@ -19,6 +19,7 @@ from rigl_keras.conventions import ORIGINAL, Conventions, check_conventions
 __all__ = [
     "DECAYS",
     "SparsityRamp",
+    "checked_final_drop_fraction",
     "decayed_drop_fraction",
     "is_gathered_step",
     "is_update_step",
@@ -29,7 +30,15 @@ __all__ = [
 
 Step = int | np.ndarray | tf.Tensor | tf.Variable
 _POSITIVE = "must be positive"
-DECAYS = ("cosine", "constant", "linear", "polynomial")
+DECAYS = (
+    "cosine",
+    "constant",
+    "linear",
+    "polynomial",
+    "exponential",
+    "steps",
+    "learning_rate",
+)
 
 
 def is_update_step(
@@ -181,22 +190,32 @@ def decayed_drop_fraction(
     end_step: int,
     decay: str = "cosine",
     decay_power: float = 3.0,
+    final_drop_fraction: float = 0.0,
+    rate_ratio: float | tf.Tensor = 1.0,
     conventions: Conventions = ORIGINAL,
 ) -> tf.Tensor:
     """Returns the fraction of active connections that an update drops.
 
-    With x = (t - begin_step) / (end_step - begin_step), cut to [0, 1]:
+    With x = (t - begin_step) / (end_step - begin_step), cut to [0, 1], it is
+    final_drop_fraction + (drop_fraction - final_drop_fraction) y, where y is
 
-        cosine:     drop_fraction / 2 (1 + cos(pi x))
-        constant:   drop_fraction
-        linear:     drop_fraction (1 - x)
-        polynomial: drop_fraction (1 - x) ^ decay_power
+        cosine:        (1 + cos(pi x)) / 2
+        constant:      1
+        linear:        1 - x
+        polynomial:    (1 - x) ^ decay_power
+        exponential:   the same, by the name that the authors' code has
+        steps:         1 before x = 3/4, 1/2 before x = 1, then 0
+        learning_rate: rate_ratio
 
     Cosine: Evci et al., 2020, section 3, update schedule (alpha is
-    `drop_fraction`, T_end is `end_step`). Polynomial is the authors'
-    `exponential` decay. Both references measure x from step 0 even where
-    `begin_step` is later; here it starts where updates start, so that the
-    first update drops the full fraction.
+    `drop_fraction`, T_end is `end_step`). The authors' code
+    (sparse_optimizers_base.py:236-254) has `exponential` with a power of 1
+    and `exponential_k` with one of k; it measures the x of these from
+    `begin_step`, as here, and that of the cosine from step 0, so that a
+    cosine that begins later begins lower there. `learning_rate` is the decay
+    of their TensorFlow 2 code (mask_updaters.py, ScaledLRUpdateSchedule).
+    Steps: MEST (Yuan et al., 2021, arXiv:2110.14032), which halves at epoch
+    90 and ends at 120.
 
     Args:
         step: Optimizer step t, an int or an integer tensor.
@@ -205,12 +224,16 @@ def decayed_drop_fraction(
         end_step: Step at which the decay ends.
         decay: One of `DECAYS`.
         decay_power: Exponent of the polynomial decay, positive.
+        final_drop_fraction: Fraction at the end, in [0, drop_fraction].
+        rate_ratio: The learning rate at the step over the largest so far, a
+            number or a scalar. Read by the decay of this name. (The authors
+            divide by the first rate, which after a warm-up from 0 is 0.)
         conventions: With `drop_fraction_lag` 1 the value is that of the step
             before.
 
     Returns:
-        A float64 scalar tensor in [0, drop_fraction]. Double, because the
-        count n x fraction is rounded and must not depend on float32.
+        A float64 scalar tensor between the two fractions. Double, because
+        the count n x fraction is rounded and must not depend on float32.
 
     Raises:
         ValueError: An argument is out of range.
@@ -225,6 +248,7 @@ def decayed_drop_fraction(
     choice("decay", decay, DECAYS)
     drop_fraction = fraction("drop_fraction", drop_fraction)
     decay_power = number("decay_power", decay_power, above=0, rule=_POSITIVE)
+    last = checked_final_drop_fraction(final_drop_fraction, drop_fraction)
     begin_step = integer("begin_step", begin_step)
     end_step = integer("end_step", end_step)
     t = tf.cast(_checked_step(step), tf.float64)
@@ -237,9 +261,33 @@ def decayed_drop_fraction(
         factor = tf.ones_like(x)
     elif decay == "linear":
         factor = 1 - x
+    elif decay == "steps":
+        factor = tf.cast(x < 0.75, x.dtype) / 2 + tf.cast(x < 1, x.dtype) / 2
+    elif decay == "learning_rate":
+        factor = tf.clip_by_value(tf.cast(rate_ratio, x.dtype), 0.0, 1.0)
     else:
         factor = (1 - x) ** decay_power
-    return drop_fraction * factor
+    return last + (drop_fraction - last) * factor
+
+
+def checked_final_drop_fraction(value: float, drop_fraction: float) -> float:
+    """Returns the fraction to which a drop fraction falls, as a float.
+
+    Args:
+        value: What was received.
+        drop_fraction: The fraction from which it falls, in [0, 1].
+
+    Raises:
+        ValueError: It is not in [0, drop_fraction].
+    """
+    return number(
+        "final_drop_fraction",
+        value,
+        at_least=0,
+        at_most=drop_fraction,
+        rule="is what drop_fraction falls to and must be in "
+        f"[0, drop_fraction={drop_fraction}]",
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

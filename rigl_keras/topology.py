@@ -46,7 +46,7 @@ def update_masks(
     drop_scores: Sequence,
     grow_scores: Sequence,
     *,
-    drop_fraction: Number,
+    drop_fraction: Number | Sequence,
     shares: TensorLike | None = None,
     grow_counts: Callable[[tf.Tensor, tf.Tensor], TensorLike] | None = None,
     layouts: Sequence[Layout] | None = None,
@@ -80,7 +80,7 @@ def update_masks(
         grow_scores: For each layer a tensor of the shape of its mask. Read
             where the mask is 0 after the drop.
         drop_fraction: Fraction of the active connections, in [0, 1], a
-            number or a scalar float tensor.
+            number or a scalar float tensor, or a list of one for each layer.
         shares: Which layers are spared (`layer_drop_fractions`).
         grow_counts: Function of two int32 vectors, how many connections each
             layer has dropped and how many of its entries are inactive then.
@@ -478,7 +478,7 @@ def _drop_count(active, drop_fraction, conventions):
 def layer_drop_fractions(
     masks: Sequence,
     shares: TensorLike | None,
-    drop_fraction: Number,
+    drop_fraction: Number | Sequence,
     *,
     conventions: Conventions = ORIGINAL,
 ) -> list:
@@ -493,7 +493,8 @@ def layer_drop_fractions(
         shares: One number for each layer, adding to 1: its share of what
             density is redistributed by, or else of all nonzero weights.
             Read with `spare_dense_layers` only. None: no layer is spared.
-        drop_fraction: The update's fraction, in [0, 1].
+        drop_fraction: The update's fraction, in [0, 1], or a list of one for
+            each layer.
         conventions: `spare_dense_layers` decides.
 
     Returns:
@@ -504,10 +505,18 @@ def layer_drop_fractions(
             each mask.
     """
     check_conventions(conventions)
-    drop_fraction = checked_fraction(drop_fraction)
     masks = [as_mask("masks", mask) for mask in masks]
+    each = drop_fraction
+    if not isinstance(each, (list, tuple)):
+        each = [drop_fraction] * len(masks)
+    if len(each) != len(masks):
+        raise ValueError(
+            f"drop_fraction must be a fraction for each of {len(masks)} "
+            f"layers, or one for all. Received: drop_fraction={each!r}."
+        )
+    each = [checked_fraction(fraction) for fraction in each]
     if shares is None or not conventions.spare_dense_layers:
-        return [drop_fraction] * len(masks)
+        return each
     received, shares = shares, as_scores("shares", shares)
     if shares.shape.rank != 1 or shares.shape[0] not in (None, len(masks)):
         raise ValueError(
@@ -521,7 +530,7 @@ def layer_drop_fractions(
         sparsity = 1 - tf.reduce_mean(tf.cast(mask, tf.float64))
         spared = (sparsity < 0.2) & (share > 1 / len(masks))
         fractions.append(
-            tf.where(spared, tf.minimum(sparsity, drop_fraction), drop_fraction)
+            tf.where(spared, tf.minimum(sparsity, each[i]), each[i])
         )
     return fractions
 

@@ -21,6 +21,7 @@ from rigl_keras.masking.mask_variable import MaskVariable, check_read
 from rigl_keras.masking.tracing import (
     KernelScope,
     gradients_are_dense,
+    kernels_are_whole,
     masks_are_applied,
     note_called,
     zero_outside,
@@ -457,4 +458,6 @@ class MaskProjection(keras.constraints.Constraint):
     def __call__(self, kernel):
         if self.constraint is not None:
             kernel = self.constraint(kernel)
+        if kernels_are_whole():
+            return kernel
         return zero_outside(self.mask, kernel)

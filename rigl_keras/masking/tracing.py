@@ -21,10 +21,12 @@ __all__ = [
     "current_scope",
     "dense_gradients",
     "gradients_are_dense",
+    "kernels_are_whole",
     "masks_applied",
     "masks_are_applied",
     "note_called",
     "product",
+    "whole_kernels",
     "zero_outside",
 ]
 
@@ -32,6 +34,7 @@ _dense_gradients = contextvars.ContextVar("dense_gradients", default=False)
 _called: contextvars.ContextVar[dict[int, str] | None] = contextvars.ContextVar(
     "called", default=None
 )
+_whole_kernels = contextvars.ContextVar("whole_kernels", default=False)
 _masks_applied = contextvars.ContextVar("masks_applied", default=False)
 # The scope of the masked layer that is called.
 _scope: contextvars.ContextVar[Any] = contextvars.ContextVar(
@@ -87,6 +90,21 @@ def masks_applied() -> Iterator[None]:
 def masks_are_applied() -> bool:
     """Returns whether this is within `masks_applied`."""
     return _masks_applied.get()
+
+
+@contextlib.contextmanager
+def whole_kernels() -> Iterator[None]:
+    """Within the context, an optimizer leaves weights outside the masks.
+
+    For methods that train those as well, and take them away afterwards.
+    """
+    with _set(_whole_kernels, True):
+        yield
+
+
+def kernels_are_whole() -> bool:
+    """Returns whether this is within `whole_kernels`."""
+    return _whole_kernels.get()
 
 
 @contextlib.contextmanager

@@ -65,10 +65,13 @@ class MaskUpdate(StepUpdate):
         begin_step: First step at which an update may happen, at least 0.
             Steps count from where the run begins (`StepUpdate`).
         end_step: Last step at which an update may happen. None: three
-            quarters of the run, as the paper has it.
+            quarters of the run, as the paper has it, or the `end_share` of
+            it that a method has.
         decay: How the fraction falls until `end_step`: one of
             `schedules.DECAYS`.
         decay_power: Exponent of the polynomial decay, positive.
+        final_drop_fraction: What the fraction falls to, in
+            [0, drop_fraction].
         redistribution: What density moves between layers by: the mean
             `"gradient"` or `"momentum"` of their active connections. None:
             each layer keeps its density.
@@ -93,6 +96,7 @@ class MaskUpdate(StepUpdate):
     end_step: int | None = None
     decay: str = "cosine"
     decay_power: float = 3.0
+    final_drop_fraction: float = 0.0
     redistribution: str | None = None
     gradient_batches: int = 1
     grow_init: str = "zeros"
@@ -102,6 +106,7 @@ class MaskUpdate(StepUpdate):
 
     _logged = ("grown", "drop_fraction")
     needs_momentum = False  # whether the optimizer must keep it
+    end_share = 0.75  # of the run: when updates end, where no step says
 
     def __post_init__(self):
         super().__init__(conventions=self.conventions)
@@ -115,6 +120,9 @@ class MaskUpdate(StepUpdate):
         _checks.choice("decay", self.decay, schedules.DECAYS)
         self.decay_power = _checks.number(
             "decay_power", self.decay_power, above=0, rule="must be positive"
+        )
+        self.final_drop_fraction = schedules.checked_final_drop_fraction(
+            self.final_drop_fraction, self.drop_fraction
         )
         if self.redistribution is not None:
             _checks.choice("redistribution", self.redistribution, CRITERIA)
@@ -159,6 +167,11 @@ class MaskUpdate(StepUpdate):
         """
         start = tf.constant([0.0, 0.0, 0.0, -1.0], tf.float64)
         return tf.Variable(start, trainable=False)
+
+    @functools.cached_property
+    def _peak_rate(self) -> tf.Variable:
+        """The largest learning rate of an update so far, or of the start."""
+        return tf.Variable(0.0, trainable=False)
 
     # What makes a method: what connections are worth.
 
@@ -206,6 +219,61 @@ class MaskUpdate(StepUpdate):
         del layer, step
         return dropped
 
+    def layer_fractions(
+        self, layers: list[KernelMask], fraction: tf.Tensor, step: tf.Tensor
+    ) -> tf.Tensor | list[tf.Tensor]:
+        """Returns the fraction of its connections that each layer drops.
+
+        Args:
+            layers: The masked layers.
+            fraction: That of the schedule, a float64 scalar.
+            step: The optimizer step, an int64 scalar.
+
+        Returns:
+            A scalar for all layers, by default that of the schedule, or one
+            for each.
+        """
+        del layers, step
+        return fraction
+
+    def before_drop(
+        self,
+        optimizer: keras.Optimizer,
+        layers: list[KernelMask],
+        step: tf.Tensor,
+    ) -> None:
+        """Changes masks before an update drops and grows; here it does not.
+
+        Args:
+            optimizer: The optimizer that trains the model.
+            layers: The masked layers.
+            step: The optimizer step, an int64 scalar.
+        """
+
+    def first_weights(
+        self, layer: KernelMask, gradient: tf.Tensor, step: tf.Tensor
+    ) -> tf.Tensor | None:
+        """Returns what newly grown weights start with, as `grow_init` says.
+
+        Args:
+            layer, gradient, step: As in `drop_scores`.
+
+        Returns:
+            Tensor of the kernel's shape. None: zero.
+        """
+        initial = dict(zip(map(id, self.masked), self._initial, strict=False))
+        return grown_values(
+            self.grow_init,
+            layer.kernel.value,
+            layer.mask.value,
+            divisor=self.grow_divisor,
+            gradient=gradient,
+            initial=initial.get(id(layer)),
+            # SET grows by the draws of the key itself.
+            key=layer.draw_key ^ self.seed ^ 2,
+            step=step,
+        )
+
     @property
     def name(self) -> str:
         mean = {"gradient": "-SG", "momentum": "-SM", None: ""}
@@ -215,19 +283,24 @@ class MaskUpdate(StepUpdate):
     def variables(self) -> list[tf.Variable]:
         corrected = self.conventions.redistribution_total == "corrected"
         correction = [self._correction] if corrected else []
-        return [*correction, *self._initial, *super().variables]
+        rate = [self._peak_rate] if self.decay == "learning_rate" else []
+        return [*correction, *rate, *self._initial, *super().variables]
 
     def get_config(self) -> dict:
         """Returns the arguments with which to make an equal callback."""
-        fields = dataclasses.fields(self)
-        return {field.name: getattr(self, field.name) for field in fields}
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.init
+        }
 
     def lengthened(self, factor: float) -> "MaskUpdate":
         # A copy, as a child may have more arguments than fields.
         longer = copy.copy(self)
         if self.end_step is not None:
             longer.end_step = int(self.end_step * factor)
-        vars(longer).pop("_correction", None)
+        for name in ("_correction", "_peak_rate"):
+            vars(longer).pop(name, None)
         longer.__post_init__()  # nothing of a run that this one was in
         return longer
 
@@ -271,6 +344,8 @@ class MaskUpdate(StepUpdate):
 
     def forget(self) -> None:
         self._begin_correction()
+        if self.decay == "learning_rate":
+            self._peak_rate.assign(optimizer_state.rate(self.optimizer))
         if self._initial:
             for kept, layer in zip(self._initial, self.masked, strict=True):
                 kept.assign(_repeated_nonzeros(layer.kernel))
@@ -295,15 +370,7 @@ class MaskUpdate(StepUpdate):
         """Fixes the update window, once the run is known."""
         end_step = self.end_step
         if end_step is None:
-            if not steps or not epochs:
-                raise ValueError(
-                    f"{self.name}(end_step=None) ends updates at three "
-                    "quarters of the run, but how long this run is is not "
-                    "known. Pass steps_per_epoch to fit, or end_step to "
-                    f"{type(self).__name__}."
-                )
-            each = optimizer_state.batches_per_step(self.optimizer)
-            end_step = int(0.75 * epochs * steps) // each
+            end_step = self.step_at(self.end_share, epochs, steps)
         self._span = {
             "begin_step": self.begin_step,
             "end_step": max(end_step, self.begin_step),
@@ -319,6 +386,32 @@ class MaskUpdate(StepUpdate):
                     f"one comes every frequency={self.frequency} steps from "
                     f"begin_step={self.begin_step} to end_step={end_step}",
                 )
+
+    def step_at(
+        self,
+        share: float,
+        epochs: int | None,
+        steps: int | None,
+        argument: str = "end_step",
+    ) -> int:
+        """Returns the step at a share of the run.
+
+        Args:
+            share: Between 0 and 1.
+            epochs, steps: As in `plan`.
+            argument: Which argument would say the step, for the error.
+
+        Raises:
+            ValueError: How long the run is is not known.
+        """
+        if not steps or not epochs:
+            raise ValueError(
+                f"{self.name}({argument}=None) means {share:.0%} of the run, "
+                "but how long this run is is not known. Pass steps_per_epoch "
+                f"to fit, or {argument} to {type(self).__name__}."
+            )
+        each = optimizer_state.batches_per_step(self.optimizer)
+        return int(share * epochs * steps) // each
 
     @property
     def _measures_the_run(self):
@@ -364,15 +457,8 @@ class MaskUpdate(StepUpdate):
         gradients: list[tf.Tensor],
         step: tf.Tensor,
     ) -> tf.Tensor:
-        fraction = schedules.decayed_drop_fraction(
-            step,
-            drop_fraction=self.drop_fraction,
-            decay=self.decay,
-            decay_power=self.decay_power,
-            conventions=self.conventions,
-            **self._window,
-        )
-        self._last["drop_fraction"].assign(tf.cast(fraction, tf.float32))
+        fraction = self._fraction_at(step)
+        self.before_drop(optimizer, layers, step)
         # A unit is what the pattern of the mask keeps or removes as one.
         masks = [m.units(tf.convert_to_tensor(m.mask.value)) for m in layers]
         drop_scores, grow_scores = (
@@ -394,7 +480,7 @@ class MaskUpdate(StepUpdate):
             masks,
             drop_scores,
             grow_scores,
-            drop_fraction=fraction,
+            drop_fraction=self.layer_fractions(layers, fraction, step),
             shares=shares,
             grow_counts=self._grow_counts(layers, shares, step),
             layouts=[layer.layout for layer in layers],
@@ -407,7 +493,7 @@ class MaskUpdate(StepUpdate):
                 # A NaN that is not read refuses the update as well.
                 layer.by_element(tf.where(defined, new, mask)),
                 layer.by_element(joined & defined),
-                self._grown_values(layer, gradient, step),
+                self.first_weights(layer, gradient, step),
             )
             for layer, mask, new, joined, gradient in zip(
                 layers, masks, new_masks, grown, gradients, strict=True
@@ -416,6 +502,32 @@ class MaskUpdate(StepUpdate):
         if self.redistribution is not None:
             self._keep_correction()
         return tf.add_n(counts)
+
+    def _fraction_at(self, step):
+        """Returns the drop fraction of an update, which is logged.
+
+        Returns:
+            A float64 scalar.
+        """
+        fraction = schedules.decayed_drop_fraction(
+            step,
+            drop_fraction=self.drop_fraction,
+            decay=self.decay,
+            decay_power=self.decay_power,
+            final_drop_fraction=self.final_drop_fraction,
+            rate_ratio=self._rate_ratio(),
+            conventions=self.conventions,
+            **self._window,
+        )
+        self._last["drop_fraction"].assign(tf.cast(fraction, tf.float32))
+        return fraction
+
+    def _rate_ratio(self):
+        if self.decay != "learning_rate":
+            return 1.0
+        rate = optimizer_state.rate(self.optimizer)
+        self._peak_rate.assign(tf.maximum(self._peak_rate, rate))
+        return tf.math.divide_no_nan(rate, self._peak_rate)
 
     def _shares(self, optimizer, layers, gradients):
         """Returns each layer's share of what density is redistributed by.
@@ -456,20 +568,6 @@ class MaskUpdate(StepUpdate):
         connections = tf.add_n([count_true(m.mask.value) for m in self.masked])
         self._correction.assign(
             redistribution.next_correction(self._correction, connections)
-        )
-
-    def _grown_values(self, layer, gradient, step):
-        initial = dict(zip(map(id, self.masked), self._initial, strict=False))
-        return grown_values(
-            self.grow_init,
-            layer.kernel.value,
-            layer.mask.value,
-            divisor=self.grow_divisor,
-            gradient=gradient,
-            initial=initial.get(id(layer)),
-            # SET grows by the draws of the key itself.
-            key=layer.draw_key ^ self.seed ^ 2,
-            step=step,
         )
 
 

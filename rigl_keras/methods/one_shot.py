@@ -1,4 +1,4 @@
-"""Masks from one batch, before training: SNIP."""
+"""Masks before training, all at once: SNIP, GraSP, SynFlow, magnitude."""
 
 import math
 import warnings
@@ -8,7 +8,14 @@ from typing import cast
 import keras
 import tensorflow as tf
 
-from rigl_keras import _checks, distributions, ranking, scores, topology
+from rigl_keras import (
+    _checks,
+    _keras,
+    distributions,
+    ranking,
+    scores,
+    topology,
+)
 from rigl_keras.masking.pattern_choice import PatternOf, plan_patterns
 from rigl_keras.masking.selection import (
     Selector,
@@ -18,7 +25,7 @@ from rigl_keras.masking.selection import (
 )
 from rigl_keras.masking.sparsify import with_masks
 
-__all__ = ["snip"]
+__all__ = ["grasp", "magnitude", "snip", "synflow"]
 
 
 def snip(
@@ -78,12 +85,212 @@ def snip(
     >>> loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     >>> model = snip(model, 0.1, next(iter(train)), loss)
     """
+    _check_loss(loss)
+    return _masked(
+        "SNIP",
+        model,
+        density,
+        lambda chosen: _saliencies(model, chosen, batch, loss),
+        scope=scope,
+        distribution=distribution,
+        densities=densities,
+        layers=layers,
+        granularity=granularity,
+        seed=seed,
+    )
+
+
+def grasp(
+    model: keras.Model,
+    density: float | None,
+    batch: tuple,
+    loss: Callable,
+    *,
+    temperature: float = 200.0,
+    scope: str = "global",
+    distribution: str = "erdos_renyi_kernel",
+    densities: Mapping | None = None,
+    layers: Selector = None,
+    granularity: PatternOf = "element",
+    seed: int = 0,
+) -> keras.Model:
+    """Returns a masked copy of a model that keeps the flow of gradients.
+
+    With the gradient g and the Hessian H of the loss of a batch, at the first
+    weights:
+
+    1. The score of a weight is w (H g): to first order, by how much the
+       squared norm of the gradient falls when w is removed, up to a factor.
+    2. The round(density x weights) of largest score, with its sign, are kept:
+       of all layers together, or of each layer as a distribution says.
+
+    Wang et al., 2020, Picking winning tickets before training by preserving
+    gradient flow, arXiv:2002.07376, Algorithm 1. The outputs are divided by
+    `temperature` before the loss, as in the authors' code. That takes 25
+    examples of each class, in two halves, keeps one weight too many, and
+    draws the weights of dense layers anew.
+
+    Args:
+        model, density, batch, loss: As in `snip`. The batch is passed forward
+            once and backward twice.
+        temperature: What outputs are divided by, positive.
+        scope, distribution, densities, layers, granularity, seed: As in
+            `snip`.
+
+    Returns:
+        A model of the same kind in which the chosen layers are `Masked`.
+
+    Raises:
+        ValueError: As in `snip`.
+        UserWarning: A layer keeps no connection.
+
+    Example:
+
+    >>> loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    >>> model = grasp(model, 0.1, next(iter(train)), loss)
+    """
+    temperature = _checks.number(
+        "temperature", temperature, above=0, rule="must be positive"
+    )
+    _check_loss(loss)
+    return _masked(
+        "GraSP",
+        model,
+        density,
+        lambda chosen: _flows(model, chosen, batch, loss, temperature),
+        scope=scope,
+        distribution=distribution,
+        densities=densities,
+        layers=layers,
+        granularity=granularity,
+        seed=seed,
+    )
+
+
+def synflow(
+    model: keras.Model,
+    density: float,
+    *,
+    rounds: int = 100,
+    layers: Selector = None,
+    granularity: PatternOf = "element",
+    seed: int = 0,
+) -> keras.Model:
+    """Returns a masked copy of a model that keeps its strongest paths.
+
+    No data is needed. With every variable replaced by its magnitude, inputs
+    of ones, and R the sum of the outputs:
+
+    1. The score of a weight is w dR/dw: the sum over all paths through it of
+       the products of their weights.
+    2. In round k of `rounds`, the round(density^(k / rounds) x weights) of
+       largest score are kept, of all layers together, and R is computed again
+       with what is left.
+
+    Tanaka et al., 2020, Pruning neural networks without any data by
+    iteratively conserving synaptic flow, arXiv:2006.05467, Algorithm 1, with
+    batch norm in inference mode as in the authors' code. R is computed in
+    float64, as it overflows in deep networks, and divided by itself.
+
+    Args:
+        model: A built dense Sequential or Functional model with inputs of
+            known shape, which stays as it is.
+        density: Fraction of the masked weights kept, in (0, 1].
+        rounds: How many rounds, at least 1. Few of them empty whole layers.
+        layers: Which layers to mask, as in `sparsify`.
+        granularity: What masks keep or remove as one, as in `sparsify`.
+        seed: Seed of later random draws.
+
+    Returns:
+        A model of the same kind in which the chosen layers are `Masked`.
+
+    Raises:
+        ValueError: An argument is out of range, or R is not finite.
+        UserWarning: A layer keeps no connection.
+
+    Example:
+
+    >>> model = synflow(model, 0.1)
+    """
+    rounds = _checks.integer("rounds", rounds, at_least=1)
+    density = distributions.checked_density(density)
+    plan = plan_patterns(
+        chosen_kernels(model, layers), granularity, selected_layers(layers)
+    )
+    masks = _strongest_paths(model, plan, density, rounds)
+    return _with_masks("SynFlow", model, masks, density, granularity, seed)
+
+
+def magnitude(
+    model: keras.Model,
+    density: float | None,
+    *,
+    scope: str = "global",
+    distribution: str = "erdos_renyi_kernel",
+    densities: Mapping | None = None,
+    layers: Selector = None,
+    granularity: PatternOf = "element",
+    seed: int = 0,
+) -> keras.Model:
+    """Returns a masked copy of a trained model that keeps its largest weights.
+
+    The round(density x weights) of largest |w| are kept: of all layers
+    together, or of each layer as a distribution says. For a model that is
+    trained on, or exported as it is.
+
+    Args:
+        model: A built dense model, which stays as it is.
+        density: As in `snip`.
+        scope, distribution, densities, layers, granularity, seed: As in
+            `snip`.
+
+    Returns:
+        A model of the same kind in which the chosen layers are `Masked`.
+
+    Raises:
+        ValueError: An argument is out of range, or a weight is not finite.
+        UserWarning: A layer keeps no connection.
+
+    Example:
+
+    >>> model = magnitude(trained, 0.1)
+    >>> model = magnitude(trained, 0.1, scope="layer", distribution="uniform")
+    """
+    return _masked(
+        "magnitude",
+        model,
+        density,
+        lambda chosen: {
+            name: scores.magnitude(tf.convert_to_tensor(kernel.variable.value))
+            for name, kernel in chosen.items()
+        },
+        scope=scope,
+        distribution=distribution,
+        densities=densities,
+        layers=layers,
+        granularity=granularity,
+        seed=seed,
+    )
+
+
+def _masked(
+    method,
+    model,
+    density,
+    find,
+    *,
+    scope,
+    distribution,
+    densities,
+    layers,
+    granularity,
+    seed,
+):
+    """Returns a masked model of the weights that score highest.
+
+    `find` returns the scores, by name, of the kernels that it is given.
+    """
     _checks.choice("scope", scope, ("global", "layer"))
-    if not callable(loss):
-        raise ValueError(
-            "loss must be a function of targets and outputs. Received: "
-            f"loss={loss!r}."
-        )
     if scope == "global" and densities is not None:
         raise ValueError(
             "With scope='global' one threshold decides every density. Pass "
@@ -96,24 +303,39 @@ def snip(
         budgets = plan.budgets(
             density, distribution, densities=by_name(densities, plan.kernels)
         )
-        saliencies = _saliencies(model, plan.kernels, batch, loss)
-        kept = _highest_of_each(saliencies, plan, budgets)
+        found = _finite(method, find(plan.kernels))
+        kept = _highest_of_each(found, plan, budgets)
     else:
         distributions.full_name(distribution)  # which is not misspelt
         # Of layers whose patterns fix what they keep.
         budgets = plan.fixed_budgets(density)
         total = _total(density, plan, budgets)
-        saliencies = _saliencies(model, plan.kernels, batch, loss)
-        kept = _highest_of_each(saliencies, plan, budgets)
-        kept |= _highest_of_all(saliencies, plan, total)
+        found = _finite(method, find(plan.kernels))
+        kept = _highest_of_each(found, plan, budgets)
+        kept |= _highest_of_all(found, plan, total)
     masks = {name: kept[name] for name in plan.kernels if name in kept}
+    return _with_masks(method, model, masks, density, granularity, seed)
+
+
+def _finite(method, found):
+    if not all(
+        bool(tf.reduce_all(tf.math.is_finite(s))) for s in found.values()
+    ):
+        raise ValueError(
+            f"{method} cannot rank weights by scores that are NaN or infinite: "
+            "check the weights, and what the loss of the batch is."
+        )
+    return found
+
+
+def _with_masks(method, model, masks, density, granularity, seed):
     empty = [name for name, mask in masks.items() if not mask.any()]
     if empty:
         warnings.warn(
-            f"SNIP keeps no connection of {', '.join(empty)} at "
+            f"{method} keeps no connection of {', '.join(empty)} at "
             f"density={density}: nothing passes through. Raise density, or "
             "pass scope='layer'.",
-            stacklevel=2,
+            stacklevel=4,
         )
     return with_masks(model, masks, granularity=granularity, seed=seed)
 
@@ -172,13 +394,7 @@ def _highest_of_all(saliencies, plan, total):
 
 def _saliencies(model, chosen, batch, loss):
     """Returns |w dL/dw| by name; changes nothing of the model."""
-    try:
-        inputs, targets = batch
-    except (TypeError, ValueError):
-        raise ValueError(
-            "batch must be (inputs, targets). Received: "
-            f"{type(batch).__name__}."
-        ) from None
+    inputs, targets = _pair(batch)
     kernels = [kernel.variable for kernel in chosen.values()]
     values = [tf.convert_to_tensor(kernel.value) for kernel in kernels]
     with tf.GradientTape() as tape:
@@ -213,3 +429,131 @@ def _saliencies(model, chosen, batch, loss):
             "these layers starts at 0 (in our ResNets, zero_init_residual)."
         )
     return dict(zip(chosen, found, strict=True))
+
+
+def _check_loss(loss):
+    if not callable(loss):
+        raise ValueError(
+            "loss must be a function of targets and outputs. Received: "
+            f"loss={loss!r}."
+        )
+
+
+def _pair(batch):
+    try:
+        inputs, targets = batch
+    except (TypeError, ValueError):
+        raise ValueError(
+            "batch must be (inputs, targets). Received: "
+            f"{type(batch).__name__}."
+        ) from None
+    return inputs, targets
+
+
+def _flows(model, chosen, batch, loss, temperature):
+    """Returns w (H g) by name; changes nothing of the model."""
+    inputs, targets = _pair(batch)
+    kernels = [kernel.variable for kernel in chosen.values()]
+    values = [tf.convert_to_tensor(kernel.value) for kernel in kernels]
+    zero = tf.UnconnectedGradients.ZERO
+    with tf.GradientTape() as outer:
+        outer.watch(values)
+        with tf.GradientTape() as inner:
+            inner.watch(values)
+            mapping = list(zip(kernels, values, strict=True))
+            # What the pass would assign stays in the scope.
+            with keras.StatelessScope(state_mapping=mapping):
+                outputs = keras.tree.map_structure(
+                    lambda y: y / tf.cast(temperature, y.dtype),
+                    model(inputs, training=True),
+                )
+                value = tf.reduce_mean(loss(targets, outputs))
+        gradients = inner.gradient(value, values, unconnected_gradients=zero)
+        flow = tf.add_n(
+            [tf.reduce_sum(tf.stop_gradient(g) * g) for g in gradients]
+        )
+    curved = outer.gradient(flow, values, unconnected_gradients=zero)
+    found = [v * g for v, g in zip(values, curved, strict=True)]
+    if not any(bool(tf.reduce_any(s != 0)) for s in found):
+        raise ValueError(
+            "GraSP found no second derivative to rank weights by: it is zero "
+            "for every weight. Check that the loss depends on the outputs."
+        )
+    return dict(zip(chosen, found, strict=True))
+
+
+def _strongest_paths(model, plan, density, rounds):
+    """Returns the masks of SynFlow by name; changes nothing of the model."""
+    others = [
+        (variable, tf.abs(variable.value))
+        for variable in model.variables
+        if variable.value.dtype.is_floating
+    ]
+    kernels = [kernel.variable for kernel in plan.kernels.values()]
+    layouts = [plan.layouts[name] for name in plan.kernels]
+    values = [tf.abs(tf.convert_to_tensor(k.value)) for k in kernels]
+    inputs = _ones_of(model)
+
+    @tf.function
+    def next_masks(masks, density):
+        kept = [tf.where(m, v, 0.0) for v, m in zip(values, masks, strict=True)]
+        with tf.GradientTape() as tape:
+            tape.watch(kept)
+            mapping = [*others, *zip(kernels, kept, strict=True)]
+            with keras.StatelessScope(state_mapping=mapping):
+                outputs = keras.tree.flatten(model(inputs, training=False))
+            total = tf.add_n(
+                [tf.reduce_sum(tf.cast(y, tf.float64)) for y in outputs]
+            )
+            # Scores of a layer then add to 1, however deep the network is.
+            total /= tf.stop_gradient(total)
+        gradients = tape.gradient(
+            total, kept, unconnected_gradients=tf.UnconnectedGradients.ZERO
+        )
+        found = [
+            tf.cast(v * g, tf.float32)
+            for v, g in zip(kept, gradients, strict=True)
+        ]
+        defined = tf.math.is_finite(total) & tf.reduce_all(
+            [tf.reduce_all(tf.math.is_finite(s)) for s in found]
+        )
+        units = ranking.highest_at_density(
+            [at.by_unit(s) for at, s in zip(layouts, found, strict=True)],
+            density,
+            among=[at.units(m) for at, m in zip(layouts, masks, strict=True)],
+            layouts=layouts,
+        )
+        stay = [at.by_element(u) for at, u in zip(layouts, units, strict=True)]
+        return stay, defined
+
+    masks = [tf.ones_like(v, tf.bool) for v in values]
+    weights = sum(math.prod(v.shape) for v in values)
+    distributions.total_count(density * weights, density, weights)
+    with _keras.computing_in_double(model):
+        for k in range(1, rounds + 1):
+            now = tf.constant(density ** (k / rounds), tf.float64)
+            masks, defined = next_masks(masks, now)
+            if not bool(defined):
+                raise ValueError(
+                    "SynFlow cannot rank weights: the sum of the outputs of "
+                    f"the model is zero or not finite in round {k} of "
+                    f"{rounds}. Check the weights, or raise rounds or density."
+                )
+    return {
+        name: mask.numpy()
+        for name, mask in zip(plan.kernels, masks, strict=True)
+    }
+
+
+def _ones_of(model):
+    """Returns an input of ones for each that a model has."""
+    inputs = getattr(model, "input", None)
+    shapes = [tuple(each.shape)[1:] for each in keras.tree.flatten(inputs)]
+    if inputs is None or any(None in shape for shape in shapes):
+        raise ValueError(
+            "SynFlow needs a model with inputs of known shape, such as a "
+            f"Functional one. Received: inputs of shapes {shapes}."
+        )
+    return keras.tree.map_structure(
+        lambda each: tf.ones((1, *each.shape[1:]), each.dtype), inputs
+    )

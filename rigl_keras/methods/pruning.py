@@ -2,19 +2,18 @@
 
 import copy
 import dataclasses
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import keras
 import tensorflow as tf
 
-from rigl_keras import _checks, ranking, schedules, scores, topology
+from rigl_keras import _checks, ranking, schedules, scores
 from rigl_keras.conventions import ORIGINAL, Conventions
 from rigl_keras.masking.masked import KernelMask
 from rigl_keras.training.fit_runs import warn_of_no_update
 from rigl_keras.training.step_update import StepUpdate
 
-__all__ = ["MagnitudePruning"]
+__all__ = ["MagnitudePruning", "largest"]
 
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
@@ -149,47 +148,51 @@ class MagnitudePruning(StepUpdate):
         sparsity = self._planned_sparsity(step)[1]
         if not tf.is_tensor(sparsity):
             sparsity = tf.constant(sparsity, tf.float64)
-        density = 1 - sparsity
-        layouts = [layer.layout for layer in layers]
-        masks = [
-            layout.units(tf.convert_to_tensor(layer.mask.value))
-            for layer, layout in zip(layers, layouts, strict=True)
-        ]
-        worth = [
-            layout.by_unit(scores.magnitude(layer.kernel.value))
-            for layer, layout in zip(layers, layouts, strict=True)
-        ]
-        kept = self._together(density, worth, masks, layouts)
-        for i, (layer, layout) in enumerate(zip(layers, layouts, strict=True)):
-            if i not in kept:
-                count = _share(density, layout.size)
-                kept[i] = topology.select_highest(
-                    worth[i],
-                    tf.maximum(count, layout.fixed or 1),
-                    among=masks[i],
-                    layout=layout,
-                )
-            stays = layout.by_element(kept[i])
-            self.set_kernel_and_mask(
-                optimizer, layer, stays, tf.zeros_like(stays)
-            )
+        for layer, stays in zip(
+            layers, largest(layers, 1 - sparsity, scope=self.scope), strict=True
+        ):
+            nothing = tf.zeros_like(stays)
+            self.set_kernel_and_mask(optimizer, layer, stays, nothing)
         return tf.constant(0)
 
-    def _together(self, density, worth, masks, layouts):
-        """Returns what stays of the layers that share a threshold, by index."""
-        shared = [i for i, layout in enumerate(layouts) if layout.fixed is None]
-        if self.scope == "layer" or not shared:
-            return {}
-        worth, masks, layouts = (
-            [of_each[i] for i in shared] for of_each in (worth, masks, layouts)
-        )
-        weights = sum(math.prod(layout.shape) for layout in layouts)
-        kept = ranking.highest_of_all(
-            worth, _share(density, weights), among=masks, layouts=layouts
-        )
-        return dict(zip(shared, kept, strict=True))
 
+def largest(
+    layers: Sequence[KernelMask],
+    density: tf.Tensor,
+    *,
+    scope: str = "global",
+    among_all: bool = False,
+) -> list[tf.Tensor]:
+    """Returns masks that keep the weights of largest magnitude.
 
-def _share(density, size):
-    # In the precision of the schedule, as tfmot rounds.
-    return tf.cast(tf.round(density * tf.cast(size, density.dtype)), tf.int32)
+    Args:
+        layers: The masked layers.
+        density: Fraction of all weights, active or not, a float scalar.
+        scope: `"global"` or `"layer"`, as in `ranking.highest_at_density`.
+        among_all: Whether every weight is a candidate, or those alone that
+            the masks keep now.
+
+    Returns:
+        A bool tensor of each kernel's shape.
+    """
+    layouts = [layer.layout for layer in layers]
+    masks = [tf.convert_to_tensor(layer.mask.value) for layer in layers]
+    if among_all:
+        masks = [tf.ones_like(mask) for mask in masks]
+    kept = ranking.highest_at_density(
+        [
+            layout.by_unit(scores.magnitude(layer.kernel.value))
+            for layer, layout in zip(layers, layouts, strict=True)
+        ],
+        density,
+        among=[
+            layout.units(mask)
+            for layout, mask in zip(layouts, masks, strict=True)
+        ],
+        layouts=layouts,
+        scope=scope,
+    )
+    return [
+        layout.by_element(units)
+        for layout, units in zip(layouts, kept, strict=True)
+    ]

@@ -52,6 +52,8 @@ class GraphUpdates:
         is_gathered: Returns whether the gradients of a step count.
         change_masks: Takes the optimizer, the layers, their gradients and the
             step, changes masks, and returns how many connections have grown.
+        apply_gradients: Takes the optimizer's `apply`, gradients and
+            variables, and takes a step, on one device. None: `apply` does.
         dense_gradients: When gradients are dense: `"never"`, at `"updates"`
             or `"always"`.
         update_replaces_step: Whether an update takes the place of the
@@ -68,6 +70,7 @@ class GraphUpdates:
         is_due: Callable[[int | tf.Tensor], bool | tf.Tensor],
         is_gathered: Callable[[int | tf.Tensor], bool | tf.Tensor],
         change_masks: Callable[..., tf.Tensor],
+        apply_gradients: Callable[..., None] | None,
         dense_gradients: str,
         update_replaces_step: bool,
     ):
@@ -75,6 +78,7 @@ class GraphUpdates:
         self._method = method
         self._is_due, self.is_gathered = is_due, is_gathered
         self._change_masks = change_masks
+        self._apply_gradients = apply_gradients
         self._dense_gradients = dense_gradients
         self._update_replaces_step = update_replaces_step
         self._reached: set[int] = set()
@@ -130,7 +134,8 @@ class GraphUpdates:
 
         def ordinary():
             masked = self._masked_gradients(gradients, variables)
-            optimizer.apply(masked, variables)
+            with self._stepping():
+                optimizer.apply(masked, variables)
 
         def update():
             optimizer.apply(gradients, variables)
@@ -151,7 +156,8 @@ class GraphUpdates:
             As `step_or_update`.
         """
         always = self._dense_gradients == "always"
-        return self._run(_densely(train_step) if always else train_step)
+        with self._stepping():
+            return self._run(_densely(train_step) if always else train_step)
 
     def update_step(self, train_step: Callable, loss: Callable | None = None):
         """Runs a training step whose gradients count for an update.
@@ -293,6 +299,22 @@ class GraphUpdates:
                 stacklevel=3,
             )
 
+    @contextlib.contextmanager
+    def _stepping(self):
+        """Within the context, the method takes the steps of the optimizer."""
+        if self._apply_gradients is None:
+            yield
+            return
+        optimizer = self._attached.optimizer
+        apply = optimizer.apply
+
+        def step(gradients, trainable_variables=None):
+            variables = _given(optimizer, trainable_variables)
+            self._apply_gradients(apply, list(gradients), list(variables))
+
+        with _applying(optimizer, step):
+            yield
+
     # The update in place of the optimizer.
 
     @contextlib.contextmanager
@@ -353,7 +375,10 @@ class GraphUpdates:
             return
 
         def apply_masked():
-            apply(self._masked_gradients(gradients, variables), variables)
+            take_step = self._apply_gradients or _apply
+            take_step(
+                apply, self._masked_gradients(gradients, variables), variables
+            )
 
         def update(growth):
             if not self._update_replaces_step:
@@ -434,6 +459,10 @@ def _applying(optimizer, action):
         del optimizer.apply
         if before is not None:
             optimizer.apply = before
+
+
+def _apply(apply, gradients, variables):
+    apply(gradients, variables)
 
 
 def _given(optimizer, trainable_variables):

@@ -1,5 +1,6 @@
 """What a method defines: when masks change, how, and what it logs."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import keras
@@ -106,6 +107,31 @@ class MethodHooks(keras.callbacks.Callback):
         return self.is_due(step)
 
     # How.
+
+    def apply_gradients(
+        self,
+        apply: Callable,
+        gradients: list[tf.Tensor | None],
+        variables: list[keras.Variable],
+    ) -> None:
+        """Takes a step of the optimizer; each but those that updates replace.
+
+        It runs in the graph of the training step.
+
+        Args:
+            apply: The optimizer's `apply`.
+            gradients: What it would be given: zero outside the masks, unless
+                `dense_gradients` is `"always"`.
+            variables: The variables that they are gradients of.
+        """
+        apply(gradients, variables)
+
+    def _own_steps(self) -> Callable | None:
+        """Returns `apply_gradients` where a method defines it, or None."""
+        defined = type(self).apply_gradients
+        if defined is MethodHooks.apply_gradients:
+            return None
+        return self.apply_gradients
 
     def set_up(self) -> None:
         """Prepares for training, with `masked` and `optimizer` set.

@@ -24,6 +24,7 @@ __all__ = [
     "owner",
     "parts",
     "project_averages",
+    "rate",
     "slots",
 ]
 
@@ -105,6 +106,21 @@ def batches_per_step(optimizer: keras.Optimizer) -> int:
         optimizer: A Keras optimizer without loss scaling.
     """
     return optimizer.gradient_accumulation_steps or 1
+
+
+def rate(optimizer: keras.Optimizer) -> tf.Tensor:
+    """Returns the learning rate of the step that comes.
+
+    Args:
+        optimizer: A Keras optimizer without loss scaling. Of several in one,
+            the first counts.
+
+    Returns:
+        A float32 scalar.
+    """
+    return tf.cast(
+        tf.convert_to_tensor(parts(optimizer)[0].learning_rate), tf.float32
+    )
 
 
 def count_step(optimizer: keras.Optimizer) -> None:

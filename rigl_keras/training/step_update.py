@@ -202,6 +202,7 @@ class StepUpdate(MethodHooks):
                 is_due=self.is_due,
                 is_gathered=self.is_gathered,
                 change_masks=self.change_masks,
+                apply_gradients=self._own_steps(),
                 dense_gradients=self.dense_gradients,
                 update_replaces_step=self.conventions.update_replaces_step,
             )

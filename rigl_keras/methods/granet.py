@@ -1,0 +1,140 @@
+"""GraNet: drop and grow under a density that falls."""
+
+import copy
+import dataclasses
+import warnings
+
+import keras
+import tensorflow as tf
+
+from rigl_keras import _checks, schedules
+from rigl_keras.masking.masked import KernelMask
+from rigl_keras.methods.pruning import largest
+from rigl_keras.methods.rigl import RigL
+
+__all__ = ["GraNet"]
+
+
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
+class GraNet(RigL):
+    """RigL whose masks become sparser until the middle of the run.
+
+    Start with `sparsify(model, density=0.5)`, or with 1.0 for the paper's
+    dense-to-sparse variant. At an update:
+
+    1. While t is at most `prune_end_step`, the round(d_t x weights)
+       connections of largest magnitude stay, of all masked layers together.
+       With x = (t - prune_begin_step) / (prune_end_step - prune_begin_step),
+       cut to [0, 1]: d_t = d_f + (d_i - d_f) (1 - x)^3, where d_i and d_f are
+       `initial_density` and `final_density`.
+    2. Each layer drops the fraction p of its connections of smallest
+       magnitude and grows as many of largest gradient, those that have just
+       been pruned or dropped included. p falls from `drop_fraction` to
+       `final_drop_fraction` by a cosine over the whole run.
+
+    Liu et al., 2021, Sparse training via boosting pruning plasticity with
+    neuroregeneration, arXiv:2106.10404, section 4. Defaults are those of the
+    authors' CIFAR code. It steps first and updates then (here
+    `Conventions(update_replaces_step=False)`), rounds counts up
+    (`drop_rounding="ceil"`), and leaves out the last pruning of the cubic, so
+    that its density ends a little above `final_density`; here it is reached
+    where an update falls on `prune_end_step`, or after it.
+
+    A layer that the global threshold empties never grows again.
+
+    Args:
+        final_density: Fraction of the masked weights kept in the end, in
+            (0, 1].
+        initial_density: Fraction from which the ramp starts. Masks that are
+            sparser lose nothing until it comes down to them.
+        prune_begin_step: Step t at which the ramp starts.
+        prune_end_step: Step at which it ends, later than that. None: half of
+            the run.
+        frequency, drop_fraction, begin_step, end_step, decay, decay_power,
+            final_drop_fraction, redistribution, gradient_batches, grow_init,
+            grow_divisor, seed, conventions: As in `MaskUpdate`; updates go on
+            to the end of the run.
+
+    Raises:
+        ValueError: As in `MaskUpdate`, or a density or step is out of range.
+        UserWarning: No update falls into the run, or none that prunes.
+
+    Example:
+
+    >>> model = sparsify(model, density=0.5)
+    >>> model.fit(train, epochs=160, callbacks=[GraNet(final_density=0.1)])
+    """
+
+    final_density: float
+    initial_density: float = 0.5
+    prune_begin_step: int = 0
+    prune_end_step: int | None = None
+    frequency: int = 1000
+    drop_fraction: float = 0.5
+    final_drop_fraction: float = 0.005
+
+    end_share = 1.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        self._ramp = None  # until a run is planned
+        self.prune_begin_step = _checks.integer(
+            "prune_begin_step", self.prune_begin_step, at_least=0
+        )
+        last = self.prune_end_step
+        if last is None:
+            last = self.prune_begin_step + 1
+        made = self._ramp_until(last)
+        self.final_density = made.final_density
+        self.initial_density = made.initial_density
+
+    def _ramp_until(self, end_step):
+        return schedules.SparsityRamp(
+            final_density=self.final_density,
+            initial_density=self.initial_density,
+            begin_step=self.prune_begin_step,
+            end_step=end_step,
+            frequency=self.frequency,
+        )
+
+    def lengthened(self, factor: float) -> "GraNet":
+        longer = copy.copy(self)
+        if self.prune_end_step is not None:
+            longer.prune_end_step = int(self.prune_end_step * factor)
+        return super(GraNet, longer).lengthened(factor)
+
+    def plan(self, epoch: int, epochs: int | None, steps: int | None) -> None:
+        super().plan(epoch, epochs, steps)
+        last = self.prune_end_step
+        if last is None:
+            last = self.step_at(0.5, epochs, steps, "prune_end_step")
+        self._ramp = self._ramp_until(max(last, self.prune_begin_step + 1))
+        if steps and epochs:
+            self._warn_of_a_high_density((epochs - epoch) * steps)
+
+    def _warn_of_a_high_density(self, batches):
+        first = self.trajectory[0][0]
+        update = self.last_update(first, first + self.steps_in(batches))
+        if update is None:
+            return  # of which `MaskUpdate` warns
+        density = 1 - float(self._ramp.sparsity(update - self.run_start))
+        if density > self.final_density + 1e-6:
+            warnings.warn(
+                f"GraNet ends at density {density:.4g}, not at final_density="
+                f"{self.final_density}: its last update comes "
+                f"{update - self.run_start} steps into the run, before "
+                f"prune_end_step={self._ramp.end_step}. Lower frequency or "
+                "prune_end_step.",
+                stacklevel=4,
+            )
+
+    def before_drop(
+        self,
+        optimizer: keras.Optimizer,
+        layers: list[KernelMask],
+        step: tf.Tensor,
+    ) -> None:
+        density = 1 - self._ramp.sparsity(step - self.run_start)
+        for layer, stays in zip(layers, largest(layers, density), strict=True):
+            nothing = tf.zeros_like(stays)
+            self.set_kernel_and_mask(optimizer, layer, stays, nothing)

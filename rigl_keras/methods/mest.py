@@ -1,0 +1,146 @@
+"""MEST: random growth, and a soft bound on the connections in memory."""
+
+import dataclasses
+import math
+import warnings
+
+import tensorflow as tf
+
+from rigl_keras import _checks, scores
+from rigl_keras.masking.masked import KernelMask
+from rigl_keras.methods.first_counts import FirstCounts, unit_count
+
+__all__ = ["MEST"]
+
+
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
+class MEST(FirstCounts):
+    """Drops by |w| + lambda |dL/dw| and grows at random.
+
+    With N entries of a layer, of which n were active at the start, and
+    k = round(N p_t), an update
+
+        hard bound (MEST+EM): drops the k of lowest score, grows k;
+        soft bound (MEST+EM&S): drops to n, grows k, so that the layer has
+            n + k connections until the next update.
+
+    p_t, a fraction of all entries and not of the active ones, is
+    `drop_fraction` until three quarters of the window (`end_step`), half of
+    it until its end, and 0 from there on, where the soft bound is back at n.
+    Growth is uniform among the inactive entries, those just dropped included.
+    Yuan et al., 2021, MEST: accurate and fast memory-economic sparse training
+    framework on the edge, arXiv:2110.14032, section 3.
+
+    Defaults are those of the authors' code for ResNet-32 on CIFAR: p 0.05 for
+    the soft bound, 0.02 for the other, updates every 5 epochs of 781 batches
+    until epoch 120 of 160. There lambda is 0, though the paper's score has
+    the gradient, and what is grown and dropped keeps its momentum; the first
+    update comes before the first step, where here t > 0.
+
+    Args:
+        soft: Whether the bound is soft.
+        gradient_weight: lambda, at least 0. The gradient is that of the
+            update's batch at active connections; no dense one is needed.
+        drop_fraction: p at the start, in [0, 1]. None: 0.05 where the bound
+            is soft, else 0.02.
+        frequency, begin_step, end_step, decay, decay_power,
+            final_drop_fraction, redistribution, gradient_batches, grow_init,
+            grow_divisor, seed, conventions: As in `MaskUpdate`.
+
+    Raises:
+        ValueError: As in `MaskUpdate`, or an argument is out of range.
+
+    Example:
+
+    >>> model.fit(train, epochs=160, callbacks=[MEST(frequency=1_760)])
+    """
+
+    soft: bool = True
+    gradient_weight: float = 0.0
+    frequency: int = 3905
+    drop_fraction: float | None = None
+    decay: str = "steps"
+
+    dense_gradients = "never"
+
+    def __post_init__(self):
+        self.soft = _checks.boolean("soft", self.soft)
+        self.gradient_weight = _checks.number(
+            "gradient_weight",
+            self.gradient_weight,
+            at_least=0,
+            rule="must be at least 0",
+        )
+        if self.drop_fraction is None:
+            self.drop_fraction = 0.05 if self.soft else 0.02
+        super().__post_init__()
+
+    def is_due(self, step: int | tf.Tensor) -> bool | tf.Tensor:
+        due = super().is_due(step)
+        if not self.soft:
+            return due
+        # The last update brings the layers back to their bound.
+        return due | (step == self._window["end_step"])
+
+    def plan(self, epoch: int, epochs: int | None, steps: int | None) -> None:
+        super().plan(epoch, epochs, steps)
+        if not (self.soft and steps and epochs):
+            return
+        first = self.trajectory[0][0]
+        last = first + self.steps_in((epochs - epoch) * steps)
+        if self._window["end_step"] >= last:
+            warnings.warn(
+                f"MEST ends denser than it began: this run has "
+                f"{last - self.run_start} steps, and the update that brings "
+                f"layers back to their bound comes at end_step="
+                f"{self._span['end_step']}.",
+                stacklevel=4,
+            )
+
+    # An update.
+
+    def drop_scores(
+        self, layer: KernelMask, gradient: tf.Tensor, step: tf.Tensor
+    ) -> tf.Tensor:
+        score = super().drop_scores(layer, gradient, step)
+        if self.gradient_weight == 0:
+            return score
+        return score + self.gradient_weight * tf.cast(
+            scores.gradient_magnitude(gradient), score.dtype
+        )
+
+    def grow_scores(
+        self, layer: KernelMask, gradient: tf.Tensor, step: tf.Tensor
+    ) -> tf.Tensor:
+        return scores.random(
+            layer.kernel.shape, key=layer.draw_key ^ self.seed, step=step
+        )
+
+    def layer_fractions(
+        self, layers: list[KernelMask], fraction: tf.Tensor, step: tf.Tensor
+    ) -> tf.Tensor | list[tf.Tensor]:
+        self._exchanged = fraction  # for `grow_count`, in the same graph
+        return [self._dropped(layer, fraction) for layer in layers]
+
+    def _dropped(self, layer, fraction):
+        count = unit_count(layer)
+        if self.soft:
+            dropped = tf.maximum(count - self.first_count(layer), 0)
+        else:
+            dropped = tf.minimum(_share(layer, fraction), count)
+        # In the middle between two counts, whichever way it is rounded.
+        half = 0.5 if self.conventions.drop_rounding == "floor" else -0.5
+        exact = tf.cast(dropped, tf.float64) + half
+        part = tf.math.divide_no_nan(exact, tf.cast(count, tf.float64))
+        return tf.clip_by_value(part, 0.0, 1.0)
+
+    def grow_count(
+        self, layer: KernelMask, dropped: tf.Tensor, step: tf.Tensor
+    ) -> tf.Tensor:
+        return _share(layer, self._exchanged) if self.soft else dropped
+
+
+def _share(layer, fraction):
+    """Returns a fraction of all units of a layer, an int32 scalar."""
+    units = layer.units(tf.convert_to_tensor(layer.mask.value))
+    return tf.cast(tf.round(fraction * math.prod(units.shape)), tf.int32)

@@ -1,0 +1,131 @@
+"""SRigL: RigL with a constant fan-in, and units that it ablates."""
+
+import dataclasses
+import math
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from rigl_keras import _checks, fan_in, scores
+from rigl_keras.masking.masked import KernelMask
+from rigl_keras.methods.first_counts import FirstCounts
+
+__all__ = ["SRigL"]
+
+
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
+class SRigL(FirstCounts):
+    """RigL in which each output unit has as many connections as any other.
+
+    Start with `sparsify(model, density, granularity="fan_in")`. An update
+    drops by magnitude in each layer, ablates the units to which few
+    connections matter, and grows by gradient in each unit until all that are
+    left have the same number: `fan_in.update_fan_in` has the steps. What a
+    layer began with is its budget, so that the units left have more
+    connections where others are ablated; of a remainder none are grown. The
+    last masked layer ablates no unit, as its units are the model's outputs.
+
+    Lasby et al., 2024, Dynamic sparse training with structured sparsity,
+    arXiv:2305.02299, section 3. Defaults are those of the authors' code for
+    convolutional networks; for transformers `ablation` is 0.95 there. On
+    ImageNet gradients are the mean of 8 batches (`gradient_batches`).
+
+    `remove_dead_units` removes ablated units for good, after training. Before
+    a batch norm such a unit has no variance, so that its gradient is large,
+    and what the norm adds, beta, goes on.
+
+    Args:
+        ablation: gamma, in [0, 1]: a unit stays that has at least this share
+            of the mean fan-in in connections that matter. None: all units
+            stay.
+        frequency, drop_fraction, begin_step, end_step, decay, decay_power,
+            final_drop_fraction, gradient_batches, grow_init, grow_divisor,
+            seed, conventions: As in `MaskUpdate`; of the conventions
+            `drop_rounding` applies.
+
+    Raises:
+        ValueError: As in `MaskUpdate`, or masks keep whole kernels or blocks.
+
+    Example:
+
+    >>> model = sparsify(model, density=0.1, granularity="fan_in")
+    >>> model.fit(train, epochs=250, callbacks=[SRigL()])
+    """
+
+    ablation: float | None = 0.3
+    redistribution: str | None = dataclasses.field(default=None, init=False)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.ablation is not None:
+            self.ablation = _checks.fraction("ablation", self.ablation)
+
+    def set_up(self) -> None:
+        super().set_up()
+        other = [
+            m.name
+            for m in self.masked
+            if m.granularity not in ("element", "fan_in")
+        ]
+        if other:
+            raise ValueError(
+                "SRigL gives each unit as many single weights, and the mask "
+                f"of {other[0]!r} has another pattern. Sparsify with "
+                "granularity='fan_in'."
+            )
+
+    def grow_scores(
+        self, layer: KernelMask, gradient: tf.Tensor, step: tf.Tensor
+    ) -> tf.Tensor:
+        return scores.gradient_magnitude(gradient)
+
+    def change_masks(
+        self,
+        optimizer: keras.Optimizer,
+        layers: list[KernelMask],
+        gradients: list[tf.Tensor],
+        step: tf.Tensor,
+    ) -> tf.Tensor:
+        fraction = self._fraction_at(step)
+        counts = []
+        for layer, gradient in zip(layers, gradients, strict=True):
+            columns = _Columns(layer)
+            is_last = layer is self.masked[-1]
+            moved = fan_in.update_fan_in(
+                columns.of(tf.convert_to_tensor(layer.mask.value)),
+                columns.of(self.drop_scores(layer, gradient, step)),
+                columns.of(self.grow_scores(layer, gradient, step)),
+                drop_fraction=fraction,
+                budget=self.first_count(layer),
+                ablation=None if is_last else self.ablation,
+                conventions=self.conventions,
+            )
+            new, grown = (columns.back(part) for part in moved)
+            values = self.first_weights(layer, gradient, step)
+            counts.append(
+                self.set_kernel_and_mask(optimizer, layer, new, grown, values)
+            )
+        return tf.add_n(counts)
+
+
+class _Columns:
+    """A kernel as a matrix of a column for each output unit."""
+
+    def __init__(self, layer: KernelMask):
+        shape = tuple(layer.kernel.shape)
+        rank = len(shape)
+        units = [axis % rank for axis in layer.found.output_axes]
+        self._order = [i for i in range(rank) if i not in units] + units
+        self._ordered = [shape[i] for i in self._order]
+        self._units = math.prod(shape[i] for i in units)
+
+    def of(self, tensor: tf.Tensor) -> tf.Tensor:
+        """Returns a tensor of the kernel's shape as the matrix."""
+        ordered = tf.transpose(tensor, self._order)
+        return tf.reshape(ordered, [-1, self._units])
+
+    def back(self, matrix: tf.Tensor) -> tf.Tensor:
+        """Returns the tensor that `of` was given."""
+        ordered = tf.reshape(matrix, self._ordered)
+        return tf.transpose(ordered, np.argsort(self._order))
