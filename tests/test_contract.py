@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from support.methods import METHODS
+from support.methods import METHODS, REMEMBER, SCHEDULED
 from support.resumed import fit, tiny
 from support.small_models import compiled, examples, masks, small_model
 
@@ -42,23 +42,49 @@ def whole_run(request):
     return request.param, state(model)
 
 
+def remembered(callbacks):
+    return [v.numpy() for c in callbacks for v in c.variables]
+
+
+def resumed(callbacks, model, values):
+    """Returns callbacks that remember what was saved beside the model."""
+    for callback in callbacks:
+        callback.attach(model, model.optimizer)
+    variables = [v for c in callbacks for v in c.variables]
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
+    return callbacks
+
+
 @pytest.fixture(scope="module")
 def saved(whole_run, tmp_path_factory):
     """A folder with a model of the method, and its weights, after 5 steps."""
     folder = tmp_path_factory.mktemp("saved")
     model = tiny()
-    fit(model, METHODS[whole_run[0]](**WINDOW), 1)
+    callbacks = METHODS[whole_run[0]](**WINDOW)
+    fit(model, callbacks, 1)
     assert int(model.optimizer.iterations.numpy()) == 5
     model.save(folder / "model.keras")
     model.save_weights(folder / "at5.weights.h5")
+    values = remembered(callbacks)
+    assert bool(values) == (whole_run[0] in REMEMBER)
+    np.savez(folder / "method.npz", *values)
     return folder
+
+
+def values_of(folder):
+    with np.load(folder / "method.npz") as file:
+        return [file[f"arr_{i}"] for i in range(len(file.files))]
 
 
 @pytest.mark.slow_but("SNFS")
 def test_saved_in_the_middle_ends_the_same(whole_run, saved):
     method, want = whole_run
     loaded = keras.models.load_model(saved / "model.keras")
-    fit(loaded, METHODS[method](**WINDOW), 2, initial_epoch=1)
+    callbacks = METHODS[method](**WINDOW)
+    if method in REMEMBER:
+        callbacks = resumed(callbacks, loaded, values_of(saved))
+    fit(loaded, callbacks, 2, initial_epoch=1)
     assert_equal(state(loaded), want)
 
 
@@ -72,7 +98,10 @@ def test_weights_alone_are_a_checkpoint(whole_run, saved):
     other.run_eagerly = False
     other.make_train_function(force=True)
     other.load_weights(saved / "at5.weights.h5")
-    fit(other, METHODS[method](**WINDOW), 2, initial_epoch=1)
+    callbacks = METHODS[method](**WINDOW)
+    if method in REMEMBER:
+        callbacks = resumed(callbacks, other, values_of(saved))
+    fit(other, callbacks, 2, initial_epoch=1)
     assert_equal(state(other), want)
 
 
@@ -127,7 +156,7 @@ def test_trained_then_stripped_then_masked_again(trained):
         plain(x, training=False), model(x, training=False)
     )
     # Nothing was lost or added on the way: kept weights are the trained ones.
-    if method != "MagnitudePruning":
+    if method not in SCHEDULED:
         assert cost.nonzeros == count(sparsify(plain, 0.2, seed=4)).nonzeros
     again = masks(sparsify(plain, 0.2, seed=4))
     assert again.keys() == first.keys()
@@ -171,6 +200,9 @@ def test_a_loop_of_ones_own(whole_run):
         np.testing.assert_allclose(ours.numpy(), theirs, rtol=1e-5, atol=1e-6)
 
 
+ALWAYS_DENSE = ("SNFS", "TopKAST", "SRSTE")
+
+
 @pytest.mark.slow_but("RigL-SG")
 def test_what_training_costs(trained):
     """In closed form, and from the masks of the run; both agree by hand."""
@@ -180,16 +212,21 @@ def test_what_training_costs(trained):
     dense = cost.dense_inference_flops
     trajectory, needs = [(0, start)], "never"
     for callback in callbacks:
+        assert (callback.dense_gradients == "always") == (
+            method in ALWAYS_DENSE
+        )
         needs = callback.dense_gradients
         trajectory += [
             (step, dict(zip(start, counts, strict=True)))
             for step, counts in callback.trajectory[1:]
         ]
         assert tuple(start.values()) == callback.trajectory[0][1]
-    assert len(trajectory) == {
-        "static": 1,
-        "MagnitudePruning": 3,  # at 1 and 3 of 4 steps
-    }.get(method, 2)  # at 2
+    assert [step for step, _ in trajectory[1:]] == {
+        "static": [],
+        "MagnitudePruning": [1, 3],
+        "TopKAST": [1, 3],
+        "SRSTE": [1, 3],
+    }.get(method, [2])
     inference, training = flops.training_curve(
         cost, trajectory, steps=4, dense_gradients=needs
     )
@@ -198,8 +235,8 @@ def test_what_training_costs(trained):
     for step, (forward, whole) in enumerate(
         zip(inference, training, strict=True)
     ):
-        expensive = method == "SNFS" or (
-            method.startswith("RigL") and step == 2
+        expensive = method in ALWAYS_DENSE or (
+            needs == "updates" and step == 2
         )
         assert whole == (2 * forward + dense if expensive else 3 * forward)
     kinds = [type(c).__name__ for c in callbacks] or ["static"]
@@ -210,7 +247,7 @@ def test_what_training_costs(trained):
         frequency=2,
     )
     mean = np.mean(training)
-    if method in ("static", "SET", "SNFS"):
+    if method in ("static", "SET", "MEST", "ACDC", *ALWAYS_DENSE):
         assert closed == pytest.approx(mean)
     elif method == "MagnitudePruning":  # the closed form has a dense backward
         assert closed == pytest.approx(mean + dense - np.mean(inference))

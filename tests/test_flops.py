@@ -335,6 +335,24 @@ def test_every_method_of_the_report_has_a_closed_form():
         assert flops.training_flops(name, **cost) == 6
 
 
+def test_closed_forms_of_newer_methods():
+    cost = dict(sparse_flops=2.0, dense_flops=10.0, frequency=9)
+    for name in ("GraNet", "SRigL", "GSE"):
+        assert flops.training_flops(name, **cost) == 6.8
+    for name in ("Top-KAST", "TopKAST", "SR-STE", "SRSTE"):
+        assert flops.training_flops(name, **cost) == 14
+    for name in ("MEST", "AC/DC", "ACDC", "GraSP", "SynFlow"):
+        assert flops.training_flops(name, **cost) == 6
+    # Where no more than twice as many gradients are computed.
+    cost["weight_gradient_flops"] = 4.0
+    assert flops.training_flops("TopKAST", **cost) == 8
+    assert flops.training_flops("GSE", **cost) == 6.2  # (6 x 9 + 8) / 10
+    for beyond in (1.0, 11.0):
+        cost["weight_gradient_flops"] = beyond
+        with pytest.raises(ValueError, match="between sparse_flops and dense"):
+            flops.training_flops("GSE", **cost)
+
+
 @pytest.mark.parametrize("policy", ["bfloat16", "float16"])
 def test_masks_of_half_precision_are_counted_whole(policy):
     """A sum of ones in bfloat16 ends at 256."""

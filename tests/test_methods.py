@@ -218,12 +218,6 @@ def test_a_full_layer_keeps_its_bound():
         assert mask == [1] * 4
 
 
-def test_a_soft_bound_that_is_not_met_again_is_told():
-    method = rigl_keras.MEST(frequency=10, end_step=100)
-    with pytest.warns(UserWarning, match="ends denser"):
-        attached(method, np.ones(4), steps=100)
-
-
 # GSE.
 
 

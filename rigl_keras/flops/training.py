@@ -18,21 +18,30 @@ def training_flops(
     dense_flops: float,
     frequency: int | None = None,
     gradient_batches: int = 1,
+    weight_gradient_flops: float | None = None,
 ) -> float:
     """Returns the cost of training on one sample, averaged over the steps.
 
     With f_s and f_d the forward cost of the sparse and the dense model, the
     backward pass costing twice the forward pass, and an update every T steps:
 
-        dense:                            3 f_d
-        static, SET, SNIP, small-dense:   3 f_s
-        RigL, RigL-SG, RigL-SM:           (3 f_s T + 2 f_s + f_d) / (T + 1)
-        SNFS, magnitude pruning:          2 f_s + f_d
+        dense:                                     3 f_d
+        static, SET, SNIP, GraSP, SynFlow,
+        small-dense, MEST, AC/DC:                  3 f_s
+        RigL, RigL-SG, RigL-SM, GraNet,
+        SRigL, GSE:                                (3 f_s T + 2 f_s + f_w) / (T + 1)
+        SNFS, magnitude pruning, Top-KAST, SR-STE: 2 f_s + f_w
+
+    where f_w, the cost of the gradients of the kernels at a step that needs
+    more of them than there are connections, is f_d. Top-KAST and GSE need
+    them at some more entries alone: f_w is the forward cost at the density
+    that these and the connections have together, where an implementation
+    computes no others (`weight_gradient_flops`).
 
     Evci et al., 2020, section 3 and appendix H, which count an update beside
     the T steps that it follows. Where an update's gradient is the mean of n
     batches, n of these T + 1 steps have a dense backward pass:
-    (3 f_s (T + 1 - n) + n (2 f_s + f_d)) / (T + 1).
+    (3 f_s (T + 1 - n) + n (2 f_s + f_w)) / (T + 1).
     Pruning and SNFS are as in the reproduction
     (counting/inference_train_FLOPs.py). Where f_s changes during training it
     stands for the mean over the steps; `training_curve` takes it from the
@@ -43,8 +52,10 @@ def training_flops(
             any case.
         sparse_flops: f_s for one sample.
         dense_flops: f_d for one sample.
-        frequency: T, for RigL and its variants.
-        gradient_batches: n, for RigL and its variants, at most T.
+        frequency: T, for RigL and what updates as it does.
+        gradient_batches: n, for these, at most T.
+        weight_gradient_flops: f_w for one sample, between f_s and f_d. None:
+            f_d.
 
     Returns:
         FLOPs for one sample.
@@ -57,7 +68,9 @@ def training_flops(
     >>> training_flops("rigl", sparse_flops=1, dense_flops=5, frequency=1)
     5.0
     """
-    name = str(method).lower().replace("_", "").replace("-", "")
+    name = str(method).lower()
+    for mark in "_-/":
+        name = name.replace(mark, "")
     if name not in _GRADIENTS:
         raise ValueError(
             f"method must be one of {', '.join(_GRADIENTS)}. Received: "
@@ -71,7 +84,17 @@ def training_flops(
     dense_flops = number("dense_flops", dense_flops, at_least=0, at_most=1e300)
     if name == "dense":
         return 3 * dense_flops
-    sparse, dense = 3 * sparse_flops, 2 * sparse_flops + dense_flops
+    if weight_gradient_flops is None:
+        weight_gradient_flops = dense_flops
+    weight_gradient_flops = number(
+        "weight_gradient_flops",
+        weight_gradient_flops,
+        at_least=min(sparse_flops, dense_flops),
+        at_most=max(sparse_flops, dense_flops),
+        rule="must be between sparse_flops and dense_flops",
+    )
+    sparse = 3 * sparse_flops
+    dense = 2 * sparse_flops + weight_gradient_flops
     if gradients == "never":
         return sparse
     if gradients == "always":
@@ -99,10 +122,19 @@ _GRADIENTS = {
     "static": "never",
     "smalldense": "never",
     "snip": "never",
+    "grasp": "never",
+    "synflow": "never",
+    "mest": "never",
+    "acdc": "never",
     "set": "never",
     "rigl": "updates",
     "riglsg": "updates",
     "riglsm": "updates",
+    "granet": "updates",
+    "srigl": "updates",
+    "gse": "updates",
+    "topkast": "always",
+    "srste": "always",
     "snfs": "always",
     "magnitudepruning": "always",
 }

@@ -109,20 +109,24 @@ class GraNet(RigL):
         if last is None:
             last = self.step_at(0.5, epochs, steps, "prune_end_step")
         self._ramp = self._ramp_until(max(last, self.prune_begin_step + 1))
-        if steps and epochs:
-            self._warn_of_a_high_density((epochs - epoch) * steps)
+        self._warn_of_a_high_density()
 
-    def _warn_of_a_high_density(self, batches):
-        first = self.trajectory[0][0]
-        update = self.last_update(first, first + self.steps_in(batches))
+    def _warn_of_a_high_density(self):
+        """Warns where no update comes late enough, however long the run is."""
+        window = self._window
+        before = self._attached.steps_before
+        update = self.last_update(
+            window["begin_step"] + before, window["end_step"] + before + 1
+        )
         if update is None:
             return  # of which `MaskUpdate` warns
-        density = 1 - float(self._ramp.sparsity(update - self.run_start))
+        update -= before + self.run_start
+        density = 1 - float(self._ramp.sparsity(update))
         if density > self.final_density + 1e-6:
             warnings.warn(
                 f"GraNet ends at density {density:.4g}, not at final_density="
                 f"{self.final_density}: its last update comes "
-                f"{update - self.run_start} steps into the run, before "
+                f"{update} steps into the run, before "
                 f"prune_end_step={self._ramp.end_step}. Lower frequency or "
                 "prune_end_step.",
                 stacklevel=4,

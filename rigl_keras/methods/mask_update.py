@@ -249,6 +249,7 @@ class MaskUpdate(StepUpdate):
             layers: The masked layers.
             step: The optimizer step, an int64 scalar.
         """
+        del optimizer, layers, step
 
     def first_weights(
         self, layer: KernelMask, gradient: tf.Tensor, step: tf.Tensor

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import warnings
 
 import tensorflow as tf
 
@@ -81,21 +80,6 @@ class MEST(FirstCounts):
             return due
         # The last update brings the layers back to their bound.
         return due | (step == self._window["end_step"])
-
-    def plan(self, epoch: int, epochs: int | None, steps: int | None) -> None:
-        super().plan(epoch, epochs, steps)
-        if not (self.soft and steps and epochs):
-            return
-        first = self.trajectory[0][0]
-        last = first + self.steps_in((epochs - epoch) * steps)
-        if self._window["end_step"] >= last:
-            warnings.warn(
-                f"MEST ends denser than it began: this run has "
-                f"{last - self.run_start} steps, and the update that brings "
-                f"layers back to their bound comes at end_step="
-                f"{self._span['end_step']}.",
-                stacklevel=4,
-            )
 
     # An update.
 

@@ -46,7 +46,8 @@ class StoredWeights(MaskUpdate):
        as it has had.
 
     When a run begins, w outside the mask is drawn from the weights within it,
-    as `sparsify` keeps none there, and m is chosen for the first time.
+    as `sparsify` keeps none there, and m is chosen for the first time. A later
+    run of the same callback goes on with the w that it has.
 
     The kernel variable is w m: checkpoints, exports and counts are those of a
     sparse model. w (1 - m) is in `variables`; a run that resumes without them
@@ -81,6 +82,7 @@ class StoredWeights(MaskUpdate):
     def __post_init__(self):
         super().__post_init__()
         self._hidden: list[tf.Variable] = []
+        self._hidden_of: list[keras.Variable] = []
 
     # What makes a method.
 
@@ -126,18 +128,22 @@ class StoredWeights(MaskUpdate):
                 f"{self.name} trains weights outside the masks, on one device "
                 "only. Make the model outside the scope of the strategy."
             )
-        if [v.shape for v in self._hidden] != [
-            m.kernel.shape for m in self.masked
-        ]:
+        if not self._is_of([m.kernel for m in self.masked]):
+            self._hidden_of = [m.kernel for m in self.masked]
             self._hidden = [
-                tf.Variable(tf.zeros_like(m.kernel.value), trainable=False)
-                for m in self.masked
+                tf.Variable(tf.zeros_like(kernel.value), trainable=False)
+                for kernel in self._hidden_of
             ]
+
+    def _is_of(self, kernels):
+        return [*map(id, kernels)] == [*map(id, self._hidden_of)]
 
     def forget(self) -> None:
         super().forget()
         for hidden, layer in zip(self._hidden, self.masked, strict=True):
-            hidden.assign(_drawn(layer, self.seed))
+            # An earlier run of this callback has left them as trained.
+            if not bool(tf.reduce_any(hidden != 0)):
+                hidden.assign(_drawn(layer, self.seed))
         self.choose(self.masked)
         self._record.begin(self.steps_taken())
 
@@ -290,6 +296,7 @@ class TopKAST(StoredWeights):
     def __post_init__(self):
         super().__post_init__()
         self._trained: list[tf.Variable] = []
+        self._trained_of: list[keras.Variable] = []
         self.penalty = _checks.number(
             "penalty", self.penalty, at_least=0, rule="must be at least 0"
         )
@@ -304,9 +311,8 @@ class TopKAST(StoredWeights):
 
     def set_up(self) -> None:
         super().set_up()
-        if [v.shape for v in self._trained] != [
-            m.mask.shape for m in self.masked
-        ]:
+        if self._trained_of is not self._hidden_of:
+            self._trained_of = self._hidden_of
             self._trained = [
                 tf.Variable(tf.convert_to_tensor(m.mask.value), trainable=False)
                 for m in self.masked

@@ -1,7 +1,15 @@
 """Every method: the contracts hold for each row, and a new one is one more."""
 
+import inspect
+
+from rigl_keras.methods.acdc import ACDC
+from rigl_keras.methods.granet import GraNet
+from rigl_keras.methods.gse import GSE
+from rigl_keras.methods.mest import MEST
 from rigl_keras.methods.pruning import MagnitudePruning
 from rigl_keras.methods.rigl import SET, SNFS, RigL
+from rigl_keras.methods.srigl import SRigL
+from rigl_keras.methods.stored_weights import SRSTE, TopKAST
 from rigl_keras.schedules import SparsityRamp
 
 
@@ -17,8 +25,35 @@ def pruning(frequency=2, end_step=9, **options):
     return [MagnitudePruning(ramp)]
 
 
+def taken(method, options, **others):
+    """Makes a method with those options that it takes."""
+    names = inspect.signature(method).parameters
+    given = {name: value for name, value in options.items() if name in names}
+    return [method(**others, **given)]
+
+
+def granet(end_step=9, **options):
+    """From the density that models here have to a quarter of it."""
+    return taken(
+        GraNet,
+        {"end_step": end_step, **options},
+        final_density=0.05,
+        initial_density=0.2,
+        prune_end_step=max(end_step - 1, 1),
+        final_drop_fraction=0.0,
+    )
+
+
+def acdc(frequency=2, end_step=9, **options):
+    """Compressed at the first turn of the rhythm, and so on."""
+    turns = range(frequency, end_step + 1, frequency)
+    return taken(
+        ACDC, options, density=0.1, switch_steps=turns[: len(turns) // 2 * 2 - 1]
+    )
+
+
 # The contracts hold for every method: a new one is one more row.
-METHODS = {
+CORE = {
     "static": lambda **options: [],
     "RigL": lambda **options: [RigL(**options)],
     "SET": lambda **options: [SET(**options)],
@@ -27,16 +62,33 @@ METHODS = {
     "RigL-SM": lambda **options: [RigL(redistribution="momentum", **options)],
     "MagnitudePruning": pruning,
 }
+NEWER = {
+    "GraNet": granet,
+    "MEST": lambda **options: taken(MEST, {"drop_fraction": 0.1, **options}),
+    "GSE": lambda **options: taken(GSE, options),
+    "ACDC": acdc,
+    "TopKAST": lambda **options: taken(TopKAST, options),
+    "SRigL": lambda **options: taken(SRigL, options),
+    "SRSTE": lambda **options: taken(SRSTE, options),
+}
+METHODS = CORE | NEWER
 
+# What becomes of the number of connections of a layer. Of the others only the
+# model's number is constant.
+CONSTANT = ("static", "RigL", "SET", "GSE", "TopKAST", "SRSTE")
+SCHEDULED = ("MagnitudePruning", "GraNet", "MEST", "ACDC", "SRigL")
 
 DYNAMIC = {
     name: method
-    for name, method in METHODS.items()
+    for name, method in CORE.items()
     if name not in ("static", "MagnitudePruning")
 }
 
 
 NEED_MOMENTUM = ("SNFS", "RigL-SM")
+
+# They remember more than the model and its optimizer do.
+REMEMBER = ("MEST", "TopKAST", "SRigL", "SRSTE")
 
 
 WINDOW = dict(frequency=3, drop_fraction=0.4, end_step=12)
