@@ -235,9 +235,7 @@ def test_what_training_costs(trained):
     for step, (forward, whole) in enumerate(
         zip(inference, training, strict=True)
     ):
-        expensive = method in ALWAYS_DENSE or (
-            needs == "updates" and step == 2
-        )
+        expensive = method in ALWAYS_DENSE or (needs == "updates" and step == 2)
         assert whole == (2 * forward + dense if expensive else 3 * forward)
     kinds = [type(c).__name__ for c in callbacks] or ["static"]
     closed = training_flops(

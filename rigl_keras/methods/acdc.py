@@ -102,6 +102,18 @@ class ACDC(StepUpdate):
         longer.__post_init__()  # nothing of a run that this one was in
         return longer
 
+    def planned_density(self, step: int, steps: int, density: float) -> float:
+        """Returns the density that a run will have at a step.
+
+        Args:
+            step: From 0.
+            steps: Of the run.
+            density: That the run begins with.
+        """
+        switches = self.switch_steps or [round(s * steps) for s in _SHARES]
+        passed = sum(step > switch for switch in switches)
+        return self.density if passed % 2 else (1.0 if passed else density)
+
     @property
     def _measures_the_run(self):
         return self.switch_steps is None

@@ -132,6 +132,20 @@ class GraNet(RigL):
                 stacklevel=4,
             )
 
+    def planned_density(self, step: int, steps: int, density: float) -> float:
+        """Returns the density that a run will have at a step.
+
+        Args:
+            step: From 0.
+            steps: Of the run.
+            density: That the run begins with.
+        """
+        last = self.prune_end_step
+        ramp = self._ramp_until(
+            max(steps // 2 if last is None else last, self.prune_begin_step + 1)
+        )
+        return min(density, 1 - float(ramp.sparsity(step)))
+
     def before_drop(
         self,
         optimizer: keras.Optimizer,

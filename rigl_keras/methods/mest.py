@@ -5,7 +5,7 @@ import math
 
 import tensorflow as tf
 
-from rigl_keras import _checks, scores
+from rigl_keras import _checks, schedules, scores
 from rigl_keras.masking.masked import KernelMask
 from rigl_keras.methods.first_counts import FirstCounts, unit_count
 
@@ -80,6 +80,34 @@ class MEST(FirstCounts):
             return due
         # The last update brings the layers back to their bound.
         return due | (step == self._window["end_step"])
+
+    def planned_density(self, step: int, steps: int, density: float) -> float:
+        """Returns the density that a run will have at a step.
+
+        Args:
+            step: From 0.
+            steps: Of the run.
+            density: That the run begins with.
+        """
+        last = self.end_step
+        window = {
+            "begin_step": self.begin_step,
+            "end_step": int(self.end_share * steps) if last is None else last,
+        }
+        update = (step - 1) // self.frequency * self.frequency
+        if not self.soft or update < max(self.begin_step, 1):
+            return density
+        if step > window["end_step"]:
+            update = window["end_step"]
+        more = schedules.decayed_drop_fraction(
+            update,
+            drop_fraction=self.drop_fraction,
+            decay=self.decay,
+            decay_power=self.decay_power,
+            final_drop_fraction=self.final_drop_fraction,
+            **window,
+        )
+        return min(density + float(more), 1.0)
 
     # An update.
 

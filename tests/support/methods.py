@@ -48,7 +48,10 @@ def acdc(frequency=2, end_step=9, **options):
     """Compressed at the first turn of the rhythm, and so on."""
     turns = range(frequency, end_step + 1, frequency)
     return taken(
-        ACDC, options, density=0.1, switch_steps=turns[: len(turns) // 2 * 2 - 1]
+        ACDC,
+        options,
+        density=0.1,
+        switch_steps=turns[: len(turns) // 2 * 2 - 1],
     )
 
 

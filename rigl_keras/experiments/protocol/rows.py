@@ -29,6 +29,12 @@ _METHODS = {
     "rigl_reinit": "RigL, re-initialised",
     "rigl_kernel": "RigL on kernels",
     "snip": "SNIP",
+    "itop": "RigL-ITOP",
+    "granet": "GraNet",
+    "mest": "MEST",
+    "gse": "GSE",
+    "srigl": "SRigL",
+    "acdc": "AC/DC",
 }
 _DISTRIBUTIONS = {"uniform": "uniform", "erk": "ERK", "er": "ER"}
 _NAME = re.compile(

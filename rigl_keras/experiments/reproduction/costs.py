@@ -95,8 +95,13 @@ def planned() -> Cost:
         inference = mean = dense_flops
     elif hasattr(update, "schedule"):
         densities = 1 - _sparsities(update.schedule, steps)
-        costs = [_sparse_flops(dense, d, settings) for d in densities]
-        inference, mean = costs[-1], float(np.mean(costs))
+        inference, mean = _last_and_mean(dense, densities, settings)
+    elif hasattr(update, "planned_density"):
+        densities = [
+            update.planned_density(step, steps, density)
+            for step in _grid(steps).tolist()
+        ]
+        inference, mean = _last_and_mean(dense, densities, settings)
     else:
         inference = mean = _sparse_flops(dense, density, settings)
     gradients = update.dense_gradients if update else "never"
@@ -205,7 +210,16 @@ def _sparse_flops(cost, density, settings):
     return sum(layer.flops_at(densities[layer.name]) for layer in cost.layers)
 
 
+def _last_and_mean(cost, densities, settings):
+    """Returns the forward cost of the last of some densities, and the mean."""
+    costs = [_sparse_flops(cost, d, settings) for d in densities]
+    return costs[-1], float(np.mean(costs))
+
+
+def _grid(steps):
+    return np.unique(np.linspace(0, steps - 1, _GRID).astype(int))
+
+
 def _sparsities(schedule, steps):
     """Returns the sparsities of a run, at the steps of a fine grid."""
-    at = np.unique(np.linspace(0, steps - 1, _GRID).astype(int))
-    return np.array([float(schedule(step)[1]) for step in at])
+    return np.array([float(schedule(step)[1]) for step in _grid(steps)])
