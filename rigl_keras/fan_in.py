@@ -1,6 +1,6 @@
 """SRigL's step: drop and grow to a constant fan-in, and ablate weak units.
 
-A matrix has a column for each output unit and a row for each of its inputs.
+A matrix has a row for each output unit and a column for each of its inputs.
 `update_fan_in` is the step for one matrix. It works eagerly, in a
 `tf.function` and under XLA.
 """
@@ -56,7 +56,7 @@ def update_fan_in(
     after an ablation inactive ones may be salient by their weight, 0.
 
     Args:
-        mask: Tensor (F, U) of zeros and ones, or bools.
+        mask: Tensor (U, F) of zeros and ones, or bools.
         drop_scores: Tensor of that shape, at least 0, such as |w|.
         grow_scores: Tensor of that shape, such as |dL/dw|.
         drop_fraction: Fraction of the active connections, in [0, 1].
@@ -76,11 +76,11 @@ def update_fan_in(
     Two units of four inputs; two move. Without ablation each keeps two.
 
     >>> new, _ = update_fan_in(
-    ...     [[1, 1], [1, 1], [0, 0], [0, 0]],
-    ...     [[5, 2], [4, 1], [0, 0], [0, 0]],
-    ...     [[0, 0], [0, 0], [3, 2], [1, 9]],
+    ...     [[1, 1, 0, 0], [1, 1, 0, 0]],
+    ...     [[5, 4, 0, 0], [2, 1, 0, 0]],
+    ...     [[0, 0, 3, 1], [0, 0, 2, 9]],
     ...     drop_fraction=0.5)
-    >>> new.numpy().astype(int).T.tolist()
+    >>> new.numpy().astype(int).tolist()
     [[1, 1, 0, 0], [0, 0, 1, 1]]
     """
     active = as_mask("mask", mask)
@@ -89,10 +89,10 @@ def update_fan_in(
     check_one_shape(mask=active, drop_scores=worth, grow_scores=growth)
     if active.shape.rank != 2:
         raise ValueError(
-            "A mask of fan-ins is a matrix (inputs, units). Received: "
+            "A mask of fan-ins is a matrix (units, inputs). Received: "
             f"shape={active.shape}."
         )
-    inputs, units = active.shape
+    units, inputs = active.shape
     count = count_true(active)
     budget = count if budget is None else checked_count("budget", budget)
     moved = drop_count(
@@ -100,12 +100,12 @@ def update_fan_in(
     )
     stay = tf.minimum(count - moved, count_true(active & (worth > 0)))
     kept = select_highest(worth, stay, among=active)
-    left = tf.ones([units], tf.bool)
+    left = tf.ones([units, 1], tf.bool)
     if ablation is not None:
         everywhere = tf.ones_like(active)
         salient = kept | select_highest(growth, count - stay, among=everywhere)
         left = _units_left(
-            tf.reduce_sum(tf.cast(salient, tf.int32), axis=0),
+            _per_unit(salient),
             budget,
             inputs=inputs,
             ablation=checked_number("ablation", ablation),
@@ -114,26 +114,30 @@ def update_fan_in(
         budget // tf.maximum(count_true(left), 1), 1, inputs
     )
     kept &= left & (_ranks(worth, kept) < each)
-    missing = each - tf.reduce_sum(tf.cast(kept, tf.int32), axis=0)
+    missing = each - _per_unit(kept)
     joined = ~kept & left & (_ranks(growth, ~kept) < missing)
     new = kept | joined
     return new, new & ~active
 
 
+def _per_unit(entries):
+    return tf.reduce_sum(tf.cast(entries, tf.int32), axis=1, keepdims=True)
+
+
 def _units_left(salient, budget, *, inputs, ablation):
-    """Returns which units are not ablated, by their salient entries."""
-    units = salient.shape[0]
+    """Returns which units are not ablated, a column of bools."""
+    units: int = salient.shape[0]
     share = tf.floor(ablation * tf.cast(budget // units, tf.float64))
     threshold = tf.maximum(tf.cast(share, tf.int32), 1)
-    descending = tf.sort(salient, direction="DESCENDING")
+    descending = tf.sort(tf.reshape(salient, [-1]), direction="DESCENDING")
     # So many units must stay that the budget finds a place.
     least = descending[tf.minimum(budget // inputs, units - 1)]
     return salient >= tf.minimum(threshold, least)
 
 
 def _ranks(scores, among):
-    """Returns the rank of each entry within its column, candidates first."""
+    """Returns the rank of each entry within its row, candidates first."""
     lowest = tf.constant(-float("inf"), scores.dtype)
     ranked = tf.where(among, scores, lowest)
-    order = tf.argsort(ranked, axis=0, direction="DESCENDING", stable=True)
-    return tf.argsort(order, axis=0)
+    order = tf.argsort(ranked, direction="DESCENDING", stable=True)
+    return tf.argsort(order)

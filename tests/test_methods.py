@@ -369,9 +369,9 @@ def test_srigl_moves_connections_between_units(ablation, want):
     four inputs, and another must stay where that is full.
     """
     new, grown = fan_in.update_fan_in(
-        (WEIGHTS != 0).T,
-        WEIGHTS.T,
-        GRADIENTS.T,
+        WEIGHTS != 0,
+        WEIGHTS,
+        GRADIENTS,
         drop_fraction=0.5,
         ablation=ablation,
     )
@@ -380,29 +380,25 @@ def test_srigl_moves_connections_between_units(ablation, want):
 
 
 def rows(matrix):
-    return ["".join(str(int(e)) for e in row) for row in matrix.numpy().T]
+    return ["".join(str(int(e)) for e in row) for row in matrix.numpy()]
 
 
 def test_srigl_ablates_units():
     """With room for all in one unit of eight inputs, B goes."""
     wide = [np.pad(a, ((0, 0), (0, 4))) for a in (WEIGHTS, GRADIENTS)]
     new, _ = fan_in.update_fan_in(
-        (wide[0] != 0).T, wide[0].T, wide[1].T, drop_fraction=0.5, ablation=1.0
+        wide[0] != 0, wide[0], wide[1], drop_fraction=0.5, ablation=1.0
     )
     assert rows(new) == ["11110000", "00000000"]
     # And comes back where it matters again: its budget is still that of four.
-    weights = np.where(rows_of(new), 1.0, 0.0)
+    weights = np.where(new, 1.0, 0.0)
     gradient = np.zeros_like(weights)
     gradient[1, 3:5] = 9
     new, grown = fan_in.update_fan_in(
-        rows_of(new).T, weights.T, gradient.T, drop_fraction=0.5, ablation=1.0
+        new, weights, gradient, drop_fraction=0.5, ablation=1.0
     )
     assert rows(new) == ["11000000", "00011000"]
     assert rows(grown) == ["00000000", "00011000"]
-
-
-def rows_of(matrix):
-    return matrix.numpy().T
 
 
 def test_srigl_keeps_the_largest_of_a_unit():
@@ -410,25 +406,25 @@ def test_srigl_keeps_the_largest_of_a_unit():
     weights = np.array([[3, 9, 5, 0], [1, 0, 0, 0]], np.float32)
     gradient = np.array([[0, 0, 0, 0], [0, 1, 3, 2]], np.float32)
     new, _ = fan_in.update_fan_in(
-        (weights != 0).T, weights.T, gradient.T, drop_fraction=0.25
+        weights != 0, weights, gradient, drop_fraction=0.25
     )
-    assert rows(new) == ["0110", "0010"[:2] + "11"]
+    assert rows(new) == ["0110", "0011"]
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_srigl_counts_are_even(seed):
     """Whatever the scores: a unit has k connections or none."""
     draw = np.random.default_rng(seed)
-    mask = draw.random((9, 7)) < 0.4
+    mask = draw.random((7, 9)) < 0.4
     budget = int(mask.sum())
-    weights, gradient = draw.random((2, 9, 7))
+    weights, gradient = draw.random((2, 7, 9))
     for ablation in (None, 0.0, 0.5, 1.0):
         new, grown = fan_in.update_fan_in(
             mask, weights * mask, gradient,
             drop_fraction=0.4, ablation=ablation,
         )  # fmt: skip
-        each = set(new.numpy().sum(axis=0)) - {0}
-        left = (new.numpy().sum(axis=0) > 0).sum()
+        each = set(new.numpy().sum(axis=1)) - {0}
+        left = (new.numpy().sum(axis=1) > 0).sum()
         assert each == {budget // left}
         assert left == 7 or ablation is not None
         assert not (grown.numpy() & mask).any()
@@ -462,9 +458,8 @@ def test_srigl_knows_what_a_unit_is(layer, shape):
     method._plan(0, 1, 100)
     draw = np.random.default_rng(0).random(masked.kernel.shape)
     update(method, masked, draw)
-    units = [a % masked.kernel.shape.rank if False else a
-             for a in masked.found.output_axes]  # fmt: skip
-    others = tuple(a for a in range(4) if a not in [u % 4 for u in units])
+    units = [axis % 4 for axis in masked.found.output_axes]
+    others = tuple(axis for axis in range(4) if axis not in units)
     each = masked.mask.numpy().sum(axis=others)
     assert len(set(each.ravel())) == 1 and each.min() > 0
 

@@ -25,12 +25,14 @@ def training_flops(
     With f_s and f_d the forward cost of the sparse and the dense model, the
     backward pass costing twice the forward pass, and an update every T steps:
 
-        dense:                                     3 f_d
-        static, SET, SNIP, GraSP, SynFlow,
-        small-dense, MEST, AC/DC:                  3 f_s
-        RigL, RigL-SG, RigL-SM, GraNet,
-        SRigL, GSE:                                (3 f_s T + 2 f_s + f_w) / (T + 1)
-        SNFS, magnitude pruning, Top-KAST, SR-STE: 2 f_s + f_w
+        dense:                         3 f_d
+        static, SET, MEST, AC/DC,
+        SNIP, GraSP, SynFlow,
+        small-dense:                   3 f_s
+        RigL, RigL-SG, RigL-SM,
+        GraNet, SRigL, GSE:            (3 f_s T + 2 f_s + f_w) / (T + 1)
+        SNFS, magnitude pruning,
+        Top-KAST, SR-STE:              2 f_s + f_w
 
     where f_w, the cost of the gradients of the kernels at a step that needs
     more of them than there are connections, is f_d. Top-KAST and GSE need

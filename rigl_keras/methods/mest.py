@@ -37,7 +37,8 @@ class MEST(FirstCounts):
     update comes before the first step, where here t > 0.
 
     Args:
-        soft: Whether the bound is soft.
+        soft: Whether the bound is soft. Where a pattern says how many
+            connections a layer has, such as 2:4, it is hard.
         gradient_weight: lambda, at least 0. The gradient is that of the
             update's batch at active connections; no dense one is needed.
         drop_fraction: p at the start, in [0, 1]. None: 0.05 where the bound
@@ -128,6 +129,10 @@ class MEST(FirstCounts):
             layer.kernel.shape, key=layer.draw_key ^ self.seed, step=step
         )
 
+    def _is_soft(self, layer):
+        # A pattern such as 2:4 says how many a layer has.
+        return self.soft and layer.layout.fixed is None
+
     def layer_fractions(
         self, layers: list[KernelMask], fraction: tf.Tensor, step: tf.Tensor
     ) -> tf.Tensor | list[tf.Tensor]:
@@ -136,7 +141,7 @@ class MEST(FirstCounts):
 
     def _dropped(self, layer, fraction):
         count = unit_count(layer)
-        if self.soft:
+        if self._is_soft(layer):
             dropped = tf.maximum(count - self.first_count(layer), 0)
         else:
             dropped = tf.minimum(_share(layer, fraction), count)
@@ -149,7 +154,8 @@ class MEST(FirstCounts):
     def grow_count(
         self, layer: KernelMask, dropped: tf.Tensor, step: tf.Tensor
     ) -> tf.Tensor:
-        return _share(layer, self._exchanged) if self.soft else dropped
+        soft = self._is_soft(layer)
+        return _share(layer, self._exchanged) if soft else dropped
 
 
 def _share(layer, fraction):

@@ -1,13 +1,11 @@
 """SRigL: RigL with a constant fan-in, and units that it ablates."""
 
 import dataclasses
-import math
 
 import keras
-import numpy as np
 import tensorflow as tf
 
-from rigl_keras import _checks, fan_in, scores
+from rigl_keras import _checks, fan_in, patterns, scores
 from rigl_keras.masking.masked import KernelMask
 from rigl_keras.methods.first_counts import FirstCounts
 
@@ -66,7 +64,7 @@ class SRigL(FirstCounts):
         other = [
             m.name
             for m in self.masked
-            if m.granularity not in ("element", "fan_in")
+            if str(m.granularity) not in ("element", "fan_in")
         ]
         if other:
             raise ValueError(
@@ -90,42 +88,20 @@ class SRigL(FirstCounts):
         fraction = self._fraction_at(step)
         counts = []
         for layer, gradient in zip(layers, gradients, strict=True):
-            columns = _Columns(layer)
+            layout = patterns.FanIn().layout(layer.found.axes)
             is_last = layer is self.masked[-1]
             moved = fan_in.update_fan_in(
-                columns.of(tf.convert_to_tensor(layer.mask.value)),
-                columns.of(self.drop_scores(layer, gradient, step)),
-                columns.of(self.grow_scores(layer, gradient, step)),
+                layout.grouped(tf.convert_to_tensor(layer.mask.value)),
+                layout.grouped(self.drop_scores(layer, gradient, step)),
+                layout.grouped(self.grow_scores(layer, gradient, step)),
                 drop_fraction=fraction,
                 budget=self.first_count(layer),
                 ablation=None if is_last else self.ablation,
                 conventions=self.conventions,
             )
-            new, grown = (columns.back(part) for part in moved)
+            new, grown = (layout.ungrouped(part) for part in moved)
             values = self.first_weights(layer, gradient, step)
             counts.append(
                 self.set_kernel_and_mask(optimizer, layer, new, grown, values)
             )
         return tf.add_n(counts)
-
-
-class _Columns:
-    """A kernel as a matrix of a column for each output unit."""
-
-    def __init__(self, layer: KernelMask):
-        shape = tuple(layer.kernel.shape)
-        rank = len(shape)
-        units = [axis % rank for axis in layer.found.output_axes]
-        self._order = [i for i in range(rank) if i not in units] + units
-        self._ordered = [shape[i] for i in self._order]
-        self._units = math.prod(shape[i] for i in units)
-
-    def of(self, tensor: tf.Tensor) -> tf.Tensor:
-        """Returns a tensor of the kernel's shape as the matrix."""
-        ordered = tf.transpose(tensor, self._order)
-        return tf.reshape(ordered, [-1, self._units])
-
-    def back(self, matrix: tf.Tensor) -> tf.Tensor:
-        """Returns the tensor that `of` was given."""
-        ordered = tf.reshape(matrix, self._ordered)
-        return tf.transpose(ordered, np.argsort(self._order))
