@@ -464,6 +464,24 @@ def test_srigl_knows_what_a_unit_is(layer, shape):
     assert len(set(each.ravel())) == 1 and each.min() > 0
 
 
+# What is planned.
+
+
+def test_densities_before_a_run():
+    """What `bin/reproduce` counts by, where density changes."""
+    granet = rigl_keras.GraNet(final_density=0.1, frequency=10)
+    at = [granet.planned_density(t, 200, 0.5) for t in (0, 50, 100, 199)]
+    assert at == pytest.approx([0.5, 0.1 + 0.4 / 8, 0.1, 0.1])
+    acdc = rigl_keras.ACDC(density=0.1)
+    at = [acdc.planned_density(t, 100, 1.0) for t in (10, 11, 15, 16, 84, 99)]
+    assert at == [1.0, 0.1, 0.1, 1.0, 1.0, 0.1]
+    mest = rigl_keras.MEST(frequency=10, drop_fraction=0.2, end_step=80)
+    at = [mest.planned_density(t, 100, 0.1) for t in (10, 11, 61, 71, 99)]
+    assert at == pytest.approx([0.1, 0.3, 0.2, 0.2, 0.1])
+    hard = rigl_keras.MEST(soft=False, frequency=10)
+    assert hard.planned_density(50, 100, 0.1) == 0.1
+
+
 # Options of all.
 
 

@@ -62,6 +62,8 @@ def test_planned_updates(first, steps, frequency, begin, end, conventions):
         ("constant", [0.4, 0.4, 0.4, 0.4]),
         ("linear", [0.4, 0.2, 0.0, 0.0]),
         ("polynomial", [0.4, 0.05, 0.0, 0.0]),  # power 3
+        ("exponential", [0.4, 0.05, 0.0, 0.0]),
+        ("steps", [0.4, 0.4, 0.0, 0.0]),
     ],
 )
 def test_decays(decay, values):
@@ -147,6 +149,41 @@ def test_decay_of_a_window_of_one_step():
             step, drop_fraction=0.3, begin_step=5, end_step=5
         )
         assert float(got) == pytest.approx(want, abs=1e-15)
+
+
+def test_decay_by_steps():
+    """Half of it from three quarters of the window on, as MEST has it."""
+    for step, want in ((84, 0.4), (85, 0.2), (109, 0.2), (110, 0.0)):
+        got = schedules.decayed_drop_fraction(
+            step, drop_fraction=0.4, begin_step=10, end_step=110, decay="steps"
+        )
+        assert float(got) == pytest.approx(want, abs=1e-12)
+
+
+def test_decay_with_the_learning_rate():
+    """0.3 at the peak rate of 0.1, 0.03 at 0.01."""
+    for ratio, want in ((1.0, 0.3), (0.1, 0.03), (0.0, 0.0)):
+        got = schedules.decayed_drop_fraction(
+            7,
+            drop_fraction=0.3,
+            begin_step=0,
+            end_step=9,
+            decay="learning_rate",
+            rate_ratio=tf.constant(ratio),
+        )
+        assert float(got) == pytest.approx(want, abs=1e-7)
+
+
+def test_decay_to_more_than_zero():
+    """0.005 + 0.495 / 2 in the middle of a cosine from 0.5."""
+    window = dict(drop_fraction=0.5, begin_step=0, end_step=100)
+    for step, want in ((0, 0.5), (50, 0.2525), (100, 0.005), (500, 0.005)):
+        got = schedules.decayed_drop_fraction(
+            step, **window, final_drop_fraction=0.005
+        )
+        assert float(got) == pytest.approx(want, abs=1e-12)
+    with pytest.raises(ValueError, match="final_drop_fraction.*drop_fraction="):
+        schedules.decayed_drop_fraction(0, **window, final_drop_fraction=0.6)
 
 
 def test_decay_power():

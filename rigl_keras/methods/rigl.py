@@ -20,11 +20,21 @@ class RigL(MaskUpdate):
     `redistribution="gradient"` it is the report's RigL-SG, with `"momentum"`
     its RigL-SM (section 6.2).
 
+    In-time over-parameterization (Liu et al., 2021, arXiv:2102.02887) is RigL
+    whose updates are rare and never stop, so that a connection has time to
+    grow before it is judged, and more of them are ever active: their share R_s
+    is `ever_active` in `TopologyDiagnostics`. The authors' code has the
+    arguments of the second example, for CIFAR at batch 128, takes the step
+    first (`Conventions(update_replaces_step=False)`) and rounds counts up.
+
     Args, Raises: as in `MaskUpdate`.
 
     Example:
 
     >>> model.fit(train, epochs=250, callbacks=[RigL()])
+    >>> itop = RigL(
+    ...     frequency=4_000, drop_fraction=0.5, final_drop_fraction=0.005,
+    ...     end_step=88_000)  # the whole run
     """
 
     def grow_scores(
