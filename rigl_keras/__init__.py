@@ -109,6 +109,7 @@ if TYPE_CHECKING or _WITHOUT_KERAS is None:
     from rigl_keras.methods.stored_weights import SRSTE, TopKAST
     from rigl_keras.schedules import SparsityRamp
     from rigl_keras.training import optimizer_state
+    from rigl_keras.training.gradient_exchange import exchange_gradients
     from rigl_keras.training.step_update import StepUpdate
 else:
 
@@ -154,6 +155,7 @@ __all__ = [
     "dense_gradients",
     "diagnostics",
     "distributions",
+    "exchange_gradients",
     "export",
     "fan_in",
     "flops",

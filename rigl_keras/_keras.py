@@ -6,7 +6,7 @@ TensorFlow is met in this file alone.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import keras
@@ -32,6 +32,7 @@ __all__ = [
     "drop_accumulated_gradients",
     "flatten_layers",
     "frozen",
+    "given_replica_sum",
     "has_loss",
     "inbound_nodes",
     "is_bookkeeping",
@@ -47,7 +48,9 @@ __all__ = [
     "replace_in_functional",
     "replace_in_sequential",
     "replace_tracked",
+    "replica_sum",
     "restored_epoch",
+    "set_replica_sum",
     "stored_value",
     "trained_variables",
     "unpickler",
@@ -396,6 +399,42 @@ def drop_accumulated_gradients(optimizer: keras.Optimizer) -> None:
     leak into the next step.
     """
     optimizer._backend_reset_gradient_accumulators()
+
+
+_REPLICA_SUM = "_all_reduce_sum_gradients"
+
+
+def replica_sum(optimizer: keras.Optimizer, pairs: Sequence) -> list:
+    """Returns gradients summed over replicas, as an optimizer does by itself.
+
+    Without it nothing but whole gradients can travel between replicas.
+
+    Args:
+        optimizer: The optimizer that is given them.
+        pairs: Pairs of gradient and variable; a gradient may be None.
+    """
+    return getattr(type(optimizer), _REPLICA_SUM)(optimizer, pairs)
+
+
+def given_replica_sum(optimizer: keras.Optimizer) -> Callable | None:
+    """Returns what `set_replica_sum` has given an optimizer, or None."""
+    return vars(optimizer).get(_REPLICA_SUM)
+
+
+def set_replica_sum(optimizer: keras.Optimizer, summed: Callable | None):
+    """Has an optimizer sum its gradients over replicas by another function.
+
+    It sums after it has clipped, and before it moves weights. Without it
+    nothing but whole gradients can travel between replicas.
+
+    Args:
+        optimizer: The optimizer that moves the weights.
+        summed: Takes and returns pairs, as `replica_sum`. None: its own again.
+    """
+    if summed is not None:
+        setattr(optimizer, _REPLICA_SUM, summed)
+    elif _REPLICA_SUM in vars(optimizer):
+        delattr(optimizer, _REPLICA_SUM)
 
 
 # TensorFlow.

@@ -18,6 +18,10 @@ from rigl_keras.training.dense_gradients import (
     masked_gradients,
     seem_masked,
 )
+from rigl_keras.training.gradient_exchange import (
+    exchanges_active,
+    exchanging_active,
+)
 from rigl_keras.training.update_record import (
     APPLIED_TWICE,
     NOT_DENSE,
@@ -272,6 +276,21 @@ class GraphUpdates:
 
         with _applying(optimizer, watched):
             yield
+
+    def exchanges_active(self) -> bool:
+        """Returns whether replicas exchange active gradients by themselves."""
+        attached = self._attached
+        return exchanges_active(
+            attached.model, attached.optimizer, self._dense_gradients
+        )
+
+    def exchanging_active(self) -> contextlib.AbstractContextManager:
+        """Within the context, replicas exchange active gradients alone.
+
+        Those of which an update makes use are summed by `replicas.summed`.
+        """
+        attached = self._attached
+        return exchanging_active(attached.optimizer, attached.masked)
 
     def warn_of_unreached(self) -> None:
         """Warns once of masks that stay, though their layers are trained.

@@ -16,6 +16,7 @@ from rigl_keras.masking.masked import KernelMask
 from rigl_keras.training import fit_runs, optimizer_state
 from rigl_keras.training.attachment import Attachment
 from rigl_keras.training.dense_gradients import GradientBuffers
+from rigl_keras.training.gradient_exchange import check_exchange
 from rigl_keras.training.graph_updates import GraphUpdates
 from rigl_keras.training.method_hooks import MethodHooks
 from rigl_keras.training.train_function import (
@@ -217,6 +218,7 @@ class StepUpdate(MethodHooks):
     def _bind(self, attached):
         """Takes what is trained from now on, and makes its buffers."""
         attached.prepare(self.name, self.gradient_batches)
+        check_exchange(self.name, attached.optimizer, self.dense_gradients)
         super().set_model(attached.model)
         self._attached = attached
         if self.gradient_batches == 1 and attached.batches_per_step == 1:

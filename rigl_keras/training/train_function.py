@@ -121,6 +121,7 @@ class StepExchange:
         there: each replica has a part of the batch.
         """
         updates, applied = self._updates, []
+        active = together and updates.exchanges_active()
 
         def ordinary(train_step, loss):
             return updates.ordinary_step(train_step)
@@ -133,6 +134,8 @@ class StepExchange:
         @contextlib.contextmanager
         def stepping(is_update):
             with contextlib.ExitStack() as stack:
+                if active:
+                    stack.enter_context(updates.exchanging_active())
                 if together:
                     if is_update:
                         stack.enter_context(updates.updating(applied))
