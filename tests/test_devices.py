@@ -13,7 +13,7 @@ import time
 import keras
 import numpy as np
 import pytest
-from support import two_devices
+from support import two_devices, two_workers
 
 import gin
 import rigl_keras
@@ -81,19 +81,23 @@ def train(fresh, run_dir, *flags, **env):
 
 def pair(fresh, run_dir, *flags):
     """Starts the two workers of a run."""
-    workers = [f"localhost:{port}" for port in free_ports()]
     return [
         train(
-            fresh,
-            run_dir,
-            "--strategy=multi_worker",
-            *flags,
-            TF_CONFIG=json.dumps(
-                {
-                    "cluster": {"worker": workers},
-                    "task": {"type": "worker", "index": index},
-                }
-            ),
+            fresh, run_dir, "--strategy=multi_worker", *flags, TF_CONFIG=config
+        )
+        for config in tf_configs()
+    ]
+
+
+def tf_configs():
+    """Returns TF_CONFIG for each of two workers."""
+    workers = [f"localhost:{port}" for port in free_ports()]
+    return [
+        json.dumps(
+            {
+                "cluster": {"worker": workers},
+                "task": {"type": "worker", "index": index},
+            }
         )
         for index in range(2)
     ]
@@ -155,6 +159,21 @@ def test_two_workers(fresh, tmp_path):
         np.testing.assert_array_equal(masks[name], mask)
     for ours, theirs in zip(weights, weights_of_one, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_what_two_workers_exchange(fresh):
+    codes, said = ended(
+        *(
+            fresh.start(two_workers.__file__, env={"TF_CONFIG": config})
+            for config in tf_configs()
+        )
+    )
+    names = [*two_workers.CHECKS, "other masks"]
+    for words in said:
+        assert re.findall(r"^(.+): failed", words, re.M) == [], words
+        assert re.findall(r"^(.+): passed", words, re.M) == names, words
+    assert codes == [0, 0], said
 
 
 def names_in(run_dir):

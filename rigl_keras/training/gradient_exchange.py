@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import keras
 import tensorflow as tf
@@ -87,7 +87,7 @@ def exchange_gradients(
             ", of which some gradients could stay behind. Call model = "
             "rigl_keras.sparsify(model, density) first."
         )
-    given: Any = optimizer or model.optimizer
+    given = optimizer or getattr(model, "optimizer", None)
     if given is None:
         raise ValueError(
             "exchange_gradients needs the optimizer that trains the model. "

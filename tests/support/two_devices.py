@@ -6,6 +6,7 @@ TensorFlow must be told of two before it starts, and two strategies that it has
 at a time mix up their sums: `a_run_on_two_devices` must be alone.
 """
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -22,6 +23,7 @@ from keras import layers
 
 import gin
 import rigl_keras
+from rigl_keras import _keras
 from rigl_keras.conventions import ORIGINAL
 from rigl_keras.experiments.runs import train_command
 from rigl_keras.masking.masked_layers import masked_layers
@@ -146,6 +148,123 @@ def refused(action, *words):
             assert word in str(error), error
     else:
         raise AssertionError(f"Not refused: {words}")
+
+
+@contextlib.contextmanager
+def noting_shapes():
+    """Gives the shapes of what replicas sum, of each call."""
+    own, shapes = _keras.replica_sum, []
+
+    def noting(optimizer, pairs):
+        shapes.append([tuple(gradient.shape) for gradient, _ in pairs])
+        return own(optimizer, pairs)
+
+    _keras.replica_sum = noting
+    try:
+        yield shapes
+    finally:
+        _keras.replica_sum = own
+
+
+def check_active_gradients_alone_travel():
+    """Three of six gradients of a kernel, those of its bias, and six numbers.
+
+    The second device has twice the gradients of the first.
+    """
+    strategy = two()
+    with strategy.scope():
+        dense = keras.Sequential([keras.Input((3,)), layers.Dense(2, name="d")])
+        model = sparsify(dense, 0.5)
+        (layer,) = masked_layers(model)
+        layer.assign_mask([[1, 0], [0, 1], [1, 0]])
+        layer.kernel.assign(tf.zeros([3, 2]))
+        optimizer = keras.optimizers.SGD(1.0, momentum=0.5)
+        optimizer.build(model.trainable_variables)
+    rigl_keras.exchange_gradients(model, optimizer=optimizer)
+
+    def step():
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        own = 1.0 + tf.cast(replica, tf.float32)
+        # What lies outside the mask stays where it is.
+        kernel = own * [[1.0, 99.0], [99.0, 2.0], [4.0, 99.0]]
+        bias = own * [8.0, 16.0]
+        optimizer.apply([kernel, bias], model.trainable_variables)
+
+    with noting_shapes() as shapes:
+        strategy.run(step)
+    assert shapes == [[(3,), (2,), (6,)]] * 2, shapes
+    moved = [[-3.0, 0.0], [0.0, -6.0], [-12.0, 0.0]]
+    for variable in (layer.kernel, optimizer.momentums[0]):
+        for copy in copies(strategy, variable):
+            np.testing.assert_array_equal(copy, moved)
+    for copy in copies(strategy, layer.layer.bias):
+        np.testing.assert_array_equal(copy, [-24.0, -48.0])
+
+    # As many connections, but others.
+    _, other = strategy.experimental_local_results(layer.mask.value)
+    other.assign(tf.constant([[0, 1], [0, 1], [1, 0]]) == 1)
+    try:
+        strategy.run(step)
+    except tf.errors.InvalidArgumentError as error:
+        assert "The replicas hold different masks" in error.message
+    else:
+        raise AssertionError("Not refused.")
+
+    rigl_keras.exchange_gradients(model, optimizer=optimizer, of="all")
+    with noting_shapes() as shapes:
+        strategy.run(step)
+    assert shapes == [[(3, 2), (2,)]] * 2, shapes
+
+
+class Exchanging(RigL):
+    def on_train_begin(self, logs=None):
+        rigl_keras.exchange_gradients(self.model)
+        super().on_train_begin(logs)
+
+
+def check_active_gradients_of_one_machine():
+    """Where the user has chosen so."""
+    with noting_shapes() as shapes:
+        assert_same(
+            lambda: Exchanging(**WINDOW), one=trained_on_one("RigL", "auto")
+        )
+    assert [(None,), (16,), (None,), (3,), (6,)] in shapes
+    assert_same(
+        lambda: Exchanging(**WINDOW),
+        optimizer=lambda: keras.optimizers.LossScaleOptimizer(
+            keras.optimizers.SGD(0.1, 0.9), initial_scale=4.0
+        ),
+    )
+
+
+def check_exchanges_that_are_refused():
+    model = made(two())
+    refused(
+        lambda: rigl_keras.exchange_gradients(model, of="none"), "of must be"
+    )
+    rigl_keras.exchange_gradients(model)
+    refused(
+        lambda: model.fit(
+            *examples(), batch_size=8, verbose=0, callbacks=[SNFS(**WINDOW)]
+        ),
+        "SNFS needs dense gradients in each step",
+        "of='all'",
+    )
+    with two().scope():
+        model.compile("sgd", "mse", jit_compile=True)
+        plain = keras.Sequential([keras.Input((6,)), layers.Dense(3)])
+    refused(
+        lambda: rigl_keras.exchange_gradients(model),
+        "jit_compile=False",
+        "of='all'",
+    )
+    refused(
+        lambda: rigl_keras.exchange_gradients(plain), "found no masked layer"
+    )
+    refused(
+        lambda: rigl_keras.exchange_gradients(sparsify(plain, 0.5)),
+        "needs the optimizer",
+    )
 
 
 def check_gradients_are_averaged_before_their_magnitude():

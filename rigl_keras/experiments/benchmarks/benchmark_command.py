@@ -11,6 +11,8 @@
                                    sizes of images (`plan_memory`)
     bin/benchmark engines          which engine serves sparse networks the
                                    fastest (`engine_command`)
+    bin/benchmark workers          what two workers send each other
+                                   (`worker_speed`)
 
 Both sides of a comparison alternate in one process, so that whatever else
 the machine does falls on both; medians of their times are compared.
@@ -23,6 +25,7 @@ from rigl_keras.experiments.benchmarks import (
     engine_command,
     kernel_command,
     plan_memory,
+    worker_speed,
 )
 from rigl_keras.experiments.benchmarks.input_pipeline import (
     measure_input_pipeline,
@@ -36,7 +39,11 @@ def main() -> None:
     from absl import flags
 
     named = sys.argv[1] if len(sys.argv) > 1 else ""
-    commands = {"plans": plan_memory, "engines": engine_command}
+    commands = {
+        "plans": plan_memory,
+        "engines": engine_command,
+        "workers": worker_speed,
+    }
     if named in commands or named in kernel_command.PARTS:
         if named in commands:
             measure = commands[named].define_command()
@@ -62,9 +69,8 @@ def main() -> None:
         if len(argv) > 1:
             raise ValueError(
                 "What to measure is named before all flags, one of "
-                f"{', '.join((*kernel_command.PARTS, 'plans'))} and engines; "
-                f"without it "
-                f"--part counts. Received: {argv[1]!r}."
+                f"{', '.join((*kernel_command.PARTS, *commands))}; without "
+                f"it --part counts. Received: {argv[1]!r}."
             )
         rate = None
         if part.value in ("all", "step"):

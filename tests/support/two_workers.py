@@ -1,0 +1,219 @@
+"""Checks that need two workers: run by test_devices.py, in both processes.
+
+    python two_workers.py        TF_CONFIG tells which of the two it is
+
+What travels is compared with what does if all gradients are asked for.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import traceback
+import warnings
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras import layers
+
+import rigl_keras
+from rigl_keras import _keras
+from rigl_keras.masking.masked_layers import masked_layers
+
+WINDOW = dict(frequency=3, drop_fraction=0.4, end_step=12)
+RAMP = rigl_keras.SparsityRamp(
+    final_density=0.2,
+    initial_density=0.5,
+    begin_step=1,
+    end_step=9,
+    frequency=2,
+)
+draw = np.random.default_rng(0)
+X = draw.standard_normal((48, 6)).astype(np.float32)
+Y = draw.integers(0, 3, 48)
+
+
+def sgd(**options):
+    return keras.optimizers.SGD(0.1, 0.9, **options)
+
+
+def made(strategy, optimizer=sgd, penalty=None, **options):
+    keras.utils.set_random_seed(0)
+    hidden = layers.Dense(
+        16, activation="relu", kernel_regularizer=penalty, name="hidden"
+    )
+    with strategy.scope():
+        dense = keras.Sequential(
+            [keras.Input((6,)), hidden, layers.Dense(3, name="head")],
+            name="net",  # of which the masks are drawn
+        )
+        model = rigl_keras.sparsify(dense, 0.5, product="dense")
+        model.compile(
+            optimizer(),
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            **options,
+        )
+    return model
+
+
+@contextlib.contextmanager
+def noting_shapes():
+    """Gives the shapes of what optimizers sum, of each trace of a step."""
+    own, shapes = _keras.replica_sum, []
+
+    def noting(optimizer, pairs):
+        shapes.append([tuple(gradient.shape) for gradient, _ in pairs])
+        return own(optimizer, pairs)
+
+    _keras.replica_sum = noting
+    try:
+        yield shapes
+    finally:
+        _keras.replica_sum = own
+
+
+ACTIVE = [(None,), (16,), (None,), (3,), (6,)]
+WHOLE = [(6, 16), (16,), (16, 3), (3,)]
+
+
+def by_fit(model, method=None):
+    method = method and method()
+    data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(8)
+    with noting_shapes() as shapes:
+        model.fit(
+            data,
+            epochs=3,
+            shuffle=False,
+            verbose=0,
+            callbacks=[method] if method else [],
+        )
+    assert int(model.optimizer.iterations.numpy()) == 18
+    return method.trajectory if method else [], shapes
+
+
+def by_loop(model):
+    """A loop of the user's, as TensorFlow's guide to strategies has it."""
+    strategy = model.distribute_strategy
+    data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(8)
+    loss_of = keras.losses.SparseCategoricalCrossentropy(
+        from_logits=True, reduction="sum"
+    )
+
+    def step(x, y):
+        with tf.GradientTape() as tape:
+            loss = loss_of(y, model(x, training=True)) / 8
+        variables = model.trainable_variables
+        model.optimizer.apply(tape.gradient(loss, variables), variables)
+
+    @tf.function
+    def train_step(x, y):
+        strategy.run(step, args=(x, y))
+
+    with noting_shapes() as shapes:
+        for x, y in strategy.experimental_distribute_dataset(data):
+            train_step(x, y)
+    return [], shapes
+
+
+def check(strategy, *, train, travels, chosen=False, **options):
+    """Trains twice: all gradients travel, and what is to be checked."""
+    whole = made(strategy, **options)
+    rigl_keras.exchange_gradients(whole, of="all")
+    active = made(strategy, **options)
+    start = [m.mask.numpy() for m in masked_layers(active)]
+    if chosen:
+        rigl_keras.exchange_gradients(active)
+    wanted, _ = train(whole)
+    found, shapes = train(active)
+    assert shapes and all(shape == travels for shape in shapes), shapes
+    assert found == wanted
+    masks = [m.mask.numpy() for m in masked_layers(active)]
+    for one, other in zip(masks, masked_layers(whole), strict=True):
+        np.testing.assert_array_equal(one, other.mask.numpy())
+    moved = any((a != b).any() for a, b in zip(start, masks, strict=True))
+    assert moved == bool(found)
+    for model in (whole, active):
+        variables = [*model.weights, *model.optimizer.variables]
+        if model is whole:
+            wanted = [v.numpy() for v in variables]
+        for variable, value in zip(variables, wanted, strict=True):
+            np.testing.assert_allclose(
+                variable.numpy(), value, rtol=1e-5, atol=1e-7
+            )
+
+
+def scaled():
+    return keras.optimizers.LossScaleOptimizer(sgd(), initial_scale=4.0)
+
+
+def method(kind, *arguments, **options):
+    return lambda model: by_fit(model, lambda: kind(*arguments, **options))
+
+
+RIGL = method(rigl_keras.RigL, **WINDOW)
+CHECKS = {
+    "RigL, clipped": dict(
+        train=RIGL,
+        travels=ACTIVE,
+        optimizer=lambda: sgd(global_clipnorm=0.5),
+        penalty=keras.regularizers.L2(1e-2),
+    ),
+    "RigL between layers, in blocks of steps": dict(
+        train=method(rigl_keras.RigL, redistribution="gradient", **WINDOW),
+        travels=ACTIVE,
+        steps_per_execution=4,
+    ),
+    "pruning, scaled loss": dict(
+        train=method(rigl_keras.MagnitudePruning, RAMP),
+        travels=ACTIVE,
+        optimizer=scaled,
+    ),
+    "SNFS": dict(train=method(rigl_keras.SNFS, **WINDOW), travels=WHOLE),
+    # Which pulls weights outside the mask as well.
+    "a penalty of another kind": dict(
+        train=RIGL,
+        travels=[WHOLE[0], *ACTIVE[1:]],
+        penalty=keras.regularizers.OrthogonalRegularizer(),
+    ),
+    "static, by itself": dict(train=by_fit, travels=WHOLE),
+    "static, chosen": dict(train=by_fit, travels=ACTIVE, chosen=True),
+    "a loop": dict(train=by_loop, travels=ACTIVE, chosen=True),
+}
+
+
+def check_that_masks_differ(strategy, index):
+    """Last: what fails on workers leaves them unable to go on."""
+    model = made(strategy)
+    if index == 1:
+        for layer in masked_layers(model):
+            layer.assign_mask(layer.mask.numpy()[::-1])
+    try:
+        RIGL(model)
+    except tf.errors.InvalidArgumentError as error:
+        assert "The replicas hold different masks" in error.message, error
+    else:
+        raise AssertionError("Not refused.")
+
+
+def main():
+    warnings.simplefilter("error")
+    # keras, where numpy 2 turns one of its variables into an array.
+    warnings.filterwarnings("ignore", "__array__", DeprecationWarning)
+    strategy = rigl_keras.replicas.MultiWorkerMirroredStrategy()
+    index = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
+    failed = False
+    for name, options in CHECKS.items():
+        try:
+            check(strategy, **options)
+            print(f"{name}: passed", flush=True)
+        except Exception:
+            failed = True
+            print(f"{name}: failed\n{traceback.format_exc()}", flush=True)
+    check_that_masks_differ(strategy, index)
+    print("other masks: passed", flush=True)
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()
