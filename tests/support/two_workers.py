@@ -22,13 +22,6 @@ from rigl_keras import _keras
 from rigl_keras.masking.masked_layers import masked_layers
 
 WINDOW = dict(frequency=3, drop_fraction=0.4, end_step=12)
-RAMP = rigl_keras.SparsityRamp(
-    final_density=0.2,
-    initial_density=0.5,
-    begin_step=1,
-    end_step=9,
-    frequency=2,
-)
 draw = np.random.default_rng(0)
 X = draw.standard_normal((48, 6)).astype(np.float32)
 Y = draw.integers(0, 3, 48)
@@ -147,38 +140,53 @@ def scaled():
     return keras.optimizers.LossScaleOptimizer(sgd(), initial_scale=4.0)
 
 
-def method(kind, *arguments, **options):
+def trained_by(kind, *arguments, **options):
     return lambda model: by_fit(model, lambda: kind(*arguments, **options))
 
 
-RIGL = method(rigl_keras.RigL, **WINDOW)
+def rigl(**options):
+    return trained_by(rigl_keras.RigL, **WINDOW, **options)
+
+
+def pruning():
+    ramp = rigl_keras.SparsityRamp(
+        final_density=0.2,
+        initial_density=0.5,
+        begin_step=1,
+        end_step=9,
+        frequency=2,
+    )
+    return trained_by(rigl_keras.MagnitudePruning, ramp)
+
+
+# Made later: TensorFlow is told of the workers before it makes anything.
 CHECKS = {
-    "RigL, clipped": dict(
-        train=RIGL,
+    "RigL, clipped": lambda: dict(
+        train=rigl(),
         travels=ACTIVE,
         optimizer=lambda: sgd(global_clipnorm=0.5),
         penalty=keras.regularizers.L2(1e-2),
     ),
-    "RigL between layers, in blocks of steps": dict(
-        train=method(rigl_keras.RigL, redistribution="gradient", **WINDOW),
+    "RigL between layers, in blocks of steps": lambda: dict(
+        train=rigl(redistribution="gradient"),
         travels=ACTIVE,
         steps_per_execution=4,
     ),
-    "pruning, scaled loss": dict(
-        train=method(rigl_keras.MagnitudePruning, RAMP),
-        travels=ACTIVE,
-        optimizer=scaled,
+    "pruning, scaled loss": lambda: dict(
+        train=pruning(), travels=ACTIVE, optimizer=scaled
     ),
-    "SNFS": dict(train=method(rigl_keras.SNFS, **WINDOW), travels=WHOLE),
+    "SNFS": lambda: dict(
+        train=trained_by(rigl_keras.SNFS, **WINDOW), travels=WHOLE
+    ),
     # Which pulls weights outside the mask as well.
-    "a penalty of another kind": dict(
-        train=RIGL,
+    "a penalty of another kind": lambda: dict(
+        train=rigl(),
         travels=[WHOLE[0], *ACTIVE[1:]],
         penalty=keras.regularizers.OrthogonalRegularizer(),
     ),
-    "static, by itself": dict(train=by_fit, travels=WHOLE),
-    "static, chosen": dict(train=by_fit, travels=ACTIVE, chosen=True),
-    "a loop": dict(train=by_loop, travels=ACTIVE, chosen=True),
+    "static, by itself": lambda: dict(train=by_fit, travels=WHOLE),
+    "static, chosen": lambda: dict(train=by_fit, travels=ACTIVE, chosen=True),
+    "a loop": lambda: dict(train=by_loop, travels=ACTIVE, chosen=True),
 }
 
 
@@ -189,7 +197,7 @@ def check_that_masks_differ(strategy, index):
         for layer in masked_layers(model):
             layer.assign_mask(layer.mask.numpy()[::-1])
     try:
-        RIGL(model)
+        rigl()(model)
     except tf.errors.InvalidArgumentError as error:
         assert "The replicas hold different masks" in error.message, error
     else:
@@ -205,7 +213,7 @@ def main():
     failed = False
     for name, options in CHECKS.items():
         try:
-            check(strategy, **options)
+            check(strategy, **options())
             print(f"{name}: passed", flush=True)
         except Exception:
             failed = True
