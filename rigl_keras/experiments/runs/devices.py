@@ -4,13 +4,16 @@ import logging
 import os
 import re
 
+import keras
 import tensorflow as tf
 
+import rigl_keras
 from rigl_keras import replicas
 from rigl_keras._text import first_line
 
 __all__ = [
     "STRATEGIES",
+    "exchange_active",
     "weighted_for_replicas",
     "from_chief",
     "is_chief",
@@ -108,6 +111,20 @@ def from_chief(value: int) -> int:
         return context.all_reduce(tf.distribute.ReduceOp.SUM, own)
 
     return int(strategy.experimental_local_results(shared())[0])
+
+
+def exchange_active(model: keras.Model) -> None:
+    """Lets workers exchange active gradients alone, where masks stay.
+
+    A mask update sees to it by itself.
+
+    Args:
+        model: A compiled model, masked or not.
+    """
+    strategy = tf.distribute.get_strategy()
+    between = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+    if between and rigl_keras.masked_layers(model):
+        rigl_keras.exchange_gradients(model)
 
 
 def sharded(dataset: tf.data.Dataset) -> tf.data.Dataset:

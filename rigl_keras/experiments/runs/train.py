@@ -205,7 +205,9 @@ def train(
         metrics=["accuracy"],
     )
     update = None
-    if method is not None:
+    if method is None:
+        devices.exchange_active(network)
+    else:
         update = method()
         if length != 1:  # which makes one of the same class
             update = cast(StepUpdate, update.lengthened(length))
