@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import keras
 import numpy as np
@@ -39,6 +40,26 @@ def exported(model, tmp_path_factory):
 def copied(exported, tmp_path):
     shutil.copytree(exported, tmp_path / "out")
     return tmp_path / "out"
+
+
+def test_threads_export_one_model(model, tmp_path):
+    """In turns: each file is whole, and each report that of one thread."""
+
+    def export(name):
+        return rigl_keras.export(model, tmp_path / name, measure=False)
+
+    with ThreadPoolExecutor(3) as threads:
+        reports = list(threads.map(export, "abc"))
+    for name, report in zip("abc", reports, strict=True):
+        assert check_export(tmp_path / name) == report
+        assert report.inference_flops == reports[0].inference_flops
+
+
+def test_threads_count_one_model(model):
+    counted = rigl_keras.count(model)
+    with ThreadPoolExecutor(4) as threads:
+        for found in threads.map(rigl_keras.count, [model] * 8):
+            assert found.inference_flops == counted.inference_flops
 
 
 BROKEN = {

@@ -1,11 +1,14 @@
 """A finished model to an artefact that is small, checked and measured."""
 
 import dataclasses
+import functools
 import os
 import tempfile
-from collections.abc import Sequence
+import threading
+import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import keras
 import tensorflow as tf
@@ -46,7 +49,34 @@ from rigl_keras.exporting.signatures import (
 
 __all__ = ["export"]
 
+_Arguments = ParamSpec("_Arguments")
+# Of each model that is exported, and of this table.
+_turns, _turn = weakref.WeakKeyDictionary(), threading.Lock()
 
+
+def _in_turn(
+    function: Callable[_Arguments, ExportReport],
+) -> Callable[_Arguments, ExportReport]:
+    """Returns a function that threads run one after the other for a model.
+
+    A model that is compared, counted and written has what only one of them
+    may change.
+    """
+
+    @functools.wraps(function)
+    def in_turn(*args: _Arguments.args, **kwargs: _Arguments.kwargs):
+        model = args[0] if args else kwargs.get("model")
+        if not isinstance(model, keras.Model):  # which is refused
+            return function(*args, **kwargs)
+        with _turn:
+            turn = _turns.setdefault(model, threading.RLock())
+        with turn:
+            return function(*args, **kwargs)
+
+    return in_turn
+
+
+@_in_turn
 def export(
     model: keras.Model,
     path: str | os.PathLike,
@@ -71,7 +101,8 @@ def export(
     4. It is measured against a dense SavedModel of the same model: size,
        time to load, and latency, by calls that alternate.
     5. It takes its place at `path`, with the report as `export.json`. An
-       error at any point leaves `path` as it was.
+       error at any point leaves `path` as it was. Threads that export one model
+    take turns.
 
     A SavedModel loads with TensorFlow alone and has the signature
     `serving_default`, with the inputs of the model by name, any batch size,

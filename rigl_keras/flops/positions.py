@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import threading
 from collections.abc import Iterable, Iterator
 
 import keras
@@ -17,6 +18,9 @@ from rigl_keras.masking.layer_kernels import (
 from rigl_keras.masking.model_tree import call_model, input_structure, step_to
 
 __all__ = ["kernel_positions"]
+
+# Layers have another `call` meanwhile: threads take turns.
+_turn = threading.RLock()
 
 
 def kernel_positions(
@@ -58,7 +62,11 @@ def kernel_positions(
             return call_model(model, x)
 
     # A call forgets the losses of the one before.
-    with _keras.keeping_losses(model), contextlib.ExitStack() as stack:
+    with (
+        _turn,
+        _keras.keeping_losses(model),
+        contextlib.ExitStack() as stack,
+    ):
         for caller in {id(c): c for c in callers.values()}.values():
             stack.enter_context(_recording(caller, calls[id(caller)]))
         try:
