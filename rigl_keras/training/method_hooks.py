@@ -24,7 +24,8 @@ class MethodHooks(keras.callbacks.Callback):
     Attributes:
         dense_gradients: When the method needs gradients at inactive entries:
             `"never"`, at its `"updates"` or `"always"`. It decides what
-            training costs (`flops.training_flops`).
+            training costs (`flops.training_flops`), and when they travel
+            between workers (`exchange_gradients`).
         gradient_batches: Over how many steps, the last of which is the
             update's, an update takes the mean gradient.
         name: The method as the report names it.

@@ -1,7 +1,7 @@
 """What two workers send each other in a training step, and how long it takes.
 
     bin/benchmark workers                     WRN-22-2 at density 0.1
-    bin/benchmark workers --output=docs       and writes docs/workers.csv
+    bin/benchmark workers --output=FOLDER     and writes FOLDER/wide_resnet.csv
     bin/benchmark workers --densities=0.05,0.1,0.2 --gigabits=1,10
 
 The workers run on this machine, each on half of its cores and in a network
@@ -30,6 +30,7 @@ import numpy as np
 
 from rigl_keras import _checks, _files
 from rigl_keras._text import aligned
+from rigl_keras.distributions import DISTRIBUTIONS
 from rigl_keras.experiments import exits
 from rigl_keras.experiments.benchmarks import worker_hosts
 from rigl_keras.experiments.benchmarks.inference_command import (
@@ -123,6 +124,7 @@ def measure_exchange(
     """
     _checks.choice("model", model, tuple(MODELS))
     check_densities(densities)
+    _checks.choice("distribution", distribution, DISTRIBUTIONS)
     _checks.integer("batch_size", batch_size, at_least=2)
     _checks.integer("rounds", rounds, at_least=1)
     for each in gigabits:
@@ -357,7 +359,9 @@ def define_command() -> Callable[[Sequence[str]], None]:
             "rounds", 7, "Turns of each side, of two steps."
         ),
     }
-    output = flags.DEFINE_string("output", None, "Folder for workers.csv.")
+    output = flags.DEFINE_string(
+        "output", None, "Folder for a table, named for the model."
+    )
     return functools.partial(_run, given, output)
 
 
@@ -373,6 +377,6 @@ def _run(given, output, argv):
         Path(output.value).mkdir(parents=True, exist_ok=True)
     found = measure_exchange(**values)
     if output.value:
-        path = Path(output.value, "workers.csv")
+        path = Path(output.value, f"{values['model']}.csv")
         _write(found, path)
         print(f"Written: {path}")
