@@ -87,6 +87,7 @@ def test_bytes_of_an_interface():
         (dict(gigabits=["0"]), "gigabits must be positive"),
         (dict(rounds=0), "rounds must be an int of at least 1"),
         (dict(distribution="even"), "distribution must be one of"),
+        (dict(sides=["none"]), "sides must be one of"),
         (dict(argv=["", "here"]), "There is nothing to name but flags"),
     ],
 )
@@ -98,6 +99,7 @@ def test_flags_that_are_wrong(capsys, changes, message):
         batch_size=2,
         gigabits=["1"],
         rounds=1,
+        sides=["all"],
         argv=[""],
     )
     values.update(changes)

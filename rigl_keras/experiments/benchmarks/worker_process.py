@@ -8,7 +8,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
@@ -18,7 +18,6 @@ import tensorflow as tf
 import rigl_keras
 from rigl_keras.experiments.benchmarks import worker_hosts
 from rigl_keras.experiments.benchmarks.inference_command import MODELS
-from rigl_keras.experiments.runs import devices
 from rigl_keras.replicas import MultiWorkerMirroredStrategy
 
 __all__ = ["ACTIVE", "ALL", "DENSE", "MEASURING", "SIDES", "main"]
@@ -82,7 +81,7 @@ def _stepper(
     )
     labels = np.arange(size) % model.output_shape[-1]
     batches = tf.data.Dataset.from_tensor_slices((images, labels))
-    batches = devices.sharded(batches.batch(size).repeat())
+    batches = batches.batch(size).repeat().with_options(_half_each())
     iterator = iter(strategy.experimental_distribute_dataset(batches))
     trained: Any = model
 
@@ -92,9 +91,17 @@ def _stepper(
     return step
 
 
+def _half_each():
+    options = tf.data.Options()
+    options.experimental_distribute.auto_shard_policy = (
+        tf.data.experimental.AutoShardPolicy.DATA
+    )
+    return options
+
+
 def _in_turns(
     sides: Mapping[str, Callable[[], None]], rounds: int, interface: str
-) -> dict[str, tuple[Sequence[float], Sequence[float]]]:
+) -> dict[str, tuple[list[float], list[float]]]:
     """Returns the bytes sent in a step, and its seconds, by side and turn."""
     found = {side: ([], []) for side in sides}
     draw = random.Random(0)  # the same order on both workers

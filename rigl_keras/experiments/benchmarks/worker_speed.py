@@ -127,6 +127,8 @@ def measure_exchange(
     _checks.choice("distribution", distribution, DISTRIBUTIONS)
     _checks.integer("batch_size", batch_size, at_least=2)
     _checks.integer("rounds", rounds, at_least=1)
+    for side in sides:
+        _checks.choice("sides", side, SIDES)
     for each in gigabits:
         _checks.number("gigabits", each, above=0, rule="must be positive")
     found = []
@@ -218,8 +220,12 @@ def _last_line(pair, say):
             say(MEASURING)
         for process, _, errors in pair:
             if process.poll():  # the other would wait for it
-                *_, last = ["it said nothing", *_lines(errors)]
-                raise exits.FailedError(f"A worker has failed: {last}")
+                lines = ["it said nothing", *_lines(errors)]
+                # Of a message of several lines, the one that names the error.
+                named = [line for line in lines if "Error: " in line]
+                raise exits.FailedError(
+                    f"A worker has failed: {(named or lines)[-1]}"
+                )
     return json.loads(_lines(pair[0][1])[-1])
 
 
@@ -354,6 +360,9 @@ def define_command() -> Callable[[Sequence[str]], None]:
         ),
         "gigabits": flags.DEFINE_list(
             "gigabits", "1", "Bandwidths, in Gbit/s, beside the machine's."
+        ),
+        "sides": flags.DEFINE_list(
+            "sides", ",".join(SIDES), f"What is exchanged, of {SIDES}."
         ),
         "rounds": flags.DEFINE_integer(
             "rounds", 7, "Turns of each side, of two steps."
