@@ -19,7 +19,6 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import tensorflow as tf
 
 from rigl_keras import _files, _timing
@@ -28,17 +27,13 @@ from rigl_keras.kernels import (
     library,
     matrix_operations,
     operations,
+    problems,
+    recurrent_operations,
 )
-from rigl_keras.kernels.lane_operations import Lanes
-from rigl_keras.kernels.matrix_operations import sparse_dense
-from rigl_keras.kernels.operations import (
-    dense_library,
-    instruction_set,
-    scratch_bytes,
-    sparse_conv2d,
-)
+from rigl_keras.kernels.operations import dense_library, instruction_set
+from rigl_keras.kernels.problems import AnyProblem
 
-__all__ = ["Choice", "Problem", "choose", "forget", "too_large"]
+__all__ = ["Choice", "choose", "forget", "too_large"]
 
 # Upper ends of the ranges of density, for which the choice is the same. Above
 # the last, dense products are taken as they are.
@@ -51,7 +46,6 @@ _LEAST_WORK = 1 << 21
 # Fraction by which two products may differ and yet take the same time: the
 # sparse one is used then, which has fewer FLOPs.
 _MARGIN = 0.05
-_MOST_BYTES = 1 << 26  # of a thread's memory, for a product of matrices
 _MOST_FLOATS = 1 << 26  # of images that are made up for timing
 _SECONDS = 0.4  # in which both take turns, unless they are told apart before
 # What takes longer than so many seconds is timed once.
@@ -59,40 +53,6 @@ _LONG = 1.0
 _log = logging.getLogger("rigl_keras")
 _lock = threading.Lock()
 _known: dict[str, "Choice"] = {}
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """A convolution, or a product of matrices as one of single pixels.
-
-    Attributes:
-        kernel: Rows, columns, channels, filters.
-        images: Batch, rows, columns.
-        strides, dilations: Of rows and columns.
-        padding: `"SAME"` or `"VALID"`.
-        matrix: Whether it is a product of matrices: of `images[0]` rows, and
-            of the kernel's channels and filters.
-    """
-
-    kernel: tuple[int, int, int, int]
-    images: tuple[int, int, int]
-    strides: tuple[int, int] = (1, 1)
-    padding: str = "SAME"
-    dilations: tuple[int, int] = (1, 1)
-    matrix: bool = False
-
-    @property
-    def products(self) -> int:
-        """Products of a forward pass, were it dense."""
-        lengths = self.images[1:]
-        if self.padding == "VALID":
-            sizes = zip(lengths, self.kernel[:2], self.dilations, strict=True)
-            lengths = [max(0, n - (k - 1) * d) for n, k, d in sizes]
-        rows, columns = (
-            -(-length // stride)
-            for length, stride in zip(lengths, self.strides, strict=True)
-        )
-        return math.prod(self.kernel) * self.images[0] * rows * columns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +95,7 @@ class Choice:
 
 
 def choose(
-    problem: Problem,
+    problem: AnyProblem,
     density: float,
     *,
     backward: bool = True,
@@ -154,7 +114,7 @@ def choose(
             does.
         in_lanes: Whether images are in lanes (`lane_operations`), so that a
             dense product has to turn them, and its outputs back. Not for
-            matrices.
+            matrices. Where that takes too much memory, they are not.
 
     Returns:
         The choice.
@@ -167,16 +127,16 @@ def choose(
         return Choice(in_lanes, "too small to matter")
     if library.load() is None:
         return Choice(False, library.unavailable() or "no op library")
-    why = too_large(problem, backward=backward)
+    if in_lanes and too_large(problem, backward=backward, in_lanes=True):
+        return choose(problem, density, backward=backward)
+    why = None if in_lanes else too_large(problem, backward=backward)
     if why is not None:
         return Choice(False, why)
-    batch = problem.images[0]
-    limit = _MOST_FLOATS // math.prod(
-        (*problem.images[1:], max(problem.kernel[2:]))
-    )
+    batch = problem.batch
     # Sixteen images are worked off side by side.
-    batch = max(1, min(batch, max(16, limit)))
-    problem = dataclasses.replace(problem, images=(batch, *problem.images[1:]))
+    limit = max(16, _MOST_FLOATS // max(1, problem.numbers))
+    batch = max(1, min(batch, limit))
+    problem = problem.of_batch(batch)
     # Whatever is being traced, it is timed now.
     with _lock, tf.init_scope():
         key = _key(problem, densities[at], backward, in_lanes)
@@ -216,7 +176,9 @@ def forget() -> int:
         return kept
 
 
-def too_large(problem: Problem, *, backward: bool = True) -> str | None:
+def too_large(
+    problem: AnyProblem, *, backward: bool = True, in_lanes: bool = False
+) -> str | None:
     """Returns why sparse kernels should not compute a problem, or None.
 
     They should not where they would need more memory than they allow
@@ -226,11 +188,12 @@ def too_large(problem: Problem, *, backward: bool = True) -> str | None:
     Args:
         problem: What the layer computes. There is an op library.
         backward: Whether gradients are computed as well.
+        in_lanes: Whether images are in lanes (`lane_operations`).
     """
     with tf.init_scope():
         if not tf.executing_eagerly():  # in a graph of TensorFlow 1
             return None
-        taken = _taken(problem)
+        taken = _taken(problem, in_lanes)
     if taken is None:
         return "its images do not fit its kernel"
     *passes, limit = taken
@@ -244,22 +207,8 @@ def too_large(problem: Problem, *, backward: bool = True) -> str | None:
 
 
 @functools.lru_cache(maxsize=1024)
-def _taken(problem):
-    """Returns the `scratch_bytes` of a problem, or None if it is none."""
-    if problem.matrix:
-        # A panel of sixteen rows, with what is computed of it.
-        least = 64 * sum(problem.kernel[2:])
-        return least, least, _MOST_BYTES
-    try:
-        return scratch_bytes(
-            (*problem.images, problem.kernel[2]),
-            problem.kernel,
-            strides=problem.strides,
-            padding=problem.padding,
-            dilations=problem.dilations,
-        )
-    except tf.errors.InvalidArgumentError:
-        return None
+def _taken(problem, in_lanes):
+    return problem.taken(in_lanes)
 
 
 @functools.cache  # once in a process
@@ -286,11 +235,7 @@ def _key(problem, density, backward, in_lanes):
             _processor(),
             f"{_cores()} cores",
             f"{threads} threads",
-            "x".join(map(str, problem.kernel)),
-            "x".join(map(str, problem.images)),
-            "x".join(map(str, problem.strides)),
-            "matrix" if problem.matrix else problem.padding,
-            "x".join(map(str, problem.dilations)),
+            *problem.words,
             density,
             "both passes" if backward else "forward",
             *(["in lanes"] if in_lanes else []),
@@ -330,6 +275,8 @@ def _program():
         lane_operations.__file__,
         operations.__file__,
         matrix_operations.__file__,
+        problems.__file__,
+        recurrent_operations.__file__,
     ):
         digest.update(Path(part).read_bytes())
     return digest.hexdigest()[:12]
@@ -337,75 +284,7 @@ def _program():
 
 def _seconds(problem, density, backward, in_lanes=False):
     """Returns what the passes take, dense and sparse, and if others ran."""
-    draw = np.random.default_rng(0)
-
-    def normal(*shape):
-        return tf.constant(draw.standard_normal(shape, np.float32))
-
-    images, shape = problem.images, problem.kernel
-    if problem.matrix:
-        images, shape = images[:1], shape[2:]
-    images = normal(*images, shape[-2])
-    if in_lanes:
-        images, count = lane_operations.to_lanes(images)
-    kernel = normal(*shape)
-    kept = draw.permutation(math.prod(shape)) < density * math.prod(shape)
-    mask = tf.constant(kept.reshape(shape))
-
-    def passes(product):
-        @tf.function(autograph=False)
-        def both(images, kernel, upstream):
-            if not backward:
-                return product(images, kernel)
-            with tf.GradientTape() as tape:
-                tape.watch([images, kernel])
-                outputs = product(images, kernel)
-            return tape.gradient(
-                outputs, [images, kernel], output_gradients=upstream
-            ), outputs
-
-        return both
-
-    def dense(images, kernel):
-        if problem.matrix:
-            return tf.matmul(images, tf.where(mask, kernel, 0.0))
-        if in_lanes:
-            images = lane_operations.from_lanes(Lanes(images, count))
-        outputs = tf.nn.convolution(
-            images,
-            tf.where(mask, kernel, 0.0),
-            strides=problem.strides,
-            padding=problem.padding,
-            dilations=problem.dilations,
-        )
-        return lane_operations.to_lanes(outputs).values if in_lanes else outputs
-
-    def sparse(images, kernel):
-        if problem.matrix:
-            return sparse_dense(images, kernel, mask)
-        if in_lanes:
-            return lane_operations.conv2d(
-                images,
-                kernel,
-                mask,
-                strides=problem.strides,
-                padding=problem.padding,
-            )
-        return sparse_conv2d(
-            images,
-            kernel,
-            mask,
-            strides=problem.strides,
-            padding=problem.padding,
-            dilations=problem.dilations,
-        )
-
-    upstream = tf.ones_like(sparse(images, kernel))
-    sides = {}
-    for name, product in (("dense", dense), ("sparse", sparse)):
-        run = passes(product)
-        # Bound now: the loop's variable will change.
-        sides[name] = lambda run=run: run(images, kernel, upstream)
+    sides = problem.sides(density, backward=backward, in_lanes=in_lanes)
     try:
         sides["dense"]()
     except (tf.errors.UnimplementedError, tf.errors.InvalidArgumentError):

@@ -11,11 +11,11 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from rigl_keras.kernels.choice import Problem
 from rigl_keras.kernels.operations import (
     sparse_conv2d,
     sparse_conv2d_transpose,
 )
+from rigl_keras.kernels.problems import Problem
 
 __all__ = [
     "CONVOLUTIONS",
@@ -41,6 +41,7 @@ class _Convolution:
         strides, dilations: Of rows and columns.
         padding: `"SAME"` or `"VALID"`.
         causal: Columns of zeros before the first.
+        groups: Of channels, the kernel having those of one.
     """
 
     kernel: tuple[int, int, int, int]
@@ -48,6 +49,7 @@ class _Convolution:
     dilations: tuple[int, int]
     padding: str
     causal: int
+    groups: int
 
     @classmethod
     def of(cls, layer) -> "_Convolution":
@@ -59,7 +61,8 @@ class _Convolution:
             strides, dilations = (1, *strides), (1, *dilations)
         if padding == "CAUSAL":
             padding, causal = "VALID", (kernel[1] - 1) * dilations[1]
-        return cls(kernel, strides, dilations, padding, causal)
+        groups = getattr(layer, "groups", 1)
+        return cls(kernel, strides, dilations, padding, causal, groups)
 
     @property
     def extents(self) -> tuple[int, ...]:
@@ -92,8 +95,6 @@ def why_no_convolution(layer: keras.layers.Layer) -> str | None:
     conv: Any = layer
     if conv.data_format != "channels_last":
         return f"sparse kernels are channels_last, not {conv.data_format}"
-    if getattr(conv, "groups", 1) != 1:
-        return f"{conv.groups} groups"
     if getattr(conv, "output_padding", None) is not None:
         return "it has an output_padding"
     return None
@@ -138,6 +139,7 @@ def convolution_problem(
         strides=conv.strides,
         padding=conv.padding,
         dilations=conv.dilations,
+        groups=conv.groups,
     )
 
 

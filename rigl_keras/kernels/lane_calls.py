@@ -64,7 +64,7 @@ def enters(layer: keras.layers.Layer, images: tf.Tensor) -> bool:
     return (
         tf.is_symbolic_tensor(images)
         and is_convolution(layer)
-        and layer.kernel.shape[2] * layer.strides[0] * layer.strides[1]
+        and images.shape[3] * layer.strides[0] * layer.strides[1]
         <= layer.kernel.shape[3]
     )
 

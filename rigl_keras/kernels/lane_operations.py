@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from rigl_keras.kernels import library
+from rigl_keras.kernels.convolution_gradients import register_gradients
+from rigl_keras.kernels.operations import dense_kernel_gradient
 
 __all__ = [
     "Lanes",
@@ -22,9 +24,6 @@ __all__ = [
     "normalise",
     "to_lanes",
 ]
-
-_ATTRIBUTES = ("strides", "padding", "dilations", "pads")
-_NORM = ("epsilon", "relu", "rate")
 
 
 class Lanes(NamedTuple):
@@ -180,11 +179,8 @@ def normalise(
     )
 
 
-def _attributes(op, names):
-    attributes = {name: op.get_attr(name) for name in names}
-    if "padding" in attributes:
-        attributes["padding"] = attributes["padding"].decode()
-    return attributes
+def _norm_attributes(op):
+    return {name: op.get_attr(name) for name in ("epsilon", "relu", "rate")}
 
 
 @tf.RegisterGradient("RiglKerasToLanes")
@@ -199,30 +195,8 @@ def _from_lanes_gradient(op, upstream):
     return to_lanes(upstream).values, None
 
 
-@tf.RegisterGradient("RiglKerasLanesConv2D")
-def _conv2d_gradient(op, upstream):
-    values, kernel, mask = op.inputs
-    attributes = _attributes(op, _ATTRIBUTES)
-    dense = op.get_attr("dense_gradient")
-    to_values = library.required().rigl_keras_lanes_conv2d_backprop_input(
-        out_backprop=upstream,
-        filter=kernel,
-        mask=mask,
-        input_sizes=tf.shape(values),
-        dense_gradient=dense,
-        **attributes,
-    )
-    to_values.set_shape(values.shape)
-    to_kernel = _kernel_gradient(values, mask, upstream, attributes, dense)
-    return to_values, to_kernel, None
-
-
-def _kernel_gradient(values, mask, upstream, attributes, dense):
-    """Returns it at every entry if `dense`, else zero where the mask is."""
-    if not dense:
-        return library.required().rigl_keras_lanes_conv2d_backprop_filter(
-            input=values, mask=mask, out_backprop=upstream, **attributes
-        )
+def _dense_kernel_gradient(values, mask, upstream, attributes):
+    """Returns a convolution's gradient of its kernel, at every entry."""
     above, below, left, right = attributes["pads"]
     # Lanes without an image are zero, and add nothing.
     images, gradients = (
@@ -231,50 +205,16 @@ def _kernel_gradient(values, mask, upstream, attributes, dense):
     )
     if any(attributes["pads"]):
         images = tf.pad(images, [[0, 0], [above, below], [left, right], [0, 0]])
-    return tf.raw_ops.Conv2DBackpropFilter(
-        input=images,
-        filter_sizes=mask.shape,
-        out_backprop=gradients,
-        strides=attributes["strides"],
-        padding=attributes["padding"],
-        dilations=attributes["dilations"],
-    )
+    how = {name: attributes[name] for name in attributes if name != "pads"}
+    return dense_kernel_gradient(images, mask, gradients, how)
 
 
-@tf.RegisterGradient("RiglKerasLanesConv2DBackpropInput")
-def _backprop_input_gradient(op, upstream):
-    out_backprop, kernel, mask, _ = op.inputs
-    attributes = _attributes(op, _ATTRIBUTES)
-    dense = op.get_attr("dense_gradient")
-    to_out_backprop = library.required().rigl_keras_lanes_conv2d(
-        input=upstream,
-        filter=kernel,
-        mask=mask,
-        dense_gradient=dense,
-        **attributes,
-    )
-    to_kernel = _kernel_gradient(
-        upstream, mask, out_backprop, attributes, dense
-    )
-    return to_out_backprop, to_kernel, None, None
-
-
-@tf.RegisterGradient("RiglKerasLanesConv2DBackpropFilter")
-def _backprop_filter_gradient(op, upstream):
-    values, mask, out_backprop = op.inputs
-    attributes = _attributes(op, _ATTRIBUTES)
-    operations = library.required()
-    to_values = operations.rigl_keras_lanes_conv2d_backprop_input(
-        out_backprop=out_backprop,
-        filter=upstream,
-        mask=mask,
-        input_sizes=tf.shape(values),
-        **attributes,
-    )
-    to_out_backprop = operations.rigl_keras_lanes_conv2d(
-        input=values, filter=upstream, mask=mask, **attributes
-    )
-    return to_values, None, to_out_backprop
+register_gradients(
+    "RiglKerasLanesConv2D",
+    "rigl_keras_lanes_conv2d",
+    attributes=("strides", "padding", "dilations", "pads"),
+    dense_kernel_gradient=_dense_kernel_gradient,
+)
 
 
 @tf.RegisterGradient("RiglKerasLanesMoments")
@@ -299,7 +239,7 @@ def _normalise_gradient(op, upstream, _):
             gamma=gamma,
             beta=beta,
             passed=op.outputs[1],
-            **_attributes(op, _NORM),
+            **_norm_attributes(op),
         )
     )
     return to_values, None, None, None, to_gamma, to_beta, None, None
@@ -313,7 +253,7 @@ def _normalise_second_gradient(op, *upstream):
     with tf.GradientTape() as tape:
         tape.watch(watched)
         outputs = _gradients_of_norm(
-            count, passed, *watched, **_attributes(op, _NORM)
+            count, passed, *watched, **_norm_attributes(op)
         )
     to_dy, to_values, to_gamma, to_beta = tape.gradient(
         outputs, watched, output_gradients=list(upstream)

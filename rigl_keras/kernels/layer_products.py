@@ -22,7 +22,12 @@ from rigl_keras.kernels.matrix_layers import (
     matrix_of,
     matrix_outputs,
 )
-from rigl_keras.kernels.recurrent_layers import RECURRENT, why_not_recurrent
+from rigl_keras.kernels.problems import AnyProblem, Problem
+from rigl_keras.kernels.recurrent_layers import (
+    RECURRENT,
+    recurrence,
+    why_not_recurrent,
+)
 
 __all__ = [
     "PRODUCTS",
@@ -118,7 +123,7 @@ class ProductChoices:
         """
         self._masks = masks
         if self.product == "sparse":
-            found = sparse_if_possible(self._layer, shape)
+            found = sparse_if_possible(self._layer, shape, in_lanes=in_lanes)
         else:
             with tf.init_scope():
                 values = [_keras.stored_value(mask) for mask in masks]
@@ -126,7 +131,11 @@ class ProductChoices:
                 size = sum(math.prod(mask.shape) for mask in masks)
             density = ones / size if size else 0.0
             found = faster_product(
-                self._layer, shape, density, in_lanes=in_lanes
+                self._layer,
+                shape,
+                density,
+                in_lanes=in_lanes,
+                projected=type(self._layer) in RECURRENT and len(masks) == 1,
             )
         key = (tuple(shape), in_lanes)
         self._chosen.pop(key, None)  # the latest is the last
@@ -216,6 +225,7 @@ def faster_product(
     *,
     backward: bool = True,
     in_lanes: bool = False,
+    projected: bool = False,
 ) -> choice.Choice:
     """Returns which product is faster for a layer, timed once.
 
@@ -226,10 +236,12 @@ def faster_product(
         backward: Whether it is used in training, or in inference alone.
         in_lanes: Whether the sparse product is computed in lanes, and the
             dense one has to turn its inputs and its outputs.
+        projected: Whether of a recurrent layer the recurrent kernel alone is
+            masked.
     """
     if _has_images(layer) and None in shape.as_list()[1:-1]:
         return choice.Choice(False, "images of any size")
-    problem = _problem(layer, shape)
+    problem = _problem(layer, shape, projected=projected)
     return choice.choose(problem, density, backward=backward, in_lanes=in_lanes)
 
 
@@ -238,6 +250,7 @@ def sparse_if_possible(
     shape: tf.TensorShape,
     *,
     backward: bool = True,
+    in_lanes: bool = False,
 ) -> choice.Choice:
     """Returns the sparse product, without timing it, if a layer can have it.
 
@@ -249,9 +262,19 @@ def sparse_if_possible(
         layer: A layer that has a sparse product.
         shape: Shape of its inputs. All axes but the last may be free.
         backward: Whether it is used in training, or in inference alone.
+        in_lanes: Whether it is computed in lanes.
     """
     if library.load() is None:
         return choice.Choice(False, library.unavailable() or "no op library")
+    problem = _least_problem(layer, shape)
+    why = choice.too_large(problem, backward=backward)
+    if in_lanes and choice.too_large(problem, in_lanes=True) is None:
+        why = None
+    return choice.Choice(why is None, why or "as asked")
+
+
+def _least_problem(layer, shape):
+    """Returns what a layer computes at least, where sizes are free."""
     least = [1] * (len(shape) - 2)
     if _has_images(layer):
         least = least_sizes(layer)
@@ -260,9 +283,7 @@ def sparse_if_possible(
         free if size is None else size
         for size, free in zip(sizes, least, strict=True)
     ]
-    problem = _problem(layer, tf.TensorShape([batch, *sizes, channels]))
-    why = choice.too_large(problem, backward=backward)
-    return choice.Choice(why is None, why or "as asked")
+    return _problem(layer, tf.TensorShape([batch, *sizes, channels]))
 
 
 def sparse_outputs(
@@ -286,7 +307,10 @@ def sparse_outputs(
         product = matrix_outputs(
             layer, matrix, inputs, kernel, mask, dense_gradient=dense_gradient
         )
-    elif goes_in_lanes(layer, inputs):
+    elif goes_in_lanes(layer, inputs) and (
+        choice.too_large(_least_problem(layer, inputs.shape), in_lanes=True)
+        is None
+    ):
         return lane_calls.convolve(
             layer, inputs, kernel, mask, dense_gradient=dense_gradient
         )
@@ -303,7 +327,8 @@ def goes_in_lanes(layer: keras.layers.Layer, inputs: tf.Tensor) -> bool:
     """Returns whether a layer's product is computed in lanes.
 
     In training, where its inputs are in lanes already, and where it costs
-    little to turn them.
+    little to turn them; unless that takes too much memory, which
+    `sparse_outputs` sees to.
 
     Args:
         layer: A layer that has a sparse product.
@@ -375,7 +400,7 @@ def _has_images(layer):
     return type(layer) not in RECURRENT and matrix_of(layer) is None
 
 
-def _problem(layer, shape) -> choice.Problem:
+def _problem(layer, shape, projected=False) -> AnyProblem:
     """Returns what a layer computes for inputs of a shape.
 
     Only the batch of images may be free, and all but the last axis of rows:
@@ -384,20 +409,13 @@ def _problem(layer, shape) -> choice.Problem:
     batch, *sizes = shape.as_list()[:-1]
     batch = USUAL_BATCH if batch is None else batch
     if type(layer) in RECURRENT:
-        # A step: the product of inputs and state with both kernels.
-        cell = layer.cell
-        units, products = cell.recurrent_kernel.shape
-        inputs = cell.kernel.shape[0]
-        return choice.Problem(
-            kernel=(1, 1, inputs + units, products),
-            images=(batch, 1, 1),
-            matrix=True,
-        )
+        steps = _USUAL_LENGTH if sizes[0] is None else sizes[0]
+        return recurrence(layer, (batch, steps, shape[-1]), projected=projected)
     matrix = matrix_of(layer)
     if matrix is not None:
         for length in sizes[: len(sizes) + 1 - len(matrix.inputs)]:
             batch *= _USUAL_LENGTH if length is None else length
-        return choice.Problem(
+        return Problem(
             kernel=(1, 1, *matrix.shape), images=(batch, 1, 1), matrix=True
         )
     return convolution_problem(layer, batch, sizes)

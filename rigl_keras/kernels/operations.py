@@ -1,14 +1,16 @@
 """The C++ operations as functions of tensors, with their gradients."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tensorflow as tf
 
 from rigl_keras.kernels import library
+from rigl_keras.kernels.convolution_gradients import register_gradients
 
 __all__ = [
     "batch_norm",
+    "dense_kernel_gradient",
     "dense_library",
     "dropout",
     "instruction_set",
@@ -17,8 +19,6 @@ __all__ = [
     "sparse_conv2d",
     "sparse_conv2d_transpose",
 ]
-
-_ATTRIBUTES = ("strides", "padding", "dilations")
 
 
 def sparse_conv2d(
@@ -39,7 +39,9 @@ def sparse_conv2d(
 
     Args:
         images: Float32 of shape (batch, rows, columns, channels).
-        kernel: Float32 of shape (rows, columns, channels, filters).
+        kernel: Float32 of shape (rows, columns, channels, filters). Of fewer
+            channels than the images have, it is one of as many groups as it
+            takes: each filter sees the channels of its group.
         mask: Bool tensor of the kernel's shape, or one of float32 zeros and
             ones. Pass the value of a variable: for a tensor that each call
             computes, each call computes the order as well.
@@ -178,6 +180,7 @@ def scratch_bytes(
     strides: Sequence[int] = (1, 1),
     padding: str = "SAME",
     dilations: Sequence[int] = (1, 1),
+    in_lanes: bool = False,
 ) -> tuple[int, int, int]:
     """Returns what a sparse convolution takes in memory, for each thread.
 
@@ -189,6 +192,7 @@ def scratch_bytes(
         images: Batch, rows, columns, channels.
         kernel: Rows, columns, channels, filters.
         strides, padding, dilations: As in `sparse_conv2d`.
+        in_lanes: Whether images are in lanes (`lane_operations`).
 
     Returns:
         Bytes of the forward pass, bytes of a training step, and the limit.
@@ -202,6 +206,7 @@ def scratch_bytes(
         strides=[1, *strides, 1],
         padding=padding.upper(),
         dilations=[1, *dilations, 1],
+        in_lanes=in_lanes,
     )
     forward, both = taken.numpy().tolist()
     return forward, both, int(limit)
@@ -221,36 +226,25 @@ def dense_library() -> str:
     return library.required().rigl_keras_computed_by().dense.numpy().decode()
 
 
-def _attributes(op):
-    attributes = {name: op.get_attr(name) for name in _ATTRIBUTES}
-    attributes["padding"] = attributes["padding"].decode()
-    return attributes
+def dense_kernel_gradient(
+    images: tf.Tensor,
+    mask: tf.Tensor,
+    upstream: tf.Tensor,
+    attributes: Mapping[str, Any],
+) -> tf.Tensor:
+    """Returns a convolution's gradient of its kernel, at every entry.
 
-
-@tf.RegisterGradient("RiglKerasConv2D")
-def _conv2d_gradient(op, upstream):
-    images, kernel, mask = op.inputs
-    attributes, dense = _attributes(op), op.get_attr("dense_gradient")
-    to_images = library.required().rigl_keras_conv2d_backprop_input(
-        out_backprop=upstream,
-        filter=kernel,
-        mask=mask,
-        input_sizes=tf.shape(images),
-        dense_gradient=dense,
-        **attributes,
-    )
-    to_images.set_shape(images.shape)
-    to_kernel = _kernel_gradient(images, mask, upstream, attributes, dense)
-    return to_images, to_kernel, None
-
-
-def _kernel_gradient(images, mask, upstream, attributes, dense):
-    """Returns it at every entry if `dense`, else zero where the mask is."""
-    # TensorFlow has no gradient of dilated kernels on a CPU.
-    if not dense or max(attributes["dilations"]) > 1:
+    Args:
+        images: Its images.
+        mask: Its mask, of which the shape alone is used.
+        upstream: The gradient of its outputs.
+        attributes: Strides, padding and dilations, as the operation has them.
+    """
+    # TensorFlow has none of dilated kernels and of groups on a CPU.
+    if max(attributes["dilations"]) > 1 or images.shape[3] != mask.shape[2]:
         return library.required().rigl_keras_conv2d_backprop_filter(
             input=images,
-            mask=tf.ones_like(mask) if dense else mask,
+            mask=tf.ones_like(mask),
             out_backprop=upstream,
             **attributes,
         )
@@ -262,39 +256,12 @@ def _kernel_gradient(images, mask, upstream, attributes, dense):
     )
 
 
-@tf.RegisterGradient("RiglKerasConv2DBackpropInput")
-def _backprop_input_gradient(op, upstream):
-    out_backprop, kernel, mask, _ = op.inputs
-    attributes, dense = _attributes(op), op.get_attr("dense_gradient")
-    to_out_backprop = library.required().rigl_keras_conv2d(
-        input=upstream,
-        filter=kernel,
-        mask=mask,
-        dense_gradient=dense,
-        **attributes,
-    )
-    to_kernel = _kernel_gradient(
-        upstream, mask, out_backprop, attributes, dense
-    )
-    return to_out_backprop, to_kernel, None, None
-
-
-@tf.RegisterGradient("RiglKerasConv2DBackpropFilter")
-def _backprop_filter_gradient(op, upstream):
-    images, mask, out_backprop = op.inputs
-    attributes = _attributes(op)
-    operations = library.required()
-    to_images = operations.rigl_keras_conv2d_backprop_input(
-        out_backprop=out_backprop,
-        filter=upstream,
-        mask=mask,
-        input_sizes=tf.shape(images),
-        **attributes,
-    )
-    to_out_backprop = operations.rigl_keras_conv2d(
-        input=images, filter=upstream, mask=mask, **attributes
-    )
-    return to_images, None, to_out_backprop
+register_gradients(
+    "RiglKerasConv2D",
+    "rigl_keras_conv2d",
+    attributes=("strides", "padding", "dilations"),
+    dense_kernel_gradient=dense_kernel_gradient,
+)
 
 
 @tf.RegisterGradient("RiglKerasMaskedKernel")

@@ -6,9 +6,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from rigl_keras.kernels.problems import Recurrence
 from rigl_keras.kernels.recurrent_operations import sparse_gru, sparse_lstm
 
-__all__ = ["RECURRENT", "recurrent_loop", "why_not_recurrent"]
+__all__ = ["RECURRENT", "recurrence", "recurrent_loop", "why_not_recurrent"]
 
 RECURRENT = (keras.layers.LSTM, keras.layers.GRU)
 _CELLS = (keras.layers.LSTMCell, keras.layers.GRUCell)
@@ -32,6 +33,30 @@ def why_not_recurrent(layer: keras.layers.Layer) -> str | None:
     if not getattr(cell, "reset_after", True):
         return "reset_after=False"
     return None
+
+
+def recurrence(
+    layer: keras.layers.Layer,
+    sequences: tuple[int, int, int],
+    *,
+    projected: bool = False,
+) -> Recurrence:
+    """Returns what a recurrent layer computes.
+
+    Args:
+        layer: A built LSTM or GRU (`why_not_recurrent`).
+        sequences: Batch, steps, inputs.
+        projected: Whether its recurrent kernel alone is masked.
+    """
+    keras_layer: Any = layer
+    return Recurrence(
+        kind="lstm" if isinstance(layer, keras.layers.LSTM) else "gru",
+        sequences=sequences,
+        units=keras_layer.units,
+        projected=projected,
+        returns=keras_layer.return_sequences,
+        unroll=keras_layer.unroll,
+    )
 
 
 def recurrent_loop(

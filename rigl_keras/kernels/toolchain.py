@@ -40,6 +40,7 @@ _SOURCES = {
 # Those that need TensorFlow.
 _OPERATIONS = (
     "kernels/convolution_ops.cc",
+    "kernels/lane_convolution_ops.cc",
     "kernels/lane_ops.cc",
     "kernels/masked_kernel_op.cc",
     "kernels/matrix_ops.cc",
@@ -50,6 +51,7 @@ _OPERATIONS = (
 # Loops, which are compiled for each instruction set, and some of them for each
 # length of its vectors as well.
 _PER_INSTRUCTION_SET = (
+    "kernels/lane_convolutions.cc",
     "kernels/lane_layers.cc",
     "kernels/lanes.cc",
     "kernels/panels.cc",

@@ -27,17 +27,6 @@ struct RiglNorm {
 struct RiglLaneLayers {
   const char* name;
   int width;  // L
-  // As in RiglLanes, with images in lanes; the images of the plan are those
-  // of whole groups.
-  void (*correlate)(const RiglPlan* plan, const float* x, const float* weights,
-                    float* y, int64_t unit, float* memory);
-  // Adds a vector of dL/dw for each weight of the output channels [begin,
-  // end), block by block.
-  void (*correlate_weights)(const RiglPlan* plan, const float* x,
-                            const float* dy, float* dw, int64_t begin,
-                            int64_t end, int64_t group, float* memory);
-  // Sums up each vector.
-  void (*sums)(const float* vectors, int64_t count, float* sums);
   // One row of a group, from and to NHWC.
   void (*to_lanes)(const float* x, int64_t images, int64_t height,
                    int64_t width, int64_t channels, int64_t group, int64_t row,

@@ -21,16 +21,29 @@ namespace {
 // Before any operation is registered below.
 const bool first_copy = FirstCopyOf("RiglKerasToLanes");
 
+// One channel of one group of images.
+struct Plane {
+  int64_t group, channel;
+  int64_t number;  // of those before it
+  RiglPlane lanes;
+
+  // Where it begins among numbers, and among vectors.
+  int64_t begin() const { return first() * BestLanes().width; }
+  int64_t first() const { return number * lanes.vectors; }
+};
+
 // Images in lanes: [group, channel, row, column, lane].
 struct Lanes {
   int64_t images, groups, channels, height, width;
 
   int64_t vectors() const { return height * width; }
   int64_t plane() const { return vectors() * BestLanes().width; }
-  RiglPlane PlaneOf(int64_t group) const {
+  Plane PlaneOf(int64_t group, int64_t channel) const {
     const int64_t l = BestLanes().width;
-    return {vectors(),
-            static_cast<int>(std::min(l, images - group * l))};
+    return {group,
+            channel,
+            group * channels + channel,
+            {vectors(), static_cast<int>(std::min(l, images - group * l))}};
   }
 };
 
@@ -51,10 +64,11 @@ tensorflow::Status Describe(const Tensor& x, const Tensor& images,
   return tensorflow::OkStatus();
 }
 
-// Calls run(group, channel) for each plane, or for each `step`-th channel.
+// Calls run(plane) for each plane, or for that of each `step`-th channel.
 template <typename Run>
 void ForPlanes(OpKernelContext* context, const Lanes& lanes, const Run& run,
                int64_t step = 1) {
+  if (!lanes.vectors()) return;
   const int64_t each = CeilDivide(lanes.channels, step);
   const int64_t units = lanes.groups * each;
   // 64 KB at least, for a thread to begin.
@@ -62,7 +76,9 @@ void ForPlanes(OpKernelContext* context, const Lanes& lanes, const Run& run,
       CeilDivide(1 << 14, std::max<int64_t>(1, lanes.plane() * step));
   ForEach(
       context, units,
-      [&](int64_t unit) { run(unit / each, unit % each * step); },
+      [&](int64_t unit) {
+        run(lanes.PlaneOf(unit / each, unit % each * step));
+      },
       std::min(least, CeilDivide(units, Threads(context))));
 }
 
@@ -150,19 +166,17 @@ class LanesMoments : public OpKernel {
     const RiglLaneLayers& layers = BestLaneLayers();
     const float* from = Read(x);
     std::vector<float> moments(2 * lanes.groups * lanes.channels);
-    if (lanes.vectors())
-      ForPlanes(context, lanes, [&](int64_t g, int64_t c) {
-        const int64_t plane = g * lanes.channels + c;
-        float* mine = moments.data() + 2 * plane;
-        layers.moments(from + plane * lanes.plane(), lanes.PlaneOf(g), mine,
-                       mine + 1);
-      });
+    ForPlanes(context, lanes, [&](const Plane& plane) {
+      float* mine = moments.data() + 2 * plane.number;
+      layers.moments(from + plane.begin(), plane.lanes, mine, mine + 1);
+    });
     // As in BatchNorm.
     for (int64_t c = 0; c < lanes.channels; ++c) {
       double center = 0, squares = 0, seen = 0;
       for (int64_t g = 0; lanes.vectors() && g < lanes.groups; ++g) {
-        const float* one = moments.data() + 2 * (g * lanes.channels + c);
-        const double more = lanes.PlaneOf(g).used * lanes.vectors();
+        const Plane plane = lanes.PlaneOf(g, c);
+        const float* one = moments.data() + 2 * plane.number;
+        const double more = plane.lanes.used * lanes.vectors();
         const double apart = one[0] - center;
         squares += one[1] + apart * apart * seen * more / (seen + more);
         seen += more;
@@ -246,17 +260,17 @@ class LanesNormalise : public OverNorm {
     const int64_t step = dropout ? 4 : 1;
     ForPlanes(
         context, lanes,
-        [&](int64_t g, int64_t first) {
+        [&](const Plane& first) {
           if (dropout)
-            layers.keep(lanes.height, lanes.width, lanes.channels, g, first,
-                        Read<uint64_t>(counter), *Read<uint64_t>(key), least,
-                        bits + (g * lanes.channels + first) * lanes.vectors());
-          for (int64_t c = first; c < first + step; ++c) {
-            const int64_t plane = g * lanes.channels + c;
-            layers.normalise(from + plane * lanes.plane(), lanes.PlaneOf(g),
-                             norms[c],
-                             dropout ? bits + plane * lanes.vectors() : nullptr,
-                             to + plane * lanes.plane());
+            layers.keep(lanes.height, lanes.width, lanes.channels, first.group,
+                        first.channel, Read<uint64_t>(counter),
+                        *Read<uint64_t>(key), least, bits + first.first());
+          for (int64_t i = 0; i < step; ++i) {
+            const Plane plane = lanes.PlaneOf(first.group, first.channel + i);
+            layers.normalise(from + plane.begin(), plane.lanes,
+                             norms[plane.channel],
+                             dropout ? bits + plane.first() : nullptr,
+                             to + plane.begin());
           }
         },
         step);
@@ -302,25 +316,23 @@ class LanesNormaliseGrad : public OverNorm {
     const float* from = Read(x);
     const float* upstream = Read(dy);
     const uint16_t* bits = dropout ? Read<uint16_t>(passed) : nullptr;
-    const auto bits_of = [&](int64_t plane) {
-      return dropout ? bits + plane * lanes.vectors() : nullptr;
+    const auto bits_of = [&](const Plane& plane) {
+      return dropout ? bits + plane.first() : nullptr;
     };
     std::vector<float> sums(2 * lanes.groups * lanes.channels);
-    if (lanes.vectors())
-      ForPlanes(context, lanes, [&](int64_t g, int64_t c) {
-        const int64_t plane = g * lanes.channels + c;
-        layers.upstream_sums(
-            from + plane * lanes.plane(), upstream + plane * lanes.plane(),
-            lanes.PlaneOf(g), norms[c], bits_of(plane), &sums[2 * plane],
-            &sums[2 * plane + 1]);
-      });
+    ForPlanes(context, lanes, [&](const Plane& plane) {
+      float* mine = sums.data() + 2 * plane.number;
+      layers.upstream_sums(from + plane.begin(), upstream + plane.begin(),
+                           plane.lanes, norms[plane.channel], bits_of(plane),
+                           mine, mine + 1);
+    });
     std::vector<float> slope(lanes.channels), constant(lanes.channels);
     const double n = double(lanes.images) * lanes.vectors();
     for (int64_t c = 0; c < lanes.channels; ++c) {
       double sum = 0, product = 0;
       for (int64_t g = 0; g < lanes.groups; ++g) {
-        sum += sums[2 * (g * lanes.channels + c)];
-        product += sums[2 * (g * lanes.channels + c) + 1];
+        const float* one = sums.data() + 2 * lanes.PlaneOf(g, c).number;
+        sum += one[0], product += one[1];
       }
       const double inverse =
           1 / std::sqrt(double{Read(variance)[c]} + epsilon_);
@@ -331,14 +343,12 @@ class LanesNormaliseGrad : public OverNorm {
       Write(dbeta)[c] = sum;
     }
     float* to = Write(dx);
-    if (lanes.vectors())
-      ForPlanes(context, lanes, [&](int64_t g, int64_t c) {
-        const int64_t plane = g * lanes.channels + c;
-        layers.combine(from + plane * lanes.plane(),
-                       upstream + plane * lanes.plane(), lanes.PlaneOf(g),
-                       norms[c], bits_of(plane), slope[c], constant[c],
-                       to + plane * lanes.plane());
-      });
+    ForPlanes(context, lanes, [&](const Plane& plane) {
+      const int64_t c = plane.channel;
+      layers.combine(from + plane.begin(), upstream + plane.begin(),
+                     plane.lanes, norms[c], bits_of(plane), slope[c],
+                     constant[c], to + plane.begin());
+    });
     return tensorflow::OkStatus();
   }
 };

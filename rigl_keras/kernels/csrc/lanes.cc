@@ -3,6 +3,7 @@
 #include "lanes.h"
 
 #include "isa.h"
+#include "micro_tiles.h"
 #include "vectors.h"
 
 namespace {
@@ -148,32 +149,6 @@ RIGL_INLINE void OutputPixels(const RiglPlan& plan, const Lanes& lanes,
   }
 }
 
-// Adds the weights of one output channel to a micro-tile.
-template <int R, int C>
-RIGL_INLINE void Accumulate(const float* packed, int64_t pitch,
-                            const int32_t* offsets, const float* weights,
-                            int count, bool first, float* out) {
-  Vector sums[R][C];
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 16
-    for (int c = 0; c < C; ++c)
-      sums[r][c] = first ? Vector{} : *(Vector*)(out + (r * C + c) * L);
-  for (int e = 0; e < count; ++e) {
-    const float* from = packed + offsets[e];
-    const Vector weight = All(weights[e]);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 16
-      for (int c = 0; c < C; ++c)
-        sums[r][c] += weight * *(const Vector*)(from + r * pitch + c * L);
-  }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 16
-    for (int c = 0; c < C; ++c) *(Vector*)(out + (r * C + c) * L) = sums[r][c];
-}
-
 // Writes one pixel of each lane, or adds to it: channels [begin, end) of the
 // sums.
 template <bool add>
@@ -236,8 +211,9 @@ void Correlate(const RiglPlan& plan, const float* x, const float* weights,
           float* out = sums + g * kept * R * C * L;
           for (int64_t o = 0; o < kept; ++o)
             Accumulate<R, C>(at, pitch, plan.offsets + rows[o],
-                             weights + rows[o], rows[o + 1] - rows[o], b == 0,
-                             out + o * R * C * L);
+                             weights + rows[o], rows[o + 1] - rows[o],
+                             b ? out + o * R * C * L : nullptr,
+                             out + o * R * C * L, C * L, L);
         }
       }
       for (int g = 0; g < plan.out_phases; ++g) {
@@ -277,17 +253,7 @@ RIGL_INLINE void AccumulateWeights(const float* packed, int64_t pitch,
         for (int k = 0; k < 4; ++k)
           sums[k] +=
               upstream[r][c] * *(const Vector*)(from[k] + r * pitch + c * L);
-    // Four horizontal sums at once: [0 1 0 1 ...] + [2 3 2 3 ...], halved
-    // until four values are left.
-    const Vector a = Interleaved<1, false>(sums[0], sums[1]) +
-                     Interleaved<1, true>(sums[0], sums[1]);
-    const Vector b = Interleaved<1, false>(sums[2], sums[3]) +
-                     Interleaved<1, true>(sums[2], sums[3]);
-    Vector both = Interleaved<2, false>(a, b) + Interleaved<2, true>(a, b);
-    float four[4] = {};
-#pragma GCC unroll 16
-    for (int l = 0; l < L; ++l) four[l % 4] += both[l];
-    for (int k = 0; k < 4; ++k) dw[e + k] += four[k];
+    AddSums(sums, dw + e);
   }
   for (; e < count; ++e) {
     const float* from = packed + offsets[e];
@@ -330,17 +296,6 @@ void CorrelateWeights(const RiglPlan& plan, const float* x, const float* dy,
     }
   }
 }
-
-// The micro-tiles that there are. An instruction set with few registers has
-// none of sixteen vectors.
-#define RIGL_MICRO_TILES(with)                                              \
-  with(1, 1) with(1, 2) with(1, 4) with(1, 8) with(2, 2) with(2, 4)         \
-      RIGL_LARGE_MICRO_TILES(with)
-#if defined(__AVX512F__)
-#define RIGL_LARGE_MICRO_TILES(with) with(4, 4) with(2, 8) with(1, 16)
-#else
-#define RIGL_LARGE_MICRO_TILES(with)
-#endif
 
 void CorrelateAny(const RiglPlan* plan, int add, const float* x,
                   const float* weights, float* y, int64_t unit,

@@ -40,7 +40,7 @@ struct Panels {
     while (vectors > 2 && count() < threads) vectors /= 2;
     while (vectors > 1 && (rows <= int64_t{vectors} / 2 * best.width ||
                            double(columns) * vectors * best.width >
-                               kMostFloats))
+                               MostFloats()))
       vectors /= 2;
     panels = count();
     pitch = int64_t{vectors} * best.width;
@@ -207,7 +207,7 @@ class SparseMatMulGrad : public OpKernel {
     const int64_t parts = std::min<int64_t>(
         p.panels,
         std::max<int64_t>(1, std::min<double>(std::max(8, Threads(context)),
-                                              kMostFloats / (count + 1.0))));
+                                              MostFloats() / (count + 1.0))));
     const bool by_vector = to_kernel_ && p.panels >= 3 * parts &&
                            count * best.width <= kMostVectorSums;
     Tensor sums;

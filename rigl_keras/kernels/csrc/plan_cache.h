@@ -74,8 +74,8 @@ class Plans {
     if (kept_.size() > kMostMasks) kept_.pop_back();
     kept->made.push_front(std::move(fresh));
     // The plans of a mask take no more than three dense kernels do.
-    const int64_t kernel = conv.channels * conv.filters * conv.kernel[0] *
-                           conv.kernel[1] * sizeof(float);
+    const int64_t kernel =
+        conv.weights() * conv.kernel[0] * conv.kernel[1] * sizeof(float);
     const int64_t most = std::max<int64_t>(1 << 20, 3 * kernel);
     while (kept->made.size() > 1 && Bytes(kept->made) > most)
       kept->made.pop_back();

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <functional>
 #include <limits>
 #include <memory>
@@ -28,6 +29,13 @@ struct Convolution {
   int64_t padding[2];  // before the first row and column
   // Whether images are in lanes (lane_layers.h); then they are whole groups.
   int64_t in_lanes;
+  // Of channels and filters: each filter sees the channels of its own.
+  int64_t groups;
+
+  int64_t group_channels() const { return channels / groups; }
+  int64_t group_filters() const { return filters / groups; }
+  // Of one position of the kernel.
+  int64_t weights() const { return group_channels() * filters; }
 };
 
 // In what order a plan works off its weights, and where each finds its input.
@@ -72,8 +80,17 @@ struct Tap {
   int in_phase, out_phase;  // numbers in the plan
 };
 
-// What a thread's memory may take, in floats: 64 MB.
-constexpr double kMostFloats = 1 << 24;
+// What a thread's memory may take, in floats: 64 MB. RIGL_KERAS_SCRATCH names
+// fewer bytes, for tests.
+inline double MostFloats() {
+  static const double most = [] {
+    constexpr double kMost = 1 << 24;
+    const char* const bytes = std::getenv("RIGL_KERAS_SCRATCH");
+    const double asked = bytes ? std::atof(bytes) / sizeof(float) : 0;
+    return asked > 0 ? std::min(asked, kMost) : kMost;
+  }();
+  return most;
+}
 
 // The cycles of one unit, roughly: enough to tell tiles apart.
 inline double Cost(const RiglPlan& p, const RiglLanes& lanes, int64_t weights,
@@ -175,7 +192,7 @@ inline bool ChooseTile(RiglPlan* plan, const RiglLanes& lanes,
         if (m[0] * m[1] > lanes.registers) continue;
         // As many parts as it takes to be within the bounds.
         const Floats floats = FloatsOf(*plan, th, tw, m[0], m[1], lanes);
-        const double left = kMostFloats - floats.packed;
+        const double left = MostFloats() - floats.packed;
         const double each = floats.micro / vectors;
         if (left < each) continue;
         const int least_splits =
@@ -233,7 +250,7 @@ inline bool ChooseLine(RiglPlan* p, const RiglLanes& lanes, int64_t weights,
         std::max<int64_t>(1, CeilDivide(p->in_channels, p->channel_block));
     const double planes = double(p->out_phases) * p->out_channels;
     if (p->blocks * planes >= std::numeric_limits<int32_t>::max() ||
-        (p->channel_block * area + planes * r * c) * l > kMostFloats)
+        (p->channel_block * area + planes * r * c) * l > MostFloats())
       continue;
     p->packed_floats = p->channel_block * area * l;
     p->micro_floats = planes * r * c * l;
@@ -335,7 +352,7 @@ inline bool PlanTaps(const Convolution& conv, bool transposed, bool may_split,
   p.out_phase_columns = owned->out_columns.data();
   for (int a = 0; a < 2; ++a) {
     p.first_shift[a] = least[a];
-    p.halo[a] = std::min<int64_t>(most[a] - least[a], kMostFloats);
+    p.halo[a] = std::min<int64_t>(most[a] - least[a], MostFloats());
   }
   if (conv.in_lanes) return ChooseLine(&p, lanes, weights, may_split);
   return ChooseTile(&p, lanes, weights, threads, may_split);
@@ -344,10 +361,10 @@ inline bool PlanTaps(const Convolution& conv, bool transposed, bool may_split,
 inline std::vector<int64_t> KeyOf(const Convolution& conv, bool transposed,
                                   const RiglPlan& p,
                                   const std::vector<Tap>& taps) {
-  std::vector<int64_t> key = {transposed,    conv.in_lanes,   conv.kernel[1],
-                              conv.channels, conv.filters,    p.channel_block,
-                              p.in_phases,   p.out_phases,    p.packed[0],
-                              p.packed[1]};
+  std::vector<int64_t> key = {
+      transposed,   conv.in_lanes,   conv.kernel[1], conv.channels,
+      conv.filters, conv.groups,     p.channel_block, p.in_phases,
+      p.out_phases, p.packed[0],     p.packed[1]};
   for (const Tap& tap : taps)
     key.insert(key.end(), {tap.position, tap.in_phase, tap.out_phase,
                            tap.shift[0] - p.first_shift[0],
@@ -363,7 +380,7 @@ inline std::shared_ptr<const Order> MakeOrder(
     const std::vector<int32_t>& active, const RiglLanes& lanes) {
   auto order = std::make_shared<Order>();
   order->key = std::move(key);
-  const int64_t per_position = conv.channels * conv.filters;
+  const int64_t per_position = conv.weights();
   const int64_t pitch = int64_t{p.packed[1]} * lanes.width;
   const int64_t plane = p.packed[0] * pitch;
   int64_t count = 0;
@@ -380,6 +397,7 @@ inline std::shared_ptr<const Order> MakeOrder(
     if (tap->position != position) continue;  // it reaches no pixel
     const int64_t in_kernel = active[e] % per_position;
     int64_t in = in_kernel / conv.filters, out = in_kernel % conv.filters;
+    in += out / conv.group_filters() * conv.group_channels();
     if (transposed) std::swap(in, out);
     bins[found] = (in / p.channel_block * p.out_phases + tap->out_phase) *
                       p.out_channels + out;

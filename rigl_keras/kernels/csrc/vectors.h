@@ -12,6 +12,10 @@ typedef int Indices __attribute__((vector_size(L * 4)));
 
 RIGL_INLINE Vector All(float value) { return value - Vector{}; }
 
+// The vector at an aligned address.
+RIGL_INLINE Vector& At(float* to) { return *(Vector*)to; }
+RIGL_INLINE Vector At(const float* from) { return *(const Vector*)from; }
+
 // The values of two vectors in turn, by runs of `run`: of their first halves,
 // or of the second ones.
 template <int run, bool second>
