@@ -144,7 +144,7 @@ def untimed_kernels():
     from rigl_keras.kernels import fast_calls, layer_products
     from rigl_keras.kernels.choice import Choice
 
-    def never(*_, backward=True, in_lanes=False):
+    def never(*_, backward=True, in_lanes=False, projected=False):
         return Choice(False, "tests")
 
     chosen = layer_products.faster_product

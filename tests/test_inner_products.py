@@ -84,6 +84,14 @@ CALLED = {
         lambda: layers.Conv1D(5, 3, strides=2, padding="same"),
         [(7, 4)],
     ),
+    "conv1d in groups": (
+        lambda: layers.Conv1D(6, 3, groups=2, activation="tanh"),
+        [(8, 4)],
+    ),
+    "conv2d in groups": (
+        lambda: layers.Conv2D(6, 3, strides=2, padding="same", groups=3),
+        [(7, 5, 6)],
+    ),
     "dilated": (lambda: layers.Conv1D(5, 3, dilation_rate=2), [(9, 4)]),
     "causal": (
         lambda: layers.Conv1D(5, 3, dilation_rate=2, padding="causal"),
@@ -187,7 +195,6 @@ def test_transposed_convolutions_of_any_batch():
 
 def test_what_convolutions_have_no_sparse_product():
     for make, shape, why in (
-        (lambda: layers.Conv1D(4, 3, groups=2), (8, 4), "2 groups"),
         (
             lambda: layers.Conv2DTranspose(4, 3, strides=2, output_padding=1),
             (5, 5, 2),
@@ -381,7 +388,7 @@ def test_saved_and_loaded(tmp_path):
 
 
 def test_auto_times_rows_of_any_length(monkeypatch, timed_kernels):
-    """Of a step of an LSTM it is the product with both kernels."""
+    """Of an LSTM it is the whole sequence, with one kernel or both."""
     asked = []
 
     def choose(problem, density, *, backward, in_lanes):
@@ -393,11 +400,12 @@ def test_auto_times_rows_of_any_length(monkeypatch, timed_kernels):
     layer = masked(layers.LSTM(3), (5, 4), product="auto")
     layer(tf.zeros((6, 5, 4)))
     problem, density = asked[-1]
-    assert problem == kernels.Problem(
-        (1, 1, 7, 12), images=(6, 1, 1), matrix=True
-    )
+    assert problem == kernels.Recurrence("lstm", (6, 5, 4), 3)
     ones = sum(np.sum(one.mask) for one in layer.masked_kernels())
     assert density == round(ones / 84, 2)
+    layer = masked(layers.GRU(3, return_sequences=True), (5, 4), product="auto")
+    layer(tf.zeros((6, 5, 4)))
+    assert asked[-1][0] == kernels.Recurrence("gru", (6, 5, 4), 3, returns=True)
     layer = masked(layers.Dense(5), (3, 4), product="auto")
     layer.choose_product(tf.TensorShape((None, None, 4)))
     assert asked[-1][0].images == (128 * 64, 1, 1)

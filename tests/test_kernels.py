@@ -406,6 +406,57 @@ def test_dense_gradient_is_that_of_the_product(options):
     assert to_kernel.numpy()[mask == 0].all()
 
 
+def test_each_filter_sees_the_channels_of_its_group():
+    images = tf.constant([1, 2, 3, 4], tf.float32, (1, 1, 1, 4))
+    kernel = np.ones((1, 1, 2, 6), np.float32)
+    mask = np.array([[1, 1, 0, 1, 0, 1], [1, 0, 1, 1, 1, 0]], np.float32)
+    got = sparse_conv2d(images, kernel, mask.reshape(kernel.shape))
+    np.testing.assert_array_equal(np.ravel(got), [3, 1, 2, 7, 4, 3])
+
+
+@pytest.mark.parametrize("dense_gradient", [False, True])
+@pytest.mark.parametrize(
+    "options, batch, groups",
+    [
+        ({}, 3, 2),
+        (dict(strides=(2, 1), padding="VALID"), 17, 3),
+        (dict(dilations=(1, 2)), 2, 6),
+    ],
+)
+def test_groups_are_products_side_by_side(
+    options, batch, groups, dense_gradient
+):
+    draw = np.random.default_rng(0)
+    images = normal(draw, batch, 7, 6, 12)
+    kernel = normal(draw, 3, 2, 12 // groups, 18)
+    mask = mask_of(draw, kernel.shape, 0.4)
+    got = passes(
+        lambda x, w: sparse_conv2d(
+            x, w, mask, dense_gradient=dense_gradient, **options
+        ),
+        tf.constant(images),
+        tf.constant(kernel),
+    )
+
+    def side_by_side(x, w):
+        parts = zip(
+            tf.split(x, groups, axis=3),
+            tf.split(w, groups, axis=3),
+            strict=True,
+        )
+        return tf.concat([reference(*part, **options) for part in parts], 3)
+
+    outputs, to_images, to_kernel = passes(
+        side_by_side,
+        tf.constant(images, tf.float64),
+        tf.constant(kernel * mask, tf.float64),
+    )
+    if not dense_gradient:
+        to_kernel = to_kernel * mask
+    for ours, theirs in zip(got, (outputs, to_images, to_kernel), strict=True):
+        assert_close(ours, theirs)
+
+
 def test_dense_layers():
     draw = np.random.default_rng(0)
     kernel = normal(draw, 6, 5)

@@ -1,5 +1,9 @@
 """Images in lanes: the layout, its operations, and layers that stay in it."""
 
+import os
+import subprocess
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -25,6 +29,13 @@ def of_any_size(monkeypatch):
 def normal(*shape, seed=0):
     draw = np.random.default_rng(seed)
     return tf.constant(draw.standard_normal(shape, np.float32))
+
+
+def in_lanes(images, product):
+    """Returns what a product of images in lanes returns, turned back."""
+    lanes = lane_operations.to_lanes(images)
+    outputs = product(lanes.values)
+    return lane_operations.from_lanes(Lanes(outputs, lanes.count))
 
 
 def random_mask(shape, density):
@@ -78,6 +89,7 @@ def test_images_are_turned_into_lanes_and_back(shape):
         ((2, 11, 9, 3), (5, 3, 3, 4), (2, 1), "SAME", (0, 0, 0, 0)),
         ((4, 5, 5, 2), (3, 3, 2, 3), (1, 1), "VALID", (0, 2, 1, 0)),
         ((1, 2, 2, 40), (1, 1, 40, 33), (1, 1), "VALID", (0, 0, 0, 0)),
+        ((18, 5, 4, 12), (3, 3, 4, 6), (2, 1), "SAME", (0, 0, 0, 0)),
     ],
 )
 @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
@@ -94,14 +106,15 @@ def test_convolutions_are_those_of_images_that_are_not_in_lanes(
             x, w, mask, strides=strides, padding=padding
         )
 
-    def in_lanes(x, w):
-        lanes = lane_operations.to_lanes(x)
-        y = lane_operations.conv2d(
-            lanes.values, w, mask, strides=strides, padding=padding, pads=pads
+    def ours(x, w):
+        return in_lanes(
+            x,
+            lambda values: lane_operations.conv2d(
+                values, w, mask, strides=strides, padding=padding, pads=pads
+            ),
         )
-        return lane_operations.from_lanes(Lanes(y, lanes.count))
 
-    found, wanted = everything(in_lanes, x, w), everything(plain, x, w)
+    found, wanted = everything(ours, x, w), everything(plain, x, w)
     for got, want in zip(found, wanted, strict=True):
         close(got, want, 1e-4)
 
@@ -113,20 +126,111 @@ def test_masks_are_bools_or_zeros_and_ones(dense_gradient):
     mask = random_mask(w.shape, 0.4)
 
     def product_by(mask):
-        def product(x, w):
-            lanes = lane_operations.to_lanes(x)
-            y = lane_operations.conv2d(
-                lanes.values, w, mask, dense_gradient=dense_gradient
-            )
-            return lane_operations.from_lanes(Lanes(y, lanes.count))
-
-        return product
+        return lambda x, w: in_lanes(
+            x,
+            lambda values: lane_operations.conv2d(
+                values, w, mask, dense_gradient=dense_gradient
+            ),
+        )
 
     bools = everything(product_by(mask), x, w)
     floats = everything(product_by(tf.cast(mask, tf.float32)), x, w)
     for ours, theirs in zip(bools, floats, strict=True):
         assert ours.numpy().any()
         np.testing.assert_array_equal(ours, theirs)
+
+
+def scratch_bytes(shape, kernel, strides, padding="SAME"):
+    return kernels.scratch_bytes(
+        shape, kernel, strides=strides, padding=padding, in_lanes=True
+    )
+
+
+SHARED_OUT = [
+    ((5, 6, 7, 6), (3, 3, 6, 17), (1, 1), "SAME"),
+    ((17, 9, 8, 40), (3, 3, 40, 5), (2, 2), "SAME"),
+    ((3, 7, 7, 5), (5, 3, 5, 9), (1, 2), "VALID"),
+    ((2, 6, 6, 8), (3, 3, 2, 12), (1, 1), "SAME"),
+]
+
+
+def test_more_memory_than_allowed_is_shared_out():
+    """By the positions of the kernel; in a process with little of it."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-q", "-n0", __file__),
+            *("-k", "little_memory"),
+        ],
+        env={
+            **os.environ,
+            "RIGL_KERAS_SCRATCH": {
+                "avx512": "3000",
+                "avx2": "1500",
+                "portable": "750",
+            }[kernels.instruction_set()],
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    assert "." * (len(SHARED_OUT) + 1) in done.stdout  # and none is skipped
+
+
+@pytest.mark.skipif(
+    "RIGL_KERAS_SCRATCH" not in os.environ, reason="there is much memory"
+)
+@pytest.mark.parametrize("images, kernel, strides, padding", SHARED_OUT)
+def test_little_memory(images, kernel, strides, padding):
+    _, both, limit = scratch_bytes(images, kernel, strides, padding)
+    assert both > limit
+    x, w = normal(*images), normal(*kernel, seed=1)
+    mask = random_mask(kernel, 0.5)
+    groups = images[3] // kernel[2]
+
+    def plain(x, w):
+        parts = zip(
+            tf.split(x, groups, axis=3),
+            tf.split(tf.where(mask, w, 0.0), groups, axis=3),
+            strict=True,
+        )
+        return tf.concat(
+            [tf.nn.conv2d(*part, strides, padding) for part in parts], axis=3
+        )
+
+    def ours(x, w):
+        return in_lanes(
+            x,
+            lambda values: lane_operations.conv2d(
+                values, w, mask, strides=strides, padding=padding
+            ),
+        )
+
+    found, wanted = everything(ours, x, w), everything(plain, x, w)
+    for got, want in zip(found, wanted, strict=True):
+        close(got, want, 1e-4)
+
+
+@pytest.mark.skipif(
+    "RIGL_KERAS_SCRATCH" not in os.environ, reason="there is much memory"
+)
+def test_little_memory_of_a_layer():
+    """It leaves lanes, or the sparse product, and computes the same."""
+    inputs = keras.Input((6, 6, 3))
+    x = layers.Conv2D(4, 3, padding="same", use_bias=False)(inputs)
+    x = layers.Conv2D(17, 3, padding="same", use_bias=False)(x)
+    dense = keras.Model(inputs, x)
+    model = rigl_keras.sparsify(dense, 0.5, product="sparse")
+
+    @tf.function(autograph=False)
+    def outputs(x):
+        return model(x, training=True)
+
+    found = operations_of(outputs, tf.TensorSpec((20, 6, 6, 3)))
+    kinds = [op.type for op in found if "Conv2D" in op.type]
+    assert kinds == ["RiglKerasLanesConv2D"]
+    x = normal(20, 6, 6, 3)
+    close(outputs(x), rigl_keras.strip(model)(x).numpy())
 
 
 def test_a_dense_gradient_of_the_kernel():

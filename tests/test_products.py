@@ -19,7 +19,8 @@ from support.small_models import compiled, examples, masks, small_model
 import rigl_keras
 from rigl_keras import _timing
 from rigl_keras.kernels import choice, layer_products, library
-from rigl_keras.kernels.choice import Choice, Problem
+from rigl_keras.kernels.choice import Choice
+from rigl_keras.kernels.problems import Problem
 from rigl_keras.masking.masked import Masked
 from rigl_keras.masking.masked_layers import choose_kernels, masked_layers
 from rigl_keras.masking.sparsify import sparsify, with_masks
@@ -557,7 +558,7 @@ def test_chosen_before_a_call():
 def test_auto_is_decided_by_the_batch(monkeypatch):
     asked_of = []
 
-    def answer(layer, shape, density, *, in_lanes):
+    def answer(layer, shape, density, *, in_lanes, projected):
         asked_of.append((layer.name, tuple(shape), round(density, 3)))
         return Choice(False, "a test")
 
@@ -701,7 +702,7 @@ def test_a_change_in_training_shows_after_an_evaluation(monkeypatch):
     monkeypatch.setattr(
         layer_products,
         "faster_product",
-        lambda *_, in_lanes: Choice(in_lanes and wins, "a test"),
+        lambda *_, in_lanes, projected: Choice(in_lanes and wins, "a test"),
     )
     layer = layers.Conv2D(4, 3)
     layer.build((None, 8, 8, 3))

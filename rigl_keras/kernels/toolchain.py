@@ -236,6 +236,7 @@ def _common_flags(sanitizer):
 def _objects(sources, sanitizer):
     """Returns the `objects` of a `Build`."""
     common = _common_flags(sanitizer)
+    undefined = _undefined_behaviour(sanitizer)
     # TensorFlow's headers are not ours to warn about, nor its own macros.
     tensorflow = [
         *(
@@ -243,9 +244,15 @@ def _objects(sources, sanitizer):
             for f in tf.sysconfig.get_compile_flags()
         ),
         *common,
+        *undefined,
         "-Wno-deprecated-declarations",
     ]
-    plain = [*common, *_without_tensorflow(sanitizer), "-fvisibility=hidden"]
+    if undefined:
+        # With these, GCC takes addresses in the headers for no constants.
+        tensorflow.append(
+            "-fno-sanitize=vptr,null,nonnull-attribute,returns-nonnull-attribute"
+        )
+    plain = [*common, *undefined, "-fvisibility=hidden"]
     names = list(_INSTRUCTION_SETS)
     if platform.machine() not in _X86:
         names = names[-1:]
@@ -258,7 +265,9 @@ def _objects(sources, sanitizer):
             objects[f"{stem}.o"] = [source, *tensorflow]
         elif source in _PER_INSTRUCTION_SET:
             for name in names:
-                objects[f"{stem}_{name}.o"] = [source, *common, *_isa(name)]
+                objects[f"{stem}_{name}.o"] = [
+                    *(source, *common, *undefined, *_isa(name))
+                ]
         elif source in _PER_VECTOR_LENGTH:
             for name in names:
                 for length in _VECTOR_LENGTHS[name]:
@@ -271,11 +280,8 @@ def _objects(sources, sanitizer):
     return objects
 
 
-def _without_tensorflow(sanitizer):
-    """Returns flags of what reads files of others, to compile and to link.
-
-    Undefined behaviour is not looked for in TensorFlow's headers.
-    """
+def _undefined_behaviour(sanitizer):
+    """Returns flags to look for it, to compile and to link."""
     if sanitizer != "address":
         return []
     return ["-fsanitize=undefined", "-fno-sanitize-recover=undefined"]
@@ -289,7 +295,7 @@ def _isa(name):
 def _libraries(objects, sanitizer):
     """Returns the `libraries` of a `Build`."""
     link = ["-shared", *_common_flags(sanitizer)]
-    link += _without_tensorflow(sanitizer)
+    link += _undefined_behaviour(sanitizer)
     operations = tf.sysconfig.get_link_flags()
     if sys.platform == "darwin":
         # As TensorFlow's own documentation has it; untested, for want of one.
