@@ -14,6 +14,7 @@ from rigl_keras.kernels.layer_products import PRODUCTS
 from rigl_keras.masking.layer_kernels import find_kernels
 from rigl_keras.masking.leaves import containers, leaf_layers, named_layers
 from rigl_keras.masking.masked import KernelMask, Masked
+from rigl_keras.masking.model_tree import is_graph
 from rigl_keras.masking.unmasked import (
     left_dense,
     listed,
@@ -195,8 +196,8 @@ def choose_kernels(
     Args:
         model: A masked model. What it has compiled is traced again.
         product: As in `sparsify`.
-        batch_size: Batch to time `"auto"` at, at least 1. None: nothing is
-            timed before the layers are called.
+        batch_size: Batch to time `"auto"` at, at least 1: as layers are called
+            in training, and alone. None: nothing is timed before they are.
         kernels: Deprecated name of `product`.
 
     Returns:
@@ -237,9 +238,34 @@ def choose_kernels(
             layer.forget_products()
             for shape in _input_shapes(layer) if batch_size else ():
                 layer.choose_product(tf.TensorShape((batch_size, *shape[1:])))
+    if batch_size and product != "dense":
+        _trace_training(model, batch_size)
     for function in ("train_function", "test_function", "predict_function"):
         setattr(model, function, None)
     return layers
+
+
+def _trace_training(model, batch_size):
+    """Has layers choose as they do in a step: in lanes, and within others.
+
+    What is no graph of layers does not say what it is called on.
+    """
+    sequential = isinstance(model, keras.Sequential)
+    if not is_graph(model) or (sequential and not hasattr(model, "inputs")):
+        return
+    structure = model.inputs if sequential else model.input
+    inputs = keras.tree.flatten(structure)
+    if tf.distribute.has_strategy() or any(one.sparse for one in inputs):
+        return
+    specs = keras.tree.map_structure(
+        lambda one: tf.TensorSpec(
+            (one.shape[0] or batch_size, *one.shape[1:]), one.dtype
+        ),
+        structure[0] if sequential else structure,
+    )
+    step = tf.function(lambda x: model(x, training=True), autograph=False)
+    with _keras.keeping_losses(model):
+        step.get_concrete_function(specs)
 
 
 def _input_shapes(layer):
