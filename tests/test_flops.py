@@ -76,6 +76,59 @@ def test_each_layer(layer, shape, macs):
     assert count(model, convention="macs").inference_flops == macs
 
 
+@pytest.mark.parametrize(
+    "layer, shapes, products",
+    [
+        # 5 queries, 3 keys; of each of 2 heads 4 entries, and 6 of a value.
+        (
+            layers.MultiHeadAttention(2, 4, value_dim=6),
+            [(5, 8), (3, 8)],
+            5 * 3 * 2 * (4 + 6),
+        ),
+        # Along axis 2 of a video of 7 frames.
+        (
+            layers.MultiHeadAttention(2, 4, attention_axes=2),
+            [(7, 5, 8), (7, 3, 8)],
+            7 * 5 * 3 * 2 * 8,
+        ),
+        # Over all places of an image of 2 x 3, of 4 x 5.
+        (
+            layers.MultiHeadAttention(1, 4),
+            [(2, 3, 8), (4, 5, 8)],
+            6 * 20 * 8,
+        ),
+        # 4 heads of queries, which share 2 of keys.
+        (
+            layers.GroupQueryAttention(3, 4, 2),
+            [(5, 8), (6, 8)],
+            5 * 6 * 4 * (3 + 3),
+        ),
+    ],
+)
+def test_products_of_attention(layer, shapes, products):
+    """Queries by keys and scores by values; the kernels come on top."""
+    inputs = [keras.Input(shape) for shape in shapes]
+    layer.name = "attend"
+    model = keras.Model(inputs, layer(*inputs))
+    got = count(model, convention="macs")
+    assert [layer.positions for layer in got.layers if not layer.shape] == [
+        products
+    ]
+    assert got.layers[-1].name == "attend/products"
+    assert not got.layers[-1].masked
+    kernels = sum(
+        math.prod(layer.shape) * layer.positions for layer in got.layers[:-1]
+    )
+    assert got.inference_flops == kernels + products
+    # Masks leave them as they are.
+    masked = count(sparsify(model, 0.25), convention="macs")
+    assert masked.inference_flops == pytest.approx(
+        kernels * 0.25 + products, rel=0.3
+    )
+    assert masked.layers[-1] == got.layers[-1]
+    assert count(model).layers[-1].inference_flops == 2 * products
+
+
 def test_shared_and_nested_layers_count_each_use():
     inputs = keras.Input((4,))
     shared = layers.Dense(4, name="shared")
@@ -96,6 +149,28 @@ def test_counting_changes_nothing():
         np.testing.assert_array_equal(old, variable.numpy())
     assert calls == [vars(part).get("call") for part in model._flatten_layers()]
     assert count(model) == first
+
+
+def test_counting_leaves_sparse_products_within_a_layer():
+    """What has the projections of attention use them stays after a count."""
+    inputs = keras.Input((3, 8))
+    attention = layers.MultiHeadAttention(2, 4, name="attend")
+    model = keras.Model(inputs, attention(inputs, inputs))
+    model = sparsify(model, 0.5, product="sparse")
+    found = rigl_keras.masked_layers(model).named
+    (attend,) = {
+        id(m.found.layer): m.found.layer for m in found.values()
+    }.values()
+    within = [
+        attend.query_dense,
+        attend.key_dense,
+        attend.value_dense,
+        attend.output_dense,
+    ]
+    calls = [vars(inner).get("call") for inner in within]
+    assert None not in calls
+    count(model)
+    assert calls == [vars(inner).get("call") for inner in within]
 
 
 def test_what_is_not_counted_is_named():

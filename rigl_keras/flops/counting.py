@@ -12,10 +12,11 @@ import numpy as np
 
 from rigl_keras._checks import choice
 from rigl_keras._text import aligned
-from rigl_keras.flops.positions import kernel_positions
+from rigl_keras.flops.positions import ATTENTION, applied
 from rigl_keras.masking.layer_kernels import Kernel, find_kernels
 from rigl_keras.masking.leaves import leaf_layers, named_layers, trained_weights
 from rigl_keras.masking.masked import Masked
+from rigl_keras.masking.model_tree import within
 
 __all__ = ["CONVENTIONS", "Count", "LayerCount", "count"]
 
@@ -26,6 +27,10 @@ _BITS = 32  # of a parameter
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerCount:
     """What one kernel of a layer costs, for one sample.
+
+    Or the two products of attention that have no weights: queries by keys, and
+    values by their scores. These are `"<layer>/products"`, of an empty shape
+    and as many positions as there are multiplications.
 
     Attributes:
         name: Unique name of the kernel (`selection.named_kernels`).
@@ -163,11 +168,16 @@ def count(model: keras.Model, *, convention: str = "micronet") -> Count:
         macs:     n P
         micronet: 2 n P, and P x (input channels) for a bias
 
+    Attention of H heads from T queries to S keys of k and values of v entries
+    costs, beside its kernels, H T S (k + v) multiplications (macs), or twice
+    that (micronet), at any density. Keys that a mask hides are counted, as they
+    are computed.
+
     micronet is how the report counts, after the MicroNet challenge (Evci et
     al., 2020, appendix H): multiplications and additions, a ReLU for each
     output instead of the addition that a sum of n terms saves, nothing for
-    normalisation, pooling, sums, embeddings and the products of attention
-    that have no weights. Its code reads the channels of a weight
+    normalisation, softmax, pooling, sums and embeddings, which are looked up.
+    Its code reads the channels of a weight
     the other way round, so that a bias costs an addition for each input
     channel instead of each output channel; this is kept, to agree with the
     published numbers to the digit.
@@ -203,11 +213,23 @@ def count(model: keras.Model, *, convention: str = "micronet") -> Count:
         for name, leaf in named_layers(model).items()
         for named in _kernels_of(name, leaf)
     ]
-    positions = kernel_positions(model, [named.kernel for named in kernels])
+    attention = {
+        name: layer
+        for leaf_name, leaf in named_layers(model).items()
+        for name, layer in _attention_in(leaf_name, leaf)
+    }
+    found = applied(
+        model, [named.kernel for named in kernels], attention.values()
+    )
+    positions = found.positions
     layers = tuple(
         _count_layer(named, positions[id(named.kernel.variable)], convention)
         for named in kernels
         if id(named.kernel.variable) in positions
+    )
+    layers += tuple(
+        _count_products(name, found.products[id(layer)], convention)
+        for name, layer in attention.items()
     )
     counted = {id(named.kernel.variable) for named in kernels} & set(positions)
     parameters = sum(math.prod(v.shape) for v in trained_weights(model))
@@ -265,6 +287,29 @@ def _kernels_of(name, leaf):
     for kernel in found:
         mask = masked[kernel.path].mask if kernel.path in masked else None
         yield _NamedKernel(kernel.named(name), kernel, mask)
+
+
+def _attention_in(name, leaf):
+    """Yields the layers of attention that a leaf is or has within it."""
+    layer = leaf.layer if isinstance(leaf, Masked) else leaf
+    for path, inner in within(layer, "", set()):
+        if isinstance(inner, ATTENTION):
+            parts = [part.strip("_") for part in path.split(".") if part]
+            yield "/".join([name, *parts, "products"]), inner
+
+
+def _count_products(name, products, convention):
+    return LayerCount(
+        name=name,
+        shape=(),
+        parameters=0,
+        nonzeros=0,
+        density=1.0,
+        masked=False,
+        positions=products,
+        bias_additions=0,
+        convention=convention,
+    )
 
 
 def _count_layer(named, positions, convention):

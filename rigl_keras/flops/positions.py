@@ -1,9 +1,10 @@
-"""At how many positions each kernel is applied."""
+"""How often each kernel is applied, and what attention multiplies besides."""
 
 import contextlib
+import dataclasses
 import math
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import keras
 import tensorflow as tf
@@ -17,16 +18,39 @@ from rigl_keras.masking.layer_kernels import (
 )
 from rigl_keras.masking.model_tree import call_model, input_structure, step_to
 
-__all__ = ["kernel_positions"]
+__all__ = ["ATTENTION", "Applied", "applied"]
+
+ATTENTION = (
+    keras.layers.MultiHeadAttention,
+    keras.layers.GroupQueryAttention,
+)
 
 # Layers have another `call` meanwhile: threads take turns.
 _turn = threading.RLock()
 
 
-def kernel_positions(
-    model: keras.Model, kernels: Iterable[Kernel]
-) -> dict[int, int]:
-    """Returns at how many positions of one sample each kernel is applied.
+@dataclasses.dataclass(frozen=True)
+class Applied:
+    """What one sample makes a model compute.
+
+    Attributes:
+        positions: `{id of a kernel's variable: positions that it is applied
+            at}`, without the kernels whose use does not follow from the calls
+            of their layer.
+        products: `{id of a layer of attention: multiplications of its two
+            products that have no weights}`.
+    """
+
+    positions: Mapping[int, int]
+    products: Mapping[int, int]
+
+
+def applied(
+    model: keras.Model,
+    kernels: Iterable[Kernel],
+    attention: Iterable[keras.layers.Layer] = (),
+) -> Applied:
+    """Returns how often one sample applies each kernel, and its attention.
 
     The model is traced, and its layers note the shapes of their inputs and
     outputs.
@@ -34,10 +58,7 @@ def kernel_positions(
     Args:
         model: A built model, masked or not.
         kernels: Kernels of its layers.
-
-    Returns:
-        `{id of the kernel's variable: positions}`, without the kernels whose
-        use does not follow from the calls of their layer.
+        attention: Layers of it, of `ATTENTION`.
 
     Raises:
         ValueError: An axis of the input is free, or the call fails.
@@ -51,7 +72,9 @@ def kernel_positions(
         for caller in [_caller(kernel)]
         if caller is not None
     }
-    calls = {id(caller): [] for caller in callers.values()}
+    attention = list(attention)
+    traced = {id(layer): layer for layer in (*callers.values(), *attention)}
+    calls = {key: [] for key in traced}
 
     def trace(x):
         # Penalties of activities go to the scope, not to the model.
@@ -67,8 +90,8 @@ def kernel_positions(
         _keras.keeping_losses(model),
         contextlib.ExitStack() as stack,
     ):
-        for caller in {id(c): c for c in callers.values()}.values():
-            stack.enter_context(_recording(caller, calls[id(caller)]))
+        for key, layer in traced.items():
+            stack.enter_context(_recording(layer, calls[key]))
         try:
             tf.function(trace).get_concrete_function(specs)
         except Exception as error:  # whatever a model of the user's raises
@@ -77,13 +100,24 @@ def kernel_positions(
                 f"on {specs} it fails, with {type(error).__name__}: "
                 f"{first_line(error)}"
             ) from error
-    return {
-        key: sum(_applied(kernel, caller, *call) for call in calls[id(caller)])
-        for kernel in kernels
-        for key in [id(kernel.variable)]
-        if key in callers
-        for caller in [callers[key]]
-    }
+    return Applied(
+        positions={
+            key: sum(
+                _applied(kernel, caller, inputs[0], outputs)
+                for inputs, outputs in calls[id(caller)]
+            )
+            for kernel in kernels
+            for key in [id(kernel.variable)]
+            if key in callers
+            for caller in [callers[key]]
+        },
+        products={
+            id(layer): sum(
+                _products(layer, *inputs[:2]) for inputs, _ in calls[id(layer)]
+            )
+            for layer in attention
+        },
+    )
 
 
 def _caller(kernel) -> keras.layers.Layer | None:
@@ -137,16 +171,39 @@ def _applied_in_einsum(equation, inputs, outputs) -> int:
     return math.prod(n for axis, n in sizes.items() if axis not in of_kernel)
 
 
+def _products(layer, queries, values) -> int:
+    """Returns the multiplications of queries by keys, and of values by scores.
+
+    Each query has a score for each key, whether a mask hides it or not: hidden
+    ones are computed as well.
+
+    Args:
+        layer: One of `ATTENTION`.
+        queries, values: Shapes of these inputs, for one sample. Keys are as
+            many as values.
+    """
+    if isinstance(layer, keras.layers.GroupQueryAttention):
+        width = layer.num_query_heads * 2 * layer.head_dim
+        return queries[1] * values[1] * width
+    width = layer.num_heads * (layer.key_dim + layer.value_dim)
+    attended = layer.get_config()["attention_axes"]
+    # Along the other axes of an image or a video, each place has its own.
+    return width * math.prod(
+        size * (values[axis] if axis in attended else 1)
+        for axis, size in enumerate(queries[1:-1], start=1)
+    )
+
+
 @contextlib.contextmanager
 def _recording(layer, calls) -> Iterator[None]:
     """Within the context, appends the shapes that each call has and makes."""
-    call = layer.call
+    call, own = layer.call, vars(layer).get("call")
 
     def recorded(*args, **kwargs):
         outputs = call(*args, **kwargs)
-        given, *_ = _tensors_in((args, kwargs))
+        given = _tensors_in((args, kwargs))
         made, *_ = _tensors_in(outputs)
-        calls.append((tuple(given.shape), tuple(made.shape)))
+        calls.append(([tuple(x.shape) for x in given], tuple(made.shape)))
         return outputs
 
     layer.call = recorded
@@ -154,6 +211,8 @@ def _recording(layer, calls) -> Iterator[None]:
         yield
     finally:
         del layer.call
+        if own is not None:  # sparse products of what is within a masked layer
+            layer.call = own
 
 
 def _tensors_in(structure):

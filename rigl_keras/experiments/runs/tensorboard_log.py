@@ -81,7 +81,9 @@ class TensorBoardLog(keras.callbacks.Callback):
     ):
         super().__init__()
         self._path = run.path / "tensorboard"
-        self._trajectory, self._layers = trajectory, cost.layers
+        self._trajectory = trajectory
+        # Without the products of attention, which have no density.
+        self._layers = tuple(layer for layer in cost.layers if layer.shape)
         self._epochs = epochs
         self._writers = {}
         for name in (_TRAIN, _VALIDATION, _TEST):
