@@ -64,6 +64,26 @@ class Data:
             f"{self.recipe.input_shape})"
         )
 
+    @property
+    def training_examples(self) -> int:
+        """How many images an epoch has."""
+        return len(self.train_images)
+
+    @property
+    def about(self) -> dict[str, object]:
+        """What tells this copy from others: nothing, of these data sets."""
+        return {}
+
+    def first_inputs(self, count: int) -> np.ndarray:
+        """Returns the first training images, as a model takes them.
+
+        Args:
+            count: How many, at most.
+        """
+        # TensorFlow takes arrays for tensors.
+        images: Any = self.train_images[:count]
+        return normalise(images, self.recipe).numpy()
+
     def steps_per_epoch(self, batch_size: int) -> int:
         """Returns the batches in an epoch, the last, short one included.
 
@@ -112,22 +132,13 @@ class Data:
             ValueError: if an argument is outside its limits.
         """
         steps = self.steps_per_epoch(batch_size)
-        check_integer("seed", seed, at_least=-(2**63), below=2**63)
-        check_integer("first_epoch", first_epoch, at_least=0)
-        check_integer("epochs", epochs, at_least=1)
-        if epochs <= first_epoch:
-            raise ValueError(
-                "epochs is the epoch to stop before, not how many to add, and "
-                "must be greater than first_epoch. Received: "
-                f"epochs={epochs}, first_epoch={first_epoch}. A run with "
-                "nothing left to train needs no dataset."
-            )
-        images, labels = _on_host(self.train_images, self.train_labels)
+        check_epochs(seed=seed, first_epoch=first_epoch, epochs=epochs)
+        images, labels = on_host(self.train_images, self.train_labels)
         count = len(self.train_images)
         augment = AUGMENTATIONS[self.recipe.augmentation]
 
         def batches_of(epoch: tf.Tensor) -> tf.data.Dataset:
-            order_key, augment_key = _epoch_keys(seed, epoch)
+            order_key, augment_key = epoch_keys(seed, epoch)
             order = _random.experimental.stateless_shuffle(
                 tf.range(count), seed=order_key, alg=ALGORITHM
             )
@@ -199,6 +210,20 @@ class Data:
         )
 
 
+def check_epochs(*, seed: int, first_epoch: int, epochs: int) -> None:
+    """Raises ValueError unless these say which batches there are."""
+    check_integer("seed", seed, at_least=-(2**63), below=2**63)
+    check_integer("first_epoch", first_epoch, at_least=0)
+    check_integer("epochs", epochs, at_least=1)
+    if epochs <= first_epoch:
+        raise ValueError(
+            "epochs is the epoch to stop before, not how many to add, and "
+            "must be greater than first_epoch. Received: "
+            f"epochs={epochs}, first_epoch={first_epoch}. A run with "
+            "nothing left to train needs no dataset."
+        )
+
+
 def normalise(images: tf.Tensor, recipe: Recipe) -> tf.Tensor:
     """Returns (images / 255 - mean) / std, in float32.
 
@@ -214,7 +239,7 @@ def normalise(images: tf.Tensor, recipe: Recipe) -> tf.Tensor:
     return (images - tf.constant(recipe.mean)) / tf.constant(recipe.std)
 
 
-def _epoch_keys(seed: int, epoch: tf.Tensor) -> list[tf.Tensor]:
+def epoch_keys(seed: int, epoch: tf.Tensor) -> list[tf.Tensor]:
     """Returns the keys of an epoch's order and of its augmentation.
 
     `fold_in` and `split` hash, so neighbouring seeds, epochs and batches
@@ -235,7 +260,7 @@ def _in_order(
 ) -> tf.data.Dataset:
     check_integer("batch_size", batch_size, at_least=1)
     steps = math.ceil(len(images) / batch_size)
-    all_images, all_labels = _on_host(images, labels)
+    all_images, all_labels = on_host(images, labels)
 
     def examples(step: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         start = step * batch_size
@@ -251,7 +276,7 @@ def _in_order(
     return dataset.prefetch(tf.data.AUTOTUNE)
 
 
-def _on_host(*arrays: np.ndarray) -> list[tf.Tensor]:
+def on_host(*arrays: np.ndarray) -> list[tf.Tensor]:
     # tf.data runs on the CPU: on a GPU the constants would be copied back.
     with tf.device("CPU:0"):
         return [tf.constant(array) for array in arrays]

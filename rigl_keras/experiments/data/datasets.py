@@ -1,6 +1,7 @@
-"""Images and labels for the experiments, and the batches made of them.
+"""Images, labels and texts for the experiments, and batches made of them.
 
-`load` reads a whole dataset into memory; `Data.train` turns it into batches.
+`load` reads a whole dataset into memory; `Data.train` or `Text.train` turns it
+into batches.
 Batch b of epoch e is a function of (seed, e, b) and of nothing else, so a run
 that is resumed at an epoch's start sees what the uninterrupted one would have
 seen. A batch is augmented whole, by gathers, not image by image.
@@ -8,8 +9,6 @@ seen. A batch is augmented whole, by gathers, not image by image.
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import os
 import socket
 import urllib.request
@@ -19,7 +18,14 @@ import numpy as np
 import tensorflow as tf
 
 from rigl_keras.experiments.data.batches import Data
-from rigl_keras.experiments.data.recipes import DATASETS, Recipe
+from rigl_keras.experiments.data.recipes import (
+    DATASETS,
+    Recipe,
+    TextRecipe,
+    recipe_of,
+)
+from rigl_keras.experiments.data.text import TextUnavailableError, python_docs
+from rigl_keras.experiments.data.text_batches import Text
 
 # Where tfds finds each dataset: the source, or Google's prepared copies.
 _HOSTS = {
@@ -28,6 +34,7 @@ _HOSTS = {
     "mnist": ("storage.googleapis.com",),
 }
 _CONNECT_SECONDS = 10
+_TEXTS = {"python_docs": python_docs}
 
 
 class DatasetUnavailableError(RuntimeError):
@@ -39,22 +46,30 @@ def load(
     *,
     data_dir: str | os.PathLike[str] | None = None,
     validation: int | None = None,
-) -> Data:
-    """Reads a dataset into memory and splits it by index.
+    context: int | None = None,
+    epoch_examples: int | None = None,
+) -> Data | Text:
+    """Reads a dataset into memory and splits it by index, or by position.
 
     The last `Recipe.validation` training examples are held out; the test set
     is the dataset's own (for digits, which has none, the last 180 of all).
     An index is a place in the order tfds stores, which is fixed when tfds
-    prepares the dataset and mixes the classes.
+    prepares the dataset and mixes the classes. A text ends with what is held
+    out and what is tested on.
 
     Args:
-        name: one of `DATASETS`.
+        name: one of `DATASETS` or `TEXTS`.
         data_dir: folder where tfds keeps prepared datasets. Without it the
             environment variable TFDS_DATA_DIR, without that tfds' own
             default. What is not there is downloaded into it. "digits" comes
-            with scikit-learn and ignores it.
+            with scikit-learn, "python_docs" with Python, and both ignore it.
         validation: how many training examples are held out, the last by
-            index, >= 0. None: as many as the recipe says.
+            index, or characters of a text, >= 0. None: as many as the recipe
+            says.
+        context: characters in an example of a text, >= 1. None: as many as
+            the recipe says. Images have none.
+        epoch_examples: examples in an epoch of a text, >= 1. None: all.
+            Images have none.
 
     Raises:
         ValueError: if name is unknown, the folder does not exist, or nothing
@@ -63,16 +78,14 @@ def load(
         DatasetUnavailableError: if the dataset is not on this machine and
             can't be downloaded.
     """
-    if name not in DATASETS:
-        near = difflib.get_close_matches(str(name), DATASETS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(
-            f"name must be one of {sorted(DATASETS)}. "
-            f"Received: name={name!r}.{hint}"
-        )
-    recipe = DATASETS[name]
-    if validation is not None:
-        recipe = dataclasses.replace(recipe, validation=validation)
+    recipe = recipe_of(
+        name,
+        validation=validation,
+        context=context,
+        epoch_examples=epoch_examples,
+    )
+    if isinstance(recipe, TextRecipe):
+        return Text(recipe, _text(name))
     if name == "digits":
         splits = _digits(DATASETS[name])
     else:
@@ -98,6 +111,27 @@ def load(
         test_images=test_images,
         test_labels=test_labels,
     )
+
+
+def training_examples(recipe: Recipe | TextRecipe) -> int:
+    """Returns how many examples an epoch has.
+
+    Args:
+        recipe: From `recipe_of`. Of a text, the text is read.
+
+    Raises:
+        DatasetUnavailableError: if a text is not on this machine.
+    """
+    if isinstance(recipe, TextRecipe):
+        return recipe.training_examples(len(_text(recipe.name)))
+    return recipe.examples - recipe.validation
+
+
+def _text(name: str) -> str:
+    try:
+        return _TEXTS[name]()
+    except TextUnavailableError as error:
+        raise DatasetUnavailableError(str(error)) from error
 
 
 def _digits(recipe: Recipe) -> list[tuple[np.ndarray, np.ndarray]]:

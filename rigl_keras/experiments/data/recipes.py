@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import numbers
 
 from rigl_keras.experiments.data.augmentation import AUGMENTATIONS
+from rigl_keras.experiments.data.text import SYMBOLS
 
-__all__ = ["check_integer"]
+__all__ = ["check_integer", "recipe_of"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,133 @@ class Recipe:
                 f"std must be > 0 in every channel. Received: std={self.std}"
             )
         check_integer("validation", self.validation, at_least=0)
+
+    @property
+    def network_arguments(self) -> dict[str, object]:
+        """What a model of these images is made with."""
+        return {
+            "num_classes": self.num_classes,
+            "input_shape": self.input_shape,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class TextRecipe:
+    """What one text is and how it is cut.
+
+    The text is split by position: first what is trained on, then what is
+    validated on, then what is tested on.
+
+    Args:
+        name: The name `load` knows it by.
+        vocabulary: How many symbols there are, which are the classes, too.
+        context: Characters of an example, >= 1.
+        validation: Number of characters held out, >= 0.
+        test: Number of characters to test on, > context.
+        epoch_examples: Examples in an epoch, >= 1; each epoch draws them
+            from all. None: all, or as many as there are.
+    """
+
+    name: str
+    vocabulary: int
+    context: int
+    validation: int
+    test: int
+    epoch_examples: int | None = None
+
+    def __post_init__(self) -> None:
+        check_integer("context", self.context, at_least=1)
+        if self.epoch_examples is not None:
+            check_integer("epoch_examples", self.epoch_examples, at_least=1)
+        check_integer("validation", self.validation, at_least=0)
+        if 0 < self.validation <= self.context or self.test <= self.context:
+            raise ValueError(
+                "What is held out must be longer than one example: validation "
+                "and test > context, or validation = 0. Received: "
+                f"validation={self.validation}, test={self.test}, "
+                f"context={self.context}."
+            )
+
+    @property
+    def num_classes(self) -> int:
+        return self.vocabulary
+
+    @property
+    def network_arguments(self) -> dict[str, object]:
+        """What a model of this text is made with."""
+        return {"vocabulary": self.vocabulary, "context": self.context}
+
+    def windows(self, characters: int) -> int:
+        """Returns how many windows there are, wherever the first starts.
+
+        Args:
+            characters: Of the whole text.
+
+        Raises:
+            ValueError: It is too short.
+        """
+        left = characters - self.validation - self.test
+        # The first window starts at one of `context` characters.
+        count = (left - self.context) // self.context
+        if count < 1:
+            raise ValueError(
+                f"The text {self.name!r} has {characters} characters, of which "
+                f"{self.validation} are held out and {self.test} tested on: "
+                f"too few are left for windows of {self.context}. Hold out "
+                "less, or make context smaller."
+            )
+        return count
+
+    def training_examples(self, characters: int) -> int:
+        """Returns how many windows an epoch has.
+
+        Args, Raises: As in `windows`.
+        """
+        found = self.windows(characters)
+        return min(found, self.epoch_examples or found)
+
+
+def recipe_of(
+    name: str,
+    *,
+    validation: int | None = None,
+    context: int | None = None,
+    epoch_examples: int | None = None,
+) -> Recipe | TextRecipe:
+    """Returns the recipe of a data set, with some of it changed.
+
+    Args:
+        name: One of `DATASETS` or `TEXTS`.
+        validation: How much is held out: training examples, or characters of
+            a text. None: as the recipe says.
+        context: Characters in an example of a text. None: as the recipe says.
+        epoch_examples: Examples in an epoch of a text. None: all.
+
+    Raises:
+        ValueError: There is no such data set, images are asked for a context,
+            or a number is out of range.
+    """
+    known = {**DATASETS, **TEXTS}
+    if name not in known:
+        near = difflib.get_close_matches(str(name), known, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(
+            f"name must be one of {sorted(known)}. "
+            f"Received: name={name!r}.{hint}"
+        )
+    changes = {} if validation is None else {"validation": validation}
+    for setting, value in (
+        ("context", context),
+        ("epoch_examples", epoch_examples),
+    ):
+        if value is not None:
+            if name not in TEXTS:
+                raise ValueError(
+                    f"{setting} is a setting of texts, and {name!r} has "
+                    f"images. Leave it out. Received: {setting}={value!r}."
+                )
+            changes[setting] = value
+    return dataclasses.replace(known[name], **changes)
 
 
 def check_integer(
@@ -115,6 +244,18 @@ DATASETS: dict[str, Recipe] = {
             std=(0.3753,),
             augmentation="none",
             validation=180,
+        ),
+    )
+}
+TEXTS: dict[str, TextRecipe] = {
+    recipe.name: recipe
+    for recipe in (
+        TextRecipe(
+            name="python_docs",
+            vocabulary=len(SYMBOLS),
+            context=256,
+            validation=65_536,
+            test=65_536,
         ),
     )
 }

@@ -18,7 +18,7 @@ import tensorflow as tf
 import gin
 import rigl_keras
 from rigl_keras import distributions, flops
-from rigl_keras.experiments.data import recipes
+from rigl_keras.experiments import data
 from rigl_keras.experiments.runs import optimizers, train
 
 __all__ = ["Cost", "planned", "seconds_of_step"]
@@ -142,13 +142,14 @@ def seconds_of_step(network: tuple) -> float:
     model.compile(
         optimizers.sgd(), keras.losses.CategoricalCrossentropy(from_logits=True)
     )
-    classes = model.output_shape[-1]
-    images = tf.random.stateless_normal(
-        (batch_size, *model.input_shape[1:]), seed=(0, 0)
-    )
-    labels = tf.one_hot(tf.range(batch_size) % classes, classes)
+    *places, classes = model.output_shape[1:]
+    shape = (batch_size, *model.input_shape[1:])
+    examples = _classes(shape, classes)  # the symbols of a text
+    if model.inputs[0].dtype.startswith("float"):
+        examples = tf.random.stateless_normal(shape, seed=(0, 0))
+    labels = tf.one_hot(_classes((batch_size, *places), classes), classes)
     model.make_train_function()
-    batches = iter(tf.data.Dataset.from_tensors((images, labels)).repeat())
+    batches = iter(tf.data.Dataset.from_tensors((examples, labels)).repeat())
     seconds = []
     for _ in range(_WARM_UP + _STEPS):
         start = time.perf_counter()
@@ -156,6 +157,10 @@ def seconds_of_step(network: tuple) -> float:
         float(logs["loss"])  # fetched, so that the step is over
         seconds.append(time.perf_counter() - start)
     return float(np.median(seconds[_WARM_UP:]))
+
+
+def _classes(shape, count):
+    return tf.random.stateless_uniform(shape, (0, 1), 0, count, tf.int32)
 
 
 def _settings():
@@ -168,21 +173,22 @@ def _settings():
 
 
 def _examples(settings):
-    recipe = recipes.DATASETS[settings["dataset"]]
-    held_out = settings["validation"]
-    return recipe.examples - (
-        recipe.validation if held_out is None else held_out
+    return data.training_examples(_recipe(settings))
+
+
+def _recipe(settings):
+    return data.recipe_of(
+        settings["dataset"],
+        validation=settings["validation"],
+        context=settings["context"],
+        epoch_examples=settings["epoch_examples"],
     )
 
 
 def _network(settings, scale):
     """Returns what makes the configured network, to be called or compared."""
-    recipe = recipes.DATASETS[settings["dataset"]]
     made = dict(gin.get_bindings(settings["model"].__name__))
-    made |= {
-        "num_classes": recipe.num_classes,
-        "input_shape": recipe.input_shape,
-    }
+    made |= _recipe(settings).network_arguments
     if scale != 1.0:
         made["channel_scale"] = scale
     # Without gin around it, whose configuration will be another by then.
@@ -202,12 +208,15 @@ def _sparse_flops(cost, density, settings):
     """Returns the forward cost of masks of a density, as they are drawn."""
     drawn = not (settings["one_shot"] or settings["masks_from"])
     densities = distributions.layer_densities(
-        {layer.name: layer.shape for layer in cost.layers},
+        {layer.name: layer.shape for layer in cost.layers if layer.shape},
         density,
         settings["distribution"] if drawn else "uniform",
         conventions=settings["conventions"],
     )
-    return sum(layer.flops_at(densities[layer.name]) for layer in cost.layers)
+    # The products of attention, which have no shape, are the same at any.
+    return sum(
+        layer.flops_at(densities.get(layer.name, 1.0)) for layer in cost.layers
+    )
 
 
 def _last_and_mean(cost, densities, settings):

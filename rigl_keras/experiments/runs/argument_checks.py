@@ -1,12 +1,12 @@
 """Which arguments of `train` may stand together."""
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from rigl_keras.experiments.runs import devices
 from rigl_keras.patterns import as_pattern
 
-__all__ = ["check_arguments"]
+__all__ = ["check_arguments", "check_fits"]
 
 
 def check_arguments(
@@ -118,4 +118,26 @@ def check_arguments(
         raise ValueError(
             "shuffle_masks shuffles the masks of another run: set "
             "train.masks_from."
+        )
+
+
+def check_fits(model: Callable, dataset: str, names: Iterable[str]) -> None:
+    """Raises ValueError for a model that is not made for a data set.
+
+    Args:
+        model: Makes the dense model.
+        dataset: Name of the data set.
+        names: Of the arguments that the data set has for it.
+    """
+    takes = inspect.signature(model).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in takes.values()):
+        return
+    missing = [name for name in names if name not in takes]
+    if missing:
+        raise ValueError(
+            f"The data set {dataset!r} needs a model that takes "
+            f"{' and '.join(names)}, such as "
+            f"{'gpt' if 'vocabulary' in names else 'wide_resnet'}. Received: "
+            f"model={getattr(model, '__name__', model)!r}, without "
+            f"{' and '.join(missing)}."
         )

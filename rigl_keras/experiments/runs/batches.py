@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from rigl_keras.experiments.data import Data
+from rigl_keras.experiments.data import Data, Text
 from rigl_keras.experiments.runs import devices
 
 __all__ = ["Batches"]
@@ -10,6 +10,8 @@ __all__ = ["Batches"]
 
 class Batches:
     """The batches of a run: labels are shares of classes, workers share each.
+
+    The classes of a text are its symbols, and each character has a label.
 
     Args:
         examples: The examples.
@@ -21,7 +23,7 @@ class Batches:
 
     def __init__(
         self,
-        examples: Data,
+        examples: Data | Text,
         *,
         batch_size: int,
         seed: int,

@@ -23,7 +23,9 @@ __all__ = ["configured", "find", "has_macro", "parse"]
 _CONFIGURABLE: dict[str, Callable] = {
     "train": train.train,
     "sgd": optimizers.sgd,
+    "adamw": optimizers.adamw,
     "wide_resnet": rigl_keras.models.wide_resnet,
+    "gpt": rigl_keras.models.gpt,
     "lenet5": rigl_keras.models.lenet5,
     "mlp": rigl_keras.models.mlp,
     "resnet18": rigl_keras.models.resnet18,

@@ -133,7 +133,7 @@ class Exports:
             if self._quantizes(format):
                 quantization = self.quantization
             if self._is_calibrated(format) and examples is None:
-                examples = _training_images(source, data_dir)
+                examples = _training_inputs(source, data_dir)
             try:
                 report = rigl_keras.export(
                     model,
@@ -241,19 +241,19 @@ def read_inputs(path: str | os.PathLike, model: keras.Model):
     return signature.pack(arrays)
 
 
-def _training_images(source, data_dir):
+def _training_inputs(source, data_dir):
     if not source.is_dir():
         raise ValueError(
             "quantization='int8' reads the ranges of activations from typical "
             "examples. Pass --inputs=FILE, an .npy or .npz with a hundred or "
             "more."
         )
-    examples = data.load(
-        EarlierRun(source).result["dataset"], data_dir=data_dir
-    )
-    # TensorFlow takes arrays for tensors.
-    images: Any = examples.train_images[:_CALIBRATED_ON]
-    return data.normalise(images, examples.recipe).numpy()
+    result = EarlierRun(source).result
+    return data.load(
+        result["dataset"],
+        data_dir=data_dir,
+        context=result["settings"].get("context"),  # earlier runs had none
+    ).first_inputs(_CALIBRATED_ON)
 
 
 def main() -> None:

@@ -1,11 +1,11 @@
-"""The optimizer of the report, and its learning rates."""
+"""The optimizers of runs, and their learning rates."""
 
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-__all__ = ["WarmUpAndSteps", "sgd"]
+__all__ = ["WarmUpAndSteps", "adamw", "sgd"]
 
 
 @keras.saving.register_keras_serializable("rigl_keras")
@@ -107,3 +107,93 @@ def sgd(
         warmup_steps=warmup_steps,
     )
     return keras.optimizers.SGD(schedule, momentum=momentum, nesterov=nesterov)
+
+
+# Parameters that are no kernels: biases, layer norms, embeddings, positions.
+_NOT_DECAYED = ("bias", "gamma", "beta", "embeddings", "positions")
+
+
+def adamw(
+    *,
+    learning_rate: float = 1e-3,
+    warmup_steps: int = 100,
+    decay_steps: int = 5_000,
+    final_fraction: float = 0.1,
+    weight_decay: float = 0.1,
+    beta_1: float = 0.9,
+    beta_2: float = 0.99,
+    clip_norm: float | None = 1.0,
+    length: float = 1.0,
+) -> keras.Optimizer:
+    """Returns AdamW whose learning rate rises linearly and falls by a cosine.
+
+    With W the warm-up, D the steps of the decay and f the final fraction:
+
+        t < W:       learning_rate x t / W
+        W <= t:      learning_rate x (f + (1 - f) (1 + cos(pi s)) / 2),
+                     s = min((t - W) / D, 1)
+
+    Weights decay apart from the gradient (Loshchilov and Hutter, 2019,
+    arXiv:1711.05101, algorithm 2), and kernels alone: neither biases, norms
+    nor embeddings. What a mask removes stays zero. Gradients are clipped by
+    the norm of all of them together (Pascanu et al., 2013, arXiv:1211.5063,
+    section 3.2): under a mask, of those of the connections that there are.
+
+    Args:
+        learning_rate: Rate after the warm-up, positive.
+        warmup_steps: W, at least 0.
+        decay_steps: D, at least 1.
+        final_fraction: f, in [0, 1].
+        weight_decay: Share of a weight, times the learning rate, that goes
+            with each step; at least 0.
+        beta_1, beta_2: Decay of the means of gradients and of their squares,
+            in [0, 1).
+        clip_norm: Largest norm of a gradient, positive. None: any.
+        length: Factor on `decay_steps`, for runs that are longer.
+
+    Returns:
+        A Keras optimizer.
+
+    Raises:
+        ValueError: An argument is out of range.
+    """
+    for name, value, fits, rule in (
+        ("learning_rate", learning_rate, learning_rate > 0, "be positive"),
+        ("warmup_steps", warmup_steps, warmup_steps >= 0, "be at least 0"),
+        ("decay_steps", decay_steps, decay_steps >= 1, "be at least 1"),
+        (
+            "final_fraction",
+            final_fraction,
+            0 <= final_fraction <= 1,
+            "be in [0, 1]",
+        ),
+        ("weight_decay", weight_decay, weight_decay >= 0, "be at least 0"),
+        ("beta_1", beta_1, 0 <= beta_1 < 1, "be in [0, 1)"),
+        ("beta_2", beta_2, 0 <= beta_2 < 1, "be in [0, 1)"),
+        (
+            "clip_norm",
+            clip_norm,
+            clip_norm is None or clip_norm > 0,
+            "be positive, or None",
+        ),
+    ):
+        if not fits:
+            raise ValueError(f"{name} must {rule}. Received: {name}={value!r}.")
+    # Any: Keras annotates rates as numbers, and takes schedules, too.
+    schedule: Any = keras.optimizers.schedules.CosineDecay(
+        0.0 if warmup_steps else learning_rate,
+        max(1, int(decay_steps * length)),
+        alpha=final_fraction,
+        warmup_target=learning_rate if warmup_steps else None,
+        warmup_steps=warmup_steps,
+    )
+    clipped: Any = clip_norm
+    optimizer = keras.optimizers.AdamW(
+        schedule,
+        weight_decay=weight_decay,
+        beta_1=beta_1,
+        beta_2=beta_2,
+        global_clipnorm=clipped,
+    )
+    optimizer.exclude_from_weight_decay(var_names=list(_NOT_DECAYED))
+    return optimizer

@@ -1,6 +1,7 @@
 """What a run found out: the content of result.json."""
 
 import importlib.metadata
+import math
 import platform
 from collections.abc import Mapping
 
@@ -26,6 +27,7 @@ def result(
     validation: Mapping[str, float],
     dataset: str,
     train_examples: int,
+    text: Mapping[str, object],
     seed: int,
     epochs: int,
     seconds: float,
@@ -43,6 +45,7 @@ def result(
         validation: Metrics of those that were held out; none without them.
         dataset: Name of the data set.
         train_examples: Training examples in an epoch.
+        text: What tells a text from others; nothing, where there are images.
         seed: Seed of the run.
         epochs: Epochs of the run.
         seconds: That training took.
@@ -62,6 +65,7 @@ def result(
         "validation_accuracy": validation.get("accuracy"),
         "test_loss": test["loss"],
         "validation_loss": validation.get("loss"),
+        **(_of_text(test, validation, text) if text else {}),
         "inference_flops": final.inference_flops,
         "inference_flops_ratio": final.inference_flops / cost.dense_flops,
         # By the masks of each step, by the closed form, and with the runs
@@ -84,6 +88,28 @@ def result(
         "settings": {**settings, "method": _settings_of(update)},
         "versions": _versions(),
     }
+
+
+def _of_text(test, validation, text):
+    """Returns the losses of a text as people compare them, and the text.
+
+    A loss l is the mean of -ln p over characters. Perplexity is e^l, the
+    number of characters that would be as hard to tell apart if all were alike;
+    l / ln 2 is the bits in which a character is coded.
+    """
+    found: dict[str, object] = {}
+    for split, metrics in (("test", test), ("validation", validation)):
+        loss = metrics.get("loss")
+        found[f"{split}_perplexity"] = None if loss is None else _exp(loss)
+        found[f"{split}_bits_per_character"] = (
+            None if loss is None else loss / math.log(2)
+        )
+    return {**found, "text": dict(text)}
+
+
+def _exp(loss):
+    # Of a run that has diverged, it is larger than any number.
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 def _layers(count):

@@ -18,7 +18,10 @@ from rigl_keras.conventions import ORIGINAL, Conventions
 from rigl_keras.diagnostics.callback import TopologyDiagnostics
 from rigl_keras.experiments import data
 from rigl_keras.experiments.runs import devices
-from rigl_keras.experiments.runs.argument_checks import check_arguments
+from rigl_keras.experiments.runs.argument_checks import (
+    check_arguments,
+    check_fits,
+)
 from rigl_keras.experiments.runs.batches import Batches
 from rigl_keras.experiments.runs.epoch_logs import EpochLogs
 from rigl_keras.experiments.runs.optimizers import sgd
@@ -44,6 +47,8 @@ def train(
     dataset: str = "cifar10",
     data_dir: str | None = None,
     validation: int | None = None,
+    context: int | None = None,
+    epoch_examples: int | None = None,
     label_smoothing: float = 0.0,
     method: Callable[[], StepUpdate] | None = None,
     density: float | None = 0.1,
@@ -76,12 +81,18 @@ def train(
     Args:
         run: Directory of the run.
         model: Makes the dense model, given `num_classes` and `input_shape`
-            (and `channel_scale` where `small_dense` is set).
-        dataset: One of `data.DATASETS`.
+            (and `channel_scale` where `small_dense` is set), or, for a text,
+            `vocabulary` and `context`.
+        dataset: One of `data.recipes.DATASETS` or `data.recipes.TEXTS`.
         data_dir: Folder of the prepared data. None: TFDS_DATA_DIR, or where
             TensorFlow Datasets keeps its own.
-        validation: How many training examples are held out. None: as the
-            data set's recipe says. 0: all are trained on.
+        validation: How many training examples are held out, or characters of
+            a text. None: as the data set's recipe says. 0: all are trained
+            on.
+        context: Characters in an example of a text. None: as its recipe says.
+            Images have none.
+        epoch_examples: Examples in an epoch of a text, drawn from all of them
+            for each epoch. None: all.
         label_smoothing: Share of each label, in training, that is spread
             over all classes, in [0, 1).
         method: Makes the mask update. None: the masks stay as they are.
@@ -131,7 +142,9 @@ def train(
             beside the result.
 
     Returns:
-        The result: accuracies, density, FLOPs ratios, layers, settings.
+        The result: accuracies, density, FLOPs ratios, layers, settings. Of a
+        text, the accuracy is that of the next character, a loss is in nats,
+        and it is there as perplexity and in bits per character, too.
         `inference_flops_ratio` is over the dense model,
         `training_flops_ratio` over training it for a run of length 1.
 
@@ -161,8 +174,15 @@ def train(
     # Over `epochs`, which is the length of the dense model's training.
     times_as_long = int(epochs * length) / epochs
     epochs = int(epochs * length)
+    of_data = {
+        "validation": validation,
+        "context": context,
+        "epoch_examples": epoch_examples,
+    }
+    recipe = data.recipe_of(dataset, **of_data)
+    check_fits(model, dataset, recipe.network_arguments)
     keras.utils.set_random_seed(seed)
-    examples = data.load(dataset, data_dir=data_dir, validation=validation)
+    examples = data.load(dataset, data_dir=data_dir, **of_data)
     batches = Batches(
         examples,
         batch_size=batch_size,
@@ -170,11 +190,7 @@ def train(
         label_smoothing=label_smoothing,
     )
     loss = keras.losses.CategoricalCrossentropy(from_logits=True)
-    make = functools.partial(
-        model,
-        num_classes=examples.recipe.num_classes,
-        input_shape=examples.recipe.input_shape,
-    )
+    make = functools.partial(model, **recipe.network_arguments)
 
     def masked_at_once(dense):
         make_masks = cast(Callable, one_shot)  # used where there is one
@@ -272,7 +288,8 @@ def train(
         test=test,
         validation=validated,
         dataset=dataset,
-        train_examples=len(examples.train_labels),
+        train_examples=examples.training_examples,
+        text=examples.about,
         seed=seed,
         epochs=epochs,
         seconds=sum(float(row["seconds"]) for row in run.metrics),
@@ -290,6 +307,8 @@ def train(
             "batch_size": batch_size,
             "replicas": devices.replica_count(),
             "label_smoothing": label_smoothing,
+            "context": context,
+            "epoch_examples": epoch_examples,
         },
     )
     # The optimizer is in the checkpoints; the model to keep loads without it.

@@ -174,6 +174,7 @@ def table(result: dict) -> str:
         ("data", f"{result['dataset']}, seed {result['seed']}"),
         ("test accuracy", f"{100 * result['test_accuracy']:.2f} %"),
         ("validation accuracy", _percent(result["validation_accuracy"])),
+        *_of_text(result),
         ("density of masked weights", f"{result['density']:.4f}"),
         (
             "parameters",
@@ -194,6 +195,20 @@ def table(result: dict) -> str:
     ]
     width = max(len(label) for label, _ in rows)
     return "\n".join(f"{label.ljust(width)}  {value}" for label, value in rows)
+
+
+def _of_text(result):
+    """Returns rows of what is said of a text alone."""
+    return [
+        (
+            f"{split} loss",
+            f"{result[f'{split}_loss']:.4f} nats, "
+            f"{result[f'{split}_bits_per_character']:.4f} bits per character, "
+            f"perplexity {result[f'{split}_perplexity']:.3f}",
+        )
+        for split in ("test", "validation")
+        if result.get(f"{split}_bits_per_character") is not None
+    ]
 
 
 def _percent(fraction):

@@ -12,7 +12,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 import gin
 from rigl_keras import _checks
 from rigl_keras._text import exact
-from rigl_keras.experiments.data import recipes
+from rigl_keras.experiments.data import recipe_of
 from rigl_keras.experiments.protocol import variations
 from rigl_keras.experiments.protocol.variations import Changes
 from rigl_keras.experiments.reproduction import plans
@@ -263,8 +263,12 @@ def check_runs(
         )
     Run(row, preset, density, seed=0).configure()
     settings = gin.get_bindings("train")
-    recipe = recipes.DATASETS[settings["dataset"]]
-    if not settings.get("validation", recipe.validation):
+    recipe = recipe_of(
+        settings["dataset"],
+        validation=settings.get("validation"),
+        context=settings.get("context"),
+    )
+    if not recipe.validation:
         raise ValueError(
             f"The preset {preset.name!r} holds out no examples, and settings "
             "are compared by their validation accuracy. Take "
