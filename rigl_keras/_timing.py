@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
-__all__ = ["Verdict", "interleaved", "rounds_within", "settled"]
+__all__ = ["Verdict", "interleaved", "rounds_within", "settled", "turns"]
 
 Name = TypeVar("Name", bound=Hashable)
 Sides = Mapping[Name, Callable[[], object]]
@@ -141,11 +141,34 @@ def interleaved(
         name: max(1, math.ceil(turn / once))
         for name, once in _seconds_of_a_call(sides, time.perf_counter).items()
     }
+    seconds = turns(sides, rounds=rounds, calls=calls)
+    return {name: float(np.median(s)) for name, s in seconds.items()}
+
+
+def turns(
+    sides: Sides[Name],
+    *,
+    rounds: int,
+    calls: Mapping[Name, int] | None = None,
+) -> dict[Name, list[float]]:
+    """Returns the seconds of each turn, which sides take as in `interleaved`.
+
+    Nothing is called before: sides that trace or compile have been.
+
+    Args:
+        sides: `{name: what to time}`.
+        rounds: How many turns each has, at least 1.
+        calls: How many calls a turn has. None: one.
+
+    Returns:
+        `{name: seconds of a call in each turn}`.
+    """
+    calls = calls or dict.fromkeys(sides, 1)
     seconds = {name: [] for name in sides}
     draw = random.Random(0)
     for _ in range(rounds):
         _round(sides, calls, seconds, draw, time.perf_counter)
-    return {name: float(np.median(s)) for name, s in seconds.items()}
+    return seconds
 
 
 def rounds_within(

@@ -13,6 +13,8 @@
                                    fastest (`engine_command`)
     bin/benchmark workers          what two workers send each other
                                    (`worker_speed`)
+    bin/benchmark language         a training step of a GPT, and losses of runs
+                                   (`language_command`)
 
 Both sides of a comparison alternate in one process, so that whatever else
 the machine does falls on both; medians of their times are compared.
@@ -24,6 +26,7 @@ from rigl_keras.experiments import data, exits
 from rigl_keras.experiments.benchmarks import (
     engine_command,
     kernel_command,
+    language_command,
     plan_memory,
     worker_speed,
 )
@@ -43,6 +46,7 @@ def main() -> None:
         "plans": plan_memory,
         "engines": engine_command,
         "workers": worker_speed,
+        "language": language_command,
     }
     if named in commands or named in kernel_command.PARTS:
         if named in commands:
@@ -69,8 +73,8 @@ def main() -> None:
         if len(argv) > 1:
             raise ValueError(
                 "What to measure is named before all flags, one of "
-                f"{', '.join((*kernel_command.PARTS, *commands))}; without "
-                f"it --part counts. Received: {argv[1]!r}."
+                f"{', '.join((*kernel_command.PARTS, *commands))}; without it "
+                f"--part counts. Received: {argv[1]!r}."
             )
         rate = None
         if part.value in ("all", "step"):

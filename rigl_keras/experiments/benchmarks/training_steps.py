@@ -74,18 +74,23 @@ def stepper(
     batches: tf.data.Dataset,
     method: rigl_keras.MaskUpdate | None,
     options: Mapping,
+    *,
+    optimizer: keras.Optimizer | None = None,
+    loss: keras.losses.Loss | None = None,
 ) -> Callable[[], None]:
     """Returns a function that trains a model on one batch, as `fit` does.
 
     Args:
         model: A model, dense or masked; it is compiled.
-        batches: Endless pairs of images and labels.
+        batches: Endless pairs of inputs and labels.
         method: What updates its masks, if anything does.
         options: For `model.compile`.
+        optimizer: None: SGD with Nesterov momentum.
+        loss: None: cross-entropy of one class each, from logits.
     """
     model.compile(
-        keras.optimizers.SGD(0.01, momentum=0.9, nesterov=True),
-        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        optimizer or keras.optimizers.SGD(0.01, momentum=0.9, nesterov=True),
+        loss or keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
         **options,
     )
