@@ -19,7 +19,9 @@ from rigl_keras.models import resnet
 pytestmark = pytest.mark.usefixtures("blank_figures")
 
 GIN = pathlib.Path(rigl_keras.__file__).parents[1] / "gin"
-FILES = sorted(path.stem for path in GIN.glob("*.gin"))
+EVERY = sorted(path.stem for path in GIN.glob("*.gin"))
+TEXTS = [name for name in EVERY if name.endswith("_gpt")]
+FILES = [name for name in EVERY if name not in TEXTS]  # of images
 
 # Two steps of the real configuration, on networks of fewer blocks.
 SHORT = [
@@ -162,6 +164,17 @@ def test_header(name):
         assert source in FILES
 
 
+@pytest.mark.parametrize("name", TEXTS)
+def test_header_of_texts(name):
+    """That the report has no such row, where its numbers are, the command."""
+    text = (GIN / f"{name}.gin").read_text()
+    header = text[: text.index("\n\n")].replace("\n# ", " ")
+    assert f"bin/train --gin_file=gin/{name}.gin" in header
+    assert "Not a row of the report" in header
+    assert "docs/language.md" in header
+    assert (GIN.parent / "docs" / "language.md").is_file()
+
+
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
@@ -255,6 +268,54 @@ def test_two_steps(name, short):
         assert result["settings"]["masks_from"] == source
 
 
+@pytest.mark.parametrize("name", TEXTS)
+@pytest.mark.filterwarnings("ignore:Even though the `tf.config")
+def test_two_steps_of_a_text(name, tmp_path):
+    keras.config.disable_interactive_logging()
+    tf.config.run_functions_eagerly(True)
+    try:
+        result = train_command.run(
+            [f"{name}.gin", "gin/presets/tiny_gpt.gin"],
+            bindings=[
+                "train.batch_size = 1024",  # few to test on, without graphs
+                "train.epoch_examples = 2048",
+                "train.validation = 17",
+                "train.diagnostics = False",
+                "UPDATE_FREQUENCY = 1",
+            ],
+            run_dir=tmp_path / "run",
+        )
+    finally:
+        tf.config.run_functions_eagerly(False)
+    assert result["method"] == METHODS[name.removesuffix("_gpt")]
+    assert (result["model"], result["dataset"]) == ("gpt", "python_docs")
+    assert result["steps"] == 2
+    assert result["density"] == pytest.approx(
+        1.0 if name.startswith("dense") else 0.1, rel=0.01
+    )
+    assert np.isfinite(result["test_loss"])
+    rows = (tmp_path / "run" / "trajectory.csv").read_text().splitlines()
+    assert len(rows) - 2 == name.startswith("rigl")
+
+
+def test_texts_differ_by_their_method_alone():
+    base = bindings_of("includes/gpt_python_docs")
+    own = {
+        name: {
+            what: value
+            for what, value in bindings_of(name).items()
+            if base.get(what) != value
+        }
+        for name in TEXTS
+    }
+    masked = {"train.distribution": "'erdos_renyi_kernel'"}
+    assert own == {
+        "rigl_gpt": {"train.method": "@RigL", **masked},
+        "static_gpt": {"train.method": "None", **masked},
+        "dense_gpt": {"train.method": "None", "train.density": "None"},
+    }
+
+
 def bindings_of(path):
     """Returns `{what is bound: to what}` of a gin file, as text."""
     config.parse([f"{path}.gin"], [])
@@ -303,7 +364,7 @@ def test_differs_from_one_that_is_trained(name):
 
 
 def test_lengths_are_those_of_the_rows():
-    for name in FILES:
+    for name in EVERY:
         config.parse([f"{name}.gin"], [])
         length = gin.get_bindings("train").get("length", 1)
         multiple = re.search(r"_(\d)x_", name)
@@ -324,7 +385,7 @@ def test_density_reaches_every_row(monkeypatch):
     config.configured()  # what the files name is known to gin from here on
     configured = {"train": train, "Exports": Exports}
     monkeypatch.setattr(config, "configured", lambda: configured)
-    for name in FILES:
+    for name in EVERY:
         if name == "quickstart" or name.startswith("dense"):
             continue
         config.parse([f"{name}.gin"], [])

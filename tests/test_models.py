@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 from keras import layers
 
+import rigl_keras
 from rigl_keras import models
 
 
@@ -182,3 +183,155 @@ def test_small_dense_truncates_channels(make):
 def test_bad_networks(make, options, message):
     with pytest.raises(ValueError, match=message):
         make(**options)
+
+
+# --- GPT
+
+
+def small_gpt(**changes):
+    return models.gpt(**{"vocabulary": 11, "context": 6, **TINY, **changes})
+
+
+TINY = {"layers": 2, "width": 8, "heads": 2}
+
+
+def test_gpt_sees_what_came_before_alone():
+    model = small_gpt()
+    tokens = np.array([[1, 2, 3, 4, 5, 6]])
+    logits = model(tokens).numpy()
+    assert logits.shape == (1, 6, 11)
+    for at in range(6):
+        other = tokens.copy()
+        other[0, at] = 9
+        changed = np.abs(model(other).numpy() - logits).max(axis=-1)[0]
+        assert (changed[:at] == 0).all()
+        assert (changed[at:] > 1e-7).all()
+
+
+def test_gpt_by_hand():
+    """One block of one head, in NumPy."""
+    model = models.gpt(5, 3, 1, 4, 1)
+    draw = np.random.default_rng(0)
+    for variable in model.trainable_variables:
+        variable.assign(draw.normal(size=variable.shape))
+
+    def norm(x, name):
+        x = x - x.mean(-1, keepdims=True)
+        x = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5)
+        gamma, beta = model.get_layer(name).weights
+        return x * gamma.numpy() + beta.numpy()
+
+    def dense(x, name):
+        kernel, bias = model.get_layer(name).weights
+        return x @ kernel.numpy() + bias.numpy()
+
+    tokens = np.array([4, 0, 2])
+    (embeddings,) = model.get_layer("embedding").weights
+    (positions,) = model.get_layer("positions").weights
+    x = embeddings.numpy()[tokens] + positions.numpy()
+    attention = model.get_layer("block0_attention")
+    y = norm(x, "block0_norm1")
+    query, key, value = (
+        y @ np.reshape(part.kernel, (4, 4)) + np.reshape(part.bias, -1)
+        for part in (
+            attention.query_dense,
+            attention.key_dense,
+            attention.value_dense,
+        )
+    )
+    scores = query @ key.T / 2  # the root of 4 entries
+    scores[np.triu_indices(3, 1)] = -np.inf
+    scores = np.exp(scores - scores.max(-1, keepdims=True))
+    y = scores / scores.sum(-1, keepdims=True) @ value
+    out = attention.output_dense
+    x = x + y @ np.reshape(out.kernel, (4, 4)) + np.array(out.bias)
+    y = dense(norm(x, "block0_norm2"), "block0_expand")
+    y = y / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (y + 0.044715 * y**3)))
+    x = x + dense(y, "block0_contract")
+    wanted = dense(norm(x, "norm"), "head")
+    np.testing.assert_allclose(model(tokens[None])[0], wanted, rtol=2e-3)
+
+
+def test_gpt_of_its_size():
+    """12 d^2 weights and 13 d biases and norms in a block of width d."""
+    model = small_gpt()
+    block = 12 * 8**2 + 13 * 8
+    ends = (11 + 6) * 8 + 2 * 8 + 8 * 11 + 11
+    assert model.count_params() == 2 * block + ends
+    # What the docstring says of the whole one.
+    block, ends = 12 * 512**2 + 13 * 512, (97 + 256 + 2 + 97) * 512 + 97
+    assert 12 * block + ends == 38_060_129
+    kernels = [v for v in model.trainable_variables if v.name == "kernel"]
+    assert len(kernels) == 2 * 6 + 1
+    drawn = np.concatenate([np.ravel(k) for k in kernels])
+    assert drawn.std() == pytest.approx(0.02, rel=0.05)
+    # Each of its own: no two of a shape are alike.
+    first, second = (
+        model.get_layer(f"block{i}_expand").kernel.numpy() for i in (0, 1)
+    )
+    assert np.abs(first - second).max() > 0.01
+    assert not of(model, layers.Dropout)
+    rates = [layer.rate for layer in of(small_gpt(dropout=0.2), layers.Dropout)]
+    assert rates == [0.2] * 5
+    attention = small_gpt(dropout=0.2).get_layer("block1_attention")
+    assert attention.dropout == 0.2
+
+
+def test_gpt_is_masked_saved_and_loaded(tmp_path):
+    model = rigl_keras.sparsify(small_gpt(), 0.25)
+    named = rigl_keras.masked_layers(model).named
+    assert len(named) == 13
+    assert "block1_attention/value_dense/kernel" in named
+    assert rigl_keras.count(model).uncounted == (
+        ("embedding", "Embedding"),
+        ("positions", "LearnedPositions"),
+    )
+    tokens = np.array([[1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1]])
+    wanted = model(tokens).numpy()
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(loaded(tokens), wanted)
+    plain = rigl_keras.strip(model)
+    np.testing.assert_allclose(plain(tokens), wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "format", ["saved_model", "sparse_saved_model", "onnx", "tflite"]
+)
+def test_gpt_is_exported(format, tmp_path):
+    """And compared with the model, as each export is."""
+    model = rigl_keras.sparsify(small_gpt(width=32, heads=4), 0.25)
+    report = rigl_keras.export(
+        model, tmp_path / "exported", format=format, measure=False
+    )
+    assert report.format == format
+    assert report.max_difference <= report.tolerance < 1e-2
+    assert report.density == pytest.approx(0.25, abs=0.01)
+
+
+def test_gpt_is_no_native_network(tmp_path):
+    """Which knows neither look-ups nor norms of layers, and says so."""
+    model = rigl_keras.sparsify(small_gpt(), 0.25)
+    with pytest.raises(ValueError, match="these operations need TensorFlow"):
+        rigl_keras.export(
+            model, tmp_path / "exported", format="native", measure=False
+        )
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"vocabulary": 1}, "vocabulary must be an int of at least 2"),
+        ({"context": 0}, "context must be"),
+        ({"layers": 0}, "layers must be"),
+        ({"layers": True}, "layers must be"),
+        ({"width": 8.0}, "width must be"),
+        ({"heads": 0}, "heads must be"),
+        ({"heads": 3}, "multiple of heads"),
+        ({"dropout": 1.0}, "dropout must be"),
+    ],
+)
+def test_bad_gpts(changes, message):
+    with pytest.raises(ValueError, match=message):
+        small_gpt(**changes)

@@ -197,7 +197,8 @@ def test_nonsense():
         ValueError, match="no row nothing. It has small_dense_wrn"
     ):
         plans.runs("table2", preset=FULL, rows=["nothing"])
-    with pytest.raises(ValueError, match="full, small or the path.*'smal'"):
+    known = "full, small, small_gpt, tiny_gpt or the path.*'smal'"
+    with pytest.raises(ValueError, match=known):
         plans.Preset("smal")
     with pytest.raises(ValueError, match="no gin file"):
         plans.Preset("nowhere/tiny.gin")

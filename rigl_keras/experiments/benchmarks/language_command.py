@@ -14,7 +14,6 @@ does falls on all of them.
 
 import functools
 import os
-from pathlib import Path
 
 import tensorflow as tf
 
@@ -83,30 +82,27 @@ def _run(given, runs, output, argv):
         raise ValueError("--runs writes a table and a figure: pass --output.")
     folder = prepared_folder(output.value) if output.value else None
     if runs.value:
-        points = read_losses(runs.value)
-        if folder:
-            write_losses(points, folder / "losses.csv")
-            _draw("losses", points, folder)
+        _write("losses", read_losses(runs.value), folder)
         return
     values = {name: flag.value for name, flag in given.items()}
     values["densities"] = exits.numbers("densities", values["densities"], float)
     steps = measure_language_steps(**values, say=_say)
     if folder:
-        write_steps(steps, folder / "steps.csv")
-        _draw("steps", steps, folder)
+        _write("steps", steps, folder)
 
 
-def _draw(name: str, content, folder: Path) -> None:
-    """Writes a figure, and says what has been written."""
+def _write(name, content, folder):
+    """Writes a table and its figure, and says so."""
     from rigl_keras.experiments.benchmarks import language_figures
 
-    draw = {
-        "steps": language_figures.step_times,
-        "losses": language_figures.losses,
-    }
-    image = folder / f"{name}.png"
-    _figure_style.save(draw[name](content), image)
-    _say(f"Written: {folder / name}.csv, {image}")
+    write, draw = {
+        "steps": (write_steps, language_figures.step_times),
+        "losses": (write_losses, language_figures.losses),
+    }[name]
+    table, image = folder / f"{name}.csv", folder / f"{name}.png"
+    write(content, table)
+    _figure_style.save(draw(content), image)
+    _say(f"Written: {table}, {image}")
 
 
 def _say(line: str) -> None:

@@ -115,7 +115,9 @@ def measure_language_steps(
         ValueError: An argument is out of range.
     """
     for density in densities:
-        _checks.fraction("densities", density, rule="must be in (0, 1]")
+        _checks.number(
+            "densities", density, above=0, at_most=1, rule="must be in (0, 1]"
+        )
     for product in products:
         _checks.choice("products", product, ("auto", "sparse", "dense"))
     _checks.integer("batch_size", batch_size, at_least=1)
@@ -124,9 +126,9 @@ def measure_language_steps(
         say(f"PyTorch is not measured: {torch_network.INSTALL}")
         torch = False
     text = data.load(_TEXT, context=context)
-    tokens, following = next(
-        text.train(batch_size=batch_size, seed=0, epochs=1).as_numpy_iterator()
-    )
+    batch = text.train(batch_size=batch_size, seed=0, epochs=1).take(1)
+    # Copies: PyTorch takes no arrays that may not be written.
+    tokens, following = map(np.array, next(batch.as_numpy_iterator()))
     symbols = text.recipe.num_classes
     dense = rigl_keras.models.gpt(symbols, context, layers, width, heads)
     batches = tf.data.Dataset.from_tensors(

@@ -14,6 +14,7 @@ __all__ = ["NETWORKS", "Row", "known", "row", "run_name"]
 NETWORKS = {
     "wrn": "WRN-22-2 on CIFAR-10",
     "resnet50": "ResNet-50 on CIFAR-100",
+    "gpt": "GPT on python_docs",
 }
 _METHODS = {
     "dense": "Dense",
@@ -39,7 +40,7 @@ _METHODS = {
 _DISTRIBUTIONS = {"uniform": "uniform", "erk": "ERK", "er": "ER"}
 _NAME = re.compile(
     r"(?P<method>\w+?)(_(?P<distribution>uniform|erk|er))?"
-    r"(_(?P<length>\d)x)?(?P<all_data>_50k)?_(?P<network>wrn|resnet50)"
+    r"(_(?P<length>\d)x)?(?P<all_data>_50k)?_(?P<network>wrn|resnet50|gpt)"
 )
 
 
