@@ -155,6 +155,7 @@ MAY_IMPORT |= {
         "experiments/exits",
         "experiments/progress_bar",
         "experiments/data",
+        "experiments/runs",
     },
     "experiments/report_command": {
         "private",
