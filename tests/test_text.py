@@ -252,6 +252,7 @@ SHORT = [
     "train.batch_size = 64",
     "train.epochs = 3",
     "train.validation = 4096",
+    "gpt.layers = 1",
     "gpt.dropout = 0.1",
     "UPDATE_FREQUENCY = 10",
     "UPDATE_END = 60",
@@ -307,6 +308,7 @@ def test_what_a_run_says_of_a_text(straight):
     assert float(rows[-1]["val_loss"]) < float(rows[0]["val_loss"]) < 4.0
 
 
+@pytest.mark.slow
 def test_a_run_on_text_resumes_exactly(straight, tmp_path):
     """Ended within its second epoch, to the same weights and masks."""
     run_dir = tmp_path / "run"
