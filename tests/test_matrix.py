@@ -3,7 +3,7 @@
 Each kind meets each set-up once, some set-ups in one run, and the methods take
 turns, so that each method meets every kind and every set-up: all pairs, in a
 seventh of the runs of all triples. `--every-combination` runs those, each
-set-up alone. The README's table of what is supported is made here:
+set-up alone. The table in docs/supported_models.md is made here:
 `python tests/test_matrix.py` prints it.
 """
 

@@ -474,7 +474,7 @@ TABLE_2 = {
 
 @pytest.mark.slow
 def test_flops_of_table_2(dense_counts):
-    """To the two digits printed, or the README names the difference."""
+    """To the two digits printed, or the docs name the difference."""
     dense = dense_counts["wrn-22-2"]
     shapes = {layer.name: layer.shape for layer in dense.layers}
     differ = set()
@@ -509,8 +509,8 @@ def test_flops_of_table_2(dense_counts):
             ):
                 if f"{got:.2f}" != want:
                     differ.add((row, str(density), column, want, f"{got:.2f}"))
-    readme = (DATA.parents[1] / "README.md").read_text()
-    table = readme[readme.index("| row | density |") :].split("\n\n")[0]
+    page = (DATA.parents[1] / "docs" / "flops.md").read_text()
+    table = page[page.index("| row | density |") :].split("\n\n")[0]
     named = {
         tuple(cell.strip() for cell in line.strip("|").split("|"))[:5]
         for line in table.splitlines()[2:]

@@ -57,19 +57,16 @@ class TopologyDiagnostics(keras.callbacks.Callback):
 
     A run resumes exactly where `variables` are in its checkpoint, or where
     `log_dir` was last written at the step from which it resumes. Otherwise
-    exploration is counted anew, with a warning.
+    exploration is counted from there, with a warning.
 
     Args:
         log_dir: Folder for the record. None: it is kept in memory alone.
-
-            topology.csv  a row for each update and layer (`COLUMNS`), written
-                          at the end of each epoch
-            topology.npz  what a resumed run needs
-            events.*      the same for TensorBoard: topology/<column>/<layer>
-            *.png         `figures`, drawn when training ends if `draw`
-
-            A resumed run continues these files; one that begins at step 0
-            begins them anew.
+            `topology.csv` has a row for each update and layer (`COLUMNS`),
+            written at the end of each epoch, and `topology.npz` what a
+            resumed run needs. TensorBoard's `events.*` hold the same as
+            `topology/<column>/<layer>`, and `*.png` are `figures`, drawn when
+            training ends if `draw`. A resumed run continues these files; one
+            that begins at step 0 replaces them.
         draw: Whether figures are drawn when training ends, which takes
             seconds.
 
@@ -82,7 +79,7 @@ class TopologyDiagnostics(keras.callbacks.Callback):
         ImportError: `log_dir` is given and matplotlib or tensorboard is
             missing.
         ValueError: The model has no masked layer, or one named `"all"`.
-        UserWarning: A run that resumes is counted anew, or the FLOPs of the
+        UserWarning: A run that resumes is counted from there, or the FLOPs of the
             model cannot be counted.
 
     Example:

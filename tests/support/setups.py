@@ -67,7 +67,7 @@ UNSUPPORTED = {}
 
 
 def support_table() -> str:
-    """Returns the README's table: kinds of models by set-ups."""
+    """Returns the table of docs/supported_models.md: kinds by set-ups."""
     lines = [
         "| | " + " | ".join(SETUPS) + " |",
         "|---" * (len(SETUPS) + 1) + "|",

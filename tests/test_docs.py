@@ -1,0 +1,322 @@
+"""The code of the README and the guides runs, and what they name exists.
+
+`python tests/test_docs.py` prints the README's table of speeds, which is read
+from the data of the benchmarks.
+"""
+
+import csv
+import json
+import pathlib
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from support.setups import support_table
+
+import rigl_keras
+from rigl_keras import kernels
+
+needs_kernels = pytest.mark.skipif(
+    kernels.load() is None, reason="there are no sparse kernels here"
+)
+
+ROOT = pathlib.Path(rigl_keras.__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = ["README.md", *(f"docs/{p.name}" for p in sorted(DOCS.glob("*.md")))]
+
+
+def text_of(page):
+    return (ROOT / page).read_text()
+
+
+def blocks(page, language="python"):
+    return re.findall(rf"```{language}\n(.*?)```", text_of(page), re.DOTALL)
+
+
+def block_with(page, words, language="python"):
+    (found,) = [b for b in blocks(page, language) if words in b]
+    return found
+
+
+# What the blocks of a page may use, as the reader of the page would have it.
+
+
+def a_model():
+    return keras.Sequential(
+        [
+            keras.Input((6, 6, 2), name="image"),
+            keras.layers.Conv2D(8, 3, name="conv"),
+            keras.layers.BatchNormalization(name="norm"),
+            keras.layers.ReLU(name="relu"),
+            keras.layers.Conv2D(8, 3, name="conv2"),
+            keras.layers.Flatten(name="flat"),
+            keras.layers.Dense(3, name="dense"),
+        ]
+    )
+
+
+def a_dataset():
+    draw = np.random.default_rng(0)
+    images = draw.standard_normal((16, 6, 6, 2)).astype(np.float32)
+    targets = draw.standard_normal((16, 3)).astype(np.float32)
+    return tf.data.Dataset.from_tensor_slices((images, targets)).batch(4)
+
+
+def a_compiled_model():
+    model = rigl_keras.sparsify(a_model(), 0.5)
+    model.compile("sgd", "mse")
+    return model
+
+
+WITH_CODE = [page for page in PAGES if blocks(page)]
+SLOW = ("README.md", "docs/getting_started.md", "docs/serving.md")
+NAMES = {
+    "docs/methods.md": lambda: {"make_model": a_model},
+    "docs/training.md": lambda: {
+        "model": a_compiled_model(),
+        "train": a_dataset(),
+        "optimizer": keras.optimizers.SGD(0.01),
+        "loss_of": keras.losses.MeanSquaredError(),
+    },
+    "docs/speed.md": lambda: {"dense": a_model()},
+    "docs/serving.md": lambda: {"model": a_compiled_model()},
+    "docs/several_machines.md": lambda: {
+        "make_model": a_model,
+        "train": a_dataset(),
+    },
+    "docs/flops.md": lambda: {"model": a_compiled_model()},
+}
+
+
+# `fit` warns of its own default, shuffle=True, on every tf.data.Dataset.
+fits = pytest.mark.filterwarnings("ignore:`shuffle=True` was passed")
+
+
+@fits
+@needs_kernels
+@pytest.mark.slow_but(*[page for page in WITH_CODE if page not in SLOW])
+@pytest.mark.parametrize("page", WITH_CODE)
+def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {"rigl_keras": rigl_keras, "tf": tf}
+    for number, code in enumerate(blocks(page)):
+        names |= NAMES.get(page, dict)()
+        # From a file, because `tf.function` reads the source.
+        file = tmp_path / f"block{number}.py"
+        file.write_text(code)
+        exec(compile(code, str(file), "exec"), names)
+
+
+def test_the_quickstart_prints_what_the_readme_shows(capsys, tmp_path):
+    """A newcomer sees this table."""
+    code = blocks("README.md")[0].partition("loss =")[0]
+    names = {}
+    exec(code, names)
+    shown = blocks("README.md", "text")[0]
+    assert str(rigl_keras.count(names["model"])) == shown.strip()
+
+
+def test_the_readme_fits_a_page():
+    assert len(text_of("README.md").encode()) <= 8_000
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_code_that_is_not_run_can_be_read(page):
+    for code in blocks(page, "py"):
+        compile(code, page, "exec")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_a_page_links_to_exists(page):
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text_of(page)):
+        assert ((ROOT / page).parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_it_names_exists(page):
+    folders = "rigl_keras|gin|bin|tests|docs"
+    for path in re.findall(rf"`((?:{folders})/[\w./]+)`", text_of(page)):
+        assert (ROOT / path).exists(), path
+    for path in re.findall(r"(?<![\w/])((?:gin|bin)/[\w./]+)", text_of(page)):
+        assert (ROOT / path.rstrip(".")).exists(), path
+
+
+def test_the_architecture_names_files():
+    rows = re.findall(r"\| [^|]+\? \| (.+) \|", text_of("docs/architecture.md"))
+    assert len(rows) > 10
+    for path in re.findall(r"`([\w./]+)`", " ".join(rows)):
+        found = [ROOT / "rigl_keras" / path, ROOT / path]
+        assert any(place.exists() for place in found), path
+
+
+def test_what_is_supported_is_what_is_tested():
+    assert support_table() in text_of("docs/supported_models.md")
+
+
+@pytest.mark.slow
+def test_the_server_answers(tmp_path):
+    """In a process that cannot import this package."""
+    model = rigl_keras.sparsify(rigl_keras.models.wide_resnet(10, 1), 0.1)
+    page = "docs/serving.md"
+    call = block_with(page, "remove_dead_units")
+    call = call.replace('"exported/"', repr(str(tmp_path / "exported")))
+    exec(call, {"rigl_keras": rigl_keras, "model": model})
+    code = block_with(page, "serve_forever", "py")
+    assert "rigl_keras" not in code
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    code = code.replace("8501", str(port))
+    code = f"import sys; sys.modules['rigl_keras'] = None\n{code}"
+    images = np.random.default_rng(0).standard_normal((2, 32, 32, 3))
+    request = urllib.request.Request(
+        f"http://localhost:{port}",
+        json.dumps({"instances": images.tolist()}).encode(),
+    )
+    server = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
+    try:
+        answer = None
+        while answer is None:
+            assert server.poll() is None, "The server has ended."
+            try:
+                with urllib.request.urlopen(request, timeout=60) as response:
+                    answer = json.load(response)
+            except urllib.error.URLError:
+                time.sleep(0.2)  # it imports TensorFlow first
+    finally:
+        server.kill()
+        server.wait()
+    np.testing.assert_allclose(
+        answer["predictions"], model(images), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.slow
+@needs_kernels
+def test_the_sparse_saved_model_is_loaded(tmp_path):
+    """In a process that cannot import this package, by the lines it has."""
+    model = rigl_keras.sparsify(rigl_keras.models.wide_resnet(10, 1), 0.1)
+    rigl_keras.export(
+        model,
+        tmp_path / "exported",
+        format="sparse_saved_model",
+        measure=False,
+    )
+    code = "\n".join(
+        [
+            "import sys; sys.modules['rigl_keras'] = None",
+            "import tensorflow as tf",
+            block_with("docs/serving.md", "load_op_library", "py"),
+            "(name,) = serve.structured_input_signature[1]",
+            "images = tf.ones((2, 32, 32, 3))",
+            "print(serve(**{name: images})['output_0'].numpy().tolist())",
+        ]
+    )
+    answer = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert answer.returncode == 0, answer.stderr
+    np.testing.assert_allclose(
+        json.loads(answer.stdout),
+        model(tf.ones((2, 32, 32, 3))),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+# The README's table of speeds.
+
+CASES = [
+    ("wide_resnet", 1, "Serving WRN-22-2, batch 1"),
+    ("wide_resnet", 128, "Serving WRN-22-2, batch 128"),
+    ("resnet50", 1, "Serving ResNet-50 (32 x 32), batch 1"),
+]
+
+
+def rows_of(file):
+    return list(csv.DictReader((DOCS / file).read_text().splitlines()))
+
+
+def speed_table():
+    """Returns the README's table, from the files of the benchmarks."""
+    lines = [
+        "| density 0.1, ERK masks | dense | sparse | speed-up |",
+        "|---|---|---|---|",
+    ]
+    (step,) = [
+        row
+        for row in rows_of("kernels/onednn/train.csv")
+        if row["side"] == "kernels=auto"
+        and (row["model"], row["distribution"], float(row["density"]))
+        == ("wide_resnet", "erdos_renyi_kernel", 0.1)
+    ]
+    lines.append(
+        "| Training step of WRN-22-2, batch 128 "
+        f"| Keras: {1e3 * float(step['dense_seconds']):.0f} ms "
+        f"| {1e3 * float(step['seconds']):.0f} ms "
+        f"| **{float(step['speed_up']):.1f}x** |"
+    )
+    engines = {
+        (row["model"], int(row["batch"]), row["engine"]): row
+        for row in rows_of("engines/engines.csv")
+        if float(row["density"]) == 0.1
+        and row["distribution"] == "erdos_renyi_kernel"
+    }
+    for model, batch, name in CASES:
+        theirs, ours = (
+            float(engines[model, batch, engine]["median_ms"])
+            for engine in ("openvino", "native")
+        )
+        lines.append(
+            f"| {name} | OpenVINO: {theirs:.3g} ms | {ours:.3g} ms "
+            f"| **{theirs / ours:.1f}x** |"
+        )
+    return "\n".join(lines)
+
+
+def test_speeds_are_those_of_the_data():
+    assert speed_table() in text_of("README.md")
+
+
+def test_every_method_of_the_table():
+    table = text_of("README.md")
+    table = table[table.index("| method |") :].split("\n\n")[0]
+    calls = re.findall(r"`([\w.]+\(.*?\))`", table)
+    assert len(calls) >= 7
+    names = {**vars(rigl_keras), "model": None, "masks": {}}
+    for call in calls:
+        if call.startswith(("one_shot", "with_masks", "sparsify")):
+            assert callable(eval(call.partition("(")[0], names))
+        else:
+            assert isinstance(eval(call, names), rigl_keras.StepUpdate)
+
+
+@fits
+def test_adding_a_method_takes_ten_lines():
+    code = block_with("docs/methods.md", "MaskUpdate):")
+    assert len(code.strip().splitlines()) <= 10
+    names = {"rigl_keras": rigl_keras}
+    exec(code, names)
+    model = a_compiled_model()
+    before = [m.mask.numpy() for m in rigl_keras.masked_layers(model)]
+    method = names["GradientTimesWeight"](frequency=2, decay="constant")
+    model.fit(a_dataset(), epochs=2, callbacks=[method], verbose=0)
+    after = [m.mask.numpy() for m in rigl_keras.masked_layers(model)]
+    assert any((a != b).any() for a, b in zip(before, after, strict=True))
+    for a, b in zip(before, after, strict=True):
+        assert a.sum() == b.sum()
+
+
+if __name__ == "__main__":
+    print(speed_table())
