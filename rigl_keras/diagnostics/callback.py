@@ -79,8 +79,8 @@ class TopologyDiagnostics(keras.callbacks.Callback):
         ImportError: `log_dir` is given and matplotlib or tensorboard is
             missing.
         ValueError: The model has no masked layer, or one named `"all"`.
-        UserWarning: A run that resumes is counted from there, or the FLOPs of the
-            model cannot be counted.
+        UserWarning: A run that resumes is counted from there, or the FLOPs of
+            the model cannot be counted.
 
     Example:
 

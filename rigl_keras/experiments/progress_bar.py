@@ -24,6 +24,7 @@ class ProgressBar(contextlib.AbstractContextManager):
         total: How many there are. None: that is not known.
         done: How many are done already.
         doing: What is being done.
+        leave: Whether the bar stays when it is closed.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class ProgressBar(contextlib.AbstractContextManager):
         total: int | None = None,
         done: int = 0,
         doing: str = "",
+        leave: bool = True,
     ):
         self._pace: list[float] = []  # seconds taken over seconds estimated
         self._bar = tqdm.tqdm(
@@ -42,6 +44,7 @@ class ProgressBar(contextlib.AbstractContextManager):
             + unit
             + " |{bar:20}| {elapsed}{desc}",
             dynamic_ncols=True,
+            leave=leave,
             disable=not sys.stderr.isatty(),
         )
         if doing:
@@ -57,9 +60,17 @@ class ProgressBar(contextlib.AbstractContextManager):
             yield item
             self.advance()
 
-    def set_done(self, done: int) -> None:
-        """Says how many are done, here and elsewhere."""
-        self._bar.n = done
+    def set_done(self, done: int, *, show: bool = False) -> None:
+        """Says how many are done, here and elsewhere.
+
+        Args:
+            done: How many.
+            show: Whether the bar shows it now, if some time has passed.
+        """
+        if show:
+            self._bar.update(done - self._bar.n)
+        else:
+            self._bar.n = done
 
     def learn_pace(self, seconds: float, estimated: float) -> None:
         """Learns how long something took that was estimated before."""

@@ -7,7 +7,6 @@ The options of the command are in `train_command.py`.
 """
 
 import functools
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -24,6 +23,7 @@ from rigl_keras.experiments.runs.argument_checks import (
 )
 from rigl_keras.experiments.runs.batches import Batches
 from rigl_keras.experiments.runs.epoch_logs import EpochLogs
+from rigl_keras.experiments.runs.epoch_table import EpochTable
 from rigl_keras.experiments.runs.optimizers import sgd
 from rigl_keras.experiments.runs.result import result
 from rigl_keras.experiments.runs.run_callbacks import (
@@ -251,6 +251,8 @@ def train(
             run, trajectory, cost.count, first_epoch=first_epoch, epochs=epochs
         )
     held_out = batches.validation()
+    steps_per_epoch = examples.steps_per_epoch(batch_size)
+    table = EpochTable(epochs=epochs, steps_per_epoch=steps_per_epoch)
     callbacks = [
         update,
         topology,
@@ -259,18 +261,19 @@ def train(
         Metrics(run, first_epoch=first_epoch) if run.writes else None,
         board,
         KeepWeights(run, keep_weights),
+        table if run.writes else None,
         checkpoints,  # last: what it saves is logged already
     ]
     if first_epoch < epochs:
         network.fit(
             batches.train(first_epoch=first_epoch, epochs=epochs),
-            steps_per_epoch=examples.steps_per_epoch(batch_size),
+            steps_per_epoch=steps_per_epoch,
             initial_epoch=first_epoch,
             epochs=epochs,
             validation_data=held_out,
             shuffle=False,  # the data set is shuffled already
             callbacks=[each for each in callbacks if each is not None],
-            verbose=(1 if sys.stdout.isatty() else 2) if run.writes else 0,
+            verbose=0,  # the table says more
         )
     test = _metrics(network, batches.test())
     validated = _metrics(network, held_out) if held_out is not None else {}

@@ -212,7 +212,7 @@ def _of_text(result):
 
 
 def _percent(fraction):
-    return "no examples held out" if fraction is None else f"{fraction:.2%}"
+    return "-" if fraction is None else f"{100 * fraction:.2f} %"
 
 
 def _end_with(parent):

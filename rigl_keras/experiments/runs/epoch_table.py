@@ -1,0 +1,116 @@
+"""What a run prints: a row for each epoch, at most 80 columns."""
+
+import statistics
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+
+from rigl_keras.experiments.progress_bar import ProgressBar, say
+
+__all__ = ["EpochTable", "row_of"]
+
+# Name, width, and what of an epoch's logs stands there.
+_COLUMNS = (
+    ("epoch", 9),
+    ("loss", 8),
+    ("accuracy", 10),
+    ("validation", 12),
+    ("density", 9),
+    ("drop", 7),
+    ("FLOPs", 8),
+    ("seconds", 9),
+    ("left", 8),
+)
+
+
+class EpochTable(keras.callbacks.Callback):
+    """Prints a table of epochs, and a bar of steps at a terminal.
+
+    It comes after the callbacks whose logs it prints.
+
+    Args:
+        epochs: How many the run has.
+        steps_per_epoch: Steps of an epoch.
+    """
+
+    def __init__(self, *, epochs: int, steps_per_epoch: int):
+        super().__init__()
+        self._epochs, self._steps = epochs, steps_per_epoch
+        self._bar: ProgressBar | None = None
+
+    def on_train_begin(self, logs=None):
+        self._times: list[float] = []
+        say("".join(name.rjust(width) for name, width in _COLUMNS))
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._start = time.perf_counter()
+        self._bar = ProgressBar(
+            unit="steps",
+            total=self._steps,
+            doing=f"epoch {epoch + 1}/{self._epochs}",
+            leave=False,
+        )
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self._bar is not None:
+            self._bar.set_done(batch + 1, show=True)
+
+    def on_epoch_end(self, epoch, logs: Any = None):
+        self._close()
+        self._times.append(time.perf_counter() - self._start)
+        # The first epoch waits for tracing, too.
+        usual = statistics.median(self._times[1:] or self._times)
+        left = usual * (self._epochs - epoch - 1)
+        say(row_of(epoch, self._epochs, logs, left=left))
+
+    def on_train_end(self, logs=None):
+        self._close()
+
+    def _close(self):
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def row_of(
+    epoch: int, epochs: int, logs: Mapping[str, float], *, left: float
+) -> str:
+    """Returns an epoch's row of the table.
+
+    Args:
+        epoch: The epoch, from 0.
+        epochs: How many there are.
+        logs: What Keras and `EpochLogs` have logged. `"-"` stands for what
+            there is not.
+        left: Seconds until the run is done.
+    """
+    cells = (
+        f"{epoch + 1}/{epochs}",
+        _cell(logs, "loss", "{:.4f}"),
+        _cell(logs, "accuracy", "{:.2%}"),
+        _cell(logs, "val_accuracy", "{:.2%}"),
+        _cell(logs, "density", "{:.4f}"),
+        _cell(logs, "drop_fraction", "{:.3f}"),
+        _cell(logs, "training_flops_ratio", "{:.3f}x"),
+        _cell(logs, "seconds", "{:.1f}"),
+        _interval(left),
+    )
+    return "".join(
+        cell.rjust(width)
+        for cell, (_, width) in zip(cells, _COLUMNS, strict=True)
+    )
+
+
+def _cell(logs, key, form):
+    # A percent sign stands apart from its number.
+    return form.format(logs[key]).replace("%", " %") if key in logs else "-"
+
+
+def _interval(seconds):
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d}"
+    return f"{minutes}:{seconds:02d}"

@@ -1,0 +1,70 @@
+"""What a run prints: a row an epoch, which fits a terminal of 80 columns."""
+
+import io
+import sys
+
+import pytest
+
+from rigl_keras.experiments.runs.epoch_table import EpochTable, row_of
+
+LOGS = {
+    "loss": 1.23456,
+    "accuracy": 0.98765,
+    "val_accuracy": 0.5,
+    "density": 0.1,
+    "drop_fraction": 0.29876,
+    "training_flops_ratio": 0.123,
+    "seconds": 12.34,
+}
+
+
+def test_a_row_by_hand():
+    assert row_of(1, 30, LOGS, left=3_725.2) == (
+        "     2/30  1.2346   98.77 %     50.00 %   0.1000"
+        "  0.299  0.123x     12.3  1 h 02"
+    )
+
+
+@pytest.mark.parametrize(
+    ("left", "shown"), [(0, "0:00"), (59.6, "1:00"), (3_600, "1 h 00")]
+)
+def test_the_time_that_is_left(left, shown):
+    assert row_of(0, 1, LOGS, left=left).endswith(shown)
+
+
+def test_what_there_is_not_is_a_dash():
+    assert row_of(0, 1, {"loss": 1.0}, left=0).split() == [
+        *["1/1", "1.0000", "-", "-", "-", "-", "-", "-", "0:00"]
+    ]
+
+
+def epochs_of(table, logs):
+    table.on_train_begin()
+    for epoch in range(3):
+        table.on_epoch_begin(epoch)
+        for batch in range(2):
+            table.on_train_batch_end(batch)
+        table.on_epoch_end(epoch, logs)
+    table.on_train_end()
+
+
+def test_rows_fit_a_terminal(capsys):
+    large = {"loss": 123.4, "accuracy": 1, "density": 1, "seconds": 98_765.4}
+    for logs in (LOGS, large):
+        epochs_of(EpochTable(epochs=1_000, steps_per_epoch=2), logs)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 8
+    assert "validation" in lines[0]
+    assert max(map(len, lines)) <= 80
+
+
+def test_a_bar_is_shown_at_a_terminal_and_taken_away(monkeypatch, capsys):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stderr", shown := Terminal())
+    epochs_of(EpochTable(epochs=3, steps_per_epoch=2), LOGS)
+    assert "epoch 3/3" in shown.getvalue()
+    assert "steps" not in shown.getvalue().rsplit("\r", 1)[-1]
+    assert len(capsys.readouterr().out.splitlines()) == 4
