@@ -168,9 +168,14 @@ def assert_updates(model, before, record, steps):
         assert (logs["grown"] > 0) == (t >= steps[0])
 
 
-def test_logs_reach_history():
+def test_logs_reach_history_and_leave_the_bar_of_a_step_alone():
     model = compiled(sparsify(two_layers(), 0.2))
-    history = train(model, [RigL(**WINDOW)], epochs=2).history
+    steps = []
+    log = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: steps.append(set(logs))
+    )
+    history = train(model, [RigL(**WINDOW), log], epochs=2).history
+    assert all(logs == {"accuracy", "loss"} for logs in steps)
     ones = sum(mask.sum() for mask in masks(model).values())
     size = sum(mask.size for mask in masks(model).values())
     assert history["density"] == pytest.approx([ones / size] * 2)
@@ -728,7 +733,7 @@ def test_decay_of_the_drop_fraction(decay, fraction):
     _, fit = small_regression()
     rows = []
     log = keras.callbacks.LambdaCallback(
-        on_train_batch_end=lambda batch, logs: rows.append(dict(logs))
+        on_train_batch_end=lambda batch, logs: rows.append(method.last_logs())
     )
     method = RigL(
         frequency=2,

@@ -541,13 +541,14 @@ def window_run(name, **options):
 
 
 class Logs(keras.callbacks.Callback):
-    def __init__(self):
+    """Keeps what a method logs, after every step."""
+
+    def __init__(self, method):
         super().__init__()
-        self.rows = []
+        self.method, self.rows = method, []
 
     def on_train_batch_end(self, batch, logs=None):
-        kept = {k: v for k, v in logs.items() if k != "loss"}
-        self.rows.append({k: float(v) for k, v in kept.items()})
+        self.rows.append(self.method.last_logs())
 
 
 @pytest.mark.slow_but("RigL")
@@ -559,7 +560,8 @@ def test_on_trained_weights_as_on_new_ones(name):
         model = network(momentum())
         fit(model, [], DATA, epochs=5, steps_per_epoch=2) if before else None
         options = {} if name == "MagnitudePruning" else {"begin_step": 2}
-        method, logs = window_run(name, **options), Logs()
+        method = window_run(name, **options)
+        logs = Logs(method)
         fit(model, [method, logs], DATA, epochs=2)
         rows.append([{**row, "grown": None} for row in logs.rows])
         steps.append([step - before for step in updates(method)])
@@ -585,7 +587,7 @@ def test_a_run_on_trained_weights_may_begin_with_an_update():
     model = network()
     fit(model, [], DATA)  # 6 steps
     method = RigL(frequency=4, begin_step=0, drop_fraction=0.4)
-    logs = Logs()
+    logs = Logs(method)
     fit(model, [method, logs], DATA, epochs=2)
     assert updates(method) == [6, 10, 14]
     assert logs.rows[0]["drop_fraction"] == pytest.approx(0.4)

@@ -167,14 +167,16 @@ def in_precision(policy, optimizer="sgd", **options):
 
 
 class Batches(keras.callbacks.Callback):
-    """Keeps the logs, masks and step after every batch."""
+    """Keeps what a method logs, masks and step after every batch."""
 
-    def __init__(self):
+    def __init__(self, method=None):
         super().__init__()
+        self.method = method
         self.logs, self.masks, self.steps = [], [], []
 
     def on_train_batch_end(self, batch, logs=None):
-        self.logs.append(dict(logs))
+        if self.method is not None:
+            self.logs.append(self.method.last_logs())
         self.masks.append(masks(self.model))
         self.steps.append(int(self.model.optimizer.iterations))
 
@@ -185,7 +187,8 @@ def test_an_update_that_overflows_is_put_off(eager):
     assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
     x, y = examples()
     x[8:12] = 6e4  # the third batch, of step 2
-    record, method = Batches(), RigL(frequency=2, end_step=4, decay="constant")
+    method = RigL(frequency=2, end_step=4, decay="constant")
+    record = Batches(method)
     fit(model, [method, record], (x, np.where(x[:, :1] == 6e4, np.inf, y)))
     assert record.steps == [1, 2, 2, *range(3, 12)]
     assert equal_masks(record.masks[1], record.masks[2])
@@ -198,8 +201,9 @@ def test_an_update_that_overflows_is_put_off(eager):
 
 
 def test_only_loss_scaling_can_skip():
-    record = Batches()
-    fit(network(), [RigL(frequency=2, end_step=4), record])
+    method = RigL(frequency=2, end_step=4)
+    record = Batches(method)
+    fit(network(), [method, record])
     assert "skipped_updates" not in record.logs[0]
 
 
@@ -210,7 +214,8 @@ def test_scaled_and_accumulated():
     )
     x, y = examples()
     y[20:24] = np.inf  # the second batch of step 2, which is due
-    record, method = Batches(), RigL(frequency=2, end_step=4)
+    method = RigL(frequency=2, end_step=4)
+    record = Batches(method)
     fit(model, [method, record], (x, y))
     assert record.steps == [0, 1, 1, 2, 2, 2, 3, 3, 4, 4, 5, 5]
     assert record.logs[-1]["skipped_updates"] == 1

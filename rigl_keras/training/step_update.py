@@ -354,6 +354,20 @@ class StepUpdate(MethodHooks):
             self._updates.warn_of_unreached()
         self._record.check(self.name)
 
+    def last_logs(self) -> dict[str, float]:
+        """Returns what an epoch logs: density, and what the last update did.
+
+        An epoch of `fit` has it in its logs. A callback that reads them comes
+        after this one.
+        """
+        logs = {"density": self._record.density, "grown": self._last["grown"]}
+        if self._attached.scales_loss:
+            logs["skipped_updates"] = self._record.skipped
+        return {
+            name: float(tf.convert_to_tensor(value))
+            for name, value in (logs | self.extra_logs()).items()
+        }
+
     # Keras calls these.
 
     def set_model(self, model):
@@ -382,7 +396,6 @@ class StepUpdate(MethodHooks):
         StepExchange(
             self._fit,
             self._updates,
-            logs=self._logs,
             watches_loss=lambda: self.watch_loss,
             renew=self._take_what_changed,
             check=self._check_planned,
@@ -412,8 +425,10 @@ class StepUpdate(MethodHooks):
 
     def on_epoch_end(self, epoch, logs=None):
         self.fetch()
-        if logs is not None and "density" in logs:
-            logs["density"] = float(self._record.density.numpy())
+        if logs is not None:
+            # Not in the logs of a step, whose bar in the terminal they would
+            # break.
+            logs.update(self.last_logs())
         self._updates.warn_of_unreached()
         # For a mask of another density, another product may be faster.
         if any([m.product_changes() for m in self._attached.wrappers]):
@@ -491,13 +506,3 @@ class StepUpdate(MethodHooks):
             # The run is as old for the new optimizer as it was for the other.
             self.run_start -= attached.steps_before - before
             self.set_up()
-
-    def _logs(self):
-        """Returns what a step logs beside what the model's own does."""
-        logs = {
-            "density": self._record.density.value(),
-            "grown": self._last["grown"].value(),
-        }
-        if self._attached.scales_loss:
-            logs["skipped_updates"] = self._record.skipped.value()
-        return logs | self.extra_logs()

@@ -28,7 +28,6 @@ class StepExchange:
     Args:
         run: The run of `fit`.
         updates: Runs a step, or an update.
-        logs: Returns what a step logs beside what the model's own does.
         watches_loss: Returns whether the loss of an update's batch is
             evaluated.
         renew: Called before the train function is made again, as the model
@@ -41,13 +40,12 @@ class StepExchange:
         run: FitRun,
         updates: GraphUpdates,
         *,
-        logs: Callable[[], dict[str, tf.Tensor]],
         watches_loss: Callable[[], bool],
         renew: Callable[[], None],
         check: Callable[[], None],
     ):
         self._run, self._updates = run, updates
-        self._logs, self._watches_loss = logs, watches_loss
+        self._watches_loss = watches_loss
         self._renew, self._check = renew, check
 
     def install(self, owner: MethodHooks) -> None:
@@ -61,7 +59,7 @@ class StepExchange:
                 own step again.
         """
         run, model = self._run, self._run.model
-        with_updates = self._with_logs(self._updates.step_or_update)
+        with_updates = self._traced(self._updates.step_or_update)
 
         def train_step(data):
             if not run.lasts():
@@ -145,25 +143,24 @@ class StepExchange:
         return replicas.choosing(
             self._run.model,
             self._run.own("make_train_function"),
-            ordinary=self._with_logs(ordinary),
-            update=self._with_logs(update),
+            ordinary=self._traced(ordinary),
+            update=self._traced(update),
             is_due=lambda step: bool(updates.is_gathered(step)),
             stepping=stepping,
             check=updates.check_steps,
         )
 
-    def _with_logs(self, step):
-        """Returns a training step that logs what the method does."""
+    def _traced(self, step):
+        """Returns a training step of `fit`, which logs as the model's does."""
         run, model = self._run, self._run.model
 
-        def logged(data):
+        def traced(data):
             train_step = untraced(run.own("train_step"))
             loss = _loss_on(model, data) if self._watches_loss() else None
             with _traced_once(model), _told_if_slow():
-                logs = step(lambda: train_step(data), loss)
-            return {**logs, **self._logs()}
+                return step(lambda: train_step(data), loss)
 
-        return logged
+        return traced
 
 
 def _told_if_slow() -> contextlib.AbstractContextManager:
