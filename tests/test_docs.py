@@ -90,6 +90,7 @@ NAMES = {
     "docs/serving.md": lambda: {"model": a_compiled_model()},
     "docs/several_machines.md": lambda: {
         "make_model": a_model,
+        "model": a_compiled_model(),
         "train": a_dataset(),
     },
     "docs/flops.md": lambda: {"model": a_compiled_model()},
@@ -293,7 +294,7 @@ def test_every_method_of_the_table():
     table = text_of("README.md")
     table = table[table.index("| method |") :].split("\n\n")[0]
     calls = re.findall(r"`([\w.]+\(.*?\))`", table)
-    assert len(calls) >= 7
+    assert len(calls) >= 18
     names = {**vars(rigl_keras), "model": None, "masks": {}}
     for call in calls:
         if call.startswith(("one_shot", "with_masks", "sparsify")):
