@@ -428,11 +428,11 @@ def _grow_groups(
         each = (2 * (remains + count) + layout.groups) // (2 * layout.groups)
         changes = remains + count != count_true(before)
         wanted = tf.where(changes, each, wanted)
-    stays = tf.cond(
-        tf.reduce_any(count_rows(stays) > wanted),
-        lambda: highest_of_rows(drops, wanted, stays),
-        lambda: stays,
-    )
+        stays = tf.cond(
+            tf.reduce_any(count_rows(stays) > wanted),
+            lambda: highest_of_rows(drops, wanted, stays),
+            lambda: stays,
+        )
     free = tf.logical_not(stays)
     joined = highest_of_rows(grows, wanted - count_rows(stays), free)
     grown = joined

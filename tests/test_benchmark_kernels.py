@@ -228,6 +228,28 @@ def test_layers(tiny, tmp_path):
 
 
 @needs_kernels
+def test_layers_by_pattern(tiny, tmp_path):
+    measured = layer_speed.measure_layers(
+        "tiny",
+        [0.25],
+        granularities=["element", "kernel", "fan_in", "4x4"],
+        batch_size=2,
+        rounds=1,
+        say=lambda line: None,
+    )
+    assert len(measured) == 3 * 2 * 4
+    assert {m.side for m in measured} == {
+        f"{side}{pattern}"
+        for side in ("forward", "forward + backward")
+        for pattern in ("", ", kernel", ", fan_in", ", 4x4")
+    }
+    # One dense side for all.
+    assert len({(m.layer, m.dense_seconds) for m in measured}) == 3 * 2
+    with pytest.raises(ValueError, match="and '2:4' has one. Leave it out"):
+        layer_speed.measure_layers("tiny", [0.5], granularities=["2:4"])
+
+
+@needs_kernels
 def test_layers_that_compute_something_else_are_refused(tiny, monkeypatch):
     real = kernels.sparse_conv2d
     monkeypatch.setattr(

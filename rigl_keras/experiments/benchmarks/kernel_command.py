@@ -76,6 +76,12 @@ def define_command(part: str) -> Callable[[Sequence[str]], None]:
             "uniform,erdos_renyi_kernel",
             f"Of the masks over the layers, of {', '.join(DISTRIBUTIONS)}.",
         )
+    if part == "kernels":
+        given["granularities"] = flags.DEFINE_list(
+            "granularities",
+            "element",
+            "Patterns of the masks, such as element,kernel,4x16,fan_in.",
+        )
     if part == "train":
         given["torch"] = flags.DEFINE_bool(
             "torch", False, "Measure a step of PyTorch, too."

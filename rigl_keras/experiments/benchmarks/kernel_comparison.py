@@ -2,6 +2,8 @@
 
     bin/benchmark kernels                     the layers of WRN-22-2
     bin/benchmark kernels --model=resnet50    those of ResNet-50
+    bin/benchmark kernels --granularities=element,kernel,4x16,fan_in
+                                              masks of several patterns
     bin/benchmark train                       a training step, by density
     bin/benchmark train --torch               and one of PyTorch
     bin/benchmark inference                   a call of the model, by batch

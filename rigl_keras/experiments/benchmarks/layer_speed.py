@@ -1,6 +1,7 @@
 """Single layers: sparse products against dense ones."""
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +11,10 @@ import tensorflow as tf
 
 from rigl_keras import _keras, kernels
 from rigl_keras._timing import interleaved
-from rigl_keras.experiments.benchmarks.inference_command import MODELS
+from rigl_keras.experiments.benchmarks.inference_command import (
+    MODELS,
+    check_each_once,
+)
 from rigl_keras.experiments.benchmarks.kernel_comparison import (
     BOTH,
     FORWARD,
@@ -26,6 +30,8 @@ from rigl_keras.experiments.benchmarks.speed_tables import (
     table_head,
 )
 from rigl_keras.experiments.progress_bar import ProgressBar
+from rigl_keras.masking.drawing import draw_mask
+from rigl_keras.patterns import NM, Element, as_pattern
 
 __all__ = ["layer_problems", "measure_layers"]
 
@@ -73,6 +79,7 @@ def measure_layers(
     model: str = "wide_resnet",
     densities: Sequence[float] = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5),
     *,
+    granularities: Sequence[str] = ("element",),
     batch_size: int = 128,
     rounds: int = 15,
     say: Say = print,
@@ -82,6 +89,7 @@ def measure_layers(
     Args:
         model: One of `inference_command.MODELS`.
         densities: Of random masks.
+        granularities: Names of their patterns, at the same densities.
         batch_size: Images in a call.
         rounds: Turns of each side.
         say: Called with each line of the table as it is measured.
@@ -96,6 +104,7 @@ def measure_layers(
     """
     check(model, densities, rounds, batch_sizes=[batch_size])
     densities = sorted(densities)
+    patterns = _patterns(granularities)
     about = machine()
     found = layer_problems(MODELS[model](), batch_size)
     say(
@@ -104,11 +113,15 @@ def measure_layers(
     measured = []
     with ProgressBar(unit="layers", total=len(found)) as bar:
         for name, problem in bar.over(found.items()):
-            sides, size = _layer_sides(problem, densities)
+            sides, size = _layer_sides(problem, densities, patterns)
             seconds = interleaved(sides, rounds=rounds, turn=TURN)
             measured += measurements(
                 seconds,
-                {FORWARD: (FORWARD, None), BOTH: (BOTH, None)},
+                {
+                    _named(side, pattern): (side, None)
+                    for pattern in patterns
+                    for side in (FORWARD, BOTH)
+                },
                 densities,
                 say,
                 model=model,
@@ -121,7 +134,32 @@ def measure_layers(
     return measured
 
 
-def _layer_sides(problem, densities):
+def _patterns(granularities):
+    check_each_once({"granularities": granularities})
+    patterns = [as_pattern(name) for name in granularities]
+    for pattern in patterns:
+        if isinstance(pattern, NM):
+            raise ValueError(
+                "granularities are measured at every density, and "
+                f"{pattern.name!r} has one. Leave it out."
+            )
+    return patterns
+
+
+def _named(side, pattern):
+    return side if pattern == Element() else f"{side}, {pattern.name}"
+
+
+def _drawn(draw, shape, density, pattern):
+    """Returns a random mask."""
+    layout = pattern.layout(shape)
+    count = max(1, round(density * layout.size))
+    if pattern == Element():
+        return (draw.permutation(layout.size) < count).reshape(shape)
+    return draw_mask(layout, count, int(draw.integers(2**32)))
+
+
+def _layer_sides(problem, densities, patterns):
     """Returns `{(side, density or None): call}`, and the size of outputs."""
     draw = np.random.default_rng(0)
 
@@ -164,16 +202,14 @@ def _layer_sides(problem, densities):
     sides: dict[tuple[str, float | None], Callable] = {
         (side, None): call for side, call in calls(dense).items()
     }
-    for density in densities:
-        size = kernel.shape.num_elements()
-        count = max(1, round(density * size))
-        kept = (draw.permutation(size) < count).reshape(problem.kernel)
+    for pattern, density in itertools.product(patterns, densities):
+        kept = _drawn(draw, problem.kernel, density, pattern)
         mask = tf.constant(kept)
         sparse = functools.partial(kernels.sparse_conv2d, mask=mask, **settings)
         check_same_outputs(
             sparse(images, kernel), dense(images, tf.where(mask, kernel, 0.0))
         )
         for side, call in calls(sparse).items():
-            sides[side, density] = call
+            sides[_named(side, pattern), density] = call
     rows, columns = outputs.shape[1:3]
     return sides, f"{rows}x{columns} outputs"
