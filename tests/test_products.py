@@ -6,6 +6,7 @@ import functools
 import json
 import math
 import os
+import random
 import re
 
 import keras
@@ -20,7 +21,7 @@ import rigl_keras
 from rigl_keras import _timing
 from rigl_keras.kernels import choice, layer_products, library
 from rigl_keras.kernels.choice import Choice
-from rigl_keras.kernels.problems import Problem
+from rigl_keras.kernels.problems import Problem, Recurrence
 from rigl_keras.masking.masked import Masked
 from rigl_keras.masking.masked_layers import choose_kernels, masked_layers
 from rigl_keras.masking.sparsify import sparsify, with_masks
@@ -868,13 +869,18 @@ def test_kept_choices_can_be_forgotten(cache, timings):
     [
         dataclasses.replace(BIG, dilations=(2, 2)),
         dataclasses.replace(BIG, strides=(1, 2), images=(32, 12, 12)),
+        dataclasses.replace(BIG, kernel=(3, 3, 8, 16), groups=2),
         Problem((1, 1, 400, 500), (16, 1, 1), matrix=True),
+        Recurrence("lstm", (16, 6, 32), 64),
+        Recurrence("gru", (16, 6, 64), 64, projected=True, returns=True),
     ],
 )
 def test_what_else_is_timed(cache, problem):
+    before = random.getstate()
     found = choice.choose(problem, 0.1)
     assert 0 < found.sparse_seconds < 1
     assert 0 < found.dense_seconds < math.inf
+    assert random.getstate() == before  # it is the user's
 
 
 def plans_made(*, backward, density, traced):

@@ -270,9 +270,11 @@ class Recurrence:
             weights = [
                 tf.where(mask, kernel, 0.0),
                 tf.where(recurrent_mask, recurrent, 0.0),
-                *(variable.value for variable in layer.weights[2:]),
+                layer.cell.bias.value,
             ]
-            outputs, _ = layer.stateless_call(weights, [], x)
+            # Such as the state of its random numbers.
+            others = [v.value for v in layer.non_trainable_variables]
+            outputs, _ = layer.stateless_call(weights, others, x)
             return outputs
 
         def sparse(x, kernel, recurrent):
@@ -312,6 +314,7 @@ class Recurrence:
             kernel_initializer="zeros",
             recurrent_initializer="zeros",
             dtype="float32",
+            seed=0,
             name="timed",
         )
         layer.build(self.sequences)
