@@ -343,7 +343,6 @@ FALL_BACK = {
         "no sparse kernels for DepthwiseConv2D",
     ),
     "lstm": (lambda: layers.LSTM(4), (8, 4), "its kernels have other names"),
-    "groups": (lambda: layers.Conv2D(4, 3, groups=2), IMAGES, "2 groups"),
     "channels first": (
         lambda: layers.Conv2D(4, 3, data_format="channels_first"),
         (4, 8, 8),
