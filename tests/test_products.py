@@ -577,6 +577,31 @@ def test_auto_is_decided_by_the_batch(monkeypatch):
     assert shapes == {(4, 8, 8, 3), (None, 8, 8, 3)}
 
 
+@needs_library
+def test_the_table_asks_as_layers_are_called_in_training(monkeypatch):
+    """In lanes, within attention, and with losses as they were."""
+    asked_of = set()
+
+    def answer(layer, shape, density, *, in_lanes, projected):
+        asked_of.add((layer.name, tuple(shape), in_lanes))
+        return Choice(in_lanes, "a test")
+
+    monkeypatch.setattr(layer_products, "faster_product", answer)
+    inputs = keras.Input((6, 6, 4))
+    x = layers.Conv2D(8, 3, padding="same", use_bias=False, name="conv")(inputs)
+    x = layers.Reshape((36, 8))(x)
+    x = layers.MultiHeadAttention(2, 4, name="attention")(x, x)
+    x = layers.Dense(3, activity_regularizer="l2")(x)
+    model = sparsify(keras.Model(inputs, x), 0.5)
+    before = len(model.losses)
+    table = choose_kernels(model, batch_size=32)
+    assert len(model.losses) == before
+    assert ("conv", (32, 6, 6, 4), False) in asked_of  # as in evaluation
+    assert ("conv", (32, 6, 6, 4), True) in asked_of
+    assert ("query", (32, 36, 8), False) in asked_of
+    assert "sparse: a test" in str(table).splitlines()[1]
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
