@@ -136,8 +136,10 @@ RIGL_INLINE void Uniform(const Words& words, Numbers* numbers) {
 template <bool second>
 RIGL_INLINE void InTurn(const Words& a, const Words& b, Words* both) {
 #pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i)
-    (*both)[i] = (i % 2 ? b : a)[i / 2 + (second ? 4 : 0)];
+  for (int i = 0; i < 8; ++i) {
+    const Words& from = i % 2 ? b : a;
+    (*both)[i] = from[i / 2 + (second ? 4 : 0)];
+  }
 }
 
 void Dropout(const float* x, int64_t count, uint64_t first,
