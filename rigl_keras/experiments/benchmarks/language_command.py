@@ -55,6 +55,9 @@ def define_command():
     given["products"] = flags.DEFINE_list(
         "products", "auto", "Of auto, sparse and dense, each measured."
     )
+    given["updates"] = flags.DEFINE_bool(
+        "updates", True, "Measure steps that are mask updates, too."
+    )
     given["torch"] = flags.DEFINE_bool(
         "torch", False, "Measure a step of PyTorch, too."
     )

@@ -89,6 +89,7 @@ def measure_language_steps(
     width: int = 512,
     heads: int = 8,
     rounds: int = 5,
+    updates: bool = True,
     torch: bool = False,
     say: Say = print,
 ) -> list[Step]:
@@ -105,6 +106,8 @@ def measure_language_steps(
         batch_size: Windows in a step.
         context, layers, width, heads: As in `models.gpt`.
         rounds: Turns of each side.
+        updates: Whether steps that are mask updates are measured, which takes
+            as much memory again as all else.
         torch: Whether PyTorch is measured (`torch_gpt_step`).
         say: Called with each line.
 
@@ -149,7 +152,8 @@ def measure_language_steps(
     models = {}
     for density in densities:
         for product in products:
-            for said, frequency in (("RigL", _NEVER), ("update", _ALWAYS)):
+            kinds = {"RigL": _NEVER} | ({"update": _ALWAYS} if updates else {})
+            for said, frequency in kinds.items():
                 model = rigl_keras.sparsify(dense, density, product=product)
                 models[said, density, product] = model
                 calls[said, density, product] = side(
@@ -198,7 +202,7 @@ def _steps(seconds, sparse_kernels, about) -> list[Step]:
     dense = seconds[KERAS, 1.0, ""]
     amortised = {}
     for (said, density, product), turns in seconds.items():
-        if said == "RigL":
+        if said == "RigL" and ("update", density, product) in seconds:
             update = seconds["update", density, product]
             amortised["RigL, 1 update in 100", density, product] = [
                 (1 - _UPDATES) * a + _UPDATES * b

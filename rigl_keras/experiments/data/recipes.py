@@ -187,7 +187,8 @@ def recipe_of(
                     f"images. Leave it out. Received: {setting}={value!r}."
                 )
             changes[setting] = value
-    return dataclasses.replace(known[name], **changes)
+    recipe = known[name]
+    return dataclasses.replace(recipe, **changes) if changes else recipe
 
 
 def check_integer(
