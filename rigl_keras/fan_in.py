@@ -5,6 +5,8 @@ A matrix has a row for each output unit and a column for each of its inputs.
 `tf.function` and under XLA.
 """
 
+from typing import Any
+
 import tensorflow as tf
 
 from rigl_keras._checks import fraction as checked_number
@@ -92,7 +94,8 @@ def update_fan_in(
             "A mask of fan-ins is a matrix (units, inputs). Received: "
             f"shape={active.shape}."
         )
-    units, inputs = active.shape
+    shape: Any = active.shape
+    units, inputs = shape
     count = count_true(active)
     budget = count if budget is None else checked_count("budget", budget)
     moved = drop_count(
@@ -115,9 +118,10 @@ def update_fan_in(
     )
     kept &= left & (_ranks(worth, kept) < each)
     missing = each - _per_unit(kept)
-    joined = ~kept & left & (_ranks(growth, ~kept) < missing)
+    others = tf.logical_not(kept)
+    joined = others & left & (_ranks(growth, others) < missing)
     new = kept | joined
-    return new, new & ~active
+    return new, new & tf.logical_not(active)
 
 
 def _per_unit(entries):

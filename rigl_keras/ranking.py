@@ -88,12 +88,13 @@ def highest_at_density(
     shared = [i for i, layout in enumerate(layouts) if layout.fixed is None]
     kept = {}
     if scope == "global" and shared:
-        some, may, of = (
-            [of_each[i] for i in shared] for of_each in (scores, among, layouts)
+        weights = sum(math.prod(layouts[i].shape) for i in shared)
+        found = highest_of_all(
+            [scores[i] for i in shared],
+            _share(density, weights),
+            among=[among[i] for i in shared],
+            layouts=[layouts[i] for i in shared],
         )
-        weights = sum(math.prod(layout.shape) for layout in of)
-        count = _share(density, weights)
-        found = highest_of_all(some, count, among=may, layouts=of)
         kept = dict(zip(shared, found, strict=True))
     for i, layout in enumerate(layouts):
         if i not in kept:

@@ -8,6 +8,7 @@ under XLA.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 from typing import cast
 
 import tensorflow as tf
@@ -506,7 +507,7 @@ def layer_drop_fractions(
     """
     check_conventions(conventions)
     masks = [as_mask("masks", mask) for mask in masks]
-    each = drop_fraction
+    each: Any = drop_fraction
     if not isinstance(each, (list, tuple)):
         each = [drop_fraction] * len(masks)
     if len(each) != len(masks):

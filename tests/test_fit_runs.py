@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from support.methods import METHODS
+from support.methods import CORE, METHODS
 from support.regressions import (
     Applies,
     assert_equal,
@@ -552,7 +552,7 @@ class Logs(keras.callbacks.Callback):
 
 
 @pytest.mark.slow_but("RigL")
-@pytest.mark.parametrize("name", [n for n in METHODS if n != "static"])
+@pytest.mark.parametrize("name", [n for n in CORE if n != "static"])
 def test_on_trained_weights_as_on_new_ones(name):
     """The same drop fractions and densities at the same steps of the run."""
     rows, steps = [], []

@@ -161,7 +161,7 @@ class ACDC(StepUpdate):
                 optimizer,
                 layer,
                 stays,
-                stays & ~tf.convert_to_tensor(layer.mask.value),
+                stays & tf.logical_not(layer.mask.value),
             )
             for layer, stays in zip(
                 layers, largest(layers, density, among_all=True), strict=True

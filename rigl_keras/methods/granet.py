@@ -3,12 +3,14 @@
 import copy
 import dataclasses
 import warnings
+from typing import Any
 
 import keras
 import tensorflow as tf
 
 from rigl_keras import _checks, schedules
 from rigl_keras.masking.masked import KernelMask
+from rigl_keras.methods.mask_update import MaskUpdate
 from rigl_keras.methods.pruning import largest
 from rigl_keras.methods.rigl import RigL
 
@@ -77,7 +79,7 @@ class GraNet(RigL):
 
     def __post_init__(self):
         super().__post_init__()
-        self._ramp = None  # until a run is planned
+        self._ramp: Any = None  # until a run is planned
         self.prune_begin_step = _checks.integer(
             "prune_begin_step", self.prune_begin_step, at_least=0
         )
@@ -97,7 +99,7 @@ class GraNet(RigL):
             frequency=self.frequency,
         )
 
-    def lengthened(self, factor: float) -> "GraNet":
+    def lengthened(self, factor: float) -> MaskUpdate:
         longer = copy.copy(self)
         if self.prune_end_step is not None:
             longer.prune_end_step = int(self.prune_end_step * factor)

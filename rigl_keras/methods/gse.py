@@ -73,7 +73,7 @@ class GSE(MaskUpdate):
         drawn = tf.scatter_nd(
             self.positions(layer, step)[:, tf.newaxis],
             tf.ones([self._draws(layer)], tf.int32),
-            [math.prod(kept.shape)],
+            [math.prod(layer.layout.unit_shape)],
         )
         drawn = tf.reshape(drawn > 0, kept.shape)
         # A connection that was dropped is worth less than any of S, the more
@@ -97,9 +97,8 @@ class GSE(MaskUpdate):
             int64 vector of flat positions among the units of the mask, which
             for single weights are those of the kernel. Some may come twice.
         """
-        kept = layer.units(tf.convert_to_tensor(layer.mask.value))
         return drawn_positions(
-            math.prod(kept.shape),
+            math.prod(layer.layout.unit_shape),
             self._draws(layer),
             key=layer.draw_key ^ self.seed,
             step=step,

@@ -171,7 +171,7 @@ class MaskUpdate(StepUpdate):
     @functools.cached_property
     def _peak_rate(self) -> tf.Variable:
         """The largest learning rate of an update so far, or of the start."""
-        return tf.Variable(0.0, trainable=False)
+        return tf.Variable(tf.zeros([]), trainable=False)
 
     # What makes a method: what connections are worth.
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import cast
 
 import tensorflow as tf
 
@@ -91,22 +92,21 @@ class MEST(FirstCounts):
             density: That the run begins with.
         """
         last = self.end_step
-        window = {
-            "begin_step": self.begin_step,
-            "end_step": int(self.end_share * steps) if last is None else last,
-        }
+        if last is None:
+            last = int(self.end_share * steps)
         update = (step - 1) // self.frequency * self.frequency
         if not self.soft or update < max(self.begin_step, 1):
             return density
-        if step > window["end_step"]:
-            update = window["end_step"]
+        if step > last:
+            update = last
         more = schedules.decayed_drop_fraction(
             update,
-            drop_fraction=self.drop_fraction,
+            drop_fraction=cast(float, self.drop_fraction),
+            begin_step=self.begin_step,
+            end_step=last,
             decay=self.decay,
             decay_power=self.decay_power,
             final_drop_fraction=self.final_drop_fraction,
-            **window,
         )
         return min(density + float(more), 1.0)
 
@@ -160,5 +160,5 @@ class MEST(FirstCounts):
 
 def _share(layer, fraction):
     """Returns a fraction of all units of a layer, an int32 scalar."""
-    units = layer.units(tf.convert_to_tensor(layer.mask.value))
-    return tf.cast(tf.round(fraction * math.prod(units.shape)), tf.int32)
+    size = math.prod(layer.layout.unit_shape)
+    return tf.cast(tf.round(fraction * size), tf.int32)

@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from typing import cast
+from typing import Any, cast
 
 import keras
 import tensorflow as tf
@@ -472,7 +472,7 @@ def _flows(model, chosen, batch, loss, temperature):
         flow = tf.add_n(
             [tf.reduce_sum(tf.stop_gradient(g) * g) for g in gradients]
         )
-    curved = outer.gradient(flow, values, unconnected_gradients=zero)
+    curved: Any = outer.gradient(flow, values, unconnected_gradients=zero)
     found = [v * g for v, g in zip(values, curved, strict=True)]
     if not any(bool(tf.reduce_any(s != 0)) for s in found):
         raise ValueError(
@@ -507,7 +507,7 @@ def _strongest_paths(model, plan, density, rounds):
             )
             # Scores of a layer then add to 1, however deep the network is.
             total /= tf.stop_gradient(total)
-        gradients = tape.gradient(
+        gradients: Any = tape.gradient(
             total, kept, unconnected_gradients=tf.UnconnectedGradients.ZERO
         )
         found = [
@@ -527,7 +527,7 @@ def _strongest_paths(model, plan, density, rounds):
         return stay, defined
 
     masks = [tf.ones_like(v, tf.bool) for v in values]
-    weights = sum(math.prod(v.shape) for v in values)
+    weights = sum(math.prod(at.shape) for at in layouts)
     distributions.total_count(density * weights, density, weights)
     with _keras.computing_in_double(model):
         for k in range(1, rounds + 1):

@@ -123,7 +123,7 @@ class StoredWeights(MaskUpdate):
 
     def set_up(self) -> None:
         super().set_up()
-        if replicas.is_distributed(self.model):
+        if replicas.is_distributed(self._attached.model):
             raise ValueError(
                 f"{self.name} trains weights outside the masks, on one device "
                 "only. Make the model outside the scope of the strategy."
@@ -153,7 +153,7 @@ class StoredWeights(MaskUpdate):
     # When.
 
     def is_due(self, step: int | tf.Tensor) -> bool | tf.Tensor:
-        taken = step - self.run_start + 1
+        taken: Any = step - self.run_start + 1
         return (taken % self.frequency == 0) & (taken <= self._end_step + 1)
 
     @property
@@ -340,9 +340,10 @@ class TopKAST(StoredWeights):
             worth = layer.by_unit(scores.magnitude(self.hidden(layer).value()))
             extra = count_true(kept)
             if self.extra_density is not None:
-                size = math.prod(kept.shape)
+                size = math.prod(layer.layout.unit_shape)
                 extra = tf.constant(round(self.extra_density * size))
-            more = topology.select_highest(worth, extra, among=~kept)
+            others = tf.logical_not(kept)
+            more = topology.select_highest(worth, extra, among=others)
             self._trained[self._index(layer)].assign(
                 mask | layer.by_element(more)
             )

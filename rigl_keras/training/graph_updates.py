@@ -325,11 +325,11 @@ class GraphUpdates:
             yield
             return
         optimizer = self._attached.optimizer
-        apply = optimizer.apply
+        apply, take_step = optimizer.apply, self._apply_gradients
 
         def step(gradients, trainable_variables=None):
             variables = _given(optimizer, trainable_variables)
-            self._apply_gradients(apply, list(gradients), list(variables))
+            take_step(apply, list(gradients), list(variables))
 
         with _applying(optimizer, step):
             yield
