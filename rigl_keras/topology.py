@@ -8,8 +8,7 @@ under XLA.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
-from typing import cast
+from typing import Any, cast
 
 import tensorflow as tf
 
@@ -512,8 +511,7 @@ def layer_drop_fractions(
         each = [drop_fraction] * len(masks)
     if len(each) != len(masks):
         raise ValueError(
-            f"drop_fraction must be a fraction for each of {len(masks)} "
-            f"layers, or one for all. Received: drop_fraction={each!r}."
+            f"There are {len(masks)} masks. Received: drop_fraction={each!r}."
         )
     each = [checked_fraction(fraction) for fraction in each]
     if shares is None or not conventions.spare_dense_layers:

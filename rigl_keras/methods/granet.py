@@ -123,7 +123,8 @@ class GraNet(RigL):
         if update is None:
             return  # of which `MaskUpdate` warns
         update -= before + self.run_start
-        density = 1 - float(self._ramp.sparsity(update))
+        with tf.init_scope():  # a loop of the user's may be traced
+            density = 1 - float(self._ramp.sparsity(update))
         if density > self.final_density + 1e-6:
             warnings.warn(
                 f"GraNet ends at density {density:.4g}, not at final_density="
