@@ -493,26 +493,21 @@ def layer_drop_fractions(
         shares: One number for each layer, adding to 1: its share of what
             density is redistributed by, or else of all nonzero weights.
             Read with `spare_dense_layers` only. None: no layer is spared.
-        drop_fraction: The update's fraction, in [0, 1], or a list of one for
-            each layer.
+        drop_fraction: In [0, 1], or a list of one for each layer.
         conventions: `spare_dense_layers` decides.
 
     Returns:
         A list of float64 scalars, one for each layer.
 
     Raises:
-        ValueError: An argument is out of range, or there is not one share for
-            each mask.
+        ValueError: An argument is out of range, or not one for each mask.
     """
     check_conventions(conventions)
     masks = [as_mask("masks", mask) for mask in masks]
-    each: Any = drop_fraction
-    if not isinstance(each, (list, tuple)):
-        each = [drop_fraction] * len(masks)
+    several = isinstance(drop_fraction, (list, tuple))
+    each: Any = drop_fraction if several else [drop_fraction] * len(masks)
     if len(each) != len(masks):
-        raise ValueError(
-            f"There are {len(masks)} masks. Received: drop_fraction={each!r}."
-        )
+        raise ValueError(f"{len(masks)} masks, and drop_fraction={each!r}.")
     each = [checked_fraction(fraction) for fraction in each]
     if shares is None or not conventions.spare_dense_layers:
         return each

@@ -520,3 +520,19 @@ def test_bad_grow_counts(counts):
             drop_fraction=0.5,
             grow_counts=lambda dropped, free: counts,
         )
+
+
+def test_each_layer_may_drop_a_fraction_of_its_own():
+    """1 of 2 and none of 2 leave; what is new comes by the grow scores."""
+    new, grown = topology.update_masks(
+        [[1, 1, 0], [1, 1, 0]],
+        [[3, 1, 0], [3, 1, 0]],
+        [[0, 0, 5], [0, 0, 5]],
+        drop_fraction=[0.5, 0.0],
+    )
+    assert [m.numpy().tolist() for m in new] == [[1, 0, 1], [1, 1, 0]]
+    assert [m.numpy().tolist() for m in grown] == [[0, 0, 1], [0, 0, 0]]
+    with pytest.raises(ValueError, match="1 masks.*0.5, 0.1"):
+        topology.update_masks(
+            [[1, 0]], [[1, 0]], [[0, 1]], drop_fraction=[0.5, 0.1]
+        )
