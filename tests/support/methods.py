@@ -47,12 +47,8 @@ def granet(end_step=9, **options):
 def acdc(frequency=2, end_step=9, **options):
     """Compressed at the first turn of the rhythm, and so on."""
     turns = range(frequency, end_step + 1, frequency)
-    return taken(
-        ACDC,
-        options,
-        density=0.1,
-        switch_steps=turns[: len(turns) // 2 * 2 - 1],
-    )
+    odd = len(turns) - (len(turns) + 1) % 2
+    return taken(ACDC, options, density=0.1, switch_steps=turns[:odd])
 
 
 # The contracts hold for every method: a new one is one more row.
