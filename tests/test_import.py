@@ -131,6 +131,7 @@ MAY_IMPORT |= {
     "experiments/runs": {
         *LIBRARY,
         "experiments/exits",
+        "experiments/progress_bar",
         "experiments/protocol",
         "experiments/data",
     },
