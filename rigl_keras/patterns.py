@@ -7,15 +7,13 @@ weights is averaged over each unit, `topology.update_masks` grows in each group
 as many units as it has dropped there, and so every method keeps every pattern,
 exactly, without knowing of it.
 
-pattern          unit                          group
-`Element()`      a weight                      the layer
-`Kernel()`       the weights between an input  the layer
-                 and an output channel of a
-                 convolution
-`Blocks(r, c)`   r inputs x c outputs          the layer
-`NM(n, m)`       a weight                      m consecutive inputs of a
-                                               weight's output and position
-`FanIn()`        a weight                      the inputs of an output unit
+- `Element()`: a unit is a weight, the group is the layer.
+- `Kernel()`: a unit is the weights between an input and an output channel of a
+  convolution, the group is the layer.
+- `Blocks(r, c)`: a unit is r inputs x c outputs, the group is the layer.
+- `NM(n, m)`: a unit is a weight, a group is m consecutive inputs of one output
+  and position.
+- `FanIn()`: a unit is a weight, a group is the inputs of an output unit.
 """
 
 import abc

@@ -101,8 +101,9 @@ def export(
     4. It is measured against a dense SavedModel of the same model: size,
        time to load, and latency, by calls that alternate.
     5. It takes its place at `path`, with the report as `export.json`. An
-       error at any point leaves `path` as it was. Threads that export one model
-    take turns.
+       error at any point leaves `path` as it was.
+
+    Threads that export one model take turns.
 
     A SavedModel loads with TensorFlow alone and has the signature
     `serving_default`, with the inputs of the model by name, any batch size,
