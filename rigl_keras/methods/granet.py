@@ -52,9 +52,7 @@ class GraNet(RigL):
         prune_begin_step: Step t at which the ramp starts.
         prune_end_step: Step at which it ends, later than that. None: half of
             the run.
-        frequency, drop_fraction, begin_step, end_step, decay, decay_power,
-            final_drop_fraction, redistribution, gradient_batches, grow_init,
-            grow_divisor, seed, conventions: As in `MaskUpdate`; updates go on
+        others: As in `MaskUpdate`; updates go on
             to the end of the run.
 
     Raises:

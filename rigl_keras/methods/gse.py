@@ -41,9 +41,7 @@ class GSE(MaskUpdate):
     Args:
         subset: gamma, how many positions are drawn for each active
             connection, positive.
-        frequency, drop_fraction, begin_step, end_step, decay, decay_power,
-            final_drop_fraction, redistribution, gradient_batches, grow_init,
-            grow_divisor, seed, conventions: As in `MaskUpdate`, but that
+        others: As in `MaskUpdate`, but that
             `end_step=None` is three fifths of the run.
 
     Raises:

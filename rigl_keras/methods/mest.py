@@ -20,9 +20,9 @@ class MEST(FirstCounts):
     With N entries of a layer, of which n were active at the start, and
     k = round(N p_t), an update
 
-        hard bound (MEST+EM): drops the k of lowest score, grows k;
-        soft bound (MEST+EM&S): drops to n, grows k, so that the layer has
-            n + k connections until the next update.
+    - under the hard bound (MEST+EM) drops the k of lowest score, grows k;
+    - under the soft bound (MEST+EM&S) drops to n, grows k, so that the layer
+      has n + k connections until the next update.
 
     p_t, a fraction of all entries and not of the active ones, is
     `drop_fraction` until three quarters of the window (`end_step`), half of
@@ -44,9 +44,7 @@ class MEST(FirstCounts):
             update's batch at active connections; no dense one is needed.
         drop_fraction: p at the start, in [0, 1]. None: 0.05 where the bound
             is soft, else 0.02.
-        frequency, begin_step, end_step, decay, decay_power,
-            final_drop_fraction, redistribution, gradient_batches, grow_init,
-            grow_divisor, seed, conventions: As in `MaskUpdate`.
+        others: As in `MaskUpdate`.
 
     Raises:
         ValueError: As in `MaskUpdate`, or an argument is out of range.

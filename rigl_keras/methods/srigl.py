@@ -37,9 +37,7 @@ class SRigL(FirstCounts):
         ablation: gamma, in [0, 1]: a unit stays that has at least this share
             of the mean fan-in in connections that matter. None: all units
             stay.
-        frequency, drop_fraction, begin_step, end_step, decay, decay_power,
-            final_drop_fraction, gradient_batches, grow_init, grow_divisor,
-            seed, conventions: As in `MaskUpdate`; of the conventions
+        others: As in `MaskUpdate`; of the conventions
             `drop_rounding` applies.
 
     Raises:
