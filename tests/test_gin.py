@@ -40,6 +40,7 @@ SHORT = [
     "RUN_END = 9",
     "HALF_RUN = 1",
     "GSE_END = 9",
+    "SRIGL_FREQUENCY = 1",
     "SRIGL_END = 9",
     "MEST_END = 1",
     "SWITCH_STEPS = [1]",
