@@ -9,7 +9,7 @@ from support.small_models import compiled
 
 from rigl_keras import kernels
 from rigl_keras.kernels import library
-from rigl_keras.masking import masked
+from rigl_keras.masking import kernel_mask
 from rigl_keras.masking.masked_layers import choose_kernels, masked_layers
 from rigl_keras.masking.sparsify import sparsify
 from rigl_keras.masking.stripping import strip
@@ -181,13 +181,13 @@ def test_shapes_must_agree(pair):
 def multiplied(monkeypatch):
     """The names of what is multiplied by a mask."""
     names = []
-    product = masked.product
+    product = kernel_mask.product
 
     def noted(kernel, mask):
         names.append(tuple(kernel.shape))
         return product(kernel, mask)
 
-    monkeypatch.setattr(masked, "product", noted)
+    monkeypatch.setattr(kernel_mask, "product", noted)
     return names
 
 

@@ -263,9 +263,9 @@ def fitted(model, callback, check, **options):
     return watch.seen
 
 
-def of_the_readme():
-    """Its method of a few lines, which knows nothing of patterns."""
-    text = (Path(__file__).parent.parent / "README.md").read_text()
+def of_the_guide():
+    """The guide's method of a few lines, which knows nothing of patterns."""
+    text = (Path(__file__).parents[1] / "docs" / "methods.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names = {"rigl_keras": rigl_keras}
     exec(next(b for b in blocks if "MaskUpdate)" in b), names)
@@ -281,7 +281,7 @@ def of_the_readme():
     [
         (RigL, {}),
         (SET, {}),
-        (of_the_readme(), {}),
+        (of_the_guide(), {}),
         pytest.param(
             RigL,
             dict(run_eagerly=False, jit_compile=True),

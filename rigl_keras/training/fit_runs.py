@@ -118,6 +118,22 @@ class FitRun:
         """Returns the model's own method, in place of which another is."""
         return self._own[name]
 
+    def log_first(self, logs: Callable[[], dict[str, float]]) -> None:
+        """Adds to the logs of an epoch before any callback reads them.
+
+        Args:
+            logs: Returns what is added.
+        """
+        callbacks: Any = self._callbacks and self._callbacks()
+        if callbacks is not None:
+            # Another list, as this one is being gone through.
+            others = [
+                each
+                for each in callbacks.callbacks
+                if not isinstance(each, _EpochLogs)
+            ]
+            callbacks.callbacks = [_EpochLogs(logs), *others]
+
     def guard(self, check: Callable[[], None]) -> None:
         """Makes `model.train_function`, too, ask whether the run lasts.
 
@@ -156,6 +172,18 @@ class FitRun:
             # Another `fit` may be around this one, and needs a function.
             self.model.train_function = None
             self.model.make_train_function()
+
+
+class _EpochLogs(keras.callbacks.Callback):
+    """Adds what a method logs, ahead of loggers that come before it."""
+
+    def __init__(self, logs: Callable[[], dict[str, float]]):
+        super().__init__()
+        self._logs = logs
+
+    def on_epoch_end(self, epoch, logs=None):
+        if logs is not None:
+            logs.update(self._logs())
 
 
 def _who_begins():

@@ -357,8 +357,7 @@ class StepUpdate(MethodHooks):
     def last_logs(self) -> dict[str, float]:
         """Returns what an epoch logs: density, and what the last update did.
 
-        An epoch of `fit` has it in its logs. A callback that reads them comes
-        after this one.
+        The logs of an epoch of `fit` have it, for all callbacks.
         """
         logs = {"density": self._record.density, "grown": self._last["grown"]}
         if self._attached.scales_loss:
@@ -393,6 +392,7 @@ class StepUpdate(MethodHooks):
             self._prepared = prepared
         self._calls = 0
         self._fit = fit_runs.FitRun(model)
+        self._fit.log_first(self.last_logs)
         StepExchange(
             self._fit,
             self._updates,
@@ -426,8 +426,8 @@ class StepUpdate(MethodHooks):
     def on_epoch_end(self, epoch, logs=None):
         self.fetch()
         if logs is not None:
-            # Not in the logs of a step, whose bar in the terminal they would
-            # break.
+            # Again, as callbacks before this one may have set weights. Not in
+            # the logs of a step: its bar would no longer fit a terminal.
             logs.update(self.last_logs())
         self._updates.warn_of_unreached()
         # For a mask of another density, another product may be faster.

@@ -32,14 +32,15 @@ def taken(method, options, **others):
     return [method(**others, **given)]
 
 
-def granet(end_step=9, **options):
+def granet(frequency=2, end_step=9, **options):
     """From the density that models here have to a quarter of it."""
+    last = end_step // frequency * frequency  # update
     return taken(
         GraNet,
-        {"end_step": end_step, **options},
+        {"frequency": frequency, "end_step": end_step, **options},
         final_density=0.05,
         initial_density=0.2,
-        prune_end_step=max(end_step - 1, 1),
+        prune_end_step=max(min(end_step - 1, last), 1),
         final_drop_fraction=0.0,
     )
 

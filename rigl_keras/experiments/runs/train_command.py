@@ -212,7 +212,11 @@ def _of_text(result):
 
 
 def _percent(fraction):
-    return "-" if fraction is None else f"{100 * fraction:.2f} %"
+    return (
+        "no examples held out"
+        if fraction is None
+        else f"{100 * fraction:.2f} %"
+    )
 
 
 def _end_with(parent):
