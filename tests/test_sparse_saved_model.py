@@ -295,7 +295,10 @@ def test_plans_are_really_measured(quick):
     signature = signature_of(model)
     network = networks.import_model(model, signature).network
     assert network is not None
-    data = networks.tuned(network, [1, 16])
+    for _ in range(5):  # a busy machine may take all the time for one way
+        data = networks.tuned(network, [1, 16])
+        if "choice" in from_bytes(data).hints:
+            break
     assert "choice" in from_bytes(data).hints
     assert len(data) > len(networks.tuned(network, []))
 
