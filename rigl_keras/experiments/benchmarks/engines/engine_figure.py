@@ -68,7 +68,8 @@ def engine_figure(measurements: Sequence[Measurement]) -> Figure:
             _label(axes, engines, named=axes is panels[0])
     for axes in grid[-1]:
         axes.set_xlabel("milliseconds of a call", fontsize=TEXT)
-    _legend(figure, densities)
+    others = any(m.precision != "float32" for m in measurements)
+    _legend(figure, densities, other_precisions=others)
     return figure
 
 
@@ -124,11 +125,12 @@ def _label(axes, engines, *, named):
     if high / low > 100:
         steps = (1,)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
-    places = [step * 10.0**power for power in powers for step in steps]
+    # Read as decimals: 6 x 0.1 is not quite 0.6.
+    places = [float(f"{step}e{power}") for power in powers for step in steps]
     ticks_at(axes.xaxis, [place for place in places if low <= place <= high])
 
 
-def _legend(figure, densities):
+def _legend(figure, densities, *, other_precisions):
     handles = [
         Line2D(
             [],
@@ -141,18 +143,19 @@ def _legend(figure, densities):
         )
         for i, density in enumerate(densities)
     ]
-    handles.append(
-        Line2D(
-            [],
-            [],
-            color=BLACK,
-            marker="o",
-            mfc=WHITE,
-            ms=5,
-            ls="",
-            label="in another precision",
+    if other_precisions:
+        handles.append(
+            Line2D(
+                [],
+                [],
+                color=BLACK,
+                marker="o",
+                mfc=WHITE,
+                ms=5,
+                ls="",
+                label="in another precision",
+            )
         )
-    )
     figure.legend(
         handles=handles,
         loc="outside lower left",
