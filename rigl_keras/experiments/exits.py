@@ -15,7 +15,13 @@ from absl import app
 from rigl_keras._files import disk_is_full
 from rigl_keras._text import printable
 
-__all__ = ["FailedError", "numbers", "one_line", "run_command"]
+__all__ = [
+    "FailedError",
+    "check_flags_alone",
+    "numbers",
+    "one_line",
+    "run_command",
+]
 
 
 def numbers(name: str, texts: Sequence[str], kind: type) -> tuple:
@@ -36,6 +42,14 @@ def numbers(name: str, texts: Sequence[str], kind: type) -> tuple:
             f"--{name} takes {'whole ' if kind is int else ''}numbers, "
             f"separated by commas. Received: {','.join(texts)!r}."
         ) from error
+
+
+def check_flags_alone(argv: Sequence[str]) -> None:
+    """Raises ValueError where a command line names more than flags."""
+    if len(argv) > 1:
+        raise ValueError(
+            f"There is nothing to name but flags. Received: {argv[1]!r}."
+        )
 
 
 class FailedError(Exception):

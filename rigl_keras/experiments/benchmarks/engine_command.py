@@ -311,10 +311,7 @@ def _run(given, output, argv):
 
     logging.set_verbosity(logging.WARNING)
     tf.get_logger().setLevel("ERROR")
-    if len(argv) > 1:
-        raise ValueError(
-            f"There is nothing to name but flags. Received: {argv[1]!r}."
-        )
+    exits.check_flags_alone(argv)
     values = {name: flag.value for name, flag in given.items()}
     for name, kind in (("densities", float), ("batches", int)):
         values[name] = exits.numbers(name, values[name], kind)

@@ -102,10 +102,7 @@ def _run(part, given, output, argv):
     # down TensorFlow's, while they wait (`benchmark_inference`).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-    if len(argv) > 1:
-        raise ValueError(
-            f"There is nothing to name but flags. Received: {argv[1]!r}."
-        )
+    exits.check_flags_alone(argv)
     values = {name: flag.value for name, flag in given.items()}
     for name, kind in (("densities", float), ("batch_sizes", int)):
         if name in values:

@@ -77,10 +77,7 @@ def _run(given, runs, output, argv):
     # Read when PyTorch is imported, which is later: its threads would slow
     # down TensorFlow's, while they wait (`benchmark_inference`).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    if len(argv) > 1:
-        raise ValueError(
-            f"There is nothing to name but flags. Received: {argv[1]!r}."
-        )
+    exits.check_flags_alone(argv)
     if runs.value and not output.value:
         raise ValueError("--runs writes a table and a figure: pass --output.")
     folder = prepared_folder(output.value) if output.value else None

@@ -19,6 +19,7 @@ import numpy as np
 import tensorflow as tf
 
 from rigl_keras import _checks, kernels
+from rigl_keras.experiments import exits
 
 __all__ = ["Kept", "define_command", "measure_plans"]
 
@@ -189,10 +190,7 @@ def define_command() -> Callable[[Sequence[str]], None]:
 
 
 def _run(given, argv):
-    if len(argv) > 1:
-        raise ValueError(
-            f"There is nothing to name but flags. Received: {argv[1]!r}."
-        )
+    exits.check_flags_alone(argv)
     if kernels.load() is None:
         raise ValueError(
             f"There are no sparse kernels to measure: {kernels.unavailable()}."

@@ -375,10 +375,7 @@ def define_command() -> Callable[[Sequence[str]], None]:
 
 
 def _run(given, output, argv):
-    if len(argv) > 1:
-        raise ValueError(
-            f"There is nothing to name but flags. Received: {argv[1]!r}."
-        )
+    exits.check_flags_alone(argv)
     values = {name: flag.value for name, flag in given.items()}
     for name in ("densities", "gigabits"):
         values[name] = exits.numbers(name, values[name], float)
