@@ -128,7 +128,7 @@ def grasp(
     gradient flow, arXiv:2002.07376, Algorithm 1. The outputs are divided by
     `temperature` before the loss, as in the authors' code. That takes 25
     examples of each class, in two halves, keeps one weight too many, and
-    draws the weights of dense layers anew.
+    draws new weights for dense layers.
 
     Args:
         model, density, batch, loss: As in `snip`. The batch is passed forward

@@ -160,7 +160,7 @@ def pruning():
     return trained_by(rigl_keras.MagnitudePruning, ramp)
 
 
-# Made later: TensorFlow is told of the workers before it makes anything.
+# Made later: TensorFlow has to know the workers before it makes anything.
 CHECKS = {
     "RigL, clipped": lambda: dict(
         train=rigl(),
