@@ -124,8 +124,14 @@ MAY_IMPORT |= {
     # These two need no TensorFlow.
     "experiments/protocol": {"private"},
     "experiments/report": {"private", "experiments/protocol"},
-    # Errors of commands, and how far they are.
-    "experiments/exits": {"private"},
+    # How commands begin and end, and how far they are.
+    "experiments/command_line": set(),
+    "experiments/quiet_start": set(),
+    "experiments/exits": {
+        "private",
+        "experiments/command_line",
+        "experiments/quiet_start",
+    },
     "experiments/progress_bar": set(),
     "experiments/data": {"private"},
     "experiments/runs": {
@@ -153,6 +159,7 @@ MAY_IMPORT |= {
     },
     "experiments/benchmarks": {
         *LIBRARY,
+        "experiments/command_line",
         "experiments/exits",
         "experiments/progress_bar",
         "experiments/data",
@@ -161,6 +168,7 @@ MAY_IMPORT |= {
     "experiments/report_command": {
         "private",
         "experiments/exits",
+        "experiments/quiet_start",
         "experiments/protocol",
         "experiments/report",
         "experiments/reproduction",  # with --planned alone

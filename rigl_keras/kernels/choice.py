@@ -216,7 +216,8 @@ def _announce():
     """Logs what takes its time, once."""
     _log.warning(
         "Timing dense and sparse products, once for each kind of layer on "
-        "this machine ..."
+        "this machine ...",
+        extra={"progress": True},
     )
 
 

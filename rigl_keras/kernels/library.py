@@ -361,6 +361,7 @@ def _build(plan, folder):
     _log.warning(
         "Building the sparse kernels with %s (once, about half a minute) ...",
         compiler[0],
+        extra={"progress": True},
     )
     # Builds that were killed; nobody else is at work.
     for abandoned in folder.glob(".building-*"):
