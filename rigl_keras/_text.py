@@ -1,8 +1,17 @@
 """Text for people: aligned tables, and the first line of an error."""
 
+import textwrap
 from collections.abc import Sequence
 
-__all__ = ["aligned", "brief", "exact", "first_line", "last_line", "printable"]
+__all__ = [
+    "aligned",
+    "brief",
+    "exact",
+    "first_line",
+    "last_line",
+    "printable",
+    "wrapped",
+]
 
 
 def exact(value: float) -> str:
@@ -80,3 +89,20 @@ def aligned(rows: Sequence[Sequence[str]], *, left: int = 2) -> list[str]:
         )
         for row in rows
     ]
+
+
+def wrapped(words: str, *, indent: int = 0) -> list[str]:
+    """Returns a text as lines of at most 80 columns.
+
+    Args:
+        words: The text.
+        indent: Spaces before its first line; others have two more.
+    """
+    return textwrap.wrap(
+        words,
+        80,
+        initial_indent=" " * indent,
+        subsequent_indent=" " * (indent + 2),
+        break_on_hyphens=False,
+        break_long_words=False,
+    )

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from rigl_keras.experiments.runs import epoch_table
 from rigl_keras.experiments.runs.epoch_table import EpochTable, row_of
 
 LOGS = {
@@ -56,6 +57,26 @@ def test_rows_fit_a_terminal(capsys):
     assert len(lines) == 8
     assert "validation" in lines[0]
     assert max(map(len, lines)) <= 80
+
+
+def test_what_is_said_before_a_run(capsys, monkeypatch):
+    """And, after some steps, how long it will take."""
+    now = iter(range(1_000))
+    monkeypatch.setattr(epoch_table.time, "perf_counter", lambda: next(now))
+    table = EpochTable(
+        epochs=30, steps_per_epoch=40, about={"method": "RigL, a network"}
+    )
+    table.on_train_begin()
+    for epoch in (10, 11):  # as a run that is resumed
+        table.on_epoch_begin(epoch)
+        for batch in range(40):
+            table.on_train_batch_end(batch)
+        table.on_epoch_end(epoch, LOGS)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "method RigL, a network"
+    # A step a second, 40 of them in each of 20 epochs.
+    assert lines[1] == "time   about 13 min, at the pace of steps 6 to 15"
+    assert lines[2].split()[0] == "epoch" and len(lines) == 5
 
 
 def test_a_bar_is_shown_at_a_terminal_and_taken_away(monkeypatch, capsys):

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 
 from rigl_keras._checks import choice
-from rigl_keras._text import aligned
+from rigl_keras._text import aligned, wrapped
 from rigl_keras.flops.positions import ATTENTION, applied
 from rigl_keras.masking.layer_kernels import Kernel, find_kernels
 from rigl_keras.masking.leaves import leaf_layers, named_layers, trained_weights
@@ -22,6 +22,12 @@ __all__ = ["CONVENTIONS", "Count", "LayerCount", "count"]
 
 CONVENTIONS = ("micronet", "macs")
 _BITS = 32  # of a parameter
+# What the table says of its FLOPs.
+_SAID = {
+    "micronet": "by the rules of MicroNet: a multiplication and an addition "
+    "for each nonzero and position, none for norms, pooling and softmax",
+    "macs": "in macs: a multiply-add for each nonzero and position",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,34 +124,31 @@ class Count:
     convention: str
 
     def __str__(self) -> str:
-        rows = [("layer", "kernel", "density", "parameters", "FLOPs", "ratio")]
-        for layer in self.layers:
-            rows.append(
-                (
-                    layer.name,
-                    "x".join(map(str, layer.shape)),
-                    f"{layer.density:.4f}" if layer.masked else "dense",
-                    f"{layer.nonzeros:,}",
-                    f"{layer.inference_flops:,.0f}",
-                    _ratio(layer),
-                )
-            )
-        # The sums include normalisation, which costs no FLOPs here.
-        rows.append(
-            (
-                "model",
-                "",
-                f"{self.density:.4f}",
-                f"{self.nonzeros:,}",
-                f"{self.inference_flops:,.0f}",
-                _ratio(self),
-            )
-        )
+        # Of large models, what fits a terminal.
+        unit = "MFLOPs" if self.inference_flops >= 1e8 else "FLOPs"
+        head = ("layer", "kernel", "density", "nonzeros", "weights")
+        rows = [(*head, unit, "ratio")]
+        rows += [
+            (*_cells(layer), *_costs(layer, unit)) for layer in self.layers
+        ]
+        rest = self.parameters - sum(one.parameters for one in self.layers)
+        if rest:  # of which no layer above has one
+            nonzeros = self.nonzeros - sum(one.nonzeros for one in self.layers)
+            counts = f"{nonzeros:,}", f"{rest:,}"
+            rows.append(("all others", "-", "dense", *counts, "-", "-"))
+        total = f"{self.nonzeros:,}", f"{self.parameters:,}"
+        rows.append(("model", "-", "-", *total, *_costs(self, unit)))
         lines = aligned(rows)
-        lines.append(
-            f"{self.nonzeros:,} of {self.parameters:,} trainable parameters, "
-            f"FLOPs for one sample ({self.convention})"
-        )
+        if any(layer.masked for layer in self.layers):
+            share = self.nonzeros / self.parameters
+            lines.append(
+                f"density {self.density:.4f} of the masked weights, "
+                f"{share:.4f} of all"
+            )
+        lines += wrapped(
+                f"{unit} of one sample and their ratio to the dense model's, "
+                f"{_SAID[self.convention]}"
+            )
         lines.append(
             f"{self.bits / 8e6:.2f} MB as bitmask and values, "
             f"{self.csr_bits / 8e6:.2f} MB as CSR, "
@@ -153,8 +156,10 @@ class Count:
         )
         if self.uncounted:
             names = ", ".join(f"{n} ({kind})" for n, kind in self.uncounted)
-            lines.append(f"FLOPs not counted: {names}")
+            lines += wrapped(f"FLOPs not counted: {names}")
         return "\n".join(lines)
+
+    __repr__ = __str__
 
 
 def count(model: keras.Model, *, convention: str = "micronet") -> Count:
@@ -341,6 +346,22 @@ def _count_layer(named, positions, convention):
     )
 
 
-def _ratio(cost):
-    dense = cost.dense_inference_flops
-    return f"{cost.inference_flops / dense:.4f}x" if dense else ""
+def _cells(layer):
+    """Returns the first cells of a layer's row: what there is of it."""
+    density = f"{layer.density:.4f}" if layer.masked else "dense"
+    return (
+        layer.name,
+        "x".join(map(str, layer.shape)) or "-",
+        density if layer.shape else "-",
+        f"{layer.nonzeros:,}",
+        f"{layer.parameters:,}",
+    )
+
+
+def _costs(cost, unit):
+    """Returns the last cells of a row: FLOPs, and their ratio to the dense."""
+    flops, dense = cost.inference_flops, cost.dense_inference_flops
+    return (
+        f"{flops / 1e6:,.3f}" if unit == "MFLOPs" else f"{flops:,.0f}",
+        f"{flops / dense:.3f}" if dense else "-",
+    )

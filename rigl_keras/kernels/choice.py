@@ -215,8 +215,7 @@ def _taken(problem, in_lanes):
 def _announce():
     """Logs what takes its time, once."""
     _log.warning(
-        "Timing dense and sparse products, once for each kind of layer on "
-        "this machine ...",
+        "Timing dense and sparse products (once for each kind of layer) ...",
         extra={"progress": True},
     )
 

@@ -359,7 +359,7 @@ def _build(plan, folder):
     """Builds into a folder, which the caller has locked."""
     compiler, _ = find_compiler()
     _log.warning(
-        "Building the sparse kernels with %s (once, about half a minute) ...",
+        "Building the sparse kernels with %s (once, half a minute) ...",
         compiler[0],
         extra={"progress": True},
     )

@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from rigl_keras import _checks, _deprecation, _keras
-from rigl_keras._text import aligned
+from rigl_keras._text import aligned, wrapped
 from rigl_keras.kernels import fast_calls
 from rigl_keras.kernels.layer_products import PRODUCTS
 from rigl_keras.masking.layer_kernels import find_kernels
@@ -25,6 +25,9 @@ from rigl_keras.masking.unmasked import (
 from rigl_keras.patterns import as_pattern
 
 __all__ = ["MaskedLayers", "choose_kernels", "masked_layers"]
+
+_LONGEST_REASON = 22  # letters of it that stand in a row
+_MOST_NAMES = 3  # of layers that are not masked for one reason
 
 
 class MaskedLayers(Sequence):
@@ -100,19 +103,14 @@ class MaskedLayers(Sequence):
         ]
 
     def __str__(self) -> str:
-        rows = [
-            (
-                "layer",
-                "kernel",
-                "pattern",
-                "density",
-                "nonzeros",
-                "of",
-                "product",
-            )
-        ]
+        head = ("layer", "kernel", "pattern", "density", "nonzeros", "of")
+        rows = [(*head, "product")]
         ones = size = 0
-        for name, layer in self.named.items():
+        named = self.named
+        products, notes = _products(
+            {n: _product_of(m) for n, m in named.items()}
+        )
+        for name, layer in named.items():
             nonzeros = int(np.count_nonzero(layer.mask.numpy()))
             weights = math.prod(layer.kernel.shape)
             ones, size = ones + nonzeros, size + weights
@@ -124,21 +122,24 @@ class MaskedLayers(Sequence):
                     f"{nonzeros / weights:.4f}",
                     f"{nonzeros:,}",
                     f"{weights:,}",
-                    _product_of(layer),
+                    products.get(name, "-"),
                 )
             )
         if size:
             total = f"{ones / size:.4f}", f"{ones:,}", f"{size:,}"
-            rows.append(("all masked", "", "", *total, ""))
-        if not any(product for *_, product in rows[1:]):
+            rows.append(("all masked", "-", "-", *total, "-"))
+        if not products:
             rows = [row[:-1] for row in rows]  # nothing was called yet
         if all(m.granularity == "element" for m in self._masked):
             rows = [(*row[:2], *row[3:]) for row in rows]
-        lines = [line.rstrip() for line in aligned(rows)]
-        skipped = self.skipped
+        lines = [line.rstrip() for line in aligned(rows)] + notes
+        skipped: dict[str, list[str]] = {}
+        for layer, why in self.skipped:
+            skipped.setdefault(why, []).append(layer.name)
         if skipped:
             lines.append("not masked:")
-            lines += [f"  {layer.name}: {why}" for layer, why in skipped]
+        for why, names in skipped.items():
+            lines += wrapped(f"{_few(names)}: {why}", indent=2)
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -158,10 +159,40 @@ def _product_of(masked):
     """Returns how a layer was computed when it was called last, and why."""
     chosen = masked.chosen_products()
     if not chosen:
-        return ""
+        return None
     choice = list(chosen.values())[-1]
-    kind = "sparse" if choice.sparse else "dense"
-    return f"{kind}: {choice.reason}"
+    return "sparse" if choice.sparse else "dense", choice.reason
+
+
+def _products(found):
+    """Returns cells of the products that were chosen, and lines below them.
+
+    Reasons that are long, as errors are, stand below once, with a number.
+    """
+    cells, reasons = {}, {}
+    for name, product in found.items():
+        if product is None:
+            continue
+        cells[name] = ": ".join(product)
+        if len(product[1]) > _LONGEST_REASON:
+            number = reasons.setdefault(cells[name], len(reasons) + 1)
+            cells[name] = f"{product[0]} ({number})"
+    if not cells:
+        return {}, []
+    notes = wrapped(
+        "product: how a layer was computed when it was called last, and why; "
+        "1.5x: the sparse product took 1 / 1.5 of the time of the dense one"
+    )
+    for reason, number in reasons.items():
+        notes += wrapped(f"({number}) {reason}")
+    return cells, notes
+
+
+def _few(names):
+    """Returns the first names of many, and how many there are."""
+    if len(names) <= _MOST_NAMES:
+        return ", ".join(names)
+    return f"{', '.join(names[:_MOST_NAMES])}, ... ({len(names)} layers)"
 
 
 def masked_layers(model: keras.Model) -> MaskedLayers:

@@ -1,5 +1,6 @@
 """What a run prints: a row for each epoch, at most 80 columns."""
 
+import itertools
 import statistics
 import time
 from collections.abc import Mapping
@@ -23,6 +24,8 @@ _COLUMNS = (
     ("seconds", 9),
     ("left", 8),
 )
+# Steps by which the time of a run is estimated, the last ones of the first.
+_TIMED, _LAST_TIMED = 10, 15
 
 
 class EpochTable(keras.callbacks.Callback):
@@ -33,19 +36,34 @@ class EpochTable(keras.callbacks.Callback):
     Args:
         epochs: How many the run has.
         steps_per_epoch: Steps of an epoch.
+        about: What to say before the run, by labels. How long it will take is
+            said when some steps of it have been timed.
     """
 
-    def __init__(self, *, epochs: int, steps_per_epoch: int):
+    def __init__(
+        self,
+        *,
+        epochs: int,
+        steps_per_epoch: int,
+        about: Mapping[str, str] | None = None,
+    ):
         super().__init__()
         self._epochs, self._steps = epochs, steps_per_epoch
+        self._about = about or {}
         self._bar: ProgressBar | None = None
 
     def on_train_begin(self, logs=None):
+        self._began = time.perf_counter()
         self._times: list[float] = []
-        say("".join(name.rjust(width) for name, width in _COLUMNS))
+        self._ends: list[float] = []  # of the first steps
+        self._first: int | None = None
+        for label, said in self._about.items():
+            say(f"{label:7}{said}")
 
     def on_epoch_begin(self, epoch, logs=None):
         self._start = time.perf_counter()
+        if self._first is None:
+            self._first = epoch
         self._bar = ProgressBar(
             unit="steps",
             total=self._steps,
@@ -56,17 +74,35 @@ class EpochTable(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         if self._bar is not None:
             self._bar.set_done(batch + 1, show=True)
+        if not self._times and len(self._ends) < _LAST_TIMED:
+            self._ends.append(time.perf_counter())
+            if len(self._ends) == _LAST_TIMED:
+                self._say_how_long()
 
     def on_epoch_end(self, epoch, logs: Any = None):
         self._close()
         self._times.append(time.perf_counter() - self._start)
         # The first epoch waits for tracing, too.
+        if len(self._times) == 1:
+            say("".join(name.rjust(width) for name, width in _COLUMNS))
         usual = statistics.median(self._times[1:] or self._times)
         left = usual * (self._epochs - epoch - 1)
         say(row_of(epoch, self._epochs, logs, left=left))
 
     def on_train_end(self, logs=None):
         self._close()
+
+    def _say_how_long(self):
+        ends = self._ends[_LAST_TIMED - _TIMED - 1 :]
+        step = statistics.median(
+            after - before for before, after in itertools.pairwise(ends)
+        )
+        steps = self._steps * (self._epochs - (self._first or 0)) - _LAST_TIMED
+        seconds = ends[-1] - self._began + step * steps  # with the tracing
+        say(
+            f"{'time':7}about {_roughly(seconds)}, at the pace of steps "
+            f"{_LAST_TIMED - _TIMED + 1} to {_LAST_TIMED}"
+        )
 
     def _close(self):
         if self._bar is not None:
@@ -114,3 +150,12 @@ def _interval(seconds):
     if hours:
         return f"{hours} h {minutes:02d}"
     return f"{minutes}:{seconds:02d}"
+
+
+def _roughly(seconds):
+    """Returns a time in two digits or so: "40 s", "12 min", "3.2 h"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    if seconds < 100 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

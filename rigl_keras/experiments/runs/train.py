@@ -252,7 +252,17 @@ def train(
         )
     held_out = batches.validation()
     steps_per_epoch = examples.steps_per_epoch(batch_size)
-    table = EpochTable(epochs=epochs, steps_per_epoch=steps_per_epoch)
+    table = EpochTable(
+        epochs=epochs,
+        steps_per_epoch=steps_per_epoch,
+        about={
+            "method": _in_words(start, update, network),
+            "data": f"{dataset}, {examples.training_examples:,} examples an "
+            f"epoch, seed {seed}",
+            "steps": f"{epochs * steps_per_epoch:,}: {epochs} epochs of "
+            f"{steps_per_epoch:,}, batch {batch_size}",
+        },
+    )
     callbacks = [
         update,
         topology,
@@ -319,6 +329,16 @@ def train(
     run.save_model(network)
     run.write_result(found)  # last: it says that the run is finished
     return found
+
+
+def _in_words(start, update, network):
+    """Returns what is trained, as it is said before a run."""
+    method = start.kind if update is None else update.name
+    said = f"{method}, {network.name}"
+    if rigl_keras.masked_layers(network):
+        density = rigl_keras.count(network).density
+        said += f", density {density:.4f} of masked weights"
+    return said
 
 
 def _metrics(network, batches):
