@@ -1,17 +1,20 @@
 """Text for people: aligned tables, and the first line of an error."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 __all__ = [
     "aligned",
     "brief",
     "exact",
     "first_line",
+    "grouped",
     "last_line",
     "printable",
     "wrapped",
 ]
+
+_MOST_NAMES = 3  # that are told for one reason
 
 
 def exact(value: float) -> str:
@@ -62,6 +65,32 @@ def first_line(error: Exception) -> str:
     """Returns what an error says first, or its type where it says nothing."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def grouped(
+    reasons: Mapping[str, str] | Iterable[tuple[str, str]],
+) -> list[tuple[str, str]]:
+    """Returns `(names, reason)` for each reason, of many names the first.
+
+    Args:
+        reasons: `{name: reason}`, or pairs of these.
+
+    >>> grouped({"a": "odd", "b": "even", "c": "odd"})
+    [('a, c', 'odd'), ('b', 'even')]
+    """
+    found: dict[str, list[str]] = {}
+    pairs = reasons.items() if isinstance(reasons, Mapping) else reasons
+    for name, reason in pairs:
+        found.setdefault(reason, []).append(name)
+    return [
+        (
+            ", ".join(names)
+            if len(names) <= _MOST_NAMES
+            else f"{', '.join(names[:_MOST_NAMES])}, ... ({len(names)} layers)",
+            reason,
+        )
+        for reason, names in found.items()
+    ]
 
 
 def last_line(error):

@@ -625,7 +625,9 @@ def test_matrices_that_nobody_masks_are_listed():
     model = sparsify(dense, 0.5)
     ((layer, why),) = masked_layers(model).skipped
     assert layer.name == "table" and "reverse_embeddings (6x9)" in why
-    assert "reverse_embeddings (6x9)" in str(masked_layers(model))
+    assert "reverse_embeddings (6x9)" in " ".join(
+        str(masked_layers(model)).split()
+    )
     with pytest.raises(ValueError, match=r"table.*reverse_embeddings \(6x9\)"):
         sparsify(dense, 0.5, strict=True)
     both = {layers.ReversibleEmbedding: ["embeddings", "reverse_embeddings"]}

@@ -305,7 +305,7 @@ def test_a_layer_within_is_chosen_or_left_out():
     densities = {n: m.density for n, m in masked_layers(model).named.items()}
     assert densities["block/heads/one/kernel"] == pytest.approx(0.6, abs=0.02)
     assert densities["linear/w"] < 0.5
-    report = str(masked_layers(sparsify(dense, 0.5)))
+    report = " ".join(str(masked_layers(sparsify(dense, 0.5))).split())
     assert "linear: Linear has no kernel that can be masked" in report
     assert "pass kernels={Linear: name}" in report
 
@@ -314,9 +314,8 @@ def test_embeddings_are_left_out_by_default():
     dense = make("Embedding")
     model = sparsify(dense, 0.5)
     assert "embedding/embeddings" not in masked_layers(model).masks
-    assert "embedding: an Embedding is masked only if" in str(
-        masked_layers(model)
-    )
+    text = " ".join(str(masked_layers(model)).split())
+    assert "embedding: an Embedding is masked only if" in text
     for options in (
         {"layers": layers.Embedding},
         {"layers": dense.get_layer("embedding")},

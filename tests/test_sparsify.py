@@ -153,7 +153,15 @@ def test_table():
     assert conv2[1] == "3x3x8x16" and conv2[4] == "1,152"
     assert "norm: normalisation, never masked" in text
     total = next(line for line in lines if line.startswith("all masked"))
-    assert total.split()[2] == "0.2000"
+    assert total.split()[3] == "0.2000"
+    assert repr(masked_layers(sparsify(small_model(), 0.2))) == text
+    many = str(
+        masked_layers(sparsify(rigl_keras.models.wide_resnet(10, 1), 0.2))
+    )
+    assert (
+        "\n  block1_0_bn1, block1_0_bn2, block2_0_bn1, ... (7 layers): " in many
+    )
+    assert max(map(len, many.splitlines())) <= 80
     uniform = sparsify(small_model(), 0.2, distribution="uniform")
     assert "conv1: left dense" in str(masked_layers(uniform))
 

@@ -88,6 +88,13 @@ class Format(abc.ABC):
         folds: Whether it folds batch norms, whatever is asked for.
         concessions: What is given up, in this order, for a model that the
             format otherwise cannot hold, or runs wrongly.
+        dense: The format of the dense model that it is measured against, by
+            name. None: the same, for the same runtime.
+        operations: Files within the folder that are no weights: the library
+            that computes the model.
+        loading: How it is loaded and called, in lines of Python. `{path}` is
+            the folder, `{inputs}` its inputs as keyword arguments and
+            `{feed}` as a dict.
     """
 
     file: str | None = None
@@ -96,6 +103,9 @@ class Format(abc.ABC):
     quantizations: Mapping[str, Quantization] = {}
     folds: bool = False
     concessions: Sequence[Concession] = ()
+    dense: str | None = None
+    operations: Sequence[str] = ()
+    loading: Sequence[str] = ()
 
     @abc.abstractmethod
     def write(

@@ -98,8 +98,10 @@ def export(
        (`compaction`).
     3. The artefact is written beside `path`, loaded back, and compared with
        the model on random inputs, and on those given.
-    4. It is measured against a dense SavedModel of the same model: size,
-       time to load, and latency, by calls that alternate.
+    4. It is measured against the dense model in the same format, quantized
+       in the same way (`"native"` and `"sparse_saved_model"`, which have no
+       dense form, against a dense SavedModel): size, time to load, and
+       latency, by calls that alternate.
     5. It takes its place at `path`, with the report as `export.json`. An
        error at any point leaves `path` as it was.
 
@@ -141,7 +143,7 @@ def export(
             is fastest on this machine. Any other size can be served, too. Of
             a model with a fixed batch size it is that one.
         measure: Whether that is compared, and sizes, load time and latency of
-            the dense SavedModel are measured. False is quicker.
+            the dense model are measured. False is quicker.
         overwrite: Whether an earlier export at `path` may be replaced.
 
     Returns:
@@ -192,12 +194,14 @@ def export(
         batch_sizes=batch_sizes if measure else (),
     )
     told: list[str] = []
+    used = options
     with _files.set_aside(target, replace=overwrite) as folder:
         artefact = Artefact(writer, folder, signature, list(wanted[0]))
 
         def write(**changes):
-            changed = dataclasses.replace(options, **changes)
-            told[:] = writer.write(small, signature, folder, changed)
+            nonlocal used
+            used = dataclasses.replace(options, **changes)
+            told[:] = writer.write(small, signature, folder, used)
             return artefact.load
 
         try:
@@ -221,7 +225,14 @@ def export(
             **costs(model, small),
             max_difference=largest,
             tolerance=tolerance,
-            **(_measured(artefact, model, batch_sizes) if measure else {}),
+            operation_bytes=sum(
+                Path(folder, name).stat().st_size for name in writer.operations
+            ),
+            inputs=tuple(signature.inputs),
+            loading=tuple(writer.loading),
+            **(
+                _measured(artefact, model, batch_sizes, used) if measure else {}
+            ),
             **compacted,
             notes=(*notes, *told),
         )
@@ -229,16 +240,24 @@ def export(
     return report
 
 
-def _measured(artefact, model, batch_sizes):
-    """Returns sizes and times, against a dense SavedModel of a model."""
+def _measured(artefact, model, batch_sizes, options):
+    """Returns sizes and times, against the dense model in the same format.
+
+    Of a format that holds sparse models alone it is a dense SavedModel.
+    """
+    name = artefact.format.dense
+    options = dataclasses.replace(options, sparse=False)
     with tempfile.TemporaryDirectory() as scratch:
         dense = dataclasses.replace(
-            artefact, format=FORMATS["saved_model"], folder=Path(scratch)
+            artefact,
+            format=FORMATS[name] if name else artefact.format,
+            folder=Path(scratch),
         )
-        dense.format.write(
-            model, dense.signature, dense.folder, WriteOptions(sparse=False)
-        )
-        return compare_artefacts(artefact, dense, batch_sizes)
+        dense.format.write(model, dense.signature, dense.folder, options)
+        return {
+            "dense_format": name,
+            **compare_artefacts(artefact, dense, batch_sizes),
+        }
 
 
 def _check_format(format, quantization, inputs):

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from rigl_keras import _reading, _text
-from rigl_keras._text import aligned
+from rigl_keras._text import aligned, grouped, wrapped
 
 __all__ = [
     "ExportReport",
@@ -34,11 +34,17 @@ class ExportReport:
         quantization: As in `export`.
         bytes: Size of the artefact on disk.
         gzip_bytes: The same, each file compressed by itself.
-        dense_bytes: Size of the dense SavedModel of the same model.
+        dense_format: The format of the dense model that it is compared with.
+            None: the same.
+        dense_bytes: Size of the dense model in that format.
         dense_gzip_bytes: The same, compressed.
         variable_bytes: Of a SavedModel, size of its `variables` folder; of
             other formats that of the artefact.
-        dense_variable_bytes: Of the dense SavedModel, likewise.
+        dense_variable_bytes: Of the dense model, likewise.
+        operation_bytes: Of them, the size of the library that computes the
+            model; 0 where the runtime has its own.
+        inputs: Names of the model's inputs.
+        loading: How it is loaded and called, as in `Format`.
         density: Fraction of the masked weights that is kept.
         parameters: Trainable parameters of the dense model.
         nonzeros: Parameters that are left: those of biases and
@@ -51,9 +57,9 @@ class ExportReport:
             least a tenth of the largest, and a thousandth).
         tolerance: What it may be at most.
         load_seconds: Time to load the artefact.
-        dense_load_seconds: Time to load the dense SavedModel.
+        dense_load_seconds: Time to load the dense model.
         latency: `{batch size: seconds}` of one call.
-        dense_latency: The same of the dense SavedModel; the calls of both
+        dense_latency: The same of the dense model; the calls of both
             alternate.
         folded: `{batch norm: the layer that it was folded into}`.
         not_folded: `{batch norm: why it was kept}`, where folding was asked
@@ -69,10 +75,14 @@ class ExportReport:
     quantization: str | None
     bytes: int
     gzip_bytes: int | None = None
+    dense_format: str | None = None
     dense_bytes: int | None = None
     dense_gzip_bytes: int | None = None
     variable_bytes: int
     dense_variable_bytes: int | None = None
+    operation_bytes: int = 0
+    inputs: tuple[str, ...] = ()
+    loading: tuple[str, ...] = ()
     density: float
     parameters: int
     nonzeros: int
@@ -97,6 +107,7 @@ class ExportReport:
     def __str__(self) -> str:
         rows = [
             ("on disk", self.bytes, self.dense_bytes, _megabytes),
+            ("  its library", self.operation_bytes or None, None, _megabytes),
             ("  gzip", self.gzip_bytes, self.dense_gzip_bytes, _megabytes),
             ("parameters", self.nonzeros, self.parameters, "{:,}".format),
             (
@@ -129,15 +140,23 @@ class ExportReport:
                     (
                         label,
                         shown(ours),
-                        shown(dense) if known else "",
-                        f"{ours / dense:.3f}x" if known else "",
+                        shown(dense) if known else "-",
+                        f"{ours / dense:.3f}x" if known else "-",
                     )
                 )
         kind = self.format
         if self.quantization:
             kind += f", {self.quantization}"
-        lines = [f"{self.path}: {kind}, at density {self.density:.4f}"]
+        lines = [
+            f"{self.path}: {kind}",
+            f"density {self.density:.4f} of the masked weights",
+        ]
         lines += [line.rstrip() for line in aligned(cells, left=1)]
+        if self.dense_bytes is not None:
+            dense = self.dense_format or kind
+            lines.append(
+                f"dense: the same model with its zeros stored, {dense}"
+            )
         lines.append(
             f"outputs differ by {self.max_difference:.1e} of their spread, at "
             f"most {self.tolerance:.0e} allowed"
@@ -145,13 +164,24 @@ class ExportReport:
         if self.folded or self.not_folded:
             norms = len(self.folded) + len(self.not_folded)
             lines.append(f"{len(self.folded)} of {norms} batch norms folded")
+            for names, why in grouped(self.not_folded):
+                lines += wrapped(f"{names}: {why}", indent=2)
         if self.removed:
             before, after = map(sum, zip(*self.removed.values(), strict=True))
             lines.append(
                 f"dead units removed from {len(self.removed)} layers: "
                 f"{after:,} of their {before:,} units are left"
             )
-        return "\n".join([*lines, *self.notes])
+        lines += self.notes
+        if self.loading:
+            lines.append("load and call it:")
+        inputs = ", ".join(f"{name}={name}" for name in self.inputs)
+        feed = ", ".join(f'"{name}": {name}' for name in self.inputs)
+        for line in self.loading:
+            line = line.replace("{path}", self.path)
+            line = line.replace("{inputs}", inputs)
+            lines.append("  " + line.replace("{feed}", f"{{{feed}}}"))
+        return "\n".join(lines)
 
 
 def write_report(report: ExportReport, folder: Path) -> None:
@@ -191,7 +221,8 @@ def check_export(path: str | os.PathLike) -> ExportReport:
         content["removed"] = {
             n: tuple(u) for n, u in content["removed"].items()
         }
-        content["notes"] = tuple(content["notes"])
+        for name in ("notes", "inputs", "loading"):  # earlier ones had one
+            content[name] = tuple(content.get(name, ()))
         del content["files"]
         content = ExportReport(**{**content, "path": str(folder)})
         str(content)  # all that is shown of it can be
@@ -265,9 +296,17 @@ def _by_name(kind):
 
 _KINDS = {
     "format": _is_text,
+    "dense_format": _or_none(_is_text),
     "quantization": _or_none(_is_text),
     **dict.fromkeys(
-        ("bytes", "variable_bytes", "parameters", "nonzeros"), _is_size
+        (
+            "bytes",
+            "variable_bytes",
+            "operation_bytes",
+            "parameters",
+            "nonzeros",
+        ),
+        _is_size,
     ),
     **dict.fromkeys(
         (
@@ -298,8 +337,9 @@ _KINDS = {
             and all(map(_is_size, units))
         )
     ),
-    "notes": lambda value: (
-        isinstance(value, list) and all(map(_is_text, value))
+    **dict.fromkeys(
+        ("notes", "inputs", "loading"),
+        lambda value: isinstance(value, list) and all(map(_is_text, value)),
     ),
 }
 

@@ -24,6 +24,10 @@ class KerasFile(Format):
     """The plain Keras model, its kernels dense."""
 
     file = "model.keras"
+    loading = (
+        'model = keras.models.load_model("{path}/model.keras")',
+        "outputs = model.predict(inputs)",
+    )
 
     def write(
         self,

@@ -40,6 +40,12 @@ class Native(Format):
     """
 
     folds = True
+    dense = "saved_model"
+    operations = (NETWORK_LIBRARY_NAME,)
+    loading = (
+        'from network import Network  # where "{path}" is on sys.path',
+        'outputs = Network("{path}/network.rigl")({inputs})',
+    )
 
     def write(
         self,

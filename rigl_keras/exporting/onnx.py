@@ -15,7 +15,7 @@ from rigl_keras.exporting.base_format import (
     Runner,
     WriteOptions,
 )
-from rigl_keras.exporting.signatures import Signature
+from rigl_keras.exporting.signatures import Signature, named_outputs
 from rigl_keras.masking.model_tree import call_model, input_structure, is_graph
 from rigl_keras.masking.tracing import masks_applied
 
@@ -29,6 +29,10 @@ class Onnx(Format):
 
     file = "model.onnx"
     packages = ("tf2onnx", "onnx", "onnxruntime")
+    loading = (
+        'session = onnxruntime.InferenceSession("{path}/model.onnx")',
+        "outputs = session.run(None, {feed})",
+    )
 
     def write(
         self,
@@ -41,7 +45,7 @@ class Onnx(Format):
 
         path = self.path(folder)
         plain = unmasked_copy(model) if is_graph(model) else model
-        call_model(plain, input_structure(plain))  # Keras wants it called
+        called = call_model(plain, input_structure(plain))  # Keras wants that
         with warnings.catch_warnings(), masks_applied():
             # Keras looks whether NumPy still has the names that tf2onnx uses.
             warnings.simplefilter("ignore")
@@ -51,10 +55,11 @@ class Onnx(Format):
                 raise ValueError(
                     f"Keras's ONNX exporter fails: {first_line(error)}"
                 ) from error
+        written = onnx.load(path)
+        _rename(written.graph, list(signature.inputs), [*named_outputs(called)])
         if options.sparse:
-            written = onnx.load(path)
             _make_sparse(written.graph)
-            onnx.save(written, path)
+        onnx.save(written, path)
         return []
 
     def load(
@@ -76,6 +81,28 @@ class Onnx(Format):
             return dict(zip(outputs, session.run(None, feed), strict=True))
 
         return run
+
+
+def _rename(graph, inputs, outputs):
+    """Gives inputs and outputs the names that a SavedModel has.
+
+    Keras's exporter keeps the order of all, and the names of some.
+    """
+    from onnx import helper
+
+    taken = {i.name for i in (*graph.input, *graph.output, *graph.initializer)}
+    taken |= {name for node in graph.node for name in node.output}
+    for ends, names in ((graph.input, inputs), (graph.output, outputs)):
+        if {end.name for end in ends} == set(names) or taken & set(names):
+            continue
+        for end, name in zip(ends, names, strict=True):
+            before, end.name = end.name, name
+            if ends is graph.input:
+                node = helper.make_node("Identity", [name], [before])
+                graph.node.insert(0, node)
+            else:
+                node = helper.make_node("Identity", [before], [name])
+                graph.node.append(node)
 
 
 def _make_sparse(graph):

@@ -35,6 +35,10 @@ class SavedModel(Format):
     """
 
     weights = "variables"
+    loading = (
+        'model = tf.saved_model.load("{path}")',
+        'outputs = model.signatures["serving_default"]({inputs})',
+    )
 
     def write(
         self,

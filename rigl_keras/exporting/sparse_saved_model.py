@@ -46,6 +46,12 @@ class SparseSavedModel(Format):
     """
 
     folds = True
+    dense = "saved_model"
+    operations = (_LIBRARY.as_posix(),)
+    loading = (
+        'import load  # where "{path}" is on sys.path',
+        'outputs = load.model().signatures["serving_default"]({inputs})',
+    )
 
     def write(
         self,

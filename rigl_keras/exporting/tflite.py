@@ -29,6 +29,10 @@ class TFLite(Format):
     """A file for LiteRT, which was TensorFlow Lite, on phones and the like."""
 
     file = "model.tflite"
+    loading = (
+        'interpreter = tf.lite.Interpreter("{path}/model.tflite")',
+        "outputs = interpreter.get_signature_runner()({inputs})",
+    )
     quantizations = {
         "float16": Quantization(),
         "int8": Quantization(

@@ -146,9 +146,9 @@ class Count:
                 f"{share:.4f} of all"
             )
         lines += wrapped(
-                f"{unit} of one sample and their ratio to the dense model's, "
-                f"{_SAID[self.convention]}"
-            )
+            f"{unit} of one sample and their ratio to the dense model's, "
+            f"{_SAID[self.convention]}"
+        )
         lines.append(
             f"{self.bits / 8e6:.2f} MB as bitmask and values, "
             f"{self.csr_bits / 8e6:.2f} MB as CSR, "

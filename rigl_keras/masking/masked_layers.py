@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from rigl_keras import _checks, _deprecation, _keras
-from rigl_keras._text import aligned, wrapped
+from rigl_keras._text import aligned, grouped, wrapped
 from rigl_keras.kernels import fast_calls
 from rigl_keras.kernels.layer_products import PRODUCTS
 from rigl_keras.masking.layer_kernels import find_kernels
@@ -27,7 +27,6 @@ from rigl_keras.patterns import as_pattern
 __all__ = ["MaskedLayers", "choose_kernels", "masked_layers"]
 
 _LONGEST_REASON = 22  # letters of it that stand in a row
-_MOST_NAMES = 3  # of layers that are not masked for one reason
 
 
 class MaskedLayers(Sequence):
@@ -133,13 +132,11 @@ class MaskedLayers(Sequence):
         if all(m.granularity == "element" for m in self._masked):
             rows = [(*row[:2], *row[3:]) for row in rows]
         lines = [line.rstrip() for line in aligned(rows)] + notes
-        skipped: dict[str, list[str]] = {}
-        for layer, why in self.skipped:
-            skipped.setdefault(why, []).append(layer.name)
+        skipped = grouped((layer.name, why) for layer, why in self.skipped)
         if skipped:
             lines.append("not masked:")
-        for why, names in skipped.items():
-            lines += wrapped(f"{_few(names)}: {why}", indent=2)
+        for names, why in skipped:
+            lines += wrapped(f"{names}: {why}", indent=2)
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -181,18 +178,11 @@ def _products(found):
         return {}, []
     notes = wrapped(
         "product: how a layer was computed when it was called last, and why; "
-        "1.5x: the sparse product took 1 / 1.5 of the time of the dense one"
+        "1.5x: the speed without zeros, over that of the dense product"
     )
     for reason, number in reasons.items():
         notes += wrapped(f"({number}) {reason}")
     return cells, notes
-
-
-def _few(names):
-    """Returns the first names of many, and how many there are."""
-    if len(names) <= _MOST_NAMES:
-        return ", ".join(names)
-    return f"{', '.join(names[:_MOST_NAMES])}, ... ({len(names)} layers)"
 
 
 def masked_layers(model: keras.Model) -> MaskedLayers:
