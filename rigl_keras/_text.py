@@ -1,7 +1,7 @@
 """Text for people: aligned tables, and the first line of an error."""
 
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 __all__ = [
     "aligned",
@@ -67,20 +67,17 @@ def first_line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-def grouped(
-    reasons: Mapping[str, str] | Iterable[tuple[str, str]],
-) -> list[tuple[str, str]]:
+def grouped(reasons: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     """Returns `(names, reason)` for each reason, of many names the first.
 
     Args:
-        reasons: `{name: reason}`, or pairs of these.
+        reasons: Pairs of a name and a reason.
 
-    >>> grouped({"a": "odd", "b": "even", "c": "odd"})
+    >>> grouped([("a", "odd"), ("b", "even"), ("c", "odd")])
     [('a, c', 'odd'), ('b', 'even')]
     """
     found: dict[str, list[str]] = {}
-    pairs = reasons.items() if isinstance(reasons, Mapping) else reasons
-    for name, reason in pairs:
+    for name, reason in reasons:
         found.setdefault(reason, []).append(name)
     return [
         (

@@ -5,7 +5,7 @@ from typing import Literal
 
 import tensorflow as tf
 
-from rigl_keras import _deprecation, scores
+from rigl_keras import _warn, scores
 from rigl_keras._checks import choice, number
 
 __all__ = ["GROW_INITS", "checked_grow_init", "grown_values"]
@@ -147,7 +147,7 @@ def _without_divisor(grow_init, divisor):
             f"grow_divisor={divisor!r}. Pass grow_init={match[1]!r}."
         )
     divisor = number("grow_divisor", float(match[2]), above=0, rule=_POSITIVE)
-    _deprecation.warn(
+    _warn.deprecated(
         f"grow_init={grow_init!r} is deprecated. Write "
         f"grow_init={match[1]!r}, grow_divisor={match[2]}."
     )

@@ -371,9 +371,13 @@ def test_unknown_length():
 
 @pytest.mark.slow
 def test_a_schedule_that_never_fires_warns():
+    """At the line that calls `fit`, with Keras in between."""
     model = compiled(sparsify(two_layers(), 0.2))
-    with pytest.warns(UserWarning, match="plans 0 updates in the 8 steps"):
+    with pytest.warns(UserWarning, match="plans 0 updates in the 8") as warned:
         train(model, [RigL()])
+    (one,) = [w for w in warned if "plans 0" in str(w.message)]
+    assert "/tests/" in one.filename
+    assert "Lower frequency" in str(one.message)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(model, [RigL(frequency=2)])

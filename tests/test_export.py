@@ -8,6 +8,7 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import warnings
 
 import keras
 import numpy as np
@@ -333,6 +334,42 @@ def test_folded_and_without_dead_units(tmp_path):
     assert small.max_difference <= 1e-5
     assert "1 of 1 batch norms folded" in str(small)
     assert "dead units removed from" in str(small)
+    kept = dataclasses.replace(small, not_folded={"bn": "it follows an Add"})
+    assert "1 of 2 batch norms folded\n  bn: it follows an Add" in str(kept)
+
+
+@pytest.mark.parametrize(
+    "format", ["saved_model", "native", "tflite", "onnx", "keras"]
+)
+def test_the_lines_that_load_it_do(format, tmp_path, monkeypatch):
+    """Inputs and outputs have the names that the model has."""
+    why = FORMATS[format].why_unavailable()
+    if why is not None:
+        pytest.skip(why)
+    dense = keras.Sequential([keras.Input((6,), name="image"), layers.Dense(3)])
+    model = rigl_keras.sparsify(dense, 0.5)
+    path = tmp_path / "exported"
+    report = export(model, path, format=format, measure=False)
+    *_, head, one, two = str(report).splitlines()
+    assert head == "load and call it:"
+    monkeypatch.syspath_prepend(path)
+    image = np.ones((4, 6), np.float32)
+    names = {"tf": tf, "keras": keras, "image": image, "inputs": image}
+    if format == "onnx":
+        names["onnxruntime"] = pytest.importorskip("onnxruntime")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tf.lite.Interpreter
+        exec(f"{one.strip()}\n{two.strip()}", names)
+    outputs = names["outputs"]
+    if format == "onnx":
+        (output,) = names["session"].get_outputs()
+        outputs = {output.name: outputs[0]}
+    if format != "keras":
+        assert list(outputs) == ["output_0"]
+        outputs = outputs["output_0"]
+    np.testing.assert_allclose(
+        outputs, model.predict(image, verbose=0), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.slow_but(

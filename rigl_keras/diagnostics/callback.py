@@ -7,7 +7,6 @@ The measures are functions of masks, `{layer: array of zeros and ones}`.
 import io
 import math
 import os
-import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from rigl_keras import _files
+from rigl_keras._warn import warn
 from rigl_keras.diagnostics.events import forget_events
 from rigl_keras.diagnostics.measures import explored, measure
 from rigl_keras.diagnostics.plots import figures
@@ -218,19 +218,18 @@ class TopologyDiagnostics(keras.callbacks.Callback):
         try:
             self._cost = count(model)
         except ValueError as error:
-            warnings.warn(
-                f"The column inference_flops stays empty: {error}", stacklevel=2
+            warn(
+                f"The column inference_flops stays empty: {error}",
             )
             self._cost = None
         self._now = self._masks()
         state = self._remembered(step) if step else None
         if step and state is None:
-            warnings.warn(
+            warn(
                 f"TopologyDiagnostics begins at step {step} without a record "
                 "that ends there: ever_active and overlap are counted anew, "
                 f"from step {step} on. Save its `variables` in the checkpoint, "
                 "or resume with the log_dir, at the end of an epoch.",
-                stacklevel=2,
             )
         self._initial, ever = state or (self._now, self._now)
         self._ever = explored(ever, self._now)

@@ -164,7 +164,7 @@ class ExportReport:
         if self.folded or self.not_folded:
             norms = len(self.folded) + len(self.not_folded)
             lines.append(f"{len(self.folded)} of {norms} batch norms folded")
-            for names, why in grouped(self.not_folded):
+            for names, why in grouped(self.not_folded.items()):
                 lines += wrapped(f"{names}: {why}", indent=2)
         if self.removed:
             before, after = map(sum, zip(*self.removed.values(), strict=True))

@@ -1,12 +1,12 @@
 """The variable that holds a mask: a byte an entry, whatever it is assigned."""
 
-import warnings
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from rigl_keras import _keras
+from rigl_keras._warn import warn
 
 __all__ = ["MaskVariable", "check_read"]
 
@@ -37,14 +37,13 @@ class MaskVariable(_keras.CheckpointedAsFloats):
                 return super().assign(value)
             else:
                 given = "was assigned values that are neither 0 nor 1"
-            warnings.warn(
+            warn(
                 f"The mask {self.path!r} {given}. What is not 0 counts as 1: "
                 "an average of two models keeps the connections of both, and "
                 "its density may be above theirs (masked_layers shows it). "
                 "To keep masks as they are, average trainable_variables of "
                 "models with equal masks. To have fewer connections again: "
                 "rigl_keras.with_masks(strip(model), masks).",
-                stacklevel=2,
             )
         return super().assign(value)
 

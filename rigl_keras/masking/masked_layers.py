@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from rigl_keras import _checks, _deprecation, _keras
+from rigl_keras import _checks, _keras, _warn
 from rigl_keras._text import aligned, grouped, wrapped
 from rigl_keras.kernels import fast_calls
 from rigl_keras.kernels.layer_products import PRODUCTS
@@ -103,7 +103,7 @@ class MaskedLayers(Sequence):
 
     def __str__(self) -> str:
         head = ("layer", "kernel", "pattern", "density", "nonzeros", "of")
-        rows = [(*head, "product")]
+        rows: list[tuple[str, ...]] = [(*head, "product")]
         ones = size = 0
         named = self.named
         products, notes = _products(
@@ -234,7 +234,7 @@ def choose_kernels(
     """
     if kernels is not None:
         _checks.choice("kernels", kernels, PRODUCTS)
-        _deprecation.warn(
+        _warn.deprecated(
             f"choose_kernels(kernels={kernels!r}) is deprecated. Write "
             f"product={kernels!r}."
         )

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import keras
 import numpy as np
 
-from rigl_keras import _checks, _deprecation, _keras
+from rigl_keras import _checks, _keras, _warn
 from rigl_keras.kernels.layer_products import PRODUCTS
 from rigl_keras.masking.layer_kernels import Kernel, find_kernels
 from rigl_keras.masking.leaves import containers, named_layers
@@ -193,7 +193,7 @@ def names_and_product(
                 f"Received: kernels={kernels!r}, product={product!r}. Leave "
                 "kernels out."
             )
-        _deprecation.warn(
+        _warn.deprecated(
             f"kernels={kernels!r} is deprecated: `kernels` says which "
             f"variables are masked. Write product={kernels!r}."
         )

@@ -1,13 +1,13 @@
 """A dense model to a masked one and back; says what it skipped and why."""
 
 import math
-import warnings
 from collections.abc import Mapping
 
 import keras
 import numpy as np
 
 from rigl_keras import _checks, replicas
+from rigl_keras._warn import warn
 from rigl_keras.conventions import ORIGINAL, Conventions, check_conventions
 from rigl_keras.kernels import ahead, fast_calls
 from rigl_keras.masking.layer_state import copy_state
@@ -166,11 +166,10 @@ def sparsify(
     )
     empty = [name for name, mask in masks.items() if not mask.any()]
     if empty:
-        warnings.warn(
+        warn(
             f"At density={density} no connection is left in "
             f"{', '.join(empty)}: nothing passes through. Raise density, or "
             "give these layers one in densities.",
-            stacklevel=2,
         )
     return with_masks(
         model,

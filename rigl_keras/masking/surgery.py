@@ -7,7 +7,6 @@ constructor of its own; one with a layer that has no usable config.
 """
 
 import inspect
-import warnings
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ import keras
 
 from rigl_keras import _keras
 from rigl_keras._text import first_line
+from rigl_keras._warn import warn
 from rigl_keras.masking.inner_products import ask_scope_no_more
 from rigl_keras.masking.layer_state import copy_before_build
 from rigl_keras.masking.leaves import holds_masked, leaf_layers, leaf_paths
@@ -63,10 +63,9 @@ def exchange(
         except CannotCopy as error:
             # Of a class of the user's own nothing else is promised.
             if type(model).__module__.split(".")[0] == "keras":
-                warnings.warn(
+                warn(
                     f"Model {model.name!r} was changed in place, as it cannot "
                     f"be copied. {error}",
-                    stacklevel=4,
                 )
     return _exchange_in_place(model, change)
 

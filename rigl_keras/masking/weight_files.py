@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 from rigl_keras._text import first_line, last_line
+from rigl_keras._warn import warn
 from rigl_keras.masking.layer_kernels import kernel_at
 from rigl_keras.masking.layer_state import copy_state
 from rigl_keras.masking.leaves import leaf_layers
@@ -75,7 +76,10 @@ def load_weights(model: keras.Model, path: str | os.PathLike) -> None:
         for masked in masked_layers(model):
             masked.assign_mask(masked.mask)
         for warning in said:
-            warnings.warn(str(warning.message), warning.category, stacklevel=2)
+            warn(
+                str(warning.message),
+                warning.category,
+            )
         return
     try:
         with warnings.catch_warnings():
@@ -99,10 +103,9 @@ def load_weights(model: keras.Model, path: str | os.PathLike) -> None:
             kernel, mask = masked.kernel.numpy(), masked.mask.numpy()
             removed += np.count_nonzero(kernel[mask == 0])
             masked.assign_mask(mask)
-    warnings.warn(
+    warn(
         f"{str(path)!r} holds dense weights: the masks of model "
         f"{model.name!r} were applied, and set {removed:,} of them to zero.",
-        stacklevel=2,
     )
 
 

@@ -2,13 +2,13 @@
 
 import copy
 import dataclasses
-import warnings
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from rigl_keras import _checks, schedules
+from rigl_keras._warn import warn
 from rigl_keras.masking.masked import KernelMask
 from rigl_keras.methods.mask_update import MaskUpdate
 from rigl_keras.methods.pruning import largest
@@ -124,13 +124,12 @@ class GraNet(RigL):
         with tf.init_scope():  # a loop of the user's may be traced
             density = 1 - float(self._ramp.sparsity(update))
         if density > self.final_density + 1e-6:
-            warnings.warn(
+            warn(
                 f"GraNet ends at density {density:.4g}, not at final_density="
                 f"{self.final_density}: its last update comes "
                 f"{update} steps into the run, before "
                 f"prune_end_step={self._ramp.end_step}. Lower frequency or "
                 "prune_end_step.",
-                stacklevel=4,
             )
 
     def planned_density(self, step: int, steps: int, density: float) -> float:

@@ -385,7 +385,8 @@ class MaskUpdate(StepUpdate):
                     left,
                     self.trajectory[0][0] - self.run_start,
                     f"one comes every frequency={self.frequency} steps from "
-                    f"begin_step={self.begin_step} to end_step={end_step}",
+                    f"begin_step={self.begin_step} to end_step={end_step}. "
+                    "Lower frequency, or train for more steps",
                 )
 
     def step_at(

@@ -1,7 +1,6 @@
 """Masks before training, all at once: SNIP, GraSP, SynFlow, magnitude."""
 
 import math
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
@@ -16,6 +15,7 @@ from rigl_keras import (
     scores,
     topology,
 )
+from rigl_keras._warn import warn
 from rigl_keras.masking.pattern_choice import PatternOf, plan_patterns
 from rigl_keras.masking.selection import (
     Selector,
@@ -331,11 +331,10 @@ def _finite(method, found):
 def _with_masks(method, model, masks, density, granularity, seed):
     empty = [name for name, mask in masks.items() if not mask.any()]
     if empty:
-        warnings.warn(
+        warn(
             f"{method} keeps no connection of {', '.join(empty)} at "
             f"density={density}: nothing passes through. Raise density, or "
             "pass scope='layer'.",
-            stacklevel=4,
         )
     return with_masks(model, masks, granularity=granularity, seed=seed)
 

@@ -7,7 +7,6 @@ whether that `fit` is still being executed, and puts itself back if not.
 
 import sys
 import threading
-import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import keras
 
 from rigl_keras import _keras
+from rigl_keras._warn import warn
 
 __all__ = [
     "FitRun",
@@ -268,14 +268,13 @@ def warn_of_a_loop(method: str, model: keras.Model, *, begin: int) -> None:
     if model in _warned or last != begin or count + 1 < _LOOP:
         return
     _warned.add(model)
-    warnings.warn(
+    warn(
         f"fit(epochs=1) has trained model {model.name!r} {count + 1} times in "
         f"a row, and {method} plans its updates within each fit alone, from "
         "begin_step to end_step. For one run of many fits, pass "
         "fit(initial_epoch=e, epochs=e + 1) with the number e of the epoch, "
         "and to the method end_step, the last step of the whole run at which "
         "masks may change.",
-        stacklevel=2,
     )
 
 
@@ -288,8 +287,7 @@ def warn_of_no_update(method: str, steps: int, first: int, rule: str) -> None:
         first: Its first step.
         rule: When updates come, in words.
     """
-    warnings.warn(
+    warn(
         f"{method} plans 0 updates in the {steps} steps of this run from step "
         f"{first} on: {rule}. The masks will not change.",
-        stacklevel=4,
     )

@@ -8,7 +8,6 @@ are scattered to where they came from.
 
 import contextlib
 import itertools
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -16,6 +15,7 @@ import keras
 import tensorflow as tf
 
 from rigl_keras import _checks, _keras, replicas
+from rigl_keras._warn import warn
 from rigl_keras.masking.masked import KernelMask
 from rigl_keras.masking.masked_layers import masked_layers
 from rigl_keras.training import optimizer_state
@@ -151,10 +151,9 @@ def exchanges_active(
     ):
         return False
     if _is_compiled(model):
-        warnings.warn(
+        warn(
             "Whole gradients travel between the workers. "
             + _NOT_COMPILED.format(what="the exchange of active ones alone"),
-            stacklevel=2,
         )
         return False
     return True

@@ -2,12 +2,12 @@
 
 import contextlib
 import functools
-import warnings
 from collections.abc import Callable, Iterator
 
 import tensorflow as tf
 
 from rigl_keras import _keras, replicas
+from rigl_keras._warn import warn
 from rigl_keras.kernels.layer_products import dense_products
 from rigl_keras.masking.tracing import called_kernels, dense_gradients
 from rigl_keras.training import optimizer_state
@@ -307,7 +307,7 @@ class GraphUpdates:
         ]
         if names:
             optimizer = self._attached.optimizer
-            warnings.warn(
+            warn(
                 f"{self._method} does not reach these masked layers: "
                 f"{', '.join(names)}. They are trainable, and have no gradient "
                 f"where the training step applies {optimizer.name!r}, so "
@@ -315,7 +315,6 @@ class GraphUpdates:
                 "trains them, give each optimizer a method of its own by "
                 "attach and update; otherwise the loss does not depend on "
                 "them, or set trainable = False.",
-                stacklevel=3,
             )
 
     @contextlib.contextmanager
