@@ -104,6 +104,20 @@ def test_figure_3_compares_at_equal_training_flops():
     assert ratios[1] > 1.5 * ratios[0]
 
 
+def test_methods_are_compared_over_a_length_of_their_own():
+    at_full = names("methods", FULL, seeds=[0], rows=["rigl_*", "dense_wrn"])
+    assert at_full == [
+        "dense_wrn-seed0",
+        "rigl_erk_wrn-density0.05-seed0",
+        "rigl_erk_wrn-density0.02-seed0",
+        "rigl_erk_wrn-density0.5-seed0",
+        "rigl_2_4_wrn-density0.5-seed0",
+    ]
+    small = names("methods", densities=[0.1], seeds=[0])
+    assert len(small) == 1 + 9 + 2
+    assert all(name.endswith("-length4-seed0") for name in small)
+
+
 @pytest.mark.parametrize("target", plans.TARGETS)
 def test_every_target_can_be_planned(target):
     runs = plans.runs(target, preset=FULL, seeds=[0])

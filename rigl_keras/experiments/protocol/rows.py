@@ -30,6 +30,7 @@ _METHODS = {
     "rigl_reinit": "RigL, re-initialised",
     "rigl_kernel": "RigL on kernels",
     "snip": "SNIP",
+    "rigl_2_4": "RigL 2:4",
     "itop": "RigL-ITOP",
     "granet": "GraNet",
     "mest": "MEST",

@@ -10,6 +10,9 @@ __all__ = [
     "FULL",
     "GIN_FOLDER",
     "LEARNING_RATES",
+    "METHODS",
+    "METHODS_AT_HALF",
+    "METHODS_DENSITIES",
     "RIGL",
     "SEEDS",
     "TUNED",
@@ -41,6 +44,21 @@ FIGURE_4 = (
     "rigl_sg_uniform_wrn",
     "rigl_sm_uniform_wrn",
 )
+# A comparison of RigL with later methods, which the report has not. The pattern
+# 2:4 keeps one half of the weights, as RigL beside it does.
+METHODS_DENSITIES = (0.05, 0.02)
+METHODS = (
+    "static_erk_wrn",
+    "set_erk_wrn",
+    "rigl_erk_wrn",
+    "itop_wrn",
+    "granet_wrn",
+    "mest_wrn",
+    "gse_wrn",
+    "srigl_wrn",
+    "pruning_wrn",
+)
+METHODS_AT_HALF = ("rigl_erk_wrn", "rigl_2_4_wrn")
 # Figure 2 and section 5.3: RigL's (drop fraction, frequency) and learning rates
 # of the reproduction's makefiles/cifar10_tuning.mk, where the report's text has
 # lost them.

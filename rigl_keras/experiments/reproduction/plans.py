@@ -23,6 +23,9 @@ from rigl_keras.experiments.protocol.variations import (
     FIGURE_4,
     FULL,
     LEARNING_RATES,
+    METHODS,
+    METHODS_AT_HALF,
+    METHODS_DENSITIES,
     RIGL,
     SEEDS,
     UPDATES,
@@ -88,12 +91,24 @@ class Preset:
 
         A preset that shrinks one network says so by PRESET_ROWS.
         """
+        return self._macro("PRESET_ROWS", "*")
+
+    @property
+    def methods_length(self) -> float:
+        """How many times as long the runs of `methods` are as others.
+
+        A preset of few epochs says so by METHODS_LENGTH.
+        """
+        return self._macro("METHODS_LENGTH", 1)
+
+    def _macro(self, name, default):
+        """Returns the value of a macro of its file."""
         if self.path is None:
-            return "*"
+            return default
         config.parse([str(self.path)], [])
-        if not config.has_macro("PRESET_ROWS"):
-            return "*"
-        return gin.query_parameter("PRESET_ROWS/gin.macro.value")
+        if not config.has_macro(name):
+            return default
+        return gin.query_parameter(f"{name}/gin.macro.value")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,6 +270,18 @@ def _table_4(preset, densities):
             yield cell.gin, cell.density, changes
 
 
+def _methods(preset, densities):
+    """RigL, its relatives and pruning; at one half with the pattern 2:4."""
+    length = preset.methods_length
+    changes = () if length == 1 else (("train.length", length),)
+    yield ("dense_wrn", 1.0, changes)
+    for row in METHODS:
+        for density in densities or METHODS_DENSITIES:
+            yield row, density, changes
+    for row in METHODS_AT_HALF:
+        yield row, 0.5, changes
+
+
 _LEARNING_RATE_GRID = [
     (*updates_of(*updates), *learning_rate_of(rate))
     for updates in UPDATES
@@ -268,6 +295,7 @@ TARGETS = {
     "figure2": _grid(RIGL, DENSITIES[1:], _LEARNING_RATE_GRID),
     "figure3": _figure_3,
     "figure4": _grid(FIGURE_4, (0.1, 0.2)),
+    "methods": _methods,
 }
 
 
