@@ -29,6 +29,7 @@ SHORT = [
     "train.batch_size = 2",
     "train.validation = 2",
     "train.diagnostics = False",
+    "train.keep_weights = [1]",
     "wide_resnet.depth = 10",
     "UPDATE_FREQUENCY = 1",
     "UPDATE_END = 9",
@@ -44,6 +45,7 @@ SHORT = [
     "SRIGL_END = 9",
     "MEST_END = 1",
     "SWITCH_STEPS = [1]",
+    "synflow.rounds = 3",
 ]
 METHODS = {
     "dense": "dense",
@@ -60,6 +62,9 @@ METHODS = {
     "pruning": "MagnitudePruning",
     "lottery": "lottery",
     "snip": "SNIP",
+    "grasp": "GraSP",
+    "synflow": "SynFlow",
+    "magnitude": "Magnitude",
     "itop": "RigL",
     "granet": "GraNet",
     "mest": "MEST",
@@ -67,13 +72,25 @@ METHODS = {
     "srigl": "SRigL",
     "acdc": "ACDC",
 }
-NEWER = ("rigl_2_4", "itop", "granet", "mest", "gse", "srigl", "acdc")
+NEWER = (
+    "rigl_2_4",
+    "grasp",
+    "synflow",
+    "magnitude",
+    "itop",
+    "granet",
+    "mest",
+    "gse",
+    "srigl",
+    "acdc",
+)
 # Runs that start where another has ended.
 AFTER = {
     name: name.replace("lottery", "pruning").replace("reinit", "sm")
     for name in FILES
     if "lottery" in name or "reinit" in name
 }
+AFTER["magnitude_wrn"] = "dense_wrn"
 
 
 def row_of(name):
@@ -230,21 +247,32 @@ def short(monkeypatch, data_dir, finished):
 
 
 # Methods whose masks stay.
-STAY = ("dense", "small-dense", "static", "lottery", "SNIP")
+STAY = (
+    "dense",
+    "small-dense",
+    "static",
+    "lottery",
+    "SNIP",
+    "GraSP",
+    "SynFlow",
+    "Magnitude",
+)
 
 
 @pytest.mark.slow_but("rigl_erk_wrn")
 @pytest.mark.parametrize("name", TRAINED)
 @pytest.mark.filterwarnings("ignore:Even though the `tf.config")
 @pytest.mark.filterwarnings("ignore:RigL plans 0 updates")
+@pytest.mark.filterwarnings("ignore:SynFlow keeps no connection")
 def test_two_steps(name, short):
     bindings = []
     if name in AFTER:
         source = str(short(AFTER[name])[1])
-        bindings = [
-            f"train.masks_from = {source!r}",
-            f"train.weights_from = {source!r}",
-        ]
+        bindings = [f"train.weights_from = {source!r}"]
+        if name == "magnitude_wrn":
+            bindings.append("train.weights_epoch = 1")
+        else:
+            bindings.append(f"train.masks_from = {source!r}")
     result, run_dir = short(name, *bindings)
     assert result["method"] == METHODS[kind(name)]
     assert result["steps"] == 2 * int(result["settings"]["length"])
@@ -268,7 +296,8 @@ def test_two_steps(name, short):
         result["method"] == "MagnitudePruning" and moved == result["steps"]
     )
     if name in AFTER:
-        assert result["settings"]["masks_from"] == source
+        taken = "weights" if name == "magnitude_wrn" else "masks"
+        assert result["settings"][f"{taken}_from"] == source
 
 
 @pytest.mark.parametrize("name", TEXTS)

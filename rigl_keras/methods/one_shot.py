@@ -331,10 +331,11 @@ def _finite(method, found):
 def _with_masks(method, model, masks, density, granularity, seed):
     empty = [name for name, mask in masks.items() if not mask.any()]
     if empty:
+        advice = "" if method == "SynFlow" else ", or pass scope='layer'"
         warnings.warn(
             f"{method} keeps no connection of {', '.join(empty)} at "
-            f"density={density}: nothing passes through. Raise density, or "
-            "pass scope='layer'.",
+            f"density={density}: nothing passes through. Raise density"
+            f"{advice}.",
             stacklevel=4,
         )
     return with_masks(model, masks, granularity=granularity, seed=seed)

@@ -43,6 +43,9 @@ _CONFIGURABLE: dict[str, Callable] = {
     "SRSTE": rigl_keras.SRSTE,
     "SparsityRamp": rigl_keras.SparsityRamp,
     "snip": one_shot.snip,
+    "grasp": one_shot.grasp,
+    "synflow": one_shot.synflow,
+    "magnitude": one_shot.magnitude,
     "Exports": export_command.Exports,
 }
 _CONSTANTS = {"ORIGINAL": rigl_keras.ORIGINAL, "REPORT": rigl_keras.REPORT}
