@@ -762,6 +762,23 @@ def test_logs_of_a_run_that_keras_restores(first, tmp_path):
     assert method.trajectory == [(6, counts(model))]
 
 
+@pytest.mark.parametrize("gradient_batches", [1, 2])
+def test_a_backup_by_keras_lacks_what_a_method_remembers(
+    gradient_batches, tmp_path
+):
+    restore = keras.callbacks.BackupAndRestore(tmp_path)
+    method = RigL(**EVERY_SECOND, gradient_batches=gradient_batches)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        fit(network(), [method, restore], DATA, epochs=1)
+    said = [
+        str(w.message) for w in seen if "BackupAndRestore" in str(w.message)
+    ]
+    assert len(said) == (1 if method.variables else 0) == gradient_batches - 1
+    if said:
+        assert "variables` of the RigL callback" in said[0]
+
+
 def test_loggers_that_come_first_see_the_density():
     model, seen = network(), []
     log = keras.callbacks.LambdaCallback(

@@ -9,7 +9,7 @@ import sys
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -133,6 +133,29 @@ class FitRun:
                 if not isinstance(each, _EpochLogs)
             ]
             callbacks.callbacks = [_EpochLogs(logs), *others]
+
+    def warn_of_what_is_lost(self, method: str, variables: Sequence) -> None:
+        """Warns where Keras would restore a run without what a method keeps.
+
+        Args:
+            method: Name of the method.
+            variables: What it keeps beside the model and its optimizer.
+        """
+        callbacks: Any = self._callbacks and self._callbacks()
+        if callbacks is None or not variables:
+            return
+        if any(
+            isinstance(each, keras.callbacks.BackupAndRestore)
+            for each in callbacks.callbacks
+        ):
+            warnings.warn(
+                f"BackupAndRestore keeps the model and its optimizer, but not "
+                f"the {len(variables)} variables of {method}: a restored run "
+                "goes on with new ones, to other masks. To resume exactly, "
+                f"save the `variables` of the {method} callback as well, such "
+                "as with tf.train.Checkpoint.",
+                stacklevel=3,
+            )
 
     def guard(self, check: Callable[[], None]) -> None:
         """Makes `model.train_function`, too, ask whether the run lasts.

@@ -393,6 +393,7 @@ class StepUpdate(MethodHooks):
         self._calls = 0
         self._fit = fit_runs.FitRun(model)
         self._fit.log_first(self.last_logs)
+        self._fit.warn_of_what_is_lost(self.name, self.variables)
         StepExchange(
             self._fit,
             self._updates,
