@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -156,14 +157,13 @@ class Data:
             batch = augment(tf.gather(images, indices), key)
             return normalise(batch, self.recipe), tf.gather(labels, indices)
 
-        dataset = tf.data.Dataset.range(first_epoch, epochs)
-        dataset = dataset.flat_map(batches_of)
-        dataset = dataset.map(
-            examples, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
+        return in_epochs(
+            batches_of,
+            examples,
+            steps=steps,
+            first_epoch=first_epoch,
+            epochs=epochs,
         )
-        total = (epochs - first_epoch) * steps
-        dataset = dataset.apply(tf.data.experimental.assert_cardinality(total))
-        return dataset.prefetch(tf.data.AUTOTUNE)
 
     def validation(self, *, batch_size: int) -> tf.data.Dataset:
         """Returns the held-out examples once, in order, not augmented.
@@ -237,6 +237,32 @@ def normalise(images: tf.Tensor, recipe: Recipe) -> tf.Tensor:
     """
     images = tf.cast(images, tf.float32) / 255.0
     return (images - tf.constant(recipe.mean)) / tf.constant(recipe.std)
+
+
+def in_epochs(
+    places_of: Callable[[tf.Tensor], tf.data.Dataset],
+    batch: Callable[..., tuple[tf.Tensor, tf.Tensor]],
+    *,
+    steps: int,
+    first_epoch: int,
+    epochs: int,
+) -> tf.data.Dataset:
+    """Returns the batches of several epochs, one epoch after the other.
+
+    Args:
+        places_of: Returns which examples each batch of an epoch has.
+        batch: Returns the batch of what a dataset of `places_of` yields.
+        steps: Batches in an epoch.
+        first_epoch: The epoch to begin with.
+        epochs: The epoch to stop before.
+    """
+    dataset = tf.data.Dataset.range(first_epoch, epochs).flat_map(places_of)
+    dataset = dataset.map(
+        batch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True
+    )
+    total = (epochs - first_epoch) * steps
+    dataset = dataset.apply(tf.data.experimental.assert_cardinality(total))
+    return dataset.prefetch(tf.data.AUTOTUNE)
 
 
 def epoch_keys(seed: int, epoch: tf.Tensor) -> list[tf.Tensor]:

@@ -14,6 +14,7 @@ from rigl_keras.experiments.data.augmentation import ALGORITHM
 from rigl_keras.experiments.data.batches import (
     check_epochs,
     epoch_keys,
+    in_epochs,
     on_host,
 )
 from rigl_keras.experiments.data.recipes import TextRecipe, check_integer
@@ -143,16 +144,13 @@ class Text:
 
             return tf.data.Dataset.range(steps).map(batch)
 
-        dataset = tf.data.Dataset.range(first_epoch, epochs)
-        dataset = dataset.flat_map(batches_of)
-        dataset = dataset.map(
+        return in_epochs(
+            batches_of,
             lambda starts: _windows(symbols, starts, length),
-            num_parallel_calls=tf.data.AUTOTUNE,
-            deterministic=True,
+            steps=steps,
+            first_epoch=first_epoch,
+            epochs=epochs,
         )
-        total = (epochs - first_epoch) * steps
-        dataset = dataset.apply(tf.data.experimental.assert_cardinality(total))
-        return dataset.prefetch(tf.data.AUTOTUNE)
 
     def validation(self, *, batch_size: int) -> tf.data.Dataset:
         """Returns the windows that are held out once, in order.
