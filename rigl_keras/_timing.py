@@ -123,6 +123,21 @@ def interleaved(
 ) -> dict[Name, float]:
     """Returns the median seconds of a call of each side, which take turns.
 
+    Args:
+        sides, rounds, turn: As in `warm_turns`.
+
+    Returns:
+        `{name: median seconds of a call}`.
+    """
+    seconds = warm_turns(sides, rounds=rounds, turn=turn)
+    return {name: float(np.median(s)) for name, s in seconds.items()}
+
+
+def warm_turns(
+    sides: Sides[Name], *, rounds: int, turn: float = 0.0
+) -> dict[Name, list[float]]:
+    """Returns the seconds of a call of each side in each of its turns.
+
     In each round every side has one turn, so that whatever else the machine
     does affects all of them alike. Each round has a new random order: a side
     may be slowed down by the one before it, whose threads still wait for
@@ -135,14 +150,13 @@ def interleaved(
             repeated in it.
 
     Returns:
-        `{name: median seconds of a call}`.
+        `{name: seconds of a call in each turn}`.
     """
     calls = {
         name: max(1, math.ceil(turn / once))
         for name, once in _seconds_of_a_call(sides, time.perf_counter).items()
     }
-    seconds = turns(sides, rounds=rounds, calls=calls)
-    return {name: float(np.median(s)) for name, s in seconds.items()}
+    return turns(sides, rounds=rounds, calls=calls)
 
 
 def turns(
@@ -151,7 +165,7 @@ def turns(
     rounds: int,
     calls: Mapping[Name, int] | None = None,
 ) -> dict[Name, list[float]]:
-    """Returns the seconds of each turn, which sides take as in `interleaved`.
+    """Returns the seconds of each turn, which sides take as in `warm_turns`.
 
     Nothing is called before: sides that trace or compile have been.
 
@@ -183,7 +197,7 @@ def rounds_within(
 
     Args:
         seconds: Time that there is.
-        sides, turn: As in `interleaved`.
+        sides, turn: As in `warm_turns`.
         at_least: Rounds that are worth it however long they take.
         at_most: Rounds that are enough.
 

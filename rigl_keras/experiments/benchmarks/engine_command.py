@@ -24,16 +24,15 @@ other build is nearer: PIP_EXTRA_INDEX_URL can name an index of CPU builds.
 import functools
 import os
 import platform
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import tensorflow as tf
 
-import rigl_keras
 from rigl_keras import _checks, _figure_style, kernels
 from rigl_keras.distributions import DISTRIBUTIONS
 from rigl_keras.experiments import exits
+from rigl_keras.experiments.benchmarks import provenance
 from rigl_keras.experiments.benchmarks.engines.catalogue import ENGINES
 from rigl_keras.experiments.benchmarks.engines.environments import (
     UnavailableError,
@@ -115,7 +114,7 @@ def measure_engines(
     _checks.choice("isa", isa, (None, *ISAS))
     if isa:  # of what this process writes, too
         os.environ["RIGL_KERAS_ISA"] = isa
-    machine, commit = _machine(isa), _commit()
+    machine, commit = _machine(isa), provenance.commit()
     records = Records(folder, machine)
     pythons, missing = _pythons(engines, install, say)
     networks = {
@@ -229,35 +228,7 @@ def _machine(isa):
     if kernels.load() is not None:
         best = kernels.instruction_set()
     threads = len(os.sched_getaffinity(0))
-    return Machine(_processor(), isa or best, threads)
-
-
-def _processor():
-    """Returns the name of the processor."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
-    except OSError:  # no Linux
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _commit():
-    """Returns which state of this project is measured, as well as it knows."""
-    home = Path(rigl_keras.__file__).parent
-    try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
-            cwd=home,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return found.stdout.strip()
+    return Machine(provenance.processor(), isa or best, threads)
 
 
 # The command.

@@ -120,9 +120,11 @@ def _run(part, given, output, argv):
         raise exits.FailedError(
             f"There are no sparse kernels to measure: {why}."
         )
-    measured = _MEASURES[part](**values, say=say)
+    table = folder and folder / f"{part}.csv"
+    keep = table and functools.partial(write_csv, path=table)
+    measured = _MEASURES[part](**values, say=say, keep=keep)
     if folder:
-        for path in _write(part, measured, folder):
+        for path in (table, _drawn(part, measured, folder)):
             say(f"Written: {path}")
 
 
@@ -162,8 +164,8 @@ def _why_no_kernels():
     return kernels.unavailable()
 
 
-def _write(part, measured, folder):
-    """Returns the paths of what it has written."""
+def _drawn(part, measured, folder):
+    """Draws the figure of some measurements, and returns its path."""
     from rigl_keras.experiments.benchmarks import speed_figures
 
     first = measured[0]
@@ -175,10 +177,9 @@ def _write(part, measured, folder):
     }[part]
     figure = speed_figures.speed_ups(
         [line for line in lines_of(measured) if line.first.side != UPDATE],
-        title=f"{title}: {first.machine}{batch}",
+        title=f"{title}: {first.processor}, {first.machine}{batch}",
         **_FIGURES[part],
     )
-    table, image = folder / f"{part}.csv", folder / f"{part}.png"
-    write_csv(measured, table)
+    image = folder / f"{part}.png"
     _figure_style.save(figure, image)
-    return table, image
+    return image

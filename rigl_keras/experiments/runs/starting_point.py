@@ -5,7 +5,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import keras
 import numpy as np
@@ -109,7 +109,7 @@ def starting_point(
         )
     elif one_shot is not None:
         kind = _NAMES.get(one_shot.__name__, one_shot.__name__)
-        options = {"seed": seed}
+        options: dict[str, Any] = {"seed": seed}
         if granularity != "element":
             options["granularity"] = granularity
         takes_batch = "batch" in inspect.signature(one_shot).parameters

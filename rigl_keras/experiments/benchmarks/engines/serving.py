@@ -1,7 +1,6 @@
 """All engines on one network: their files, their processes, their turns."""
 
 import contextlib
-import datetime
 import os
 import shutil
 import tempfile
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rigl_keras.experiments.benchmarks import provenance
 from rigl_keras.experiments.benchmarks.engines.catalogue import (
     Engine,
     variables_of,
@@ -211,7 +211,7 @@ def measured_case(
         )
 
     load = os.getloadavg()[0]
-    date = datetime.datetime.now(datetime.timezone.utc)
+    date = provenance.now()
     images = served.network.inputs(case.batch)
     wanted = served.network.outputs(images)
     inputs = served.array_file(images)
@@ -247,7 +247,7 @@ def measured_case(
         Measurement(
             case=case,
             machine=machine,
-            date=date.isoformat(timespec="seconds"),
+            date=date,
             commit=commit,
             load=load,
             engine=name,
