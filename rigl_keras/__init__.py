@@ -11,7 +11,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-# tfmot, whose schedules MagnitudePruning takes, sets the variable for itself.
+# tfmot sets this variable itself, and MagnitudePruning takes its schedules.
 _SET_BY_HAND = "tensorflow_model_optimization" not in sys.modules
 _LEGACY = os.environ.get("TF_USE_LEGACY_KERAS", "").lower() in ("1", "true")
 
@@ -31,7 +31,7 @@ def _refuse_backend(backend):
     )
 
 
-# Before Keras is imported: it would fail on a backend that is not installed.
+# Checked first: importing Keras fails if its backend is not installed.
 if os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow":
     _refuse_backend(os.environ["KERAS_BACKEND"])
 
@@ -39,7 +39,7 @@ if os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow":
 def _why_without_keras():
     """Returns why there is no Keras on TensorFlow here, or None.
 
-    bin/report makes its page without, and does not wait for TensorFlow.
+    bin/report needs no TensorFlow, and does not wait for it.
     """
     if os.environ.get("RIGL_KERAS_WITHOUT_TENSORFLOW"):
         return "which RIGL_KERAS_WITHOUT_TENSORFLOW rules out: unset it"
@@ -114,8 +114,8 @@ if TYPE_CHECKING or _WITHOUT_KERAS is None:
 else:
 
     def __getattr__(name):
-        # What the page of bin/report needs is imported as ever, and all is
-        # after a reload, with Keras.
+        # The modules that bin/report needs are imported as usual. After a
+        # reload with Keras, all are.
         there = _WITHOUT_KERAS is None or name == "experiments"
         if there or name.startswith("_"):
             raise AttributeError(f"module {__name__!r} has no {name!r}")

@@ -8,7 +8,7 @@ __all__ = ["count_rows", "highest_of_rows"]
 
 
 def count_rows(selected: tf.Tensor) -> tf.Tensor:
-    """Returns how many entries of each row of a bool matrix hold.
+    """Returns how many entries of each row of a bool matrix are True.
 
     Args:
         selected: Bool tensor (rows, size).
@@ -23,15 +23,15 @@ def count_rows(selected: tf.Tensor) -> tf.Tensor:
 def highest_of_rows(
     scores: tf.Tensor, counts: tf.Tensor, among: tf.Tensor
 ) -> tf.Tensor:
-    """Returns which candidates score highest, so many of each row.
+    """Returns which candidates score highest, `counts` of each row.
 
-    Exactly as many as `counts` says (all candidates of a row if there are
-    fewer); ties go to the lower index. In long rows the score of that rank is
-    found by bisection on the bits of the floats, for all rows at once, which
-    costs a sweep per bit and, unlike a partial sort, compiles on every device.
+    Exactly `counts` are selected (all candidates if there are fewer); ties go
+    to the lower index. In long rows, bisection on the bits of the floats finds
+    the score of that rank, for all rows at once. It costs a sweep per bit and,
+    unlike a partial sort, compiles on every device.
 
     Args:
-        scores: Float tensor (rows, size), free of NaN where `among` holds.
+        scores: Float tensor (rows, size), without NaN where `among` is True.
         counts: int32 tensor (rows, 1), or of one entry for all rows.
         among: Bool tensor (rows, size), True for candidates.
 
@@ -64,19 +64,19 @@ def _selection(scores, counts, among):
     )
 
 
-# A graph calls it, as often as there are layers twice over: it is traced once
-# for each shape, and not once for each call.
+# Graphs call it up to twice per layer: it is traced once for each shape, not
+# for each call.
 _traced_selection = tf.function(_selection, autograph=False)
 
 
-# Entries of a row up to which all pairs are compared.
+# The longest row in which all pairs are compared.
 _SHORT = 8
 
 
 def _ranks(keys):
-    """Returns how many keys of its row come before each key.
+    """Returns, for each key, how many keys of its row come before it.
 
-    Where they are few, this is a tenth of the time of bisection.
+    In short rows this takes a tenth of the time of bisection.
     """
     columns = tf.unstack(keys, axis=1)
     ranks = [tf.zeros_like(column, tf.int32) for column in columns]
@@ -90,9 +90,8 @@ def _ranks(keys):
 def _largest(keys, ranks):
     """Returns thresholds that the largest integers of each row reach.
 
-    Each is the `rank`-th largest key of its row, or lower where no more than
-    `rank` keys reach it, so that no further bisection would change the
-    selection.
+    Each is the `rank`-th largest key of its row, or a lower value that no more
+    than `rank` keys reach: further bisection would not change the selection.
     """
 
     def is_open(low, high, reaching):
@@ -109,7 +108,7 @@ def _largest(keys, ranks):
         size = count_rows(keys >= middle)
         up = size >= ranks
         down = ~up
-        if keys.shape[0] != 1:  # others may be done
+        if keys.shape[0] != 1:  # some may be done
             still = is_open(low, high, reaching)
             up, down = still & up, still & down
         return (
@@ -132,7 +131,7 @@ def _largest(keys, ranks):
 
 
 def _ordered_bits(scores):
-    """Returns integers that are ordered as the floats `scores` are."""
+    """Returns integers in the same order as the floats `scores`."""
     integer = tf.int64 if scores.dtype == tf.float64 else tf.int32
     bits = tf.bitcast(scores, integer)
     # -0.0 and 0.0 tie, though their bits differ. (Comparing floats here would
