@@ -771,7 +771,7 @@ def test_why_batch_norms_are_kept():
         "n_activation": "'e' has an activation",
         "n_twice": "'twice' is called 2 times",
         "n_axis": "the channels are not the last axis",
-        "n_own": "it is an OwnNorm, which may compute otherwise",
+        "n_own": "it is an OwnNorm, which may compute something else",
         "n_training": "it or the layer before is called with special arguments",
         "n_type": "more than one type: float16, float32, float64",
     }

@@ -83,7 +83,7 @@ BROKEN = {
 def test_a_report_that_is_none(model, copied, content):
     """It is an error to check it, and it is not written over."""
     (copied / REPORT).write_bytes(content)
-    with pytest.raises(ValueError, match="is damaged, or no report"):
+    with pytest.raises(ValueError, match="is damaged, or not an"):
         check_export(copied)
     assert foreign_files(copied)
     with pytest.raises(ValueError, match="holds something else"):

@@ -173,7 +173,11 @@ def test_small_dense_truncates_channels(make):
 @pytest.mark.parametrize(
     "make, options, message",
     [
-        (models.wide_resnet, dict(channel_scale=0.01), "leave a channel of 16"),
+        (
+            models.wide_resnet,
+            dict(channel_scale=0.01),
+            "leave at least one channel of 16",
+        ),
         (models.wide_resnet, dict(channel_scale=1.5), "channel_scale must be"),
         (models.resnet18, dict(channel_scale=0.0), "channel_scale must be"),
         (models.resnet50, dict(num_classes=0), "num_classes"),

@@ -87,8 +87,8 @@ def test_masks_are_drawn_with_their_pattern(name, distribution):
         assert not m.kernel.numpy()[m.mask.numpy() == 0].any()
     names = [m.name for m in masked_layers(model)]
     if fixed or name == "4x3":
-        # Three channels are not a multiple of 2 or 4; a depthwise kernel has one.
-        # Under "uniform" the first layer stays dense, which it is as it is.
+        # 3 channels are not a multiple of 2 or 4; a depthwise kernel has one.
+        # Under "uniform" the first layer stays dense anyway.
         assert ("conv1" in names) == (name == "4x3" and distribution == "erk")
         assert names[-2:] == ["conv2", "head"] and "depthwise" not in names
     cost = rigl_keras.count(model)

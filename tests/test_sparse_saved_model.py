@@ -193,7 +193,7 @@ def test_what_stays_tensorflows(tmp_path):
     assert "network.rigl" in files_of(tmp_path / "e")
     assert report.max_difference < 1e-5
     first, *rest = report.notes
-    assert first.startswith("TensorFlow computes a part of the model, and ")
+    assert first.startswith("TensorFlow computes parts of the model, and ")
     assert f"{found['RiglKerasNetwork']} are networks:" in first
     assert rest
     for note in rest:

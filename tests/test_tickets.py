@@ -198,7 +198,7 @@ def test_a_run_of_updates_may_start_from_masks(pruned, tmp_path):
         ),
         (["train.one_shot = @snip"], "one_shot and masks_from are two"),
         (["train.density = None"], "train.masks_from needs train.density"),
-        (["train.granularity = 'kernel'"], "a part of some kernels"),
+        (["train.granularity = 'kernel'"], "parts of some kernels"),
         (["train.keep_weights = 1"], "keep_weights lists the epochs"),
         (
             ["train.masks_from = None", "train.shuffle_masks = True"],

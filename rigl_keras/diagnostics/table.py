@@ -1,6 +1,6 @@
-"""The record of how masks moved: its table, and figures drawn from it.
+"""The record of how masks moved, as a table.
 
-`diagnostics.TopologyDiagnostics` makes the rows.
+`diagnostics.TopologyDiagnostics` writes the rows.
 """
 
 import csv
@@ -36,8 +36,7 @@ def read_rows(path: str | os.PathLike) -> list[dict]:
     """Returns the rows of a topology.csv.
 
     Args:
-        path: The file. What an interrupted run has begun to write of an
-            update is left out.
+        path: The file. Incomplete rows of an interrupted run are skipped.
 
     Returns:
         Dicts with the keys `COLUMNS`; an empty cell is None.

@@ -155,7 +155,7 @@ class PatternPlan:
         return {name: budgets[name] for name in fixed}
 
     def _spare(self, first, given):
-        # Under "uniform" the first layer stays dense, though n:m fixes a density.
+        # Under "uniform" the first layer stays dense, despite n:m.
         if isinstance(self.patterns[first], NM):
             given.pop(first, None)
 
