@@ -661,7 +661,7 @@ def test_a_masked_layer_with_more_matrices_is_listed():
     assert [(layer.name, why.split(": ")[1]) for layer, why in table.skipped][
         0
     ] == ("two", "second (5x5)")
-    assert "weights of its own, never masked: place (8x6)" in str(table)
+    assert "its own weights, never masked: place (8x6)" in str(table)
 
 
 @pytest.mark.filterwarnings("ignore:Layer InputLayer does not have")

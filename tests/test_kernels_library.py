@@ -312,7 +312,7 @@ def test_a_compiler_that_is_none(place, monkeypatch):
     with pytest.raises(toolchain.BuildError, match="--version failed"):
         library.build()
     monkeypatch.setenv("CXX", "an 'open quote")
-    with pytest.raises(toolchain.BuildError, match="is no command"):
+    with pytest.raises(toolchain.BuildError, match="is not a command"):
         library.build()
 
 
@@ -651,7 +651,7 @@ def test_no_place_is_safe(place, stub, caplog):
     own.mkdir(mode=0o777)
     own.chmod(0o777)
     assert library.load() is None and library.load() is None
-    assert "it is not yours alone: everybody can" in library.unavailable()
+    assert "it is not only yours: everybody can" in library.unavailable()
     assert calls(place) == []
     assert len([line for line in said(caplog) if "densely" in line]) == 1
 

@@ -216,7 +216,7 @@ def test_another_version():
         (1, {"inputs": (1,)}, r"must read nodes before it. It reads \[1\]"),
         (1, {"kernel": np.zeros((1, 3, 1))}, "must have a kernel"),
         (1, {"bias": np.zeros(2)}, r"must have a bias \[1\]"),
-        (1, {"strides": (0, 1)}, "two strides of 1 or more"),
+        (1, {"strides": (0, 1)}, "two strides of at least 1"),
         (1, {"groups": 2}, "1 filters and 2 groups"),
         (1, {"padding": Padding(True, 1)}, "must be padded by 0 or more"),
         (1, {"padding": Padding(left=-1)}, "must be padded by 0 or more"),

@@ -182,7 +182,10 @@ def sized():
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(density=0.3, granularity="2:4"), r"together: 0.5. Leave density"),
+        (
+            dict(density=0.3, granularity="2:4"),
+            r"overall density: 0.5. Leave density",
+        ),
         (dict(), "density is the fraction of weights kept.*density=None"),
         (dict(granularity="fan_in"), "out only if the pattern"),
         (
@@ -193,7 +196,7 @@ def sized():
         (dict(density=0.5, granularity={"hiden": "2:4"}), "names hiden, which"),
         (
             dict(density=0.5, granularity={layers.Conv2D: "2:4"}),
-            "granularity names Conv2D, which is no masked layer",
+            "granularity names Conv2D, which is not a masked layer",
         ),
         (dict(density=0.5, granularity={"head": "2;4"}), "must be one of"),
         (
