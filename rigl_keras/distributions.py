@@ -83,8 +83,9 @@ def layer_budgets(
     Returns:
         `{name: Budget}` of the masked layers, in the order of `shapes`.
 
-    ValueError: An argument is out of range, the remaining layers cannot make up
-        the overall density, or nothing is left.
+    Raises:
+        ValueError: An argument is out of range, the remaining layers cannot
+            make up the overall density, or nothing is left.
 
     Example:
 
@@ -468,7 +469,7 @@ def _checked_given(given, shapes):
             )
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(
-                f"densities names {name!r}, which is no masked layer.{hint} "
+                f"densities names {name!r}, which is not a masked layer.{hint} "
                 f"Masked layers: {', '.join(map(str, shapes))}."
             )
         checked[name] = number(

@@ -543,11 +543,10 @@ def select_highest(
     Args:
         scores: Float tensor, without NaN where `among` is True.
         count: Integer scalar, at least 0. With a layout of several groups it
-                may be a vector, one number for each group.
-            among: Bool tensor of the same shape, True for candidates.
-            layout: The groups; `count` is selected in each, and the tensors
-            have
-                its `unit_shape`. None: all entries are one group.
+            may be a vector, one number for each group.
+        among: Bool tensor of the same shape, True for candidates.
+        layout: The groups; `count` is selected in each, and the tensors have
+            its `unit_shape`. None: all entries are one group.
 
     Returns:
         Bool tensor of the same shape.

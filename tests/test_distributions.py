@@ -91,7 +91,7 @@ def test_bad_density(bad):
 def test_bad_names():
     with pytest.raises(ValueError, match="Did you mean 'erdos_renyi'"):
         layer_densities(SHAPES, 0.1, "erdos_reny")
-    with pytest.raises(ValueError, match="no masked layer.*a, b, c"):
+    with pytest.raises(ValueError, match="not a masked layer.*a, b, c"):
         layer_densities(SHAPES, 0.1, densities={"d": 0.1})
     with pytest.raises(ValueError, match="at least one kernel"):
         layer_densities({}, 0.1)
