@@ -461,7 +461,7 @@ def test_another_preset_is_not_compared_with_the_report(tmp_path):
 
 def test_what_is_shown(results):
     text = sections.report(reading.read(results)).page.text
-    assert "No run is finished of: table1, table3, table4" in text[-1]
+    assert "Without a finished run: table1, table3, table4" in text[-1]
     shown = sections.report(reading.read(results), ["figure2", "table3"])
     assert [s.anchor for s in shown.page.sections] == ["table3", "figure2"]
     markdown = page.as_markdown(shown.page)
@@ -715,7 +715,7 @@ def test_planned_flops_are_marked(tmp_path):
     text = page.as_markdown(made_report.page)
     line = next(s for s in text.splitlines() if s.startswith("| Static |"))
     assert "| - | - | (0.13x) | (0.13x) |" in line
-    assert "They are no results" in text
+    assert "They are not results" in text
     # A longer run is planned as the longer one it is.
     longer = (("train.length", 4),)
     made(tmp_path, "set_erk_wrn", 0.1, 0, 0.5, preset="small")

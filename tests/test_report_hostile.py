@@ -373,7 +373,7 @@ def test_other_seeds_than_the_reports(results, tmp_path):
     (note,) = found.notes
     assert note.endswith("so that each row should have these.")
     text = page.as_markdown(sections.report(found, ["table4"]).page)
-    assert "that have all seeds 5 and 6; how many" in text
+    assert "tried with all seeds 5 and 6; their number" in text
     assert "| optimum of 1 | 0.4, 200 | 90.00 | 90.00 ± 0.00 | 2 of 2 |" in text
 
 

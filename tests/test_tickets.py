@@ -328,7 +328,7 @@ def test_training_on_all_examples(tmp_path):
     whole = data.load("digits", validation=0)
     assert len(whole.train_labels) == 1_617  # 1,437 and the 180
     assert whole.steps_per_epoch(64) == 26
-    with pytest.raises(ValueError, match="none is held out"):
+    with pytest.raises(ValueError, match="none are left"):
         whole.validation(batch_size=4)
     result = train_command.run(
         bindings=[*SMALLER, "train.validation = 0"], run_dir=tmp_path / "run"

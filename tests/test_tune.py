@@ -344,7 +344,7 @@ def test_a_study_that_cannot_be_written(tmp_path):
     study = study_of(results, searched())
     study.begin()
     (study.path / "journal.log").write_text("nonsense\nnonsense\n")
-    with pytest.raises(ValueError, match="is no journal.*Move"):
+    with pytest.raises(ValueError, match="is not the journal.*Move"):
         study_of(results, searched()).begin()
 
 
@@ -370,7 +370,7 @@ def test_what_is_left_of_a_line_is_cut(tmp_path, text):
     [
         ({"density": 0.0}, r"--density .* \(0, 1\].*Received: .*0.0"),
         ({"density": 1.5}, r"--density .* \(0, 1\].*Received: .*1.5"),
-        ({"seeds": ()}, "--seeds takes one or more.*Received: none"),
+        ({"seeds": ()}, "--seeds takes at least one.*Received: none"),
         ({"seeds": (0, 0)}, "each once.*Received: 0,0"),
         ({"trials": 0}, "--trials must be an int of at least 1"),
         ({"sampler_seed": -1}, "--sampler_seed must be"),
@@ -383,7 +383,7 @@ def test_what_is_left_of_a_line_is_cut(tmp_path, text):
         ({"frequency": (50, 975, 50)}, "some steps above"),
         ({"frequency": (0, 100, 50)}, "above 0"),
         ({"frequency": (50, 100, 0)}, "--frequency takes"),
-        ({"frequency": (1, 100, 1)}, "less than one step of the preset"),
+        ({"frequency": (1, 100, 1)}, "below one step of the preset"),
         ({"row": "rigl_erk_resnet50"}, r"made for \*_wrn.*--preset=full"),
     ],
 )
@@ -396,7 +396,7 @@ def test_nonsense(options, says):
 def test_without_validation_nothing_can_be_compared(tmp_path):
     path = tmp_path / "own.gin"
     path.write_text("train.validation = 0\n")
-    with pytest.raises(ValueError, match="holds out no examples"):
+    with pytest.raises(ValueError, match="has no validation examples"):
         Search(ROW, plans.Preset(str(path)), 0.1)
 
 
