@@ -515,7 +515,7 @@ def test_refuses(tmp_path):
     with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
         with pytest.raises(ValueError, match="outside of strategy.scope"):
             export(model, tmp_path / "a")
-    with pytest.raises(ValueError, match="is the folder that is written"):
+    with pytest.raises(ValueError, match="is the folder to write"):
         export(model, tmp_path / "model.tflite", format="tflite")
     with pytest.raises(ValueError, match="is subclassed"):
         subclassed = rigl_keras.sparsify(KINDS["subclassed"](), 0.5)

@@ -433,7 +433,7 @@ def test_a_folder_in_tmp_of_somebody_else(place, stub, monkeypatch, how):
     # Not loaded, though it is there, and not written.
     with pytest.raises(toolchain.BuildError) as error:
         library.build()
-    assert "not yours alone" in str(error.value)
+    assert "not only yours" in str(error.value)
     assert str(place / "file") in str(error.value)
     assert "RIGL_KERAS_CACHE" in str(error.value)
     assert len(calls(place)) == commands()

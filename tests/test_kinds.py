@@ -622,7 +622,7 @@ def test_metrics_precision_and_methods_of_a_masked_layer():
     assert float(masked.mean.result()) == float(watched.mean.result()) > 0
     np.testing.assert_array_equal(masked.double(x), 2 * model(x))
     masked_model = sparsify(make("Embedding"), 0.5)
-    with pytest.raises(AttributeError, match="no one `kernel`"):
+    with pytest.raises(AttributeError, match="no single `kernel`"):
         _ = masked_model.get_layer("lstm").kernel
     with pytest.raises(AttributeError, match="neither"):
         _ = masked.neither

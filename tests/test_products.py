@@ -475,7 +475,7 @@ def test_a_string_as_kernels_is_deprecated(product):
     with pytest.warns(DeprecationWarning, match="product='sparse'"):
         choose_kernels(model, kernels="sparse")
     assert asked(model) == {"sparse"}
-    with pytest.raises(ValueError, match="two answers.*product='dense'"):
+    with pytest.raises(ValueError, match="both say how.*product='dense'"):
         sparsify(dense, 0.2, kernels="sparse", product="dense")
     with pytest.raises(ValueError, match="must be one of.*'sparse'.*'fast'"):
         choose_kernels(model, kernels="fast")

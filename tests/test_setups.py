@@ -1077,6 +1077,6 @@ def test_what_is_traced_once_for_both_kinds_of_step_is_refused():
     model = sparsify(model, 0.5)
     model.compile("sgd", "mse")
     y = np.ones((8, 4), np.float32)
-    with pytest.raises(ValueError, match="inner is traced only once"):
+    with pytest.raises(ValueError, match="inner are traced only once"):
         model.fit(x, y, batch_size=2, callbacks=[RigL(frequency=2, end_step=9)])
     model.fit(x, y, verbose=0)  # without a method it does no harm

@@ -380,7 +380,7 @@ def test_what_is_left_of_a_line_is_cut(tmp_path, text):
         ({"drop_fraction": (0.1234, 0.5)}, "to three digits"),
         ({"drop_fraction": (float("nan"), 0.5)}, "--drop_fraction takes"),
         ({"frequency": (50, 1000)}, "--frequency takes.*Received: 50,1000"),
-        ({"frequency": (50, 975, 50)}, "some steps above"),
+        ({"frequency": (50, 975, 50)}, "plus a number of steps"),
         ({"frequency": (0, 100, 50)}, "above 0"),
         ({"frequency": (50, 100, 0)}, "--frequency takes"),
         ({"frequency": (1, 100, 1)}, "below one step of the preset"),
