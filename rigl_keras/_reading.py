@@ -60,7 +60,7 @@ def object_in(line: str) -> dict:
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
     if not isinstance(content, dict):
-        raise ValueError("it is no object")
+        raise ValueError("it is not an object")
     level = [content]
     for _ in range(_DEEPEST):
         level = [inner for outer in level for inner in _within(outer)]
@@ -79,7 +79,7 @@ def _bytes(path, largest):
     status = path.stat()
     # Reading a pipe would wait, and a device may never end.
     if not path.is_file():
-        raise ValueError("it is no regular file")
+        raise ValueError("it is not a regular file")
     if status.st_size > largest:
         raise ValueError(f"it has {status.st_size:,} bytes")
     with path.open("rb") as file:

@@ -22,7 +22,7 @@ def encode(
     """Returns the nonzero values of some kernels, and their positions.
 
     The kernels stand one after the other, each in row-major order, as one
-    vector x of N entries, of which those at p_1 < ... < p_n are not zero.
+    vector x of N entries. The entries at p_1 < ... < p_n are not zero.
 
         bitmask: ceil(N / 8) bytes, the first entry the highest bit.
         gaps:    n bytes p_i - p_(i-1), with p_0 = 0. A gap above 255 is

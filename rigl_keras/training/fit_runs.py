@@ -235,7 +235,7 @@ def start_of(
 ) -> int:
     """Returns the optimizer step at which the run of a `fit` began.
 
-    A `fit` from epoch 0 begins a run, whatever the optimizer did before. A
+    A `fit` from epoch 0 begins a run, regardless of earlier optimizer steps. A
     `fit` from a later epoch (`initial_epoch`, `BackupAndRestore`) resumes a
     run, which began as many steps ago as the earlier epochs have. If all steps
     of the optimizer fit into these epochs and the current one, they belong to

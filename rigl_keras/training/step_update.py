@@ -44,8 +44,8 @@ class StepUpdate(MethodHooks):
 
     Steps are `optimizer.iterations`, so a resumed run needs no state of the
     callback except its `variables`. Plans count from the step at which the run
-    began (`run_start`). A `fit` from epoch 0 begins a run, whatever the
-    optimizer did before. A later `initial_epoch`, `BackupAndRestore` or an
+    began (`run_start`). A `fit` from epoch 0 begins a run, regardless of
+    earlier optimizer steps. A later `initial_epoch`, `BackupAndRestore` or an
     `attach` before `fit` resumes one.
 
     Callbacks may train the model within `fit`: the steps of `train_on_batch`
