@@ -210,10 +210,10 @@ def decayed_drop_fraction(
     `drop_fraction`, T_end is `end_step`). The authors' code
     (sparse_optimizers_base.py:236-254) has `exponential` with a power of 1 and
     `exponential_k` with a power of k. For these it measures x from
-    `begin_step`, as here, but for the cosine from step 0: a cosine that begins
-    later starts lower there. `learning_rate` is the decay of their TensorFlow 2
-    code (mask_updaters.py, ScaledLRUpdateSchedule). Steps: MEST (Yuan et al.,
-    2021, arXiv:2110.14032) halves at epoch 90 and ends at 120.
+    `begin_step`, as here. For the cosine it measures x from step 0: a cosine
+    that begins later starts lower there. `learning_rate` is the decay of their
+    TensorFlow 2 code (mask_updaters.py, ScaledLRUpdateSchedule). Steps: MEST
+    (Yuan et al., 2021, arXiv:2110.14032) halves at epoch 90 and ends at 120.
 
     Args:
         step: Optimizer step t, an int or an integer tensor.

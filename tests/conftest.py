@@ -61,7 +61,7 @@ def pytest_xdist_auto_num_workers(config):
 
 @pytest.hookimpl(tryfirst=True)  # all cases are still there
 def pytest_collection_modifyitems(config, items):
-    """Leaves slow tests out, but for those whose names were given."""
+    """Leaves slow tests out, except those whose names were given."""
     mark_other_cases(items, some=any("[" in path for path in config.args))
     if config.option.all:
         return

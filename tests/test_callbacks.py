@@ -236,7 +236,7 @@ def test_rigl_by_hand(l2):
         kernels(model)["d"].ravel(), wanted, rtol=1e-5, atol=1e-7
     )
     np.testing.assert_allclose(model.get_layer("d").layer.bias, bias, 1e-5)
-    # So does memory: that of a grown connection starts anew.
+    # So does memory: that of a grown connection starts again.
     momentum, theirs = (
         rigl_keras.training.optimizer_state.slots(
             m.optimizer, m.get_layer("d").kernel
@@ -892,7 +892,7 @@ def test_density_moves_to_where_gradients_are():
     model = sparsify(keras.Model(inputs, outputs), 0.5, distribution="er")
     draw = np.random.default_rng(0)
     x = draw.standard_normal((5, 6)).astype(np.float32)
-    # Targets of the second are far away: so are its gradients large.
+    # Targets of the second are far away, so its gradients are large.
     y = [draw.standard_normal((5, 4)), 9 * draw.standard_normal((5, 4))]
     gradients = {}
     for target, name in zip(y, "ab", strict=True):
@@ -949,7 +949,7 @@ def test_a_refused_update_is_told_in_a_loop_of_ones_own():
 
 
 def test_nan_scores_are_refused():
-    """Those of a method of one's own: gradients and kernels are finite."""
+    """In a user's method: gradients and kernels are finite."""
 
     class Logarithm(rigl_keras.MaskUpdate):
         def grow_scores(self, layer, gradient, step):

@@ -147,7 +147,7 @@ def trained(request):
 
 @pytest.mark.slow_but("MagnitudePruning")
 def test_trained_then_stripped_then_masked_again(trained):
-    """The seed alone decides masks, whatever became of the weights."""
+    """The seed alone decides masks, not the weights."""
     method, _, model, first = trained
     cost = count(model)
     plain = strip(model)

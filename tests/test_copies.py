@@ -372,7 +372,7 @@ def test_a_config_without_the_number_of_ones_still_loads():
         Masked.from_config({**config, "nonzeros": [73]})(X)
 
 
-# Models masked in place: subclassed, and with constructors of their own.
+# Models masked in place: subclassed, and with custom constructors.
 
 
 def encoder():

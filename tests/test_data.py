@@ -226,7 +226,7 @@ def test_same_seed_and_epoch_are_bit_identical_and_resume(augmentation):
     assert (labels[:50] != labels[50:]).any()
     other = arrays(source.train(batch_size=16, seed=8, epochs=2))
     assert (labels != other[1]).any()
-    # Neither seed + epoch nor another sum may stand for the pair.
+    # No sum, such as seed + epoch, may stand for the pair.
     assert (labels[50:] != other[1][:50]).any()
 
 

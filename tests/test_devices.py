@@ -1,7 +1,7 @@
 """Several devices: the same masks as on one, and what ends when one is lost.
 
 TensorFlow counts devices once, as it starts, so that all of this runs in
-processes of its own.
+separate processes.
 """
 
 import json

@@ -571,7 +571,7 @@ def test_a_batch_size_fixed_by_mistake_is_noticed(tmp_path, monkeypatch):
 @pytest.mark.slow_but("int8")
 @pytest.mark.parametrize("quantization", [None, "float16", "int8"])
 def test_a_constant_does_not_agree(quantization, tmp_path, monkeypatch):
-    """However small outputs are, they are told from their mean."""
+    """Outputs of any size are distinguished from their mean."""
     model = rigl_keras.sparsify(
         keras.Sequential(
             [
@@ -691,7 +691,7 @@ def test_overwriting(tmp_path):
     with pytest.raises(ValueError, match="overwrite=True"):
         export(model, target, measure=False)
     old = (target / "export.json").read_text()
-    # An error leaves what is there as it is.
+    # An error changes nothing.
     with pytest.raises(ValueError, match="disagrees"):
         export(
             model,

@@ -94,7 +94,7 @@ AFTER["magnitude_wrn"] = "dense_wrn"
 
 
 def row_of(name):
-    """Returns the name of a row, whichever network it has and how long."""
+    """Returns the name of a row, for any network and length."""
     return re.sub(r"(_\dx|_50k)?_(wrn|resnet50)$", "", name)
 
 
@@ -392,7 +392,7 @@ def test_differs_from_one_that_is_trained(name):
     if "_50k_" in name:
         assert ours.pop("train.validation") == "0"
     assert ours == {w: v for w, v in theirs.items() if w != "train.length"}
-    assert ours  # it has settings of its own
+    assert ours  # it has its own settings
 
 
 def test_lengths_are_those_of_the_rows():

@@ -54,7 +54,7 @@ HOSTILE = st.sampled_from(SCALARS + OBJECTS)
 
 
 def mixed(**valid):
-    """Returns a strategy of arguments, of which now and then one is hostile."""
+    """Returns a strategy of arguments that are sometimes hostile."""
 
     @st.composite
     def arguments(draw):

@@ -1,4 +1,4 @@
-"""The C++ operations: what they compute, and when they plan anew."""
+"""The C++ operations: what they compute, and when they plan again."""
 
 import concurrent.futures
 import itertools
@@ -28,7 +28,7 @@ def loaded():
 def reference(
     images, kernel, *, strides=(1, 1), padding="SAME", dilations=(1, 1)
 ):
-    """The same in dense TensorFlow, differentiable whatever the dilations.
+    """The same in dense TensorFlow, differentiable for all dilations.
 
     A matrix product for each position of the kernel, of the images from that
     position on.
@@ -631,7 +631,7 @@ def test_more_masks_than_are_remembered():
         for mask in masks:
             got = kernels.sparse_dense(inputs, kernel, mask)
             assert_close(got, np.float64(inputs) @ (kernel * mask))
-    # The first are forgotten when they come again, and so are all others.
+    # The first are forgotten when they come again, like all others.
     assert int(library.load().rigl_keras_plans_made()) == made + 600
 
 
@@ -771,7 +771,7 @@ def test_in_the_input_pipeline():
 
 
 def test_the_same_twice():
-    """To the last bit, whichever thread takes which part."""
+    """To the last bit, for any assignment of parts to threads."""
     draw = np.random.default_rng(0)
     images = tf.constant(normal(draw, 40, 12, 12, 20))
     kernel = tf.constant(normal(draw, 3, 3, 20, 40))

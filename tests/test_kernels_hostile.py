@@ -374,7 +374,7 @@ def test_graphs_of_shapes_that_do_not_fit(
 
     for run in (forward, to_images, to_kernel):
         if run is to_kernel and kernel != mask:
-            continue  # of which it sees one
+            continue  # it sees one of them
         with pytest.raises(ValueError):
             tf.function(run, autograph=False).get_concrete_function(*given)
 

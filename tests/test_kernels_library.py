@@ -189,7 +189,7 @@ def test_four_threads_build_once(place, stub, caplog, monkeypatch):
     assert loads == [library.path()]
     assert len(calls(place)) == commands()
     assert len(said(caplog)) == 1 and "stub compiler" in said(caplog)[0]
-    # And they are told apart by what they are for.
+    # Their purposes distinguish them.
     portable = [c for c in calls(place) if "-DRIGL_ISA=portable" in c]
     assert len(portable) == len(toolchain._PER_INSTRUCTION_SET) + 1
     assert sum("-DRIGL_LENGTH=4" in c for c in portable) == 1
@@ -353,7 +353,7 @@ def test_a_build_that_is_killed(place, stub):
     assert list(folder.glob(".building-*"))
     assert not library.path().exists()
     stub()
-    # The same version, as the stub says: in the place of the killed one.
+    # The same version, as the stub says: it replaces the killed one.
     assert library.build().parent == folder
     assert not list(folder.glob(".building-*"))
 
@@ -551,7 +551,7 @@ def folders(place):
 
 @pytest.mark.parametrize("at", [0, 1, 2], ids=["cache", "folder", "file"])
 def test_another_user_owns_it(place, stub, nobody, at):
-    """A library in a folder that all share, and whatever is above it."""
+    """A library in a folder that all share, and the folders above it."""
     parts = folders(place)
     parts[0].chmod(0o1777)
     assert library.build() == parts[2]  # which nobody else can replace
@@ -570,7 +570,7 @@ def test_another_user_owns_it(place, stub, nobody, at):
 @pytest.mark.parametrize("at", [0, 1, 2], ids=["cache", "folder", "file"])
 def test_others_can_write_it(place, stub, monkeypatch, caplog, at, bits):
     parts = folders(place)
-    # A group of several, whoever the user is.
+    # A group with several members, for any user.
     monkeypatch.setattr(library, "_of_this_user", lambda path, gid: False)
     parts[at].chmod(0o755 | bits)
     parts[2].write_text("planted")

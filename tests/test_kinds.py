@@ -669,7 +669,7 @@ def test_layers_in_every_kind_of_container():
 
 
 class Tied(keras.Model):
-    """One layer within two, and by itself."""
+    """One layer within two layers, and alone."""
 
     def __init__(self):
         super().__init__()

@@ -292,7 +292,7 @@ def test_patterns_in_every_setup(pattern, setups, method, policy):
 
 # Above the density that they began with, for some steps.
 DENSER = ("MEST", "ACDC")
-# What has been trained so is the same model: of each kind others are saved.
+# The trained models are equal, so other kinds are saved.
 LEAVE_NO_TRACE = ("jit_compile", "run_eagerly", "own loop")
 UPDATING = [
     m for m in METHODS if m not in ("static", "MagnitudePruning", "ACDC")

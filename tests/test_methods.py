@@ -71,7 +71,7 @@ def memory_of(method, layer):
 
 
 def test_granet_prunes_then_drops_and_grows():
-    """Of 6 of 8, 4 stay, of which 2 are dropped and 2 grown."""
+    """Of 6 of 8, 4 stay; 2 of them are dropped and 2 grown."""
     method = rigl_keras.GraNet(
         final_density=0.5, prune_end_step=40, drop_fraction=0.5, **ALWAYS
     )

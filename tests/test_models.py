@@ -269,7 +269,7 @@ def test_gpt_of_its_size():
     assert len(kernels) == 2 * 6 + 1
     drawn = np.concatenate([np.ravel(k) for k in kernels])
     assert drawn.std() == pytest.approx(0.02, rel=0.05)
-    # Each of its own: no two of a shape are alike.
+    # Each is drawn separately: no two of a shape are alike.
     first, second = (
         model.get_layer(f"block{i}_expand").kernel.numpy() for i in (0, 1)
     )
@@ -315,7 +315,7 @@ def test_gpt_is_exported(format, tmp_path):
 
 
 def test_gpt_is_no_native_network(tmp_path):
-    """Which knows neither look-ups nor norms of layers, and says so."""
+    """It lacks look-ups and layer norms, and says so."""
     model = rigl_keras.sparsify(small_gpt(), 0.25)
     with pytest.raises(ValueError, match="these operations need TensorFlow"):
         rigl_keras.export(

@@ -22,7 +22,7 @@ from rigl_keras.methods.rigl import SET, SNFS, RigL
 from rigl_keras.patterns import NM, Blocks, Element, FanIn, as_pattern
 from rigl_keras.schedules import SparsityRamp
 
-# Layers of one model, each with a pattern of its own.
+# Layers of one model, each with its own pattern.
 MIXED = {
     "stem": "kernel",
     "conv": "2:4",

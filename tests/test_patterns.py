@@ -55,7 +55,7 @@ def test_groups_of_n_of_m_run_along_the_inputs():
     np.testing.assert_array_equal(
         transposed.grouped(entries((3, 3, 5, 4)))[0], [0, 1, 2, 3]
     )
-    # (heads, size, outputs), of which heads and size are inputs.
+    # (heads, size, outputs): heads and size are inputs.
     heads = NM(2, 4).layout(Axes((2, 2, 3), (0, 1), (2,), False))
     np.testing.assert_array_equal(
         heads.grouped(entries((2, 2, 3)))[0], [0, 3, 6, 9]
@@ -95,7 +95,7 @@ def test_ragged_blocks_average_what_is_there():
     )
     whole = layout.by_element(tf.constant([[[1, 2], [3, 4]]]))
     np.testing.assert_array_equal(whole, [[1, 1, 2], [1, 1, 2], [3, 3, 4]])
-    # Each position of a convolution has blocks of its own.
+    # Each position of a convolution has its own blocks.
     conv = Blocks(2, 4).layout((3, 1, 5, 4))
     assert conv.unit_shape == (3, 3, 1) and conv.size == 9
     half = layout.by_unit(tf.cast(kernel, tf.float16))
@@ -225,7 +225,7 @@ def test_another_number_is_shared_out_evenly():
     np.testing.assert_array_equal(
         new_mask(0), [[1, 1, 0], [0, 0, 0], [0, 0, 1], [0, 0, 0]]
     )
-    # 2:4 is 2 of 4, whatever a method asks for.
+    # 2:4 is 2 of 4, for any request of a method.
     np.testing.assert_array_equal(new_mask(5, NM(2, 4)), new_mask(2))
 
 
@@ -332,7 +332,7 @@ def test_graph_and_xla_agree_with_eager(jit_compile):
 
 
 def test_a_number_for_each_group():
-    """What methods of their own select by: a count for each unit."""
+    """Users' methods may select by it: a count for each unit."""
     layout = FanIn().layout((3, 2))
     scores = [[1.0, 6], [2, 5], [3, 4]]
     everything = tf.fill([3, 2], True)

@@ -152,7 +152,7 @@ def test_some_rows_and_bindings_of_ones_own():
 
 
 def test_runs_that_differ_have_other_names():
-    """And folders of their own, though they differ in the seventh digit."""
+    """They have separate folders, though they differ in the seventh digit."""
 
     def name(density=0.1, **changes):
         pairs = tuple((k.replace("__", "."), v) for k, v in changes.items())

@@ -281,7 +281,7 @@ def test_no_sequences_at_all():
 @pytest.mark.slow
 @pytest.mark.parametrize("wanted", ["avx2", "portable"])
 def test_other_instruction_sets(wanted):
-    """In a process of its own: which one it is is decided once."""
+    """In a separate process: the library is chosen once."""
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-n0", __file__),

@@ -416,7 +416,7 @@ def test_densities_that_a_row_cannot_have(results):
 
 
 def test_rows_that_were_added(results, monkeypatch):
-    """A gin file of one's own is shown, though no table has it."""
+    """A user's gin file is shown, although no table has it."""
     made(results, "my_row", 0.1, 0, 0.9)
     names = [*rows.known(), "my_row"]
     monkeypatch.setattr(rows, "known", lambda: names)
@@ -537,7 +537,7 @@ def test_lines_that_are_wrong_in_one_place(results, tmp_path):
             result = good["result"] | {inner: value}
             lines.append(good | {"result": result})
     for at, line in enumerate(lines):
-        # Each a run of its own, as far as it still says which.
+        # Each is a separate run, as far as it still says which.
         if isinstance(line["density"], float):
             line["density"] = (1 + at) / 1_000
         if isinstance(line["folder"], str):

@@ -87,7 +87,7 @@ def clean_gin():
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Trains with the stand-in, of which some rows may fail."""
+    """Trains with the stand-in. Some rows may fail."""
     failing = set()
     monkeypatch.setattr(
         workers,
@@ -100,7 +100,7 @@ def quick(monkeypatch):
 
 
 class Told(progress.Progress):
-    """Keeps what it is told."""
+    """Keeps the reported events."""
 
     def __init__(self):
         self.events = []
@@ -250,7 +250,7 @@ def test_a_run_waits_for_nobody_who_is_not_there(tmp_path):
 
 
 def test_results_that_cannot_be_read(tmp_path):
-    """By whoever damaged them, or by a disk."""
+    """Damaged by anybody, or by a disk."""
     (run, *_) = some_runs()
     results = Results(tmp_path, "full")
     folder = results.folder(run)

@@ -1,4 +1,4 @@
-"""Searches: as many trials as wanted, whatever is killed.
+"""Searches: as many trials as wanted, even after kills.
 
 This file is a program, too: a server that imports TensorFlow once, runs none
 of it, and makes each search in a fork, which it may kill. Nothing is trained:
@@ -183,7 +183,7 @@ def test_another_seed_tries_others(straight, tmp_path):
 
 
 def test_trained_settings_are_taken(tmp_path):
-    """The reference is the row's own run, whoever has trained it."""
+    """The reference is the row's own run, from any command."""
     found, study, results = begun(
         tmp_path, trials=1, drop_fraction=(0.3, 0.3), frequency=(100, 100, 1)
     )

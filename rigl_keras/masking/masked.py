@@ -148,7 +148,7 @@ class Masked(KernelMask, keras.layers.Wrapper):
             self._draw_masks()
 
     def _draw_masks(self):
-        """Draws the masks from a config, which has only their numbers of ones."""
+        """Draws the masks that a config describes by their numbers of ones."""
         for masked, ones in zip(
             self.masked_kernels(), self._nonzeros or (), strict=True
         ):

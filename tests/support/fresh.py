@@ -16,8 +16,8 @@ import tempfile
 import time
 import traceback
 
-# Libraries that start no threads of their own when they are imported: of a
-# process with threads, a fork may hang.
+# Libraries that start no threads when they are imported: of a process with
+# threads, a fork may hang.
 QUIET = {
     "OPENBLAS_NUM_THREADS": "1",
     "OMP_NUM_THREADS": "1",

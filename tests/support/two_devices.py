@@ -75,7 +75,7 @@ def made(strategy, optimizer=None, product="auto", **options):
                 ),
                 layers.Dense(3, name="head"),
             ],
-            name="net",  # of which the masks are drawn
+            name="net",  # masks are drawn from it
         )
         model = sparsify(dense, 0.5, product=product)
         model.compile(
@@ -365,7 +365,7 @@ def check_two_applies_are_refused():
 
 
 def check_steps_that_callbacks_take():
-    """An update of which falls on a batch of `train_on_batch`."""
+    """One of its updates falls on a batch of `train_on_batch`."""
     x, y = examples()
     for strategy in (ONE, two()):
         model, method = made(strategy), RigL(**WINDOW)

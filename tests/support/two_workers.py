@@ -39,7 +39,7 @@ def made(strategy, optimizer=sgd, penalty=None, **options):
     with strategy.scope():
         dense = keras.Sequential(
             [keras.Input((6,)), hidden, layers.Dense(3, name="head")],
-            name="net",  # of which the masks are drawn
+            name="net",  # masks are drawn from it
         )
         model = rigl_keras.sparsify(dense, 0.5, product="dense")
         model.compile(
@@ -68,7 +68,7 @@ def noting_shapes():
 
 ACTIVE = {((None,), (16,), (None,), (3,), (6,))}
 LAST = {((6, 16), (16,), (None,), (3,), (6,))}
-KERAS: set = set()  # which sums by itself, all gradients
+KERAS: set = set()  # it sums all gradients itself
 
 
 def by_fit(model, method=None):

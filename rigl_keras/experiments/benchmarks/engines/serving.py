@@ -162,7 +162,7 @@ def serving(network: Network, engines: Mapping[str, Engine], **details):
 
     Args:
         network, engines: As it takes them.
-        **details: What else it takes, but for the folder.
+        **details: Its other arguments, except the folder.
     """
     with tempfile.TemporaryDirectory() as folder:
         served = Serving(network, engines, folder=Path(folder), **details)
