@@ -233,6 +233,7 @@ def test_names_and_sizes():
 # Beyond the standard library. Those of the paper's arithmetic know no Keras.
 THIRD_PARTY = {
     "_checks": {"numpy"},
+    "_extras": set(),
     "_figure_style": {"matplotlib"},
     "_files": set(),
     "_patience": set(),
