@@ -1,8 +1,9 @@
 """The op library of the sparse kernels, which is built on first use.
 
 It is built into a cache, where every later process finds it, and beside it the
-library that runs a network without TensorFlow. Environment variables decide
-where that is, how they are built and whether at all:
+library that runs a network without TensorFlow. A wheel may bring both
+(`packaged`); these are used as they are, where the cache has none. Environment
+variables decide where that is, how they are built and whether at all:
 
     RIGL_KERAS_KERNELS  `on`, which is the default; `off`: nothing is built or
                         loaded; `address` or `thread`: a variant of its
@@ -13,8 +14,9 @@ where that is, how they are built and whether at all:
 
 A library is loaded only from where nobody else can have put it: the file and
 every folder above it belong to this user or to root, and only they can write
-them. Operations that are in the process already, as those of an exported model
-may be, are used as they are.
+them. What a wheel brings is trusted as the Python files beside it are.
+Operations that are in the process already, as those of an exported model may
+be, are used as they are.
 """
 
 import concurrent.futures
@@ -35,6 +37,7 @@ import tensorflow as tf
 
 from rigl_keras import _files
 from rigl_keras._patience import said_if_slow
+from rigl_keras.kernels import packaged
 from rigl_keras.kernels.toolchain import (
     LIBRARY_NAME,
     NETWORK_LIBRARY_NAME,
@@ -50,6 +53,7 @@ from rigl_keras.kernels.toolchain import (
 __all__ = [
     "build",
     "build_network",
+    "cache_folder",
     "is_loaded",
     "load",
     "path",
@@ -68,7 +72,7 @@ _reason: str | None = None
 
 @tf.autograph.experimental.do_not_convert  # where a trace asks for it first
 def load() -> types.ModuleType | None:
-    """Returns the op library, which is built if it is not in the cache.
+    """Returns the op library, which is built if it is not there.
 
     It is loaded once in a process, and not at all where the process has its
     operations already: `tf.load_op_library` of an exported model's. Where it
@@ -83,7 +87,7 @@ def load() -> types.ModuleType | None:
         with _lock:  # the others wait, and find it done
             if _module is None and _reason is None:
                 try:
-                    _module = _registered(planned_build()) or _loaded(build())
+                    _module = _registered(planned_build()) or _found()
                 except BuildError as error:
                     _reason = str(error).rstrip(".")
                     _log.warning(
@@ -130,26 +134,36 @@ def path() -> Path:
         BuildError: It cannot be built here: there is no compiler, say.
     """
     plan = planned_build()
+    found = _existing(plan) or packaged.op_library(plan)
+    return found or _usable_place(plan)[0] / plan.version / LIBRARY_NAME
+
+
+def cache_folder() -> Path:
+    """Returns the folder for what is kept of these libraries; it is made.
+
+    Raises:
+        BuildError: There can be no libraries here.
+        OSError: It cannot be made.
+    """
+    plan = planned_build()
     found = _existing(plan)
-    if found is None:
-        places = [place for place, _ in _places()]
-        usable = [
-            place
-            for place in places
-            if _writable(place) and not _refused(place, plan)
-        ]
-        found = [*usable, *places][0] / plan.version / LIBRARY_NAME
-    return found
+    if found is not None:
+        return found.parent
+    place, private = _usable_place(plan)
+    if _refused(place, plan):
+        raise PermissionError(f"others can write {str(place)!r}")
+    _make(place / plan.version, mode=0o700 if private else 0o755)
+    return place / plan.version
 
 
 def build(*, force: bool = False) -> Path:
-    """Builds the libraries if they are not in the cache.
+    """Builds the libraries if they are neither in the cache nor in the package.
 
     Of processes that ask at once, one builds, and the others wait for it. A
     process that is killed leaves nothing that another would load.
 
     Args:
-        force: Whether to build them even so.
+        force: Whether to build them even so, into the cache.
 
     Returns:
         The path of the op library.
@@ -158,7 +172,7 @@ def build(*, force: bool = False) -> Path:
         BuildError: They cannot be built: what is wrong, and what to do.
     """
     plan = planned_build()
-    found = _existing(plan)
+    found = _existing(plan) or packaged.op_library(plan)
     if found is not None and not force:
         return found
     failures = []
@@ -201,6 +215,11 @@ def build_network() -> Path:
     Raises:
         BuildError: It cannot be built: what is wrong, and what to do.
     """
+    plan = planned_build()
+    if _existing(plan) is None:
+        found = packaged.network_library(plan)
+        if found is not None:
+            return found
     return build().with_name(NETWORK_LIBRARY_NAME)
 
 
@@ -329,6 +348,17 @@ def _group(gid):
         return str(gid)
 
 
+def _usable_place(plan):
+    """Returns the best place that can be the cache, and if it is private."""
+    places = _places()
+    usable = [
+        (place, private)
+        for place, private in places
+        if _writable(place) and not _refused(place, plan)
+    ]
+    return [*usable, *places][0]
+
+
 def _writable(folder):
     """Returns whether a folder, or the one to make it in, can be written."""
     while not os.path.lexists(folder):
@@ -417,6 +447,18 @@ def _registered(plan):
         "the process has their operations and no functions for them. Load "
         "them by tf.load_op_library"
     )
+
+
+def _found():
+    """Returns the op library, from wherever it can be loaded."""
+    found = build()
+    try:
+        return _loaded(found)
+    except BuildError:
+        if found != packaged.op_library(planned_build()):
+            raise
+        # Another build of that version of TensorFlow than the wheel's.
+        return _loaded(build(force=True))
 
 
 def _loaded(built):
