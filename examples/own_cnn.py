@@ -20,7 +20,7 @@ import rigl_keras
 
 DATA = "cifar10"  # or "digits", which is smaller and needs no download
 IMAGES = 10_000  # to train on
-EPOCHS = 8
+EPOCHS = 6
 DENSITY = 0.1
 FIGURE = "own_cnn.png"
 
@@ -75,13 +75,13 @@ def make_model():
         [
             keras.Input(train_x.shape[1:]),
             layers.Conv2D(32, 3, padding="same", use_bias=False),
-            layers.BatchNormalization(),
+            layers.BatchNormalization(momentum=0.9),
             layers.ReLU(),
             layers.Conv2D(64, 3, strides=2, padding="same", use_bias=False),
-            layers.BatchNormalization(),
+            layers.BatchNormalization(momentum=0.9),
             layers.ReLU(),
             layers.Conv2D(128, 3, strides=2, padding="same", use_bias=False),
-            layers.BatchNormalization(),
+            layers.BatchNormalization(momentum=0.9),
             layers.ReLU(),
             layers.GlobalAveragePooling2D(),
             layers.Dense(10),
