@@ -70,6 +70,7 @@ if TYPE_CHECKING or _WITHOUT_KERAS is None:
         models,
         patterns,
         redistribution,
+        replicas,
         schedules,
         scores,
         topology,
@@ -124,7 +125,7 @@ else:
         )
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"  # pyproject.toml reads it here
 
 __all__ = [
     "ACDC",
@@ -172,6 +173,7 @@ __all__ = [
     "patterns",
     "redistribution",
     "remove_dead_units",
+    "replicas",
     "schedules",
     "scores",
     "sparsify",
@@ -180,3 +182,8 @@ __all__ = [
     "training_flops",
     "with_masks",
 ]
+
+
+def __dir__():
+    """Completion offers what is public, and not what modules import."""
+    return list(__all__)

@@ -262,6 +262,7 @@ def test_plain_words():
 # Beyond the standard library. Those of the paper's arithmetic know no Keras.
 THIRD_PARTY = {
     "_checks": {"numpy"},
+    "_extras": set(),
     "_figure_style": {"matplotlib"},
     "_files": set(),
     "_patience": set(),

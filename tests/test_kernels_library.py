@@ -16,7 +16,13 @@ import pytest
 import rigl_keras
 from rigl_keras import _files
 from rigl_keras.kernels import ahead as build_ahead
-from rigl_keras.kernels import build_command, choice, library, toolchain
+from rigl_keras.kernels import (
+    build_command,
+    choice,
+    library,
+    packaged,
+    toolchain,
+)
 
 SOURCES = toolchain._SOURCES
 
@@ -305,6 +311,76 @@ def test_no_compiler_but_what_one_has_built(place, stub, monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("CXX", "/nonexistent")
     assert library.build() == built
+
+
+@pytest.fixture
+def wheel(place, monkeypatch):
+    """A package with libraries, as bin/build_wheel makes it; an empty cache."""
+    plan, package = toolchain.planned_build(), place / "package"
+    libraries = {name: place / name for name in plan.libraries}
+    for path in libraries.values():
+        path.write_text("made")
+    packaged.put(plan, libraries, package)
+    monkeypatch.setattr(packaged, "_PACKAGE", package)
+    # They are no libraries.
+    monkeypatch.setattr(packaged, "_can_be_loaded", lambda path: True)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CXX", "/nonexistent")
+    return package
+
+
+def test_a_wheel_brings_libraries(wheel, place, monkeypatch):
+    """And nothing is compiled."""
+    built = library.build()
+    assert built == library.path() and built.is_relative_to(wheel / "kernels")
+    assert library.build_network() == wheel / "serving/rigl_keras_network.so"
+    assert not (place / "cache").exists()
+    # What is kept of them is kept in the cache, which may be written.
+    kept = library.cache_folder()
+    assert kept.parent == place / "cache" and kept.is_dir()
+    # A sanitizer has libraries of its own.
+    monkeypatch.setenv("RIGL_KERAS_KERNELS", "thread")
+    with pytest.raises(toolchain.BuildError, match="CXX"):
+        library.build()
+
+
+def test_a_wheel_for_another_tensorflow(wheel, monkeypatch):
+    monkeypatch.setattr(library.tf, "__version__", "99.0")
+    with pytest.raises(toolchain.BuildError, match="CXX"):
+        library.build()
+    # This one needs none.
+    assert library.build_network() == wheel / "serving/rigl_keras_network.so"
+
+
+@pytest.mark.parametrize("what", ["sources", "system", "force", "load"])
+def test_what_a_wheel_brings_and_is_not_taken(
+    wheel, place, stub, monkeypatch, what
+):
+    stub()
+    if what == "sources":
+        (place / "sources" / "lanes.h").write_text("// other")
+    elif what == "system":  # an older one than the wheel was built on
+        monkeypatch.setattr(packaged, "_can_be_loaded", lambda path: False)
+    elif what == "force":
+        library.build(force=True)
+    else:  # another build of the same version of TensorFlow
+        loads = []
+
+        def loaded(built):
+            loads.append(built)
+            if built.is_relative_to(wheel):
+                raise library.BuildError("undefined symbol")
+            return library
+
+        monkeypatch.setattr(library, "_loaded", loaded)
+        assert library.load() is library and len(loads) == 2
+    assert library.build().is_relative_to(place / "cache")
+    assert library.build_network().is_relative_to(place / "cache")
+
+
+def test_a_library_that_cannot_be_loaded(tmp_path):
+    (tmp_path / "no_library.so").write_text("")
+    assert not packaged._can_be_loaded(tmp_path / "no_library.so")
 
 
 def test_a_compiler_that_is_none(place, monkeypatch):

@@ -15,7 +15,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from rigl_keras import _files
+from rigl_keras import _extras, _files
 from rigl_keras.diagnostics.events import forget_events
 from rigl_keras.diagnostics.measures import explored, measure
 from rigl_keras.diagnostics.plots import figures
@@ -23,7 +23,6 @@ from rigl_keras.diagnostics.table import (
     ALL,
     COLUMNS,
     as_csv,
-    check_installed,
     read_rows,
 )
 from rigl_keras.flops.counting import count
@@ -93,7 +92,11 @@ class TopologyDiagnostics(keras.callbacks.Callback):
     ):
         super().__init__()
         if log_dir is not None:
-            check_installed("tensorboard", *(["matplotlib"] if draw else []))
+            _extras.check_installed(
+                "The record of topology",
+                *("tensorboard", *(["matplotlib"] if draw else [])),
+                instead="Or pass log_dir=None to keep it in memory alone.",
+            )
         self.draw = draw
         self.log_dir = None if log_dir is None else Path(log_dir)
         self.rows: list[dict] = []

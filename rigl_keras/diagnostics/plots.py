@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rigl_keras import _figure_style
+from rigl_keras import _extras, _figure_style
 from rigl_keras._figure_style import (
     BLACK,
     BLUE,
@@ -19,7 +19,7 @@ from rigl_keras._figure_style import (
     legend_above,
     new_figure,
 )
-from rigl_keras.diagnostics.table import ALL, check_installed, read_rows
+from rigl_keras.diagnostics.table import ALL, read_rows
 
 __all__ = ["figures"]
 
@@ -46,7 +46,7 @@ def figures(
 
     >>> figures("logs/topology/topology.csv", "figures/")
     """
-    check_installed("matplotlib")
+    _extras.check_installed("A figure of topology", "matplotlib")
     rows = read_rows(csv_path)
     if not rows:
         raise ValueError(f"{str(csv_path)!r} has no complete update to draw.")

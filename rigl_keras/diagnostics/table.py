@@ -4,13 +4,12 @@
 """
 
 import csv
-import importlib.util
 import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["ALL", "COLUMNS", "as_csv", "check_installed", "read_rows"]
+__all__ = ["ALL", "COLUMNS", "as_csv", "read_rows"]
 
 ALL = "all"  # stands for all layers together
 COLUMNS = (
@@ -65,17 +64,6 @@ def as_csv(rows: Sequence[dict], *, header: bool = False) -> str:
         writer.writeheader()
     writer.writerows(rows)
     return file.getvalue()
-
-
-def check_installed(*packages: str) -> None:
-    """Raises ImportError unless the packages of a record are installed."""
-    missing = [p for p in packages if importlib.util.find_spec(p) is None]
-    if missing:
-        raise ImportError(
-            f"The record of topology needs {' and '.join(missing)}: install "
-            "rigl_keras[experiments], or pass log_dir=None to keep it in "
-            "memory alone."
-        )
 
 
 def _cell(column, text):

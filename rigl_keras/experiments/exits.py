@@ -12,6 +12,7 @@ from typing import cast
 
 from absl import app
 
+from rigl_keras._extras import MissingPackageError
 from rigl_keras._files import disk_is_full
 from rigl_keras._text import printable
 
@@ -96,9 +97,10 @@ def one_line(
 ) -> Callable[[Sequence[str]], None]:
     """Returns what `app.run` takes, which ends with a line where it fails.
 
-    The arguments are those of `run_command`. A ValueError, a disk that is full
-    or read-only, a folder that may not be written: the user can mend these,
-    and needs no traceback. All else is raised.
+    The arguments are those of `run_command`. A ValueError, a package that is
+    missing, a disk that is full or read-only, a folder that may not be
+    written: the user can mend these, and needs no traceback. All else is
+    raised.
     """
 
     @functools.wraps(run)
@@ -111,7 +113,9 @@ def one_line(
                 raise
             _end(f"\n{name}: {interrupted}", 130)
         except Exception as error:  # TensorFlow and HDF5 have their own
-            said = _said(error, (ValueError, FailedError, *refusals))
+            said = _said(
+                error, (ValueError, FailedError, MissingPackageError, *refusals)
+            )
             if said is None or traceback():
                 raise
             _end(f"{name}: {said}", 1 if isinstance(error, FailedError) else 2)

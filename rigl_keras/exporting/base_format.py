@@ -2,7 +2,6 @@
 
 import abc
 import dataclasses
-import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from rigl_keras import _extras
 from rigl_keras.exporting.signatures import Signature
 
 __all__ = [
@@ -83,7 +83,8 @@ class Format(abc.ABC):
             folder itself is loaded.
         weights: Folder within it that holds only the weights. None: there is
             none.
-        packages: Packages that it needs besides TensorFlow.
+        packages: Packages that it needs besides TensorFlow, of
+            `_extras.OPTIONAL`.
         quantizations: The `Quantization`s that it offers, by name.
         folds: Whether it always folds batch norms.
         concessions: What it gives up, in this order, for a model that it cannot
@@ -140,17 +141,8 @@ class Format(abc.ABC):
         """
 
     def why_unavailable(self) -> str | None:
-        """Returns what this machine lacks, and what to do, or None."""
-        missing = [
-            package
-            for package in self.packages
-            if importlib.util.find_spec(package) is None
-        ]
-        if not missing:
-            return None
-        return (
-            f"packages that are not installed. pip install {' '.join(missing)}"
-        )
+        """Returns what is missing on this machine, and what to do, or None."""
+        return _extras.missing(*self.packages)
 
     def path(self, folder: str | os.PathLike) -> Path:
         """Returns the path of the file or folder that is loaded.

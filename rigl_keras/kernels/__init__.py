@@ -6,6 +6,7 @@ csrc/               the operations in C++: convolution_ops.cc, matrix_ops.cc,
                     compiled for each instruction set; masked_kernel_op.cc
 toolchain           the compiler and its flags
 library             builds the operations on first use, and loads them
+packaged            those that a wheel brings
 ahead               builds them in the background
 operations          the operations with their gradients, of convolutions by
                     convolution_gradients

@@ -306,7 +306,7 @@ def _seconds(problem, density, backward, in_lanes=False):
 
 
 def _path():
-    return library.path().with_name("choices.json")
+    return library.cache_folder() / "choices.json"
 
 
 @contextlib.contextmanager

@@ -1,7 +1,8 @@
 """The op library of the sparse kernels, built on first use.
 
 It is built into a cache, where later processes find it, together with the
-library that runs a network without TensorFlow. Environment variables decide
+library that runs a network without TensorFlow. A wheel may bring both
+(`packaged`); they are used if the cache has none. Environment variables decide
 where, how and whether they are built:
 
     RIGL_KERAS_KERNELS  `on`, the default; `off`: nothing is built or
@@ -13,8 +14,9 @@ where, how and whether they are built:
 
 A library is loaded only from a folder where nobody else can put files: the file
 and every folder above it belong to this user or to root, and only they can
-write there. Operations that the process already has, for example from an
-exported model, are used.
+write there. The libraries of a wheel are trusted like the Python files beside
+them. Operations that the process already has, for example from an exported
+model, are used.
 """
 
 import concurrent.futures
@@ -35,6 +37,7 @@ import tensorflow as tf
 
 from rigl_keras import _files
 from rigl_keras._patience import said_if_slow
+from rigl_keras.kernels import packaged
 from rigl_keras.kernels.toolchain import (
     LIBRARY_NAME,
     NETWORK_LIBRARY_NAME,
@@ -50,6 +53,7 @@ from rigl_keras.kernels.toolchain import (
 __all__ = [
     "build",
     "build_network",
+    "cache_folder",
     "is_loaded",
     "load",
     "path",
@@ -67,7 +71,7 @@ _reason: str | None = None
 
 @tf.autograph.experimental.do_not_convert  # a trace may be the first to call it
 def load() -> types.ModuleType | None:
-    """Returns the op library, and builds it if it is not in the cache.
+    """Returns the op library, and builds it if there is none.
 
     It is loaded once in a process, and not if the process already has its
     operations: by `tf.load_op_library` of an exported model. If it is not
@@ -81,7 +85,7 @@ def load() -> types.ModuleType | None:
         with _lock:  # the others wait, and then find it
             if _module is None and _reason is None:
                 try:
-                    _module = _registered(planned_build()) or _loaded(build())
+                    _module = _registered(planned_build()) or _found()
                 except BuildError as error:
                     _reason = str(error).rstrip(".")
                     _log.warning(
@@ -127,26 +131,36 @@ def path() -> Path:
         BuildError: It cannot be built here, for example without a compiler.
     """
     plan = planned_build()
+    found = _existing(plan) or packaged.op_library(plan)
+    return found or _usable_place(plan)[0] / plan.version / LIBRARY_NAME
+
+
+def cache_folder() -> Path:
+    """Returns the folder for what is kept of these libraries; it is made.
+
+    Raises:
+        BuildError: There can be no libraries here.
+        OSError: It cannot be made.
+    """
+    plan = planned_build()
     found = _existing(plan)
-    if found is None:
-        places = [place for place, _ in _places()]
-        usable = [
-            place
-            for place in places
-            if _writable(place) and not _refused(place, plan)
-        ]
-        found = [*usable, *places][0] / plan.version / LIBRARY_NAME
-    return found
+    if found is not None:
+        return found.parent
+    place, private = _usable_place(plan)
+    if _refused(place, plan):
+        raise PermissionError(f"others can write {str(place)!r}")
+    _make(place / plan.version, mode=0o700 if private else 0o755)
+    return place / plan.version
 
 
 def build(*, force: bool = False) -> Path:
-    """Builds the libraries if they are not in the cache.
+    """Builds the libraries if they are neither in the cache nor in the package.
 
     If several processes ask at once, one builds, and the others wait for it. A
     killed process leaves nothing that another would load.
 
     Args:
-        force: Whether to build them anyway.
+        force: Whether to build them into the cache anyway.
 
     Returns:
         The path of the op library.
@@ -155,7 +169,7 @@ def build(*, force: bool = False) -> Path:
         BuildError: They cannot be built. It says why, and what to do.
     """
     plan = planned_build()
-    found = _existing(plan)
+    found = _existing(plan) or packaged.op_library(plan)
     if found is not None and not force:
         return found
     failures = []
@@ -198,6 +212,11 @@ def build_network() -> Path:
     Raises:
         BuildError: It cannot be built. It says why, and what to do.
     """
+    plan = planned_build()
+    if _existing(plan) is None:
+        found = packaged.network_library(plan)
+        if found is not None:
+            return found
     return build().with_name(NETWORK_LIBRARY_NAME)
 
 
@@ -326,6 +345,17 @@ def _group(gid):
         return str(gid)
 
 
+def _usable_place(plan):
+    """Returns the best place that can be the cache, and if it is private."""
+    places = _places()
+    usable = [
+        (place, private)
+        for place, private in places
+        if _writable(place) and not _refused(place, plan)
+    ]
+    return [*usable, *places][0]
+
+
 def _writable(folder):
     """Returns whether a folder, or its nearest parent, can be written."""
     while not os.path.lexists(folder):
@@ -414,6 +444,18 @@ def _registered(plan):
         "the process has their operations, but no functions for them. Load "
         "them by tf.load_op_library"
     )
+
+
+def _found():
+    """Returns the op library, from wherever it can be loaded."""
+    found = build()
+    try:
+        return _loaded(found)
+    except BuildError:
+        if found != packaged.op_library(planned_build()):
+            raise
+        # Another build of that version of TensorFlow than the wheel's.
+        return _loaded(build(force=True))
 
 
 def _loaded(built):

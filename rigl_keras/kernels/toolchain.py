@@ -96,18 +96,24 @@ class Build:
 
     Attributes:
         objects: `{object file: [source, flag, ...]}`.
-        libraries: `{library: [object file, ..., flag, ...]}`: what is linked
-            into each.
-        version: Name of a folder in the cache. It changes with the objects, the
-            flags, the sources and TensorFlow.
-        sources: Digest of the sources. An operation of the op library returns
-            it.
+        libraries: `{library: [object file, ..., flag, ...]}`, what is linked
+            to each of them.
+        version: Name of a folder in the cache. It changes with the objects,
+            the flags, the sources and TensorFlow.
+        sources: Digest of the sources. The op library has an operation that
+            returns it.
+        tensorflow: Version of TensorFlow.
+        platform: System and machine, such as `Linux-x86_64`.
+        sanitizer: Under which it runs, or an empty string.
     """
 
     objects: dict[str, list[str]]
     libraries: dict[str, list[str]]
     version: str
     sources: str
+    tensorflow: str
+    platform: str
+    sanitizer: str
 
 
 def planned_build() -> Build:
@@ -134,10 +140,17 @@ def planned_build() -> Build:
     libraries = _libraries(objects, sanitizer)
     # Without the compiler: its builds also serve machines without one.
     digest.update(repr((objects, libraries)).encode())
-    parts = [tf.__version__, platform.system(), platform.machine(), sanitizer]
-    parts.append(digest.hexdigest()[:12])
-    version = "-".join(part for part in parts if part)
-    return Build(objects, libraries, version, sources)
+    where = f"{platform.system()}-{platform.machine()}"
+    parts = [tf.__version__, where, sanitizer, digest.hexdigest()[:12]]
+    return Build(
+        objects,
+        libraries,
+        version="-".join(part for part in parts if part),
+        sources=sources,
+        tensorflow=tf.__version__,
+        platform=where,
+        sanitizer=sanitizer,
+    )
 
 
 def _sanitizer():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tensorflow as tf
 
-from rigl_keras import _figure_style, kernels
+from rigl_keras import _extras, _figure_style, kernels
 from rigl_keras.distributions import DISTRIBUTIONS
 from rigl_keras.experiments import exits
 from rigl_keras.experiments.benchmarks.inference_command import MODELS
@@ -135,15 +135,14 @@ def prepared_folder(output: str) -> Path:
         output: Of the flag.
 
     Raises:
-        ValueError: It can't be made, or matplotlib is missing.
+        ValueError: It can't be made.
+        MissingPackageError: matplotlib is missing.
     """
-    try:
-        from rigl_keras.experiments.benchmarks import speed_figures  # noqa: F401
-    except ImportError as error:
-        raise ValueError(
-            "--output has a figure, which needs matplotlib: install "
-            f"rigl_keras[experiments], or leave it out. Received: {output!r}."
-        ) from error
+    _extras.check_installed(
+        f"The figure in --output={output}",
+        "matplotlib",
+        instead="Or leave --output out.",
+    )
     try:
         Path(output).mkdir(parents=True, exist_ok=True)
     except OSError as error:

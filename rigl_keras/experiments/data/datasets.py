@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from rigl_keras._extras import check_installed
 from rigl_keras.experiments.data.batches import Data
 from rigl_keras.experiments.data.recipes import (
     DATASETS,
@@ -140,13 +141,9 @@ def _digits(recipe: Recipe) -> list[tuple[np.ndarray, np.ndarray]]:
     Its ink, 0..16, becomes round(ink * 255 / 16), so that every dataset is
     uint8 in 0..255.
     """
-    try:
-        from sklearn import datasets
-    except ImportError as error:
-        raise ImportError(
-            "'digits' is part of scikit-learn, which is not installed. "
-            "Run `pip install scikit-learn`."
-        ) from error
+    check_installed("The data set 'digits'", "sklearn")
+    from sklearn import datasets
+
     digits: Any = datasets.load_digits()
     images = np.rint(digits.images[..., None] * 255 / 16).astype(np.uint8)
     labels = digits.target.astype(np.int32)
@@ -178,14 +175,12 @@ def _data_dir(data_dir: str | os.PathLike[str] | None) -> str | None:
 def _tfds_split(
     name: str, split: str, data_dir: str | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise ImportError(
-            f"{name!r} is loaded by TensorFlow Datasets, which is not "
-            "installed. Run `pip install tensorflow-datasets`, or train on "
-            "'digits'."
-        ) from error
+    check_installed(
+        f"The data set {name!r}",
+        "tensorflow_datasets",
+        instead="Or train on 'digits'.",
+    )
+    import tensorflow_datasets as tfds
 
     def read(*, download: bool) -> Any:
         return tfds.load(

@@ -19,7 +19,7 @@ __all__ = [
     "UPDATES",
 ]
 
-GIN_FOLDER = Path(__file__).parents[3] / "gin"
+GIN_FOLDER = Path(__file__).parents[1] / "gin"  # a link in a clone
 FULL = "full"  # the preset that changes nothing
 SEEDS = (0, 1, 2)  # the report's, section 4.5
 DENSITIES = (0.05, 0.1, 0.2, 0.5)  # in Figure 1

@@ -66,8 +66,9 @@ def find(gin_file: str) -> Path:
     """Returns the path of a gin file.
 
     Args:
-        gin_file: A path, absolute or relative to the current folder or to the
-            folder of the repository.
+        gin_file: A path, absolute or relative to the current folder, or the
+            name of a file that comes with the package: `rigl_erk_wrn`,
+            `rigl_erk_wrn.gin` or `gin/rigl_erk_wrn.gin`.
 
     Returns:
         The path of an existing file.
@@ -76,9 +77,9 @@ def find(gin_file: str) -> Path:
         ValueError: There is none, with the nearest name that there is.
     """
     for folder in (Path(), GIN_FOLDER.parent, GIN_FOLDER):
-        path = folder / gin_file
-        if path.is_file():
-            return path
+        for path in (folder / gin_file, folder / f"{gin_file}.gin"):
+            if path.is_file():
+                return path
     names = sorted(path.name for path in GIN_FOLDER.glob("*.gin"))
     near = difflib.get_close_matches(Path(gin_file).name, names, n=1)
     hint = f" Did you mean gin/{near[0]}?" if near else ""
