@@ -15,14 +15,20 @@ _log = logging.getLogger("rigl_keras")
 def said_if_slow(message: str, *, seconds: float = _SECONDS) -> Iterator[None]:
     """Logs a warning if the context takes longer than some seconds.
 
-    The warning comes during the wait, not afterwards.
+    The line comes during the wait, not afterwards. Its record has `progress`,
+    which tells it from warnings.
 
     Args:
         message: The warning.
         seconds: When to log it.
     """
     # The thread sleeps: the process may fork or end meanwhile.
-    timer = threading.Timer(seconds, _log.warning, args=("%s", message))
+    timer = threading.Timer(
+        seconds,
+        _log.warning,
+        args=("%s", message),
+        kwargs={"extra": {"progress": True}},
+    )
     timer.daemon = True
     timer.start()
     try:

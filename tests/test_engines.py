@@ -802,7 +802,7 @@ def test_the_command(fakes, tmp_path, capsys):
             for name, value in {**values, **changes}.items()
         }
         output = types.SimpleNamespace(value=str(output))
-        run = functools.partial(engine_command._run, given, output)
+        run = functools.partial(engine_command.run, given, output)
         exits.one_line("benchmark engines", run)(argv)
 
     command(tmp_path / "new")

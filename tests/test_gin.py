@@ -12,8 +12,8 @@ from support.datasets import write_metadata
 
 import gin
 import rigl_keras
-from rigl_keras.experiments.runs import config, train_command
-from rigl_keras.experiments.runs.export_command import Exports
+from rigl_keras.experiments.runs import config, run_directory, train_command
+from rigl_keras.experiments.runs.exports import Exports
 from rigl_keras.models import resnet
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
@@ -412,7 +412,7 @@ def test_density_reaches_every_row(monkeypatch):
         seen["ramp"] = gin.get_bindings("SparsityRamp")
 
     monkeypatch.setattr(
-        train_command, "RunDirectory", lambda *a, **k: _Nowhere()
+        run_directory, "RunDirectory", lambda *a, **k: _Nowhere()
     )
     config.configured()  # what the files name is known to gin from here on
     configured = {"train": train, "Exports": Exports}

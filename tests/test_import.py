@@ -125,8 +125,14 @@ MAY_IMPORT |= {
     # These two need no TensorFlow.
     "experiments/protocol": {"private"},
     "experiments/report": {"private", "experiments/protocol"},
-    # Errors of commands, and how far they are.
-    "experiments/exits": {"private"},
+    # How commands begin and end, and how far they are.
+    "experiments/command_line": set(),
+    "experiments/quiet_start": set(),
+    "experiments/exits": {
+        "private",
+        "experiments/command_line",
+        "experiments/quiet_start",
+    },
     "experiments/progress_bar": set(),
     "experiments/data": {"private"},
     "experiments/runs": {
@@ -154,6 +160,7 @@ MAY_IMPORT |= {
     },
     "experiments/benchmarks": {
         *LIBRARY,
+        "experiments/command_line",
         "experiments/exits",
         "experiments/progress_bar",
         "experiments/data",
@@ -162,6 +169,7 @@ MAY_IMPORT |= {
     "experiments/report_command": {
         "private",
         "experiments/exits",
+        "experiments/quiet_start",
         "experiments/protocol",
         "experiments/report",
         "experiments/reproduction",  # with --planned alone

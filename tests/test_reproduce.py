@@ -60,10 +60,11 @@ import pytest  # noqa: E402
 import gin  # noqa: E402
 from rigl_keras.experiments import exits  # noqa: E402
 from rigl_keras.experiments.reproduction import (  # noqa: E402
-    costs,  # noqa: E402
+    costs,
     plans,
     progress,
     reproduce,
+    reproduce_command,
     workers,
 )
 from rigl_keras.experiments.reproduction.results import (  # noqa: E402
@@ -429,18 +430,20 @@ def test_plan_and_progress(tmp_path, quick, monkeypatch, capfd):
 def test_nonsense(fresh):
     """The command ends with what is wrong, and what to do about it."""
     done = fresh(
-        *["-m", "rigl_keras.experiments.reproduction.reproduce"],
+        *["-m", "rigl_keras.experiments.reproduction.reproduce_command"],
         *["table3", "--preset=small"],
     )
     assert done.returncode == 2
     last = [line for line in done.stderr.splitlines() if line][-1]
     assert last.startswith("reproduce: table3 has no row for the preset")
     with pytest.raises(ValueError, match="numbers, such as.*'a 4'"):
-        reproduce._changes(["a 4"])
-    assert reproduce._changes(["train.length = 4"]) == (("train.length", 4),)
+        reproduce_command._changes(["a 4"])
+    assert reproduce_command._changes(["train.length = 4"]) == (
+        ("train.length", 4),
+    )
     for value in ("1e999", "9" * 400, "9" * 5_000, "(" * 5_000, "nan", "[1]"):
         with pytest.raises(ValueError, match="--gin_bindings takes numbers"):
-            reproduce._changes([f"train.length = {value}"])
+            reproduce_command._changes([f"train.length = {value}"])
     with pytest.raises(ValueError, match="data_dir must be an existing folder"):
         reproduce.check_data(some_runs(), data_dir="/nowhere")
     with pytest.raises(ValueError, match="--densities takes.*0.1,much"):

@@ -23,7 +23,7 @@ from optuna.storages.journal import JournalFileBackend
 
 from rigl_keras.experiments.reproduction import costs, plans
 from rigl_keras.experiments.reproduction.results import Results
-from rigl_keras.experiments.tuning import search, tables, tune
+from rigl_keras.experiments.tuning import search, tables, tune, tune_command
 from rigl_keras.experiments.tuning.search import Search
 from rigl_keras.experiments.tuning.studies import Study, end_with_a_line
 
@@ -424,7 +424,7 @@ def test_nonsense_on_the_command_line(arguments, says, monkeypatch, capsys):
         app, "run", lambda run, argv: run(values(["", *arguments]))
     )
     with pytest.raises(SystemExit) as exit:
-        tune.main()
+        tune_command.main()
     assert exit.value.code == 2
     said = capsys.readouterr().err
     assert said.startswith("tune: ") and len(said.splitlines()) == 1

@@ -9,25 +9,25 @@ cell), figures/ and results.jsonl, from which it can make the same page without
 the folder of results.
 """
 
+from __future__ import annotations
+
 import csv
-import importlib
 import io
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags, logging
 
 from rigl_keras import _files
 from rigl_keras._text import printable
-from rigl_keras.experiments import exits
+from rigl_keras.experiments import exits, quiet_start
 from rigl_keras.experiments.protocol import rows
-from rigl_keras.experiments.report import reading
-from rigl_keras.experiments.report.contents import PICTURES
-from rigl_keras.experiments.report.page import as_html, as_markdown
-from rigl_keras.experiments.report.sections import Report, report
-from rigl_keras.experiments.report.summaries import Summary
+
+if TYPE_CHECKING:  # matplotlib, for which --help does not wait
+    from rigl_keras.experiments.report.sections import Report
+    from rigl_keras.experiments.report.summaries import Summary
 
 __all__ = ["main", "planned_flops", "write"]
 
@@ -39,11 +39,10 @@ def planned_flops(preset: str) -> Callable[[Summary], tuple[float, float]]:
         ValueError: A package that it needs is not installed.
     """
     # Everything else works without waiting for TensorFlow.
-    if os.environ.pop("RIGL_KERAS_WITHOUT_TENSORFLOW", None):
-        importlib.reload(sys.modules["rigl_keras"])
     try:
+        quiet_start.load_library()
         from rigl_keras.experiments.reproduction import costs, plans
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
         raise ValueError(
             "--planned counts the FLOPs of networks, and something that it "
             f"needs is missing ({error}): pip install tensorflow keras "
@@ -88,6 +87,9 @@ def write(made: Report, output: str | os.PathLike) -> list[Path]:
         ValueError: The folder cannot be written to.
         DiskFullError: The disk is full.
     """
+    from rigl_keras.experiments.report.contents import PICTURES
+    from rigl_keras.experiments.report.page import as_html, as_markdown
+
     output = Path(output)
     table = io.StringIO()
     csv.writer(table, lineterminator="\n").writerows(made.lines)
@@ -145,6 +147,9 @@ def main() -> None:
     )
 
     def run(argv):
+        from rigl_keras.experiments.report import reading
+        from rigl_keras.experiments.report.sections import report
+
         logging.set_verbosity(logging.WARNING)
         if Path(output.value).exists() and not Path(output.value).is_dir():
             raise ValueError(
@@ -162,7 +167,7 @@ def main() -> None:
         print("\n".join(printable(str(path)) for path in written))
         _tell(found, made.notes)
 
-    exits.run_command("report", run)
+    exits.run_command("report", run, about=__doc__, library=False)
 
 
 def _tell(found, notes):

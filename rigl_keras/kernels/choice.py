@@ -215,7 +215,8 @@ def _announce():
     """Logs once that timing takes a while."""
     _log.warning(
         "Timing dense and sparse products, once for each kind of layer on "
-        "this machine ..."
+        "this machine ...",
+        extra={"progress": True},
     )
 
 

@@ -388,6 +388,7 @@ def _build(plan, folder):
     _log.warning(
         "Building the sparse kernels with %s (once, about half a minute) ...",
         compiler[0],
+        extra={"progress": True},
     )
     # Removes killed builds; nobody else is building.
     for abandoned in folder.glob(".building-*"):

@@ -38,7 +38,7 @@ _CONNECT_SECONDS = 10
 _TEXTS = {"python_docs": python_docs}
 
 
-class DatasetUnavailableError(RuntimeError):
+class DatasetUnavailableError(OSError):
     """A dataset is neither on this machine nor to be had from the network."""
 
 

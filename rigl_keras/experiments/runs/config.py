@@ -9,13 +9,13 @@ import functools
 import inspect
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import gin
 import rigl_keras
 from rigl_keras.experiments.protocol.variations import GIN_FOLDER
-from rigl_keras.experiments.runs import export_command, optimizers, train
+from rigl_keras.experiments.runs import exports, optimizers, train
 from rigl_keras.methods import one_shot
 
 __all__ = ["configured", "find", "has_macro", "parse"]
@@ -46,7 +46,7 @@ _CONFIGURABLE: dict[str, Callable] = {
     "grasp": one_shot.grasp,
     "synflow": one_shot.synflow,
     "magnitude": one_shot.magnitude,
-    "Exports": export_command.Exports,
+    "Exports": exports.Exports,
 }
 _CONSTANTS = {"ORIGINAL": rigl_keras.ORIGINAL, "REPORT": rigl_keras.REPORT}
 
@@ -81,12 +81,18 @@ def find(gin_file: str) -> Path:
             if path.is_file():
                 return path
     names = sorted(path.name for path in GIN_FOLDER.glob("*.gin"))
-    near = difflib.get_close_matches(Path(gin_file).name, names, n=1)
-    hint = f" Did you mean gin/{near[0]}?" if near else ""
+    near = difflib.get_close_matches(Path(gin_file).name, names, n=3)
+    hint = f" Did you mean {_either(f'gin/{n}' for n in near)}?" if near else ""
     raise ValueError(
-        f"There is no gin file {gin_file!r}.{hint} In {GIN_FOLDER}: "
-        f"{', '.join(names) or 'none'}."
+        f"There is no gin file {gin_file!r}.{hint} All {len(names)} are in "
+        f"{GIN_FOLDER}."
     )
+
+
+def _either(names: Iterable[str]) -> str:
+    """Returns names as a choice: "a, b or c"."""
+    *first, last = names
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def parse(gin_files: Sequence[str], bindings: Sequence[str]) -> None:
@@ -165,6 +171,7 @@ def _nearest(message: str) -> str:
 
 
 def _hint(name, names):
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-    start = f"\nDid you mean {near[0]!r}? " if near else "\n"
-    return f"{start}There are: {', '.join(names)}."
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+    if near:
+        return f"\nDid you mean {_either(map(repr, near))}?"
+    return f"\nThere are: {', '.join(names)}."
