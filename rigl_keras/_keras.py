@@ -26,6 +26,7 @@ __all__ = [
     "check_file_of_layer",
     "compute_loss",
     "computing_in_double",
+    "converted_as_here",
     "define_functions",
     "direct_variables",
     "direct_weights",
@@ -507,6 +508,17 @@ def may_differentiate() -> bool:
     Without this function a training loop with its own tape takes longer.
     """
     return _record.could_possibly_record()
+
+
+def converted_as_here(function: Callable) -> Callable:
+    """Returns a function that AutoGraph converts if it converts the caller.
+
+    Without it a custom loop has AutoGraph convert this package as well, which
+    takes seconds, or an `if` of the loop cannot ask for a tensor's value.
+    """
+    autograph = tf.__internal__.autograph
+    status = autograph.control_status_ctx()
+    return autograph.tf_convert(function, status, convert_by_default=False)
 
 
 def like_function(function: Callable, decorated: Callable) -> Callable:

@@ -38,14 +38,33 @@ def highest_of_rows(
     Returns:
         Bool tensor (rows, size).
     """
-    select = _selection if tf.executing_eagerly() else _traced_selection
-    return select(scores, counts, among)
+    given = scores, counts, among
+    if tf.executing_eagerly():
+        return _selection(*given)
+    if _is_short(scores):
+        return _traced_selection(*given)
+    of_any_size = _traced_selection.get_concrete_function(
+        *map(_spec_of_any_size, given)
+    )
+    selected = of_any_size(*given)
+    selected.set_shape(scores.shape)
+    return selected
+
+
+def _is_short(rows):
+    return 0 < (rows.shape[1] or 0) <= _SHORT
+
+
+def _spec_of_any_size(tensor):
+    """Returns what other kernels' tensors match as well; one row stays one."""
+    shape = [size if size == 1 else None for size in tensor.shape]
+    return tf.TensorSpec(shape, tensor.dtype)
 
 
 def _selection(scores, counts, among):
     keys = _ordered_bits(scores)
     keys = tf.where(among, keys, keys.dtype.min)
-    if 0 < (keys.shape[1] or 0) <= _SHORT:
+    if _is_short(keys):
         return among & (_ranks(keys) < counts)
     counts = tf.minimum(counts, count_rows(among))
     threshold = _largest(keys, counts)
@@ -64,8 +83,8 @@ def _selection(scores, counts, among):
     )
 
 
-# Graphs call it up to twice per layer: it is traced once for each shape, not
-# for each call.
+# Graphs call it up to twice per layer. It is traced once for kernels of every
+# size (and for each shape of short rows), not once for each call.
 _traced_selection = tf.function(_selection, autograph=False)
 
 

@@ -99,8 +99,10 @@ def last(path):
     return path.split("[")[0].rpartition("/")[2]
 
 
-def pytest_collection_finish():
+def pytest_collection_finish(session):
     if "keras" in sys.modules:
+        if not session.config.option.all:
+            fresh_processes.run_graphs_as_traced()
         # It has gin know the small network by its name.
         import support.small_models  # noqa: F401
     # A million objects of what has been imported stay: no collection of garbage
@@ -198,9 +200,11 @@ def blank_figures():
 
 
 @pytest.fixture(scope="session")
-def fresh():
+def fresh(pytestconfig):
     """Runs commands as `python` does, in processes that know TensorFlow."""
-    server = fresh_processes.Server()
+    server = fresh_processes.Server(
+        graphs_as_traced=not pytestconfig.option.all
+    )
     yield server
     server.close()
 

@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from rigl_keras import replicas
+from rigl_keras import _keras, replicas
 from rigl_keras.conventions import ORIGINAL, Conventions
 from rigl_keras.masking.masked import KernelMask
 from rigl_keras.training import fit_runs, optimizer_state
@@ -272,11 +272,15 @@ class StepUpdate(MethodHooks):
         train_step = untraced(train_step)
 
         def step_or_update(*args, **kwargs):
-            return self._updates.step_or_update(
-                lambda: train_step(*args, **kwargs)
-            )
+            # AutoGraph has the user's step to convert, and not this package.
+            converted = _keras.converted_as_here(train_step)
+            return self._step_or_update(lambda: converted(*args, **kwargs))
 
         return step_or_update
+
+    @tf.autograph.experimental.do_not_convert
+    def _step_or_update(self, train_step):
+        return self._updates.step_or_update(train_step)
 
     @tf.autograph.experimental.do_not_convert
     def update(

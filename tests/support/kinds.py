@@ -109,15 +109,15 @@ def sequential():
     )
 
 
-def functional():
+def functional(channels=4, outputs=3):
     inputs = keras.Input((8, 8, 2))
-    x = layers.Conv2D(4, 3, padding="same", name="conv1")(inputs)
+    x = layers.Conv2D(channels, 3, padding="same", name="conv1")(inputs)
     x = layers.BatchNormalization(name="norm")(x)
     skip = x = layers.ReLU()(x)
     x = layers.DepthwiseConv2D(3, padding="same", name="depthwise")(x)
-    x = layers.Conv2D(4, 3, padding="same", name="conv2")(x)
+    x = layers.Conv2D(channels, 3, padding="same", name="conv2")(x)
     x = layers.GlobalAveragePooling2D()(layers.Add()([skip, x]))
-    return keras.Model(inputs, layers.Dense(3, name="head")(x))
+    return keras.Model(inputs, layers.Dense(outputs, name="head")(x))
 
 
 def nested():
