@@ -308,8 +308,8 @@ def test_patterns_in_every_setup(patterns, setups, method, policy):
 
 # Above the density that they began with, for some steps.
 DENSER = ("MEST", "ACDC")
-# These models, and those of newer methods, are equal once trained: others of each
-# kind are saved here, and one of each method in test_contract.py.
+# These models, and those of newer methods, are equal once trained: others of
+# each kind are saved here, and one of each method in test_contract.py.
 LEAVE_NO_TRACE = ("jit_compile", "run_eagerly", "own loop")
 UPDATING = [
     m for m in METHODS if m not in ("static", "MagnitudePruning", "ACDC")
