@@ -272,7 +272,7 @@ def test_set_repeats_with_its_seed():
 
 
 def test_how_many_join_is_binomial_where_that_is_the_convention():
-    """Of four that are inactive each joins with probability 1/2."""
+    """Each of four inactive connections joins with probability 1/2."""
     (layer,) = rigl_keras.masked_layers(sparsify(one_layer(), 22 / 24))
     assert layer.mask.numpy().sum() == 22
     method, dropped = SET(conventions=REPORT), tf.constant(2)

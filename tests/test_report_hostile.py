@@ -262,7 +262,7 @@ def test_only_rows_of_no_network(tmp_path):
 
 
 def test_names_that_are_not_utf_8(results, tmp_path, capsys, undrawn):
-    """Of runs and of presets; a terminal does not obey them either."""
+    """Names of runs and presets; terminals do not obey them either."""
     whole = results / "full" / "set_erk_wrn-density0.1-seed0"
     for name in (b"z\xff", b"z\x1b[31m\n# new"):
         os.rename(
