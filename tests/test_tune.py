@@ -421,7 +421,7 @@ def test_nonsense_on_the_command_line(arguments, says, monkeypatch, capsys):
             lambda *rest, define=define: define(*rest, flag_values=values),
         )
     monkeypatch.setattr(
-        app, "run", lambda run, argv: run(values(["", *arguments]))
+        app, "run", lambda run, **options: run(values(["", *arguments]))
     )
     with pytest.raises(SystemExit) as exit:
         tune_command.main()
