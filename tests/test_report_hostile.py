@@ -420,6 +420,9 @@ def test_nothing_a_run_has_said_is_markdown(results, tmp_path, undrawn):
     made(results, "rigl_erk_wrn", 0.1, 0, 0.9, changes=changes, folder="# x")
     text, _ = written(reading.read(results), tmp_path / "out")
     said = [line for line in text.splitlines() if "evil" in line]
+    (fenced,) = (line for line in said if line.startswith("bin/reproduce"))
+    assert "`" not in fenced  # a command, between lines of these
+    said.remove(fenced)
     assert len(said) == 4  # among other and every run, and twice at the end
     whole = (
         r"\!\[x\]\(http:\//evil.example\) \<img src=x> \`a\` | b\_c "

@@ -92,7 +92,10 @@ def report(
         if names and name not in names:
             continue
         if name in names or HAS[name](found):
-            sections.append(_section(context, name))
+            section = _section(context, name)
+            # Of rows without a seed in common there are no differences.
+            if names or name != "differences" or section.blocks:
+                sections.append(section)
         elif commands.has_own_runs(name):
             left_out.append(name)
     if not names:
