@@ -15,8 +15,8 @@ _log = logging.getLogger("rigl_keras")
 def said_if_slow(message: str, *, seconds: float = _SECONDS) -> Iterator[None]:
     """Logs a warning if the context takes longer than some seconds.
 
-    The line comes during the wait, not afterwards. Its record has `progress`,
-    which tells it from warnings.
+    The warning comes during the wait, not afterwards. Its record has
+    `progress`, which distinguishes it from other warnings.
 
     Args:
         message: The warning.

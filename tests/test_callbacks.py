@@ -272,7 +272,7 @@ def test_set_repeats_with_its_seed():
 
 
 def test_how_many_join_is_binomial_where_that_is_the_convention():
-    """Of four that are inactive each joins with probability 1/2."""
+    """Each of four inactive connections joins with probability 1/2."""
     (layer,) = rigl_keras.masked_layers(sparsify(one_layer(), 22 / 24))
     assert layer.mask.numpy().sum() == 22
     method, dropped = SET(conventions=REPORT), tf.constant(2)
@@ -939,8 +939,15 @@ def test_a_loop_that_never_applies_is_refused():
 @pytest.mark.slow
 def test_a_refused_update_is_told_in_a_loop_of_ones_own():
     model = sparsify(one_layer(), 0.5)
-    optimizer = keras.optimizers.SGD(0.0)
-    method = RigL(end_step=9, frequency=1)
+    optimizer, status = keras.optimizers.SGD(0.0), []
+
+    class Looking(RigL):
+        def grow_scores(self, layer, gradient, step):
+            now = tf.__internal__.autograph.control_status_ctx()
+            status.append(now.status.name)
+            return super().grow_scores(layer, gradient, step)
+
+    method = Looking(end_step=9, frequency=1)
 
     def step(x):
         with tf.GradientTape() as tape:
@@ -950,6 +957,8 @@ def test_a_refused_update_is_told_in_a_loop_of_ones_own():
 
     step = tf.function(method.wrap(step, model=model, optimizer=optimizer))
     step(np.ones((2, 6), np.float32))
+    # AutoGraph converts the loop, and nothing of the package.
+    assert status == ["DISABLED"]
     step(np.full((2, 6), np.nan, np.float32))
     with pytest.raises(ValueError, match="refused the update at step 1"):
         method.fetch()

@@ -246,7 +246,7 @@ def test_counts_stay_within_one_of_their_quotas(layers, data):
 
 
 def test_budgets_are_densities_and_counts():
-    """Of masked layers only; whole units where masks keep these."""
+    """For masked layers only, and in units if masks have them."""
     shapes = {"a": (3, 3, 3, 16), "b": (3, 3, 16, 16), "c": (16, 10)}
     for distribution in ("uniform", "erk"):
         budgets = layer_budgets(shapes, 0.1, distribution)

@@ -180,7 +180,7 @@ def test_a_link_to_nothing_is_refused(model, tmp_path, overwrite):
 
 
 def test_up_is_where_the_folder_is(model, tmp_path):
-    """And not where the link is that led to it."""
+    """`..` is relative to the folder, not to the link that led to it."""
     (tmp_path / "a/b").mkdir(parents=True)
     (tmp_path / "s").symlink_to(tmp_path / "a/b")
     path = f"{tmp_path}/s/../out"

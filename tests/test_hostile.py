@@ -969,7 +969,7 @@ def test_there_are_ten_thousand_calls():
 def test_hostile(name, request):
     function, arguments, check, calls = CASES[name]
     if not request.config.option.all:
-        calls = max(calls // 12, 40)
+        calls = max(calls // 12, 24)
     made, refused = [], []
 
     @settings(

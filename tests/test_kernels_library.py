@@ -277,7 +277,7 @@ def test_two_processes_build_once_and_load(place):
 
 @pytest.mark.slow
 def test_what_is_undefined_fails_the_build(place, monkeypatch):
-    """And not only where it is called."""
+    """It fails at the build, not only at a call."""
     if sys.platform != "linux":
         pytest.skip("only the linker of Linux is asked")
     monkeypatch.setenv("CXX", real_compiler())
@@ -330,7 +330,7 @@ def wheel(place, monkeypatch):
 
 
 def test_a_wheel_brings_libraries(wheel, place, monkeypatch):
-    """And nothing is compiled."""
+    """Nothing is compiled."""
     built = library.build()
     assert built == library.path() and built.is_relative_to(wheel / "kernels")
     assert library.build_network() == wheel / "serving/rigl_keras_network.so"

@@ -319,7 +319,7 @@ def test_srste_decays_what_it_leaves_out():
 
 @pytest.mark.parametrize("make", [rigl_keras.TopKAST, rigl_keras.SRSTE])
 def test_a_run_begins_with_the_largest_weights(make):
-    """Of those that it has, and of others drawn from them."""
+    """They come from its weights, and from others drawn from these."""
     weights = np.arange(1, 101) * np.resize([1, -1], 100)
     mask = np.resize([1, 0, 0, 1], 100)
     method = make()

@@ -304,7 +304,7 @@ def test_gpt_is_masked_saved_and_loaded(tmp_path):
     "format", ["saved_model", "sparse_saved_model", "onnx", "tflite"]
 )
 def test_gpt_is_exported(format, tmp_path):
-    """And compared with the model, as each export is."""
+    """Like each export, it is compared with the model."""
     model = rigl_keras.sparsify(small_gpt(width=32, heads=4), 0.25)
     report = rigl_keras.export(
         model, tmp_path / "exported", format=format, measure=False

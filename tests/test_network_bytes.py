@@ -77,7 +77,7 @@ def test_every_bit_counts():
 
 
 def test_checksums_are_those_of_zlib():
-    """Of every length and alignment: eight bytes are taken at a time."""
+    """For every length and alignment: the library reads eight bytes at once."""
     random.seed(0)
     for hints in range(40):
         text = random.randbytes(hints)

@@ -381,7 +381,7 @@ def test_a_number_for_each_group():
 
 
 def test_one_threshold_for_layers_of_several_patterns():
-    """Of 8 found, the first layer has 3; its units keep 3 / 2, that is 2."""
+    """The first layer has 3 of 8; its units keep 3 / 2, rounded to 2."""
     layouts = [
         FanIn().layout((2, 2)),
         Blocks(2, 2).layout((2, 4)),

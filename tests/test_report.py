@@ -735,7 +735,7 @@ def test_planned_flops_are_marked(tmp_path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:RigL plans 0 updates")
 def test_flops_are_those_that_the_library_counts(tmp_path):
-    """Of a run that is trained here: result, report.csv and `count`."""
+    """For a run trained here: its result, report.csv and `count` agree."""
     import keras
 
     from rigl_keras.experiments.runs import train_command
@@ -768,7 +768,7 @@ def test_flops_are_those_that_the_library_counts(tmp_path):
 
 
 def test_the_command_says_what_is_wrong(results, tmp_path):
-    """And ends with status 2, without a traceback."""
+    """It ends with status 2, without a traceback."""
     (tmp_path / "file").write_text("")
     command = [sys.executable, "-m", "rigl_keras.experiments.report_command"]
     command += [f"--results_dir={results}", f"--output={tmp_path / 'file'}"]

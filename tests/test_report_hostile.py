@@ -264,7 +264,7 @@ def test_only_rows_of_no_network(tmp_path):
 
 
 def test_names_that_are_not_utf_8(results, tmp_path, capsys, undrawn):
-    """Of runs and of presets; a terminal does not obey them either."""
+    """Names of runs and presets; terminals do not obey them either."""
     whole = results / "full" / "set_erk_wrn-density0.1-seed0"
     for name in (b"z\xff", b"z\x1b[31m\n# new"):
         os.rename(
@@ -306,20 +306,20 @@ def test_the_proper_folder_counts(results):
 @pytest.mark.parametrize(
     ("result", "said"),
     [
-        ({"seed": 7}, "its seed is 7, and not 1"),
-        ({"settings": {"density": 0.2}}, "its density is 0.2, and not 0.1"),
-        ({"settings": {"density": None}}, "its density is None, and not 0.1"),
+        ({"seed": 7}, "its seed is 7, not 1"),
+        ({"settings": {"density": 0.2}}, "its density is 0.2, not 0.1"),
+        ({"settings": {"density": None}}, "its density is None, not 0.1"),
         (
             {"density": 0.9, "settings": {"density": 1.0}},
-            "its density is 1.0, and not 0.1",
+            "its density is 1.0, not 0.1",
         ),
         (
             {"settings": {"method": {"drop_fraction": 0.3}}},
-            "its drop_fraction is 0.3, and not 0.5",
+            "its drop_fraction is 0.3, not 0.5",
         ),
         (
             {"settings": {"method": {"frequency": 100}}},
-            "its frequency is 100, and not 50",
+            "its frequency is 100, not 50",
         ),
     ],
     ids=str,

@@ -200,7 +200,7 @@ def skewed(request, monkeypatch):
 
 
 def test_no_failure_is_lost_by_a_clock(tmp_path, skewed):
-    """Nor waited for, by what starts from it."""
+    """Runs that start from a failed one do not wait for it."""
     ticket = plans.Run("lottery_wrn", FULL, 0.1, 0)
     (run, *_) = some_runs()
     runs, results = [ticket.source, ticket, run], Results(tmp_path, "full")
@@ -345,7 +345,7 @@ def test_the_command_is_that_of_bin_train(tmp_path):
 
 @pytest.mark.slow
 def test_killed_and_shared(tmp_path):
-    """Of three processes one is killed with -9: each run is done once."""
+    """One of three processes is killed with -9: each run is done once."""
     results, runs = Results(tmp_path, "full"), some_runs(range(6))
     processes = [
         subprocess.Popen(

@@ -225,7 +225,7 @@ WAYS = {"groups": "1e-9 1 1", "alone": "1 1e-9 1", "shared": "1 1 1e-9"}
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("way", WAYS)
 def test_threads_change_no_bit(case, way, kind):
-    """Of one way to compute a batch: neither do other images of the batch."""
+    """With one way to compute a batch, its other images change none either."""
     network, inputs, expected = case
     batches = BATCHES if way == "groups" else (1, 3, 8)
     if way != "groups":

@@ -29,15 +29,15 @@ QUIET = {
 spent = 0.0
 
 
-def run_graphs_as_traced():
-    """TensorFlow rewrites no graph to have it run sooner.
+def run_graphs_as_traced(yes=True):
+    """TensorFlow rewrites no graph to have it run sooner, or does again.
 
     To rewrite one takes longer than to run it for the few steps of a test.
     """
     import tensorflow as tf
 
     tf.config.optimizer.set_experimental_options(
-        {"disable_meta_optimizer": True}
+        {"disable_meta_optimizer": yes}
     )
 
 

@@ -97,8 +97,8 @@ def measure_engines(
             there are no more rounds than 3.
         isa: Instruction set that engines are held to, avx2 or avx512. None:
             all that there is.
-        folder: Where the results are kept, and gone on from. None: nowhere.
-        again: Whether what is there already is measured again.
+        folder: Where results are kept, and continued from. None: nowhere.
+        again: Whether to measure existing results again.
         install: Whether missing environments are made.
         say: Called with a line on what is done, and with tables.
 

@@ -60,7 +60,7 @@ class Measurement:
         bytes: Size of the artefact on disk; None for PyTorch, which has none.
         difference: Largest difference of the outputs from those of the Keras
             model, in units of the largest output.
-        rounds: Turns of which the median was taken.
+        rounds: Number of turns for the median.
     """
 
     model: str

@@ -40,7 +40,7 @@ __all__ = ["Serving", "measured_case", "serving"]
 
 _LONGEST_LOAD = 900.0  # seconds; PyTorch compiles for minutes
 _SPARE = 1.5e9  # bytes of memory that stay free
-_FEWEST = 3  # rounds of which a median is taken
+_FEWEST = 3  # rounds for a median
 TURN = 0.2  # seconds that an engine runs before the next one does, at least
 Say = Callable[[str], None]
 
