@@ -18,14 +18,14 @@ _MOST_NAMES = 3  # that are told for one reason
 
 
 def exact(value: float) -> str:
-    """Returns a number as it is read, in as many digits as tell it apart.
+    """Returns a number as text, with as many digits as it needs.
 
     Args:
         value: The number.
 
     Returns:
-        Six digits at most where these are the number, and all otherwise: two
-        numbers that differ are never the same text.
+        At most six digits if these are exact, otherwise all: numbers that
+        differ never give the same text.
 
     >>> exact(0.1), exact(0.1234561), exact(0.1234562)
     ('0.1', '0.1234561', '0.1234562')
@@ -45,8 +45,8 @@ def brief(value: object, length: int = 80) -> str:
 def printable(words: str) -> str:
     """Returns text that any terminal, file and page can show.
 
-    What is no letter, digit, sign or space is written as Python escapes it:
-    control characters, and bytes of file names that are not UTF-8.
+    It escapes all but letters, digits, signs and spaces as Python does: control
+    characters, and bytes of file names that are not UTF-8.
 
     >>> printable("a\\x1b[31m")
     'a\\\\x1b[31m'
@@ -62,7 +62,7 @@ def printable(words: str) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """Returns what an error says first, or its type where it says nothing."""
+    """Returns the first line of an error, or its type if it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
@@ -91,7 +91,7 @@ def grouped(reasons: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def last_line(error):
-    """Returns what Keras says of the first layer that does not fit."""
+    """Returns Keras's message about the first layer that does not fit."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if "shape" in line or "expected" in line]
     return (telling or lines or [type(error).__name__])[0]
@@ -101,8 +101,8 @@ def aligned(rows: Sequence[Sequence[str]], *, left: int = 2) -> list[str]:
     """Returns the rows of a table as lines, the first columns to the left.
 
     Args:
-        rows: Cells, as many in each row.
-        left: How many columns these are.
+        rows: Cells, equally many in each row.
+        left: How many columns are aligned to the left.
 
     Returns:
         A line for each row.

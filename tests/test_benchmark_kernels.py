@@ -19,6 +19,7 @@ from rigl_keras.experiments.benchmarks import (
     kernel_command,
     kernel_comparison,
     layer_speed,
+    provenance,
     speed_figures,
     torch_network,
     train_speed,
@@ -95,9 +96,14 @@ def measurement(density, seconds, **changes):
             "side": "forward",
             "density": density,
             "dense_seconds": 0.004,
+            "dense_fastest": 0.003,
             "seconds": seconds,
+            "fastest": 0.9 * seconds,
             "rounds": 3,
             "machine": "avx2, 2 cores",
+            "processor": "Tiny",
+            "date": "2026-11-30T00:00:00+00:00",
+            "commit": "abc",
             **changes,
         }
     )
@@ -206,10 +212,20 @@ def test_the_shapes_are_those_of_the_models():
 
 @needs_kernels
 def test_layers(tiny, tmp_path):
-    said = []
+    said, kept = [], []
     measured = layer_speed.measure_layers(
-        "tiny", [0.5, 0.1], batch_size=2, rounds=1, say=said.append
+        "tiny",
+        [0.5, 0.1],
+        batch_size=2,
+        rounds=2,
+        say=said.append,
+        keep=lambda measured: kept.append(len(measured)),
     )
+    assert kept == [4, 8, 12]  # as it goes
+    assert all(m.fastest <= m.seconds for m in measured)
+    assert all(m.dense_fastest <= m.dense_seconds for m in measured)
+    assert {m.processor for m in measured} == {provenance.processor()}
+    assert all(m.date.endswith("+00:00") and m.commit for m in measured)
     # Three shapes, as conv2 and conv3 have the same.
     assert len(measured) == 3 * 2 * 2 and len(said) == 1 + 3 * 2
     assert {m.layer for m in measured} == {
@@ -311,8 +327,10 @@ def test_inference(tiny, tmp_path):
 
 def written(part, measured, folder):
     """Returns how many lines the file has, after a look at both files."""
-    table, image = kernel_command._write(part, measured, folder)
-    assert (table.name, image.name) == (f"{part}.csv", f"{part}.png")
+    table = folder / f"{part}.csv"
+    write_csv(measured, table)
+    image = kernel_command._drawn(part, measured, folder)
+    assert image.name == f"{part}.png"
     pixels = tf.io.decode_png(image.read_bytes()).numpy()
     assert min(pixels.shape[:2]) > 300 and len(np.unique(pixels)) > 50
     return len(read(table))

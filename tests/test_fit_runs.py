@@ -583,7 +583,7 @@ def test_on_trained_weights_as_on_new_ones(name):
 
 @pytest.mark.slow
 def test_a_run_on_trained_weights_may_begin_with_an_update():
-    """And its multiples count from there, not from the optimizer's 0."""
+    """Multiples of its frequency count from there, not from step 0."""
     model = network()
     fit(model, [], DATA)  # 6 steps
     method = RigL(frequency=4, begin_step=0, drop_fraction=0.4)
@@ -762,6 +762,23 @@ def test_logs_of_a_run_that_keras_restores(first, tmp_path):
     assert method.trajectory == [(6, counts(model))]
 
 
+@pytest.mark.parametrize("gradient_batches", [1, 2])
+def test_a_backup_by_keras_lacks_what_a_method_remembers(
+    gradient_batches, tmp_path
+):
+    restore = keras.callbacks.BackupAndRestore(tmp_path)
+    method = RigL(**EVERY_SECOND, gradient_batches=gradient_batches)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        fit(network(), [method, restore], DATA, epochs=1)
+    said = [
+        str(w.message) for w in seen if "BackupAndRestore" in str(w.message)
+    ]
+    assert len(said) == (1 if method.variables else 0) == gradient_batches - 1
+    if said:
+        assert "variables` of the RigL callback" in said[0]
+
+
 def test_loggers_that_come_first_see_the_density():
     model, seen = network(), []
     log = keras.callbacks.LambdaCallback(
@@ -809,7 +826,7 @@ def test_an_average_of_what_snfs_has_grown_starts_with_the_weight():
 
 
 def test_a_kernel_that_is_not_finite_is_refused():
-    """Though all gradients are: tanh of infinity is flat."""
+    """All gradients are finite: tanh of infinity is flat."""
     model = network()
     hidden = model.get_layer("hidden")
     where = tuple(np.argwhere(hidden.mask.numpy() > 0)[0])

@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -238,9 +239,38 @@ def test_names_and_sizes():
         assert len(path.read_text().splitlines()) <= 600, path
 
 
+# Phrases that are hard to read, each with a plain one.
+PLAIN = {
+    r"anew": "again",
+    r"hence": "so",
+    r"whence": "from where",
+    r"as ever": "as usual",
+    r"but for (the|an?|some|its|those)": "except",
+    r"in the place of": "instead of, or replaces",
+    r"of one's own": "custom, or the user's",
+    r"such that": "so that, or a new sentence",
+    r"(is|are) told": "gets",
+    r"for want of": "without",
+}
+
+
+def test_plain_words():
+    words = re.compile(rf"\b({'|'.join(PLAIN)})\b", re.IGNORECASE)
+    root = PACKAGE.parent
+    for path in [
+        *PACKAGE.rglob("*.py"),
+        *(p for folder in ("docs", "gin") for p in (root / folder).rglob("*")),
+        *root.glob("*.md"),
+    ]:
+        if path.suffix in (".py", ".gin", ".md") and "_build" not in path.parts:
+            found = words.search(" ".join(path.read_text().split()))
+            assert not found, (path, found)
+
+
 # Beyond the standard library. Those of the paper's arithmetic know no Keras.
 THIRD_PARTY = {
     "_checks": {"numpy"},
+    "_extras": set(),
     "_figure_style": {"matplotlib"},
     "_files": set(),
     "_patience": set(),

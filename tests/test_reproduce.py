@@ -88,7 +88,7 @@ def clean_gin():
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Trains with the stand-in, of which some rows may fail."""
+    """Trains with the stand-in. Some rows may fail."""
     failing = set()
     monkeypatch.setattr(
         workers,
@@ -101,7 +101,7 @@ def quick(monkeypatch):
 
 
 class Told(progress.Progress):
-    """Keeps what it is told."""
+    """Keeps the reported events."""
 
     def __init__(self):
         self.events = []
@@ -200,7 +200,7 @@ def skewed(request, monkeypatch):
 
 
 def test_no_failure_is_lost_by_a_clock(tmp_path, skewed):
-    """Nor waited for, by what starts from it."""
+    """Runs that start from a failed one do not wait for it."""
     ticket = plans.Run("lottery_wrn", FULL, 0.1, 0)
     (run, *_) = some_runs()
     runs, results = [ticket.source, ticket, run], Results(tmp_path, "full")
@@ -251,7 +251,7 @@ def test_a_run_waits_for_nobody_who_is_not_there(tmp_path):
 
 
 def test_results_that_cannot_be_read(tmp_path):
-    """By whoever damaged them, or by a disk."""
+    """Damaged by anybody, or by a disk."""
     (run, *_) = some_runs()
     results = Results(tmp_path, "full")
     folder = results.folder(run)
@@ -345,7 +345,7 @@ def test_the_command_is_that_of_bin_train(tmp_path):
 
 @pytest.mark.slow
 def test_killed_and_shared(tmp_path):
-    """Of three processes one is killed with -9: each run is done once."""
+    """One of three processes is killed with -9: each run is done once."""
     results, runs = Results(tmp_path, "full"), some_runs(range(6))
     processes = [
         subprocess.Popen(

@@ -125,7 +125,7 @@ def test_locks(tmp_path):
 
 
 def test_a_lock_is_of_the_file_that_is_there(tmp_path):
-    """Whoever waits for a file that is removed has none of the next one."""
+    """Waiting for a removed file's lock gives no lock on a new file."""
     path = tmp_path / "lock"
     got = []
 

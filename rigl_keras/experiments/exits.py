@@ -14,6 +14,8 @@ from typing import cast
 
 from absl import app, flags
 
+from rigl_keras import _extras
+from rigl_keras._extras import MissingPackageError
 from rigl_keras._files import disk_is_full
 from rigl_keras._text import printable
 from rigl_keras.experiments import command_line, quiet_start
@@ -127,9 +129,10 @@ def one_line(
 ) -> Callable[[Sequence[str]], None]:
     """Returns what `app.run` takes, which ends with a line where it fails.
 
-    The arguments are those of `run_command`. A ValueError, a disk that is full
-    or read-only, a folder that may not be written: the user can mend these,
-    and needs no traceback. All else is raised.
+    The arguments are those of `run_command`. A ValueError, a package that is
+    missing, a disk that is full or read-only, a folder that may not be
+    written: the user can mend these, and needs no traceback. All else is
+    raised.
     """
 
     @functools.wraps(run)
@@ -141,7 +144,10 @@ def one_line(
             again = command_line.repeated(name, added)
             _end(f"\n{name}: interrupted; {interrupted}: {again}", 130)
         except Exception as error:  # TensorFlow and HDF5 have their own
-            said = _said(error, (ValueError, FailedError, app.UsageError))
+            said = _said(
+                error,
+                (ValueError, FailedError, MissingPackageError, app.UsageError),
+            )
             if said is None or traceback():
                 raise
             _end(f"{name}: {said}", 1 if isinstance(error, FailedError) else 2)
@@ -159,6 +165,10 @@ def _said(error, refusals):
     """Returns what to say of an error, or None if the user can't mend it."""
     if isinstance(error, refusals):
         return _message(error)
+    if isinstance(error, ModuleNotFoundError):
+        # Imported once flags are parsed.
+        known = error.name in _extras.OPTIONAL
+        return f"this needs {_extras.missing(error.name)}" if known else None
     return _of_a_file(error)
 
 

@@ -14,8 +14,8 @@
     bin/benchmark workers          what two workers send each other
     bin/benchmark language         a training step of a GPT, and losses of runs
 
-Both sides of a comparison alternate in one process, so that whatever else
-the machine does falls on both; medians of their times are compared.
+Both sides of a comparison alternate in one process, so other work on the
+machine affects both; medians of their times are compared.
 """
 
 import functools

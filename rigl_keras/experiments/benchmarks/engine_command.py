@@ -24,14 +24,12 @@ other build is nearer: PIP_EXTRA_INDEX_URL can name an index of CPU builds.
 import functools
 import os
 import platform
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
 
-import rigl_keras
 from rigl_keras import _checks, _figure_style, kernels
 from rigl_keras.distributions import DISTRIBUTIONS
 from rigl_keras.experiments import exits
@@ -64,6 +62,7 @@ from rigl_keras.experiments.benchmarks.kernel_command import (
     prepared_folder,
 )
 from rigl_keras.experiments.progress_bar import ProgressBar, say
+from rigl_keras.experiments.runs import provenance
 
 __all__ = ["measure_engines", "run"]
 
@@ -98,8 +97,8 @@ def measure_engines(
             there are no more rounds than 3.
         isa: Instruction set that engines are held to, avx2 or avx512. None:
             all that there is.
-        folder: Where the results are kept, and gone on from. None: nowhere.
-        again: Whether what is there already is measured again.
+        folder: Where results are kept, and continued from. None: nowhere.
+        again: Whether to measure existing results again.
         install: Whether missing environments are made.
         say: Called with a line on what is done, and with tables.
 
@@ -116,7 +115,7 @@ def measure_engines(
     _checks.choice("isa", isa, (None, *ISAS))
     if isa:  # of what this process writes, too
         os.environ["RIGL_KERAS_ISA"] = isa
-    machine, commit = _machine(isa), _commit()
+    machine, commit = _machine(isa), provenance.commit()
     records = Records(folder, machine)
     pythons, missing = _pythons(engines, install, say)
     networks = {
@@ -230,35 +229,7 @@ def _machine(isa):
     if kernels.load() is not None:
         best = kernels.instruction_set()
     threads = len(os.sched_getaffinity(0))
-    return Machine(_processor(), isa or best, threads)
-
-
-def _processor():
-    """Returns the name of the processor."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
-    except OSError:  # no Linux
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _commit():
-    """Returns which state of this project is measured, as well as it knows."""
-    home = Path(rigl_keras.__file__).parent
-    try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
-            cwd=home,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return found.stdout.strip()
+    return Machine(provenance.processor(), isa or best, threads)
 
 
 # The command.

@@ -50,7 +50,7 @@ MODELS = {
 _TOLERANCE = 1e-4  # difference of outputs, in units of the largest
 _TURN = 0.1  # seconds that a side runs before the next one does, at least
 _PART = 16  # examples that the Keras model is called on
-_FEWEST = 3  # rounds of which a median is taken
+_FEWEST = 3  # rounds for a median
 
 
 def compare(

@@ -16,6 +16,7 @@ from rigl_keras.experiments.benchmarks.kernel_comparison import (
     DENSE,
     SERVED,
     TURN,
+    Keep,
     Say,
     check,
     check_same_outputs,
@@ -44,6 +45,7 @@ def measure_inference(
     batch_sizes: Sequence[int] = (1, 16, 128),
     rounds: int = 15,
     say: Say = print,
+    keep: Keep | None = None,
 ) -> list[Measurement]:
     """Measures what a network takes at inference, dense and sparse.
 
@@ -54,6 +56,7 @@ def measure_inference(
         batch_sizes: Images in a call. All sides of one take turns.
         rounds: Turns of each side.
         say: Called with each line of the tables.
+        keep: Called with all measurements so far, whenever there are more.
 
     Returns:
         Measurements.
@@ -113,8 +116,9 @@ def measure_inference(
                 distribution=distribution,
                 batch_size=batch_size,
                 rounds=rounds,
-                machine=about,
             )
+            if keep:
+                keep(measured)
     return measured
 
 

@@ -8,6 +8,7 @@ All sides take turns in one process, and medians are compared. With --output, a
 table and a figure are written.
 """
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from rigl_keras import _figure_style, kernels
+from rigl_keras import _extras, _figure_style, kernels
 from rigl_keras.experiments import exits
 from rigl_keras.experiments.benchmarks.inference_speed import measure_inference
 from rigl_keras.experiments.benchmarks.kernel_comparison import UPDATE, check
@@ -84,9 +85,11 @@ def run(
         raise exits.FailedError(
             f"There are no sparse kernels to measure: {why}."
         )
-    measured = _MEASURES[part](**values, say=say)
+    table = folder and folder / f"{part}.csv"
+    keep = table and functools.partial(write_csv, path=table)
+    measured = _MEASURES[part](**values, say=say, keep=keep)
     if folder:
-        for path in _write(part, measured, folder):
+        for path in (table, _drawn(part, measured, folder)):
             say(f"Written: {path}")
 
 
@@ -97,15 +100,14 @@ def prepared_folder(output: str) -> Path:
         output: Of the flag.
 
     Raises:
-        ValueError: It can't be made, or matplotlib is missing.
+        ValueError: It can't be made.
+        MissingPackageError: matplotlib is missing.
     """
-    try:
-        from rigl_keras.experiments.benchmarks import speed_figures  # noqa: F401
-    except ImportError as error:
-        raise ValueError(
-            "--output has a figure, which needs matplotlib: install "
-            f"rigl_keras[experiments], or leave it out. Received: {output!r}."
-        ) from error
+    _extras.check_installed(
+        f"The figure in --output={output}",
+        "matplotlib",
+        instead="Or leave --output out.",
+    )
     try:
         Path(output).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -126,8 +128,8 @@ def _why_no_kernels():
     return kernels.unavailable()
 
 
-def _write(part, measured, folder):
-    """Returns the paths of what it has written."""
+def _drawn(part, measured, folder):
+    """Draws the figure of some measurements, and returns its path."""
     from rigl_keras.experiments.benchmarks import speed_figures
 
     first = measured[0]
@@ -139,10 +141,9 @@ def _write(part, measured, folder):
     }[part]
     figure = speed_figures.speed_ups(
         [line for line in lines_of(measured) if line.first.side != UPDATE],
-        title=f"{title}: {first.machine}{batch}",
+        title=f"{title}: {first.processor}, {first.machine}{batch}",
         **_FIGURES[part],
     )
-    table, image = folder / f"{part}.csv", folder / f"{part}.png"
-    write_csv(measured, table)
+    image = folder / f"{part}.png"
     _figure_style.save(figure, image)
-    return table, image
+    return image

@@ -9,19 +9,20 @@
     bin/benchmark inference                   a call of the model, by batch
     bin/benchmark train --output=speed        writes speed/train.csv and .png
 
-A dense side and its sparse ones take turns in one process, so that whatever
-else the machine does falls on all of them; medians of their times are
-compared. How long it takes is for `--densities` and `--rounds` to say.
+A dense side and its sparse ones take turns in one process, so other work on the
+machine affects all of them; medians of their times are compared. `--densities`
+and `--rounds` determine how long it takes.
 """
 
 import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, cast
 
+import numpy as np
 import tensorflow as tf
 
 from rigl_keras import _checks, kernels
-from rigl_keras._timing import interleaved
+from rigl_keras._timing import warm_turns
 from rigl_keras.distributions import DISTRIBUTIONS
 from rigl_keras.experiments.benchmarks.inference_command import (
     MODELS,
@@ -34,9 +35,11 @@ from rigl_keras.experiments.benchmarks.speed_tables import (
     table_row,
 )
 from rigl_keras.experiments.progress_bar import ProgressBar
+from rigl_keras.experiments.runs import provenance
 
 __all__ = [
     "DENSE",
+    "Keep",
     "TURN",
     "UPDATES",
     "check",
@@ -56,6 +59,7 @@ _TOLERANCE = 1e-4  # difference of outputs, in units of the largest
 TURN = 0.02  # seconds that a side runs before the next one does, at least
 UPDATES = 0.01  # of the steps: RigL's usual frequency is 100
 Say = Callable[[str], None]
+Keep = Callable[[Sequence[Measurement]], None]
 
 
 def machine() -> str:
@@ -75,8 +79,8 @@ def timed_in_turns(
     rounds: int,
     doing: str,
     turn: float = 0.0,
-) -> dict[Hashable, float]:
-    """Returns seconds, as `interleaved` does, and shows how far it is."""
+) -> dict[Hashable, list[float]]:
+    """Returns seconds, as `warm_turns` does, and shows how far it is."""
     # Each is called twice before, and once in a turn that is not timed.
     total = None if turn else len(sides) * (2 + rounds)
     with ProgressBar(unit="calls", total=total, doing=doing) as bar:
@@ -88,7 +92,7 @@ def timed_in_turns(
 
             return run
 
-        return interleaved(
+        return warm_turns(
             {key: counted(call) for key, call in sides.items()},
             rounds=rounds,
             turn=turn,
@@ -96,7 +100,7 @@ def timed_in_turns(
 
 
 def measurements(
-    seconds: Mapping[Any, float],
+    seconds: Mapping[Any, Sequence[float]],
     dense: Mapping[str, Hashable],
     densities: Sequence[float],
     say: Say,
@@ -105,7 +109,7 @@ def measurements(
     """Returns a `Measurement` of each side and density, and says them.
 
     Args:
-        seconds: `{(side, density): seconds}`.
+        seconds: `{(side, density): seconds of each turn}`.
         dense: `{side: key of what it is compared with}`.
         densities: Of each side.
         say: Called with a line for each side.
@@ -115,8 +119,14 @@ def measurements(
         Measurement(
             side=side,
             density=density,
-            dense_seconds=seconds[dense[side]],
-            seconds=seconds[side, density],
+            dense_seconds=float(np.median(seconds[dense[side]])),
+            dense_fastest=min(seconds[dense[side]]),
+            seconds=float(np.median(seconds[side, density])),
+            fastest=min(seconds[side, density]),
+            machine=machine(),
+            processor=provenance.processor(),
+            date=provenance.now(),
+            commit=provenance.commit(),
             **about,
         )
         for side in dense

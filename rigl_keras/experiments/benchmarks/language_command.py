@@ -8,8 +8,8 @@
                                                runs in these directories, as
                                                losses.csv and .png in --output
 
-All sides of a step take turns in one process, so that whatever else the machine
-does falls on all of them.
+All sides of a step take turns in one process, so other work on the machine
+affects all of them.
 """
 
 import os

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from rigl_keras import _keras, kernels
-from rigl_keras._timing import interleaved
+from rigl_keras._timing import warm_turns
 from rigl_keras.experiments.benchmarks.inference_command import (
     MODELS,
     check_each_once,
@@ -19,6 +19,7 @@ from rigl_keras.experiments.benchmarks.kernel_comparison import (
     BOTH,
     FORWARD,
     TURN,
+    Keep,
     Say,
     check,
     check_same_outputs,
@@ -83,6 +84,7 @@ def measure_layers(
     batch_size: int = 128,
     rounds: int = 15,
     say: Say = print,
+    keep: Keep | None = None,
 ) -> list[Measurement]:
     """Measures each convolution of a network, dense and sparse.
 
@@ -93,6 +95,7 @@ def measure_layers(
         batch_size: Images in a call.
         rounds: Turns of each side.
         say: Called with each line of the table as it is measured.
+        keep: Called with all measurements so far, whenever there are more.
 
     Returns:
         Measurements of a forward pass, and of one forwards and backwards.
@@ -114,7 +117,7 @@ def measure_layers(
     with ProgressBar(unit="layers", total=len(found)) as bar:
         for name, problem in bar.over(found.items()):
             sides, size = _layer_sides(problem, densities, patterns)
-            seconds = interleaved(sides, rounds=rounds, turn=TURN)
+            seconds = warm_turns(sides, rounds=rounds, turn=TURN)
             measured += measurements(
                 seconds,
                 {
@@ -129,8 +132,9 @@ def measure_layers(
                 size=size,
                 batch_size=batch_size,
                 rounds=rounds,
-                machine=about,
             )
+            if keep:
+                keep(measured)
     return measured
 
 

@@ -11,8 +11,8 @@ gone. It is the measure for kernels that do skip zeros.
 
 All sides compute the same function, which is checked before they are timed,
 take the same NumPy arrays and return NumPy arrays. They take turns in one
-process, in a new random order each round, so that whatever else the machine
-does affects all of them; medians are compared. Each runtime has its threads on
+process, in a new random order each round, so other work on the machine
+affects all of them; medians are compared. Each runtime has its threads on
 all cores. These wait actively for some milliseconds after a call, and slow
 down the side that comes next. Therefore a turn is many calls where one is
 short, and PyTorch's threads wait passively (OMP_WAIT_POLICY, unless it is

@@ -34,9 +34,14 @@ class Measurement:
         side: What was measured.
         density: Fraction of the masked weights that is kept.
         dense_seconds: Median time of the dense side.
+        dense_fastest: Its least time, in seconds.
         seconds: Median time of this one.
-        rounds: Turns of which the medians were taken.
-        machine: Instruction set and cores.
+        fastest: Its least time, in seconds.
+        rounds: Number of turns for medians and least times.
+        machine: Instruction set, library of dense products, and cores.
+        processor: Its name.
+        date: When it was measured, UTC.
+        commit: Of this project.
     """
 
     model: str
@@ -47,9 +52,14 @@ class Measurement:
     side: str
     density: float
     dense_seconds: float
+    dense_fastest: float
     seconds: float
+    fastest: float
     rounds: int
     machine: str
+    processor: str
+    date: str
+    commit: str
 
     @property
     def speed_up(self) -> float:

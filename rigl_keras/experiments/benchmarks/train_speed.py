@@ -17,6 +17,7 @@ from rigl_keras.experiments.benchmarks.kernel_comparison import (
     TORCH,
     UPDATE,
     UPDATES,
+    Keep,
     Say,
     check,
     machine,
@@ -43,6 +44,7 @@ def measure_training(
     rounds: int = 7,
     torch: bool = False,
     say: Say = print,
+    keep: Keep | None = None,
 ) -> list[Measurement]:
     """Measures training steps of a network, dense and with RigL.
 
@@ -60,6 +62,7 @@ def measure_training(
         rounds: Turns of each side.
         torch: Whether PyTorch is measured (`torch_training_step`).
         say: Called with each line of the tables.
+        keep: Called with all measurements so far, whenever there are more.
 
     Returns:
         Measurements.
@@ -85,10 +88,13 @@ def measure_training(
         sides = _train_sides(model, densities, distribution, batch_size, torch)
         seconds = timed_in_turns(sides, rounds, f"{model}, {distribution}")
         for density in densities:
-            plain, update = seconds[AUTO, density], seconds[UPDATE, density]
-            seconds[AMORTISED, density] = (
-                1 - UPDATES
-            ) * plain + UPDATES * update
+            turns = zip(
+                seconds[AUTO, density], seconds[UPDATE, density], strict=True
+            )
+            seconds[AMORTISED, density] = [
+                (1 - UPDATES) * plain + UPDATES * update
+                for plain, update in turns
+            ]
             if torch:  # whose step is the same at any density
                 seconds[TORCH, density] = seconds[TORCH, None]
         names = [AUTO, UPDATE, AMORTISED, MASKED, *([TORCH] * torch)]
@@ -101,8 +107,9 @@ def measure_training(
             distribution=distribution,
             batch_size=batch_size,
             rounds=rounds,
-            machine=about,
         )
+        if keep:
+            keep(measured)
     return measured
 
 
@@ -123,8 +130,8 @@ def _train_sides(name, densities, distribution, batch_size, torch):
 
     sides = {}
     for density in densities:
-        # Updates have a model of their own: the step after one puts the
-        # weights in order again, which is a cost of the update.
+        # Updates have a separate model: the step after one orders the weights
+        # again, which is a cost of the update.
         for side, product, frequency in (
             (AUTO, "auto", 10**6),
             (UPDATE, "auto", 1),

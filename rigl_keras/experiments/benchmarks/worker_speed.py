@@ -4,11 +4,10 @@
     bin/benchmark workers --output=FOLDER     and writes FOLDER/wide_resnet.csv
     bin/benchmark workers --densities=0.05,0.1,0.2 --gigabits=1,10
 
-The workers run on this machine, each on half of its cores and in a network
-namespace of its own, where it is allowed: what their cable carries is
-counted, and its bandwidth limited. Where it is not, they meet on loopback,
-and a step at a bandwidth is modelled as the measured one plus bytes over
-bandwidth.
+The workers run on this machine, each on half of its cores and, if allowed, in
+a separate network namespace: the bytes on their cable are counted, and its
+bandwidth is limited. Otherwise they use loopback, and a step at a bandwidth is
+modelled as the measured one plus bytes over bandwidth.
 """
 
 import contextlib
@@ -168,7 +167,7 @@ def _run_pair(hosts, given, gigabits, say):
         f"{host.address}:{port}"
         for host, port in zip(hosts, ports, strict=True)
     ]
-    # A limit would hold for whatever else uses loopback.
+    # A limit would also affect other users of loopback.
     limited = list(gigabits) if hosts[0].apart else []
     with contextlib.ExitStack() as stack:
         pair = []

@@ -18,12 +18,18 @@ from rigl_keras import _text
 from rigl_keras.experiments.protocol import published, variations
 from rigl_keras.experiments.protocol.rows import run_name
 from rigl_keras.experiments.protocol.variations import (
+    CIFAR100,
     DENSITIES,
     FIGURE_1,
+    FIGURE_1C,
     FIGURE_4,
     FULL,
     LEARNING_RATES,
+    METHODS,
+    METHODS_AT_HALF,
+    METHODS_DENSITIES,
     RIGL,
+    RIGL_RESNET50,
     SEEDS,
     UPDATES,
     Changes,
@@ -88,12 +94,24 @@ class Preset:
 
         A preset that shrinks one network says so by PRESET_ROWS.
         """
+        return self._macro("PRESET_ROWS", "*")
+
+    @property
+    def methods_length(self) -> float:
+        """How many times as long the runs of `methods` are as others.
+
+        A preset of few epochs says so by METHODS_LENGTH.
+        """
+        return self._macro("METHODS_LENGTH", 1)
+
+    def _macro(self, name, default):
+        """Returns the value of a macro of its file."""
         if self.path is None:
-            return "*"
+            return default
         config.parse([str(self.path)], [])
-        if not config.has_macro("PRESET_ROWS"):
-            return "*"
-        return gin.query_parameter("PRESET_ROWS/gin.macro.value")
+        if not config.has_macro(name):
+            return default
+        return gin.query_parameter(f"{name}/gin.macro.value")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,16 +250,22 @@ def _grid(rows, at, changes=((),)):
     return wanted
 
 
-def _figure_3(preset, densities):
+def _at_equal_flops(uniform, erk):
     """Uniform masks, and ERK masks at the density and at the FLOPs of each."""
-    uniform, erk = RIGL
-    for density in densities or DENSITIES[1:]:
-        equal = same_training_flops(erk, uniform, density, preset)
-        yield from [
-            (uniform, density, ()),
-            (erk, density, ()),
-            (erk, equal, ()),
-        ]
+
+    def wanted(preset, densities):
+        # Not where the preset is for another network: densities take a while.
+        if not fnmatch.fnmatch(uniform, preset.rows):
+            return
+        for density in densities or DENSITIES[1:]:
+            equal = same_training_flops(erk, uniform, density, preset)
+            yield from [
+                (uniform, density, ()),
+                (erk, density, ()),
+                (erk, equal, ()),
+            ]
+
+    return wanted
 
 
 def _table_4(preset, densities):
@@ -255,6 +279,18 @@ def _table_4(preset, densities):
             yield cell.gin, cell.density, changes
 
 
+def _methods(preset, densities):
+    """RigL, its relatives and pruning; at one half with the pattern 2:4."""
+    length = preset.methods_length
+    changes = () if length == 1 else (("train.length", length),)
+    yield ("dense_wrn", 1.0, changes)
+    for row in METHODS:
+        for density in densities or METHODS_DENSITIES:
+            yield row, density, changes
+    for row in METHODS_AT_HALF:
+        yield row, 0.5, changes
+
+
 _LEARNING_RATE_GRID = [
     (*updates_of(*updates), *learning_rate_of(rate))
     for updates in UPDATES
@@ -265,9 +301,13 @@ TARGETS = {
     **{table: _of_table(table) for table in published.TABLES},
     "table4": _table_4,
     "figure1": _grid(FIGURE_1, DENSITIES),
+    "figure1c": _grid(FIGURE_1C, DENSITIES),
+    "cifar100": _grid(CIFAR100, DENSITIES),
     "figure2": _grid(RIGL, DENSITIES[1:], _LEARNING_RATE_GRID),
-    "figure3": _figure_3,
+    "figure3": _at_equal_flops(*RIGL),
+    "figure3b": _at_equal_flops(*RIGL_RESNET50),
     "figure4": _grid(FIGURE_4, (0.1, 0.2)),
+    "methods": _methods,
 }
 
 

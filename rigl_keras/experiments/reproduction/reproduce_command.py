@@ -1,5 +1,6 @@
 """A table or figure of the report, by one command.
 
+    bin/reproduce --list                           the tables and figures
     bin/reproduce table2 --dry_run                 the plan and what it costs
     bin/reproduce figure1 --preset=small --densities=0.05,0.1
 
@@ -18,7 +19,7 @@ from absl import app, flags, logging
 
 from rigl_keras import _reading, _text
 from rigl_keras.experiments import exits
-from rigl_keras.experiments.protocol import variations
+from rigl_keras.experiments.protocol import journal, variations
 
 __all__ = ["main"]
 
@@ -65,6 +66,9 @@ def main() -> None:
         "are then other runs.",
     )
     dry_run = flags.DEFINE_bool("dry_run", False, "Show the plan, and stop.")
+    listed = flags.DEFINE_bool(
+        "list", False, "Show what can be reproduced, and stop."
+    )
     results_dir = flags.DEFINE_string(
         "results_dir", "results", "Folder of all results."
     )
@@ -73,6 +77,9 @@ def main() -> None:
     )
 
     def run(argv):
+        if listed.value:
+            print(journal.as_list())
+            return
         from rigl_keras.experiments.reproduction import plans
         from rigl_keras.experiments.reproduction.reproduce import (
             check_data,
@@ -84,7 +91,7 @@ def main() -> None:
         if len(argv) != 2:
             raise app.UsageError(
                 f"Pass one of {', '.join(plans.TARGETS)}. Received: "
-                f"{' '.join(argv[1:]) or 'none'}."
+                f"{' '.join(argv[1:]) or 'none'}. --list describes them."
             )
         chosen = plans.Preset(preset.value)
         runs = plans.runs(

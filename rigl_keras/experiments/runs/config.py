@@ -30,6 +30,7 @@ _CONFIGURABLE: dict[str, Callable] = {
     "mlp": rigl_keras.models.mlp,
     "resnet18": rigl_keras.models.resnet18,
     "resnet50": rigl_keras.models.resnet50,
+    "Conventions": rigl_keras.Conventions,
     "RigL": rigl_keras.RigL,
     "SET": rigl_keras.SET,
     "SNFS": rigl_keras.SNFS,
@@ -43,6 +44,9 @@ _CONFIGURABLE: dict[str, Callable] = {
     "SRSTE": rigl_keras.SRSTE,
     "SparsityRamp": rigl_keras.SparsityRamp,
     "snip": one_shot.snip,
+    "grasp": one_shot.grasp,
+    "synflow": one_shot.synflow,
+    "magnitude": one_shot.magnitude,
     "Exports": exports.Exports,
 }
 _CONSTANTS = {"ORIGINAL": rigl_keras.ORIGINAL, "REPORT": rigl_keras.REPORT}
@@ -63,8 +67,9 @@ def find(gin_file: str) -> Path:
     """Returns the path of a gin file.
 
     Args:
-        gin_file: A path, absolute or relative to the current folder or to the
-            folder of the repository.
+        gin_file: A path, absolute or relative to the current folder, or the
+            name of a file that comes with the package: `rigl_erk_wrn`,
+            `rigl_erk_wrn.gin` or `gin/rigl_erk_wrn.gin`.
 
     Returns:
         The path of an existing file.
@@ -73,9 +78,9 @@ def find(gin_file: str) -> Path:
         ValueError: There is none, with the nearest name that there is.
     """
     for folder in (Path(), GIN_FOLDER.parent, GIN_FOLDER):
-        path = folder / gin_file
-        if path.is_file():
-            return path
+        for path in (folder / gin_file, folder / f"{gin_file}.gin"):
+            if path.is_file():
+                return path
     names = sorted(path.name for path in GIN_FOLDER.glob("*.gin"))
     near = difflib.get_close_matches(Path(gin_file).name, names, n=3)
     hint = f" Did you mean {_either(f'gin/{n}' for n in near)}?" if near else ""

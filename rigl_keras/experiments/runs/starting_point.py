@@ -1,10 +1,11 @@
 """What a run starts with: dense, small, drawn, one-shot or a ticket."""
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import keras
 import numpy as np
@@ -18,14 +19,23 @@ from rigl_keras.patterns import as_pattern
 __all__ = ["StartingPoint", "starting_point"]
 
 
+# What papers call the functions of `one_shot`.
+_NAMES = {
+    "snip": "SNIP",
+    "grasp": "GraSP",
+    "synflow": "SynFlow",
+    "magnitude": "Magnitude",
+}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StartingPoint:
     """The network of a run before its first step.
 
     Attributes:
         kind: `"dense"`, `"small-dense"`, `"static"` (masks are drawn),
-            `"SNIP"` (a method of one shot makes them) or `"lottery"` (they
-            are another run's).
+            `"lottery"` (they are another run's), or the name of the method
+            that makes them at once, such as `"SNIP"`.
         dense: The dense model that the network was made of.
         network: What is trained: `dense` itself, or masked.
         sources: Results of the runs whose training this one could not do
@@ -43,7 +53,8 @@ def starting_point(
     *,
     density: float | None,
     small_dense: bool,
-    one_shot: Callable[[keras.Model], keras.Model] | None,
+    one_shot: Callable[..., keras.Model] | None,
+    examples: Callable[[], tuple],
     masks_from: str | None,
     shuffle_masks: bool,
     weights_from: str | None,
@@ -59,8 +70,9 @@ def starting_point(
     Args:
         make: Makes the dense model, given `channel_scale` where `small_dense`
             is set.
-        one_shot: Returns a dense model with masks. None: they are drawn.
-        density, small_dense, masks_from, shuffle_masks, weights_from,
+        examples: Returns a batch of training data and the loss, for a method
+            that makes masks of them.
+        density, small_dense, one_shot, masks_from, shuffle_masks, weights_from,
             weights_epoch, distribution, granularity, scale_to_fan_in,
             conventions, seed: As in `train`.
 
@@ -96,7 +108,13 @@ def starting_point(
             seed=seed,
         )
     elif one_shot is not None:
-        kind, network = "SNIP", one_shot(dense)
+        kind = _NAMES.get(one_shot.__name__, one_shot.__name__)
+        options: dict[str, Any] = {"seed": seed}
+        if granularity != "element":
+            options["granularity"] = granularity
+        takes_batch = "batch" in inspect.signature(one_shot).parameters
+        given = examples() if takes_batch else ()
+        network = one_shot(dense, density, *given, **options)
     else:
         kind = "static"
         network = rigl_keras.sparsify(

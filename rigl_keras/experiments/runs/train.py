@@ -8,7 +8,7 @@ The options of the command are in `train_command.py`.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import cast
 
 import keras
 
@@ -111,10 +111,11 @@ def train(
             A method has its own.
         small_dense: Whether, instead of masks, every number of channels is
             scaled by sqrt(density), truncated (the report's Small-Dense).
-        one_shot: Makes the masks from a batch of training data:
-            `one_shot.snip`, which is given the model, density, batch, loss,
-            seed and, unless it is of single weights, granularity. None: they
-            are drawn.
+        one_shot: Makes the masks at once: `one_shot.snip`, `grasp`,
+            `synflow` or `magnitude`, or a function like them, which takes a
+            model, a density, a batch and a loss if they are among its
+            arguments, a seed and, unless it is `"element"`, a granularity.
+            None: the masks are drawn.
         masks_from: Directory of a finished run whose final masks this run
             starts with (Frankle and Carbin, 2018, arXiv:1803.03635). They
             must be of this `density`.
@@ -192,18 +193,12 @@ def train(
     loss = keras.losses.CategoricalCrossentropy(from_logits=True)
     make = functools.partial(model, **recipe.network_arguments)
 
-    def masked_at_once(dense):
-        make_masks = cast(Callable, one_shot)  # used where there is one
-        options: dict[str, Any] = {"seed": seed}
-        if granularity != "element":
-            options["granularity"] = granularity
-        return make_masks(dense, density, batches.first(), loss, **options)
-
     start = starting_point(
         make,
         density=density,
         small_dense=small_dense,
-        one_shot=masked_at_once if one_shot else None,
+        one_shot=one_shot,
+        examples=lambda: (batches.first(), loss),
         masks_from=masks_from,
         shuffle_masks=shuffle_masks,
         weights_from=weights_from,

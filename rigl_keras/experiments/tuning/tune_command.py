@@ -7,17 +7,16 @@
 trials of Optuna's TPE sampler, whose objective is the validation accuracy,
 averaged over 3 seeds. `learning_rate` is the grid of Figure 2.
 
-Frequencies are given in steps of the report's runs, whose own is 100, and
-scaled to those of the preset.
+Frequencies are in steps of the report's runs, where the default is 100, and are
+scaled to the preset's steps.
 
-The report finishes each trial. Here one is cut before its next seed if the
-best mean that it has had is in the lowest quarter of what the complete trials
-had after as many seeds, once 5 are complete; --noprune finishes all.
+The report finishes each trial. Here, once 5 trials are complete, a trial is cut
+before its next seed if its best mean is in the lowest quarter of those of the
+complete trials after as many seeds; --noprune finishes all.
 
 To share the work start the command again, in another terminal or on another
-machine that sees the same --results_dir. Whatever is killed, there are as many
-trials in the end. One with a run that fails counts as a trial, and is begun
-again by the next command.
+machine that sees the same --results_dir. Kills lose no trials. A trial with a
+failed run counts, and the next command begins it again.
 """
 
 import sys
@@ -64,7 +63,7 @@ def main() -> None:
     ]
     trials, drop_fraction, frequency, sampler_seed, prune = of_updates
     dry_run = flags.DEFINE_bool(
-        "dry_run", False, "Show the plan and what there is, and stop."
+        "dry_run", False, "Show the plan and the results so far, and stop."
     )
     results_dir = flags.DEFINE_string(
         "results_dir", "results", "Folder of all results."
@@ -114,7 +113,7 @@ def main() -> None:
         unused = [flag.name for flag in of_updates if flag.present]
         if unused:
             raise ValueError(
-                "learning_rate is a grid, which has none of the search's "
+                "learning_rate is a grid, without the search's "
                 f"flags. Received: --{', --'.join(unused)}. Leave them out."
             )
         check_runs(*of_runs, chosen)

@@ -1,7 +1,6 @@
 """All engines on one network: their files, their processes, their turns."""
 
 import contextlib
-import datetime
 import os
 import shutil
 import tempfile
@@ -35,12 +34,13 @@ from rigl_keras.experiments.benchmarks.engines.turns import (
     agreement,
     timed_turns,
 )
+from rigl_keras.experiments.runs import provenance
 
 __all__ = ["Serving", "measured_case", "serving"]
 
 _LONGEST_LOAD = 900.0  # seconds; PyTorch compiles for minutes
 _SPARE = 1.5e9  # bytes of memory that stay free
-_FEWEST = 3  # rounds of which a median is taken
+_FEWEST = 3  # rounds for a median
 TURN = 0.2  # seconds that an engine runs before the next one does, at least
 Say = Callable[[str], None]
 
@@ -162,7 +162,7 @@ def serving(network: Network, engines: Mapping[str, Engine], **details):
 
     Args:
         network, engines: As it takes them.
-        **details: What else it takes, but for the folder.
+        **details: Its other arguments, except the folder.
     """
     with tempfile.TemporaryDirectory() as folder:
         served = Serving(network, engines, folder=Path(folder), **details)
@@ -211,7 +211,7 @@ def measured_case(
         )
 
     load = os.getloadavg()[0]
-    date = datetime.datetime.now(datetime.timezone.utc)
+    date = provenance.now()
     images = served.network.inputs(case.batch)
     wanted = served.network.outputs(images)
     inputs = served.array_file(images)
@@ -247,7 +247,7 @@ def measured_case(
         Measurement(
             case=case,
             machine=machine,
-            date=date.isoformat(timespec="seconds"),
+            date=date,
             commit=commit,
             load=load,
             engine=name,
