@@ -167,8 +167,9 @@ def _said(error, refusals):
         return _message(error)
     if isinstance(error, ModuleNotFoundError):
         # Imported once flags are parsed.
-        known = error.name in _extras.OPTIONAL
-        return f"this needs {_extras.missing(error.name)}" if known else None
+        if error.name is None or error.name not in _extras.OPTIONAL:
+            return None
+        return f"this needs {_extras.missing(error.name)}"
     return _of_a_file(error)
 
 

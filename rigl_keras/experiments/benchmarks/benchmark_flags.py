@@ -14,7 +14,8 @@ KERNEL_PARTS = ("kernels", "train", "inference")
 _MODEL = "Network, one of wide_resnet, resnet50."
 _KEPT = "Fractions of the weights kept."
 _DISTRIBUTIONS = (
-    "Of the masks over the layers: erdos_renyi_kernel, erdos_renyi, uniform."
+    "Of the masks over the layers: erdos_renyi_kernel, erdos_renyi, uniform, "
+    "uniform_all."
 )
 
 
