@@ -310,7 +310,7 @@ trained_plainly = functools.cache(trained_in)
 @pytest.mark.slow_but(
     "SNFS-{'steps_per_execution': 4}",
     "SNFS-{'run_eagerly': True}",
-    "SNFS-{'jit_compile': True}",
+    "SET-{'jit_compile': True}",
 )
 @pytest.mark.parametrize(
     "options",
