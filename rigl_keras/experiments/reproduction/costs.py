@@ -21,7 +21,7 @@ from rigl_keras import distributions, flops
 from rigl_keras.experiments import data
 from rigl_keras.experiments.runs import optimizers, train
 
-__all__ = ["Cost", "planned", "seconds_of_step"]
+__all__ = ["Cost", "planned", "planned_epochs", "seconds_of_step"]
 
 _STEPS = 8  # that are timed
 _WARM_UP = 3  # steps before these
@@ -85,7 +85,7 @@ def planned() -> Cost:
     update = settings["method"] and settings["method"]()
     if update and length != 1:
         update = update.lengthened(length)
-    epochs = int(settings["epochs"] * length)
+    epochs = planned_epochs()
     examples = _examples(settings)
     steps = epochs * math.ceil(examples / settings["batch_size"])
     if settings["small_dense"]:
@@ -126,6 +126,12 @@ def planned() -> Cost:
         steps=steps,
         times_as_long=epochs / settings["epochs"],
     )
+
+
+def planned_epochs() -> int:
+    """Returns the epochs of the run that gin is configured for."""
+    settings = _settings()
+    return int(settings["epochs"] * settings["length"])
 
 
 @functools.cache

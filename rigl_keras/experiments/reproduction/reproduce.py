@@ -9,6 +9,11 @@ another machine that sees the same --results_dir. On a CPU two processes of one
 thread each train more than one process of two:
 
     TF_NUM_INTRAOP_THREADS=1 bin/reproduce table2 --preset=small
+
+On a cluster, N workers that SLURM starts, and how far they are:
+
+    bin/reproduce table2 --slurm=N --slurm_options='--time=8:00:00'
+    bin/reproduce table2 --status
 """
 
 import ast
@@ -21,11 +26,12 @@ import gin
 from rigl_keras import _reading, _text
 from rigl_keras.experiments import data, exits
 from rigl_keras.experiments.protocol import variations
-from rigl_keras.experiments.reproduction import plans
+from rigl_keras.experiments.reproduction import plans, slurm
 from rigl_keras.experiments.reproduction.estimates import estimate, plan_table
 from rigl_keras.experiments.reproduction.plans import Run
-from rigl_keras.experiments.reproduction.progress import Bar
+from rigl_keras.experiments.reproduction.progress import Bar, Lines
 from rigl_keras.experiments.reproduction.results import Results
+from rigl_keras.experiments.reproduction.status import status_table
 from rigl_keras.experiments.reproduction.workers import train_missing
 
 __all__ = ["check_data", "main", "reproduce"]
@@ -73,6 +79,17 @@ def main() -> None:
         "are then other runs.",
     )
     dry_run = flags.DEFINE_bool("dry_run", False, "Show the plan, and stop.")
+    status = flags.DEFINE_bool(
+        "status",
+        False,
+        "Show how far runs are, and who trains them, and stop.",
+    )
+    worker = flags.DEFINE_bool(
+        "worker",
+        False,
+        "Train what no other process trains, and end: what --slurm starts.",
+    )
+    array = slurm.Flags("rigl_keras.experiments.reproduction.reproduce")
     results_dir = flags.DEFINE_string(
         "results_dir", "results", "Folder of all results."
     )
@@ -97,11 +114,22 @@ def main() -> None:
             changes=_changes(bindings.value),
         )
         results = Results(results_dir.value, chosen.folder)
-        if not dry_run.value:
+        if status.value:
+            print(status_table(runs, results))
+            return
+        if not dry_run.value and not worker.value:
             missing = [run for run in runs if not results.finished(run)]
             check_data(missing, data_dir=data_dir.value)
+        if array.given and not dry_run.value:
+            array.submit(argv, results.path, extra=["--worker"])
+            return
+        exits.raise_stop_requests()
         failed = reproduce(
-            runs, results, data_dir=data_dir.value, dry_run=dry_run.value
+            runs,
+            results,
+            data_dir=data_dir.value,
+            dry_run=dry_run.value,
+            worker=worker.value,
         )
         if failed:
             sys.exit(1)
@@ -143,6 +171,7 @@ def reproduce(
     *,
     data_dir: str | None = None,
     dry_run: bool = False,
+    worker: bool = False,
 ) -> dict[Run, str]:
     """Shows what runs will cost and trains those that are missing.
 
@@ -151,6 +180,8 @@ def reproduce(
         results: Where they are kept.
         data_dir: Folder of prepared data sets, over TFDS_DATA_DIR.
         dry_run: Whether the plan is shown, and nothing trained.
+        worker: Whether this is one of many: it measures no costs, and leaves
+            runs to those that train them.
 
     Returns:
         `{run: reason}` of the runs that failed.
@@ -159,22 +190,33 @@ def reproduce(
         ValueError: A run has a result of another configuration.
     """
     print(f"Results: {results.path}")
-    estimates = estimate(runs, results)
-    print(plan_table(runs, estimates))
-    if dry_run or not estimates:
-        return {}
-    bar = Bar(runs, results, estimates)
-    try:
-        failed = train_missing(runs, results, progress=bar, data_dir=data_dir)
-    finally:
-        bar.close()
+    if worker:
+        failed = train_missing(
+            runs,
+            results,
+            progress=Lines(results),
+            data_dir=data_dir,
+            wait=False,
+        )
+    else:
+        estimates = estimate(runs, results)
+        print(plan_table(runs, estimates))
+        if dry_run or not estimates:
+            return {}
+        bar = Bar(runs, results, estimates)
+        try:
+            failed = train_missing(
+                runs, results, progress=bar, data_dir=data_dir
+            )
+        finally:
+            bar.close()
     for run, reason in failed.items():
         print(
             f"{run.name} failed: {reason}\n"
             f"  what it said: {results.folder(run) / 'log.txt'}",
             file=sys.stderr,
         )
-    done = len(runs) - len(failed)
+    done = sum(results.finished(run) for run in runs)
     print(f"{done} of {len(runs)} runs are finished, {len(failed)} failed.")
     return failed
 

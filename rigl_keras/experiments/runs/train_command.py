@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Sequence
 
+import keras
 import tensorflow as tf
 from absl import app, flags
 from absl import logging as absl_logging
@@ -14,7 +15,7 @@ import gin
 from rigl_keras._files import DiskFullError
 from rigl_keras.experiments import data, exits
 from rigl_keras.experiments.protocol import variations
-from rigl_keras.experiments.runs import config, devices
+from rigl_keras.experiments.runs import config, devices, stopping
 from rigl_keras.experiments.runs.run_directory import RunDirectory
 
 __all__ = ["configure", "main", "run", "table"]
@@ -97,6 +98,7 @@ def run(
     data_dir: str | None = None,
     resume: bool = False,
     strategy: str = "one",
+    callbacks: Sequence[keras.callbacks.Callback] = (),
 ) -> dict:
     """Runs one configuration and returns its result.
 
@@ -110,6 +112,7 @@ def run(
         data_dir: Folder of prepared data sets.
         resume: Whether to continue an interrupted run.
         strategy: Devices to train on, one of `devices.STRATEGIES`.
+        callbacks: As in `train.train`.
 
     Returns:
         What `train.train` returns.
@@ -142,10 +145,10 @@ def run(
         resume=resume,
         writes=devices.is_chief(strategy),
     ) as directory:
-        return _run(directory, exports, data_dir, strategy)
+        return _run(directory, exports, data_dir, strategy, callbacks)
 
 
-def _run(directory, exports, data_dir, strategy):
+def _run(directory, exports, data_dir, strategy, callbacks):
     """Runs the configuration in a directory, which this process has."""
     print(f"Run directory: {directory.path}")
     # Workers meet here, when each has found the directory in order.
@@ -156,6 +159,7 @@ def _run(directory, exports, data_dir, strategy):
             directory,
             data_dir=data_dir,
             operative_config=gin.operative_config_str,
+            callbacks=callbacks,
         )
     # Outside of the strategy: what is exported is what was saved.
     if directory.writes:
@@ -255,6 +259,7 @@ def _main(argv):
             data_dir=_FLAGS.data_dir,
             resume=_FLAGS.resume,
             strategy=_FLAGS.strategy,
+            callbacks=[stopping.StopAtSignal()],
         )
     except tf.errors.OpError as error:
         lost = None

@@ -17,7 +17,8 @@ had after as many seeds, once 5 are complete; --noprune finishes all.
 To share the work start the command again, in another terminal or on another
 machine that sees the same --results_dir. Whatever is killed, there are as many
 trials in the end. One with a run that fails counts as a trial, and is begun
-again by the next command.
+again by the next command. --slurm=N has SLURM start N such processes, and
+--status shows how far they are.
 """
 
 import statistics
@@ -29,13 +30,14 @@ from absl import flags, logging
 from rigl_keras._text import aligned
 from rigl_keras.experiments import data, exits
 from rigl_keras.experiments.protocol import variations
-from rigl_keras.experiments.reproduction import plans
+from rigl_keras.experiments.reproduction import plans, slurm
 from rigl_keras.experiments.reproduction.plans import Preset, Run
 from rigl_keras.experiments.reproduction.reproduce import (
     check_data,
     reproduce,
 )
 from rigl_keras.experiments.reproduction.results import Results
+from rigl_keras.experiments.reproduction.status import status_table
 from rigl_keras.experiments.reproduction.workers import train_missing
 from rigl_keras.experiments.tuning.progress import Bar, plan
 from rigl_keras.experiments.tuning.search import (
@@ -84,12 +86,7 @@ def updates(
         ValueError: The study was made with something else, or a run has a
             result of another configuration.
     """
-    study = Study(
-        results.path / "studies" / searched.name,
-        space=searched.space,
-        about=searched.about,
-        seed=searched.sampler_seed,
-    )
+    study = _study(searched, results)
     print(f"Study: {study.path}")
     print(plan(searched, study, results), flush=True)
     failed = {}
@@ -121,6 +118,26 @@ def updates(
     return failed
 
 
+def _study(searched, results):
+    return Study(
+        results.path / "studies" / searched.name,
+        space=searched.space,
+        about=searched.about,
+        seed=searched.sampler_seed,
+    )
+
+
+def _runs_begun(searched, results):
+    """Returns the runs of the trials that there are, and the reference's."""
+    study = _study(searched, results)
+    runs = [
+        run
+        for trial in sorted(study.trials(), key=lambda trial: trial.number)
+        for run in searched.runs(**study.params(trial))
+    ]
+    return list(dict.fromkeys([*runs, *searched.reference()]))
+
+
 def learning_rate(
     row: str,
     preset: Preset,
@@ -150,18 +167,10 @@ def learning_rate(
             another configuration.
     """
     check_runs(row, preset, density, seeds)
-    grid = {}
-    for drop_fraction, frequency in variations.UPDATES:
-        for rate in variations.LEARNING_RATES:
-            changes = (
-                *plans.updates_of(drop_fraction, frequency),
-                *plans.learning_rate_of(rate),
-            )
-            grid[rate, drop_fraction, frequency] = runs_of(
-                row, preset, density, seeds, changes
-            )
-    runs = [run for same in zip(*grid.values(), strict=True) for run in same]
-    failed = reproduce(runs, results, data_dir=data_dir, dry_run=dry_run)
+    grid = _grid(row, preset, density, seeds)
+    failed = reproduce(
+        _by_seed(grid), results, data_dir=data_dir, dry_run=dry_run
+    )
     rows = []
     for setting, group in grid.items():
         validation, test, known = accuracies_of(group, results)
@@ -194,6 +203,26 @@ def learning_rate(
                 f"fraction {fraction} and frequency {frequency}."
             )
     return failed
+
+
+def _grid(row, preset, density, seeds):
+    """Returns the runs of each setting of Figure 2."""
+    grid = {}
+    for drop_fraction, frequency in variations.UPDATES:
+        for rate in variations.LEARNING_RATES:
+            changes = (
+                *plans.updates_of(drop_fraction, frequency),
+                *plans.learning_rate_of(rate),
+            )
+            grid[rate, drop_fraction, frequency] = runs_of(
+                row, preset, density, seeds, changes
+            )
+    return grid
+
+
+def _by_seed(grid):
+    """Returns all runs of a grid, those of the first seed first."""
+    return [run for same in zip(*grid.values(), strict=True) for run in same]
 
 
 def _tell_failures(failed, results):
@@ -240,6 +269,10 @@ def main() -> None:
     dry_run = flags.DEFINE_bool(
         "dry_run", False, "Show the plan and what there is, and stop."
     )
+    status = flags.DEFINE_bool(
+        "status", False, "Show how far runs are, and who trains them, and stop."
+    )
+    array = slurm.Flags("rigl_keras.experiments.tuning.tune")
     results_dir = flags.DEFINE_string(
         "results_dir", "results", "Folder of all results."
     )
@@ -247,7 +280,8 @@ def main() -> None:
         "data_dir", None, "Folder of prepared data sets, over TFDS_DATA_DIR."
     )
 
-    def tune(subject):
+    def tune(argv):
+        subject = argv[1]
         if distribution.value not in DISTRIBUTIONS:
             raise ValueError(
                 f"--distribution must be one of {', '.join(DISTRIBUTIONS)}. "
@@ -259,7 +293,8 @@ def main() -> None:
             density.value,
         )
         chosen = exits.numbers("seeds", seeds.value, int)
-        needed = [] if dry_run.value else [Run(*of_runs, seed=0)]
+        looks = dry_run.value or status.value
+        needed = [] if looks else [Run(*of_runs, seed=0)]
         options = {"data_dir": data_dir.value, "dry_run": dry_run.value}
         if subject == "updates":
             searched = Search(
@@ -274,6 +309,12 @@ def main() -> None:
             )
             check_data(needed, data_dir=data_dir.value)
             results = Results(results_dir.value, searched.preset.folder)
+            if status.value:
+                print(status_table(_runs_begun(searched, results), results))
+                return {}
+            if array.given and not looks:
+                array.submit(argv, results.path)
+                return {}
             return updates(searched, results, prune=prune.value, **options)
         unused = [flag.name for flag in of_updates if flag.present]
         if unused:
@@ -284,6 +325,13 @@ def main() -> None:
         check_runs(*of_runs, chosen)
         check_data(needed, data_dir=data_dir.value)
         results = Results(results_dir.value, of_runs[1].folder)
+        if status.value:
+            runs = _by_seed(_grid(*of_runs, chosen))
+            print(status_table(runs, results))
+            return {}
+        if array.given and not looks:
+            array.submit(argv, results.path)
+            return {}
         return learning_rate(*of_runs, results, seeds=chosen, **options)
 
     def run(argv):
@@ -293,7 +341,8 @@ def main() -> None:
                 f"Pass one of {', '.join(SUBJECTS)}. Received: "
                 f"{' '.join(argv[1:]) or 'none'}."
             )
-        if tune(argv[1]):
+        exits.raise_stop_requests()
+        if tune(argv):
             sys.exit(1)
 
     exits.run_command(
