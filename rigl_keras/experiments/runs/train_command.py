@@ -15,7 +15,12 @@ import gin
 from rigl_keras._files import DiskFullError
 from rigl_keras.experiments import data, exits
 from rigl_keras.experiments.protocol import variations
-from rigl_keras.experiments.runs import config, devices, stopping
+from rigl_keras.experiments.runs import (
+    config,
+    devices,
+    stopping,
+    trackers,
+)
 from rigl_keras.experiments.runs.run_directory import RunDirectory
 
 __all__ = ["configure", "main", "run", "table"]
@@ -49,6 +54,13 @@ def _define_flags():
         "one",
         f"Devices to train on, one of {', '.join(devices.STRATEGIES)}. The "
         "batch size is that of all together. tpu has never been run.",
+    )
+    flags.DEFINE_enum(
+        "tracker",
+        None,
+        sorted(trackers.TRACKERS),
+        "Follow the run in MLflow or in Weights & Biases, which must be "
+        "installed.",
     )
     flags.DEFINE_bool(
         "traceback", False, "Show where an error was raised, too."
@@ -98,6 +110,7 @@ def run(
     data_dir: str | None = None,
     resume: bool = False,
     strategy: str = "one",
+    tracker: trackers.Tracker | None = None,
     callbacks: Sequence[keras.callbacks.Callback] = (),
 ) -> dict:
     """Runs one configuration and returns its result.
@@ -112,6 +125,7 @@ def run(
         data_dir: Folder of prepared data sets.
         resume: Whether to continue an interrupted run.
         strategy: Devices to train on, one of `devices.STRATEGIES`.
+        tracker: Follows the run.
         callbacks: As in `train.train`.
 
     Returns:
@@ -145,7 +159,17 @@ def run(
         resume=resume,
         writes=devices.is_chief(strategy),
     ) as directory:
-        return _run(directory, exports, data_dir, strategy, callbacks)
+        if tracker is None or not directory.writes:
+            return _run(directory, exports, data_dir, strategy, callbacks)
+        tracking = trackers.Tracking(tracker, directory, config.settings())
+        try:
+            result = _run(
+                directory, exports, data_dir, strategy, [tracking, *callbacks]
+            )
+            tracking.finish(result)
+            return result
+        finally:
+            tracking.leave()
 
 
 def _run(directory, exports, data_dir, strategy, callbacks):
@@ -259,6 +283,7 @@ def _main(argv):
             data_dir=_FLAGS.data_dir,
             resume=_FLAGS.resume,
             strategy=_FLAGS.strategy,
+            tracker=_FLAGS.tracker and trackers.TRACKERS[_FLAGS.tracker](),
             callbacks=[stopping.StopAtSignal()],
         )
     except tf.errors.OpError as error:
