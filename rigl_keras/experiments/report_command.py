@@ -22,7 +22,6 @@ from absl import flags, logging
 from rigl_keras import _files
 from rigl_keras._text import printable
 from rigl_keras.experiments import exits
-from rigl_keras.experiments.protocol import rows
 from rigl_keras.experiments.report import reading
 from rigl_keras.experiments.report.contents import PICTURES
 from rigl_keras.experiments.report.page import as_html, as_markdown
@@ -42,17 +41,13 @@ def planned_flops(preset: str) -> Callable[[Summary], tuple[float, float]]:
     if os.environ.pop("RIGL_KERAS_WITHOUT_TENSORFLOW", None):
         importlib.reload(sys.modules["rigl_keras"])
     try:
-        from rigl_keras.experiments.reproduction import costs, plans
+        from rigl_keras.experiments.reproduction import estimates, plans
     except ImportError as error:
         raise ValueError(
             "--planned counts the FLOPs of networks, and something that it "
             f"needs is missing ({error}): pip install tensorflow keras "
             "gin-config, or leave it out."
         ) from error
-
-    def one(run):
-        run.configure()
-        return costs.planned()
 
     def planned(summary):
         run = plans.Run(
@@ -62,10 +57,7 @@ def planned_flops(preset: str) -> Callable[[Summary], tuple[float, float]]:
             seed=0,
             changes=summary.changes,
         )
-        cost = one(run)
-        training = cost.training_flops_ratio
-        if rows.row(summary.row).method == "Lottery":
-            training += one(run.source).training_flops_ratio
+        cost, training = estimates.counted(run, printed=False)
         return training, cost.inference_flops_ratio
 
     return planned
