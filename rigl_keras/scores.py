@@ -1,7 +1,7 @@
-"""What a connection is worth. Higher is better; each score is a tensor.
+"""Scores: what each connection is worth. Higher is better.
 
-A method drops the active connections of lowest score and grows the inactive
-ones of highest score.
+A method drops the active connections with the lowest scores and grows the
+inactive ones with the highest.
 """
 
 from collections.abc import Sequence
@@ -29,9 +29,8 @@ def magnitude(kernel: tf.Tensor) -> tf.Tensor:
 def gradient_magnitude(gradient: tf.Tensor) -> tf.Tensor:
     """Returns |dL/dw|, by which RigL grows.
 
-    Evci et al., 2020, arXiv:1911.11134, section 3, grow criterion. The
-    gradient is the dense one, averaged over the batch before its absolute
-    value is taken.
+    Evci et al., 2020, arXiv:1911.11134, section 3, grow criterion. The gradient
+    is dense, and averaged over the batch before the absolute value is taken.
 
     Args:
         gradient: Float tensor, gradient of the loss with respect to the
@@ -44,10 +43,10 @@ def gradient_magnitude(gradient: tf.Tensor) -> tf.Tensor:
 
 
 def saliency(kernel: tf.Tensor, gradient: tf.Tensor) -> tf.Tensor:
-    """Returns |w dL/dw|, what SNIP keeps connections by.
+    """Returns |w dL/dw|, SNIP's score.
 
-    To first order, by how much the loss changes when w is removed. Lee et
-    al., 2019, arXiv:1810.02340, section 4.
+    To first order, it is the change of the loss when w is removed. Lee et al.,
+    2019, arXiv:1810.02340, section 4.
 
     Args:
         kernel: Float tensor of weights.
@@ -70,12 +69,12 @@ def random(
 ) -> tf.Tensor:
     """Returns uniform draws, by which SET grows.
 
-    Mocanu et al., 2018. The draws depend on `key` and `step` only, so that
-    runs repeat, resumed runs continue and replicas agree.
+    Mocanu et al., 2018. The draws depend only on `key` and `step`: runs repeat,
+    resumed runs continue and replicas agree.
 
     Args:
         shape: Shape of the kernel.
-        key: Int that tells this kernel's draws from another's.
+        key: Int that separates this kernel's draws from those of others.
         step: Optimizer step, an int or an integer scalar tensor.
 
     Returns:
@@ -90,7 +89,7 @@ def random(
     shape = [integer("A dimension", n, at_least=0) for n in shape]
     key = integer("key", key)
     seed = tf.stack([tf.constant(key, tf.int64), tf.cast(step, tf.int64)])
-    # TensorFlow's own conversion to floats differs under XLA.
+    # TensorFlow's conversion to floats differs under XLA.
     bits = random_bits(shape, seed, dtype=tf.uint32)
     return tf.cast(tf.bitwise.right_shift(bits, 8), tf.float32) * 2.0**-24
 

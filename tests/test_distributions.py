@@ -91,7 +91,7 @@ def test_bad_density(bad):
 def test_bad_names():
     with pytest.raises(ValueError, match="Did you mean 'erdos_renyi'"):
         layer_densities(SHAPES, 0.1, "erdos_reny")
-    with pytest.raises(ValueError, match="no masked layer.*a, b, c"):
+    with pytest.raises(ValueError, match="not a masked layer.*a, b, c"):
         layer_densities(SHAPES, 0.1, densities={"d": 0.1})
     with pytest.raises(ValueError, match="at least one kernel"):
         layer_densities({}, 0.1)
@@ -166,7 +166,7 @@ def test_given_density_may_be_left_nothing_else():
 def test_rounding_of_both_references_by_hand():
     # Two equal layers of 15 weights at density 0.3: 10.5 zeros and 4.5 ones.
     shapes = {"a": (3, 5), "b": (3, 5)}
-    # ORIGINAL: 10 zeros, hence 5 ones. REPORT: 10 zeros and 4 ones.
+    # ORIGINAL: 10 zeros, so 5 ones. REPORT: 10 zeros and 4 ones.
     assert layer_densities(shapes, 0.3, "erk")["a"] == pytest.approx(5 / 15)
     assert layer_densities(shapes, 0.3, "erk", conventions=REPORT)[
         "a"
@@ -237,7 +237,7 @@ def test_counts_stay_within_one_of_their_quotas(layers, data):
 
 
 def test_budgets_are_densities_and_counts():
-    """Of masked layers only; whole units where masks keep these."""
+    """For masked layers only, and in units if masks have them."""
     shapes = {"a": (3, 3, 3, 16), "b": (3, 3, 16, 16), "c": (16, 10)}
     for distribution in ("uniform", "erk"):
         budgets = layer_budgets(shapes, 0.1, distribution)
@@ -262,7 +262,7 @@ def test_budgets_are_densities_and_counts():
 
 
 def test_groups_keep_a_number_of_their_own():
-    """round(density x size), one at least, whatever other layers keep."""
+    """round(density x size), at least one, independently of other layers."""
     shapes = {"a": (3, 3, 3, 16), "b": (3, 3, 16, 16), "c": (16, 10)}
     fan_in = {"a": 27, "b": 144, "c": 16}
     budgets = layer_budgets(

@@ -12,8 +12,8 @@ from support.datasets import write_metadata
 
 import gin
 import rigl_keras
-from rigl_keras.experiments.runs import config, train_command
-from rigl_keras.experiments.runs.export_command import Exports
+from rigl_keras.experiments.runs import config, run_directory, train_command
+from rigl_keras.experiments.runs.exports import Exports
 from rigl_keras.models import resnet
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
@@ -94,7 +94,7 @@ AFTER["magnitude_wrn"] = "dense_wrn"
 
 
 def row_of(name):
-    """Returns the name of a row, whichever network it has and how long."""
+    """Returns the name of a row, for any network and length."""
     return re.sub(r"(_\dx|_50k)?_(wrn|resnet50)$", "", name)
 
 
@@ -392,7 +392,7 @@ def test_differs_from_one_that_is_trained(name):
     if "_50k_" in name:
         assert ours.pop("train.validation") == "0"
     assert ours == {w: v for w, v in theirs.items() if w != "train.length"}
-    assert ours  # it has settings of its own
+    assert ours  # it has its own settings
 
 
 def test_lengths_are_those_of_the_rows():
@@ -412,7 +412,7 @@ def test_density_reaches_every_row(monkeypatch):
         seen["ramp"] = gin.get_bindings("SparsityRamp")
 
     monkeypatch.setattr(
-        train_command, "RunDirectory", lambda *a, **k: _Nowhere()
+        run_directory, "RunDirectory", lambda *a, **k: _Nowhere()
     )
     config.configured()  # what the files name is known to gin from here on
     configured = {"train": train, "Exports": Exports}

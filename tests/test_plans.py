@@ -79,7 +79,7 @@ def test_figure_2_shares_what_it_has_in_common():
 
 
 def test_frequencies_are_in_the_steps_of_the_preset():
-    """Whose own is 50, where the report's is 100."""
+    """The preset's frequency is 50, the report's is 100."""
     (run,) = [
         run
         for run in plans.runs(
@@ -136,7 +136,7 @@ def test_a_preset_is_for_some_rows():
 
 
 def test_some_rows_and_bindings_of_ones_own():
-    """Which are other runs, and called so."""
+    """They are different runs with different names."""
     chosen = names(
         "figure1",
         densities=[0.1],
@@ -154,7 +154,7 @@ def test_some_rows_and_bindings_of_ones_own():
 
 
 def test_runs_that_differ_have_other_names():
-    """And folders of their own, though they differ in the seventh digit."""
+    """They have separate folders, though they differ in the seventh digit."""
 
     def name(density=0.1, **changes):
         pairs = tuple((k.replace("__", "."), v) for k, v in changes.items())
@@ -240,7 +240,7 @@ KINDS = [
 
 @pytest.mark.parametrize("row", KINDS)
 def test_planned_flops_are_those_of_count(row):
-    """Of the network as it will be made and masked."""
+    """They are for the network as it will be made and masked."""
     density = None if row.startswith("dense") else 0.1
     plans.Run(row, SMALL, density, seed=0).configure()
     cost = costs.planned()

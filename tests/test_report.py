@@ -416,7 +416,7 @@ def test_densities_that_a_row_cannot_have(results):
 
 
 def test_rows_that_were_added(results, monkeypatch):
-    """A gin file of one's own is shown, though no table has it."""
+    """A user's gin file is shown, although no table has it."""
     made(results, "my_row", 0.1, 0, 0.9)
     names = [*rows.known(), "my_row"]
     monkeypatch.setattr(rows, "known", lambda: names)
@@ -461,7 +461,7 @@ def test_another_preset_is_not_compared_with_the_report(tmp_path):
 
 def test_what_is_shown(results):
     text = sections.report(reading.read(results)).page.text
-    assert "No run is finished of: table1, table3, table4" in text[-1]
+    assert "Without a finished run: table1, table3, table4" in text[-1]
     shown = sections.report(reading.read(results), ["figure2", "table3"])
     assert [s.anchor for s in shown.page.sections] == ["table3", "figure2"]
     markdown = page.as_markdown(shown.page)
@@ -537,7 +537,7 @@ def test_lines_that_are_wrong_in_one_place(results, tmp_path):
             result = good["result"] | {inner: value}
             lines.append(good | {"result": result})
     for at, line in enumerate(lines):
-        # Each a run of its own, as far as it still says which.
+        # Each is a separate run, as far as it still says which.
         if isinstance(line["density"], float):
             line["density"] = (1 + at) / 1_000
         if isinstance(line["folder"], str):
@@ -715,7 +715,7 @@ def test_planned_flops_are_marked(tmp_path):
     text = page.as_markdown(made_report.page)
     line = next(s for s in text.splitlines() if s.startswith("| Static |"))
     assert "| - | - | (0.13x) | (0.13x) |" in line
-    assert "They are no results" in text
+    assert "They are not results" in text
     # A longer run is planned as the longer one it is.
     longer = (("train.length", 4),)
     made(tmp_path, "set_erk_wrn", 0.1, 0, 0.5, preset="small")
@@ -733,7 +733,7 @@ def test_planned_flops_are_marked(tmp_path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:RigL plans 0 updates")
 def test_flops_are_those_that_the_library_counts(tmp_path):
-    """Of a run that is trained here: result, report.csv and `count`."""
+    """For a run trained here: its result, report.csv and `count` agree."""
     import keras
 
     from rigl_keras.experiments.runs import train_command
@@ -766,7 +766,7 @@ def test_flops_are_those_that_the_library_counts(tmp_path):
 
 
 def test_the_command_says_what_is_wrong(results, tmp_path):
-    """And ends with status 2, without a traceback."""
+    """It ends with status 2, without a traceback."""
     (tmp_path / "file").write_text("")
     command = [sys.executable, "-m", "rigl_keras.experiments.report_command"]
     command += [f"--results_dir={results}", f"--output={tmp_path / 'file'}"]

@@ -1,8 +1,8 @@
 """bin/report on folders that nobody has tidied: always a page, always a note.
 
 A made-up folder of valid runs is damaged in one place at a time, in every
-place, and read again. None of it draws figures, but for those tests that are
-about figures.
+place, and read again. Nothing draws figures, except in the tests that are about
+figures.
 """
 
 import csv
@@ -134,7 +134,7 @@ def test_every_value_of_a_run_may_be_anything(
         for number, path in enumerate(
             places(json.loads((first / file).read_text()))
         ):
-            # Each a run of its own, so that one report shows all of them.
+            # Each is a separate run, so that one report shows all of them.
             density = 0.2 + number / 1_000 + len(file) / 100_000
             new = made(
                 results, "rigl_erk_wrn", density, 1, 0.93, changes=changes
@@ -262,7 +262,7 @@ def test_only_rows_of_no_network(tmp_path):
 
 
 def test_names_that_are_not_utf_8(results, tmp_path, capsys, undrawn):
-    """Of runs and of presets; nor does a terminal obey them."""
+    """Names of runs and presets; terminals do not obey them either."""
     whole = results / "full" / "set_erk_wrn-density0.1-seed0"
     for name in (b"z\xff", b"z\x1b[31m\n# new"):
         os.rename(
@@ -304,20 +304,20 @@ def test_the_proper_folder_counts(results):
 @pytest.mark.parametrize(
     ("result", "said"),
     [
-        ({"seed": 7}, "its seed is 7, and not 1"),
-        ({"settings": {"density": 0.2}}, "its density is 0.2, and not 0.1"),
-        ({"settings": {"density": None}}, "its density is None, and not 0.1"),
+        ({"seed": 7}, "its seed is 7, not 1"),
+        ({"settings": {"density": 0.2}}, "its density is 0.2, not 0.1"),
+        ({"settings": {"density": None}}, "its density is None, not 0.1"),
         (
             {"density": 0.9, "settings": {"density": 1.0}},
-            "its density is 1.0, and not 0.1",
+            "its density is 1.0, not 0.1",
         ),
         (
             {"settings": {"method": {"drop_fraction": 0.3}}},
-            "its drop_fraction is 0.3, and not 0.5",
+            "its drop_fraction is 0.3, not 0.5",
         ),
         (
             {"settings": {"method": {"frequency": 100}}},
-            "its frequency is 100, and not 50",
+            "its frequency is 100, not 50",
         ),
     ],
     ids=str,
@@ -339,7 +339,7 @@ def test_results_of_another_run(results, tmp_path, result, said, undrawn):
 
 
 def test_pruning_ends_at_its_density(results):
-    """Though it is told to begin with all weights."""
+    """Although it should begin with all weights."""
     settings = {"density": 1.0, "method": {}}
     for seed, density in enumerate((0.1, 0.0999, 0.12)):
         result = {"density": density, "settings": settings}
@@ -373,7 +373,7 @@ def test_other_seeds_than_the_reports(results, tmp_path):
     (note,) = found.notes
     assert note.endswith("so that each row should have these.")
     text = page.as_markdown(sections.report(found, ["table4"]).page)
-    assert "that have all seeds 5 and 6; how many" in text
+    assert "tried with all seeds 5 and 6; their number" in text
     assert "| optimum of 1 | 0.4, 200 | 90.00 | 90.00 ± 0.00 | 2 of 2 |" in text
 
 

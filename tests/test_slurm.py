@@ -21,7 +21,7 @@ import yaml
 from rigl_keras.experiments import exits
 from rigl_keras.experiments.reproduction import slurm, workers
 
-REPRODUCE = "rigl_keras.experiments.reproduction.reproduce"
+REPRODUCE = "rigl_keras.experiments.reproduction.reproduce_command"
 NEEDED = ("slurmctld", "slurmd", "sbatch", "squeue", "scancel", "scontrol")
 MISSING = [name for name in NEEDED if shutil.which(name) is None]
 CONFIGURATION = """\

@@ -10,6 +10,7 @@ import struct
 import keras
 import pytest
 
+from rigl_keras._extras import MissingPackageError
 from rigl_keras.experiments import exits
 from rigl_keras.experiments.runs import run_directory, trackers, train_command
 
@@ -118,7 +119,9 @@ def test_a_run_that_goes_on_does_so_in_the_tracker(
 def test_a_package_that_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for name in trackers.TRACKERS:
-        with pytest.raises(ValueError, match=f"needs {name}: pip install"):
+        with pytest.raises(
+            MissingPackageError, match=f"needs {name}: pip install"
+        ):
             trackers.TRACKERS[name]()
 
 

@@ -104,7 +104,7 @@ def lines_of(made_report, **wanted):
 
 
 def searched(results):
-    """Three settings, of which the best by the test set is not the best."""
+    """Three settings; the best by the test set is not the best."""
     settings = [(0.2, 50, 0.95, 0.91), (0.4, 200, 0.96, 0.90)]
     for fraction, frequency, validation, accuracy in settings:
         changes = plans.updates_of(fraction, frequency)

@@ -9,9 +9,9 @@
     bin/benchmark inference                   a call of the model, by batch
     bin/benchmark train --output=speed        writes speed/train.csv and .png
 
-A dense side and its sparse ones take turns in one process, so that whatever
-else the machine does falls on all of them; medians of their times are
-compared. How long it takes is for `--densities` and `--rounds` to say.
+A dense side and its sparse ones take turns in one process, so other work on the
+machine affects all of them; medians of their times are compared. `--densities`
+and `--rounds` determine how long it takes.
 """
 
 import os

@@ -1,10 +1,10 @@
 """The numbers that the report prints, as data.
 
-Source of all: the tables of the ML Reproducibility Challenge 2020 report
-"[Re] Rigging the Lottery: Making All Tickets Winners". Tables 1 to 5 are those
-of sections 4.2, 5.1, 5.2, 5.3 and 6.2; the bars of Figure 3 are read from the
-code that draws them. A cell that the report leaves ambiguous has a note that
-says so, and so has a table (`notes`).
+Source of all: the tables of the ML Reproducibility Challenge 2020 report "[Re]
+Rigging the Lottery: Making All Tickets Winners". Tables 1 to 5 are those of
+sections 4.2, 5.1, 5.2, 5.3 and 6.2; the bars of Figure 3 are read from the code
+that draws them. A cell that the report leaves ambiguous has a note, and so has
+a table (`notes`).
 """
 
 import csv
@@ -22,28 +22,28 @@ _FILE = Path(__file__).with_name("published.csv")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Cell:
-    """What one row of a table says at one density.
+    """The numbers of one row of a table at one density.
 
     Args:
         table: One of `TABLES` or `FIGURES`.
-        group: The group of rows it is in, `""` where there are none. The
-            names of Tables 2 and 3 are this library's.
+        group: The group of the row, `""` if there are none. The names in Tables
+            2 and 3 are this library's.
         row: The row as the table names it.
         gin: The gin file that runs it, without folder and ending.
         density: Fraction of the weights kept. None: the dense baseline.
         accuracy: Test accuracy in percent, mean over the seeds.
         std: Its standard deviation in percent. None: not printed.
-        train_flops: Over training the dense model once. None: not printed,
-            or, of the dense baseline, printed as a number of FLOPs.
-        test_flops: Over the dense model's.
+        train_flops: Relative to training the dense model. None: not printed or,
+            for the dense baseline, printed as a number of FLOPs.
+        test_flops: Relative to the dense model's.
         original: Test accuracy in percent that the paper has (Table 1).
         drop_fraction: RigL's (Table 4).
         frequency: RigL's, in steps (Table 4).
         optimal: Whether these two were tuned (Table 4).
         dense_train_flops: Of one sample, of a dense baseline.
         dense_test_flops: Of one sample, of a dense baseline.
-        note: What is ambiguous about it, `""` where nothing is.
-        printed: The accuracy and its deviation, digits as they are printed.
+        note: What is ambiguous about it, or `""`.
+        printed: The accuracy and its deviation, with digits as printed.
     """
 
     table: str
@@ -104,7 +104,7 @@ _NOTES = {
 
 
 def cells(table: str) -> tuple[Cell, ...]:
-    """Returns what a table prints, in its order.
+    """Returns the cells of a table, in its order.
 
     Args:
         table: One of `TABLES` or `FIGURES`.

@@ -1,4 +1,4 @@
-"""Which sections and figures the report has, by what was run."""
+"""Chooses the sections and figures of the report, from the runs."""
 
 from collections.abc import Callable
 
@@ -49,7 +49,7 @@ TITLES = {
 }
 
 
-# When a section is shown unasked.
+# When a section is shown by default.
 
 
 def _has_row(of_table):
@@ -79,7 +79,7 @@ HAS = {
         for run in found.finished
     ),
     **{table: _has_row(table) for table in published.TABLES},
-    # Their reference settings alone are in Table 2 and Figure 1.
+    # Table 2 and Figure 1 have only their reference settings.
     "table4": search_figures.has_trials,
     "figure1": lambda found: bool(panels.panels(found, "wrn")),
     "figure2": search_figures.has_learning_rates,
@@ -114,10 +114,10 @@ _ALT = {
 def picture_of(
     context: Context, name: str, draw: Callable, *arguments, **options
 ) -> Picture | None:
-    """Returns a figure, or None where it cannot be drawn, and notes why."""
+    """Returns a figure, or None if it cannot be drawn, and records why."""
     try:
         png = _figure_style.as_png(draw(*arguments, **options))
-    except Exception as error:  # whatever the numbers are, there is a page
+    except Exception as error:  # the page must be made in any case
         context.undrawn[name] = first_line(error)[:200].rstrip(".")
         return None
     return Picture(name, png, _ALT[name] + " Numbers: report.csv.")

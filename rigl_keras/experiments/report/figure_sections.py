@@ -1,4 +1,4 @@
-"""The report's figures, each with what it shows."""
+"""The report's figures, each with its text and table."""
 
 from typing import cast
 
@@ -84,7 +84,7 @@ def figure_3(context: Context, name: str) -> Section:
                 (
                     c
                     for c in printed
-                    # ERK's bars are of densities that are not published.
+                    # The densities of ERK's bars are not published.
                     if mask == "uniform"
                     and (c.gin, c.density) == (gin, density)
                 ),

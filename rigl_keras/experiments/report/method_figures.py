@@ -1,7 +1,7 @@
 """The figures of a report.
 
-Colours are Okabe and Ito's, which colour-blind people can tell apart; markers,
-line styles and hatches tell them apart without colour.
+The colours are Okabe and Ito's, which colour-blind people can tell apart.
+Markers, line styles and hatches distinguish them without colour.
 """
 
 import itertools
@@ -58,7 +58,7 @@ OTHER = (GREY, "*", (0, (6, 2, 1, 2)))
 
 
 def safe_text(name: str) -> str:
-    """Returns a name that is not read as a formula, or as large as a figure."""
+    """Returns a name that is not read as a formula and is not too long."""
     name = printable(name)
     if len(name) > _LETTERS:
         name = f"{name[: _LETTERS - 3]}..."
@@ -66,7 +66,7 @@ def safe_text(name: str) -> str:
 
 
 def finished_rows(records: Records, network: str) -> list[tuple[str, Changes]]:
-    """The rows of a network that have a result, each with its changes."""
+    """Returns the rows of a network with a result, and their changes."""
     found = {
         (run.gin, run.changes): None
         for run in records.finished
@@ -82,7 +82,7 @@ def methods(records: Records) -> Figure:
     """Draws the test accuracy of each row, all seeds, a panel per density.
 
     Args:
-        records: All runs, at least one of them finished and of no search.
+        records: All runs. At least one is finished and not part of a search.
     """
     blocks = []
     for network in rows.NETWORKS:
@@ -99,7 +99,7 @@ def methods(records: Records) -> Figure:
         at = [d for d in at if any(m is not None for m in means[d].values())]
         if at:
             blocks.append((network, every, _by_accuracy(masked, means), at))
-        elif every:  # dense ones alone
+        elif every:  # dense ones only
             blocks.append((network, every, every, [None]))
     columns = max(len(at) for *_, at in blocks)
     heights = [0.9 + 0.27 * len(shown) for _, _, shown, _ in blocks]
@@ -123,9 +123,9 @@ def methods(records: Records) -> Figure:
 
 
 def _by_accuracy(keys, means):
-    """Rows from the worst to the best, by how far they are from the others.
+    """Sorts rows from worst to best, by their distances from the others.
 
-    Not by their mean alone: a row may have no run at one of the densities.
+    The mean alone would not do: a row may have no run at some densities.
     """
 
     def place(key):
@@ -206,8 +206,8 @@ def equal_flops(records: Records, *, with_published: bool) -> Figure:
     """Draws RigL's test accuracy over training FLOPs, uniform and ERK.
 
     Args:
-        records: All runs, one of RigL at least finished.
-        with_published: Whether the report's numbers are drawn, too.
+        records: All runs, with at least one finished run of RigL.
+        with_published: Whether to draw the report's numbers too.
     """
     figure = new_figure(7.2, 4.8)
     axes = figure.subplots()

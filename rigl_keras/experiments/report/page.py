@@ -1,4 +1,4 @@
-"""A page of tables and figures, as Markdown and as HTML that needs no file."""
+"""A page of tables and figures, as Markdown and as self-contained HTML."""
 
 import base64
 import dataclasses
@@ -25,10 +25,10 @@ class Block:
     """A table.
 
     Args:
-        columns: What stands above the columns.
-        lines: The cells of each line; or a string, which heads the lines
+        columns: Headings of the columns.
+        lines: The cells of each line; or a string, a heading for the lines
             below it.
-        title: What stands above the table, `""` for nothing.
+        title: Title above the table, `""` for none.
     """
 
     columns: Sequence[str]
@@ -41,9 +41,9 @@ class Picture:
     """A figure.
 
     Args:
-        name: Of its file, without folder and ending.
+        name: Name of its file, without folder and ending.
         png: The bytes of the image.
-        alt: What it shows, for those who cannot see it.
+        alt: Description for those who cannot see it.
     """
 
     name: str
@@ -56,12 +56,12 @@ class Section:
     """A part of a page: text, then a figure, then tables, then notes.
 
     Args:
-        anchor: What links to it name.
+        anchor: Target for links to it.
         title: Its heading.
         text: Paragraphs.
         picture: A figure, if it has one.
         blocks: Tables.
-        notes: What marks such as [1] in the tables refer to, in order.
+        notes: The notes behind marks such as [1] in the tables, in order.
         items: Lines of a list.
     """
 
@@ -76,7 +76,7 @@ class Section:
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-    """All of it.
+    """A whole page.
 
     Args:
         title: Its heading.
@@ -137,7 +137,7 @@ def _markdown_block(block, notes):
 
 
 def _marked(cell, notes):
-    """Returns a cell and the mark at its end that refers to a note, or ""."""
+    """Returns a cell and the mark at its end, or ""."""
     found = re.fullmatch(r"(.*)( \[(\d{1,4})\])", cell, re.DOTALL)
     if found is None or not 1 <= int(found[3]) <= notes:
         return cell, ""
@@ -145,20 +145,20 @@ def _marked(cell, notes):
 
 
 def _plain(text):
-    """Returns a paragraph or item that is not read as Markdown."""
-    # At its start these would make a heading, a quote, a list or a rule.
+    """Returns a paragraph or item, escaped for Markdown."""
+    # At the start, these make a heading, a quote, a list or a rule.
     return re.sub(r"^(\d*)([#>+=.)-])", r"\1\\\2", _inline(text))
 
 
 def _inline(text):
-    """Returns text within a line that is not read as Markdown."""
+    """Returns text within a line, escaped for Markdown."""
     text = printable(" ".join(text.split()))
     letters = r"\\`*_<&~$\[\]"
     if re.search(r"[\[\]]", text):
-        # Nothing of a link, so that these alone would be read as they are.
+        # Links are broken, so the other characters need no escapes.
         letters += "()!"
     text = re.sub(f"[{letters}]", r"\\\g<0>", text)
-    # Many make links of addresses as they are.
+    # Many readers turn plain addresses into links.
     return text.replace("://", ":\\//").replace("www.", "www\\.")
 
 
@@ -166,13 +166,13 @@ def _inline(text):
 
 
 def as_csv_cell(text: str) -> str:
-    """Returns a cell of a table that no spreadsheet takes for a formula.
+    """Returns a cell that spreadsheets do not read as a formula.
 
     Args:
-        text: What it says. A number stays one, with whatever sign.
+        text: Text of the cell. Numbers stay numbers, with any sign.
 
     Returns:
-        The text, behind an apostrophe where it begins as formulas do.
+        The text, after an apostrophe if it begins like a formula.
     """
     text = printable(" ".join(text.split()))
     try:
@@ -182,7 +182,7 @@ def as_csv_cell(text: str) -> str:
     return f"'{text}" if text[:1] in _FORMULA and not number else text
 
 
-# Those of full width are taken for the others in some languages.
+# Some languages read full-width characters like these.
 _FORMULA = tuple("=+-@\uff1d\uff0b\uff0d\uff20")
 # HTML.
 
@@ -221,7 +221,7 @@ ol.notes, ul.items { font-size: .85rem; overflow-wrap: anywhere; }
 
 
 def as_html(page: Page) -> str:
-    """Returns a page as HTML that holds its figures and style."""
+    """Returns a page as HTML, with its figures and style."""
     links = "\n".join(
         f'<li><a href="#{section.anchor}">{_text(section.title)}</a></li>'
         for section in page.sections
@@ -296,5 +296,5 @@ def _html_block(block, notes):
 
 
 def _text(text):
-    """Returns text that is not read as HTML."""
+    """Returns text, escaped for HTML."""
     return html.escape(printable(" ".join(text.split())), quote=False)

@@ -60,7 +60,7 @@ def panels(records: Records, network: str) -> dict[str, Keys]:
     found = {"uniform masks": those(_UNIFORM), "ERK masks": those(_ERK)}
     if those(_LONGER):
         found["longer runs"] = those((*_LONGER, "pruning", "lottery"))
-    # Runs that were made longer than their row.
+    # Runs that are longer than their row.
     every = (*_UNIFORM, *_ERK[:-1])
     lengths = {changes for _, changes in finished if len(changes) == 1}
     for ((name, value),) in sorted(lengths):
@@ -116,7 +116,7 @@ def _draw_row(axes, records, gin, changes, densities, mixed):
     colour, marker, line = LOOKS.get(row.method, OTHER)
     if row.length == 3:
         line = (0, (1, 1))
-    # In a panel of several distributions ERK is the hollow one.
+    # In a panel with several distributions, ERK has hollow markers.
     hollow = mixed and row.distribution == "ERK"
     found = [
         summaries.of(records, gin, density, changes) for density in densities

@@ -1,4 +1,4 @@
-"""The whole report: which sections, and what it says of itself."""
+"""The whole report: its sections and its introduction."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -31,13 +31,13 @@ __all__ = ["Report", "report"]
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """A report, to be written.
+    """A report to be written.
 
     Args:
         page: Its text, tables and figures.
-        lines: The lines of report.csv, the names of its columns first.
+        lines: The lines of report.csv, with the names of its columns first.
         results: The lines of results.jsonl.
-        notes: What was left out, counted once or not drawn, and what is odd.
+        notes: What was left out, counted once, not drawn, or odd.
     """
 
     page: Page
@@ -57,12 +57,12 @@ def report(
 
     Args:
         found: All runs.
-        names: Which of `NAMES`. None at all: those that have a finished run.
-        with_published: Whether the numbers of the report stand beside those
-            of another preset, too. They always do beside those of the report's
-            own setting.
+        names: Names of sections, from `NAMES`. Empty: those with a finished
+            run.
+        with_published: Whether to show the report's numbers beside those of
+            another preset. Runs with the report's own setting always have them.
         planned: `planned(summary) -> (training, inference)`, the FLOPs ratios
-            of runs of which none is finished. None: they are left out.
+            of runs without a finished one. None: they are left out.
 
     Raises:
         ValueError: There is no such table or figure.
@@ -103,7 +103,7 @@ def report(
     sections += _notes(found, notes)
     text = _introduction(context)
     if left_out:
-        text.append(f"No run is finished of: {', '.join(left_out)}.")
+        text.append(f"Without a finished run: {', '.join(left_out)}.")
     title = f"Results of rigl_keras: preset {found.preset}"
     return Report(
         Page(title, text, sections),
@@ -130,26 +130,26 @@ def _introduction(context):
         line = (
             f"{result['model']} on {result['dataset']}: {epochs} epochs of "
             f"batch {batch}, {result['steps']:,} steps; the dense "
-            f"network costs {scientific(dense)} FLOPs a sample to test and "
+            f"network costs {scientific(dense)} FLOPs per sample to test and "
             "three times as many to train"
         )
         settings.setdefault(line, None)
     if context.comparable:
         text.append(
-            "These runs have the report's own setting. Its numbers stand "
-            "beside them, with the difference of the means."
+            "These runs have the report's own setting. Its numbers are beside "
+            "them, with the difference of the means."
         )
     else:
         text.append(
-            f"These runs are of the preset {found.preset}, not of the report's "
+            f"These runs use the preset {found.preset}, not the report's "
             "setting, which is WRN-22-2 on CIFAR-10 or ResNet-50 on CIFAR-100, "
-            "trained for 250 epochs: accuracies of the two are of different "
+            "trained for 250 epochs: their accuracies come from different "
             "networks and lengths. "
             + (
-                "The report's stand in columns of their own, without a "
+                "The report's numbers have separate columns, without a "
                 "difference."
                 if context.with_published
-                else "The report's are left out; --published adds them."
+                else "The report's numbers are left out; --published adds them."
             )
         )
     if settings:
@@ -161,20 +161,19 @@ def _introduction(context):
         f"{total / 3600:.1f} h of training in all" + versions + "."
     )
     text.append(
-        "Accuracies are in percent, of the test images unless it says "
-        "validation: the mean over seeds ± the sample standard deviation (n - "
-        "1), none of a single seed. FLOPs are over the dense network's, by "
-        "rigl_keras.count: to train over training it once, to test as the "
-        "masks are at the end. "
-        f'"{NONE}" stands for what there is not: no run, or nothing '
-        'published; "failed" and "unfinished" for runs that are listed at the '
-        "end."
+        "Accuracies are in percent, on the test images unless marked as "
+        "validation: means over seeds ± the sample standard deviation (n - "
+        "1), which a single seed does not have. FLOPs are relative to the "
+        "dense network's, by rigl_keras.count: to train, over training it "
+        "once; to test, with the final masks. "
+        f'"{NONE}" means no run, or no published number; "failed" and '
+        '"unfinished" runs are listed at the end.'
     )
     if context.planned is not None:
         text.append(
-            "FLOPs in brackets are planned, by closed forms, where no run is "
-            "finished. They are no results; SNFS and redistribution cost more, "
-            "for density moves."
+            "FLOPs in brackets are planned, by closed forms, if no run is "
+            "finished. They are not results: SNFS and redistribution cost "
+            "more, because density moves."
         )
     return text
 
@@ -201,7 +200,8 @@ def _section(context, name):
         target = "" if name in ("methods", "tuning") else f" {name}"
         how = "bin/tune" if name == "tuning" else f"bin/reproduce{target}"
         nothing = (
-            f"No run of it is finished. {how} --preset={preset} trains them."
+            "None of its runs is finished. "
+            f"{how} --preset={preset} trains them."
         )
         section = dataclasses.replace(section, text=(nothing,))
     return section
@@ -220,7 +220,7 @@ _SECTIONS = {
 
 
 def _notes(found, notes):
-    """What failed, what is unfinished, and what was left out or is odd."""
+    """Returns a section on failed, unfinished, left-out and odd runs."""
     failed = [f"{run.name}: {run.failure}" for run in found.runs if run.failed]
     unfinished = [
         f"{run.name}: {run.failure}"

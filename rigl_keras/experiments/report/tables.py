@@ -157,7 +157,7 @@ def _block(context, name, cells, density, title, marks):
     for cell in _rows_of(cells):
         at = None if cell.density is None else density
         summary = summaries.of(context.records, cell.gin, at)
-        # What the report does not have at this density is not missing.
+        # Rows that the report lacks at this density are not missing.
         if not (in_report or summary.n or summary.others):
             continue
         if cell.group != group:
@@ -192,7 +192,7 @@ def _block(context, name, cells, density, title, marks):
 
 
 def _rows_of(cells):
-    """Returns one cell of each row, in the order of the table."""
+    """Returns one cell for each row, in the order of the table."""
     return list(
         {(cell.group, cell.row, cell.gin): cell for cell in cells}.values()
     )
@@ -217,7 +217,7 @@ def _published(name, cell, marks):
 
 
 def table_4(context: Context, name: str) -> Section:
-    """The reference setting of mask updates, and the best that was tried."""
+    """The reference setting of mask updates, and the best tried one."""
     found, marks, lines = context.records, Marks(), []
     printed = published.cells(name)
     for mask, gin in RIGL.items():
@@ -259,10 +259,10 @@ def table_4(context: Context, name: str) -> Section:
     columns = ["setting", "drop fraction, steps", "validation (%)"]
     columns += ["test (%)", "seeds"]
     text = [
-        "The optimum is the setting of the highest mean validation accuracy "
-        f"among those tried that have all seeds {listed_seeds(found)}; how "
-        "many these are stands beside it. Its test accuracy did not take part "
-        "in the choice."
+        "The optimum is the setting with the highest mean validation accuracy "
+        "among those tried with all seeds "
+        f"{listed_seeds(found)}; their number stands beside it. Its test "
+        "accuracy was not used for the choice."
     ]
     if context.with_published:
         columns += ["report: drop fraction, steps", "report: test (%)"]
@@ -279,7 +279,7 @@ def _setting(context, label, summary, cell, marks):
     line = [label, *[NONE] * 4]
     if summary is not None:
         updates = summaries.settings_of(context.records, summary)
-        settings = cast(tuple[float, float], updates)  # where they are known
+        settings = cast(tuple[float, float], updates)  # they are known here
         known = None not in updates and (summary.n or summary.others)
         validation = summary.validation if summary.n else None
         line = [
@@ -326,14 +326,14 @@ def methods(context: Context, name: str) -> Section:
             blocks += _of_methods(context, name, keys, densities, title)
     text = (
         "Every row that has a run. A number in brackets says how many seeds "
-        "are finished where some are not.",
+        "are finished, if not all.",
     )
     picture = contents.picture_of(context, name, method_figures.methods, found)
     return Section(name, TITLES[name], text, picture, blocks)
 
 
 def _of_methods(context, name, keys, densities, title):
-    """Two tables of rows by densities: accuracies, and what they cost."""
+    """Two tables of rows by densities: accuracies and costs."""
     accuracies, costs = [], []
     for gin, changes in keys:
         label = summaries.label(gin, changes)
@@ -362,7 +362,7 @@ def _of_methods(context, name, keys, densities, title):
 
 
 def _ordered(keys):
-    """Sorts rows by method, as Table 2 has them, then by masks and length."""
+    """Sorts rows by method as in Table 2, then by masks and length."""
     order = ["Dense", "Small-Dense", "Static", "SET", "SNFS", "RigL"]
 
     def place(key):
@@ -376,7 +376,7 @@ def _ordered(keys):
 
 
 def other_runs(context: Context) -> list[Section]:
-    """Runs that no other section shows, such as those of gin files added."""
+    """Runs that no other section shows, such as those of new gin files."""
     found, lines = context.records, []
     shared = summaries.densities(found, {run.gin for run in found.runs})
     groups = dict.fromkeys(

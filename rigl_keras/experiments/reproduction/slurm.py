@@ -98,11 +98,12 @@ class Flags:
     """The flags about SLURM that commands share.
 
     Args:
-        module: The command's module, which workers run.
+        name: Name of the command.
+        module: Its module, which workers run.
     """
 
-    def __init__(self, module: str):
-        self._module = module
+    def __init__(self, name: str, module: str):
+        self._name, self._module = name, module
         self._workers = flags.DEFINE_integer(
             f"{_OURS}",
             None,
@@ -147,7 +148,7 @@ class Flags:
                 *_given_flags(),
                 *extra,
             ],
-            name="-".join([self._module.rsplit(".", 1)[-1], *argv[1:]]),
+            name="-".join([self._name, *argv[1:]]),
             workers=self._workers.value,
             options=_words(self._options.value),
             folder=folder,

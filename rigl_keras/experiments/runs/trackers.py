@@ -18,6 +18,7 @@ from typing import Any
 import keras
 
 from rigl_keras import _reading
+from rigl_keras._extras import MissingPackageError
 from rigl_keras._text import first_line
 from rigl_keras.experiments import exits
 from rigl_keras.experiments.runs import run_files
@@ -42,7 +43,7 @@ class Tracker(abc.ABC):
     """Where a run is followed.
 
     Raises:
-        ValueError: Its package is not installed.
+        MissingPackageError: Its package is not installed.
     """
 
     package: str  # as pip installs it
@@ -50,7 +51,7 @@ class Tracker(abc.ABC):
 
     def __init__(self):
         if importlib.util.find_spec(self.module) is None:
-            raise ValueError(
+            raise MissingPackageError(
                 f"--tracker={self.module} needs {self.package}: pip install "
                 f"{self.package}."
             )
