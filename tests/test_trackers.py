@@ -118,6 +118,7 @@ def test_a_run_that_goes_on_does_so_in_the_tracker(
 
 def test_a_package_that_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert set(trackers.TRACKERS) == {"mlflow", "wandb"}  # as the flag says
     for name in trackers.TRACKERS:
         with pytest.raises(
             MissingPackageError, match=f"needs {name}: pip install"

@@ -2,7 +2,7 @@
 
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rigl_keras._text import aligned
 from rigl_keras.experiments.protocol import variations
@@ -26,7 +26,7 @@ from rigl_keras.experiments.tuning.tables import (
     trial_table,
 )
 
-__all__ = ["learning_rate", "updates"]
+__all__ = ["by_seed", "grid_of", "learning_rate", "runs_begun", "updates"]
 
 
 def updates(
@@ -96,7 +96,7 @@ def _study(searched, results):
     )
 
 
-def runs_begun(searched, results):
+def runs_begun(searched: Search, results: Results) -> list[Run]:
     """Returns the runs of the trials that there are, and the reference's."""
     study = _study(searched, results)
     runs = [
@@ -174,7 +174,9 @@ def learning_rate(
     return failed
 
 
-def grid_of(row, preset, density, seeds):
+def grid_of(
+    row: str, preset: Preset, density: float, seeds: Sequence[int]
+) -> dict[tuple, list[Run]]:
     """Returns the runs of each setting of Figure 2."""
     grid = {}
     for drop_fraction, frequency in variations.UPDATES:
@@ -189,7 +191,7 @@ def grid_of(row, preset, density, seeds):
     return grid
 
 
-def by_seed(grid):
+def by_seed(grid: Mapping[tuple, Sequence[Run]]) -> list[Run]:
     """Returns all runs of a grid, those of the first seed first."""
     return [run for same in zip(*grid.values(), strict=True) for run in same]
 
