@@ -24,6 +24,7 @@ _CHOICES = {
     "redistribution_total": ("conserved", "corrected"),
     "erk_rounding": ("zeros", "zeros_and_ones"),
     "sampling": ("exact", "bernoulli"),
+    "unit_score": ("mean_of_magnitudes", "magnitude_of_mean"),
 }
 _SWITCHES = ("end_is_included", "spare_dense_layers", "update_replaces_step")
 
@@ -89,6 +90,12 @@ class Conventions:
             number of ones (TF1, sparse_utils.py:48-68) or as independent
             `"bernoulli"` draws, whose total varies (PT,
             funcs/init_scheme.py:156, funcs/grow.py:126-130).
+        unit_score: What a unit of several weights (a kernel, a block) is
+            worth, by weights or gradients x. `"mean_of_magnitudes"`:
+            mean |x|, which says how large they are; neither the paper nor
+            TF1 has such units. `"magnitude_of_mean"`: |mean x|, so that
+            weights of opposite signs cancel (PT, struct_magnitude_prune in
+            funcs/prune.py and struct_abs_grad_growth in funcs/grow.py).
 
     Raises:
         ValueError: An argument has a value that is not allowed.
@@ -112,6 +119,9 @@ class Conventions:
     update_replaces_step: bool = True
     erk_rounding: Literal["zeros", "zeros_and_ones"] = "zeros"
     sampling: Literal["exact", "bernoulli"] = "exact"
+    unit_score: Literal["mean_of_magnitudes", "magnitude_of_mean"] = (
+        "mean_of_magnitudes"
+    )
 
     def __post_init__(self):
         for field, choices in _CHOICES.items():
@@ -147,6 +157,7 @@ REPORT = Conventions(
     redistribution_total="corrected",
     erk_rounding="zeros_and_ones",
     sampling="bernoulli",
+    unit_score="magnitude_of_mean",
 )
 
 

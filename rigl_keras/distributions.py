@@ -28,7 +28,12 @@ __all__ = [
     "total_count",
 ]
 
-DISTRIBUTIONS = ("uniform", "erdos_renyi", "erdos_renyi_kernel")
+DISTRIBUTIONS = (
+    "uniform",
+    "uniform_all",
+    "erdos_renyi",
+    "erdos_renyi_kernel",
+)
 _SHORT_NAMES = {"er": "erdos_renyi", "erk": "erdos_renyi_kernel"}
 _DENSITY = (
     "is the fraction of weights kept and must be in (0, 1]; for 90 % sparsity "
@@ -135,6 +140,8 @@ def layer_densities(
 
     `uniform` keeps the first layer dense, outside the budget (unless
     `densities` names it), and gives every other layer the density d.
+    `uniform_all` gives every layer the density d, the first one too (the
+    reproduction's struct-random, funcs/init_scheme.py).
     `erdos_renyi` and `erdos_renyi_kernel` give layer l the density
     min(1, epsilon p_l), where
 
@@ -150,8 +157,8 @@ def layer_densities(
         shapes: `{name: kernel shape}` in Keras order (spatial dimensions,
             then input and output channels) and in the order of the model.
         density: Fraction of the weights kept overall, in (0, 1].
-        distribution: `"uniform"`, `"erdos_renyi"` (`"er"`) or
-            `"erdos_renyi_kernel"` (`"erk"`).
+        distribution: `"uniform"`, `"uniform_all"`, `"erdos_renyi"` (`"er"`)
+            or `"erdos_renyi_kernel"` (`"erk"`).
         conventions: `erk_rounding` decides how counts are rounded.
         densities: `{name: density}` of layers with a fixed density. They count
             towards the overall density; the other layers share the rest.
@@ -181,6 +188,8 @@ def layer_densities(
         if first not in given:
             del sizes[first]
         solved = {first: 1.0, **_solve_uniform(sizes, density, given)}
+    elif distribution == "uniform_all":
+        solved = _solve_uniform(sizes, density, given)
     elif density == 1.0 and not given:
         solved = dict.fromkeys(shapes, 1.0)
     else:

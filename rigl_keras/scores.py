@@ -10,8 +10,16 @@ import tensorflow as tf
 
 from rigl_keras._checks import integer
 from rigl_keras._random import random_bits
+from rigl_keras.conventions import ORIGINAL, Conventions
+from rigl_keras.layouts import Layout
 
-__all__ = ["gradient_magnitude", "magnitude", "random", "saliency"]
+__all__ = [
+    "gradient_magnitude",
+    "magnitude",
+    "of_units",
+    "random",
+    "saliency",
+]
 
 
 def magnitude(kernel: tf.Tensor) -> tf.Tensor:
@@ -40,6 +48,38 @@ def gradient_magnitude(gradient: tf.Tensor) -> tf.Tensor:
         Tensor of the same shape and dtype, non-negative.
     """
     return tf.abs(_floats("gradient", gradient))
+
+
+def of_units(
+    tensor: tf.Tensor, layout: Layout, *, conventions: Conventions = ORIGINAL
+) -> tf.Tensor:
+    """Returns |x|, or for each weight |mean x| of its unit.
+
+    Where a mask keeps or removes several weights as one, an update reads the
+    mean of the scores of each unit: mean |x|, or |mean x| of what is the same
+    for all of it. Both are |x| where a unit is a single weight.
+
+    Args:
+        tensor: Float tensor of weights or gradients, of the kernel's shape.
+        layout: The units of the kernel.
+        conventions: `unit_score` decides which of the two it is.
+
+    Returns:
+        Tensor of the same shape and dtype, non-negative.
+
+    Example:
+
+    >>> layout = patterns.Kernel().layout((1, 2, 1, 1))
+    >>> x = tf.reshape([3.0, -1.0], (1, 2, 1, 1))
+    >>> layout.by_unit(of_units(x, layout)).numpy().item()
+    2.0
+    >>> layout.by_unit(of_units(x, layout, conventions=REPORT)).numpy().item()
+    1.0
+    """
+    tensor = _floats("tensor", tensor)
+    if conventions.unit_score == "magnitude_of_mean":
+        tensor = layout.by_element(layout.by_unit(tensor))
+    return tf.abs(tensor)
 
 
 def saliency(kernel: tf.Tensor, gradient: tf.Tensor) -> tf.Tensor:

@@ -29,6 +29,15 @@ def test_uniform_keeps_the_first_layer_dense_outside_the_budget():
     }
 
 
+def test_uniform_all_masks_the_first_layer_too():
+    assert set(layer_densities(SHAPES, 0.1, "uniform_all").values()) == {0.1}
+    # 144, 100 and 400 weights; "c" dense: 0.7 x 644 - 400 of the other 244.
+    got = layer_densities(SHAPES, 0.7, "uniform_all", densities={"c": 1.0})
+    left = (0.7 * 644 - 400) / 244
+    assert got == pytest.approx({"a": left, "b": left, "c": 1.0})
+    assert list(layer_budgets(SHAPES, 0.1, "uniform_all")) == [*SHAPES]
+
+
 def test_erdos_renyi_by_hand():
     # (n_in + n_out) / (n_in n_out): 10 x 10 -> 0.2, 40 x 10 -> 0.125, so that
     # epsilon counts n_in + n_out: 20 + 50 = 70 for a budget of 0.14 x 500.

@@ -142,6 +142,7 @@ def record(run_dir):
     assert steps_shown(run_dir / "topology", "topology/grown/all") == updates
     result = json.loads((run_dir / "result.json").read_text())
     assert result.pop("seconds") > 0
+    assert result["versions"].pop("date").endswith("+00:00")
     saved = {"model": bits_of_model(run_dir / "model.keras")}
     # Weights, masks, batch statistics, momentum, steps, generators, epoch.
     for index in run_dir.glob("checkpoints/*.index"):

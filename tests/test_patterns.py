@@ -5,6 +5,7 @@ import itertools
 import math
 import pathlib
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.patterns import PATTERNS, brute_force, group_counts
 
+import rigl_keras
 from rigl_keras import topology
 from rigl_keras.conventions import REPORT
 from rigl_keras.layouts import Axes
@@ -71,6 +73,30 @@ def test_groups_of_a_fan_in_are_the_inputs_of_a_unit():
     # Each pair of a depthwise kernel's channel and multiplier is a unit.
     depthwise = FanIn().layout(Axes((3, 3, 4, 2), (2,), (2, 3), True))
     assert (depthwise.groups, depthwise.size) == (8, 9)
+
+
+@pytest.mark.parametrize(
+    "conventions, drops, grows",
+    [
+        (rigl_keras.ORIGINAL, [2, 1], [3, 2]),
+        (rigl_keras.REPORT, [1, 1], [0, 2]),
+    ],
+)
+def test_what_a_kernel_is_worth(conventions, drops, grows):
+    """Weights (3, -1) and (1, 1): mean |w| is 2 and 1, |mean w| 1 and 1."""
+    model = keras.Sequential(
+        [keras.Input((4, 4, 1)), keras.layers.Conv2D(2, (1, 2))]
+    )
+    model = rigl_keras.sparsify(model, 1.0, granularity="kernel")
+    (layer,) = rigl_keras.masked_layers(model)
+    layer.kernel.assign([[[[3.0, 1.0]], [[-1.0, 1.0]]]])
+    gradient = tf.constant([[[[3.0, -2.0]], [[-3.0, -2.0]]]])
+    rigl = rigl_keras.RigL(conventions=conventions)
+    step = tf.constant(100, tf.int64)
+    for score, want in ((rigl.drop_scores, drops), (rigl.grow_scores, grows)):
+        worth = score(layer, gradient, step)
+        assert worth.shape == layer.kernel.shape
+        np.testing.assert_array_equal(layer.by_unit(worth), [want])
 
 
 def test_blocks_by_hand():

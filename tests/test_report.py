@@ -239,7 +239,7 @@ def test_mean_deviation_and_difference(results):
     text = page.as_markdown(made_report.page)
     assert (
         "| RigL (ERK) | 93.50 ± 1.80 | 3 of 3 | 0.17x | 0.16x | 92.4 ± 0.06 "
-        "| 0.17x, 0.17x | +1.10 |" in text
+        "| 0.17x, 0.17x | +1.10 | -3.37 to +5.57 |" in text
     )
     # One seed has no deviation; a row without a run has nothing.
     assert "| Dense Baseline | 94.00 | 1 of 3 | 1.00x | 1.00x |" in text
@@ -461,13 +461,14 @@ def test_another_preset_is_not_compared_with_the_report(tmp_path):
 
 def test_what_is_shown(results):
     text = sections.report(reading.read(results)).page.text
-    assert "Without a finished run: table1, table3, table4" in text[-1]
+    told = "Without a finished run: table1, table3, table4, table5"
+    assert told in text[-1]
     shown = sections.report(reading.read(results), ["figure2", "table3"])
     assert [s.anchor for s in shown.page.sections] == ["table3", "figure2"]
     markdown = page.as_markdown(shown.page)
     assert "| RigL 3x | - | - |" in markdown
     assert "bin/reproduce figure2 --preset=full trains them" in markdown
-    with pytest.raises(ValueError, match="is one of methods, table1"):
+    with pytest.raises(ValueError, match="is one of methods, differences"):
         sections.report(reading.read(results), ["table6"])
 
 
@@ -555,7 +556,7 @@ def test_lines_that_are_wrong_in_one_place(results, tmp_path):
 class Checked(html.parser.HTMLParser):
     """Finds tags that are not closed, and what a page refers to."""
 
-    VOID = {"meta", "img", "br", "link"}
+    VOID = {"meta", "img", "br", "link", "input"}
 
     def __init__(self, text):
         super().__init__()
@@ -589,6 +590,7 @@ def varied(results):
     made(results, "rigl_erk_wrn", 0.057, 0, 0.9, flops=(0.1701, 0.1))
     made(results, "rigl_uniform_2x_wrn", 0.1, 0, 0.91)
     made(results, "rigl_uniform_resnet50", 0.1, 0, 0.7)
+    made(results, "rigl_kernel_erk_wrn", 0.1, 0, 0.89)
     made(results, "dense_50k_wrn", None, 0, 0.95)
     made(
         results,

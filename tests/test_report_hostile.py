@@ -218,6 +218,8 @@ def test_every_file_of_a_run_may_be_anything(
 def test_no_curve_can_be_drawn(results, tmp_path):
     """Figure 4 says so in place of lines, and its bars are there."""
     curves = ("", "step,inference_flops\n", "step,inference_flops\n0,inf\n")
+    moved = made(results, "rigl_sg_uniform_wrn", 0.1, 0, 0.9)
+    (moved / "run/flops.csv").write_text("")
     for seed, curve in enumerate(curves):
         folder = results / "full" / f"rigl_erk_wrn-density0.1-seed{seed}"
         (folder / "run/flops.csv").write_text(curve)
@@ -226,8 +228,8 @@ def test_no_curve_can_be_drawn(results, tmp_path):
         (folder / "run/flops.csv").write_text(lines)
         assert not reading.read(results).runs[3].curve, bad
     found = reading.read(results)
-    told = "seed0, rigl_erk_wrn-density0.1-seed1 and rigl_erk_wrn-density0.1-"
-    assert told + "seed2 have no flops.csv" in str(found.notes)
+    told = "seed1, rigl_erk_wrn-density0.1-seed2 and rigl_sg_uniform_wrn-"
+    assert told + "density0.1-seed0 have no flops.csv" in str(found.notes)
     figure = redistribution_figures.redistribution(found)
     left = figure.axes[0]
     assert [text.get_text() for text in left.texts] == [
@@ -418,7 +420,10 @@ def test_nothing_a_run_has_said_is_markdown(results, tmp_path, undrawn):
     made(results, "rigl_erk_wrn", 0.1, 0, 0.9, changes=changes, folder="# x")
     text, _ = written(reading.read(results), tmp_path / "out")
     said = [line for line in text.splitlines() if "evil" in line]
-    assert len(said) == 3
+    (fenced,) = (line for line in said if line.startswith("bin/reproduce"))
+    assert "`" not in fenced  # a command, between lines of these
+    said.remove(fenced)
+    assert len(said) == 4  # among other and every run, and twice at the end
     whole = (
         r"\!\[x\]\(http:\//evil.example\) \<img src=x> \`a\` | b\_c "
         r"\*d\* \& www\.e.f"

@@ -149,9 +149,14 @@ def main() -> None:
                 "with one that can be made."
             )
         found = reading.read(results_dir.value, preset.value)
+        folder = None
+        if Path(results_dir.value).is_dir():
+            results = Path(results_dir.value).resolve()
+            folder = os.path.relpath(results, Path(output.value).resolve())
         made = report(
             found,
             argv[1:],
+            folder=folder,
             with_published=with_published.value,
             planned=planned_flops(found.preset) if with_planned.value else None,
         )

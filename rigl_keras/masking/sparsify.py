@@ -83,7 +83,8 @@ def sparsify(
         density: Fraction of the masked weights kept, in (0, 1]. None: the
             density of the pattern, if it fixes that of each layer.
         distribution: `"erdos_renyi_kernel"` (`"erk"`), `"erdos_renyi"`
-            (`"er"`) or `"uniform"`, which leaves the first layer dense.
+            (`"er"`), `"uniform"`, which leaves the first layer dense, or
+            `"uniform_all"`, which does not.
         densities: `{layer, its type or its name: density}` of layers with a
             fixed density. They count towards `density`; the other layers share
             the rest.

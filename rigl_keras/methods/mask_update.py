@@ -188,7 +188,13 @@ class MaskUpdate(StepUpdate):
             Float tensor of the kernel's shape.
         """
         del gradient, step
-        return scores.magnitude(layer.kernel.value)
+        return self.magnitudes(layer, layer.kernel.value)
+
+    def magnitudes(self, layer: KernelMask, tensor: Any) -> tf.Tensor:
+        """Returns |x| of weights or gradients x, by `scores.of_units`."""
+        return scores.of_units(
+            tensor, layer.layout, conventions=self.conventions
+        )
 
     def grow_scores(
         self, layer: KernelMask, gradient: tf.Tensor, step: tf.Tensor

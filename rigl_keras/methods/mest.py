@@ -118,7 +118,7 @@ class MEST(FirstCounts):
         if self.gradient_weight == 0:
             return score
         return score + self.gradient_weight * tf.cast(
-            scores.gradient_magnitude(gradient), score.dtype
+            self.magnitudes(layer, gradient), score.dtype
         )
 
     def grow_scores(

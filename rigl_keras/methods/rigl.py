@@ -40,7 +40,7 @@ class RigL(MaskUpdate):
     def grow_scores(
         self, layer: KernelMask, gradient: tf.Tensor, step: tf.Tensor
     ) -> tf.Tensor:
-        return scores.gradient_magnitude(gradient)
+        return self.magnitudes(layer, gradient)
 
 
 class SET(MaskUpdate):
@@ -120,4 +120,4 @@ class SNFS(MaskUpdate):
         self, layer: KernelMask, gradient: tf.Tensor, step: tf.Tensor
     ) -> tf.Tensor:
         momentum = optimizer_state.momentum(self.optimizer, layer.kernel)
-        return scores.magnitude(momentum)
+        return self.magnitudes(layer, momentum)

@@ -15,7 +15,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from rigl_keras import _checks, replicas, scores, topology
+from rigl_keras import _checks, replicas, topology
 from rigl_keras._tensor_checks import count_true
 from rigl_keras.conventions import Conventions
 from rigl_keras.masking.masked import KernelMask
@@ -218,7 +218,7 @@ class StoredWeights(MaskUpdate):
     def grow_scores(
         self, layer: KernelMask, gradient: tf.Tensor, step: tf.Tensor
     ) -> tf.Tensor:
-        return scores.magnitude(self._weights(layer))
+        return self.magnitudes(layer, self._weights(layer))
 
     def first_weights(
         self, layer: KernelMask, gradient: tf.Tensor, step: tf.Tensor
@@ -336,7 +336,9 @@ class TopKAST(StoredWeights):
         for layer in layers:
             mask = tf.convert_to_tensor(layer.mask.value)
             kept = layer.units(mask)
-            worth = layer.by_unit(scores.magnitude(self.hidden(layer).value()))
+            worth = layer.by_unit(
+                self.magnitudes(layer, self.hidden(layer).value())
+            )
             extra = count_true(kept)
             if self.extra_density is not None:
                 size = math.prod(layer.layout.unit_shape)

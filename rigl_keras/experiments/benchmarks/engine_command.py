@@ -33,7 +33,6 @@ import tensorflow as tf
 from rigl_keras import _checks, _figure_style, kernels
 from rigl_keras.distributions import DISTRIBUTIONS
 from rigl_keras.experiments import exits
-from rigl_keras.experiments.benchmarks import provenance
 from rigl_keras.experiments.benchmarks.engines.catalogue import ENGINES
 from rigl_keras.experiments.benchmarks.engines.environments import (
     UnavailableError,
@@ -63,6 +62,7 @@ from rigl_keras.experiments.benchmarks.kernel_command import (
     prepared_folder,
 )
 from rigl_keras.experiments.progress_bar import ProgressBar, say
+from rigl_keras.experiments.runs import provenance
 
 __all__ = ["measure_engines", "run"]
 

@@ -24,7 +24,6 @@ import tensorflow as tf
 from rigl_keras import _checks, kernels
 from rigl_keras._timing import warm_turns
 from rigl_keras.distributions import DISTRIBUTIONS
-from rigl_keras.experiments.benchmarks import provenance
 from rigl_keras.experiments.benchmarks.inference_command import (
     MODELS,
     check_densities,
@@ -36,6 +35,7 @@ from rigl_keras.experiments.benchmarks.speed_tables import (
     table_row,
 )
 from rigl_keras.experiments.progress_bar import ProgressBar
+from rigl_keras.experiments.runs import provenance
 
 __all__ = [
     "DENSE",

@@ -28,7 +28,7 @@ _METHODS = {
     "rigl_sg": "RigL-SG",
     "rigl_sm": "RigL-SM",
     "rigl_reinit": "RigL, re-initialised",
-    "rigl_kernel": "RigL on kernels",
+    "rigl_kernel": "RigL-Struct",
     "snip": "SNIP",
     "grasp": "GraSP",
     "synflow": "SynFlow",

@@ -4,8 +4,10 @@ from pathlib import Path
 
 __all__ = [
     "Changes",
+    "CIFAR100",
     "DENSITIES",
     "FIGURE_1",
+    "FIGURE_1C",
     "FIGURE_4",
     "FULL",
     "GIN_FOLDER",
@@ -14,6 +16,7 @@ __all__ = [
     "METHODS_AT_HALF",
     "METHODS_DENSITIES",
     "RIGL",
+    "RIGL_RESNET50",
     "SEEDS",
     "TUNED",
     "UPDATES",
@@ -38,7 +41,31 @@ FIGURE_1 = (
     "snfs_erk_wrn",
     "pruning_wrn",
 )
+# Figure 1(c): at twice the length, beside what they are compared with.
+FIGURE_1C = (
+    "dense_wrn",
+    "pruning_wrn",
+    "rigl_erk_wrn",
+    "static_uniform_2x_wrn",
+    "set_uniform_2x_wrn",
+    "rigl_uniform_2x_wrn",
+)
+# The figure of CIFAR-100, which the journal version calls Figure 2.
+CIFAR100 = (
+    "dense_resnet50",
+    "static_uniform_resnet50",
+    "set_uniform_resnet50",
+    "rigl_uniform_resnet50",
+    "snfs_uniform_resnet50",
+    "pruning_resnet50",
+    "rigl_erk_resnet50",
+    "snfs_erk_resnet50",
+    "rigl_uniform_2x_resnet50",
+    "rigl_erk_2x_resnet50",
+    "rigl_uniform_3x_resnet50",
+)
 RIGL = ("rigl_uniform_wrn", "rigl_erk_wrn")
+RIGL_RESNET50 = ("rigl_uniform_resnet50", "rigl_erk_resnet50")
 FIGURE_4 = (
     *RIGL,
     "rigl_sg_uniform_wrn",

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from rigl_keras._text import exact
 from rigl_keras.experiments.protocol import published
-from rigl_keras.experiments.report import summaries
+from rigl_keras.experiments.report import comparisons, summaries
 from rigl_keras.experiments.report.records import Records
 from rigl_keras.experiments.report.summaries import Summary
 
@@ -16,6 +16,7 @@ __all__ = [
     "accuracy_cell",
     "difference_to_published",
     "flops_cells",
+    "interval_cell",
     "listed_seeds",
     "train_and_test_cell",
     "percent_cell",
@@ -41,6 +42,7 @@ class Context:
     asked: bool
     lines: list
     undrawn: dict  # {the name of a figure: why it cannot be drawn}
+    folder: str | None = None  # of the results, seen from the page
 
 
 # Functions that return the text of cells.
@@ -76,6 +78,13 @@ def signed_cell(difference: float | None) -> str:
     if difference is None:
         return NONE
     return f"{round(difference, 2) + 0.0:+.2f}"  # without -0.00
+
+
+def interval_cell(difference: comparisons.Difference) -> str:
+    """Returns the ends of an interval, or that there is none."""
+    if difference.low is None or difference.high is None:
+        return NONE
+    return f"{signed_cell(difference.low)} to {signed_cell(difference.high)}"
 
 
 def ratio_cell(value: float | None) -> str:

@@ -8,9 +8,11 @@ import re
 from collections.abc import Sequence
 
 from rigl_keras._text import printable
+from rigl_keras.experiments.report.page_style import STYLE
 
 __all__ = [
     "Block",
+    "Link",
     "Page",
     "Picture",
     "Section",
@@ -18,6 +20,22 @@ __all__ = [
     "as_html",
     "as_markdown",
 ]
+
+
+class Link(str):
+    """A cell that leads to a file.
+
+    Args:
+        words: What it says.
+        target: Where the file is, seen from the page, in the letters of URLs.
+    """
+
+    target: str
+
+    def __new__(cls, words: str, target: str):
+        link = super().__new__(cls, words)
+        link.target = target
+        return link
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +81,8 @@ class Section:
         blocks: Tables.
         notes: The notes behind marks such as [1] in the tables, in order.
         items: Lines of a list.
+        commands: Lines of a shell that make it again.
+        folded: Whether its tables open at a click, as long ones do.
     """
 
     anchor: str
@@ -72,6 +92,8 @@ class Section:
     blocks: Sequence[Block] = ()
     notes: Sequence[str] = ()
     items: Sequence[str] = ()
+    commands: Sequence[str] = ()
+    folded: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,13 +132,19 @@ def as_markdown(page: Page) -> str:
             lines += [f"[{number}] {_plain(note)}", ""]
         if section.items:
             lines += [f"- {_plain(item)}" for item in section.items] + [""]
+        if section.commands:
+            commands = [_line(c).replace("`", "'") for c in section.commands]
+            lines += ["```sh", *commands, "```", ""]
     return "\n".join(lines)
 
 
 def _markdown_block(block, notes):
     def cell(text):
         words, mark = _marked(text, notes)
-        return _inline(words).replace("|", "\\|") + mark
+        said = _inline(words).replace("|", "\\|") + mark
+        if isinstance(text, Link):
+            return f"[{said}]({text.target})"
+        return said
 
     def row(cells):
         return f"| {' | '.join(cells)} |"
@@ -142,6 +170,10 @@ def _marked(cell, notes):
     if found is None or not 1 <= int(found[3]) <= notes:
         return cell, ""
     return found[1], found[2]
+
+
+def _line(text):
+    return printable(" ".join(text.split()))
 
 
 def _plain(text):
@@ -186,39 +218,6 @@ def as_csv_cell(text: str) -> str:
 _FORMULA = tuple("=+-@\uff1d\uff0b\uff0d\uff20")
 # HTML.
 
-_STYLE = """
-body { max-width: 66rem; margin: 2rem auto; padding: 0 1rem; color: #222;
-  font: 16px/1.5 system-ui, sans-serif; }
-h1 { line-height: 1.2; }
-h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc; }
-nav { background: #f6f6f6; padding: .5rem 1rem; }
-nav ul { columns: 2; margin: 0; padding-left: 1.2rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .85rem; margin: .5rem 0 1.2rem;
-  font-variant-numeric: tabular-nums; }
-caption { text-align: left; font-weight: 600; padding: .3rem 0; }
-th, td { padding: .2rem .5rem; text-align: right; white-space: nowrap; }
-thead th { border-bottom: 2px solid #555; vertical-align: bottom;
-  white-space: normal; }
-tbody td, tbody th { border-bottom: 1px solid #e4e4e4; }
-th:first-child { text-align: left; }
-tbody th { font-weight: normal; }
-tr.group th { font-style: italic; color: #555; padding-top: .6rem; }
-figure { margin: 1rem 0; }
-img { max-width: 100%; height: auto; }
-ol.notes, ul.items { font-size: .85rem; overflow-wrap: anywhere; }
-@media print {
-  body { max-width: none; margin: 0; font-size: 10pt; }
-  nav { display: none; }
-  .wide { overflow: visible; }
-  img { max-height: 18cm; }
-  figure, tr, h2, caption { break-inside: avoid; }
-  h2, caption { break-after: avoid; }
-  table { font-size: 7.5pt; }
-  th, td { padding: .1rem .4rem; }
-}
-"""
-
 
 def as_html(page: Page) -> str:
     """Returns a page as HTML, with its figures and style."""
@@ -233,7 +232,7 @@ def as_html(page: Page) -> str:
         '<meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{_text(page.title)}</title>",
-        f"<style>{_STYLE}</style>",
+        f"<style>{STYLE}</style>",
         "</head>",
         "<body>",
         f"<h1>{_text(page.title)}</h1>",
@@ -254,25 +253,41 @@ def _html_section(section):
     if section.picture is not None:
         image = base64.b64encode(section.picture.png).decode()
         alt = html.escape(printable(section.picture.alt))
+        # A box that is ticked is an image in its own size, without a script.
         parts.append(
-            f'<figure><img alt="{alt}" src="data:image/png;base64,{image}">'
-            "</figure>"
+            '<figure><label class="larger">'
+            '<input type="checkbox" aria-label="Larger">'
+            f'<img alt="{alt}" src="data:image/png;base64,{image}">'
+            "</label><figcaption>A click or a tap shows the figure in its own "
+            "size, and again as wide as the page.</figcaption></figure>"
         )
-    for block in section.blocks:
-        parts += _html_block(block, len(section.notes))
+    tables = [
+        line
+        for block in section.blocks
+        for line in _html_block(block, len(section.notes))
+    ]
+    if tables and section.folded:
+        tables = ["<details>", "<summary>Show</summary>", *tables, "</details>"]
+    parts += tables
     if section.notes:
         items = "".join(f"<li>{_text(note)}</li>" for note in section.notes)
         parts.append(f'<ol class="notes">{items}</ol>')
     if section.items:
         items = "".join(f"<li>{_text(item)}</li>" for item in section.items)
         parts.append(f'<ul class="items">{items}</ul>')
+    if section.commands:
+        lines = "\n".join(html.escape(_line(c)) for c in section.commands)
+        parts.append(f"<pre>{lines}</pre>")
     return [*parts, "</section>"]
 
 
 def _html_block(block, notes):
     def cell(text):
         words, mark = _marked(text, notes)
-        return _text(words) + (mark and f"<sup>{mark.strip()}</sup>")
+        said = _text(words) + (mark and f"<sup>{mark.strip()}</sup>")
+        if isinstance(text, Link):
+            return f'<a href="{html.escape(text.target)}">{said}</a>'
+        return said
 
     parts = ['<div class="wide">', "<table>"]
     if block.title:

@@ -135,6 +135,7 @@ def _record(preset, path):
         result=result,
         learning_rate=record_files.learning_rate(run / "config.gin"),
         curve=record_files.curve(run / "flops.csv", result),
+        history=record_files.history(run / "metrics.csv"),
     )
 
 
@@ -184,9 +185,11 @@ def _from_line(line):
         fields |= record_files.about_in(fields)
     fields["preset"] = printable(fields["preset"])
     fields["curve"] = tuple(record_files.curve_in(fields["curve"]))
+    history = record_files.history_in(fields.get("history", ()))
+    fields["history"] = tuple(history)
     record = Record(**fields)  # an extra field is a TypeError
     if record.row is None or record.result is None:
-        return dataclasses.replace(record, result=None, curve=())
+        return dataclasses.replace(record, result=None, curve=(), history=())
     result = record_files.result_in(record.result)
     disagreement = record_files.disagreement(fields, result)
     if disagreement is not None:

@@ -21,6 +21,8 @@ __all__ = [
     "curve",
     "curve_in",
     "disagreement",
+    "history",
+    "history_in",
     "is_rate",
     "learning_rate",
     "result",
@@ -318,6 +320,54 @@ def curve_in(points: Iterable) -> list[tuple[int, float]]:
     return found
 
 
+# How well a run did after each epoch.
+
+
+def history(path: Path) -> tuple[tuple[int, float], ...]:
+    """Returns `((epoch, accuracy in percent), ...)`, the first epoch being 1.
+
+    Args:
+        path: A metrics.csv.
+
+    Returns:
+        At most 120 points, of the images held out where there are such. None
+        at all where the file is not there or cannot be right.
+    """
+    points = []
+    try:
+        for line in csv.DictReader(text(path).splitlines()):
+            accuracy = line.get("val_accuracy") or line["accuracy"]
+            points.append((int(line["epoch"]) + 1, 100 * float(accuracy)))
+        return tuple(history_in(_strided(points)))
+    except (*UNREADABLE, KeyError, TypeError, csv.Error):
+        return ()
+
+
+def history_in(points: object) -> list[tuple[int, float]]:
+    """Returns the points of a history, if all can be of one.
+
+    Args:
+        points: Pairs of an epoch and an accuracy.
+
+    Raises:
+        ValueError: They are not.
+    """
+    if not isinstance(points, list | tuple):
+        raise ValueError(f"history is {brief(points)}")
+    found: list[tuple[int, float]] = []
+    for point in points:
+        if not (
+            isinstance(point, list | tuple)
+            and len(point) == 2
+            and is_number(point[0], least=found[-1][0] if found else 0)
+            and is_number(point[0], most=_STEPS)
+            and is_number(point[1], least=0, most=100)
+        ):
+            raise ValueError(f"a point of the history is {brief(point)}")
+        found.append((int(point[0]), float(point[1])))
+    return found
+
+
 def _thinned(points):
     """Returns a limited number of points at which a curve changes."""
     kept = [
@@ -325,7 +375,12 @@ def _thinned(points):
         for before, point in zip([None, *points], points, strict=False)
         if before is None or point[1] != before[1]
     ]
-    if len(kept) > _CURVE_POINTS:
-        stride = (len(kept) - 1) / (_CURVE_POINTS - 1)
-        kept = [kept[round(i * stride)] for i in range(_CURVE_POINTS)]
-    return kept
+    return _strided(kept)
+
+
+def _strided(points):
+    """Returns not too many of some points, the first and last among them."""
+    if len(points) <= _CURVE_POINTS:
+        return points
+    stride = (len(points) - 1) / (_CURVE_POINTS - 1)
+    return [points[round(i * stride)] for i in range(_CURVE_POINTS)]

@@ -39,6 +39,8 @@ class Record:
         failed: Whether it failed; otherwise it is unfinished.
         learning_rate: From its configuration, if that could be read.
         curve: `((step, inference FLOPs over the dense network's), ...)`.
+        history: `((epoch, accuracy), ...)` in percent, of the images held
+            out, or of the training images where none are.
     """
 
     folder: str
@@ -52,6 +54,7 @@ class Record:
     failed: bool = False
     learning_rate: float | None = None
     curve: tuple[tuple[int, float], ...] = ()
+    history: tuple[tuple[int, float], ...] = ()
 
     @property
     def key(self) -> tuple:
@@ -134,6 +137,8 @@ def as_lines(records: Records) -> str:
             for field in dataclasses.fields(record)
         }
         fields["changes"] = dict(record.changes)
+        if not record.history:  # as in data from before it was kept
+            del fields["history"]
         lines.append(json.dumps(fields) + "\n")
     return "".join(lines)
 

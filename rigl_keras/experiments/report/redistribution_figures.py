@@ -39,7 +39,7 @@ _REDISTRIBUTED = {
 
 
 def has_redistribution(records: Records) -> bool:
-    """Returns whether a row of `redistribution` is finished."""
+    """Returns whether a run whose density moved is finished."""
     return bool(_redistributed(records))
 
 
@@ -50,12 +50,12 @@ def _redistributed(records):
         for density in summaries.densities(records, _REDISTRIBUTED)
     }
     found = {key: summary for key, summary in found.items() if summary.n}
-    # Plain RigL has level lines: shown beside the others, if any.
+    # Plain RigL has level lines: shown beside the others only.
     moved = {density for gin, density in found if gin not in RIGL.values()}
     return {
         (gin, density): summary
         for (gin, density), summary in found.items()
-        if density in moved or not moved
+        if density in moved
     }
 
 

@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 
 from rigl_keras._text import brief
 from rigl_keras.experiments.protocol import published, variations
-from rigl_keras.experiments.report import records
+from rigl_keras.experiments.report import commands, evidence, records
 from rigl_keras.experiments.report.cells import NONE, Context, scientific
 from rigl_keras.experiments.report.contents import HAS, NAMES, TITLES
 from rigl_keras.experiments.report.figure_sections import (
-    figure_1,
+    across,
     figure_2,
     figure_3,
     figure_4,
@@ -50,6 +50,7 @@ def report(
     found: Records,
     names: Sequence[str] = (),
     *,
+    folder: str | None = None,
     with_published: bool = False,
     planned: Callable[[Summary], tuple[float, float]] | None = None,
 ) -> Report:
@@ -59,6 +60,8 @@ def report(
         found: All runs.
         names: Names of sections, from `NAMES`. Empty: those with a finished
             run.
+        folder: Of all results, relative to the page, for its links. None: no
+            links.
         with_published: Whether to show the report's numbers beside those of
             another preset. Runs with the report's own setting always have them.
         planned: `planned(summary) -> (training, inference)`, the FLOPs ratios
@@ -82,14 +85,18 @@ def report(
         asked=bool(names),
         lines=[],
         undrawn={},
+        folder=folder,
     )
     sections, left_out = [], []
     for name in NAMES:
         if names and name not in names:
             continue
         if name in names or HAS[name](found):
-            sections.append(_section(context, name))
-        else:
+            section = _section(context, name)
+            # Of rows without a seed in common there are no differences.
+            if names or name != "differences" or section.blocks:
+                sections.append(section)
+        elif commands.has_own_runs(name):
             left_out.append(name)
     if not names:
         sections += other_runs(context)
@@ -158,7 +165,7 @@ def _introduction(context):
     versions = _versions(found.finished)
     text.append(
         f"{count} {'run is' if count == 1 else 'runs are'} finished, "
-        f"{total / 3600:.1f} h of training in all" + versions + "."
+        f"{total / 3600:.1f} h of training in all{versions}."
     )
     text.append(
         "Accuracies are in percent, on the test images unless marked as "
@@ -197,25 +204,30 @@ def _section(context, name):
         section = dataclasses.replace(section, text=(*section.text, missing))
     elif section.picture is None and not section.blocks:
         preset = context.records.preset
-        target = "" if name in ("methods", "tuning") else f" {name}"
-        how = "bin/tune" if name == "tuning" else f"bin/reproduce{target}"
+        how = commands.training(name)
         nothing = (
             "None of its runs is finished. "
             f"{how} --preset={preset} trains them."
         )
-        section = dataclasses.replace(section, text=(nothing,))
-    return section
+        return dataclasses.replace(section, text=(nothing,))
+    made = [*section.commands, *commands.of(context, name)]
+    return dataclasses.replace(section, commands=made)
 
 
 _SECTIONS = {
     "methods": methods,
+    "differences": evidence.differences,
+    "costs": evidence.costs,
+    "curves": evidence.curves,
     **{table: table_section for table in published.TABLES},
     "table4": table_4,
-    "figure1": figure_1,
+    **dict.fromkeys(("figure1", "figure1c", "cifar100"), across),
     "figure2": figure_2,
-    "figure3": figure_3,
+    **dict.fromkeys(("figure3", "figure3b"), figure_3),
     "figure4": figure_4,
+    "flops": evidence.flops,
     "tuning": tuning,
+    "runs": evidence.every_run,
 }
 
 

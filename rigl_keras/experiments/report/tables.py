@@ -5,9 +5,9 @@ from typing import cast
 from rigl_keras._text import exact
 from rigl_keras.experiments.protocol import published, rows, variations
 from rigl_keras.experiments.report import (
+    comparisons,
     contents,
     method_figures,
-    panels,
     summaries,
 )
 from rigl_keras.experiments.report.cells import (
@@ -18,6 +18,7 @@ from rigl_keras.experiments.report.cells import (
     accuracy_cell,
     difference_to_published,
     flops_cells,
+    interval_cell,
     listed_seeds,
     ratio_cell,
     scientific,
@@ -107,28 +108,22 @@ def table_section(context: Context, name: str) -> Section:
         if not some and not (context.asked and context.comparable):
             if len(networks) > 1:
                 continue
-        for density in _densities(context, of_network, gins):
-            title = f"density {exact(density)}"
+        dense = [cell for cell in of_network if cell.density is None]
+        masked = [cell for cell in of_network if cell.density is not None]
+        at = [(masked, d) for d in _densities(context, of_network, gins)]
+        for printed, density in [*at, (dense, None)]:
+            if not printed:
+                continue
+            title = "dense" if density is None else f"density {exact(density)}"
             if len(networks) > 1:
                 title = f"{rows.NETWORKS[network].split()[-1]}, {title}"
-            blocks.append(
-                _block(context, name, of_network, density, title, marks)
-            )
+            blocks.append(_block(context, name, printed, density, title, marks))
     text = []
     if context.with_published:
         text += [
             "About the published numbers: " + " ".join(published.notes(name))
         ]
-    picture = None
-    if name == "table3" and panels.panels(context.records, "resnet50"):
-        picture = contents.picture_of(
-            context,
-            "table3",
-            panels.across_densities,
-            context.records,
-            "resnet50",
-        )
-    return Section(name, TITLES[name], text, picture, blocks, marks.notes)
+    return Section(name, TITLES[name], text, None, blocks, marks.notes)
 
 
 def _densities(context, cells, gins):
@@ -151,7 +146,7 @@ def _block(context, name, cells, density, title, marks):
         else:
             columns.append("report: FLOPs")
         if context.comparable:
-            columns.append("difference")
+            columns += ["difference", "95 % interval"]
     columns.append("gin file")
     lines, group = [], ""
     for cell in _rows_of(cells):
@@ -162,7 +157,7 @@ def _block(context, name, cells, density, title, marks):
             continue
         if cell.group != group:
             group = cell.group
-            lines.append(group.split(": ")[-1] or "dense")
+            lines.append(group.split(": ")[-1])
         printed = next(
             (
                 c
@@ -181,14 +176,20 @@ def _block(context, name, cells, density, title, marks):
         if with_published:
             line += _published(name, printed, marks)
             if context.comparable:
-                line.append(
-                    signed_cell(
-                        difference_to_published(context, summary, printed)
-                    )
-                )
+                line += _difference(summary, printed)
         lines.append([*line, cell.gin])
         add_line(context, name, cell.row, summary, printed)
     return Block(columns, lines, title)
+
+
+def _difference(summary, printed):
+    """Returns the cells of how far a mean is from the published one."""
+    found = printed and comparisons.to_published(
+        summary, printed.accuracy, printed.std
+    )
+    if found is None:
+        return [NONE, NONE]
+    return [signed_cell(found.mean), interval_cell(found)]
 
 
 def _rows_of(cells):
@@ -333,8 +334,12 @@ def methods(context: Context, name: str) -> Section:
 
 
 def _of_methods(context, name, keys, densities, title):
-    """Two tables of rows by densities: accuracies and costs."""
+    """Two tables of rows by densities: accuracies and costs.
+
+    The dense network has no density, and its own column.
+    """
     accuracies, costs = [], []
+    any_dense = any(rows.row(gin).dense for gin, _ in keys)
     for gin, changes in keys:
         label = summaries.label(gin, changes)
         dense = rows.row(gin).dense
@@ -345,15 +350,17 @@ def _of_methods(context, name, keys, densities, title):
         for summary in found:
             if summary.n or summary.others:
                 add_line(context, name, label, summary)
-        blank = [""] * (len(densities) - 1 if dense else 0)
-        accuracies.append([label, *map(accuracy_and_seeds_cell, found), *blank])
+        before = [""] if any_dense and not dense else []
+        after = [""] * len(densities) if dense else []
+        accuracy = map(accuracy_and_seeds_cell, found)
+        accuracies.append([label, *before, *accuracy, *after])
         flops = [
             train_and_test_cell(*flops_cells(context, summary))
             for summary in found
         ]
-        costs.append([label, *flops, *blank])
+        costs.append([label, *before, *flops, *after])
     heads = [f"density {exact(density)}" for density in densities]
-    heads = heads or ["dense"]
+    heads = ["dense"] * any_dense + heads
     data = title.split()[-1]
     return [
         Block(["method", *heads], accuracies, f"{data}: test accuracy (%)"),

@@ -1,5 +1,6 @@
 """A table or figure of the report, by one command.
 
+    bin/reproduce --list                           the tables and figures
     bin/reproduce table2 --dry_run                 the plan and what it costs
     bin/reproduce figure1 --preset=small --densities=0.05,0.1
 
@@ -23,7 +24,7 @@ from absl import app, flags, logging
 
 from rigl_keras import _reading, _text
 from rigl_keras.experiments import exits
-from rigl_keras.experiments.protocol import variations
+from rigl_keras.experiments.protocol import journal, variations
 from rigl_keras.experiments.reproduction import slurm
 
 __all__ = ["main"]
@@ -82,6 +83,9 @@ def main() -> None:
         False,
         "Train what no other process trains, and end: what --slurm starts.",
     )
+    listed = flags.DEFINE_bool(
+        "list", False, "Show what can be reproduced, and stop."
+    )
     results_dir = flags.DEFINE_string(
         "results_dir", "results", "Folder of all results."
     )
@@ -90,6 +94,9 @@ def main() -> None:
     )
 
     def run(argv):
+        if listed.value:
+            print(journal.as_list())
+            return
         from rigl_keras.experiments.reproduction import plans
         from rigl_keras.experiments.reproduction.reproduce import (
             check_data,
@@ -102,7 +109,7 @@ def main() -> None:
         if len(argv) != 2:
             raise app.UsageError(
                 f"Pass one of {', '.join(plans.TARGETS)}. Received: "
-                f"{' '.join(argv[1:]) or 'none'}."
+                f"{' '.join(argv[1:]) or 'none'}. --list describes them."
             )
         chosen = plans.Preset(preset.value)
         runs = plans.runs(

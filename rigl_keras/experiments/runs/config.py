@@ -30,6 +30,7 @@ _CONFIGURABLE: dict[str, Callable] = {
     "mlp": rigl_keras.models.mlp,
     "resnet18": rigl_keras.models.resnet18,
     "resnet50": rigl_keras.models.resnet50,
+    "Conventions": rigl_keras.Conventions,
     "RigL": rigl_keras.RigL,
     "SET": rigl_keras.SET,
     "SNFS": rigl_keras.SNFS,

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from rigl_keras.experiments.benchmarks import provenance
 from rigl_keras.experiments.benchmarks.engines.catalogue import (
     Engine,
     variables_of,
@@ -35,6 +34,7 @@ from rigl_keras.experiments.benchmarks.engines.turns import (
     agreement,
     timed_turns,
 )
+from rigl_keras.experiments.runs import provenance
 
 __all__ = ["Serving", "measured_case", "serving"]
 
