@@ -440,6 +440,7 @@ def examples(count, shape=(28, 28, 1)):
 
 def fake(monkeypatch, *answers):
     tfds = FakeTfds(*answers)
+    tfds.__spec__ = object()  # as an installed module has one
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", tfds)
     return tfds
 

@@ -384,7 +384,7 @@ def test_what_is_left_of_a_line_is_cut(tmp_path, text):
         ({"frequency": (0, 100, 50)}, "above 0"),
         ({"frequency": (50, 100, 0)}, "--frequency takes"),
         ({"frequency": (1, 100, 1)}, "below one step of the preset"),
-        ({"row": "rigl_erk_resnet50"}, r"made for \*_wrn.*--preset=full"),
+        ({"row": "rigl_erk_resnet50"}, r"is for \*_wrn.*--preset=full"),
     ],
 )
 def test_nonsense(options, says):
@@ -421,7 +421,7 @@ def test_nonsense_on_the_command_line(arguments, says, monkeypatch, capsys):
             lambda *rest, define=define: define(*rest, flag_values=values),
         )
     monkeypatch.setattr(
-        app, "run", lambda run, argv: run(values(["", *arguments]))
+        app, "run", lambda run, **options: run(values(["", *arguments]))
     )
     with pytest.raises(SystemExit) as exit:
         tune_command.main()
