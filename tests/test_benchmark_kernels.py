@@ -19,7 +19,6 @@ from rigl_keras.experiments.benchmarks import (
     kernel_command,
     kernel_comparison,
     layer_speed,
-    provenance,
     speed_figures,
     torch_network,
     train_speed,
@@ -33,6 +32,7 @@ from rigl_keras.experiments.benchmarks.speed_tables import (
     table_row,
     write_csv,
 )
+from rigl_keras.experiments.runs import provenance
 
 needs_kernels = pytest.mark.skipif(
     kernels.load() is None, reason="there are no sparse kernels here"
