@@ -152,7 +152,8 @@ import rigl_keras
 from rigl_keras.experiments.protocol import rows, variations
 package = pathlib.Path(rigl_keras.__file__).parent
 assert package.is_relative_to(sys.prefix), package
-assert compileall.compile_dir(package, quiet=1, workers=1)
+if sys.version_info[:2] == (3, 10):  # the syntax of the oldest
+    assert compileall.compile_dir(package, quiet=1, workers=1)
 assert importlib.metadata.version("rigl_keras") == rigl_keras.__version__
 assert variations.GIN_FOLDER.is_relative_to(package)
 assert dir(rigl_keras) == sorted(rigl_keras.__all__)
@@ -162,7 +163,7 @@ print(len(rows.known()))
 
 @pytest.mark.parametrize("version", ["3.10", "3.11", "3.12", "3.13"])
 def test_a_wheel_on_each_python(version, wheel, tmp_path):
-    """With nothing that it needs: each file compiles, and data is found."""
+    """With nothing that it needs: what is said of itself, and data is found."""
     python = pythons().get(version)
     if python is None:
         pytest.skip(f"there is no Python {version} here")
@@ -217,7 +218,8 @@ def test_a_wheel_with_the_operations(tmp_path):
     empty.mkdir()
     out = run(
         *(made, "-I", "-c", INSTALLED, "--gin_file=gin/quickstart.gin"),
-        *("--gin_bindings=train.epochs = 1", "--run_dir=run"),
+        *("--gin_bindings=train.model = @mlp", "--run_dir=run"),
+        "--gin_bindings=train.epochs = 1",
         cwd=empty,
         env={
             **{k: v for k, v in os.environ.items() if k != "CXX"},
