@@ -116,8 +116,11 @@ def test_what_a_wheel_says_of_itself(wheel):
     found = dict(re.findall(r"([\w-]+) = (\S+)", commands.decode()))
     assert found.keys() == rigl_keras_commands.COMMANDS.keys()
     assert set(found.values()) == {"rigl_keras_commands:main"}
-    for module in rigl_keras_commands.COMMANDS.values():
+    for command, module in rigl_keras_commands.COMMANDS.items():
         assert f"{module.replace('.', '/')}.py" in files
+        name = command.removeprefix("rigl-").replace("-", "_")
+        called = f" -m {module.removesuffix('.build_command')} "
+        assert called in (ROOT / "bin" / name).read_text()
 
 
 def test_one_version():
@@ -196,9 +199,10 @@ assert library.load() is not None, library.unavailable()
 assert library.path().is_relative_to(package / "kernels")
 assert library.build_network().is_relative_to(package / "serving")
 
-import rigl_keras_commands
-sys.argv = ["rigl-train", *sys.argv[1:]]
-rigl_keras_commands.main()
+from rigl_keras.experiments.runs import train_command
+
+bindings = ["train.model = @mlp", "train.epochs = 1"]
+train_command.run(["gin/quickstart.gin"], bindings=bindings, run_dir="run")
 """
 
 
@@ -216,18 +220,14 @@ def test_a_wheel_with_the_operations(tmp_path):
     )
     empty = tmp_path / "empty"
     empty.mkdir()
-    out = run(
-        *(made, "-I", "-c", INSTALLED, "--gin_file=gin/quickstart.gin"),
-        *("--gin_bindings=train.model = @mlp", "--run_dir=run"),
-        "--gin_bindings=train.epochs = 1",
-        cwd=empty,
-        env={
-            **{k: v for k, v in os.environ.items() if k != "CXX"},
-            "PATH": str(tmp_path / "nothing"),
-            "RIGL_KERAS_CACHE": str(tmp_path / "cache"),
-        },
-    )
-    assert "test accuracy" in out
+    environ = {
+        **{k: v for k, v in os.environ.items() if k != "CXX"},
+        "PATH": str(tmp_path / "nothing"),
+        "RIGL_KERAS_CACHE": str(tmp_path / "cache"),
+    }
+    run(made, "-I", "-c", INSTALLED, cwd=empty, env=environ)
+    said = run(made.with_name("rigl-train"), "--help", cwd=empty, env=environ)
+    assert "rigl-train --gin_file" in said
     assert (empty / "run" / "result.json").is_file()
     built = [path.name for path in (tmp_path / "cache").rglob("*.so")]
     assert built == []
