@@ -70,6 +70,7 @@ def train(
     length: float = 1.0,
     seed: int = 0,
     operative_config: Callable[[], str] | None = None,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
 ) -> dict:
     """Trains one model and returns its result, which `run` holds as well.
 
@@ -141,6 +142,8 @@ def train(
         seed: Seed of weights, masks, data order, augmentation and dropout.
         operative_config: Returns the configuration in use, as text to keep
             beside the result.
+        callbacks: Called after the run's own: by then an epoch is in
+            metrics.csv, and its checkpoint is saved.
 
     Returns:
         The result: accuracies, density, FLOPs ratios, layers, settings. Of a
@@ -248,7 +251,7 @@ def train(
     held_out = batches.validation()
     steps_per_epoch = examples.steps_per_epoch(batch_size)
     table = EpochTable(epochs=epochs, steps_per_epoch=steps_per_epoch)
-    callbacks = [
+    own_callbacks = [
         update,
         topology,
         trajectory,
@@ -257,7 +260,7 @@ def train(
         board,
         KeepWeights(run, keep_weights),
         table if run.writes else None,
-        checkpoints,  # last: what it saves is logged already
+        checkpoints,  # what it saves is logged already
     ]
     if first_epoch < epochs:
         network.fit(
@@ -267,7 +270,10 @@ def train(
             epochs=epochs,
             validation_data=held_out,
             shuffle=False,  # the data set is shuffled already
-            callbacks=[each for each in callbacks if each is not None],
+            callbacks=[
+                *(each for each in own_callbacks if each is not None),
+                *callbacks,
+            ],
             verbose=0,  # the table says more
         )
     test = _metrics(network, batches.test())
