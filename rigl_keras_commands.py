@@ -27,8 +27,8 @@ def main() -> None:
     name = Path(sys.argv[0]).stem
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if name != "rigl-build-kernels":
-        # TensorFlow is imported once flags are parsed, if it is needed.
-        os.environ.setdefault("RIGL_KERAS_WITHOUT_TENSORFLOW", "1")
+        # Until flags are parsed, as in bin/.
+        os.environ["RIGL_KERAS_WITHOUT_TENSORFLOW"] = "1"
     try:
         command = importlib.import_module(COMMANDS[name])
     except ModuleNotFoundError as error:

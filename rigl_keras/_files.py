@@ -159,9 +159,15 @@ def is_locked(path: str | os.PathLike) -> bool:
     return False
 
 
-def sign(descriptor: int) -> None:
-    """Writes the holder of a lock into its file: machine, process, time."""
-    who = f"{platform.node()} {os.getpid()} {time.time():.0f}\n"
+def sign(descriptor: int, *, job: str = "") -> None:
+    """Writes the holder of a lock into its file: machine, process, time, job.
+
+    Args:
+        descriptor: Of the locked file.
+        job: What a scheduler calls the process, if it started it.
+    """
+    parts = (platform.node(), os.getpid(), f"{time.time():.0f}", job)
+    who = " ".join(map(str, parts)).rstrip() + "\n"
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, who.encode(), 0)
 

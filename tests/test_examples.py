@@ -24,8 +24,9 @@ SMALL = {
         "CONTEXT": "8",
         "WIDTH": "8",
         "BLOCKS": "1",
-        "STEPS": "6",
-        "EVALUATE_EVERY": "2",
+        "STEPS": "4",
+        "EVALUATE_EVERY": "4",
+        "SAMPLE": "3",
     },
     "transfer_learning": {
         "DATA": "'digits'",
@@ -97,8 +98,19 @@ def test_prune_and_serve(run):
     assert density == pytest.approx(names["DENSITY"], abs=0.01)
 
 
+@pytest.fixture
+def eagerly(monkeypatch):
+    """Runs steps one by one: graphs of these models take longer to make."""
+    compiled = keras.Model.compile
+
+    def compile_eagerly(model, *args, **options):
+        return compiled(model, *args, run_eagerly=True, **options)
+
+    monkeypatch.setattr(keras.Model, "compile", compile_eagerly)
+
+
 @pytest.mark.slow
-def test_a_sparse_transformer(run):
+def test_a_sparse_transformer(run, eagerly):
     names = run("sparse_transformer")
     assert len(names["continued"](names["sparse"], "Py", count=3)) == 5
     dense, sparse = (
@@ -108,7 +120,7 @@ def test_a_sparse_transformer(run):
 
 
 @pytest.mark.slow
-def test_transfer_learning(run):
+def test_transfer_learning(run, eagerly):
     names = run("transfer_learning")
     assert names["history"]["density"] == [pytest.approx(0.2, abs=0.01)]
     assert len(names["accuracy"]) == 2

@@ -1,12 +1,14 @@
 """Which runs a table or figure consists of, and what they will cost."""
 
+import dataclasses
+
 import pytest
 
 import gin
 import rigl_keras
 from rigl_keras.experiments import data
 from rigl_keras.experiments.protocol import published, variations
-from rigl_keras.experiments.reproduction import costs, plans
+from rigl_keras.experiments.reproduction import costs, estimates, plans
 from rigl_keras.experiments.runs import train_command
 
 FULL = plans.Preset("full")
@@ -319,9 +321,67 @@ def test_planned_flops_of_pruning():
     assert pruned.training_flops == pytest.approx(3 * mean, rel=0.01)
 
 
+def test_costs_are_those_that_the_report_counts():
+    """Where training decides them, and of a ticket with Pruning's."""
+
+    def planned(row, density, preset=FULL, **options):
+        run = plans.Run(row, preset, density, seed=0)
+        cost, training = estimates.counted(run, **options)
+        ratios = training, cost.inference_flops_ratio
+        return cost, tuple(round(ratio, 2) for ratio in ratios)
+
+    for row, train_and_test in (
+        ("pruning_wrn", (0.32, 0.13)),
+        ("lottery_wrn", (0.45, 0.13)),
+        ("snfs_uniform_wrn", (0.51, 0.27)),
+        ("snfs_erk_wrn", (0.52, 0.28)),
+        ("snfs_uniform_2x_wrn", (1.02, 0.27)),
+        ("rigl_sm_uniform_wrn", (0.28, 0.28)),
+    ):
+        cost, ratios = planned(row, 0.1)
+        assert ratios == train_and_test, row
+        assert not cost.certain
+    # What the ticket itself costs is not twice in a sum.
+    ticket, _ = planned("lottery_wrn", 0.1)
+    assert ticket.training_flops_ratio == pytest.approx(0.13)
+    # Where the report prints nothing, by closed forms.
+    assert planned("pruning_wrn", 0.3)[1][0] > planned("pruning_wrn", 0.1)[1][0]
+    small = planned("lottery_wrn", 0.1, SMALL)[1]
+    own, _ = planned("pruning_wrn", 0.1, SMALL)
+    assert small[0] == round(own.training_flops_ratio + small[1], 2)
+    assert planned("pruning_wrn", 0.1, printed=False)[1] == (0.28, 0.1)
+    assert planned("rigl_erk_wrn", 0.1)[0].certain
+
+
+def test_a_step_is_timed_with_the_masks_that_its_run_has():
+    def step(row, density):
+        plans.Run(row, SMALL, density, seed=0).configure()
+        return costs.planned().step
+
+    static = step("static_erk_wrn", 0.1)
+    assert static.density == 0.1 and static.batch_size == 64
+    assert static.distribution == "erdos_renyi_kernel"
+    # These have the same kernels, and are timed once.
+    assert step("set_erk_wrn", 0.1) == static == step("rigl_erk_wrn", 0.1)
+    others = [
+        step("rigl_erk_wrn", 0.2),
+        step("rigl_uniform_wrn", 0.1),
+        step("snfs_erk_wrn", 0.1),
+        step("pruning_wrn", 0.1),
+        step("small_dense_wrn", 0.1),
+        step("dense_wrn", None),
+    ]
+    assert len({static, *others}) == 7
+    assert others[2].method is rigl_keras.SNFS
+    assert others[3].density == 1.0  # which pruning starts with
+    assert others[4].density is None and others[5].density is None
+
+
 @pytest.mark.slow
 def test_a_step_is_measured_once():
     plans.Run("small_dense_wrn", SMALL, 0.01, seed=0).configure()
-    network = costs.planned().network
-    assert 0 < costs.seconds_of_step(network) < 60
-    assert costs.seconds_of_step(network) == costs.seconds_of_step(network)
+    step = costs.planned().step
+    assert 0 < costs.seconds_of_step(step) < 60
+    assert costs.seconds_of_step(step) == costs.seconds_of_step(step)
+    masked = dataclasses.replace(step, density=0.5, method=rigl_keras.SNFS)
+    assert 0 < costs.seconds_of_step(masked) < 60

@@ -3,9 +3,12 @@
 import json
 import pathlib
 import re
+import statistics
 
 import pytest
 
+import gin
+from rigl_keras.experiments.protocol import published, rows
 from rigl_keras.experiments.report import page, reading, sections
 from rigl_keras.experiments.reproduction import plans
 from rigl_keras.experiments.runs import config
@@ -50,6 +53,127 @@ def test_the_runs_are_of_the_preset_in_the_repository():
         epochs = int(3 * run["changes"].get("train.length", 1))
         assert settings["epochs"] == epochs
         assert run["result"]["steps"] == 704 * epochs
+
+
+@pytest.fixture(scope="module")
+def cells():
+    """Finished runs by method, masks, density and length."""
+    found = {}
+    for line in DATA.read_text().splitlines():
+        run = json.loads(line)
+        row = rows.row(run["row"])
+        length = run["changes"].get("train.length", 1)
+        key = row.method, row.distribution, run["density"], length
+        found.setdefault(key, []).append(run["result"])
+    return found
+
+
+def test_what_is_concluded_follows_from_the_data(cells):
+    """And each number that the page says is computed from it here."""
+
+    def accuracies(*key):
+        return [100 * result["test_accuracy"] for result in cells[key]]
+
+    def mean(*key):
+        return statistics.fmean(accuracies(*key))
+
+    def flops(kind, *key):
+        results = cells[key]
+        return statistics.fmean(r[f"{kind}_flops_ratio"] for r in results)
+
+    grid = [(m, d) for m in ("uniform", "ERK") for d in (0.05, 0.1)]
+    known = {"0.05", "0.1", "0.02"}  # densities
+    for key, results in cells.items():
+        known |= {f"{a:.2f}" for a in (mean(*key), *accuracies(*key))}
+        known.add(f"{statistics.stdev(accuracies(*key)):.2f}")
+        for kind in ("training", "inference"):
+            known.add(f"{flops(kind, *key):.2f}x")
+        assert len(results) in (2, 3)
+    (dense,) = (c for c in published.cells("table2") if c.density is None)
+    known.add(str(dense.accuracy))
+    # RigL reaches pruning at equal training FLOPs.
+    longer, pruning = ("RigL", "ERK", 0.05, 4), ("Pruning", "", 0.05, 1)
+    static = ("Static", "ERK", 0.05, 4)
+    assert mean(*longer) > mean(*pruning)
+    assert flops("training", *longer) < flops("training", *pruning)
+    assert flops("inference", *longer) < flops("inference", *pruning)
+    assert max(accuracies(*pruning)) > min(accuracies(*longer))
+    # And beats static masks.
+    assert min(accuracies(*longer)) > max(accuracies(*static))
+    known.add(f"{mean(*longer) - mean(*static):.2f}")
+
+    def below(method, others):
+        """By how much a method is below others in the cells of 3 epochs."""
+        return [
+            mean(other, *cell, 1) - mean(method, *cell, 1)
+            for cell in grid
+            for other in others
+        ]
+
+    def extremes(values, form="{:.2f}"):
+        return {form.format(abs(each)) for each in (min(values), max(values))}
+
+    assert min(below("RigL", ["SET", "SNFS"])) > 0
+    known |= extremes(below("RigL", ["SET", "SNFS"]))
+    known |= extremes(below("RigL", ["Static"]))
+    assert min(below("Static", ["SET", "SNFS"])) > 0
+    # Pruning is ahead at the same length, and costs more.
+    sparse, dearer = ("SET", "SNFS", "RigL", "Static"), []
+    for density in (0.05, 0.1):
+        pruned = ("Pruning", "", density, 1)
+        others = [
+            (m, d, density, 1) for m in sparse for d in ("uniform", "ERK")
+        ]
+        ahead = min(mean(*pruned) - mean(*key) for key in others)
+        assert ahead > 0
+        known.add(f"{ahead:.2f}")
+        dearer += [
+            flops("training", *pruned) / flops("training", *key)
+            for key in others
+            if key[0] != "SNFS"
+        ]
+    known |= extremes(dearer, "{:.1f}")
+    dearer = [
+        flops("training", "SNFS", *cell, 1)
+        / flops("training", "Static", *cell, 1)
+        for cell in grid
+    ]
+    known |= extremes(dearer, "{:.1f}")
+    behind = [
+        mean("Static", masks, density, 1) - mean("Small-Dense", "", density, 1)
+        for masks, density in grid
+    ]
+    assert min(behind) > 0
+    known |= extremes(behind)
+    # The budget.
+    seconds = {
+        length: [
+            r["seconds"] for k, c in cells.items() if k[-1] == length for r in c
+        ]
+        for length in (1, 4)
+    }
+    for each in seconds.values():
+        known |= extremes([s / 60 for s in each], "{:.1f}")
+    known.add(f"{statistics.median(seconds[1]) / 60:.1f}")
+    known.add(f"{sum(map(sum, seconds.values())) / 3600:.1f}")
+    text = (DOCS / "results_small.md").read_text()
+    assert f"{sum(map(len, seconds.values()))} runs" in text
+    prose = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)", "", text, flags=re.S)
+    prose = [ln for ln in prose.splitlines() if not ln.startswith("|")]
+    said = re.findall(r"(?<![\w.])\d+\.\d+x?", "\n".join(prose))
+    assert len(said) > 30
+    assert [each for each in said if each not in known] == ["1.1"]  # million
+
+
+def test_updates_of_a_run_are_as_many_as_the_page_says():
+    text = (DOCS / "results_small.md").read_text()
+    preset = str(plans.Preset("small").path)
+    config.parse(["gin/rigl_erk_wrn.gin", preset], [])
+    updates = gin.get_bindings("RigL")
+    count = updates["end_step"] // updates["frequency"]
+    assert f"has {count} updates" in text
+    assert f"the longer one has {4 * count}" in text
+    gin.clear_config()
 
 
 def test_figures_and_links_are_there():

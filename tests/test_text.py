@@ -389,4 +389,4 @@ def test_planned_costs_are_those_of_count(row):
 @pytest.mark.slow
 def test_a_step_is_measured():
     plans.Run("rigl_gpt", plans.Preset("tiny_gpt"), 0.1, seed=0).configure()
-    assert 0 < costs.seconds_of_step(costs.planned().network) < 60
+    assert 0 < costs.seconds_of_step(costs.planned().step) < 60

@@ -1,13 +1,15 @@
 """How every command starts and ends: errors that users can mend are a line.
 
 Status 0: all is done. 1: something failed that may be tried again. 2: what was
-asked for cannot be done. 130: Ctrl-C.
+asked for cannot be done. 75: SIGUSR1 asked it to stop, and the same command
+goes on. 130: Ctrl-C.
 
 Flags are parsed, and `--help` is answered, before TensorFlow is imported.
 """
 
 import functools
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import cast
@@ -22,9 +24,11 @@ from rigl_keras.experiments import command_line, quiet_start
 
 __all__ = [
     "FailedError",
+    "StopRequest",
     "check_flags_alone",
     "numbers",
     "one_line",
+    "raise_stop_requests",
     "run_command",
 ]
 
@@ -59,6 +63,27 @@ def check_flags_alone(argv: Sequence[str]) -> None:
 
 class FailedError(Exception):
     """Ends a command with status 1, and its message as the last line."""
+
+
+class StopRequest(KeyboardInterrupt):
+    """Ends a command that SIGUSR1 asked to stop, the way Ctrl-C does.
+
+    The command ends with status 75, and goes on when it is started again.
+    """
+
+
+def raise_stop_requests() -> None:
+    """Has the first SIGUSR1 raise `StopRequest` in the main thread.
+
+    Schedulers send it some minutes before they end a process. Further ones are
+    ignored: the process is about to end.
+    """
+
+    def stop(*_):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        raise StopRequest
+
+    signal.signal(signal.SIGUSR1, stop)
 
 
 def run_command(
@@ -140,6 +165,12 @@ def one_line(
         try:
             run(argv)
             sys.stdout.flush()  # which a full disk may be at the end of
+        except StopRequest:
+            again = command_line.repeated(name, added)
+            _end(
+                f"{name}: stopped, as SIGUSR1 asked; {interrupted}: {again}",
+                os.EX_TEMPFAIL,
+            )
         except KeyboardInterrupt:
             again = command_line.repeated(name, added)
             _end(f"\n{name}: interrupted; {interrupted}: {again}", 130)

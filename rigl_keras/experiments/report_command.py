@@ -23,7 +23,6 @@ from absl import flags, logging
 from rigl_keras import _files
 from rigl_keras._text import printable
 from rigl_keras.experiments import exits, quiet_start
-from rigl_keras.experiments.protocol import rows
 
 if TYPE_CHECKING:  # matplotlib, for which --help does not wait
     from rigl_keras.experiments.report.sections import Report
@@ -41,17 +40,13 @@ def planned_flops(preset: str) -> Callable[[Summary], tuple[float, float]]:
     # Everything else works without waiting for TensorFlow.
     try:
         quiet_start.load_library()
-        from rigl_keras.experiments.reproduction import costs, plans
+        from rigl_keras.experiments.reproduction import estimates, plans
     except (ImportError, ValueError) as error:
         raise ValueError(
             "--planned counts the FLOPs of networks, and something that it "
             f"needs is missing ({error}): pip install tensorflow keras "
             "gin-config, or leave it out."
         ) from error
-
-    def one(run):
-        run.configure()
-        return costs.planned()
 
     def planned(summary):
         run = plans.Run(
@@ -61,10 +56,7 @@ def planned_flops(preset: str) -> Callable[[Summary], tuple[float, float]]:
             seed=0,
             changes=summary.changes,
         )
-        cost = one(run)
-        training = cost.training_flops_ratio
-        if rows.row(summary.row).method == "Lottery":
-            training += one(run.source).training_flops_ratio
+        cost, training = estimates.counted(run, printed=False)
         return training, cost.inference_flops_ratio
 
     return planned

@@ -10,6 +10,8 @@ import functools
 import inspect
 import math
 import time
+from collections.abc import Callable
+from typing import Any
 
 import keras
 import numpy as np
@@ -18,14 +20,40 @@ import tensorflow as tf
 import gin
 import rigl_keras
 from rigl_keras import distributions, flops
+from rigl_keras.conventions import ORIGINAL, Conventions
 from rigl_keras.experiments import data
 from rigl_keras.experiments.runs import optimizers, train
+from rigl_keras.training.step_update import StepUpdate
 
-__all__ = ["Cost", "planned", "seconds_of_step"]
+__all__ = ["Cost", "Step", "planned", "planned_epochs", "seconds_of_step"]
 
-_STEPS = 8  # that are timed
+_STEPS = 8  # that are timed, each for itself
 _WARM_UP = 3  # steps before these
 _GRID = 200  # steps of a run at which pruning is looked up
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What the time of a training step depends on.
+
+    Args:
+        make: Makes the dense network.
+        arguments: For that, `((name, value), ...)`.
+        batch_size: Examples in a step.
+        density: Of the masks that the run starts with. None: no masks.
+        distribution, granularity, conventions: Of these masks.
+        method: What computes dense gradients at each step. None: nothing
+            does; updates now and then are a percent or two.
+    """
+
+    make: Callable[..., keras.Model]
+    arguments: tuple[tuple[str, Any], ...]
+    batch_size: int
+    density: float | None = None
+    distribution: str = "uniform"
+    granularity: str = "element"
+    conventions: Conventions = ORIGINAL
+    method: type[StepUpdate] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +61,7 @@ class Cost:
     """What the configured run will cost.
 
     Args:
-        network: What the time of a step depends on, to be compared.
+        step: What the time of a step depends on.
         inference_flops: Of one sample, with the masks of the start, or those
             that pruning ends with.
         dense_flops: Of one sample, in the dense network.
@@ -42,9 +70,13 @@ class Cost:
         epochs: Epochs of the run.
         steps: Steps of the run.
         times_as_long: Length of the run over that of a row of length 1.
+        certain: Whether the densities of layers are known before. Training
+            decides them where density moves between layers, where pruning
+            compares weights of all layers, and where masks are made from data
+            or come from another run.
     """
 
-    network: tuple
+    step: Step
     inference_flops: float
     dense_flops: float
     training_flops: float
@@ -52,6 +84,7 @@ class Cost:
     epochs: int
     steps: int
     times_as_long: float
+    certain: bool
 
     @property
     def total_flops(self) -> float:
@@ -85,7 +118,7 @@ def planned() -> Cost:
     update = settings["method"] and settings["method"]()
     if update and length != 1:
         update = update.lengthened(length)
-    epochs = int(settings["epochs"] * length)
+    epochs = planned_epochs()
     examples = _examples(settings)
     steps = epochs * math.ceil(examples / settings["batch_size"])
     if settings["small_dense"]:
@@ -117,7 +150,7 @@ def planned() -> Cost:
     elif gradients == "always":
         training = 2 * mean + dense_flops
     return Cost(
-        network=(*_network(settings, scale), settings["batch_size"]),
+        step=_step(settings, scale, update),
         inference_flops=inference,
         dense_flops=dense_flops,
         training_flops=training,
@@ -125,38 +158,91 @@ def planned() -> Cost:
         epochs=epochs,
         steps=steps,
         times_as_long=epochs / settings["epochs"],
+        certain=not (
+            settings["one_shot"]
+            or settings["masks_from"]
+            or getattr(update, "redistribution", None)
+            or getattr(update, "scope", None) == "global"
+        ),
     )
+
+
+def _step(settings, scale, update):
+    """Returns what the time of a step depends on."""
+    make, arguments = _network(settings, scale)
+    if settings["density"] is None or settings["small_dense"]:
+        return Step(make, arguments, settings["batch_size"])
+    method = None
+    if update is not None and update.dense_gradients == "always":
+        method = type(update)
+    return Step(
+        make,
+        arguments,
+        settings["batch_size"],
+        density=settings["density"],
+        distribution=_distribution(settings),
+        granularity=settings["granularity"],
+        conventions=settings["conventions"],
+        method=method,
+    )
+
+
+def planned_epochs() -> int:
+    """Returns the epochs of the run that gin is configured for."""
+    settings = _settings()
+    return int(settings["epochs"] * settings["length"])
 
 
 @functools.cache
-def seconds_of_step(network: tuple) -> float:
-    """Returns the median time of a training step, measured here and now.
+def seconds_of_step(step: Step) -> float:
+    """Returns the least time of a training step, of several, here and now.
 
-    Of the dense network: masks change a step by a percent or two.
+    With the kernels that the run will use: masks are drawn, and each layer
+    chooses its product, as in a run. What else a machine does makes a step
+    longer, and never shorter. Where density falls in a run, it is the time of
+    its first steps.
 
     Args:
-        network: What `Cost.network` names.
+        step: What the time depends on.
     """
-    *made, batch_size = network
-    model = _made(*made)
+    model = _made(step.make, step.arguments)
+    if step.density is not None:
+        model = rigl_keras.sparsify(
+            model,
+            step.density,
+            distribution=step.distribution,
+            granularity=step.granularity,
+            conventions=step.conventions,
+        )
     model.compile(
-        optimizers.sgd(), keras.losses.CategoricalCrossentropy(from_logits=True)
+        optimizers.sgd(),
+        keras.losses.CategoricalCrossentropy(from_logits=True),
     )
     *places, classes = model.output_shape[1:]
-    shape = (batch_size, *model.input_shape[1:])
+    shape = (step.batch_size, *model.input_shape[1:])
     examples = _classes(shape, classes)  # the symbols of a text
     if model.inputs[0].dtype.startswith("float"):
         examples = tf.random.stateless_normal(shape, seed=(0, 0))
-    labels = tf.one_hot(_classes((batch_size, *places), classes), classes)
+    labels = _classes((step.batch_size, *places), classes)
+    batch = examples, tf.one_hot(labels, classes)
+    model.optimizer.build(model.trainable_variables)
+    model.test_step(batch)  # builds the metrics, traces nothing
     model.make_train_function()
-    batches = iter(tf.data.Dataset.from_tensors((examples, labels)).repeat())
+    if step.method is not None:
+        method = step.method()
+        method.set_model(model)
+        method.set_params({"epochs": 1, "steps": 10**6, "verbose": 0})
+        method.on_train_begin()
+        method.on_epoch_begin(0)
+    batches = iter(tf.data.Dataset.from_tensors(batch).repeat())
+    made: Any = model  # with a train function; Keras declares it as None
     seconds = []
     for _ in range(_WARM_UP + _STEPS):
         start = time.perf_counter()
-        logs = model.train_function(batches)
+        logs = made.train_function(batches)
         float(logs["loss"])  # fetched, so that the step is over
         seconds.append(time.perf_counter() - start)
-    return float(np.median(seconds[_WARM_UP:]))
+    return min(seconds[_WARM_UP:])
 
 
 def _classes(shape, count):
@@ -206,13 +292,12 @@ def _counted(network):
 
 def _sparse_flops(cost, density, settings):
     """Returns the forward cost of masks of a density, as they are drawn."""
-    drawn = not (settings["one_shot"] or settings["masks_from"])
     shapes = {layer.name: layer.shape for layer in cost.layers if layer.shape}
     whole = settings["granularity"] == "kernel"
     densities = distributions.layer_densities(
         shapes,
         density,
-        settings["distribution"] if drawn else "uniform",
+        _distribution(settings),
         conventions=settings["conventions"],
         # Masks of whole kernels leave layers without any dense.
         densities={n: 1.0 for n, shape in shapes.items() if len(shape) == 2}
@@ -223,6 +308,12 @@ def _sparse_flops(cost, density, settings):
     return sum(
         layer.flops_at(densities.get(layer.name, 1.0)) for layer in cost.layers
     )
+
+
+def _distribution(settings):
+    """Returns how density is spread; where masks aren't drawn, a guess."""
+    drawn = not (settings["one_shot"] or settings["masks_from"])
+    return settings["distribution"] if drawn else "uniform"
 
 
 def _last_and_mean(cost, densities, settings):

@@ -1,33 +1,84 @@
-"""How long runs will take, before they start."""
+"""What runs will take, before they start."""
 
+import dataclasses
+import itertools
 from collections.abc import Sequence
 
 from rigl_keras._text import aligned, exact
+from rigl_keras.experiments.progress_bar import ProgressBar
+from rigl_keras.experiments.protocol import published, rows
 from rigl_keras.experiments.reproduction import costs
 from rigl_keras.experiments.reproduction.plans import Run
 from rigl_keras.experiments.reproduction.results import Results
 
-__all__ = ["estimate", "plan_table"]
+__all__ = ["counted", "estimate", "plan_table"]
 
 Estimate = dict[Run, tuple[costs.Cost, float]]
+_LOTTERY = "Lottery"
+
+
+def counted(run: Run, *, printed: bool = True) -> tuple[costs.Cost, float]:
+    """Returns the cost of a run, and its training FLOPs over dense training.
+
+    As the report counts them: those of a lottery ticket are with Pruning's.
+
+    Args:
+        run: The run.
+        printed: Whether, where training decides how dense each layer becomes
+            and the report prints what came of it for this very run, the cost
+            is that.
+    """
+    run.configure()
+    cost = costs.planned()
+    if printed and not cost.certain:
+        cost = _as_printed(run, cost)
+    ratio = cost.training_flops_ratio
+    if rows.row(run.row).method == _LOTTERY and run.source is not None:
+        ratio += counted(run.source, printed=printed)[1]
+    return cost, ratio
+
+
+def _as_printed(run, cost):
+    """Returns a cost with the FLOPs that the report prints, if it does."""
+    if run.preset.path is not None or run.changes:
+        return cost
+    tables = map(published.cells, published.TABLES)
+    for cell in itertools.chain.from_iterable(tables):
+        of_run = (cell.gin, cell.density) == (run.row, run.density)
+        if of_run and cell.train_flops and cell.test_flops:
+            inference = cell.test_flops * cost.dense_flops
+            training = cell.train_flops * 3 * cost.dense_flops
+            if rows.row(run.row).method == _LOTTERY:
+                training = 3 * inference  # of the ticket alone
+            else:
+                training /= cost.times_as_long
+            return dataclasses.replace(
+                cost, inference_flops=inference, training_flops=training
+            )
+    return cost
 
 
 def estimate(runs: Sequence[Run], results: Results) -> Estimate:
     """Returns `{run: (cost, seconds)}` of runs that have no result yet.
 
     Seconds are those of the steps that are left, at the time that a step of
-    the network takes here and now.
+    the run takes here and now (`costs.seconds_of_step`).
     """
-    estimates = {}
+    found = {}
     for run in runs:
-        if results.finished(run):
-            continue
-        run.configure()
-        cost = costs.planned()
-        left = 1 - results.epochs(run) / cost.epochs
-        second = costs.seconds_of_step(cost.network)
-        estimates[run] = cost, max(left, 0.0) * cost.steps * second
-    return estimates
+        if not results.finished(run):
+            cost, _ = counted(run)
+            left = 1 - results.epochs(run) / cost.epochs
+            found[run] = cost, max(left, 0.0) * cost.steps
+    steps = dict.fromkeys(cost.step for cost, _ in found.values())
+    with ProgressBar(
+        unit="kinds of steps", total=len(steps), doing="timing", leave=False
+    ) as bar:
+        seconds = {s: costs.seconds_of_step(s) for s in bar.over(steps)}
+    return {
+        run: (cost, left * seconds[cost.step])
+        for run, (cost, left) in found.items()
+    }
 
 
 def plan_table(runs: Sequence[Run], estimates: Estimate) -> str:
@@ -35,32 +86,50 @@ def plan_table(runs: Sequence[Run], estimates: Estimate) -> str:
     groups: dict[tuple, list[Run]] = {}
     for run in runs:
         groups.setdefault((run.row, run.density, run.changes), []).append(run)
-    rows = [
-        ("run", "density", "seeds", "left", "FLOPs train", "test", "total", "h")
+    lines: list[tuple[str, ...]] = [
+        ("run", "density", "seeds", "left", "FLOPs train", "test")
+        + ("total FLOPs", "h")
     ]
+    guessed = False
     for (row, density, changes), group in groups.items():
         left = [estimates[run] for run in group if run in estimates]
-        cost = left[0][0] if left else None
         values = ", ".join(
             f"{name} = {exact(value)}" for name, value in changes
         )
-        rows.append(
+        cells = ("", "", "", "")
+        if left:
+            cost, training = counted(group[0])
+            about = "" if cost.certain else "~"
+            guessed |= not cost.certain
+            cells = (
+                f"{about}{training:.2f}x",
+                f"{about}{cost.inference_flops_ratio:.2f}x",
+                f"{sum(c.total_flops for c, _ in left):.2e}",
+                f"{sum(s for _, s in left) / 3600:.1f}",
+            )
+        lines.append(
             (
                 f"{row} {values}".rstrip(),
                 "-" if density is None else exact(density),
                 ",".join(str(run.seed) for run in group),
                 str(len(left)),
-                f"{cost.training_flops_ratio:.2f}x" if cost else "",
-                f"{cost.inference_flops_ratio:.2f}x" if cost else "",
-                f"{sum(c.total_flops for c, _ in left):.2e}" if cost else "",
-                f"{sum(s for _, s in left) / 3600:.1f}" if cost else "",
+                *cells,
             )
         )
     total = sum(c.total_flops for c, _ in estimates.values())
     hours = sum(s for _, s in estimates.values()) / 3600
-    summary = (
+    summary = [
         f"{len(runs)} runs, {len(runs) - len(estimates)} finished, "
         f"{len(estimates)} left: {total:.2e} FLOPs, about {hours:.1f} h in one "
-        "process here."
-    )
-    return "\n".join([*aligned(rows, left=1), "", summary])
+        "process here.",
+        "FLOPs to train and to test are those of one run over the dense one, "
+        "total FLOPs",
+        "and h those of all seeds that are left.",
+    ]
+    if guessed:
+        summary += [
+            "~: training decides how dense each layer becomes. It is what the "
+            "report prints",
+            "for this run, or else the cost of the masks at the start.",
+        ]
+    return "\n".join([*aligned(lines, left=1), "", *summary])

@@ -8,7 +8,7 @@ from rigl_keras.experiments.reproduction.estimates import Estimate
 from rigl_keras.experiments.reproduction.plans import Run
 from rigl_keras.experiments.reproduction.results import Results
 
-__all__ = ["Bar", "Progress"]
+__all__ = ["Bar", "Lines", "Progress"]
 
 
 class Progress:
@@ -30,7 +30,48 @@ class Progress:
         """Another process has finished a run."""
 
 
-class Bar(Progress):
+class Lines(Progress):
+    """Prints a line for each event, as for a log.
+
+    Args:
+        results: Where runs are kept.
+    """
+
+    def __init__(self, results: Results):
+        self._results = results
+
+    def start(self, run: Run) -> None:
+        again = "continues" if self._results.epochs(run) else "begins"
+        say(f"{run.name} {again}")
+
+    def finish(self, run: Run, *, seconds: float, failure: str | None) -> None:
+        left = self._left_after(run, None if failure else seconds)
+        if failure is not None:
+            say(f"{run.name} FAILED: {failure}")
+            return
+        accuracy = self._results.result(run).get("test_accuracy")
+        shown = (
+            f"{accuracy:.2%}"
+            if _reading.is_number(accuracy)
+            else f"is no number, {_text.brief(accuracy)}"
+        )
+        say(
+            f"{run.name} finished after {seconds:.0f} s: test accuracy "
+            f"{shown}{left}"
+        )
+
+    def elsewhere(self, run: Run) -> None:
+        say(f"{run.name} finished by another process")
+
+    def _left_after(self, run, seconds):
+        """Returns what to say of the time left after a run, or nothing.
+
+        The run took `seconds`, or None where it failed.
+        """
+        return ""
+
+
+class Bar(Lines):
     """A progress bar over runs, with the time that is left.
 
     Args:
@@ -42,7 +83,8 @@ class Bar(Progress):
     def __init__(
         self, runs: Sequence[Run], results: Results, estimates: Estimate
     ):
-        self._results, self._estimates = results, dict(estimates)
+        super().__init__(results)
+        self._estimates = dict(estimates)
         self._bar = ProgressBar(
             unit="runs", total=len(runs), done=len(runs) - len(estimates)
         )
@@ -51,8 +93,7 @@ class Bar(Progress):
 
     def start(self, run: Run) -> None:
         self._run, self._epoch = run, None
-        again = "continues" if self._results.epochs(run) else "begins"
-        say(f"{run.name} {again}")
+        super().start(run)
 
     def epoch(self, run: Run, epochs: int) -> None:
         if epochs != self._epoch:
@@ -60,26 +101,13 @@ class Bar(Progress):
             self._left(f"{run.name}: epoch {epochs + 1}")
 
     def finish(self, run: Run, *, seconds: float, failure: str | None) -> None:
-        _, estimated = self._estimates.pop(run)
-        if failure is not None:
-            say(f"{run.name} FAILED: {failure}")
-        else:
-            self._bar.learn_pace(seconds, estimated)
-            accuracy = self._results.result(run).get("test_accuracy")
-            shown = (
-                f"{accuracy:.2%}"
-                if _reading.is_number(accuracy)
-                else f"is no number, {_text.brief(accuracy)}"
-            )
-            say(
-                f"{run.name} finished after {seconds:.0f} s: test accuracy "
-                f"{shown}; {self._left()} left"
-            )
+        super().finish(run, seconds=seconds, failure=failure)
+        if failure is None:
             self._bar.advance()
 
     def elsewhere(self, run: Run) -> None:
         self._estimates.pop(run, None)
-        say(f"{run.name} finished by another process")
+        super().elsewhere(run)
         self._bar.advance()
 
     def wait(self, runs: Sequence[Run]) -> None:
@@ -87,6 +115,12 @@ class Bar(Progress):
 
     def close(self) -> None:
         self._bar.close()
+
+    def _left_after(self, run, seconds):
+        _, estimated = self._estimates.pop(run)
+        if seconds is not None:
+            self._bar.learn_pace(seconds, estimated)
+        return f"; {self._left()} left"
 
     def _left(self, doing=""):
         """Shows and returns the time left, shared with those at work."""

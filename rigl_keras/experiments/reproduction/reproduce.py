@@ -7,7 +7,7 @@ import gin
 from rigl_keras.experiments import data
 from rigl_keras.experiments.reproduction.estimates import estimate, plan_table
 from rigl_keras.experiments.reproduction.plans import Run
-from rigl_keras.experiments.reproduction.progress import Bar
+from rigl_keras.experiments.reproduction.progress import Bar, Lines
 from rigl_keras.experiments.reproduction.results import Results
 from rigl_keras.experiments.reproduction.workers import train_missing
 
@@ -42,6 +42,7 @@ def reproduce(
     *,
     data_dir: str | None = None,
     dry_run: bool = False,
+    worker: bool = False,
 ) -> dict[Run, str]:
     """Shows what runs will cost and trains those that are missing.
 
@@ -50,6 +51,8 @@ def reproduce(
         results: Where they are kept.
         data_dir: Folder of prepared data sets, over TFDS_DATA_DIR.
         dry_run: Whether the plan is shown, and nothing trained.
+        worker: Whether this is one of many: it measures no costs, and leaves
+            runs to those that train them.
 
     Returns:
         `{run: reason}` of the runs that failed.
@@ -58,21 +61,32 @@ def reproduce(
         ValueError: A run has a result of another configuration.
     """
     print(f"Results: {results.path}")
-    estimates = estimate(runs, results)
-    print(plan_table(runs, estimates))
-    if dry_run or not estimates:
-        return {}
-    bar = Bar(runs, results, estimates)
-    try:
-        failed = train_missing(runs, results, progress=bar, data_dir=data_dir)
-    finally:
-        bar.close()
+    if worker:
+        failed = train_missing(
+            runs,
+            results,
+            progress=Lines(results),
+            data_dir=data_dir,
+            wait=False,
+        )
+    else:
+        estimates = estimate(runs, results)
+        print(plan_table(runs, estimates))
+        if dry_run or not estimates:
+            return {}
+        bar = Bar(runs, results, estimates)
+        try:
+            failed = train_missing(
+                runs, results, progress=bar, data_dir=data_dir
+            )
+        finally:
+            bar.close()
     for run, reason in failed.items():
         print(
             f"{run.name} failed: {reason}\n"
             f"  what it said: {results.folder(run) / 'log.txt'}",
             file=sys.stderr,
         )
-    done = len(runs) - len(failed)
+    done = sum(results.finished(run) for run in runs)
     print(f"{done} of {len(runs)} runs are finished, {len(failed)} failed.")
     return failed

@@ -10,6 +10,11 @@ another machine that sees the same --results_dir. On a CPU two processes of one
 thread each train more than one process of two:
 
     TF_NUM_INTRAOP_THREADS=1 bin/reproduce table2 --preset=small
+
+On a cluster, SLURM starts N workers; and how far they are:
+
+    bin/reproduce table2 --slurm=N --slurm_options='--time=8:00:00'
+    bin/reproduce table2 --status
 """
 
 import ast
@@ -20,6 +25,7 @@ from absl import app, flags, logging
 from rigl_keras import _reading, _text
 from rigl_keras.experiments import exits
 from rigl_keras.experiments.protocol import journal, variations
+from rigl_keras.experiments.reproduction import slurm
 
 __all__ = ["main"]
 
@@ -66,6 +72,17 @@ def main() -> None:
         "are then other runs.",
     )
     dry_run = flags.DEFINE_bool("dry_run", False, "Show the plan, and stop.")
+    status = flags.DEFINE_bool(
+        "status", False, "Show how far runs are, and who trains them, and stop."
+    )
+    array = slurm.Flags(
+        "reproduce", "rigl_keras.experiments.reproduction.reproduce_command"
+    )
+    worker = flags.DEFINE_bool(
+        "worker",
+        False,
+        "Train what no other process trains, and end: what --slurm starts.",
+    )
     listed = flags.DEFINE_bool(
         "list", False, "Show what can be reproduced, and stop."
     )
@@ -86,6 +103,7 @@ def main() -> None:
             reproduce,
         )
         from rigl_keras.experiments.reproduction.results import Results
+        from rigl_keras.experiments.reproduction.status import status_table
 
         logging.set_verbosity(logging.WARNING)
         if len(argv) != 2:
@@ -103,11 +121,22 @@ def main() -> None:
             changes=_changes(bindings.value),
         )
         results = Results(results_dir.value, chosen.folder)
-        if not dry_run.value:
+        if status.value:
+            print(status_table(runs, results))
+            return
+        if not dry_run.value and not worker.value:
             missing = [run for run in runs if not results.finished(run)]
             check_data(missing, data_dir=data_dir.value)
+        if array.given and not dry_run.value:
+            array.submit(argv, results.path, extra=["--worker"])
+            return
+        exits.raise_stop_requests()
         failed = reproduce(
-            runs, results, data_dir=data_dir.value, dry_run=dry_run.value
+            runs,
+            results,
+            data_dir=data_dir.value,
+            dry_run=dry_run.value,
+            worker=worker.value,
         )
         if failed:
             sys.exit(1)

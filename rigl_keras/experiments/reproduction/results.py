@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rigl_keras import _files, _reading
+from rigl_keras.experiments.reproduction import slurm
 from rigl_keras.experiments.reproduction.plans import Run
 
 __all__ = ["ROOM", "Results"]
@@ -136,6 +137,17 @@ class Results:
         except OSError as error:
             raise _no_lock(path, error) from error
 
+    def worker(self, run: Run) -> str | None:
+        """Returns who trains a run now: a task of SLURM's, or a process."""
+        if not self.claimed(run):
+            return None
+        try:
+            claim = _reading.text(self.folder(run) / "claim")
+            machine, process, _, *task = claim.split()
+        except (OSError, ValueError):  # it is being signed
+            return "a process"
+        return f"task {task[0]}" if task else f"process {process} on {machine}"
+
     @contextlib.contextmanager
     def claim(self, run: Run) -> Iterator[int | None]:
         """Claims a run, until the end of the block.
@@ -162,7 +174,7 @@ def _lock(path):
             with _files.naming(path, advice=ROOM):
                 descriptor = stack.enter_context(_files.lock(path, wait=False))
                 if descriptor is not None:
-                    _files.sign(descriptor)
+                    _files.sign(descriptor, job=slurm.this_task())
         except _files.DiskFullError:
             raise
         except OSError as error:

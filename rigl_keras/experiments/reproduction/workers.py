@@ -1,5 +1,6 @@
 """Training the runs that are missing, beside others who do the same."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -8,11 +9,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from rigl_keras.experiments import exits
 from rigl_keras.experiments.reproduction.plans import Run
 from rigl_keras.experiments.reproduction.progress import Progress
 from rigl_keras.experiments.reproduction.results import Results
 
-__all__ = ["command_of", "train_missing"]
+__all__ = ["GRACE", "command_of", "train_missing"]
+
+# Seconds that a run has to end its epoch, after SIGUSR1.
+GRACE = 240.0
 
 _POLL = 0.5  # seconds between looks at a run that is being trained
 _WAIT = 2.0  # seconds between looks at runs that others train
@@ -24,6 +29,7 @@ def train_missing(
     *,
     progress: Progress | None = None,
     data_dir: str | None = None,
+    wait: bool = True,
 ) -> dict[Run, str]:
     """Trains all runs that have no result yet, one after the other.
 
@@ -31,11 +37,17 @@ def train_missing(
     Runs that another process has claimed are left to it; when nothing else is
     left this waits for them, and takes over those that are given up.
 
+    At an `exits.StopRequest` the run that is being trained ends its epoch,
+    whose checkpoint it continues from. It is killed where that takes longer
+    than `GRACE`, and repeats the epoch.
+
     Args:
         runs: The runs, each after those that it starts from.
         results: Where they are kept.
         progress: Receives what happens.
         data_dir: Folder of prepared data sets, over TFDS_DATA_DIR.
+        wait: Whether to wait for runs that other processes train. If not,
+            this returns when nothing else is left.
 
     Returns:
         `{run: reason}` of those that failed, here or elsewhere meanwhile, or
@@ -77,6 +89,8 @@ def train_missing(
                 if reason is not None:
                     failed[run] = reason
         if waiting and waiting == left:
+            if not wait:
+                break
             progress.wait(waiting)
             time.sleep(_WAIT)
     return failed
@@ -146,6 +160,9 @@ def _trained(run, results, claim, progress, data_dir):
             while child.poll() is None:
                 progress.epoch(run, results.epochs(run))
                 time.sleep(_POLL)
+        except exits.StopRequest:
+            _end_epoch(child)
+            raise
         finally:
             if child.poll() is None:
                 child.kill()
@@ -164,6 +181,13 @@ def _trained(run, results, claim, progress, data_dir):
     return "\n".join(last) or (
         f"its process ended with status {child.returncode}"
     )
+
+
+def _end_epoch(child):
+    """Has a run end when its epoch does, if that is soon."""
+    child.send_signal(signal.SIGUSR1)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(GRACE)
 
 
 def _signal_name(number):

@@ -18,7 +18,7 @@ from rigl_keras.experiments.protocol.variations import GIN_FOLDER
 from rigl_keras.experiments.runs import exports, optimizers, train
 from rigl_keras.methods import one_shot
 
-__all__ = ["configured", "find", "has_macro", "parse"]
+__all__ = ["configured", "find", "has_macro", "parse", "settings"]
 
 _CONFIGURABLE: dict[str, Callable] = {
     "train": train.train,
@@ -128,6 +128,22 @@ def parse(gin_files: Sequence[str], bindings: Sequence[str]) -> None:
             f"Not gin: {error.text or '; '.join(bindings)!s} ({error.msg}). "
             "A binding reads `train.epochs = 2`; strings need quotes."
         ) from error
+
+
+def settings() -> dict[str, str | float]:
+    """Returns what the run is configured with, `{"train.epochs": 250}`.
+
+    That is what is bound of `train`, and of what it calls.
+    """
+    bound = gin.get_bindings("train")
+    names = [getattr(value, "__name__", "") for value in bound.values()]
+    found = {}
+    for name in ["train", *(n for n in names if n in _CONFIGURABLE)]:
+        for parameter, value in gin.get_bindings(name).items():
+            if not isinstance(value, int | float | str):
+                value = getattr(value, "__name__", str(value))
+            found[f"{name}.{parameter}"] = value
+    return found
 
 
 def has_macro(name: str) -> bool:

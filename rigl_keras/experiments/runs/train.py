@@ -70,6 +70,7 @@ def train(
     length: float = 1.0,
     seed: int = 0,
     operative_config: Callable[[], str] | None = None,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
 ) -> dict:
     """Trains one model and returns its result, which `run` holds as well.
 
@@ -141,6 +142,8 @@ def train(
         seed: Seed of weights, masks, data order, augmentation and dropout.
         operative_config: Returns the configuration in use, as text to keep
             beside the result.
+        callbacks: Called after the run's own: by then an epoch is in
+            metrics.csv, and its checkpoint is saved.
 
     Returns:
         The result: accuracies, density, FLOPs ratios, layers, settings. Of a
@@ -258,7 +261,7 @@ def train(
             f"{steps_per_epoch:,}, batch {batch_size}",
         },
     )
-    callbacks = [
+    own_callbacks = [
         update,
         topology,
         trajectory,
@@ -267,7 +270,7 @@ def train(
         board,
         KeepWeights(run, keep_weights),
         table if run.writes else None,
-        checkpoints,  # last: what it saves is logged already
+        checkpoints,  # what it saves is logged already
     ]
     if first_epoch < epochs:
         network.fit(
@@ -277,7 +280,10 @@ def train(
             epochs=epochs,
             validation_data=held_out,
             shuffle=False,  # the data set is shuffled already
-            callbacks=[each for each in callbacks if each is not None],
+            callbacks=[
+                *(each for each in own_callbacks if each is not None),
+                *callbacks,
+            ],
             verbose=0,  # the table says more
         )
     test = _metrics(network, batches.test())

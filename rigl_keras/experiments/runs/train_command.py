@@ -9,11 +9,14 @@ Gin files say what is trained, and are in the folder gin/. What the run leaves
 (weights, metrics.csv, result.json) is in its folder, by default in runs/.
 """
 
+from __future__ import annotations
+
 import logging
 import os
 import threading
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -21,6 +24,11 @@ from absl import logging as absl_logging
 from rigl_keras._files import DiskFullError
 from rigl_keras.experiments import exits
 from rigl_keras.experiments.protocol import variations
+
+if TYPE_CHECKING:
+    import keras
+
+    from rigl_keras.experiments.runs import trackers
 
 # What needs TensorFlow is imported where it is used: --help does not wait.
 
@@ -53,6 +61,13 @@ def _define_flags():
         "one",
         "Devices to train on, one of one, mirrored, multi_worker, tpu. The "
         "batch size is that of all together. tpu has never been run.",
+    )
+    flags.DEFINE_enum(
+        "tracker",
+        None,
+        ["mlflow", "wandb"],
+        "Follow the run in MLflow or in Weights & Biases, which must be "
+        "installed.",
     )
     flags.DEFINE_bool(
         "traceback", False, "Show where an error was raised, too."
@@ -104,6 +119,8 @@ def run(
     data_dir: str | None = None,
     resume: bool = False,
     strategy: str = "one",
+    tracker: trackers.Tracker | None = None,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
 ) -> dict:
     """Runs one configuration and returns its result.
 
@@ -117,6 +134,8 @@ def run(
         data_dir: Folder of prepared data sets.
         resume: Whether to continue an interrupted run.
         strategy: Devices to train on, one of `devices.STRATEGIES`.
+        tracker: Follows the run.
+        callbacks: As in `train.train`.
 
     Returns:
         What `train.train` returns.
@@ -126,7 +145,12 @@ def run(
             or there are no such devices.
     """
     import gin
-    from rigl_keras.experiments.runs import config, devices, run_directory
+    from rigl_keras.experiments.runs import (
+        config,
+        devices,
+        run_directory,
+        trackers,
+    )
 
     gin_files = list(gin_files) or [
         str(variations.GIN_FOLDER / "quickstart.gin")
@@ -152,10 +176,20 @@ def run(
         resume=resume,
         writes=devices.is_chief(strategy),
     ) as directory:
-        return _run(directory, exports, data_dir, strategy)
+        if tracker is None or not directory.writes:
+            return _run(directory, exports, data_dir, strategy, callbacks)
+        tracking = trackers.Tracking(tracker, directory, config.settings())
+        try:
+            result = _run(
+                directory, exports, data_dir, strategy, [tracking, *callbacks]
+            )
+            tracking.finish(result)
+            return result
+        finally:
+            tracking.leave()
 
 
-def _run(directory, exports, data_dir, strategy):
+def _run(directory, exports, data_dir, strategy, callbacks):
     """Runs the configuration in a directory, which this process has."""
     import gin
     from rigl_keras.experiments.runs import config, devices
@@ -169,6 +203,7 @@ def _run(directory, exports, data_dir, strategy):
             directory,
             data_dir=data_dir,
             operative_config=gin.operative_config_str,
+            callbacks=callbacks,
         )
     # Outside of the strategy: what is exported is what was saved.
     if directory.writes:
@@ -252,7 +287,7 @@ def _main(argv):
         raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}.")
     import tensorflow as tf
 
-    from rigl_keras.experiments.runs import devices
+    from rigl_keras.experiments.runs import devices, stopping, trackers
 
     if _FLAGS.parent is not None:
         _end_with(_FLAGS.parent)
@@ -272,6 +307,8 @@ def _main(argv):
             data_dir=_FLAGS.data_dir,
             resume=_FLAGS.resume,
             strategy=_FLAGS.strategy,
+            tracker=_FLAGS.tracker and trackers.TRACKERS[_FLAGS.tracker](),
+            callbacks=[stopping.StopAtSignal()],
         )
     except tf.errors.OpError as error:
         lost = None

@@ -48,7 +48,7 @@ def _cost_left(searched, study, results):
     return _Cost(
         runs=missing + to_begin,
         flops=cost.total_flops,
-        seconds=cost.steps * costs.seconds_of_step(cost.network),
+        seconds=cost.steps * costs.seconds_of_step(cost.step),
     )
 
 
@@ -146,7 +146,7 @@ class Bar(TrialProgress):
     def _seconds(self, run):
         run.configure()
         cost = costs.planned()
-        return cost.steps * costs.seconds_of_step(cost.network)
+        return cost.steps * costs.seconds_of_step(cost.step)
 
     def _left(self, doing=""):
         """Shows and returns the time left, shared with other processes."""

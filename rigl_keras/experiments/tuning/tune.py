@@ -2,7 +2,7 @@
 
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from rigl_keras._text import aligned
 from rigl_keras.experiments.protocol import variations
@@ -26,7 +26,7 @@ from rigl_keras.experiments.tuning.tables import (
     trial_table,
 )
 
-__all__ = ["learning_rate", "updates"]
+__all__ = ["by_seed", "grid_of", "learning_rate", "runs_begun", "updates"]
 
 
 def updates(
@@ -55,12 +55,7 @@ def updates(
         ValueError: The study was made with something else, or a run has a
             result of another configuration.
     """
-    study = Study(
-        results.path / "studies" / searched.name,
-        space=searched.space,
-        about=searched.about,
-        seed=searched.sampler_seed,
-    )
+    study = _study(searched, results)
     print(f"Study: {study.path}")
     print(plan(searched, study, results), flush=True)
     failed = {}
@@ -92,6 +87,26 @@ def updates(
     return failed
 
 
+def _study(searched, results):
+    return Study(
+        results.path / "studies" / searched.name,
+        space=searched.space,
+        about=searched.about,
+        seed=searched.sampler_seed,
+    )
+
+
+def runs_begun(searched: Search, results: Results) -> list[Run]:
+    """Returns the runs of the trials that there are, and the reference's."""
+    study = _study(searched, results)
+    runs = [
+        run
+        for trial in sorted(study.trials(), key=lambda trial: trial.number)
+        for run in searched.runs(**study.params(trial))
+    ]
+    return list(dict.fromkeys([*runs, *searched.reference()]))
+
+
 def learning_rate(
     row: str,
     preset: Preset,
@@ -121,18 +136,10 @@ def learning_rate(
             another configuration.
     """
     check_runs(row, preset, density, seeds)
-    grid = {}
-    for drop_fraction, frequency in variations.UPDATES:
-        for rate in variations.LEARNING_RATES:
-            changes = (
-                *plans.updates_of(drop_fraction, frequency),
-                *plans.learning_rate_of(rate),
-            )
-            grid[rate, drop_fraction, frequency] = runs_of(
-                row, preset, density, seeds, changes
-            )
-    runs = [run for same in zip(*grid.values(), strict=True) for run in same]
-    failed = reproduce(runs, results, data_dir=data_dir, dry_run=dry_run)
+    grid = grid_of(row, preset, density, seeds)
+    failed = reproduce(
+        by_seed(grid), results, data_dir=data_dir, dry_run=dry_run
+    )
     rows = []
     for setting, group in grid.items():
         validation, test, known = accuracies_of(group, results)
@@ -165,6 +172,28 @@ def learning_rate(
                 f"fraction {fraction} and frequency {frequency}."
             )
     return failed
+
+
+def grid_of(
+    row: str, preset: Preset, density: float, seeds: Sequence[int]
+) -> dict[tuple, list[Run]]:
+    """Returns the runs of each setting of Figure 2."""
+    grid = {}
+    for drop_fraction, frequency in variations.UPDATES:
+        for rate in variations.LEARNING_RATES:
+            changes = (
+                *plans.updates_of(drop_fraction, frequency),
+                *plans.learning_rate_of(rate),
+            )
+            grid[rate, drop_fraction, frequency] = runs_of(
+                row, preset, density, seeds, changes
+            )
+    return grid
+
+
+def by_seed(grid: Mapping[tuple, Sequence[Run]]) -> list[Run]:
+    """Returns all runs of a grid, those of the first seed first."""
+    return [run for same in zip(*grid.values(), strict=True) for run in same]
 
 
 def _tell_failures(failed, results):

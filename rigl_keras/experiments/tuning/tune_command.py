@@ -16,7 +16,8 @@ complete trials after as many seeds; --noprune finishes all.
 
 To share the work start the command again, in another terminal or on another
 machine that sees the same --results_dir. Kills lose no trials. A trial with a
-failed run counts, and the next command begins it again.
+failed run counts, and the next command begins it again. --slurm=N has SLURM
+start N such processes, and --status shows how far they are.
 """
 
 import sys
@@ -25,6 +26,7 @@ from absl import flags, logging
 
 from rigl_keras.experiments import exits
 from rigl_keras.experiments.protocol import variations
+from rigl_keras.experiments.reproduction import slurm
 
 __all__ = ["SUBJECTS", "main"]
 
@@ -65,6 +67,10 @@ def main() -> None:
     dry_run = flags.DEFINE_bool(
         "dry_run", False, "Show the plan and the results so far, and stop."
     )
+    status = flags.DEFINE_bool(
+        "status", False, "Show how far runs are, and who trains them, and stop."
+    )
+    array = slurm.Flags("tune", "rigl_keras.experiments.tuning.tune_command")
     results_dir = flags.DEFINE_string(
         "results_dir", "results", "Folder of all results."
     )
@@ -72,16 +78,23 @@ def main() -> None:
         "data_dir", None, "Folder of prepared data sets, over TFDS_DATA_DIR."
     )
 
-    def tune(subject):
+    def tune(argv):
         from rigl_keras.experiments.reproduction.plans import Preset, Run
         from rigl_keras.experiments.reproduction.reproduce import check_data
         from rigl_keras.experiments.reproduction.results import Results
+        from rigl_keras.experiments.reproduction.status import status_table
         from rigl_keras.experiments.tuning.search import (
             DISTRIBUTIONS,
             Search,
             check_runs,
         )
-        from rigl_keras.experiments.tuning.tune import learning_rate, updates
+        from rigl_keras.experiments.tuning.tune import (
+            by_seed,
+            grid_of,
+            learning_rate,
+            runs_begun,
+            updates,
+        )
 
         if distribution.value not in DISTRIBUTIONS:
             raise ValueError(
@@ -94,9 +107,10 @@ def main() -> None:
             density.value,
         )
         chosen = exits.numbers("seeds", seeds.value, int)
-        needed = [] if dry_run.value else [Run(*of_runs, seed=0)]
+        looks = dry_run.value or status.value
+        needed = [] if looks else [Run(*of_runs, seed=0)]
         options = {"data_dir": data_dir.value, "dry_run": dry_run.value}
-        if subject == "updates":
+        if argv[1] == "updates":
             searched = Search(
                 *of_runs,
                 seeds=chosen,
@@ -109,6 +123,12 @@ def main() -> None:
             )
             check_data(needed, data_dir=data_dir.value)
             results = Results(results_dir.value, searched.preset.folder)
+            if status.value:
+                print(status_table(runs_begun(searched, results), results))
+                return {}
+            if array.given and not looks:
+                array.submit(argv, results.path)
+                return {}
             return updates(searched, results, prune=prune.value, **options)
         unused = [flag.name for flag in of_updates if flag.present]
         if unused:
@@ -119,6 +139,13 @@ def main() -> None:
         check_runs(*of_runs, chosen)
         check_data(needed, data_dir=data_dir.value)
         results = Results(results_dir.value, of_runs[1].folder)
+        if status.value:
+            runs = by_seed(grid_of(*of_runs, chosen))
+            print(status_table(runs, results))
+            return {}
+        if array.given and not looks:
+            array.submit(argv, results.path)
+            return {}
         return learning_rate(*of_runs, results, seeds=chosen, **options)
 
     def run(argv):
@@ -128,7 +155,8 @@ def main() -> None:
                 f"Pass one of {', '.join(SUBJECTS)}. Received: "
                 f"{' '.join(argv[1:]) or 'none'}."
             )
-        if tune(argv[1]):
+        exits.raise_stop_requests()
+        if tune(argv):
             sys.exit(1)
 
     exits.run_command(

@@ -1,0 +1,287 @@
+"""Workers of one queue as a SLURM job array.
+
+Each task of the array is the command that a user would start by hand, in one
+terminal more: claims see to it that no run is lost, and none is done twice. A
+task that is about to reach its time limit gets SIGUSR1, ends the epoch it is
+in, and has itself put back into the queue of jobs. One that is preempted, or
+whose node fails, is put back by SLURM.
+"""
+
+import dataclasses
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from rigl_keras import _checks, _files, _reading
+from rigl_keras.experiments import exits
+
+__all__ = ["Array", "Flags", "Task", "arrays", "submit", "this_task"]
+
+_SIGNAL = 300  # seconds before the time limit
+# What begins the flags that are about SLURM, which its workers are not given.
+_OURS = "slurm"
+_FOLDER = "slurm"  # of scripts and logs, among results
+_SCRIPT = """\
+#!/bin/sh
+#SBATCH --job-name={name}
+#SBATCH --array=0-{last}
+#SBATCH --chdir={chdir}
+#SBATCH --output={output}
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@{seconds}
+echo "task ${{SLURM_ARRAY_JOB_ID}}_$SLURM_ARRAY_TASK_ID on $SLURMD_NODENAME,\
+ start $((${{SLURM_RESTART_COUNT:-0}} + 1))"
+{command} &
+worker=$!
+asked=
+trap 'asked=1; kill -USR1 "$worker"' USR1
+wait "$worker"; status=$?
+while [ "$status" -gt 128 ] && kill -0 "$worker" 2>/dev/null; do
+  wait "$worker"; status=$?  # it was the signal that ended the wait before
+done
+# {again}: the worker was stopped, and goes on when it is started again.
+if [ "$status" = {again} ] || {{ [ -n "$asked" ] && [ "$status" != 0 ]; }}; then
+  exec scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A task of an array, as SLURM sees it.
+
+    Args:
+        name: `"12_3"`: task 3 of array 12.
+        state: `"pending"`, `"running"` or another state of SLURM's.
+        place: `"on node1"`, or why it has none: `"(Priority)"`.
+    """
+
+    name: str
+    state: str
+    place: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Array:
+    """An array that was submitted.
+
+    Args:
+        job: Its number.
+        workers: How many tasks it has.
+        tasks: Those that wait or run now; others have ended.
+    """
+
+    job: str
+    workers: int
+    tasks: tuple[Task, ...]
+
+    def __str__(self) -> str:
+        counts: dict[str, int] = {}
+        for task in self.tasks:
+            counts[task.state] = counts.get(task.state, 0) + 1
+        counts["ended"] = self.workers - len(self.tasks)
+        parts = [f"{n} {state}" for state, n in counts.items() if n]
+        of = "worker" if self.workers == 1 else "workers"
+        return f"Array {self.job}, {self.workers} {of}: {', '.join(parts)}."
+
+
+class Flags:
+    """The flags about SLURM that commands share.
+
+    Args:
+        name: Name of the command.
+        module: Its module, which workers run.
+    """
+
+    def __init__(self, name: str, module: str):
+        self._name, self._module = name, module
+        self._workers = flags.DEFINE_integer(
+            f"{_OURS}",
+            None,
+            "Submit so many workers to SLURM, as one job array, and end.",
+        )
+        self._options = flags.DEFINE_string(
+            f"{_OURS}_options",
+            "",
+            "Options of sbatch, such as '--partition=gpu --time=8:00:00'.",
+        )
+
+    @property
+    def given(self) -> bool:
+        """Whether workers are to be submitted.
+
+        Raises:
+            ValueError: There are options, and no workers.
+        """
+        if self._workers.value is None and self._options.present:
+            raise ValueError(
+                "--slurm_options are those of workers. Pass --slurm=N, too."
+            )
+        return self._workers.value is not None
+
+    def submit(
+        self, argv: Sequence[str], folder: Path, *, extra: Sequence[str] = ()
+    ) -> None:
+        """Submits workers of this command line, and says so.
+
+        Args:
+            argv: The command line, without flags.
+            folder: Folder of the results.
+            extra: Flags that workers are given besides.
+
+        Raises:
+            ValueError: There is no SLURM, or too few workers.
+            FailedError: SLURM refuses them.
+        """
+        job = submit(
+            [
+                *(sys.executable, "-m", self._module, *argv[1:]),
+                *_given_flags(),
+                *extra,
+            ],
+            name="-".join([self._name, *argv[1:]]),
+            workers=self._workers.value,
+            options=_words(self._options.value),
+            folder=folder,
+        )
+        print(
+            f"Submitted {self._workers.value} workers, array {job}. What they "
+            f"say: {folder / _FOLDER}. The same command with --status in the "
+            f"place of --{_OURS} shows how far they are."
+        )
+
+
+def _given_flags():
+    """Returns the flags of this command line, except those of this module."""
+    given = {}
+    for name in flags.FLAGS:
+        flag = flags.FLAGS[name]
+        if flag.present and not name.startswith(_OURS):
+            given[id(flag)] = flag.serialize().splitlines()  # has two names
+    return [word for words in given.values() for word in words]
+
+
+def _words(options):
+    try:
+        return shlex.split(options)
+    except ValueError as error:
+        raise ValueError(
+            f"--{_OURS}_options reads as a shell does ({error}). Received: "
+            f"{options!r}."
+        ) from error
+
+
+def submit(
+    command: Sequence[str],
+    *,
+    name: str,
+    workers: int,
+    options: Sequence[str],
+    folder: Path,
+) -> str:
+    """Submits an array of identical workers.
+
+    Args:
+        command: What each of them runs, in the current folder.
+        name: Name of the job.
+        workers: How many, at least 1.
+        options: Options of sbatch, over ours.
+        folder: Folder of the results, which all nodes must see. Script and
+            logs are kept in `slurm/` there.
+
+    Returns:
+        The number of the job.
+
+    Raises:
+        ValueError: There is no SLURM, or too few workers.
+        FailedError: SLURM refuses them.
+    """
+    _checks.integer(f"--{_OURS}", workers, at_least=1)
+    if shutil.which("sbatch") is None:
+        raise ValueError(
+            f"--{_OURS} needs SLURM, and there is no sbatch on the PATH. Start "
+            "this on a machine of the cluster from which jobs are submitted."
+        )
+    folder = folder.resolve() / _FOLDER
+    folder.mkdir(exist_ok=True)
+    script = _SCRIPT.format(
+        name=name,
+        last=workers - 1,
+        chdir=_quoted(Path.cwd()),
+        output=_quoted(f"{folder}/").replace("%", "%%") + "%A_%a.log",
+        seconds=_SIGNAL,
+        command=shlex.join(command),
+        again=os.EX_TEMPFAIL,
+    )
+    with _files.unfinished_folder(folder) as unfinished:
+        path = unfinished / name
+        path.write_text(script)
+        job = _said(["sbatch", "--parsable", *options, str(path)])
+        job = job.split(";")[0]  # what follows is the name of the cluster
+        _files.put(path, folder / f"{job}.sh")
+    return job
+
+
+def arrays(folder: Path) -> list[Array]:
+    """Returns the arrays that were submitted for a folder of results.
+
+    Raises:
+        FailedError: SLURM does not answer.
+    """
+    scripts = sorted((folder / _FOLDER).glob("*.sh"), key=os.path.getmtime)
+    if not scripts:
+        return []
+    tasks: dict[str, list[Task]] = {}
+    form = "%i|%T|%N|%r"
+    asked = ["squeue", "--me", "--array", "--noheader", f"--format={form}"]
+    for line in _said(asked).splitlines():
+        name, state, nodes, reason = line.split("|")
+        place = f"on {nodes}" if nodes else f"({reason})"
+        task = Task(name, state.lower(), place)
+        tasks.setdefault(name.split("_")[0], []).append(task)
+    return [
+        Array(path.stem, _workers(path), tuple(tasks.get(path.stem, ())))
+        for path in scripts
+    ]
+
+
+def _workers(script):
+    last = re.search(r"--array=0-(\d+)", _reading.text(script))
+    return int(last[1]) + 1 if last else 0
+
+
+def _said(command):
+    """Returns what a command of SLURM prints."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except FileNotFoundError as error:
+        raise exits.FailedError(
+            f"There is no {command[0]} on the PATH, of SLURM."
+        ) from error
+    if done.returncode:
+        raise exits.FailedError(
+            f"{command[0]} failed: {done.stderr.strip() or done.returncode}"
+        )
+    return done.stdout.strip()
+
+
+def _quoted(path):
+    """Returns a path as `#SBATCH` reads it."""
+    return str(path).replace(" ", "\\ ")
+
+
+def this_task() -> str:
+    """Returns which task of an array this process is of, or `""`."""
+    job, task = (
+        os.environ.get(f"SLURM_ARRAY_{part}_ID") for part in ("JOB", "TASK")
+    )
+    return f"{job}_{task}" if job and task else ""
