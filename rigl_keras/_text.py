@@ -14,7 +14,7 @@ __all__ = [
     "wrapped",
 ]
 
-_MOST_NAMES = 3  # that are told for one reason
+_MOST_NAMES = 3  # that are listed for one reason
 
 
 def exact(value: float) -> str:

@@ -166,8 +166,7 @@ def _told_if_slow() -> contextlib.AbstractContextManager:
     if tf.executing_eagerly():  # a step runs, which is not slow tracing
         return contextlib.nullcontext()
     return said_if_slow(
-        "Tracing the training step, and once more for mask updates (once in "
-        "each fit) ..."
+        "Tracing the training step, and again for mask updates (each fit) ..."
     )
 
 
