@@ -161,7 +161,7 @@ class Flags:
 
 
 def _given_flags():
-    """Returns the flags of this command line, but for those of this module."""
+    """Returns the flags of this command line, without those about SLURM."""
     given = {}
     for name in flags.FLAGS:
         flag = flags.FLAGS[name]
