@@ -14,8 +14,8 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = {
     "rigl-train": "rigl_keras.experiments.runs.train_command",
     "rigl-export": "rigl_keras.experiments.runs.export_command",
-    "rigl-reproduce": "rigl_keras.experiments.reproduction.reproduce",
-    "rigl-tune": "rigl_keras.experiments.tuning.tune",
+    "rigl-reproduce": "rigl_keras.experiments.reproduction.reproduce_command",
+    "rigl-tune": "rigl_keras.experiments.tuning.tune_command",
     "rigl-report": "rigl_keras.experiments.report_command",
     "rigl-benchmark": "rigl_keras.experiments.benchmarks.benchmark_command",
     "rigl-build-kernels": "rigl_keras.kernels.build_command",
@@ -26,9 +26,9 @@ def main() -> None:
     """Runs the command by whose name the process was started."""
     name = Path(sys.argv[0]).stem
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    if name == "rigl-report":
-        # --planned alone needs TensorFlow, and loads it then.
-        os.environ.setdefault("RIGL_KERAS_WITHOUT_TENSORFLOW", "1")
+    if name != "rigl-build-kernels":
+        # Until flags are parsed, as in bin/.
+        os.environ["RIGL_KERAS_WITHOUT_TENSORFLOW"] = "1"
     try:
         command = importlib.import_module(COMMANDS[name])
     except ModuleNotFoundError as error:

@@ -107,9 +107,14 @@ print(rigl_keras.masked_layers(sparse_model))
 
 
 # %%
+steps = EPOCHS * -(-len(train_x) // 128)
+
+
 def train(model, *callbacks):
     model.compile(
-        keras.optimizers.Adam(2e-3),
+        keras.optimizers.Adam(
+            keras.optimizers.schedules.CosineDecay(3e-3, steps)
+        ),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
@@ -125,7 +130,6 @@ def train(model, *callbacks):
     return history.history["val_accuracy"]
 
 
-steps = EPOCHS * -(-len(train_x) // 128)
 rigl = rigl_keras.RigL(frequency=max(2, steps // 40))
 curves = {
     f"RigL, density {DENSITY}": train(sparse_model, rigl),

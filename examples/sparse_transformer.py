@@ -27,6 +27,7 @@ BLOCKS = 3
 STEPS = 600
 BATCH = 32
 EVALUATE_EVERY = 50  # steps
+SAMPLE = 200  # characters to write in the end
 FIGURE = "sparse_transformer.png"
 
 # %% [markdown]
@@ -168,7 +169,7 @@ figure.savefig(FIGURE, dpi=130)
 
 
 # %%
-def continued(model, start, count=200, seed=0):
+def continued(model, start, count=SAMPLE, seed=0):
     """Returns a text and what the model makes of it, character by character."""
     draw = np.random.default_rng(seed)
     found = [code[c] for c in start]

@@ -21,7 +21,7 @@ import rigl_keras
 
 DATA = "cifar10"  # or "digits", which is smaller and needs no download
 WEIGHTS = "imagenet"  # downloaded by Keras; None: random ones
-SIZE = 96  # of the images, in pixels
+SIZE = 128  # of the images, in pixels: the least that it has weights for
 IMAGES = 10_000  # to train on
 HEAD_EPOCHS = 2
 EPOCHS = 8

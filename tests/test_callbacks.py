@@ -111,18 +111,13 @@ PAIRS = [
 ]
 
 
-# Each method, and each optimizer, in a graph; the others run eagerly.
-IN_A_GRAPH = in_turn(METHODS, OPTIMIZERS)
-
-
-@pytest.mark.slow_but(*IN_A_GRAPH)
+@pytest.mark.slow_but(*in_turn(METHODS, OPTIMIZERS))
 @pytest.mark.parametrize("method, optimizer", PAIRS)
 def test_counts_and_zeros(method, optimizer):
     """Constant in each layer, or in all together, or as scheduled."""
     model = sparsify(two_layers(), 0.2)
     before = masks(model)
-    eager = f"{method}-{optimizer}" not in IN_A_GRAPH
-    compiled(model, OPTIMIZERS[optimizer](), run_eagerly=eager)
+    compiled(model, OPTIMIZERS[optimizer]())
     # A constant fraction: the cosine's last update drops nothing.
     callbacks = METHODS[method](**WINDOW, decay="constant")
     if method in NEED_MOMENTUM and optimizer == "sgd":
@@ -153,7 +148,7 @@ def test_counts_and_zeros(method, optimizer):
 @pytest.mark.slow_but("SET")
 @pytest.mark.parametrize("method", DYNAMIC)
 def test_updates_of_the_report_come_a_step_earlier(method):
-    model = compiled(sparsify(two_layers(), 0.2), run_eagerly=True)
+    model = compiled(sparsify(two_layers(), 0.2))
     before = masks(model)
     callbacks = DYNAMIC[method](**WINDOW, decay="constant", conventions=REPORT)
     record = step_by_step(model, callbacks)
@@ -174,7 +169,7 @@ def assert_updates(model, before, record, steps):
 
 
 def test_logs_reach_history_and_leave_the_bar_of_a_step_alone():
-    model = compiled(sparsify(two_layers(), 0.2), run_eagerly=True)
+    model = compiled(sparsify(two_layers(), 0.2))
     steps = []
     log = keras.callbacks.LambdaCallback(
         on_train_batch_end=lambda batch, logs: steps.append(set(logs))
@@ -315,7 +310,7 @@ trained_plainly = functools.cache(trained_in)
 @pytest.mark.slow_but(
     "SNFS-{'steps_per_execution': 4}",
     "SNFS-{'run_eagerly': True}",
-    "SNFS-{'jit_compile': True}",
+    "SET-{'jit_compile': True}",
 )
 @pytest.mark.parametrize(
     "options",
@@ -516,7 +511,7 @@ def test_every_checkpoint_is_sparse(tmp_path):
             for name, kernel in kernels(self.model).items():
                 assert not kernel[masks(self.model)[name] == 0].any()
 
-    model = compiled(sparsify(two_layers(), 0.2), "adam", run_eagerly=True)
+    model = compiled(sparsify(two_layers(), 0.2), "adam")
     save = keras.callbacks.ModelCheckpoint(tmp_path / "at{epoch}.keras")
     # The order of callbacks does not matter.
     train(model, [Look(), save, RigL(**WINDOW), Look()], epochs=2)

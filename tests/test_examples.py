@@ -13,6 +13,7 @@ import pytest
 
 import rigl_keras
 from rigl_keras import kernels
+from rigl_keras.exporting.export_report import foreign_files
 
 EXAMPLES = pathlib.Path(rigl_keras.__file__).parents[1] / "examples"
 # What is changed in each, so that it takes seconds and downloads nothing.
@@ -24,8 +25,9 @@ SMALL = {
         "CONTEXT": "8",
         "WIDTH": "8",
         "BLOCKS": "1",
-        "STEPS": "6",
-        "EVALUATE_EVERY": "2",
+        "STEPS": "4",
+        "EVALUATE_EVERY": "4",
+        "SAMPLE": "3",
     },
     "transfer_learning": {
         "DATA": "'digits'",
@@ -93,12 +95,28 @@ def test_a_method_of_your_own(run):
 def test_prune_and_serve(run):
     names = run("serve_without_tensorflow")
     assert names["difference"] < 1e-3
+    # What Python has compiled does not keep the next run from replacing it.
+    (made,) = pathlib.Path("native/__pycache__").iterdir()
+    assert foreign_files(pathlib.Path("native")) == []
+    made.with_name("other.pyc").write_text("")
+    assert foreign_files(pathlib.Path("native")) == ["__pycache__/other.pyc"]
     density = rigl_keras.count(names["model"]).density
     assert density == pytest.approx(names["DENSITY"], abs=0.01)
 
 
+@pytest.fixture
+def eagerly(monkeypatch):
+    """Runs steps one by one: graphs of these models take longer to make."""
+    compiled = keras.Model.compile
+
+    def compile_eagerly(model, *args, **options):
+        return compiled(model, *args, run_eagerly=True, **options)
+
+    monkeypatch.setattr(keras.Model, "compile", compile_eagerly)
+
+
 @pytest.mark.slow
-def test_a_sparse_transformer(run):
+def test_a_sparse_transformer(run, eagerly):
     names = run("sparse_transformer")
     assert len(names["continued"](names["sparse"], "Py", count=3)) == 5
     dense, sparse = (
@@ -108,7 +126,7 @@ def test_a_sparse_transformer(run):
 
 
 @pytest.mark.slow
-def test_transfer_learning(run):
+def test_transfer_learning(run, eagerly):
     names = run("transfer_learning")
     assert names["history"]["density"] == [pytest.approx(0.2, abs=0.01)]
     assert len(names["accuracy"]) == 2

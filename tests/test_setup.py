@@ -55,9 +55,3 @@ def test_an_activated_environment_is_used(tmp_path):
     )
     assert done.stdout.strip() == f"ran {tmp_path}", done.stderr
     assert done.stderr == ""
-
-
-def test_requirements_cover_the_package():
-    text = (ROOT / "setup.py").read_text()
-    assert 'requirements("tensorflow", "keras", "numpy")' in text
-    assert 'python_requires=">=3.10,<3.14"' in text

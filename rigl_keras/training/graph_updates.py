@@ -469,9 +469,12 @@ class GraphUpdates:
 
 @contextlib.contextmanager
 def _applying(optimizer, action):
-    """Within the context, `optimizer.apply` is `action`."""
+    """Within the context, `optimizer.apply` is `action`.
+
+    AutoGraph converts what calls it, a loop of the user's, and not `action`.
+    """
     before = vars(optimizer).get("apply")
-    optimizer.apply = action
+    optimizer.apply = tf.autograph.experimental.do_not_convert(action)
     try:
         yield
     finally:

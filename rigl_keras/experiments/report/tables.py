@@ -117,7 +117,9 @@ def table_section(context: Context, name: str) -> Section:
             title = "dense" if density is None else f"density {exact(density)}"
             if len(networks) > 1:
                 title = f"{rows.NETWORKS[network].split()[-1]}, {title}"
-            blocks.append(_block(context, name, printed, density, title, marks))
+            block = _block(context, name, printed, density, title, marks)
+            if block.lines:
+                blocks.append(block)
     text = []
     if context.with_published:
         text += [

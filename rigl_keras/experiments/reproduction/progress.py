@@ -31,7 +31,7 @@ class Progress:
 
 
 class Lines(Progress):
-    """A line for whatever happens, as a log keeps them.
+    """Prints a line for each event, as for a log.
 
     Args:
         results: Where runs are kept.

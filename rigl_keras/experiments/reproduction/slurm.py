@@ -161,7 +161,7 @@ class Flags:
 
 
 def _given_flags():
-    """Returns the flags of this command line, without those about SLURM."""
+    """Returns the flags of this command line, except those of this module."""
     given = {}
     for name in flags.FLAGS:
         flag = flags.FLAGS[name]

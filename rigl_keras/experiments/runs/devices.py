@@ -128,7 +128,7 @@ def exchange_active(model: keras.Model) -> None:
 
 
 def sharded(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """Returns a dataset of which each worker takes its part of each batch."""
+    """Returns a dataset that gives each worker its part of each batch."""
     options = tf.data.Options()
     options.experimental_distribute.auto_shard_policy = (
         tf.data.experimental.AutoShardPolicy.DATA

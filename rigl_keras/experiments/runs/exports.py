@@ -85,7 +85,7 @@ class Exports:
         overwrite: bool = False,
         keep: bool = False,
     ) -> list[ExportReport]:
-        """Exports a model, each format in a folder of its own.
+        """Exports a model, each format in a separate folder.
 
         Args:
             source: Directory of a finished run, or a `.keras` file.

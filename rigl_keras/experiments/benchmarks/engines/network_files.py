@@ -1,4 +1,4 @@
-"""A network as files, each of which some engine reads."""
+"""Writes a network as the files that engines read."""
 
 import dataclasses
 import os

@@ -103,7 +103,7 @@ class Process:
             )
 
     def close(self) -> None:
-        """Ends it, whatever it does."""
+        """Ends the process, also while it works."""
         self._signal(signal.SIGKILL)
         self._process.wait()
         for pipe in (self._requests, self._answers):

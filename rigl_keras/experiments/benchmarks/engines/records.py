@@ -220,7 +220,7 @@ class Records:
         measurements: Sequence[Measurement],
         left_out: Sequence[LeftOut],
     ) -> None:
-        """Replaces what there is of a case, and writes the files.
+        """Replaces the records of a case, and writes the files.
 
         Engines of two commands did not take turns, so that nothing stays of
         an earlier one.
