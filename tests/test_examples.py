@@ -13,6 +13,7 @@ import pytest
 
 import rigl_keras
 from rigl_keras import kernels
+from rigl_keras.exporting.export_report import foreign_files
 
 EXAMPLES = pathlib.Path(rigl_keras.__file__).parents[1] / "examples"
 # What is changed in each, so that it takes seconds and downloads nothing.
@@ -94,6 +95,11 @@ def test_a_method_of_your_own(run):
 def test_prune_and_serve(run):
     names = run("serve_without_tensorflow")
     assert names["difference"] < 1e-3
+    # What Python has compiled does not keep the next run from replacing it.
+    (made,) = pathlib.Path("native/__pycache__").iterdir()
+    assert foreign_files(pathlib.Path("native")) == []
+    made.with_name("other.pyc").write_text("")
+    assert foreign_files(pathlib.Path("native")) == ["__pycache__/other.pyc"]
     density = rigl_keras.count(names["model"]).density
     assert density == pytest.approx(names["DENSITY"], abs=0.01)
 

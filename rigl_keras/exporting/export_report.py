@@ -350,7 +350,8 @@ def foreign_files(path: Path) -> list[str]:
         path: A folder, or anything else.
 
     Returns:
-        Names of files. Without a report, all files.
+        Names of files. Without a report, all files. What Python compiles of a
+        module that is part of it, as it is imported, is left out.
     """
     try:
         content = _reading.json_object(path / REPORT)
@@ -359,6 +360,9 @@ def foreign_files(path: Path) -> list[str]:
         known = set()
     if not path.is_dir():
         return [path.name]
+    for module in [name for name in known if name.endswith(".py")]:
+        compiled = path.glob(f"__pycache__/{Path(module).stem}.*.pyc")
+        known |= {str(entry.relative_to(path)) for entry in compiled}
     found = [str(entry.relative_to(path)) for entry in _entries(path)]
     return [name for name in found if name not in known] or (
         [] if known else ["no export.json"]
