@@ -10,6 +10,7 @@ ahead               begins to build them while other things go on
 operations          the operations with their gradients, of convolutions by
                     convolution_gradients
 matrix_operations   products of matrices with a sparse one
+place_operations    some places of tensors, over place_ops.cc
 recurrent_operations  all steps of an LSTM or a GRU
 problems            what layers compute, both ways, so that it can be timed
 choice              times dense and sparse products, and takes the faster

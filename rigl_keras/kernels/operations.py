@@ -44,7 +44,9 @@ def sparse_conv2d(
             takes: each filter sees the channels of its group.
         mask: Bool tensor of the kernel's shape, or one of float32 zeros and
             ones. Pass the value of a variable: for a tensor that each call
-            computes, each call computes the order as well.
+            computes, each call computes the order as well. Or one of bytes
+            (`place_operations.look_at`), which has 1 where a bool mask is
+            True, and 2 more where the gradient is computed as well.
         strides: Of rows and columns, at least 1.
         padding: `"SAME"` or `"VALID"`, as in `tf.nn.conv2d`.
         dilations: Of rows and columns, at least 1.

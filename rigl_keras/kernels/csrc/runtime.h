@@ -144,12 +144,22 @@ T* Write(Tensor* tensor) {
   return static_cast<T*>(tensor->data());
 }
 
-// A mask, a byte for each entry, 0 where it removes. Masks are bools; graphs
-// that earlier versions have traced hold float ones.
+// Of the bytes of a mask (`MaskBytes`), those that tell what a product keeps,
+// and what the gradient of its kernel is computed of.
+constexpr uint8_t kKept = 1, kLookedAt = 3;
+
+// Those of a mask that have the bits: of masks that have not two of them, all.
+inline uint8_t BitsOf(const Tensor& mask, uint8_t bits) {
+  return mask.dtype() == tensorflow::DT_UINT8 ? bits : 0xff;
+}
+
+// A mask, a byte for each entry. Masks are bools; graphs that earlier versions
+// have traced hold float ones. One of bytes is 1 where it keeps, and has 2 more
+// where the gradient of the kernel is wanted as well.
 class MaskBytes {
  public:
   explicit MaskBytes(const Tensor& mask) {
-    if (mask.dtype() == tensorflow::DT_BOOL) {
+    if (mask.dtype() != tensorflow::DT_FLOAT) {
       data_ = Read<uint8_t>(mask);
       return;
     }
