@@ -34,8 +34,8 @@ __all__ = [
 
 _dense_gradients = contextvars.ContextVar("dense_gradients", default=False)
 # By id of the kernel, where its gradient is looked at: `looking_at`.
-_looked_at: contextvars.ContextVar[Mapping[int, tf.Tensor]] = (
-    contextvars.ContextVar("looked_at", default={})
+_looked_at: contextvars.ContextVar[Mapping[int, tf.Tensor] | None] = (
+    contextvars.ContextVar("looked_at", default=None)
 )
 _called: contextvars.ContextVar[dict[int, str] | None] = contextvars.ContextVar(
     "called", default=None
@@ -109,7 +109,8 @@ def product_masks(masked: Sequence) -> tuple[list[tf.Tensor], bool]:
         Their masks, and whether the product passes dense gradients.
     """
     dense = _dense_gradients.get()
-    looked = [_looked_at.get().get(id(m.kernel)) for m in masked]
+    masks = _looked_at.get() or {}
+    looked = [masks.get(id(m.kernel)) for m in masked]
     if dense and None not in looked:
         return cast(list[tf.Tensor], looked), False
     return [tf.convert_to_tensor(m.mask.value) for m in masked], dense

@@ -99,8 +99,10 @@ class PlacesOf : public OpKernel {
     int64_t* to = Write<int64_t>(places);
     ForPieces(context, size, [&](int64_t i, int64_t begin, int64_t end) {
       int64_t next = first[i];
-      for (int64_t e = begin; e < end && next < first[i + 1]; ++e)
-        if (marks[e]) to[next++] = e;
+      // What was counted: somebody may write to what is not theirs.
+      ForMarked(marks, 0xff, begin, end, [&](int64_t e) {
+        if (next < first[i + 1]) to[next++] = e;
+      });
     });
     return tensorflow::OkStatus();
   }

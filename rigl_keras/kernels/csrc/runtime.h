@@ -179,6 +179,20 @@ class MaskBytes {
   std::vector<uint8_t> converted_;
 };
 
+// Calls take(i) for each of the bytes [begin, end) that has some of the bits.
+template <typename Take>
+void ForMarked(const uint8_t* bytes, uint8_t bits, int64_t begin, int64_t end,
+               const Take& take) {
+  while (begin < end) {
+    const int64_t last = std::min<int64_t>(begin + 8, end);
+    uint64_t eight = 1;  // of which most are 0 where a mask keeps little
+    if (last - begin == 8) std::memcpy(&eight, bytes + begin, 8);
+    if (!eight) begin = last;
+    for (; begin < last; ++begin)
+      if (bytes[begin] & bits) take(begin);
+  }
+}
+
 inline int Threads(OpKernelContext* context) {
   return context->device()->tensorflow_cpu_worker_threads()->num_threads;
 }

@@ -178,8 +178,8 @@ class SparseConvolution : public OpKernel {
       return Make(context, transposed, may_split, counts, known,
                   [&]() -> const std::vector<int32_t>& {
                     if (active.empty())
-                      for (int64_t i = 0; i < all; ++i)
-                        if (kept[i] & bits) active.push_back(i);
+                      ForMarked(kept, bits, 0, all,
+                                [&](int64_t i) { active.push_back(i); });
                     return active;
                   },
                   fresh);

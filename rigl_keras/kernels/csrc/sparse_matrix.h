@@ -187,8 +187,9 @@ class SparseMatrix {
     std::vector<int32_t> places;
     places.reserve(count);
     // What was counted: somebody may write to a mask that is not theirs.
-    for (int64_t i = 0; i < all && int64_t(places.size()) < count; ++i)
-      if (mask[i] & bits) places.push_back(i);
+    ForMarked(mask, bits, 0, all, [&](int64_t i) {
+      if (int64_t(places.size()) < count) places.push_back(i);
+    });
     places_ = std::make_shared<const std::vector<int32_t>>(std::move(places));
     plans_made.fetch_add(1, std::memory_order_relaxed);
   }
