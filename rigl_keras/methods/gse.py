@@ -30,8 +30,12 @@ class GSE(MaskUpdate):
 
     Heddes et al., 2024, Always-sparse training by growing connections with
     guided stochastic exploration, arXiv:2401.06898, Algorithm 2, with its
-    uniform sampling. Gradients are needed at the active connections and at S
-    alone, a number in proportion to n.
+    uniform sampling, which is of each layer for itself. Gradients are needed
+    at the active connections and at S alone, a number in proportion to n.
+    Sparse products compute no others (`sparsify(product="sparse")`, or
+    `"auto"` where they are faster), on one device without XLA, for gradients
+    of one batch: so an update costs about what a step does. Masks are the
+    same either way.
 
     Defaults are those of the authors' code. It ranks the connections of all
     layers together, so that density moves between them, takes every entry of

@@ -13,6 +13,9 @@
                                    fastest (`engine_command`)
     bin/benchmark workers          what two workers send each other
                                    (`worker_speed`)
+    bin/benchmark updates          what a mask update costs that looks at few
+                                   gradients, in time and memory
+                                   (`update_speed`)
     bin/benchmark language         a training step of a GPT, and losses of runs
                                    (`language_command`)
 
@@ -28,6 +31,7 @@ from rigl_keras.experiments.benchmarks import (
     kernel_command,
     language_command,
     plan_memory,
+    update_speed,
     worker_speed,
 )
 from rigl_keras.experiments.benchmarks.input_pipeline import (
@@ -47,6 +51,7 @@ def main() -> None:
         "engines": engine_command,
         "workers": worker_speed,
         "language": language_command,
+        "updates": update_speed,
     }
     if named in commands or named in kernel_command.PARTS:
         if named in commands:
