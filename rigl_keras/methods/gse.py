@@ -8,7 +8,6 @@ import tensorflow as tf
 
 from rigl_keras import _checks, _keras, scores
 from rigl_keras._random import random_bits
-from rigl_keras.kernels.place_operations import look_at
 from rigl_keras.masking.kernel_part import KernelPart
 from rigl_keras.masking.masked import KernelMask
 from rigl_keras.methods.mask_update import MaskUpdate
@@ -98,8 +97,7 @@ class GSE(MaskUpdate):
     def looks_at(self, layer: KernelMask, step: tf.Tensor) -> tf.Tensor | None:
         if self._is_another():
             return None
-        kept = layer.units(tf.convert_to_tensor(layer.mask.value))
-        return layer.by_element(look_at(kept, self.positions(layer, step)))
+        return layer.looked_at(self.positions(layer, step))
 
     def _is_another(self):
         """Returns whether a child's rule may read gradients elsewhere."""

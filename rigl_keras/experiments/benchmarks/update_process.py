@@ -91,7 +91,7 @@ def _backward(model, loss, method, batch, *, update):
 
     def call():
         # All are there at once, as where an optimizer takes them.
-        gradients = run(x, y)
+        gradients: Any = run(x, y)
         return float(tf.reshape(gradients[-1], [-1])[0])
 
     return call

@@ -45,7 +45,7 @@ from rigl_keras.experiments.benchmarks.update_process import (
 __all__ = ["Update", "define_command", "measure_updates"]
 
 _DENSITIES = {"wide_resnet": 0.1, "dense": 0.01}
-_RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+_RETURNED = {"MALLOC_MMAP_THRESHOLD_": str(1 << 18)}  # bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
