@@ -11,7 +11,7 @@ import os
 import sys
 from typing import TYPE_CHECKING
 
-# tfmot, whose schedules MagnitudePruning takes, sets the variable for itself.
+# tfmot sets this variable itself, and MagnitudePruning takes its schedules.
 _SET_BY_HAND = "tensorflow_model_optimization" not in sys.modules
 _LEGACY = os.environ.get("TF_USE_LEGACY_KERAS", "").lower() in ("1", "true")
 
@@ -31,7 +31,7 @@ def _refuse_backend(backend):
     )
 
 
-# Before Keras is imported: it would fail on a backend that is not installed.
+# Checked first: importing Keras fails if its backend is not installed.
 if os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow":
     _refuse_backend(os.environ["KERAS_BACKEND"])
 
@@ -39,7 +39,7 @@ if os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow":
 def _why_without_keras():
     """Returns why there is no Keras on TensorFlow here, or None.
 
-    bin/report makes its page without, and does not wait for TensorFlow.
+    bin/report needs no TensorFlow, and does not wait for it.
     """
     if os.environ.get("RIGL_KERAS_WITHOUT_TENSORFLOW"):
         return "which RIGL_KERAS_WITHOUT_TENSORFLOW rules out: unset it"
@@ -70,6 +70,7 @@ if TYPE_CHECKING or _WITHOUT_KERAS is None:
         models,
         patterns,
         redistribution,
+        replicas,
         schedules,
         scores,
         topology,
@@ -114,8 +115,8 @@ if TYPE_CHECKING or _WITHOUT_KERAS is None:
 else:
 
     def __getattr__(name):
-        # What the page of bin/report needs is imported as ever, and all is
-        # after a reload, with Keras.
+        # The modules that bin/report needs are imported as usual. After a
+        # reload with Keras, all are.
         there = _WITHOUT_KERAS is None or name == "experiments"
         if there or name.startswith("_"):
             raise AttributeError(f"module {__name__!r} has no {name!r}")
@@ -124,7 +125,7 @@ else:
         )
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"  # pyproject.toml reads it here
 
 __all__ = [
     "ACDC",
@@ -172,6 +173,7 @@ __all__ = [
     "patterns",
     "redistribution",
     "remove_dead_units",
+    "replicas",
     "schedules",
     "scores",
     "sparsify",
@@ -180,3 +182,8 @@ __all__ = [
     "training_flops",
     "with_masks",
 ]
+
+
+def __dir__():
+    """Completion offers what is public, and not what modules import."""
+    return list(__all__)

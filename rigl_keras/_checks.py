@@ -1,7 +1,7 @@
-"""What a number given to this package may be, or an error that says so.
+"""Checks of arguments that are numbers.
 
-NumPy's numbers are as good as Python's, and come out as Python's; bools,
-strings and NaN are none.
+NumPy's numbers are accepted and returned as Python's. Bools, strings and NaN
+are refused.
 """
 
 import math
@@ -30,13 +30,13 @@ def integer(
         value: What was received.
         at_least: Smallest value.
         at_most: Largest value.
-        rule: What it must be, for the error. "": says so by the bounds.
+        rule: The rule that the error states. "": made from the bounds.
 
     Returns:
         The value.
 
     Raises:
-        ValueError: It is no whole number, or out of bounds.
+        ValueError: It is not a whole number, or is out of bounds.
     """
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if not whole or not at_least <= int(value) <= at_most:
@@ -63,13 +63,13 @@ def number(
         at_least: Smallest value.
         above: What it must be greater than.
         at_most: Largest value.
-        rule: What it must be, for the error.
+        rule: The rule that the error states.
 
     Returns:
         The value.
 
     Raises:
-        ValueError: It is no number, not finite or out of bounds.
+        ValueError: It is not a number, not finite or out of bounds.
     """
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     try:
@@ -99,10 +99,10 @@ def boolean(name: str, value) -> bool:
 
     Args:
         name: What the argument is called.
-        value: What was received. "False" is none: it would count as true.
+        value: What was received. "False", a string, would count as true.
 
     Raises:
-        ValueError: It is no bool of Python or NumPy.
+        ValueError: It is not a bool of Python or NumPy.
     """
     if not isinstance(value, (bool, np.bool_)):
         raise ValueError(
@@ -117,9 +117,9 @@ def choice(name: str, value, choices: Sequence) -> None:
     Args:
         name: What the argument is called.
         value: What was received.
-        choices: What it may be.
+        choices: The allowed values.
     """
-    # An array is compared entry by entry, and has no truth.
+    # `value in choices` fails for an array.
     if not (isinstance(value, str) or value is None) or value not in choices:
         raise ValueError(
             f"{name} must be one of {tuple(choices)}. {_received(name, value)}"

@@ -1,4 +1,4 @@
-"""Warnings that something is going to be written differently."""
+"""Warnings about deprecated uses."""
 
 import inspect
 import warnings

@@ -1,8 +1,8 @@
 """How figures look: one palette, one legend, one size of text.
 
-Colours are Okabe and Ito's, which colour-blind people can tell apart; markers,
-line styles and hatches tell them apart without colour. matplotlib is imported
-where a figure is drawn: without figures it need not be installed.
+The colours are Okabe and Ito's, which colour-blind people can tell apart.
+Markers, line styles and hatches distinguish them without colour. matplotlib is
+imported when a figure is drawn, so it is needed for figures only.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ BLUE, VERMILION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 def as_png(figure: Figure) -> bytes:
     """Returns a figure as the bytes of an image."""
     image = io.BytesIO()
-    # Nothing of the machine, so that the same numbers are the same bytes.
+    # No metadata of the machine: equal numbers give equal bytes.
     _save(figure, image, format="png", metadata={"Software": None})
     return image.getvalue()
 
 
 def save(figure: Figure, path: str | os.PathLike) -> None:
-    """Writes a figure whole or not at all, of the type that its name says."""
+    """Writes a figure, whole or not at all; the suffix gives the format."""
     if Path(path).suffix == ".png":
         _files.write(path, as_png(figure))
         return
@@ -71,13 +71,13 @@ def save(figure: Figure, path: str | os.PathLike) -> None:
 
 def _save(figure, target, **options):
     with warnings.catch_warnings():
-        # Names may have letters that its font lacks, which shows boxes.
+        # The font shows a box for each letter that it lacks.
         warnings.filterwarnings("ignore", "Glyph .* missing from")
         figure.savefig(target, dpi=_DPI, **options)
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Returns a figure of some inches, whose parts make room for each other.
+    """Returns a figure of a size in inches, with constrained layout.
 
     Raises:
         ValueError: It would be too large to be drawn.
@@ -102,7 +102,7 @@ def dress(
     x: str | None = None,
     y: str | None = None,
 ) -> None:
-    """Gives axes their title, labels and grid."""
+    """Sets the title, labels and grid of axes."""
     axes.set_title(title or "", fontsize=TITLE, loc="left")
     axes.set_xlabel(x or "", fontsize=TEXT)
     axes.set_ylabel(y or "", fontsize=TEXT)
@@ -112,7 +112,7 @@ def dress(
 
 
 def legend_below(axes: Axes, ncols: int = 2, down: float = 0.2) -> None:
-    """Says below axes what they show."""
+    """Draws the legend below axes."""
     handles, _ = axes.get_legend_handles_labels()
     if handles:
         axes.legend(
@@ -126,7 +126,7 @@ def legend_below(axes: Axes, ncols: int = 2, down: float = 0.2) -> None:
 
 
 def legend_above(figure: Figure, ncols: int | None = None) -> None:
-    """Says once what all axes show; None: in one line."""
+    """Draws one legend for all axes; `ncols=None`: in one line."""
     handles = {}
     for axes in figure.axes:
         for handle, label in zip(
@@ -144,7 +144,7 @@ def legend_above(figure: Figure, ncols: int | None = None) -> None:
 
 
 def ticks_at(axis: Axis, values: Sequence[float]) -> None:
-    """Puts ticks of a logarithmic axis at values, written out."""
+    """Sets the ticks of a logarithmic axis, with labels written out."""
     from matplotlib import ticker
 
     axis.set_major_locator(ticker.FixedLocator(values))

@@ -1,6 +1,6 @@
 """Files and folders that appear whole or not at all, and locks on them.
 
-What has appeared is on the disk: it survives a power cut, too.
+A file that has appeared is on the disk, and survives a power cut.
 """
 
 import contextlib
@@ -32,18 +32,18 @@ __all__ = [
     "write",
 ]
 
-# Before the name of a folder of files that are being written. A process that
-# is killed leaves it.
+# How the name of a folder of unfinished files begins. A killed process leaves
+# its folder behind.
 UNFINISHED = ".unfinished-"
 
 
 class DiskFullError(OSError):
-    """Something could not be written, for want of space.
+    """A file could not be written because the disk is full.
 
     Args:
         path: The file, or the folder that it is in.
         reason: What the system says.
-        advice: What is left, and what to do.
+        advice: What remains, and what to do.
     """
 
     def __init__(self, path: str | os.PathLike, reason: str, advice: str):
@@ -58,17 +58,17 @@ def naming(path: str | os.PathLike, *, advice: str) -> Iterator[None]:
     """Within the context, a full disk is an error that names `path`.
 
     Args:
-        path: What is being written.
-        advice: What the error says of what to do.
+        path: The file or folder that is being written.
+        advice: What to do, for the error's message.
 
     Raises:
         DiskFullError: Something within the context ran out of space.
     """
     try:
         yield
-    except Exception as error:  # TensorFlow and HDF5 have their own
+    except Exception as error:  # TensorFlow and HDF5 raise their own
         reason = None
-        if not isinstance(error, DiskFullError):  # which has its name
+        if not isinstance(error, DiskFullError):  # it names a path already
             reason = disk_is_full(error)
         if reason is None:
             raise
@@ -76,10 +76,10 @@ def naming(path: str | os.PathLike, *, advice: str) -> Iterator[None]:
 
 
 def disk_is_full(error: Exception) -> str | None:
-    """Returns what the system says, if an error is that a disk is full."""
+    """Returns the system's message if an error means a full disk, or None."""
     for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         reason = os.strerror(code)
-        # TensorFlow and HDF5 tell by their message alone.
+        # With TensorFlow and HDF5, only the message tells.
         if getattr(error, "errno", None) == code or reason in str(error):
             return reason
     return None
@@ -89,19 +89,19 @@ def disk_is_full(error: Exception) -> str | None:
 def lock(
     path: str | os.PathLike, *, shared: bool = False, wait: bool = True
 ) -> Iterator[int | None]:
-    """Locks a file until the end of the block, which no other process has.
+    """Locks a file against other processes until the end of the block.
 
     The kernel frees the lock as soon as the process is gone, however it ends.
     A child process that inherits the descriptor holds the lock as well.
 
     Args:
         path: The file; made if it does not exist.
-        shared: Whether others that share it may have it at once.
-        wait: Whether to wait for the process that has it.
+        shared: Whether several processes may hold it at once, all shared.
+        wait: Whether to wait for the process that holds it.
 
     Yields:
-        The file's descriptor, or None where another has it and `wait` is
-        False.
+        The file's descriptor, or None if another process holds the lock and
+        `wait` is False.
 
     Raises:
         OSError: The file cannot be made, or its file system has no locks.
@@ -120,15 +120,14 @@ def _locked(path, *, shared, wait):
 
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     while True:
-        # Who may write the file is up to the umask: a folder of results may
-        # be a group's.
+        # The umask decides who may write the file: a group may share a folder.
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             fcntl.flock(descriptor, kind | (0 if wait else fcntl.LOCK_NB))
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), os.stat(path)):
                     return descriptor
-            # Who had the lock has removed the file: there may be another one.
+            # The previous holder removed the file. A new one may exist.
             os.close(descriptor)
         except BlockingIOError:
             os.close(descriptor)
@@ -151,7 +150,7 @@ def is_locked(path: str | os.PathLike) -> bool:
     except FileNotFoundError:
         return False
     try:
-        # Shared: others may ask at the same time.
+        # Shared, so that several processes may ask at once.
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -161,7 +160,7 @@ def is_locked(path: str | os.PathLike) -> bool:
 
 
 def sign(descriptor: int) -> None:
-    """Writes who has a lock into its file: machine, process and time."""
+    """Writes the holder of a lock into its file: machine, process, time."""
     who = f"{platform.node()} {os.getpid()} {time.time():.0f}\n"
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, who.encode(), 0)
@@ -174,7 +173,7 @@ def write(
 
     Args:
         path: The file. Its folder must exist.
-        content: All of it; text is written as UTF-8.
+        content: The whole content; text is written as UTF-8.
         advice: As in `whole`.
     """
     with whole(path, advice=advice) as unfinished:
@@ -187,14 +186,14 @@ def write(
 def whole(
     path: str | os.PathLike, *, advice: str | None = None
 ) -> Iterator[Path]:
-    """Gives a file to write, which then appears at `path`, whole.
+    """Yields a file to write, which then appears at `path`, whole.
 
-    If the context is left by an error, what was at `path` stays.
+    After an error the old file at `path`, if any, stays.
 
     Args:
         path: The file. Its folder must exist.
-        advice: Where there is any, a full disk is an error that names the
-            file and says this of what to do.
+        advice: What to do, for the error that names the file if the disk is
+            full. Empty: the original error is raised.
 
     Yields:
         A path of the same name in another folder, on the same disk.
@@ -204,13 +203,13 @@ def whole(
         if advice is not None:
             stack.enter_context(naming(path, advice=advice))
         folder = stack.enter_context(unfinished_folder(path.parent))
-        # Of the same name: Keras knows the format by it.
+        # With the same name: Keras reads the format from it.
         yield folder / path.name
         put(folder / path.name, path)
 
 
 def put(finished: Path, path: Path) -> None:
-    """Puts a finished file at `path` and replaces what is there."""
+    """Moves a finished file to `path`, and replaces a file there."""
     keep(finished)
     finished.replace(path)
     keep(path.parent)
@@ -218,9 +217,9 @@ def put(finished: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def unfinished_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """Gives a folder in `path` for unfinished files, gone at the end.
+    """Yields a folder in `path` for unfinished files, removed at the end.
 
-    What killed processes of this machine have left there goes, too.
+    It also removes what killed processes of this machine left there.
     """
     path = Path(path)
     clear_unfinished(path)
@@ -238,9 +237,9 @@ def unfinished_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def keep(path: str | os.PathLike) -> None:
-    """Has the disk keep a file, or a folder's list of names, for good.
+    """Makes a file, or a folder's list of names, survive a power cut.
 
-    Else a power cut may leave a file's name, and nothing in it.
+    Otherwise a power cut may leave a file's name without its content.
     """
     if os.name == "nt":  # where folders cannot be opened
         return
@@ -248,7 +247,7 @@ def keep(path: str | os.PathLike) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # Some file systems cannot, of folders.
+        # Some file systems cannot sync folders.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
             raise
     finally:
@@ -256,7 +255,7 @@ def keep(path: str | os.PathLike) -> None:
 
 
 def _keep_all(folder):
-    """Keeps a folder and all that is in it."""
+    """Keeps a folder and everything in it."""
     for parent, _, files in os.walk(folder):
         for name in files:
             keep(os.path.join(parent, name))
@@ -264,17 +263,17 @@ def _keep_all(folder):
 
 
 def _unfinished():
-    """Returns how the name of an unfinished folder of this machine begins."""
+    """Returns the prefix of this machine's unfinished folders."""
     return f"{UNFINISHED}{platform.node()}-"
 
 
 def clear_unfinished(path: Path, *, of_others: bool = False) -> None:
-    """Removes unfinished folders that killed processes have left in a folder.
+    """Removes unfinished folders that killed processes left in a folder.
 
     Args:
         path: The folder.
-        of_others: Whether those of other machines go, and of processes that
-            live: nobody else may be writing to the folder then.
+        of_others: Whether to remove those of other machines and of live
+            processes, too. Then nobody else may be writing to the folder.
     """
     begin = UNFINISHED if of_others else _unfinished()
     for folder in path.glob(f"{glob.escape(begin)}*"):
@@ -283,7 +282,7 @@ def clear_unfinished(path: Path, *, of_others: bool = False) -> None:
 
 
 def _is_gone(name):
-    """Returns whether the process whose number begins a name has ended."""
+    """Returns whether the process has ended whose number begins a name."""
     try:
         os.kill(int(name.split("-")[0]), 0)
     except ProcessLookupError:
@@ -294,15 +293,15 @@ def _is_gone(name):
 
 
 def _aside(target):
-    """Returns how the name of a folder begins that this machine makes."""
+    """Returns the prefix of the folders that this machine makes."""
     return f".{target.name}-{platform.node()}-"
 
 
 def _clear_abandoned(target):
-    """Clears up what processes of this machine have left that were killed.
+    """Removes what killed processes of this machine left behind.
 
-    One that was killed between its last two steps has put the old folder
-    aside, and not yet the new one in its place: the old one goes back.
+    A process killed between its last two steps has moved the old folder aside,
+    but not the new one into its place. Then the old one goes back.
     """
     begin = _aside(target)
     for folder in target.parent.glob(f"{glob.escape(begin)}*"):
@@ -314,21 +313,20 @@ def _clear_abandoned(target):
 
 @contextlib.contextmanager
 def set_aside(target: Path, *, replace: bool = False) -> Iterator[Path]:
-    """Gives a new folder, which takes the place of `target` at the end.
+    """Yields a new folder, which replaces `target` at the end.
 
-    It lies beside `target`, so that the two are on one disk and the last step
-    is a rename. If the context is left by an error, the folder goes and
-    `target` is as it was.
+    It lies beside `target`: the two are on one disk, and the last step is a
+    rename. After an error the folder is removed and `target` is unchanged.
 
     Args:
         target: A folder.
-        replace: Whether there may be one already.
+        replace: Whether an existing folder may be replaced.
 
     Raises:
-        ValueError: Nothing can be written there, or a folder is there that
-            may not be replaced.
+        ValueError: Nothing can be written there, or a folder exists and may not
+            be replaced.
     """
-    # Renaming may move the folder that relative paths begin with.
+    # A rename may move the folder that relative paths start from.
     target = Path(os.path.abspath(target))
     advice = "Nothing was written. Make room, or pass another path."
     aside = None
@@ -368,7 +366,7 @@ def set_aside(target: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def _put(new, target, old, replace):
-    """Replaces a folder by another, or leaves all as it is."""
+    """Replaces a folder by another, or changes nothing."""
     if os.path.lexists(target) and not replace:
         raise ValueError(
             f"{str(target)!r} has appeared in the meantime. Pass another path."

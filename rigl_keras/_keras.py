@@ -1,8 +1,8 @@
 """Every private name of Keras and TensorFlow that this package uses.
 
 Neither promises to keep these names. Each function here says why it is needed
-and what stops working without it, so that a new version of Keras or
-TensorFlow is met in this file alone.
+and what stops working without it. A new version of Keras or TensorFlow needs
+changes in this file alone.
 """
 
 import contextlib
@@ -26,6 +26,7 @@ __all__ = [
     "check_file_of_layer",
     "compute_loss",
     "computing_in_double",
+    "converted_as_here",
     "define_functions",
     "direct_variables",
     "direct_weights",
@@ -59,8 +60,8 @@ __all__ = [
 
 Layer = keras.layers.Layer
 
-# Lookup layers keep these in no variable. Without them a copy of an adapted
-# StringLookup has an empty vocabulary.
+# Lookup layers keep these outside of variables. Without them a copy of an
+# adapted StringLookup has an empty vocabulary.
 LOOKUP_STATE = ("_frozen_vocab_size", "_has_input_vocabulary")
 
 
@@ -70,17 +71,17 @@ LOOKUP_STATE = ("_frozen_vocab_size", "_has_input_vocabulary")
 def flatten_layers(layer: Layer) -> list[Layer]:
     """Returns a layer and all layers within it, at any depth.
 
-    `Model.layers` lists one level, and a layer has no such list. Without it
-    nested layers are missed by masking, export and counting.
+    `Model.layers` lists one level, and a layer has no such list. Without this
+    function masking, export and counting miss nested layers.
     """
     return layer._flatten_layers()
 
 
 def owned_layers(layer: Layer) -> list[Layer]:
-    """Returns the layers that a layer owns directly, in the order of tracking.
+    """Returns the layers that a layer owns directly, in tracking order.
 
-    A layer that is no model lists them nowhere else. Without it layers within
-    layers are neither found nor copied.
+    For a layer that is not a model, no public list has them. Without this
+    function layers within layers are neither found nor copied.
     """
     return layer._layers
 
@@ -90,9 +91,9 @@ _OF_GRAPHS = ("_functional", "_operations", "_operations_by_depth")
 
 
 def is_bookkeeping(attribute: str, *, of_graph: bool) -> bool:
-    """Returns whether Keras or TensorFlow lists what a layer owns there.
+    """Returns whether an attribute is one of Keras's or TensorFlow's lists.
 
-    Without it each layer that is an attribute is found a second time.
+    Without this function each layer that is an attribute is found twice.
 
     Args:
         attribute: Name of an attribute of a layer or model.
@@ -106,19 +107,19 @@ def is_bookkeeping(attribute: str, *, of_graph: bool) -> bool:
 
 
 def direct_weights(layer: Layer) -> list[keras.Variable]:
-    """Returns a layer's trained weights, less those of layers within it.
+    """Returns a layer's trained weights, without those of inner layers.
 
-    Frozen ones are among them, unlike in `trainable_variables`, which lists
-    those of inner layers as well. Without it frozen weights are not counted.
+    Frozen weights are included. `trainable_variables` omits them, and lists
+    those of inner layers. Without this function frozen weights are not counted.
     """
     return layer._trainable_variables
 
 
 def direct_variables(layer: Layer) -> list[keras.Variable]:
-    """Returns all variables of a layer, less those of layers within it.
+    """Returns all variables of a layer, without those of inner layers.
 
-    Without it the state of a copy (statistics, seeds) cannot be paired layer
-    by layer with that of the original.
+    Without this function the state of a copy (statistics, seeds) cannot be
+    paired layer by layer with that of the original.
     """
     return [
         *layer._trainable_variables,
@@ -131,8 +132,8 @@ def direct_variables(layer: Layer) -> list[keras.Variable]:
 def keeping_losses(model: keras.Model) -> Iterator[None]:
     """Within the context, calls do not change what `model.losses` returns.
 
-    A call clears the losses of the one before. Without it counting FLOPs
-    loses a model's activity penalties.
+    A call clears the losses of the previous call. Without this function
+    counting FLOPs loses a model's activity penalties.
     """
     before = [(part, list(part._losses)) for part in flatten_layers(model)]
     try:
@@ -146,8 +147,9 @@ def keeping_losses(model: keras.Model) -> Iterator[None]:
 def computing_in_double(model: keras.Model) -> Iterator[None]:
     """Within the context, all layers of a model compute in float64.
 
-    Their variables stay as they are. A policy has one name for both, but for
-    half precision. Without it sums over all paths of a deep network overflow.
+    Their variables keep their type. A policy has one name for both, except in
+    half precision. Without this function sums over all paths of a deep network
+    overflow.
     """
     policy = keras.DTypePolicy("float32")
     policy._compute_dtype = "float64"
@@ -165,16 +167,17 @@ def computing_in_double(model: keras.Model) -> Iterator[None]:
 def inbound_nodes(layer: Layer) -> list:
     """Returns the symbolic calls of a layer.
 
-    `layer.input` fails for a layer that is called twice. Without it products
-    are not chosen before the first batch.
+    `layer.input` fails for a layer that is called twice. Without this function
+    products are not chosen before the first batch.
     """
     return layer._inbound_nodes
 
 
 def applies_default_build(layer: Layer) -> bool:
-    """Returns whether a layer has no `build` method of its own.
+    """Returns whether a layer does not override `build`.
 
-    Such a layer is built by a call. Without it a masked one cannot be loaded.
+    A call builds such a layer. Without this function a masked one cannot be
+    loaded.
     """
     return getattr(type(layer).build, "_is_default", False)
 
@@ -182,7 +185,7 @@ def applies_default_build(layer: Layer) -> bool:
 def operation_of(tensor: Any) -> Any:
     """Returns the layer or operation that a symbolic tensor comes from.
 
-    Without it copies of a model forget that an input is optional.
+    Without this function copies of a model forget optional inputs.
     """
     return tensor._keras_history.operation
 
@@ -190,8 +193,8 @@ def operation_of(tensor: Any) -> Any:
 def unpickler() -> Callable:
     """Returns the function with which Keras restores a pickled model.
 
-    A class that is made while the program runs cannot be pickled by its name.
-    Without it subclassed models with masks cannot be pickled or deep-copied.
+    A class made while the program runs cannot be pickled by its name. Without
+    this function subclassed models with masks cannot be pickled or deep-copied.
     """
     return keras.Model._unpickle_model
 
@@ -199,9 +202,9 @@ def unpickler() -> Callable:
 def check_file_of_layer(layer: Layer, store: Mapping) -> None:
     """Checks that a file holds as many variables as a layer has.
 
-    Keras checks it in its own `load_own_variables`, which a masked layer is
-    not to reach with a bad file. Without it such a file is refused later, with
-    an error that does not name what is missing.
+    Keras checks this in `load_own_variables`, but a masked layer must refuse a
+    bad file earlier. Without this function the later error does not name what
+    is missing.
     """
     layer._check_load_own_variables(store)
 
@@ -209,16 +212,16 @@ def check_file_of_layer(layer: Layer, store: Mapping) -> None:
 def restored_epoch(model: keras.Model) -> int | None:
     """Returns the epoch that `BackupAndRestore` resumes, or None.
 
-    Without it a run that was cut off in epoch 0 counts as a new one.
+    Without this function a run cut off in epoch 0 counts as a new one.
     """
     return getattr(model, "_initial_epoch", None)
 
 
 def is_training() -> bool:
-    """Returns whether the layer that is called is called for training.
+    """Returns whether the current layer is called for training.
 
-    It is an argument of calls that not all layers take, and that outer layers
-    pass on to inner ones by a context. Without it a layer that takes none
+    Not every layer takes `training`, and outer layers pass it to inner ones
+    through a context. Without this function a layer that does not take it
     multiplies its kernel by its mask at each call.
     """
     context = _global_state.get_global_attribute("current_call_ctx")
@@ -228,8 +231,8 @@ def is_training() -> bool:
 def has_loss(model: keras.Model) -> bool:
     """Returns whether a model was compiled with a loss.
 
-    Without it the loss of an update's batch is evaluated where there is none,
-    which fails, or is the penalties alone.
+    Without this function the loss of an update's batch is evaluated for models
+    that have none: that fails, or gives the penalties alone.
     """
     return getattr(model, "_compile_loss", None) is not None
 
@@ -237,21 +240,21 @@ def has_loss(model: keras.Model) -> bool:
 def compute_loss(model: keras.Model, **arguments) -> tf.Tensor:
     """Returns a model's loss, however its `compute_loss` is written.
 
-    Models may override `compute_loss` with or without the argument
-    `training`. Without it the latter cannot be watched.
+    Models may override `compute_loss` with or without the argument `training`.
+    Without this function an override that takes none cannot be watched.
     """
     return cast(tf.Tensor, model._compute_loss(**arguments))
 
 
-# Changes of a model in place. Keras can only make another model.
+# Changes of a model in place. Keras itself can only make a new model.
 
 
 def replace_calls(old: Layer, new: Layer) -> None:
-    """Makes the symbolic calls of a layer those of another.
+    """Moves the symbolic calls of a layer to another layer.
 
-    A Functional model is made of them. Its tensors stay what they were, so
-    that a model may be made from any of them later, too. Without it a
-    Functional model with its own constructor cannot be masked.
+    A Functional model is made of these calls. Its tensors stay the same, so a
+    model can still be made from any of them. Without this function a Functional
+    model that has its own constructor cannot be masked.
     """
     new._inbound_nodes, new._outbound_nodes = (
         old._inbound_nodes,
@@ -269,10 +272,10 @@ def replace_calls(old: Layer, new: Layer) -> None:
 def replace_tracked(
     owner: Layer, changes: Mapping[int, tuple[Layer, Layer]]
 ) -> None:
-    """Makes a built layer own other layers in the place of those it owns.
+    """Makes a built layer own other layers instead of those it owns.
 
-    Keras locks what a built layer owns. Without it models cannot be masked in
-    place.
+    Keras locks what a built layer owns. Without this function models cannot be
+    masked in place.
 
     Args:
         owner: A layer or model.
@@ -280,7 +283,7 @@ def replace_tracked(
     """
     tracker = owner._tracker
     for old, new in changes.values():
-        # In its own place: the order of weights is that of layers.
+        # At the same position: weights come in the order of the layers.
         if tracker.is_in_store("layers", old):
             if tracker.is_in_store("layers", new):
                 tracker.untrack(old)
@@ -293,7 +296,8 @@ def replace_in_functional(
 ) -> None:
     """Replaces layers in the graph of a Functional model.
 
-    Without it a Functional model with its own constructor cannot be masked.
+    Without this function a Functional model that has its own constructor cannot
+    be masked.
 
     Args:
         model: A Functional model.
@@ -304,11 +308,11 @@ def replace_in_functional(
         return changes.get(id(operation), (None, operation))[1]
 
     replace_tracked(model, changes)
-    # A list is made again: TensorFlow saves none that was changed.
+    # A new list: TensorFlow does not save a list that was changed.
     model._operations = [changed(o) for o in model._operations]
     for operations in model._operations_by_depth.values():
         operations[:] = [changed(operation) for operation in operations]
-    # Keras names the calls that are in a graph by `id(operation)_ib-index`.
+    # Keras names the calls in a graph `id(operation)_ib-index`.
     for key in list(model._nodes):
         operation, index = key.split("_ib-")
         _, new = changes.get(int(operation), (None, None))
@@ -322,7 +326,8 @@ def replace_in_sequential(
 ) -> None:
     """Replaces layers in a Sequential model, and in the graph within it.
 
-    Without it a Sequential model that cannot be copied cannot be masked.
+    Without this function a Sequential model that cannot be copied cannot be
+    masked.
 
     Args:
         model: A Sequential model.
@@ -342,8 +347,8 @@ def replace_in_sequential(
 class CheckpointedAsFloats(keras.Variable):
     """A bool variable that `tf.train.Checkpoint` writes and reads as float32.
 
-    TensorFlow reads what has the type that a variable has now, and knows no
-    other. Without it checkpoints of versions that had float masks are lost.
+    TensorFlow only reads values of the variable's present type. Without this
+    class checkpoints of versions that had float masks are lost.
     """
 
     def _serialize_to_tensors(self):
@@ -355,10 +360,10 @@ class CheckpointedAsFloats(keras.Variable):
 
 
 def stored_value(variable: keras.Variable) -> tf.Variable:
-    """Returns what a variable holds, in its own precision.
+    """Returns the value of a variable, in the variable's precision.
 
-    `variable.value` is cast in mixed precision, and in a scope is what the
-    scope says. Without it kernels lose bits on the way to their gradient.
+    `variable.value` is cast in mixed precision, and a scope may replace it.
+    Without this function kernels lose bits on the way to their gradient.
     """
     return variable._value
 
@@ -366,8 +371,8 @@ def stored_value(variable: keras.Variable) -> tf.Variable:
 def assign_now(variable: keras.Variable, value) -> None:
     """Assigns a value at once, within a `StatelessScope` too.
 
-    There `assign` is noted in the scope, and lost with it. Without it what a
-    masked layer assigns while it is called is lost.
+    There `assign` only changes the scope, and is lost with it. Without this
+    function a masked layer loses what it assigns while it is called.
     """
     variable._direct_assign(value)
 
@@ -378,7 +383,7 @@ def assign_now(variable: keras.Variable, value) -> None:
 def trained_variables(optimizer: keras.Optimizer) -> list[keras.Variable]:
     """Returns the variables that a built optimizer trains.
 
-    Without it the memory of a kernel (momentum) cannot be found.
+    Without this function a kernel's memory (momentum) cannot be found.
     """
     return optimizer._trainable_variables
 
@@ -386,8 +391,9 @@ def trained_variables(optimizer: keras.Optimizer) -> list[keras.Variable]:
 def accumulated_batches(optimizer: keras.Optimizer) -> keras.Variable:
     """Returns the variable that counts the batches an optimizer has seen.
 
-    `iterations` counts steps, of several batches each where gradients are
-    accumulated. Without it an update cannot fall on the last of them.
+    `iterations` counts steps, each of several batches when gradients are
+    accumulated. Without this function an update cannot fall on the last of
+    them.
     """
     return optimizer._iterations
 
@@ -395,7 +401,7 @@ def accumulated_batches(optimizer: keras.Optimizer) -> keras.Variable:
 def drop_accumulated_gradients(optimizer: keras.Optimizer) -> None:
     """Sets the gradients that an optimizer has accumulated to zero.
 
-    An update takes the place of the step that would use them. Without it they
+    An update replaces the step that would use them. Without this function they
     leak into the next step.
     """
     optimizer._backend_reset_gradient_accumulators()
@@ -405,12 +411,12 @@ _REPLICA_SUM = "_all_reduce_sum_gradients"
 
 
 def replica_sum(optimizer: keras.Optimizer, pairs: Sequence) -> list:
-    """Returns gradients summed over replicas, as an optimizer does by itself.
+    """Returns gradients summed over replicas, as an optimizer sums them.
 
-    Without it nothing but whole gradients can travel between replicas.
+    Without this function only whole gradients can travel between replicas.
 
     Args:
-        optimizer: The optimizer that is given them.
+        optimizer: The optimizer that they are for.
         pairs: Pairs of gradient and variable; a gradient may be None.
     """
     return getattr(type(optimizer), _REPLICA_SUM)(optimizer, pairs)
@@ -422,14 +428,14 @@ def given_replica_sum(optimizer: keras.Optimizer) -> Callable | None:
 
 
 def set_replica_sum(optimizer: keras.Optimizer, summed: Callable | None):
-    """Has an optimizer sum its gradients over replicas by another function.
+    """Makes an optimizer sum gradients over replicas by another function.
 
-    It sums after it has clipped, and before it moves weights. Without it
-    nothing but whole gradients can travel between replicas.
+    The sum comes after clipping and before weights move. Without this function
+    only whole gradients can travel between replicas.
 
     Args:
         optimizer: The optimizer that moves the weights.
-        summed: Takes and returns pairs, as `replica_sum`. None: its own again.
+        summed: Takes and returns pairs, as `replica_sum`. None: Keras's again.
     """
     if summed is not None:
         setattr(optimizer, _REPLICA_SUM, summed)
@@ -443,17 +449,17 @@ def set_replica_sum(optimizer: keras.Optimizer, summed: Callable | None):
 def is_compiled_by_xla(graph: tf.Graph) -> bool:
     """Returns whether XLA compiles a graph, outer graphs aside.
 
-    Without it operations that XLA does not know get into its graphs.
+    Without this function XLA's graphs get operations that it lacks.
     """
     context = graph._get_control_flow_context()
     return context is not None and context.IsXLAContext()
 
 
 def is_in_step_of_keras() -> bool:
-    """Returns whether a step of Keras's own is traced: of `predict`, say.
+    """Returns whether a step of Keras (such as `predict`) is being traced.
 
-    Without it operations of the op library get into graphs that users trace,
-    which they may save, or have XLA compile, without that library.
+    Without this function operations of the op library get into graphs that
+    users trace, and may save or compile by XLA without that library.
     """
     graph, names = tf.compat.v1.get_default_graph(), set()
     while graph is not None:
@@ -471,11 +477,11 @@ def is_in_step_of_keras() -> bool:
 
 
 def define_functions(definition: Any) -> None:
-    """Has TensorFlow know the functions of a graph's definition.
+    """Registers the functions of a graph's definition with TensorFlow.
 
-    Importing the graph into a function that is traced does not, and the bodies
-    of loops are such functions. Without it recurrent layers cannot run beside
-    networks.
+    Importing a graph into a function that is traced does not register them, and
+    the bodies of loops are such functions. Without this function recurrent
+    layers cannot run beside networks.
     """
     known: Any = _context.context()
     for function in definition.library.function:
@@ -484,11 +490,11 @@ def define_functions(definition: Any) -> None:
 
 
 def frozen(function: Any) -> Any:
-    """Returns the graph of a concrete function, its variables as constants.
+    """Returns the graph of a concrete function with constants for variables.
 
-    Calls within it are inlined, where TensorFlow does that; loops stay. The
-    public way makes a function of the graph, which takes as long again.
-    Without it no graph tells the weights of a model.
+    Calls within it are inlined where TensorFlow does that; loops stay. The
+    public way also makes a function of the graph, and takes twice as long.
+    Without this function no graph holds the weights of a model.
     """
     data = _constants._FunctionConverterDataInEager(
         func=function, lower_control_flow=False, aggressive_inlining=False
@@ -499,25 +505,37 @@ def frozen(function: Any) -> Any:
 def may_differentiate() -> bool:
     """Returns whether a gradient tape may record what is computed now.
 
-    Without it a training loop with its own tape takes longer.
+    Without this function a training loop with its own tape takes longer.
     """
     return _record.could_possibly_record()
+
+
+def converted_as_here(function: Callable) -> Callable:
+    """Returns a function that AutoGraph converts if it converts the caller.
+
+    Without it a custom loop has AutoGraph convert this package as well, which
+    takes seconds, or an `if` of the loop cannot ask for a tensor's value.
+    """
+    autograph = tf.__internal__.autograph
+    status = autograph.control_status_ctx()
+    return autograph.tf_convert(function, status, convert_by_default=False)
 
 
 def like_function(function: Callable, decorated: Callable) -> Callable:
     """Returns `decorated` with the name and arguments of `function`.
 
-    `tf.custom_gradient` looks for arguments by TensorFlow's own mark. Without
-    it a gradient function with `variables=` is not found to have it.
+    `tf.custom_gradient` looks for arguments by a private mark of TensorFlow.
+    Without this function it does not see that a gradient function takes
+    `variables=`.
     """
     return tf.__internal__.decorator.make_decorator(function, decorated)
 
 
 def wrap_custom_gradients(wrap: Callable[[Callable], Callable]) -> None:
-    """Has `wrap` change each function with a custom gradient as it is called.
+    """Makes `wrap` change each function with a custom gradient when called.
 
-    What was decorated by `tf.custom_gradient` before goes through here, too.
-    A second call has no effect, so that a module may be reloaded. Without it
+    Functions decorated by `tf.custom_gradient` earlier are included. A second
+    call has no effect, so a module may be reloaded. Without this function
     `keras.remat` and reversible layers call layers without their masks.
 
     Args:

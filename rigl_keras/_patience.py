@@ -1,4 +1,4 @@
-"""A line about what takes long, so that nobody waits without a word."""
+"""A message about work that takes long."""
 
 import contextlib
 import logging
@@ -13,16 +13,22 @@ _log = logging.getLogger("rigl_keras")
 
 @contextlib.contextmanager
 def said_if_slow(message: str, *, seconds: float = _SECONDS) -> Iterator[None]:
-    """Logs a line, as a warning, if the context takes longer than a while.
+    """Logs a warning if the context takes longer than some seconds.
 
-    The line comes while one waits, not afterwards.
+    The warning comes during the wait, not afterwards. Its record has
+    `progress`, which distinguishes it from other warnings.
 
     Args:
-        message: What takes long.
-        seconds: How long is long.
+        message: The warning.
+        seconds: When to log it.
     """
-    # A thread that is asleep: a process may fork, or end, meanwhile.
-    timer = threading.Timer(seconds, _log.warning, args=("%s", message))
+    # The thread sleeps: the process may fork or end meanwhile.
+    timer = threading.Timer(
+        seconds,
+        _log.warning,
+        args=("%s", message),
+        kwargs={"extra": {"progress": True}},
+    )
     timer.daemon = True
     timer.start()
     try:

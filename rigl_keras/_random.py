@@ -6,8 +6,8 @@ import tensorflow as tf
 
 __all__ = ["random_bits"]
 
-# No bounds: what TensorFlow takes, and its stubs know nothing of. The bits of
-# a named generator are the same everywhere.
+# No bounds: TensorFlow accepts that, its stubs do not. A named generator draws
+# the same bits everywhere.
 _EVERY_INTEGER: dict[str, Any] = {
     "minval": None,
     "maxval": None,
@@ -16,7 +16,7 @@ _EVERY_INTEGER: dict[str, Any] = {
 
 
 def random_bits(shape: Any, seed: Any, *, dtype: tf.DType) -> tf.Tensor:
-    """Returns integers of which every bit is random.
+    """Returns integers whose bits are all random.
 
     Args:
         shape: Shape of the tensor.

@@ -1,8 +1,8 @@
-"""Files that anybody may have written: what is wrong with one is a ValueError.
+"""Reads files of unknown origin: a bad file is a ValueError.
 
-Python's own readers raise what they happen to run into: deep JSON ends in a
-RecursionError, a pipe in place of a file is waited for without end, and an
-integer of 400 digits passes for a number until somebody divides by it.
+Python's own readers fail in many ways: deep JSON ends in a RecursionError, a
+pipe instead of a file is waited for without end, and an integer of 400 digits
+passes as a number until somebody divides by it.
 """
 
 import json
@@ -13,7 +13,7 @@ from pathlib import Path
 __all__ = ["LARGEST", "is_number", "json_object", "object_in", "text"]
 
 LARGEST = 64 * 2**20  # bytes of a file that is read whole
-_DEEPEST = 50  # levels of JSON, where what goes through it may recurse
+_DEEPEST = 50  # levels of JSON: its readers may recurse
 
 
 def text(path: str | os.PathLike, *, largest: int = LARGEST) -> str:
@@ -21,11 +21,11 @@ def text(path: str | os.PathLike, *, largest: int = LARGEST) -> str:
 
     Args:
         path: A file, or a link to one.
-        largest: How many bytes it may have.
+        largest: Largest number of bytes.
 
     Raises:
         OSError: It does not exist, or the system does not let it be read.
-        ValueError: It is no regular file, or larger than that.
+        ValueError: It is not a regular file, or is larger.
     """
     return _bytes(path, largest).decode(errors="replace")
 
@@ -35,24 +35,24 @@ def json_object(path: str | os.PathLike, *, largest: int = LARGEST) -> dict:
 
     Args:
         path: A file, or a link to one.
-        largest: How many bytes it may have.
+        largest: Largest number of bytes.
 
     Raises:
         OSError: It does not exist, or the system does not let it be read.
-        ValueError: It is no regular file, larger than that, not UTF-8, not
-            JSON, no object, or nested more than 50 levels deep.
+        ValueError: It is not a regular file, larger, not UTF-8, not JSON, not
+            an object, or nested more than 50 levels deep.
     """
     return object_in(_bytes(path, largest).decode())
 
 
 def object_in(line: str) -> dict:
-    """Returns the JSON object that a text is.
+    """Returns the JSON object that a text holds.
 
     Args:
         line: The text.
 
     Raises:
-        ValueError: It is not JSON, no object, or nested more than 50 levels
+        ValueError: It is not JSON, not an object, or nested more than 50 levels
             deep.
     """
     try:
@@ -60,7 +60,7 @@ def object_in(line: str) -> dict:
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
     if not isinstance(content, dict):
-        raise ValueError("it is no object")
+        raise ValueError("it is not an object")
     level = [content]
     for _ in range(_DEEPEST):
         level = [inner for outer in level for inner in _within(outer)]
@@ -77,9 +77,9 @@ def _within(outer):
 def _bytes(path, largest):
     path = Path(path)
     status = path.stat()
-    # A pipe would be waited for, and a device may never end.
+    # Reading a pipe would wait, and a device may never end.
     if not path.is_file():
-        raise ValueError("it is no regular file")
+        raise ValueError("it is not a regular file")
     if status.st_size > largest:
         raise ValueError(f"it has {status.st_size:,} bytes")
     with path.open("rb") as file:
@@ -92,11 +92,11 @@ def is_number(
     """Returns whether a value is a finite number within bounds.
 
     Args:
-        value: Anything; True and False are no numbers.
+        value: Anything; True and False do not count as numbers.
         least: The smallest that it may be.
         most: The largest that it may be.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    # A comparison of integers never overflows, as making a float does.
+    # Comparing integers never overflows; converting to float may.
     return least <= value <= most and math.isfinite(value)

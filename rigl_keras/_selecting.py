@@ -8,7 +8,7 @@ __all__ = ["count_rows", "highest_of_rows"]
 
 
 def count_rows(selected: tf.Tensor) -> tf.Tensor:
-    """Returns how many entries of each row of a bool matrix hold.
+    """Returns how many entries of each row of a bool matrix are True.
 
     Args:
         selected: Bool tensor (rows, size).
@@ -23,29 +23,48 @@ def count_rows(selected: tf.Tensor) -> tf.Tensor:
 def highest_of_rows(
     scores: tf.Tensor, counts: tf.Tensor, among: tf.Tensor
 ) -> tf.Tensor:
-    """Returns which candidates score highest, so many of each row.
+    """Returns which candidates score highest, `counts` of each row.
 
-    Exactly as many as `counts` says (all candidates of a row if there are
-    fewer); ties go to the lower index. In long rows the score of that rank is
-    found by bisection on the bits of the floats, for all rows at once, which
-    costs a sweep per bit and, unlike a partial sort, compiles on every device.
+    Exactly `counts` are selected (all candidates if there are fewer); ties go
+    to the lower index. In long rows, bisection on the bits of the floats finds
+    the score of that rank, for all rows at once. It costs a sweep per bit and,
+    unlike a partial sort, compiles on every device.
 
     Args:
-        scores: Float tensor (rows, size), free of NaN where `among` holds.
+        scores: Float tensor (rows, size), without NaN where `among` is True.
         counts: int32 tensor (rows, 1), or of one entry for all rows.
         among: Bool tensor (rows, size), True for candidates.
 
     Returns:
         Bool tensor (rows, size).
     """
-    select = _selection if tf.executing_eagerly() else _traced_selection
-    return select(scores, counts, among)
+    given = scores, counts, among
+    if tf.executing_eagerly():
+        return _selection(*given)
+    if _is_short(scores):
+        return _traced_selection(*given)
+    of_any_size = _traced_selection.get_concrete_function(
+        *map(_spec_of_any_size, given)
+    )
+    selected = of_any_size(*given)
+    selected.set_shape(scores.shape)
+    return selected
+
+
+def _is_short(rows):
+    return 0 < (rows.shape[1] or 0) <= _SHORT
+
+
+def _spec_of_any_size(tensor):
+    """Returns what other kernels' tensors match as well; one row stays one."""
+    shape = [size if size == 1 else None for size in tensor.shape]
+    return tf.TensorSpec(shape, tensor.dtype)
 
 
 def _selection(scores, counts, among):
     keys = _ordered_bits(scores)
     keys = tf.where(among, keys, keys.dtype.min)
-    if 0 < (keys.shape[1] or 0) <= _SHORT:
+    if _is_short(keys):
         return among & (_ranks(keys) < counts)
     counts = tf.minimum(counts, count_rows(among))
     threshold = _largest(keys, counts)
@@ -64,19 +83,19 @@ def _selection(scores, counts, among):
     )
 
 
-# A graph calls it, as often as there are layers twice over: it is traced once
-# for each shape, and not once for each call.
+# Graphs call it up to twice per layer. It is traced once for kernels of every
+# size (and for each shape of short rows), not once for each call.
 _traced_selection = tf.function(_selection, autograph=False)
 
 
-# Entries of a row up to which all pairs are compared.
+# The longest row in which all pairs are compared.
 _SHORT = 8
 
 
 def _ranks(keys):
-    """Returns how many keys of its row come before each key.
+    """Returns, for each key, how many keys of its row come before it.
 
-    Where they are few, this is a tenth of the time of bisection.
+    In short rows this takes a tenth of the time of bisection.
     """
     columns = tf.unstack(keys, axis=1)
     ranks = [tf.zeros_like(column, tf.int32) for column in columns]
@@ -90,9 +109,8 @@ def _ranks(keys):
 def _largest(keys, ranks):
     """Returns thresholds that the largest integers of each row reach.
 
-    Each is the `rank`-th largest key of its row, or lower where no more than
-    `rank` keys reach it, so that no further bisection would change the
-    selection.
+    Each is the `rank`-th largest key of its row, or a lower value that no more
+    than `rank` keys reach: further bisection would not change the selection.
     """
 
     def is_open(low, high, reaching):
@@ -109,7 +127,7 @@ def _largest(keys, ranks):
         size = count_rows(keys >= middle)
         up = size >= ranks
         down = ~up
-        if keys.shape[0] != 1:  # others may be done
+        if keys.shape[0] != 1:  # some may be done
             still = is_open(low, high, reaching)
             up, down = still & up, still & down
         return (
@@ -132,7 +150,7 @@ def _largest(keys, ranks):
 
 
 def _ordered_bits(scores):
-    """Returns integers that are ordered as the floats `scores` are."""
+    """Returns integers in the same order as the floats `scores`."""
     integer = tf.int64 if scores.dtype == tf.float64 else tf.int32
     bits = tf.bitcast(scores, integer)
     # -0.0 and 0.0 tie, though their bits differ. (Comparing floats here would

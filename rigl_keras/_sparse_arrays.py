@@ -1,8 +1,8 @@
-"""How sparse arrays are stored: their values, and where these belong.
+"""How sparse arrays are stored: their values and positions.
 
-An array of which few entries are not zero is stored as those entries and
-either one bit for each entry of the array, or one byte for each entry that is
-stored, whichever takes less.
+An array with few nonzero entries is stored as those entries and either one bit
+for each entry of the array or one byte for each stored entry, whichever takes
+less.
 """
 
 import math
@@ -19,10 +19,10 @@ _LARGEST_GAP = 255  # what a byte holds
 def encode(
     kernels: Sequence[np.ndarray], encoding: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the values of some kernels that are not zero, and where they are.
+    """Returns the nonzero values of some kernels, and their positions.
 
     The kernels stand one after the other, each in row-major order, as one
-    vector x of N entries, of which those at p_1 < ... < p_n are not zero.
+    vector x of N entries. The entries at p_1 < ... < p_n are not zero.
 
         bitmask: ceil(N / 8) bytes, the first entry the highest bit.
         gaps:    n bytes p_i - p_(i-1), with p_0 = 0. A gap above 255 is
@@ -49,7 +49,7 @@ def encode(
     positions = np.flatnonzero(kept)
     gaps = np.diff(positions, prepend=0)
     bridges = _bridges(gaps)
-    # A value comes after its bridges.
+    # Each value follows its bridges.
     at = np.arange(len(gaps)) + np.cumsum(bridges)
     values = np.zeros(len(gaps) + bridges.sum(), flat.dtype)
     values[at] = flat[kept]
@@ -59,7 +59,7 @@ def encode(
 
 
 def encoded_bytes(kernel: np.ndarray) -> dict[str, int]:
-    """Returns how many bytes each way to store a kernel takes.
+    """Returns how many bytes a kernel takes in each encoding.
 
     Args:
         kernel: Float array.
@@ -78,7 +78,7 @@ def encoded_bytes(kernel: np.ndarray) -> dict[str, int]:
 
 
 def cheapest_encoding(kernel: np.ndarray) -> str:
-    """Returns what takes least: one of `ENCODINGS`, or `"dense"`."""
+    """Returns the smallest encoding: one of `ENCODINGS`, or `"dense"`."""
     sizes = encoded_bytes(kernel)
     return min(sizes, key=lambda encoding: sizes[encoding])
 

@@ -24,13 +24,13 @@ __all__ = [
 ]
 
 
-# What TensorFlow makes a tensor of, and a scalar tensor.
+# What TensorFlow converts to a tensor, and to a scalar tensor.
 TensorLike = tf.Tensor | tf.Variable | np.ndarray | Sequence | float
 Number = tf.Tensor | tf.Variable | float
 
 
 def count_true(selected: tf.Tensor) -> tf.Tensor:
-    """Returns how many entries of a bool tensor hold, an int32 scalar."""
+    """Returns how many entries of a bool tensor are True, as int32."""
     return tf.reduce_sum(tf.cast(selected, tf.int32))
 
 
@@ -48,12 +48,12 @@ def count_kept(mask: tf.Tensor) -> tf.Tensor:
 
 
 def no_nan_within(scores: tf.Tensor, where: tf.Tensor) -> tf.Tensor:
-    """Returns whether no score is NaN where a bool tensor holds."""
+    """Returns whether no score is NaN where a bool tensor is True."""
     return ~tf.reduce_any(where & tf.math.is_nan(scores))
 
 
 def count_nan(scores: tf.Tensor, where: tf.Tensor) -> int:
-    """Returns how many scores are NaN where a bool tensor holds."""
+    """Returns how many scores are NaN where a bool tensor is True."""
     return int(count_true(where & tf.math.is_nan(scores)))
 
 
@@ -68,8 +68,8 @@ def as_mask(name: str, mask: TensorLike) -> tf.Tensor:
         Bool tensor.
 
     Raises:
-        ValueError: It cannot be a mask. Within a graph, where values are not
-            known, its dtype alone tells.
+        ValueError: It cannot be a mask. Within a graph values are unknown and
+            only its dtype is checked.
     """
     mask = as_tensor(name, mask)
     if mask.dtype == tf.bool:
@@ -96,7 +96,7 @@ def as_scores(name: str, scores: TensorLike) -> tf.Tensor:
         float32 or float64 tensor.
 
     Raises:
-        ValueError: They are no numbers.
+        ValueError: They are not numbers.
     """
     scores = as_tensor(name, scores)
     dtype = scores.dtype
@@ -134,7 +134,7 @@ def check_one_shape(**tensors: tf.Tensor) -> None:
 
 
 def check_defined(name: str, scores: tf.Tensor, where: tf.Tensor) -> None:
-    """Refuses NaN where it would be ranked, when called eagerly."""
+    """Refuses NaN in scores that are ranked, when called eagerly."""
     if tf.executing_eagerly() and not bool(no_nan_within(scores, where)):
         raise ValueError(
             f"NaN cannot be ranked. Received: {name} with "

@@ -6,14 +6,14 @@ __all__ = ["aligned", "brief", "exact", "first_line", "last_line", "printable"]
 
 
 def exact(value: float) -> str:
-    """Returns a number as it is read, in as many digits as tell it apart.
+    """Returns a number as text, with as many digits as it needs.
 
     Args:
         value: The number.
 
     Returns:
-        Six digits at most where these are the number, and all otherwise: two
-        numbers that differ are never the same text.
+        At most six digits if these are exact, otherwise all: numbers that
+        differ never give the same text.
 
     >>> exact(0.1), exact(0.1234561), exact(0.1234562)
     ('0.1', '0.1234561', '0.1234562')
@@ -33,8 +33,8 @@ def brief(value: object, length: int = 80) -> str:
 def printable(words: str) -> str:
     """Returns text that any terminal, file and page can show.
 
-    What is no letter, digit, sign or space is written as Python escapes it:
-    control characters, and bytes of file names that are not UTF-8.
+    It escapes all but letters, digits, signs and spaces as Python does: control
+    characters, and bytes of file names that are not UTF-8.
 
     >>> printable("a\\x1b[31m")
     'a\\\\x1b[31m'
@@ -50,13 +50,13 @@ def printable(words: str) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """Returns what an error says first, or its type where it says nothing."""
+    """Returns the first line of an error, or its type if it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 def last_line(error):
-    """Returns what Keras says of the first layer that does not fit."""
+    """Returns Keras's message about the first layer that does not fit."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if "shape" in line or "expected" in line]
     return (telling or lines or [type(error).__name__])[0]
@@ -66,8 +66,8 @@ def aligned(rows: Sequence[Sequence[str]], *, left: int = 2) -> list[str]:
     """Returns the rows of a table as lines, the first columns to the left.
 
     Args:
-        rows: Cells, as many in each row.
-        left: How many columns these are.
+        rows: Cells, equally many in each row.
+        left: How many columns are aligned to the left.
 
     Returns:
         A line for each row.

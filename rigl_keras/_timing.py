@@ -1,4 +1,4 @@
-"""Seconds that things take, compared fairly on a machine that others use."""
+"""Fair comparisons of time on a machine that others use."""
 
 import dataclasses
 import math
@@ -13,24 +13,24 @@ __all__ = ["Verdict", "interleaved", "rounds_within", "settled", "turns"]
 
 Name = TypeVar("Name", bound=Hashable)
 Sides = Mapping[Name, Callable[[], object]]
-# Turns of which each minimum is taken, and how many minima must agree.
+# Turns in each minimum, and how many minima must agree.
 _TURNS, _MINIMA = 5, 3
-# How much of itself a minimum may vary where nobody else uses the machine.
+# Relative variation of a minimum on an idle machine.
 _QUIET = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict(Generic[Name]):
-    """What `settled` has found.
+    """The result of `settled`.
 
     Attributes:
-        minima: `{name: seconds}` of a call of each side, when nothing else
-            was in its way.
-        medians: The same of its usual turn.
+        minima: `{name: seconds}` of a call of each side when nothing disturbs
+            it.
+        medians: `{name: seconds}` of its usual turn.
         spread: How far the minimum of a few turns lies above the least, on
-            average, as a fraction of it; of the side where that is most.
-        certain: Whether one side was the fastest by each of three minima at
-            least, or as fast as the fastest up to the margin.
+            average, as a fraction of it; the largest of all sides.
+        certain: Whether one side was the fastest by each of at least three
+            minima, or as fast as the fastest up to the margin.
     """
 
     minima: Mapping[Name, float]
@@ -40,7 +40,7 @@ class Verdict(Generic[Name]):
 
     @property
     def busy(self) -> bool:
-        """Whether the machine had other things to do, by the spread."""
+        """Whether the spread shows that the machine was busy."""
         return self.spread > _QUIET
 
 
@@ -54,16 +54,16 @@ def settled(
 ) -> Verdict[Name]:
     """Times sides in turns until it is certain which of them is the fastest.
 
-    What else a machine does makes a turn longer, and never shorter. So the
-    minimum of many short turns is what a call takes; and the minima of a few
-    turns each, one after the other, tell how far it can be trusted.
+    Other work on a machine makes a turn longer, never shorter. So the minimum
+    of many short turns is the time of a call. The minima of a few turns each,
+    one after the other, tell how far it can be trusted.
 
     Args:
         sides: `{name: what to time}`; each is called twice before, untimed.
-        seconds: Time after which it ends, certain or not. There are three
-            rounds at least.
-        margin: Fraction by which minima may differ and yet count as equal:
-            sides that are this close are not told apart for longer.
+        seconds: Time after which it ends, certain or not. It takes at least
+            three rounds.
+        margin: Fraction by which minima may differ and still count as equal:
+            such sides are not timed any longer.
         turn: As in `interleaved`.
         clock: Returns the time in seconds.
 
@@ -94,9 +94,9 @@ def settled(
 
 
 def _minima(turns: Sequence[float]) -> list[float]:
-    """Returns the minimum of every few turns, in their order.
+    """Returns the minimum of every few turns, in order.
 
-    Of turns that are too few for that, it returns all.
+    If there are too few turns for that, it returns all.
     """
     if len(turns) < _TURNS * _MINIMA:
         return list(turns)
@@ -105,9 +105,9 @@ def _minima(turns: Sequence[float]) -> list[float]:
 
 
 def _is_certain(minima: Sequence[Sequence[float]], margin: float) -> bool:
-    """Returns whether a side is the fastest, whichever minima are compared.
+    """Returns whether one side is the fastest, whichever minima are compared.
 
-    One that is as fast, up to the margin, may be taken for it.
+    A side that is as fast, up to the margin, may count as the fastest.
     """
     first = min(minima, key=min)
     others = [one for one in minima if one is not first]
@@ -121,7 +121,7 @@ def _is_certain(minima: Sequence[Sequence[float]], margin: float) -> bool:
 def interleaved(
     sides: Sides[Name], *, rounds: int, turn: float = 0.0
 ) -> dict[Name, float]:
-    """Returns the median seconds of a call of each side, which take turns.
+    """Returns the median seconds of a call of each side, timed in turns.
 
     Args:
         sides, rounds, turn: As in `warm_turns`.
@@ -138,16 +138,14 @@ def warm_turns(
 ) -> dict[Name, list[float]]:
     """Returns the seconds of a call of each side in each of its turns.
 
-    In each round every side has one turn, so that whatever else the machine
-    does affects all of them alike. Each round has a new random order: a side
-    may be slowed down by the one before it, whose threads still wait for
-    work, and that must not always be the same one.
+    In each round every side has one turn, so other work on the machine affects
+    all sides alike. Each round has a new random order: a side may be slowed by
+    the threads of the previous one, and that must not always be the same one.
 
     Args:
         sides: `{name: what to time}`; each is called twice before, untimed.
         rounds: How many turns each has, at least 1.
-        turn: Seconds that a turn takes at least: a call that is shorter is
-            repeated in it.
+        turn: Shortest turn in seconds: a shorter call is repeated.
 
     Returns:
         `{name: seconds of a call in each turn}`.
@@ -165,14 +163,14 @@ def turns(
     rounds: int,
     calls: Mapping[Name, int] | None = None,
 ) -> dict[Name, list[float]]:
-    """Returns the seconds of each turn, which sides take as in `warm_turns`.
+    """Returns the seconds of each turn, in the order of `warm_turns`.
 
-    Nothing is called before: sides that trace or compile have been.
+    There is no call beforehand: trace or compile the sides first.
 
     Args:
         sides: `{name: what to time}`.
         rounds: How many turns each has, at least 1.
-        calls: How many calls a turn has. None: one.
+        calls: Calls in a turn. None: one.
 
     Returns:
         `{name: seconds of a call in each turn}`.
@@ -196,10 +194,10 @@ def rounds_within(
     """Returns how many rounds of all sides fit into some seconds.
 
     Args:
-        seconds: Time that there is.
+        seconds: Available time.
         sides, turn: As in `warm_turns`.
-        at_least: Rounds that are worth it however long they take.
-        at_most: Rounds that are enough.
+        at_least: Smallest result, however long the rounds take.
+        at_most: Largest result.
 
     Returns:
         A number of rounds.
@@ -210,7 +208,7 @@ def rounds_within(
 
 
 def _round(sides, calls, seconds, draw, clock):
-    """Gives each side a turn, in a random order, and notes what it takes."""
+    """Gives each side a turn, in a random order, and records its time."""
     for name in draw.sample(list(sides), len(sides)):
         start = clock()
         for _ in range(calls[name]):
@@ -219,7 +217,7 @@ def _round(sides, calls, seconds, draw, clock):
 
 
 def _seconds_of_a_call(sides, clock):
-    """Returns what the second call of each side takes."""
+    """Returns the time of the second call of each side."""
     seconds = {}
     for name, run in sides.items():
         run()

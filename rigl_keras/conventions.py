@@ -1,11 +1,11 @@
 """The choices on which the references of RigL differ, as one value.
 
-Three public codebases implement RigL and no two agree in every detail.
+Three public codebases implement RigL, and no two agree in every detail.
 `ORIGINAL` follows Algorithm 1 of the paper (Evci et al., 2020,
-arXiv:1911.11134) where it speaks and the authors' TensorFlow code
-(google-research/rigl, `rigl/`) where it does not. `REPORT` follows the PyTorch
-reproduction behind the report (varun19299/rigl-reproducibility,
-`sparselearning/`), quirks included, so that its runs can be replayed.
+arXiv:1911.11134) and, where that says nothing, the authors' TensorFlow code
+(google-research/rigl, `rigl/`). `REPORT` follows the PyTorch reproduction
+behind the report (varun19299/rigl-reproducibility, `sparselearning/`),
+including its quirks, so that its runs can be replayed.
 """
 
 import dataclasses
@@ -24,6 +24,7 @@ _CHOICES = {
     "redistribution_total": ("conserved", "corrected"),
     "erk_rounding": ("zeros", "zeros_and_ones"),
     "sampling": ("exact", "bernoulli"),
+    "unit_score": ("mean_of_magnitudes", "magnitude_of_mean"),
 }
 _SWITCHES = ("end_is_included", "spare_dense_layers", "update_replaces_step")
 
@@ -43,40 +44,37 @@ class Conventions:
         end_is_included: Whether an update may fall on `end_step` itself
             (True: TF1, sparse_optimizers_base.py:217-226; False: PT,
             main.py:69-74).
-        drop_fraction_lag: By how many steps the drop fraction of an update
-            is older than the update. 0: it is the schedule's value at the
-            step itself (paper, eq. 1). 1: the value of the step before,
-            which the reproduction computed when it ended that step (PT,
-            core.py:688-692).
+        drop_fraction_lag: By how many steps the drop fraction of an update is
+            older than the update. 0: the schedule's value at the step itself
+            (paper, eq. 1). 1: the value of the previous step, computed when
+            that step ended (PT, core.py:688-692).
         drop_rounding: The number of connections dropped is n x drop_fraction
             rounded by `"floor"` (TF1, sparse_optimizers_base.py:286-290) or
             by `"ceil"` (PT, funcs/prune.py:41).
         drop_ranking: The entries ranked for the drop. `"active"`: those the
-            mask keeps (paper, section 3). `"all"`: the whole tensor, where
-            active weights that are exactly zero tie with inactive ones, so
-            that fewer may be dropped than asked for (PT,
-            funcs/prune.py:46-50). TF1 ranks all with noise of 1e-5
-            (sparse_optimizers_base.py:260-272), which no default wants.
+            mask keeps (paper, section 3). `"all"`: the whole tensor. There,
+            active weights that are exactly zero tie with inactive ones, and
+            fewer may be dropped than asked for (PT, funcs/prune.py:46-50). TF1
+            ranks all with noise of 1e-5 (sparse_optimizers_base.py:260-272); no
+            default does.
         grow_ranking: The entries ranked for growth. `"inactive"`: those off
             after the drop, dropped ones included (paper, section 3; TF1,
-            sparse_optimizers_base.py:305-316). `"all"`: every entry, with
-            the score of active ones set to zero, so that where gradients
-            vanish an active weight may be picked and zeroed (PT,
-            funcs/grow.py:79-95).
-        regrown_value: What a connection holds that is dropped and grown
-            again in one update: its weight (`"kept"`; TF1,
-            sparse_optimizers_base.py:328-333) or `"zero"` (PT,
-            funcs/grow.py:95). Its optimizer memory stays in both.
-        spare_dense_layers: Whether a layer of sparsity s < 0.2 that holds
-            more than its share (1 / layers) of all nonzero weights, or of
-            what density is redistributed by, drops the fraction
-            min(s, drop_fraction) only (PT, core.py:250-269; not in the paper
-            or in TF1).
+            sparse_optimizers_base.py:305-316). `"all"`: every entry, with a
+            score of zero for active ones. Where gradients vanish, this may pick
+            an active weight and zero it (PT, funcs/grow.py:79-95).
+        regrown_value: The value of a connection that one update drops and grows
+            again: its weight (`"kept"`; TF1, sparse_optimizers_base.py:328-333)
+            or `"zero"` (PT, funcs/grow.py:95). Its optimizer memory stays in
+            both cases.
+        spare_dense_layers: Whether a layer of sparsity s < 0.2 drops only the
+            fraction min(s, drop_fraction) if it holds more than its share
+            (1 / layers) of all nonzero weights, or of the score that moves
+            density (PT, core.py:250-269; not in the paper or in TF1).
         redistribution_total: Whether an update that moves density between
             layers grows exactly as many connections as it drops
-            (`"conserved"`), or rounds layer by layer and makes up for the
-            difference in later updates (`"corrected"`; PT, core.py:285-346
-            and 763-773). TF1 does not redistribute.
+            (`"conserved"`), or rounds layer by layer and corrects the
+            difference in later updates (`"corrected"`; PT, core.py:285-346 and
+            763-773). TF1 does not redistribute.
         update_replaces_step: Whether an update takes the place of the
             optimizer step (paper, Algorithm 1; TF1 for RigL,
             sparse_optimizers_base.py:521; PT, main.py:69-78). False: the
@@ -92,9 +90,15 @@ class Conventions:
             number of ones (TF1, sparse_utils.py:48-68) or as independent
             `"bernoulli"` draws, whose total varies (PT,
             funcs/init_scheme.py:156, funcs/grow.py:126-130).
+        unit_score: What a unit of several weights (a kernel, a block) is
+            worth, by weights or gradients x. `"mean_of_magnitudes"`:
+            mean |x|, which says how large they are; neither the paper nor
+            TF1 has such units. `"magnitude_of_mean"`: |mean x|, so that
+            weights of opposite signs cancel (PT, struct_magnitude_prune in
+            funcs/prune.py and struct_abs_grad_growth in funcs/grow.py).
 
     Raises:
-        ValueError: An argument is none of its choices.
+        ValueError: An argument has a value that is not allowed.
 
     Example:
 
@@ -115,6 +119,9 @@ class Conventions:
     update_replaces_step: bool = True
     erk_rounding: Literal["zeros", "zeros_and_ones"] = "zeros"
     sampling: Literal["exact", "bernoulli"] = "exact"
+    unit_score: Literal["mean_of_magnitudes", "magnitude_of_mean"] = (
+        "mean_of_magnitudes"
+    )
 
     def __post_init__(self):
         for field, choices in _CHOICES.items():
@@ -150,13 +157,14 @@ REPORT = Conventions(
     redistribution_total="corrected",
     erk_rounding="zeros_and_ones",
     sampling="bernoulli",
+    unit_score="magnitude_of_mean",
 )
 
 
 def check_conventions(conventions) -> None:
-    """Raises ValueError unless it is a `Conventions`."""
+    """Raises ValueError unless the value is a `Conventions`."""
     if not isinstance(conventions, Conventions):
         raise ValueError(
             "conventions must be rigl_keras.ORIGINAL, rigl_keras.REPORT or a "
-            f"Conventions of your own. Received: conventions={conventions!r}."
+            f"Conventions that you make. Received: conventions={conventions!r}."
         )

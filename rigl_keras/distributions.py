@@ -1,9 +1,9 @@
-"""What fraction of each kernel is kept: uniform, ER, ERK, overrides.
+"""The density of each kernel: uniform, ER, ERK, overrides.
 
 `layer_budgets` says what each masked layer keeps: its density
-(`layer_densities`), and the number of weights that this makes once all layers
-together are rounded (`layer_counts`). Everything here is arithmetic on shapes:
-no model, no tensor.
+(`layer_densities`), and its number of weights after all layers are rounded
+together (`layer_counts`). The module computes with shapes only: no models, no
+tensors.
 """
 
 import difflib
@@ -28,7 +28,12 @@ __all__ = [
     "total_count",
 ]
 
-DISTRIBUTIONS = ("uniform", "erdos_renyi", "erdos_renyi_kernel")
+DISTRIBUTIONS = (
+    "uniform",
+    "uniform_all",
+    "erdos_renyi",
+    "erdos_renyi_kernel",
+)
 _SHORT_NAMES = {"er": "erdos_renyi", "erk": "erdos_renyi_kernel"}
 _DENSITY = (
     "is the fraction of weights kept and must be in (0, 1]; for 90 % sparsity "
@@ -42,8 +47,8 @@ class Budget(NamedTuple):
 
     Args:
         density: Fraction of its weights, before rounding.
-        count: Number of its weights, or of the units that each of its groups
-            keeps, where a pattern makes groups.
+        count: Number of its weights or, if a pattern makes groups, of the units
+            that each group keeps.
     """
 
     density: float
@@ -60,12 +65,12 @@ def layer_budgets(
     group_sizes: Mapping[str, int] | None = None,
     apart: Collection[str] = (),
 ) -> dict[str, Budget]:
-    """Returns the density of each masked layer, and how many weights it keeps.
+    """Returns the density of each masked layer and how many weights it keeps.
 
-    1. Each layer gets a density (`layer_densities`); one that stays dense and
-       is not masked is left out (`masked_shapes`).
-    2. All together keep round(density x their weights) (`total_count`).
-    3. Densities are rounded to counts of that sum (`layer_counts`).
+    1. Each layer gets a density (`layer_densities`). Layers that stay dense and
+       are not masked are left out (`masked_shapes`).
+    2. All masked layers keep round(density x weights) (`total_count`).
+    3. Densities are rounded to counts with that sum (`layer_counts`).
 
     Args:
         shapes: As in `layer_densities`.
@@ -73,19 +78,19 @@ def layer_budgets(
         distribution: As in `layer_densities`.
         conventions: As in `layer_densities`.
         densities: As in `layer_densities`.
-        group_sizes: `{name: units of which a group chooses}`, where masks have
-            a pattern (`patterns.Layout.size`). Then units are counted instead
-            of weights: all layers together keep round(sum of density x
-            units). None: single weights.
+        group_sizes: `{name: units in each group}` if masks have a pattern
+            (`patterns.Layout.size`). Then units are counted instead of weights:
+            all layers together keep round(sum of density x units). None: single
+            weights.
         apart: Names of layers that have many groups. Each group keeps
-            round(density x units), one at least, whatever the others do.
+            round(density x units), at least one, independently of other layers.
 
     Returns:
         `{name: Budget}` of the masked layers, in the order of `shapes`.
 
     Raises:
-        ValueError: An argument is out of range, no densities of the remaining
-            layers can make up the overall density, or nothing is left.
+        ValueError: An argument is out of range, the remaining layers cannot
+            make up the overall density, or nothing is left.
 
     Example:
 
@@ -131,37 +136,39 @@ def layer_densities(
     conventions: Conventions = ORIGINAL,
     densities: Mapping[str, float] | None = None,
 ) -> dict[str, float]:
-    """Returns the density of each layer, given the density of all together.
+    """Returns the density of each layer for an overall density.
 
     `uniform` keeps the first layer dense, outside the budget (unless
     `densities` names it), and gives every other layer the density d.
+    `uniform_all` gives every layer the density d, the first one too (the
+    reproduction's struct-random, funcs/init_scheme.py).
     `erdos_renyi` and `erdos_renyi_kernel` give layer l the density
     min(1, epsilon p_l), where
 
         ER:  p_l = (n_in + n_out) / (n_in n_out)
         ERK: p_l = (n_in + n_out + kernel height + width) / (their product)
 
-    and epsilon is such that the kept weights add up to d times all weights:
-    solve, make the layers of largest p_l dense if epsilon p_l > 1, repeat.
-    Evci et al., 2020, arXiv:1911.11134, section 3, sparsity distribution;
-    ER after Mocanu et al., 2018.
+    where epsilon makes the kept weights add up to d times all weights: solve,
+    make the layers of largest p_l dense if epsilon p_l > 1, repeat. Evci et
+    al., 2020, arXiv:1911.11134, section 3, sparsity distribution; ER after
+    Mocanu et al., 2018.
 
     Args:
         shapes: `{name: kernel shape}` in Keras order (spatial dimensions,
             then input and output channels) and in the order of the model.
         density: Fraction of the weights kept overall, in (0, 1].
-        distribution: `"uniform"`, `"erdos_renyi"` (`"er"`) or
-            `"erdos_renyi_kernel"` (`"erk"`).
+        distribution: `"uniform"`, `"uniform_all"`, `"erdos_renyi"` (`"er"`)
+            or `"erdos_renyi_kernel"` (`"erk"`).
         conventions: `erk_rounding` decides how counts are rounded.
-        densities: `{name: density}` of layers whose density is given. They
-            count towards the overall density; the rest share what is left.
+        densities: `{name: density}` of layers with a fixed density. They count
+            towards the overall density; the other layers share the rest.
 
     Returns:
         `{name: density}` in the order of `shapes`, each in [0, 1].
 
     Raises:
-        ValueError: An argument is out of range, or no densities of the
-            remaining layers can make up the overall density.
+        ValueError: An argument is out of range, or the remaining layers cannot
+            make up the overall density.
 
     Example:
 
@@ -181,6 +188,8 @@ def layer_densities(
         if first not in given:
             del sizes[first]
         solved = {first: 1.0, **_solve_uniform(sizes, density, given)}
+    elif distribution == "uniform_all":
+        solved = _solve_uniform(sizes, density, given)
     elif density == 1.0 and not given:
         solved = dict.fromkeys(shapes, 1.0)
     else:
@@ -199,8 +208,8 @@ def masked_shapes(
 ) -> dict[str, Sequence[int]]:
     """Returns the shapes of the layers that a distribution masks.
 
-    Under `uniform` the first layer stays dense and is not masked at all,
-    unless its density is given.
+    Under `uniform` the first layer stays dense and is not masked, unless its
+    density is given.
 
     Args:
         shapes: `{name: kernel shape}` in the order of the model.
@@ -229,18 +238,18 @@ def masked_shapes(
 
 
 def total_count(exact: float, density: float, weights: int) -> int:
-    """Returns how many connections all layers keep together.
+    """Returns how many connections all layers together keep.
 
     Args:
         exact: The number to round.
-        density: The density that it comes from, in (0, 1].
-        weights: How many weights there are.
+        density: The density behind it, in (0, 1].
+        weights: Number of weights.
 
     Returns:
         round(exact), at least 1.
 
     Raises:
-        ValueError: It rounds to none, or an argument is out of range.
+        ValueError: It rounds to zero, or an argument is out of range.
     """
     density = checked_density(density)
     weights = integer("weights", weights, at_least=1)
@@ -266,14 +275,13 @@ def layer_counts(
 ) -> dict[str, int]:
     """Returns how many weights each layer keeps, `total` exactly.
 
-    Largest-remainder rounding: each layer first gets
-    floor(density x size); those of largest remainder then get (or those of
-    smallest remainder lose) one each until the sum is `total`. Ties go to the
-    earlier layer.
+    Largest-remainder rounding: each layer first gets floor(density x size). The
+    layers with the largest remainders then get one more each (or those with the
+    smallest lose one) until the sum is `total`. Ties go to the earlier layer.
 
     Args:
         sizes: `{name: number of weights}`.
-        densities: `{name: density in [0, 1]}` of these names at least.
+        densities: `{name: density in [0, 1]}` of at least these names.
         total: The sum to reach, between 0 and the sum of `sizes`.
 
     Returns:
@@ -311,8 +319,8 @@ def layer_counts(
     short = total - sum(counts.values())
     step = 1 if short > 0 else -1
     while short:
-        # A layer at its limit is passed over; the others go in the order of
-        # how far rounding has left them from their quota.
+        # Skips layers at their limit. The others come in the order of how far
+        # rounding has left them from their quota.
         open_layers = [
             name for name in sizes if 0 <= counts[name] + step <= sizes[name]
         ]
@@ -330,13 +338,13 @@ def checked_density(density: float) -> float:
         density: Fraction of weights kept.
 
     Raises:
-        ValueError: It is no number in (0, 1].
+        ValueError: It is not a number in (0, 1].
     """
     return number("density", density, above=0, at_most=1, rule=_DENSITY)
 
 
 def full_name(distribution: str) -> str:
-    """Returns the name of a distribution, where it may be short.
+    """Returns the full name of a distribution.
 
     Args:
         distribution: One of `DISTRIBUTIONS`, `"er"` or `"erk"`.
@@ -387,7 +395,7 @@ def _solve_scaled(sizes, raw, density, given, conventions):
     dense = set()
     budget = 0.0
     for name, size in sizes.items():
-        # No reference has layers that are given: nothing to round for.
+        # No reference has given layers, so there is no rounding to match.
         budget += (
             density * size if given else _rounded(size, density, conventions)[1]
         )
@@ -402,7 +410,7 @@ def _solve_scaled(sizes, raw, density, given, conventions):
             break
         left = budget
         for name in dense:
-            # A dense layer keeps its would-be zeros, at the others' expense.
+            # A dense layer keeps the zeros it would have; the others pay.
             left -= (
                 sizes[name]
                 if given
@@ -470,7 +478,7 @@ def _checked_given(given, shapes):
             )
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise ValueError(
-                f"densities names {name!r}, which is no masked layer.{hint} "
+                f"densities names {name!r}, which is not a masked layer.{hint} "
                 f"Masked layers: {', '.join(map(str, shapes))}."
             )
         checked[name] = number(
@@ -512,7 +520,7 @@ def _check_mapping(name, value):
 
 def _check_reachable(left, free, density, given):
     """Checks that `free` weights can hold `left` ones."""
-    # Up to the rounding of a count.
+    # A tolerance for the rounding of counts.
     if -0.5 < left < free + 0.5 and not (left <= 0 and free):
         return
     raise ValueError(

@@ -36,26 +36,26 @@ def update_fan_in(
     ablation: float | None = None,
     conventions: Conventions = ORIGINAL,
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Moves connections so that every unit has as many, and drops weak units.
+    """Moves connections to equal numbers per unit, and drops weak units.
 
     With F inputs, U units, n active connections and a budget of N:
 
-    1. P = floor(drop_fraction x n) are to move and K = n - P to stay; if
-       fewer than K weights are not zero, K is their number, P = n - K.
-    2. Salient are the K active connections of highest `drop_scores`, and the
-       P entries of highest `grow_scores` wherever they are.
-    3. A unit of fewer than max(1, floor(ablation x floor(N / U))) salient
-       entries is ablated, but floor(N / F) + 1 units of the most stay.
-    4. Each of the V units left gets k = floor(N / V) connections, one at
-       least and F at most: its salient active ones, by `drop_scores`, and
-       then those of highest `grow_scores`.
+    1. P = floor(drop_fraction x n) connections move and K = n - P stay. If
+       fewer than K weights are nonzero, K is their number and P = n - K.
+    2. The salient entries are the K active connections of highest `drop_scores`
+       and the P entries of highest `grow_scores`, active or not.
+    3. A unit with fewer than max(1, floor(ablation x floor(N / U))) salient
+       entries is ablated. The floor(N / F) + 1 units with the most stay.
+    4. Each of the V remaining units gets k = floor(N / V) connections, from 1
+       to F: its salient active ones, by `drop_scores`, and then those of
+       highest `grow_scores`.
 
-    Ablation is decided at each update: a unit may come back. Where scores
-    tie, the lower index is taken. Lasby et al., 2024, Dynamic sparse training
-    with structured sparsity, arXiv:2305.02299, section 3, and the authors'
-    code (rigl_torch/rigl_constant_fan.py). Where a unit has more than k
-    active salient connections, their code leaves open which of them go, and
-    after an ablation inactive ones may be salient by their weight, 0.
+    Ablation is decided at each update: a unit may come back. Ties go to the
+    lower index. Lasby et al., 2024, Dynamic sparse training with structured
+    sparsity, arXiv:2305.02299, section 3, and the authors' code
+    (rigl_torch/rigl_constant_fan.py). If a unit has more than k active salient
+    connections, their code does not define which of them go. After an ablation,
+    inactive ones may be salient there by their weight, 0.
 
     Args:
         mask: Tensor (U, F) of zeros and ones, or bools.
@@ -134,7 +134,7 @@ def _units_left(salient, budget, *, inputs, ablation):
     share = tf.floor(ablation * tf.cast(budget // units, tf.float64))
     threshold = tf.maximum(tf.cast(share, tf.int32), 1)
     descending = tf.sort(tf.reshape(salient, [-1]), direction="DESCENDING")
-    # So many units must stay that the budget finds a place.
+    # Enough units must stay to hold the budget.
     least = descending[tf.minimum(budget // inputs, units - 1)]
     return salient >= tf.minimum(threshold, least)
 

@@ -1,4 +1,4 @@
-"""What a grown connection starts with."""
+"""Initial values of grown connections."""
 
 import re
 from typing import Literal
@@ -28,20 +28,20 @@ def checked_grow_init(
     *,
     dense_gradients: Literal["never", "updates", "always"] = "updates",
 ) -> tuple[str, float]:
-    """Returns what newly grown weights start with, and what it is divided by.
+    """Returns the checked kind and divisor of the values of grown weights.
 
     Args:
-        grow_init: One of `GROW_INITS`. A name with its divisor after it, such
+        grow_init: One of `GROW_INITS`. A name that ends with its divisor, such
             as `"random_normal_10"`, is deprecated.
         divisor: Positive number. 1 for `"zeros"`.
-        dense_gradients: When the method needs gradients at inactive entries;
-            one that never does has none to start from.
+        dense_gradients: When the method needs gradients at inactive entries. A
+            method that never does cannot start from gradients.
 
     Returns:
-        `(grow_init, divisor)`, the first one of `GROW_INITS`.
+        `(grow_init, divisor)`, with a name of `GROW_INITS`.
 
     Raises:
-        ValueError: Newly grown weights cannot start so.
+        ValueError: The method cannot use it, or the divisor is wrong.
         DeprecationWarning: The name ends with its divisor.
     """
     grow_init, divisor = _without_divisor(grow_init, divisor)
@@ -72,7 +72,7 @@ def grown_values(
     key: int,
     step: int | tf.Tensor,
 ) -> tf.Tensor | None:
-    """Returns what each entry of a kernel would start with if it were grown.
+    """Returns the initial value of each entry of a kernel if it is grown.
 
     With s and m the standard deviation and the mean magnitude of the active
     weights, g the gradient and d the divisor:
@@ -84,9 +84,9 @@ def grown_values(
         grad_scale:     g / d
         grad_sign:      sign(g) / d
 
-    The choices of the authors' code (sparse_optimizers_base.py,
-    `get_grow_tensor`). There inactive weights keep stale values, of which s
-    and m are taken too; here they are zero and left out.
+    These are the choices of the authors' code (sparse_optimizers_base.py,
+    `get_grow_tensor`). There s and m include the stale values of inactive
+    weights; here those are zero and left out.
 
     Args:
         grow_init: One of `GROW_INITS`.
@@ -95,7 +95,7 @@ def grown_values(
         divisor: Positive number.
         gradient: dL/d(masked kernel), of its shape.
         initial: Vector of weights that `initial_dist` draws from.
-        key: Int that tells this kernel's draws from another's.
+        key: Int that separates this kernel's draws from those of others.
         step: Optimizer step, an integer scalar.
 
     Returns:
@@ -135,7 +135,7 @@ def _drawn(kind, uniform, kernel, mask):
 
 
 def _without_divisor(grow_init, divisor):
-    """Takes a divisor off a name, as in `"random_normal_10"`."""
+    """Splits a divisor from a name such as `"random_normal_10"`."""
     pattern = rf"({'|'.join(GROW_INITS[1:])})_(\d+\.?\d*|\.\d+)"
     match = isinstance(grow_init, str) and re.fullmatch(pattern, grow_init)
     if not match:

@@ -1,8 +1,8 @@
 """The units of one kernel, and the groups in which they compete.
 
-`patterns` says which there are; a `Layout` is what a pattern makes of a
-kernel, and how tensors of one value for each weight become tensors of one for
-each unit, and these matrices of a row for each group.
+A `Layout` is what a pattern (`patterns`) makes of one kernel. It turns tensors
+with a value for each weight into tensors with a value for each unit, and those
+into matrices with a row for each group.
 """
 
 import dataclasses
@@ -17,15 +17,13 @@ __all__ = ["Axes", "BlockLayout", "KernelLayout", "Layout"]
 
 
 class Axes(NamedTuple):
-    """The shape of a kernel, and what its axes are.
+    """The shape of a kernel, and the meaning of its axes.
 
     Args:
-        shape: Of the kernel.
-        inputs: Axes that tell inputs (channels) apart, in order.
-        outputs: Axes that tell output units apart, each of which sums over
-            the other axes.
-        convolved: Whether axes that are neither are positions of a
-            convolution.
+        shape: Shape of the kernel.
+        inputs: Axes of the inputs (channels), in order.
+        outputs: Axes of the output units. Each unit sums over the other axes.
+        convolved: Whether the remaining axes are positions of a convolution.
     """
 
     shape: tuple[int, ...]
@@ -35,10 +33,10 @@ class Axes(NamedTuple):
 
     @classmethod
     def of(cls, shape: Sequence[int]) -> "Axes":
-        """Returns those of Dense and convolutions: inputs, outputs last.
+        """Returns the axes of Dense and convolutions: inputs, outputs last.
 
         Args:
-            shape: Kernel shape in Keras order, of two axes or more.
+            shape: Kernel shape in Keras order, with at least two axes.
 
         Example:
 
@@ -48,7 +46,7 @@ class Axes(NamedTuple):
         last = len(shape) - 1
         if last < 1:
             raise ValueError(
-                "A kernel has two axes or more, input and output channels "
+                "A kernel has at least two axes, input and output channels "
                 f"last. Received: shape={shape!r}."
             )
         return cls(tuple(shape), (last - 1,), (last,), last > 1)
@@ -60,11 +58,11 @@ class Axes(NamedTuple):
 
     @property
     def weights(self) -> int:
-        """How many weights the kernel has."""
+        """The number of weights of the kernel."""
         return math.prod(self.shape)
 
     def rest(self, *others: int) -> tuple[int, ...]:
-        """Returns the axes that are none of the others, in order."""
+        """Returns all axes except `others`, in order."""
         return tuple(i for i in range(len(self.shape)) if i not in others)
 
     def size(self, axes: Sequence[int]) -> int:
@@ -76,17 +74,17 @@ class Axes(NamedTuple):
 class Layout:
     """The units of one kernel, and the groups in which they compete.
 
-    Here a unit is a weight. Tensors of a value for each unit have
-    `unit_shape`; `grouped` turns one into a matrix of a row for each group.
-    Every method takes NumPy arrays as well, but `by_unit` and `units`.
+    Here a unit is a weight. Tensors with a value for each unit have
+    `unit_shape`; `grouped` turns one into a matrix with a row for each group.
+    All methods except `by_unit` and `units` also take NumPy arrays.
 
     Args:
-        shape: Of the kernel.
+        shape: Shape of the kernel.
         order: The axes of `unit_shape`, those along a group last.
-        size: How many units a group has.
-        reason: What keeps density from moving to other layers, as in "the
-            mask keeps whole kernels". "": nothing.
-        fixed: How many units each group keeps, where the pattern says it.
+        size: Number of units in a group.
+        reason: Why density cannot move to other layers, as in "the mask keeps
+            whole kernels". "": it can.
+        fixed: How many units each group keeps, if the pattern fixes it.
     """
 
     shape: tuple[int, ...]
@@ -97,17 +95,17 @@ class Layout:
 
     @property
     def unit_shape(self) -> tuple[int, ...]:
-        """Shape of tensors that have a value for each unit."""
+        """The shape of tensors with a value for each unit."""
         return self.shape
 
     @property
     def groups(self) -> int:
-        """How many groups there are."""
+        """The number of groups."""
         return math.prod(self.unit_shape) // self.size
 
     @property
     def is_apart(self) -> bool:
-        """Whether each group keeps a number of units of its own."""
+        """Whether each group has a separate number of units to keep."""
         return self.groups > 1 or self.fixed is not None
 
     def by_unit(self, tensor: tf.Tensor) -> tf.Tensor:
@@ -122,7 +120,7 @@ class Layout:
         return tensor
 
     def units(self, mask: tf.Tensor) -> tf.Tensor:
-        """Returns whether anything of each unit is kept.
+        """Returns which units keep at least one weight.
 
         Args:
             mask: Bool tensor of the kernel's shape.
@@ -133,7 +131,7 @@ class Layout:
         return mask
 
     def by_element(self, tensor: Any) -> Any:
-        """Returns for each weight the value of its unit.
+        """Returns the value of its unit for each weight.
 
         Args:
             tensor: Tensor of `unit_shape`.
@@ -156,7 +154,7 @@ class Layout:
         return _of(tensor).reshape(ordered, (self.groups, self.size))
 
     def ungrouped(self, rows: Any) -> Any:
-        """Returns what `grouped` was given.
+        """Returns the values of units from the matrix of `grouped`.
 
         Args:
             rows: Tensor (groups, size).
@@ -169,18 +167,18 @@ class Layout:
         return _transposed(_of(rows).reshape(rows, shape), back)
 
     def count_of(self, ones: int) -> int:
-        """Returns how many units of each group make up so many weights.
+        """Returns how many units of each group hold a number of weights.
 
         Args:
             ones: Number of weights of the kernel.
 
         Returns:
-            The nearest number that there can be.
+            The nearest possible number.
         """
         return round(ones * self.size / max(math.prod(self.shape), 1))
 
     def breach(self, mask: np.ndarray) -> str | None:
-        """Returns what of a mask breaks the pattern, or None.
+        """Returns how a mask breaks the pattern, or None.
 
         Args:
             mask: Array of zeros and ones, of the kernel's shape.
@@ -194,7 +192,7 @@ class Layout:
             return None
         kept = f"{low}" if low == high else f"{low} to {high}"
         wanted = f"{self.fixed}" if self.fixed else "the same number"
-        return f"keeps {kept} weights of a group, and not {wanted} of each"
+        return f"keeps {kept} weights of a group instead of {wanted} of each"
 
 
 class KernelLayout(Layout):
@@ -216,7 +214,7 @@ class KernelLayout(Layout):
     def breach(self, mask):
         spatial = tuple(range(np.ndim(mask) - 2))
         if (np.max(mask, axis=spatial) != np.min(mask, axis=spatial)).any():
-            return "keeps a part of some kernels, and not whole ones"
+            return "keeps parts of some kernels instead of whole ones"
         return None
 
 
@@ -224,7 +222,7 @@ class KernelLayout(Layout):
 class BlockLayout(Layout):
     """Units are blocks of matrices (positions, inputs, outputs).
 
-    Those at the edge of a matrix may be smaller.
+    Blocks at the edge of a matrix may be smaller.
     """
 
     axes: tuple[int, ...] = ()  # of the kernel: positions, inputs, outputs
@@ -243,7 +241,7 @@ class BlockLayout(Layout):
         return tf.reduce_sum(self._cut(tensor), axis=(2, 4)) / weights
 
     def units(self, mask):
-        # TensorFlow pads no bools on a GPU.
+        # On a GPU, TensorFlow cannot pad bools.
         return tf.reduce_any(self._cut(tf.cast(mask, tf.float32)) > 0, (2, 4))
 
     def by_element(self, tensor):
@@ -255,7 +253,7 @@ class BlockLayout(Layout):
         return _transposed(xp.reshape(whole[:, :inputs, :outputs], shape), back)
 
     def _cut(self, tensor):
-        """Returns (positions, blocks, rows, blocks, columns), zeros added."""
+        """Returns (positions, blocks, rows, blocks, columns), zero-padded."""
         xp, (positions, down, across) = _of(tensor), self.unit_shape
         rows, columns = self.block
         _, inputs, outputs = self.matrices
@@ -270,11 +268,11 @@ class BlockLayout(Layout):
         mask = tf.convert_to_tensor(np.asarray(mask) != 0)
         if tf.reduce_all(self.by_element(self.units(mask)) == mask):
             return None
-        return "keeps a part of some blocks, and not whole ones"
+        return "keeps parts of some blocks instead of whole ones"
 
 
 def _of(tensor):
-    """Returns NumPy for its arrays, and else TensorFlow."""
+    """Returns NumPy for its arrays, otherwise TensorFlow."""
     return np if isinstance(tensor, np.ndarray) else tf
 
 

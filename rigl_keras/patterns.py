@@ -1,11 +1,12 @@
-"""What a mask keeps or removes as one, and what competes with what.
+"""Patterns of masks: which weights stay together, and which compete.
 
 A pattern cuts a kernel into *units* (single weights, whole kernels, blocks),
-and these into *groups* of one size. Units compete for a place within their
-group, and each group keeps as many as every other. What a method says of
-weights is averaged over each unit, `topology.update_masks` grows in each group
-as many units as it has dropped there, and so every method keeps every pattern,
-exactly, without knowing of it.
+and the units into *groups* of equal size. Units compete for a place within
+their group, and all groups keep the same number. A method's scores of weights
+are averaged over each unit, and `topology.update_masks` grows in each group as
+many units as it drops there. So every method keeps every pattern exactly,
+without code for it.
+
 
 - `Element()`: a unit is a weight, the group is the layer.
 - `Kernel()`: a unit is the weights between an input and an output channel of a
@@ -39,26 +40,26 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class Pattern(abc.ABC):
-    """What a mask keeps or removes as one, and what competes with what.
+    """Which weights of a mask stay together, and which compete.
 
-    A method need not know of it: `Layout` has what it says of one kernel.
+    Methods need not know the pattern: `Layout` describes it for one kernel.
     """
 
     @property
     @abc.abstractmethod
     def name(self) -> str:
-        """As `granularity` of `sparsify` says it."""
+        """The name of the pattern, as an argument `granularity`."""
 
     def __str__(self) -> str:
         return self.name
 
     def of(self, axes: Axes) -> "Pattern":
-        """Returns the pattern of a kernel in a model that has this one."""
+        """Returns the pattern for a kernel of a model with this pattern."""
         del axes
         return self
 
     def why_not(self, axes: Axes) -> str | None:
-        """Returns why no mask of a kernel can have the pattern, or None."""
+        """Returns why the pattern does not fit a kernel, or None if it does."""
         del axes
         return None
 
@@ -71,8 +72,8 @@ class Pattern(abc.ABC):
         """Returns the units and groups of a kernel.
 
         Args:
-            axes: What the axes of the kernel are, or its shape alone: then
-                they are as in `Axes.of`.
+            axes: The meaning of the kernel's axes, or its shape, read as by
+                `Axes.of`.
 
         Raises:
             ValueError: The pattern does not fit the kernel (`why_not`).
@@ -100,7 +101,7 @@ class Pattern(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Element(Pattern):
-    """Single weights, each of which competes with all of its layer.
+    """Single weights; each competes with all weights of its layer.
 
     Evci et al., 2020, arXiv:1911.11134.
     """
@@ -118,8 +119,8 @@ class Element(Pattern):
 class Kernel(Pattern):
     """All weights between an input and an output channel of a convolution.
 
-    The reproduction's `struct-*` methods. A kernel without positions is of
-    single weights, and stays at density 1 unless `densities` says otherwise.
+    The reproduction's `struct-*` methods. Kernels without positions have single
+    weights as units, and stay at density 1 unless `densities` names them.
     """
 
     @property
@@ -145,17 +146,17 @@ class Kernel(Pattern):
 
 @dataclasses.dataclass(frozen=True)
 class Blocks(Pattern):
-    """Blocks of so many inputs and outputs, at one position each.
+    """Blocks of `rows` inputs and `columns` outputs, at one position each.
 
-    A kernel is a matrix of its inputs and outputs, one for each position of a
-    convolution, that is cut into blocks from its first entry on. A block is
-    worth the mean of what its weights are worth; one at the edge may be
-    smaller, and is counted like the others. tfmot's `block_size` with
-    `"AVG"` pooling, for kernels of any number of axes.
+    A kernel is a matrix of inputs and outputs, one for each position of a
+    convolution, cut into blocks from its first entry on. The worth of a block
+    is the mean over its weights. A block at the edge may be smaller, and counts
+    like the others. This is tfmot's `block_size` with `"AVG"` pooling, for
+    kernels with any number of axes.
 
     Args:
-        rows: Inputs (channels) of a block, at least 1.
-        columns: Outputs of a block, at least 1.
+        rows: Inputs (channels) in a block, at least 1.
+        columns: Outputs in a block, at least 1.
 
     Raises:
         ValueError: An argument is out of range.
@@ -195,17 +196,17 @@ class Blocks(Pattern):
 
 @dataclasses.dataclass(frozen=True)
 class NM(Pattern):
-    """n weights of each m that follow one another along the inputs.
+    """n of each m consecutive weights along the inputs.
 
-    At each position of a convolution and for each output, m consecutive
-    inputs (channels) are a group. This is the axis along which sparse tensor
-    cores multiply: TensorRT and cuSPARSELt take 2:4 in half precision and
-    int8. Zhou et al., 2021, Learning N:M fine-grained structured sparse neural
-    networks from scratch, arXiv:2102.04010. Density is n/m in each layer.
+    At each position of a convolution and for each output, m consecutive inputs
+    (channels) are a group. Sparse tensor cores multiply along this axis:
+    TensorRT and cuSPARSELt accept 2:4 in half precision and int8. The density
+    is n/m in each layer. Zhou et al., 2021, Learning N:M fine-grained
+    structured sparse neural networks from scratch, arXiv:2102.04010.
 
     Args:
-        n: Weights of a group that are kept, at least 1.
-        m: Weights of a group, above n.
+        n: Weights that each group keeps, at least 1.
+        m: Weights in a group, above n.
 
     Raises:
         ValueError: An argument is out of range.
@@ -237,7 +238,7 @@ class NM(Pattern):
             return "depthwise, each unit reads a single channel"
         inputs = axes.size(axes.inputs)
         if inputs % self.m:
-            return f"its {inputs} inputs are no multiple of {self.m}"
+            return f"its {inputs} inputs are not a multiple of {self.m}"
         return None
 
     def density_of(self, axes: Axes) -> float | None:
@@ -248,7 +249,7 @@ class NM(Pattern):
             axes.shape,
             (*axes.rest(*axes.inputs), *axes.inputs),
             self.m,
-            f"keeps {self.n} of each {self.m} weights, whatever the layer",
+            f"keeps {self.n} of each {self.m} weights in every layer",
             self.n,
         )
 
@@ -257,8 +258,8 @@ class NM(Pattern):
 class FanIn(Pattern):
     """The same number of inputs for every output unit of a layer.
 
-    A layer of density d and F inputs of a unit (positions of a convolution
-    included) keeps round(d F) of each unit, one at least. Lasby et al., 2024,
+    A layer of density d with F inputs per unit (positions of a convolution
+    included) keeps round(d F) of each unit, at least one. Lasby et al., 2024,
     Dynamic sparse training with structured sparsity, arXiv:2305.02299.
     """
 
@@ -272,8 +273,8 @@ class FanIn(Pattern):
             axes.shape,
             (*axes.outputs, *inputs),
             axes.size(inputs),
-            "keeps the same number of inputs for every unit, so that one "
-            "weight does not move by itself",
+            "keeps the same number of inputs for every unit, so that a "
+            "single weight cannot move",
         )
 
 
@@ -281,7 +282,7 @@ Granularity = str | Pattern
 
 
 def as_pattern(granularity: Granularity) -> Pattern:
-    """Returns a pattern, where it may be a name.
+    """Returns a pattern from its name, or the pattern itself.
 
     Args:
         granularity: `"element"`, `"kernel"`, `"fan_in"`, `"n:m"` such as

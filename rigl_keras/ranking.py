@@ -1,4 +1,4 @@
-"""What stays of several layers that one threshold prunes together."""
+"""Pruning of several layers by one threshold."""
 
 import math
 from collections.abc import Sequence
@@ -21,17 +21,17 @@ def highest_of_all(
 ) -> list[tf.Tensor]:
     """Returns the units that stay when all layers share one threshold.
 
-    1. A weight is worth what its unit is. Of all layers together, the `count`
-       weights of highest score are found, ties in favour of earlier ones.
-    2. A unit stays if all of its weights were found: of the unit on the
-       threshold a part may have been.
-    3. Where groups keep a number of their own (`patterns.FanIn`), each keeps
-       the nearest that makes up what was found of the layer, one at least, and
-       of each group the highest.
+    1. A weight has the score of its unit. The `count` weights of highest score
+       are selected over all layers together; ties go to earlier weights.
+    2. A unit stays if all of its weights are selected. A unit on the threshold
+       may be selected in part.
+    3. If groups have separate numbers (`patterns.FanIn`), each keeps its
+       highest units: the number nearest to what was selected in the layer, at
+       least one.
 
     Args:
         scores: For each layer a float tensor of its `unit_shape`.
-        count: How many weights are found, an integer scalar.
+        count: How many weights are selected, an integer scalar.
         among: For each layer a bool tensor of the same shape, True for units
             that may stay.
         layouts: The units and groups of each layer.
@@ -78,9 +78,9 @@ def highest_at_density(
         scores, among, layouts: As in `highest_of_all`.
         density: Fraction of all weights, a float scalar.
         scope: `"global"`: one threshold for all layers whose patterns do not
-            fix what they keep. `"layer"`: the same density for each. Of a
-            group round(density x units) stay, one at least, or as many as the
-            pattern says.
+            fix their numbers. `"layer"`: the same density for each layer. A
+            group keeps round(density x units), at least one, or the pattern's
+            number.
 
     Returns:
         For each layer a bool tensor of its `unit_shape`.
@@ -117,7 +117,7 @@ def _joined(tensors):
 
 
 def _whole(selected, scores, among, layout):
-    """Returns the units that stay of a layer, given the weights found."""
+    """Returns the units of a layer that stay, given its selected weights."""
     if not layout.is_apart:
         return tf.logical_not(layout.units(tf.logical_not(selected)))
     groups = layout.groups

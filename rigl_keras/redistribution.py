@@ -1,10 +1,10 @@
 """Moving density between layers: SNFS, RigL-SG and RigL-SM.
 
-Layers share the connections that all of them drop in one update: a layer in
-which a connection is worth more, on average, grows more of them. `mean_shares`
-says how large the share of each layer is, and `grow_counts`, the second step
-of `topology.update_masks`, how many connections that makes. Everything here is
-arithmetic on one number for each layer.
+Layers share the connections that all of them drop in one update: a layer whose
+connections are worth more, on average, grows more of them. `mean_shares`
+returns the share of each layer, and `grow_counts`, the second step of
+`topology.update_masks`, the number of connections. The module computes with one
+number for each layer.
 """
 
 from collections.abc import Sequence
@@ -32,26 +32,26 @@ __all__ = [
 ]
 
 CRITERIA = ("gradient", "momentum")
-_FULL = 0.99  # of its free entries, the most that a layer grows
-_ROUNDS = 1000  # in which the reproduction spreads what overflows
+_FULL = 0.99  # largest part of its free entries that a layer grows
+_ROUNDS = 1000  # in which the reproduction spreads the overflow
 
 
 def layer_mean(statistic: TensorLike, mask: TensorLike) -> tf.Tensor:
     """Returns the mean magnitude over the active connections of one layer.
 
-    Dettmers and Zettlemoyer, 2020, section 3.2, with the momentum; the
-    report, section 6.2, with the gradient or the momentum. It is taken before
-    the drop.
+    Dettmers and Zettlemoyer, 2020, section 3.2, use the momentum; the report,
+    section 6.2, the gradient or the momentum. The mean is taken before the
+    drop.
 
     Args:
         statistic: Float tensor, the gradient or the momentum of a kernel.
         mask: Tensor of zeros and ones of the same shape.
 
     Returns:
-        float64 scalar, 0 where nothing is active.
+        float64 scalar, 0 if nothing is active.
 
     Raises:
-        ValueError: An argument is no such tensor.
+        ValueError: An argument is not such a tensor.
     """
     statistic = as_scores("statistic", statistic)
     active = as_mask("mask", mask)
@@ -73,10 +73,10 @@ def shares(values: Sequence) -> tf.Tensor:
         values: One non-negative number for each layer.
 
     Returns:
-        float64 vector that adds to 1; equal shares where every value is 0.
+        float64 vector that adds to 1; equal shares if every value is 0.
 
     Raises:
-        ValueError: There is no value, or one is negative or not finite.
+        ValueError: There are no values, or one is negative or not finite.
     """
     received, values = values, _vector("values", values)
     if values.shape[0] == 0:
@@ -90,9 +90,9 @@ def shares(values: Sequence) -> tf.Tensor:
 
 
 def mean_shares(statistics: Sequence, masks: Sequence) -> tf.Tensor:
-    """Returns each layer's share of what density is redistributed by.
+    """Returns each layer's share of the mean magnitudes.
 
-    The mean of a layer over the sum of all means (`layer_mean`, `shares`).
+    It is the mean of a layer over the sum of all (`layer_mean`, `shares`).
 
     Args:
         statistics: For each layer a float tensor, the gradient or the momentum
@@ -103,8 +103,8 @@ def mean_shares(statistics: Sequence, masks: Sequence) -> tf.Tensor:
         float64 vector that adds to 1.
 
     Raises:
-        ValueError: There is not one mask for each statistic, or an argument
-            is no such tensor.
+        ValueError: There is not one mask for each statistic, or an argument is
+            not such a tensor.
     """
     _check_sequences(statistics=statistics, masks=masks)
     return shares(list(map(layer_mean, statistics, masks)))
@@ -113,8 +113,8 @@ def mean_shares(statistics: Sequence, masks: Sequence) -> tf.Tensor:
 def nonzero_shares(kernels: Sequence) -> tf.Tensor:
     """Returns each layer's share of all nonzero weights.
 
-    Which layers the reproduction spares depends on it, where density is not
-    redistributed (`topology.layer_drop_fractions`).
+    Without redistribution, these shares decide which layers the reproduction
+    spares (`topology.layer_drop_fractions`).
 
     Args:
         kernels: For each layer a float tensor.
@@ -123,7 +123,7 @@ def nonzero_shares(kernels: Sequence) -> tf.Tensor:
         float64 vector that adds to 1.
 
     Raises:
-        ValueError: There is no kernel, or one is no tensor of numbers.
+        ValueError: There are no kernels, or one is not a tensor of numbers.
     """
     _check_sequences(kernels=kernels)
     return shares(
@@ -141,25 +141,25 @@ def grow_counts(
 ) -> tf.Tensor:
     """Returns how many connections each layer grows.
 
-    1. Layer l is to grow q_l = share_l x (all connections dropped).
-    2. No layer grows more than c_l = 0.99 x its free entries. What exceeds
-       that is spread equally over the layers still open, until none is left:
-       layer l grows min(c_l, q_l + r), with r such that the sum is kept.
-    3. Counts are rounded so that as many grow as were dropped, exactly: down,
-       and those of largest remainder up.
+    1. The share of layer l is q_l = share_l x (all connections dropped).
+    2. No layer grows more than c_l = 0.99 x its free entries. The excess is
+       spread equally over the layers with room until none is left: layer l
+       grows min(c_l, q_l + r), where r preserves the sum.
+    3. Counts are rounded so that exactly as many grow as were dropped: down,
+       then those of largest remainder up.
 
-    Where the layers together have less room than that, they are filled to the
-    last entry. Dettmers and Zettlemoyer, 2020, section 3.2 and their code.
+    If all layers together have less room than that, they are filled to the last
+    entry. Dettmers and Zettlemoyer, 2020, section 3.2 and their code.
 
-    The reproduction (`redistribution_total="corrected"`) rounds each q_l on
-    its own, spreads over full layers as well, in at most 1000 rounds, and
-    truncates (core.py:285-346); `corrected` says how it makes up for the
-    connections that this loses or gains.
+    The reproduction (`redistribution_total="corrected"`) rounds each q_l alone,
+    spreads the excess over full layers too, in at most 1000 rounds, and
+    truncates (core.py:285-346). `corrected` makes up for the connections that
+    this loses or gains.
 
     Args:
         shares: Float vector, one for each layer, adding to 1.
-        dropped: Integer vector, what each layer has dropped.
-        free: Integer vector, the entries inactive after the drop.
+        dropped: Integer vector, the connections that each layer dropped.
+        free: Integer vector, the inactive entries after the drop.
         correction: Connections added to the total, in the reproduction only.
         conventions: `redistribution_total` decides.
 
@@ -167,8 +167,8 @@ def grow_counts(
         int32 vector. Each count is between 0 and `free`.
 
     Raises:
-        ValueError: An argument is out of range: more is dropped than there
-            are free entries, or the vectors differ in length.
+        ValueError: An argument is out of range, more is dropped than there are
+            free entries, or the vectors differ in length.
 
     Example:
 
@@ -191,15 +191,15 @@ def grow_counts(
 def corrected(
     correction: Number, missing: Number, mean_missing: Number
 ) -> tf.Tensor:
-    """Returns by how much the reproduction corrects its next update.
+    """Returns the reproduction's correction of its next update.
 
         correction <- correction / 4 + 3/4 missing + mean of all missing
 
     core.py:763-773 there.
 
     Args:
-        correction: That of this update.
-        missing: Connections at the start of training less those after this
+        correction: The correction of this update.
+        missing: Connections at the start of training minus those after this
             update.
         mean_missing: Mean of `missing` over all updates so far.
 
@@ -243,7 +243,7 @@ def next_correction(state: TensorLike, connections: Number) -> tf.Tensor:
     received, state = state, tf.cast(as_scores("state", state), tf.float64)
     if state.shape != (4,):
         raise ValueError(
-            "state must be what start_of_correction or next_correction has "
+            "state must be what start_of_correction or next_correction "
             f"returned. Received: state={received!r}."
         )
     correction, missing_so_far, updates, start = tf.unstack(state)
@@ -345,7 +345,7 @@ def _check_finite(name, values):
 
 
 def _spread(quotas, caps):
-    """Returns min(cap, quota + r), of the same sum as the quotas."""
+    """Returns min(cap, quota + r), with the same sum as the quotas."""
     total = tf.reduce_sum(quotas)
 
     def spread(counts):
@@ -354,7 +354,7 @@ def _spread(quotas, caps):
         each = tf.math.divide_no_nan(excess, tf.reduce_sum(still_open))
         return (tf.minimum(caps, counts + each * still_open),)
 
-    # Each round but the last fills a layer.
+    # Each round except the last fills a layer.
     (counts,) = tf.while_loop(
         lambda counts: tf.reduce_sum(counts) < total,
         spread,
@@ -389,5 +389,5 @@ def _as_reproduced(shares, total, free):
         spread(tf.round(shares * total), tf.zeros([], tf.float64)),
         maximum_iterations=_ROUNDS - 1,
     )
-    # A correction may outweigh all that is dropped.
+    # A correction may exceed the number of dropped connections.
     return tf.cast(tf.maximum(counts, 0), tf.int32)

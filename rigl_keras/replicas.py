@@ -1,8 +1,8 @@
 """Several devices: what `tf.distribute` asks of a training step.
 
-Each replica trains on its part of the batch. Keras scales each loss by one
-over the replicas and sums the gradients, so that what is summed is the
-gradient of the whole batch. Masks change once for all replicas, by these sums.
+Each replica trains on its part of the batch. Keras divides each loss by the
+number of replicas and sums the gradients: the sum is the gradient of the whole
+batch. Masks change once for all replicas, by these sums.
 """
 
 import contextlib
@@ -33,10 +33,10 @@ class MultiWorkerMirroredStrategy(tf.distribute.MultiWorkerMirroredStrategy):
     """TensorFlow's strategy of this name, made to work with `fit` of Keras 3.
 
     Keras reduces a batch, which is a structure, and logs, which are scalars,
-    over their first axis; TensorFlow's strategy takes neither (Keras issue
+    over their first axis. TensorFlow's strategy accepts neither (Keras issue
     20585).
 
-    Args: those of TensorFlow's.
+    Args: As in TensorFlow's.
 
     Example:
 
@@ -51,7 +51,7 @@ class MultiWorkerMirroredStrategy(tf.distribute.MultiWorkerMirroredStrategy):
         Args:
             reduce_op: `"SUM"` or `"MEAN"`.
             value: A structure of tensors, or of values per replica.
-            axis: The axis to reduce as well, or None. Scalars have none.
+            axis: An axis to reduce too, or None. Scalars ignore it.
 
         Returns:
             The structure with a tensor for each value.
@@ -70,8 +70,10 @@ class MultiWorkerMirroredStrategy(tf.distribute.MultiWorkerMirroredStrategy):
 def is_distributed(model: keras.Model) -> bool:
     """Returns whether a model was made in the scope of a strategy.
 
+    It also works within a replica's part of the model's step.
+
     Args:
-        model: The model. Within a replica's part of its step, too.
+        model: The model.
     """
     if tf.distribute.has_strategy():  # a replica cannot enter the scope
         return True
@@ -80,7 +82,7 @@ def is_distributed(model: keras.Model) -> bool:
 
 
 def scope(model: keras.Model) -> AbstractContextManager:
-    """Returns the scope in which variables are placed as a model's are."""
+    """Returns the scope that places new variables as the model's are."""
     return model.distribute_strategy.scope()
 
 
@@ -90,16 +92,16 @@ def check_set_up(
     optimizers: Sequence[keras.Optimizer],
     gradient_batches: int,
 ) -> None:
-    """Refuses what does not work on several replicas.
+    """Refuses settings that do not work on several replicas.
 
     Args:
         method: Name of the method.
         model: The model to be trained.
-        optimizers: Its optimizer, and those within.
-        gradient_batches: Of how many batches growth takes the mean gradient.
+        optimizers: Its optimizer, and inner optimizers.
+        gradient_batches: Number of batches whose mean gradient growth uses.
 
     Raises:
-        ValueError: Gradients are gathered over batches.
+        ValueError: Gradients are gathered or accumulated over batches.
     """
     if not is_distributed(model):
         return
@@ -121,7 +123,7 @@ def check_set_up(
             )
 
 
-# Within a replica's part of a step.
+# Functions for a replica's part of a step.
 
 
 def summed(tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
@@ -142,10 +144,10 @@ def summed(tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
 
 
 def once(action: Callable, tensors: Sequence[tf.Tensor]) -> None:
-    """Acts once for all replicas; what it assigns is assigned on each.
+    """Runs an action once for all replicas; it assigns on each of them.
 
     Args:
-        action: A function of these tensors, whose result is not used.
+        action: A function of these tensors. Its result is ignored.
         tensors: Tensors that are the same on every replica.
     """
     if not tf.distribute.has_strategy():
@@ -153,7 +155,7 @@ def once(action: Callable, tensors: Sequence[tf.Tensor]) -> None:
         return
 
     def act(strategy, *values):
-        # Of the replicas of another worker there is nothing here.
+        # The replicas of other workers are not here.
         action(*(strategy.experimental_local_results(v)[0] for v in values))
 
     tf.distribute.get_replica_context().merge_call(act, args=tuple(tensors))
@@ -162,8 +164,8 @@ def once(action: Callable, tensors: Sequence[tf.Tensor]) -> None:
 def agree(masks: Sequence[tf.Variable]) -> tf.Tensor:
     """Returns whether all replicas hold the same masks.
 
-    Each replica sums the random 32-bit numbers of the places that its own
-    copies keep. Masks that differ have equal sums once in 2^32.
+    Each replica sums random 32-bit numbers over the entries that its copies
+    keep. Different masks have equal sums with probability 2^-32.
 
     Args:
         masks: Bool variables.
@@ -174,7 +176,7 @@ def agree(masks: Sequence[tf.Variable]) -> tf.Tensor:
     replicas = tf.distribute.get_strategy().num_replicas_in_sync
     own = tf.add_n([_checksum(m, seed) for seed, m in enumerate(masks)])
     (total,) = summed([own])
-    # Equal to n times one's own on every replica only where all are equal.
+    # On every replica: the sum is n times its value only if all are equal.
     (dissenters,) = summed([tf.cast(total != own * replicas, tf.int64)])
     return tf.equal(dissenters, 0)
 
@@ -185,7 +187,7 @@ def _checksum(mask, seed):
     return tf.reduce_sum(kept * tf.cast(numbers, tf.int64))
 
 
-# On the host.
+# Functions for the host.
 
 
 def choosing(
@@ -198,22 +200,24 @@ def choosing(
     stepping: Callable[[bool], contextlib.AbstractContextManager],
     check: Callable[[int], None],
 ) -> Callable[[], None]:
-    """Returns what makes a train function that chooses between two steps.
+    """Returns a maker of train functions that choose between two steps.
 
-    Replicas meet where gradients are summed, and may not within `tf.cond`:
-    the choice is made on the host, before each step. So the steps of
-    `steps_per_execution` run one by one, which is also the only way that
-    works: in a block, Keras 3.15 fails on several replicas.
+    Replicas meet where gradients are summed, which `tf.cond` does not allow:
+    the host chooses before each step. So the steps of `steps_per_execution` run
+    one by one. Keras 3.15 also fails on blocks of steps on several replicas.
 
     Args:
         model: The compiled model.
-        make_train_function: Its own, which compiles `model.train_step`.
-        ordinary: The training step of most steps, a function of the data.
-        update: The one of the steps that are due.
-        is_due: Tells of a step whether it is.
-        stepping: Makes the context in which a step runs, given whether it is
-            an `update`.
-        check: Takes the number of optimizer steps of the first step of each.
+        make_train_function: The model's method, which compiles
+            `model.train_step`.
+        ordinary: The step that runs when no update is due, a function of the
+        data.
+        update: The step that runs when one is due.
+        is_due: Returns whether an update is due at a step.
+        stepping: Makes the context in which a step runs, given whether it is an
+            `update`.
+        check: Called with the number of optimizer steps, at the first step of
+            each kind.
 
     Returns:
         A function that sets `model.train_function`.
@@ -260,12 +264,12 @@ def choosing(
 
 
 def _first(count, iterator):
-    """Yields as many of the next batches, or those that there are."""
+    """Yields the next `count` batches, or all if there are fewer."""
     if not isinstance(iterator, tf.distribute.DistributedIterator):
         yield from itertools.islice(iterator, count)
         return
     for _ in range(count):
-        # A step that finds no data would still count, on several replicas.
+        # On several replicas, a step without data would still count.
         batch = iterator.get_next_as_optional()
         if not batch.has_value():
             return
@@ -274,7 +278,7 @@ def _first(count, iterator):
 
 @contextlib.contextmanager
 def _one_by_one(model) -> Iterator[int]:
-    """Within the context, a train function runs one step, and not a block."""
+    """Within the context, a train function runs one step, not a block."""
     steps = model.steps_per_execution
     model.steps_per_execution = 1
     try:
@@ -284,10 +288,10 @@ def _one_by_one(model) -> Iterator[int]:
 
 
 def check_one_device(function: str, model: keras.Model) -> None:
-    """Raises ValueError where a model is on several devices.
+    """Raises ValueError if a model is on several devices.
 
     Args:
-        function: What is for one device only, for the message.
+        function: Name of what is for one device only, for the message.
         model: The model.
     """
     if is_distributed(model):

@@ -1,8 +1,7 @@
 """When masks change, and by how much.
 
-Steps are optimizer steps, counted from 0: step t is the one taken when
-`optimizer.iterations` is t. Every function works on Python numbers and on
-tensors alike.
+Steps are optimizer steps, counted from 0: step t runs when
+`optimizer.iterations` is t. Every function accepts Python numbers and tensors.
 """
 
 import dataclasses
@@ -63,7 +62,7 @@ def is_update_step(
         conventions: `first_update` and `end_is_included` apply.
 
     Returns:
-        A bool, or a bool tensor where `step` is a tensor.
+        A bool, or a bool tensor if `step` is a tensor.
 
     Example:
 
@@ -90,19 +89,19 @@ def is_gathered_step(
     end_step: int,
     conventions: Conventions = ORIGINAL,
 ) -> bool | tf.Tensor:
-    """Returns whether `step` is one of the last steps before an update, or it.
+    """Returns whether `step` is one of the last steps up to an update.
 
     Args:
         step: Optimizer step t, an int or an integer tensor.
-        gradient_batches: How many steps that end with an update are meant,
-            at least 1 and at most `frequency`.
+        gradient_batches: Number of steps, the update included, from 1 to
+            `frequency`.
         frequency: Steps from one update to the next.
         begin_step: First step at which an update may happen.
         end_step: Last step at which an update may happen.
         conventions: As in `is_update_step`.
 
     Returns:
-        A bool, or a bool tensor where `step` is a tensor.
+        A bool, or a bool tensor if `step` is a tensor.
 
     Example:
 
@@ -133,7 +132,7 @@ def last_update_step(
         conventions: `end_is_included` decides.
 
     Returns:
-        `end_step`, or `end_step - 1` where the end is left out.
+        `end_step`, or `end_step - 1` if the end is excluded.
     """
     check_conventions(conventions)
     end_step = integer("end_step", end_step)
@@ -149,7 +148,7 @@ def planned_updates(
     end_step: int,
     conventions: Conventions = ORIGINAL,
 ) -> int:
-    """Returns how many updates fall on `steps` steps from `first_step` on.
+    """Returns the number of updates in `steps` steps from `first_step` on.
 
     Args:
         first_step: First step of the run.
@@ -196,26 +195,25 @@ def decayed_drop_fraction(
 ) -> tf.Tensor:
     """Returns the fraction of active connections that an update drops.
 
-    With x = (t - begin_step) / (end_step - begin_step), cut to [0, 1], it is
-    final_drop_fraction + (drop_fraction - final_drop_fraction) y, where y is
+    With x = (t - begin_step) / (end_step - begin_step), clipped to [0, 1], it
+    is final_drop_fraction + (drop_fraction - final_drop_fraction) y, where y is
 
         cosine:        (1 + cos(pi x)) / 2
         constant:      1
         linear:        1 - x
         polynomial:    (1 - x) ^ decay_power
-        exponential:   the same, by the name that the authors' code has
+        exponential:   the same, under the name in the authors' code
         steps:         1 before x = 3/4, 1/2 before x = 1, then 0
         learning_rate: rate_ratio
 
     Cosine: Evci et al., 2020, section 3, update schedule (alpha is
     `drop_fraction`, T_end is `end_step`). The authors' code
-    (sparse_optimizers_base.py:236-254) has `exponential` with a power of 1
-    and `exponential_k` with one of k; it measures the x of these from
-    `begin_step`, as here, and that of the cosine from step 0, so that a
-    cosine that begins later begins lower there. `learning_rate` is the decay
-    of their TensorFlow 2 code (mask_updaters.py, ScaledLRUpdateSchedule).
-    Steps: MEST (Yuan et al., 2021, arXiv:2110.14032), which halves at epoch
-    90 and ends at 120.
+    (sparse_optimizers_base.py:236-254) has `exponential` with a power of 1 and
+    `exponential_k` with a power of k. For these it measures x from
+    `begin_step`, as here. For the cosine it measures x from step 0: a cosine
+    that begins later starts lower there. `learning_rate` is the decay of their
+    TensorFlow 2 code (mask_updaters.py, ScaledLRUpdateSchedule). Steps: MEST
+    (Yuan et al., 2021, arXiv:2110.14032) halves at epoch 90 and ends at 120.
 
     Args:
         step: Optimizer step t, an int or an integer tensor.
@@ -226,13 +224,13 @@ def decayed_drop_fraction(
         decay_power: Exponent of the polynomial decay, positive.
         final_drop_fraction: Fraction at the end, in [0, drop_fraction].
         rate_ratio: The learning rate at the step over the largest so far, a
-            number or a scalar. Read by the decay of this name. (The authors
-            divide by the first rate, which after a warm-up from 0 is 0.)
-        conventions: With `drop_fraction_lag` 1 the value is that of the step
-            before.
+            number or a scalar, for the decay `learning_rate`. (The authors
+            divide by the first rate, which is 0 after a warm-up from 0.)
+        conventions: With `drop_fraction_lag` 1 the value is that of the
+            previous step.
 
     Returns:
-        A float64 scalar tensor between the two fractions. Double, because
+        A float64 scalar tensor between the two fractions. It is double because
         the count n x fraction is rounded and must not depend on float32.
 
     Raises:
@@ -271,11 +269,11 @@ def decayed_drop_fraction(
 
 
 def checked_final_drop_fraction(value: float, drop_fraction: float) -> float:
-    """Returns the fraction to which a drop fraction falls, as a float.
+    """Returns the final value of a drop fraction, as a float.
 
     Args:
         value: What was received.
-        drop_fraction: The fraction from which it falls, in [0, 1].
+        drop_fraction: The initial value, in [0, 1].
 
     Raises:
         ValueError: It is not in [0, drop_fraction].
@@ -292,27 +290,27 @@ def checked_final_drop_fraction(value: float, drop_fraction: float) -> float:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SparsityRamp:
-    """Sparsity that rises along a cubic, for gradual magnitude pruning.
+    """A cubic rise of sparsity, for gradual magnitude pruning.
 
-    With s_i = 1 - initial_density, s_f = 1 - final_density and
-    x = (t - begin_step) / (end_step - begin_step), cut to [0, 1]:
+    With s_i = 1 - initial_density, s_f = 1 - final_density and x =
+    (t - begin_step) / (end_step - begin_step), clipped to [0, 1]:
 
         s_t = s_f + (s_i - s_f) (1 - x) ^ power
 
-    Weights are pruned at t = begin_step + k x frequency, and at end_step
-    itself, so that the final density is reached with any frequency. Zhu and
-    Gupta, 2018, arXiv:1710.01878, section 3.
+    Weights are pruned at t = begin_step + k x frequency and at end_step, so any
+    frequency reaches the final density. Zhu and Gupta, 2018, arXiv:1710.01878,
+    section 3.
 
-    A call with a step returns `(due, sparsity)`, like that of a
-    `tfmot.sparsity.keras.PruningSchedule`.
+    A call with a step returns `(due, sparsity)`, as a
+    `tfmot.sparsity.keras.PruningSchedule` does.
 
     Args:
-        final_density: Fraction of the weights kept in the end, in (0, 1].
+        final_density: Fraction of the weights kept at the end, in (0, 1].
         begin_step: First optimizer step at which weights are pruned.
         end_step: Last such step, greater than `begin_step`.
         frequency: Steps from one pruning to the next, at least 1.
-        initial_density: Fraction kept at `begin_step`, at least the final.
-        power: Exponent, positive. 3 is the paper's.
+        initial_density: Fraction kept at `begin_step`, not below the final.
+        power: Exponent, positive. The paper's is 3.
 
     Raises:
         ValueError: An argument is out of range.
@@ -359,7 +357,7 @@ class SparsityRamp:
             )
 
     def __call__(self, step):
-        """Returns whether to prune at `step`, and to which sparsity."""
+        """Returns whether to prune at `step`, and the sparsity to reach."""
         step = _checked_step(step)
         turn = (step - self.begin_step) % self.frequency == 0
         due = (
@@ -390,15 +388,15 @@ def planned_sparsity(
     *,
     conventions: Conventions = ORIGINAL,
 ) -> tuple:
-    """Returns whether a schedule prunes at a step, and to which sparsity.
+    """Returns whether a schedule prunes at a step, and its sparsity.
 
     Args:
         schedule: A `SparsityRamp`, or any callable `step -> (due, sparsity)`,
             such as a `tfmot.sparsity.keras.PruningSchedule`. The conventions
-            apply to a ramp only.
+            apply to ramps only.
         step: Optimizer step t, an int or an integer tensor.
         conventions: Under `REPORT` a ramp prunes when `is_update_step` holds,
-            to the sparsity of the step before.
+            to the sparsity of the previous step.
 
     Returns:
         `(due, sparsity)`, a bool and a float, or tensors of these.
@@ -423,7 +421,7 @@ def planned_sparsity(
 
 
 def _checked_step(step: Step) -> Any:
-    """Returns a step as an int, or as an int64 tensor; steps as they are."""
+    """Returns a step as an int or int64 tensor, or several unchanged."""
     if isinstance(step, np.ndarray) and np.issubdtype(step.dtype, np.integer):
         return step
     if isinstance(step, tf.Variable):

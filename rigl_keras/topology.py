@@ -1,10 +1,9 @@
 """RigL's step: drop the worst connections, grow the best.
 
-`update_masks` is the whole algorithm, for all layers of a model at once: what
-the callbacks run, and what Algorithm 1 of the paper says. `drop_and_grow` is
-its case of one kernel. Below them are its two halves, and how the highest of
-many scores are found in linear time. All work eagerly, in a `tf.function` and
-under XLA.
+`update_masks` is the whole algorithm (Algorithm 1 of the paper) for all layers
+of a model at once, and what the callbacks run. `drop_and_grow` does the same
+for one kernel. Below them are the two halves, and a search for the highest of
+many scores in linear time. All work eagerly, in a `tf.function` and under XLA.
 """
 
 from collections.abc import Callable, Sequence
@@ -55,55 +54,53 @@ def update_masks(
     """Moves a fraction of the connections of every layer from worst to best.
 
     1. Drop: of the n active connections of a layer, the
-       k = floor(n x drop_fraction) of lowest `drop_scores` leave.
-    2. Share out: each layer is to grow as many as it has dropped, or what
-       `grow_counts` says.
-    3. Grow: as many of those now inactive, of highest `grow_scores`, join. A
-       connection that has just left may join again.
+       k = floor(n x drop_fraction) with the lowest `drop_scores` leave.
+    2. Share out: each layer grows as many as it dropped, or what `grow_counts`
+       returns.
+    3. Grow: that many inactive connections, with the highest `grow_scores`,
+       join. A connection that has just left may join again.
 
-    A layer whose connections compete in groups (`patterns`) drops as above,
-    and then grows in each group as many as that has dropped. Where
-    `grow_counts` says another number, all its groups keep the same number,
-    the nearest that there is, of those with the highest scores; a pattern that
-    fixes the number, as 2:4 does, keeps it.
+    A layer whose connections compete in groups (`patterns`) drops as above, and
+    then grows in each group as many as left it. If `grow_counts` returns
+    another number, all groups keep the same number, the nearest possible, with
+    the highest scores. A pattern that fixes the number, such as 2:4, keeps it.
 
-    Where scores tie, the lower flat index leaves, or joins, first. Evci et
-    al., 2020, arXiv:1911.11134, Algorithm 1 and section 3, drop and grow
-    criteria. Step 2 is where SNFS, RigL-SG and RigL-SM move connections
-    between layers (`redistribution.grow_counts`).
+    On ties, the lower flat index leaves or joins first. Evci et al., 2020,
+    arXiv:1911.11134, Algorithm 1 and section 3, drop and grow criteria. Step 2
+    is where SNFS, RigL-SG and RigL-SM move connections between layers
+    (`redistribution.grow_counts`).
 
     Args:
         masks: For each layer a tensor of zeros and ones (or bools), of any
             shape.
-        drop_scores: For each layer a tensor of the shape of its mask. Read
-            where the mask is 1.
-        grow_scores: For each layer a tensor of the shape of its mask. Read
-            where the mask is 0 after the drop.
+        drop_scores: For each layer a tensor with its mask's shape. Used where
+            the mask is 1.
+        grow_scores: For each layer a tensor with its mask's shape. Used where
+            the mask is 0 after the drop.
         drop_fraction: Fraction of the active connections, in [0, 1], a
             number or a scalar float tensor, or a list of one for each layer.
-        shares: Which layers are spared (`layer_drop_fractions`).
-        grow_counts: Function of two int32 vectors, how many connections each
-            layer has dropped and how many of its entries are inactive then.
-            It returns how many each is to grow, a whole number for each.
-            None: as many as it has dropped.
-        layouts: For each layer the groups within which its connections
-            compete; masks and scores are then of its `unit_shape`. None, also
-            for one of them: all of a layer compete.
+        shares: Decides which layers are spared (`layer_drop_fractions`).
+        grow_counts: Function of two int32 vectors: how many connections each
+            layer dropped, and how many of its entries are inactive then. It
+            returns a whole number for each layer, how many to grow. None: as
+            many as it dropped.
+        layouts: For each layer the groups within which its connections compete.
+            Masks and scores then have its `unit_shape`. None, also for one of
+            them: all connections of a layer compete.
         conventions: The `REPORT` conventions change rounding, ranking and
             what counts as grown.
 
     Returns:
-        `(new_masks, grown)`, two lists of tensors of the shapes and dtypes of
-        `masks`. `grown` is 1 where a connection is new: where the new mask is
-        1 and the old one 0 (under `REPORT` also where a connection left and
-        joined again, as its weight restarts at zero). Within a graph, where
-        nothing can be raised, a NaN score leaves all masks unchanged and
-        `grown` empty.
+        `(new_masks, grown)`, two lists of tensors with the shapes and dtypes of
+        `masks`. `grown` is 1 where the new mask is 1 and the old one 0 (under
+        `REPORT` also where a connection left and joined again, as its weight
+        restarts at zero). A graph cannot raise: there a NaN score leaves all
+        masks unchanged and `grown` empty.
 
     Raises:
         ValueError: There is not one mask and one score of each kind for every
             layer, shapes differ, an argument is out of range, a score that is
-            read is NaN (when called eagerly), or the conventions break the
+            used is NaN (when called eagerly), or the conventions break the
             groups of a layer.
 
     Example:
@@ -177,12 +174,12 @@ def drop_and_grow(
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Moves a fraction of one kernel's connections from worst to best.
 
-    `update_masks` of a single layer.
+    It is `update_masks` for a single layer.
 
     Args:
         mask: Tensor of zeros and ones (or bools), any shape.
-        drop_scores: Tensor of the same shape. Read where `mask` is 1.
-        grow_scores: Tensor of the same shape. Read where the mask is 0 after
+        drop_scores: Tensor of the same shape. Used where `mask` is 1.
+        grow_scores: Tensor of the same shape. Used where the mask is 0 after
             the drop.
         drop_fraction: Fraction of the active connections, in [0, 1], a
             number or a scalar float tensor.
@@ -194,8 +191,8 @@ def drop_and_grow(
 
     Returns:
         `(new_mask, grown)`, both of `mask`'s shape and dtype, as in
-        `update_masks`. Under `ORIGINAL`, and without a `grow_count`,
-        `new_mask` has as many ones as `mask`.
+        `update_masks`. Under `ORIGINAL`, without `grow_count`, `new_mask` has
+        as many ones as `mask`.
 
     Raises:
         ValueError: As in `update_masks`.
@@ -273,8 +270,8 @@ def _checked_layouts(layouts, masks, conventions):
         _check_units(layout, mask)
         if layout.is_apart and conventions.grow_ranking != "inactive":
             raise ValueError(
-                "Among all entries fewer may be grown than were dropped, and "
-                "groups of connections keep their numbers. Received: "
+                "With grow_ranking='all', fewer connections may grow than were "
+                "dropped, but groups keep their numbers. Received: "
                 f"grow_ranking={conventions.grow_ranking!r} with "
                 f"{layout.groups} groups of a layer. Pass conventions with "
                 "grow_ranking='inactive', or granularity='element'."
@@ -291,7 +288,7 @@ def _check_units(layout, tensor):
 
 
 def _as_list(name, of_each):
-    """Returns what is given layer by layer as a list."""
+    """Returns a sequence with an entry for each layer as a list."""
     if tf.is_tensor(of_each) and of_each.shape.rank:
         return tf.unstack(of_each)
     try:
@@ -304,7 +301,7 @@ def _as_list(name, of_each):
 
 
 def _check_ranked(active, drop_scores, kept, grow_scores):
-    """Returns whether no score that is read is NaN; raises when eager."""
+    """Returns whether no score that is used is NaN; raises when eager."""
     read = {
         "active": list(_layers(drop_scores, active)),
         "inactive": [(s, ~stays) for s, stays in _layers(grow_scores, kept)],
@@ -334,13 +331,13 @@ def drop(
     *,
     conventions: Conventions = ORIGINAL,
 ) -> tf.Tensor:
-    """Returns the connections that stay when the worst ones leave.
+    """Returns the connections that stay when the worst leave.
 
     The first step of `update_masks`, for one layer.
 
     Args:
         active: Bool tensor, the mask.
-        scores: Float tensor of the same shape, free of NaN.
+        scores: Float tensor of the same shape, without NaN.
         drop_fraction: Fraction of the active connections, in [0, 1].
         conventions: `drop_rounding` and `drop_ranking` apply.
 
@@ -384,8 +381,8 @@ def grow(
 
     Args:
         active: Bool tensor, the mask before the drop.
-        kept: Bool tensor, what of it stayed.
-        scores: Float tensor of the same shape, free of NaN.
+        kept: Bool tensor, the part of it that stayed.
+        scores: Float tensor of the same shape, without NaN.
         count: How many connections join, an integer scalar.
         conventions: `grow_ranking` and `regrown_value` apply.
 
@@ -417,14 +414,14 @@ def _grow(active, kept, scores, count, conventions):
 def _grow_groups(
     active, kept, drop_scores, grow_scores, count, layout, conventions
 ):
-    """Returns what `_grow` does, with as many in each group."""
+    """Returns the result of `_grow` with equal numbers in all groups."""
     before, stays, drops, grows = (
         layout.grouped(t) for t in (active, kept, drop_scores, grow_scores)
     )
     wanted = count_rows(before)
     if layout.fixed is None:
         remains = count_true(stays)
-        # Groups of one number keep it, whatever rounding would make of it.
+        # If the count does not change, groups keep their numbers unrounded.
         each = (2 * (remains + count) + layout.groups) // (2 * layout.groups)
         changes = remains + count != count_true(before)
         wanted = tf.where(changes, each, wanted)
@@ -484,15 +481,15 @@ def layer_drop_fractions(
 ) -> list:
     """Returns the fraction that each layer drops.
 
-    `drop_fraction` for all, except that with `spare_dense_layers` a layer of
-    sparsity s < 0.2 whose share is more than 1 / layers drops
-    min(s, drop_fraction) (the reproduction's `adjust_prune_rate`).
+    It is `drop_fraction`, except that with `spare_dense_layers` a layer of
+    sparsity s < 0.2 whose share is more than 1 / layers drops min(s,
+    drop_fraction) (the reproduction's `adjust_prune_rate`).
 
     Args:
         masks: One mask for each layer.
-        shares: One number for each layer, adding to 1: its share of what
-            density is redistributed by, or else of all nonzero weights.
-            Read with `spare_dense_layers` only. None: no layer is spared.
+        shares: One number for each layer, adding to 1: its share in the
+            redistribution, or of all nonzero weights. Used with
+            `spare_dense_layers` only. None: no layer is spared.
         drop_fraction: In [0, 1], or a list of one for each layer.
         conventions: `spare_dense_layers` decides.
 
@@ -500,7 +497,7 @@ def layer_drop_fractions(
         A list of float64 scalars, one for each layer.
 
     Raises:
-        ValueError: An argument is out of range, or not one for each mask.
+        ValueError: An argument is out of range or has the wrong length.
     """
     check_conventions(conventions)
     masks = [as_mask("masks", mask) for mask in masks]
@@ -538,18 +535,18 @@ def select_highest(
 ) -> tf.Tensor:
     """Returns which `count` entries among the candidates score highest.
 
-    Exactly `count` are selected (all candidates if there are fewer); ties go
-    to the lower flat index. Linear in the number of entries: the score of
-    rank `count` is found by bisection on the bits of the floats, which costs
-    a sweep per bit and, unlike a partial sort, compiles on every device.
+    Exactly `count` are selected (all candidates if there are fewer); ties go to
+    the lower flat index. It is linear in the number of entries: bisection on
+    the bits of the floats finds the score of rank `count`. It costs a sweep per
+    bit and, unlike a partial sort, compiles on every device.
 
     Args:
-        scores: Float tensor, free of NaN where `among` holds.
+        scores: Float tensor, without NaN where `among` is True.
         count: Integer scalar, at least 0. With a layout of several groups it
-            may be a vector, a number for each group.
+            may be a vector, one number for each group.
         among: Bool tensor of the same shape, True for candidates.
-        layout: The groups in each of which so many are selected; the tensors
-            are of its `unit_shape`. None: all entries are one group.
+        layout: The groups; `count` is selected in each, and the tensors have
+            its `unit_shape`. None: all entries are one group.
 
     Returns:
         Bool tensor of the same shape.
@@ -576,7 +573,7 @@ def select_highest(
 
 
 def _group_counts(count, layout):
-    """Returns an int32 tensor (groups, 1), or (1, 1) for all of them."""
+    """Returns an int32 tensor (groups, 1), or (1, 1) for all groups."""
     counts = as_tensor("count", count)
     if counts.shape.rank == 0:
         return tf.reshape(checked_count("count", counts), [1, 1])

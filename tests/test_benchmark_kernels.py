@@ -3,8 +3,6 @@
 import csv
 import functools
 import math
-import subprocess
-import sys
 import types
 
 import keras
@@ -510,7 +508,7 @@ def test_flags_that_are_wrong(capsys, part, changes, message):
     argv = values.pop("argv")
     given = {name: types.SimpleNamespace(value=v) for name, v in values.items()}
     output = given.pop("output")
-    run = functools.partial(kernel_command._run, part, given, output)
+    run = functools.partial(kernel_command.run, part, given, output)
     with pytest.raises(SystemExit) as ended:
         exits.one_line(f"benchmark {part}", run)(argv)
     assert ended.value.code == 2
@@ -524,18 +522,3 @@ def test_what_to_measure_is_named_first(command):
     assert done.returncode == 2 and not done.stdout
     assert "benchmark: What to measure is named before" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-@pytest.mark.slow
-def test_help_shows_the_flags_of_the_part():
-    """Those of the module that is run: no fork of another has them."""
-    module = "rigl_keras.experiments.benchmarks.benchmark_command"
-    done = subprocess.run(
-        [sys.executable, "-m", module, "kernels", "--help"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    for flag in ("--densities", "--rounds", "--output"):
-        assert f"  {flag}: " in done.stdout
-    assert "  --part: " not in done.stdout

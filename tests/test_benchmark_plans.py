@@ -47,7 +47,7 @@ def test_flags_that_are_wrong(capsys, changes, message):
     values.update(changes)
     argv = values.pop("argv")
     given = {name: types.SimpleNamespace(value=v) for name, v in values.items()}
-    run = functools.partial(plan_memory._run, given)
+    run = functools.partial(plan_memory.run, given, None)
     with pytest.raises(SystemExit) as ended:
         exits.one_line("benchmark plans", run)(argv)
     assert ended.value.code == 2

@@ -106,7 +106,7 @@ def test_flags_that_are_wrong(capsys, changes, message):
     argv = values.pop("argv")
     given = {name: types.SimpleNamespace(value=v) for name, v in values.items()}
     output = types.SimpleNamespace(value=None)
-    run = functools.partial(worker_speed._run, given, output)
+    run = functools.partial(worker_speed.run, given, output)
     with pytest.raises(SystemExit) as ended:
         exits.one_line("benchmark workers", run)(argv)
     assert ended.value.code == 2

@@ -111,13 +111,18 @@ PAIRS = [
 ]
 
 
-@pytest.mark.slow_but(*in_turn(METHODS, OPTIMIZERS))
+# Each method, and each optimizer, in a graph; the others run eagerly.
+IN_A_GRAPH = in_turn(METHODS, OPTIMIZERS)
+
+
+@pytest.mark.slow_but(*IN_A_GRAPH)
 @pytest.mark.parametrize("method, optimizer", PAIRS)
 def test_counts_and_zeros(method, optimizer):
     """Constant in each layer, or in all together, or as scheduled."""
     model = sparsify(two_layers(), 0.2)
     before = masks(model)
-    compiled(model, OPTIMIZERS[optimizer]())
+    eager = f"{method}-{optimizer}" not in IN_A_GRAPH
+    compiled(model, OPTIMIZERS[optimizer](), run_eagerly=eager)
     # A constant fraction: the cosine's last update drops nothing.
     callbacks = METHODS[method](**WINDOW, decay="constant")
     if method in NEED_MOMENTUM and optimizer == "sgd":
@@ -148,7 +153,7 @@ def test_counts_and_zeros(method, optimizer):
 @pytest.mark.slow_but("SET")
 @pytest.mark.parametrize("method", DYNAMIC)
 def test_updates_of_the_report_come_a_step_earlier(method):
-    model = compiled(sparsify(two_layers(), 0.2))
+    model = compiled(sparsify(two_layers(), 0.2), run_eagerly=True)
     before = masks(model)
     callbacks = DYNAMIC[method](**WINDOW, decay="constant", conventions=REPORT)
     record = step_by_step(model, callbacks)
@@ -169,7 +174,7 @@ def assert_updates(model, before, record, steps):
 
 
 def test_logs_reach_history_and_leave_the_bar_of_a_step_alone():
-    model = compiled(sparsify(two_layers(), 0.2))
+    model = compiled(sparsify(two_layers(), 0.2), run_eagerly=True)
     steps = []
     log = keras.callbacks.LambdaCallback(
         on_train_batch_end=lambda batch, logs: steps.append(set(logs))
@@ -204,8 +209,9 @@ def test_rigl_by_hand(l2):
     # 12 of 24; the second model stops where the first one updates.
     model, twin = (sparsify(one_layer(l2), 0.5, seed=3) for _ in range(2))
     twin.set_weights(model.get_weights())
-    for m in (model, twin):
-        m.compile(keras.optimizers.SGD(0.05, momentum=0.9), "mse")
+    for m, eager in ((model, l2 is not None), (twin, True)):
+        sgd = keras.optimizers.SGD(0.05, momentum=0.9)
+        m.compile(sgd, "mse", run_eagerly=eager)
     first_update(
         model,
         RigL(frequency=1, drop_fraction=0.5, end_step=9, decay="constant"),
@@ -236,7 +242,7 @@ def test_rigl_by_hand(l2):
         kernels(model)["d"].ravel(), wanted, rtol=1e-5, atol=1e-7
     )
     np.testing.assert_allclose(model.get_layer("d").layer.bias, bias, 1e-5)
-    # So does memory: that of a grown connection starts anew.
+    # So does memory: that of a grown connection starts again.
     momentum, theirs = (
         rigl_keras.training.optimizer_state.slots(
             m.optimizer, m.get_layer("d").kernel
@@ -252,7 +258,7 @@ def test_rigl_by_hand(l2):
 def test_set_repeats_with_its_seed():
     def trained(**options):
         keras.utils.set_random_seed(1)
-        model = compiled(sparsify(two_layers(), 0.2))
+        model = compiled(sparsify(two_layers(), 0.2), run_eagerly=True)
         train(model, [SET(**WINDOW, **options)])
         return masks(model)
 
@@ -266,7 +272,7 @@ def test_set_repeats_with_its_seed():
 
 
 def test_how_many_join_is_binomial_where_that_is_the_convention():
-    """Of four that are inactive each joins with probability 1/2."""
+    """Each of four inactive connections joins with probability 1/2."""
     (layer,) = rigl_keras.masked_layers(sparsify(one_layer(), 22 / 24))
     assert layer.mask.numpy().sum() == 22
     method, dropped = SET(conventions=REPORT), tf.constant(2)
@@ -284,7 +290,7 @@ def test_step_before_update():
     """The TF1 code's SET takes the optimizer step, then changes masks."""
     conventions = Conventions(update_replaces_step=False)
     record = step_by_step(
-        compiled(sparsify(two_layers(), 0.2)),
+        compiled(sparsify(two_layers(), 0.2), run_eagerly=True),
         [SET(**WINDOW, conventions=conventions)],
         steps=4,
     )
@@ -308,8 +314,8 @@ trained_plainly = functools.cache(trained_in)
 
 @pytest.mark.slow_but(
     "SNFS-{'steps_per_execution': 4}",
-    "RigL-{'run_eagerly': True}",
-    "SET-{'jit_compile': True}",
+    "SNFS-{'run_eagerly': True}",
+    "SNFS-{'jit_compile': True}",
 )
 @pytest.mark.parametrize(
     "options",
@@ -432,15 +438,16 @@ def test_exact_resume(method, tmp_path):
     options = dict(batch_size=2, shuffle=False, verbose=0)
     callbacks = METHODS[method](frequency=2, end_step=99)
     straight = model()
-    straight.compile("adam", "mse")
+    straight.compile("adam", "mse", run_eagerly=True)
     straight.fit(x, y, epochs=4, callbacks=callbacks, **options)
 
     stopped = model()
-    stopped.compile("adam", "mse")
+    stopped.compile("adam", "mse", run_eagerly=True)
     callbacks = METHODS[method](frequency=2, end_step=99)
     stopped.fit(x, y, epochs=2, callbacks=callbacks, **options)
     stopped.save(tmp_path / "model.keras")
     resumed = keras.models.load_model(tmp_path / "model.keras")
+    resumed.run_eagerly = True
     callbacks = METHODS[method](frequency=2, end_step=99)
     resumed.fit(x, y, initial_epoch=2, epochs=4, callbacks=callbacks, **options)
     for old, new in zip(
@@ -509,7 +516,7 @@ def test_every_checkpoint_is_sparse(tmp_path):
             for name, kernel in kernels(self.model).items():
                 assert not kernel[masks(self.model)[name] == 0].any()
 
-    model = compiled(sparsify(two_layers(), 0.2), "adam")
+    model = compiled(sparsify(two_layers(), 0.2), "adam", run_eagerly=True)
     save = keras.callbacks.ModelCheckpoint(tmp_path / "at{epoch}.keras")
     # The order of callbacks does not matter.
     train(model, [Look(), save, RigL(**WINDOW), Look()], epochs=2)
@@ -892,7 +899,7 @@ def test_density_moves_to_where_gradients_are():
     model = sparsify(keras.Model(inputs, outputs), 0.5, distribution="er")
     draw = np.random.default_rng(0)
     x = draw.standard_normal((5, 6)).astype(np.float32)
-    # Targets of the second are far away: so are its gradients large.
+    # Targets of the second are far away, so its gradients are large.
     y = [draw.standard_normal((5, 4)), 9 * draw.standard_normal((5, 4))]
     gradients = {}
     for target, name in zip(y, "ab", strict=True):
@@ -932,8 +939,15 @@ def test_a_loop_that_never_applies_is_refused():
 @pytest.mark.slow
 def test_a_refused_update_is_told_in_a_loop_of_ones_own():
     model = sparsify(one_layer(), 0.5)
-    optimizer = keras.optimizers.SGD(0.0)
-    method = RigL(end_step=9, frequency=1)
+    optimizer, status = keras.optimizers.SGD(0.0), []
+
+    class Looking(RigL):
+        def grow_scores(self, layer, gradient, step):
+            now = tf.__internal__.autograph.control_status_ctx()
+            status.append(now.status.name)
+            return super().grow_scores(layer, gradient, step)
+
+    method = Looking(end_step=9, frequency=1)
 
     def step(x):
         with tf.GradientTape() as tape:
@@ -943,13 +957,15 @@ def test_a_refused_update_is_told_in_a_loop_of_ones_own():
 
     step = tf.function(method.wrap(step, model=model, optimizer=optimizer))
     step(np.ones((2, 6), np.float32))
+    # AutoGraph converts the loop, and nothing of the package.
+    assert status == ["DISABLED"]
     step(np.full((2, 6), np.nan, np.float32))
     with pytest.raises(ValueError, match="refused the update at step 1"):
         method.fetch()
 
 
 def test_nan_scores_are_refused():
-    """Those of a method of one's own: gradients and kernels are finite."""
+    """In a user's method: gradients and kernels are finite."""
 
     class Logarithm(rigl_keras.MaskUpdate):
         def grow_scores(self, layer, gradient, step):

@@ -52,7 +52,7 @@ def outputs(model, n=3, seed=5):
         lambda t: draw.normal(size=(n, *(d or 7 for d in t.shape[1:]))),
         model.input if hasattr(model, "input") else model.inputs[0],
     )
-    # Keras else lets what one layer is told, training=True, hold for the next.
+    # Otherwise Keras passes training=True of one layer on to the next.
     outputs = model(x, training=False)
     return [np.asarray(y) for y in keras.tree.flatten(outputs)]
 
@@ -650,7 +650,7 @@ def test_outputs_and_inputs_stay():
     small, shrunk = removed(model)
     assert not shrunk
     assert list(small.output) == list(model.output) == ["y", "x"]
-    # Only what the head has of its own goes.
+    # Only the head's own units are removed.
     z = layers.Dense(4, "relu", name="z")(y)
     model = keras.Model(model.input, [x, layers.Dense(2, name="head")(z)])
     settle(model)
@@ -771,7 +771,7 @@ def test_why_batch_norms_are_kept():
         "n_activation": "'e' has an activation",
         "n_twice": "'twice' is called 2 times",
         "n_axis": "the channels are not the last axis",
-        "n_own": "it is an OwnNorm, which may compute otherwise",
+        "n_own": "it is an OwnNorm, which may compute something else",
         "n_training": "it or the layer before is called with special arguments",
         "n_type": "more than one type: float16, float32, float64",
     }
@@ -842,7 +842,7 @@ def test_folding_in_networks(name):
     build, folded, kept = NETWORKS[name]
     model = random_masks(build, 0.1)
     small, report = fold_batch_norm(model)
-    if folded is None:  # each convolution has one of its own
+    if folded is None:  # each convolution has its own
         folded = [x.name for x in model.layers if x.name[:-1].endswith("bn")]
         folded += [x.name for x in model.layers if x.name.endswith("bn")]
         assert len(folded) == 20

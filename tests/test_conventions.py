@@ -24,6 +24,7 @@ TABLE = {
     "update_replaces_step": (True, True),
     "erk_rounding": ("zeros", "zeros_and_ones"),
     "sampling": ("exact", "bernoulli"),
+    "unit_score": ("mean_of_magnitudes", "magnitude_of_mean"),
 }
 
 

@@ -372,7 +372,7 @@ def test_a_config_without_the_number_of_ones_still_loads():
         Masked.from_config({**config, "nonzeros": [73]})(X)
 
 
-# Models masked in place: subclassed, and with constructors of their own.
+# Models masked in place: subclassed, and with custom constructors.
 
 
 def encoder():
@@ -479,7 +479,7 @@ def test_a_plain_model_is_masked_in_place_only_where_it_must_be():
         inputs, layers.Dense(3, name="head")(Backbone()(inputs))
     )
     want = plain(X).numpy()
-    with pytest.warns(UserWarning, match="in place, as it cannot be copied"):
+    with pytest.warns(UserWarning, match="in place, because it cannot be"):
         model = sparsify(plain, 1.0)
     assert model is plain and len(masked_layers(model)) == 5
     np.testing.assert_allclose(model(X), want, rtol=1e-6)
@@ -661,7 +661,7 @@ def test_a_masked_layer_with_more_matrices_is_listed():
     assert [(layer.name, why.split(": ")[1]) for layer, why in table.skipped][
         0
     ] == ("two", "second (5x5)")
-    assert "weights of its own, never masked: place (8x6)" in str(table)
+    assert "its own weights, never masked: place (8x6)" in str(table)
 
 
 @pytest.mark.filterwarnings("ignore:Layer InputLayer does not have")

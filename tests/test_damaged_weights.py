@@ -75,7 +75,7 @@ ERRORS = (
     "error", ERRORS, ids=lambda error: type(error).__name__
 )
 def test_whatever_a_reader_raises(model, before, load, error, monkeypatch):
-    """Though half of the file is loaded by then."""
+    """Half of the file is loaded before the error, and undone."""
 
     def half(self, *args, **kwargs):
         self.variables[0].assign(self.variables[0] + 1)

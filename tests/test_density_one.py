@@ -1,4 +1,4 @@
-"""The contract: density 1 is the dense model, whatever that is made of."""
+"""The contract: density 1 is the dense model, for all kinds of models."""
 
 import functools
 import pickle

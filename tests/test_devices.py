@@ -1,10 +1,11 @@
 """Several devices: the same masks as on one, and what ends when one is lost.
 
 TensorFlow counts devices once, as it starts, so that all of this runs in
-processes of its own.
+separate processes.
 """
 
 import json
+import pathlib
 import re
 import signal
 import socket
@@ -21,6 +22,7 @@ from rigl_keras.experiments.runs import train_command
 
 pytestmark = pytest.mark.usefixtures("blank_figures")
 
+TESTS = pathlib.Path(__file__).parent
 LIMIT = 600  # seconds, after which a process hangs
 
 
@@ -44,7 +46,7 @@ FIRST, REFUSED = "RigL", "what_does_not_work_is_refused"
     ids=["a method", "other methods", "library", "run"],
 )
 def test_on_two_devices(names, fresh):
-    done = fresh(two_devices.__file__, *names, timeout=LIMIT)
+    done = fresh("-m", two_devices.__name__, *names, cwd=TESTS, timeout=LIMIT)
     output = done.stdout + done.stderr
     assert re.findall(r"^(\S+): failed", done.stdout, re.M) == [], output
     assert done.returncode == 0, output
@@ -165,7 +167,12 @@ def test_two_workers(fresh, tmp_path):
 def test_what_two_workers_exchange(fresh):
     codes, said = ended(
         *(
-            fresh.start(two_workers.__file__, env={"TF_CONFIG": config})
+            fresh.start(
+                "-m",
+                two_workers.__name__,
+                cwd=TESTS,
+                env={"TF_CONFIG": config},
+            )
             for config in tf_configs()
         )
     )

@@ -29,6 +29,15 @@ def test_uniform_keeps_the_first_layer_dense_outside_the_budget():
     }
 
 
+def test_uniform_all_masks_the_first_layer_too():
+    assert set(layer_densities(SHAPES, 0.1, "uniform_all").values()) == {0.1}
+    # 144, 100 and 400 weights; "c" dense: 0.7 x 644 - 400 of the other 244.
+    got = layer_densities(SHAPES, 0.7, "uniform_all", densities={"c": 1.0})
+    left = (0.7 * 644 - 400) / 244
+    assert got == pytest.approx({"a": left, "b": left, "c": 1.0})
+    assert list(layer_budgets(SHAPES, 0.1, "uniform_all")) == [*SHAPES]
+
+
 def test_erdos_renyi_by_hand():
     # (n_in + n_out) / (n_in n_out): 10 x 10 -> 0.2, 40 x 10 -> 0.125, so that
     # epsilon counts n_in + n_out: 20 + 50 = 70 for a budget of 0.14 x 500.
@@ -91,7 +100,7 @@ def test_bad_density(bad):
 def test_bad_names():
     with pytest.raises(ValueError, match="Did you mean 'erdos_renyi'"):
         layer_densities(SHAPES, 0.1, "erdos_reny")
-    with pytest.raises(ValueError, match="no masked layer.*a, b, c"):
+    with pytest.raises(ValueError, match="not a masked layer.*a, b, c"):
         layer_densities(SHAPES, 0.1, densities={"d": 0.1})
     with pytest.raises(ValueError, match="at least one kernel"):
         layer_densities({}, 0.1)
@@ -166,7 +175,7 @@ def test_given_density_may_be_left_nothing_else():
 def test_rounding_of_both_references_by_hand():
     # Two equal layers of 15 weights at density 0.3: 10.5 zeros and 4.5 ones.
     shapes = {"a": (3, 5), "b": (3, 5)}
-    # ORIGINAL: 10 zeros, hence 5 ones. REPORT: 10 zeros and 4 ones.
+    # ORIGINAL: 10 zeros, so 5 ones. REPORT: 10 zeros and 4 ones.
     assert layer_densities(shapes, 0.3, "erk")["a"] == pytest.approx(5 / 15)
     assert layer_densities(shapes, 0.3, "erk", conventions=REPORT)[
         "a"
@@ -237,7 +246,7 @@ def test_counts_stay_within_one_of_their_quotas(layers, data):
 
 
 def test_budgets_are_densities_and_counts():
-    """Of masked layers only; whole units where masks keep these."""
+    """For masked layers only, and in units if masks have them."""
     shapes = {"a": (3, 3, 3, 16), "b": (3, 3, 16, 16), "c": (16, 10)}
     for distribution in ("uniform", "erk"):
         budgets = layer_budgets(shapes, 0.1, distribution)
@@ -262,7 +271,7 @@ def test_budgets_are_densities_and_counts():
 
 
 def test_groups_keep_a_number_of_their_own():
-    """round(density x size), one at least, whatever other layers keep."""
+    """round(density x size), at least one, independently of other layers."""
     shapes = {"a": (3, 3, 3, 16), "b": (3, 3, 16, 16), "c": (16, 10)}
     fan_in = {"a": 27, "b": 144, "c": 16}
     budgets = layer_budgets(

@@ -97,7 +97,7 @@ NAMES = {
 }
 
 
-# `fit` warns of its own default, shuffle=True, on every tf.data.Dataset.
+# `fit` warns about its default, shuffle=True, on every tf.data.Dataset.
 fits = pytest.mark.filterwarnings("ignore:`shuffle=True` was passed")
 
 

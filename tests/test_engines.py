@@ -281,7 +281,7 @@ def test_engines_take_turns_in_random_order():
     assert not lost and len(order) == 24
     rounds = ["".join(order[i : i + 3]) for i in range(0, 24, 3)]
     assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
-    # All others were stopped each time, whatever had them go on.
+    # All others were stopped each time, even if something resumed them.
     assert [process.stops for process in timed] == [24, 24, 24]
     assert len({*rounds}) > 2
     assert found["b"][:2] == [Turn(3.0, 1), Turn(6.0, 2)]
@@ -365,7 +365,7 @@ def test_what_a_measurement_says():
 
 
 def test_the_table():
-    # Two rounds, one of which was slow for both.
+    # Two rounds; one was slow for both.
     found = [
         measurement("litert", 0.004, 0.040),
         measurement("sparse_saved_model", 0.002, 0.020),
@@ -802,7 +802,7 @@ def test_the_command(fakes, tmp_path, capsys):
             for name, value in {**values, **changes}.items()
         }
         output = types.SimpleNamespace(value=str(output))
-        run = functools.partial(engine_command._run, given, output)
+        run = functools.partial(engine_command.run, given, output)
         exits.one_line("benchmark engines", run)(argv)
 
     command(tmp_path / "new")

@@ -54,7 +54,7 @@ def weights(run_dir):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, blank_figures):
     run_dir = tmp_path_factory.mktemp("runs") / "straight"
     return run_dir, small_run(run_dir, RECORDED, seed=3)
 

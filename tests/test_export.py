@@ -451,7 +451,7 @@ def test_outputs_of_strings(tmp_path):
     model = rigl_keras.sparsify(keras.Model(inputs, outputs), 0.2)
     text = np.array([["a", "b", "a", "c"]])
     export(model, tmp_path / "out", inputs=text, measure=False)
-    with pytest.raises(ValueError, match="is of string, of which no random"):
+    with pytest.raises(ValueError, match="is of string: no random"):
         export(model, tmp_path / "b", measure=False)
 
 
@@ -475,11 +475,11 @@ def test_given_inputs(tmp_path):
     a, b = np.ones((2, 6)), np.ones((2, 4))
     export(model, tmp_path / "out", inputs={"a": a, "b": b}, measure=False)
     for inputs, said in (
-        (a, "structure on which the model is called"),
-        ({"a": a}, "structure on which the model is called"),
+        (a, "structure with which the model is"),
+        ({"a": a}, "structure with which the model is"),
         ({"a": b, "b": b}, "input 'a' is float32 of shape"),
-        ({"a": a[:0], "b": b[:0]}, "an example or more"),
-        ({"a": a, "b": b[:1]}, "as many examples"),
+        ({"a": a[:0], "b": b[:0]}, "at least one example"),
+        ({"a": a, "b": b[:1]}, "equally many examples"),
         ({"a": a * np.nan, "b": b}, "NaN or infinite values"),
         ({"a": a.astype(complex), "b": b}, "Received: complex128"),
     ):
@@ -495,7 +495,7 @@ def test_refuses(tmp_path):
         ({"format": "pickle"}, "format must be one of"),
         ({"format": None}, "format must be one of"),
         ({"quantization": "int4"}, "quantization must be one of"),
-        ({"quantization": "int8"}, "is of format='tflite'"),
+        ({"quantization": "int8"}, "needs format='tflite'"),
         ({"format": "tflite", "quantization": "int8"}, "Pass inputs"),
         ({"tolerance": 0}, "tolerance must be a positive number"),
         ({"tolerance": "loose"}, "tolerance must be a positive number"),
@@ -515,7 +515,7 @@ def test_refuses(tmp_path):
     with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
         with pytest.raises(ValueError, match="outside of strategy.scope"):
             export(model, tmp_path / "a")
-    with pytest.raises(ValueError, match="is the folder that is written"):
+    with pytest.raises(ValueError, match="is the folder to write"):
         export(model, tmp_path / "model.tflite", format="tflite")
     with pytest.raises(ValueError, match="is subclassed"):
         subclassed = rigl_keras.sparsify(KINDS["subclassed"](), 0.5)
@@ -571,7 +571,7 @@ def test_a_batch_size_fixed_by_mistake_is_noticed(tmp_path, monkeypatch):
 @pytest.mark.slow_but("int8")
 @pytest.mark.parametrize("quantization", [None, "float16", "int8"])
 def test_a_constant_does_not_agree(quantization, tmp_path, monkeypatch):
-    """However small outputs are, they are told from their mean."""
+    """Outputs of any size are distinguished from their mean."""
     model = rigl_keras.sparsify(
         keras.Sequential(
             [
@@ -642,7 +642,7 @@ def test_free_image_sizes(tmp_path):
         inputs=np.ones((1, 450, 450, 3)),
         measure=False,
     )
-    with pytest.raises(ValueError, match="fails where these are of length"):
+    with pytest.raises(ValueError, match="fails with lengths"):
         export(large, tmp_path / "d", measure=False)
     with pytest.raises(ValueError, match="fails on the inputs"):
         export(
@@ -691,7 +691,7 @@ def test_overwriting(tmp_path):
     with pytest.raises(ValueError, match="overwrite=True"):
         export(model, target, measure=False)
     old = (target / "export.json").read_text()
-    # An error leaves what is there as it is.
+    # An error changes nothing.
     with pytest.raises(ValueError, match="disagrees"):
         export(
             model,
@@ -826,7 +826,7 @@ def test_damaged(tmp_path):
     assert "extra is not part" in damaged(
         lambda folder: (folder / "extra").write_text("")
     )
-    assert "no report of an export" in damaged(foreign)
+    assert "not an export's report" in damaged(foreign)
     assert "is damaged" in damaged(
         lambda folder: (folder / "export.json").write_text("{")
     )

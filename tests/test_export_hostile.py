@@ -83,7 +83,7 @@ BROKEN = {
 def test_a_report_that_is_none(model, copied, content):
     """It is an error to check it, and it is not written over."""
     (copied / REPORT).write_bytes(content)
-    with pytest.raises(ValueError, match="is damaged, or no report"):
+    with pytest.raises(ValueError, match="is damaged, or not an"):
         check_export(copied)
     assert foreign_files(copied)
     with pytest.raises(ValueError, match="holds something else"):
@@ -180,7 +180,7 @@ def test_a_link_to_nothing_is_refused(model, tmp_path, overwrite):
 
 
 def test_up_is_where_the_folder_is(model, tmp_path):
-    """And not where the link is that led to it."""
+    """`..` is relative to the folder, not to the link that led to it."""
     (tmp_path / "a/b").mkdir(parents=True)
     (tmp_path / "s").symlink_to(tmp_path / "a/b")
     path = f"{tmp_path}/s/../out"

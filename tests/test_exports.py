@@ -15,7 +15,7 @@ from support.small_models import small_model
 import gin
 import rigl_keras
 from rigl_keras.experiments.runs import train_command
-from rigl_keras.experiments.runs.export_command import (
+from rigl_keras.experiments.runs.exports import (
     Exports,
     load_model,
     read_inputs,

@@ -106,7 +106,7 @@ def test_a_layer_drops_what_that_of_keras_drops():
     x = tf.ones((64, 100))
     plain, fast = layers.Dropout(0.4, seed=3), layers.Dropout(0.4, seed=3)
     fast_calls.use_fast_calls(fast)
-    for _ in range(3):  # each call draws anew
+    for _ in range(3):  # each call draws again
         y = plain(x, training=True)
         np.testing.assert_array_equal(fast(x, training=True), y)
         assert 0.3 < np.mean(y == 0) < 0.5

@@ -31,16 +31,15 @@ def wide_resnet():
 
 
 def vision_transformer():
-    """Tokens, two blocks of attention and two layers each, and their mean."""
+    """Tokens, a block of attention and two layers, and their mean."""
     inputs = keras.Input((9, 12))
     x = layers.Dense(16)(inputs)
-    for _ in range(2):
-        y = layers.LayerNormalization()(x)
-        y = layers.MultiHeadAttention(2, 8)(y, y)
-        x = layers.Add()([x, y])
-        y = layers.LayerNormalization()(x)
-        y = layers.Dense(32, activation="gelu")(y)
-        x = layers.Add()([x, layers.Dense(16)(y)])
+    y = layers.LayerNormalization()(x)
+    y = layers.MultiHeadAttention(2, 8)(y, y)
+    x = layers.Add()([x, y])
+    y = layers.LayerNormalization()(x)
+    y = layers.Dense(32, activation="gelu")(y)
+    x = layers.Add()([x, layers.Dense(16)(y)])
     x = layers.GlobalAveragePooling1D()(layers.LayerNormalization()(x))
     return keras.Model(inputs, layers.Dense(CLASSES)(x))
 

@@ -583,7 +583,7 @@ def test_on_trained_weights_as_on_new_ones(name):
 
 @pytest.mark.slow
 def test_a_run_on_trained_weights_may_begin_with_an_update():
-    """And its multiples count from there, not from the optimizer's 0."""
+    """Multiples of its frequency count from there, not from step 0."""
     model = network()
     fit(model, [], DATA)  # 6 steps
     method = RigL(frequency=4, begin_step=0, drop_fraction=0.4)
@@ -826,7 +826,7 @@ def test_an_average_of_what_snfs_has_grown_starts_with_the_weight():
 
 
 def test_a_kernel_that_is_not_finite_is_refused():
-    """Though all gradients are: tanh of infinity is flat."""
+    """All gradients are finite: tanh of infinity is flat."""
     model = network()
     hidden = model.get_layer("hidden")
     where = tuple(np.argwhere(hidden.mask.numpy() > 0)[0])

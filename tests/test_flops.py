@@ -393,7 +393,7 @@ def test_bad_curves():
         flops.training_curve(cost, [], **good)
     with pytest.raises(ValueError, match="must increase"):
         flops.training_curve(cost, [(0, {}), (2, {}), (1, {})], **good)
-    with pytest.raises(ValueError, match="the model has not.*hiden"):
+    with pytest.raises(ValueError, match="the model lacks.*hiden"):
         flops.training_curve(cost, [(0, {"hiden": 3})], **good)
 
 

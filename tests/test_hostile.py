@@ -54,7 +54,7 @@ HOSTILE = st.sampled_from(SCALARS + OBJECTS)
 
 
 def mixed(**valid):
-    """Returns a strategy of arguments, of which now and then one is hostile."""
+    """Returns a strategy of arguments that are sometimes hostile."""
 
     @st.composite
     def arguments(draw):
@@ -969,7 +969,7 @@ def test_there_are_ten_thousand_calls():
 def test_hostile(name, request):
     function, arguments, check, calls = CASES[name]
     if not request.config.option.all:
-        calls = max(calls // 12, 40)
+        calls = max(calls // 12, 24)
     made, refused = [], []
 
     @settings(

@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -124,8 +125,14 @@ MAY_IMPORT |= {
     # These two need no TensorFlow.
     "experiments/protocol": {"private"},
     "experiments/report": {"private", "experiments/protocol"},
-    # Errors of commands, and how far they are.
-    "experiments/exits": {"private"},
+    # How commands begin and end, and how far they are.
+    "experiments/command_line": set(),
+    "experiments/quiet_start": set(),
+    "experiments/exits": {
+        "private",
+        "experiments/command_line",
+        "experiments/quiet_start",
+    },
     "experiments/progress_bar": set(),
     "experiments/data": {"private"},
     "experiments/runs": {
@@ -153,6 +160,7 @@ MAY_IMPORT |= {
     },
     "experiments/benchmarks": {
         *LIBRARY,
+        "experiments/command_line",
         "experiments/exits",
         "experiments/progress_bar",
         "experiments/data",
@@ -161,6 +169,7 @@ MAY_IMPORT |= {
     "experiments/report_command": {
         "private",
         "experiments/exits",
+        "experiments/quiet_start",
         "experiments/protocol",
         "experiments/report",
         "experiments/reproduction",  # with --planned alone
@@ -230,9 +239,38 @@ def test_names_and_sizes():
         assert len(path.read_text().splitlines()) <= 600, path
 
 
+# Phrases that are hard to read, each with a plain one.
+PLAIN = {
+    r"anew": "again",
+    r"hence": "so",
+    r"whence": "from where",
+    r"as ever": "as usual",
+    r"but for (the|an?|some|its|those)": "except",
+    r"in the place of": "instead of, or replaces",
+    r"of one's own": "custom, or the user's",
+    r"such that": "so that, or a new sentence",
+    r"(is|are) told": "gets",
+    r"for want of": "without",
+}
+
+
+def test_plain_words():
+    words = re.compile(rf"\b({'|'.join(PLAIN)})\b", re.IGNORECASE)
+    root = PACKAGE.parent
+    for path in [
+        *PACKAGE.rglob("*.py"),
+        *(p for folder in ("docs", "gin") for p in (root / folder).rglob("*")),
+        *root.glob("*.md"),
+    ]:
+        if path.suffix in (".py", ".gin", ".md") and "_build" not in path.parts:
+            found = words.search(" ".join(path.read_text().split()))
+            assert not found, (path, found)
+
+
 # Beyond the standard library. Those of the paper's arithmetic know no Keras.
 THIRD_PARTY = {
     "_checks": {"numpy"},
+    "_extras": set(),
     "_figure_style": {"matplotlib"},
     "_files": set(),
     "_patience": set(),

@@ -388,7 +388,7 @@ def test_saved_and_loaded(tmp_path):
 
 
 def test_auto_times_rows_of_any_length(monkeypatch, timed_kernels):
-    """Of an LSTM it is the whole sequence, with one kernel or both."""
+    """For an LSTM it times the whole sequence, with one kernel or both."""
     asked = []
 
     def choose(problem, density, *, backward, in_lanes):

@@ -1,4 +1,4 @@
-"""The C++ operations: what they compute, and when they plan anew."""
+"""The C++ operations: what they compute, and when they plan again."""
 
 import concurrent.futures
 import itertools
@@ -28,7 +28,7 @@ def loaded():
 def reference(
     images, kernel, *, strides=(1, 1), padding="SAME", dilations=(1, 1)
 ):
-    """The same in dense TensorFlow, differentiable whatever the dilations.
+    """The same in dense TensorFlow, differentiable for all dilations.
 
     A matrix product for each position of the kernel, of the images from that
     position on.
@@ -188,7 +188,7 @@ def test_one_weight_between_channels():
 
 @pytest.mark.parametrize("dense_gradient", [False, True])
 def test_masks_are_bools_or_zeros_and_ones(dense_gradient):
-    """Of the same bits, as are the gradients of gradients."""
+    """Results have the same bits, also gradients of gradients."""
     draw = np.random.default_rng(0)
     images = tf.constant(normal(draw, 2, 5, 4, 3))
     kernel = tf.constant(normal(draw, 3, 3, 3, 2))
@@ -277,7 +277,7 @@ def test_random_convolutions(part):
 @pytest.mark.parametrize("density", [0, None, 0.1, 0.5, 1])
 @pytest.mark.parametrize("batch", [1, 15, 16, 17, 100])
 def test_densities_and_batches(density, batch):
-    """Of the one convolution that is common, 3 x 3 on 9 x 9 images."""
+    """For the most common convolution, 3 x 3 on 9 x 9 images."""
     draw = np.random.default_rng(batch)
     shape = (3, 3, 17, 18)
     mask = mask_of(draw, shape, density)
@@ -631,7 +631,7 @@ def test_more_masks_than_are_remembered():
         for mask in masks:
             got = kernels.sparse_dense(inputs, kernel, mask)
             assert_close(got, np.float64(inputs) @ (kernel * mask))
-    # The first are forgotten when they come again, and so are all others.
+    # The first are forgotten when they come again, like all others.
     assert int(library.load().rigl_keras_plans_made()) == made + 600
 
 
@@ -771,7 +771,7 @@ def test_in_the_input_pipeline():
 
 
 def test_the_same_twice():
-    """To the last bit, whichever thread takes which part."""
+    """To the last bit, for any assignment of parts to threads."""
     draw = np.random.default_rng(0)
     images = tf.constant(normal(draw, 40, 12, 12, 20))
     kernel = tf.constant(normal(draw, 3, 3, 20, 40))
@@ -820,7 +820,7 @@ def test_shapes_that_do_not_fit(images, kernel, mask, words):
 
 @pytest.mark.parametrize("shape", [(2, 4, 4, 4), (2, 2, 8, 5)])
 def test_gradients_of_a_shape_that_does_not_fit(shape):
-    """Nor do as many numbers in another shape."""
+    """Equally many numbers in another shape do not fit either."""
     received = ",".join(map(str, shape))
     words = rf"out_backprop must have shape \[2,4,4,5\].*\[{received}\]"
     options = dict(strides=[1, 1, 1, 1], padding="SAME")

@@ -374,7 +374,7 @@ def test_graphs_of_shapes_that_do_not_fit(
 
     for run in (forward, to_images, to_kernel):
         if run is to_kernel and kernel != mask:
-            continue  # of which it sees one
+            continue  # it sees one of them
         with pytest.raises(ValueError):
             tf.function(run, autograph=False).get_concrete_function(*given)
 
@@ -571,7 +571,7 @@ def test_layers_that_would_take_too_much_are_dense(size):
 
 
 def test_no_memory_is_an_error():
-    """And the process goes on, as does the operation."""
+    """The process continues, and the operation still works."""
     if SANITIZED:
         pytest.skip("sanitizers take any memory")
     images = tf.ones((1, 1, 1, 4096))

@@ -16,7 +16,13 @@ import pytest
 import rigl_keras
 from rigl_keras import _files
 from rigl_keras.kernels import ahead as build_ahead
-from rigl_keras.kernels import build_command, choice, library, toolchain
+from rigl_keras.kernels import (
+    build_command,
+    choice,
+    library,
+    packaged,
+    toolchain,
+)
 
 SOURCES = toolchain._SOURCES
 
@@ -189,7 +195,7 @@ def test_four_threads_build_once(place, stub, caplog, monkeypatch):
     assert loads == [library.path()]
     assert len(calls(place)) == commands()
     assert len(said(caplog)) == 1 and "stub compiler" in said(caplog)[0]
-    # And they are told apart by what they are for.
+    # Their purposes distinguish them.
     portable = [c for c in calls(place) if "-DRIGL_ISA=portable" in c]
     assert len(portable) == len(toolchain._PER_INSTRUCTION_SET) + 1
     assert sum("-DRIGL_LENGTH=4" in c for c in portable) == 1
@@ -271,7 +277,7 @@ def test_two_processes_build_once_and_load(place):
 
 @pytest.mark.slow
 def test_what_is_undefined_fails_the_build(place, monkeypatch):
-    """And not only where it is called."""
+    """It fails at the build, not only at a call."""
     if sys.platform != "linux":
         pytest.skip("only the linker of Linux is asked")
     monkeypatch.setenv("CXX", real_compiler())
@@ -307,12 +313,82 @@ def test_no_compiler_but_what_one_has_built(place, stub, monkeypatch):
     assert library.build() == built
 
 
+@pytest.fixture
+def wheel(place, monkeypatch):
+    """A package with libraries, as bin/build_wheel makes it; an empty cache."""
+    plan, package = toolchain.planned_build(), place / "package"
+    libraries = {name: place / name for name in plan.libraries}
+    for path in libraries.values():
+        path.write_text("made")
+    packaged.put(plan, libraries, package)
+    monkeypatch.setattr(packaged, "_PACKAGE", package)
+    # They are no libraries.
+    monkeypatch.setattr(packaged, "_can_be_loaded", lambda path: True)
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.setenv("CXX", "/nonexistent")
+    return package
+
+
+def test_a_wheel_brings_libraries(wheel, place, monkeypatch):
+    """Nothing is compiled."""
+    built = library.build()
+    assert built == library.path() and built.is_relative_to(wheel / "kernels")
+    assert library.build_network() == wheel / "serving/rigl_keras_network.so"
+    assert not (place / "cache").exists()
+    # What is kept of them is kept in the cache, which may be written.
+    kept = library.cache_folder()
+    assert kept.parent == place / "cache" and kept.is_dir()
+    # A sanitizer has libraries of its own.
+    monkeypatch.setenv("RIGL_KERAS_KERNELS", "thread")
+    with pytest.raises(toolchain.BuildError, match="CXX"):
+        library.build()
+
+
+def test_a_wheel_for_another_tensorflow(wheel, monkeypatch):
+    monkeypatch.setattr(library.tf, "__version__", "99.0")
+    with pytest.raises(toolchain.BuildError, match="CXX"):
+        library.build()
+    # This one needs none.
+    assert library.build_network() == wheel / "serving/rigl_keras_network.so"
+
+
+@pytest.mark.parametrize("what", ["sources", "system", "force", "load"])
+def test_what_a_wheel_brings_and_is_not_taken(
+    wheel, place, stub, monkeypatch, what
+):
+    stub()
+    if what == "sources":
+        (place / "sources" / "lanes.h").write_text("// other")
+    elif what == "system":  # an older one than the wheel was built on
+        monkeypatch.setattr(packaged, "_can_be_loaded", lambda path: False)
+    elif what == "force":
+        library.build(force=True)
+    else:  # another build of the same version of TensorFlow
+        loads = []
+
+        def loaded(built):
+            loads.append(built)
+            if built.is_relative_to(wheel):
+                raise library.BuildError("undefined symbol")
+            return library
+
+        monkeypatch.setattr(library, "_loaded", loaded)
+        assert library.load() is library and len(loads) == 2
+    assert library.build().is_relative_to(place / "cache")
+    assert library.build_network().is_relative_to(place / "cache")
+
+
+def test_a_library_that_cannot_be_loaded(tmp_path):
+    (tmp_path / "no_library.so").write_text("")
+    assert not packaged._can_be_loaded(tmp_path / "no_library.so")
+
+
 def test_a_compiler_that_is_none(place, monkeypatch):
     monkeypatch.setenv("CXX", str(shutil.which("false")))
     with pytest.raises(toolchain.BuildError, match="--version failed"):
         library.build()
     monkeypatch.setenv("CXX", "an 'open quote")
-    with pytest.raises(toolchain.BuildError, match="is no command"):
+    with pytest.raises(toolchain.BuildError, match="is not a command"):
         library.build()
 
 
@@ -353,7 +429,7 @@ def test_a_build_that_is_killed(place, stub):
     assert list(folder.glob(".building-*"))
     assert not library.path().exists()
     stub()
-    # The same version, as the stub says: in the place of the killed one.
+    # The same version, as the stub says: it replaces the killed one.
     assert library.build().parent == folder
     assert not list(folder.glob(".building-*"))
 
@@ -433,7 +509,7 @@ def test_a_folder_in_tmp_of_somebody_else(place, stub, monkeypatch, how):
     # Not loaded, though it is there, and not written.
     with pytest.raises(toolchain.BuildError) as error:
         library.build()
-    assert "not yours alone" in str(error.value)
+    assert "not only yours" in str(error.value)
     assert str(place / "file") in str(error.value)
     assert "RIGL_KERAS_CACHE" in str(error.value)
     assert len(calls(place)) == commands()
@@ -551,7 +627,7 @@ def folders(place):
 
 @pytest.mark.parametrize("at", [0, 1, 2], ids=["cache", "folder", "file"])
 def test_another_user_owns_it(place, stub, nobody, at):
-    """A library in a folder that all share, and whatever is above it."""
+    """A library in a folder that all share, and the folders above it."""
     parts = folders(place)
     parts[0].chmod(0o1777)
     assert library.build() == parts[2]  # which nobody else can replace
@@ -570,7 +646,7 @@ def test_another_user_owns_it(place, stub, nobody, at):
 @pytest.mark.parametrize("at", [0, 1, 2], ids=["cache", "folder", "file"])
 def test_others_can_write_it(place, stub, monkeypatch, caplog, at, bits):
     parts = folders(place)
-    # A group of several, whoever the user is.
+    # A group with several members, for any user.
     monkeypatch.setattr(library, "_of_this_user", lambda path, gid: False)
     parts[at].chmod(0o755 | bits)
     parts[2].write_text("planted")
@@ -651,7 +727,7 @@ def test_no_place_is_safe(place, stub, caplog):
     own.mkdir(mode=0o777)
     own.chmod(0o777)
     assert library.load() is None and library.load() is None
-    assert "it is not yours alone: everybody can" in library.unavailable()
+    assert "it is not only yours: everybody can" in library.unavailable()
     assert calls(place) == []
     assert len([line for line in said(caplog) if "densely" in line]) == 1
 

@@ -142,6 +142,7 @@ def record(run_dir):
     assert steps_shown(run_dir / "topology", "topology/grown/all") == updates
     result = json.loads((run_dir / "result.json").read_text())
     assert result.pop("seconds") > 0
+    assert result["versions"].pop("date").endswith("+00:00")
     saved = {"model": bits_of_model(run_dir / "model.keras")}
     # Weights, masks, batch statistics, momentum, steps, generators, epoch.
     for index in run_dir.glob("checkpoints/*.index"):
@@ -162,7 +163,7 @@ def record(run_dir):
 
 
 def steps_shown(folder, tag):
-    """Returns the steps of which TensorBoard shows a point."""
+    """Returns the steps for which TensorBoard shows a point."""
     from tensorboard.backend.event_processing import event_accumulator
 
     reader = event_accumulator.EventAccumulator(
@@ -183,7 +184,7 @@ def bits_of_model(path):
 # What follows is the server.
 
 QUIET = {
-    # Libraries that start no threads of their own when they are imported.
+    # Libraries that start no threads when they are imported.
     "OPENBLAS_NUM_THREADS": "1",
     "OMP_NUM_THREADS": "1",
     "CUDA_VISIBLE_DEVICES": "",
@@ -360,7 +361,7 @@ def command_on_full_disk(disk, method, call, said):
 
 
 def leave(disk, room):
-    """Fills a disk but for some bytes."""
+    """Fills a disk except for some bytes."""
     with (disk / "ballast").open("wb", buffering=0) as ballast:
         with contextlib.suppress(OSError):
             while ballast.write(bytes(4096)):

@@ -121,7 +121,7 @@ def test_convolutions_are_those_of_images_that_are_not_in_lanes(
 
 @pytest.mark.parametrize("dense_gradient", [False, True])
 def test_masks_are_bools_or_zeros_and_ones(dense_gradient):
-    """Of the same bits, as are the gradients of gradients."""
+    """Results have the same bits, also gradients of gradients."""
     x, w = normal(19, 5, 4, 3), normal(3, 3, 3, 2, seed=1)
     mask = random_mask(w.shape, 0.4)
 

@@ -35,7 +35,7 @@ def images(*shape):
 
 
 def copy_of(layer):
-    """The same layer with weights of its own."""
+    """The same layer with its own weights."""
     return type(layer).from_config(layer.get_config())
 
 

@@ -156,7 +156,7 @@ def test_gradients_of_gradients(dense):
 
 
 def test_only_what_is_asked_for_is_computed():
-    """An input that is data takes no gradient, nor does a frozen kernel."""
+    """Inputs that are data take no gradient; frozen kernels take none."""
     draw = np.random.default_rng(0)
     x, kernel = normal(draw, 5, 6), normal(draw, 6, 4)
     mask = random_mask(draw, (6, 4), 0.5)
@@ -336,7 +336,7 @@ def test_without_a_library(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("wanted", ["avx2", "portable"])
 def test_other_instruction_sets(wanted):
-    """In a process of its own: which one it is is decided once."""
+    """In a separate process: the library is chosen once."""
     chosen = [
         "test_by_hand",
         "test_rows_and_densities",

@@ -71,7 +71,7 @@ def memory_of(method, layer):
 
 
 def test_granet_prunes_then_drops_and_grows():
-    """Of 6 of 8, 4 stay, of which 2 are dropped and 2 grown."""
+    """Of 6 of 8, 4 stay; 2 of them are dropped and 2 grown."""
     method = rigl_keras.GraNet(
         final_density=0.5, prune_end_step=40, drop_fraction=0.5, **ALWAYS
     )
@@ -319,7 +319,7 @@ def test_srste_decays_what_it_leaves_out():
 
 @pytest.mark.parametrize("make", [rigl_keras.TopKAST, rigl_keras.SRSTE])
 def test_a_run_begins_with_the_largest_weights(make):
-    """Of those that it has, and of others drawn from them."""
+    """They come from its weights, and from others drawn from these."""
     weights = np.arange(1, 101) * np.resize([1, -1], 100)
     mask = np.resize([1, 0, 0, 1], 100)
     method = make()

@@ -173,7 +173,11 @@ def test_small_dense_truncates_channels(make):
 @pytest.mark.parametrize(
     "make, options, message",
     [
-        (models.wide_resnet, dict(channel_scale=0.01), "leave a channel of 16"),
+        (
+            models.wide_resnet,
+            dict(channel_scale=0.01),
+            "leave at least one channel of 16",
+        ),
         (models.wide_resnet, dict(channel_scale=1.5), "channel_scale must be"),
         (models.resnet18, dict(channel_scale=0.0), "channel_scale must be"),
         (models.resnet50, dict(num_classes=0), "num_classes"),
@@ -265,7 +269,7 @@ def test_gpt_of_its_size():
     assert len(kernels) == 2 * 6 + 1
     drawn = np.concatenate([np.ravel(k) for k in kernels])
     assert drawn.std() == pytest.approx(0.02, rel=0.05)
-    # Each of its own: no two of a shape are alike.
+    # Each is drawn separately: no two of a shape are alike.
     first, second = (
         model.get_layer(f"block{i}_expand").kernel.numpy() for i in (0, 1)
     )
@@ -300,7 +304,7 @@ def test_gpt_is_masked_saved_and_loaded(tmp_path):
     "format", ["saved_model", "sparse_saved_model", "onnx", "tflite"]
 )
 def test_gpt_is_exported(format, tmp_path):
-    """And compared with the model, as each export is."""
+    """Like each export, it is compared with the model."""
     model = rigl_keras.sparsify(small_gpt(width=32, heads=4), 0.25)
     report = rigl_keras.export(
         model, tmp_path / "exported", format=format, measure=False
@@ -311,7 +315,7 @@ def test_gpt_is_exported(format, tmp_path):
 
 
 def test_gpt_is_no_native_network(tmp_path):
-    """Which knows neither look-ups nor norms of layers, and says so."""
+    """It lacks look-ups and layer norms, and says so."""
     model = rigl_keras.sparsify(small_gpt(), 0.25)
     with pytest.raises(ValueError, match="these operations need TensorFlow"):
         rigl_keras.export(

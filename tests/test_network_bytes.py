@@ -1,4 +1,4 @@
-"""What the library makes of a network's file, whatever its bytes are.
+"""How the library reads a network's file, with any bytes.
 
 Files are written here byte by byte, by `support.network_bytes`.
 """
@@ -77,7 +77,7 @@ def test_every_bit_counts():
 
 
 def test_checksums_are_those_of_zlib():
-    """Of every length and alignment: eight bytes are taken at a time."""
+    """For every length and alignment: the library reads eight bytes at once."""
     random.seed(0)
     for hints in range(40):
         text = random.randbytes(hints)
@@ -449,7 +449,7 @@ def test_shapes_are_tensorflows():
 
 
 def a_network():
-    """A file with every operation, of which each field is small."""
+    """A file with every operation, with small fields."""
     rng = np.random.default_rng(0)
     kernel = rng.normal(size=(3, 3, 2, 4)) * (rng.random((3, 3, 2, 4)) < 0.4)
     nodes = [
@@ -492,7 +492,7 @@ def broken(body, rng):
             data[at] ^= 1 << rng.randrange(8)
         elif how == 1:
             data[at] = rng.randrange(256)
-        elif how == 2:  # a number, of which most fields consist
+        elif how == 2:  # a number: most fields are numbers
             at &= ~3
             number = rng.choice(
                 [
@@ -543,7 +543,7 @@ def test_files_that_are_broken_at_random():
 def test_files_that_are_broken_under_sanitizers(
     sanitizer, turns, isa, tmp_path_factory, tmp_path
 ):
-    """Those that are networks even so are run: threads, plans and kernels."""
+    """Those that are still networks run: threads, plans and kernels."""
     folder, _ = sanitized(sanitizer, common_folder(tmp_path_factory))
     (tmp_path / "body").write_bytes(a_network())
     done = subprocess.run(

@@ -95,7 +95,7 @@ def test_many_callers(file):
 
 
 def test_a_file_is_read_once(file, tmp_path):
-    """Whoever asks for it while somebody has it shares it."""
+    """Operations that ask for it while it is in use share it."""
     checksum = checksum_of(file.read_bytes())
 
     def call(x, z):

@@ -165,7 +165,7 @@ def test_calls_that_are_wrong(two, text):
 
 def test_more_calls_that_are_wrong(two, free):
     x, other = images()
-    with pytest.raises(ValueError, match="'x' is given twice: in its place"):
+    with pytest.raises(ValueError, match="'x' is given twice: by position"):
         two(x, x=x)
     with pytest.raises(ValueError, match="must be a list of arrays.*ndarray"):
         two.run(x)

@@ -106,7 +106,7 @@ def test_layer_densities_and_flops(dense_counts, model, density, ours, theirs):
 
 @pytest.mark.parametrize("model, density", CASES)
 def test_pruning_flops(dense_counts, model, density):
-    """Of the reproduction's schedule, in its closed form."""
+    """They follow the reproduction's schedule, in its closed form."""
     want = PUBLISHED[model]["densities"][density]["pruning"]
     schedule = want["schedule"]
     ramp = rigl_keras.SparsityRamp(

@@ -22,7 +22,7 @@ from rigl_keras.methods.rigl import SET, SNFS, RigL
 from rigl_keras.patterns import NM, Blocks, Element, FanIn, as_pattern
 from rigl_keras.schedules import SparsityRamp
 
-# Layers of one model, each with a pattern of its own.
+# Layers of one model, each with its own pattern.
 MIXED = {
     "stem": "kernel",
     "conv": "2:4",
@@ -87,8 +87,8 @@ def test_masks_are_drawn_with_their_pattern(name, distribution):
         assert not m.kernel.numpy()[m.mask.numpy() == 0].any()
     names = [m.name for m in masked_layers(model)]
     if fixed or name == "4x3":
-        # Three channels are no multiple of 2 or 4; a depthwise kernel has one.
-        # Under "uniform" the first layer stays dense, which it is as it is.
+        # 3 channels are not a multiple of 2 or 4; a depthwise kernel has one.
+        # Under "uniform" the first layer stays dense anyway.
         assert ("conv1" in names) == (name == "4x3" and distribution == "erk")
         assert names[-2:] == ["conv2", "head"] and "depthwise" not in names
     cost = rigl_keras.count(model)
@@ -182,23 +182,26 @@ def sized():
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(density=0.3, granularity="2:4"), r"together: 0.5. Leave density"),
+        (
+            dict(density=0.3, granularity="2:4"),
+            r"overall density: 0.5. Leave density",
+        ),
         (dict(), "density is the fraction of weights kept.*density=None"),
-        (dict(granularity="fan_in"), "may be left out only where"),
+        (dict(granularity="fan_in"), "out only if the pattern"),
         (
             dict(granularity="2:4", densities={"hidden": 0.3}),
-            "density 0.3, and its pattern '2:4' fixes 0.5",
+            "density 0.3, but its pattern '2:4' fixes 0.5",
         ),
         (dict(density=0.5, granularity="3:5"), "(?s)No kernel is left.*8 inp"),
         (dict(density=0.5, granularity={"hiden": "2:4"}), "names hiden, which"),
         (
             dict(density=0.5, granularity={layers.Conv2D: "2:4"}),
-            "granularity names Conv2D, which is no masked layer",
+            "granularity names Conv2D, which is not a masked layer",
         ),
         (dict(density=0.5, granularity={"head": "2;4"}), "must be one of"),
         (
             dict(density=0.5, granularity="fan_in", conventions=REPORT),
-            "draws each weight by itself.*'hidden' keeps the same number",
+            "draws each weight independently.*'hidden' keeps the same number",
         ),
     ],
 )
@@ -215,11 +218,11 @@ def test_what_was_asked_for_must_fit():
     ):
         with pytest.raises(ValueError, match="(?s)stem: '2:4' does not fit"):
             sparsify(dense, granularity="2:4", **options)
-    # A type, or a rule, is no layer that was asked for.
+    # A type or a rule does not name a layer.
     model = sparsify(dense, granularity="2:4", layers=layers.Conv2D)
     assert [m.name for m in masked_layers(model)] == ["conv"]
     layer = Masked(layers.Dense(3), granularity="2:4")
-    with pytest.raises(ValueError, match="its 6 inputs are no multiple of 4"):
+    with pytest.raises(ValueError, match="6 inputs are not a multiple of 4"):
         layer.build((None, 6))
 
 
@@ -232,10 +235,10 @@ def test_given_masks_must_have_the_pattern():
     with_masks(sized(), {"hidden": np.ones((8, 8))}, granularity="2:4")
     mask[0, 0], mask[2, 0], mask[7, 1] = False, True, True
     for pattern, message in (
-        ("2:4", "'hidden' keeps 2 to 3 weights of a group, and not 2 of each"),
-        ("fan_in", "keeps 4 to 5 weights of a group, and not the same number"),
-        ("1x8", "keeps a part of some blocks"),
-        (NM(1, 4), "keeps 2 to 3 weights of a group, and not 1"),
+        ("2:4", "2 to 3 weights of a group instead of 2 of each"),
+        ("fan_in", "keeps 4 to 5 weights of a group instead of the same"),
+        ("1x8", "keeps parts of some blocks"),
+        (NM(1, 4), "keeps 2 to 3 weights of a group instead of 1"),
     ):
         with pytest.raises(ValueError, match=message):
             with_masks(sized(), {"hidden": mask}, granularity=pattern)

@@ -5,6 +5,7 @@ import itertools
 import math
 import pathlib
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.patterns import PATTERNS, brute_force, group_counts
 
+import rigl_keras
 from rigl_keras import topology
 from rigl_keras.conventions import REPORT
 from rigl_keras.layouts import Axes
@@ -55,7 +57,7 @@ def test_groups_of_n_of_m_run_along_the_inputs():
     np.testing.assert_array_equal(
         transposed.grouped(entries((3, 3, 5, 4)))[0], [0, 1, 2, 3]
     )
-    # (heads, size, outputs), of which heads and size are inputs.
+    # (heads, size, outputs): heads and size are inputs.
     heads = NM(2, 4).layout(Axes((2, 2, 3), (0, 1), (2,), False))
     np.testing.assert_array_equal(
         heads.grouped(entries((2, 2, 3)))[0], [0, 3, 6, 9]
@@ -71,6 +73,30 @@ def test_groups_of_a_fan_in_are_the_inputs_of_a_unit():
     # Each pair of a depthwise kernel's channel and multiplier is a unit.
     depthwise = FanIn().layout(Axes((3, 3, 4, 2), (2,), (2, 3), True))
     assert (depthwise.groups, depthwise.size) == (8, 9)
+
+
+@pytest.mark.parametrize(
+    "conventions, drops, grows",
+    [
+        (rigl_keras.ORIGINAL, [2, 1], [3, 2]),
+        (rigl_keras.REPORT, [1, 1], [0, 2]),
+    ],
+)
+def test_what_a_kernel_is_worth(conventions, drops, grows):
+    """Weights (3, -1) and (1, 1): mean |w| is 2 and 1, |mean w| 1 and 1."""
+    model = keras.Sequential(
+        [keras.Input((4, 4, 1)), keras.layers.Conv2D(2, (1, 2))]
+    )
+    model = rigl_keras.sparsify(model, 1.0, granularity="kernel")
+    (layer,) = rigl_keras.masked_layers(model)
+    layer.kernel.assign([[[[3.0, 1.0]], [[-1.0, 1.0]]]])
+    gradient = tf.constant([[[[3.0, -2.0]], [[-3.0, -2.0]]]])
+    rigl = rigl_keras.RigL(conventions=conventions)
+    step = tf.constant(100, tf.int64)
+    for score, want in ((rigl.drop_scores, drops), (rigl.grow_scores, grows)):
+        worth = score(layer, gradient, step)
+        assert worth.shape == layer.kernel.shape
+        np.testing.assert_array_equal(layer.by_unit(worth), [want])
 
 
 def test_blocks_by_hand():
@@ -95,7 +121,7 @@ def test_ragged_blocks_average_what_is_there():
     )
     whole = layout.by_element(tf.constant([[[1, 2], [3, 4]]]))
     np.testing.assert_array_equal(whole, [[1, 1, 2], [1, 1, 2], [3, 3, 4]])
-    # Each position of a convolution has blocks of its own.
+    # Each position of a convolution has its own blocks.
     conv = Blocks(2, 4).layout((3, 1, 5, 4))
     assert conv.unit_shape == (3, 3, 1) and conv.size == 9
     half = layout.by_unit(tf.cast(kernel, tf.float16))
@@ -129,7 +155,7 @@ def test_names(name, pattern):
         (lambda: as_pattern("0:4"), "n must be an int of at least 1"),
         (lambda: NM(2.0, 4), "n must be an int"),
         (lambda: Blocks(0, 4), "rows must be an int of at least 1"),
-        (lambda: NM(2, 4).layout((3, 8)), "its 3 inputs are no multiple of 4"),
+        (lambda: NM(2, 4).layout((3, 8)), "3 inputs are not a multiple of 4"),
         (
             lambda: Blocks(2, 2).layout(Axes((3, 3, 4, 1), (2,), (2, 3), True)),
             "no matrix of inputs and outputs",
@@ -138,7 +164,7 @@ def test_names(name, pattern):
             lambda: NM(2, 4).layout(Axes((3, 3, 4, 1), (2,), (2, 3), True)),
             "each unit reads a single channel",
         ),
-        (lambda: FanIn().layout((3,)), "two axes or more"),
+        (lambda: FanIn().layout((3,)), "at least two axes"),
     ],
 )
 def test_errors(make, message):
@@ -225,13 +251,13 @@ def test_another_number_is_shared_out_evenly():
     np.testing.assert_array_equal(
         new_mask(0), [[1, 1, 0], [0, 0, 0], [0, 0, 1], [0, 0, 0]]
     )
-    # 2:4 is 2 of 4, whatever a method asks for.
+    # 2:4 is 2 of 4, for any request of a method.
     np.testing.assert_array_equal(new_mask(5, NM(2, 4)), new_mask(2))
 
 
 def test_conventions_that_lose_connections_are_refused():
     mask = np.array([[1, 1], [0, 0]])
-    with pytest.raises(ValueError, match="groups of connections keep their"):
+    with pytest.raises(ValueError, match="but groups keep their numbers"):
         topology.drop_and_grow(
             mask,
             mask,
@@ -332,7 +358,7 @@ def test_graph_and_xla_agree_with_eager(jit_compile):
 
 
 def test_a_number_for_each_group():
-    """What methods of their own select by: a count for each unit."""
+    """Users' methods may select by it: a count for each unit."""
     layout = FanIn().layout((3, 2))
     scores = [[1.0, 6], [2, 5], [3, 4]]
     everything = tf.fill([3, 2], True)
@@ -355,7 +381,7 @@ def test_a_number_for_each_group():
 
 
 def test_one_threshold_for_layers_of_several_patterns():
-    """Of 8 found, the first layer has 3; its units keep 3 / 2, that is 2."""
+    """The first layer has 3 of 8; its units keep 3 / 2, rounded to 2."""
     layouts = [
         FanIn().layout((2, 2)),
         Blocks(2, 2).layout((2, 4)),

@@ -5,7 +5,7 @@ import pytest
 import gin
 import rigl_keras
 from rigl_keras.experiments import data
-from rigl_keras.experiments.protocol import variations
+from rigl_keras.experiments.protocol import published, variations
 from rigl_keras.experiments.reproduction import costs, plans
 from rigl_keras.experiments.runs import train_command
 
@@ -77,7 +77,7 @@ def test_figure_2_shares_what_it_has_in_common():
 
 
 def test_frequencies_are_in_the_steps_of_the_preset():
-    """Whose own is 50, where the report's is 100."""
+    """The preset's frequency is 50, the report's is 100."""
     (run,) = [
         run
         for run in plans.runs(
@@ -134,7 +134,7 @@ def test_a_preset_is_for_some_rows():
 
 
 def test_some_rows_and_bindings_of_ones_own():
-    """Which are other runs, and called so."""
+    """They are different runs with different names."""
     chosen = names(
         "figure1",
         densities=[0.1],
@@ -152,7 +152,7 @@ def test_some_rows_and_bindings_of_ones_own():
 
 
 def test_runs_that_differ_have_other_names():
-    """And folders of their own, though they differ in the seventh digit."""
+    """They have separate folders, though they differ in the seventh digit."""
 
     def name(density=0.1, **changes):
         pairs = tuple((k.replace("__", "."), v) for k, v in changes.items())
@@ -238,7 +238,7 @@ KINDS = [
 
 @pytest.mark.parametrize("row", KINDS)
 def test_planned_flops_are_those_of_count(row):
-    """Of the network as it will be made and masked."""
+    """They are for the network as it will be made and masked."""
     density = None if row.startswith("dense") else 0.1
     plans.Run(row, SMALL, density, seed=0).configure()
     cost = costs.planned()
@@ -268,6 +268,38 @@ def test_planned_flops_are_those_of_count(row):
     assert cost.training_flops == pytest.approx(closed_form)
     assert cost.training_flops_ratio == pytest.approx(
         length * closed_form / (3 * cost.dense_flops)
+    )
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [c for c in published.cells("table7") if c.row != "Small-Dense"],
+    ids=lambda cell: f"{cell.gin}-{cell.density}",
+)
+def test_flops_of_whole_kernels_are_published(cell):
+    """Table 7, to test; but one number, which is of single weights."""
+    plans.Run(cell.gin, FULL, cell.density, seed=0).configure()
+    ratio = costs.planned().inference_flops_ratio
+    if (cell.gin, cell.density) == ("rigl_kernel_erk_resnet50", 0.1):
+        assert ratio == pytest.approx(0.2145, abs=1e-4)
+        assert "0.21x to test" in cell.note
+        plans.Run("rigl_erk_resnet50", FULL, 0.1, seed=0).configure()
+        ratio = costs.planned().training_flops_ratio
+    assert ratio == pytest.approx(cell.test_flops, abs=0.008)
+
+
+def test_planned_flops_of_whole_kernels_are_those_of_count():
+    plans.Run("rigl_kernel_uniform_wrn", SMALL, 0.1, seed=0).configure()
+    model = rigl_keras.sparsify(
+        rigl_keras.models.wide_resnet(10, 1),
+        0.1,
+        distribution="uniform_all",
+        granularity="kernel",
+    )
+    assert rigl_keras.masked_layers(model)[-1].density == 1
+    assert costs.planned().inference_flops == pytest.approx(
+        rigl_keras.count(model).inference_flops,
+        rel=1e-2,  # kernels are whole
     )
 
 

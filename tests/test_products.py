@@ -475,7 +475,7 @@ def test_a_string_as_kernels_is_deprecated(product):
     with pytest.warns(DeprecationWarning, match="product='sparse'"):
         choose_kernels(model, kernels="sparse")
     assert asked(model) == {"sparse"}
-    with pytest.raises(ValueError, match="two answers.*product='dense'"):
+    with pytest.raises(ValueError, match="both say how.*product='dense'"):
         sparsify(dense, 0.2, kernels="sparse", product="dense")
     with pytest.raises(ValueError, match="must be one of.*'sparse'.*'fast'"):
         choose_kernels(model, kernels="fast")
@@ -547,7 +547,7 @@ def test_chosen_anew_after_a_fit():
 
 @needs_library
 def test_chosen_before_a_call():
-    """For the batch that is named, whatever the model is called on."""
+    """For the given batch, not the one that the model is called on."""
     model = small("auto")
     table = choose_kernels(model, "sparse", batch_size=32)
     assert chosen(model) == ALL_BUT_DEPTHWISE
@@ -637,7 +637,7 @@ def big_model(**options):
             layers.GlobalAveragePooling2D(),
             layers.Dense(3, name="head"),
         ],
-        name="net",  # of which the masks are drawn
+        name="net",  # masks are drawn from it
     )
     return compiled(sparsify(dense, 0.1, **options))
 
@@ -678,7 +678,7 @@ def timings(monkeypatch):
 
 
 def test_timed_once_and_kept(cache, forgotten, monkeypatch):
-    monkeypatch.setattr(_timing, "_QUIET", math.inf)  # whoever else runs
+    monkeypatch.setattr(_timing, "_QUIET", math.inf)  # even if others run
     model = big_model()
     choose_kernels(model, batch_size=16)
     big = model.get_layer("big")
@@ -926,7 +926,7 @@ def plans_made(*, backward, density, traced):
 @needs_library
 @pytest.mark.parametrize("traced", [False, True])
 def test_gradients_are_timed_as_well(cache, traced):
-    """Each of three passes has an order of its own; one call is eager."""
+    """Each of three passes has its own order; one call is eager."""
     made = functools.partial(plans_made, traced=traced)
     assert made(backward=False, density=0.1) == 2
     assert made(backward=True, density=0.2) == 4

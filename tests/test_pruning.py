@@ -24,7 +24,7 @@ def test_ramp_by_hand():
     # 1 - x is 1, 1/2 and 0: 0.8 - 0.8 (1 - x)^3.
     for step, want in ((2, 0.0), (6, 0.7), (10, 0.8), (0, 0.0), (99, 0.8)):
         assert float(RAMP.sparsity(step)) == pytest.approx(want, abs=1e-12)
-    # From begin_step on, and at end_step whatever the frequency.
+    # From begin_step on, and at end_step for any frequency.
     assert [t for t in range(15) if RAMP(t)[0]] == [2, 5, 8, 10]
     part = dataclasses.replace(RAMP, initial_density=0.6, power=1.0)
     assert float(part.sparsity(6)) == pytest.approx(0.6)  # 0.4 to 0.8
@@ -219,8 +219,8 @@ def test_step_then_prune():
         assert (before["head"] != after["head"])[kept].any() == moves
 
 
-# Theirs needs Keras 2, which is imported in a process of its own; it leaves
-# its masks at every step.
+# Theirs needs Keras 2, which is imported in a separate process; it leaves its
+# masks at every step.
 TFMOT = """
 import warnings
 warnings.simplefilter("ignore")

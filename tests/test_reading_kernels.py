@@ -215,7 +215,7 @@ def test_mixed_precision_casts_the_product():
 
 
 def test_sparse_inputs_take_dense_products(always_sparse):
-    """Of whatever kind the kernels are: these take no SparseTensor."""
+    """For any kind of kernels: these take no SparseTensor."""
     dense = layers.Dense(4)
     dense.build((None, 6))
     masked = Masked(dense, product="sparse")
@@ -330,7 +330,7 @@ def functional(name=None):
 
 
 def test_masks_depend_on_layer_names_and_seed_alone():
-    """Not on what kind the model is of, nor on how many there were before."""
+    """Not on the kind of model, and not on how many there were before."""
     drawn = [
         masked_layers(sparsify(make(name), 0.3, seed=3)).masks
         for make in (subclassed, sequential, functional)
@@ -372,8 +372,8 @@ def seems(*pairs):
 
 def test_a_layer_whose_gradients_are_masked_is_found_among_others():
     mask, dense = tf.eye(8), tf.ones((8, 8))
-    # Between each input and each output, of which all have one on the
-    # diagonal, 56 gradients are expected.
+    # Between each input and each output: all have one on the diagonal, 56
+    # gradients are expected.
     assert seems((mask, mask), (mask, dense)) == [True, False]
     assert seems((mask, dense), (mask, dense)) == [False, False]
     assert seems((mask, mask), (mask, mask)) == [True, True]

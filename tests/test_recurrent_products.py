@@ -150,7 +150,7 @@ def test_many_panels(kind):
 
 
 def test_gates_that_are_full():
-    """Of large products gates are 0 and 1, and nothing is NaN."""
+    """With large products gates are 0 and 1, and nothing is NaN."""
     x = tf.constant([[[1e4]], [[-1e4]], [[np.inf]], [[88.0]]], tf.float32)
     zero, ones = tf.zeros((4, 1)), tf.ones((1, 4))
     _, state, carry = sparse_lstm(
@@ -281,7 +281,7 @@ def test_no_sequences_at_all():
 @pytest.mark.slow
 @pytest.mark.parametrize("wanted", ["avx2", "portable"])
 def test_other_instruction_sets(wanted):
-    """In a process of its own: which one it is is decided once."""
+    """In a separate process: the library is chosen once."""
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-n0", __file__),

@@ -239,7 +239,7 @@ def test_mean_deviation_and_difference(results):
     text = page.as_markdown(made_report.page)
     assert (
         "| RigL (ERK) | 93.50 ± 1.80 | 3 of 3 | 0.17x | 0.16x | 92.4 ± 0.06 "
-        "| 0.17x, 0.17x | +1.10 |" in text
+        "| 0.17x, 0.17x | +1.10 | -3.37 to +5.57 |" in text
     )
     # One seed has no deviation; a row without a run has nothing.
     assert "| Dense Baseline | 94.00 | 1 of 3 | 1.00x | 1.00x |" in text
@@ -416,7 +416,7 @@ def test_densities_that_a_row_cannot_have(results):
 
 
 def test_rows_that_were_added(results, monkeypatch):
-    """A gin file of one's own is shown, though no table has it."""
+    """A user's gin file is shown, although no table has it."""
     made(results, "my_row", 0.1, 0, 0.9)
     names = [*rows.known(), "my_row"]
     monkeypatch.setattr(rows, "known", lambda: names)
@@ -461,13 +461,14 @@ def test_another_preset_is_not_compared_with_the_report(tmp_path):
 
 def test_what_is_shown(results):
     text = sections.report(reading.read(results)).page.text
-    assert "No run is finished of: table1, table3, table4" in text[-1]
+    told = "Without a finished run: table1, table3, table4, table5"
+    assert told in text[-1]
     shown = sections.report(reading.read(results), ["figure2", "table3"])
     assert [s.anchor for s in shown.page.sections] == ["table3", "figure2"]
     markdown = page.as_markdown(shown.page)
     assert "| RigL 3x | - | - |" in markdown
     assert "bin/reproduce figure2 --preset=full trains them" in markdown
-    with pytest.raises(ValueError, match="is one of methods, table1"):
+    with pytest.raises(ValueError, match="is one of methods, differences"):
         sections.report(reading.read(results), ["table6"])
 
 
@@ -537,7 +538,7 @@ def test_lines_that_are_wrong_in_one_place(results, tmp_path):
             result = good["result"] | {inner: value}
             lines.append(good | {"result": result})
     for at, line in enumerate(lines):
-        # Each a run of its own, as far as it still says which.
+        # Each is a separate run, as far as it still says which.
         if isinstance(line["density"], float):
             line["density"] = (1 + at) / 1_000
         if isinstance(line["folder"], str):
@@ -555,7 +556,7 @@ def test_lines_that_are_wrong_in_one_place(results, tmp_path):
 class Checked(html.parser.HTMLParser):
     """Finds tags that are not closed, and what a page refers to."""
 
-    VOID = {"meta", "img", "br", "link"}
+    VOID = {"meta", "img", "br", "link", "input"}
 
     def __init__(self, text):
         super().__init__()
@@ -589,6 +590,7 @@ def varied(results):
     made(results, "rigl_erk_wrn", 0.057, 0, 0.9, flops=(0.1701, 0.1))
     made(results, "rigl_uniform_2x_wrn", 0.1, 0, 0.91)
     made(results, "rigl_uniform_resnet50", 0.1, 0, 0.7)
+    made(results, "rigl_kernel_erk_wrn", 0.1, 0, 0.89)
     made(results, "dense_50k_wrn", None, 0, 0.95)
     made(
         results,
@@ -715,7 +717,7 @@ def test_planned_flops_are_marked(tmp_path):
     text = page.as_markdown(made_report.page)
     line = next(s for s in text.splitlines() if s.startswith("| Static |"))
     assert "| - | - | (0.13x) | (0.13x) |" in line
-    assert "They are no results" in text
+    assert "They are not results" in text
     # A longer run is planned as the longer one it is.
     longer = (("train.length", 4),)
     made(tmp_path, "set_erk_wrn", 0.1, 0, 0.5, preset="small")
@@ -733,7 +735,7 @@ def test_planned_flops_are_marked(tmp_path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:RigL plans 0 updates")
 def test_flops_are_those_that_the_library_counts(tmp_path):
-    """Of a run that is trained here: result, report.csv and `count`."""
+    """For a run trained here: its result, report.csv and `count` agree."""
     import keras
 
     from rigl_keras.experiments.runs import train_command
@@ -766,7 +768,7 @@ def test_flops_are_those_that_the_library_counts(tmp_path):
 
 
 def test_the_command_says_what_is_wrong(results, tmp_path):
-    """And ends with status 2, without a traceback."""
+    """It ends with status 2, without a traceback."""
     (tmp_path / "file").write_text("")
     command = [sys.executable, "-m", "rigl_keras.experiments.report_command"]
     command += [f"--results_dir={results}", f"--output={tmp_path / 'file'}"]

@@ -1,8 +1,8 @@
 """bin/report on folders that nobody has tidied: always a page, always a note.
 
 A made-up folder of valid runs is damaged in one place at a time, in every
-place, and read again. None of it draws figures, but for those tests that are
-about figures.
+place, and read again. Nothing draws figures, except in the tests that are about
+figures.
 """
 
 import csv
@@ -134,7 +134,7 @@ def test_every_value_of_a_run_may_be_anything(
         for number, path in enumerate(
             places(json.loads((first / file).read_text()))
         ):
-            # Each a run of its own, so that one report shows all of them.
+            # Each is a separate run, so that one report shows all of them.
             density = 0.2 + number / 1_000 + len(file) / 100_000
             new = made(
                 results, "rigl_erk_wrn", density, 1, 0.93, changes=changes
@@ -218,6 +218,8 @@ def test_every_file_of_a_run_may_be_anything(
 def test_no_curve_can_be_drawn(results, tmp_path):
     """Figure 4 says so in place of lines, and its bars are there."""
     curves = ("", "step,inference_flops\n", "step,inference_flops\n0,inf\n")
+    moved = made(results, "rigl_sg_uniform_wrn", 0.1, 0, 0.9)
+    (moved / "run/flops.csv").write_text("")
     for seed, curve in enumerate(curves):
         folder = results / "full" / f"rigl_erk_wrn-density0.1-seed{seed}"
         (folder / "run/flops.csv").write_text(curve)
@@ -226,8 +228,8 @@ def test_no_curve_can_be_drawn(results, tmp_path):
         (folder / "run/flops.csv").write_text(lines)
         assert not reading.read(results).runs[3].curve, bad
     found = reading.read(results)
-    told = "seed0, rigl_erk_wrn-density0.1-seed1 and rigl_erk_wrn-density0.1-"
-    assert told + "seed2 have no flops.csv" in str(found.notes)
+    told = "seed1, rigl_erk_wrn-density0.1-seed2 and rigl_sg_uniform_wrn-"
+    assert told + "density0.1-seed0 have no flops.csv" in str(found.notes)
     figure = redistribution_figures.redistribution(found)
     left = figure.axes[0]
     assert [text.get_text() for text in left.texts] == [
@@ -262,7 +264,7 @@ def test_only_rows_of_no_network(tmp_path):
 
 
 def test_names_that_are_not_utf_8(results, tmp_path, capsys, undrawn):
-    """Of runs and of presets; nor does a terminal obey them."""
+    """Names of runs and presets; terminals do not obey them either."""
     whole = results / "full" / "set_erk_wrn-density0.1-seed0"
     for name in (b"z\xff", b"z\x1b[31m\n# new"):
         os.rename(
@@ -304,20 +306,20 @@ def test_the_proper_folder_counts(results):
 @pytest.mark.parametrize(
     ("result", "said"),
     [
-        ({"seed": 7}, "its seed is 7, and not 1"),
-        ({"settings": {"density": 0.2}}, "its density is 0.2, and not 0.1"),
-        ({"settings": {"density": None}}, "its density is None, and not 0.1"),
+        ({"seed": 7}, "its seed is 7, not 1"),
+        ({"settings": {"density": 0.2}}, "its density is 0.2, not 0.1"),
+        ({"settings": {"density": None}}, "its density is None, not 0.1"),
         (
             {"density": 0.9, "settings": {"density": 1.0}},
-            "its density is 1.0, and not 0.1",
+            "its density is 1.0, not 0.1",
         ),
         (
             {"settings": {"method": {"drop_fraction": 0.3}}},
-            "its drop_fraction is 0.3, and not 0.5",
+            "its drop_fraction is 0.3, not 0.5",
         ),
         (
             {"settings": {"method": {"frequency": 100}}},
-            "its frequency is 100, and not 50",
+            "its frequency is 100, not 50",
         ),
     ],
     ids=str,
@@ -339,7 +341,7 @@ def test_results_of_another_run(results, tmp_path, result, said, undrawn):
 
 
 def test_pruning_ends_at_its_density(results):
-    """Though it is told to begin with all weights."""
+    """Although it should begin with all weights."""
     settings = {"density": 1.0, "method": {}}
     for seed, density in enumerate((0.1, 0.0999, 0.12)):
         result = {"density": density, "settings": settings}
@@ -373,7 +375,7 @@ def test_other_seeds_than_the_reports(results, tmp_path):
     (note,) = found.notes
     assert note.endswith("so that each row should have these.")
     text = page.as_markdown(sections.report(found, ["table4"]).page)
-    assert "that have all seeds 5 and 6; how many" in text
+    assert "tried with all seeds 5 and 6; their number" in text
     assert "| optimum of 1 | 0.4, 200 | 90.00 | 90.00 ± 0.00 | 2 of 2 |" in text
 
 
@@ -418,7 +420,10 @@ def test_nothing_a_run_has_said_is_markdown(results, tmp_path, undrawn):
     made(results, "rigl_erk_wrn", 0.1, 0, 0.9, changes=changes, folder="# x")
     text, _ = written(reading.read(results), tmp_path / "out")
     said = [line for line in text.splitlines() if "evil" in line]
-    assert len(said) == 3
+    (fenced,) = (line for line in said if line.startswith("bin/reproduce"))
+    assert "`" not in fenced  # a command, between lines of these
+    said.remove(fenced)
+    assert len(said) == 4  # among other and every run, and twice at the end
     whole = (
         r"\!\[x\]\(http:\//evil.example\) \<img src=x> \`a\` | b\_c "
         r"\*d\* \& www\.e.f"

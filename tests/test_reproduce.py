@@ -60,10 +60,11 @@ import pytest  # noqa: E402
 import gin  # noqa: E402
 from rigl_keras.experiments import exits  # noqa: E402
 from rigl_keras.experiments.reproduction import (  # noqa: E402
-    costs,  # noqa: E402
+    costs,
     plans,
     progress,
     reproduce,
+    reproduce_command,
     workers,
 )
 from rigl_keras.experiments.reproduction.results import (  # noqa: E402
@@ -87,7 +88,7 @@ def clean_gin():
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Trains with the stand-in, of which some rows may fail."""
+    """Trains with the stand-in. Some rows may fail."""
     failing = set()
     monkeypatch.setattr(
         workers,
@@ -100,7 +101,7 @@ def quick(monkeypatch):
 
 
 class Told(progress.Progress):
-    """Keeps what it is told."""
+    """Keeps the reported events."""
 
     def __init__(self):
         self.events = []
@@ -199,7 +200,7 @@ def skewed(request, monkeypatch):
 
 
 def test_no_failure_is_lost_by_a_clock(tmp_path, skewed):
-    """Nor waited for, by what starts from it."""
+    """Runs that start from a failed one do not wait for it."""
     ticket = plans.Run("lottery_wrn", FULL, 0.1, 0)
     (run, *_) = some_runs()
     runs, results = [ticket.source, ticket, run], Results(tmp_path, "full")
@@ -250,7 +251,7 @@ def test_a_run_waits_for_nobody_who_is_not_there(tmp_path):
 
 
 def test_results_that_cannot_be_read(tmp_path):
-    """By whoever damaged them, or by a disk."""
+    """Damaged by anybody, or by a disk."""
     (run, *_) = some_runs()
     results = Results(tmp_path, "full")
     folder = results.folder(run)
@@ -344,7 +345,7 @@ def test_the_command_is_that_of_bin_train(tmp_path):
 
 @pytest.mark.slow
 def test_killed_and_shared(tmp_path):
-    """Of three processes one is killed with -9: each run is done once."""
+    """One of three processes is killed with -9: each run is done once."""
     results, runs = Results(tmp_path, "full"), some_runs(range(6))
     processes = [
         subprocess.Popen(
@@ -429,18 +430,20 @@ def test_plan_and_progress(tmp_path, quick, monkeypatch, capfd):
 def test_nonsense(fresh):
     """The command ends with what is wrong, and what to do about it."""
     done = fresh(
-        *["-m", "rigl_keras.experiments.reproduction.reproduce"],
+        *["-m", "rigl_keras.experiments.reproduction.reproduce_command"],
         *["table3", "--preset=small"],
     )
     assert done.returncode == 2
     last = [line for line in done.stderr.splitlines() if line][-1]
     assert last.startswith("reproduce: table3 has no row for the preset")
     with pytest.raises(ValueError, match="numbers, such as.*'a 4'"):
-        reproduce._changes(["a 4"])
-    assert reproduce._changes(["train.length = 4"]) == (("train.length", 4),)
+        reproduce_command._changes(["a 4"])
+    assert reproduce_command._changes(["train.length = 4"]) == (
+        ("train.length", 4),
+    )
     for value in ("1e999", "9" * 400, "9" * 5_000, "(" * 5_000, "nan", "[1]"):
         with pytest.raises(ValueError, match="--gin_bindings takes numbers"):
-            reproduce._changes([f"train.length = {value}"])
+            reproduce_command._changes([f"train.length = {value}"])
     with pytest.raises(ValueError, match="data_dir must be an existing folder"):
         reproduce.check_data(some_runs(), data_dir="/nowhere")
     with pytest.raises(ValueError, match="--densities takes.*0.1,much"):

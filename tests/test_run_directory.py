@@ -24,7 +24,7 @@ def names(path):
 
 
 def test_a_second_process_is_refused(tmp_path):
-    """It is as good as another process: its lock is of a file of its own."""
+    """It acts like another process: it opens the lock's file separately."""
     path = tmp_path / "run"
     with begun(path) as first:
         for resume in (True, False):  # also beside one that has not begun

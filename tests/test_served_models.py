@@ -119,7 +119,7 @@ def test_models_of_every_kind(kind):
     case.check_engine()
 
 
-# What changes what it reads is no network, nor is what reads no arrays. Keras
+# Code that changes what it reads, or reads no arrays, is no network. Keras
 # traces no rematerialised layers with `training=`.
 HARD = sorted(
     hard_kinds.KINDS.keys()

@@ -156,8 +156,8 @@ def test_random_networks_have_all_operations():
     )
 
 
-# A network of which each value can be checked by hand, and which goes through
-# what a planner may cut: two convolutions, a sum, and a dense layer.
+# A network whose values can be checked by hand, and which goes through what a
+# planner may cut: two convolutions, a sum, and a dense layer.
 
 
 def a_network(channels=12, size=(9, 17), seed=3):
@@ -216,16 +216,16 @@ def case():
     return network, inputs, evaluate(network, inputs)
 
 
-# Costs that leave a single way to compute a batch: images side by side, each
-# by one thread, and each by all threads. Of a large batch most are computed
-# side by side, whatever the costs.
+# Costs that leave a single way to compute a batch: images side by side, each by
+# one thread, and each by all threads. Of a large batch most are computed side
+# by side, at any cost.
 WAYS = {"groups": "1e-9 1 1", "alone": "1 1e-9 1", "shared": "1 1 1e-9"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("way", WAYS)
 def test_threads_change_no_bit(case, way, kind):
-    """Of one way to compute a batch: neither do other images of the batch."""
+    """With one way to compute a batch, its other images change none either."""
     network, inputs, expected = case
     batches = BATCHES if way == "groups" else (1, 3, 8)
     if way != "groups":
@@ -307,7 +307,7 @@ def in_a_child(call):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes do not fork")
-@pytest.mark.skipif(SANITIZED, reason="its runtime has threads of its own")
+@pytest.mark.skipif(SANITIZED, reason="its runtime has its own threads")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_child_calls_what_its_parent_has_used(case):
     network, inputs, expected = case
@@ -439,7 +439,7 @@ def check_hints(case, hints, threads):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_hints_that_are_nonsense(case, seed):
-    """They change neither answers nor whether there are any."""
+    """They do not change answers, or whether there are any."""
     draw = np.random.default_rng(seed)
     with kind_of_code("") as name:
         with load(case[0]) as engine:
@@ -539,7 +539,7 @@ def test_loading_again_and_again_needs_no_more_memory():
 @pytest.mark.skipif(SANITIZED, reason="it is what runs")
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 def test_under_sanitizers(sanitizer, tmp_path_factory):
-    """These tests again, in a process of their own."""
+    """These tests again, in a separate process."""
     tests = "callers or threads" if sanitizer == "thread" else ""
     common = common_folder(tmp_path_factory)
     variables = sanitized_library(sanitizer, common)

@@ -496,7 +496,7 @@ def test_what_changes_what_it_reads():
 
 
 def test_what_is_cropped_is_of_the_image():
-    """And not of what the other side is padded with, as in the engine."""
+    """Padding of the other side does not count, as in the engine."""
 
     def padded(*numbers):
         node = Node(Operation.PAD, padding=Padding(False, *numbers))

@@ -233,7 +233,7 @@ def test_scaled_and_accumulated():
     ids=str,
 )
 def test_half_precision_keeps_counts(policy, options):
-    """In whichever way it runs, to the same masks but for rounding."""
+    """However it runs, it gives the same masks up to rounding."""
     after = []
     for more in ({}, {**options, "run_eagerly": False}):
         model = in_precision(policy, momentum(), **more)
@@ -250,7 +250,7 @@ def test_half_precision_keeps_counts(policy, options):
 
 
 def test_a_fixed_loss_scale_does_not_reach_the_gradient():
-    """The penalty is taken from a gradient of its own scale."""
+    """The penalty is removed from a gradient with the same scale."""
     after = []
     for scale in (None, 1024.0):
         optimizer = keras.optimizers.SGD(0.0, loss_scale_factor=scale)
@@ -524,7 +524,7 @@ def test_several_outputs_and_losses_reach_growth():
     assert not equal_masks(clean, grown_on(model(None), x, two))
 
 
-# A loop of one's own, in which `update` stands for `optimizer.apply`.
+# A custom loop, where `update` replaces `optimizer.apply`.
 
 
 def by_hand(model, updater, data, *, dense=dense_gradients, values=False):
@@ -1070,13 +1070,13 @@ class TracedByItself(keras.Model):
 
 
 def test_what_is_traced_once_for_both_kinds_of_step_is_refused():
-    """Its gradients would be those of whichever came first."""
+    """Its gradients would be those of the first kind traced."""
     model = TracedByItself()
     x = np.ones((8, 3), np.float32)
     model(x)
     model = sparsify(model, 0.5)
     model.compile("sgd", "mse")
     y = np.ones((8, 4), np.float32)
-    with pytest.raises(ValueError, match="inner is traced only once"):
+    with pytest.raises(ValueError, match="inner are traced only once"):
         model.fit(x, y, batch_size=2, callbacks=[RigL(frequency=2, end_step=9)])
     model.fit(x, y, verbose=0)  # without a method it does no harm

@@ -193,7 +193,7 @@ def test_what_stays_tensorflows(tmp_path):
     assert "network.rigl" in files_of(tmp_path / "e")
     assert report.max_difference < 1e-5
     first, *rest = report.notes
-    assert first.startswith("TensorFlow computes a part of the model, and ")
+    assert first.startswith("TensorFlow computes parts of the model, and ")
     assert f"{found['RiglKerasNetwork']} are networks:" in first
     assert rest
     for note in rest:
@@ -270,7 +270,7 @@ def test_a_batch_size_that_is_fixed(tmp_path, tunes):
     model = rigl_keras.sparsify(model, 0.3)
     report = rigl_keras.export(model, tmp_path / "e", **FORMAT)
     assert tunes == [((4, 12),)]
-    assert list(report.latency) == [4]  # whichever were asked for
+    assert list(report.latency) == [4]  # not the requested ones
 
 
 def test_free_axes_are_not_measured(tmp_path, tunes):
@@ -327,7 +327,7 @@ def test_an_export_and_its_loader(tmp_path):
     report = rigl_keras.export(model, folder, **options)
     assert report.max_difference < 1e-5
     assert (folder / "assets.extra" / "rigl_keras_kernels.so").exists()
-    # Again, over what is there, and nothing of it is foreign.
+    # Again, over the first export, none of which is foreign.
     rigl_keras.export(model, folder, overwrite=True, **options)
     rigl_keras.check_export(folder)
 

@@ -424,7 +424,7 @@ def test_kernels_are_kept_or_removed_whole():
 def test_bad_granularity():
     with pytest.raises(ValueError, match="granularity must be one of"):
         sparsify(small_model(), 0.3, granularity="channel")
-    with pytest.raises(ValueError, match="none of the layers to mask is one"):
+    with pytest.raises(ValueError, match="no layer to mask is a convolution"):
         sparsify(small_mlp(), 0.3, granularity="kernel")
     # The classifier alone holds more than a tenth.
     with pytest.raises(ValueError, match="No densities of the other layers"):
@@ -453,9 +453,9 @@ def test_masks_that_are_given():
 @pytest.mark.parametrize(
     "given, message",
     [
-        ({}, "one mask at least"),
-        ({"hiden": np.ones((4, 3))}, "'hiden', which is no kernel"),
-        ({"norm": np.ones(8)}, "no kernel of this model that can be masked"),
+        ({}, "at least one mask"),
+        ({"hiden": np.ones((4, 3))}, "'hiden', which is not a kernel"),
+        ({"norm": np.ones(8)}, "not a kernel of this model that can be"),
         ({"head": np.ones((3, 4))}, r"shape of its kernel.*shape \(3, 4\)"),
         ({"head": np.full((64, 10), 0.5)}, "zeros and ones only.*0.5"),
         ({"head": np.full((64, 10), np.nan)}, "zeros and ones only.*nan"),
@@ -510,5 +510,5 @@ def test_masks_of_layers_of_one_name():
 
 def test_whole_kernels_are_asked_of_given_masks():
     mask = masks(sparsify(small_model(), 0.2))["conv2"]
-    with pytest.raises(ValueError, match="a part of some kernels"):
+    with pytest.raises(ValueError, match="parts of some kernels"):
         with_masks(small_model(), {"conv2": mask}, granularity="kernel")

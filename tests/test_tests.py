@@ -71,6 +71,7 @@ class Item:
         self.nodeid, self.marks = nodeid, {m.name: m for m in marks}
         case = nodeid.partition("[")[2].removesuffix("]")
         self.callspec = types.SimpleNamespace(id=case)
+        self.stash = pytest.Stash()
 
     def get_closest_marker(self, name):
         return self.marks.get(name)
@@ -106,6 +107,9 @@ def test_slow_tests_are_left_out(every, args, want):
     conftest.pytest_collection_modifyitems(config, items)
     assert [i.nodeid.partition("::")[2] for i in items] == want.split()
     assert len(items) + len(left) == 4
+    # All tests together have graphs rewritten, once for each test.
+    as_traced = [i.stash[conftest.AS_TRACED] for i in items]
+    assert as_traced == ([False] * 3 + [True] if every else [True] * len(items))
 
 
 def test_cases_that_are_not_there_are_refused():

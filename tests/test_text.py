@@ -171,7 +171,7 @@ def test_an_epoch_of_some_windows():
         ),
         (
             lambda: alphabet(60, validation=0).validation(batch_size=1),
-            "none is held out",
+            "none are left",
         ),
         (lambda: alphabet(60).test(batch_size=0), "batch_size must be"),
         (lambda: optimizers.adamw(learning_rate=0.0), "learning_rate must be"),

@@ -198,7 +198,7 @@ def test_a_run_of_updates_may_start_from_masks(pruned, tmp_path):
         ),
         (["train.one_shot = @snip"], "one_shot and masks_from are two"),
         (["train.density = None"], "train.masks_from needs train.density"),
-        (["train.granularity = 'kernel'"], "a part of some kernels"),
+        (["train.granularity = 'kernel'"], "parts of some kernels"),
         (["train.keep_weights = 1"], "keep_weights lists the epochs"),
         (
             ["train.masks_from = None", "train.shuffle_masks = True"],
@@ -328,7 +328,7 @@ def test_training_on_all_examples(tmp_path):
     whole = data.load("digits", validation=0)
     assert len(whole.train_labels) == 1_617  # 1,437 and the 180
     assert whole.steps_per_epoch(64) == 26
-    with pytest.raises(ValueError, match="none is held out"):
+    with pytest.raises(ValueError, match="none are left"):
         whole.validation(batch_size=4)
     result = train_command.run(
         bindings=[*SMALLER, "train.validation = 0"], run_dir=tmp_path / "run"

@@ -214,7 +214,7 @@ def test_which_kernels_there_are(library, monkeypatch):
 
 
 def convolution(rng, length, tile, out, *, last, blocks, step, inputs, **asked):
-    """Returns a random convolution's structure, but for its weights; what
+    """Returns a random convolution's structure without weights; what
     it keeps alive; and a function from [channels, inputs] weights and an
     offset for each input to what it is, [channels, rows, cells, L]."""
     channels, rows, cells = out

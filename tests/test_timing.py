@@ -52,7 +52,7 @@ def test_rounds_fit_into_the_time():
 
 
 class Machine:
-    """Sides that take what is said, by a clock of their own.
+    """Sides that take given times, by a separate clock.
 
     Args:
         seconds: `{name: function of the number of the call, seconds}`.

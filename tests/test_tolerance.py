@@ -108,7 +108,7 @@ def test_one_wrong_weight_does_not(deep, place, monkeypatch, tmp_path):
 
 
 def test_one_wrong_weight_of_a_small_network():
-    """Whichever of its layers has it."""
+    """In each layer it exceeds the tolerance."""
     keras.utils.set_random_seed(0)
     model = rigl_keras.sparsify(rigl_keras.models.lenet5(), 0.1)
     signature = signature_of(model)

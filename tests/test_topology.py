@@ -97,7 +97,7 @@ def test_table(row, mode):
         # One of three leaves: 0.4 x 3 is rounded up to two.
         ([1, 1, 1, 0, 0], [1, 2, 3, 0, 0], [0, 0, 0, 8, 9], 0.4,
          [0, 0, 1, 1, 1], [0, 0, 0, 1, 1]),
-        # A connection that left and joined again starts anew.
+        # A connection that left and joined again starts again.
         ([1, 1, 0, 0], [3, 1, 0, 0], [0, 9, 2, 5], 0.5,
          [1, 1, 0, 0], [0, 1, 0, 0]),
         # The active zero ties with the inactive one before it: of the two
@@ -183,7 +183,7 @@ def test_invariants(case, fraction):
     dropped = mask & ~new
     assert dropped.sum() == grown.sum() <= int(mask.sum() * fraction)
     if dropped.any() and (mask & new).any() and fraction < 1:
-        # Nothing that stayed, but for what rejoined, is worse.
+        # Nothing that stayed is worse, except what rejoined.
         assert drop[dropped].min() >= drop[mask].min()
 
 

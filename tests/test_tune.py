@@ -1,4 +1,4 @@
-"""Searches: as many trials as wanted, whatever is killed.
+"""Searches: as many trials as wanted, even after kills.
 
 This file is a program, too: a server that imports TensorFlow once, runs none
 of it, and makes each search in a fork, which it may kill. Nothing is trained:
@@ -23,7 +23,7 @@ from optuna.storages.journal import JournalFileBackend
 
 from rigl_keras.experiments.reproduction import costs, plans
 from rigl_keras.experiments.reproduction.results import Results
-from rigl_keras.experiments.tuning import search, tables, tune
+from rigl_keras.experiments.tuning import search, tables, tune, tune_command
 from rigl_keras.experiments.tuning.search import Search
 from rigl_keras.experiments.tuning.studies import Study, end_with_a_line
 
@@ -183,7 +183,7 @@ def test_another_seed_tries_others(straight, tmp_path):
 
 
 def test_trained_settings_are_taken(tmp_path):
-    """The reference is the row's own run, whoever has trained it."""
+    """The reference is the row's own run, from any command."""
     found, study, results = begun(
         tmp_path, trials=1, drop_fraction=(0.3, 0.3), frequency=(100, 100, 1)
     )
@@ -344,7 +344,7 @@ def test_a_study_that_cannot_be_written(tmp_path):
     study = study_of(results, searched())
     study.begin()
     (study.path / "journal.log").write_text("nonsense\nnonsense\n")
-    with pytest.raises(ValueError, match="is no journal.*Move"):
+    with pytest.raises(ValueError, match="is not the journal.*Move"):
         study_of(results, searched()).begin()
 
 
@@ -370,7 +370,7 @@ def test_what_is_left_of_a_line_is_cut(tmp_path, text):
     [
         ({"density": 0.0}, r"--density .* \(0, 1\].*Received: .*0.0"),
         ({"density": 1.5}, r"--density .* \(0, 1\].*Received: .*1.5"),
-        ({"seeds": ()}, "--seeds takes one or more.*Received: none"),
+        ({"seeds": ()}, "--seeds takes at least one.*Received: none"),
         ({"seeds": (0, 0)}, "each once.*Received: 0,0"),
         ({"trials": 0}, "--trials must be an int of at least 1"),
         ({"sampler_seed": -1}, "--sampler_seed must be"),
@@ -380,11 +380,11 @@ def test_what_is_left_of_a_line_is_cut(tmp_path, text):
         ({"drop_fraction": (0.1234, 0.5)}, "to three digits"),
         ({"drop_fraction": (float("nan"), 0.5)}, "--drop_fraction takes"),
         ({"frequency": (50, 1000)}, "--frequency takes.*Received: 50,1000"),
-        ({"frequency": (50, 975, 50)}, "some steps above"),
+        ({"frequency": (50, 975, 50)}, "plus a number of steps"),
         ({"frequency": (0, 100, 50)}, "above 0"),
         ({"frequency": (50, 100, 0)}, "--frequency takes"),
-        ({"frequency": (1, 100, 1)}, "less than one step of the preset"),
-        ({"row": "rigl_erk_resnet50"}, r"made for \*_wrn.*--preset=full"),
+        ({"frequency": (1, 100, 1)}, "below one step of the preset"),
+        ({"row": "rigl_erk_resnet50"}, r"is for \*_wrn.*--preset=full"),
     ],
 )
 def test_nonsense(options, says):
@@ -396,7 +396,7 @@ def test_nonsense(options, says):
 def test_without_validation_nothing_can_be_compared(tmp_path):
     path = tmp_path / "own.gin"
     path.write_text("train.validation = 0\n")
-    with pytest.raises(ValueError, match="holds out no examples"):
+    with pytest.raises(ValueError, match="has no validation examples"):
         Search(ROW, plans.Preset(str(path)), 0.1)
 
 
@@ -421,10 +421,10 @@ def test_nonsense_on_the_command_line(arguments, says, monkeypatch, capsys):
             lambda *rest, define=define: define(*rest, flag_values=values),
         )
     monkeypatch.setattr(
-        app, "run", lambda run, argv: run(values(["", *arguments]))
+        app, "run", lambda run, **options: run(values(["", *arguments]))
     )
     with pytest.raises(SystemExit) as exit:
-        tune.main()
+        tune_command.main()
     assert exit.value.code == 2
     said = capsys.readouterr().err
     assert said.startswith("tune: ") and len(said.splitlines()) == 1

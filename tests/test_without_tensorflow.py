@@ -91,7 +91,7 @@ atexit.register(lambda: print("tensorflow" in sys.modules))
     ids=["without", "planned"],
 )
 def test_the_script_does_not_wait_for_tensorflow(options, loaded, tmp_path):
-    """And loads it for --planned, as the Python that it runs does."""
+    """It loads TensorFlow for --planned only."""
     data = f"--results_dir={ROOT / 'docs/results_small/results.jsonl'}"
     done = subprocess.run(
         [sys.executable, "-c", ENDS, data, f"--output={tmp_path}", *options],

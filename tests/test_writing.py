@@ -11,6 +11,7 @@ import threading
 import time
 
 import pytest
+from absl import app
 from support.disk import check_kept
 
 import rigl_keras
@@ -124,7 +125,7 @@ def test_locks(tmp_path):
 
 
 def test_a_lock_is_of_the_file_that_is_there(tmp_path):
-    """Whoever waits for a file that is removed has none of the next one."""
+    """Waiting for a removed file's lock gives no lock on a new file."""
     path = tmp_path / "lock"
     got = []
 
@@ -247,7 +248,7 @@ def test_every_command_ends_so():
     ]
 
 
-class OfData(RuntimeError):
+class OfData(OSError):
     pass
 
 
@@ -259,7 +260,12 @@ class OfData(RuntimeError):
         (ValueError(), 2, "tune: ValueError\n"),
         (OfData("no network"), 2, "tune: no network\n"),
         (exits.FailedError("no kernels"), 1, "tune: no kernels\n"),
-        (KeyboardInterrupt(), 130, "\ntune: goes on\n"),
+        (app.UsageError("pass one"), 2, "tune: pass one\n"),
+        (
+            KeyboardInterrupt(),
+            130,
+            "\ntune: interrupted; go on with: bin/tune 'a b' --on\n",
+        ),
         (
             ValueError("wrong\n  In call to configurable 'x'\nby far"),
             2,
@@ -267,23 +273,16 @@ class OfData(RuntimeError):
         ),
     ],
 )
-def test_what_users_can_mend(error, status, says, capsys):
+def test_what_users_can_mend(error, status, says, capsys, monkeypatch):
     def run(argv):
         raise error
 
+    monkeypatch.setattr(sys, "argv", ["tune_command.py", "a b"])
     with pytest.raises(SystemExit) as end:
-        exits.one_line("tune", run, refusals=(OfData,), interrupted="goes on")(
+        exits.one_line("tune", run, interrupted="go on with", added=["--on"])(
             []
         )
     assert end.value.code == status and capsys.readouterr().err == says
-
-
-def test_ctrl_c_is_raised_where_nothing_is_to_say():
-    def run(argv):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        exits.one_line("train", run)([])
 
 
 def test_a_file_that_outgrows_its_limit(tmp_path):

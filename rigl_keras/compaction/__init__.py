@@ -1,13 +1,13 @@
 """Smaller models that compute the same: folded batch norms, dead units.
 
-`fold_batch_norm` puts batch norms into the layers before them;
-`remove_dead_units` removes the units that sparsity has cut off. Both return a
-plain dense Keras model.
+`fold_batch_norm` folds batch norms into the layers before them;
+`remove_dead_units` removes units that sparsity has cut off. Both return a plain
+dense Keras model.
 
 folding             `fold_batch_norm`
 dead_units          `remove_dead_units`
 channel_rules       what each kind of layer does to single channels
-graphs              a model as a list of calls, and back
+graphs              converts a model to a list of calls, and back
 linear_layers       kinds of layers with a kernel, and copies of other sizes
 """
 

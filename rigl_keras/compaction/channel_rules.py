@@ -1,7 +1,7 @@
 """What each kind of layer does to single channels.
 
-`dead_units` asks the rule of each call which channels are constant, which are
-kept together, and which are needed.
+`dead_units` asks the rule of each call which channels are constant, must stay
+together, and are needed.
 """
 
 import functools
@@ -33,24 +33,24 @@ class Slots(Protocol):
     """Sets of channels that are kept or removed together."""
 
     def new(self, n: int) -> np.ndarray:
-        """Returns the numbers of n channels, each in another set."""
+        """Returns the slots of n channels, each in a new set."""
         ...
 
     def tie(self, one: np.ndarray, other: np.ndarray) -> None:
-        """Joins the sets of channels, one by one."""
+        """Joins the sets of pairs of channels."""
         ...
 
     def pin(self, slots: np.ndarray) -> None:
-        """Has channels stay."""
+        """Makes channels stay."""
         ...
 
 
 class ChannelRule:
     """What a call does to single channels.
 
-    This one is of layers that compute each channel from the same channel of
-    every input. Before any other method, `constants` is called: others use
-    what it has found.
+    This rule is for layers that compute each channel from the same channel of
+    every input. `constants` must be called before the other methods, which use
+    its result.
 
     Args:
         call: A call that `applies`.
@@ -66,14 +66,14 @@ class ChannelRule:
 
     @staticmethod
     def applies(call: Call) -> bool:
-        """Returns whether a call is as the rule expects it."""
+        """Returns whether the rule applies to a call."""
         return len(tensors_in(call.args)) == 1
 
     def constants(self, inputs: list[np.ndarray]) -> np.ndarray:
         """Returns the constant value of each output channel, or NaN.
 
         Args:
-            inputs: The same of each input.
+            inputs: The constants of each input.
         """
         return _evaluated(self.call, inputs)
 
@@ -82,12 +82,12 @@ class ChannelRule:
 
         Args:
             inputs: Slots of the channels of each input.
-            slots: All that there are.
+            slots: The sets of channels.
         """
         return inputs[0]
 
     def needs(self, outputs: np.ndarray) -> list[np.ndarray]:
-        """Returns which channels of each input the needed outputs need.
+        """Returns the channels of each input that needed outputs need.
 
         Args:
             outputs: Whether each output channel is needed.
@@ -113,14 +113,14 @@ class ChannelRule:
 
 
 class _Passing(ChannelRule):
-    """A layer that leaves a constant channel as it is: pooling, dropout."""
+    """A layer that keeps a constant channel: pooling, dropout."""
 
     def constants(self, inputs):
         return inputs[0].copy()
 
 
 class _PassingZero(ChannelRule):
-    """A layer that leaves a channel of zeros as it is: padding with zeros."""
+    """A layer that keeps a channel of zeros: padding with zeros."""
 
     def constants(self, inputs):
         return np.where(inputs[0] == 0, 0.0, np.nan)
@@ -128,7 +128,7 @@ class _PassingZero(ChannelRule):
 
 class _UpSampling(_PassingZero):
     def constants(self, inputs):
-        # Other interpolation is rounded, in float32 whatever the type.
+        # Other interpolations round, in float32 for every type.
         if getattr(self.layer, "interpolation", "nearest") == "nearest":
             return inputs[0].copy()
         return super().constants(inputs)
@@ -143,7 +143,7 @@ class _Activation(ChannelRule):
 
 
 class _Merge(ChannelRule):
-    """Sums and the like of tensors of one number of channels."""
+    """Sums, and similar merges of tensors with equal channels."""
 
     @staticmethod
     def applies(call):
@@ -165,8 +165,8 @@ class _Multiply(_Merge):
         return np.where(self.zero, 0.0, super().constants(inputs))
 
     def needs(self, outputs):
-        # The zero itself must stay one: a channel that nothing needs may
-        # take any value.
+        # The zero must stay zero: a channel that nothing needs may get any
+        # value.
         return [outputs & (~self.zero | (known == 0)) for known in self.known]
 
 
@@ -188,7 +188,7 @@ class _Concatenate(ChannelRule):
 
 
 class _Flatten(ChannelRule):
-    """Positions one after the other, each with all channels."""
+    """All positions in order, each with all channels."""
 
     def constants(self, inputs):
         return np.tile(inputs[0], self._positions(inputs[0]))
@@ -214,7 +214,7 @@ class _BatchNorm(ChannelRule):
         self.zero = np.zeros(inputs[0].size, bool)
         if self.layer.scale:
             self.zero = as_float64(self.layer.gamma) == 0
-        # Whatever comes in, it is multiplied by zero.
+        # Every input is multiplied by zero.
         return super().constants([np.where(self.zero, 0.0, inputs[0])])
 
     def needs(self, outputs):
@@ -237,9 +237,9 @@ class _Linear(ChannelRule):
     """Dense layers and convolutions, act(sum of input x kernel + bias).
 
     Attributes:
-        connected: Whether an input has a connection to an output, (inputs,
-            outputs).
-        response: What a constant input of 1 adds to an output, the same.
+        connected: Bool array (inputs, outputs), True for connections.
+        response: Array (inputs, outputs): what a constant input of 1 adds to an
+            output.
     """
 
     @staticmethod
@@ -249,7 +249,7 @@ class _Linear(ChannelRule):
 
     def __init__(self, call):
         super().__init__(call)
-        # Of any other activation the channels may depend on each other.
+        # In other activations, channels may depend on each other.
         self.is_elementwise = _is_elementwise(self.layer.activation)
         self._read_kernels()
 
@@ -298,7 +298,7 @@ class _Linear(ChannelRule):
         )
 
     def _sees_its_border(self):
-        """Returns whether a constant input counts less at some positions."""
+        """Returns whether a constant input counts less at the border."""
         layer = self.layer
         if type(layer) in TRANSPOSED:
             return True
@@ -321,14 +321,14 @@ class _Linear(ChannelRule):
         return {"kernel": self._inputs_first(kernel)}
 
     def _inputs_first(self, kernel):
-        """Returns a kernel as (..., inputs, outputs), or back from it."""
+        """Returns a kernel as (..., inputs, outputs), or converts it back."""
         if type(self.layer) in TRANSPOSED:
             return np.swapaxes(kernel, -1, -2)
         return kernel
 
 
 class _Depthwise(_Linear):
-    """Several outputs of each channel, which stay or go with it."""
+    """Several outputs for each channel, which stay or go with it."""
 
     def _output_slots(self, inputs, slots):
         return np.repeat(inputs, self.kernel.shape[-1])
@@ -353,7 +353,7 @@ class _Depthwise(_Linear):
 
 
 class _Separable(_Linear):
-    """A depthwise convolution and then one of 1 x 1."""
+    """A depthwise convolution followed by a 1 x 1 convolution."""
 
     def _read_kernels(self):
         self.depthwise = as_float64(self.layer.depthwise_kernel)
@@ -380,7 +380,7 @@ class _Separable(_Linear):
         }
 
 
-# Exact types: what a subclass computes is not known.
+# Exact types: a subclass may compute something else.
 _RULES = {
     **dict.fromkeys((layers.Dense, *CONVOLUTIONS, *TRANSPOSED), _Linear),
     **dict.fromkeys(DEPTHWISE, _Depthwise),
@@ -443,7 +443,7 @@ _RULES = {
 
 @functools.cache
 def _rules():
-    """Returns `_RULES` with those of operations, whose types have no names."""
+    """Returns `_RULES`, and rules of operations, whose types are unnamed."""
     x: Any = keras.Input((1,))
     y: Any = keras.Input((1,))
     functions = ("gelu", "relu", "relu6", "sigmoid", "silu", "tanh")
@@ -461,11 +461,11 @@ def _rules():
 
 
 def rule_of(call: Call, times: Mapping[int, int]) -> ChannelRule | None:
-    """Returns the rule of a call, or None: nothing is known of it.
+    """Returns the rule of a call, or None if nothing is known of it.
 
     Args:
         call: The call.
-        times: How many calls there are of each layer, by its id.
+        times: Number of calls of each layer, by its id.
     """
     layer = call.layer
     rule = _rules().get(type(layer))
@@ -499,9 +499,9 @@ def _is_elementwise(activation):
 
 
 def channel_count(tensor: keras.KerasTensor) -> int | None:
-    """Returns the size of the last axis, or None where it is unknown.
+    """Returns the size of the last axis, or None if it is unknown.
 
-    None, too, where that is the axis of the batch.
+    It is also None if the last axis is the batch.
 
     Args:
         tensor: An input or output of a call.
@@ -510,7 +510,7 @@ def channel_count(tensor: keras.KerasTensor) -> int | None:
 
 
 def _evaluated(call, inputs):
-    """Returns what a layer makes of constant channels, NaN of the others."""
+    """Returns a layer's outputs for constant channels, NaN for others."""
     shape = (1,) * (len(call.outputs.shape) - 1) + (-1,)
     tensors = [
         _tensor(np.where(np.isnan(x), 0.0, x).reshape(shape), call.outputs)

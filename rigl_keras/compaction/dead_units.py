@@ -16,13 +16,13 @@ __all__ = ["Removal", "remove_dead_units"]
 
 @dataclasses.dataclass(frozen=True)
 class Removal:
-    """What `remove_dead_units` did.
+    """The result of `remove_dead_units`.
 
     Attributes:
-        layers: `{name: (units before, units after)}` of the layers with
-            weights that have fewer now.
+        layers: `{name: (units before, units after)}` of layers with weights
+            that lost units.
         parameters_before: Size of all weights of the plain model.
-        parameters_after: That of the returned one.
+        parameters_after: Size of all weights of the returned model.
     """
 
     layers: dict[str, tuple[int, int]]
@@ -42,29 +42,29 @@ class Removal:
 
 
 def remove_dead_units(model: keras.Model) -> tuple[keras.Model, Removal]:
-    """Returns a model without the units that do not matter to its outputs.
+    """Returns a model without the units that do not affect its outputs.
 
-    1. Forward: which channels have one value whatever the inputs are. A unit
-       without incoming connections has act(bias); batch norm, activations,
-       pooling, sums and products pass such constants on. A layer that reads
-       one adds it to its bias, unless it is not 0 and the layer pads with
-       zeros, next to which it is not the same everywhere.
-    2. Backward: which channels matter to an output, by connections that are
-       not zero.
+    1. Forward: find channels that have one value for all inputs. A unit without
+       incoming connections has act(bias); batch norm, activations, pooling,
+       sums and products pass such constants on. A layer adds a constant input
+       to its bias, unless it is not 0 and the layer pads with zeros: then it
+       differs at the border.
+    2. Backward: find channels that affect an output through nonzero
+       connections.
     3. Channels that must go together (the terms of an `Add`, the copies that
        `Flatten` makes of one channel) go if none of them matters. Inputs,
-       outputs and what unknown layers read or return stay. A layer of which
-       nothing would be left keeps one unit.
+       outputs and what unknown layers read or return stay. A layer always keeps
+       at least one unit.
 
     Args:
-        model: A built Sequential or Functional model, masked or not. It is
-            left as it is.
+        model: A built Sequential or Functional model, masked or not. It is not
+            changed.
 
     Returns:
-        `(model, Removal)`: a plain Functional model, models in it opened, of
-        the same outputs up to rounding; and what went. Kernels hold zeros
-        also where a unit that stays has lost its meaning. Where inputs have
-        gone, groups of 2:4 are others than the masks had.
+        `(model, Removal)`: a plain Functional model, without models inside it,
+        with the same outputs up to rounding. Kernels are also zero for units
+        that stay without effect. If inputs are removed, groups of 2:4 differ
+        from those of the masks.
 
     Raises:
         ValueError: The model is subclassed or not built.
@@ -131,10 +131,10 @@ class _UnionFind(Slots):
 
 
 class _Channels:
-    """What is known of each channel of each tensor of a graph.
+    """The state of each channel of each tensor of a graph.
 
-    Channels are the last axis. A tensor without one, or of unknown size, is
-    read and written by unknown layers only.
+    Channels are the last axis. Only unknown layers read or write a tensor
+    without channels or with an unknown number of them.
     """
 
     def __init__(self, graph):
@@ -154,11 +154,11 @@ class _Channels:
         self._decide()
 
     def kept(self, tensor):
-        """Returns which channels of a tensor stay."""
+        """Returns the channels of a tensor that stay."""
         return self._stays[self._slots.roots(self._of[id(tensor)])]
 
     def layers(self):
-        """Returns `{id of a layer: the one that takes its place}`."""
+        """Returns `{id of a layer: its replacement}`."""
         return {
             id(call.layer): rule.remade(
                 [self.kept(t) for t in rule.inputs],
@@ -211,7 +211,7 @@ class _Channels:
         self._stays[self._slots.pinned] = True
         for tensor, slots in self._of.items():
             self._stays[self._slots.roots(slots[self._needs[tensor]])] = True
-        # No layer has zero units. What stays only grows: once is enough.
+        # No layer may have zero units. The kept set only grows: once is enough.
         for slots in self._of.values():
             roots = self._slots.roots(slots)
             if not self._stays[roots].any():

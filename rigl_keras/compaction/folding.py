@@ -24,11 +24,11 @@ __all__ = ["Folding", "fold_batch_norm"]
 
 @dataclasses.dataclass(frozen=True)
 class Folding:
-    """What `fold_batch_norm` did.
+    """The result of `fold_batch_norm`.
 
     Attributes:
-        folded: `{batch norm: the layer that does its work now}`, names.
-        kept: `{batch norm: why it is still there}`.
+        folded: `{name of a batch norm: name of the layer that includes it}`.
+        kept: `{name of a batch norm: why it was not folded}`.
     """
 
     folded: dict[str, str]
@@ -47,24 +47,24 @@ class Folding:
 def fold_batch_norm(model: keras.Model) -> tuple[keras.Model, Folding]:
     """Returns a model whose batch norms are part of the layers before them.
 
-    Of a batch norm that alone reads a linear layer without activation:
+    If only a batch norm reads a linear layer without activation:
 
     1. scale = gamma / sqrt(moving variance + epsilon), one for each unit
     2. kernel <- kernel x scale
     3. bias <- (bias - moving mean) x scale + beta
 
-    computed in float64, and the batch norm is gone. Jacob et al., 2018,
-    arXiv:1712.05877, section 3.2. Zeros of the kernel stay zero. The result
-    is for inference: it does not follow the statistics of further batches.
+    This is computed in float64, and the batch norm is removed. Jacob et al.,
+    2018, arXiv:1712.05877, section 3.2. Zeros of the kernel stay zero. The
+    result is for inference: it does not learn the statistics of new batches.
 
     Args:
-        model: A built Sequential or Functional model, masked or not. It is
-            left as it is.
+        model: A built Sequential or Functional model, masked or not. It is not
+            changed.
 
     Returns:
-        `(model, Folding)`: a plain Functional model, models in it opened, of
-        the same outputs up to rounding; and what was folded, and what not
-        and why.
+        `(model, Folding)`: a plain Functional model, without models inside it,
+        with the same outputs up to rounding; and what was folded or kept, with
+        reasons.
 
     Raises:
         ValueError: The model is subclassed or not built.
@@ -113,7 +113,7 @@ def _why_not_folded(call, before, times, readers):
     if type(layer) not in LINEAR:
         return f"it follows {layer.name!r}, {_kind(layer)}"
     if type(norm) is not layers.BatchNormalization:
-        return f"it is {_kind(norm)}, which may compute otherwise"
+        return f"it is {_kind(norm)}, which may compute something else"
     if times[id(norm)] > 1:
         return f"it is called {times[id(norm)]} times"
     if times[id(layer)] > 1:
@@ -144,7 +144,7 @@ def _kind(layer):
 
 
 def _scaled(call, norm):
-    """Returns a linear layer that does the work of a batch norm as well."""
+    """Returns a linear layer that includes a batch norm."""
     layer = call.layer
     scale = 1 / np.sqrt(as_float64(norm.moving_variance) + norm.epsilon)
     if norm.scale:

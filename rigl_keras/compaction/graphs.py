@@ -1,7 +1,7 @@
-"""A Sequential or Functional model as a flat list of layer calls, and back.
+"""Converts a Sequential or Functional model to a list of calls, and back.
 
-Models within a model are opened: what is left is one list, in the order in
-which the layers are called. Replaying it with other layers is a new model.
+Models within a model are opened: the result is one list, in the order of the
+calls. Replaying it with other layers makes a new model.
 """
 
 import dataclasses
@@ -36,9 +36,9 @@ class Call:
 
     Attributes:
         layer: The layer, or a Keras operation such as the `+` of two tensors.
-        args: What it is called on, KerasTensors in any structure.
-        kwargs: The same by name.
-        outputs: KerasTensors, in the structure in which it returns them.
+        args: Positional arguments, KerasTensors in any structure.
+        kwargs: Keyword arguments, likewise.
+        outputs: KerasTensors, in the structure that the layer returns.
     """
 
     layer: Any
@@ -48,7 +48,7 @@ class Call:
 
     @property
     def passes_inputs_only(self) -> bool:
-        """Whether nothing but inputs is passed: it is as in inference."""
+        """Whether only inputs are passed, as at inference."""
         return all(
             value is None or (name == "training" and value is False)
             for name, value in self.kwargs.items()
@@ -60,9 +60,9 @@ class Graph:
     """A model as a list of calls.
 
     Attributes:
-        inputs: KerasTensors, in the structure in which the model takes them.
-        outputs: KerasTensors, in the structure in which it returns them.
-        calls: `Call`s, each after those whose outputs it reads.
+        inputs: KerasTensors, in the structure that the model takes.
+        outputs: KerasTensors, in the structure that it returns.
+        calls: `Call`s, each after the calls whose outputs it reads.
         name: Name of the model.
     """
 
@@ -97,23 +97,23 @@ def plain_copy(model: keras.Model) -> keras.Model:
 
 
 def unmasked_copy(model: keras.Model) -> keras.Model:
-    """Returns a model without masks, of any kind; the given one keeps them.
+    """Returns a copy of a model of any kind, without masks.
 
     Args:
         model: A built model, masked or not.
 
     Returns:
-        A `plain_copy`, or of a subclassed model what Keras saves and loads; a
-        subclassed model without masks itself.
+        A `plain_copy`. For a subclassed model with masks, what Keras saves and
+        loads; a subclassed model without masks is returned itself.
 
     Raises:
         ValueError: Keras cannot copy the subclassed model.
     """
     if is_graph(model):
-        return plain_copy(model)  # and without an optimizer
+        return plain_copy(model)  # without an optimizer
     if not masked_layers(model):
         return model
-    # Stripping would change a subclassed model in place: a copy is stripped.
+    # A copy is stripped: this would change a subclassed model in place.
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "model.keras"
         model.save(path)
@@ -132,18 +132,17 @@ def unmasked_copy(model: keras.Model) -> keras.Model:
 
 
 def trace(model: keras.Model) -> Graph:
-    """Returns the calls of a model's layers, those of models in it included.
+    """Returns the calls of a model's layers, inner models included.
 
-    A model within it stays one call where it is more than its graph: it is
-    called with arguments besides its inputs, or converts the type or the rank
-    of these.
+    An inner model stays one call if it is more than its graph: if it is called
+    with arguments besides its inputs, or converts their type or rank.
 
     Args:
         model: A built Sequential or Functional model, masked or not.
 
     Returns:
-        A `Graph` of a plain copy (`plain_copy`), the names of its layers
-        unique: of two layers of one name in two models the later is renamed.
+        A `Graph` of a plain copy (`plain_copy`), with unique names of layers:
+        if two models have layers of one name, the later layer is renamed.
 
     Raises:
         ValueError: As in `plain_copy`.
@@ -155,7 +154,7 @@ def trace(model: keras.Model) -> Graph:
     >>> [call.layer.name for call in trace(model).calls]
     ['dense', 're_lu']
     """
-    # A copy of a Sequential model names its input otherwise.
+    # A copy of a Sequential model gives its input another name.
     return _trace(plain_copy(model), input_structure(model))
 
 
@@ -166,15 +165,14 @@ def rebuild(
 
     Args:
         graph: What `trace` returned.
-        replacement: `replacement(layer) -> layer` is called instead of it:
-            another one, the same, or None, which passes on the first
-            argument. Replacements of the same names are for the caller to
-            choose. Default: every layer stays.
+        replacement: `replacement(layer) -> layer` returns the layer to call:
+            another one, the same, or None to pass on the first argument. Names
+            must stay unique. Default: every layer stays.
 
     Returns:
         A Functional model, not compiled, that shares nothing with the graph.
-        Its inputs and outputs have the names and structures of those of the
-        model that was traced.
+        Its inputs and outputs have the names and structures of the traced
+        model.
     """
 
     def call(layer, *args, **kwargs):
@@ -183,7 +181,7 @@ def rebuild(
 
     inputs = _new_inputs(graph.inputs)
     outputs = _replay(graph, keras.tree.flatten(inputs), call)
-    # The layers have been called before: only copies of them know one graph.
+    # The layers were called before: only new copies belong to one graph.
     return plain_copy(keras.Model(inputs, outputs, name=graph.name))
 
 
@@ -219,7 +217,7 @@ def _check_graph(model):
 
 
 def _is_its_graph(model):
-    """Returns whether the class keeps Keras's `call`, as a copy would."""
+    """Returns whether the class keeps Keras's `call`, as copies do."""
     owner = next(k for k in type(model).__mro__ if "call" in vars(k))
     return owner.__module__.startswith("keras.")
 
@@ -277,7 +275,7 @@ def _can_be_opened(layer, args, kwargs):
 
 
 def _name_apart(layer, named):
-    """Renames a layer that has the name of another; `named` says whose."""
+    """Renames a layer with a name in `named`, `{name: layer}`."""
     name, n = layer.name, 0
     while named.setdefault(name, layer) is not layer:
         n += 1
@@ -286,7 +284,7 @@ def _name_apart(layer, named):
 
 
 def _replay(graph, inputs, call):
-    """Returns the outputs of a graph on other inputs."""
+    """Returns the outputs of a graph for new inputs."""
     old = keras.tree.flatten(graph.inputs)
     now = {id(t): new for t, new in zip(old, inputs, strict=True)}
 

@@ -1,4 +1,4 @@
-"""Dense layers and convolutions: their kinds, and copies of other sizes."""
+"""Dense layers and convolutions: their kinds, and resized copies."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,7 +20,7 @@ __all__ = [
     "resized_copy",
 ]
 
-# Keras's own classes. What a subclass computes is not known.
+# Keras's classes only: a subclass may compute something else.
 CONVOLUTIONS = (layers.Conv1D, layers.Conv2D, layers.Conv3D)
 TRANSPOSED = (
     layers.Conv1DTranspose,
@@ -39,7 +39,7 @@ LINEAR = (
 
 
 def is_channels_last(layer: Any) -> bool:
-    """Returns whether the last axis is that of the channels.
+    """Returns whether channels are the last axis.
 
     Args:
         layer: A layer or a Keras operation, with or without a `data_format`.
@@ -67,11 +67,11 @@ def as_float64(tensor: Any) -> np.ndarray:
 def copy_with(
     layer: keras.layers.Layer, **changes: object
 ) -> keras.layers.Layer:
-    """Returns a new layer, not built.
+    """Returns a layer with a changed config, not built.
 
     Args:
         layer: The layer.
-        changes: Entries of its config that are to be others.
+        changes: New values for entries of its config.
     """
     return type(layer).from_config({**layer.get_config(), **changes})
 
@@ -82,13 +82,13 @@ def resized_copy(
     weights: Mapping[str, np.ndarray],
     **changes: object,
 ) -> keras.layers.Layer:
-    """Returns a copy of a layer with other weights, built.
+    """Returns a built copy of a layer with other weights.
 
     Args:
         layer: The layer.
-        input_shape: Shape of what the copy is called on.
-        weights: Values by the names of the layer's attributes.
-        changes: Entries of its config that are to be others.
+        input_shape: Shape of the copy's input.
+        weights: Values, by the names of the layer's attributes.
+        changes: New values for entries of its config.
     """
     new = copy_with(layer, **changes)
     new.build(input_shape)

@@ -1,7 +1,7 @@
-"""What became of the topology: how masks moved, and how far they explored.
+"""Records how masks move in training, and how far they explore.
 
 The measures are functions of masks, `{layer: array of zeros and ones}`.
-`TopologyDiagnostics` takes them beside training, `figures` draws them.
+`TopologyDiagnostics` takes them during training, `figures` draws them.
 """
 
 import io
@@ -15,7 +15,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from rigl_keras import _files
+from rigl_keras import _extras, _files
 from rigl_keras.diagnostics.events import forget_events
 from rigl_keras.diagnostics.measures import explored, measure
 from rigl_keras.diagnostics.plots import figures
@@ -23,7 +23,6 @@ from rigl_keras.diagnostics.table import (
     ALL,
     COLUMNS,
     as_csv,
-    check_installed,
     read_rows,
 )
 from rigl_keras.flops.counting import count
@@ -33,9 +32,9 @@ from rigl_keras.training.train_function import installed_update
 
 __all__ = ["TopologyDiagnostics"]
 
-_WORD = 32  # bits: workers share int32 variables, and no bytes
-_PREFIX = "topology/"  # of TensorBoard's tags
-# For TensorBoard; the others are constant.
+_WORD = 32  # bits: workers can share int32 variables, but not bytes
+_PREFIX = "topology/"  # prefix of TensorBoard's tags
+# Columns for TensorBoard; the others are constant.
 _SCALARS = tuple(
     column
     for column in COLUMNS
@@ -46,41 +45,41 @@ _SCALARS = tuple(
 class TopologyDiagnostics(keras.callbacks.Callback):
     """Records how a model's masks move as it trains.
 
-    Rows are taken at the start and after each update of the mask update that
-    trains the model, whichever comes first among the callbacks; without one,
-    at the start only. Masks are read from the device then, not at other
-    steps. Of several updates within one execution (`steps_per_execution`) the
-    last is seen, and the others count with it.
+    A row is recorded at the start and after each update of the method that
+    trains the model, in any order of the callbacks; without a method, at the
+    start only. Masks are read from the device at these steps only. If one
+    execution (`steps_per_execution`) has several updates, the row is that of
+    the last, and includes the earlier ones.
 
-    Logs, at the end of an epoch, of all layers together: `ever_active` and,
-    of the last update, `churn`.
+    At the end of an epoch it logs, for all layers together, `ever_active` and
+    the `churn` of the last update.
 
-    A run resumes exactly where `variables` are in its checkpoint, or where
-    `log_dir` was last written at the step from which it resumes. Otherwise
-    exploration is counted from there, with a warning.
+    A run resumes exactly if `variables` are in its checkpoint, or if `log_dir`
+    was last written at the step from which it resumes. Otherwise exploration is
+    counted from that step, with a warning.
 
     Args:
-        log_dir: Folder for the record. None: it is kept in memory alone.
+        log_dir: Folder for the record. None: it is kept in memory only.
             `topology.csv` has a row for each update and layer (`COLUMNS`),
-            written at the end of each epoch, and `topology.npz` what a
-            resumed run needs. TensorBoard's `events.*` hold the same as
+            written at the end of each epoch, and `topology.npz` the state for a
+            resumed run. TensorBoard's `events.*` hold the same as
             `topology/<column>/<layer>`, and `*.png` are `figures`, drawn when
-            training ends if `draw`. A resumed run continues these files; one
+            training ends if `draw`. A resumed run continues these files; a run
             that begins at step 0 replaces them.
         draw: Whether figures are drawn when training ends, which takes
             seconds.
 
     Attributes:
-        rows: The rows, dicts with the keys `COLUMNS`; those of the layer
-            `"all"` hold the losses of an update's batch where the method
-            keeps them (`update_losses`).
+        rows: The rows, dicts with the keys `COLUMNS`. Rows of the layer `"all"`
+            hold the losses of an update's batch if the method keeps them
+            (`update_losses`).
 
     Raises:
         ImportError: `log_dir` is given and matplotlib or tensorboard is
             missing.
         ValueError: The model has no masked layer, or one named `"all"`.
-        UserWarning: A run that resumes is counted from there, or the FLOPs of
-            the model cannot be counted.
+        UserWarning: A resumed run is counted from its first step, or the FLOPs
+            of the model cannot be counted.
 
     Example:
 
@@ -93,7 +92,11 @@ class TopologyDiagnostics(keras.callbacks.Callback):
     ):
         super().__init__()
         if log_dir is not None:
-            check_installed("tensorboard", *(["matplotlib"] if draw else []))
+            _extras.check_installed(
+                "The record of topology",
+                *("tensorboard", *(["matplotlib"] if draw else [])),
+                instead="Or pass log_dir=None to keep it in memory alone.",
+            )
         self.draw = draw
         self.log_dir = None if log_dir is None else Path(log_dir)
         self.rows: list[dict] = []
@@ -101,7 +104,7 @@ class TopologyDiagnostics(keras.callbacks.Callback):
         self._method: Any = None  # the `StepUpdate` that changes the masks
 
     def set_model(self, model: keras.Model) -> None:
-        """Makes room for the masks of a model. `fit` calls it too.
+        """Creates the state for the masks of a model. `fit` calls it too.
 
         Args:
             model: A built model with masked layers.
@@ -133,18 +136,18 @@ class TopologyDiagnostics(keras.callbacks.Callback):
 
     @property
     def variables(self) -> list[tf.Variable]:
-        """What a checkpoint saves for a run to resume exactly.
+        """The state for a checkpoint, so that a run resumes exactly.
 
-        The step, and of each connection a bit whether it was there at the
-        start and one whether it was ever.
+        It has the step and two bits for each connection: whether it was active
+        at the start, and ever.
 
         Raises:
             ValueError: There is no model yet: call `set_model`.
         """
         if not self._layers:
             raise ValueError(
-                "What TopologyDiagnostics must remember depends on the model: "
-                "call set_model(model) before its variables are saved."
+                "The variables of TopologyDiagnostics depend on the model: "
+                "call set_model(model) before they are saved."
             )
         return [self._step, self._initial_bits, self._ever_bits]
 
@@ -155,14 +158,14 @@ class TopologyDiagnostics(keras.callbacks.Callback):
         self._writer = None
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
-        # Not when training begins: the mask update may be set up after this
-        # callback, and a checkpoint restored.
+        # Not when training begins: the method may be set up after this
+        # callback, and a checkpoint restored later.
         if not self._begun:
             self._begin()
             self._begun = True
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        # Keras has waited for the device already, to show its logs.
+        # Keras has already waited for the device, to show its logs.
         end = self._iterations()
         last = self._last_update(int(self._step.numpy()), end)
         if last is not None:
@@ -189,7 +192,7 @@ class TopologyDiagnostics(keras.callbacks.Callback):
 
     @property
     def _csv(self) -> Path:
-        """The table, where there is a folder for it."""
+        """The path of the table, if there is a folder."""
         return cast(Path, self.log_dir) / "topology.csv"
 
     def _iterations(self):
@@ -202,17 +205,17 @@ class TopologyDiagnostics(keras.callbacks.Callback):
         return {name: m.mask.numpy() > 0 for name, m in self._layers.items()}
 
     def _last_update(self, begin, end):
-        """Returns the last of the steps at which masks changed, or None."""
+        """Returns the last step at which masks changed, or None."""
         if self._method is None:
             return None
         return self._method.last_update(begin, end)
 
     def _begin(self):
-        """Finds the mask update, and what of the record is still true."""
+        """Finds the mask update, and the part of the record that continues."""
         model = cast(keras.Model, self.model)
         self._method = installed_update(model)
         if self._method is not None:
-            # In time: the training step is traced at its first batch.
+            # Early enough: the training step is traced at its first batch.
             self._method.watch_loss = True
         step = self._iterations()
         try:
@@ -227,7 +230,7 @@ class TopologyDiagnostics(keras.callbacks.Callback):
         if step and state is None:
             warnings.warn(
                 f"TopologyDiagnostics begins at step {step} without a record "
-                "that ends there: ever_active and overlap are counted anew, "
+                "that ends there: ever_active and overlap are counted again, "
                 f"from step {step} on. Save its `variables` in the checkpoint, "
                 "or resume with the log_dir, at the end of an epoch.",
                 stacklevel=2,
@@ -278,7 +281,7 @@ class TopologyDiagnostics(keras.callbacks.Callback):
         )
 
     def _take_losses(self):
-        """Adds the losses of updates, which the method fetches now and then."""
+        """Adds the losses of updates that the method has fetched."""
         losses = {
             step: {"loss_before": before, "loss_after": after}
             for step, before, after in getattr(
@@ -325,7 +328,7 @@ class TopologyDiagnostics(keras.callbacks.Callback):
                             step=row["step"],
                         )
 
-    # What a resumed run needs.
+    # The state of a resumed run.
 
     def _signature(self):
         return [f"{name} {m.mask.shape}" for name, m in self._layers.items()]
@@ -356,13 +359,13 @@ class TopologyDiagnostics(keras.callbacks.Callback):
 
 
 def _packed(masks):
-    """Returns all masks as one vector of bits, 32 to an int."""
+    """Returns all masks as one vector of bits, 32 in each int."""
     bits = np.concatenate([m.ravel() for m in masks.values()])
     return np.packbits(np.pad(bits, (0, -bits.size % _WORD))).view(np.int32)
 
 
 def _unpacked(packed, like):
-    """Returns the masks of which `_packed` made a vector."""
+    """Returns the masks in a vector made by `_packed`."""
     bits = np.unpackbits(packed.view(np.uint8)).astype(bool)
     ends = np.cumsum([mask.size for mask in like.values()])
     return {

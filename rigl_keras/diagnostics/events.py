@@ -1,4 +1,4 @@
-"""TensorBoard's event files, of runs that are resumed."""
+"""TensorBoard's event files in resumed runs."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ __all__ = ["event_files", "forget_events"]
 
 
 def event_files(folder: str | os.PathLike) -> list[Path]:
-    """Returns the event files of a folder, not of folders in it."""
+    """Returns the event files directly in a folder."""
     return sorted(Path(folder).glob("events.out.tfevents.*"))
 
 
@@ -20,17 +20,16 @@ def forget_events(
 ) -> None:
     """Removes the events that a resumed run will write again.
 
-    A process that is killed leaves events beyond the checkpoint from which
-    its run continues, and TensorBoard would show their steps twice.
+    A killed process leaves events beyond the checkpoint from which its run
+    continues, and TensorBoard would show their steps twice.
 
     Args:
-        folder: Folder of the event files, none of which is being written.
-        first_step: Events of this step and later ones go.
-        prefix: How all tags of the run begin. A file with another tag is not
-            the run's, and left as it is.
+        folder: Folder of the event files. None of them may be open for writing.
+        first_step: Removes events of this step and later ones.
+        prefix: Prefix of all tags of the run. Files with other tags are not
+            from the run, and are not changed.
     """
-    # Made even where nothing is written: a process that was killed here has
-    # left one, and this clears it.
+    # Also created if nothing is written: it removes what a killed process left.
     with _files.unfinished_folder(folder) as unfinished:
         for path in event_files(folder):
             events = [
@@ -41,8 +40,8 @@ def forget_events(
             own = all(tag.startswith(prefix) for tag in tags)
             if not own or len(kept) == len(events):
                 continue
-            # By another name until it is whole, which TensorBoard does not
-            # read.
+            # TensorBoard does not read this name. The file is renamed when
+            # whole.
             file = unfinished / "events.unfinished"
             with tf.io.TFRecordWriter(str(file)) as writer:
                 for record in kept:
@@ -51,8 +50,8 @@ def forget_events(
 
 
 def _records(path):
-    """Yields what is whole in a file of events."""
-    # Much faster than TFRecordDataset, and silent where a file was cut short.
+    """Yields the complete records of a file of events."""
+    # Much faster than TFRecordDataset, and silent about a truncated file.
     from tensorboard.backend.event_processing import event_file_loader
 
     yield from event_file_loader.RawEventFileLoader(str(path)).Load()

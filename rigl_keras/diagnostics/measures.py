@@ -26,14 +26,14 @@ Axes = int | Sequence[int]
 
 
 def densities(masks: Masks) -> dict[str, float]:
-    """Returns the fraction of its connections that each layer keeps.
+    """Returns the density of each layer.
 
     Args:
         masks: `{layer: array of zeros and ones}`.
 
     Returns:
-        `{layer: density}`, and under `"all"` that of all layers together, of
-        which each weighs as much as it has entries.
+        `{layer: density}`, and under `"all"` the density of all layers
+        together, weighted by their sizes.
 
     Raises:
         ValueError: A layer is named `"all"`.
@@ -51,19 +51,18 @@ def densities(masks: Masks) -> dict[str, float]:
 def churn(old: Masks, new: Masks) -> dict[str, float]:
     """Returns the share of each layer's connections that were replaced.
 
-    |new and not old| / |old|: what joined, over what there was. It exceeds 1
-    where density moves into a layer that then more than doubles, and is 0
-    for a layer that had no connection.
+    It is |new and not old| / |old|. It exceeds 1 if density moves into a layer
+    that more than doubles, and is 0 for a layer without connections.
 
     Args:
         old: Masks before an update.
-        new: Masks after it, of the same layers and shapes.
+        new: Masks after it, with the same layers and shapes.
 
     Returns:
-        `{layer: share}`, and under `"all"` that of all layers together.
+        `{layer: share}`, and under `"all"` the share in all layers together.
 
     Raises:
-        ValueError: The masks are of other layers or shapes, or a layer is
+        ValueError: The masks have different layers or shapes, or a layer is
             named `"all"`.
 
     Example:
@@ -77,9 +76,9 @@ def churn(old: Masks, new: Masks) -> dict[str, float]:
 
 
 def overlap(initial: Masks, masks: Masks) -> dict[str, float]:
-    """Returns the share of the initial connections that are active now.
+    """Returns the share of initial connections that are now active.
 
-    |initial and now| / |initial|. 1 for a layer that had no connection.
+    It is |initial and now| / |initial|, and 1 for a layer without any.
 
     Args, Returns, Raises: as in `churn`.
 
@@ -94,14 +93,14 @@ def overlap(initial: Masks, masks: Masks) -> dict[str, float]:
 
 
 def explored(*history: Masks) -> dict[str, np.ndarray]:
-    """Returns the connections that any of several masks has, as bools.
+    """Returns the connections that at least one of several masks has.
 
     Args:
-        history: Masks, one at least, of the same layers and shapes.
+        history: At least one dict of masks, with the same layers and shapes.
 
     Returns:
-        `{layer: bool array}`, which is a mask of its own: more masks may be
-        joined to it later.
+        `{layer: bool array}`. It is itself a mask, and more masks can be joined
+        to it later.
     """
     alike = _alike(*history)
     return {
@@ -111,16 +110,16 @@ def explored(*history: Masks) -> dict[str, np.ndarray]:
 
 
 def ever_active(*history: Masks) -> dict[str, float]:
-    """Returns the share of all connections that have ever been active.
+    """Returns the share of connections that were ever active.
 
-    R_s, the in-time over-parameterisation rate of Liu et al., 2021, Do we
-    actually need dense over-parameterization?, arXiv:2102.02887, section 2:
-    connections explored so far over connections of the dense model.
+    It is R_s, the in-time over-parameterisation rate: connections explored so
+    far over connections of the dense model. Liu et al., 2021, Do we actually
+    need dense over-parameterization?, arXiv:2102.02887, section 2.
 
     Args, Raises: as in `explored`, and a layer may not be named `"all"`.
 
     Returns:
-        `{layer: share}`, and under `"all"` that of all layers together.
+        `{layer: share}`, and under `"all"` the share in all layers together.
 
     Example:
 
@@ -135,17 +134,17 @@ def dead_units(
 ) -> tuple[int, int]:
     """Returns how many units of a kernel are cut off.
 
-    An output without an incoming connection computes its bias alone; an input
-    without an outgoing one is not read by this kernel. A convolution's units
-    are its channels.
+    An output without incoming connections computes its bias only. An input
+    without outgoing connections is not read by this kernel. The units of a
+    convolution are its channels.
 
     Args:
-        mask: Array of zeros and ones, of two axes at least unless both kinds
+        mask: Array of zeros and ones, with at least two axes unless both kinds
             of axes are given.
-        input_axes: The axis, or axes, that count input units. By default as in
-            the kernel of a Dense or Conv layer.
-        output_axes: The same of output units. An axis may be of both, as the
-            channels of a depthwise convolution are.
+        input_axes: The axis or axes of input units. By default as in the kernel
+            of a Dense or Conv layer.
+        output_axes: Likewise for output units. An axis may be in both, such as
+            the channels of a depthwise convolution.
 
     Returns:
         `(no_incoming, no_outgoing)`: outputs, then inputs.
@@ -176,7 +175,7 @@ def measure(
     cost: Count | None = None,
     axes: Mapping[str, tuple[Axes, Axes]] | None = None,
 ) -> list[dict]:
-    """Returns what a table says of one update: a row for each layer, and all.
+    """Returns the rows of a table for one update: each layer, and all.
 
     Args:
         step: The optimizer step of the update.
@@ -184,17 +183,17 @@ def measure(
         before: The masks before it.
         initial: The masks at the start.
         ever: The connections that were ever active, these masks included.
-        cost: The `flops.count` of the model. None: FLOPs are left open.
+        cost: The `flops.count` of the model. None: no FLOPs.
         axes: `{layer: (input axes, output axes)}` of kernels whose last two
             axes are not their inputs and outputs.
 
     Returns:
-        Dicts with the keys `COLUMNS`, the last of the layer `"all"`, whose
-        FLOPs are those of the whole model and whose other values are of all
-        masked layers together. What is not known is None.
+        Dicts with the keys `COLUMNS`. The last is for the layer `"all"`: its
+        FLOPs are those of the whole model, its other values those of all masked
+        layers together. Unknown values are None.
 
     Raises:
-        ValueError: The masks are of other layers or shapes, or a layer is
+        ValueError: The masks have different layers or shapes, or a layer is
             named `"all"`.
     """
     masks, before = _alike(masks, before)
@@ -233,7 +232,7 @@ def measure(
 
 
 def _alike(*tables):
-    """Returns tables of masks as bools, if they are of the same layers."""
+    """Returns dicts of masks as bools, if they have the same layers."""
     arrays = [
         {name: _as_bool(mask) for name, mask in table.items()}
         for table in tables
@@ -242,12 +241,12 @@ def _alike(*tables):
     for other in shapes[1:]:
         if other != shapes[0]:
             raise ValueError(
-                "Masks are compared layer by layer and must be of the same "
+                "Masks are compared layer by layer and must have the same "
                 f"layers and shapes. Received: {shapes[0]} and {other}."
             )
     if ALL in shapes[0]:
         raise ValueError(
-            f"{ALL!r} stands for all layers together, and a layer has that "
+            f"{ALL!r} stands for all layers together, but a layer has that "
             "name: rename the layer."
         )
     return arrays

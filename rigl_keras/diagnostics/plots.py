@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rigl_keras import _figure_style
+from rigl_keras import _extras, _figure_style
 from rigl_keras._figure_style import (
     BLACK,
     BLUE,
@@ -19,7 +19,7 @@ from rigl_keras._figure_style import (
     legend_above,
     new_figure,
 )
-from rigl_keras.diagnostics.table import ALL, check_installed, read_rows
+from rigl_keras.diagnostics.table import ALL, read_rows
 
 __all__ = ["figures"]
 
@@ -27,32 +27,32 @@ __all__ = ["figures"]
 def figures(
     csv_path: str | os.PathLike, out_dir: str | os.PathLike
 ) -> list[Path]:
-    """Draws the record of `TopologyDiagnostics`, from its table alone.
+    """Draws the record of `TopologyDiagnostics` from its table.
 
     Args:
-        csv_path: A topology.csv with a row at least.
+        csv_path: A topology.csv with at least one row.
         out_dir: Folder for the figures; made if it does not exist.
 
     Returns:
-        Paths of what was drawn: `density.png`, `exploration.png` and
+        Paths of the figures: `density.png`, `exploration.png` and
         `dead_units.png`; `churn.png` if there was an update; `loss.png` if
         losses were kept.
 
     Raises:
         ImportError: matplotlib is missing.
-        ValueError: The file is no such table, or empty.
+        ValueError: The file is not such a table, or is empty.
 
     Example:
 
     >>> figures("logs/topology/topology.csv", "figures/")
     """
-    check_installed("matplotlib")
+    _extras.check_installed("A figure of topology", "matplotlib")
     rows = read_rows(csv_path)
     if not rows:
         raise ValueError(f"{str(csv_path)!r} has no complete update to draw.")
     out_dir = Path(out_dir)
     out_dir.mkdir(parents=True, exist_ok=True)
-    # A block of rows for each update, in which the layers come in order.
+    # Each update has a block of rows, with the layers in order.
     layers = [row["layer"] for row in rows[: _block(rows)]]
     blocks = [
         rows[i : i + len(layers)] for i in range(0, len(rows), len(layers))
@@ -74,10 +74,10 @@ def figures(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Panel:
-    """What a pair of axes shows: a line for all layers, a map of each.
+    """A pair of axes: a line for all layers, and a map of each layer.
 
-    `layer` and `whole` take the value from a row, and from the row of all
-    layers as well.
+    `layer` gets the value from a row; `whole` from a row and the row of all
+    layers.
     """
 
     line_title: str
@@ -165,12 +165,12 @@ _DEAD_UNITS = [
         counts=True,
     ),
 ]
-# Colour-blind people can tell these apart, too.
+# Colour-blind people can distinguish these.
 _COLOURS, _NOTHING = "viridis", "#d9d9d9"
 
 
 def _layer_figure(blocks, panels):
-    """Returns a figure with lines for all layers, and below them maps."""
+    """Returns a figure with lines for all layers above maps."""
     layers = [row["layer"] for row in blocks[0][:-1]]
     steps = [block[-1]["step"] for block in blocks]
     edges = np.array([*steps, steps[-1] + _typical_gap(steps)])
@@ -300,10 +300,10 @@ def _typical_gap(steps):
 
 
 def _array(values):
-    """Returns floats; what is not known is NaN."""
+    """Returns floats; unknown values are NaN."""
     return np.array(values, dtype=float)
 
 
 def _block(rows):
-    """Returns how many rows an update has."""
+    """Returns the number of rows of an update."""
     return next(i for i, row in enumerate(rows, start=1) if row["layer"] == ALL)

@@ -1,16 +1,15 @@
-"""The record of how masks moved: its table, and figures drawn from it.
+"""The record of how masks moved, as a table.
 
-`diagnostics.TopologyDiagnostics` makes the rows.
+`diagnostics.TopologyDiagnostics` writes the rows.
 """
 
 import csv
-import importlib.util
 import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["ALL", "COLUMNS", "as_csv", "check_installed", "read_rows"]
+__all__ = ["ALL", "COLUMNS", "as_csv", "read_rows"]
 
 ALL = "all"  # stands for all layers together
 COLUMNS = (
@@ -36,8 +35,7 @@ def read_rows(path: str | os.PathLike) -> list[dict]:
     """Returns the rows of a topology.csv.
 
     Args:
-        path: The file. What an interrupted run has begun to write of an
-            update is left out.
+        path: The file. Incomplete rows of an interrupted run are skipped.
 
     Returns:
         Dicts with the keys `COLUMNS`; an empty cell is None.
@@ -66,17 +64,6 @@ def as_csv(rows: Sequence[dict], *, header: bool = False) -> str:
         writer.writeheader()
     writer.writerows(rows)
     return file.getvalue()
-
-
-def check_installed(*packages: str) -> None:
-    """Raises ImportError unless the packages of a record are installed."""
-    missing = [p for p in packages if importlib.util.find_spec(p) is None]
-    if missing:
-        raise ImportError(
-            f"The record of topology needs {' and '.join(missing)}: install "
-            "rigl_keras[experiments], or pass log_dir=None to keep it in "
-            "memory alone."
-        )
 
 
 def _cell(column, text):

@@ -2,6 +2,8 @@
 
 Status 0: all is done. 1: something failed that may be tried again. 2: what was
 asked for cannot be done. 130: Ctrl-C.
+
+Flags are parsed, and `--help` is answered, before TensorFlow is imported.
 """
 
 import functools
@@ -10,10 +12,12 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import cast
 
-from absl import app
+from absl import app, flags
 
+from rigl_keras._extras import MissingPackageError
 from rigl_keras._files import disk_is_full
 from rigl_keras._text import printable
+from rigl_keras.experiments import command_line, quiet_start
 
 __all__ = [
     "FailedError",
@@ -60,8 +64,10 @@ def run_command(
     name: str,
     run: Callable[[Sequence[str]], None],
     *,
-    refusals: tuple[type[Exception], ...] = (),
-    interrupted: str | None = None,
+    about: str | None,
+    interrupted: str = "begin again with",
+    added: Sequence[str] = (),
+    library: bool = True,
     traceback: Callable[[], bool] = lambda: False,
     argv: Sequence[str] | None = None,
 ) -> None:
@@ -70,35 +76,62 @@ def run_command(
     Args:
         name: Name of the command, which begins the line of an error.
         run: What the command does, given what is left of the command line.
-        refusals: Errors beside `ValueError` whose message is for the user.
-        interrupted: What to say at Ctrl-C. None: Python's traceback.
+        about: What `--help` says above the flags, at most 80 columns wide.
+        interrupted: What to say at Ctrl-C, before the command line.
+        added: Flags that the command line has then, in addition.
+        library: Whether the command needs TensorFlow.
         traceback: Returns whether the user wants to see where an error was
             raised.
         argv: The command line. None: that of the process.
     """
+
+    def run_quietly(argv):
+        quiet_start.our_messages(name)
+        if library:
+            quiet_start.load_library()
+            quiet_start.our_messages(name)  # of TensorFlow's logger, too
+        run(argv)
+
     ends = one_line(
         name,
-        run,
-        refusals=refusals,
+        run_quietly,
         interrupted=interrupted,
+        added=added,
         traceback=traceback,
     )
-    app.run(ends, argv=argv)
+    app.run(
+        ends,
+        argv=argv,
+        flags_parser=functools.partial(_parsed, name, about or ""),
+    )
+
+
+def _parsed(name, about, argv):
+    """Returns what is left of a command line, or ends with help or an error."""
+    if command_line.asks_for_help(argv):
+        print(command_line.help_text(name, about))
+        sys.exit(0)
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        said = command_line.flag_error(error)
+        _end(f"{name}: {said} {command_line.called(name)} --help lists all.", 2)
 
 
 def one_line(
     name: str,
     run: Callable[[Sequence[str]], None],
     *,
-    refusals: tuple[type[Exception], ...] = (),
-    interrupted: str | None = None,
+    interrupted: str = "begin again with",
+    added: Sequence[str] = (),
     traceback: Callable[[], bool] = lambda: False,
 ) -> Callable[[Sequence[str]], None]:
     """Returns what `app.run` takes, which ends with a line where it fails.
 
-    The arguments are those of `run_command`. A ValueError, a disk that is full
-    or read-only, a folder that may not be written: the user can mend these,
-    and needs no traceback. All else is raised.
+    The arguments are those of `run_command`. A ValueError, a package that is
+    missing, a disk that is full or read-only, a folder that may not be
+    written: the user can mend these, and needs no traceback. All else is
+    raised.
     """
 
     @functools.wraps(run)
@@ -107,11 +140,13 @@ def one_line(
             run(argv)
             sys.stdout.flush()  # which a full disk may be at the end of
         except KeyboardInterrupt:
-            if interrupted is None:
-                raise
-            _end(f"\n{name}: {interrupted}", 130)
+            again = command_line.repeated(name, added)
+            _end(f"\n{name}: interrupted; {interrupted}: {again}", 130)
         except Exception as error:  # TensorFlow and HDF5 have their own
-            said = _said(error, (ValueError, FailedError, *refusals))
+            said = _said(
+                error,
+                (ValueError, FailedError, MissingPackageError, app.UsageError),
+            )
             if said is None or traceback():
                 raise
             _end(f"{name}: {said}", 1 if isinstance(error, FailedError) else 2)

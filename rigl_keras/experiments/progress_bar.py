@@ -1,4 +1,4 @@
-"""The one progress bar of commands, and the lines above it."""
+"""The progress bar of commands, and lines above it."""
 
 import contextlib
 import statistics
@@ -17,12 +17,12 @@ def say(line: str) -> None:
 
 
 class ProgressBar(contextlib.AbstractContextManager):
-    """A bar on standard error, where that is a terminal.
+    """A bar on standard error, if that is a terminal.
 
     Args:
         unit: What it counts, as in "3/15 runs".
-        total: How many there are. None: that is not known.
-        done: How many are done already.
+        total: Number of items. None: unknown.
+        done: Number of items that are already done.
         doing: What is being done.
         leave: Whether the bar stays when it is closed.
     """
@@ -51,20 +51,20 @@ class ProgressBar(contextlib.AbstractContextManager):
             self._bar.set_description_str(f"  {doing}")
 
     def advance(self) -> None:
-        """Counts one more."""
+        """Counts one more item."""
         self._bar.update()
 
     def over(self, items: Iterable) -> Iterator:
-        """Yields items, and counts each as it is done with."""
+        """Yields items, and counts each when it is done."""
         for item in items:
             yield item
             self.advance()
 
     def set_done(self, done: int, *, show: bool = False) -> None:
-        """Says how many are done, here and elsewhere.
+        """Sets the number of items that are done, here and elsewhere.
 
         Args:
-            done: How many.
+            done: The number.
             show: Whether the bar shows it now, if some time has passed.
         """
         if show:
@@ -73,14 +73,14 @@ class ProgressBar(contextlib.AbstractContextManager):
             self._bar.n = done
 
     def learn_pace(self, seconds: float, estimated: float) -> None:
-        """Learns how long something took that was estimated before."""
+        """Learns the pace from an estimate and the time it really took."""
         self._pace.append(seconds / max(estimated, 1e-9))
 
     def show_left(self, estimated: float, doing: str = "") -> str:
-        """Shows and returns the time left, at the pace of what is done.
+        """Shows and returns the time left, at the pace so far.
 
         Args:
-            estimated: Seconds that were estimated for what is left.
+            estimated: Estimated seconds for the rest.
             doing: What is being done.
         """
         pace = statistics.fmean(self._pace) if self._pace else 1.0
@@ -89,7 +89,7 @@ class ProgressBar(contextlib.AbstractContextManager):
         return left
 
     def close(self) -> None:
-        """Leaves the bar as it is."""
+        """Closes the bar."""
         self._bar.close()
 
     def __exit__(self, *_) -> None:

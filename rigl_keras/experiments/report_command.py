@@ -1,49 +1,48 @@
-"""Tables and figures of what bin/reproduce has trained.
+"""Tables and figures of the runs that bin/reproduce trained.
 
-    bin/report --preset=small                  all that has a finished run
-    bin/report table2 figure1 --output=page    these, missing runs marked
-    bin/report --results_dir=page/results.jsonl --output=again
+  bin/report --preset=small                  everything with a finished run
+  bin/report table2 figure1 --output=page    only these; marks missing runs
+  bin/report --results_dir=page/results.jsonl --output=again
 
-Writes report.md, report.html (which needs no other file), report.csv (a line
-for each cell), figures/ and results.jsonl, from which the same page can be
-made without the folder of results.
+Writes report.md, report.html (self-contained), report.csv (a line for each
+cell), figures/ and results.jsonl, from which it can make the same page without
+the folder of results.
 """
 
+from __future__ import annotations
+
 import csv
-import importlib
 import io
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from absl import flags, logging
 
 from rigl_keras import _files
 from rigl_keras._text import printable
-from rigl_keras.experiments import exits
+from rigl_keras.experiments import exits, quiet_start
 from rigl_keras.experiments.protocol import rows
-from rigl_keras.experiments.report import reading
-from rigl_keras.experiments.report.contents import PICTURES
-from rigl_keras.experiments.report.page import as_html, as_markdown
-from rigl_keras.experiments.report.sections import Report, report
-from rigl_keras.experiments.report.summaries import Summary
+
+if TYPE_CHECKING:  # matplotlib, for which --help does not wait
+    from rigl_keras.experiments.report.sections import Report
+    from rigl_keras.experiments.report.summaries import Summary
 
 __all__ = ["main", "planned_flops", "write"]
 
 
 def planned_flops(preset: str) -> Callable[[Summary], tuple[float, float]]:
-    """Returns what computes the FLOPs of runs that are not finished.
+    """Returns a function for the FLOPs of runs that are not finished.
 
     Raises:
-        ValueError: What it needs is not installed.
+        ValueError: A package that it needs is not installed.
     """
-    # All else is done without TensorFlow, for which bin/report doesn't wait.
-    if os.environ.pop("RIGL_KERAS_WITHOUT_TENSORFLOW", None):
-        importlib.reload(sys.modules["rigl_keras"])
+    # Everything else works without waiting for TensorFlow.
     try:
+        quiet_start.load_library()
         from rigl_keras.experiments.reproduction import costs, plans
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
         raise ValueError(
             "--planned counts the FLOPs of networks, and something that it "
             f"needs is missing ({error}): pip install tensorflow keras "
@@ -86,8 +85,11 @@ def write(made: Report, output: str | os.PathLike) -> list[Path]:
 
     Raises:
         ValueError: The folder cannot be written to.
-        DiskFullError: There is no room.
+        DiskFullError: The disk is full.
     """
+    from rigl_keras.experiments.report.contents import PICTURES
+    from rigl_keras.experiments.report.page import as_html, as_markdown
+
     output = Path(output)
     table = io.StringIO()
     csv.writer(table, lineterminator="\n").writerows(made.lines)
@@ -107,7 +109,7 @@ def write(made: Report, output: str | os.PathLike) -> list[Path]:
         (output / "figures").mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
             _files.write(output / name, content)
-        # Figures of a report before this one.
+        # Figures of an earlier report.
         for name in set(PICTURES) - set(pictures):
             (output / "figures" / f"{name}.png").unlink(missing_ok=True)
     except OSError as error:
@@ -145,6 +147,9 @@ def main() -> None:
     )
 
     def run(argv):
+        from rigl_keras.experiments.report import reading
+        from rigl_keras.experiments.report.sections import report
+
         logging.set_verbosity(logging.WARNING)
         if Path(output.value).exists() and not Path(output.value).is_dir():
             raise ValueError(
@@ -152,9 +157,14 @@ def main() -> None:
                 "with one that can be made."
             )
         found = reading.read(results_dir.value, preset.value)
+        folder = None
+        if Path(results_dir.value).is_dir():
+            results = Path(results_dir.value).resolve()
+            folder = os.path.relpath(results, Path(output.value).resolve())
         made = report(
             found,
             argv[1:],
+            folder=folder,
             with_published=with_published.value,
             planned=planned_flops(found.preset) if with_planned.value else None,
         )
@@ -162,11 +172,11 @@ def main() -> None:
         print("\n".join(printable(str(path)) for path in written))
         _tell(found, made.notes)
 
-    exits.run_command("report", run)
+    exits.run_command("report", run, about=__doc__, library=False)
 
 
 def _tell(found, notes):
-    """Says how many runs count, which do not, and what is odd."""
+    """Prints how many runs count, which do not, and what is odd."""
     failed = sum(run.failed for run in found.runs)
     unfinished = len(found.runs) - len(found.finished) - failed
     print(

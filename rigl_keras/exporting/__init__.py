@@ -4,11 +4,11 @@ export              `export`
 formats             the registry of formats
 base_format         `Format`: what each format provides
 saved_model, sparse_saved_model, native, tflite, onnx, keras_file
-preconditions       what must hold before anything is written
-comparison          whether what was written computes what the model does
+preconditions       checks before anything is written
+comparison          whether the artefact computes what the model does
 measurement         its size and speed
 export_report       `ExportReport`, `check_export`
-signatures          what a served model takes and returns
+signatures          inputs and outputs of a served model
 networks            a model as networks, for sparse_saved_model and native
-sparse_storage      kernels with their zeros left out
+sparse_storage      kernels stored without their zeros
 """

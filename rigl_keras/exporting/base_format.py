@@ -2,7 +2,6 @@
 
 import abc
 import dataclasses
-import importlib.util
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from rigl_keras import _extras
 from rigl_keras.exporting.signatures import Signature
 
 __all__ = [
@@ -23,22 +23,22 @@ __all__ = [
     "numpy_runner",
 ]
 
-# From named inputs to named outputs.
+# A function from named inputs to named outputs.
 Runner = Callable[[Mapping[str, np.ndarray]], dict[str, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WriteOptions:
-    """How a model is written. A format ignores what it has no use for.
+    """How a model is written. A format ignores options that it does not use.
 
     Attributes:
-        sparse: Whether kernels that take less space so are stored sparse.
+        sparse: Whether to store kernels sparse if that takes less space.
         quantization: One of the format's `quantizations`. None: float32.
-        calibration: Named inputs from which the ranges of activations are
-            read, for a quantization that is calibrated.
+        calibration: Named inputs that give the ranges of activations, for a
+            calibrated quantization.
         batch_size: The batch size. None: free.
-        batch_sizes: Those for which a format that can choose compares what is
-            fastest. Empty: it does not.
+        batch_sizes: Batch sizes for which a format compares what is fastest, if
+            it can. Empty: it does not.
     """
 
     sparse: bool = True
@@ -54,8 +54,8 @@ class Quantization:
 
     Attributes:
         calibrated: Whether it reads the ranges of activations from examples.
-        advice: What to pass where the outputs of a quantized model are too
-            far from those of the model. Empty: nothing.
+        advice: What to pass if the outputs of a quantized model differ too much
+            from the model's. Empty: nothing.
     """
 
     calibrated: bool = False
@@ -64,11 +64,11 @@ class Quantization:
 
 @dataclasses.dataclass(frozen=True)
 class Concession:
-    """What is given up for a model that a format cannot hold otherwise.
+    """What a format gives up for a model that it cannot hold otherwise.
 
     Attributes:
         changes: Fields of `WriteOptions`, with their values.
-        note: The same in words, for the report.
+        note: The changes in words, for the report.
     """
 
     changes: Mapping[str, Any]
@@ -76,18 +76,19 @@ class Concession:
 
 
 class Format(abc.ABC):
-    """A format of an exported model: how it is written, and run again.
+    """A format of an exported model: writes it, and loads it again.
 
     Attributes:
-        file: Name of the file in the folder that is written. None: the folder
-            itself is what is loaded.
-        weights: Folder within it that holds the weights alone. None: no
-            folder does.
-        packages: Packages that it needs besides TensorFlow.
+        file: Name of the file that is loaded, in the written folder. None: the
+            folder itself is loaded.
+        weights: Folder within it that holds only the weights. None: there is
+            none.
+        packages: Packages that it needs besides TensorFlow, of
+            `_extras.OPTIONAL`.
         quantizations: The `Quantization`s that it offers, by name.
-        folds: Whether it folds batch norms, whatever is asked for.
-        concessions: What is given up, in this order, for a model that the
-            format otherwise cannot hold, or runs wrongly.
+        folds: Whether it always folds batch norms.
+        concessions: What it gives up, in this order, for a model that it cannot
+            hold or run correctly otherwise.
     """
 
     file: str | None = None
@@ -110,12 +111,12 @@ class Format(abc.ABC):
         Args:
             model: A built model. Kernels of a masked one must be zero outside
                 their masks.
-            signature: What it is called on.
+            signature: The model's inputs.
             folder: An empty folder.
             options: How it is written.
 
         Returns:
-            What was not done, and why, for the report.
+            Notes for the report: what was not done, and why.
 
         Raises:
             ValueError: The format cannot hold this model.
@@ -128,11 +129,11 @@ class Format(abc.ABC):
         signature: Signature,
         outputs: Sequence[str],
     ) -> Runner:
-        """Loads what `write` has written.
+        """Loads what `write` wrote.
 
         Args:
-            folder: Where it was written.
-            signature: Of the model.
+            folder: The folder that was written.
+            signature: The model's inputs.
             outputs: Names of its outputs, in order.
 
         Returns:
@@ -141,28 +142,19 @@ class Format(abc.ABC):
 
     def why_unavailable(self) -> str | None:
         """Returns what is missing on this machine, and what to do, or None."""
-        missing = [
-            package
-            for package in self.packages
-            if importlib.util.find_spec(package) is None
-        ]
-        if not missing:
-            return None
-        return (
-            f"packages that are not installed. pip install {' '.join(missing)}"
-        )
+        return _extras.missing(*self.packages)
 
     def path(self, folder: str | os.PathLike) -> Path:
-        """Returns the path of what is loaded.
+        """Returns the path of the file or folder that is loaded.
 
         Args:
-            folder: The folder that is written.
+            folder: The folder that was written.
         """
         return Path(folder, self.file or "")
 
 
 def numpy_runner(serve: Callable[..., Mapping[str, tf.Tensor]]) -> Runner:
-    """Returns a function of tensors as one of arrays.
+    """Returns a function of arrays for a function of tensors.
 
     Args:
         serve: Takes the inputs as keyword arguments, and returns the outputs

@@ -1,4 +1,4 @@
-"""Whether what was written computes what the model does."""
+"""Checks that an artefact computes what the model does."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -20,29 +20,28 @@ __all__ = [
     "write_and_compare",
 ]
 
-# By how much outputs may differ, in units of `_spread`, by the precision that
-# is computed in; in float32 at least. What int8 loses depends on the network: a
-# few hundredths in convolutional ones.
+# By how much outputs may differ, in units of `_spread`, for each precision; at
+# least float32. The loss of int8 depends on the network: a few hundredths for
+# convolutional ones.
 TOLERANCES = {"float32": 1e-5, "float16": 2e-2, "int8": 0.1}
-# What rounding makes of one layer in the worst output, in units of float32's
-# epsilon. A whole ResNet-50 with folded norms differs by 1.9e-5 or so, 15 of
-# these; networks whose norms have seen data by less than 1.
+# Rounding of one layer in the worst output, in units of float32's epsilon. A
+# ResNet-50 with folded norms differs by about 1.9e-5, 15 of these; networks
+# whose norms have seen data by less than 1.
 _ROUNDINGS = 24
 
 
 def comparison_inputs(
     signature: Signature, inputs: Any, *, calibrated: bool
 ) -> list[dict[str, np.ndarray]]:
-    """Returns what outputs are compared on: inputs by name, those given last.
+    """Returns named inputs for the comparison of outputs, examples last.
 
-    Random inputs are of two batch sizes, to see that both can be served.
+    Random inputs have two batch sizes, to check that both can be served.
 
     Args:
-        signature: Of the model.
+        signature: The model's inputs.
         inputs: Examples in the structure of the model's call, or None.
-        calibrated: Whether the ranges of activations come from the examples:
-            then the model knows these and nothing else, and no inputs are
-            drawn.
+        calibrated: Whether the examples give the ranges of activations. The
+            model then knows nothing else, and no inputs are drawn.
     """
     given = [] if inputs is None else [signature.named(inputs)]
     if calibrated:
@@ -62,24 +61,24 @@ def usual_tolerance(
     *,
     folded: int | None = 0,
 ) -> float:
-    """Returns the tolerance for the precision that is computed in.
+    """Returns the tolerance for a model and a precision.
 
-    Two correct ways of computing a network in float32 differ by rounding,
-    which each layer adds to, independently of the others: so it grows with the
-    square root of their number. A folded batch norm has rounded the kernel and
-    the bias of its layer, and counts as one more:
+    Two correct ways to compute a network in float32 differ by rounding. Each
+    layer adds to it independently, so it grows with the square root of their
+    number. A folded batch norm rounds the kernel and the bias of its layer, and
+    counts as a layer:
 
-        24 x 2^-23 x sqrt(layers + folded), and 1e-5 at least.
+        24 x 2^-23 x sqrt(layers + folded), at least 1e-5.
 
     That is 3e-5 for a ResNet-50 with folded batch norms (53 convolutions, a
-    dense layer and 53 norms). One weight in the first or the last layer that
-    is wrong by 1 % makes more of a difference.
+    dense layer and 53 norms). A single weight of the first or last layer with
+    an error of 1 % differs by more.
 
     Args:
         model: The model.
-        quantization: As in `export`. Not None: one of `TOLERANCES`, as for
+        quantization: As in `export`. If not None, one of `TOLERANCES`, as for
             models that compute in half precision.
-        folded: How many batch norms are folded. None: all of them.
+        folded: Number of folded batch norms. None: all of them.
     """
     if quantization is not None:
         return TOLERANCES[quantization]
@@ -98,7 +97,7 @@ def usual_tolerance(
 
 
 class DisagreesError(ValueError):
-    """What was written computes something else than the model."""
+    """An artefact does not compute what the model does."""
 
 
 def write_and_compare(
@@ -108,28 +107,27 @@ def write_and_compare(
     wanted: Sequence[Mapping[str, np.ndarray]],
     tolerance: float,
 ) -> tuple[float, list[str]]:
-    """Writes an artefact whose outputs, loaded back, are those wanted.
+    """Writes an artefact and checks its outputs after loading it.
 
     Args:
-        write: Writes it, given the changes of a concession, and returns how
-            to load it.
+        write: Writes it, given the changes of a concession, and returns a
+            loader.
         concessions: What may be given up, in this order.
         examples, wanted: Inputs and outputs by name, a pair for each batch.
-        tolerance: By how much outputs may differ.
+        tolerance: Largest accepted difference of outputs.
 
     Returns:
-        `(difference, notes)`: the largest difference, and what was given up
-        to get there.
+        `(difference, notes)`: the largest difference, and what was given up.
 
     Raises:
-        ValueError: No way of writing it agrees; why the first does not.
+        ValueError: No way of writing it agrees. It says why the first does not.
     """
     failures = []
     for concession in [Concession({}, ""), *concessions]:
         try:
             load = write(**concession.changes)
-            # Loaded for each batch: its states begin where the model's do.
-            # Not Python's max, which may pass over a NaN.
+            # Loaded for each batch, so that its states begin as the model's do.
+            # Python's max may pass over a NaN.
             largest = float(
                 np.max(
                     [
@@ -158,10 +156,10 @@ def write_and_compare(
 def difference(
     got: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]
 ) -> float:
-    """Returns by how much outputs differ from those wanted, at most.
+    """Returns the largest difference of outputs from those wanted.
 
-    In units of `_spread`. It is infinite where an output is missing or has
-    another shape, and where strings differ.
+    It is in units of `_spread`. It is infinite if an output is missing or has
+    another shape, or if strings differ.
 
     Args:
         got, wanted: Outputs by name.
@@ -176,16 +174,15 @@ def difference(
             want = want.astype(np.float64)
             apart = np.abs(got[name].astype(np.float64) - want)
             differences.append(float(np.max(apart) / _spread(want)))
-    # Not Python's max, which may pass over a NaN.
+    # Python's max may pass over a NaN.
     return float(np.max(differences, initial=0.0))
 
 
 def _spread(output):
-    """Returns how far an output is from its mean, at most.
+    """Returns the largest distance of an output from its mean.
 
-    Against that a constant is as wrong as it is. Rounding is relative to the
-    size of numbers, so that it counts as a tenth of the largest at least, and
-    as a thousandth where all are next to nothing.
+    It is at least a tenth of the largest number, since rounding is relative to
+    the size of numbers, and at least a thousandth, for outputs near zero.
     """
     spread = np.max(np.abs(output - np.mean(output)))
     return max(spread, np.max(np.abs(output)) / 10, 1e-3)

@@ -1,4 +1,4 @@
-"""A finished model to an artefact that is small, checked and measured."""
+"""Exports a model to an artefact that is small, checked and measured."""
 
 import dataclasses
 import functools
@@ -50,7 +50,7 @@ from rigl_keras.exporting.signatures import (
 __all__ = ["export"]
 
 _Arguments = ParamSpec("_Arguments")
-# Of each model that is exported, and of this table.
+# Locks of the models being exported, and of this table.
 _turns, _turn = weakref.WeakKeyDictionary(), threading.Lock()
 
 
@@ -59,14 +59,14 @@ def _in_turn(
 ) -> Callable[_Arguments, ExportReport]:
     """Returns a function that threads run one after the other for a model.
 
-    A model that is compared, counted and written has what only one of them
-    may change.
+    Comparing, counting and writing a model change state that threads cannot
+    share.
     """
 
     @functools.wraps(function)
     def in_turn(*args: _Arguments.args, **kwargs: _Arguments.kwargs):
         model = args[0] if args else kwargs.get("model")
-        if not isinstance(model, keras.Model):  # which is refused
+        if not isinstance(model, keras.Model):  # it is refused
             return function(*args, **kwargs)
         with _turn:
             turn = _turns.setdefault(model, threading.RLock())
@@ -94,63 +94,62 @@ def export(
     """Writes a model for inference, small on disk and checked.
 
     1. The model is refused if it holds NaNs, or weights outside its masks.
-    2. Batch norms are folded and dead units removed, where asked for
+    2. Batch norms are folded and dead units removed, if requested
        (`compaction`).
-    3. The artefact is written beside `path`, loaded back, and compared with
-       the model on random inputs, and on those given.
-    4. It is measured against a dense SavedModel of the same model: size,
-       time to load, and latency, by calls that alternate.
-    5. It takes its place at `path`, with the report as `export.json`. An
-       error at any point leaves `path` as it was.
+    3. The artefact is written beside `path`, loaded back, and compared with the
+       model on random inputs, and on `inputs`.
+    4. It is measured against a dense SavedModel of the same model: size, time
+       to load, and latency, by alternating calls.
+    5. It is moved to `path`, with the report as `export.json`. After an error
+       at any point, `path` is unchanged.
 
-    Threads that export one model take turns.
+    Threads that export the same model take turns.
 
-    A SavedModel loads with TensorFlow alone and has the signature
-    `serving_default`, with the inputs of the model by name, any batch size,
-    and its outputs: by the keys of a dict, else `output_0`, `output_1`, ...
-    Its kernels become dense again when it is loaded, so that a call costs
-    what it costs in the dense model; under `"sparse_saved_model"` and
-    `"native"` they stay sparse, and a call costs less. `exporting.formats`
-    says how the other formats store them.
+    A SavedModel loads with TensorFlow alone. It has the signature
+    `serving_default`, with the inputs of the model by name, any batch size, and
+    its outputs: by the keys of a dict, or as `output_0`, `output_1`, ... Its
+    kernels become dense when it is loaded, and a call costs as much as in the
+    dense model. With `"sparse_saved_model"` and `"native"` they stay sparse,
+    and a call costs less. `exporting.formats` describes how each format stores
+    them.
 
     Args:
         model: A masked model of any kind, or one that `strip` returned.
-        path: Folder to write. A link to a folder is followed, and stays.
+        path: Folder to write. A link to a folder is followed and kept.
         format: `"saved_model"`; `"sparse_saved_model"`, where the model is one
-            operation, or several with TensorFlow's own between them (they
-            need a library, which the folder holds with a `load.py`);
+            operation, or several with operations of TensorFlow between them
+            (the folder holds the library that they need, and a `load.py`);
             `"native"`, which needs no TensorFlow (the folder holds a file
-            `network.rigl`, a library with its C header, and a `network.py`);
+            `network.rigl`, a library with its C header, and a `network.py`); or
             `"tflite"`, `"onnx"` or `"keras"`, where the folder holds a file
             `model.tflite`, `model.onnx` or `model.keras`.
-        fold_batch_norm: Whether batch norms become part of the layer before
-            them, where the graph allows.
-        remove_dead_units: Whether units without a connection to the input or
-            the output are removed, and layers get smaller.
-        quantization: Of `"tflite"`: `"float16"`, or `"int8"`, which needs
+        fold_batch_norm: Whether to fold batch norms into the layers before
+            them, where the graph allows it.
+        remove_dead_units: Whether to remove units without a connection to the
+            input or the output, which makes layers smaller.
+        quantization: For `"tflite"`: `"float16"`, or `"int8"`, which needs
             `inputs`. None: float32.
-        inputs: Examples on which the outputs are compared too, in the
-            structure on which the model is called. Under `"int8"` they
-            calibrate the ranges of activations, and a hundred or more should
-            be typical of what is served.
+        inputs: Examples on which the outputs are compared too, in the structure
+            of the model's call. For `"int8"` they calibrate the ranges of
+            activations: pass at least a hundred, typical of what is served.
         tolerance: By how much outputs may differ, in units of how far they
-            spread around their mean. None: `usual_tolerance`, by the
+            spread around their mean. None: `usual_tolerance`, from the
             precision and the depth.
-        batch_sizes: Sizes, each at least 1, of which the latency is measured,
-            and for which `"sparse_saved_model"` and `"native"` compare what
-            is fastest on this machine. Any other size can be served, too. Of
-            a model with a fixed batch size it is that one.
-        measure: Whether that is compared, and sizes, load time and latency of
-            the dense SavedModel are measured. False is quicker.
+        batch_sizes: Batch sizes, each at least 1, for which latency is
+            measured, and for which `"sparse_saved_model"` and `"native"`
+            compare what is fastest on this machine. Any other size can be
+            served, too. A model with a fixed batch size uses that one.
+        measure: Whether to compare what is fastest, and to measure sizes, load
+            time and latency of the dense SavedModel. False is quicker.
         overwrite: Whether an earlier export at `path` may be replaced.
 
     Returns:
-        An `ExportReport`, whose path is the one that was passed.
+        An `ExportReport`, with the path as it was passed.
 
     Raises:
-        ValueError: An argument is wrong, `path` exists, or the model cannot
-            be exported or disagrees with what was written.
-        DiskFullError: There is no room.
+        ValueError: An argument is wrong, `path` exists, or the model cannot be
+            exported or disagrees with the artefact.
+        DiskFullError: The disk is full.
 
     Example:
 
@@ -230,7 +229,7 @@ def export(
 
 
 def _measured(artefact, model, batch_sizes):
-    """Returns sizes and times, against a dense SavedModel of a model."""
+    """Returns sizes and times, compared with a dense SavedModel."""
     with tempfile.TemporaryDirectory() as scratch:
         dense = dataclasses.replace(
             artefact, format=FORMATS["saved_model"], folder=Path(scratch)
@@ -250,13 +249,13 @@ def _check_format(format, quantization, inputs):
     if quantization not in FORMATS[format].quantizations:
         offered = " or ".join(map(repr, formats_with(quantization)))
         raise ValueError(
-            f"quantization={quantization!r} is of format={offered}. Received: "
+            f"quantization={quantization!r} needs format={offered}. Received: "
             f"format={format!r}."
         )
     if _is_calibrated(FORMATS[format], quantization) and inputs is None:
         raise ValueError(
             f"quantization={quantization!r} reads the ranges of activations "
-            "from typical examples. Pass inputs, a hundred or more."
+            "from typical examples. Pass inputs, at least a hundred."
         )
 
 
@@ -265,7 +264,7 @@ def _is_calibrated(writer, quantization):
 
 
 def _outputs_to_match(model, signature, examples):
-    """Returns what a model computes on each batch of examples, by name."""
+    """Returns a model's outputs for each batch of examples, by name."""
     try:
         outputs = [outputs_of(model, signature, x) for x in examples]
     except tf.errors.OpError as error:
@@ -273,18 +272,18 @@ def _outputs_to_match(model, signature, examples):
             f"Model {model.name!r} fails on the inputs that outputs are "
             f"compared on: {str(error.message).splitlines()[0]} Received: "
             f"inputs of shape {[x.shape for x in examples[-1].values()]}. "
-            "Pass inputs that it takes."
+            "Pass inputs that it accepts."
         ) from error
     if not all(is_finite(y) for one in outputs for y in one.values()):
         raise ValueError(
-            f"Model {model.name!r} computes NaN or infinite outputs: a model "
-            "like this is not exported."
+            f"Model {model.name!r} computes NaN or infinite outputs, and "
+            "cannot be exported."
         )
     return outputs
 
 
 def _compacted(model, fold_batch_norm, remove_dead_units):
-    """Returns what is exported of a model, and what went, for the report."""
+    """Returns a compacted model, and the changes for the report."""
     went = {}
     if remove_dead_units:
         model, removal = compaction.remove_dead_units(model)
@@ -296,7 +295,7 @@ def _compacted(model, fold_batch_norm, remove_dead_units):
 
 
 def _advice(writer, quantization, folded):
-    """Returns what to pass where outputs disagree, as text after an error."""
+    """Returns what to pass if outputs disagree, as text after an error."""
     advice = quantization and writer.quantizations[quantization].advice
     if not advice and folded:
         advice = "Pass fold_batch_norm=False."

@@ -1,4 +1,4 @@
-"""What an export wrote: sizes, speed, and files that can be checked again."""
+"""The report of an export: sizes, speed, and files that can be checked."""
 
 import dataclasses
 import gzip
@@ -26,42 +26,41 @@ REPORT = "export.json"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportReport:
-    """What an export wrote; printing it shows a table.
+    """The report of an export; printing it shows a table.
 
     Attributes:
         path: The folder that was written.
         format: One of `formats.FORMATS`.
         quantization: As in `export`.
         bytes: Size of the artefact on disk.
-        gzip_bytes: The same, each file compressed by itself.
+        gzip_bytes: The size with each file compressed separately.
         dense_bytes: Size of the dense SavedModel of the same model.
-        dense_gzip_bytes: The same, compressed.
-        variable_bytes: Of a SavedModel, size of its `variables` folder; of
-            other formats that of the artefact.
-        dense_variable_bytes: Of the dense SavedModel, likewise.
+        dense_gzip_bytes: The compressed size of it.
+        variable_bytes: For a SavedModel, size of its `variables` folder; for
+            other formats, size of the artefact.
+        dense_variable_bytes: Size of the dense SavedModel's `variables` folder.
         density: Fraction of the masked weights that is kept.
         parameters: Trainable parameters of the dense model.
-        nonzeros: Parameters that are left: those of biases and
-            normalisation, and of kernels what is not zero.
-        inference_flops: Cost of one sample with what is left (`count`), None
-            where it cannot be counted.
+        nonzeros: Remaining parameters: those of biases and normalisation, and
+            the nonzero ones of kernels.
+        inference_flops: Cost of one sample with the remaining parameters
+            (`count`), None if it cannot be counted.
         dense_inference_flops: Cost of one sample of the dense model.
         max_difference: Largest difference of the outputs from those of the
             model, in units of how far these spread around their mean (at
             least a tenth of the largest, and a thousandth).
-        tolerance: What it may be at most.
+        tolerance: The largest accepted difference.
         load_seconds: Time to load the artefact.
         dense_load_seconds: Time to load the dense SavedModel.
         latency: `{batch size: seconds}` of one call.
-        dense_latency: The same of the dense SavedModel; the calls of both
+        dense_latency: Latency of the dense SavedModel; the calls of both
             alternate.
         folded: `{batch norm: the layer that it was folded into}`.
-        not_folded: `{batch norm: why it was kept}`, where folding was asked
-            for.
-        removed: `{layer: (units before, units after)}` of the layers from
-            which dead units were removed.
+        not_folded: `{batch norm: why it was kept}`, if folding was requested.
+        removed: `{layer: (units before, units after)}` of the layers that lost
+            dead units.
         notes: What was not done, and why.
-        versions: Of the packages with which it was written.
+        versions: Versions of the packages that wrote it.
     """
 
     path: str
@@ -155,27 +154,27 @@ class ExportReport:
 
 
 def write_report(report: ExportReport, folder: Path) -> None:
-    """Writes a report, and what its files are, into their folder."""
+    """Writes a report, with digests of its files, into their folder."""
     content = {**dataclasses.asdict(report), "files": _digests(folder)}
     (folder / REPORT).write_text(json.dumps(content, indent=2) + "\n")
 
 
 def check_export(path: str | os.PathLike) -> ExportReport:
-    """Returns the report of an export whose files are all as they were written.
+    """Returns the report of an export, if its files are unchanged.
 
     Args:
-        path: A folder that `export` has written, perhaps moved or copied.
+        path: A folder written by `export`, perhaps moved or copied.
 
     Raises:
-        ValueError: It is no export, or a file of it is missing, cut short,
-            changed or not of it.
+        ValueError: It is not an export, or a file of it is missing, truncated,
+            changed or not part of it.
 
     Example:
 
     >>> check_export("exported/").bytes
     """
     if not isinstance(path, (str, os.PathLike)):
-        raise ValueError(f"path must be that of an export. Received: {path!r}.")
+        raise ValueError(f"path must be an export's. Received: {path!r}.")
     folder = Path(path)
     report = folder / REPORT
     if not report.is_file():
@@ -194,11 +193,11 @@ def check_export(path: str | os.PathLike) -> ExportReport:
         content["notes"] = tuple(content["notes"])
         del content["files"]
         content = ExportReport(**{**content, "path": str(folder)})
-        str(content)  # all that is shown of it can be
-    # A KeyError is a field too few, a TypeError one too many.
+        str(content)  # raises unless it can be shown
+    # A KeyError means a missing field, a TypeError an extra one.
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{str(report)!r} is damaged, or no report of an export: {error}."
+            f"{str(report)!r} is damaged, or not an export's report: {error}."
         ) from error
     try:
         found = _digests(folder)
@@ -222,7 +221,7 @@ def check_export(path: str | os.PathLike) -> ExportReport:
 
 
 def _files_in(content):
-    """Returns `{name: digest}` of the files that a report names."""
+    """Returns `{name: digest}` of the files in a report."""
     files = content["files"]
     if not isinstance(files, dict) or not all(map(_is_text, files.values())):
         raise ValueError(f"files is {_text.brief(files)}")
@@ -230,7 +229,7 @@ def _files_in(content):
 
 
 def _check_fields(content):
-    """Checks that each field of a report is of the kind it should be."""
+    """Checks the type of each field of a report."""
     for name, kind in _KINDS.items():
         if name in content and not kind(content[name]):
             raise ValueError(f"{name} is {_text.brief(content[name])}")
@@ -305,13 +304,13 @@ _KINDS = {
 
 
 def foreign_files(path: Path) -> list[str]:
-    """Returns what is in an export's place and was not written by it.
+    """Returns what is in an export's place but not part of it.
 
     Args:
-        path: A folder, or anything else that is there.
+        path: A folder, or anything else.
 
     Returns:
-        Names of files. Without a report these are all that there are.
+        Names of files. Without a report, all files.
     """
     try:
         content = _reading.json_object(path / REPORT)
@@ -327,9 +326,9 @@ def foreign_files(path: Path) -> list[str]:
 
 
 def _entries(folder):
-    """Returns all that is not a folder: files, links, and what else there is.
+    """Returns all entries that are not folders: files, links and others.
 
-    Not what is in a folder that a link leads to.
+    Folders that links lead to are not searched.
     """
     return [
         path
@@ -356,7 +355,7 @@ def size_of(folder: Path, *, compressed: bool = False) -> int:
 
 
 def _digests(folder):
-    """Returns the digest of each file by name; "" of what is no file."""
+    """Returns the digest of each entry by name; "" if it is not a file."""
     return {
         str(entry.relative_to(folder)): hashlib.sha256(
             entry.read_bytes()

@@ -7,7 +7,7 @@
     onnx                sparse initializers, through Keras's exporter
     keras               the plain Keras model, kernels dense
 
-A further format is a subclass of `Format` (`base_format`) and a line here.
+To add a format, subclass `Format` (`base_format`) and add a line here.
 """
 
 from rigl_keras.exporting.base_format import Format
@@ -28,7 +28,7 @@ FORMATS: dict[str, Format] = {
     "onnx": Onnx(),
     "keras": KerasFile(),
 }
-# Of any format, each once.
+# The quantizations of all formats, each once.
 QUANTIZATIONS = tuple(
     dict.fromkeys(
         name for format in FORMATS.values() for name in format.quantizations

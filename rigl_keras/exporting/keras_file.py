@@ -21,7 +21,7 @@ __all__ = ["KerasFile"]
 
 
 class KerasFile(Format):
-    """The plain Keras model, its kernels dense."""
+    """The plain Keras model, with dense kernels."""
 
     file = "model.keras"
 

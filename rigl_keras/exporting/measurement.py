@@ -1,4 +1,4 @@
-"""What an exported model costs: seconds, bytes and FLOPs."""
+"""Costs of an exported model: seconds, bytes and FLOPs."""
 
 import dataclasses
 import math
@@ -28,18 +28,18 @@ __all__ = [
 
 BATCH_SIZES = (1, 32, 128)
 
-_SECONDS = 4.0  # that each of these measurements may take
-_TURN = 0.05  # seconds of calls, before the other side has its turn
+_SECONDS = 4.0  # most seconds of each measurement
+_TURN = 0.05  # seconds of calls in a turn of each side
 
 
 @dataclasses.dataclass(frozen=True)
 class Artefact:
-    """What a format has written of a model.
+    """A model as a format has written it.
 
     Attributes:
         format: The format.
-        folder: The folder that it has written.
-        signature: What the model is called on.
+        folder: The folder that was written.
+        signature: The model's inputs.
         outputs: Names of its outputs, in order.
     """
 
@@ -49,22 +49,22 @@ class Artefact:
     outputs: Sequence[str]
 
     def load(self) -> Runner:
-        """Returns the artefact, loaded: a function of named arrays."""
+        """Returns the loaded artefact, a function of named arrays."""
         return self.format.load(self.folder, self.signature, self.outputs)
 
     def weight_bytes(self) -> int:
-        """Returns the size of the weights, or of all where they lie with it."""
+        """Returns the size of the weights, or of all if not separate."""
         return size_of(self.folder / (self.format.weights or ""))
 
 
 def checked_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
-    """Returns the batch sizes that something is measured for, each once.
+    """Returns valid batch sizes, each once.
 
     Args:
-        sizes: Ints of at least 1, one or more.
+        sizes: At least one int, each at least 1.
 
     Raises:
-        ValueError: They are none.
+        ValueError: They are not such sizes.
     """
     if isinstance(sizes, str) or not isinstance(sizes, Sequence) or not sizes:
         raise ValueError(
@@ -79,17 +79,16 @@ def checked_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
 def compare_artefacts(
     ours: Artefact, dense: Artefact, batch_sizes: Sequence[int]
 ) -> dict[str, object]:
-    """Returns sizes and times of an artefact and of the dense SavedModel.
+    """Returns sizes and times of an artefact and the dense SavedModel.
 
     Args:
         ours: The artefact.
         dense: The dense SavedModel of the same model.
-        batch_sizes: Of which the latency is measured. The model must take
-            them.
+        batch_sizes: Batch sizes for the latency. The model must accept them.
 
     Returns:
-        Fields of an `ExportReport`. Calls of both alternate. There are no
-        times where an input is of strings, which cannot be drawn.
+        Fields of an `ExportReport`. Calls of both sides alternate. There are no
+        times if an input is of strings, which cannot be drawn.
     """
     sides = {"ours": ours.load, "dense": dense.load}
     signature = ours.signature
@@ -128,15 +127,15 @@ def _rounds(sides: Mapping[str, Callable[[], object]], **bounds):
 
 
 def costs(model: keras.Model, small: keras.Model) -> dict[str, object]:
-    """Returns what a model costs, and what it costs as it is exported.
+    """Returns the costs of a model, and of its exported form.
 
     Args:
         model: The model.
-        small: The same model, or what compaction has made of it.
+        small: The same model, or its compacted form.
 
     Returns:
-        Fields of an `ExportReport`. FLOPs are None where an axis of the input
-        is free.
+        Fields of an `ExportReport`. FLOPs are None if an axis of the input is
+        free.
     """
     masked = masked_layers(model)
     kernels = [m.kernel.numpy() for m in masked] or [
@@ -169,14 +168,14 @@ def costs(model: keras.Model, small: keras.Model) -> dict[str, object]:
 
 
 def _flops(model, cost):
-    """Returns the cost of one sample by the weights that are not zero."""
+    """Returns the cost of one sample from the nonzero weights."""
     kernels = {n: m.kernel for n, m in masked_layers(model).named.items()}
     kernels |= {n: k.variable for n, k in named_kernels(model).items()}
     return sum(
         layer.flops_at(
             np.count_nonzero(kernels[layer.name].numpy())
             / math.prod(layer.shape)
-            # A kernel beside masked ones of its layer has no name.
+            # A kernel of a masked layer that is not masked has no name.
             if layer.name in kernels
             else layer.density
         )

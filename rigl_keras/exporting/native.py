@@ -1,4 +1,4 @@
-"""Folders that serve a model where there is no TensorFlow."""
+"""Folders that serve a model without TensorFlow."""
 
 import shutil
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ __all__ = ["NETWORK", "Native"]
 
 NETWORK = "network.rigl"
 _SERVING = Path(rigl_keras.serving.__file__).parent
-# Names in the folder, and what is copied there.
+# Names in the folder, and the files that are copied there.
 _COPIES = {
     "network.py": _SERVING / "runtime.py",
     "rigl_network.h": _SERVING / "csrc" / "rigl_network.h",
@@ -34,9 +34,9 @@ _COPIES = {
 class Native(Format):
     """A network's file, and a library that runs it without TensorFlow.
 
-    The folder has all that a server needs: `network.rigl`, the library with
-    its header, `network.py`, which needs NumPy alone, `serve.c`, an example
-    in C, and `README.txt`, which says how they are used.
+    The folder has all that a server needs: `network.rigl`, the library with its
+    header, `network.py`, which needs only NumPy, `serve.c`, an example in C,
+    and `README.txt`, which explains their use.
     """
 
     folds = True
@@ -61,8 +61,8 @@ class Native(Format):
     def load(
         self, folder: Path, signature: Signature, outputs: Sequence[str]
     ) -> Runner:
-        # The same library as in the folder, which a process would load again
-        # for each export.
+        # The same library as in the folder: a process would load that again for
+        # each export.
         network = Runtime(
             Path(folder, NETWORK), library=library.build_network()
         )
@@ -80,7 +80,7 @@ class Native(Format):
 
 
 def _note(network: Network) -> str:
-    """Returns how a network is called, as text."""
+    """Returns instructions for calling a network."""
     inputs = ", ".join(_shown(node) for node in network.inputs())
     outputs = ", ".join(repr(output.name) for output in network.outputs)
     return _NOTE.format(
@@ -96,17 +96,17 @@ def _shown(node: Node) -> str:
 _NOTE = """A sparse network that needs no TensorFlow. Its inputs: {inputs}.
 Its outputs: {outputs}.
 
-In Python, with NumPy, where this folder is on sys.path:
+In Python, with NumPy and this folder on sys.path:
 
     from network import Network
     outputs = Network("network.rigl")(images)
 
-In C, or whatever calls C: rigl_network.h has the functions, and serve.c is an
+In C, or a language that calls C: rigl_network.h has the functions, serve.c an
 example.
 
     cc serve.c ./{library} -Wl,-rpath,'$ORIGIN' -o serve
     ./serve network.rigl 1
 
-The library is for this kind of machine and its system. Load none that somebody
-else could have changed.
+The library is for this kind of machine and system. Never load one that others
+could have changed.
 """

@@ -34,21 +34,21 @@ __all__ = [
     "whole_network",
 ]
 
-# Seconds in which plans of one batch size are compared.
+# Seconds for comparing the plans of one batch size.
 _SECONDS = 2.0
-_MOST_LINES = 8  # about what no network computes
+_MOST_LINES = 8  # about operations that no network computes
 
 
 def import_model(
     model: keras.Model, signature: Signature, *, least_work: int = LEAST_WORK
 ) -> Imported:
-    """Returns the networks in what a model computes in inference.
+    """Returns the networks in a model's inference.
 
     Args:
-        model: A built model of any kind, masked or not. Its weights are taken
-            as they are now; kernels of a masked one must be zero outside
-            their masks.
-        signature: What it is called on.
+        model: A built model of any kind, masked or not. Its weights keep their
+            current values; kernels of a masked one must be zero outside their
+            masks.
+        signature: The model's inputs.
         least_work: As in `import_function`.
 
     Raises:
@@ -59,34 +59,34 @@ def import_model(
 
 
 def whole_network(model: keras.Model, signature: Signature) -> Network:
-    """Returns a model as one network, or says what of it is none.
+    """Returns a model as one network, or raises an error that says why not.
 
     Args:
         model, signature: As in `import_model`.
 
     Raises:
-        ValueError: Parts of it need TensorFlow; which, and what to pass.
+        ValueError: Parts of it need TensorFlow; it names them and a way out.
     """
     imported = import_model(model, signature)
     if imported.network is not None:
         return imported.network
-    # What is small would be part of a network with the rest.
+    # Small known parts would be in one network with the rest.
     needed = [one for one in imported.unknown if one.reason != SMALL]
     raise ValueError(
         "these operations need TensorFlow: "
         f"{_listed(needed) or 'a value is not float32'}. Pass "
-        "format='sparse_saved_model', in which they stay TensorFlow's."
+        "format='sparse_saved_model', where TensorFlow computes them."
     )
 
 
 def networks_within(model: keras.Model, signature: Signature) -> Imported:
-    """Returns the networks in a model, one at least, or says why there is none.
+    """Returns the networks in a model, at least one.
 
     Args:
         model, signature: As in `import_model`.
 
     Raises:
-        ValueError: No part of it is a network; why, and what to pass.
+        ValueError: No part of it is a network. It says why, and what to pass.
     """
     imported = import_model(model, signature)
     if imported.segments:
@@ -103,13 +103,13 @@ def _listed(unknown):
 
 
 def library_to_copy(build: Callable[[], Path]) -> Path:
-    """Returns a library that is put beside a model.
+    """Returns a library to put beside a model.
 
     Args:
-        build: Builds it, unless it is built already.
+        build: Builds it if necessary.
 
     Raises:
-        ValueError: There is none.
+        ValueError: It cannot be built.
     """
     try:
         return build()
@@ -120,14 +120,13 @@ def library_to_copy(build: Callable[[], Path]) -> Path:
 
 
 def lines_about(unknown: Sequence[Unknown]) -> list[str]:
-    """Returns what no network computes, a line for each kind of operation.
+    """Returns a line for each kind of operation that no network computes.
 
     Args:
         unknown: The operations.
 
     Returns:
-        `"Einsum (2): two operands that are not constant"`, the first ones of
-        many.
+        `"Einsum (2): two operands that are not constant"`; the first of many.
     """
     kinds = collections.Counter((one.operation, one.reason) for one in unknown)
     lines = [
@@ -153,18 +152,18 @@ def output_shapes(network: Network) -> list[tf.TensorShape]:
 
 
 def tuned(network: Network, batch_sizes: Sequence[int]) -> bytes:
-    """Returns the file of a network, with what is fastest on this machine.
+    """Returns the file of a network, tuned for this machine.
 
-    Another machine, or a batch of another size, goes by what was measured as
-    far as it can.
+    Another machine, or another batch size, uses the measurements as far as
+    possible.
 
     Args:
-        network: The network. Where an axis of an input is free, nothing is
+        network: The network. If an axis of an input is free, nothing is
             measured.
-        batch_sizes: For each of them plans are compared, some seconds long.
+        batch_sizes: Batch sizes whose plans are compared, some seconds each.
 
     Raises:
-        BuildError: There is no library.
+        BuildError: The library cannot be built.
     """
     data = to_bytes(network)
     shapes = [node.shape for node in network.inputs()]

@@ -25,7 +25,7 @@ _SPARSE_ENTRY = 12  # bytes of a float32 value and its index of 64 bits
 
 
 class Onnx(Format):
-    """A file for the runtimes of ONNX, through Keras's own exporter."""
+    """A file for ONNX runtimes, made by Keras's exporter."""
 
     file = "model.onnx"
     packages = ("tf2onnx", "onnx", "onnxruntime")
@@ -41,9 +41,9 @@ class Onnx(Format):
 
         path = self.path(folder)
         plain = unmasked_copy(model) if is_graph(model) else model
-        call_model(plain, input_structure(plain))  # Keras wants it called
+        call_model(plain, input_structure(plain))  # Keras needs a call before
         with warnings.catch_warnings(), masks_applied():
-            # Keras looks whether NumPy still has the names that tf2onnx uses.
+            # Keras checks whether NumPy has the names that tf2onnx uses.
             warnings.simplefilter("ignore")
             try:
                 plain.export(path, format="onnx", verbose=False)
@@ -66,7 +66,7 @@ class Onnx(Format):
             str(self.path(folder)), providers=["CPUExecutionProvider"]
         )
         given = [node.name for node in session.get_inputs()]
-        # Keras's exporter keeps names of some inputs, and the order of all.
+        # Keras's exporter keeps the names of some inputs, and all their order.
         named = dict(zip(given, signature.inputs, strict=True))
         if set(given) == set(signature.inputs):
             named = dict(zip(given, given, strict=True))
@@ -79,7 +79,7 @@ class Onnx(Format):
 
 
 def _make_sparse(graph):
-    """Makes constants sparse where their values and indices are smaller."""
+    """Makes constants sparse if their values and indices are smaller."""
     from onnx import helper, numpy_helper
 
     for constant in list(graph.initializer):

@@ -1,4 +1,4 @@
-"""What must hold before an export writes anything."""
+"""Checks before an export writes anything."""
 
 import os
 from pathlib import Path
@@ -17,25 +17,25 @@ __all__ = ["check_model", "checked_target"]
 
 
 def checked_target(path: str | os.PathLike, overwrite: bool) -> Path:
-    """Returns the folder to write, its links followed.
+    """Returns the folder to write, with links followed.
 
     Args:
         path: As it was passed to `export`.
         overwrite: Whether an earlier export there may be replaced.
 
     Raises:
-        ValueError: It is no path, or nothing may be written there.
+        ValueError: It is not a path, or nothing may be written there.
     """
     named = isinstance(path, (str, os.PathLike)) and os.fspath(path)
     if not isinstance(named, str) or not named:
         raise ValueError(
-            "path must be that of the folder to write. Received: "
+            "path must be the path of the folder to write. Received: "
             f"path={path!r}."
         )
     try:
         os.fsencode(named).decode()
-        # As the system does: a folder's `..` is where the folder is, and not
-        # where the link is that led to it.
+        # As the system does: `..` in a folder is relative to the folder, not to
+        # the link that led to it.
         target = Path(named).resolve()
         there = os.path.lexists(target)
     except (OSError, RuntimeError, ValueError) as error:
@@ -47,7 +47,7 @@ def checked_target(path: str | os.PathLike, overwrite: bool) -> Path:
     file = path.suffix.removeprefix(".")
     if file in FORMATS:
         raise ValueError(
-            f"path is the folder that is written, and the file in it is named "
+            f"path is the folder to write, and the file in it is named "
             f"{FORMATS[file].file}. Received: path={named!r}. "
             f"Pass {str(path.with_suffix(''))!r}."
         )
@@ -59,7 +59,7 @@ def checked_target(path: str | os.PathLike, overwrite: bool) -> Path:
     if not there and os.path.islink(path):
         raise ValueError(
             f"{named!r} is a link to {str(target)!r}, which does not exist. "
-            "Make that folder's path the one you pass, or remove the link."
+            "Pass that folder's path, or remove the link."
         )
     if not there:
         return target
@@ -71,7 +71,7 @@ def checked_target(path: str | os.PathLike, overwrite: bool) -> Path:
     foreign = foreign_files(target)
     if foreign:
         raise ValueError(
-            "overwrite=True replaces what an export has written, and "
+            "overwrite=True replaces an earlier export, but "
             f"{named!r} holds something else: {foreign[0]}. Delete it "
             f"yourself, or pass another path. Received: path={named!r}."
         )
@@ -81,8 +81,8 @@ def checked_target(path: str | os.PathLike, overwrite: bool) -> Path:
 def check_model(model: keras.Model) -> None:
     """Raises ValueError unless a model can be exported.
 
-    It must be built, sparse and finite, and zero outside its masks; and no
-    scope of a strategy may be open.
+    It must be built, sparse and finite, and zero outside its masks. No scope of
+    a strategy may be open.
 
     Args:
         model: The model.
@@ -95,8 +95,8 @@ def check_model(model: keras.Model) -> None:
     for variable in model.weights:
         if not is_finite(variable.numpy()):
             raise ValueError(
-                f"Weight {variable.path!r} holds NaN or infinite values: a "
-                "model like this is not exported."
+                f"Weight {variable.path!r} holds NaN or infinite values, and "
+                "cannot be exported."
             )
     for layer in masked_layers(model):
         outside = layer.kernel.numpy()[~layer.mask.numpy()]
@@ -109,12 +109,12 @@ def check_model(model: keras.Model) -> None:
     if not masked_layers(model) and not kernels_to_store_sparse(model):
         raise ValueError(
             f"Model {model.name!r} has no masked layer, and no kernel with "
-            "zeros enough to leave out. Keras exports a dense model: "
+            "enough zeros to leave out. Keras exports a dense model: "
             "model.export(path)."
         )
     if tf.distribute.has_strategy():
         raise ValueError(
-            "export loads what it writes, which TensorFlow cannot in the scope "
-            f"of a {type(tf.distribute.get_strategy()).__name__}. Call it "
-            "outside of strategy.scope()."
+            "export loads the model that it writes, which TensorFlow cannot do "
+            f"in the scope of a {type(tf.distribute.get_strategy()).__name__}. "
+            "Call it outside of strategy.scope()."
         )

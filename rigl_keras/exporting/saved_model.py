@@ -1,4 +1,4 @@
-"""SavedModels that need TensorFlow alone."""
+"""SavedModels that need only TensorFlow."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +29,7 @@ __all__ = [
 
 
 class SavedModel(Format):
-    """A SavedModel that plain TensorFlow loads, its kernels stored sparse.
+    """A SavedModel for plain TensorFlow, with kernels stored sparse.
 
     It has the signature `serving_default`.
     """
@@ -55,7 +55,7 @@ class SavedModel(Format):
 
 
 def kernels_to_store_sparse(model: keras.Model) -> list[keras.Variable]:
-    """Returns the weights that take less space if their zeros are left out.
+    """Returns the weights that take less space without their zeros.
 
     Args:
         model: A built model, masked or not.
@@ -70,7 +70,7 @@ def kernels_to_store_sparse(model: keras.Model) -> list[keras.Variable]:
 
 
 def lookup_tables(model: keras.Model) -> list[Any]:
-    """Returns what a model looks up in, which a SavedModel must hold."""
+    """Returns a model's lookup tables, which a SavedModel must hold."""
     return [
         layer.lookup_table
         for layer in _keras.flatten_layers(model)
@@ -79,13 +79,13 @@ def lookup_tables(model: keras.Model) -> list[Any]:
 
 
 class Served(tf.Module):
-    """A model as one `tf.function` of its named inputs, and its weights.
+    """A model as one `tf.function` of its named inputs, with its weights.
 
     Args:
         model: A built model. Kernels of a masked one must be zero outside
             their masks.
-        signature: What it is called on.
-        sparse: Whether kernels that take less space so are stored sparse.
+        signature: The model's inputs.
+        sparse: Whether to store kernels sparse if that takes less space.
 
     Attributes:
         function: The concrete function.
@@ -101,8 +101,8 @@ class Served(tf.Module):
             self._kernels = SparseKernels([v.numpy() for v in replaced])
             self._stored = self._kernels.variables
 
-        # The model is held by the function alone: as an attribute it would be
-        # saved, with its masks and its dense kernels.
+        # Only the function holds the model: an attribute would be saved, with
+        # its masks and dense kernels.
         @tf.function
         def serve(**inputs):
             kernels = self._kernels.read() if self._kernels else []

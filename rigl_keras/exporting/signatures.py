@@ -1,4 +1,4 @@
-"""What is served: a model as one function of named arrays, with its weights."""
+"""Signatures: the named inputs and outputs of served models."""
 
 import dataclasses
 import keyword
@@ -21,22 +21,22 @@ __all__ = [
     "signature_of",
 ]
 
-_FREE_AXES = (64, 224, 32, 8)  # lengths of axes that are not known, to try
+_FREE_AXES = (64, 224, 32, 8)  # lengths to try for unknown axes
 _COUNTED = re.compile(r"(keras_tensor|input_layer)(_\d+)?")
 
 
 @dataclasses.dataclass(frozen=True)
 class Signature:
-    """What a model is called on, by name.
+    """The inputs of a model's call, by name.
 
     Attributes:
-        structure: The name of the input, or a list, tuple or dict of names,
-            as the model's call takes them.
+        structure: The name of the input, or a list, tuple or dict of names, as
+            in the model's call.
         inputs: `{name: spec}`, in the order in which `tf.nest` flattens the
             structure. The batch size is free, unless the model's is fixed.
-        lengths: `{name: shape}` of one random example: that of the spec, with
-            lengths for axes that are free.
-        limits: `{name: n}` of inputs of integers: random ones are below n.
+        lengths: `{name: shape}` of one random example: the spec's shape, with
+            lengths for free axes.
+        limits: `{name: n}` for inputs of integers: random ones are below n.
     """
 
     structure: Any
@@ -49,10 +49,10 @@ class Signature:
         return tf.nest.map_structure(arrays.__getitem__, self.structure)
 
     def named(self, examples: Any) -> dict[str, np.ndarray]:
-        """Returns arrays in the structure of the call by their names.
+        """Returns arrays by name, from the structure of the call.
 
         Raises:
-            ValueError: They are not of this structure, type or shape.
+            ValueError: They have another structure, type or shape.
         """
         flat = [examples]
         if tf.nest.is_nested(self.structure):
@@ -62,7 +62,7 @@ class Signature:
                 )
             except (TypeError, ValueError) as error:
                 raise ValueError(
-                    "inputs must have the structure on which the model is "
+                    "inputs must have the structure with which the model is "
                     f"called, {self._shown()}. Received: "
                     f"{type(examples).__name__}."
                 ) from error
@@ -82,7 +82,7 @@ class Signature:
             if not fits or not kinds or not len(array):
                 raise ValueError(
                     f"The model's input {name!r} is {spec.dtype.name} of shape "
-                    f"{tuple(spec.shape)}, an example or more. Received: "
+                    f"{tuple(spec.shape)}, at least one example. Received: "
                     f"{array.dtype} of shape {array.shape}."
                 )
             named[name] = array = array.astype(dtype)
@@ -93,14 +93,14 @@ class Signature:
                 )
         if len({len(array) for array in named.values()}) > 1:
             raise ValueError(
-                "All inputs must hold as many examples. Received: "
+                "All inputs must hold equally many examples. Received: "
                 f"{ {name: len(array) for name, array in named.items()} }."
             )
         return named
 
     @property
     def batch_size(self) -> int | None:
-        """The model's batch size, where it is fixed."""
+        """The model's batch size, if it is fixed."""
         sizes = {spec.shape[0] for spec in self.inputs.values()} - {None}
         return next(iter(sizes), None)
 
@@ -115,14 +115,14 @@ class Signature:
         return dataclasses.replace(self, inputs=inputs)
 
     def random(self, batch: int, *, seed: int = 0) -> dict[str, np.ndarray]:
-        """Returns named arrays, standard normal or of integers.
+        """Returns named arrays, standard normal or integers.
 
         Args:
-            batch: How many examples, where the model leaves it free.
+            batch: Number of examples, if the model leaves it free.
             seed: Seed of the draw.
 
         Raises:
-            ValueError: An input is of strings.
+            ValueError: An input has strings.
         """
         draw = np.random.default_rng(seed)
         arrays = {}
@@ -134,8 +134,8 @@ class Signature:
                 array = draw.integers(0, self.limits[name], shape)
             else:
                 raise ValueError(
-                    f"The model's input {name!r} is of {spec.dtype.name}, of "
-                    "which no random examples can be drawn. Pass inputs."
+                    f"The model's input {name!r} is of {spec.dtype.name}: no "
+                    "random examples can be drawn. Pass inputs."
                 )
             arrays[name] = array.astype(spec.dtype.as_numpy_dtype)
         return arrays
@@ -150,25 +150,24 @@ class Signature:
 
 
 def signature_of(model: keras.Model, examples: Any = None) -> Signature:
-    """Returns what a model is called on.
+    """Returns the inputs of a model's call, by name.
 
-    Inputs have the names that a Sequential or Functional model gives its
-    `keras.Input`s, else the keys of the dict that is passed, or `inputs` (of
-    a list `inputs_0`, `inputs_1`, ...). What is no letter, digit or underscore
-    in a name becomes an underscore, as the names are those of arguments.
+    Names are those of the `keras.Input`s of a Sequential or Functional model,
+    the keys of a dict that is passed, or `inputs` (for a list, `inputs_0`,
+    `inputs_1`, ...). Since they are names of arguments, characters other than
+    letters, digits and underscores become underscores.
 
     Args:
         model: A built model.
-        examples: Arrays that it is called on. The types of the inputs of a
-            subclassed model are theirs; it is taken to be called on its
-            compute type otherwise.
+        examples: Arrays for its call. They give the types of the inputs of a
+            subclassed model, which otherwise are its compute type.
     """
     structure = input_structure(model)
     flat = tf.nest.flatten(structure)
     names = [name for name, _ in _paths(structure, "inputs")]
     if is_graph(model):
         names = [
-            # Keras numbers inputs without a name, differently each time.
+            # Keras numbers unnamed inputs, differently each time.
             name if _COUNTED.fullmatch(tensor.name) else tensor.name
             for name, tensor in zip(names, flat, strict=True)
         ]
@@ -183,7 +182,7 @@ def signature_of(model: keras.Model, examples: Any = None) -> Signature:
         name: tf.TensorSpec(tensor.shape, dtype, name)
         for name, tensor, dtype in zip(names, flat, dtypes, strict=True)
     }
-    if not is_graph(model):  # built with a batch, it is called on any
+    if not is_graph(model):  # built with one batch size, but called with any
         inputs = {
             name: tf.TensorSpec((None, *spec.shape[1:]), spec.dtype, name)
             for name, spec in inputs.items()
@@ -191,7 +190,7 @@ def signature_of(model: keras.Model, examples: Any = None) -> Signature:
     signature = Signature(
         structure=tf.nest.pack_sequence_as(structure, names),
         inputs=inputs,
-        lengths=cast(  # axes that are free are None until `_with_lengths`
+        lengths=cast(  # free axes are None until `_with_lengths`
             dict[str, tuple[int, ...]],
             {n: tuple(spec.shape[1:]) for n, spec in inputs.items()},
         ),
@@ -208,7 +207,7 @@ def signature_of(model: keras.Model, examples: Any = None) -> Signature:
 
 
 def _with_lengths(signature, model, examples):
-    """Returns a signature with lengths of free axes that the model can use."""
+    """Returns a signature with lengths for free axes that the model accepts."""
     free = [n for n, shape in signature.lengths.items() if None in shape]
     if not free:
         return signature
@@ -229,13 +228,13 @@ def _with_lengths(signature, model, examples):
             return longer
     raise ValueError(
         f"Model {model.name!r} has inputs with free axes ({', '.join(free)}), "
-        f"and fails where these are of length {', '.join(map(str, _FREE_AXES))}"
+        f"and fails with lengths {', '.join(map(str, _FREE_AXES))} for these"
         ". Pass inputs."
     )
 
 
 def _with_limits(signature, model):
-    """Returns a signature with integers as large as embeddings take them."""
+    """Returns a signature with limits of integers, from embeddings."""
     sizes = {
         layer.input_dim
         for layer in _keras.flatten_layers(model)
@@ -264,12 +263,12 @@ def _can_be_called(model, signature, arrays):
 
 
 def is_finite(array: np.ndarray) -> bool:
-    """Returns whether an array has no NaN or infinity, as strings have none."""
+    """Returns whether an array has no NaN or infinity; True for strings."""
     return array.dtype.kind in "SUO" or bool(np.isfinite(array).all())
 
 
 def _as_arguments(names):
-    """Returns names that a function's arguments can have, each once."""
+    """Returns unique names that a function's arguments can have."""
     arguments = []
     for name in names:
         name = re.sub(r"\W", "_", name, flags=re.ASCII)
@@ -284,8 +283,8 @@ def named_outputs(outputs: Any) -> dict[str, tf.Tensor]:
     """Returns a model's outputs by name.
 
     Args:
-        outputs: What it returns: of a dict the keys are the names, of a list
-            or a single tensor they are `output_0`, `output_1`, ...
+        outputs: What it returns. Names are the keys of a dict, or `output_0`,
+            `output_1`, ... for a list or a single tensor.
     """
     if isinstance(outputs, Mapping):
         return dict(_paths(outputs, "output"))
@@ -308,11 +307,11 @@ def _paths(structure, prefix):
 def outputs_of(
     model: keras.Model, signature: Signature, arrays: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Returns what a model computes, its states left as they are.
+    """Returns a model's outputs without changing its states.
 
     Args:
         model: A built model, masked or not.
-        signature: Of the model.
+        signature: The model's inputs.
         arrays: Inputs by name.
 
     Returns:

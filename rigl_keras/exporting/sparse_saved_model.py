@@ -32,17 +32,17 @@ from rigl_keras.serving.operation import checksum_of, run_network
 __all__ = ["LOADER", "SparseSavedModel"]
 
 LOADER = "load.py"
-# Where a SavedModel keeps what is not its own.
+# Where a SavedModel keeps additional files.
 _LIBRARY = Path("assets.extra", "rigl_keras_kernels.so")
 
 
 class SparseSavedModel(Format):
     """A SavedModel that computes a model as one operation.
 
-    What no network knows (attention, recurrent layers) stays TensorFlow's,
-    with the largest networks between as operations. Their weights are files
-    among the assets. The operation needs its library: that, and a file that
-    loads both, lie in the folder. It has the signature `serving_default`.
+    TensorFlow keeps what no network computes (attention, recurrent layers),
+    with the largest possible networks between as operations. Their weights are
+    files among the assets. The operation needs its library, which is in the
+    folder, with a file that loads both. It has the signature `serving_default`.
     """
 
     folds = True
@@ -55,7 +55,7 @@ class SparseSavedModel(Format):
         options: WriteOptions,
     ) -> list[str]:
         imported = networks_within(model, signature)
-        # Into the cache, where the process has its operations from elsewhere.
+        # Into the cache, even if the process has the operations from elsewhere.
         built = library_to_copy(kernels.build)
         with tempfile.TemporaryDirectory() as scratch:
             networks = [
@@ -79,9 +79,11 @@ class SparseSavedModel(Format):
         if not unknown:
             return []
         count = len(networks)
-        parts = "a part is a network" if count == 1 else f"{count} are networks"
+        parts = (
+            "one part is a network" if count == 1 else f"{count} are networks"
+        )
         return [
-            f"TensorFlow computes a part of the model, and {parts}:",
+            f"TensorFlow computes parts of the model, and {parts}:",
             *(f"  {line}" for line in unknown),
         ]
 
@@ -109,7 +111,7 @@ def _file_name(segment):
 
 
 class _Saved(tf.Module):
-    """A network in a file of its own.
+    """A network in a separate file.
 
     Args:
         network: The network.
@@ -132,19 +134,19 @@ class _Saved(tf.Module):
             self._asset.asset_path,
             inputs,
             checksum=self._checksum,
-            # Not what TensorFlow made of the list to track it.
+            # Not TensorFlow's wrapper of the list, which tracks it.
             shapes=list(self._shapes),
         )
 
 
 class _Served(tf.Module):
-    """A model of networks as one function of its named inputs.
+    """A model made of networks as one function of its named inputs.
 
     Args:
         imported: The model's networks.
-        networks: The same, in files.
-        signature: What it is called on.
-        tables: What it looks up in, which belongs to what is saved.
+        networks: The same networks, in files.
+        signature: The model's inputs.
+        tables: Its lookup tables, which are saved too.
 
     Attributes:
         function: The concrete function.
@@ -170,12 +172,12 @@ class _Served(tf.Module):
         self.function = serve.get_concrete_function(**signature.inputs)
 
 
-_LOADER = '''"""Loads the model here, and the operations that it needs.
+_LOADER = '''"""Loads the model beside this file, and its operations.
 
     import load
     serve = load.model().signatures["serving_default"]
 
-Elsewhere one line before tf.saved_model.load does it:
+In other programs, one line before tf.saved_model.load is enough:
 
     tf.load_op_library("FOLDER/{library}")
 """
@@ -188,11 +190,11 @@ _HERE = Path(__file__).resolve().parent
 
 
 def model():
-    """Returns what tf.saved_model.load does."""
+    """Returns the result of tf.saved_model.load."""
     try:
         return tf.saved_model.load(str(_HERE))
     except (FileNotFoundError, RuntimeError, tf.errors.NotFoundError):
-        # Not known yet; a process can load them only once.
+        # Not loaded yet; a process can load them only once.
         tf.load_op_library(str(_HERE / "{library}"))
         return tf.saved_model.load(str(_HERE))
 '''

@@ -1,8 +1,8 @@
-"""How sparse kernels are stored: their values, and where these belong.
+"""How sparse kernels are stored: their values and positions.
 
-A kernel of which few entries are not zero is stored as those entries and
-either one bit for each entry of the kernel, or one byte for each entry that
-is stored, whichever takes less.
+A kernel with few nonzero entries is stored as those entries and either one bit
+for each entry of the kernel or one byte for each stored entry, whichever takes
+less.
 """
 
 import math
@@ -34,7 +34,7 @@ def decode(
     encoding: str,
     shapes: Sequence[tuple[int, ...]],
 ) -> list[tf.Tensor]:
-    """Returns the kernels that `encode` was given.
+    """Returns kernels decoded from the result of `encode`.
 
     Args:
         values: Vector of the kernels' dtype.
@@ -62,20 +62,19 @@ def decode(
 class SparseKernels(tf.saved_model.experimental.TrackableResource):
     """Kernels that are sparse in a SavedModel, and dense once it is loaded.
 
-    On disk they are values and positions, in few variables for all of them,
-    and beside these a variable for each kernel, which is empty. Plain
-    TensorFlow, in a session as well, runs `_initialize` when it has read all
-    variables: it makes the dense kernels and puts them into the empty ones. A
-    call then reads variables as in any other model.
+    On disk they are values and positions, in a few variables for all kernels,
+    and an empty variable for each kernel. After plain TensorFlow has read all
+    variables, also in a session, it runs `_initialize`, which fills the empty
+    ones with the dense kernels. A call then reads variables as in any other
+    model.
 
-    It is a resource for the sake of that function; there is nothing else to
-    it.
+    It is a resource only because resources have such a function.
 
     Args:
-        kernels: Arrays of float dtypes, each cheaper encoded than dense.
+        kernels: Float arrays, each smaller encoded than dense.
 
     Attributes:
-        variables: The variables that are saved. The owner must track them.
+        variables: The saved variables. The owner must track them.
     """
 
     def __init__(self, kernels: Sequence[np.ndarray]):
@@ -95,7 +94,7 @@ class SparseKernels(tf.saved_model.experimental.TrackableResource):
         for i, kernel in enumerate(kernels):
             key = str(kernel.dtype), cheapest_encoding(kernel)
             members.setdefault(key, []).append(i)
-        # What is of one type and encoding is one pair of variables.
+        # Each pair of type and encoding has two variables.
         self._groups = [
             (
                 encoding,
@@ -129,7 +128,7 @@ class SparseKernels(tf.saved_model.experimental.TrackableResource):
                 self._dense[i].assign(kernel)
 
     def read(self) -> list[tf.Tensor]:
-        """Returns the dense kernels, in a function that is saved."""
+        """Returns the dense kernels, within a saved function."""
         return [
             tf.ensure_shape(variable.read_value(), shape)
             for variable, shape in zip(self._dense, self._shapes, strict=True)

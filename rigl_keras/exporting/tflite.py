@@ -26,7 +26,7 @@ __all__ = ["TFLite"]
 
 
 class TFLite(Format):
-    """A file for LiteRT, which was TensorFlow Lite, on phones and the like."""
+    """A file for LiteRT (formerly TensorFlow Lite), for phones and others."""
 
     file = "model.tflite"
     quantizations = {
@@ -79,7 +79,7 @@ class TFLite(Format):
                 raise ValueError(
                     f"LiteRT's interpreter fails: {first_line(error)}"
                 ) from error
-            # It returns its own memory, which the next call overwrites.
+            # The next call overwrites the memory that it returns.
             return {name: np.array(output) for name, output in outputs.items()}
 
         def call_one_by_one(arrays):
@@ -93,7 +93,7 @@ class TFLite(Format):
 
 
 def _converted(served, options):
-    """Returns the bytes that LiteRT's converter makes of a `Served` model."""
+    """Returns a `Served` model as bytes, made by LiteRT's converter."""
     converter = tf.lite.TFLiteConverter.from_concrete_functions(
         [served.function], served
     )
@@ -113,8 +113,8 @@ def _converted(served, options):
     try:
         with _quiet_interpreter():
             return converter.convert()
-    except Exception as error:  # the converter's own classes are private
-        # Where it was traced comes first, and then what is wrong.
+    except Exception as error:  # the converter's classes are private
+        # The traceback comes first, then the error.
         reasons = re.findall(r"error: (.*)", str(error)) or [str(error)]
         raise ValueError(
             f"LiteRT's converter fails: {reasons[0][:200]}"
@@ -122,7 +122,7 @@ def _converted(served, options):
 
 
 def _check_no_loop(function):
-    """Refuses what ends the process when LiteRT calibrates it."""
+    """Refuses models that crash the process when LiteRT calibrates them."""
     graph = function.graph.as_graph_def()
     nodes = [*graph.node]
     for inner in graph.library.function:
@@ -135,14 +135,14 @@ def _check_no_loop(function):
 
 
 def _examples(arrays):
-    """Yields the examples one by one, by name."""
+    """Yields examples one at a time, by name."""
     for i in range(len(next(iter(arrays.values())))):
         yield {name: array[i : i + 1] for name, array in arrays.items()}
 
 
 @contextlib.contextmanager
 def _quiet_interpreter():
-    """Keeps TensorFlow from saying that its interpreter will move."""
+    """Hides TensorFlow's warning that its interpreter will move."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"\s*Warning: tf.lite.Interpreter")
         yield

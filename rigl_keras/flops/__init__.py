@@ -1,6 +1,6 @@
 """What a model costs: parameters, FLOPs and bits, layer by layer.
 
-counting            `count`, a model as it is
+counting            `count`, the cost of a model
 positions           how often each kernel is applied
 training            what training costs, by method or by the masks of a run
 """

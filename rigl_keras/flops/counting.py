@@ -1,7 +1,7 @@
 """What a model costs: parameters, FLOPs and bits, layer by layer.
 
-The number of connections is taken from the masks, not from weights that
-happen to be zero, so that freshly grown connections count.
+Masks give the number of connections, not the weights that happen to be zero:
+freshly grown connections count.
 """
 
 import dataclasses
@@ -28,9 +28,9 @@ _BITS = 32  # of a parameter
 class LayerCount:
     """What one kernel of a layer costs, for one sample.
 
-    Or the two products of attention that have no weights: queries by keys, and
-    values by their scores. These are `"<layer>/products"`, of an empty shape
-    and as many positions as there are multiplications.
+    It may also stand for the two products of attention that have no weights:
+    queries by keys, and scores by values. These are named `"<layer>/products"`,
+    have an empty shape, and one position for each multiplication.
 
     Attributes:
         name: Unique name of the kernel (`selection.named_kernels`).
@@ -39,10 +39,10 @@ class LayerCount:
         nonzeros: Trainable parameters that the mask keeps.
         density: Fraction of the kernel that the mask keeps.
         masked: Whether the layer has a mask.
-        positions: How many times a kernel is applied to one sample: for a
-            convolution, the number of output positions (of a transposed one,
-            of input positions); for a recurrent layer, that of time steps.
-        bias_additions: What a bias costs at each position, 0 without one.
+        positions: How many times a kernel is applied to one sample: the number
+            of output positions of a convolution (input positions of a
+            transposed one), or of time steps of a recurrent layer.
+        bias_additions: Cost of the bias at each position, 0 without a bias.
         convention: How FLOPs are counted.
     """
 
@@ -87,19 +87,17 @@ class Count:
     """What a model costs; printing it shows a table.
 
     Attributes:
-        parameters: Trainable parameters of the dense model, masked or not.
+        parameters: Trainable parameters of the dense model.
         nonzeros: Trainable parameters that remain.
-        density: Fraction of the masked weights that remain, 1 without masks.
-            It is what `sparsify` was asked for, and leaves out the
-            parameters that are never masked.
+        density: Fraction of the masked weights that remain, 1 without masks. As
+            in `sparsify`, parameters that are never masked do not count.
         inference_flops: Cost of one sample's forward pass.
         dense_inference_flops: The same without masks.
-        bits: Size of the trainable parameters: 32 bits for each that
-            remains, and one bit for each entry of a mask that is not all
-            ones.
-        csr_bits: The same with each such kernel as compressed sparse rows
-            instead, a row for each output channel: a column index of 32 bits
-            for each weight that remains, and rows + 1 row pointers of 32 bits.
+        bits: Size of the trainable parameters: 32 bits for each remaining one,
+            and one bit for each entry of a mask that is not all ones.
+        csr_bits: The size with such kernels as compressed sparse rows, one row
+            for each output channel: a column index of 32 bits for each
+            remaining weight, and rows + 1 row pointers of 32 bits.
         layers: A `LayerCount` for each counted layer.
         uncounted: Names and types of layers with weights whose FLOPs are not
             counted.
@@ -130,7 +128,7 @@ class Count:
                     _ratio(layer),
                 )
             )
-        # The sums include normalisation, which costs no FLOPs here.
+        # The sums include normalisation, whose FLOPs count as 0.
         rows.append(
             (
                 "model",
@@ -160,34 +158,33 @@ class Count:
 def count(model: keras.Model, *, convention: str = "micronet") -> Count:
     """Returns the parameters, FLOPs and bits of a model.
 
-    A kernel of which n weights remain and that is applied at P positions (the
-    output positions of a convolution, or the input positions of a transposed
-    one; the steps of a recurrent layer; for an einsum, the product of all
-    axes but the batch that the kernel does not have) costs
+    A kernel with n remaining weights that is applied at P positions costs as
+    below. Positions are the output positions of a convolution, the input
+    positions of a transposed one, the steps of a recurrent layer or, for an
+    einsum, the product of all axes that its kernel lacks, without the batch.
 
         macs:     n P
         micronet: 2 n P, and P x (input channels) for a bias
 
-    Attention of H heads from T queries to S keys of k and values of v entries
-    costs, beside its kernels, H T S (k + v) multiplications (macs), or twice
-    that (micronet), at any density. Keys that a mask hides are counted, as they
-    are computed.
+    Attention with H heads from T queries to S keys with k entries and values
+    with v entries costs, besides its kernels, H T S (k + v) multiplications
+    (macs), or twice that (micronet), at any density. Keys that a mask hides are
+    computed, so they count.
 
     micronet is how the report counts, after the MicroNet challenge (Evci et
     al., 2020, appendix H): multiplications and additions, a ReLU for each
-    output instead of the addition that a sum of n terms saves, nothing for
+    output instead of the addition that a sum of n terms saves, and nothing for
     normalisation, softmax, pooling, sums and embeddings, which are looked up.
-    Its code reads the channels of a weight
-    the other way round, so that a bias costs an addition for each input
-    channel instead of each output channel; this is kept, to agree with the
+    The report's code swaps the channels of a weight: a bias costs an addition
+    for each input channel, not output channel. This is kept, to agree with the
     published numbers to the digit.
 
     The model is traced, not run: no output is computed and nothing changes.
 
     Args:
-        model: A built model, masked or dense, whose input shape is known but
-            for the batch. A subclassed one is taken to be called on inputs of
-            the shapes that it was built with.
+        model: A built model, masked or dense, whose input shape is known except
+            for the batch. For a subclassed one, the shapes are those it was
+            built with.
         convention: One of `CONVENTIONS`.
 
     Returns:
@@ -195,7 +192,7 @@ def count(model: keras.Model, *, convention: str = "micronet") -> Count:
 
     Raises:
         ValueError: The convention is unknown, the model is not built, or a
-            dimension of its input is not known.
+            dimension of its input is unknown.
 
     Example:
 
@@ -281,7 +278,7 @@ def _kernels_of(name, leaf):
     else:
         masked = {m.found.path: m for m in leaf.masked_kernels()}
         found = find_kernels(leaf.layer)
-        # A kernel of another name is found only where it is named.
+        # Kernels of other names are found by name only.
         known = {kernel.path for kernel in found}
         found += [m.found for p, m in masked.items() if p not in known]
     for kernel in found:
@@ -290,7 +287,7 @@ def _kernels_of(name, leaf):
 
 
 def _attention_in(name, leaf):
-    """Yields the layers of attention that a leaf is or has within it."""
+    """Yields the attention layers that a leaf is or contains."""
     layer = leaf.layer if isinstance(leaf, Masked) else leaf
     for path, inner in within(layer, "", set()):
         if isinstance(inner, ATTENTION):
@@ -319,7 +316,7 @@ def _count_layer(named, positions, convention):
     masked = named.mask is not None
     ones = int(np.count_nonzero(named.mask.numpy())) if masked else size
     bias = getattr(kernel.owner, "bias", None)
-    # Of the kernels of one layer, the last to be applied goes with the bias.
+    # The bias belongs to the kernel of a layer that is applied last.
     if bias is None or kernel.attribute in (
         "depthwise_kernel",
         "recurrent_kernel",

@@ -1,4 +1,4 @@
-"""How often each kernel is applied, and what attention multiplies besides."""
+"""How often each kernel is applied, and the products of attention."""
 
 import contextlib
 import dataclasses
@@ -25,20 +25,20 @@ ATTENTION = (
     keras.layers.GroupQueryAttention,
 )
 
-# Layers have another `call` meanwhile: threads take turns.
+# Counting replaces the `call` of layers: threads take turns.
 _turn = threading.RLock()
 
 
 @dataclasses.dataclass(frozen=True)
 class Applied:
-    """What one sample makes a model compute.
+    """What a model computes for one sample.
 
     Attributes:
-        positions: `{id of a kernel's variable: positions that it is applied
-            at}`, without the kernels whose use does not follow from the calls
-            of their layer.
-        products: `{id of a layer of attention: multiplications of its two
-            products that have no weights}`.
+        positions: `{id of a kernel's variable: positions where it is applied}`,
+            without kernels whose use does not follow from the calls of their
+            layer.
+        products: `{id of an attention layer: multiplications of its two
+            products without weights}`.
     """
 
     positions: Mapping[int, int]
@@ -52,16 +52,16 @@ def applied(
 ) -> Applied:
     """Returns how often one sample applies each kernel, and its attention.
 
-    The model is traced, and its layers note the shapes of their inputs and
+    The model is traced, and its layers record the shapes of their inputs and
     outputs.
 
     Args:
         model: A built model, masked or not.
         kernels: Kernels of its layers.
-        attention: Layers of it, of `ATTENTION`.
+        attention: Its layers of the types `ATTENTION`.
 
     Raises:
-        ValueError: An axis of the input is free, or the call fails.
+        ValueError: An axis of the input is unknown, or the call fails.
     """
     kernels = list(kernels)
     specs = tf.nest.map_structure(_one_sample, input_structure(model))
@@ -77,14 +77,14 @@ def applied(
     calls = {key: [] for key in traced}
 
     def trace(x):
-        # Penalties of activities go to the scope, not to the model.
+        # Activity penalties go to the scope, not to the model.
         with (
             keras.StatelessScope(collect_losses=True),
             keras.SymbolicScope(),
         ):
             return call_model(model, x)
 
-    # A call forgets the losses of the one before.
+    # A call forgets the losses of the previous call.
     with (
         _turn,
         _keras.keeping_losses(model),
@@ -94,7 +94,7 @@ def applied(
             stack.enter_context(_recording(layer, calls[key]))
         try:
             tf.function(trace).get_concrete_function(specs)
-        except Exception as error:  # whatever a model of the user's raises
+        except Exception as error:  # a user's model may raise anything
             raise ValueError(
                 f"The FLOPs of model {model.name!r} cannot be counted: called "
                 f"on {specs} it fails, with {type(error).__name__}: "
@@ -121,7 +121,7 @@ def applied(
 
 
 def _caller(kernel) -> keras.layers.Layer | None:
-    """Returns the layer whose calls say how often a kernel is applied."""
+    """Returns the layer whose calls determine the positions of a kernel."""
     owner = kernel.layer
     steps = owner if isinstance(owner, keras.layers.RNN) else None
     for part in kernel.path.split(".")[:-1]:
@@ -129,7 +129,7 @@ def _caller(kernel) -> keras.layers.Layer | None:
         if isinstance(owner, keras.layers.RNN):
             steps = owner
     if steps is not None:
-        # A convolution within a step has more positions than one.
+        # A convolution within a step has several positions.
         return steps if len(kernel.variable.shape) == 2 else None
     return owner if isinstance(owner, _COUNTED) else None
 
@@ -154,7 +154,7 @@ def _applied(kernel, caller, inputs, outputs) -> int:
 
 
 def _applied_in_einsum(equation, inputs, outputs) -> int:
-    """Returns the product of all axes that an einsum's kernel does not have.
+    """Returns the product of all axes that an einsum's kernel lacks.
 
     >>> _applied_in_einsum("abc,cd->abd", (1, 7, 5), (1, 7, 3))
     7
@@ -163,7 +163,7 @@ def _applied_in_einsum(equation, inputs, outputs) -> int:
     sizes = {}
     for labels, shape in ((of_inputs, inputs), (of_outputs, outputs)):
         named = len(labels.replace("...", ""))
-        # An ellipsis stands for axes that the kernel has not.
+        # An ellipsis stands for axes that the kernel lacks.
         rest = [f"axis {i}" for i in range(len(shape) - named)]
         before, _, after = labels.partition("...")
         axes = [*before, *(rest if "..." in labels else []), *after]
@@ -172,22 +172,22 @@ def _applied_in_einsum(equation, inputs, outputs) -> int:
 
 
 def _products(layer, queries, values) -> int:
-    """Returns the multiplications of queries by keys, and of values by scores.
+    """Returns the multiplications of queries by keys, and scores by values.
 
-    Each query has a score for each key, whether a mask hides it or not: hidden
-    ones are computed as well.
+    Each query has a score for each key, also for keys that a mask hides: they
+    are computed too.
 
     Args:
         layer: One of `ATTENTION`.
-        queries, values: Shapes of these inputs, for one sample. Keys are as
-            many as values.
+        queries, values: Shapes of these inputs, for one sample. There are as
+            many keys as values.
     """
     if isinstance(layer, keras.layers.GroupQueryAttention):
         width = layer.num_query_heads * 2 * layer.head_dim
         return queries[1] * values[1] * width
     width = layer.num_heads * (layer.key_dim + layer.value_dim)
     attended = layer.get_config()["attention_axes"]
-    # Along the other axes of an image or a video, each place has its own.
+    # Each place on the other axes of an image or video is separate.
     return width * math.prod(
         size * (values[axis] if axis in attended else 1)
         for axis, size in enumerate(queries[1:-1], start=1)
@@ -196,7 +196,7 @@ def _products(layer, queries, values) -> int:
 
 @contextlib.contextmanager
 def _recording(layer, calls) -> Iterator[None]:
-    """Within the context, appends the shapes that each call has and makes."""
+    """Within the context, records input and output shapes of each call."""
     call, own = layer.call, vars(layer).get("call")
 
     def recorded(*args, **kwargs):
@@ -211,7 +211,7 @@ def _recording(layer, calls) -> Iterator[None]:
         yield
     finally:
         del layer.call
-        if own is not None:  # sparse products of what is within a masked layer
+        if own is not None:  # sparse products within a masked layer
             layer.call = own
 
 
@@ -226,7 +226,7 @@ def _one_sample(tensor):
             f"input {tensor.name!r} has shape {tuple(tensor.shape)}: build it "
             "with a fixed shape."
         )
-    # Some layers, which carry states along, have a batch size of their own.
+    # Some stateful layers have a fixed batch size.
     return tf.TensorSpec(
         (tensor.shape[0] or 1, *tensor.shape[1:]), tensor.dtype
     )

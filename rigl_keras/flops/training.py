@@ -1,4 +1,4 @@
-"""What training costs, by each method."""
+"""What training costs, by method."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -22,8 +22,8 @@ def training_flops(
 ) -> float:
     """Returns the cost of training on one sample, averaged over the steps.
 
-    With f_s and f_d the forward cost of the sparse and the dense model, the
-    backward pass costing twice the forward pass, and an update every T steps:
+    f_s and f_d are the forward costs of the sparse and the dense model. The
+    backward pass costs twice the forward pass. Updates come every T steps:
 
         dense:                         3 f_d
         static, SET, MEST, AC/DC,
@@ -34,28 +34,26 @@ def training_flops(
         SNFS, magnitude pruning,
         Top-KAST, SR-STE:              2 f_s + f_w
 
-    where f_w, the cost of the gradients of the kernels at a step that needs
-    more of them than there are connections, is f_d. Top-KAST and GSE need
-    them at some more entries alone: f_w is the forward cost at the density
-    that these and the connections have together, where an implementation
-    computes no others (`weight_gradient_flops`).
+    f_w is the cost of the gradients of the kernels at a step that needs more of
+    them than there are connections. It is f_d by default. Top-KAST and GSE need
+    gradients only at some more entries: if an implementation computes no
+    others, f_w is the forward cost at the density of these and the connections
+    together (`weight_gradient_flops`).
 
-    Evci et al., 2020, section 3 and appendix H, which count an update beside
-    the T steps that it follows. Where an update's gradient is the mean of n
-    batches, n of these T + 1 steps have a dense backward pass:
-    (3 f_s (T + 1 - n) + n (2 f_s + f_w)) / (T + 1).
-    Pruning and SNFS are as in the reproduction
-    (counting/inference_train_FLOPs.py). Where f_s changes during training it
-    stands for the mean over the steps; `training_curve` takes it from the
-    masks of a run.
+    Evci et al., 2020, section 3 and appendix H, count an update besides the T
+    steps before it. If an update's gradient is the mean of n batches, n of
+    these T + 1 steps have a dense backward pass: (3 f_s (T + 1 - n) + n (2
+    f_s + f_w)) / (T + 1). Pruning and SNFS are as in the reproduction
+    (counting/inference_train_FLOPs.py). If f_s changes during training, it is
+    the mean over the steps; `training_curve` takes it from the masks of a run.
 
     Args:
-        method: Name of the method as above, or of the callback's class, in
-            any case.
+        method: Name of the method as above, or of the callback's class; case
+            does not matter.
         sparse_flops: f_s for one sample.
         dense_flops: f_d for one sample.
-        frequency: T, for RigL and what updates as it does.
-        gradient_batches: n, for these, at most T.
+        frequency: T, for RigL and methods that update like it.
+        gradient_batches: n, for these methods, at most T.
         weight_gradient_flops: f_w for one sample, between f_s and f_d. None:
             f_d.
 
@@ -76,7 +74,7 @@ def training_flops(
     if name not in _GRADIENTS:
         raise ValueError(
             f"method must be one of {', '.join(_GRADIENTS)}. Received: "
-            f"method={method!r}. For a method of your own, training_curve "
+            f"method={method!r}. For your own method, training_curve "
             "counts from its masks."
         )
     gradients = _GRADIENTS[name]
@@ -118,7 +116,7 @@ def training_flops(
     return (sparse * (steps - gradient_batches) + expensive) / steps
 
 
-# When a method's closed form has dense gradients.
+# When a method needs dense gradients, in its closed form.
 _GRADIENTS = {
     "dense": "always",
     "static": "never",
@@ -150,23 +148,22 @@ def training_curve(
     dense_gradients: str,
     gradient_batches: int = 1,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns what each step of a run cost, by the masks that it really had.
+    """Returns the cost of each step of a run, from its masks.
 
-    A step t with masks whose forward cost is f_s(t) costs 3 f_s(t), or
-    2 f_s(t) + f_d where it needed gradients at inactive entries. The masks of
-    an update hold from the step after it.
+    A step t with masks of forward cost f_s(t) costs 3 f_s(t), or 2 f_s(t) + f_d
+    if it needs gradients at inactive entries. The masks of an update count from
+    the step after it.
 
     Args:
         cost: The `count` of the model, before or after training.
         trajectory: `[(step, {layer: connections})]`: the active connections
             of each masked layer, at the first step and after each update.
-        steps: How many steps the run has from the first on.
+        steps: Number of steps of the run.
         dense_gradients: When the method needs dense gradients: `"never"`, at
-            its `"updates"` or `"always"` (a callback's attribute of this
-            name).
-        gradient_batches: How many steps, each update's own the last, it
-            needs them at (a callback's attribute as well). Those before an
-            update that the run did not come to are not known, nor counted.
+            its `"updates"` or `"always"` (a callback's attribute of this name).
+        gradient_batches: At how many steps, up to and including each update, it
+            needs them (also a callback's attribute). Steps before an update
+            that the run did not reach are unknown and not counted.
 
     Returns:
         `(inference, training)`, two float64 vectors of length `steps`: FLOPs
@@ -174,7 +171,7 @@ def training_curve(
         cost of the run.
 
     Raises:
-        ValueError: The trajectory is empty, out of order or of other layers.
+        ValueError: The trajectory is empty, out of order or has other layers.
 
     Example:
 
@@ -184,7 +181,7 @@ def training_curve(
     choice("dense_gradients", dense_gradients, ("never", "updates", "always"))
     if not isinstance(cost, Count):
         raise ValueError(
-            f"cost must be what count(model) returns. Received: cost={cost!r}."
+            f"cost must be a result of count(model). Received: cost={cost!r}."
         )
     steps = integer("steps", steps, at_least=1)
     layers = {layer.name: layer for layer in cost.layers}
@@ -212,7 +209,7 @@ def training_curve(
 
 
 def _checked_trajectory(received, layers, steps):
-    """Returns a trajectory that is in order and of a model's layers."""
+    """Returns a trajectory, if it is in order and has a model's layers."""
     try:
         trajectory = [
             (
@@ -243,13 +240,13 @@ def _checked_trajectory(received, layers, steps):
         for name, ones in counts.items():
             if name in layers and ones > math.prod(layers[name].shape):
                 raise ValueError(
-                    f"{name!r} has no more than {math.prod(layers[name].shape)}"
+                    f"{name!r} has only {math.prod(layers[name].shape)}"
                     f" connections. Received: {ones}."
                 )
     unknown = {n for _, counts in trajectory for n in counts} - set(layers)
     if unknown:
         raise ValueError(
-            f"The trajectory has layers that the model has not: {unknown}."
+            f"The trajectory has layers that the model lacks: {unknown}."
         )
     first = updates[0]
     if updates[-1] >= first + steps:

@@ -6,21 +6,22 @@ csrc/               the operations in C++: convolution_ops.cc, matrix_ops.cc,
                     compiled for each instruction set; masked_kernel_op.cc
 toolchain           the compiler and its flags
 library             builds the operations on first use, and loads them
-ahead               begins to build them while other things go on
+packaged            those that a wheel brings
+ahead               builds them in the background
 operations          the operations with their gradients, of convolutions by
                     convolution_gradients
 matrix_operations   products of matrices with a sparse one
 place_operations    some places of tensors, over place_ops.cc
 recurrent_operations  all steps of an LSTM or a GRU
-problems            what layers compute, both ways, so that it can be timed
-choice              times dense and sparse products, and takes the faster
-build_command       what bin/build_kernels does
-layer_products      what a masked layer does with products
+problems            what layers compute, both ways, for timing
+choice              times dense and sparse products, and chooses the faster
+build_command       the command bin/build_kernels
+layer_products      how a masked layer computes its product
 fast_calls          batch norm and dropout in few passes over memory
 lane_operations     images in lanes, the layout of sparse convolutions, over
                     lane_ops.cc and lane_convolution_ops.cc, and the loops of
                     lane_layers.cc and lane_convolutions.cc
-lane_calls          layers that keep images in lanes from one to the next
+lane_calls          layers that pass images on in lanes
 """
 
 from rigl_keras.kernels import library

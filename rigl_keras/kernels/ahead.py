@@ -1,4 +1,4 @@
-"""Builds the op library before it is needed, while other things go on."""
+"""Builds the op library in the background, before it is needed."""
 
 import atexit
 import json
@@ -19,7 +19,7 @@ sys.path[:] = json.loads(sys.argv[1])
 from rigl_keras.kernels import library
 try:
     library.build()
-except library.BuildError:  # whoever needs it next sees why
+except library.BuildError:  # the next use shows the error
     pass
 """
 _lock = threading.Lock()
@@ -27,14 +27,13 @@ _begun = False
 
 
 def build_ahead() -> subprocess.Popen | None:
-    """Begins to build the op library, if it is not there, and returns at once.
+    """Starts to build the op library, if it is missing, and returns at once.
 
-    Another process builds it: a thread would hold locks in the children of a
-    process that forks, and end with the process. Whoever needs the library
-    meanwhile waits for it (`library.load`). If this process ends, the build
-    goes on, and the next process finds the library. It is begun once in a
-    process, and not at all where another process builds it already, or where
-    it cannot be built.
+    Another process builds it: a thread would hold locks in forked children, and
+    end with the process. Anyone who needs the library meanwhile waits for it
+    (`library.load`). If this process ends, the build continues, and the next
+    process finds the library. A build starts at most once in a process, and not
+    if another process builds already or if building is impossible.
 
     Returns:
         The process, or None.
@@ -50,13 +49,13 @@ def build_ahead() -> subprocess.Popen | None:
             if path.is_file() or _is_being_built(path.parent):
                 return None
             return _started()
-        # What is wrong is said when the library is needed.
+        # The error is shown when the library is needed.
         except (BuildError, OSError):
             return None
 
 
 def _can_start():
-    """Returns whether `sys.executable` is Python, and no program of a user."""
+    """Returns whether `sys.executable` is Python, not a user's program."""
     name = os.path.basename(sys.executable or "")
     return name.startswith("python") and not getattr(sys, "frozen", False)
 
@@ -70,26 +69,26 @@ def _is_being_built(folder):
 
 def _started():
     process = subprocess.Popen(
-        # `-I`: what lies in the working directory is not imported instead.
+        # `-I`: modules in the working directory are not imported instead.
         [sys.executable, "-I", "-c", _BUILD, json.dumps(_absolute_path())],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        # Ctrl-C is for this process alone.
+        # Ctrl-C is for this process only.
         start_new_session=True,
     )
-    # So that it is no zombie when it is done.
+    # So that it does not stay as a zombie.
     threading.Thread(target=process.wait, daemon=True).start()
     atexit.register(_leave, process)
     return process
 
 
 def _absolute_path():
-    """Returns where Python looks for modules, from any folder."""
+    """Returns the search path of Python, with absolute folders."""
     return [os.path.abspath(part) for part in sys.path]
 
 
 def _leave(process):
-    """Leaves a process alone, which may outlive this one."""
+    """Detaches a process that may outlive this one."""
     if process.poll() is None:
-        process.returncode = 0  # or Python warns that it still runs
+        process.returncode = 0  # otherwise Python warns that it still runs

@@ -3,9 +3,12 @@
 import argparse
 import sys
 import time
+from pathlib import Path
 
-from rigl_keras.kernels import choice, library
+from rigl_keras.kernels import choice, library, packaged
 from rigl_keras.kernels.toolchain import (
+    LIBRARY_NAME,
+    NETWORK_LIBRARY_NAME,
     BuildError,
     find_compiler,
     planned_build,
@@ -32,21 +35,33 @@ def main() -> None:
         help="Forget which products were faster here: they are timed again "
         "when they are used next, as after a change of the machine.",
     )
+    parser.add_argument(
+        "--into",
+        metavar="PACKAGE",
+        type=Path,
+        help="Copy them into this copy of the package, for a wheel.",
+    )
     flags = parser.parse_args()
     start = time.perf_counter()
     try:
         there = library.path().is_file() and not flags.force
         built = library.build(force=flags.force)
-        compiler, identity = find_compiler()
+        libraries = {
+            LIBRARY_NAME: built,
+            NETWORK_LIBRARY_NAME: library.build_network(),
+        }
+        compiler, identity = ([""], "") if there else find_compiler()
     except BuildError as error:
         sys.exit(f"Sparse kernels cannot be built: {error}")
     seconds = time.perf_counter() - start
-    for name in planned_build().libraries:
-        print(built.with_name(name))
+    print(*libraries.values(), sep="\n")
     if there:
         print("were there")
     else:
         print(f"built in {seconds:.1f} s by {compiler[0]}: {identity}")
+    if flags.into:
+        packaged.put(planned_build(), libraries, flags.into)
+        print(f"copied into {flags.into}")
     if flags.retime:
         try:
             forgotten = choice.forget()

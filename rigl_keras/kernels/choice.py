@@ -1,7 +1,7 @@
-"""Which of two products a layer uses: the one that was faster here.
+"""Chooses between two products of a layer: the one that was faster here.
 
-Both are timed once for each shape, batch and range of densities, and what
-they took is kept in the cache of the op library, for other processes.
+Both are timed once for each shape, batch and range of densities. The times are
+kept in the cache of the op library, for other processes.
 """
 
 import bisect
@@ -35,20 +35,20 @@ from rigl_keras.kernels.problems import AnyProblem
 
 __all__ = ["Choice", "choose", "forget", "too_large"]
 
-# Upper ends of the ranges of density, for which the choice is the same. Above
-# the last, dense products are taken as they are.
+# Upper ends of the ranges of density. A choice holds for a range. Above the
+# last one, products are dense without timing.
 _DENSITIES = (
     *(0.01, 0.02, 0.035, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5),
     *(0.6, 0.75),
 )
-# Products below which neither takes any time.
+# Below this number of products, both take no time.
 _LEAST_WORK = 1 << 21
-# Fraction by which two products may differ and yet take the same time: the
-# sparse one is used then, which has fewer FLOPs.
+# Relative difference below which times count as equal: then the sparse product
+# is used, which has fewer FLOPs.
 _MARGIN = 0.05
-_MOST_FLOATS = 1 << 26  # of images that are made up for timing
-_SECONDS = 0.4  # in which both take turns, unless they are told apart before
-# What takes longer than so many seconds is timed once.
+_MOST_FLOATS = 1 << 26  # in random images for timing
+_SECONDS = 0.4  # most time for taking turns
+# Products that take longer are timed once.
 _LONG = 1.0
 _log = logging.getLogger("rigl_keras")
 _lock = threading.Lock()
@@ -57,14 +57,14 @@ _known: dict[str, "Choice"] = {}
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """Which product is used, and why.
+    """The chosen product, and the reason.
 
     Attributes:
-        sparse: Whether it is the sparse one.
+        sparse: Whether the sparse product is chosen.
         reason: A few words: `"3.1x at batch 128"`, `"density above 0.75"`.
-        dense_seconds, sparse_seconds: Of the passes; NaN where they were not
-            timed. They are minima.
-        batch: At which they were.
+        dense_seconds, sparse_seconds: Minimum times of the passes; NaN if not
+            timed.
+        batch: The batch size that was timed.
     """
 
     sparse: bool
@@ -77,12 +77,12 @@ class Choice:
     def timed(
         cls, dense: float, sparse: float, batch: int, *, busy: bool = False
     ) -> "Choice":
-        """Returns what follows from the seconds that both take.
+        """Returns the choice from the times of both.
 
         Args:
             dense, sparse: Seconds of the passes.
-            batch: At which they were timed.
-            busy: Whether the machine had other things to do meanwhile.
+            batch: The batch size that was timed.
+            busy: Whether the machine was busy meanwhile.
         """
         load = ", on a busy machine" if busy else ""
         return cls(
@@ -101,20 +101,19 @@ def choose(
     backward: bool = True,
     in_lanes: bool = False,
 ) -> Choice:
-    """Returns which product is faster, timed once on this machine.
+    """Returns the faster product, timed once on this machine.
 
     Dense and sparse products take turns on random images of the problem's
     shape, forwards and backwards, at the upper end of the range of densities.
-    Of two that are as fast, it is the sparse one.
+    If both are equally fast, the sparse one is chosen.
 
     Args:
         problem: What the layer computes.
-        density: Fraction of the kernel that is left, in [0, 1].
-        backward: Whether gradients are timed as well, or only what inference
-            does.
+        density: Density of the kernel, in [0, 1].
+        backward: Whether to time gradients too, or inference only.
         in_lanes: Whether images are in lanes (`lane_operations`), so that a
-            dense product has to turn them, and its outputs back. Not for
-            matrices. Where that takes too much memory, they are not.
+            dense product must convert them, and its outputs back. Not for
+            matrices. If that takes too much memory, they are not in lanes.
 
     Returns:
         The choice.
@@ -133,21 +132,21 @@ def choose(
     if why is not None:
         return Choice(False, why)
     batch = problem.batch
-    # Sixteen images are worked off side by side.
+    # Sixteen images are computed side by side.
     limit = max(16, _MOST_FLOATS // max(1, problem.numbers))
     batch = max(1, min(batch, limit))
     problem = problem.of_batch(batch)
-    # Whatever is being traced, it is timed now.
+    # It is timed now, even while a graph is being traced.
     with _lock, tf.init_scope():
         key = _key(problem, densities[at], backward, in_lanes)
         if key not in _known:
-            # Of processes that ask at once, one times, and all choose alike.
+            # If several processes ask at once, one times, and all agree.
             with _locked():
                 _known.update(_read())
                 if key not in _known:
                     _announce()
                     # In another thread nothing is being traced, and gradients
-                    # are recorded; in an `init_scope` none are.
+                    # are recorded; an `init_scope` would not record them.
                     with concurrent.futures.ThreadPoolExecutor(1) as thread:
                         dense, sparse, busy = thread.submit(
                             _seconds, problem, densities[at], backward, in_lanes
@@ -159,12 +158,12 @@ def choose(
 
 
 def forget() -> int:
-    """Forgets what was timed on this machine, and kept for other processes.
+    """Forgets the times on this machine that are kept for all processes.
 
-    Processes that run go on with what they have chosen.
+    Running processes keep their choices.
 
     Returns:
-        How many choices there were.
+        The number of choices.
 
     Raises:
         OSError: The cache cannot be written.
@@ -181,12 +180,12 @@ def too_large(
 ) -> str | None:
     """Returns why sparse kernels should not compute a problem, or None.
 
-    They should not where they would need more memory than they allow
-    themselves (`scratch_bytes`), as with large dilations, nor where TensorFlow
-    is to say what does not fit.
+    They should not if they need more memory than their limit (`scratch_bytes`),
+    as with large dilations, or if shapes do not fit, since TensorFlow's message
+    is better.
 
     Args:
-        problem: What the layer computes. There is an op library.
+        problem: What the layer computes. The op library must be available.
         backward: Whether gradients are computed as well.
         in_lanes: Whether images are in lanes (`lane_operations`).
     """
@@ -211,20 +210,21 @@ def _taken(problem, in_lanes):
     return problem.taken(in_lanes)
 
 
-@functools.cache  # once in a process
+@functools.cache  # once in each process
 def _announce():
-    """Logs what takes its time, once."""
+    """Logs once that timing takes a while."""
     _log.warning(
         "Timing dense and sparse products, once for each kind of layer on "
-        "this machine ..."
+        "this machine ...",
+        extra={"progress": True},
     )
 
 
 def _key(problem, density, backward, in_lanes):
-    """Returns what the times depend on, but for the load of the machine.
+    """Returns everything that times depend on, except the machine's load.
 
-    Machines of several kinds may share the cache, in a home on a network, and
-    so may versions of this program: each finds what it has timed itself.
+    Machines of several kinds, and versions of this program, may share the cache
+    in a home folder on a network. Each finds its own times.
     """
     threads = tf.config.threading.get_intra_op_parallelism_threads()
     return " ".join(
@@ -246,10 +246,10 @@ def _key(problem, density, backward, in_lanes):
 
 @functools.cache
 def _processor():
-    """Returns the model of this machine's processor, in one word."""
+    """Returns the model of this machine's processor, without spaces."""
     wanted = ("model name", "CPU implementer", "CPU part")  # of x86, of ARM
     found = {}
-    with contextlib.suppress(OSError):  # where it is not Linux
+    with contextlib.suppress(OSError):  # other systems than Linux
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             name, _, value = line.partition(":")
             if name.strip() in wanted:
@@ -267,7 +267,7 @@ def _cores():
 
 @functools.cache
 def _program():
-    """Returns what changes with how times are taken and compared."""
+    """Returns a digest of the code that takes and compares times."""
     digest = hashlib.sha256()
     for part in (
         __file__,
@@ -283,31 +283,31 @@ def _program():
 
 
 def _seconds(problem, density, backward, in_lanes=False):
-    """Returns what the passes take, dense and sparse, and if others ran."""
+    """Returns the times of the passes, and whether the machine was busy."""
     sides = problem.sides(density, backward=backward, in_lanes=in_lanes)
     try:
         sides["dense"]()
     except (tf.errors.UnimplementedError, tf.errors.InvalidArgumentError):
-        # TensorFlow has no such product on a CPU, or not its gradient.
+        # On a CPU, TensorFlow lacks this product, or its gradient.
         return math.inf, 1.0, False
-    sides["sparse"]()  # it is traced, as the other one has been
+    sides["sparse"]()  # it is traced, as the other one was
     once = {}
     for name, run in sides.items():
         start = time.perf_counter()
         run()
         once[name] = time.perf_counter() - start
-    if max(once.values()) > _LONG:  # as dense dilated convolutions may take
+    if max(once.values()) > _LONG:  # dense dilated convolutions may be slow
         return once["dense"], once["sparse"], False
     found = _timing.settled(sides, seconds=_SECONDS, margin=_MARGIN)
     return found.minima["dense"], found.minima["sparse"], found.busy
 
 
-# The cache: {key: [dense seconds, sparse seconds, batch]}. Without one, all
-# goes on, and is timed in each process.
+# The cache: {key: [dense seconds, sparse seconds, batch]}. Without it, each
+# process times again.
 
 
 def _path():
-    return library.path().with_name("choices.json")
+    return library.cache_folder() / "choices.json"
 
 
 @contextlib.contextmanager
@@ -322,7 +322,7 @@ def _read():
     try:
         written = json.loads(_path().read_text())
         return {key: _kept(*given) for key, given in written.items()}
-    # None yet, or not ours: they are timed again.
+    # The file is missing or invalid: everything is timed again.
     except (
         OSError,
         ValueError,
@@ -335,15 +335,15 @@ def _read():
 
 
 def _kept(dense, sparse, batch):
-    """Returns a choice by what was kept of it."""
-    # Where there is no dense product, it takes for ever.
+    """Returns a choice from its entry in the cache."""
+    # A missing dense product has infinite time.
     if not (dense > 0 and 0 < sparse < math.inf and batch > 0):
-        raise ValueError("these are no times")
+        raise ValueError("these are not times")
     return Choice.timed(float(dense), float(sparse), int(batch))
 
 
 def _write(choices):
-    """Writes choices where other processes find them."""
+    """Writes choices to the cache, for other processes."""
     kept = {
         key: [c.dense_seconds, c.sparse_seconds, c.batch]
         for key, c in choices.items()

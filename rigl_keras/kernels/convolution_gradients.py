@@ -1,7 +1,7 @@
-"""Gradients of sparse convolutions, whichever layout their images have.
+"""Gradients of sparse convolutions, for any layout of images.
 
-A convolution, the gradient of its images and that of its kernel are linear in
-what they take, so that each has gradients by the two others.
+A convolution and its gradients with respect to images and kernel are linear in
+their arguments, so each one's gradients are the two others.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,14 +35,14 @@ def register_gradients(
     """Registers the gradients of a convolution, and those of its gradients.
 
     Args:
-        operation: Its name in a graph: `"RiglKerasConv2D"`. Those of its
-            gradients are `operation` and `"BackpropInput"`, and `operation`
-            and `"BackpropFilter"`.
+        operation: Its name in a graph: `"RiglKerasConv2D"`. Its gradients are
+            named `operation` + `"BackpropInput"` and
+            `operation` + `"BackpropFilter"`.
         function: Its name in the op library, `"rigl_keras_conv2d"`.
         attributes: Names of the attributes that all three have.
         dense_kernel_gradient: Takes images, mask, the gradient of the outputs
             and the attributes. Returns the gradient of the kernel at every
-            entry, whatever the mask.
+            entry.
     """
 
     def run(suffix="", **arguments):

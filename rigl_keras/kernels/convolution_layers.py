@@ -1,8 +1,8 @@
-"""Layers of Keras that are convolutions, as the operations compute them.
+"""Keras's convolution layers, computed by the operations.
 
-A `Conv1D` is a convolution of images of one row. A `Conv2DTranspose` is the
-gradient of a convolution's images: what it returns are the images of that one,
-and what it is called on are its outputs.
+A `Conv1D` is a convolution of images with one row. A `Conv2DTranspose` is the
+gradient of a convolution with respect to its images: its outputs are the images
+of that convolution, and its inputs are the outputs.
 """
 
 import dataclasses
@@ -34,14 +34,14 @@ CONVOLUTIONS = (
 
 @dataclasses.dataclass(frozen=True)
 class _Convolution:
-    """A layer's convolution, of two axes.
+    """A layer's convolution, with two axes.
 
     Attributes:
         kernel: Rows, columns, channels, filters.
         strides, dilations: Of rows and columns.
         padding: `"SAME"` or `"VALID"`.
         causal: Columns of zeros before the first.
-        groups: Of channels, the kernel having those of one.
+        groups: Number of groups. The kernel has the channels of one group.
     """
 
     kernel: tuple[int, int, int, int]
@@ -66,7 +66,7 @@ class _Convolution:
 
     @property
     def extents(self) -> tuple[int, ...]:
-        """Rows and columns that the kernel spans."""
+        """Rows and columns spanned by the kernel."""
         return tuple(
             (size - 1) * dilation + 1
             for size, dilation in zip(
@@ -75,7 +75,7 @@ class _Convolution:
         )
 
     def transposed_sizes(self, sizes) -> list[int]:
-        """Returns rows and columns of what a transposed one returns."""
+        """Returns rows and columns of a transposed convolution's outputs."""
         if self.padding == "SAME":
             return [n * s for n, s in zip(sizes, self.strides, strict=True)]
         return [
@@ -101,7 +101,7 @@ def why_no_convolution(layer: keras.layers.Layer) -> str | None:
 
 
 def least_sizes(layer: keras.layers.Layer) -> list[int]:
-    """Returns the least sizes of a convolution's images.
+    """Returns the smallest sizes of a convolution's images.
 
     Args:
         layer: A built layer of one of the `CONVOLUTIONS`.
@@ -124,8 +124,8 @@ def convolution_problem(
 
     Args:
         layer: A built layer of one of the `CONVOLUTIONS`.
-        batch: Images of a batch.
-        sizes: Of an image, without the channels.
+        batch: Number of images in a batch.
+        sizes: Sizes of an image, without the channels.
     """
     conv = _Convolution.of(layer)
     if isinstance(layer, keras.layers.Conv1D):
@@ -182,7 +182,7 @@ def convolution_outputs(
         return sparse_conv2d(inputs, kernel, mask, **how)
     if conv.causal:
         inputs = tf.pad(inputs, [[0, 0], [conv.causal, 0], [0, 0]])
-    # A mask of another shape, but in the same memory.
+    # The mask has another shape, but the same memory.
     outputs = sparse_conv2d(
         inputs[:, tf.newaxis],
         tf.reshape(kernel, conv.kernel),

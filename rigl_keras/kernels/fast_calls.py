@@ -1,9 +1,8 @@
 """Batch norm and dropout in fewer passes over memory.
 
-Once products skip what masks remove, these two take most of a training step's
-time: Keras computes them by a dozen operations that each read and write whole
-images. The op library has one operation for each, with the same results up to
-rounding.
+Once products skip removed weights, these two take most of a training step:
+Keras computes each by a dozen operations that read and write whole images. The
+op library has one operation for each, with the same results up to rounding.
 """
 
 import functools
@@ -19,25 +18,24 @@ from rigl_keras.kernels.layer_products import USUAL_BATCH, only_dense
 
 __all__ = ["use_fast_calls", "use_usual_calls"]
 
-# Below so many numbers there is nothing to win, and no op library to build.
+# With fewer numbers nothing is gained, and no op library is built.
 _LEAST_NUMBERS = 1 << 17
 
 
 def use_fast_calls(layer: keras.layers.Layer) -> None:
-    """Has a layer, and those within it, use the op library in training.
+    """Makes a layer, and its inner layers, use the op library in training.
 
-    Classes, configurations and weights stay as they are, and so does what is
-    computed, up to rounding.
+    Classes, configurations, weights and results (up to rounding) do not change.
 
     Args:
-        layer: A layer or model. Batch normalisation and dropout of Keras's
-            own classes, and those of `lane_calls.CALLS`, compute otherwise;
-            all others are left alone.
+        layer: A layer or model. Only Keras's batch normalisation and dropout,
+            and the classes of `lane_calls.CALLS`, are changed; subclasses are
+            not.
     """
     for one in _keras.flatten_layers(layer):
         call = _CALLS.get(type(one))
         if call is not None and "call" not in vars(one):
-            # As Keras looks it up: what is an instance's own comes first.
+            # Keras looks up attributes of the instance first.
             one.call = functools.wraps(one.call)(functools.partial(call, one))
 
 
@@ -101,7 +99,7 @@ def _dropout(layer, inputs, training=False):
 
 
 def _fits(inputs):
-    """Returns whether the op library can be used for inputs."""
+    """Returns whether the op library can compute inputs."""
     return (
         tf.is_tensor(inputs)
         and inputs.dtype == tf.float32
@@ -116,7 +114,7 @@ def _fits(inputs):
 
 
 def _numbers(shape):
-    """Returns how many numbers there are, by what is known of a shape."""
+    """Returns the number of entries in the known axes of a shape."""
     batch, *rest = shape
     return (batch or USUAL_BATCH) * math.prod(n or 1 for n in rest)
 

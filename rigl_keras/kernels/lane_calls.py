@@ -1,11 +1,10 @@
-"""What layers between sparse convolutions do with images in lanes.
+"""Layers between sparse convolutions that compute on images in lanes.
 
-A convolution returns its images turned back from lanes, for whatever comes
-next. A layer that knows lanes looks at where its inputs come from
-(`lane_operations.in_lanes`), computes in lanes, and turns its outputs back;
-what nobody uses, TensorFlow leaves out. So a graph of such layers stays in
-lanes, whichever way it was built, and any other layer finds the images it
-expects.
+A convolution converts its images back from lanes, for any layer that follows. A
+layer that knows lanes checks where its inputs come from
+(`lane_operations.in_lanes`), computes in lanes, and converts its outputs back.
+TensorFlow removes conversions that nobody uses. So a graph of such layers stays
+in lanes, however it was built, and other layers get normal images.
 """
 
 import keras
@@ -43,7 +42,7 @@ def is_convolution(layer: keras.layers.Layer) -> bool:
 
 
 def stays(layer: keras.layers.Layer, images: tf.Tensor) -> bool:
-    """Returns whether a convolution finds its inputs in lanes.
+    """Returns whether a convolution's inputs are in lanes.
 
     Args:
         layer: A layer that has a sparse product.
@@ -53,9 +52,9 @@ def stays(layer: keras.layers.Layer, images: tf.Tensor) -> bool:
 
 
 def enters(layer: keras.layers.Layer, images: tf.Tensor) -> bool:
-    """Returns whether it costs little to turn a convolution's inputs.
+    """Returns whether converting a convolution's inputs costs little.
 
-    That is, whether its outputs are as large.
+    It does if its outputs are at least as large.
 
     Args:
         layer: A layer that has a sparse product.
@@ -80,7 +79,7 @@ def convolve(
     """Returns a convolution's outputs, computed in lanes.
 
     Args:
-        layer: A convolution of which `is_convolution` is true.
+        layer: A convolution for which `is_convolution` is true.
         images: Its inputs.
         kernel, mask, dense_gradient: As in `operations.sparse_conv2d`.
     """
@@ -101,7 +100,7 @@ def convolve(
 
 
 def _without_pads(values):
-    """Returns what was padded by zeros, and how many; perhaps none."""
+    """Returns values before padding with zeros, and the padding, if any."""
     op = values.op
     if op.type == "Pad" and op.graph is tf.compat.v1.get_default_graph():
         pads = tf.get_static_value(op.inputs[1])
@@ -113,11 +112,11 @@ def _without_pads(values):
 def batch_norm(
     images: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, *, epsilon: float
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Returns what `operations.batch_norm` does, in lanes.
+    """Returns the result of `operations.batch_norm`, in lanes.
 
     Args:
-        images: Images that are in lanes.
-        gamma, beta, epsilon: As there.
+        images: Images in lanes.
+        gamma, beta, epsilon: As in `operations.batch_norm`.
     """
     lanes = lane_operations.to_lanes(images)
     mean, variance = lane_operations.moments(lanes)
@@ -131,7 +130,7 @@ def batch_norm(
 def dropout(
     images: tf.Tensor, rate: float, seed: tf.Tensor
 ) -> tf.Tensor | None:
-    """Returns dropout after batch norm, as one with it, or None.
+    """Returns dropout fused with the batch norm before it, or None.
 
     Args:
         images: Any images.
@@ -155,9 +154,9 @@ def _is_normalise(op):
 
 
 def _normalised_again(op, images, **more):
-    """Returns what an operation does, and what follows it, as one.
+    """Returns an operation fused with what follows it.
 
-    If nobody else uses what it alone returns, TensorFlow leaves it out.
+    If nobody else uses its separate result, TensorFlow removes that.
     """
     values, count, mean, variance, gamma, beta, *_ = op.inputs
     outputs = lane_operations.normalise(
@@ -237,8 +236,8 @@ def _average(layer, inputs):
     return outputs
 
 
-# Layers and what they do with images in lanes; with others, what they always
-# do.
+# Layers that compute on images in lanes, with their functions. Other layers
+# compute as usual.
 CALLS = {
     keras.layers.Activation: _relu,
     keras.layers.Add: _add,

@@ -1,9 +1,9 @@
 """Operations on images in lanes, the layout of sparse convolutions.
 
-Images in lanes are `[groups, channels, rows, columns, lanes]`: a group is as
-many images as a vector has numbers, and lanes without an image are zero. A
-convolution reads them as it computes, so that layers which follow one another
-in lanes never turn images from one layout into the other.
+Images in lanes are `[groups, channels, rows, columns, lanes]`: a group has as
+many images as a vector has numbers, and lanes without an image are zero.
+Convolutions read this layout directly, so consecutive layers in lanes never
+convert images.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ class Lanes(NamedTuple):
 
     Attributes:
         values: Float32 of shape (groups, channels, rows, columns, lanes).
-        count: How many images there are, an int32 scalar.
+        count: Number of images, an int32 scalar.
     """
 
     values: tf.Tensor
@@ -39,9 +39,9 @@ class Lanes(NamedTuple):
 
 
 def in_lanes(images: tf.Tensor) -> Lanes | None:
-    """Returns images in lanes if they have been so in this graph, or None.
+    """Returns images in lanes if this graph already has them so, or None.
 
-    What turned them back is then used by nobody, and TensorFlow leaves it out.
+    Then nobody uses their conversion back, and TensorFlow removes it.
 
     Args:
         images: A tensor of any kind.
@@ -75,7 +75,7 @@ def from_lanes(lanes: Lanes, batch: int | None = None) -> tf.Tensor:
 
     Args:
         lanes: The images.
-        batch: How many they are, if it is known.
+        batch: Number of images, if known.
     """
     images = library.required().rigl_keras_from_lanes(
         lanes=lanes.values, count=lanes.count
@@ -95,7 +95,7 @@ def conv2d(
     pads: Sequence[int] = (0, 0, 0, 0),
     dense_gradient: bool = False,
 ) -> tf.Tensor:
-    """Returns what `operations.sparse_conv2d` does, of images in lanes.
+    """Returns the result of `operations.sparse_conv2d` for images in lanes.
 
     Args:
         values: Images in lanes.
@@ -134,21 +134,21 @@ def normalise(
     rate: float = 0.0,
     seed: tf.Tensor | None = None,
 ) -> tf.Tensor:
-    """Returns batch norm by the moments of a batch, and what follows it.
+    """Returns batch norm with the moments of a batch, and what follows it.
 
-    Differentiable in the images, gamma and beta: `mean` and `variance` must be
-    those of the images, and the gradient that goes through them is counted in.
+    Differentiable in the images, gamma and beta. `mean` and `variance` must be
+    those of the images: their gradient is included.
 
     Args:
         lanes: The images.
-        mean, variance: What `moments` returns of them.
+        mean, variance: The result of `moments` for the images.
         gamma, beta: Float32 of shape (channels,).
         epsilon: Added to the variance, positive.
         relu: Whether ReLU follows.
-        rate: Rate of the dropout that follows that, in [0, 1). Above 0, the
-            number of channels must be a multiple of 4.
-        seed: Its seed, integers of shape (2,). What is dropped is what
-            `operations.dropout` drops.
+        rate: Rate of a dropout that follows, in [0, 1). Above 0, the number of
+            channels must be a multiple of 4.
+        seed: Its seed, integers of shape (2,). It drops the same entries as
+            `operations.dropout`.
 
     Returns:
         Images in lanes.
@@ -198,7 +198,7 @@ def _from_lanes_gradient(op, upstream):
 def _dense_kernel_gradient(values, mask, upstream, attributes):
     """Returns a convolution's gradient of its kernel, at every entry."""
     above, below, left, right = attributes["pads"]
-    # Lanes without an image are zero, and add nothing.
+    # Lanes without an image are zero, and contribute nothing.
     images, gradients = (
         from_lanes(Lanes(t, tf.shape(t)[0] * tf.shape(t)[4]))
         for t in (values, upstream)
@@ -247,7 +247,7 @@ def _normalise_gradient(op, upstream, _):
 
 @tf.RegisterGradient("RiglKerasLanesNormaliseGrad")
 def _normalise_second_gradient(op, *upstream):
-    # Rare enough for TensorFlow's own operations to do.
+    # Rare: TensorFlow's operations are fast enough.
     dy, values, count, _, _, gamma, beta, passed = op.inputs
     watched = [tf.identity(t) for t in (dy, values, gamma, beta)]
     with tf.GradientTape() as tape:
@@ -264,7 +264,7 @@ def _normalise_second_gradient(op, *upstream):
 def _gradients_of_norm(
     count, passed, upstream, values, gamma, beta, *, epsilon, relu, rate
 ):
-    """Returns what the operation does, differentiable in everything."""
+    """Returns the operation's results, differentiable in everything."""
     axes = [0, 2, 3, 4]
     size = _numbers_of_a_channel(values, count)
     used = _used(values, count)
@@ -295,7 +295,7 @@ def _gradients_of_norm(
 
 
 def _of_channels(vector):
-    """Returns numbers of channels, to go with images in lanes."""
+    """Returns a vector over channels, shaped for images in lanes."""
     return tf.reshape(vector, [1, -1, 1, 1, 1])
 
 

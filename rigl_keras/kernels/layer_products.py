@@ -1,4 +1,4 @@
-"""How a masked layer computes its product: densely, or by sparse kernels."""
+"""How a masked layer computes its product: dense, or by sparse kernels."""
 
 import contextlib
 import contextvars
@@ -46,26 +46,26 @@ __all__ = [
 
 
 PRODUCTS = ("auto", "dense", "sparse")
-# The batch that is timed where a layer is called on batches of any size.
+# The batch size that is timed if a layer accepts any.
 USUAL_BATCH = 128
-# And the length of axes between it and the last, where they may have any.
+# The length of axes between the batch and the last, if they are free.
 _USUAL_LENGTH = 64
-# A product of fewer weights takes no time.
+# A product with fewer weights takes no time.
 _LEAST_WEIGHTS = 1 << 14
 _dense_products = contextvars.ContextVar("dense_products", default=False)
 
 
 class ProductChoices:
-    """Which product a layer uses, by the shape of its inputs.
+    """The products that a layer uses, by the shapes of its inputs.
 
-    A masked layer holds one. Neither Keras nor TensorFlow tracks what is in
-    it, as they would track a dict.
+    A masked layer holds one. Unlike a dict, Keras and TensorFlow do not track
+    what is in it.
 
     Args:
         layer: The layer without its mask.
-        product: How it is multiplied: `"dense"`, by TensorFlow; `"sparse"`, by
-            kernels that leave out what the mask removes; `"auto"`, whichever
-            was faster when both were timed.
+        product: How it is multiplied. `"dense"`: by TensorFlow. `"sparse"`: by
+            kernels that skip removed weights. `"auto"`: by the faster of both,
+            timed.
 
     Raises:
         ValueError: `product` is none of these.
@@ -76,7 +76,7 @@ class ProductChoices:
         self._masks: Sequence[keras.Variable] = ()
         self.product = product
         self._layer = layer
-        # By shape, and whether in lanes: training is, evaluation is not.
+        # By shape and by lanes, which training uses and evaluation does not.
         self._chosen: dict[
             tuple[tuple[int | None, ...], bool], choice.Choice
         ] = {}
@@ -93,18 +93,18 @@ class ProductChoices:
             inner.product = product
 
     def within(self, layer: keras.layers.Layer) -> "ProductChoices":
-        """Returns the choices of a layer within this one, for it alone."""
+        """Returns the separate choices of an inner layer."""
         if id(layer) not in self._within:
             self._within[id(layer)] = ProductChoices(layer, self.product)
         return self._within[id(layer)]
 
     @property
     def by_shape(self) -> dict[tuple[int | None, ...], choice.Choice]:
-        """What was chosen last, by the shape of the inputs; a copy."""
+        """A copy of the last choices, by the shape of the inputs."""
         return {shape: found for (shape, _), found in self._chosen.items()}
 
     def chosen(self, layer: keras.layers.Layer) -> "ProductChoices":
-        """Returns those of a layer within this one, or what it is itself."""
+        """Returns the choices of an inner layer, or of the layer itself."""
         return self._within.get(id(layer), self)
 
     def choose(
@@ -114,10 +114,10 @@ class ProductChoices:
         *,
         in_lanes: bool = False,
     ) -> choice.Choice:
-        """Returns which product is used for inputs of a shape.
+        """Returns the product for inputs of a shape.
 
         Args:
-            shape: Of the inputs; the batch may be free.
+            shape: Shape of the inputs; the batch may be None.
             masks: The masks of the layer's kernels, whose density decides.
             in_lanes: Whether the sparse product would be computed in lanes.
         """
@@ -138,14 +138,14 @@ class ProductChoices:
                 projected=type(self._layer) in RECURRENT and len(masks) == 1,
             )
         key = (tuple(shape), in_lanes)
-        self._chosen.pop(key, None)  # the latest is the last
+        self._chosen.pop(key, None)  # moves it to the end
         self._chosen[key] = found
         return found
 
     def changes(self) -> bool:
-        """Returns whether another product is faster by now, for some inputs.
+        """Returns whether another product is now faster for some inputs.
 
-        It may be, where the density has changed much. All are chosen again.
+        It may be if the density has changed much. Then all are chosen again.
         """
         return any(
             [
@@ -161,7 +161,7 @@ class ProductChoices:
         )
 
     def forget(self) -> None:
-        """Forgets what was chosen."""
+        """Forgets the chosen products."""
         self._chosen.clear()
         for inner in self._within.values():
             inner.forget()
@@ -170,7 +170,7 @@ class ProductChoices:
 def takes_one_tensor(args: tuple, kwargs: Mapping[str, object]) -> bool:
     """Returns whether a layer is called on one dense float32 tensor.
 
-    Only of that is there a sparse product.
+    Only such calls have a sparse product.
 
     Args:
         args, kwargs: Arguments of the call.
@@ -178,16 +178,16 @@ def takes_one_tensor(args: tuple, kwargs: Mapping[str, object]) -> bool:
     # Keras passes `training` to dense layers, which do not use it.
     if len(args) != 1 or kwargs.keys() - {"training"}:
         return False
-    # `tf.is_tensor` takes SparseTensors and RaggedTensors for tensors.
+    # `tf.is_tensor` is also true for SparseTensors and RaggedTensors.
     return isinstance(args[0], tf.Tensor) and args[0].dtype == tf.float32
 
 
 def why_dense(layer: keras.layers.Layer) -> str | None:
     """Returns why a layer has no sparse product, or None if it has one.
 
-    Keras's own `Conv1D`, `Conv2D` and `Conv2DTranspose` have one, and so have
-    layers that multiply by a matrix (`matrix_layers.matrix_of`), `LSTM` and
-    `GRU`. What `call` of another class computes is not known.
+    Keras's `Conv1D`, `Conv2D` and `Conv2DTranspose` have one, and so do layers
+    that multiply by a matrix (`matrix_layers.matrix_of`), `LSTM` and `GRU`.
+    Subclasses may compute something else.
 
     Args:
         layer: A built layer with kernels.
@@ -198,7 +198,7 @@ def why_dense(layer: keras.layers.Layer) -> str | None:
         if why is not None:
             return why
     elif kind is keras.layers.EinsumDense and matrix_of(layer) is None:
-        return f"{layer.equation!r} is no product of rows"
+        return f"{layer.equation!r} is not a product of rows"
     elif kind not in CONVOLUTIONS and matrix_of(layer) is None:
         return f"no sparse kernels for {kind.__name__}"
     dtypes = {layer.compute_dtype, layer.variable_dtype}
@@ -206,7 +206,7 @@ def why_dense(layer: keras.layers.Layer) -> str | None:
         return f"sparse kernels are float32, not {layer.compute_dtype}"
     if getattr(layer, "lora_enabled", False) or layer.quantization_mode:
         return "quantised or with LoRA"
-    # What a recurrent layer does with its outputs stays its own.
+    # A recurrent layer still processes its outputs itself.
     if layer.activity_regularizer is not None and kind not in RECURRENT:
         return "its activity is regularised"
     if kind in (*CONVOLUTIONS, *SEPARABLE):
@@ -214,7 +214,7 @@ def why_dense(layer: keras.layers.Layer) -> str | None:
         if why is not None:
             return why
     if tf.config.list_physical_devices("GPU"):
-        return "sparse kernels are for CPUs, and there is a GPU"
+        return "sparse kernels are for CPUs, but there is a GPU"
     return None
 
 
@@ -227,17 +227,17 @@ def faster_product(
     in_lanes: bool = False,
     projected: bool = False,
 ) -> choice.Choice:
-    """Returns which product is faster for a layer, timed once.
+    """Returns the faster product for a layer, timed once.
 
     Args:
         layer: A layer that has a sparse product.
-        shape: Shape of its inputs. Where the batch is free, 128 is timed.
+        shape: Shape of its inputs. If the batch is free, 128 is timed.
         density: Density of its mask.
-        backward: Whether it is used in training, or in inference alone.
-        in_lanes: Whether the sparse product is computed in lanes, and the
-            dense one has to turn its inputs and its outputs.
-        projected: Whether of a recurrent layer the recurrent kernel alone is
-            masked.
+        backward: Whether it is used in training, or only in inference.
+        in_lanes: Whether the sparse product is computed in lanes, and the dense
+            one must convert its inputs and outputs.
+        projected: Whether only the recurrent kernel of a recurrent layer is
+            masked. masked.
     """
     if _has_images(layer) and None in shape.as_list()[1:-1]:
         return choice.Choice(False, "images of any size")
@@ -252,16 +252,16 @@ def sparse_if_possible(
     backward: bool = True,
     in_lanes: bool = False,
 ) -> choice.Choice:
-    """Returns the sparse product, without timing it, if a layer can have it.
+    """Returns the sparse product without timing, if a layer can use it.
 
-    It cannot if there is no op library, or if the product takes too much
-    memory (`choice.too_large`). Where the size of images is free, the smallest
-    that the layer takes decides.
+    It cannot if there is no op library, or if the product takes too much memory
+    (`choice.too_large`). If the size of images is free, the smallest that the
+    layer accepts decides.
 
     Args:
         layer: A layer that has a sparse product.
-        shape: Shape of its inputs. All axes but the last may be free.
-        backward: Whether it is used in training, or in inference alone.
+        shape: Shape of its inputs. All axes except the last may be free.
+        backward: Whether it is used in training, or only in inference.
         in_lanes: Whether it is computed in lanes.
     """
     if library.load() is None:
@@ -274,7 +274,7 @@ def sparse_if_possible(
 
 
 def _least_problem(layer, shape):
-    """Returns what a layer computes at least, where sizes are free."""
+    """Returns the smallest problem of a layer if sizes are free."""
     least = [1] * (len(shape) - 2)
     if _has_images(layer):
         least = least_sizes(layer)
@@ -294,7 +294,7 @@ def sparse_outputs(
     *,
     dense_gradient: bool,
 ) -> tf.Tensor:
-    """Returns a layer's outputs, its product computed by sparse kernels.
+    """Returns a layer's outputs, with its product by sparse kernels.
 
     Args:
         layer: A layer that has a sparse product.
@@ -326,9 +326,8 @@ def sparse_outputs(
 def goes_in_lanes(layer: keras.layers.Layer, inputs: tf.Tensor) -> bool:
     """Returns whether a layer's product is computed in lanes.
 
-    In training, where its inputs are in lanes already, and where it costs
-    little to turn them; unless that takes too much memory, which
-    `sparse_outputs` sees to.
+    It is, in training, if its inputs are in lanes already, or if converting
+    them costs little; `sparse_outputs` excludes what takes too much memory.
 
     Args:
         layer: A layer that has a sparse product.
@@ -340,14 +339,14 @@ def goes_in_lanes(layer: keras.layers.Layer, inputs: tf.Tensor) -> bool:
 
 
 def inference_kernel(kernel: tf.Tensor, mask: tf.Tensor) -> tf.Tensor | None:
-    """Returns kernel x mask where nothing but inference is going on, or None.
+    """Returns kernel x mask for inference, or None.
 
-    Kernels are zero outside their masks, and so are the product. That one
-    really is, and that it has not been changed since, the op library sees to
-    (`operations.masked_kernel`). Of a kernel that changes with every call, it
-    would compare and multiply each time: so None where a gradient tape may
-    watch, and where there is no op for the kernel. In a graph that a user
-    traces TensorFlow's own operations do: it may be saved, or compiled by XLA.
+    Kernels are zero outside their masks, so the kernel itself is the product.
+    The op library checks this, and that the kernel has not changed since
+    (`operations.masked_kernel`). If a kernel changes with every call, it would
+    compare and multiply each time. So it is None if a gradient tape may watch,
+    or if there is no op for the kernel. Graphs that a user traces use
+    TensorFlow's operations: they may be saved, or compiled by XLA.
 
     Args:
         kernel, mask: Their values.
@@ -368,7 +367,7 @@ def inference_kernel(kernel: tf.Tensor, mask: tf.Tensor) -> tf.Tensor | None:
 
 @contextlib.contextmanager
 def dense_products() -> Iterator[None]:
-    """Within the context, what is traced has dense products only."""
+    """Within the context, traced functions have dense products only."""
     token = _dense_products.set(True)
     try:
         yield
@@ -377,10 +376,10 @@ def dense_products() -> Iterator[None]:
 
 
 def only_dense() -> bool:
-    """Returns whether what is traced now can have dense products only.
+    """Returns whether the current trace can have dense products only.
 
-    XLA compiles TensorFlow's own operations alone, and where Keras traces for
-    shapes alone, nothing is computed.
+    XLA compiles only TensorFlow's operations, and when Keras traces for shapes,
+    nothing is computed.
     """
     with keras.SymbolicScope() as scope:
         symbolic = scope.original_scope is not None
@@ -403,8 +402,8 @@ def _has_images(layer):
 def _problem(layer, shape, projected=False) -> AnyProblem:
     """Returns what a layer computes for inputs of a shape.
 
-    Only the batch of images may be free, and all but the last axis of rows:
-    they are as usual then.
+    Only the batch of images, and all axes of rows except the last, may be free.
+    They then have usual sizes.
     """
     batch, *sizes = shape.as_list()[:-1]
     batch = USUAL_BATCH if batch is None else batch

@@ -1,20 +1,22 @@
-"""The op library of the sparse kernels, which is built on first use.
+"""The op library of the sparse kernels, built on first use.
 
-It is built into a cache, where every later process finds it, and beside it the
-library that runs a network without TensorFlow. Environment variables decide
-where that is, how they are built and whether at all:
+It is built into a cache, where later processes find it, together with the
+library that runs a network without TensorFlow. A wheel may bring both
+(`packaged`); they are used if the cache has none. Environment variables decide
+where, how and whether they are built:
 
-    RIGL_KERAS_KERNELS  `on`, which is the default; `off`: nothing is built or
-                        loaded; `address` or `thread`: a variant of its
-                        own, under that sanitizer.
-    RIGL_KERAS_CACHE    The folder of the cache; else `XDG_CACHE_HOME` and, in
-                        the end, `~/.cache` have one.
+    RIGL_KERAS_KERNELS  `on`, the default; `off`: nothing is built or
+                        loaded; `address` or `thread`: a separate variant, under
+                        that sanitizer.
+    RIGL_KERAS_CACHE    The folder of the cache; otherwise it is in
+                        `XDG_CACHE_HOME` or `~/.cache`.
     CXX                 The compiler; else the first of g++, c++ and clang++.
 
-A library is loaded only from where nobody else can have put it: the file and
-every folder above it belong to this user or to root, and only they can write
-them. Operations that are in the process already, as those of an exported model
-may be, are used as they are.
+A library is loaded only from a folder where nobody else can put files: the file
+and every folder above it belong to this user or to root, and only they can
+write there. The libraries of a wheel are trusted like the Python files beside
+them. Operations that the process already has, for example from an exported
+model, are used.
 """
 
 import concurrent.futures
@@ -35,6 +37,7 @@ import tensorflow as tf
 
 from rigl_keras import _files
 from rigl_keras._patience import said_if_slow
+from rigl_keras.kernels import packaged
 from rigl_keras.kernels.toolchain import (
     LIBRARY_NAME,
     NETWORK_LIBRARY_NAME,
@@ -50,6 +53,7 @@ from rigl_keras.kernels.toolchain import (
 __all__ = [
     "build",
     "build_network",
+    "cache_folder",
     "is_loaded",
     "load",
     "path",
@@ -57,8 +61,7 @@ __all__ = [
     "unavailable",
 ]
 
-# An operation whose attribute says of which version they are, and its Python
-# function.
+# An operation whose attribute holds their version, and its Python function.
 _ASKED, _FUNCTION = "RiglKerasComputedBy", "rigl_keras_computed_by"
 _log = logging.getLogger("rigl_keras")
 _lock = threading.Lock()
@@ -66,24 +69,23 @@ _module: types.ModuleType | None = None
 _reason: str | None = None
 
 
-@tf.autograph.experimental.do_not_convert  # where a trace asks for it first
+@tf.autograph.experimental.do_not_convert  # a trace may be the first to call it
 def load() -> types.ModuleType | None:
-    """Returns the op library, which is built if it is not in the cache.
+    """Returns the op library, and builds it if there is none.
 
-    It is loaded once in a process, and not at all where the process has its
-    operations already: `tf.load_op_library` of an exported model's. Where it
-    cannot be had, that is said once, as a warning of the logger `rigl_keras`,
-    and not tried again.
+    It is loaded once in a process, and not if the process already has its
+    operations: by `tf.load_op_library` of an exported model. If it is not
+    available, the logger `rigl_keras` warns once, and it is not tried again.
 
     Returns:
-        What `tf.load_op_library` returns, or None.
+        The result of `tf.load_op_library`, or None.
     """
     global _module, _reason
     if _module is None and _reason is None:
-        with _lock:  # the others wait, and find it done
+        with _lock:  # the others wait, and then find it
             if _module is None and _reason is None:
                 try:
-                    _module = _registered(planned_build()) or _loaded(build())
+                    _module = _registered(planned_build()) or _found()
                 except BuildError as error:
                     _reason = str(error).rstrip(".")
                     _log.warning(
@@ -103,7 +105,7 @@ def required() -> types.ModuleType:
     """Returns the op library, as `load` does.
 
     Raises:
-        RuntimeError: There is none.
+        RuntimeError: It is not available.
     """
     module = load()
     if module is None:
@@ -117,8 +119,7 @@ def required() -> types.ModuleType:
 def unavailable() -> str | None:
     """Returns why there is no op library, or None.
 
-    None if it has been loaded, and if nothing has asked for it. Nothing is
-    built.
+    It is also None if nothing has asked for it yet. Nothing is built.
     """
     return _reason
 
@@ -127,38 +128,48 @@ def path() -> Path:
     """Returns where the op library is, or would be. Nothing is built.
 
     Raises:
-        BuildError: It cannot be built here: there is no compiler, say.
+        BuildError: It cannot be built here, for example without a compiler.
+    """
+    plan = planned_build()
+    found = _existing(plan) or packaged.op_library(plan)
+    return found or _usable_place(plan)[0] / plan.version / LIBRARY_NAME
+
+
+def cache_folder() -> Path:
+    """Returns the folder for what is kept of these libraries; it is made.
+
+    Raises:
+        BuildError: There can be no libraries here.
+        OSError: It cannot be made.
     """
     plan = planned_build()
     found = _existing(plan)
-    if found is None:
-        places = [place for place, _ in _places()]
-        usable = [
-            place
-            for place in places
-            if _writable(place) and not _refused(place, plan)
-        ]
-        found = [*usable, *places][0] / plan.version / LIBRARY_NAME
-    return found
+    if found is not None:
+        return found.parent
+    place, private = _usable_place(plan)
+    if _refused(place, plan):
+        raise PermissionError(f"others can write {str(place)!r}")
+    _make(place / plan.version, mode=0o700 if private else 0o755)
+    return place / plan.version
 
 
 def build(*, force: bool = False) -> Path:
-    """Builds the libraries if they are not in the cache.
+    """Builds the libraries if they are neither in the cache nor in the package.
 
-    Of processes that ask at once, one builds, and the others wait for it. A
-    process that is killed leaves nothing that another would load.
+    If several processes ask at once, one builds, and the others wait for it. A
+    killed process leaves nothing that another would load.
 
     Args:
-        force: Whether to build them even so.
+        force: Whether to build them into the cache anyway.
 
     Returns:
         The path of the op library.
 
     Raises:
-        BuildError: They cannot be built: what is wrong, and what to do.
+        BuildError: They cannot be built. It says why, and what to do.
     """
     plan = planned_build()
-    found = _existing(plan)
+    found = _existing(plan) or packaged.op_library(plan)
     if found is not None and not force:
         return found
     failures = []
@@ -193,21 +204,26 @@ def build(*, force: bool = False) -> Path:
 
 
 def build_network() -> Path:
-    """Builds what runs a network without TensorFlow, as `build` does.
+    """Builds the library that runs a network without TensorFlow, as `build`.
 
     Returns:
         The path of the library. Its functions are those of `rigl_network.h`.
 
     Raises:
-        BuildError: It cannot be built: what is wrong, and what to do.
+        BuildError: It cannot be built. It says why, and what to do.
     """
+    plan = planned_build()
+    if _existing(plan) is None:
+        found = packaged.network_library(plan)
+        if found is not None:
+            return found
     return build().with_name(NETWORK_LIBRARY_NAME)
 
 
 def _places():
-    """Returns the folders that may be the cache, the best first.
+    """Returns candidate folders for the cache, best first.
 
-    `[(folder, whether nobody else may read it)]`.
+    They are `[(folder, whether nobody else may read it)]`.
     """
     places = []
     cache = os.environ.get("RIGL_KERAS_CACHE")
@@ -223,18 +239,18 @@ def _places():
 
 @functools.cache
 def _absolute(path):
-    """Returns a path from the folder where the process was at first."""
+    """Returns a path relative to the process's first working directory."""
     return Path(os.path.abspath(path))
 
 
 def _refused(place, plan):
-    """Returns why a place is no cache, if others can write it, or None."""
+    """Returns why a place cannot be the cache (others can write), or None."""
     if place in [own for own, private in _places() if private]:
-        # Anybody can take this name, and lead a link from it anywhere.
+        # Anybody can create this name, as a link to anywhere.
         if os.path.lexists(place) and not _ours(place):
-            return "it is not yours alone"
+            return "it is not only yours"
     exposed = _exposed(place / plan.version)
-    return exposed and f"it is not yours alone: {exposed}"
+    return exposed and f"it is not only yours: {exposed}"
 
 
 def _ours(folder):
@@ -250,19 +266,19 @@ def _ours(folder):
 def _exposed(path):
     """Returns who else may write a file or a folder above it, or None.
 
-    Links are followed to where they lead. What does not exist yet is judged
-    by the folder that it would be made in.
+    Links are followed. For a path that does not exist yet, its parent folder
+    counts.
     """
     path = Path(os.path.realpath(path))
     while not os.path.lexists(path):
         path = path.parent
     for part in (path, *path.parents):
-        # Who can move the home can have Python import anything, as it is; and
-        # in a container these may seem to belong to nobody.
+        # Who can move the home can already make Python import anything; and in
+        # a container these folders may seem to belong to nobody.
         if part in _home().parents:
             continue
         about = part.lstat()
-        # In a folder such as /tmp nobody renames or removes what is another's.
+        # In a folder such as /tmp, only owners can rename or remove files.
         shared = stat.S_ISDIR(about.st_mode) and about.st_mode & stat.S_ISVTX
         if about.st_uid not in (0, os.getuid()):
             return f"{str(part)!r} belongs to {_user(about.st_uid)}"
@@ -279,12 +295,12 @@ def _make(folder, *, mode):
     """Makes a folder and those above it, which only this user can write."""
     for part in (*reversed(folder.parents), folder):
         if not part.exists():
-            with contextlib.suppress(FileExistsError):  # by now
+            with contextlib.suppress(FileExistsError):  # made meanwhile
                 part.mkdir(mode=mode)
 
 
 def _home():
-    """Returns the home that this user's account has."""
+    """Returns the home folder of this user's account."""
     import pwd  # not on every platform
 
     try:
@@ -294,9 +310,9 @@ def _home():
 
 
 def _of_this_user(path, gid):
-    """Returns whether a group has this user alone, as Debian and Fedora do.
+    """Returns whether a group has only this user, as on Debian and Fedora.
 
-    Where an access control list names others, the group's bits are theirs.
+    If an access control list names others, they have the group's bits.
     """
     import grp
     import pwd
@@ -329,18 +345,29 @@ def _group(gid):
         return str(gid)
 
 
+def _usable_place(plan):
+    """Returns the best place that can be the cache, and if it is private."""
+    places = _places()
+    usable = [
+        (place, private)
+        for place, private in places
+        if _writable(place) and not _refused(place, plan)
+    ]
+    return [*usable, *places][0]
+
+
 def _writable(folder):
-    """Returns whether a folder, or the one to make it in, can be written."""
+    """Returns whether a folder, or its nearest parent, can be written."""
     while not os.path.lexists(folder):
         folder = folder.parent
     return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
 
 
 def _existing(plan):
-    """Returns the path of what has been built, or None."""
+    """Returns the path of a finished build, or None."""
     for place, _ in _places():
         folder = place / plan.version
-        # In this order: what is in another's folder is not looked at.
+        # In this order: files in others' folders are not examined.
         with contextlib.suppress(OSError):
             if not _refused(place, plan) and _whole(folder, plan):
                 return (folder / LIBRARY_NAME).resolve()
@@ -348,7 +375,7 @@ def _existing(plan):
 
 
 def _whole(folder, plan):
-    """Returns whether a folder has all libraries, which are this user's."""
+    """Returns whether a folder has all libraries, all of this user."""
     return all(
         not _exposed(folder / name) and (folder / name).is_file()
         for name in plan.libraries
@@ -356,13 +383,14 @@ def _whole(folder, plan):
 
 
 def _build(plan, folder):
-    """Builds into a folder, which the caller has locked."""
+    """Builds into a folder that the caller has locked."""
     compiler, _ = find_compiler()
     _log.warning(
         "Building the sparse kernels with %s (once, about half a minute) ...",
         compiler[0],
+        extra={"progress": True},
     )
-    # Builds that were killed; nobody else is at work.
+    # Removes killed builds; nobody else is building.
     for abandoned in folder.glob(".building-*"):
         shutil.rmtree(abandoned, ignore_errors=True)
     with tempfile.TemporaryDirectory(
@@ -379,20 +407,20 @@ def _build(plan, folder):
         for step in done:
             if step.returncode:
                 raise BuildError(
-                    f"the build failed: {first_error(step)} (all of it is in "
-                    f"{str(log)!r}). Set CXX to a newer compiler, perhaps"
+                    f"the build failed: {first_error(step)} (full output in "
+                    f"{str(log)!r}). Perhaps set CXX to a newer compiler"
                 )
         for name in plan.libraries:
             built = Path(scratch, name)
-            # Whatever the umask is: what everybody can write is not loaded.
+            # For any umask: files that everybody can write are not loaded.
             built.chmod(0o755)
             _files.put(built, folder / name)
 
 
 def _registered(plan):
-    """Returns the op library that the process has already, or None.
+    """Returns the op library that the process already has, or None.
 
-    A second one would bring nothing: TensorFlow keeps what it has first.
+    A second one would have no effect: TensorFlow keeps the first.
     """
     try:
         with tf.Graph().as_default() as graph:
@@ -401,22 +429,34 @@ def _registered(plan):
         return None
     try:
         sources = found.get_attr("sources").decode()
-    except ValueError:  # of a version that does not say
+    except ValueError:  # a version without this attribute
         sources = None
     if sources != plan.sources:
         raise BuildError(
-            "the process has operations of another version of rigl_keras, by "
-            "tf.load_op_library. Load the model that they came with in another "
-            "process, or export it again"
+            "the process has operations of another version of rigl_keras, from "
+            "tf.load_op_library. Load their model in another process, or "
+            "export it again"
         )
     for module in list(sys.modules.values()):
-        # Others load themselves as they are looked at.
+        # Other modules would load themselves when accessed.
         if type(module) is types.ModuleType and _FUNCTION in vars(module):
             return module
     raise BuildError(
-        "the process has their operations and no functions for them. Load "
+        "the process has their operations, but no functions for them. Load "
         "them by tf.load_op_library"
     )
+
+
+def _found():
+    """Returns the op library, from wherever it can be loaded."""
+    found = build()
+    try:
+        return _loaded(found)
+    except BuildError:
+        if found != packaged.op_library(planned_build()):
+            raise
+        # Another build of that version of TensorFlow than the wheel's.
+        return _loaded(build(force=True))
 
 
 def _loaded(built):

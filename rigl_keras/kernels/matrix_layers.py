@@ -1,4 +1,4 @@
-"""Layers that multiply by a matrix: which they are, and how they call it."""
+"""Layers that multiply by a matrix."""
 
 import dataclasses
 import math
@@ -21,9 +21,9 @@ class Matrix:
     """A kernel as a matrix of inputs and outputs.
 
     Attributes:
-        inputs: Sizes of the kernel's axes that are summed over. They are the
-            first of the kernel, and the last of the layer's inputs.
-        outputs: Sizes of the others, which are the last of its outputs.
+        inputs: Sizes of the kernel's axes that are summed over: the first axes
+            of the kernel, and the last of the layer's inputs.
+        outputs: Sizes of its other axes, the last of the layer's outputs.
     """
 
     inputs: tuple[int, ...]
@@ -35,12 +35,12 @@ class Matrix:
 
 
 def matrix_of(layer: keras.layers.Layer) -> Matrix | None:
-    """Returns the kernel of a built layer as a matrix, or None if it is none.
+    """Returns the kernel of a built layer as a matrix, or None.
 
-    That of `Dense` is one, and that of `EinsumDense` where its equation is a
-    product of rows, as those of attention are: inputs (batch axes, summed
-    axes), kernel (summed axes, new axes), outputs (batch axes, new axes). So
-    are that of a `Conv1D` of one position without strides, and the pointwise
+    The kernel of `Dense` is one. That of `EinsumDense` is one if its equation
+    is a product of rows, as in attention: inputs (batch axes, summed axes),
+    kernel (summed axes, new axes), outputs (batch axes, new axes). So are the
+    kernel of a `Conv1D` with one position and no strides, and the pointwise
     kernel of a separable convolution.
     """
     kind = type(layer)
@@ -96,7 +96,7 @@ def matrix_outputs(
     *,
     dense_gradient: bool,
 ) -> tf.Tensor:
-    """Returns a layer's outputs before its activation, and with its bias.
+    """Returns a layer's outputs before its activation, with its bias.
 
     Args:
         layer: A layer that multiplies by a matrix.
@@ -108,7 +108,7 @@ def matrix_outputs(
     keras_layer: Any = layer
     has_bias = getattr(keras_layer, "bias", None) is not None
     bias: Any = tf.convert_to_tensor(keras_layer.bias) if has_bias else None
-    # Of EinsumDense it may be a number for some of the new axes alone.
+    # In EinsumDense, a bias may cover only some of the new axes.
     whole = has_bias and tuple(bias.shape) == matrix.outputs
     outputs = sparse_dense(
         _with_last(inputs, len(matrix.inputs), matrix.shape[:1]),
@@ -122,7 +122,7 @@ def matrix_outputs(
 
 
 def _with_last(tensor, axes, sizes):
-    """Returns a tensor whose last axes are reshaped to some sizes."""
+    """Returns a tensor with its last axes reshaped to some sizes."""
     rows: Any = tensor.shape[:-axes]
     if axes == len(sizes) == 1:
         return tensor

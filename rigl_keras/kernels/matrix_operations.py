@@ -1,4 +1,4 @@
-"""Products of matrices with a sparse one, as functions of tensors."""
+"""Products with a sparse matrix, as functions of tensors."""
 
 import tensorflow as tf
 
@@ -16,20 +16,20 @@ def sparse_dense(
     bias: tf.Tensor | None = None,
     dense_gradient: bool = False,
 ) -> tf.Tensor:
-    """Returns `inputs @ (kernel x mask) + bias`, without what is masked.
+    """Returns `inputs @ (kernel x mask) + bias`, skipping masked weights.
 
-    Differentiable in inputs, kernel and bias, any number of times. The order
-    in which weights are read is computed when the mask has been assigned, and
-    kept until the next time.
+    Differentiable in inputs, kernel and bias, any number of times. The order of
+    reading weights is computed after the mask is assigned, and kept until the
+    next assignment.
 
     Args:
         inputs: Float32 of shape (..., inputs).
         kernel: Float32 of shape (inputs, units).
-        mask: Of the same shape, as in `sparse_conv2d`: the value of a
-            variable, or a reshaped one.
+        mask: Tensor of the same shape, as in `sparse_conv2d`: the value of a
+            variable, or reshaped from one.
         bias: Float32 of shape (units,), or None.
-        dense_gradient: Whether the kernel's gradient is dL/d(kernel x mask)
-            at every entry, at the cost of a dense product, or zero where the
+        dense_gradient: Whether the kernel's gradient is dL/d(kernel x mask) at
+            every entry, at the cost of a dense product. False: zero where the
             mask is.
 
     Returns:
@@ -53,13 +53,13 @@ def sparse_dense(
 
 def _matrix(tensor):
     """Returns a tensor's rows as a matrix."""
-    # Not -1: of no numbers at all it might be any size.
+    # Not -1: without entries, it could be any size.
     sizes = tf.shape(tensor)
     return tf.reshape(tensor, [tf.reduce_prod(sizes[:-1]), sizes[-1]])
 
 
 def _unneeded(op):
-    """Returns which inputs need no gradient, where a tape knows."""
+    """Returns which inputs need no gradient, if a tape knows."""
     return getattr(op, "skip_input_indices", None) or ()
 
 

@@ -31,28 +31,28 @@ def sparse_conv2d(
     dilations: Sequence[int] = (1, 1),
     dense_gradient: bool = False,
 ) -> tf.Tensor:
-    """Returns `conv2d(images, kernel x mask)`, without what the mask removes.
+    """Returns `conv2d(images, kernel x mask)`, skipping masked weights.
 
-    Differentiable in images and kernel, any number of times. The order in
-    which weights are read is computed when the mask has been assigned, and
-    kept until the next time.
+    Differentiable in images and kernel, any number of times. The order of
+    reading weights is computed after the mask is assigned, and kept until the
+    next assignment.
 
     Args:
         images: Float32 of shape (batch, rows, columns, channels).
-        kernel: Float32 of shape (rows, columns, channels, filters). Of fewer
-            channels than the images have, it is one of as many groups as it
-            takes: each filter sees the channels of its group.
-        mask: Bool tensor of the kernel's shape, or one of float32 zeros and
-            ones. Pass the value of a variable: for a tensor that each call
-            computes, each call computes the order as well. Or one of bytes
-            (`place_operations.look_at`), which has 1 where a bool mask is
-            True, and 2 more where the gradient is computed as well.
-        strides: Of rows and columns, at least 1.
+        kernel: Float32 of shape (rows, columns, channels, filters). If it has
+            fewer channels than the images, the convolution has groups: each
+            filter sees the channels of its group.
+        mask: Bool tensor of the kernel's shape, or float32 zeros and ones. Pass
+            the value of a variable: for a tensor that each call computes, each
+            call computes the order too. Or bytes (`place_operations.look_at`):
+            1 where a bool mask is True, and 2 more where the gradient is
+            computed as well.
+        strides: For rows and columns, at least 1.
         padding: `"SAME"` or `"VALID"`, as in `tf.nn.conv2d`.
-        dilations: Of rows and columns, at least 1.
-        dense_gradient: Whether the kernel's gradient is dL/d(kernel x mask)
-            at every entry, at the cost of a dense pass, or zero where the
-            mask is.
+        dilations: For rows and columns, at least 1.
+        dense_gradient: Whether the kernel's gradient is dL/d(kernel x mask) at
+            every entry, at the cost of a dense pass. False: zero where the mask
+            is.
 
     Returns:
         Float32 of shape (batch, new rows, new columns, filters).
@@ -63,7 +63,7 @@ def sparse_conv2d(
             `tf.function` that knows them, it is a ValueError.
         tf.errors.ResourceExhaustedError: There is not enough memory, or a
             single position of the kernel takes more than `scratch_bytes`
-            allows: it has a million channels or so.
+            allows: it has about a million channels.
     """
     return library.required().rigl_keras_conv2d(
         input=images,
@@ -87,16 +87,17 @@ def sparse_conv2d_transpose(
     dilations: Sequence[int] = (1, 1),
     dense_gradient: bool = False,
 ) -> tf.Tensor:
-    """Returns the gradient of the images of a `sparse_conv2d`.
+    """Returns the gradient of a `sparse_conv2d` for its images.
 
-    As `tf.nn.conv2d_transpose` has it, and differentiable as `sparse_conv2d`.
+    It is like `tf.nn.conv2d_transpose`, and differentiable like
+    `sparse_conv2d`.
 
     Args:
         outputs: Float32 of shape (batch, new rows, new columns, filters).
-        kernel, mask: Of shape (rows, columns, channels, filters), as in
+        kernel, mask: Tensors of shape (rows, columns, channels, filters), as in
             `sparse_conv2d`.
-        sizes: Rows and columns of the images, ints or tensors. A convolution
-            of such images must have outputs of this shape.
+        sizes: Rows and columns of the images, ints or tensors. A convolution of
+            such images must have outputs of this shape.
         strides, padding, dilations, dense_gradient: As in `sparse_conv2d`.
 
     Returns:
@@ -119,15 +120,15 @@ def sparse_conv2d_transpose(
 
 
 def masked_kernel(kernel: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
-    """Returns kernel x mask, computed once for as long as both stay the same.
+    """Returns kernel x mask, computed once while both stay the same.
 
-    It is the kernel itself where that is zero outside the mask. Differentiable
-    any number of times; the gradient is masked.
+    It is the kernel itself if that is zero outside the mask. Differentiable any
+    number of times; the gradient is masked.
 
     Args:
-        kernel: Float32 of any shape: the value of a variable. Of a tensor that
+        kernel: Float32 of any shape: the value of a variable. For a tensor that
             each call computes, each call computes the product.
-        mask: Of the kernel's shape, as in `sparse_conv2d`.
+        mask: Tensor of the kernel's shape, as in `sparse_conv2d`.
     """
     return library.required().rigl_keras_masked_kernel(kernel=kernel, mask=mask)
 
@@ -135,10 +136,10 @@ def masked_kernel(kernel: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
 def batch_norm(
     x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, *, epsilon: float
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Normalises by the moments of a batch, in few passes over memory.
+    """Normalises by the moments of a batch, in a few passes over memory.
 
-    y = (x - mean) / sqrt(variance + epsilon) * gamma + beta. Differentiable
-    in all of x, gamma and beta, any number of times.
+    y = (x - mean) / sqrt(variance + epsilon) * gamma + beta. Differentiable in
+    x, gamma and beta, any number of times.
 
     Args:
         x: Float32 of shape (..., channels).
@@ -154,10 +155,10 @@ def batch_norm(
 
 
 def dropout(x: tf.Tensor, rate: float, seed: tf.Tensor) -> tf.Tensor:
-    """Returns what `tf.nn.experimental.stateless_dropout` does, faster.
+    """Returns the result of `tf.nn.experimental.stateless_dropout`, faster.
 
-    The random numbers are the same (Philox, as on every CPU), and drawn where
-    they are used.
+    The random numbers are the same (Philox, as on every CPU), and are drawn
+    where they are used.
 
     Args:
         x: Float32 of any shape.
@@ -184,11 +185,11 @@ def scratch_bytes(
     dilations: Sequence[int] = (1, 1),
     in_lanes: bool = False,
 ) -> tuple[int, int, int]:
-    """Returns what a sparse convolution takes in memory, for each thread.
+    """Returns the memory of a sparse convolution, for each thread.
 
-    It grows with channels times what the kernel spans. Where it would pass
-    the limit, operations compute the positions of the kernel in parts, each
-    within the limit, and a dense convolution is likely faster.
+    It grows with the channels times the span of the kernel. Above the limit,
+    operations compute the positions of the kernel in parts, each within the
+    limit, and a dense convolution is probably faster.
 
     Args:
         images: Batch, rows, columns, channels.
@@ -197,7 +198,7 @@ def scratch_bytes(
         in_lanes: Whether images are in lanes (`lane_operations`).
 
     Returns:
-        Bytes of the forward pass, bytes of a training step, and the limit.
+        Bytes of the forward pass, of a training step, and the limit.
 
     Raises:
         tf.errors.InvalidArgumentError: Shapes do not fit.
@@ -215,15 +216,15 @@ def scratch_bytes(
 
 
 def instruction_set() -> str:
-    """Returns what the kernels run on here: avx512, avx2 or portable."""
+    """Returns the instruction set in use: avx512, avx2 or portable."""
     return library.required().rigl_keras_computed_by().sparse.numpy().decode()
 
 
 def dense_library() -> str:
-    """Returns what TensorFlow's dense products are computed by here.
+    """Returns the library of TensorFlow's dense products here.
 
-    oneDNN, or Eigen: without AVX-512 TensorFlow uses oneDNN, which may be the
-    faster, only where TF_ENABLE_ONEDNN_OPTS=1 is set before it is imported.
+    It is oneDNN or Eigen. Without AVX-512, TensorFlow uses oneDNN, which may be
+    faster, only if TF_ENABLE_ONEDNN_OPTS=1 is set before its import.
     """
     return library.required().rigl_keras_computed_by().dense.numpy().decode()
 
@@ -238,11 +239,11 @@ def dense_kernel_gradient(
 
     Args:
         images: Its images.
-        mask: Its mask, of which the shape alone is used.
+        mask: Its mask; only the shape is used.
         upstream: The gradient of its outputs.
-        attributes: Strides, padding and dilations, as the operation has them.
+        attributes: Strides, padding and dilations of the operation.
     """
-    # TensorFlow has none of dilated kernels and of groups on a CPU.
+    # On a CPU, TensorFlow has none for dilated kernels or groups.
     if max(attributes["dilations"]) > 1 or images.shape[3] != mask.shape[2]:
         return library.required().rigl_keras_conv2d_backprop_filter(
             input=images,
@@ -291,7 +292,7 @@ def _batch_norm_gradient(op, upstream, to_mean, to_variance):
 
 @tf.RegisterGradient("RiglKerasBatchNormGrad")
 def _batch_norm_second_gradient(op, *upstream):
-    # Rare enough for TensorFlow's own operations to do.
+    # Rare: TensorFlow's operations are fast enough.
     inputs = [tf.identity(tensor) for tensor in op.inputs]
     with tf.GradientTape() as tape:
         tape.watch(inputs)
@@ -304,7 +305,7 @@ def _batch_norm_second_gradient(op, *upstream):
 def _gradients_of_batch_norm(
     upstream, to_mean, to_variance, x, gamma, mean, variance, *, epsilon
 ):
-    """Returns what the operation does, differentiable in everything."""
+    """Returns the operation's results, differentiable in everything."""
     rows = list(range(len(x.shape) - 1))
     count = tf.cast(tf.size(x) / tf.size(mean), x.dtype)
     inverse = tf.math.rsqrt(variance + epsilon)

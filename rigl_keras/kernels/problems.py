@@ -1,4 +1,4 @@
-"""What masked layers compute, both ways, so that they can be timed."""
+"""What masked layers compute, both ways, for timing."""
 
 import dataclasses
 import functools
@@ -18,7 +18,7 @@ from rigl_keras.kernels.recurrent_operations import sparse_gru, sparse_lstm
 
 __all__ = ["AnyProblem", "Problem", "Recurrence"]
 
-_MOST_BYTES = 1 << 26  # of a thread's memory, for a product of matrices
+_MOST_BYTES = 1 << 26  # memory of a thread, for a product of matrices
 
 Sides = dict[str, Callable[[], object]]
 
@@ -28,34 +28,34 @@ class AnyProblem(Protocol):
 
     @property
     def batch(self) -> int:
-        """Images of a batch, or rows."""
+        """Number of images in a batch, or of rows."""
         ...
 
     @property
     def products(self) -> int:
-        """Products of a forward pass, were it dense."""
+        """Number of products in a dense forward pass."""
         ...
 
     @property
     def numbers(self) -> int:
-        """Numbers that an image has, or a row, where it has most."""
+        """Largest number of entries of an image or a row."""
         ...
 
     @property
     def words(self) -> tuple[str, ...]:
-        """What it is, in words without spaces."""
+        """A description, in words without spaces."""
         ...
 
     def of_batch(self, batch: int) -> "AnyProblem":
-        """Returns the same of another batch."""
+        """Returns the same problem with another batch size."""
         ...
 
     def taken(self, in_lanes: bool) -> tuple[int, int, int] | None:
-        """Returns what `scratch_bytes` does, or None if it is no problem."""
+        """Returns the result of `scratch_bytes`, or None if nothing fits."""
         ...
 
     def sides(self, density: float, *, backward: bool, in_lanes: bool) -> Sides:
-        """Returns what computes it, `"dense"` and `"sparse"`."""
+        """Returns functions that compute it, `"dense"` and `"sparse"`."""
         ...
 
 
@@ -66,11 +66,11 @@ class Problem:
     Attributes:
         kernel: Rows, columns, channels, filters.
         images: Batch, rows, columns.
-        strides, dilations: Of rows and columns.
+        strides, dilations: For rows and columns.
         padding: `"SAME"` or `"VALID"`.
-        matrix: Whether it is a product of matrices: of `images[0]` rows, and
-            of the kernel's channels and filters.
-        groups: Of channels, the kernel having those of one.
+        matrix: Whether it is a product of matrices: with `images[0]` rows, and
+            the kernel's channels and filters.
+        groups: Number of groups. The kernel has the channels of one group.
     """
 
     kernel: tuple[int, int, int, int]
@@ -83,7 +83,7 @@ class Problem:
 
     @property
     def channels(self) -> int:
-        """Of the images."""
+        """Number of channels of the images."""
         return self.kernel[2] * self.groups
 
     @property
@@ -122,7 +122,7 @@ class Problem:
 
     def taken(self, in_lanes: bool) -> tuple[int, int, int] | None:
         if self.matrix:
-            # A panel of sixteen rows, with what is computed of it.
+            # A panel of sixteen rows, and its results.
             least = 64 * sum(self.kernel[2:])
             return least, least, _MOST_BYTES
         try:
@@ -152,7 +152,7 @@ class Problem:
                 return tf.matmul(images, tf.where(mask, kernel, 0.0))
             if in_lanes:
                 images = lane_operations.from_lanes(Lanes(images, count))
-            # Keras has groups, which TensorFlow has not on a CPU.
+            # Keras has groups, which TensorFlow lacks on a CPU.
             convolve: Any = keras.ops.conv
             outputs = convolve(
                 images,
@@ -202,10 +202,10 @@ class Recurrence:
     Attributes:
         kind: `"lstm"` or `"gru"`.
         sequences: Batch, steps, inputs.
-        units: Of its states.
+        units: Number of units of its states.
         projected: Whether the kernel of the inputs is dense, so that only the
             recurrent one is masked.
-        returns: Whether outputs of all steps are returned, or of the last.
+        returns: Whether it returns the outputs of all steps, or of the last.
         unroll: Whether the dense layer has no loop.
     """
 
@@ -248,7 +248,7 @@ class Recurrence:
         return dataclasses.replace(self, sequences=(batch, *self.sequences[1:]))
 
     def taken(self, in_lanes: bool) -> tuple[int, int, int]:
-        # A panel of sixteen rows, with what is computed of it.
+        # A panel of sixteen rows, and its results.
         least = 64 * (2 * self.sequences[2] + 5 * self.units + 2 * self._gates)
         return least, least, _MOST_BYTES
 
@@ -256,7 +256,7 @@ class Recurrence:
         draw = np.random.default_rng(0)
         batch, _, inputs = self.sequences
         x = _normal(draw, *self.sequences)
-        # As large as numbers are in a network that learns.
+        # As large as typical numbers in a network.
         kernel = _normal(draw, inputs, self._gates) / math.sqrt(inputs)
         recurrent = _normal(draw, self.units, self._gates)
         recurrent /= math.sqrt(self.units)
@@ -272,7 +272,7 @@ class Recurrence:
                 tf.where(recurrent_mask, recurrent, 0.0),
                 layer.cell.bias.value,
             ]
-            # Such as the state of its random numbers.
+            # Other arguments, such as the state of its random numbers.
             others = [v.value for v in layer.non_trainable_variables]
             outputs, _ = layer.stateless_call(weights, others, x)
             return outputs
@@ -303,7 +303,7 @@ class Recurrence:
         }
 
     def _layer(self):
-        """Returns the layer of Keras; random numbers of others stay theirs."""
+        """Returns the Keras layer, without using others' random numbers."""
         kind: Any = (
             keras.layers.LSTM if self.kind == "lstm" else keras.layers.GRU
         )
@@ -332,7 +332,7 @@ def _mask(draw, shape, density):
 
 
 def _passes(product, tensors, upstream, backward):
-    """Returns what computes a product and its gradients, when it is called."""
+    """Returns a function that computes a product and its gradients."""
 
     @tf.function(autograph=False)
     def both(upstream, *tensors):

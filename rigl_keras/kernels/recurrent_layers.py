@@ -1,4 +1,4 @@
-"""LSTM and GRU layers of Keras, by operations of a whole sequence."""
+"""LSTM and GRU layers of Keras, by operations on whole sequences."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +16,7 @@ _CELLS = (keras.layers.LSTMCell, keras.layers.GRUCell)
 
 
 def why_not_recurrent(layer: keras.layers.Layer) -> str | None:
-    """Returns why a recurrent layer is no LSTM or GRU that is known, or None.
+    """Returns why a recurrent layer has no sparse operation, or None.
 
     Args:
         layer: A built layer.
@@ -41,12 +41,12 @@ def recurrence(
     *,
     projected: bool = False,
 ) -> Recurrence:
-    """Returns what a recurrent layer computes.
+    """Returns what a recurrent layer computes, as a problem.
 
     Args:
         layer: A built LSTM or GRU (`why_not_recurrent`).
         sequences: Batch, steps, inputs.
-        projected: Whether its recurrent kernel alone is masked.
+        projected: Whether only its recurrent kernel is masked.
     """
     keras_layer: Any = layer
     return Recurrence(
@@ -67,15 +67,15 @@ def recurrent_loop(
     *,
     dense_gradient: bool,
 ) -> tuple[tf.Tensor, tf.Tensor, list[tf.Tensor]]:
-    """Returns what the `inner_loop` of a layer does, by sparse kernels.
+    """Returns the result of a layer's `inner_loop`, by sparse kernels.
 
     Args:
         layer: A built LSTM or GRU (`why_not_recurrent`).
-        sequences: Float32 of shape (batch, steps, inputs); or what its kernel
-            makes of them, where that is not among `kernels`.
+        sequences: Float32 of shape (batch, steps, inputs); or their product
+            with the layer's kernel, if `kernels` lacks that.
         states: Its states before the first step.
-        kernels: The values of its kernel, that one's mask, its recurrent
-            kernel and that one's mask; or of the last two alone.
+        kernels: The values of its kernel, its mask, its recurrent kernel and
+            that mask; or only the last two.
         dense_gradient: As in `sparse_lstm`.
 
     Returns:

@@ -21,23 +21,23 @@ def sparse_lstm(
     backwards: bool = False,
     dense_gradient: bool = False,
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Returns what Keras's LSTM does, with kernels that masks leave gaps in.
+    """Returns the result of Keras's LSTM, skipping masked weights.
 
-    All steps are one operation. Its gates are sigmoids and its activation is
-    tanh. Differentiable once, in all that is not a mask.
+    All steps are one operation. The gates are sigmoids and the activation is
+    tanh. Differentiable once, in everything except masks.
 
     Args:
-        x: Float32 of shape (batch, steps, inputs), of a step at least.
+        x: Float32 of shape (batch, steps, inputs), with at least one step.
         state, carry: Float32 of shape (batch, units): before the first step.
-        kernel, kernel_mask: Of shape (inputs, 4 units): for the input,
+        kernel, kernel_mask: Tensors of shape (inputs, 4 units): for the input,
             forget, carry and output gates. Masks are as in `sparse_conv2d`.
-            Or of shape (0, 4 units): x has been multiplied by it already.
+            With shape (0, 4 units), x is already multiplied by the kernel.
         recurrent, recurrent_mask: Float32 of shape (units, 4 units).
         bias: Float32 of shape (4 units,), or None.
-        sequences: Whether outputs of all steps are returned, or of the last.
+        sequences: Whether to return the outputs of all steps, or of the last.
         backwards: Whether the last step of x comes first.
         dense_gradient: Whether the gradients of both kernels are those of
-            kernel x mask at every entry, or zero where masks are.
+            kernel x mask at every entry. False: zero where masks are.
 
     Returns:
         Outputs of shape (batch, steps or 1, units), in the order in which they
@@ -73,14 +73,14 @@ def sparse_gru(
     backwards: bool = False,
     dense_gradient: bool = False,
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns what Keras's GRU does (`reset_after=True`), as `sparse_lstm`.
+    """Returns the result of Keras's GRU (`reset_after=True`), as `sparse_lstm`.
 
     Args:
         x, state, sequences, backwards, dense_gradient: As in `sparse_lstm`.
-        kernel, kernel_mask: Of shape (inputs, 3 units): for the update
+        kernel, kernel_mask: Tensors of shape (inputs, 3 units): for the update
             and reset gates and the candidate.
-        recurrent, recurrent_mask: Of shape (units, 3 units).
-        bias: Float32 of shape (2, 3 units), of inputs and of states, or None.
+        recurrent, recurrent_mask: Tensors of shape (units, 3 units).
+        bias: Float32 of shape (2, 3 units), for inputs and for states, or None.
 
     Returns:
         Outputs of shape (batch, steps or 1, units), and the state after the
@@ -101,7 +101,7 @@ def sparse_gru(
 
 
 def _recurrent(kind, tensors, bias, sequences, backwards, dense_gradient):
-    # The dense gradient takes states of all steps.
+    # The dense gradient needs the states of all steps.
     outputs, last, *_ = library.required().rigl_keras_recurrent(
         *tensors,
         bias=tf.zeros([0]) if bias is None else bias,
@@ -134,7 +134,7 @@ def _recurrent_gradient(op, of_outputs, of_last, *_):
         )
     )
     if dense:
-        # What was multiplied by each kernel, and the gradients of products.
+        # The factor of each kernel, and the gradients of the products.
         before = tf.concat([state[:, tf.newaxis], outputs[:, :-1]], axis=1)
         of_inputs, of_state = products
         to_kernel = tf.zeros_like(kernel)

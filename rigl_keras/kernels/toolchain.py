@@ -1,7 +1,7 @@
 """The compiler, its flags, and a build of the two libraries.
 
-One has TensorFlow's operations. The other runs a network without TensorFlow;
-the operations link it as well, because one of them runs such a network, too.
+One has TensorFlow's operations. The other runs a network without TensorFlow.
+The operations link it too, because one of them runs such a network.
 """
 
 import dataclasses
@@ -32,12 +32,12 @@ __all__ = [
 
 LIBRARY_NAME = "rigl_keras_kernels.so"
 NETWORK_LIBRARY_NAME = "rigl_keras_network.so"
-# Where the sources are, which go by "folder/name".
+# Folders of the sources, which are named "folder/name".
 _SOURCES = {
     "kernels": Path(__file__).with_name("csrc"),
     "serving": Path(__file__).parents[1] / "serving" / "csrc",
 }
-# Those that need TensorFlow.
+# Sources that need TensorFlow.
 _OPERATIONS = (
     "kernels/convolution_ops.cc",
     "kernels/lane_convolution_ops.cc",
@@ -49,8 +49,8 @@ _OPERATIONS = (
     "kernels/row_ops.cc",
     "serving/network_op.cc",
 )
-# Loops, which are compiled for each instruction set, and some of them for each
-# length of its vectors as well.
+# Loops, compiled for each instruction set, and some of them for each length of
+# its vectors.
 _PER_INSTRUCTION_SET = (
     "kernels/lane_convolutions.cc",
     "kernels/lane_layers.cc",
@@ -63,7 +63,7 @@ _PER_VECTOR_LENGTH = ("serving/tiles.cc",)
 _COMPILERS = ("g++", "c++", "clang++")
 _SANITIZERS = ("address", "thread")
 _X86 = ("x86_64", "AMD64")
-# What these are compiled for on x86_64; elsewhere only for the last.
+# Instruction sets on x86_64; other machines have only the last.
 _INSTRUCTION_SETS = {
     "avx512": [
         "-mavx512f",
@@ -77,15 +77,15 @@ _INSTRUCTION_SETS = {
     "avx2": ["-mavx2", "-mfma"],
     "portable": [],
 }
-# Floats of a vector. A load of 64 bytes that is not aligned meets two cache
-# lines, one of 32 only every other time.
+# Floats in a vector. An unaligned load of 64 bytes always meets two cache
+# lines, one of 32 bytes only every other time.
 _VECTOR_LENGTHS = {"avx512": (16, 8), "avx2": (8,), "portable": (4,)}
-# What is wrong, in the lines of a compiler or a linker.
+# Errors in the output of a compiler or a linker.
 _ERROR = re.compile(r"\berror: |undefined reference|cannot find ")
 
 
 class BuildError(RuntimeError):
-    """There is no op library, for a reason that is one line."""
+    """There is no op library. The reason is one line."""
 
     def __init__(self, reason: str):
         super().__init__(" ".join(reason.split()))
@@ -93,7 +93,7 @@ class BuildError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Build:
-    """What is compiled, and how.
+    """A build: what is compiled, and how.
 
     Attributes:
         objects: `{object file: [source, flag, ...]}`.
@@ -103,19 +103,25 @@ class Build:
             the flags, the sources and TensorFlow.
         sources: Digest of the sources. The op library has an operation that
             returns it.
+        tensorflow: Version of TensorFlow.
+        platform: System and machine, such as `Linux-x86_64`.
+        sanitizer: Under which it runs, or an empty string.
     """
 
     objects: dict[str, list[str]]
     libraries: dict[str, list[str]]
     version: str
     sources: str
+    tensorflow: str
+    platform: str
+    sanitizer: str
 
 
 def planned_build() -> Build:
-    """Returns the build for this machine, as the environment asks for it.
+    """Returns the build for this machine and environment.
 
     Raises:
-        BuildError: There is none: of this platform, because it is switched
+        BuildError: There is none: for this platform, because it is switched
             off, or because a source is missing.
     """
     sanitizer = _sanitizer()
@@ -133,16 +139,23 @@ def planned_build() -> Build:
     asked = "kernels_convolution_ops.o"
     objects[asked].append(f'-DRIGL_SOURCES="{sources}"')
     libraries = _libraries(objects, sanitizer)
-    # Not the compiler: what it has built serves machines that have none.
+    # Without the compiler: its builds also serve machines without one.
     digest.update(repr((objects, libraries)).encode())
-    parts = [tf.__version__, platform.system(), platform.machine(), sanitizer]
-    parts.append(digest.hexdigest()[:12])
-    version = "-".join(part for part in parts if part)
-    return Build(objects, libraries, version, sources)
+    where = f"{platform.system()}-{platform.machine()}"
+    parts = [tf.__version__, where, sanitizer, digest.hexdigest()[:12]]
+    return Build(
+        objects,
+        libraries,
+        version="-".join(part for part in parts if part),
+        sources=sources,
+        tensorflow=tf.__version__,
+        platform=where,
+        sanitizer=sanitizer,
+    )
 
 
 def _sanitizer():
-    """Returns which sanitizer is asked for, or an empty string."""
+    """Returns the requested sanitizer, or an empty string."""
     asked = os.environ.get("RIGL_KERAS_KERNELS", "") or "on"
     if asked == "off":
         raise BuildError("RIGL_KERAS_KERNELS=off")
@@ -165,7 +178,8 @@ def find_compiler() -> tuple[list[str], str]:
         words = [asked] if shutil.which(asked) else shlex.split(asked)
     except ValueError as error:
         raise BuildError(
-            f"CXX={asked!r} is no command ({error}). Set it to a C++ compiler"
+            f"CXX={asked!r} is not a command ({error}). Set it to a C++ "
+            "compiler"
         ) from error
     for name, *flags in [words] if words else [[c] for c in _COMPILERS]:
         program = shutil.which(name)
@@ -227,7 +241,7 @@ def _common_flags(sanitizer):
         flags[1:2] = ["-O1", "-g", "-fno-omit-frame-pointer"]
         flags.append(f"-fsanitize={sanitizer}")
     if sanitizer == "address":
-        # Checks as calls: within unrolled loops, GCC takes minutes over them.
+        # Checks as calls: in unrolled loops, GCC needs minutes for them.
         flags.append("--param=asan-instrumentation-with-call-threshold=0")
     if platform.machine() in _X86:
         flags.append("-DRIGL_X86=1")
@@ -238,7 +252,7 @@ def _objects(sources, sanitizer):
     """Returns the `objects` of a `Build`."""
     common = _common_flags(sanitizer)
     undefined = _undefined_behaviour(sanitizer)
-    # TensorFlow's headers are not ours to warn about, nor its own macros.
+    # No warnings for TensorFlow's headers and macros.
     tensorflow = [
         *(
             re.sub("^-I", "-isystem", f)
@@ -249,7 +263,7 @@ def _objects(sources, sanitizer):
         "-Wno-deprecated-declarations",
     ]
     if undefined:
-        # With these, GCC takes addresses in the headers for no constants.
+        # With these, GCC does not accept addresses in headers as constants.
         tensorflow.append(
             "-fno-sanitize=vptr,null,nonnull-attribute,returns-nonnull-attribute"
         )
@@ -282,7 +296,7 @@ def _objects(sources, sanitizer):
 
 
 def _undefined_behaviour(sanitizer):
-    """Returns flags to look for it, to compile and to link."""
+    """Returns the flags that check for it, to compile and to link."""
     if sanitizer != "address":
         return []
     return ["-fsanitize=undefined", "-fno-sanitize-recover=undefined"]
@@ -299,17 +313,17 @@ def _libraries(objects, sanitizer):
     link += _undefined_behaviour(sanitizer)
     operations = tf.sysconfig.get_link_flags()
     if sys.platform == "darwin":
-        # As TensorFlow's own documentation has it; untested, for want of one.
+        # As in TensorFlow's documentation; untested, for lack of a machine.
         operations += ["-undefined", "dynamic_lookup"]
-    elif not sanitizer:  # whose functions come with the process
-        # What is missing fails the build, and not the load.
+    elif not sanitizer:  # a sanitizer's functions come with the process
+        # Missing functions fail the build, not the load.
         link.append("-Wl,--no-undefined")
     network = [
         name
         for name, (source, *_) in objects.items()
         if source.startswith("serving/") and source not in _OPERATIONS
     ]
-    # By this name whatever links it finds it later, in its own folder.
+    # The name by which libraries that link it find it in their folder.
     name = (
         f"-Wl,-install_name,@rpath/{NETWORK_LIBRARY_NAME}"
         if sys.platform == "darwin"
@@ -350,15 +364,15 @@ def link_commands(build: Build, compiler: list[str]) -> list[list[str]]:
 def run_compiler(
     command: list[str], folder: str | os.PathLike | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a compiler. What it prints, errors too, is in `stdout`.
+    """Runs a compiler. Its output and errors are in `stdout`.
 
     Args:
         command: Its command line.
-        folder: Where it runs. None: in the current folder.
+        folder: Working directory. None: the current one.
     """
-    environment = {**os.environ, "LC_ALL": "C"}  # `_ERROR` knows English
-    # The runtime of a sanitizer is for this process: it would speak up in
-    # the name of the compiler, which is part of the version.
+    environment = {**os.environ, "LC_ALL": "C"}  # `_ERROR` matches English
+    # The sanitizer's runtime is for this process only: its output would mix
+    # with the compiler's, which is part of the version.
     environment.pop("LD_PRELOAD", None)
     return subprocess.run(
         command,
@@ -376,7 +390,7 @@ def first_error(done: subprocess.CompletedProcess[str]) -> str:
     """Returns the first line of a compiler's output that is an error.
 
     Args:
-        done: What `run_compiler` returned.
+        done: The result of `run_compiler`.
     """
     lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
     lines.append(f"{done.args[0]} ended with status {done.returncode}")

@@ -8,13 +8,13 @@ __all__ = ["draw_mask"]
 
 
 def draw_mask(layout: Layout, count: int, key: int) -> np.ndarray:
-    """Returns a random mask that keeps exactly so many units of each group.
+    """Returns a random mask that keeps exactly `count` units of each group.
 
     The same arguments give the same mask, on every machine.
 
     Args:
         layout: The units and groups of the kernel.
-        count: How many units of a group are kept, from 0 to all of them.
+        count: How many units each group keeps, from 0 to all of them.
         key: Seed, at least 0.
 
     Returns:

@@ -1,9 +1,9 @@
-"""Sparse products of the layers within a masked one.
+"""Sparse products of layers within a masked layer.
 
-The projections of attention, the loop of an LSTM and the pointwise half of a
-separable convolution are within what is masked. They ask the scope of the call
-(`tracing.KernelScope`) whether their kernels are masked, and compute as they
-would without it where they are not.
+A masked layer may contain the projections of attention, the loop of an LSTM or
+the pointwise half of a separable convolution. They ask the scope of the call
+(`tracing.KernelScope`) whether their kernels are masked. If not, they compute
+as usual.
 """
 
 import functools
@@ -30,11 +30,11 @@ _MATRICES = (keras.layers.Dense, keras.layers.EinsumDense)
 
 
 def ask_scope(layer: keras.layers.Layer) -> None:
-    """Has layers within one use sparse products where they can.
+    """Makes layers within a layer use sparse products where possible.
 
     Args:
-        layer: A built layer that is masked. What is within it is left alone,
-            but for matrices and recurrent layers of Keras's own classes.
+        layer: A built layer that is masked. Only matrices and recurrent layers
+            of Keras's classes within it are changed.
     """
     for _, inner in within(layer, "", set()):
         name = _method(inner)
@@ -63,11 +63,11 @@ def ask_scope_no_more(layer: keras.layers.Layer) -> None:
 def multiplier(
     layer: keras.layers.Layer, owner: keras.layers.Layer
 ) -> keras.layers.Layer:
-    """Returns which layer within one multiplies by a kernel.
+    """Returns the inner layer that multiplies by a kernel.
 
     Args:
         layer: A layer that is masked.
-        owner: The owner of the kernel: of that of an LSTM, its cell.
+        owner: The owner of the kernel. In an LSTM it is the cell.
     """
     for _, inner in within(layer, "", set()):
         if type(inner) in RECURRENT and inner.cell is owner:
@@ -124,7 +124,7 @@ def _loop(layer, sequences, initial_state, mask, training=False):
         of_inputs = _masked([layer.cell.kernel])
         both = [*(of_inputs or ()), *found]
         if _is_sparse(layer, sequences, both):
-            if of_inputs is None:  # a dense product, of all steps at once
+            if of_inputs is None:  # a dense product for all steps at once
                 kernel = tf.convert_to_tensor(layer.cell.kernel)
                 sequences = tf.tensordot(sequences, kernel, 1)
             values, dense = _values(both)
@@ -137,7 +137,7 @@ def _loop(layer, sequences, initial_state, mask, training=False):
 
 
 def _masked(kernels) -> Sequence | None:
-    """Returns the masks on some kernels, or None if one has none here."""
+    """Returns the masks of some kernels, or None if one has no mask here."""
     scope = current_scope()
     if scope is None or masks_are_applied():
         return None
@@ -146,7 +146,7 @@ def _masked(kernels) -> Sequence | None:
 
 
 def _is_sparse(layer, inputs, found):
-    """Returns whether a call is computed by sparse kernels."""
+    """Returns whether sparse kernels compute a call."""
     choices: Any = found[0].choices
     return (
         choices is not None
@@ -166,7 +166,7 @@ def _sparse_outputs(layer, inputs, found):
 
 
 def _values(found):
-    """Returns kernels and masks as they are outside the scope.
+    """Returns kernels and masks with their values outside the scope.
 
     And whether the product passes dense gradients.
     """

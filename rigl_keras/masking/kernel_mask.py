@@ -1,4 +1,4 @@
-"""A kernel and the mask on it: what a method changes."""
+"""A kernel and its mask: what a method changes."""
 
 import dataclasses
 from typing import Any
@@ -26,20 +26,20 @@ __all__ = ["KernelMask", "MaskedKernel"]
 
 
 class KernelMask:
-    """A kernel and the mask on it: what a method changes.
+    """A kernel and its mask: what a method changes.
 
-    A `Masked` layer with one `kernel` is one itself; those of others (an
-    LSTM, attention) are listed by `Masked.masked_kernels()`.
+    A `Masked` layer with one `kernel` is a `KernelMask` itself.
+    `Masked.masked_kernels()` lists those of other layers (an LSTM, attention).
 
     Attributes:
-        name: Unique within the model, but for layers of one name.
+        name: Unique within the model, unless layers share a name.
         kernel: The kernel variable, zero outside the mask.
         mask: Bool variable of the kernel's shape, True where kept.
-        found: Where the kernel is, and the axes that it joins.
-        draw_key: Int from which random draws for this kernel are seeded.
-        granularity: Name of the pattern that the mask keeps to.
+        found: Where the kernel is, and the meaning of its axes.
+        draw_key: Int that seeds random draws for this kernel.
+        granularity: Name of the mask's pattern.
         layout: The units and groups that the pattern makes of the kernel.
-        density: Fraction of the mask that is 1.
+        density: Fraction of ones in the mask.
     """
 
     name: str
@@ -66,33 +66,33 @@ class KernelMask:
         self.kernel.assign(zero_outside(self.mask, self.kernel.value))
 
     def by_unit(self, tensor: tf.Tensor) -> tf.Tensor:
-        """Returns one value for each unit that the mask keeps or removes.
+        """Returns one value for each unit of the mask's pattern.
 
         Args:
             tensor: Float tensor of the kernel's shape.
 
         Returns:
-            The tensor itself where units are single weights; its mean over
-            each unit where they are kernels or blocks.
+            The tensor itself if units are single weights; its mean over each
+            unit if they are kernels or blocks.
         """
         return self.layout.by_unit(tensor)
 
     def units(self, mask: tf.Tensor) -> tf.Tensor:
-        """Returns whether anything of each unit is kept.
+        """Returns which units keep at least one weight.
 
         Args:
             mask: Bool tensor of the kernel's shape.
 
         Returns:
-            Bool tensor, a value for each unit as in `by_unit`.
+            Bool tensor with a value for each unit, as in `by_unit`.
         """
         return self.layout.units(mask)
 
     def by_element(self, tensor: tf.Tensor) -> tf.Tensor:
-        """Returns the value of its unit for each entry of the kernel.
+        """Returns, for each entry of the kernel, the value of its unit.
 
         Args:
-            tensor: One value for each unit, as `by_unit` returns them.
+            tensor: One value for each unit, as from `by_unit`.
 
         Returns:
             Tensor of the kernel's shape.
@@ -116,12 +116,12 @@ class KernelMask:
     def masked_kernel(
         self, kernel: Any = None, *, kept: bool = False
     ) -> tf.Tensor:
-        """Returns kernel x mask, through which training differentiates.
+        """Returns kernel x mask, with gradients for training.
 
         Args:
-            kernel: The kernel's value. None: that of the variable.
-            kept: Whether the product may be kept from call to call, where
-                nothing differentiates.
+            kernel: The kernel's value. None: the value of the variable.
+            kept: Whether the product may be kept from call to call when no
+                gradient is needed.
         """
         note_called(self.kernel, self.name)
         if kernel is None:
@@ -150,7 +150,7 @@ class MaskedKernel(KernelMask):
     choices: ProductChoices
 
     def chosen_products(self) -> dict[tuple, kernels.Choice]:
-        """Returns what was chosen, by the shape of the inputs."""
+        """Returns the chosen products, by the shape of the inputs."""
         return self.choices.chosen(
             multiplier(self.layer, self.found.owner)
         ).by_shape

@@ -1,8 +1,8 @@
-"""Which variables of a layer are kernels, where they are and what they join.
+"""Finds the kernels of a layer, and the meaning of their axes.
 
-A kernel is found by its name (`kernel`, `recurrent_kernel`, ...), in a layer
-of Keras's or of the user's own, and in the layers within it: the projections
-of attention, the cell of an LSTM, the blocks of a custom layer.
+Kernels are found by their names (`kernel`, `recurrent_kernel`, ...), in layers
+of Keras or of the user, and in the layers within them: the projections of
+attention, the cell of an LSTM, the blocks of a custom layer.
 """
 
 import dataclasses
@@ -55,13 +55,13 @@ CONVOLUTIONS = (
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A kernel of a layer: where it is, and the axes that it joins.
+    """A kernel of a layer: where it is, and the meaning of its axes.
 
     Attributes:
-        layer: The layer that is masked as one.
-        path: Attributes that lead from it to the kernel: `"kernel"`,
+        layer: The layer that is masked as a whole.
+        path: Attributes that lead from the layer to the kernel: `"kernel"`,
             `"cell.recurrent_kernel"`.
-        owner: The layer, or the one within it, that has the variable.
+        owner: The layer, or the inner layer, that owns the variable.
         variable: The variable.
     """
 
@@ -78,8 +78,8 @@ class Kernel:
     def named(self, layer_name: str) -> str:
         """Returns the kernel's name within a model.
 
-        That of its layer, if it is simply the layer's `kernel`, and else with
-        the path: `"attention/query_dense/kernel"`.
+        It is the layer's name for its `kernel`, and includes the path for
+        others: `"attention/query_dense/kernel"`.
         """
         if self.path == "kernel":
             return layer_name
@@ -104,11 +104,11 @@ class Kernel:
 
     @property
     def output_axes(self) -> tuple[int, ...]:
-        """Axes that tell the output units apart; a unit sums over the rest.
+        """The axes of the output units; a unit sums over the other axes.
 
         A dense kernel is (inputs, outputs), a convolution's (..., inputs,
-        outputs), a transposed one's (..., outputs, inputs), a depthwise one's
-        (..., inputs, multiplier), each pair of which is a unit.
+        outputs), a transposed one's (..., outputs, inputs). A depthwise one's
+        is (..., inputs, multiplier), and each pair of these is a unit.
         """
         axes = len(self.variable.shape)
         if self.is_depthwise:
@@ -122,7 +122,7 @@ class Kernel:
 
     @property
     def input_axes(self) -> tuple[int, ...]:
-        """Axes that tell the input units (channels) apart."""
+        """The axes of the input units (channels)."""
         axes = len(self.variable.shape)
         if self.is_depthwise:
             return (axes - 2,)
@@ -135,7 +135,7 @@ class Kernel:
 
     @property
     def axes(self) -> Axes:
-        """What a pattern has to know of the kernel."""
+        """The shape and axes, as a pattern needs them."""
         return Axes(
             tuple(self.variable.shape),
             self.input_axes,
@@ -145,7 +145,7 @@ class Kernel:
 
     @property
     def initializer(self) -> keras.initializers.Initializer | None:
-        """What the kernel was drawn by, where its layer tells."""
+        """The initializer of the kernel, if its layer has it."""
         name = self.attribute.removesuffix("_kernel") + "_initializer"
         found = getattr(self.owner, name, None)
         return (
@@ -160,13 +160,13 @@ def find_kernels(
 
     Args:
         layer: A built layer.
-        kernels: None: variables of two axes or more that are named as in
-            `KERNEL_NAMES`. Or `{layer or layer type: name, or list of
-            names}` of the variables of these layers, such as an Embedding's
-            `"embeddings"`; of other layers as under None.
+        kernels: None: variables with at least two axes and a name in
+            `KERNEL_NAMES`. Or `{layer or layer type: name, or list of names}`
+            of the variables of these layers, such as an Embedding's
+            `"embeddings"`; other layers as under None.
 
     Returns:
-        A list in the order of the layers, empty where nothing can be masked.
+        A list in the order of the layers, empty if nothing can be masked.
     """
     found, seen = [], set()
     for path, owner in within(layer, "", set()):
@@ -184,10 +184,10 @@ def find_kernels(
 
 
 def _read(owner, name):
-    """Returns an attribute, or None where there is none to be read."""
+    """Returns an attribute, or None if it cannot be read."""
     try:
         return getattr(owner, name, None)
-    except Exception:  # a property of a class that expects another state
+    except Exception:  # a property that needs another state
         return None
 
 
@@ -199,7 +199,7 @@ def kernel_at(layer: keras.layers.Layer, path: str) -> Kernel:
         path: As in `Kernel.path`.
 
     Raises:
-        ValueError: It leads to no variable.
+        ValueError: It does not lead to a variable.
     """
     *way, name = path.split(".")
     owner = layer
@@ -230,7 +230,7 @@ def einsum_axes(equation: str) -> tuple[str, str, str]:
 
 
 def is_normalisation(layer: keras.layers.Layer) -> bool:
-    """Returns whether a layer only normalises, and so is never masked."""
+    """Returns whether a layer only normalises: these are never masked."""
     return isinstance(layer, _NORMALISATION)
 
 

@@ -1,4 +1,4 @@
-"""What a layer is beside its config: weights, flags, tables, statistics."""
+"""A layer's state besides its config: weights, flags, tables, statistics."""
 
 import contextlib
 import tempfile
@@ -22,20 +22,20 @@ def copy_state(
     *,
     values: Mapping[int, tf.Tensor] | None = None,
 ) -> None:
-    """Gives a layer all that another of its kind holds beside its config.
+    """Copies all that a layer holds besides its config to another layer.
 
-    Weights, states of generators, what is frozen in it, layer by layer, and
-    what saving it would write: vocabularies, bins, statistics, assets.
+    It copies weights, states of generators, which inner layers are frozen, and
+    what saving would write: vocabularies, bins, statistics, assets.
 
     Args:
-        source: A built layer; one that is masked or one that holds such.
-        target: A built layer of the same kind and sizes. Where one of the
-            two is masked and the other is not, masks are left alone.
-        values: `{id of a variable of the source: value}` of those of which
-            another value is copied.
+        source: A built layer; it may be masked or hold masked layers.
+        target: A built layer of the same kind and sizes. If only one of the two
+            is masked, masks are not copied.
+        values: `{id of a variable of the source: value}` for variables whose
+            copies get another value.
 
     Raises:
-        ValueError: The layers within are not the same.
+        ValueError: The inner layers differ.
     """
     if source is target:
         return
@@ -52,20 +52,20 @@ def copy_state(
         if old is not new:
             _copy_tables(old, new)
             _copy_saved(old, new)
-    # Outer layers last: what they derive, they derive from those within.
+    # Outer layers last: they derive values from inner layers.
     for _, new in reversed(pairs):
         if hasattr(type(new), "finalize_state") and not _has_tables(new):
-            new.finalize_state()  # what Normalization derives from variables
+            new.finalize_state()  # Normalization derives values from variables
 
 
 def copy_trainable(source: Layer, target: Layer) -> None:
-    """Freezes a layer or model, and all within, as another is frozen.
+    """Freezes a layer or model, and its inner layers, as another is frozen.
 
-    Those within that are not frozen as the whole is are set afterwards.
+    Inner layers that differ from the whole are set afterwards.
 
     Args:
-        source: A layer or model. A masked layer is as frozen as what it
-            wraps.
+        source: A layer or model. For a masked layer, the state of the wrapped
+            layer counts.
         target: Any layer or model.
     """
     trainable = source.trainable
@@ -76,13 +76,13 @@ def copy_trainable(source: Layer, target: Layer) -> None:
 
 
 def copy_before_build(source: Layer, target: Layer) -> None:
-    """Gives a copy what it must know before it is called.
+    """Gives a copy what it needs before it is called.
 
-    How many columns a lookup has is known from its table only.
+    The number of columns of a lookup is known from its table only.
 
     Args:
         source: A built layer.
-        target: A layer from its config, which may not be built.
+        target: A layer made from its config, perhaps not built.
     """
     if isinstance(source, Masked) != isinstance(target, Masked):
         return
@@ -109,8 +109,8 @@ def _pairs(source, target, seen) -> Iterator[tuple[Layer, Layer]]:
         raise ValueError(
             f"The copy of layer {source.name!r}, a {type(source).__name__}, "
             f"has {len(copies)} layers within it, and the layer has "
-            f"{len(inner)}: its config does not say all that it is "
-            "made of. Give its class a get_config that does."
+            f"{len(inner)}: its config does not describe all of them. Give "
+            "its class a get_config that does."
         )
     for old, new in zip(inner, copies, strict=True):
         yield from _pairs(old, new, seen)
@@ -128,15 +128,15 @@ def _assign_own(source, target, values):
             new.trainable = old.trainable
 
 
-# Keras's layers of preprocessing keep some of what they have learned in no
-# variable.
+# Keras's preprocessing layers keep some of what they learned outside of
+# variables.
 
 _LOOKUPS = (keras.layers.StringLookup, keras.layers.IntegerLookup)
 _OF_LOOKUPS = (
     "input_vocabulary",
     "input_idf_weights",
     *_keras.LOOKUP_STATE,
-    # Nothing changes a table: a layer that is adapted gets another.
+    # Tables never change: a layer that is adapted gets a new one.
     "lookup_table",
 )
 _OF_DISCRETIZATION = ("bin_boundaries", "summary")
@@ -166,7 +166,7 @@ def _copy_tables(source, target):
             source.idf_weights_const, trainable=False
         )
         target.idf_weights_const = target.idf_weights.value()
-    # What `update_state` has counted and `finalize_state` has not used.
+    # Counts of `update_state` that `finalize_state` has not used yet.
     for name in ("token_counts", "token_document_counts"):
         if hasattr(source, name) and hasattr(target, name):
             tokens, counts = getattr(source, name).export()
@@ -176,9 +176,9 @@ def _copy_tables(source, target):
 
 
 def _copy_saved(source, target):
-    """Copies what a class of the user's own writes into files beside weights.
+    """Copies what a user's class writes into files besides weights.
 
-    It is what a model that is saved and loaded would have.
+    The result is what a saved and loaded model would have.
     """
     if _overrides(source, "save_own_variables", "load_own_variables"):
         store = {}
@@ -191,7 +191,7 @@ def _copy_saved(source, target):
 
 
 def _overrides(layer, *methods):
-    """Returns whether a class that is not of Keras defines both methods."""
+    """Returns whether a class outside Keras defines both methods."""
     owners = []
     for method in methods:
         with contextlib.suppress(StopIteration):

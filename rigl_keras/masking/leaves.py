@@ -1,4 +1,4 @@
-"""The layers of a model that are masked or not: what its models hold."""
+"""The innermost layers of a model, which are masked or not."""
 
 from collections.abc import Iterator
 
@@ -22,13 +22,13 @@ Layer = keras.layers.Layer
 
 
 def trained_weights(model: keras.Model) -> list[keras.Variable]:
-    """Returns the weights that training changes, those that are frozen too.
+    """Returns the weights that training changes, frozen ones included.
 
     Args:
         model: A built model, masked or not.
 
     Returns:
-        Each once; masks, statistics and states are not among them.
+        Each once, without masks, statistics and states.
     """
     trained = {
         id(variable): variable
@@ -45,11 +45,11 @@ def named_layers(model: keras.Model) -> dict[str, keras.layers.Layer]:
         model: A built model, dense or masked.
 
     Returns:
-        `{name: layer}` in order. The second layer of one name, in another
-        submodel, gets a prime after its name; masking changes no name.
+        `{name: layer}` in order. If layers in different submodels share a name,
+        later ones get a prime. Masking does not change names.
     """
     named = {}
-    # A layer may be used, and so be listed, more than once.
+    # A layer that is used twice is listed twice.
     leaves = {id(leaf): leaf for leaf in leaf_layers(model) if leaf.weights}
     for leaf in leaves.values():
         name = leaf.name
@@ -60,21 +60,21 @@ def named_layers(model: keras.Model) -> dict[str, keras.layers.Layer]:
 
 
 def leaf_layers(model: keras.Model) -> Iterator[Layer]:
-    """Yields the layers of a model, those of models in it in their place.
+    """Yields the layers of a model, with those of inner models in their place.
 
     Args:
         model: A Keras model.
 
     Yields:
-        Each layer that is not a Sequential or Functional model, and holds no
-        masked one; a shared layer once for each model that lists it.
+        Each layer that is not a Sequential or Functional model and does not
+        hold masked layers; a shared layer once for each model that lists it.
     """
     for _, leaf in leaf_paths(model):
         yield leaf
 
 
 def containers(model: keras.Model) -> Iterator[Layer]:
-    """Yields a model and what `leaf_layers` opens in it, each once."""
+    """Yields a model and the containers that `leaf_layers` opens, once."""
     yield from _containers(model, set())
 
 
@@ -88,7 +88,7 @@ def _containers(model, seen):
 
 
 def leaf_paths(model: Layer, path: str = "") -> Iterator[tuple[str, Layer]]:
-    """Yields `leaf_layers`, each with its path as `sublayers` gives it."""
+    """Yields `leaf_layers` with their paths, as in `sublayers`."""
     for name, layer in sublayers(model):
         if is_opened(layer):
             yield from leaf_paths(layer, f"{path}{name}.")
@@ -97,12 +97,12 @@ def leaf_paths(model: Layer, path: str = "") -> Iterator[tuple[str, Layer]]:
 
 
 def is_opened(layer: Layer) -> bool:
-    """Returns whether the layers within a layer are looked at one by one."""
+    """Returns whether inner layers are yielded instead of a layer."""
     return is_graph(layer) or holds_masked(layer)
 
 
 def holds_masked(layer: Layer) -> bool:
-    """Returns whether layers within a layer, which is not, are masked."""
+    """Returns whether a layer is not masked but has masked inner layers."""
     return not isinstance(layer, Masked) and any(
         isinstance(inner, Masked) for inner in _keras.flatten_layers(layer)
     )

@@ -35,14 +35,14 @@ def draw_masks(
     """Returns `{name: bool array}`.
 
     Args:
-        budgets: `{name: what a kernel keeps}`.
+        budgets: `{name: budget of a kernel}`.
         chosen: `{name: kernel}`.
-        layouts: `{name: its units and groups}`.
+        layouts: `{name: layout of a kernel}`.
         seed: Seed of all masks.
         sampling: As in `conventions.Conventions`.
 
     Raises:
-        ValueError: Units are drawn one by one, and groups keep a number.
+        ValueError: Units are drawn one by one, but groups keep a fixed number.
     """
     masks = {}
     for name, (density, count) in budgets.items():
@@ -52,7 +52,7 @@ def draw_masks(
             masks[name] = draw_mask(layout, count, key)
         elif layout.is_apart:
             raise ValueError(
-                "sampling='bernoulli' draws each weight by itself, and the "
+                "sampling='bernoulli' draws each weight independently, but the "
                 f"mask of {name!r} {layout.reason}. Pass conventions with "
                 "sampling='exact', or granularity='element'."
             )
@@ -64,8 +64,8 @@ def draw_masks(
 
 def drawing_key(name: str, kernel: Kernel, seed: int) -> int:
     """Returns the seed of the mask of one kernel."""
-    # Not Keras's path of the variable: it begins with the name of the model,
-    # which may be a counter.
+    # Keras's path of the variable begins with the name of the model, which may
+    # hold a counter: it is not used.
     layer = kernel.layer.name
     if kernel.path == "kernel":
         path = f"{layer}/kernel{name.removeprefix(layer)}"

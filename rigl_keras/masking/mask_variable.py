@@ -1,4 +1,4 @@
-"""The variable that holds a mask: a byte an entry, whatever it is assigned."""
+"""The variable that holds a mask, with one byte for each entry."""
 
 import warnings
 from typing import Any
@@ -12,18 +12,18 @@ __all__ = ["MaskVariable", "check_read"]
 
 
 class MaskVariable(_keras.CheckpointedAsFloats):
-    """A bool variable, whatever it is assigned: True where a mask keeps.
+    """A bool variable, True where a mask keeps.
 
-    What is not zero counts as True. So the mask of a model that is given the
-    average of two models' weights, as a target network or a federated one is,
-    keeps what either of them keeps, and the averaged kernel is whole. Keras's
-    files hold bools; those of earlier versions hold float32 zeros and ones,
-    and are read as well. `tf.train.Checkpoint` reads what has the type of the
-    variable alone: there masks are float32, as they always were.
+    Any assigned value that is not zero counts as True. If a model is assigned
+    the average of two models' weights, as target networks and federated models
+    are, its mask keeps what either mask keeps, and the averaged kernel loses
+    nothing. Keras's files hold bools. Files of earlier versions hold float32
+    zeros and ones, and can be read. `tf.train.Checkpoint` reads only values of
+    the variable's type: there masks remain float32.
 
     Raises:
-        UserWarning: What it was assigned is neither zero nor one, or may be,
-            where a graph assigns it.
+        UserWarning: An assigned value is neither zero nor one, or a graph
+            assigns values that may not be.
     """
 
     def assign(self, value: Any) -> Any:
@@ -42,7 +42,7 @@ class MaskVariable(_keras.CheckpointedAsFloats):
                 "an average of two models keeps the connections of both, and "
                 "its density may be above theirs (masked_layers shows it). "
                 "To keep masks as they are, average trainable_variables of "
-                "models with equal masks. To have fewer connections again: "
+                "models with equal masks. To reduce them again: "
                 "rigl_keras.with_masks(strip(model), masks).",
                 stacklevel=2,
             )
@@ -53,28 +53,28 @@ class MaskVariable(_keras.CheckpointedAsFloats):
         value = super().value
         if value is _keras.stored_value(self):
             return value
-        # Given by a scope of the caller's (stateless_call).
+        # A scope of the caller gives the value (stateless_call).
         return tf.cast(tf.convert_to_tensor(value), tf.bool)
 
 
 def check_read(mask: Any, layer_name: str) -> None:
-    """Checks that what a file holds as a mask is one.
+    """Checks that a file's value for a mask is a mask.
 
     Args:
         mask: An array, or a data set of the file.
-        layer_name: Of the layer that is masked.
+        layer_name: Name of the masked layer.
 
     Raises:
         ValueError: It holds other values than zeros and ones.
     """
     values = np.asarray(mask)
-    if values.dtype == bool:  # as bytes, which damage may have changed
+    if values.dtype == bool:  # damage may have changed the bytes
         values = values.view(np.uint8)
     values = np.unique(values)
     others = values[~np.isin(values, [0, 1])]
     if others.size:
         raise ValueError(
             f"The mask of layer {layer_name!r} in this file holds "
-            f"{others[0]}, and masks are zeros and ones: the file is damaged, "
-            "or not ours."
+            f"{others[0]}, but masks are zeros and ones: the file is damaged, "
+            "or not from rigl_keras."
         )

@@ -41,42 +41,39 @@ __all__ = [
 class Masked(KernelMask, keras.layers.Wrapper):
     """A layer whose kernels are multiplied by masks of zeros and ones.
 
-    Computes the wrapped layer's output with kernel x mask in the place of
-    each kernel. A mask is a weight that is saved but not trained; a kernel is
-    kept exactly zero outside it, because its constraint projects it there
-    whenever an optimizer has moved it, and saving does. Attributes that are
-    not of the wrapper are those of the layer.
+    It computes the wrapped layer's output with kernel x mask instead of each
+    kernel. A mask is a weight that is saved but not trained. A kernel is
+    exactly zero outside its mask: its constraint projects it after each
+    optimizer step, and saving projects it too. Attributes that the wrapper
+    lacks are read from the layer.
 
     Args:
         layer: Any layer with a kernel, such as Dense, Conv2D or LSTM, or that
-            has such layers within it, as attention and layers of one's own.
+            contains such layers, such as attention and custom layers.
         kernels: Paths of the kernels to mask, as in `layer_kernels.Kernel`.
             None: all that are found.
-        draw_key: Int from which random draws are seeded. None: the crc32 of
-            the name.
-        granularity: What masks keep or remove as one, and what competes with
-            what: a pattern, or its name, as in `sparsify`.
-        product: How kernel x mask is multiplied with inputs: `"dense"`, by
-            TensorFlow; `"sparse"`, by kernels that leave out what the mask
-            removes, where the layer has such a product
-            (`layer_products.why_dense`); `"auto"`: whichever was faster when
-            both were timed. It may be set later, for what is traced from then
-            on.
-        nonzeros: How many entries of each mask are 1, in the order of
-            `kernels`, as a config says it. The masks are drawn from
-            `draw_key` when the layer is built. None: masks of ones.
-        name: Name of the layer. None: that of the wrapped layer.
+        draw_key: Int that seeds random draws. None: the crc32 of the name.
+        granularity: The pattern of the masks, or its name, as in `sparsify`.
+        product: How kernel x mask is multiplied with inputs. `"dense"`: by
+            TensorFlow. `"sparse"`: by kernels that skip removed weights, if the
+            layer has such a product (`layer_products.why_dense`). `"auto"`: by
+            the faster of both, timed. It may be changed later, for functions
+            that are traced from then on.
+        nonzeros: Number of ones in each mask, in the order of `kernels`, as
+            stored in a config. The masks are drawn from `draw_key` when the
+            layer is built. None: masks of ones.
+        name: Name of the layer. None: the name of the wrapped layer.
         dtype: Dtype or policy. None: that of the wrapped layer.
         trainable: Whether the layer is trained.
 
     Attributes:
         layer: The wrapped layer.
-        kernel, mask, density: Of the one kernel; of several,
-            `masked_kernels()` tells.
+        kernel, mask, density: Those of a single kernel. For several kernels,
+            use `masked_kernels()`.
 
     Raises:
-        ValueError: `layer` is masked already, turns out to have no kernel
-            when it is built, or `granularity` is unknown or does not fit one.
+        ValueError: `layer` is masked already, has no kernel once it is built,
+            or `granularity` is unknown or does not fit one.
     """
 
     def __init__(
@@ -97,7 +94,7 @@ class Masked(KernelMask, keras.layers.Wrapper):
                 f"Layer {layer.name!r} is masked already. Mask a plain layer."
             )
         if isinstance(layer, keras.layers.Layer):
-            # Keras reads from the signature what a call takes.
+            # Keras reads the arguments of a call from its signature.
             self.call = _with_signature_of(layer.call, self._call_masked)
         super().__init__(
             layer,
@@ -132,12 +129,12 @@ class Masked(KernelMask, keras.layers.Wrapper):
             raise ValueError(
                 "Masked wraps layers with a `kernel` variable, such as Dense, "
                 f"Conv2D or LSTM. Received: layer={self.layer!r}, a "
-                f"{type(self.layer).__name__}. Where it has another name, pass "
+                f"{type(self.layer).__name__}. If it has another name, pass "
                 "kernels=[name]."
             )
         self.kernels = tuple(kernel.path for kernel in found)
         for kernel in found:
-            as_pattern(self.granularity).layout(kernel.axes)  # which it fits
+            as_pattern(self.granularity).layout(kernel.axes)  # or raises
         self._masks = [self._make_mask(kernel) for kernel in found]
         show_to_tensorflow(self, [*self._masks, *self.layer.variables])
         for kernel, mask in zip(found, self._masks, strict=True):
@@ -151,7 +148,7 @@ class Masked(KernelMask, keras.layers.Wrapper):
             self._draw_masks()
 
     def _draw_masks(self):
-        """Draws the masks that a config tells only the numbers of ones of."""
+        """Draws the masks that a config describes by their numbers of ones."""
         for masked, ones in zip(
             self.masked_kernels(), self._nonzeros or (), strict=True
         ):
@@ -173,18 +170,18 @@ class Masked(KernelMask, keras.layers.Wrapper):
         mask = self.add_weight(
             name=name,
             shape=kernel.variable.shape,
-            dtype="bool",  # a byte an entry
+            dtype="bool",  # one byte for each entry
             initializer="ones",
             trainable=False,
             autocast=False,
         )
-        # Made by Keras, in its scopes of names and devices.
+        # Keras makes it, in its scopes of names and devices.
         mask.__class__ = MaskVariable
         return mask
 
     def masked_kernels(self) -> tuple[KernelMask, ...]:
-        """Returns a `KernelMask` for each kernel: itself, for a `kernel`."""
-        # Not a property: Keras saves what the attributes of a layer hold.
+        """Returns a `KernelMask` for each kernel: `self` for `kernel`."""
+        # Not a property: Keras saves the values of a layer's attributes.
         if self.kernels == ("kernel",):
             return (self,)
         found = [kernel_at(self.layer, path) for path in self.kernels or ()]
@@ -213,12 +210,12 @@ class Masked(KernelMask, keras.layers.Wrapper):
     def _only(self):
         """Returns the index of the one kernel, 0."""
         if len(self._masks) != 1:
-            raise AttributeError  # `__getattr__` says more
+            raise AttributeError  # `__getattr__` raises a better message
         return 0
 
     def __call__(self, *args, **kwargs):
         if not self.built:
-            # What a layer is built from, only its own call knows.
+            # Only the layer's own call knows what it is built from.
             self.layer(*_symbolic(args), **_symbolic(kwargs))
         return super().__call__(*args, **kwargs)
 
@@ -234,7 +231,7 @@ class Masked(KernelMask, keras.layers.Wrapper):
         return outputs
 
     def _is_sparse(self, args, kwargs):
-        """Returns whether a call is computed by sparse kernels."""
+        """Returns whether sparse kernels compute a call."""
         return (
             self.product != "dense"
             and layer_products.takes_one_tensor(args, kwargs)
@@ -255,23 +252,23 @@ class Masked(KernelMask, keras.layers.Wrapper):
         return layer_products.why_dense(self.layer)
 
     def choose_product(self, shape: tf.TensorShape) -> kernels.Choice:
-        """Returns which product the layer uses for inputs of a shape.
+        """Returns the product that the layer uses for inputs of a shape.
 
         Args:
-            shape: Of the inputs; the batch may be free.
+            shape: Shape of the inputs; the batch may be None.
         """
         return self._choices.choose(shape, [self.mask])
 
     def chosen_products(self) -> dict[tuple, kernels.Choice]:
-        """Returns what was chosen, by the shape of the inputs."""
+        """Returns the chosen products, by the shape of the inputs."""
         return self._choices.by_shape
 
     def product_changes(self) -> bool:
-        """Returns whether another product is faster by now, for some inputs."""
+        """Returns whether another product is now faster for some inputs."""
         return self._choices.changes()
 
     def forget_products(self) -> None:
-        """Forgets what was chosen."""
+        """Forgets the chosen products."""
         self._choices.forget()
 
     def _sparse_outputs(self, scope, inputs):
@@ -286,13 +283,14 @@ class Masked(KernelMask, keras.layers.Wrapper):
         )
 
     def __getattr__(self, name):
-        # What is not this wrapper's is the layer's: `units`, `reset_state`,
-        # methods beside `call` (which see the kernel, zero outside the mask).
+        # Attributes that the wrapper lacks are the layer's: `units`,
+        # `reset_state`, other methods than `call` (they see the kernel, zero
+        # outside the mask).
         layer = vars(self).get("layer")
         if name in _OF_ONE_KERNEL:
             raise AttributeError(
-                f"Layer {vars(self).get('name')!r} has no one `kernel`, and so "
-                f"no {name!r}: see its masked_kernels()."
+                f"Layer {vars(self).get('name')!r} has no single `kernel`, and "
+                f"so no {name!r}: see its masked_kernels()."
             )
         if layer is None or name.startswith("_"):
             raise AttributeError(f"A Masked layer has no attribute {name!r}.")
@@ -311,7 +309,7 @@ class Masked(KernelMask, keras.layers.Wrapper):
         _Refusal(self.name, "quantize", None)()
 
     def get_build_config(self):
-        # A layer without `build` is built by being called, here as there.
+        # As in Keras, a call builds a layer without `build`.
         if _keras.applies_default_build(self.layer):
             return None
         return self.layer.get_build_config()
@@ -323,7 +321,7 @@ class Masked(KernelMask, keras.layers.Wrapper):
         self.build()
 
     def save_own_variables(self, store):
-        # However weights came to lie outside, no file holds them.
+        # Files never hold weights outside masks, however they came there.
         for masked in self.masked_kernels():
             masked.assign_mask(masked.mask.value)
         super().save_own_variables(store)
@@ -360,7 +358,7 @@ class Masked(KernelMask, keras.layers.Wrapper):
             ]
 
 
-# What Keras would do to a kernel, behind the mask's back.
+# Methods of Keras that replace a kernel and ignore its mask.
 _REFUSED = {
     "quantize": "Quantize the plain model: strip(model).quantize(...), or "
     "export(model, path, format='tflite', quantization='int8').",
@@ -370,17 +368,17 @@ _REFUSED = {
 
 
 def _refuse_in_place_of(owner):
-    """Has a layer refuse what a mask on its kernel would not survive."""
+    """Makes a layer refuse methods that would replace its masked kernel."""
     for name in _REFUSED:
         of_class = getattr(type(owner), name, None)
         if of_class not in (None, getattr(keras.layers.Layer, name, None)):
-            before = vars(owner).get(name)  # Keras wraps some
+            before = vars(owner).get(name)  # Keras wraps some methods
             if not isinstance(before, _Refusal):
                 setattr(owner, name, _Refusal(owner.name, name, before))
 
 
 class _Refusal:
-    """What a layer has instead of a method; a copy of the layer has none."""
+    """Replaces a method of a layer; copies of the layer do not have it."""
 
     def __init__(self, layer_name, method, before):
         self.layer_name, self.method = layer_name, method
@@ -394,7 +392,7 @@ class _Refusal:
 
 
 def allow_again(owner) -> None:
-    """Gives a layer that is masked no more its own methods back."""
+    """Restores the methods of a layer that is no longer masked."""
     for name in _REFUSED:
         refusal = vars(owner).get(name)
         if isinstance(refusal, _Refusal):
@@ -408,13 +406,13 @@ _OF_ONE_KERNEL = ("density", "found", "kernel", "mask")
 
 
 def show_to_tensorflow(layer, variables: Sequence[keras.Variable]) -> None:
-    """Has `tf.train.Checkpoint` save variables with a layer.
+    """Makes `tf.train.Checkpoint` save variables with a layer.
 
-    By itself it finds those that are attributes, and not what is in lists.
+    It finds variables that are attributes, but not variables in lists.
 
     Args:
         layer: A layer or model.
-        variables: Variables of it, or of layers within it.
+        variables: Variables of it, or of its inner layers.
     """
     holder: Any = tf.Module()
     holder.within = list(variables)
@@ -422,7 +420,7 @@ def show_to_tensorflow(layer, variables: Sequence[keras.Variable]) -> None:
 
 
 def _symbolic(arguments: Any) -> Any:
-    """Returns call arguments with each tensor as a symbol of its shape."""
+    """Returns call arguments with symbolic tensors of the same shapes."""
     return keras.tree.map_structure(
         lambda x: (
             keras.KerasTensor(x.shape, x.dtype)
@@ -444,8 +442,8 @@ def _with_signature_of(call, function):
 class MaskProjection(keras.constraints.Constraint):
     """Sets a kernel to zero outside its mask, after the user's constraint.
 
-    Keras applies a variable's constraint within `optimizer.apply`, so that no
-    checkpoint, written at any moment, holds a weight that the mask removes.
+    Keras applies a variable's constraint within `optimizer.apply`. So no
+    checkpoint ever holds a weight that the mask removes.
 
     Args:
         mask: The mask variable.

@@ -56,7 +56,7 @@ class MaskedLayers(Sequence):
 
     @property
     def named(self) -> dict[str, KernelMask]:
-        """The same by unique names, as in `named_kernels`."""
+        """The masked kernels by unique names, as in `named_kernels`."""
         return {
             kernel.named(name): masked
             for name, layer in named_layers(self._model).items()
@@ -67,15 +67,15 @@ class MaskedLayers(Sequence):
 
     @property
     def masks(self) -> dict[str, np.ndarray]:
-        """The masks, `{unique name: bool array}`, as `with_masks` takes."""
+        """The masks, `{unique name: bool array}`, for `with_masks`."""
         return {name: m.mask.numpy() for name, m in self.named.items()}
 
     @property
     def skipped(self) -> list[tuple[keras.layers.Layer, str]]:
         """Layers with weights that are not masked, each with the reason.
 
-        A layer that is masked is among them if it has other weights of two
-        axes or more; so is a model that has weights besides its layers.
+        Masked layers are included if they have other weights with at least two
+        axes, and so are models that own weights directly.
         """
         masked = {id(masked.kernel) for masked in self._masked}
         names = dict.fromkeys(m.granularity for m in self._masked)
@@ -93,7 +93,7 @@ class MaskedLayers(Sequence):
             if left
         ]
         return skipped + [
-            (owner, f"weights of its own, never masked: {listed(left)}")
+            (owner, f"its own weights, never masked: {listed(left)}")
             for owner in containers(self._model)
             for left in [matrices(_keras.direct_weights(owner))]
             if left
@@ -131,7 +131,7 @@ class MaskedLayers(Sequence):
             total = f"{ones / size:.4f}", f"{ones:,}", f"{size:,}"
             rows.append(("all masked", "", "", *total, ""))
         if not any(product for *_, product in rows[1:]):
-            rows = [row[:-1] for row in rows]  # nothing was called yet
+            rows = [row[:-1] for row in rows]  # no layer was called yet
         if all(m.granularity == "element" for m in self._masked):
             rows = [(*row[:2], *row[3:]) for row in rows]
         lines = [line.rstrip() for line in aligned(rows)]
@@ -145,7 +145,7 @@ class MaskedLayers(Sequence):
 
 
 def _why_left(layer, left):
-    """Returns what to add of kernels that the pattern of others fits not."""
+    """Returns a note on kernels that the pattern does not fit."""
     ids = {id(variable) for variable in left.values()}
     why = why_unfit(
         [k for k in find_kernels(layer.layer) if id(k.variable) in ids],
@@ -155,7 +155,7 @@ def _why_left(layer, left):
 
 
 def _product_of(masked):
-    """Returns how a layer was computed when it was called last, and why."""
+    """Returns how a layer was computed in its last call, and why."""
     chosen = masked.chosen_products()
     if not chosen:
         return ""
@@ -172,10 +172,10 @@ def masked_layers(model: keras.Model) -> MaskedLayers:
 
     Returns:
         A sequence of `Masked`, each with `name`, `kernel`, `mask` and
-        `density`; for a layer whose kernels have other names than `kernel`,
-        or that has several, of `MaskedKernel` with the same. Its string is a
-        table of shape, density and nonzeros, with each layer that is not
-        masked and the reason.
+        `density`. A layer with several kernels, or with kernels of other names
+        than `kernel`, has a `MaskedKernel` for each, with the same attributes.
+        Its string is a table of shapes, densities and nonzeros that also lists
+        the layers that are not masked, with reasons.
     """
     return MaskedLayers(model)
 
@@ -187,21 +187,21 @@ def choose_kernels(
     batch_size: int | None = None,
     kernels: str | None = None,
 ) -> MaskedLayers:
-    """Decides how the masked layers of a model compute their products.
+    """Chooses how the masked layers of a model compute their products.
 
-    Layers decide for themselves when they are traced. This decides earlier, or
-    once more: for a model that was loaded, or for a batch that tracing does
-    not see (where it is free, 128 is timed).
+    Layers choose when they are traced. This chooses earlier or again: for a
+    loaded model, or for a batch size that tracing does not see (128 is timed if
+    it is free).
 
     Args:
-        model: A masked model. What it has compiled is traced again.
+        model: A masked model. Its compiled functions are traced again.
         product: As in `sparsify`.
-        batch_size: Batch to time `"auto"` at, at least 1: as layers are called
-            in training, and alone. None: nothing is timed before they are.
+        batch_size: Batch size at which `"auto"` is timed, at least 1: layers
+            run as in training, and alone. None: timed when layers are traced.
         kernels: Deprecated name of `product`.
 
     Returns:
-        The masked layers, whose table shows what was chosen and why.
+        The masked layers. Their table shows each choice and its reason.
 
     Raises:
         ValueError: The model has no masked layer, or an argument is out of
@@ -224,8 +224,8 @@ def choose_kernels(
     layers = masked_layers(model)
     if not layers:
         raise ValueError(
-            f"Model {model.name!r} has no masked layer, whose products could "
-            "be chosen. Pass it to sparsify first."
+            f"Model {model.name!r} has no masked layer, so there are no "
+            "products to choose. Pass it to sparsify first."
         )
     (
         fast_calls.use_usual_calls
@@ -246,9 +246,9 @@ def choose_kernels(
 
 
 def _trace_training(model, batch_size):
-    """Has layers choose as they do in a step: in lanes, and within others.
+    """Makes layers choose as in a training step: in lanes, and within others.
 
-    What is no graph of layers does not say what it is called on.
+    Models that are not graphs of layers do not know what layers are called on.
     """
     sequential = isinstance(model, keras.Sequential)
     if not is_graph(model) or (sequential and not hasattr(model, "inputs")):
@@ -269,7 +269,7 @@ def _trace_training(model, batch_size):
 
 
 def _input_shapes(layer):
-    """Returns the shapes that a layer of a graph is called on."""
+    """Returns the input shapes of the calls of a layer in a graph."""
     if layer.product == "dense" or layer.why_dense():
         return []
     return {

@@ -1,4 +1,4 @@
-"""What a model is made of: its layers, inputs and variables."""
+"""The parts of a model: its layers, inputs and variables."""
 
 from collections.abc import Container, Iterator, Mapping
 from typing import Any
@@ -32,11 +32,11 @@ def sublayers(
     """Yields the layers that a layer or a model owns, by attribute.
 
     Args:
-        layer: Any layer; a subclassed model is one.
+        layer: Any layer, also a subclassed model.
 
     Yields:
-        `(path, layer)`: `"dense"` for an attribute, `"blocks.0"` for an item
-        of a list, `"heads.one"` or `"heads.#0"` for one of a dict.
+        `(path, layer)`: `"dense"` for an attribute, `"blocks.0"` for an item of
+        a list, `"heads.one"` or `"heads.#0"` for an entry of a dict.
     """
     if is_graph(layer):
         for i, inner in enumerate(layer.layers):
@@ -48,7 +48,7 @@ def sublayers(
         reached.add(id(inner))
         yield path, inner
     for i, inner in enumerate(_keras.owned_layers(layer)):
-        # Within an object that is no layer, but was known to Keras before.
+        # Within an object that is not a layer, but that Keras tracks.
         if id(inner) not in reached:
             yield f"_layers.{i}", inner
 
@@ -56,14 +56,14 @@ def sublayers(
 def layers_in(
     owner: keras.layers.Layer, wanted: Container[int]
 ) -> Iterator[tuple[str, keras.layers.Layer]]:
-    """Yields where the attributes of a layer or model hold layers.
+    """Yields the paths at which a layer or model holds layers.
 
     Args:
         owner: Any layer or model.
-        wanted: Ids of the layers that are yielded.
+        wanted: Ids of the layers to yield.
 
     Yields:
-        `(path, layer)` as `sublayers` gives them.
+        `(path, layer)` as in `sublayers`.
     """
     for name, value in vars(owner).items():
         if not _keras.is_bookkeeping(name, of_graph=is_graph(owner)):
@@ -87,12 +87,12 @@ def _layers_in(value, path, owned):
 def within(
     layer: keras.layers.Layer, path: str, seen: set[int]
 ) -> Iterator[tuple[str, keras.layers.Layer]]:
-    """Yields a layer and all layers within it, each once, with their paths.
+    """Yields a layer and all inner layers, each once, with their paths.
 
     Args:
         layer: Any layer.
-        path: What all paths begin with.
-        seen: Ids of layers that are left out. Those that are yielded join.
+        path: Prefix of all paths.
+        seen: Ids of layers to skip. Yielded layers are added.
     """
     if id(layer) in seen:
         return
@@ -103,7 +103,7 @@ def within(
 
 
 def step_to(owner: Any, part: str) -> Any:
-    """Returns what one part of a path leads to from a layer or container."""
+    """Returns the value at one part of a path in a layer or container."""
     if isinstance(owner, (list, tuple)):
         return owner[int(part)]
     if isinstance(owner, dict):
@@ -112,22 +112,22 @@ def step_to(owner: Any, part: str) -> Any:
 
 
 def key_of(container: dict, part: str) -> Any:
-    """Returns the key that one part of a path means: `"#2"`, the third."""
+    """Returns the key for one part of a path: `"#2"` is the third key."""
     return list(container)[int(part[1:])] if part[0] == "#" else part
 
 
 def input_structure(model: keras.Model) -> Any:
-    """Returns a model's symbolic inputs in the structure that it is called on.
+    """Returns a model's symbolic inputs, in the structure of its calls.
 
     Args:
-        model: A built model. If it is subclassed, the shapes are those with
-            which it was built, and the type its compute type.
+        model: A built model. For a subclassed one, the shapes are those it was
+            built with, and the type is its compute type.
 
     Returns:
         A KerasTensor, or a list, tuple or dict of them.
 
     Raises:
-        ValueError: A subclassed model does not know the shapes.
+        ValueError: A subclassed model does not know its shapes.
     """
     # A Sequential model that was never called has no `input`.
     if isinstance(model, keras.Sequential):
@@ -138,23 +138,23 @@ def input_structure(model: keras.Model) -> Any:
     shapes = config.get("input_shape", config.get("shapes_dict"))
     if shapes is None:
         raise ValueError(
-            f"Model {model.name!r} is subclassed and does not know what it is "
-            "called on. Build it by model.build(input_shape)."
+            f"Model {model.name!r} is subclassed and does not know the shapes "
+            "of its inputs. Build it by model.build(input_shape)."
         )
     return _symbols(shapes, model.compute_dtype)
 
 
 def call_model(model: keras.Model, inputs: Any) -> Any:
-    """Returns a model's outputs in inference.
+    """Returns a model's outputs at inference.
 
     Args:
         model: A built model.
         inputs: Tensors in the structure of `input_structure`.
 
     Returns:
-        What the model returns.
+        The outputs of the model.
     """
-    # Keras names what a model is built with, if its `call` takes several.
+    # If `call` takes several arguments, Keras names those of `build`.
     if not is_graph(model) and "shapes_dict" in (
         model.get_build_config() or {}
     ):

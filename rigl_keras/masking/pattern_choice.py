@@ -1,4 +1,4 @@
-"""Which pattern the mask of each kernel has, and what that fixes."""
+"""The pattern of each kernel's mask, and the densities that it fixes."""
 
 import dataclasses
 import math
@@ -29,17 +29,17 @@ __all__ = [
     "plan_patterns",
 ]
 
-# One for all kernels, or `{layer, its type or its name: one}`.
+# A pattern for all kernels, or `{layer, its type or its name: pattern}`.
 PatternOf = Granularity | Mapping
 
-# How far a density may be from n/m, as 0.333 is from 1:3.
+# How far a density may be from n/m: 0.333 means 1:3.
 _ROUNDED = 5e-4
 
 
 def patterns_of(
     granularity: PatternOf, chosen: Mapping[str, Kernel]
 ) -> dict[str, Pattern]:
-    """Returns the pattern that is asked of each kernel, by name.
+    """Returns the requested pattern of each kernel, by name.
 
     Args:
         granularity: As in `sparsify`.
@@ -47,7 +47,7 @@ def patterns_of(
 
     Raises:
         ValueError: There is no such pattern, a name fits no kernel, or the
-            kernels of one layer are asked for several.
+            kernels of one layer get different patterns.
     """
     if not isinstance(granularity, Mapping):
         return dict.fromkeys(chosen, as_pattern(granularity))
@@ -55,7 +55,7 @@ def patterns_of(
     unknown = [str(key) for key in given if key not in chosen]
     if unknown:
         raise ValueError(
-            f"granularity names {', '.join(unknown)}, which is no layer to "
+            f"granularity names {', '.join(unknown)}, which is not a layer to "
             f"mask. These are: {', '.join(chosen)}."
         )
     patterns = {name: as_pattern(given.get(name, "element")) for name in chosen}
@@ -73,18 +73,18 @@ def patterns_of(
 def layer_granularity(
     kernels: Iterable[Kernel], pattern: Pattern
 ) -> Granularity:
-    """Returns the granularity of a layer, of which some kernels are masked."""
+    """Returns the granularity of a layer with masked kernels."""
     found = {pattern.of(kernel.axes) for kernel in kernels}
     return found.pop() if len(found) == 1 else pattern
 
 
 @dataclasses.dataclass(frozen=True)
 class PatternPlan:
-    """The kernels to mask, and the pattern of each.
+    """The kernels to mask, and their patterns.
 
     Attributes:
-        kernels: `{name: kernel}`, those that their pattern fits.
-        patterns: `{name: pattern}` of these.
+        kernels: `{name: kernel}` of the kernels that their patterns fit.
+        patterns: `{name: pattern}` of these kernels.
         begins_dense: Whether an earlier kernel of the model is left out.
     """
 
@@ -108,20 +108,20 @@ class PatternPlan:
         densities: Mapping[str, float],
         conventions: Conventions = ORIGINAL,
     ) -> dict[str, Budget]:
-        """Returns what each masked kernel keeps.
+        """Returns the budget of each masked kernel.
 
         Args:
             density, distribution, conventions: As in `sparsify`.
-            densities: `{name: density}` of kernels whose density is given.
+            densities: `{name: density}` of kernels with a fixed density.
 
         Raises:
-            ValueError: A density is missing, out of reach, or disagrees with
-                a pattern.
+            ValueError: A density is missing, out of reach, or contradicts a
+                pattern.
         """
         given = {**densities, **self._fixed(density, densities)}
         first = next(iter(self.kernels))
         if distributions.full_name(distribution) == "uniform":
-            if self.begins_dense:  # and that is the first layer
+            if self.begins_dense:  # the first layer is left out already
                 share = distributions.checked_density(
                     given[first] if density is None else density
                 )
@@ -143,7 +143,7 @@ class PatternPlan:
         )
 
     def fixed_budgets(self, density: float | None) -> dict[str, Budget]:
-        """Returns what those kernels keep whose pattern fixes it.
+        """Returns the budgets of kernels whose pattern fixes them.
 
         Args:
             density: As in `sparsify`.
@@ -155,13 +155,12 @@ class PatternPlan:
         return {name: budgets[name] for name in fixed}
 
     def _spare(self, first, given):
-        # Under "uniform" the first layer is dense, but for what
-        # `Kernel.density_of` makes of it.
+        # Under "uniform" the first layer stays dense, despite n:m.
         if isinstance(self.patterns[first], NM):
             given.pop(first, None)
 
     def _fixed(self, density, given):
-        """Returns the densities that patterns give kernels, by name."""
+        """Returns the densities that patterns fix, by name."""
         fixed = {}
         for name, pattern in self.patterns.items():
             share = pattern.density_of(self.kernels[name].axes)
@@ -181,9 +180,9 @@ class PatternPlan:
         fixed = all(isinstance(self.patterns[name], NM) for name in masked)
         if density is None and not fixed:
             raise ValueError(
-                "density is the fraction of weights kept, in (0, 1], and may "
-                "be left out only where the pattern of each layer fixes it, "
-                "as granularity='2:4' does. Received: density=None."
+                "density is the fraction of weights kept, in (0, 1]. Leave it "
+                "out only if the pattern of each layer fixes it, as "
+                "granularity='2:4' does. Received: density=None."
             )
         if density is not None:
             density = distributions.checked_density(density)
@@ -196,7 +195,7 @@ class PatternPlan:
             names = {self.patterns[name].name: None for name in masked}
             raise ValueError(
                 f"The pattern {', '.join(map(repr, names))} fixes the density "
-                f"of each layer, and that of all together: {overall:.4g}. "
+                f"of each layer, and the overall density: {overall:.4g}. "
                 "Leave density out, or pass 1.0 to prune from there. Received: "
                 f"density={density!r}."
             )
@@ -210,17 +209,17 @@ def plan_patterns(
     *,
     strict: bool = False,
 ) -> PatternPlan:
-    """Returns which kernels are masked with which pattern.
+    """Returns the kernels to mask, with their patterns.
 
     Args:
-        chosen: `{name: kernel}` of those that may be, in order.
+        chosen: `{name: kernel}` of the candidates, in order.
         granularity: As in `sparsify`.
-        named: Layers that were asked for one by one.
-        strict: Whether a kernel that its pattern does not fit raises.
+        named: Layers that the user named one by one.
+        strict: Whether a kernel that its pattern does not fit is an error.
 
     Raises:
-        ValueError: There is no such pattern, it fits none of the kernels, or
-            not one that was asked for.
+        ValueError: There is no such pattern, or it fits none of the kernels or
+            not one that the user named.
     """
     patterns = patterns_of(granularity, chosen)
     unfit = {
@@ -238,7 +237,7 @@ def plan_patterns(
     ):
         raise ValueError(
             "granularity='kernel' keeps or removes whole kernels of "
-            "convolutions, and none of the layers to mask is one: "
+            "convolutions, but no layer to mask is a convolution: "
             f"{', '.join(fit)}. Use granularity='element'."
         )
     return PatternPlan(
@@ -269,13 +268,13 @@ def _check_unfit(unfit, chosen, named, *, strict):
 def _agreed(name, density, share, pattern):
     """Returns the density of a layer whose pattern fixes one."""
     for wanted in (1.0, share):
-        # 0.333 is meant by 1:3.
+        # 0.333 means 1:3.
         if isinstance(density, (int, float)) and math.isclose(
             density, wanted, abs_tol=_ROUNDED
         ):
             return wanted
     raise ValueError(
-        f"densities gives {name!r} the density {density!r}, and its pattern "
+        f"densities gives {name!r} the density {density!r}, but its pattern "
         f"{pattern.name!r} fixes {share:.4g}. Leave it out, pass 1.0, or give "
         "the layer another granularity."
     )

@@ -1,4 +1,4 @@
-"""Which kernels of a model are masked."""
+"""Chooses the kernels of a model to mask."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -36,7 +36,7 @@ _KERNELS = (
     f"and product one of {PRODUCTS}"
 )
 
-# What may be asked to be masked: layers, types of layers, a predicate, or a
+# How users say what to mask: layers, types of layers, a predicate, or a
 # collection of these.
 Selector = (
     keras.layers.Layer
@@ -50,17 +50,17 @@ Selector = (
 def named_kernels(
     model: keras.Model, kernels: Mapping | None = None
 ) -> dict[str, Kernel]:
-    """Returns the kernels of a dense model that can be masked, by unique names.
+    """Returns the kernels of a dense model that can be masked, by name.
 
     Args:
         model: A built dense model.
         kernels: Which variables are kernels, as in `sparsify`.
 
     Returns:
-        `{name: kernel}` in order: for `layer.kernel` the name of the layer
-        (`named_layers`), for others with their path, as in
-        `"lstm/cell/recurrent_kernel"`. One that two layers share is named
-        after the first.
+        `{name: kernel}` in order, with unique names. `layer.kernel` has the
+        name of its layer (`named_layers`), others also have their path, as in
+        `"lstm/cell/recurrent_kernel"`. A kernel that two layers share has the
+        name of the first.
     """
     kernels, _ = names_and_product(kernels)
     found, seen = {}, set()
@@ -115,14 +115,14 @@ def chosen_kernels(
         `{name: kernel}`, names as in `named_kernels`.
 
     Raises:
-        ValueError: The model cannot be masked, nothing matches, or a layer
-            named cannot be masked.
+        ValueError: The model cannot be masked, nothing matches, or a named
+            layer cannot be masked.
     """
     check_model(model)
     kernels, _ = names_and_product(kernels)
     matches = _predicate(selector)
     if selector is not None:
-        # An embedding is masked on request only.
+        # Embeddings are masked on request only.
         kernels = with_embeddings(kernels)
     chosen = {
         name: kernel
@@ -149,7 +149,7 @@ def chosen_kernels(
             raise ValueError(
                 f"`layers` names {layer.name!r}, a {type(layer).__name__} that "
                 "is not a layer of this model or has no kernel that can be "
-                "masked. Where it has one of another name, pass kernels="
+                "masked. If it has one of another name, pass kernels="
                 f"{{{type(layer).__name__}: name}}."
             )
     if strict:
@@ -157,8 +157,8 @@ def chosen_kernels(
     for name, kernel in chosen.items():
         if isinstance(kernel.variable.constraint, MaskProjection):
             raise ValueError(
-                f"The kernel {name!r} of model {model.name!r} is masked "
-                "already, in another model that shares it."
+                f"The kernel {name!r} of model {model.name!r} is already "
+                "masked in another model that shares it."
             )
     if not chosen:
         skipped = "\n".join(
@@ -173,7 +173,7 @@ def chosen_kernels(
 
 
 def with_embeddings(kernels: Mapping | None) -> dict:
-    """Returns which variables are kernels if embeddings are masked too."""
+    """Returns the variables that are kernels if embeddings are masked."""
     return {**(kernels or {}), keras.layers.Embedding: "embeddings"}
 
 
@@ -182,14 +182,14 @@ def names_and_product(
 ) -> tuple[Mapping | None, str]:
     """Returns which variables are masked, and how products are computed.
 
-    A string as `kernels`, which is deprecated, says how.
+    The latter may be a string in `kernels`, which is deprecated.
     """
     if isinstance(kernels, str):
         if kernels not in PRODUCTS:
             raise ValueError(f"{_KERNELS}. Received: kernels={kernels!r}.")
         if product != "auto":
             raise ValueError(
-                "There are two answers to how products are computed. "
+                "kernels and product both say how products are computed. "
                 f"Received: kernels={kernels!r}, product={product!r}. Leave "
                 "kernels out."
             )
@@ -229,7 +229,7 @@ def _check_all_masked(model, chosen, matches):
         if dense
     ]
     left += [
-        (owner.name, f"weights of its own, never masked ({listed(dense)})")
+        (owner.name, f"its own weights, never masked ({listed(dense)})")
         for owner in containers(model)
         for dense in [matrices(_keras.direct_weights(owner))]
         if dense
@@ -247,11 +247,11 @@ def check_mask(
     named: Mapping[str, Kernel],
     pattern: Pattern,
 ) -> None:
-    """Raises ValueError unless a mask fits the kernel of its name."""
+    """Raises ValueError unless a mask fits the kernel with its name."""
     if name not in named:
         raise ValueError(
-            f"There is a mask for {name!r}, which is no kernel of this model "
-            f"that can be masked. Its kernels: {', '.join(named)}."
+            f"There is a mask for {name!r}, which is not a kernel of this "
+            f"model that can be masked. Its kernels: {', '.join(named)}."
         )
     shape, kernel = np.shape(mask), tuple(named[name].variable.shape)
     if shape != kernel:
@@ -268,8 +268,8 @@ def check_mask(
     breach = pattern.layout(named[name].axes).breach(np.asarray(mask))
     if breach is not None:
         raise ValueError(
-            f"The mask of {name!r} {breach}, as granularity={pattern.name!r} "
-            "asks. Pass granularity='element'."
+            f"The mask of {name!r} {breach}, which granularity="
+            f"{pattern.name!r} requires. Pass granularity='element'."
         )
 
 
@@ -298,7 +298,7 @@ def _predicate(selector):
 
 
 def selected_layers(selector: Selector) -> list[keras.layers.Layer]:
-    """Returns the layers that a selector names one by one."""
+    """Returns the layers that a selector names individually."""
     if isinstance(selector, keras.layers.Layer):
         return [selector]
     if not isinstance(selector, Iterable) or isinstance(selector, str):
@@ -311,17 +311,16 @@ def by_name(
     chosen: Mapping[str, Kernel],
     argument: str = "densities",
 ) -> dict:
-    """Returns what is given for layers by the names of their kernels.
+    """Returns values that are given for layers, by the names of kernels.
 
     Args:
-        given: `{layer, its type or its name: value}`; the last that fits
-            holds.
+        given: `{layer, its type or its name: value}`; the last match counts.
         chosen: `{name: kernel}`.
-        argument: What it is called.
+        argument: Name of the argument.
 
     Raises:
         ValueError: A layer or type fits no kernel. A name that fits none is
-            returned as it is.
+            returned unchanged.
     """
     found = {}
     for key, value in (given or {}).items():
@@ -336,9 +335,9 @@ def by_name(
         if not names and isinstance(key, keras.layers.Layer | type):
             named = key.__name__ if isinstance(key, type) else repr(key.name)
             raise ValueError(
-                f"{argument} names {named}, which is no masked layer. "
+                f"{argument} names {named}, which is not a masked layer. "
                 f"Masked layers: {', '.join(chosen)}."
             )
-        # A name that fits nothing is refused where densities are solved.
+        # Names that fit nothing are refused when densities are solved.
         found.update(dict.fromkeys(names or [key], value))
     return found

@@ -1,4 +1,4 @@
-"""A dense model to a masked one and back; says what it skipped and why."""
+"""Makes masked models from dense ones."""
 
 import math
 import warnings
@@ -56,10 +56,10 @@ def sparsify(
     conventions: Conventions = ORIGINAL,
     strict: bool = False,
 ) -> keras.Model:
-    """Returns a masked model, its weights kept.
+    """Returns a masked model with the same weights.
 
-    1. Each kernel gets a density from the distribution, and a count, such
-       that exactly round(density x masked weights) remain
+    1. Each kernel gets a density from the distribution, and a count. Exactly
+       round(density x masked weights) remain overall
        (`distributions.layer_budgets`).
     2. Each mask is drawn with its count of ones, seeded by `seed` and the
        kernel's name (`named_kernels`). The name of the model does not matter.
@@ -67,75 +67,71 @@ def sparsify(
     A Sequential or Functional model is copied. The copy shares nothing with
     `model`: it has the same weights, frozen layers, vocabularies and
     statistics. A model that cannot be copied is masked in place, and `model`
-    itself is returned: each layer with a kernel is replaced by a `Masked` one
-    of the same weights. This concerns subclassed models, since only their own
-    code knows how layers are called; models whose class has its own
-    constructor, such as those of keras_hub; and, with a warning, models with
+    itself is returned: a `Masked` layer with the same weights replaces each
+    layer that has a kernel. This applies to subclassed models, since only their
+    code knows how layers are called; to models whose class has its own
+    constructor, such as those of keras_hub; and, with a warning, to models with
     layers that share weights, or with a layer that cannot be made from its
     config.
 
     Compile the result before training. It trains, saves and loads like any
     Keras model. Without a callback the masks never change (static sparse
-    training). A model that was made in the scope of a strategy is masked in
-    that scope.
+    training). A model made in the scope of a strategy is masked in that scope.
 
     Args:
-        model: A built model of any kind, models within it included.
-        density: Fraction of the masked weights kept, in (0, 1]. None: that of
-            the pattern, where each layer's fixes it.
+        model: A built model of any kind. Models within it are masked too.
+        density: Fraction of the masked weights kept, in (0, 1]. None: the
+            density of the pattern, if it fixes that of each layer.
         distribution: `"erdos_renyi_kernel"` (`"erk"`), `"erdos_renyi"`
-            (`"er"`) or `"uniform"`, which leaves the first layer dense.
-        densities: `{layer, its type or its name: density}` of layers whose
-            density is given. They count towards `density`; the others share
+            (`"er"`), `"uniform"`, which leaves the first layer dense, or
+            `"uniform_all"`, which does not.
+        densities: `{layer, its type or its name: density}` of layers with a
+            fixed density. They count towards `density`; the other layers share
             the rest.
         layers: Which layers to mask: layer objects, layer types, a predicate
-            `layer -> bool`, or a list of these; it may mean a layer of the
-            model or one within it, such as the cell of an LSTM. None: all
-            with a kernel, so that embeddings are left out. Biases and
-            normalisation are never masked.
-        granularity: What masks keep or remove as one, and what competes with
-            what: one of `rigl_keras.patterns`, or its name. `"element"`:
-            single weights. `"kernel"`: all weights between an input and an
-            output channel of a convolution, as one (the reproduction's
-            `struct-*`). Layers without spatial axes then stay at density 1,
-            unless `densities` says otherwise, and the convolutions make up
-            for it. `"n:m"`, such as `"2:4"`: n of each m inputs of an output;
-            each layer has density n/m, and `density` may be left out (or be 1,
-            to prune from there). `"fan_in"`: the same number of inputs for
-            every output unit. `"rxc"`, such as `"4x16"`: blocks of r inputs
-            and c outputs. Or `{layer, its type or its name: one of these}`,
-            where others are of single weights. Layers that a pattern does not
-            fit, such as one of 3 inputs for 2:4, are left dense.
-        kernels: Which variables of a layer are masked: `{layer or layer
-            type: name or names}`, for custom layers that call them other than
-            `kernel`, `recurrent_kernel`, `depthwise_kernel` or
-            `pointwise_kernel`. None: those of these names.
-        product: How products with masked kernels are computed: `"dense"`, by
-            TensorFlow, which multiplies by zeros as well; `"sparse"`, by
-            operations that leave out what a mask removes, wherever a layer
-            has them; `"auto"`: whichever was faster when both were timed on
-            this machine (`choose_kernels`). As `kernels` these strings are
-            deprecated.
-        scale_to_fan_in: Whether the weights of each output unit are
-            multiplied by sqrt(n / m), where m of its n connections are kept,
-            so that what a unit sums has the variance it has in the dense
-            model (Evci et al., 2022, Gradient flow in sparse neural networks,
-            arXiv:2010.03533, section 3.1). For weights that were just drawn.
+            `layer -> bool`, or a list of these. Inner layers, such as the cell
+            of an LSTM, may be selected too. None: all with a kernel, and no
+            embeddings. Biases and normalisation are never masked.
+        granularity: The pattern of the masks: one of `rigl_keras.patterns`, or
+            its name. `"element"`: single weights. `"kernel"`: all weights
+            between an input and an output channel of a convolution together
+            (the reproduction's `struct-*`); layers without spatial axes then
+            stay at density 1, unless `densities` names them, and the
+            convolutions make up for it. `"n:m"`, such as `"2:4"`: n of each m
+            inputs of an output; each layer has density n/m, and `density` may
+            be left out (or be 1, to prune from there). `"fan_in"`: the same
+            number of inputs for every output unit. `"rxc"`, such as `"4x16"`:
+            blocks of r inputs and c outputs. `{layer, its type or its name: one
+            of these}` gives other layers single weights. Layers that a pattern
+            does not fit, such as one with 3 inputs for 2:4, stay dense.
+        kernels: Which variables of a layer are masked: `{layer or layer type:
+            name or names}`, for custom layers whose kernels have other names
+            than `kernel`, `recurrent_kernel`, `depthwise_kernel` or
+            `pointwise_kernel`. None: those with these names.
+        product: How products with masked kernels are computed. `"dense"`: by
+            TensorFlow, which also multiplies by zeros. `"sparse"`: by
+            operations that skip removed weights, if a layer has them. `"auto"`:
+            by the faster of both, timed on this machine (`choose_kernels`).
+            These strings are deprecated as `kernels`.
+        scale_to_fan_in: Whether to multiply the weights of each output unit by
+            sqrt(n / m) if m of its n connections are kept. The unit's sum then
+            has the same variance as in the dense model (Evci et al., 2022,
+            Gradient flow in sparse neural networks, arXiv:2010.03533, section
+            3.1). Meant for newly drawn weights.
         seed: Seed of the masks, at least 0.
         conventions: `erk_rounding` and `sampling` apply. Under `"bernoulli"`
-            sampling, as the report's, the number of ones is random.
-        strict: Whether weights of two axes or more that are not masked raise,
-            also where a pattern does not fit them, instead of being left
-            dense. Biases, normalisation and embedding tables do not.
+            sampling, the report's, the number of ones is random.
+        strict: Whether weights with at least two axes that cannot be masked are
+            an error, also if a pattern does not fit them, instead of staying
+            dense. Biases, normalisation and embedding tables do not count.
 
     Returns:
         A model of the same kind in which the chosen layers are `Masked`.
 
     Raises:
-        ValueError: The model is not built, or is masked already; nothing
-            matches `layers`; a layer is quantized or has LoRA; a density is
-            out of reach, or disagrees with a pattern; or a pattern fits no
-            layer.
+        ValueError: The model is not built, or is already masked; nothing
+            matches `layers`; a layer is quantized or has LoRA; a density is out
+            of reach, or contradicts a pattern; or a pattern fits no layer.
 
     Example:
 
@@ -193,25 +189,25 @@ def with_masks(
     scale_to_fan_in: bool = False,
     seed: int = 0,
 ) -> keras.Model:
-    """Returns a masked model with the masks given, its weights kept.
+    """Returns a masked model with given masks and the same weights.
 
-    `sparsify` draws masks and SNIP computes them; a lottery ticket takes those
-    that another run has found. Returns a copy, or the model itself, as
-    `sparsify` does.
+    `sparsify` draws masks and SNIP computes them; a lottery ticket uses the
+    masks of another run. Returns a copy, or the model itself, as `sparsify`
+    does.
 
     Args:
         model: A built model.
-        masks: `{name: array of zeros and ones of the kernel's shape}`, names
-            as in `named_kernels`. Kernels that are not named stay dense.
-        granularity: What later updates keep or remove as one, as in
-            `sparsify`. The masks must have the pattern.
+        masks: `{name: array of zeros and ones of the kernel's shape}`, with
+            names as in `named_kernels`. Kernels that are not named stay dense.
+        granularity: The pattern that later updates keep, as in `sparsify`. The
+            masks must have it.
         kernels: As in `sparsify`.
         product: As in `sparsify`.
         scale_to_fan_in: As in `sparsify`.
         seed: Seed of later random draws, at least 0.
 
     Returns:
-        A model of the same kind in which the layers named are `Masked`.
+        A model of the same kind in which the named layers are `Masked`.
 
     Raises:
         ValueError: The model cannot be masked, or a mask fits no kernel.
@@ -225,7 +221,7 @@ def with_masks(
     seed = _checks.integer("seed", seed, at_least=0)
     if not isinstance(masks, Mapping) or not masks:
         raise ValueError(
-            "with_masks takes {name: mask}, one mask at least. Received: "
+            "with_masks takes {name: mask}, at least one mask. Received: "
             f"{masks!r}."
         )
     kernels, product = names_and_product(kernels, product)
@@ -275,17 +271,17 @@ def with_masks(
         if any(_may_be_sparse(new) for _, new in pairs):
             ahead.build_ahead()
     if model is not given:
-        # Keras's own would leave the weights of a dense file half loaded.
+        # Keras's method would load the weights of a dense file in part.
         model.load_weights = weight_loader(model)
     return model
 
 
-# Kernels of fewer weights have dense products at usual batches.
+# Smaller kernels have dense products at usual batch sizes.
 _LEAST_WEIGHTS = 1 << 14
 
 
 def _may_be_sparse(layer):
-    """Returns whether the op library is likely to compute a layer."""
+    """Returns whether the op library will probably compute a layer."""
     return (
         isinstance(layer, Masked)
         and layer.why_dense() is None

@@ -18,9 +18,9 @@ __all__ = ["strip", "strip_copy"]
 def strip(model: keras.Model) -> keras.Model:
     """Returns the plain model of a masked one, with the same outputs.
 
-    Each `Masked` layer gives way to the layer it wraps, whose kernels are
-    zero outside the masks. The result is a copy, or of a subclassed model the
-    model itself, as in `sparsify`. It loads without this package.
+    The wrapped layers replace the `Masked` ones; their kernels are zero outside
+    the masks. The result is a copy or, for a subclassed model, the model
+    itself, as in `sparsify`. It loads without this package.
 
     Args:
         model: A model that `sparsify` returned, trained or not.
@@ -43,14 +43,14 @@ def strip(model: keras.Model) -> keras.Model:
 
 
 def strip_copy(model: keras.Model) -> keras.Model:
-    """As `strip`, but the model itself always stays as it is.
+    """Like `strip`, but never changes the model itself.
 
     Args:
         model: A masked Sequential or Functional model.
 
     Returns:
-        A copy without masks. That of a class whose constructor does not take
-        (inputs, outputs) is of Keras's own class.
+        A copy without masks. If the constructor of the model's class does not
+        take (inputs, outputs), the copy has Keras's class.
 
     Raises:
         ValueError: A layer cannot be copied.

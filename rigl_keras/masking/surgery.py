@@ -1,9 +1,9 @@
-"""A model with some of its layers exchanged for others.
+"""Exchanges layers of a model for others.
 
-A Sequential or Functional model is copied. What cannot be copied is changed
-in place, its layers replaced where they are: a subclassed model, as what its
-`call` does is known to nobody else; a Functional model of a class with a
-constructor of its own; one with a layer that has no usable config.
+Sequential and Functional models are copied. Models that cannot be copied are
+changed in place: subclassed models, since only their `call` knows what it does;
+Functional models whose class has its own constructor; and models with a layer
+that has no usable config.
 """
 
 import inspect
@@ -43,29 +43,28 @@ class CannotCopy(ValueError):
 def exchange(
     model: keras.Model, change: Callable[[Layer, Layer], Layer]
 ) -> tuple[keras.Model, list[tuple[Layer, Layer]]]:
-    """Returns a model with layers changed, and which became which.
+    """Returns a model with changed layers, and the pairs of old and new.
 
     Args:
-        model: A built model. If it cannot be copied, it is changed in place,
-            as are the models that it owns.
-        change: `change(layer, fresh) -> new layer`, where `fresh` is a copy
-            of the layer without its weights, or the layer itself where a
-            model is changed in place. It may return `fresh`.
+        model: A built model. If it cannot be copied, it and the models that it
+            owns are changed in place.
+        change: `change(layer, fresh) -> new layer`. `fresh` is a copy of the
+            layer without its weights, or the layer itself if a model is changed
+            in place. It may return `fresh`.
 
     Returns:
-        `(model, [(layer, new layer)])`, not compiled; outer models come
-        before what is in them. Where layers are copies, their state is still
-        to be copied.
+        `(model, [(layer, new layer)])`, not compiled. Outer models come before
+        inner ones. The state of copied layers is not yet copied.
     """
     if is_graph(model):
         try:
             return exchange_in_copy(model, change)
         except CannotCopy as error:
-            # Of a class of the user's own nothing else is promised.
+            # Copying a user's class is not promised, so it does not warn.
             if type(model).__module__.split(".")[0] == "keras":
                 warnings.warn(
-                    f"Model {model.name!r} was changed in place, as it cannot "
-                    f"be copied. {error}",
+                    f"Model {model.name!r} was changed in place, because it "
+                    f"cannot be copied. {error}",
                     stacklevel=4,
                 )
     return _exchange_in_place(model, change)
@@ -77,20 +76,20 @@ def exchange_in_copy(
     *,
     keep_class: bool = True,
 ) -> tuple[keras.Model, list[tuple[Layer, Layer]]]:
-    """As `exchange`, but `model` always stays as it is.
+    """Like `exchange`, but never changes `model` itself.
 
     Args:
         model: A built Sequential or Functional model.
         change: As in `exchange`.
-        keep_class: Whether a copy that loses what the model's class defines
-            is refused.
+        keep_class: Whether to refuse a copy that loses methods of the model's
+            class.
 
     Returns:
-        As `exchange`.
+        As in `exchange`.
 
     Raises:
-        CannotCopy: A layer cannot be copied, two of them share weights, or a
-            copy would lose methods of the user's own class.
+        CannotCopy: A layer cannot be copied, two layers share weights, or a
+            copy would lose methods of the user's class.
     """
     _check_nothing_shared(
         list({id(leaf): leaf for leaf in leaf_layers(model)}.values())
@@ -98,7 +97,7 @@ def exchange_in_copy(
     graphs, pairs, copies = [], [], {}
 
     def clone(layer):
-        # The sums and slices of symbolic tensors are no layers.
+        # Sums and slices of symbolic tensors are not layers.
         if not isinstance(layer, Layer):
             return layer.__class__.from_config(layer.get_config())
         # A model and its submodel may share a layer.
@@ -107,7 +106,7 @@ def exchange_in_copy(
                 copies[id(layer)] = clone_graph(layer)
             else:
                 new = fresh = _fresh(layer)
-                if holds_masked(layer):  # and so does its copy
+                if holds_masked(layer):  # its copy does too
                     leaves = dict(leaf_paths(layer))
                     _replace_at(
                         fresh,
@@ -136,7 +135,7 @@ def exchange_in_copy(
 
 
 def release(layer: Masked) -> Layer:
-    """Returns the layer that a masked one wraps, its kernels free again."""
+    """Returns the layer that a masked one wraps, without its masks."""
     for masked in layer.masked_kernels():
         projection = masked.kernel.constraint
         if isinstance(projection, MaskProjection):
@@ -150,9 +149,8 @@ def release(layer: Masked) -> Layer:
 
 
 def _clone_graph(model, clone):
-    """Returns a copy of one model, its layers and models cloned."""
-    # Keras would compile the copy, and fail where the loss is a function of
-    # the user's own.
+    """Returns a copy of one model, with cloned layers and models."""
+    # Keras would compile the copy, and fail if the loss is a user's function.
     compiled, model.compiled = model.compiled, False
     try:
         if isinstance(model, keras.Sequential):
@@ -172,7 +170,7 @@ def _clone_graph(model, clone):
 
 
 def _new_input(tensor):
-    # Keras's own copies forget that an input is sparse, ragged or optional.
+    # Keras's copies forget that an input is sparse, ragged or optional.
     return keras.Input(
         batch_shape=tensor.shape,
         dtype=tensor.dtype,
@@ -184,7 +182,7 @@ def _new_input(tensor):
 
 
 def _check_nothing_shared(layers):
-    """Refuses layers of which copies would not share what they share."""
+    """Refuses layers that share weights, since copies would not."""
     owners = {}
     for layer in layers:
         for variable in layer.weights:
@@ -202,7 +200,7 @@ def _check_nothing_shared(layers):
 def _fresh(layer):
     try:
         fresh = layer.__class__.from_config(layer.get_config())
-    except Exception as error:  # whatever a class of the user's own raises
+    except Exception as error:  # a user's class may raise anything
         raise CannotCopy(
             f"Layer {layer.name!r}, a {type(layer).__name__}, cannot be copied "
             "from its config: its class needs a get_config that returns the "
@@ -215,11 +213,11 @@ def _fresh(layer):
 
 
 def _check_class(model, copy):
-    """Refuses a copy that has lost its class, and what that defines."""
+    """Refuses a copy that lost its class and the methods of the class."""
     if isinstance(copy, type(model)):
         return
     raise CannotCopy(
-        f"Model {model.name!r} is a {type(model).__name__}, which a copy "
+        f"Model {model.name!r} is a {type(model).__name__}, but a copy "
         "would not be, because its constructor does not take (inputs, "
         "outputs)."
     )
@@ -234,7 +232,7 @@ def _exchange_in_place(model, change):
         if id(layer) not in done:
             new = change(layer, layer)
             if isinstance(new, Masked) and not new.built:
-                new.build()  # what it wraps is built
+                new.build()  # the wrapped layer is built
             done[id(layer)] = (layer, new)
             pairs.append((layer, new))
     _replace(model, done.values())
@@ -242,7 +240,7 @@ def _exchange_in_place(model, change):
 
 
 def _at(model, path):
-    """Returns the layer at a path as `sublayers` gives them."""
+    """Returns the layer at a path of `sublayers`."""
     layer = model
     for part in path.split("."):
         if is_graph(layer) and part == "layers":
@@ -262,7 +260,7 @@ def _replace_at(model, layers):
 
 
 def _replace(model: Layer, layers: Iterable[tuple[Layer, Layer]]) -> None:
-    """Replaces layers wherever a model, or what is in it, keeps them."""
+    """Replaces layers wherever a model or its inner layers keep them."""
     changes = {id(old): (old, new) for old, new in layers if old is not new}
     for old, new in changes.values():
         _keras.replace_calls(old, new)
@@ -281,7 +279,7 @@ def _replace(model: Layer, layers: Iterable[tuple[Layer, Layer]]) -> None:
 
 
 def _owners(layer, changes, seen):
-    """Yields a layer and those within that keep any that are replaced."""
+    """Yields a layer and its inner layers that keep replaced layers."""
     if id(layer) in seen:
         return
     seen.add(id(layer))
@@ -297,12 +295,12 @@ def _replace_in_attributes(owner, changes):
         if id(layer) in changes and path.startswith("_layers."):
             raise ValueError(
                 f"Layer {layer.name!r} of {owner.name!r} is kept in an object "
-                "that is no layer, list or dict, where it cannot be replaced. "
-                "Make it an attribute of the model."
+                "that is not a layer, list or dict, where it cannot be "
+                "replaced. Make it an attribute of the model."
             )
     _keras.replace_tracked(owner, changes)
     for name in {path.split(".")[0] for path, _ in layers_in(owner, changes)}:
-        # Containers are made again: TensorFlow saves none that was changed.
+        # New containers: TensorFlow does not save changed ones.
         setattr(owner, name, _changed(getattr(owner, name), changes))
 
 
@@ -316,20 +314,20 @@ def _changed(value, changes):
         return value
     items = [_changed(item, changes) for item in value]
     make = getattr(value, "_make", None)
-    if make is not None:  # of a named tuple
+    if make is not None:  # a named tuple
         return make(items)
     return tuple(items) if isinstance(value, tuple) else items
 
 
 def _forget_functions(model):
-    """Has a model compiled again before it trains: its weights changed."""
+    """Makes a model compile again before it trains: its weights changed."""
     model.compiled = False
     for name in ("train_function", "test_function", "predict_function"):
         setattr(model, name, None)
 
 
 def _config_lists_layers(model):
-    """Returns whether a graph's config is made of those of its layers."""
+    """Returns whether a graph's config holds the configs of its layers."""
     kind = getattr(type(model), "_plain_class", type(model))
     of_keras = next(
         k for k in kind.__mro__ if k.__module__.split(".")[0] == "keras"
@@ -341,20 +339,20 @@ def _config_lists_layers(model):
     )
 
 
-# How a subclassed model with masks is saved: as its own class writes it, with
-# which of its layers are masked. Loading makes the plain model and masks it.
+# A subclassed model with masks is saved as its own class writes it, with the
+# paths of its masked layers. Loading makes the plain model and masks it.
 
 
-# What it is mixed into, for type checkers alone.
+# The class it is mixed into, for type checkers.
 _Model = keras.Model if TYPE_CHECKING else object
 
 
 @keras.saving.register_keras_serializable("rigl_keras", name="MaskedModel")
 class _MaskedModel(_Model):
-    _plain_class: type  # set where a class is made of it and the user's
+    _plain_class: type  # set for each class made from it and the user's
 
     def __reduce__(self):
-        # A class that was made here cannot be pickled by its name.
+        # A class made here cannot be pickled by its name.
         _, arguments = super().__reduce__()
         return _keras.unpickler(), arguments
 
@@ -365,7 +363,7 @@ class _MaskedModel(_Model):
             plain: Any = keras.saving.serialize_keras_object(self)
         finally:
             object.__setattr__(self, "__class__", masked_class)
-        plain.pop("compile_config", None)  # the masked model has one
+        plain.pop("compile_config", None)  # the masked model has its own
         masked = {}
         for path, leaf in leaf_paths(self):
             if isinstance(leaf, Masked):
@@ -384,13 +382,13 @@ class _MaskedModel(_Model):
             except (AttributeError, KeyError, IndexError, TypeError):
                 unknown.append(path)
                 continue
-            # A model within it may have brought its masks.
+            # An inner model may already have its masks.
             if not isinstance(layer, Masked):
                 found[path] = (layer, options)
         if unknown or not model.built:
             raise ValueError(
-                f"Model {model.name!r} of class {type(model).__name__} is not "
-                "the one that was saved: it has "
+                f"Model {model.name!r} of class {type(model).__name__} differs "
+                "from the saved one: it has "
                 + (
                     f"no layer at {', '.join(sorted(unknown))}."
                     if unknown
@@ -408,11 +406,10 @@ class _MaskedModel(_Model):
 
 
 def _set_class(model, masked):
-    """Gives a model of a class of its own the class under which it is saved.
+    """Gives a model with a user's class the class under which it is saved.
 
-    The config of a plain Sequential or Functional model says which of its
-    layers are masked, and that of a class which is made from (inputs,
-    outputs) does as well.
+    The config of a plain Sequential or Functional model already says which
+    layers are masked, and so does that of a class made from (inputs, outputs).
     """
     kind = type(model)
     if is_graph(model) and _config_lists_layers(model):

@@ -1,8 +1,8 @@
-"""What a kernel reads as while a masked layer is called: kernel x mask.
+"""Makes a kernel read as kernel x mask while a masked layer is called.
 
-The product is made where the kernel is read, so that whatever looks for the
-variable there finds it: rematerialisation, control flow, custom gradients.
-What the layer assigns is assigned at once.
+The product is made when the kernel is read, so that code that looks for the
+variable finds it: rematerialisation, control flow, custom gradients. A layer's
+assignments take effect at once.
 """
 
 import contextlib
@@ -42,11 +42,11 @@ _called: contextvars.ContextVar[dict[int, str] | None] = contextvars.ContextVar(
 )
 _whole_kernels = contextvars.ContextVar("whole_kernels", default=False)
 _masks_applied = contextvars.ContextVar("masks_applied", default=False)
-# The scope of the masked layer that is called.
+# The scope of the masked layer that is being called.
 _scope: contextvars.ContextVar[Any] = contextvars.ContextVar(
     "scope", default=None
 )
-# The function with a gradient of its own that runs, or that gradient.
+# The function with a custom gradient, or its gradient, that is running.
 _custom = contextvars.ContextVar("custom", default=None)
 
 
@@ -63,9 +63,9 @@ def _set(variable, value):
 def dense_gradients() -> Iterator[None]:
     """Within the context, masked layers pass dense gradients to kernels.
 
-    What counts is where the forward pass is traced. Outside, the gradient
+    The place where the forward pass is traced decides. Outside, the gradient
     that reaches a kernel is zero where its mask is; inside, it is dL/d(w m) at
-    every entry, which is what RigL grows by (Evci et al., 2020, section 3).
+    every entry. RigL grows by the latter (Evci et al., 2020, section 3).
 
     Example:
 
@@ -118,10 +118,10 @@ def product_masks(masked: Sequence) -> tuple[list[tf.Tensor], bool]:
 
 @contextlib.contextmanager
 def masks_applied() -> Iterator[None]:
-    """Within the context, masked layers use kernels as they are.
+    """Within the context, masked layers use kernels without masks.
 
-    For inference, whose kernels are zero outside their masks: the product
-    would be the kernel again, and the mask one more array to keep.
+    It is for inference: kernels are zero outside their masks, so the product
+    would equal the kernel, and the mask would take memory.
     """
     with _set(_masks_applied, True):
         yield
@@ -134,9 +134,9 @@ def masks_are_applied() -> bool:
 
 @contextlib.contextmanager
 def whole_kernels() -> Iterator[None]:
-    """Within the context, an optimizer leaves weights outside the masks.
+    """Within the context, an optimizer keeps weights outside the masks.
 
-    For methods that train those as well, and take them away afterwards.
+    It is for methods that train such weights, and remove them afterwards.
     """
     with _set(_whole_kernels, True):
         yield
@@ -149,13 +149,13 @@ def kernels_are_whole() -> bool:
 
 @contextlib.contextmanager
 def called_kernels() -> Iterator[dict[int, str]]:
-    """Gives the kernels that layers multiply by masks within the context.
+    """Yields the kernels that layers multiply by masks within the context.
 
-    A `tf.function` that was traced before multiplies no more: it has no part
-    in what `dense_gradients` says of a later call.
+    A `tf.function` traced earlier is not included: `dense_gradients` has no
+    effect on later calls of it.
 
     Yields:
-        `{id of the kernel: name}`, filled as layers are called.
+        `{id of the kernel: name}`, filled when layers are called.
     """
     kernels: dict[int, str] = {}
     with _set(_called, kernels):
@@ -163,7 +163,7 @@ def called_kernels() -> Iterator[dict[int, str]]:
 
 
 def note_called(kernel: keras.Variable, name: str) -> None:
-    """Tells `called_kernels` that a layer multiplies a kernel by its mask."""
+    """Records for `called_kernels` that a kernel is multiplied by a mask."""
     called = _called.get()
     if called is not None:
         called[id(kernel)] = name
@@ -172,28 +172,28 @@ def note_called(kernel: keras.Variable, name: str) -> None:
 def zero_outside(mask: keras.Variable, tensor: Any) -> tf.Tensor:
     """Returns a tensor with zeros where a mask has them.
 
-    A product would keep a NaN or an infinity that lies there.
+    A product would keep a NaN or an infinity there.
 
     Args:
-        mask: Bool variable, as masks are, or one of zeros and ones.
+        mask: Bool variable, or a variable of zeros and ones.
         tensor: Float tensor or variable of its shape.
 
     Returns:
         Tensor of the same shape and dtype.
     """
     tensor = tf.convert_to_tensor(tensor)
-    kept = tf.cast(mask.value, tf.bool)  # as it is, where it is one
+    kept = tf.cast(mask.value, tf.bool)  # no effect on a bool
     return _within(kept, tensor)
 
 
 def _within(mask, tensor):
-    # Faster than the product with a mask that must be cast for it, which
-    # would be one more copy of the mask in each step, four times its size.
+    # Faster than the product: the mask would be cast, and each step would hold
+    # one more copy of it, four times its size.
     return tf.where(mask, tensor, tf.zeros([], tensor.dtype))
 
 
 def product(kernel: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
-    """Returns kernel x mask, whose gradient is masked, or dense if so asked.
+    """Returns kernel x mask, with a masked or a dense gradient.
 
     Args:
         kernel: Float tensor.
@@ -208,18 +208,19 @@ def product(kernel: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
 
         return _within(mask, kernel), gradient
 
-    # Stubs take what the decorated function returns for its own.
+    # Stubs ignore the decorator and see the inner return type.
     return cast(tf.Tensor, multiply(kernel, mask))
 
 
 class KernelScope(keras.StatelessScope):
     """A scope in which kernels read as other values than they hold.
 
-    All else is as it is outside, where another scope may be (stateless_call):
-    what is read, and what is assigned, which is assigned at once.
+    Everything else behaves as outside, where another scope may be active
+    (stateless_call): reads return the outer value, and assignments take effect
+    at once.
 
     Args:
-        masked: The `KernelMask`s of kernels that read as kernel x mask.
+        masked: The `KernelMask`s whose kernels read as kernel x mask.
         kept: Whether products may be kept, as in `KernelMask.masked_kernel`.
     """
 
@@ -242,32 +243,32 @@ class KernelScope(keras.StatelessScope):
         _scope.reset(self._token)
 
     def give(self, variable: keras.Variable, value: tf.Tensor) -> None:
-        """Has a variable read as a value."""
+        """Makes a variable read as a value."""
         self._given[id(variable)] = value
 
     def masked(self, variable: keras.Variable) -> Any:
-        """Returns the `KernelMask` by which a variable is multiplied, or None.
+        """Returns the `KernelMask` that multiplies a variable, or None.
 
-        None as well for one that reads as a value that was given.
+        It is also None if the variable reads as a given value.
         """
         key = id(variable)
         return None if key in self._given else self._masked.get(key)
 
     def multiply_ahead(self) -> None:
-        """Makes the products of a graph here, rather than at each reading.
+        """Makes the products of a graph here, not at each read.
 
-        The cell of an RNN would multiply at each time step. Products that
-        nobody reads cost nothing: TensorFlow removes them from the graph.
+        The cell of an RNN would multiply at each time step. Products that are
+        never read cost nothing: TensorFlow removes them from the graph.
         """
         if not tf.executing_eagerly():
             for key, masked in self._masked.items():
                 self._made[key] = self._product(masked)
 
     def value_outside(self, variable: keras.Variable) -> Any:
-        """Returns a variable's value outside, in its own precision."""
+        """Returns a variable's value outside, in the variable's precision."""
         outer = self.original_scope
         value = None if outer is None else outer.get_current_value(variable)
-        # `variable.value` would be in the precision of the call.
+        # `variable.value` would have the precision of the call.
         return _keras.stored_value(variable) if value is None else value
 
     def get_current_value(self, variable: keras.Variable) -> Any:
@@ -284,7 +285,7 @@ class KernelScope(keras.StatelessScope):
         variable, value = update
         key = id(variable)
         if key in self._masked:
-            # Nothing lies outside a mask, whoever assigns.
+            # Zero outside the mask, whoever assigns.
             value = zero_outside(self._masked[key].mask, value)
         self._given.pop(key, None)
         self._made.pop(key, None)
@@ -294,7 +295,7 @@ class KernelScope(keras.StatelessScope):
             self.original_scope.add_update((variable, value))
 
     def again(self) -> "KernelScope":
-        """Returns a scope in which the same kernels read as they do here."""
+        """Returns a new scope in which kernels read as they do here."""
         scope = KernelScope()
         scope._masked, scope._given = self._masked, self._given
         return scope
@@ -305,8 +306,8 @@ class KernelScope(keras.StatelessScope):
         )
 
     def _sees_what_was_made(self):
-        # A custom gradient is asked for those of the variables that its
-        # function reads; a `tf.function` lives longer than this graph.
+        # A custom gradient must return gradients for the variables that its
+        # function reads; a `tf.function` outlives this graph.
         graph = tf.compat.v1.get_default_graph()
         while graph is not self._graph:
             if not getattr(graph, "is_control_flow_graph", False):
@@ -316,20 +317,19 @@ class KernelScope(keras.StatelessScope):
 
 
 def current_scope() -> "KernelScope | None":
-    """Returns the scope of the masked layer that is called, or None."""
+    """Returns the scope of the masked layer being called, or None."""
     return _scope.get()
 
 
-# A custom gradient may call layers once more: `tf.recompute_grad`, and so
-# `keras.remat`, does, and so do reversible layers. That is later, when the
-# scope and contexts of the forward pass are gone, and must read what the
-# forward pass has read, and pass gradients on as it would have. TensorFlow
-# offers no other place than this to see to that. What was decorated before
-# this module was imported comes by here, too.
+# A custom gradient may call layers again: `tf.recompute_grad` (and so
+# `keras.remat`) and reversible layers do. By then the scope and contexts of the
+# forward pass are gone, but the call must read and differentiate as in the
+# forward pass. This wrapper restores them; TensorFlow offers no other hook. It
+# also covers functions decorated before this module was imported.
 
 
 def _in_context_of_call(function):
-    """Returns a function with gradient, the latter as where it was called."""
+    """Returns a function whose gradient runs in the context of its call."""
 
     def with_gradient(*args, **kwargs):
         scope = _scope.get()

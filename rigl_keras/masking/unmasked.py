@@ -1,4 +1,4 @@
-"""Why a layer, or a weight of it, has no mask."""
+"""Reasons why a layer or weight has no mask."""
 
 from collections.abc import Container, Iterable, Mapping
 
@@ -29,7 +29,7 @@ def why_dense(
 
     Args:
         layer: A layer, not a `Masked` one.
-        patterns: Those that the masks of the model have.
+        patterns: The patterns of the model's masks.
     """
     if is_normalisation(layer):
         return "normalisation, never masked"
@@ -54,7 +54,7 @@ def why_dense(
             why += f"; {listed(left)} only if kernels={{{kind}: {names}}} does"
         return why
     return (
-        f"{kind} has no kernel that can be masked; where it has one of another "
+        f"{kind} has no kernel that can be masked; if it has one of another "
         f"name, pass kernels={{{kind}: name}}"
     )
 
@@ -62,7 +62,7 @@ def why_dense(
 def why_unfit(
     kernels: Iterable[Kernel], patterns: Iterable[Pattern]
 ) -> str | None:
-    """Returns which pattern does not fit a kernel, and why, or None."""
+    """Returns why a pattern does not fit a kernel, with its name, or None."""
     for pattern in patterns:
         for kernel in kernels:
             why = pattern.why_not(kernel.axes)
@@ -72,7 +72,7 @@ def why_unfit(
 
 
 def why_adapted(layer: keras.layers.Layer) -> str | None:
-    """Returns why a layer that LoRA or quantization has changed is dense."""
+    """Returns why a layer changed by LoRA or quantization is dense."""
     for inner in _keras.flatten_layers(layer):
         where = "" if inner is layer else f" of its {inner.name!r}"
         if getattr(inner, "lora_enabled", False):
@@ -91,15 +91,15 @@ def why_adapted(layer: keras.layers.Layer) -> str | None:
 def left_dense(
     layer: keras.layers.Layer, masked: Container[int]
 ) -> dict[str, keras.Variable]:
-    """Returns `{name: variable}` of matrices of a layer that are not masked.
+    """Returns `{name: variable}` of a layer's matrices that are not masked.
 
     Args:
         layer: A layer, not a `Masked` one.
-        masked: Ids of the kernels that are.
+        masked: Ids of the masked kernels.
 
     Returns:
-        Its trained weights of two axes or more, those of layers within it
-        included, but for biases, normalisation and embedding tables.
+        Its trained weights with at least two axes, inner layers included,
+        except biases, normalisation and embedding tables.
     """
     left = {}
     for inner in _keras.flatten_layers(layer):
@@ -114,7 +114,7 @@ def left_dense(
 
 
 def matrices(variables: Iterable[keras.Variable]) -> dict[str, keras.Variable]:
-    """Returns variables of two axes or more that are no bias, by name."""
+    """Returns variables with at least two axes, except biases, by name."""
     return {
         variable.name: variable
         for variable in variables

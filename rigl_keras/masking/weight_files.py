@@ -22,20 +22,20 @@ __all__ = ["load_weights", "weight_loader"]
 
 
 def load_weights(model: keras.Model, path: str | os.PathLike) -> None:
-    """Loads weights into a masked model: of a masked one, or of a dense one.
+    """Loads weights into a masked model from a masked or a dense one.
 
-    A file of a masked model brings its masks. One of the dense model is
-    masked by those that the model has, and how many weights that removes is
-    said. Either the whole file is loaded or nothing.
+    A file of a masked model brings its masks. Weights of a dense model are
+    masked by the model's masks, and a warning says how many this removes. The
+    whole file is loaded, or nothing.
 
     Args:
         model: A masked model.
-        path: A file that `save_weights` has written (`.weights.h5`), or a
-            `.keras` file.
+        path: A file written by `save_weights` (`.weights.h5`), or a `.keras`
+            file.
 
     Raises:
-        ValueError: The model is dense, or the file is of another network or
-            cannot be read. The model is unchanged then.
+        ValueError: The model is dense, or the file is from another network or
+            cannot be read. Then the model is unchanged.
 
     Example:
 
@@ -49,15 +49,16 @@ def load_weights(model: keras.Model, path: str | os.PathLike) -> None:
         )
     try:
         with _unchanged_by_errors(model):
-            # Keras warns of each layer that does not fit, before it fails.
+            # Keras warns about each layer that does not fit before it fails.
             with warnings.catch_warnings(record=True) as said:
                 warnings.simplefilter("always")
-                # That of the class: a copy that `sparsify` makes has this one.
+                # The class's method: copies made by `sparsify` have this
+                # function.
                 type(model).load_weights(model, path)
     except ImportError:
         raise
-    # A damaged file ends in whatever the readers of zip files, of HDF5 and of
-    # arrays run into: BadZipFile, RuntimeError, zlib.error, MemoryError, ...
+    # With a damaged file, the readers of zip files, HDF5 and arrays raise many
+    # types of errors: BadZipFile, RuntimeError, zlib.error, MemoryError, ...
     except Exception as error:
         try:
             plain = strip_copy(model) if is_graph(model) else None
@@ -71,7 +72,7 @@ def load_weights(model: keras.Model, path: str | os.PathLike) -> None:
                 "with_masks(dense, masked_layers(model).masks) masks them."
             ) from error
     else:
-        # No file of ours holds weights outside its masks.
+        # Files of this package hold no weights outside masks.
         for masked in masked_layers(model):
             masked.assign_mask(masked.mask)
         for warning in said:
@@ -84,7 +85,7 @@ def load_weights(model: keras.Model, path: str | os.PathLike) -> None:
         _check_no_masks(model, plain)
     except Exception as error:
         raise ValueError(
-            f"{str(path)!r} holds the weights of another network than "
+            f"{str(path)!r} holds the weights of a network other than "
             f"{model.name!r}, masked or dense, or cannot be read: "
             f"{last_line(error)} The model is unchanged."
         ) from error
@@ -108,9 +109,9 @@ def load_weights(model: keras.Model, path: str | os.PathLike) -> None:
 
 @contextlib.contextmanager
 def _unchanged_by_errors(model):
-    """Puts a model's variables back if the context ends in an error.
+    """Restores a model's variables if the context ends in an error.
 
-    Those of its optimizer and metrics as well, which a file may hold.
+    This includes its optimizer and metrics, which a file may hold.
     """
     variables = [*model.variables]
     if getattr(model, "optimizer", None) is not None:
@@ -129,9 +130,9 @@ def _unchanged_by_errors(model):
 def _check_no_masks(model, plain):
     """Refuses masks that were read as kernels.
 
-    Within a model of the user's own class a mask lies in a file where the dense
-    layer has its first weight. If that has no bias, and the kernel in the file
-    is damaged, what is left looks like the file of a dense model.
+    In a file of a subclassed model, a mask lies where the dense layer has its
+    first weight. If the layer has no bias and the kernel in the file is
+    damaged, the file looks like that of a dense model.
     """
     for layer, loaded in zip(
         leaf_layers(model), leaf_layers(plain), strict=True
@@ -146,10 +147,10 @@ def _check_no_masks(model, plain):
 
 
 def weight_loader(model: keras.Model) -> Callable[..., None]:
-    """Returns what a masked model has for its method `load_weights`."""
+    """Returns the `load_weights` method of a masked model."""
 
     def loading(filepath, **options):
-        if options:  # of Keras's own, which this knows nothing of
+        if options:  # options of Keras, unknown here
             return type(model).load_weights(model, filepath, **options)
         return load_weights(model, filepath)
 

@@ -17,7 +17,7 @@ from rigl_keras.training.step_update import StepUpdate
 
 __all__ = ["ACDC"]
 
-# Of the run: the authors' 100 epochs on ImageNet.
+# Shares of the run, from the authors' 100 epochs on ImageNet.
 _SHARES = (
     *(0.10, 0.15, 0.20, 0.25, 0.30, 0.35, 0.40, 0.45),
     *(0.50, 0.55, 0.60, 0.65, 0.70, 0.75, 0.85),
@@ -26,42 +26,41 @@ _SHARES = (
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class ACDC(StepUpdate):
-    """Compresses the network and decompresses it, by turns.
+    """Alternately compresses and decompresses the network.
 
-    Start with `sparsify(model, density=1.0)`. Phases follow one another:
+    Start with `sparsify(model, density=1.0)`. There are three phases:
 
     1. Dense: all masks are 1.
-    2. Compressed: the round(density x weights) weights of largest magnitude
-       are kept, of all masked layers together, and trained.
-    3. Decompressed: all masks are 1 again; what was pruned restarts at zero,
-       its optimizer memory too.
+    2. Compressed: the round(density x weights) weights of largest magnitude,
+       over all masked layers together, are kept and trained.
+    3. Decompressed: all masks are 1 again. Pruned weights restart at zero, as
+       does their optimizer memory.
 
-    2 and 3 alternate; the last phase is compressed. Peste et al., 2021,
-    AC/DC: alternating compressed/decompressed training of deep neural
-    networks, arXiv:2106.12379, Algorithm 1. A change of phase takes the place
-    of an optimizer step, as every update here, where the authors' code
-    changes between two epochs. It keeps the momentum of pruned weights, or
-    resets all of it if a flag says so.
+    Phases 2 and 3 alternate; the last phase is compressed. Peste et al., 2021,
+    AC/DC: alternating compressed/decompressed training of deep neural networks,
+    arXiv:2106.12379, Algorithm 1. As with every update here, a change of phase
+    replaces an optimizer step. The authors' code changes between two epochs,
+    and keeps the momentum of pruned weights or, with a flag, resets all
+    momentum.
 
-    FLOPs: the mean over phases; those of dense phases are the dense model's.
-    A checkpoint of the best accuracy may be one of a dense phase: keep those
-    of the last phase.
+    FLOPs: the mean over phases; dense phases cost as much as the dense model. A
+    checkpoint with the best accuracy may be from a dense phase: keep those of
+    the last phase.
 
     Args:
         density: Fraction of the masked weights kept when compressed, in
             (0, 1].
-        switch_steps: Steps at which the phase changes: compressed at the
-            first, dense at the second, and so on; an odd number of them that
-            increase. Steps count from where the run begins. None: the
-            paper's for ImageNet, at 10, 15, 20, ..., 70, 75 and 85 percent
-            of the run.
+        switch_steps: Steps at which the phase changes: compressed at the first,
+            dense at the second, and so on. An odd number of increasing steps,
+            counted from the beginning of the run. None: the paper's for
+            ImageNet, at 10, 15, 20, ..., 70, 75 and 85 percent of the run.
         conventions: With `update_replaces_step=False` a change of phase
             follows the step.
 
     Raises:
-        ValueError: The density or the steps are out of range, or the length
-            of the run is needed and unknown.
-        UserWarning: No change of phase falls into the run.
+        ValueError: The density or the steps are out of range, or the length of
+            the run is needed but unknown.
+        UserWarning: The run has no change of phase.
 
     Example:
 
@@ -89,7 +88,7 @@ class ACDC(StepUpdate):
             self._switches = self.switch_steps = _checked(self.switch_steps)
 
     def get_config(self) -> dict:
-        """Returns the arguments with which to make an equal callback."""
+        """Returns the arguments that make an equal callback."""
         fields = dataclasses.fields(self)
         return {field.name: getattr(self, field.name) for field in fields}
 
@@ -99,16 +98,16 @@ class ACDC(StepUpdate):
             longer.switch_steps = tuple(
                 int(step * factor) for step in self.switch_steps
             )
-        longer.__post_init__()  # nothing of a run that this one was in
+        longer.__post_init__()  # without the state of an earlier run
         return longer
 
     def planned_density(self, step: int, steps: int, density: float) -> float:
         """Returns the density that a run will have at a step.
 
         Args:
-            step: From 0.
-            steps: Of the run.
-            density: That the run begins with.
+            step: The step, from 0.
+            steps: Number of steps of the run.
+            density: Density at the start.
         """
         switches = self.switch_steps or [round(s * steps) for s in _SHARES]
         passed = sum(step > switch for switch in switches)
@@ -123,7 +122,7 @@ class ACDC(StepUpdate):
             if not steps or not epochs:
                 raise ValueError(
                     "ACDC(switch_steps=None) divides the run into phases, but "
-                    "how long this run is is not known. Pass steps_per_epoch "
+                    "the length of this run is unknown. Pass steps_per_epoch "
                     "to fit, or switch_steps to ACDC."
                 )
             each = optimizer_state.batches_per_step(self.optimizer)
@@ -177,7 +176,7 @@ def _checked(received):
     increase = all(a < b for a, b in zip(steps, steps[1:], strict=False))
     if not increase or len(steps) % 2 == 0:
         raise ValueError(
-            "switch_steps must be an odd number of steps that increase, so "
+            "switch_steps must be an odd number of increasing steps, so "
             "that the last phase is compressed. Received: switch_steps="
             f"{steps}. In a short run, pass fewer of them."
         )

@@ -1,4 +1,4 @@
-"""A method that remembers how many connections its layers began with."""
+"""A method that remembers the first number of connections of its layers."""
 
 import dataclasses
 
@@ -13,10 +13,11 @@ __all__ = ["FirstCounts"]
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class FirstCounts(MaskUpdate):
-    """Holds the counts that a run begins with, in `variables`.
+    """Keeps the counts of the beginning of a run, in `variables`.
 
-    For methods whose layers may have more or fewer connections for a while. A
-    run that resumes without its `variables` begins with what there is.
+    It is for methods whose layers may temporarily have more or fewer
+    connections. A run that resumes without its `variables` starts from the
+    present counts.
 
     Args, Raises: as in `MaskUpdate`.
     """
@@ -26,7 +27,7 @@ class FirstCounts(MaskUpdate):
         self._first: tf.Variable | None = None  # until it is attached
 
     def first_count(self, layer: KernelMask) -> tf.Tensor:
-        """Returns how many units of a mask the run began with.
+        """Returns the number of units in a mask when the run began.
 
         Args:
             layer: A masked layer.
@@ -61,7 +62,7 @@ class FirstCounts(MaskUpdate):
 
 
 def unit_count(layer: KernelMask) -> tf.Tensor:
-    """Returns how many units a mask keeps, an int32 scalar.
+    """Returns the number of units that a mask keeps, an int32 scalar.
 
     Args:
         layer: A masked layer.

@@ -1,4 +1,4 @@
-"""GraNet: drop and grow under a density that falls."""
+"""GraNet: drop and grow with a falling density."""
 
 import copy
 import dataclasses
@@ -19,45 +19,44 @@ __all__ = ["GraNet"]
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class GraNet(RigL):
-    """RigL whose masks become sparser until the middle of the run.
+    """RigL with masks that become sparser until the middle of the run.
 
     Start with `sparsify(model, density=0.5)`, or with 1.0 for the paper's
     dense-to-sparse variant. At an update:
 
-    1. While t is at most `prune_end_step`, the round(d_t x weights)
-       connections of largest magnitude stay, of all masked layers together.
-       With x = (t - prune_begin_step) / (prune_end_step - prune_begin_step),
-       cut to [0, 1]: d_t = d_f + (d_i - d_f) (1 - x)^3, where d_i and d_f are
+    1. While t is at most `prune_end_step`, the round(d_t x weights) connections
+       of largest magnitude stay, over all masked layers together. With x =
+       (t - prune_begin_step) / (prune_end_step - prune_begin_step), clipped to
+       [0, 1]: d_t = d_f + (d_i - d_f) (1 - x)^3, where d_i and d_f are
        `initial_density` and `final_density`.
-    2. Each layer drops the fraction p of its connections of smallest
-       magnitude and grows as many of largest gradient, those that have just
-       been pruned or dropped included. p falls from `drop_fraction` to
+    2. Each layer drops the fraction p of its connections, those of smallest
+       magnitude, and grows as many with the largest gradients. Connections that
+       were just pruned or dropped may grow. p falls from `drop_fraction` to
        `final_drop_fraction` by a cosine over the whole run.
 
     Liu et al., 2021, Sparse training via boosting pruning plasticity with
     neuroregeneration, arXiv:2106.10404, section 4. Defaults are those of the
-    authors' CIFAR code. It steps first and updates then (here
+    authors' CIFAR code. That code steps first and updates then (here
     `Conventions(update_replaces_step=False)`), rounds counts up
-    (`drop_rounding="ceil"`), and leaves out the last pruning of the cubic, so
-    that its density ends a little above `final_density`; here it is reached
-    where an update falls on `prune_end_step`, or after it.
+    (`drop_rounding="ceil"`), and skips the last pruning of the cubic: its
+    density ends a little above `final_density`. Here, an update at or after
+    `prune_end_step` reaches it.
 
     A layer that the global threshold empties never grows again.
 
     Args:
-        final_density: Fraction of the masked weights kept in the end, in
-            (0, 1].
-        initial_density: Fraction from which the ramp starts. Masks that are
-            sparser lose nothing until it comes down to them.
+        final_density: Fraction of the masked weights kept at the end, in (0,
+            1].
+        initial_density: Density at which the ramp starts. Sparser masks stay
+            the same until the ramp reaches their density.
         prune_begin_step: Step t at which the ramp starts.
-        prune_end_step: Step at which it ends, later than that. None: half of
-            the run.
-        others: As in `MaskUpdate`; updates go on
-            to the end of the run.
+        prune_end_step: Later step at which it ends. None: half of the run.
+        others: As in `MaskUpdate`; updates continue to the end of the run. to
+            the end of the run.
 
     Raises:
         ValueError: As in `MaskUpdate`, or a density or step is out of range.
-        UserWarning: No update falls into the run, or none that prunes.
+        UserWarning: The run has no update, or none that prunes.
 
     Example:
 
@@ -77,7 +76,7 @@ class GraNet(RigL):
 
     def __post_init__(self):
         super().__post_init__()
-        self._ramp: Any = None  # until a run is planned
+        self._ramp: Any = None  # set when a run is planned
         self.prune_begin_step = _checks.integer(
             "prune_begin_step", self.prune_begin_step, at_least=0
         )
@@ -112,16 +111,16 @@ class GraNet(RigL):
         self._warn_of_a_high_density()
 
     def _warn_of_a_high_density(self):
-        """Warns where no update comes late enough, however long the run is."""
+        """Warns if no update comes late enough in a run of any length."""
         window = self._window
         before = self._attached.steps_before
         update = self.last_update(
             window["begin_step"] + before, window["end_step"] + before + 1
         )
         if update is None:
-            return  # of which `MaskUpdate` warns
+            return  # `MaskUpdate` warns about this
         update -= before + self.run_start
-        with tf.init_scope():  # a loop of the user's may be traced
+        with tf.init_scope():  # a user's loop may be tracing
             density = 1 - float(self._ramp.sparsity(update))
         if density > self.final_density + 1e-6:
             warnings.warn(
@@ -137,9 +136,9 @@ class GraNet(RigL):
         """Returns the density that a run will have at a step.
 
         Args:
-            step: From 0.
-            steps: Of the run.
-            density: That the run begins with.
+            step: The step, from 0.
+            steps: Number of steps of the run.
+            density: Density at the start.
         """
         last = self.prune_end_step
         ramp = self._ramp_until(

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import tensorflow as tf
 
-from rigl_keras import _checks, _keras, scores
+from rigl_keras import _checks, _keras
 from rigl_keras._random import random_bits
 from rigl_keras.masking.kernel_part import KernelPart
 from rigl_keras.masking.masked import KernelMask
@@ -77,8 +77,8 @@ class GSE(MaskUpdate):
         # A connection that was dropped is worth less than any of S, the more
         # the larger its weight: where S is too small, the last to be dropped
         # return, which is as if fewer had been dropped.
-        weight = layer.by_unit(scores.magnitude(layer.kernel.value))
-        worth = layer.by_unit(scores.gradient_magnitude(gradient))
+        weight = layer.by_unit(self.magnitudes(layer, layer.kernel.value))
+        worth = layer.by_unit(self.magnitudes(layer, gradient))
         never = tf.constant(-math.inf, worth.dtype)
         found = tf.where(drawn, worth, never)
         left = -1 / (1 + tf.cast(weight, worth.dtype))

@@ -1,8 +1,8 @@
-"""What methods share: when masks change, and what becomes of the weights.
+"""The common update: when masks change, and what happens to weights.
 
-`MaskUpdate` runs `topology.update_masks`; a method is a child that says what a
-connection is worth. How an update comes to run within `fit`, or within a
-custom training loop, is in `rigl_keras.training`.
+`MaskUpdate` runs `topology.update_masks`. A method is a subclass that scores
+connections. `rigl_keras.training` runs an update within `fit` or a custom
+training loop.
 """
 
 import copy
@@ -30,64 +30,62 @@ __all__ = ["MaskUpdate"]
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class MaskUpdate(StepUpdate):
-    """Drops and grows connections every so many steps of training.
+    """Drops and grows connections at regular steps of training.
 
     At an update step (`schedules.is_update_step`; a run that begins on trained
-    weights may begin with one), instead of a step of the optimizer:
+    weights may begin with one), it replaces the optimizer's step:
 
     1. the drop fraction f is that of `schedules.decayed_drop_fraction`;
     2. each kernel drops the fraction f of its connections, by this method's
        `drop_scores`, and grows as many by its `grow_scores`
        (`topology.update_masks`). With `redistribution`, all layers share the
        connections that they drop together (`redistribution.grow_counts`);
-    3. dropped weights are zero, newly grown ones start as `grow_init` says,
-       and the optimizer forgets what it remembered of them.
+    3. dropped weights become zero, newly grown ones start as `grow_init` says,
+       and the optimizer's memory of them is reset.
 
     Evci et al., 2020, arXiv:1911.11134, Algorithm 1; redistribution after
-    Dettmers and Zettlemoyer, 2020, and the report, section 6.2. The gradient
-    is that of the current batch with respect to the masked kernel, without
-    regularisation. With `gradient_batches` n it is the mean over the update's
-    step and the n - 1 before it, at which the backward pass is dense too; a
-    run that starts among them takes the mean over those that it has, unless
+    Dettmers and Zettlemoyer, 2020, and the report, section 6.2. The gradient is
+    that of the current batch for the masked kernel, without regularisation.
+    With `gradient_batches` n it is the mean over the update's step and the
+    n - 1 steps before it, which also have dense backward passes. A run that
+    starts among them takes the mean over the steps that it has, unless
     `variables` were saved and restored.
 
-    Logs `drop_fraction`, that of the last update, beside `density` and
+    It logs the `drop_fraction` of the last update, besides `density` and
     `grown`.
 
-    A method is a child with `grow_scores`. Its arguments are its fields: with
-    the decorator of this class, `name: type = default` adds an argument, or
-    changes a default, and `get_config` returns it.
+    A method is a subclass with `grow_scores`. Its arguments are dataclass
+    fields: `name: type = default` adds an argument or changes a default, and
+    `get_config` returns it.
 
     Args:
         frequency: Steps from one update to the next, at least 1.
         drop_fraction: Fraction of the active connections dropped at the
             first update, in [0, 1].
-        begin_step: First step at which an update may happen, at least 0.
-            Steps count from where the run begins (`StepUpdate`).
-        end_step: Last step at which an update may happen. None: three
-            quarters of the run, as the paper has it, or the `end_share` of
-            it that a method has.
+        begin_step: First step at which an update may happen, at least 0. Steps
+            count from the beginning of the run (`StepUpdate`).
+        end_step: Last step at which an update may happen. None: three quarters
+            of the run, as in the paper, or the method's `end_share` of it.
         decay: How the fraction falls until `end_step`: one of
             `schedules.DECAYS`.
         decay_power: Exponent of the polynomial decay, positive.
-        final_drop_fraction: What the fraction falls to, in
-            [0, drop_fraction].
-        redistribution: What density moves between layers by: the mean
-            `"gradient"` or `"momentum"` of their active connections. None:
-            each layer keeps its density.
-        gradient_batches: How many steps, the update's own the last, the
-            gradient is the mean of, at least 1 and at most `frequency`.
-        grow_init: What newly grown weights start with
-            (`initial_values.grown_values`): `"zeros"`; or `"initial_dist"`,
-            `"random_normal"`, `"random_uniform"`, and where the method needs
-            dense gradients `"grad_scale"` or `"grad_sign"`.
-        grow_divisor: What they are divided by, positive.
+        final_drop_fraction: Final value of the fraction, in [0, drop_fraction].
+        redistribution: How density moves between layers: by the mean
+            `"gradient"` or `"momentum"` of their active connections. None: each
+            layer keeps its density.
+        gradient_batches: Number of steps in the mean of the gradient, up to and
+            including the update's, from 1 to `frequency`.
+        grow_init: Initial value of newly grown weights
+            (`initial_values.grown_values`): `"zeros"`, `"initial_dist"`,
+            `"random_normal"`, `"random_uniform"` or, if the method needs dense
+            gradients, `"grad_scale"` or `"grad_sign"`.
+        grow_divisor: Divisor of these values, positive.
         seed: Seed of random draws, at least 0.
-        conventions: Where the references differ.
+        conventions: Choices where the references differ.
 
     Raises:
-        ValueError: An argument is out of range, or what `StepUpdate` raises.
-        UserWarning: No update falls into the run.
+        ValueError: An argument is out of range, or as in `StepUpdate`.
+        UserWarning: The run has no update.
     """
 
     frequency: int = 100
@@ -106,7 +104,7 @@ class MaskUpdate(StepUpdate):
 
     _logged = ("grown", "drop_fraction")
     needs_momentum = False  # whether the optimizer must keep it
-    end_share = 0.75  # of the run: when updates end, where no step says
+    end_share = 0.75  # share of the run at which updates end by default
 
     def __post_init__(self):
         super().__init__(conventions=self.conventions)
@@ -134,7 +132,7 @@ class MaskUpdate(StepUpdate):
         self.seed = _checks.integer(
             "seed", self.seed, at_least=0, at_most=2**32 - 1
         )
-        self._span: dict[str, int] = {}  # until a run is planned
+        self._span: dict[str, int] = {}  # set when a run is planned
         self._initial = []
 
     def _check_window(self):
@@ -152,17 +150,17 @@ class MaskUpdate(StepUpdate):
         )
         if self.gradient_batches > self.frequency:
             raise ValueError(
-                "gradient_batches must be at most frequency, as no two "
-                "updates share gradients. Received: "
+                "gradient_batches must be at most frequency, because "
+                "updates do not share gradients. Received: "
                 f"gradient_batches={self.gradient_batches}, "
                 f"frequency={self.frequency}."
             )
 
     @functools.cached_property
     def _correction(self) -> tf.Variable:
-        """By how much the reproduction corrects what it grows.
+        """The state of the reproduction's correction of growth.
 
-        The correction, the sum of what was missing, updates so far, and
+        It has the correction, the sum of what was missing, updates so far, and
         connections at the start, or -1.
         """
         start = tf.constant([0.0, 0.0, 0.0, -1.0], tf.float64)
@@ -170,15 +168,15 @@ class MaskUpdate(StepUpdate):
 
     @functools.cached_property
     def _peak_rate(self) -> tf.Variable:
-        """The largest learning rate of an update so far, or of the start."""
+        """The largest learning rate at the start or an update so far."""
         return tf.Variable(tf.zeros([]), trainable=False)
 
-    # What makes a method: what connections are worth.
+    # What defines a method: the scores of connections.
 
     def drop_scores(
         self, layer: KernelMask, gradient: tf.Tensor, step: tf.Tensor
     ) -> tf.Tensor:
-        """Returns the scores by which the lowest connections are dropped.
+        """Returns scores; connections with the lowest are dropped.
 
         Args:
             layer: The masked layer.
@@ -190,12 +188,18 @@ class MaskUpdate(StepUpdate):
             Float tensor of the kernel's shape.
         """
         del gradient, step
-        return scores.magnitude(layer.kernel.value)
+        return self.magnitudes(layer, layer.kernel.value)
+
+    def magnitudes(self, layer: KernelMask, tensor: Any) -> tf.Tensor:
+        """Returns |x| of weights or gradients x, by `scores.of_units`."""
+        return scores.of_units(
+            tensor, layer.layout, conventions=self.conventions
+        )
 
     def grow_scores(
         self, layer: KernelMask, gradient: tf.Tensor, step: tf.Tensor
     ) -> tf.Tensor:
-        """Returns the scores by which the highest connections are grown.
+        """Returns scores; connections with the highest are grown.
 
         Args and Returns: as in `drop_scores`.
         """
@@ -206,15 +210,15 @@ class MaskUpdate(StepUpdate):
     def grow_count(
         self, layer: KernelMask, dropped: tf.Tensor, step: tf.Tensor
     ) -> tf.Tensor:
-        """Returns how many connections of a layer are grown.
+        """Returns how many connections of a layer grow.
 
         Args:
             layer: The masked layer.
-            dropped: How many this update drops, an int32 scalar.
+            dropped: Number that this update drops, an int32 scalar.
             step: The optimizer step, an int64 scalar.
 
         Returns:
-            Integer scalar tensor. By default as many as are dropped.
+            Integer scalar tensor. By default the number dropped.
         """
         del layer, step
         return dropped
@@ -222,16 +226,16 @@ class MaskUpdate(StepUpdate):
     def layer_fractions(
         self, layers: list[KernelMask], fraction: tf.Tensor, step: tf.Tensor
     ) -> tf.Tensor | list[tf.Tensor]:
-        """Returns the fraction of its connections that each layer drops.
+        """Returns the fraction of connections that each layer drops.
 
         Args:
             layers: The masked layers.
-            fraction: That of the schedule, a float64 scalar.
+            fraction: The schedule's fraction, a float64 scalar.
             step: The optimizer step, an int64 scalar.
 
         Returns:
-            A scalar for all layers, by default that of the schedule, or one
-            for each.
+            A scalar for all layers (by default the schedule's), or one for
+            each.
         """
         del layers, step
         return fraction
@@ -242,7 +246,7 @@ class MaskUpdate(StepUpdate):
         layers: list[KernelMask],
         step: tf.Tensor,
     ) -> None:
-        """Changes masks before an update drops and grows; here it does not.
+        """Changes masks before an update drops and grows; nothing by default.
 
         Args:
             optimizer: The optimizer that trains the model.
@@ -254,7 +258,7 @@ class MaskUpdate(StepUpdate):
     def first_weights(
         self, layer: KernelMask, gradient: tf.Tensor, step: tf.Tensor
     ) -> tf.Tensor | None:
-        """Returns what newly grown weights start with, as `grow_init` says.
+        """Returns initial values of newly grown weights, by `grow_init`.
 
         Args:
             layer, gradient, step: As in `drop_scores`.
@@ -270,7 +274,7 @@ class MaskUpdate(StepUpdate):
             divisor=self.grow_divisor,
             gradient=gradient,
             initial=initial.get(id(layer)),
-            # SET grows by the draws of the key itself.
+            # SET already grows by draws from the key itself.
             key=layer.draw_key ^ self.seed ^ 2,
             step=step,
         )
@@ -288,7 +292,7 @@ class MaskUpdate(StepUpdate):
         return [*correction, *rate, *self._initial, *super().variables]
 
     def get_config(self) -> dict:
-        """Returns the arguments with which to make an equal callback."""
+        """Returns the arguments that make an equal callback."""
         return {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
@@ -296,13 +300,13 @@ class MaskUpdate(StepUpdate):
         }
 
     def lengthened(self, factor: float) -> "MaskUpdate":
-        # A copy, as a child may have more arguments than fields.
+        # A copy: a subclass may have more arguments than fields.
         longer = copy.copy(self)
         if self.end_step is not None:
             longer.end_step = int(self.end_step * factor)
         for name in ("_correction", "_peak_rate"):
             vars(longer).pop(name, None)
-        longer.__post_init__()  # nothing of a run that this one was in
+        longer.__post_init__()  # without the state of an earlier run
         return longer
 
     def extra_logs(self) -> dict[str, tf.Tensor]:
@@ -313,8 +317,8 @@ class MaskUpdate(StepUpdate):
             self._check_pattern(layer)
         if self.needs_momentum or self.redistribution == "momentum":
             self._check_momentum()
-        # A run that resumes without its `variables` takes its weights for
-        # those that training started from.
+        # A run that resumes without its `variables` uses its weights as the
+        # initial ones.
         if self.grow_init == "initial_dist" and [
             v.shape[0] for v in self._initial
         ] != [math.prod(m.kernel.shape) for m in self.masked]:
@@ -329,7 +333,7 @@ class MaskUpdate(StepUpdate):
         layout = layer.layout
         if self.redistribution is not None and layout.reason:
             raise ValueError(
-                "redistribution moves single weights between layers, and "
+                "redistribution moves single weights between layers, but "
                 f"the mask of {layer.name!r} {layout.reason}. Pass "
                 "redistribution=None, or sparsify with granularity='element'."
             )
@@ -337,7 +341,7 @@ class MaskUpdate(StepUpdate):
         if layout.is_apart and ranking != "inactive":
             raise ValueError(
                 f"With grow_ranking={ranking!r} a layer may grow fewer "
-                f"connections than it drops, and the mask of {layer.name!r} "
+                f"connections than it drops, but the mask of {layer.name!r} "
                 f"{layout.reason}. Pass conventions with "
                 "grow_ranking='inactive', or sparsify with "
                 "granularity='element'."
@@ -357,8 +361,8 @@ class MaskUpdate(StepUpdate):
         )
 
     def _check_momentum(self):
-        # Of any that is trained: one that is frozen has no memory.
-        model: Any = self.model  # which is set by now
+        # From any trained layer: frozen ones have no memory.
+        model: Any = self.model  # it is set here
         trained = {id(v) for v in model.trainable_variables}
         for layer in self.masked:
             if id(layer.kernel) in trained:
@@ -368,7 +372,7 @@ class MaskUpdate(StepUpdate):
     # When.
 
     def plan(self, epoch: int, epochs: int | None, steps: int | None) -> None:
-        """Fixes the update window, once the run is known."""
+        """Sets the update window, once the run is known."""
         end_step = self.end_step
         if end_step is None:
             end_step = self.step_at(self.end_share, epochs, steps)
@@ -400,15 +404,15 @@ class MaskUpdate(StepUpdate):
         Args:
             share: Between 0 and 1.
             epochs, steps: As in `plan`.
-            argument: Which argument would say the step, for the error.
+            argument: The argument that would give the step, for the error.
 
         Raises:
-            ValueError: How long the run is is not known.
+            ValueError: The length of the run is unknown.
         """
         if not steps or not epochs:
             raise ValueError(
                 f"{self.name}({argument}=None) means {share:.0%} of the run, "
-                "but how long this run is is not known. Pass steps_per_epoch "
+                "but the length of this run is unknown. Pass steps_per_epoch "
                 f"to fit, or {argument} to {type(self).__name__}."
             )
         each = optimizer_state.batches_per_step(self.optimizer)
@@ -420,15 +424,14 @@ class MaskUpdate(StepUpdate):
 
     @property
     def _window(self):
-        """The first and last step of updates, as the optimizer counts."""
+        """The first and last step of updates, in the optimizer's count."""
         return {name: t + self.run_start for name, t in self._span.items()}
 
     def _counted(self, step):
         """Returns a step and the update window, counted from the run's start.
 
         A run that begins on trained weights may begin with an update. At the
-        very first step nothing is known of a connection yet (t > 0 in
-        Algorithm 1).
+        very first step no connection is trained yet (t > 0 in Algorithm 1).
         """
         earlier = self.frequency if self.run_start > 0 else 0
         return step - self.run_start + earlier, {
@@ -460,7 +463,7 @@ class MaskUpdate(StepUpdate):
     ) -> tf.Tensor:
         fraction = self._fraction_at(step)
         self.before_drop(optimizer, layers, step)
-        # A unit is what the pattern of the mask keeps or removes as one.
+        # Scores and masks have a value for each unit of the pattern.
         masks = [m.units(tf.convert_to_tensor(m.mask.value)) for m in layers]
         drop_scores, grow_scores = (
             [
@@ -491,7 +494,7 @@ class MaskUpdate(StepUpdate):
             self.set_kernel_and_mask(
                 optimizer,
                 layer,
-                # A NaN that is not read refuses the update as well.
+                # Any NaN refuses the update, even one that is not read.
                 layer.by_element(tf.where(defined, new, mask)),
                 layer.by_element(joined & defined),
                 self.first_weights(layer, gradient, step),
@@ -531,9 +534,9 @@ class MaskUpdate(StepUpdate):
         return tf.math.divide_no_nan(rate, self._peak_rate)
 
     def _shares(self, optimizer, layers, gradients):
-        """Returns each layer's share of what density is redistributed by.
+        """Returns each layer's share for moving density or sparing layers.
 
-        None where nothing reads it.
+        It is None if nothing uses it.
         """
         if self.redistribution is None:
             if not self.conventions.spare_dense_layers:
@@ -573,7 +576,7 @@ class MaskUpdate(StepUpdate):
 
 
 def _repeated_nonzeros(kernel):
-    """Returns a kernel's nonzero weights, repeated to its own size."""
+    """Returns a kernel's nonzero weights, repeated to its size."""
     weights = kernel.numpy().ravel()
     nonzeros = weights[weights != 0]
     repeated = nonzeros if nonzeros.size else weights

@@ -17,33 +17,34 @@ __all__ = ["MEST"]
 class MEST(FirstCounts):
     """Drops by |w| + lambda |dL/dw| and grows at random.
 
-    With N entries of a layer, of which n were active at the start, and
-    k = round(N p_t), an update
+    A layer has N entries, n of them active at the start, and k = round(N p_t).
+    An update
 
-    - under the hard bound (MEST+EM) drops the k of lowest score, grows k;
-    - under the soft bound (MEST+EM&S) drops to n, grows k, so that the layer
+    - under the hard bound (MEST+EM) drops the k of lowest score and grows k;
+    - under the soft bound (MEST+EM&S) drops to n and grows k, so that the layer
       has n + k connections until the next update.
 
-    p_t, a fraction of all entries and not of the active ones, is
-    `drop_fraction` until three quarters of the window (`end_step`), half of
-    it until its end, and 0 from there on, where the soft bound is back at n.
-    Growth is uniform among the inactive entries, those just dropped included.
-    Yuan et al., 2021, MEST: accurate and fast memory-economic sparse training
-    framework on the edge, arXiv:2110.14032, section 3.
+    p_t is a fraction of all entries, not of the active ones. It is
+    `drop_fraction` until three quarters of the window (`end_step`), half of it
+    until the end of the window, and then 0, which brings the soft bound back to
+    n. Growth is uniform among the inactive entries, including those just
+    dropped. Yuan et al., 2021, MEST: accurate and fast memory-economic sparse
+    training framework on the edge, arXiv:2110.14032, section 3.
 
-    Defaults are those of the authors' code for ResNet-32 on CIFAR: p 0.05 for
-    the soft bound, 0.02 for the other, updates every 5 epochs of 781 batches
-    until epoch 120 of 160. There lambda is 0, though the paper's score has
-    the gradient, and what is grown and dropped keeps its momentum; the first
-    update comes before the first step, where here t > 0.
+    Defaults are those of the authors' code for ResNet-32 on CIFAR: p is 0.05
+    for the soft bound and 0.02 for the hard one, with updates every 5 epochs of
+    781 batches until epoch 120 of 160. In that code lambda is 0, although the
+    paper's score has the gradient; connections that are dropped and grown keep
+    their momentum; and the first update comes before the first step, while here
+    t > 0.
 
     Args:
-        soft: Whether the bound is soft. Where a pattern says how many
-            connections a layer has, such as 2:4, it is hard.
+        soft: Whether the bound is soft. It is hard if a pattern fixes the
+            number of connections of a layer, such as 2:4.
         gradient_weight: lambda, at least 0. The gradient is that of the
-            update's batch at active connections; no dense one is needed.
-        drop_fraction: p at the start, in [0, 1]. None: 0.05 where the bound
-            is soft, else 0.02.
+            update's batch at active connections. It is never dense.
+        drop_fraction: p at the start, in [0, 1]. None: 0.05 for the soft bound,
+            0.02 for the hard one.
         others: As in `MaskUpdate`.
 
     Raises:
@@ -78,16 +79,16 @@ class MEST(FirstCounts):
         due = super().is_due(step)
         if not self.soft:
             return due
-        # The last update brings the layers back to their bound.
+        # The last update brings layers back to their bound.
         return due | (step == self._window["end_step"])
 
     def planned_density(self, step: int, steps: int, density: float) -> float:
         """Returns the density that a run will have at a step.
 
         Args:
-            step: From 0.
-            steps: Of the run.
-            density: That the run begins with.
+            step: The step, from 0.
+            steps: Number of steps of the run.
+            density: Density at the start.
         """
         last = self.end_step
         if last is None:
@@ -117,7 +118,7 @@ class MEST(FirstCounts):
         if self.gradient_weight == 0:
             return score
         return score + self.gradient_weight * tf.cast(
-            scores.gradient_magnitude(gradient), score.dtype
+            self.magnitudes(layer, gradient), score.dtype
         )
 
     def grow_scores(
@@ -128,7 +129,7 @@ class MEST(FirstCounts):
         )
 
     def _is_soft(self, layer):
-        # A pattern such as 2:4 says how many a layer has.
+        # A pattern such as 2:4 fixes the number in a layer.
         return self.soft and layer.layout.fixed is None
 
     def layer_fractions(
@@ -143,7 +144,7 @@ class MEST(FirstCounts):
             dropped = tf.maximum(count - self.first_count(layer), 0)
         else:
             dropped = tf.minimum(_share(layer, fraction), count)
-        # In the middle between two counts, whichever way it is rounded.
+        # In the middle between two counts, for any rounding.
         half = 0.5 if self.conventions.drop_rounding == "floor" else -0.5
         exact = tf.cast(dropped, tf.float64) + half
         part = tf.math.divide_no_nan(exact, tf.cast(count, tf.float64))

@@ -1,4 +1,4 @@
-"""Masks before training, all at once: SNIP, GraSP, SynFlow, magnitude."""
+"""Masks in one shot before training: SNIP, GraSP, SynFlow, magnitude."""
 
 import math
 import warnings
@@ -45,39 +45,39 @@ def snip(
 
     1. One forward and backward pass of the dense model on the batch gives the
        saliency |w dL/dw| of each weight (`scores.saliency`).
-    2. The round(density x weights) of largest saliency are kept: of all
-       layers together (`ranking.highest_of_all`), or of each layer as a
-       distribution says. A whole kernel or block is worth the mean of its
-       weights. Where groups of weights keep a number of their own, such as 2
-       of 4, the highest of each are kept.
+    2. The round(density x weights) weights of largest saliency are kept: over
+       all layers together (`ranking.highest_of_all`), or in each layer by a
+       distribution. A whole kernel or block has the mean saliency of its
+       weights. If groups have fixed numbers, such as 2 of 4, each keeps its
+       highest.
 
     Lee et al., 2019, SNIP: single-shot network pruning based on connection
     sensitivity, arXiv:1810.02340. Without a callback the masks never change.
 
     Args:
-        model: A built dense Sequential or Functional model, which stays as it
-            is: its batch statistics, too.
-        density: Fraction of the masked weights kept, in (0, 1]. None: that of
-            the pattern, where each layer's fixes it.
-        batch: `(inputs, targets)`, what `model` and `loss` take.
+        model: A built dense Sequential or Functional model. It is not changed,
+            nor are its batch statistics.
+        density: Fraction of the masked weights kept, in (0, 1]. None: the
+            density of the pattern, if it fixes that of each layer.
+        batch: `(inputs, targets)`, as `model` and `loss` take them.
         loss: `loss(targets, outputs)`, a Keras loss or any function that
             returns a tensor of losses.
         scope: `"global"`, as in the paper, or `"layer"`, as in the code of
             RigL's authors.
         distribution: With `"layer"`, how density is spread over layers, as in
             `sparsify`.
-        densities: With `"layer"`, `{layer or its name: density}` of layers
-            whose density is given.
+        densities: With `"layer"`, `{layer or its name: density}` of layers with
+            a fixed density.
         layers: Which layers to mask, as in `sparsify`.
-        granularity: What masks keep or remove as one, as in `sparsify`.
+        granularity: The pattern of the masks, as in `sparsify`.
         seed: Seed of later random draws.
 
     Returns:
         A model of the same kind in which the chosen layers are `Masked`.
 
     Raises:
-        ValueError: An argument is out of range, or the gradient of the batch
-            is not finite, or zero in all of a layer.
+        ValueError: An argument is out of range, or the gradient of the batch is
+            not finite, or zero in a whole layer.
         UserWarning: A layer keeps no connection.
 
     Example:
@@ -116,24 +116,24 @@ def grasp(
 ) -> keras.Model:
     """Returns a masked copy of a model that keeps the flow of gradients.
 
-    With the gradient g and the Hessian H of the loss of a batch, at the first
+    With the gradient g and the Hessian H of the loss of a batch, at the initial
     weights:
 
-    1. The score of a weight is w (H g): to first order, by how much the
-       squared norm of the gradient falls when w is removed, up to a factor.
-    2. The round(density x weights) of largest score, with its sign, are kept:
-       of all layers together, or of each layer as a distribution says.
+    1. The score of a weight is w (H g): to first order and up to a factor, the
+       decrease of the squared norm of the gradient when w is removed.
+    2. The round(density x weights) weights of largest (signed) score are kept:
+       over all layers together, or in each layer by a distribution.
 
     Wang et al., 2020, Picking winning tickets before training by preserving
     gradient flow, arXiv:2002.07376, Algorithm 1. The outputs are divided by
-    `temperature` before the loss, as in the authors' code. That takes 25
-    examples of each class, in two halves, keeps one weight too many, and
-    draws new weights for dense layers.
+    `temperature` before the loss, as in the authors' code. That code takes 25
+    examples of each class, in two halves, keeps one weight too many, and draws
+    new weights for dense layers.
 
     Args:
         model, density, batch, loss: As in `snip`. The batch is passed forward
             once and backward twice.
-        temperature: What outputs are divided by, positive.
+        temperature: Divisor of the outputs, positive.
         scope, distribution, densities, layers, granularity, seed: As in
             `snip`.
 
@@ -181,11 +181,11 @@ def synflow(
     No data is needed. With every variable replaced by its magnitude, inputs
     of ones, and R the sum of the outputs:
 
-    1. The score of a weight is w dR/dw: the sum over all paths through it of
+    1. The score of a weight is w dR/dw: the sum, over all paths through it, of
        the products of their weights.
-    2. In round k of `rounds`, the round(density^(k / rounds) x weights) of
-       largest score are kept, of all layers together, and R is computed again
-       with what is left.
+    2. In round k of `rounds`, the round(density^(k / rounds) x weights) weights
+       of largest score are kept, over all layers together, and R is computed
+       again with the rest removed.
 
     Tanaka et al., 2020, Pruning neural networks without any data by
     iteratively conserving synaptic flow, arXiv:2006.05467, Algorithm 1, with
@@ -193,12 +193,12 @@ def synflow(
     float64, as it overflows in deep networks, and divided by itself.
 
     Args:
-        model: A built dense Sequential or Functional model with inputs of
-            known shape, which stays as it is.
+        model: A built dense Sequential or Functional model with inputs of known
+            shape. It is not changed.
         density: Fraction of the masked weights kept, in (0, 1].
-        rounds: How many rounds, at least 1. Few of them empty whole layers.
+        rounds: Number of rounds, at least 1. Few rounds empty whole layers.
         layers: Which layers to mask, as in `sparsify`.
-        granularity: What masks keep or remove as one, as in `sparsify`.
+        granularity: The pattern of the masks, as in `sparsify`.
         seed: Seed of later random draws.
 
     Returns:
@@ -234,12 +234,12 @@ def magnitude(
 ) -> keras.Model:
     """Returns a masked copy of a trained model that keeps its largest weights.
 
-    The round(density x weights) of largest |w| are kept: of all layers
-    together, or of each layer as a distribution says. For a model that is
-    trained on, or exported as it is.
+    The round(density x weights) weights of largest |w| are kept: over all
+    layers together, or in each layer by a distribution. The result can be
+    trained further, or exported.
 
     Args:
-        model: A built dense model, which stays as it is.
+        model: A built dense model. It is not changed.
         density: As in `snip`.
         scope, distribution, densities, layers, granularity, seed: As in
             `snip`.
@@ -286,9 +286,9 @@ def _masked(
     granularity,
     seed,
 ):
-    """Returns a masked model of the weights that score highest.
+    """Returns a masked model with the weights that score highest.
 
-    `find` returns the scores, by name, of the kernels that it is given.
+    `find` returns the scores of the given kernels, by name.
     """
     _checks.choice("scope", scope, ("global", "layer"))
     if scope == "global" and densities is not None:
@@ -306,8 +306,8 @@ def _masked(
         found = _finite(method, find(plan.kernels))
         kept = _highest_of_each(found, plan, budgets)
     else:
-        distributions.full_name(distribution)  # which is not misspelt
-        # Of layers whose patterns fix what they keep.
+        distributions.full_name(distribution)  # raises if it is misspelt
+        # Layers whose patterns fix their densities.
         budgets = plan.fixed_budgets(density)
         total = _total(density, plan, budgets)
         found = _finite(method, find(plan.kernels))
@@ -323,7 +323,7 @@ def _finite(method, found):
     ):
         raise ValueError(
             f"{method} cannot rank weights by scores that are NaN or infinite: "
-            "check the weights, and what the loss of the batch is."
+            "check the weights, and the loss of the batch."
         )
     return found
 
@@ -342,7 +342,7 @@ def _with_masks(method, model, masks, density, granularity, seed):
 
 
 def _total(density, plan, fixed):
-    """Returns how many weights the layers that share a threshold keep."""
+    """Returns how many weights are kept by layers that share a threshold."""
     layouts = plan.layouts
     sizes = {name: math.prod(layout.shape) for name, layout in layouts.items()}
     weights = sum(sizes.values())
@@ -357,7 +357,7 @@ def _total(density, plan, fixed):
 
 
 def _highest_of_each(saliencies, plan, budgets):
-    """Returns `{name: mask}`, a number of units for each layer."""
+    """Returns `{name: mask}` with a number of units for each layer."""
     masks = {}
     for name, budget in budgets.items():
         layout = plan.layouts[name]
@@ -373,7 +373,7 @@ def _highest_of_each(saliencies, plan, budgets):
 
 
 def _highest_of_all(saliencies, plan, total):
-    """Returns `{name: mask}` of the layers that share a threshold."""
+    """Returns `{name: mask}` for the layers that share a threshold."""
     layouts = {n: at for n, at in plan.layouts.items() if at.fixed is None}
     if not layouts:
         return {}
@@ -394,14 +394,14 @@ def _highest_of_all(saliencies, plan, total):
 
 
 def _saliencies(model, chosen, batch, loss):
-    """Returns |w dL/dw| by name; changes nothing of the model."""
+    """Returns |w dL/dw| by name, without changing the model."""
     inputs, targets = _pair(batch)
     kernels = [kernel.variable for kernel in chosen.values()]
     values = [tf.convert_to_tensor(kernel.value) for kernel in kernels]
     with tf.GradientTape() as tape:
         tape.watch(values)
         mapping = list(zip(kernels, values, strict=True))
-        # What the pass would assign (batch statistics) stays in the scope.
+        # The scope keeps assignments of the pass, such as batch statistics.
         with keras.StatelessScope(state_mapping=mapping):
             outputs = model(inputs, training=True)
             value = tf.reduce_mean(loss(targets, outputs))
@@ -424,8 +424,8 @@ def _saliencies(model, chosen, batch, loss):
     ]
     if flat:
         raise ValueError(
-            "SNIP found no gradient to rank the weights of "
-            f"{', '.join(flat)} by: none changes the loss of the batch. Check "
+            "SNIP found no gradient for the weights of "
+            f"{', '.join(flat)}: none changes the loss of the batch. Check "
             "that the loss depends on the outputs, and that no scale after "
             "these layers starts at 0 (in our ResNets, zero_init_residual)."
         )
@@ -452,7 +452,7 @@ def _pair(batch):
 
 
 def _flows(model, chosen, batch, loss, temperature):
-    """Returns w (H g) by name; changes nothing of the model."""
+    """Returns w (H g) by name, without changing the model."""
     inputs, targets = _pair(batch)
     kernels = [kernel.variable for kernel in chosen.values()]
     values = [tf.convert_to_tensor(kernel.value) for kernel in kernels]
@@ -462,7 +462,7 @@ def _flows(model, chosen, batch, loss, temperature):
         with tf.GradientTape() as inner:
             inner.watch(values)
             mapping = list(zip(kernels, values, strict=True))
-            # What the pass would assign stays in the scope.
+            # The scope keeps assignments of the pass.
             with keras.StatelessScope(state_mapping=mapping):
                 outputs = keras.tree.map_structure(
                     lambda y: y / tf.cast(temperature, y.dtype),
@@ -484,7 +484,7 @@ def _flows(model, chosen, batch, loss, temperature):
 
 
 def _strongest_paths(model, plan, density, rounds):
-    """Returns the masks of SynFlow by name; changes nothing of the model."""
+    """Returns the masks of SynFlow by name, without changing the model."""
     others = [
         (variable, tf.abs(variable.value))
         for variable in model.variables
@@ -506,7 +506,7 @@ def _strongest_paths(model, plan, density, rounds):
             total = tf.add_n(
                 [tf.reduce_sum(tf.cast(y, tf.float64)) for y in outputs]
             )
-            # Scores of a layer then add to 1, however deep the network is.
+            # The scores of a layer then add to 1, at any depth of the network.
             total /= tf.stop_gradient(total)
         gradients: Any = tape.gradient(
             total, kept, unconnected_gradients=tf.UnconnectedGradients.ZERO
@@ -547,7 +547,7 @@ def _strongest_paths(model, plan, density, rounds):
 
 
 def _ones_of(model):
-    """Returns an input of ones for each that a model has."""
+    """Returns a tensor of ones for each input of a model."""
     inputs = getattr(model, "input", None)
     shapes = [tuple(each.shape)[1:] for each in keras.tree.flatten(inputs)]
     if inputs is None or any(None in shape for shape in shapes):

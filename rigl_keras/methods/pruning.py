@@ -18,37 +18,36 @@ __all__ = ["MagnitudePruning", "largest"]
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class MagnitudePruning(StepUpdate):
-    """Removes the smallest weights while sparsity rises along a schedule.
+    """Removes the smallest weights as sparsity rises by a schedule.
 
     Start with `sparsify(model, density=1.0)`. When the schedule is due with a
     sparsity s, the round((1 - s) x weights) connections of largest magnitude
-    stay, of all masked layers together or of each on its own (of whole
-    kernels and blocks, as many as fit into that). What is removed never
-    returns. Zhu and Gupta, 2018, To prune, or not to prune, arXiv:1710.01878.
+    stay, over all masked layers together or in each layer. For whole kernels
+    and blocks, as many stay as fit into that number. Removed connections never
+    return. Zhu and Gupta, 2018, To prune, or not to prune, arXiv:1710.01878.
 
-    Groups of weights that keep a number of their own (`patterns`) keep the
-    highest of each: with `FanIn` as many of every unit as comes nearest to
-    what the layer would keep; with `NM(n, m)` round((1 - s) m), but never
-    fewer than n, in either scope.
+    Groups with separate numbers (`patterns`) each keep their highest weights:
+    with `FanIn`, the number for every unit that is nearest to what the layer
+    would keep; with `NM(n, m)`, round((1 - s) m), but never fewer than n, for
+    both scopes.
 
-    Pruning replaces an optimizer step, as the updates of every method do. With
+    Like the updates of every method, pruning replaces an optimizer step. With
     `update_replaces_step=False` in the conventions it follows one, as in the
     authors' code.
 
     Args:
         schedule: A `schedules.SparsityRamp`, or a
-            `tfmot.sparsity.keras.PruningSchedule`: any callable
-            `step -> (due, sparsity)`. Steps count from where the run begins
+            `tfmot.sparsity.keras.PruningSchedule`: any callable `step -> (due,
+            sparsity)`. Steps count from the beginning of the run
             (`StepUpdate`).
-        scope: `"global"`: one threshold for all layers, as the report has it.
-            `"layer"`: the same sparsity for each layer, of which one weight
-            at least stays.
-        conventions: Under `REPORT` a ramp is read as the reproduction does.
+        scope: `"global"`: one threshold for all layers, as in the report.
+            `"layer"`: the same sparsity for each layer, which keeps at least
+            one weight.
+        conventions: Under `REPORT`, ramps are read as in the reproduction.
 
     Raises:
-        ValueError: The schedule cannot be called, the scope is unknown, a
-            ramp does not end where a pattern does, or what `StepUpdate`
-            raises.
+        ValueError: The schedule cannot be called, the scope is unknown, a ramp
+            does not end at a pattern's density, or as in `StepUpdate`.
         UserWarning: The schedule is never due in the run.
 
     Example:
@@ -75,20 +74,20 @@ class MagnitudePruning(StepUpdate):
         _checks.choice("scope", self.scope, ("global", "layer"))
 
     def get_config(self) -> dict:
-        """Returns the arguments with which to make an equal callback."""
+        """Returns the arguments that make an equal callback."""
         fields = dataclasses.fields(self)
         return {field.name: getattr(self, field.name) for field in fields}
 
     def lengthened(self, factor: float) -> "MagnitudePruning":
         if not hasattr(self.schedule, "lengthened"):
             raise ValueError(
-                "A longer run needs a longer schedule, and a "
+                "A longer run needs a longer schedule, but a "
                 f"{type(self.schedule).__name__} cannot be lengthened: pass a "
                 "rigl_keras.SparsityRamp, or the schedule of the whole run."
             )
         longer = copy.copy(self)
         longer.schedule = self.schedule.lengthened(factor)
-        longer.__post_init__()  # nothing of a run that this one was in
+        longer.__post_init__()  # without the state of an earlier run
         return longer
 
     def set_up(self) -> None:
@@ -97,13 +96,14 @@ class MagnitudePruning(StepUpdate):
         fixed = [m for m in self.masked if m.layout.fixed is not None]
         for layer in fixed if final is not None else ():
             kept, size = layer.layout.fixed or 0, layer.layout.size
-            # Beside layers of other patterns, one stops at its own density.
+            # Beside layers with other patterns, each stops at its own density.
             alone = len(fixed) == len(self.masked)
             above = (final or 0.0) - kept / size
             if above > 1e-3 or (alone and above < -1e-3):
                 raise ValueError(
-                    f"The mask of {layer.name!r} {layer.layout.reason}, where "
-                    f"the ramp does not end. Pass final_density={kept}/{size}. "
+                    f"The mask of {layer.name!r} {layer.layout.reason}, but "
+                    "the ramp ends elsewhere. Pass "
+                    f"final_density={kept}/{size}. "
                     f"Received: final_density={final!r}."
                 )
 
@@ -130,7 +130,7 @@ class MagnitudePruning(StepUpdate):
             )
 
     def is_due(self, step: int | tf.Tensor) -> bool | tf.Tensor:
-        # A user's schedule may say True.
+        # A user's schedule may return True.
         return tf.convert_to_tensor(self._planned_sparsity(step)[0], tf.bool)
 
     def _planned_sparsity(self, step):
@@ -169,8 +169,8 @@ def largest(
         layers: The masked layers.
         density: Fraction of all weights, active or not, a float scalar.
         scope: `"global"` or `"layer"`, as in `ranking.highest_at_density`.
-        among_all: Whether every weight is a candidate, or those alone that
-            the masks keep now.
+        among_all: Whether all weights are candidates, or only those that the
+            masks keep now.
 
     Returns:
         A bool tensor of each kernel's shape.

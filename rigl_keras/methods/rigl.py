@@ -1,4 +1,4 @@
-"""RigL, SET and SNFS: what a connection is worth to each."""
+"""RigL, SET and SNFS: how each scores connections."""
 
 import dataclasses
 
@@ -21,10 +21,10 @@ class RigL(MaskUpdate):
     its RigL-SM (section 6.2).
 
     In-time over-parameterization (Liu et al., 2021, arXiv:2102.02887) is RigL
-    whose updates are rare and never stop, so that a connection has time to
-    grow before it is judged, and more of them are ever active: their share R_s
-    is `ever_active` in `TopologyDiagnostics`. The authors' code has the
-    arguments of the second example, for CIFAR at batch 128, takes the step
+    with rare updates that never stop. A connection has time to grow before it
+    is judged, and more of them are ever active: `TopologyDiagnostics` has their
+    share R_s as `ever_active`. The arguments of the second example are those of
+    the authors' code, for CIFAR with batches of 128. That code takes the step
     first (`Conventions(update_replaces_step=False)`) and rounds counts up.
 
     Args, Raises: as in `MaskUpdate`.
@@ -40,15 +40,15 @@ class RigL(MaskUpdate):
     def grow_scores(
         self, layer: KernelMask, gradient: tf.Tensor, step: tf.Tensor
     ) -> tf.Tensor:
-        return scores.gradient_magnitude(gradient)
+        return self.magnitudes(layer, gradient)
 
 
 class SET(MaskUpdate):
     """Grows connections at random.
 
     Mocanu et al., 2018, Scalable training of artificial neural networks with
-    adaptive sparse connectivity. With `"bernoulli"` sampling, as the report's
-    code has it, the number grown is random too.
+    adaptive sparse connectivity. With `"bernoulli"` sampling, as in the
+    report's code, the number grown is random too.
 
     Args, Raises: as in `MaskUpdate`.
     """
@@ -68,7 +68,7 @@ class SET(MaskUpdate):
         if self.conventions.sampling == "exact":
             return dropped
         # Each inactive unit joins with probability dropped / inactive: the
-        # number that join is binomial, and which ones is uniform.
+        # number that join is binomial, and their choice is uniform.
         mask = layer.units(tf.convert_to_tensor(layer.mask.value))
         inactive = tf.size(mask) - count_true(mask) + dropped
         key = tf.constant(layer.draw_key ^ self.seed ^ 1, tf.int64)
@@ -87,12 +87,12 @@ class SET(MaskUpdate):
 class SNFS(MaskUpdate):
     """Grows the connections of largest momentum, where momentum is largest.
 
-    Gradients are dense at every step, so that the optimizer's momentum is
-    that of every entry, active or not. An update grows by its magnitude, a
-    layer in proportion to its mean over active connections; the optimizer
-    forgets nothing. Dettmers and Zettlemoyer, 2020, Sparse networks from
-    scratch, arXiv:1907.04840, section 3, with the optimizer's own momentum as
-    in their code. It costs a dense backward pass at every step.
+    Gradients are dense at every step, so the optimizer's momentum covers every
+    entry, active or not. An update grows connections by its magnitude, and
+    layers grow in proportion to its mean over active connections; the
+    optimizer's memory is not reset. Dettmers and Zettlemoyer, 2020, Sparse
+    networks from scratch, arXiv:1907.04840, section 3, with the optimizer's
+    momentum as in their code. It costs a dense backward pass at every step.
 
     Args, Raises: as in `MaskUpdate`. The optimizer must keep momentum
         (`optimizer_state.momentum`).
@@ -105,8 +105,8 @@ class SNFS(MaskUpdate):
 
     def __post_init__(self):
         super().__post_init__()
-        # Even in the reproduction, what SNFS drops and grows again keeps its
-        # weight (funcs/grow.py:45-55).
+        # In SNFS, connections that are dropped and grown again keep their
+        # weights, even in the reproduction (funcs/grow.py:45-55).
         self.conventions = dataclasses.replace(
             self.conventions, regrown_value="kept"
         )
@@ -120,4 +120,4 @@ class SNFS(MaskUpdate):
         self, layer: KernelMask, gradient: tf.Tensor, step: tf.Tensor
     ) -> tf.Tensor:
         momentum = optimizer_state.momentum(self.optimizer, layer.kernel)
-        return scores.magnitude(momentum)
+        return self.magnitudes(layer, momentum)

@@ -1,4 +1,4 @@
-"""SRigL: RigL with a constant fan-in, and units that it ablates."""
+"""SRigL: RigL with a constant fan-in and ablation of units."""
 
 import dataclasses
 
@@ -14,31 +14,31 @@ __all__ = ["SRigL"]
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class SRigL(FirstCounts):
-    """RigL in which each output unit has as many connections as any other.
+    """RigL with equally many connections for each output unit of a layer.
 
-    Start with `sparsify(model, density, granularity="fan_in")`. An update
-    drops by magnitude in each layer, ablates the units to which few
-    connections matter, and grows by gradient in each unit until all that are
-    left have the same number: `fan_in.update_fan_in` has the steps. What a
-    layer began with is its budget, so that the units left have more
-    connections where others are ablated; of a remainder none are grown. The
-    last masked layer ablates no unit, as its units are the model's outputs.
+    Start with `sparsify(model, density, granularity="fan_in")`. An update drops
+    by magnitude in each layer, ablates units that have few salient connections,
+    and grows by gradient in each remaining unit until all have the same number.
+    `fan_in.update_fan_in` has the steps. The first number of connections of a
+    layer is its budget: if units are ablated, the others have more connections.
+    A remainder is not grown. The last masked layer ablates no unit, because its
+    units are the model's outputs.
 
     Lasby et al., 2024, Dynamic sparse training with structured sparsity,
     arXiv:2305.02299, section 3. Defaults are those of the authors' code for
-    convolutional networks; for transformers `ablation` is 0.95 there. On
+    convolutional networks; for transformers it has an `ablation` of 0.95. On
     ImageNet gradients are the mean of 8 batches (`gradient_batches`).
 
-    `remove_dead_units` removes ablated units for good, after training. Before
-    a batch norm such a unit has no variance, so that its gradient is large,
-    and what the norm adds, beta, goes on.
+    After training, `remove_dead_units` removes ablated units for good. Before a
+    batch norm an ablated unit has no variance, so its gradient is large, and
+    the norm passes on beta.
 
     Args:
-        ablation: gamma, in [0, 1]: a unit stays that has at least this share
-            of the mean fan-in in connections that matter. None: all units
-            stay.
-        others: As in `MaskUpdate`; of the conventions
-            `drop_rounding` applies.
+        ablation: gamma, in [0, 1]: a unit stays if its number of salient
+            connections is at least this share of the mean fan-in. None: all
+            units stay.
+        others: As in `MaskUpdate`; of the conventions, only `drop_rounding`
+            applies.
 
     Raises:
         ValueError: As in `MaskUpdate`, or masks keep whole kernels or blocks.
@@ -66,8 +66,8 @@ class SRigL(FirstCounts):
         ]
         if other:
             raise ValueError(
-                "SRigL gives each unit as many single weights, and the mask "
-                f"of {other[0]!r} has another pattern. Sparsify with "
+                "SRigL gives each unit the same number of weights, but the "
+                f"mask of {other[0]!r} has another pattern. Sparsify with "
                 "granularity='fan_in'."
             )
 

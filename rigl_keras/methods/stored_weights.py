@@ -1,9 +1,9 @@
-"""Methods that go on training the weights outside the masks.
+"""Methods that also train the weights outside the masks.
 
 Top-KAST and SR-STE keep a weight for every entry of a kernel, and multiply by
-the largest. Here a model is as sparse as with any other method, at any moment:
-the weights outside the masks are the method's, beside the model, and join the
-kernels only while the optimizer takes its step.
+the largest. Here a model is always as sparse as with any other method: the
+method stores the weights outside the masks, and adds them to the kernels only
+while the optimizer takes its step.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from rigl_keras import _checks, replicas, scores, topology
+from rigl_keras import _checks, replicas, topology
 from rigl_keras._tensor_checks import count_true
 from rigl_keras.conventions import Conventions
 from rigl_keras.masking.masked import KernelMask
@@ -36,27 +36,27 @@ def _fixed(value) -> Any:
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class StoredWeights(MaskUpdate):
-    """Multiplies by the largest weights, and trains others as well.
+    """Multiplies by the largest weights, and also trains others.
 
-    With w the weights of a kernel, those outside the mask m included:
+    With w the weights of a kernel, including those outside the mask m:
 
     1. A step has the gradient g = dL/d(w m), at every entry. The optimizer
-       moves w by `step_gradient` of it, where `trained` holds.
-    2. After every `frequency` steps m becomes 1 at the largest |w|, as many
-       as it has had.
+       moves w by its `step_gradient` where `trained` holds.
+    2. After every `frequency` steps m becomes 1 at the largest |w|, with the
+       same number of ones.
 
-    When a run begins, w outside the mask is drawn from the weights within it,
-    as `sparsify` keeps none there, and m is chosen for the first time. A later
-    run of the same callback goes on with the w that it has.
+    When a run begins, w outside the mask is drawn from the weights within it
+    (`sparsify` keeps none there), and m is chosen for the first time. A later
+    run of the same callback continues with its w.
 
     The kernel variable is w m: checkpoints, exports and counts are those of a
     sparse model. w (1 - m) is in `variables`; a run that resumes without them
-    has zeros there. Gradients are dense at every step, and the method holds
-    one more array of each kernel's size.
+    has zeros there. Gradients are dense at every step, and the method needs one
+    more array of each kernel's size.
 
     Args:
         frequency: Steps from one choice of m to the next, at least 1.
-        end_step: Last step after which m may change. None: the last of the
+        end_step: Last step after which m may change. None: the last step of the
             run.
         seed: Seed of random draws, at least 0.
 
@@ -64,7 +64,7 @@ class StoredWeights(MaskUpdate):
         ValueError: As in `MaskUpdate`, or the model is on several devices.
     """
 
-    # What of an update is no matter of choice here.
+    # Arguments of `MaskUpdate` that are fixed here.
     begin_step: int = _fixed(0)
     drop_fraction: float = _fixed(1.0)
     decay: str = _fixed("constant")
@@ -84,17 +84,16 @@ class StoredWeights(MaskUpdate):
         self._hidden: list[tf.Variable] = []
         self._hidden_of: list[keras.Variable] = []
 
-    # What makes a method.
+    # What defines a method.
 
     def step_gradient(
         self, layer: KernelMask, gradient: tf.Tensor, hidden: tf.Tensor
     ) -> tf.Tensor:
-        """Returns the gradient by which the optimizer moves the weights.
+        """Returns the gradient that the optimizer uses for the weights.
 
         Args:
             layer: The masked layer.
-            gradient: dL/d(masked kernel), with that of the kernel's own
-                penalty.
+            gradient: dL/d(masked kernel), including the kernel's penalty.
             hidden: The weights outside the mask, zero within it.
 
         Returns:
@@ -104,10 +103,10 @@ class StoredWeights(MaskUpdate):
         return gradient
 
     def trained(self, layer: KernelMask) -> tf.Tensor:
-        """Returns where weights move, a bool tensor; here, all do."""
+        """Returns which weights move, a bool tensor; by default all."""
         return tf.ones(layer.kernel.shape, tf.bool)
 
-    # What it remembers.
+    # State.
 
     def hidden(self, layer: KernelMask) -> tf.Variable:
         """Returns the weights of a layer outside its mask, zero within it."""
@@ -141,14 +140,14 @@ class StoredWeights(MaskUpdate):
     def forget(self) -> None:
         super().forget()
         for hidden, layer in zip(self._hidden, self.masked, strict=True):
-            # An earlier run of this callback has left them as trained.
+            # An earlier run of this callback trained them.
             if not bool(tf.reduce_any(hidden != 0)):
                 hidden.assign(_drawn(layer, self.seed))
         self.choose(self.masked)
         self._record.begin(self.steps_taken())
 
     def extra_logs(self) -> dict[str, tf.Tensor]:
-        return {}  # no fraction is dropped
+        return {}  # there is no drop fraction
 
     # When.
 
@@ -201,7 +200,7 @@ class StoredWeights(MaskUpdate):
             layers: Masked layers.
 
         Returns:
-            How many connections have joined, an integer scalar.
+            Number of connections that joined, an integer scalar.
         """
         nothing = [tf.zeros_like(m.kernel.value) for m in layers]
         step = tf.constant(0, tf.int64)
@@ -219,7 +218,7 @@ class StoredWeights(MaskUpdate):
     def grow_scores(
         self, layer: KernelMask, gradient: tf.Tensor, step: tf.Tensor
     ) -> tf.Tensor:
-        return scores.magnitude(self._weights(layer))
+        return self.magnitudes(layer, self._weights(layer))
 
     def first_weights(
         self, layer: KernelMask, gradient: tf.Tensor, step: tf.Tensor
@@ -251,32 +250,32 @@ class StoredWeights(MaskUpdate):
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class TopKAST(StoredWeights):
-    """Multiplies by the largest weights and trains somewhat more of them.
+    """Multiplies by the largest weights and trains some more of them.
 
-    Of a layer with N weights w and n connections, after every `frequency`
+    For a layer with N weights w and n connections, after every `frequency`
     steps
 
-        A = the n of largest |w|, by which the layer multiplies;
-        B = A and the next m of largest |w|, which are trained,
+        A = the n of largest |w|, which the layer multiplies by; B = A and the
+        next m of largest |w|, which are trained,
 
     where m = round(extra_density x N). A step moves w within B by
 
         dL/d(w 1_A) + penalty x w          on A,
         dL/d(w 1_A) + penalty x w N / n    on B without A.
 
-    Outside of B weights stand still. The larger penalty of what is not
-    multiplied by keeps A from changing for too little. Jayakumar et al.,
-    2020, Top-KAST: Top-K always sparse training, arXiv:2106.03517, sections
-    2.1 to 2.3; density by layer is that of `sparsify`, where the paper has
-    the same in each layer but the first and last.
+    Weights outside of B do not move. The larger penalty on B without A keeps A
+    from changing for small differences. Jayakumar et al., 2020, Top-KAST: Top-K
+    always sparse training, arXiv:2106.03517, sections 2.1 to 2.3. The density
+    of each layer is that of `sparsify`; the paper has the same density in all
+    layers except the first and last.
 
-    Defaults are ours, but for `frequency`: the authors' code is not public,
-    and the code of others that was read penalises by the norm instead of its
-    square. The paper's backward pass is sparse, too: it needs gradients on B
-    alone. Here it is dense (`training_flops` counts both ways).
+    Defaults are ours, except `frequency`: the authors' code is not public, and
+    another implementation penalises by the norm instead of its square. The
+    paper's backward pass is sparse too: it needs gradients only on B. Here it
+    is dense (`training_flops` counts both ways).
 
     Args:
-        extra_density: m over N, in [0, 1]. None: as many as A has.
+        extra_density: m over N, in [0, 1]. None: m is n.
         penalty: Factor of w in a step, at least 0.
         frequency, end_step, seed: As in `StoredWeights`.
 
@@ -337,7 +336,9 @@ class TopKAST(StoredWeights):
         for layer in layers:
             mask = tf.convert_to_tensor(layer.mask.value)
             kept = layer.units(mask)
-            worth = layer.by_unit(scores.magnitude(self.hidden(layer).value()))
+            worth = layer.by_unit(
+                self.magnitudes(layer, self.hidden(layer).value())
+            )
             extra = count_true(kept)
             if self.extra_density is not None:
                 size = math.prod(layer.layout.unit_shape)
@@ -352,26 +353,25 @@ class TopKAST(StoredWeights):
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class SRSTE(StoredWeights):
-    """Trains N:M sparse networks straight through, the pruned weights decaying.
+    """Trains N:M sparse networks straight through, and decays pruned weights.
 
-    With m = 1 at the N largest |w| of each M in a row, chosen again after
-    every step, a step has the gradient
+    m is 1 at the N largest |w| of each M in a row, and is chosen again after
+    every step. A step has the gradient
 
         dL/d(w m) + decay x (1 - m) w
 
-    at every entry: as if m were not there (straight through), and weights
-    that are left out fall towards zero, so that m settles. Zhou et al., 2021,
-    Learning N:M fine-grained structured sparse neural networks from scratch,
+    at every entry, as if m were not there (straight through). Pruned weights
+    fall towards zero, so that m settles. Zhou et al., 2021, Learning N:M
+    fine-grained structured sparse neural networks from scratch,
     arXiv:2102.04010, section 3.3 and Algorithm 1. The pattern is that of
-    `sparsify`; on another one it is the same rule, of the largest weights that
-    the pattern lets a layer have.
+    `sparsify`; with other patterns, the same rule keeps the largest weights
+    that the pattern allows.
 
-    Weight decay of the optimizer reaches every weight, as in the authors'
-    code; a kernel's own regulariser sees w m alone.
+    The optimizer's weight decay reaches every weight, as in the authors' code.
+    A kernel's own regulariser sees only w m.
 
     Args:
-        sparse_decay: The factor lambda, at least 0. The authors' code has
-            2e-4.
+        sparse_decay: The factor lambda, at least 0. The authors' code has 2e-4.
         frequency, end_step, seed: As in `StoredWeights`.
 
     Raises:
@@ -403,7 +403,7 @@ class SRSTE(StoredWeights):
 
 
 def _drawn(layer, seed):
-    """Returns weights for where a mask has none, drawn from those it has."""
+    """Returns weights for outside a mask, drawn from those within it."""
     weights, mask = layer.kernel.numpy(), layer.mask.numpy() != 0
     kept = weights[mask]
     draw = np.random.default_rng([layer.draw_key, seed])

@@ -1,4 +1,4 @@
-"""What the report's networks share: their convolutions and batch norm."""
+"""Convolutions and batch norm of the report's networks."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +17,7 @@ def check_sizes(
     Args:
         input_shape: Height, width and channels of an image.
         channel_scale: Factor on every number of channels.
-        channels: The smallest of these.
+        channels: The smallest number of channels.
     """
     if len(input_shape) != 3 or min(input_shape[:2]) < 8:
         raise ValueError(
@@ -26,13 +26,13 @@ def check_sizes(
         )
     if not 0 < channel_scale <= 1 or int(channels * channel_scale) < 1:
         raise ValueError(
-            "channel_scale must be in (0, 1] and leave a channel of "
+            "channel_scale must be in (0, 1] and leave at least one channel of "
             f"{channels}. Received: channel_scale={channel_scale}."
         )
 
 
 def l2(weight_decay: float) -> keras.regularizers.Regularizer | None:
-    """Returns the penalty weight_decay / 2 x sum of w^2, or None of 0."""
+    """Returns the penalty weight_decay / 2 x sum of w^2, or None for 0."""
     return keras.regularizers.L2(weight_decay / 2) if weight_decay else None
 
 
@@ -43,13 +43,13 @@ def convolution(x, channels: int, size: int, stride: int, penalty, name: str):
         x: Symbolic images.
         channels: Output channels.
         size: Height and width of the kernel, 1 or 3.
-        stride: 1 or 2. At 2 a kernel of 3 x 3 sees one pixel more on each
-            side, as in PyTorch.
+        stride: 1 or 2. At 2 a 3 x 3 kernel is padded by one pixel on each side,
+            as in PyTorch.
         penalty: Regularizer of the kernel, or None.
         name: Name of the layer.
     """
     if stride == 2 and size == 3:
-        # `same` would pad below and to the right only.
+        # `same` would pad at the bottom and the right only.
         x = layers.ZeroPadding2D(1, name=f"{name}_pad")(x)
     initializer: Any = keras.initializers.VarianceScaling(
         2.0, "fan_out", "untruncated_normal"
@@ -67,7 +67,7 @@ def convolution(x, channels: int, size: int, stride: int, penalty, name: str):
 
 
 def batch_norm(x, name: str, *, gamma: str = "ones"):
-    """Returns batch norm of momentum 0.9 and epsilon 1e-5.
+    """Returns batch norm with momentum 0.9 and epsilon 1e-5.
 
     Args:
         x: Symbolic images.

@@ -7,7 +7,7 @@ from keras import layers, ops
 
 __all__ = ["LearnedPositions", "gelu", "gpt"]
 
-_DEVIATION = 0.02  # of a kernel or an embedding at the start
+_DEVIATION = 0.02  # initial standard deviation of kernels and embeddings
 
 
 @keras.saving.register_keras_serializable("rigl_keras")
@@ -36,10 +36,10 @@ class LearnedPositions(layers.Layer):
 
 @keras.saving.register_keras_serializable("rigl_keras")
 def gelu(x):
-    """Returns GELU by its approximation with tanh, as in GPT-2.
+    """Returns GELU by its tanh approximation, as in GPT-2.
 
-    Hendrycks and Gimpel, 2016, arXiv:1606.08415, section 2. The exact one
-    needs erfc, which ONNX does not have.
+    Hendrycks and Gimpel, 2016, arXiv:1606.08415, section 2. The exact GELU
+    needs erfc, which ONNX lacks.
     """
     return ops.gelu(x, approximate=True)
 
@@ -61,13 +61,13 @@ def gpt(
         x = x + attention(norm(x))      causal, `heads` heads
         x = x + dense(gelu(dense(norm(x))))      4 x width units between
 
-    a last layer norm, and a dense layer to the logits of the next symbol. The
-    norms come before, as in GPT-2 (Radford et al., 2019, section 2.3). Kernels
-    and embeddings start as N(0, 0.02^2), biases as 0. The last layer has a
-    kernel apart from the embeddings: it is masked, and they are not. With
-    symbols as few as characters that makes the model larger by 0.1 %.
+    then a last layer norm, and a dense layer to the logits of the next symbol.
+    The norms come first, as in GPT-2 (Radford et al., 2019, section 2.3).
+    Kernels and embeddings start as N(0, 0.02^2), biases as 0. The last layer
+    does not share the embeddings: its kernel is masked, they are not. With
+    characters as symbols, this adds 0.1 % of parameters.
 
-    The default is of 38 million parameters, 37.7 million of them in the
+    The default has 38 million parameters, 37.7 million of them in the
     projections of attention and the dense layers, which `sparsify` masks.
 
     Args:
@@ -75,17 +75,16 @@ def gpt(
             [0, vocabulary).
         context: Length of the sequences, at least 1.
         layers: Number of blocks, at least 1.
-        width: Length of the vectors that blocks pass on, a multiple of
-            `heads`.
+        width: Length of the vectors between blocks, a multiple of `heads`.
         heads: Heads of attention, at least 1.
-        dropout: Dropout rate of embeddings, of attention and of what blocks
-            add, in [0, 1).
+        dropout: Dropout rate of embeddings, of attention and of the outputs of
+            blocks, in [0, 1).
         name: Name of the model.
 
     Returns:
         A Functional model from integers, shape (batch, context), to logits,
-        shape (batch, context, vocabulary). Those of a position depend on the
-        symbols up to it, and are of the symbol after it.
+        shape (batch, context, vocabulary). The logits at a position depend on
+        the symbols up to it, and predict the next one.
 
     Raises:
         ValueError: An argument is out of range.
@@ -130,7 +129,7 @@ def gpt(
 
 def _block(x, width, heads, dropout, name):
     y = _norm(f"{name}_norm1")(x)
-    # Any: Keras annotates nothing of what may be None.
+    # Any: Keras does not annotate what may be None.
     attention: Any = layers.MultiHeadAttention(
         heads,
         width // heads,
@@ -169,5 +168,5 @@ def _dropped(x, rate, name):
 
 
 def _normal() -> Any:
-    # One for each kernel: an initializer draws the same numbers each time.
+    # A new one for each kernel: an initializer repeats its numbers.
     return keras.initializers.RandomNormal(stddev=_DEVIATION)

@@ -15,9 +15,9 @@ def lenet5(
 ) -> keras.Model:
     """Returns LeNet-5 with ReLU and max pooling.
 
-    Convolution 5x5 of 6 channels (`same`), pool, convolution 5x5 of 16, pool,
-    dense 120, 84 and the classes. LeCun et al., 1998, section II.B; ReLU and
-    max pooling are today's choice for tanh and trained subsampling.
+    Convolution 5x5 with 6 channels (`same`), pool, convolution 5x5 with 16,
+    pool, dense 120, 84 and the classes. LeCun et al., 1998, section II.B. ReLU
+    and max pooling replace tanh and trained subsampling, as is usual today.
 
     Args:
         num_classes: Number of classes, at least 1.

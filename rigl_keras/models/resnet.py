@@ -27,26 +27,26 @@ def resnet50(
 ) -> keras.Model:
     """Returns ResNet-50 for images of 32 x 32.
 
-    A 3x3 convolution of 64 channels in the place of the 7x7 one and the
-    pooling; stages of 3, 4, 6 and 3 bottleneck blocks (1x1, 3x3, 1x1 with
-    four times the channels) of 64, 128, 256 and 512 channels, all but the
-    first starting with stride 2 on the 3x3 convolution; mean over all
-    positions and a classifier. Where a block changes the shape its shortcut is
-    a 1x1 convolution with batch norm. He et al., 2016, arXiv:1512.03385;
-    details as in the report's code: the last batch norm of each block starts
-    at 0, so that the block starts as the identity (He et al., 2019,
-    arXiv:1812.01187, section 3.1), convolutions of stride 2 pad one pixel on
-    each side, batch norm has momentum 0.9 and epsilon 1e-5, convolutions start
-    as N(0, 2 / (kernel size x channels out)).
+    A 3x3 convolution with 64 channels replaces the 7x7 one and the pooling.
+    Then come stages of 3, 4, 6 and 3 bottleneck blocks (1x1, 3x3, 1x1 with four
+    times the channels) with 64, 128, 256 and 512 channels; all except the first
+    start with stride 2 on the 3x3 convolution. The end is the mean over all
+    positions and a classifier. If a block changes the shape, its shortcut is a
+    1x1 convolution with batch norm. He et al., 2016, arXiv:1512.03385. Details
+    as in the report's code: the last batch norm of each block starts at 0, so
+    that the block starts as the identity (He et al., 2019, arXiv:1812.01187,
+    section 3.1), convolutions of stride 2 pad one pixel on each side, batch
+    norm has momentum 0.9 and epsilon 1e-5, and convolutions start as N(0,
+    2 / (kernel size x channels out)).
 
     Args:
         num_classes: Number of classes, at least 1.
         input_shape: Height, width and channels, at least 8 x 8.
-        channel_scale: Factor on every number of channels but those of the
-            image, in (0, 1], the product truncated.
-        zero_init_residual: Whether the last batch norm of each block starts
-            at 0 and not at 1. At 0 the first gradient of every block is 0,
-            which SNIP cannot rank by.
+        channel_scale: Factor on every number of channels except the image's, in
+            (0, 1]; products are truncated.
+        zero_init_residual: Whether the last batch norm of each block starts at
+            0 instead of 1. At 0 the first gradient of every block is 0, and
+            SNIP cannot rank by it.
         weight_decay: Coupled L2 on kernels, as in `wide_resnet`.
         name: Name of the model.
 
@@ -85,7 +85,7 @@ def resnet18(
 ) -> keras.Model:
     """Returns ResNet-18 for images of 32 x 32.
 
-    As `resnet50`, with four stages of 2 basic blocks (two 3x3 convolutions).
+    Like `resnet50`, with four stages of 2 basic blocks (two 3x3 convolutions).
 
     Args, Returns, Raises: as in `resnet50`.
     """

@@ -28,15 +28,14 @@ def wide_resnet(
 ) -> keras.Model:
     """Returns a wide residual network, WRN-depth-width.
 
-    A 3x3 convolution of 16 channels; three stages of (depth - 4) / 6
-    pre-activation blocks of 16, 32 and 64 x width channels, the second and
-    third starting with stride 2; batch norm, ReLU, mean over all positions
-    and a classifier. In a block that changes the number of channels the
-    shortcut is a 1x1 convolution of the activated input. Zagoruyko and
-    Komodakis, 2016, arXiv:1605.07146, section 2; details as in the report's
-    code: convolutions of stride 2 pad one pixel on each side, batch norm has
-    momentum 0.9 and epsilon 1e-5, convolutions start as
-    N(0, 2 / (9 x channels out)).
+    It has a 3x3 convolution with 16 channels; three stages of (depth - 4) / 6
+    pre-activation blocks with 16, 32 and 64 x width channels, the second and
+    third starting with stride 2; batch norm, ReLU, the mean over all positions
+    and a classifier. If a block changes the number of channels, its shortcut is
+    a 1x1 convolution of the activated input. Zagoruyko and Komodakis, 2016,
+    arXiv:1605.07146, section 2. Details as in the report's code: convolutions
+    of stride 2 pad one pixel on each side, batch norm has momentum 0.9 and
+    epsilon 1e-5, and convolutions start as N(0, 2 / (9 x channels out)).
 
     Args:
         depth: Number of layers, 6 n + 4.
@@ -44,12 +43,12 @@ def wide_resnet(
         num_classes: Number of classes.
         input_shape: Height, width and channels, at least 8 x 8.
         dropout: Dropout rate between the convolutions of a block, in [0, 1).
-        channel_scale: Factor on every number of channels but those of the
-            image, in (0, 1], the product truncated. sqrt(d) makes the report's
-            Small-Dense network of about d times the parameters.
+        channel_scale: Factor on every number of channels except the image's, in
+            (0, 1]; products are truncated. sqrt(d) makes the report's
+            Small-Dense network with about d times the parameters.
         weight_decay: Coupled L2: adds weight_decay / 2 x sum of w^2 of every
-            kernel to the loss, which gives the gradient weight_decay x w.
-        name: Name of the model. None: after depth and width.
+            kernel to the loss, and so weight_decay x w to the gradient.
+        name: Name of the model. None: from depth and width.
 
     Returns:
         A Functional model whose output is logits, shape (batch, num_classes).

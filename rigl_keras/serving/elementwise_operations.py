@@ -1,7 +1,7 @@
 """Arithmetic and activations, translated.
 
-Some activations are one operation of TensorFlow, others are written in
-several. The last one of these is where they are found.
+Some activations are one operation of TensorFlow, others are several. These are
+recognised at their last operation.
 """
 
 import math
@@ -19,7 +19,7 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 
 def _activation(kind: Activation, **numbers):
-    """Returns the translator of what is one operation of TensorFlow."""
+    """Returns a translator for an activation of one operation."""
 
     def translate(t: Translation, operation: tf.Operation) -> Step | Rows:
         return t.each(
@@ -74,7 +74,7 @@ def _value_and_constant(t, operation):
     ):
         if array is not None:
             if array.dtype != np.float32:
-                raise UnknownError("it computes something else than float32")
+                raise UnknownError("it computes something other than float32")
             return tensor, array, first
     return one, None, False
 
@@ -82,8 +82,8 @@ def _value_and_constant(t, operation):
 def _affine(t, tensor, scale, shift):
     """Returns a value times a constant plus another.
 
-    Constants are one for each channel, or for each place of some last axes,
-    which are one axis in between.
+    A constant has a value for each channel, or for each place of some last
+    axes, which become one axis in between.
     """
     scale, shift = (np.asarray(array, np.float64) for array in (scale, shift))
 
@@ -109,14 +109,14 @@ def _affine(t, tensor, scale, shift):
 
 
 def _stripped(array):
-    """Returns an array without first axes of length 1."""
+    """Returns an array without leading axes of length 1."""
     while array.shape[:1] == (1,):
         array = array[0]
     return array
 
 
 def _spanned(array, shape):
-    """Returns how many of the last axes of a value a constant is for."""
+    """Returns how many last axes of a value a constant covers."""
     lengths = _stripped(array).shape
     axes = len(lengths)
     if array.ndim > len(shape) + 1 or axes > len(shape):
@@ -202,11 +202,11 @@ def _batch_norm(t, operation):
     return _affine(t, operation.inputs[0], scale, offset - mean * scale)
 
 
-# Activations of several operations.
+# Activations with several operations.
 
 
 def _scaled(t, tensor, factors):
-    """Returns a product by a constant; of relu6(x + 3) / 6 what that is."""
+    """Returns a product by a constant, or the activation relu6(x + 3) / 6."""
     if np.size(factors) == 1 and math.isclose(
         float(np.ravel(factors)[0]), 1 / 6, rel_tol=1e-6
     ):
@@ -250,7 +250,7 @@ _GATED = {
 
 
 def _gated(t, operation):
-    """Returns x times a sigmoid of x as an activation, or None."""
+    """Returns the activation x times a sigmoid of x, or None."""
     one, other = (_step_of(t, tensor) for tensor in operation.inputs)
     for x, gate in ((one, other), (other, one)):
         for inner, outer in _GATED.items():
@@ -267,7 +267,7 @@ def _step_of(t, tensor):
 
 
 def _gelu(t, operation):
-    """Returns a GELU, of which this is the last product, or None."""
+    """Returns the GELU that ends in this product, or None."""
     (one, a), (other, b) = (_unscaled(t, tensor) for tensor in operation.inputs)
     for x, gate in ((one, other), (other, one)):
         kind = _gate_of_gelu(t, x, gate, a * b)
@@ -282,7 +282,7 @@ def _gelu(t, operation):
 
 
 def _gate_of_gelu(t, x, gate, factor):
-    """Returns which GELU `factor * x * gate` is."""
+    """Returns the kind of GELU of `factor * x * gate`."""
     if not _close(factor, 0.5):
         return None
     operation = gate.op
@@ -323,7 +323,7 @@ def _is_cubic(t, x, total):
 
 
 def _less(t, tensor, number):
-    """Returns the other summand of a sum with a number, or None."""
+    """Returns the other term of a sum with a number, or None."""
     if tensor.op.type != "AddV2":
         return None
     inner, constant, _ = _value_and_constant(t, tensor.op)
@@ -333,7 +333,7 @@ def _less(t, tensor, number):
 
 
 def _unscaled(t, tensor):
-    """Returns a tensor and a factor whose product the given one is."""
+    """Returns a tensor and a factor whose product is the given tensor."""
     factor = 1.0
     while True:
         tensor = _unaliased(tensor)
@@ -365,7 +365,7 @@ def _close(one, other):
 
 
 def _select(t, operation):
-    """ELU of another alpha than 1: x > 0 ? elu(x) : alpha * elu(x)."""
+    """ELU with an alpha other than 1: x > 0 ? elu(x) : alpha * elu(x)."""
     condition, positive, negative = operation.inputs
     elu = _step_of(t, positive)
     inner, alpha = _unscaled(t, negative)

@@ -1,4 +1,4 @@
-"""A function of TensorFlow as a graph without variables and without calls."""
+"""A function of TensorFlow as a graph without variables and calls."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -18,18 +18,18 @@ _SHAPES = ("Shape", "ShapeN", "Size")
 
 @dataclasses.dataclass
 class FrozenGraph:
-    """A graph, and what is constant in it.
+    """A graph, and its constant parts.
 
     Attributes:
         graph: The graph.
         inputs: `{name: tensor}` of the arguments.
         outputs: `{name: tensor}` of the results.
-        captures: `{name of a tensor: what feeds it}`, of what the function
-            holds beside variables, as tables.
+        captures: `{name of a tensor: its source}` for what the function holds
+            besides variables, such as tables.
         session: Computes parts of it.
-        constants: `{name of a tensor: array}` of those that operations with
-            other inputs read.
-        constant_operations: Names of operations that always give the same.
+        constants: `{name of a tensor: array}` of the constants that other
+            operations read.
+        constant_operations: Names of operations whose results are constant.
     """
 
     graph: tf.Graph
@@ -45,15 +45,15 @@ class FrozenGraph:
         tensor: tf.Tensor,
         shape_of: Callable[[str], tuple[int, ...] | None],
     ) -> np.ndarray | None:
-        """Returns what a tensor holds, given shapes of others.
+        """Returns the value of a tensor, given the shapes of others.
 
         Args:
-            tensor: One that depends on shapes alone, as the second input of a
-                Reshape does.
+            tensor: A tensor that depends on shapes only, such as the second
+                input of a Reshape.
             shape_of: Returns the shape of a tensor by its name, or None.
 
         Returns:
-            Its value, or None where it depends on something else.
+            Its value, or None if it depends on something else.
         """
         if tensor.name in self.constants:
             return self.constants[tensor.name]
@@ -86,8 +86,8 @@ def freeze(function: Any) -> FrozenGraph:
     """Returns the graph of a concrete function.
 
     Args:
-        function: Concrete function with named arguments, as `tf.function`
-            makes of `serve(**inputs)`, that returns a dict.
+        function: Concrete function with named arguments that returns a dict, as
+            `tf.function` makes of `serve(**inputs)`.
     """
     names = sorted(function.structured_input_signature[1])
     pruned = _pruned(function, names)
@@ -95,7 +95,7 @@ def freeze(function: Any) -> FrozenGraph:
         definition = _keras.frozen(pruned)
     except ValueError as error:
         raise ValueError(
-            "The function cannot be made one without variables: "
+            "The function's variables cannot be made constants: "
             f"{first_line(error)}"
         ) from error
     graph = tf.Graph()
@@ -131,10 +131,10 @@ def freeze(function: Any) -> FrozenGraph:
 
 
 def _pruned(function, names):
-    """Returns a function that computes the same and assigns nothing.
+    """Returns a function with the same results that assigns nothing.
 
-    TensorFlow freezes no function that assigns a variable, and Keras's
-    recurrent layers update the seeds of their dropout in inference, too.
+    TensorFlow does not freeze functions that assign variables, and Keras's
+    recurrent layers update the seeds of their dropout at inference, too.
     """
     graph = function.graph
     assigned = [
@@ -181,7 +181,7 @@ def _pruned(function, names):
     @tf.function(autograph=False)
     def pruned(**inputs):
         for variable in function.variables:
-            variable.read_value()  # has TensorFlow know that it is read
+            variable.read_value()  # tells TensorFlow that it is read
         values = {inner: inputs[name] for inner, name in arguments.items()}
         values |= captured(captures)
         made = tf.graph_util.import_graph_def(
@@ -198,13 +198,13 @@ def _pruned(function, names):
 
 
 def captured(tensors: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-    """Returns eager tensors, by name, as those of the function being traced."""
+    """Returns eager tensors, by name, as captures of the traced function."""
     graph: Any = tf.compat.v1.get_default_graph()
     return {name: graph.capture(tensor) for name, tensor in tensors.items()}
 
 
 def _live(outputs):
-    """Returns the names of the operations that outputs are computed by."""
+    """Returns the names of the operations that compute outputs."""
     live, waiting = set(), [tensor.op for tensor in outputs]
     while waiting:
         operation = waiting.pop()
@@ -227,7 +227,7 @@ def _constant_operations(graph):
 
 
 def _session(graph):
-    """Returns a session that computes what it is asked for, and no more."""
+    """Returns a session that computes only what it is asked for."""
     config = tf.compat.v1.ConfigProto()
     rewriting = config.graph_options.rewrite_options
     rewriting.disable_meta_optimizer = True
@@ -235,7 +235,7 @@ def _session(graph):
 
 
 def _constants(session, constant):
-    """Returns the values at the borders of what is constant."""
+    """Returns the values at the borders of the constant parts."""
     wanted = {
         source.name: source
         for operation in session.graph.get_operations()
@@ -248,7 +248,7 @@ def _constants(session, constant):
 
 
 def _inlined(graph, definition):
-    """Returns a graph's definition, the bodies of functions for their calls."""
+    """Returns a graph's definition with calls replaced by their bodies."""
     while True:
         library = {f.signature.name: f for f in definition.library.function}
         calls = {
@@ -277,7 +277,7 @@ def _inlined(graph, definition):
                     name = _flat(renamed[name])
                 inputs[i] = name
             del node.input[:]
-            # What only had to come first: a call that is gone.
+            # Control inputs from calls that are gone.
             node.input.extend(
                 name for name in inputs if name.removeprefix("^") not in calls
             )
@@ -290,7 +290,7 @@ def _flat(name):
 
 
 def _body(graph, call, function):
-    """Returns the nodes of a function as called, and its results' names."""
+    """Returns the nodes of a called function, and its results' names."""
     data = [name for name in call.input if not name.startswith("^")]
     known = {
         argument.name: name

@@ -1,4 +1,4 @@
-"""A function of TensorFlow as networks, and what is left of it."""
+"""A function of TensorFlow as networks, and the rest of it."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -28,12 +28,12 @@ LEAST_WORK = 10_000
 
 @dataclasses.dataclass(frozen=True)
 class Unknown:
-    """An operation that stays TensorFlow's.
+    """An operation that TensorFlow keeps.
 
     Attributes:
         name: Its name in the graph.
         operation: Its type.
-        reason: Why no network computes it.
+        reason: Why a network cannot compute it.
     """
 
     name: str
@@ -43,12 +43,12 @@ class Unknown:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Imported:
-    """What `import_function` found.
+    """The result of `import_function`.
 
     Attributes:
-        network: The whole function, its inputs and outputs named as the
-            function's. None where TensorFlow must compute a part of it.
-        unknown: What no network computes.
+        network: The whole function; inputs and outputs have the function's
+            names. None if TensorFlow must compute a part of it.
+        unknown: The operations that no network computes.
         segments: The networks in it, in the order in which they run.
     """
 
@@ -60,12 +60,13 @@ class Imported:
     def rebuild(
         self, inputs: Mapping[str, tf.Tensor], run: RunSegment
     ) -> dict[str, tf.Tensor]:
-        """Returns what the function computes. Must be called within a graph.
+        """Returns the function's results. Must be called within a graph.
 
         Args:
             inputs: The function's arguments by name.
-            run: Given the number of a segment, 0 the first, and tensors for
-                its inputs, returns its outputs, both in their order.
+            run: Called with the number of a segment, 0 for the first, and
+                tensors for its inputs. It returns the outputs. Both are in
+                order.
 
         Returns:
             The function's results by name.
@@ -82,22 +83,22 @@ class Imported:
 def import_function(function: Any, *, least_work: int = LEAST_WORK) -> Imported:
     """Returns the networks in a function.
 
-    Its variables are taken as they are now. Convolutions, dense layers, batch
-    norms, pools, upsampling, padding, sums, products and activations of
-    float32 become networks, channels last; anything else, as attention,
-    recurrent layers and what is done to integers, stays TensorFlow's, with
-    the largest networks between. A part that is all known is one network if
-    it holds enough work.
+    Variables keep their current values. Convolutions, dense layers, batch
+    norms, pools, upsampling, padding, sums, products and activations in
+    float32, channels last, become networks. TensorFlow keeps everything else,
+    such as attention, recurrent layers and integer operations, with the largest
+    possible networks between. A part whose operations are all known becomes a
+    network if it holds enough work.
 
     Args:
-        function: A concrete function with named arguments, as one made of
-            `serve(**inputs)`, which returns a dict.
-        least_work: How many products of a weight that is not zero and a value
-            a part must hold for one example, at least 1. A function of which
-            all is known is a network in any case.
+        function: A concrete function with named arguments that returns a dict,
+            such as one made from `serve(**inputs)`.
+        least_work: Smallest number of products of a nonzero weight and a value,
+            for one example, that makes a part a network, at least 1. A function
+            whose operations are all known is always a network.
 
     Returns:
-        The networks, and what is left.
+        The networks, and the rest.
     """
     least_work = integer("least_work", least_work, at_least=1)
     graph = freeze(function)
@@ -118,7 +119,7 @@ def import_function(function: Any, *, least_work: int = LEAST_WORK) -> Imported:
 
 
 def _whole(graph, translation, ends):
-    """Returns a graph as a network, and as the one segment of it, if any."""
+    """Returns a graph as a network, and as its only segment, if any."""
     fed = {
         name: translation.step(tensor)
         for name, tensor in graph.inputs.items()
@@ -128,7 +129,7 @@ def _whole(graph, translation, ends):
         list(fed.items()),
         list(zip(graph.outputs, simplify(ends), strict=True)),
     )
-    # What is an output as it was fed is there already.
+    # Inputs that are outputs need no computation.
     outputs = {
         tensor.name: output.node
         for tensor, step, output in zip(

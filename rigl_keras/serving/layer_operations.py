@@ -1,4 +1,4 @@
-"""Convolutions, dense layers, pools and what changes shapes, translated."""
+"""Convolutions, dense layers, pools and changes of shape, translated."""
 
 import math
 
@@ -19,7 +19,7 @@ def _alias(t: Translation, operation: tf.Operation) -> Step | Rows:
 
 def _cast(t, operation):
     if operation.get_attr("DstT") != tf.float32:
-        raise UnknownError("it computes something else than float32")
+        raise UnknownError("it computes something other than float32")
     return _alias(t, operation)
 
 
@@ -98,7 +98,7 @@ def _padding(operation):
 
 
 def _around_images(numbers):
-    """Returns the padding of eight numbers, two for each axis."""
+    """Returns the padding from eight numbers, two for each axis."""
     *batch, top, bottom, left, right, before, after = numbers
     if any(batch) or before or after:
         raise UnknownError("it pads more than rows and columns")
@@ -108,9 +108,9 @@ def _around_images(numbers):
 def _batch_to_space(t, operation):
     """A dilated convolution, as TensorFlow computes it on the CPU.
 
-    It makes an image of each d-th row, convolves these images, and joins them
-    again: space to batch, (expand an axis), convolution, (squeeze it), batch
-    to space.
+    TensorFlow makes images of each d-th row and column, convolves them, and
+    joins them again: space to batch, (expand an axis), convolution, (squeeze
+    it), batch to space.
     """
     block = t.numbers(operation.inputs[1])
     crops = t.numbers(operation.inputs[2])
@@ -119,7 +119,7 @@ def _batch_to_space(t, operation):
     if squeezed:
         inner = inner.inputs[0].op
     if inner.type not in ("Conv2D", "DepthwiseConv2dNative"):
-        raise UnknownError("no convolution is before it")
+        raise UnknownError("no convolution comes before it")
     outer = inner.inputs[0].op
     expanded = outer.type == "ExpandDims"
     if expanded:
@@ -137,7 +137,7 @@ def _batch_to_space(t, operation):
     around = [more - less for more, less in zip(paddings, crops, strict=True)]
     x = t.read(outer.inputs[0])
     kernel = t.weights(inner.inputs[1])
-    if len(block) == 1:  # of a sequence, as an image of one row
+    if len(block) == 1:  # a sequence, as an image of one row
         x = _as_row(t, x)
         block, around = [1, *block], [0, 0, *around]
     if inner.type == "Conv2D":
@@ -191,11 +191,11 @@ def _batch_matmul(t, operation):
 
 
 def _einsum(t, operation):
-    """`abc,cde->abde`: all of the last axes of x, by a constant."""
+    """`abc,cde->abde`: a product of the last axes of x and a constant."""
     equation = operation.get_attr("equation").decode().replace(" ", "")
     reads, result = equation.split("->")
     if len(operation.inputs) != 2 or reads.count(",") != 1 or "." in equation:
-        raise UnknownError("it is no product of a value and a kernel")
+        raise UnknownError("it is not a product of a value and a kernel")
     x = t.read(operation.inputs[0])
     kernel = t.weights(operation.inputs[1])
     of_x, of_kernel = reads.split(",")
@@ -265,7 +265,7 @@ def _global_pool(t, operation, maximum):
     return t.make(Operation.GLOBAL_POOL, x, maximum=maximum, keep_axes=keep)
 
 
-# What changes shapes.
+# Changes of shape.
 
 
 def _pad(t, operation):
@@ -278,7 +278,7 @@ def _pad(t, operation):
 
 
 def _padded(t, x, numbers, value=0.0):
-    """Returns an image or a sequence, padded by two numbers for each axis."""
+    """Returns an image or sequence, padded by two numbers for each axis."""
     if not any(numbers):
         return x
     if len(x.shape) == 2:
@@ -290,7 +290,7 @@ def _padded(t, x, numbers, value=0.0):
 
 
 def _strided_slice(t, operation):
-    """Cropping: what is left of an axis is in one piece."""
+    """Cropping: one piece of each axis is left."""
     x = t.read(operation.inputs[0])
     begin, end, strides = (t.numbers(operation.inputs[i]) for i in (1, 2, 3))
     masks = ("ellipsis_mask", "new_axis_mask", "shrink_axis_mask")
@@ -310,7 +310,7 @@ def _strided_slice(t, operation):
             last = -end[axis]
             if end[axis] >= 0:
                 if free:
-                    raise UnknownError("it crops an axis of free length")
+                    raise UnknownError("it crops an axis of unknown length")
                 last = max(length - end[axis], 0)
         numbers += [-first, -last]
     return _padded(t, x, numbers)
@@ -346,7 +346,7 @@ def _squeeze(t, operation):
         raise UnknownError("it may remove the batch")
     shape = tuple(n for i, n in enumerate(x.shape, 1) if i not in axes)
     if not shape:
-        raise UnknownError("it leaves no axis but the batch")
+        raise UnknownError("it leaves no axis except the batch")
     return t.reshaped(x, shape)
 
 
@@ -375,7 +375,7 @@ def _reshape(t, operation):
         for one, other in zip(targets[0][1:], targets[1][1:], strict=True)
     )
     if not shape or shape.count(-1) > 1:
-        raise UnknownError("its shape is not known")
+        raise UnknownError("its shape is unknown")
     return t.reshaped(x, shape)
 
 
@@ -387,7 +387,7 @@ def _are_rows(targets, lengths):
 
 
 def _upsampled_by_tiles(t, operation, targets):
-    """Returns what repeats rows or columns: expand, tile, reshape."""
+    """Returns repeated rows or columns: expand, tile, reshape."""
     tile = operation.inputs[0].op
     if tile.type != "Tile" or tile.inputs[0].op.type != "ExpandDims":
         return None

@@ -1,7 +1,7 @@
-"""A network as data: what is computed, and nothing of how.
+"""A network as data: what it computes, not how.
 
-`csrc/network.h` has the same in C++, and a file (`network_file`) is what both
-read and write.
+`csrc/network.h` has the same in C++. Both read and write the same files
+(`network_file`).
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ __all__ = [
 
 
 class Operation(enum.IntEnum):
-    """What a node computes. The numbers stand in files: they never change."""
+    """What a node computes. Files hold the numbers: they never change."""
 
     INPUT = 0
     CONVOLUTION = 1  # also depthwise (as many groups as channels)
@@ -67,8 +67,8 @@ class Padding:
     """Zeros beyond the edges of an image.
 
     Attributes:
-        same: As many as TensorFlow's `"SAME"`. The numbers are 0 then.
-        top: Rows above, and so on. Of a `Pad` a negative number crops.
+        same: As many as with TensorFlow's `"SAME"`. The numbers are then 0.
+        top: Rows above. In a `Pad`, negative numbers crop.
         bottom: Rows below.
         left: Columns on the left.
         right: Columns on the right.
@@ -91,36 +91,38 @@ def _no_array():
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Node:
-    """A step of a network. Which fields it has depends on its operation.
+    """A step of a network. Its operation determines which fields it uses.
 
-    Images are [rows, columns, channels], all numbers float32, and shapes have
-    no batch.
+    Images are [rows, columns, channels], all numbers are float32, and shapes do
+    not include the batch.
 
     Attributes:
         operation: What it computes.
-        name: For people. Of an input, what it is fed by.
-        inputs: Indices of nodes before this one.
-        size: Of a pool, rows and columns of its window.
-        strides: Of a convolution or pool, rows and columns.
-        dilations: Of a convolution, rows and columns.
-        groups: Of a convolution. Filter f belongs to group
+        name: For people. For an input, the name by which it is fed.
+        inputs: Indices of earlier nodes.
+        size: For a pool: rows and columns of its window.
+        strides: For a convolution or pool: rows and columns.
+        dilations: For a convolution: rows and columns.
+        groups: For a convolution. Filter f belongs to group
             f // (filters // groups).
-        padding: Of a convolution, a pool, and a pad (not `same`).
-        kernel: Of a convolution, [rows, columns, channels / groups, filters];
-            of a dense layer [inputs, units].
-        bias: Of those, [filters] or [units]; empty: none.
-        scale: Of an affine step, [channels], or [1] for all of them.
-        shift: The same.
-        activation: Which one.
-        a: Its first number; what a pad pads with.
-        b: Its second one.
-        maximum: Of a pool or global pool: the maximum, not the average. An
-            average is that of the window's pixels that lie in the image.
-        keep_axes: Of a global pool: returns [1, 1, channels], not [channels].
-        factors: Of an upsampling, rows and columns.
-        bilinear: Of an upsampling: by half-pixel centers, not the nearest.
-        shape: Of an input, -1 where a length is free; of a reshape, -1 for
-            what is left.
+        padding: For a convolution, a pool, and a pad (not `same`).
+        kernel: For a convolution, [rows, columns, channels / groups, filters];
+            for a dense layer, [inputs, units].
+        bias: For the same, [filters] or [units]; empty: none.
+        scale: For an affine step, [channels], or [1] for all of them.
+        shift: Likewise.
+        activation: The activation.
+        a: Its first number, or the value of a pad.
+        b: Its second number.
+        maximum: For a pool or global pool: the maximum instead of the average.
+            Averages are over the pixels of the window that lie in the image.
+        keep_axes: For a global pool: returns [1, 1, channels] instead of
+            [channels].
+        factors: For an upsampling: rows and columns.
+        bilinear: For an upsampling: by half-pixel centers, instead of the
+            nearest pixel.
+        shape: For an input, -1 where a length is free; for a reshape, -1 for
+            the rest.
     """
 
     operation: Operation
@@ -147,7 +149,7 @@ class Node:
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """What a network returns by a name: the value of a node."""
+    """A named result of a network: the value of a node."""
 
     name: str
     node: int
@@ -155,12 +157,12 @@ class Output:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Network:
-    """Nodes, each after those that it reads.
+    """Nodes, each after the nodes that it reads.
 
     Attributes:
-        nodes: The inputs are those of `Operation.INPUT`, in this order.
-        outputs: What is returned, by name.
-        hints: What a planner has measured. May be empty.
+        nodes: All nodes. Those with `Operation.INPUT` are the inputs, in order.
+        outputs: The results, by name.
+        hints: Measurements of a planner. May be empty.
     """
 
     nodes: tuple[Node, ...]
@@ -168,7 +170,7 @@ class Network:
     hints: str = ""
 
     def inputs(self) -> tuple[Node, ...]:
-        """Returns the nodes that are fed, in their order."""
+        """Returns the input nodes, in order."""
         return tuple(n for n in self.nodes if n.operation == Operation.INPUT)
 
 
@@ -177,11 +179,10 @@ _MOST = 2**31 - 1
 
 
 def check_network(network: Network) -> None:
-    """Raises ValueError unless a network is one.
+    """Raises ValueError unless a network is valid.
 
-    Nodes read earlier ones, as many as they need; weights agree with one
-    another; numbers are in their range. What depends on the shapes of inputs
-    is not checked.
+    Nodes must read earlier nodes, as many as they need; weights must agree with
+    each other; numbers must be in range. Shapes of inputs are not checked.
 
     Args:
         network: The network.
@@ -209,7 +210,7 @@ def check_network(network: Network) -> None:
         twice = [name for name, times in Counter(names).items() if times > 1]
         if twice:
             raise ValueError(
-                f"{what} must have different names. Twice there: {twice[0]!r}."
+                f"{what} must have different names. Used twice: {twice[0]!r}."
             )
 
 
@@ -219,7 +220,7 @@ def _reads_wrong(node, index):
     elif node.operation in _READS_TWO:
         fits, wanted = len(node.inputs) == 2, "two nodes"
     elif node.operation == Operation.CONCATENATE:
-        fits, wanted = len(node.inputs) > 0, "one node or more"
+        fits, wanted = len(node.inputs) > 0, "at least one node"
     else:
         fits, wanted = len(node.inputs) == 1, "one node"
     if not fits:
@@ -236,7 +237,7 @@ def _right(node):
 def _input(node):
     if not all(n == -1 or 0 < n <= _MOST for n in node.shape):
         return (
-            "must have lengths of 1 or more, or -1 where one is free. "
+            "must have lengths of at least 1, or -1 where one is free. "
             f"Received: {list(node.shape)}."
         )
     return ""
@@ -254,7 +255,7 @@ def _convolution(node):
         return wrong
     if not 0 < node.groups <= shape[3] or shape[3] % node.groups:
         return (
-            "must have as many filters in each group. Received: "
+            "must have equally many filters in each group. Received: "
             f"{shape[3]} filters and {node.groups} groups."
         )
     return _bias(node) or _padding(node)
@@ -280,7 +281,7 @@ def _padding(node):
     numbers = node.padding.numbers()
     if min(numbers) < 0 or (node.padding.same and any(numbers)):
         return (
-            "must be padded by 0 or more, and by 0 where its padding is "
+            "must be padded by 0 or more, and by 0 if its padding is "
             f"'same'. Received: {node.padding}."
         )
     return ""
@@ -295,7 +296,7 @@ def _affine(node):
         )
     if scale != shift and (1,) not in (scale, shift):
         return (
-            "must have as many scales as shifts, or one of either. Received: "
+            "must have as many scales as shifts, or one of them. Received: "
             f"{scale[0]} and {shift[0]}."
         )
     return ""
@@ -328,7 +329,7 @@ def _reshape(node):
     free = sum(n == -1 for n in node.shape)
     if free > 1 or not all(n == -1 or 0 < n <= _MOST for n in node.shape):
         return (
-            "must have lengths of 1 or more, or -1 at most once. Received: "
+            "must have lengths of at least 1, or -1 at most once. Received: "
             f"{list(node.shape)}."
         )
     return ""
@@ -339,7 +340,7 @@ def _at_least_one(node, *fields):
         numbers: Sequence[int] = getattr(node, field)
         if len(numbers) != 2 or not all(0 < n <= _MOST for n in numbers):
             return (
-                f"must have two {field} of 1 or more. Received: "
+                f"must have two {field} of at least 1. Received: "
                 f"{list(numbers)}."
             )
     return ""

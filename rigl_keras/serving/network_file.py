@@ -1,4 +1,4 @@
-"""A network as the bytes of a file, and back.
+"""Converts a network to the bytes of a file, and back.
 
 All numbers are little endian, nothing is aligned:
 
@@ -48,7 +48,7 @@ VERSION = 1
 _HEADER = struct.Struct("<8sIIQII")
 _ENCODINGS = ("dense", "bitmask", "gaps")  # by their numbers
 
-# What stands in a file of a node, beside its operation, name and inputs.
+# The fields of a node in a file, besides its operation, name and inputs.
 _FIELDS = {
     Operation.INPUT: ("shape",),
     Operation.CONVOLUTION: (
@@ -74,14 +74,14 @@ _FIELDS = {
 def to_bytes(network: Network) -> bytes:
     """Returns the file of a network.
 
-    Each array is stored dense, or as its entries that are not zero, whichever
-    takes least. Vectors are stored dense.
+    Each array is stored dense or as its nonzero entries, whichever takes less.
+    Vectors are stored dense.
 
     Args:
         network: The network.
 
     Raises:
-        ValueError: It is none.
+        ValueError: It is not a network.
     """
     check_network(network)
     parts = [_u32(len(network.nodes))]
@@ -121,7 +121,7 @@ def _string(text):
 def _array(array):
     """Returns the bytes of an array of float32."""
     array = np.ascontiguousarray(array, "<f4")
-    # A vector, a bias say, has little to gain, and readers want all of it.
+    # Vectors, such as biases, gain little, and readers need all of them.
     encoding = "dense" if array.ndim == 1 else cheapest_encoding(array)
     values, positions = array, None
     if encoding != "dense":
@@ -166,26 +166,26 @@ def from_bytes(data: bytes) -> Network:
         data: What `to_bytes` returned.
 
     Returns:
-        The network, all its arrays dense.
+        The network, with dense arrays.
 
     Raises:
-        ValueError: It is no such file, of another version, or damaged.
+        ValueError: It is not such a file, has another version, or is damaged.
     """
     if len(data) < _HEADER.size or data[: len(MAGIC)] != MAGIC:
         raise ValueError(
             f"A network's file begins with {MAGIC!r}. Received: {len(data)} "
-            f"bytes that begin with {bytes(data[: len(MAGIC)])!r}."
+            f"bytes, beginning with {bytes(data[: len(MAGIC)])!r}."
         )
     _, version, zero, size, crc, other = _HEADER.unpack_from(data)
     if version != VERSION:
         raise ValueError(
-            f"The network's file must be of version {VERSION}. Received: one "
-            f"of version {version}. Export the model with this package."
+            f"The network's file must have version {VERSION}. Received: "
+            f"version {version}. Export the model with this package."
         )
     body = memoryview(data)[_HEADER.size :]
     if len(body) != size or zlib.crc32(body) != crc or zero or other:
         raise ValueError(
-            f"The network's file is damaged: it must hold {size} bytes of "
+            f"The network's file is damaged: it must hold {size} bytes with "
             f"checksum {crc:#010x}. Received: {len(body)} bytes of "
             f"{zlib.crc32(body):#010x}."
         )
@@ -227,7 +227,7 @@ class _Reader:
         return struct.unpack("<I", self._take(4))[0]
 
     def _length(self, width):
-        """Returns how many items follow, of so many bytes at least."""
+        """Returns how many items of at least `width` bytes follow."""
         length = self._u32()
         if length * width > len(self._body) - self._at:
             raise _damaged("it ends within a list")
@@ -275,7 +275,7 @@ class _Reader:
             places = np.cumsum(gaps, dtype=np.int64)
         rise = bool((np.diff(places) > 0).all())
         if len(places) != len(values) or not rise or (places >= size).any():
-            raise _damaged("an array has values at no place of it")
+            raise _damaged("an array has values outside of it")
         array = np.zeros(size, np.float32)
         array[places] = values
         return array.reshape(shape)

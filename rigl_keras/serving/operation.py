@@ -19,23 +19,23 @@ def run_network(
     shapes: Sequence[tf.TensorShape],
     threads: int = 0,
 ) -> list[tf.Tensor]:
-    """Returns what a network computes.
+    """Returns the outputs of a network.
 
-    The file is read when the operation runs first. All operations of a process
+    The operation reads the file when it first runs. All operations of a process
     that run one file share its weights. There are no gradients.
 
     Args:
-        path: Of the network's file, such as a `tf.saved_model.Asset`.
+        path: Path of the network's file, such as a `tf.saved_model.Asset`.
         inputs: Float32, in the order of the network's inputs.
-        checksum: That of the file (`checksum_of`): another one is refused.
-        shapes: Of the outputs, the batch first.
+        checksum: Checksum of the file (`checksum_of`). Others are refused.
+        shapes: Shapes of the outputs, the batch first.
         threads: How many threads compute a call, at most 1024. 0: as many as
             TensorFlow uses within an operation.
 
     Raises:
         ValueError: `threads` is out of range.
         RuntimeError: There is no op library (`library.unavailable`).
-        tf.errors.DataLossError: The file is another one, or is damaged.
+        tf.errors.DataLossError: The file is a different one, or is damaged.
         tf.errors.InvalidArgumentError: Inputs do not fit the network.
     """
     threads = integer("threads", threads, at_least=0, at_most=1024)
@@ -57,5 +57,5 @@ def run_network(
 
 
 def checksum_of(data: bytes) -> int:
-    """Returns the checksum that the bytes of a network's file hold."""
+    """Returns the checksum in the bytes of a network's file."""
     return struct.unpack_from("<I", data, 24)[0]

@@ -1,9 +1,9 @@
-"""Which parts of a graph are networks, and which stay TensorFlow's.
+"""Splits a graph into networks and parts that TensorFlow keeps.
 
 A part must be convex: it could never run if it read what TensorFlow computes
-from one of its own outputs. So each step has a stage: how often a path to it
-leaves the known steps, at most. The stage never falls along a path, and rises
-where the path leaves what is known. Connected steps of one stage are therefore
+from one of its own outputs. So each step has a stage: how often, at most, a
+path to it leaves the known steps. The stage never falls along a path, and rises
+when the path leaves the known steps. So connected steps of one stage are
 convex.
 """
 
@@ -20,9 +20,9 @@ from rigl_keras.serving.translation import Translation
 
 __all__ = ["SMALL", "Part", "Segment", "parts_of", "segment_of"]
 
-# Why TensorFlow computes what a network could.
-SMALL = "what is known around it is small"
-_FREE = 32  # length of an axis that is free, where work is estimated
+# Why TensorFlow computes an operation that a network could.
+SMALL = "the known part around it is small"
+_FREE = 32  # length of a free axis, for estimates of work
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Segment:
     """A part of a graph that one network computes.
 
     Attributes:
-        network: What it computes.
+        network: The network.
         inputs: Names of the tensors that it reads, in the order of the
             network's inputs.
         outputs: Names of the tensors that it computes, in the order of the
@@ -47,9 +47,9 @@ class Part:
     """Steps that may become a network.
 
     Attributes:
-        steps: What is read comes first.
-        inputs: What they read from outside.
-        outputs: Those that are read outside, by the names of their tensors,
+        steps: The steps, each after the steps that it reads.
+        inputs: The outside steps that they read.
+        outputs: The steps that are read outside, by the names of their tensors.
             The caller fills them in.
     """
 
@@ -61,18 +61,18 @@ class Part:
 def parts_of(
     translation: Translation, ends: Sequence[Step], least_work: int
 ) -> list[Part]:
-    """Returns the parts of a graph that are worth making networks.
+    """Returns the parts of a graph that are worth a network.
 
-    All other steps become TensorFlow's.
+    TensorFlow keeps all other steps.
 
     Args:
         translation: The graph's steps.
-        ends: What is computed.
-        least_work: Products of a weight and a value, for one example, below
-            which a part is none.
+        ends: The results.
+        least_work: Fewest products of a weight and a value, for one example,
+            that make a part.
 
     Returns:
-        The parts, one that reads another after it.
+        The parts, each after the parts that it reads.
     """
     while True:
         parts = _connected(translation, ends)
@@ -81,8 +81,8 @@ def parts_of(
             return parts
         for part in small:
             for step in part.steps:
-                # TensorFlow's operation may read more than the step does: the
-                # shape of something.
+                # TensorFlow's operation may read more than the step, such as a
+                # shape.
                 translation.give_up(step, SMALL)
 
 
@@ -133,8 +133,8 @@ def _stages(translation, steps):
             ),
             default=0,
         )
-    # Steps between the inputs and the result of one operation are read by it
-    # alone, and have no tensor that could be passed from part to part.
+    # Steps between the inputs and the result of one operation are read only by
+    # it, and have no tensor to pass from part to part.
     named = {id(step) for step in translation.steps.values()}
     for step in reversed(steps):
         for read in step.reads:
@@ -156,7 +156,7 @@ def _work(part):
 
 
 def segment_of(part: Part) -> Segment:
-    """Returns a part, its outputs filled in, as a network."""
+    """Returns a part with outputs as a network."""
     fed = {
         id(step): Step(Node(Operation.INPUT), [], step.shape, step.tensor)
         for step in part.inputs

@@ -1,7 +1,7 @@
 """Passes that make a network smaller.
 
-Each pass changes how steps compute their values, and never the values.
-Products of weights are computed in float64.
+Each pass changes how steps compute their values, never the values. Products of
+weights are computed in float64.
 """
 
 import dataclasses
@@ -20,13 +20,13 @@ _BINARY = (Operation.ADD, Operation.SUBTRACT, Operation.MULTIPLY)
 
 
 def simplify(ends: Iterable[Step]) -> list[Step]:
-    """Changes how the steps that ends need are computed.
+    """Simplifies the steps that results need.
 
     Args:
-        ends: What must be computed.
+        ends: The results.
 
     Returns:
-        The ends, some of them other steps of the same value.
+        The results; other steps with the same values may replace some.
     """
     ends = list(ends)
     changed = True
@@ -42,15 +42,14 @@ def simplify(ends: Iterable[Step]) -> list[Step]:
         for step in steps:
             for rule in _RULES:
                 if step.node is not None and rule(step, is_read_once):
-                    # Who reads what has changed: only that of the next round
-                    # is sure to be right.
+                    # Readers have changed: only the next round knows them.
                     changed = True
                     break
     return ends
 
 
 def _without_identities(ends):
-    """Returns ends; no step is left that returns what it reads."""
+    """Returns ends, without steps that return what they read."""
 
     def source(step):
         while step.node is not None and _is_identity(step):
@@ -75,7 +74,7 @@ def _is_identity(step):
 
 
 def _share_equal_steps(ends):
-    """Has steps read one of those that compute the same from the same."""
+    """Merges steps that compute the same from the same inputs."""
     found, same = {}, {}
     for step in sorted_steps(ends):
         step.reads = [same.get(id(read), read) for read in step.reads]
@@ -128,7 +127,7 @@ def _affine_of_linear(step, is_read_once):
 
 
 def _linear_of_affine(step, is_read_once):
-    """Exact where no zeros are padded, which the affine step does not shift."""
+    """Exact without padding: the affine step does not shift padded zeros."""
     if not step.is_a(*_LINEAR):
         return False
     (inner,) = step.reads
@@ -140,7 +139,7 @@ def _linear_of_affine(step, is_read_once):
     kernel, bias = _weights(step.node)
     channels = inner.shape[-1]
     filters, groups = kernel.shape[-1], step.node.groups
-    # Of each filter, those of the channels that it reads.
+    # For each filter, those of the channels that it reads.
     scale, shift = (
         np.repeat(
             np.broadcast_to(vector, channels).reshape(groups, -1),
@@ -156,7 +155,7 @@ def _linear_of_affine(step, is_read_once):
 
 
 def _weights(node):
-    """Returns kernel and bias in float64, a bias of zeros where it is none."""
+    """Returns kernel and bias in float64; a missing bias is zero."""
     kernel = node.kernel.astype(np.float64)
     bias = np.zeros(kernel.shape[-1])
     return kernel, bias + node.bias if len(node.bias) else bias
@@ -181,7 +180,7 @@ def _pads(node):
 
 
 def _windows_of_pad(step, is_read_once):
-    """Zeros around an image become padding of what reads it."""
+    """Zeros around an image become padding of the reading step."""
     if not step.is_a(Operation.CONVOLUTION, Operation.POOL):
         return False
     (inner,) = step.reads
@@ -190,7 +189,7 @@ def _windows_of_pad(step, is_read_once):
     (source,) = inner.reads
     if step.node.operation == Operation.CONVOLUTION:
         may = inner.node.a == 0
-    else:  # beyond the image there is nothing, which no number is below
+    else:  # padding of a maximum is below every number
         may = step.node.maximum and (
             inner.node.a <= -np.finfo(np.float32).max
             or (inner.node.a == 0 and _is_never_negative(source))
@@ -213,7 +212,7 @@ def _windows_of_pad(step, is_read_once):
 
 
 def _explicit(node, shape):
-    """Returns by how much a convolution or pool pads an image of a shape."""
+    """Returns the padding of a convolution or pool for an image shape."""
     if not node.padding.same:
         return node.padding.numbers()
     sizes = node.size
@@ -299,7 +298,7 @@ def _limits(step):
 
 
 def _upsample_of_upsample(step, is_read_once):
-    """Repeated by rows, then by columns."""
+    """Repetition of rows, then of columns."""
     if not step.is_a(Operation.UPSAMPLE) or step.node.bilinear:
         return False
     (inner,) = step.reads
@@ -329,7 +328,7 @@ def _reshape_of_global_pool(step, is_read_once):
     return True
 
 
-# Reshapes go down, where they meet one another and vanish.
+# Reshapes move down, where they meet and cancel.
 
 
 def _reshape_of_reshape(step, is_read_once):
@@ -343,7 +342,7 @@ def _reshape_of_reshape(step, is_read_once):
 
 
 def _moved_before_reshapes(step, is_read_once):
-    """What a step computes is computed before its inputs are reshaped."""
+    """Computes a step before its inputs are reshaped."""
     if not step.is_a(
         *_ELEMENTWISE,
         *_BINARY,
@@ -386,7 +385,7 @@ def _reshape_to(step):
 
 
 def _dense_of_image(step, is_read_once):
-    """A dense layer on a flat image is a convolution with one place."""
+    """A dense layer on a flat image is a convolution with one position."""
     if not step.is_a(Operation.DENSE):
         return False
     (inner,) = step.reads

@@ -1,4 +1,4 @@
-"""What TensorFlow computes of a graph, between the networks in it."""
+"""The parts of a graph that TensorFlow computes, between its networks."""
 
 import dataclasses
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
@@ -10,19 +10,19 @@ from rigl_keras.serving.partition import Segment
 
 __all__ = ["Remainder", "RunSegment", "operations_until"]
 
-# Runs a segment, by its number, on its inputs, and returns its outputs.
+# Runs the segment with a number on its inputs, and returns its outputs.
 RunSegment = Callable[[int, Sequence[tf.Tensor]], Sequence[tf.Tensor]]
 
 
 def operations_until(
     graph: FrozenGraph, wanted: Iterable[str], given: Container[str]
 ) -> list[tf.Operation]:
-    """Returns the operations that compute some tensors, in their order.
+    """Returns the operations that compute some tensors, in order.
 
     Args:
         graph: The graph.
         wanted: Names of tensors.
-        given: Names of tensors that are there already, beside what is fed.
+        given: Names of tensors that are known besides the inputs.
     """
     waiting, found = list(wanted), set()
     while waiting:
@@ -46,11 +46,11 @@ class _Piece:
 
 
 class Remainder:
-    """A graph in pieces, with a segment that others compute between two.
+    """A graph in pieces, with segments computed by others between them.
 
     Args:
         graph: The graph.
-        segments: What others compute, one that reads another after it.
+        segments: The segments, each after the segments that it reads.
     """
 
     def __init__(self, graph: FrozenGraph, segments: Sequence[Segment]):
@@ -71,7 +71,7 @@ class Remainder:
     def compute(
         self, inputs: Mapping[str, tf.Tensor], run: RunSegment
     ) -> dict[str, tf.Tensor]:
-        """Returns what the graph does. Must be called within a graph.
+        """Returns the graph's results. Must be called within a graph.
 
         Args:
             inputs: Tensors by the names of the graph's inputs.
@@ -121,7 +121,7 @@ class Remainder:
         return places
 
     def _made(self, tensor, places):
-        """Returns the number of the piece after which a tensor is there."""
+        """Returns the number of the piece that makes a tensor."""
         if tensor.name in self._made_by:
             return self._made_by[tensor.name]
         return places.get(tensor.op.name, 0)
@@ -137,7 +137,7 @@ class Remainder:
                     )
 
     def _cut(self, operations, wanted):
-        """Returns the pieces, one more than there are segments."""
+        """Returns the pieces: one more than segments."""
         definition = self._graph.graph.as_graph_def()
         nodes = {node.name: node for node in definition.node}
         groups = [[] for _ in range(len(self._segments) + 1)]
@@ -149,7 +149,7 @@ class Remainder:
         pieces = []
         for group in reversed(groups):
             within = {operation.name for operation in group}
-            # The constants that it reads. Those that are outputs go first.
+            # Constants that it reads. Constant outputs are removed first.
             ends = [
                 source.name
                 for operation in group
@@ -189,7 +189,7 @@ def _of(name):
 
 
 def _cut_off(node, within):
-    """Forgets what a node waits for, and is placed with, elsewhere."""
+    """Removes a node's control inputs and colocation outside a piece."""
     kept = [
         name
         for name in node.input

@@ -1,7 +1,7 @@
-"""Runs an exported network where there is NumPy and no TensorFlow.
+"""Runs an exported network with NumPy, without TensorFlow.
 
-This file stands alone: a copy of it, the library `rigl_keras_network.so` and a
-network's file are all that a machine needs.
+This file stands alone: a machine needs only a copy of it, the library
+`rigl_keras_network.so` and a network's file.
 
     from runtime import Network
 
@@ -29,16 +29,16 @@ LIBRARY_NAME = "rigl_keras_network.so"
 _MOST_AXES = 8
 _MOST_THREADS = 1024
 _ERROR_BYTES = 1024
-# Sets of input shapes for which the outputs' are kept.
+# Number of sets of input shapes whose output shapes are kept.
 _MOST_SHAPES = 64
 
 
 class Value(NamedTuple):
-    """What goes into a network or comes out of it.
+    """An input or output of a network.
 
     Attributes:
         name: Its name.
-        shape: Its lengths, the batch first. None where they are free.
+        shape: Its lengths, the batch first. None: free.
     """
 
     name: str
@@ -56,7 +56,7 @@ class _Value(ctypes.Structure):
 _int64s = ctypes.POINTER(ctypes.c_int64)
 _pointers = ctypes.POINTER(ctypes.c_void_p)
 _error = [ctypes.c_char_p, ctypes.c_size_t]
-# The functions of rigl_network.h: what they return and what they take.
+# The functions of rigl_network.h: their results and arguments.
 _FUNCTIONS = {
     "load": (ctypes.c_void_p, [ctypes.c_char_p, ctypes.c_int, *_error]),
     "load_memory": (
@@ -89,23 +89,23 @@ _FUNCTIONS = {
 class Network:
     """A network that is ready to run.
 
-    Any number of threads may call it at once; Python runs others meanwhile.
+    Any number of threads may call it at once; calls release the GIL.
 
     Attributes:
-        inputs: What goes in: a `Value` for each, in their order.
-        outputs: What comes out.
+        inputs: A `Value` for each input, in order.
+        outputs: A `Value` for each output, in order.
 
     Args:
         path: The network's file.
         library: The library that runs it. None: `rigl_keras_network.so` beside
-            this Python file. It is never looked for beside a network, which
-            may be somebody else's.
+            this Python file. It is never searched beside a network, which may
+            come from others.
         threads: How many threads compute a call, 0 to 1024. 0: one for each
             core that this process may use.
 
     Raises:
-        ValueError: The file is no network or is damaged, the library is
-            missing or another one, or `threads` is out of range.
+        ValueError: The file is not a network or is damaged, the library is
+            missing or a different one, or `threads` is out of range.
 
     Example:
 
@@ -125,7 +125,7 @@ class Network:
         threads: int = 0,
     ):
         name = os.fsencode(path)
-        if b"\0" in name:  # where the name would end in C
+        if b"\0" in name:  # the name would end there in C
             raise ValueError(f"path must not have a NUL. Received: {path!r}")
         self._load(os.fsdecode(path), library, threads, "load", name)
 
@@ -137,7 +137,7 @@ class Network:
         library: str | os.PathLike | None = None,
         threads: int = 0,
     ) -> Network:
-        """Returns the network of a file that is in memory already.
+        """Returns the network of a file that is already in memory.
 
         Args:
             data: The file's bytes. They are not needed afterwards.
@@ -170,8 +170,8 @@ class Network:
         self._c = _functions(library)
         self._state = threading.Condition()
         self._running = 0
-        self._alone = False  # one call
-        self._asked = 0  # calls that wait until they are alone
+        self._alone = False  # one call runs alone
+        self._asked = 0  # calls that wait to run alone
         self._shapes: dict[tuple, list[tuple[int, ...]]] = {}
         network, error = self._ask(function, *arguments, threads)
         if not network:
@@ -189,7 +189,7 @@ class Network:
 
     @property
     def instruction_set(self) -> str:
-        """What it computes with: "avx512", "avx2" or "portable"."""
+        """The instruction set in use: "avx512", "avx2" or "portable"."""
         return self._c["instruction_set"]().decode()
 
     def __call__(
@@ -206,7 +206,7 @@ class Network:
             `{name: array}`, in the order of `outputs`.
 
         Raises:
-            ValueError: An input is missing, unknown, or of another shape or
+            ValueError: An input is missing, unknown, or has another shape or
                 type; there is not enough memory; or the network is closed.
         """
         found = self._run(self._ordered(arrays, named))
@@ -221,8 +221,8 @@ class Network:
         """Computes the outputs of a batch, as a list.
 
         Args:
-            arrays: Inputs in the order of `inputs`, or all of them by their
-                names. As in `network(...)`.
+            arrays: Inputs in the order of `inputs`, or all by name, as in
+                `network(...)`.
 
         Returns:
             An array for each of `outputs`.
@@ -240,7 +240,7 @@ class Network:
         return self._run(self._ordered(arrays, {}))
 
     def output_shapes(self, *shapes: Sequence[int]) -> list[tuple[int, ...]]:
-        """Returns the shapes that the outputs have.
+        """Returns the shapes of the outputs.
 
         Args:
             *shapes: The shape of each input, the batch first.
@@ -257,14 +257,14 @@ class Network:
             return list(self._output_shapes(network, key, given))
 
     def tune(self, *shapes: Sequence[int], seconds: float = 1.0) -> None:
-        """Measures how calls of one batch size are computed fastest here.
+        """Measures how calls of one batch size run fastest here.
 
-        Later calls follow what was found. Calls of other threads wait until
-        it is done. On a busy machine it finds what is fast on a busy machine.
+        Later calls use the result. Calls of other threads wait until it is
+        done. On a busy machine it finds what is fast on a busy machine.
 
         Args:
             *shapes: The shape of each input, the batch first.
-            seconds: How long it may take.
+            seconds: Most seconds to take.
 
         Raises:
             ValueError: The shapes do not fit the network, or it is closed.
@@ -276,7 +276,7 @@ class Network:
             raise ValueError(error)
 
     def hints(self) -> str:
-        """Returns what `tune` has found, as the text that a file keeps.
+        """Returns the results of `tune`, as the text that files hold.
 
         Raises:
             ValueError: The network is closed.
@@ -285,7 +285,7 @@ class Network:
             return _text(self._c["hints"](network))
 
     def profile(self, *shapes: Sequence[int]) -> str:
-        """Returns a line for each step of a call, with the time it takes.
+        """Returns a line for each step of a call, with its time.
 
         Args:
             *shapes: The shape of each input, the batch first.
@@ -301,7 +301,7 @@ class Network:
             return _text(found)
 
     def close(self) -> None:
-        """Frees the network, once the calls that are running have ended.
+        """Frees the network once running calls have ended.
 
         Later calls raise ValueError. Closing twice does nothing.
         """
@@ -317,7 +317,7 @@ class Network:
         self.close()
 
     def __del__(self):
-        # No call is running: it would hold the network.
+        # No call is running: calls hold the network.
         if getattr(self, "_network", None):
             self._c["free"](self._network)
 
@@ -331,7 +331,7 @@ class Network:
         )
 
     def _ordered(self, arrays, named):
-        """Returns all inputs in their order."""
+        """Returns all inputs in order."""
         if len(arrays) > len(self.inputs):
             raise ValueError(
                 f"the network has {_inputs(self.inputs)}. Received: "
@@ -346,7 +346,7 @@ class Network:
         twice = [name for name in named if self._places[name] < len(arrays)]
         if twice:
             raise ValueError(
-                f"input {twice[0]!r} is given twice: in its place and by name"
+                f"input {twice[0]!r} is given twice: by position and by name"
             )
         left = self.inputs[len(arrays) :]
         missing = [value.name for value in left if value.name not in named]
@@ -358,7 +358,7 @@ class Network:
         return [*arrays, *(named[value.name] for value in left)]
 
     def _run(self, arrays):
-        """Returns the outputs in their order, of inputs in their order."""
+        """Returns the outputs in order, for inputs in order."""
         arrays = [
             _checked(array, value)
             for array, value in zip(arrays, self.inputs, strict=True)
@@ -378,11 +378,11 @@ class Network:
         return outputs
 
     def _output_shapes(self, network, shapes, given):
-        """Returns the outputs' shapes, for inputs of some shapes."""
+        """Returns the outputs' shapes for shapes of inputs."""
         found = self._shapes.get(shapes)
         if found is not None:
             return found
-        # As many as can be, whatever an output is said to have.
+        # The largest possible number of axes, for any output.
         numbers = (ctypes.c_int64 * (_MOST_AXES * len(self.outputs)))()
         failed, error = self._ask("output_shapes", network, given, numbers)
         if failed:
@@ -398,7 +398,7 @@ class Network:
         return found
 
     def _numbers(self, shapes):
-        """Returns shapes as C reads them, which fit the inputs."""
+        """Returns shapes for C, if they fit the inputs."""
         if len(shapes) != len(self.inputs):
             raise ValueError(
                 f"a shape is needed for each of {_inputs(self.inputs)}. "
@@ -424,10 +424,9 @@ class Network:
 
     @contextlib.contextmanager
     def _in_use(self, *, alone: bool = False) -> Iterator[int]:
-        """Gives the network, which is not freed meanwhile.
+        """Yields the network, which is not freed meanwhile.
 
-        Many may use it at once, or one alone, for whom those that come later
-        wait.
+        Many may use it at once, or one alone, while later ones wait.
         """
         with self._state:
             if alone:
@@ -455,7 +454,7 @@ class Network:
                 self._state.notify_all()
 
     def _ask(self, function, *arguments):
-        """Returns what a function returns, and what it says of an error."""
+        """Returns the result of a function, and its error message."""
         error = ctypes.create_string_buffer(_ERROR_BYTES)
         found = self._c[function](*arguments, error, _ERROR_BYTES)
         return found, _text(error.value) or "the library does not say why"
@@ -470,7 +469,7 @@ def _functions(library):
                 f"the library {str(library)!r} is missing. Copy it from an "
                 "exported network, or pass library=path"
             )
-    # Without a folder it would be looked for in those of the system.
+    # Without a folder, the system's folders would be searched.
     name = os.path.abspath(os.fsdecode(library))
     try:
         loaded = ctypes.CDLL(name)
@@ -488,7 +487,7 @@ def _functions(library):
     for function, (returned, taken) in _FUNCTIONS.items():
         symbol = f"rigl_network_{function}"
         try:
-            found = loaded[symbol]  # of this caller alone
+            found = loaded[symbol]  # of this caller only
         except AttributeError as error:
             raise ValueError(
                 f"the library {name!r} has no function {symbol}: it is another "
@@ -501,14 +500,14 @@ def _functions(library):
 
 
 def _checked(array, value):
-    """Returns an input as the library reads it, a copy if it must be."""
+    """Returns an input as the library reads it, copied if necessary."""
     array = np.asarray(array)
     if array.dtype != np.float32:
         raise ValueError(
             f"input {value.name!r} must be float32. Received: {array.dtype}. "
             'Convert it: x.astype("float32")'
         )
-    if array.ndim != len(value.shape):  # before a scalar gets an axis
+    if array.ndim != len(value.shape):  # a scalar would get an axis below
         raise ValueError(
             f"input {value.name!r} must have the shape {_shown(value.shape)}. "
             f"Received: {_shown(array.shape)}"
@@ -517,7 +516,7 @@ def _checked(array, value):
 
 
 def _places(arrays):
-    """Returns where the numbers of arrays are, as C reads it."""
+    """Returns pointers to the numbers of arrays, for C."""
     return (ctypes.c_void_p * len(arrays))(*(a.ctypes.data for a in arrays))
 
 
@@ -534,7 +533,7 @@ def _text(found):
 
 
 def _inputs(values):
-    """Returns how many inputs there are, and which."""
+    """Returns the number and the names of inputs."""
     names = ", ".join(f"{v.name!r} {_shown(v.shape)}" for v in values)
     return f"{len(values)} input{'s' * (len(values) > 1)}: {names}"
 

@@ -11,14 +11,14 @@ Shape = tuple[int, ...]  # -1: a length that is free
 
 
 def shape_of(node: Node, shapes: Sequence[Shape]) -> Shape:
-    """Returns the shape of what a node computes.
+    """Returns the shape of a node's value.
 
     Args:
         node: The node.
-        shapes: Shapes of what it reads, -1 where a length is free.
+        shapes: Shapes of its inputs, -1 where a length is free.
 
     Raises:
-        ValueError: It cannot read these.
+        ValueError: It cannot read such inputs.
     """
     rule = _RULES.get(node.operation)
     return rule(node, *shapes) if rule else shapes[0]
@@ -36,7 +36,7 @@ def _image(node, shape):
 def _length(
     length: int, size: int, stride: int, padding: tuple[bool, int]
 ) -> int:
-    """Returns how many places a window of `size` has along an axis."""
+    """Returns the number of positions of a window along an axis."""
     same, around = padding
     if length == -1:
         return -1
@@ -95,12 +95,12 @@ def _affine(node, shape):
 
 def _last_axis(node, shape):
     if not shape:
-        raise ValueError(f"{node.operation.name} reads an axis or more.")
+        raise ValueError(f"{node.operation.name} reads at least one axis.")
     return shape
 
 
 def _both(node, one, other):
-    """Of equal shapes, or one without rows and columns."""
+    """Shapes are equal, or one has no rows and columns."""
     if one == other:
         return one
     if len(one) == len(other) == 3 and one[2] == other[2]:
@@ -117,7 +117,7 @@ def _both(node, one, other):
 def _concatenate(node, *shapes):
     if not all(shapes) or len({shape[:-1] for shape in shapes}) != 1:
         raise ValueError(
-            "What is concatenated is of one shape but for the last axis. "
+            "Concatenated values have equal shapes except for the last axis. "
             f"Received: {list(map(list, shapes))}."
         )
     last = [shape[-1] for shape in shapes]
@@ -143,7 +143,7 @@ def _pad(node, shape):
     for length, before, after in zip(
         lengths, (top, left), (bottom, right), strict=True
     ):
-        # Of the image itself something must be left, whatever is padded.
+        # Some of the image itself must remain, even with padding.
         if 0 <= length <= max(-before, 0) + max(-after, 0):
             raise ValueError(
                 f"{node.padding} crops all rows or columns of an image "

@@ -1,4 +1,4 @@
-"""A network while it is made: steps that read one another."""
+"""Steps: a network under construction."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -21,12 +21,13 @@ __all__ = ["Step", "network_of", "readers", "sorted_steps"]
 class Step:
     """A value, and how it is computed.
 
-    Passes change how it is computed and never the value, so that all readers
-    of a step go on to read the same value.
+    Passes change how it is computed, never the value: all readers of a step
+    keep reading the same value.
 
     Attributes:
-        node: What computes it, its `inputs` left empty. None: TensorFlow.
-        reads: What it is computed from.
+        node: The node that computes it, with empty `inputs`. None: TensorFlow
+            computes it.
+        reads: The steps that it reads.
         shape: Its shape, without the batch. None: a network cannot read it.
         tensor: Name of the tensor in the graph.
     """
@@ -38,15 +39,15 @@ class Step:
 
     @classmethod
     def of(cls, node: Node, reads: Sequence["Step"], tensor: str) -> "Step":
-        """Returns a step with the shape that a node makes of others.
+        """Returns a step for a node, with its shape.
 
         Args:
-            node: What computes the step.
-            reads: What it reads.
+            node: The node that computes the step.
+            reads: The steps that it reads.
             tensor: Name of the tensor in the graph.
 
         Raises:
-            ValueError: The node cannot read these.
+            ValueError: The node cannot read these steps.
         """
         shapes = [_known(step) for step in reads]
         return cls(node, list(reads), shape_of(node, shapes), tensor)
@@ -55,8 +56,8 @@ class Step:
         """Computes the same value in another way.
 
         Args:
-            node: What computes it from now on.
-            reads: What that reads.
+            node: The new node that computes it.
+            reads: The steps that the node reads.
 
         Raises:
             ValueError: The shape would change.
@@ -64,29 +65,29 @@ class Step:
         shape = shape_of(node, [_known(step) for step in reads])
         if shape != self.shape and -1 not in shape:
             raise ValueError(
-                f"{self.tensor} is of shape {self.shape}. Received: {shape}."
+                f"{self.tensor} has shape {self.shape}. Received: {shape}."
             )
         self.node, self.reads = node, list(reads)
 
     def is_a(self, *operations: Operation) -> bool:
-        """Returns whether the step computes one of these."""
+        """Returns whether the step computes one of these operations."""
         return self.node is not None and self.node.operation in operations
 
 
 def _known(step):
     if step.shape is None:
-        raise ValueError(f"{step.tensor} is no value of a network.")
+        raise ValueError(f"{step.tensor} is not a value of a network.")
     return step.shape
 
 
 def sorted_steps(
     ends: Iterable[Step], given: Iterable[Step] = ()
 ) -> list[Step]:
-    """Returns steps and all that they read, what is read first.
+    """Returns steps and all that they read, each after what it reads.
 
     Args:
         ends: The last steps.
-        given: Steps that are left out, with what only they need.
+        given: Steps to leave out, with what only they need.
     """
     order: list[Step] = []
     seen = {id(step) for step in given}
@@ -106,14 +107,14 @@ def sorted_steps(
 
 
 def readers(steps: Iterable[Step], ends: Iterable[Step]) -> dict[int, list]:
-    """Returns which steps read which.
+    """Returns the readers of each step.
 
     Args:
         steps: The steps.
-        ends: Those of them that are results.
+        ends: The steps that are results.
 
     Returns:
-        `{id of a step: steps that read it}`. For a result there is a None, too.
+        `{id of a step: steps that read it}`. For a result, one is None.
     """
     found: dict[int, list] = {}
     for step in steps:
@@ -127,14 +128,14 @@ def readers(steps: Iterable[Step], ends: Iterable[Step]) -> dict[int, list]:
 def network_of(
     inputs: Sequence[tuple[str, Step]], outputs: Sequence[tuple[str, Step]]
 ) -> Network:
-    """Returns a network of steps, its weights in float32.
+    """Returns the network of steps, with weights in float32.
 
     Args:
-        inputs: What is fed, by name.
-        outputs: What is returned, by name.
+        inputs: Input steps, by name.
+        outputs: Results, by name.
 
     Raises:
-        ValueError: A step is TensorFlow's, or the network is none
+        ValueError: A step is TensorFlow's, or the network is not valid
             (`check_network`).
     """
     index, nodes = {}, []
@@ -144,7 +145,7 @@ def network_of(
     ends, given = ([step for _, step in x] for x in (outputs, inputs))
     for step in sorted_steps(ends, given):
         if step.node is None:
-            raise ValueError(f"{step.tensor} is no value of a network.")
+            raise ValueError(f"{step.tensor} is not a value of a network.")
         index[id(step)] = len(nodes)
         arrays = {
             field: np.asarray(getattr(step.node, field), np.float32)

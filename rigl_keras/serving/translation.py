@@ -1,7 +1,7 @@
 """Operations of TensorFlow, one by one, as steps of a network.
 
-`Translation` goes through a graph in the order of its operations. What a
-translator knows becomes a step; what none knows stays TensorFlow's.
+`Translation` goes through a graph in the order of its operations. Operations
+that a translator knows become steps; TensorFlow keeps the others.
 """
 
 import dataclasses
@@ -17,27 +17,27 @@ from rigl_keras.serving.steps import Step
 
 __all__ = ["Rows", "Translation", "Translator", "UnknownError"]
 
-# Batches that are tried where a tensor holds shapes, unless one is fixed.
+# Batches to try for tensors that hold shapes, unless the batch is fixed.
 _BATCHES = (3, 5)
-_FREE, _APART = (101, 211), (2, 6)  # and lengths of free axes with them
+_FREE, _APART = (101, 211), (2, 6)  # lengths of free axes, likewise
 
 
 class UnknownError(ValueError):
-    """An operation that a network cannot compute, and why."""
+    """A network cannot compute an operation; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """A value whose batch and all axes but the last have become one.
+    """A value whose batch and all axes except the last have become one.
 
-    TensorFlow makes a matrix of a value before it multiplies it. What is
-    computed on each row is computed on the value.
+    TensorFlow makes a matrix of a value before it multiplies it. What it
+    computes on each row is computed on the value.
     """
 
     step: Step
 
 
-# Returns what an operation computes, or raises UnknownError.
+# Returns the value of an operation, or raises UnknownError.
 Translator = Callable[["Translation", tf.Operation], "Step | Rows"]
 
 
@@ -46,7 +46,7 @@ class Translation:
 
     Args:
         graph: The graph.
-        translators: By the type of operation.
+        translators: Translators, by the type of operation.
 
     Attributes:
         graph: The graph.
@@ -98,7 +98,7 @@ class Translation:
             if translator is None:
                 raise UnknownError("no network computes it")
             made = translator(self, operation)
-        except ValueError as error:  # a shape that does not fit is one
+        except ValueError as error:  # including shapes that do not fit
             self.reasons[operation.name] = str(error)
             for tensor in operation.outputs:
                 self.step(tensor)
@@ -108,7 +108,7 @@ class Translation:
             self._rows[tensor.name] = made
         else:
             if self.steps.get(made.tensor) is not made:
-                made.tensor = tensor.name  # not that of rows
+                made.tensor = tensor.name  # not the tensor of rows
             self.steps[tensor.name] = made
 
     def give_up(self, step: Step, reason: str) -> None:
@@ -124,10 +124,10 @@ class Translation:
             if source.op.name not in self.graph.constant_operations
         ]
 
-    # What translators read.
+    # For translators: reading.
 
     def step(self, tensor: tf.Tensor) -> Step:
-        """Returns a tensor's step, TensorFlow's where no other computes it."""
+        """Returns a tensor's step; TensorFlow's if no other computes it."""
         if tensor.name not in self.steps:
             reads = self._reads(tensor.op)
             self.steps[tensor.name] = self._foreign(tensor, reads)
@@ -137,14 +137,14 @@ class Translation:
         """Returns a step that a network can read.
 
         Raises:
-            UnknownError: There is none.
+            UnknownError: There is no such step.
         """
         if tensor.op.name in self.graph.constant_operations:
             raise UnknownError("it reads a constant where a value is expected")
         step = self.step(tensor)
         if step.shape is None:
             raise UnknownError(
-                "it reads what is not of float32, or not of a known shape "
+                "it reads a value that is not float32, or has no known shape "
                 "after the batch"
             )
         return step
@@ -156,21 +156,21 @@ class Translation:
     def each(
         self, tensor: tf.Tensor, make: Callable[[Step], Step]
     ) -> Step | Rows:
-        """Returns what is made of a value, or of each of its rows."""
+        """Returns the result for a value, or for each of its rows."""
         rows = self.rows(tensor)
         if rows is not None:
             return Rows(make(rows.step))
         return make(self.read(tensor))
 
     def constant(self, tensor: tf.Tensor) -> np.ndarray | None:
-        """Returns what a constant tensor holds, or None."""
+        """Returns the value of a constant tensor, or None."""
         return self.graph.constants.get(tensor.name)
 
     def weights(self, tensor: tf.Tensor) -> np.ndarray:
-        """Returns what a constant tensor holds.
+        """Returns the value of a constant tensor.
 
         Raises:
-            UnknownError: It is none, or not of float32.
+            UnknownError: It is not constant, or not float32.
         """
         array = self.constant(tensor)
         if array is None or array.dtype != np.float32:
@@ -178,18 +178,18 @@ class Translation:
         return array
 
     def numbers(self, tensor: tf.Tensor) -> list[int]:
-        """Returns what a constant tensor of integers holds, as a list.
+        """Returns the value of a constant tensor of integers, as a list.
 
         Raises:
-            UnknownError: It is none.
+            UnknownError: It is not constant.
         """
         array = self.constant(tensor)
         if array is None:
-            raise UnknownError("an argument of it depends on its input")
+            raise UnknownError("one of its arguments depends on its input")
         return [int(number) for number in np.ravel(array)]
 
     def contents(self, tensor: tf.Tensor) -> list[list[int]]:
-        """Returns what a tensor of integers holds, for two batches.
+        """Returns the value of a tensor of integers, for two batches.
 
         Raises:
             UnknownError: It depends on more than shapes.
@@ -205,7 +205,7 @@ class Translation:
 
             array = self.graph.contents(tensor, shape)
             if array is None:
-                raise UnknownError("a shape of it depends on values")
+                raise UnknownError("one of its shapes depends on values")
             found.append([int(number) for number in np.ravel(array)])
         return found
 
@@ -227,16 +227,16 @@ class Translation:
             found.append(tuple(shape))
         return found
 
-    # What translators make.
+    # For translators: making steps.
 
     def make(self, operation: Operation, *reads: Step, **fields: Any) -> Step:
-        """Returns a step of the operation that is translated."""
+        """Returns a step of the operation being translated."""
         tensor = self._operation.outputs[0].name
         node = Node(operation, self._operation.name, **fields)
         return Step.of(node, reads, tensor)
 
     def reshaped(self, step: Step, shape: tuple[int, ...]) -> Step:
-        """Returns a step of another shape."""
+        """Returns a step with another shape."""
         if shape == step.shape:
             return step
         return self.make(Operation.RESHAPE, step, shape=shape)

@@ -1,13 +1,13 @@
-"""How mask updates come to run within a training step.
+"""How mask updates run within a training step.
 
-step_update       `StepUpdate`, the callback that methods are subclasses of
+step_update       `StepUpdate`, the callback that methods subclass
 method_hooks      what a method defines: when masks change, and how
-attachment        what is trained: model, optimizer, masked layers
+attachment        the model, optimizer and masked layers in training
 graph_updates     the update in the graph of the training step
-dense_gradients   the gradients that an update goes by, of one batch or several
+dense_gradients   the gradients of an update, from one batch or several
 gradient_exchange which gradients travel between replicas
-update_record     what the device notes of updates, and the host reads
-train_function    what `fit` exchanges in a model, and gives back
+update_record     records of updates, from the device to the host
+train_function    the methods of a model that `fit` replaces and restores
 fit_runs          where a run of `fit` begins, and whether it still runs
-optimizer_state   momentum and its kin, of every optimizer of Keras
+optimizer_state   the memory (momentum) of all Keras optimizers
 """

@@ -20,14 +20,13 @@ class Attachment:
 
     Args:
         model: A masked model.
-        applied: The optimizer that the training step applies. It may scale
-            the loss.
+        applied: The optimizer that the training step applies. It may scale the
+            loss.
 
     Attributes:
         optimizer: The optimizer that moves the weights, within any loss
             scaling.
-        steps_before: Steps of earlier optimizers, which `steps_taken` counts
-            as well.
+        steps_before: Steps of earlier optimizers. `steps_taken` includes them.
         masked: The masked layers of the model, frozen ones included.
     """
 
@@ -49,18 +48,18 @@ class Attachment:
 
     @property
     def wrappers(self) -> list[Masked]:
-        """The layers that mask, each once for each model that lists it."""
+        """The `Masked` layers, each once for each model that lists it."""
         return [
             leaf for leaf in leaf_layers(self.model) if isinstance(leaf, Masked)
         ]
 
     def trainable(self) -> list[KernelMask]:
-        """Returns the masked layers that are not frozen at present."""
+        """Returns the masked layers that are not frozen now."""
         trainable = {variable_key(v) for v in self.model.trainable_variables}
         return [m for m in self.masked if variable_key(m.kernel) in trainable]
 
     def is_of(self, model: keras.Model, applied: keras.Optimizer) -> bool:
-        """Returns whether this is of a model and an optimizer."""
+        """Returns whether this belongs to a model and an optimizer."""
         return self.model is model and self.applied is applied
 
     def step(self) -> tf.Tensor:
@@ -89,16 +88,16 @@ class Attachment:
             raise ValueError(
                 f"{method} found no masked layer to train in model "
                 f"{self.model.name!r}. Call model = rigl_keras.sparsify(model, "
-                "density) before compile, and do not freeze all that it masks."
+                "density) before compile, and do not freeze all masked layers."
             )
 
     def prepare(self, method: str, gradient_batches: int) -> None:
-        """Checks that the model can be trained so, and builds the optimizer.
+        """Checks the set-up for training, and builds the optimizer.
 
         Args:
             method: Name of the method.
-            gradient_batches: How many batches an update takes the mean
-                gradient of.
+            gradient_batches: Number of batches in the mean gradient of an
+                update.
 
         Raises:
             ValueError: The optimizer or the strategy is not supported.
@@ -108,7 +107,7 @@ class Attachment:
                 raise ValueError(
                     f"{method} does not support gradient accumulation within "
                     f"{type(self.optimizer).__name__}, whose optimizers may "
-                    "differ in what a step is. Received "
+                    "count steps differently. Received "
                     "gradient_accumulation_steps="
                     f"{part.gradient_accumulation_steps} of {part.name!r}. "
                     "Use a larger batch, or one optimizer."
@@ -119,14 +118,14 @@ class Attachment:
         if not self.applied.built:
             self.applied.build(self.model.trainable_variables)
         if any(layer.product != "dense" for layer in self.wrappers):
-            # A model that was loaded does not have them yet.
+            # A loaded model does not have them yet.
             fast_calls.use_fast_calls(self.model)
 
 
 def variable_key(variable: keras.Variable | tf.Variable) -> int:
     """Returns one key for a Keras variable and the variable that it holds.
 
-    Optimizers take both.
+    Optimizers accept both.
     """
     return id(
         variable.value if isinstance(variable, keras.Variable) else variable

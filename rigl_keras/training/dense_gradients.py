@@ -1,6 +1,6 @@
 """The gradients that an update uses: of one batch or several, and checks.
 
-They are dense: dL/d(masked kernel) at every entry, where the mask is zero too,
+They are dense: dL/d(masked kernel) at every entry, also where the mask is zero,
 without regularisation (Evci et al., 2020, arXiv:1911.11134, section 3).
 """
 
@@ -24,7 +24,7 @@ __all__ = [
 
 
 class GradientBuffers:
-    """Sums of the gradients of several batches, for an update by their mean.
+    """Sums of the gradients of several batches, for updates by the mean.
 
     Args:
         masked: The masked layers.
@@ -32,8 +32,8 @@ class GradientBuffers:
 
     def __init__(self, masked: Sequence[KernelMask]):
         self._kernels = [m.kernel for m in masked]
-        # How many gradients each sum has, and the number of the batch (as the
-        # optimizer counts them) that must come next.
+        # The number of gradients in each sum, and the number (counted by the
+        # optimizer) of the batch that must come next.
         self._gathered = tf.Variable(tf.zeros([2], tf.int64), trainable=False)
         self._sums = [
             tf.Variable(tf.zeros_like(kernel.value), trainable=False)
@@ -42,11 +42,11 @@ class GradientBuffers:
 
     @property
     def variables(self) -> list[tf.Variable]:
-        """What must be saved for a run to resume between two updates."""
+        """The state for a run to resume between two updates."""
         return [self._gathered, *self._sums]
 
     def are_for(self, masked: Sequence[KernelMask]) -> bool:
-        """Returns whether these are buffers for the kernels of some layers."""
+        """Returns whether these buffers are for the kernels of some layers."""
         return [id(k) for k in self._kernels] == [id(m.kernel) for m in masked]
 
     def add(
@@ -55,16 +55,16 @@ class GradientBuffers:
         gradients: Sequence[tf.Tensor],
         batches: tf.Tensor,
     ) -> tuple[list[tf.Tensor], tf.Tensor]:
-        """Adds the gradients of a batch to those of the batches before it.
+        """Adds the gradients of a batch to those of earlier batches.
 
         Args:
             layers: The layers that have a gradient.
-            gradients: One for each, of its kernel's shape.
-            batches: How many batches the optimizer has seen, a scalar.
+            gradients: One for each layer, with its kernel's shape.
+            batches: Number of batches that the optimizer has seen, a scalar.
 
         Returns:
-            `(sums, count)`: the sums so far, and how many gradients they have.
-            They begin again if batches were left out, as after another run.
+            `(sums, count)`: the sums so far, and their numbers of gradients.
+            The sums start again if batches were skipped, as after another run.
         """
         count, following = tf.unstack(self._gathered)
         goes_on = (count > 0) & tf.equal(following, batches)
@@ -85,12 +85,12 @@ class GradientBuffers:
         gradients: Sequence[tf.Tensor],
         batches: tf.Tensor,
     ) -> list[tf.Tensor]:
-        """Adds the gradients of a last batch, and takes the mean of all.
+        """Adds the gradients of the last batch, and returns the mean of all.
 
         Args: as in `add`.
 
         Returns:
-            The mean gradient of each layer. The next sums begin at zero.
+            The mean gradient of each layer. The next sums start at zero.
         """
         sums, count = self.add(layers, gradients, batches)
         self._gathered.assign([0, 0])
@@ -108,13 +108,13 @@ def kernel_gradients(
 
     Args:
         attached: What is trained.
-        gradients: What the optimizer is given, for each of `variables`.
-        variables: What the optimizer is given them for.
+        gradients: The optimizer's gradients, for each of `variables`.
+        variables: The variables of these gradients.
         method: Name of the method.
 
     Returns:
         `(layers, gradients)`: sums over replicas, without loss scale and
-        regularisation. Both are empty where all masked layers are frozen.
+        regularisation. Both are empty if all masked layers are frozen.
 
     Raises:
         ValueError: No masked layer has a gradient, though some are trainable.
@@ -135,7 +135,7 @@ def kernel_gradients(
             f"gradients of {[v.name for v in variables]}: does the loss "
             "depend on the masked layers?"
         )
-    scale = attached.optimizer.loss_scale_factor or 1.0  # a fixed one
+    scale = attached.optimizer.loss_scale_factor or 1.0  # a fixed scale
     summed = replicas.summed(
         [tf.convert_to_tensor(gradient) for _, gradient in found]
     )
@@ -148,7 +148,7 @@ def kernel_gradients(
 
 
 def _regularisation_gradient(kernel) -> Any:
-    """Returns the gradient of a kernel's own penalty, or 0 without one."""
+    """Returns the gradient of a kernel's penalty, or 0 without one."""
     if kernel.regularizer is None:
         return 0.0
     value = tf.convert_to_tensor(kernel.value)
@@ -170,10 +170,10 @@ def masked_gradients(
     Args:
         masked: The layers whose gradients are masked.
         gradients: One for each of `variables`.
-        variables: What they are gradients of.
+        variables: The variables of these gradients.
 
     Returns:
-        What an ordinary step gives to the optimizer.
+        The gradients for the optimizer in an ordinary step.
     """
     masks = {variable_key(m.kernel): m.mask for m in masked}
 
@@ -181,33 +181,33 @@ def masked_gradients(
         if gradient is None:
             return None
         if variable_key(variable) not in masks:
-            # Within a branch, which the optimizer takes all or none from.
+            # The optimizer uses all gradients of a branch, or none.
             return tf.identity(gradient)
         return zero_outside(masks[variable_key(variable)], gradient)
 
     return [within(g, v) for g, v in zip(gradients, variables, strict=True)]
 
 
-# At least so many gradients of a layer must be zero against expectation before
-# it is taken for masked. By chance this is less likely than exp(-20).
+# A layer seems masked if at least this many gradients are zero against
+# expectation. By chance this is less likely than exp(-20).
 _ENOUGH = 20.0
 
 
 def seem_masked(
     masks: Sequence[tf.Tensor], gradients: Sequence[tf.Tensor]
 ) -> tf.Tensor:
-    """Returns which gradients are zero outside their masks, and should not be.
+    """Returns which gradients seem masked: zero outside masks by mistake.
 
-    Dense gradients may be zero there, too: for pixels that are always black,
-    units that a ReLU has shut, a kernel so small that little is removed, or a
-    layer that the loss does not depend on. So a gradient is expected only
-    between an input and an output that have other gradients, and as often as
-    it is found where the mask is 1. A layer is taken for masked if at least
-    20 are expected and there is none. If no layer has any, and at least one
-    is expected in all, each layer that expects some is taken for masked.
+    Dense gradients may also be zero there: for pixels that are always black,
+    units that a ReLU has shut off, a kernel so small that little is removed, or
+    a layer that does not affect the loss. So a gradient is expected only
+    between an input and an output that have other gradients, as often as there
+    is one where the mask is 1. A layer seems masked if at least 20 are expected
+    and there is none. If no layer has any, and at least one is expected in
+    total, each layer that expects some seems masked.
 
     Args:
-        masks: Bool tensors, or ones of zeros and ones.
+        masks: Bool tensors, or tensors of zeros and ones.
         gradients: A tensor of the same shape for each mask.
 
     Returns:

@@ -1,8 +1,8 @@
-"""A run of `fit`: how long it lasts, where it starts, what it exchanges.
+"""A run of `fit`: where it begins, when it ends, and what it replaces.
 
 Keras tells a callback when `fit` begins and ends, but not when an exception
-ends it. So each method that a run exchanges asks, whenever it is called,
-whether that `fit` is still being executed, and puts itself back if not.
+ends it. So each method that a run replaces checks, when it is called, whether
+that `fit` is still running, and restores itself if not.
 """
 
 import sys
@@ -24,20 +24,19 @@ __all__ = [
     "warn_of_no_update",
 ]
 
-# So many fits of one epoch in a row are taken for a loop.
+# This many fits of one epoch in a row are probably a loop.
 _LOOP = 3
-# For each model: how many fits of one epoch with a mask update there were in a
-# row, and the optimizer step at which the last one ended.
+# For each model: the number of fits of one epoch with a mask update in a row,
+# and the optimizer step at which the last one ended.
 _one_epoch_fits = weakref.WeakKeyDictionary()
 _warned = weakref.WeakSet()
 
 
 class FitRun:
-    """A `fit` that runs, and the methods of the model that it exchanges.
+    """A running `fit`, and the methods of the model that it replaces.
 
-    Make it in a callback's `on_train_begin`. A custom loop that calls
-    callbacks lasts until it calls `on_train_end`, or until its `CallbackList`
-    is gone.
+    Make it in a callback's `on_train_begin`. A custom loop that calls callbacks
+    lasts until it calls `on_train_end`, or until its `CallbackList` is deleted.
 
     Args:
         model: The model that is trained.
@@ -52,15 +51,15 @@ class FitRun:
         callbacks, caller = _who_begins()
         if callbacks is not None:
             self._callbacks = weakref.ref(callbacks)
-            # As soon as the frame of `fit` is gone; a traceback may keep it.
+            # Called once the frame of `fit` is gone; a traceback may keep it.
             self._finalizer = weakref.finalize(callbacks, self.end)
             self._finalizer.atexit = False
-        # A helper that begins a loop returns long before the loop ends.
+        # A helper function that begins a loop returns before the loop ends.
         if caller is not None and caller.co_name == "fit":
             self._code = caller
 
     def lasts(self) -> bool:
-        """Returns whether the run goes on; ends it if it was cut off."""
+        """Returns whether the run continues; ends it if it was cut off."""
         if not self._over and not self._is_executed():
             self.end()
         return not self._over
@@ -70,18 +69,18 @@ class FitRun:
 
         Args:
             method: Name of the method.
-            model: The model that it is given to.
+            model: The model that it is to train.
 
         Raises:
-            ValueError: The run goes on.
+            ValueError: The run has not ended.
         """
         if self.lasts():
             raise ValueError(
                 f"{method} trains model {self.model.name!r} in a run that has "
-                f"not ended, and was given to another, of model {model.name!r}"
+                f"not ended, but was given to another, of model {model.name!r}"
                 ". A `fit` within `fit` on the same model needs no callback: "
-                "updates go on in it. For another model make another "
-                "callback; a loop of your own ends with on_train_end."
+                "updates continue in it. For another model make another "
+                "callback. A custom loop must end with on_train_end."
             )
 
     def _is_executed(self):
@@ -100,12 +99,12 @@ class FitRun:
         return False
 
     def exchange(self, name: str, function: Callable) -> None:
-        """Gives the model a method in place of its own, until the run ends.
+        """Replaces a method of the model until the run ends.
 
         Args:
             name: Name of the method.
-            function: What the model has instead. If somebody else has set
-                another since, a second call replaces that one.
+            function: The replacement. If somebody else has set another since, a
+                second call replaces that one.
         """
         ours = self._given.get(name)
         if ours is None or vars(self.model).get(name) is not ours:
@@ -115,18 +114,18 @@ class FitRun:
         setattr(self.model, name, function)
 
     def own(self, name: str) -> Callable:
-        """Returns the model's own method, in place of which another is."""
+        """Returns the model's method that was replaced."""
         return self._own[name]
 
     def log_first(self, logs: Callable[[], dict[str, float]]) -> None:
         """Adds to the logs of an epoch before any callback reads them.
 
         Args:
-            logs: Returns what is added.
+            logs: Returns the logs to add.
         """
         callbacks: Any = self._callbacks and self._callbacks()
         if callbacks is not None:
-            # Another list, as this one is being gone through.
+            # A new list: Keras is iterating over this one.
             others = [
                 each
                 for each in callbacks.callbacks
@@ -158,7 +157,7 @@ class FitRun:
             )
 
     def guard(self, check: Callable[[], None]) -> None:
-        """Makes `model.train_function`, too, ask whether the run lasts.
+        """Makes `model.train_function` check, too, whether the run lasts.
 
         Args:
             check: Called before each step of the run.
@@ -176,7 +175,7 @@ class FitRun:
         model.train_function = train_function
 
     def end(self) -> None:
-        """Puts back what was exchanged, unless somebody else has set it."""
+        """Restores what was replaced, unless somebody else has set it."""
         if self._over:
             return
         self._over = True
@@ -192,13 +191,13 @@ class FitRun:
             else:
                 setattr(self.model, name, before)
         if self.model.train_function is self._given.get("train_function"):
-            # Another `fit` may be around this one, and needs a function.
+            # An outer `fit` may need a function.
             self.model.train_function = None
             self.model.make_train_function()
 
 
 class _EpochLogs(keras.callbacks.Callback):
-    """Adds what a method logs, ahead of loggers that come before it."""
+    """Adds a method's logs before any logger reads them."""
 
     def __init__(self, logs: Callable[[], dict[str, float]]):
         super().__init__()
@@ -212,7 +211,7 @@ class _EpochLogs(keras.callbacks.Callback):
 def _who_begins():
     """Returns the list that called `on_train_begin`, and the code around it.
 
-    What is not known is None.
+    Unknown values are None.
     """
     frame = sys._getframe(1)
     while frame is not None:
@@ -236,11 +235,11 @@ def start_of(
 ) -> int:
     """Returns the optimizer step at which the run of a `fit` began.
 
-    A `fit` from epoch 0 begins a run, whatever the optimizer has done before.
-    A `fit` from a later epoch (`initial_epoch`, `BackupAndRestore`) resumes a
+    A `fit` from epoch 0 begins a run, regardless of earlier optimizer steps. A
+    `fit` from a later epoch (`initial_epoch`, `BackupAndRestore`) resumes a
     run, which began as many steps ago as the earlier epochs have. If all steps
-    of the optimizer fit into these epochs and the one that begins, they belong
-    to the run, which was cut off within an epoch.
+    of the optimizer fit into these epochs and the current one, they belong to
+    the run, which was cut off within an epoch.
 
     Args:
         model: The model in `fit`.
@@ -248,12 +247,12 @@ def start_of(
         each: Batches per optimizer step.
         epoch: The epoch with which `fit` begins.
         steps: Batches in an epoch, or None where unknown.
-        skips: Whether a batch may be no step (loss scaling).
+        skips: Whether batches may be skipped (loss scaling).
 
     Returns:
         An int. It is negative if the optimizer is younger than the run.
     """
-    # Set by BackupAndRestore alone, which may have restored epoch 0.
+    # Only BackupAndRestore sets it, and may have restored epoch 0.
     resumes = epoch > 0 or _keras.restored_epoch(model) is not None
     if not resumes:
         return batches // each
@@ -266,13 +265,13 @@ def start_of(
 
 
 def note_end(model: keras.Model, *, begin: int, end: int, epochs: int) -> None:
-    """Remembers that a `fit` with a mask update has ended.
+    """Records that a `fit` with a mask update has ended.
 
     Args:
         model: The model that was trained.
         begin: The optimizer step at which it began.
         end: The optimizer step at which it ended.
-        epochs: How many epochs it had.
+        epochs: Number of its epochs.
     """
     count, last = _one_epoch_fits.pop(model, (0, -1))
     if epochs == 1:
@@ -280,7 +279,7 @@ def note_end(model: keras.Model, *, begin: int, end: int, epochs: int) -> None:
 
 
 def warn_of_a_loop(method: str, model: keras.Model, *, begin: int) -> None:
-    """Warns once that several fits of one epoch are planned one by one.
+    """Warns once that several fits of one epoch are planned separately.
 
     Args:
         method: Name of the method.
@@ -293,11 +292,11 @@ def warn_of_a_loop(method: str, model: keras.Model, *, begin: int) -> None:
     _warned.add(model)
     warnings.warn(
         f"fit(epochs=1) has trained model {model.name!r} {count + 1} times in "
-        f"a row, and {method} plans its updates within each fit alone, from "
-        "begin_step to end_step. For one run of many fits, pass "
+        f"a row, and {method} plans its updates within each fit separately, "
+        "from begin_step to end_step. For one run of many fits, pass "
         "fit(initial_epoch=e, epochs=e + 1) with the number e of the epoch, "
-        "and to the method end_step, the last step of the whole run at which "
-        "masks may change.",
+        "and pass end_step to the method: the last step of the whole run at "
+        "which masks may change.",
         stacklevel=2,
     )
 

@@ -1,9 +1,9 @@
-"""What replicas exchange of gradients: those of active connections.
+"""The exchange of gradients between replicas: active connections only.
 
 Outside its mask the gradient of a masked kernel is zero on every replica, and
-masks are the same on all. So each replica gathers the gradients of active
-connections into a vector, the vectors are summed over replicas, and the sums
-are scattered to where they came from.
+all replicas have the same masks. So each replica gathers the gradients of
+active connections into a vector, the vectors are summed over replicas, and the
+sums are scattered back.
 """
 
 import contextlib
@@ -39,37 +39,35 @@ def exchange_gradients(
 ) -> None:
     """Chooses which gradients of masked kernels travel between replicas.
 
-    With `"active"`, of a kernel with mask m and gradients g_r on replicas r,
+    With `"active"`, for a kernel with mask m and gradients g_r on replicas r,
     the optimizer gets at position p
 
         sum over r of g_r[p]  where m[p] = 1,    0 elsewhere,
 
-    and only the first travel: at density 0.1 a tenth of the bytes. Weights
-    are those of the exchange of all gradients, but for the order of sums. A
-    few numbers more tell in each step whether all replicas have the same
-    masks. The gradients of other variables travel whole, and so do those of
-    kernels with a regularizer that is not L1 or L2, whose gradient may lie
-    outside the mask.
+    and only the former travel: at density 0.1 a tenth of the bytes. Weights are
+    the same as with all gradients, up to the order of sums. A few more numbers
+    tell in each step whether all replicas have the same masks. The gradients of
+    other variables travel whole, and so do those of kernels with a regularizer
+    other than L1 or L2: they may be nonzero outside the mask.
 
-    `fit` with a mask update does so by itself where a
-    `MultiWorkerMirroredStrategy` has several replicas, and on one machine,
-    whose devices exchange gradients faster than they gather them, it does
-    not. Call this to have it otherwise; for training without a mask update;
-    or for a training loop that calls `optimizer.apply` within `strategy.run`.
-    It holds for steps that are traced from then on. Gradients of which a mask
-    update makes use travel whole in any case.
+    `fit` with a mask update does so automatically if a
+    `MultiWorkerMirroredStrategy` has several replicas. On one machine it does
+    not, because devices exchange gradients faster than they gather them. Call
+    this function to change that; to train without a mask update; or for a
+    training loop that calls `optimizer.apply` within `strategy.run`. It affects
+    steps that are traced later. Gradients that a mask update uses always travel
+    whole.
 
     Args:
         model: A model with masked layers.
         of: `"active"` connections or `"all"`.
-        optimizer: The optimizer that trains the model. None: the one that
-            `compile` was given. It must be made before: call this after
-            `compile`.
+        optimizer: The optimizer that trains the model. None: that of `compile`,
+            which must be called before.
 
     Raises:
         ValueError: There is no masked layer or no optimizer; or, for
-            `"active"`, XLA compiles the training step, whose vectors would
-            need a fixed length.
+            `"active"`, XLA compiles the training step: it would need vectors of
+            fixed length.
 
     Example:
 
@@ -84,8 +82,7 @@ def exchange_gradients(
     if not masked:
         raise ValueError(
             f"exchange_gradients found no masked layer in model {model.name!r}"
-            ", of which some gradients could stay behind. Call model = "
-            "rigl_keras.sparsify(model, density) first."
+            ". Call model = rigl_keras.sparsify(model, density) first."
         )
     given = optimizer or getattr(model, "optimizer", None)
     if given is None:
@@ -99,8 +96,9 @@ def exchange_gradients(
 
 
 _NOT_COMPILED = (
-    "XLA compiles steps for vectors of fixed length, and masks may come to "
-    "keep other numbers of connections: {what} is not for jit_compile=True. "
+    "XLA compiles steps for vectors of fixed length, but masks may come to "
+    "keep other numbers of connections: {what} does not work with "
+    "jit_compile=True. "
     "Compile the model with jit_compile=False, or pass "
     "exchange_gradients(model, of='all')."
 )
@@ -109,7 +107,7 @@ _NOT_COMPILED = (
 def check_exchange(
     method: str, optimizer: keras.Optimizer, dense_gradients: str
 ) -> None:
-    """Refuses an exchange that would keep from a method what it needs.
+    """Refuses an exchange that lacks gradients which a method needs.
 
     Args:
         method: Name of the method.
@@ -122,9 +120,9 @@ def check_exchange(
     """
     if dense_gradients == "always" and _chosen(optimizer) == "active":
         raise ValueError(
-            f"{method} needs dense gradients in each step, and "
+            f"{method} needs dense gradients in each step, but "
             "exchange_gradients was called for its optimizer with "
-            "of='active', which leaves those of inactive connections behind. "
+            "of='active', which omits those of inactive connections. "
             "Pass of='all'."
         )
 
@@ -132,7 +130,7 @@ def check_exchange(
 def exchanges_active(
     model: keras.Model, optimizer: keras.Optimizer, dense_gradients: str
 ) -> bool:
-    """Returns whether `fit` lets active gradients alone travel by itself.
+    """Returns whether `fit` exchanges only active gradients by default.
 
     Args:
         model: The model that is trained.
@@ -152,8 +150,8 @@ def exchanges_active(
         return False
     if _is_compiled(model):
         warnings.warn(
-            "Whole gradients travel between the workers. "
-            + _NOT_COMPILED.format(what="the exchange of active ones alone"),
+            "Workers exchange whole gradients. "
+            + _NOT_COMPILED.format(what="exchanging only active ones"),
             stacklevel=2,
         )
         return False
@@ -164,7 +162,7 @@ def exchanges_active(
 def exchanging_active(
     optimizer: keras.Optimizer, masked: Sequence[KernelMask]
 ) -> Iterator[None]:
-    """Within the context, active gradients alone travel between replicas.
+    """Within the context, replicas exchange only active gradients.
 
     Args:
         optimizer: The optimizer that moves the weights.
@@ -196,7 +194,7 @@ def _install(optimizer, of, masked, *, chosen):
 
 
 def _chosen(optimizer):
-    """Returns what the user has chosen for an optimizer, or None."""
+    """Returns the user's choice for an optimizer, or None."""
     for part in optimizer_state.parts(optimizer):
         exchange = _keras.given_replica_sum(part)
         if isinstance(exchange, _Exchange) and exchange.chosen:
@@ -205,7 +203,7 @@ def _chosen(optimizer):
 
 
 class _Exchange:
-    """Sums gradients over replicas, as an optimizer calls it to."""
+    """Sums gradients over replicas when an optimizer calls it."""
 
     def __init__(self, optimizer, of, masked, chosen):
         self._optimizer = optimizer
@@ -254,13 +252,13 @@ class _Exchange:
         return summed
 
     def _summed(self, pairs, active, own):
-        """Returns the sums of pairs, and of what tells that masks agree."""
+        """Returns the sums of pairs, and of the checksums of masks."""
         _, variable = pairs[active[0]]
         dtype = pairs[active[0]][0].dtype
-        if dtype.size < own.dtype.size:  # which has no room for the numbers
+        if dtype.size < own.dtype.size:  # it has no room for the numbers
             (total,) = replicas.summed([own])
             return _keras.replica_sum(self._optimizer, pairs), total
-        # TensorFlow makes one message of all, if they are of one type.
+        # TensorFlow sends one message if all have one type.
         *summed, (total, _) = _keras.replica_sum(
             self._optimizer, [*pairs, (tf.cast(own, dtype), variable)]
         )
@@ -268,7 +266,7 @@ class _Exchange:
 
 
 _DIFFER = (
-    "The replicas hold different masks, so that the gradients of active "
+    "The replicas hold different masks, so the gradients of active "
     "connections cannot be summed. Every process must make the model with the "
     "same seed and layers of the same names, and load the same checkpoint. "
     "Resume from a checkpoint before this step."
@@ -276,7 +274,7 @@ _DIFFER = (
 
 
 def _is_zero_at_zero(regularizer):
-    """Returns whether no penalty has a gradient where a kernel is zero."""
+    """Returns whether a penalty has no gradient where a kernel is zero."""
     kinds = keras.regularizers.L1, keras.regularizers.L2
     return regularizer is None or type(regularizer) in (
         *kinds,
@@ -302,17 +300,17 @@ _FIRST, _SECOND, _BITS = 0x1E3779B97F4A7C15, 0x3F58476D1CE4E5B9, 12
 
 
 def _checksum(places: Sequence[tf.Tensor]) -> tf.Tensor:
-    """Returns six whole numbers, that differ where any position does.
+    """Returns six whole numbers that differ if any position differs.
 
     Args:
         places: The positions that each mask keeps.
 
     Returns:
-        Float tensor of shape [6]: a sum modulo 2^64, 12 bits a number.
+        Float tensor of shape [6]: a sum modulo 2^64, 12 bits per number.
     """
 
     def scrambled(place, number):
-        # Multiplied and shifted, so that no two moves make up for each other.
+        # Multiplied and shifted, so that two moves do not cancel.
         mixed = (place + (number << 40)) * _FIRST
         mixed = tf.bitwise.bitwise_xor(
             mixed, tf.bitwise.right_shift(mixed, tf.constant(29, tf.int64))

@@ -41,18 +41,18 @@ __all__ = ["GraphUpdates"]
 
 
 class GraphUpdates:
-    """Runs a training step that changes masks where an update is due.
+    """Runs a training step that changes masks when an update is due.
 
     A training step is traced twice: for ordinary steps, and with dense
-    gradients for those whose gradients count for an update. In the second
-    trace this takes the place of `optimizer.apply`:
+    gradients for steps whose gradients count for an update. In the second trace
+    this replaces `optimizer.apply`:
 
     1. The gradients of masked kernels are taken without regularisation, and
-       summed over replicas. With `buffers` those of earlier batches count.
-    2. Where no update is due, the optimizer is applied as always.
-    3. Otherwise `change_masks` is called, unless a gradient or a kernel is
-       not finite, and the step is counted (Evci et al., 2020,
-       arXiv:1911.11134, Algorithm 1).
+       summed over replicas. With `buffers`, those of earlier batches count.
+    2. If no update is due, the optimizer is applied as usual.
+    3. Otherwise `change_masks` is called, unless a gradient or a kernel is not
+       finite, and the step is counted (Evci et al., 2020, arXiv:1911.11134,
+       Algorithm 1).
 
     Args:
         attached: What is trained.
@@ -229,7 +229,7 @@ class GraphUpdates:
             return self._counted(train_step)
 
     def _counted(self, train_step):
-        """Runs a step that loss scaling may put off, which is counted."""
+        """Runs a step, and counts it if loss scaling delays an update."""
         attached = self._attached
         step, batches = attached.step(), attached.batches()
         outputs = self._run(train_step)
@@ -269,9 +269,9 @@ class GraphUpdates:
         if missing:
             raise ValueError(
                 f"{self._method} needs the layers to be traced once for "
-                "ordinary steps and once for updates, and what calls "
-                f"{', '.join(missing)} is traced only once: it is within a "
-                "tf.function of its own. Remove that decorator; the training "
+                "ordinary steps and once for updates, but the calls of "
+                f"{', '.join(missing)} are traced only once, within an "
+                "inner tf.function. Remove that decorator; the training "
                 "step as a whole is compiled anyway."
             )
         self._called.update(called)
@@ -322,24 +322,24 @@ class GraphUpdates:
             yield
 
     def exchanges_active(self) -> bool:
-        """Returns whether replicas exchange active gradients by themselves."""
+        """Returns whether replicas exchange only active gradients."""
         attached = self._attached
         return exchanges_active(
             attached.model, attached.optimizer, self._dense_gradients
         )
 
     def exchanging_active(self) -> contextlib.AbstractContextManager:
-        """Within the context, replicas exchange active gradients alone.
+        """Within the context, replicas exchange only active gradients.
 
-        Those of which an update makes use are summed by `replicas.summed`.
+        `replicas.summed` sums those that an update uses.
         """
         attached = self._attached
         return exchanging_active(attached.optimizer, attached.masked)
 
     def warn_of_unreached(self) -> None:
-        """Warns once of masks that stay, though their layers are trained.
+        """Warns once of masks that never change, though layers are trained.
 
-        The optimizer was given no gradient of their kernels.
+        The optimizer got no gradient of their kernels.
         """
         if not self._reached or not self._warns_of_unreached:
             return
@@ -353,12 +353,12 @@ class GraphUpdates:
             optimizer = self._attached.optimizer
             warnings.warn(
                 f"{self._method} does not reach these masked layers: "
-                f"{', '.join(names)}. They are trainable, and have no gradient "
-                f"where the training step applies {optimizer.name!r}, so "
-                "that their masks stay as they are. If another optimizer "
-                "trains them, give each optimizer a method of its own by "
-                "attach and update; otherwise the loss does not depend on "
-                "them, or set trainable = False.",
+                f"{', '.join(names)}. They are trainable, but have no gradient "
+                f"when the training step applies {optimizer.name!r}, so "
+                "their masks never change. If another optimizer trains them, "
+                "give each optimizer a separate method by attach and update; "
+                "otherwise the loss does not depend on them: set "
+                "trainable = False.",
                 stacklevel=3,
             )
 
@@ -415,16 +415,16 @@ class GraphUpdates:
 
         with _applying(optimizer, gather_or_update):
             yield
-        # Eagerly, loss scaling passes over gradients that are not finite.
+        # Eagerly, loss scaling skips gradients that are not finite.
         skips = self._attached.scales_loss and tf.executing_eagerly()
         if not applied and not skips:
             raise ValueError(
-                f"{self._method} takes the place of optimizer.apply, which "
-                "this training step never calls. Pass the optimizer that it "
-                "applies: fit knows the one that compile was given. Where "
-                "there are several, give each a method of its own by "
+                f"{self._method} replaces optimizer.apply, which this "
+                "training step never calls. Pass the optimizer that it "
+                "applies: fit knows that of compile. If there are "
+                "several, give each a separate method by "
                 "attach(model, optimizer), and call update(gradients, "
-                "variables) in place of its apply."
+                "variables) instead of its apply."
             )
 
     def _gather_or_update(self, apply, gradients, variables, loss, by_hand):
@@ -476,7 +476,7 @@ class GraphUpdates:
         return masked_gradients(masked, gradients, variables)
 
     def _change_once(self, layers, gradients, step, loss, by_hand):
-        """Changes masks for all replicas, and notes whether they agree."""
+        """Changes masks for all replicas, and records whether they agree."""
         replicas.once(
             functools.partial(self._change, layers, loss, by_hand),
             [step, *gradients],

@@ -20,16 +20,16 @@ class MethodHooks(keras.callbacks.Callback):
     A method defines `is_due` and `change_masks`. It may define the others.
 
     Args:
-        conventions: Where the references differ.
+        conventions: Choices where the references differ.
 
     Attributes:
         dense_gradients: When the method needs gradients at inactive entries:
             `"never"`, at its `"updates"` or `"always"`. It decides what
             training costs (`flops.training_flops`), and when they travel
             between workers (`exchange_gradients`).
-        gradient_batches: Over how many steps, the last of which is the
-            update's, an update takes the mean gradient.
-        name: The method as the report names it.
+        gradient_batches: Number of steps, up to and including the update's, in
+            the mean gradient of an update.
+        name: The report's name of the method.
     """
 
     dense_gradients: Literal["never", "updates", "always"] = "updates"
@@ -51,7 +51,7 @@ class MethodHooks(keras.callbacks.Callback):
         return type(self).__name__
 
     def get_config(self) -> dict:
-        """Returns the arguments with which to make an equal callback."""
+        """Returns the arguments that make an equal callback."""
         return {"conventions": self.conventions}
 
     def lengthened(self, factor: float) -> "MethodHooks":
@@ -65,7 +65,7 @@ class MethodHooks(keras.callbacks.Callback):
             factor: Positive number.
 
         Returns:
-            A callback of the same class, which is attached to nothing.
+            A callback of the same class, not attached.
         """
         raise NotImplementedError(
             f"{type(self).__name__} must define lengthened."
@@ -82,8 +82,8 @@ class MethodHooks(keras.callbacks.Callback):
             steps: Batches in an epoch, or None where unknown.
 
         Raises:
-            ValueError: The method needs the length of the run, which is not
-                known.
+            ValueError: The method needs the length of the run, but it is
+                unknown.
         """
 
     def is_due(self, step: int | tf.Tensor) -> bool | tf.Tensor:
@@ -164,7 +164,7 @@ class MethodHooks(keras.callbacks.Callback):
         """
 
     def forget(self) -> None:
-        """Forgets earlier runs, as a new one begins. It follows `set_up`."""
+        """Forgets earlier runs when a new one begins, after `set_up`."""
 
     def change_masks(
         self,
@@ -257,5 +257,5 @@ class MethodHooks(keras.callbacks.Callback):
         return tf.math.count_nonzero(grown)
 
     def extra_logs(self) -> dict[str, tf.Tensor]:
-        """Returns what the method logs, beside `density` and `grown`."""
+        """Returns the method's logs, besides `density` and `grown`."""
         return {}

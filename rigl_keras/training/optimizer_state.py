@@ -1,4 +1,4 @@
-"""What an optimizer remembers about a kernel, and how to forget it.
+"""An optimizer's memory of a kernel, and how to reset it.
 
 Keras has no interface to an optimizer's slots (momentum, second moments).
 They are found by name and shape: `add_variable_from_reference` names a slot
@@ -110,11 +110,11 @@ def batches_per_step(optimizer: keras.Optimizer) -> int:
 
 
 def rate(optimizer: keras.Optimizer) -> tf.Tensor:
-    """Returns the learning rate of the step that comes.
+    """Returns the learning rate of the next step.
 
     Args:
-        optimizer: A Keras optimizer without loss scaling. Of several in one,
-            the first counts.
+        optimizer: A Keras optimizer without loss scaling. In a
+            `MultiOptimizer`, the first one counts.
 
     Returns:
         A float32 scalar.
@@ -145,8 +145,8 @@ def project_averages(
 ) -> None:
     """Sets averaged weights to zero outside the masks.
 
-    An optimizer averages before constraints apply, so that what dense
-    momentum or Muon moved there has reached the average.
+    An optimizer averages before constraints apply, so the average contains what
+    dense momentum or Muon moved there.
 
     Args:
         optimizer: A built Keras optimizer without loss scaling.
@@ -173,7 +173,7 @@ def _project_each(optimizer, masked):
 def slots(
     optimizer: keras.Optimizer, variable: keras.Variable
 ) -> dict[str, keras.Variable]:
-    """Returns what the optimizer remembers of each entry of a variable.
+    """Returns the optimizer's memory of each entry of a variable.
 
     Args:
         optimizer: A built Keras optimizer.
@@ -202,8 +202,8 @@ def slots(
     prefixes = {_prefix(v) for v in trained}
     found: dict[str, list] = {}
     for slot in optimizer.variables:
-        # `kernel_` also begins the slots of `kernel_2`: the longest prefix
-        # tells whose it is.
+        # Slots of `kernel_2` also begin with `kernel_`: the longest prefix
+        # decides.
         whose = max(filter(slot.name.startswith, prefixes), key=len, default="")
         if whose == prefix and slot.shape == variable.shape:
             found.setdefault(slot.name.removeprefix(prefix), []).append(slot)
@@ -285,7 +285,7 @@ def momentum(optimizer: keras.Optimizer, variable: keras.Variable) -> tf.Tensor:
 
 
 def _initial_value(optimizer, name, variable):
-    """Returns the value with which the slot `name` of a variable starts."""
+    """Returns the initial value of the slot `name` of a variable."""
     if _remembers_weights(optimizer, name):
         return variable.value
     if name == "accumulator":
@@ -294,7 +294,7 @@ def _initial_value(optimizer, name, variable):
 
 
 def _remembers_weights(optimizer, name):
-    # By its name, as the class is not in every version of Keras.
+    # By name: not every version of Keras has the class.
     schedule_free = type(optimizer).__name__ == "ScheduleFreeAdamW"
     return name == "average" or (schedule_free and name == "momentum")
 

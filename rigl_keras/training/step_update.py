@@ -1,7 +1,7 @@
 """The callback that changes masks within the training step.
 
 A Keras callback sees neither batch nor gradient. So the training step itself
-does the work of `StepUpdate`, at the place where it would apply the optimizer.
+does the work of `StepUpdate`, where it would apply the optimizer.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from rigl_keras import replicas
+from rigl_keras import _keras, replicas
 from rigl_keras.conventions import ORIGINAL, Conventions
 from rigl_keras.masking.masked import KernelMask
 from rigl_keras.training import fit_runs, optimizer_state
@@ -34,58 +34,58 @@ __all__ = ["StepUpdate"]
 
 
 class StepUpdate(MethodHooks):
-    """Changes masks at some training steps. A method is a subclass of it.
+    """Changes masks at some training steps. Methods are subclasses of it.
 
-    At a step that `is_due`, the training step computes its gradients as
-    always; they are dense if `dense_gradients` says so. Where it would apply
-    the optimizer, `change_masks` is called instead. This counts as an
-    optimizer step (Evci et al., 2020, arXiv:1911.11134, Algorithm 1). With
-    `update_replaces_step=False` the optimizer is applied first.
+    At a step that `is_due`, the training step computes its gradients as usual;
+    they are dense if `dense_gradients` says so. Then `change_masks` is called
+    instead of the optimizer. This counts as an optimizer step (Evci et al.,
+    2020, arXiv:1911.11134, Algorithm 1). With `update_replaces_step=False` the
+    optimizer is applied first.
 
     Steps are `optimizer.iterations`, so a resumed run needs no state of the
-    callback but its `variables`. Plans count from the step at which the run
-    began (`run_start`). A `fit` from epoch 0 begins a run, whatever the
-    optimizer has done before. A later `initial_epoch`, `BackupAndRestore` or
-    an `attach` before `fit` resumes one.
+    callback except its `variables`. Plans count from the step at which the run
+    began (`run_start`). A `fit` from epoch 0 begins a run, regardless of
+    earlier optimizer steps. A later `initial_epoch`, `BackupAndRestore` or an
+    `attach` before `fit` resumes one.
 
     Callbacks may train the model within `fit`: the steps of `train_on_batch`
-    and of a nested `fit` count like all others. After `compile`, updates go on
-    with the new optimizer. Thawed layers join, and frozen ones leave, when the
-    training step is traced again (`make_train_function(force=True)`). When
-    `fit` ends or fails, the model has its own training step back.
+    and of a nested `fit` count like all others. After `compile`, updates
+    continue with the new optimizer. When the training step is traced again
+    (`make_train_function(force=True)`), unfrozen layers join and frozen ones
+    leave. When `fit` ends or fails, the model gets its training step back.
 
-    If the optimizer accumulates gradients, a step is several batches, and an
+    If the optimizer accumulates gradients, a step has several batches, and an
     update uses the mean of their gradients. If it scales the loss
-    (`LossScaleOptimizer`), a batch whose gradients are not finite is no step,
-    and the update waits for the next batch.
+    (`LossScaleOptimizer`), a batch with gradients that are not finite is not a
+    step, and the update waits for the next batch.
 
     Logs: `density` of all masked weights; `grown`, the connections grown at
     the last update; with loss scaling `skipped_updates`, how often one waited.
 
     Args:
-        conventions: Where the references differ.
+        conventions: Choices where the references differ.
 
     Attributes:
         watch_loss: Whether `fit` evaluates the loss of an update's batch
             before and after it. Set it before training begins.
-        update_losses: `[(step, before, after)]`, NaN where there is no loss.
-        variables: What must be saved for a run to resume exactly, beside the
-            model and its optimizer.
+        update_losses: `[(step, before, after)]`, NaN without a loss.
+        variables: State that must be saved for a run to resume exactly, besides
+            the model and its optimizer.
         masked: The masked layers of the model, frozen ones included.
         optimizer: The optimizer that trains them, within any loss scaling.
         run_start: The optimizer step at which the run began, or 0.
         trajectory: `[(step, counts)]`: the active connections of each masked
-            layer before the first step and after each update of this run.
-            Masks that were changed otherwise (`set_weights`) appear at the
-            next begin or end of an epoch.
+            layer before the first step and after each update of this run. Masks
+            changed in other ways (`set_weights`) appear at the next begin or
+            end of an epoch.
 
     Raises:
         ValueError: In `fit`: the model has no masked layers, the run's length
-            is needed and unknown, gradients are not finite, replicas differ
-            in masks, or the training step applies its optimizer twice.
-        UserWarning: No update falls into the run; a masked layer that is
-            trainable has no gradient where the optimizer is applied; or
-            `fit(epochs=1)` is called in a loop.
+            is needed but unknown, gradients are not finite, replicas differ in
+            masks, or the training step applies its optimizer twice.
+        UserWarning: The run has no update; a trainable masked layer has no
+            gradient where the optimizer is applied; or `fit(epochs=1)` is
+            called in a loop.
     """
 
     watch_loss: bool = False
@@ -100,8 +100,8 @@ class StepUpdate(MethodHooks):
         self._buffers: GradientBuffers | None = None
         self._fit: fit_runs.FitRun | None = None
         self._prepared: Attachment | None = None
-        # The logged variables of the last update, by name. They stay the same
-        # as long as the callback lives, as a checkpoint may hold them.
+        # The logged variables of the last update, by name. They last as long as
+        # the callback, because a checkpoint may hold them.
         self._last: dict[str, tf.Variable] = {}
 
     @property
@@ -122,7 +122,7 @@ class StepUpdate(MethodHooks):
 
     @property
     def skipped_updates(self) -> int:
-        """How often an update had to wait, because of loss scaling."""
+        """How often an update had to wait because of loss scaling."""
         return int(self._record.skipped.numpy())
 
     @property
@@ -131,25 +131,25 @@ class StepUpdate(MethodHooks):
 
     @property
     def logged_variables(self) -> list[tf.Variable]:
-        """What is logged of the last update, until the next one.
+        """The logs of the last update, until the next one.
 
         Training does not need them. A run that restores them logs the same.
         """
         return list(self._last.values())
 
     def steps_taken(self) -> int:
-        """Returns the optimizer steps so far, as `trajectory` counts them."""
+        """Returns the optimizer steps so far, counted as in `trajectory`."""
         return self._attached.steps_taken()
 
     def last_update(self, begin: int, end: int) -> int | None:
         """Returns the last of some steps that is due, or None.
 
         Args:
-            begin: The first step, as `trajectory` counts them.
+            begin: The first step, counted as in `trajectory`.
             end: The step after the last.
         """
         before = self._attached.steps_before
-        with tf.device("CPU:0"):  # where a schedule is made of tensors
+        with tf.device("CPU:0"):  # a schedule may use tensors
             for step in reversed(range(begin, end)):
                 if self.is_due(step - before):
                     return step
@@ -159,7 +159,7 @@ class StepUpdate(MethodHooks):
         """Returns how many optimizer steps end within the next batches.
 
         Args:
-            batches: How many batches follow.
+            batches: Number of batches.
         """
         taken = int(optimizer_state.batches(self.optimizer).numpy())
         each = self._attached.batches_per_step
@@ -168,19 +168,19 @@ class StepUpdate(MethodHooks):
     # Custom loops.
 
     def attach(self, model: keras.Model, optimizer: keras.Optimizer) -> None:
-        """Prepares to train a model, as `fit` and `wrap` do by themselves.
+        """Prepares to train a model, as `fit` and `wrap` do automatically.
 
-        Call it before `update`, or to have `variables` before training begins
-        and restore them. The method's steps are those that the optimizer
-        counts: a `fit` that follows resumes the run that they belong to.
+        Call it before `update`, or to create and restore `variables` before
+        training begins. The method's steps are those that the optimizer counts:
+        a later `fit` resumes the run that they belong to.
 
         Args:
             model: A masked model.
             optimizer: The optimizer that trains it.
 
         Raises:
-            ValueError: The model has no masked layer, or is trained in a way
-                that is not supported.
+            ValueError: The model has no masked layer, or its training is not
+                supported.
         """
         self._refuse_while_running(model)
         self._attach(model, optimizer)
@@ -218,7 +218,7 @@ class StepUpdate(MethodHooks):
                 self._forget_all()
 
     def _bind(self, attached):
-        """Takes what is trained from now on, and makes its buffers."""
+        """Switches to another model or optimizer, and makes its buffers."""
         attached.prepare(self.name, self.gradient_batches)
         check_exchange(self.name, attached.optimizer, self.dense_gradients)
         super().set_model(attached.model)
@@ -244,21 +244,21 @@ class StepUpdate(MethodHooks):
 
         Args:
             train_step: A function of the batch that calls the model within a
-                gradient tape and then `optimizer.apply`, or
-                `apply_gradients`. It is traced twice: for ordinary steps and
-                for updates. A `tf.function` within it, or as a layer's
-                `call`, would be traced once for both, and is refused:
-                decorate what this method returns instead.
+                gradient tape and then `optimizer.apply`, or `apply_gradients`.
+                It is traced twice: for ordinary steps and for updates. A
+                `tf.function` within it, or as a layer's `call`, would be traced
+                only once, and is refused: decorate the result of this method
+                instead.
             model: The masked model that it trains.
             optimizer: The optimizer that it applies.
 
         Returns:
-            A function of the same arguments and results.
+            A function with the same arguments and results.
 
         Raises:
-            ValueError: The model has no masked layer, it was made in the
-                scope of a strategy, or the run's length is needed: pass
-                `end_step` to the method.
+            ValueError: The model has no masked layer, was made in the scope of
+                a strategy, or the run's length is needed: pass `end_step` to
+                the method.
 
         Example:
 
@@ -274,11 +274,15 @@ class StepUpdate(MethodHooks):
         train_step = untraced(train_step)
 
         def step_or_update(*args, **kwargs):
-            return self._updates.step_or_update(
-                lambda: train_step(*args, **kwargs)
-            )
+            # AutoGraph has the user's step to convert, and not this package.
+            converted = _keras.converted_as_here(train_step)
+            return self._step_or_update(lambda: converted(*args, **kwargs))
 
         return step_or_update
+
+    @tf.autograph.experimental.do_not_convert
+    def _step_or_update(self, train_step):
+        return self._updates.step_or_update(train_step)
 
     @tf.autograph.experimental.do_not_convert
     def update(
@@ -286,12 +290,12 @@ class StepUpdate(MethodHooks):
         gradients: Sequence[tf.Tensor | None],
         variables: Sequence[keras.Variable],
     ) -> None:
-        """Applies gradients, or changes masks where an update is due.
+        """Applies gradients, or changes masks if an update is due.
 
-        Call it in place of `optimizer.apply`, after `attach`. The optimizer
-        gets gradients that are zero outside the masks, unless the method
-        keeps dense momentum. A `LossScaleOptimizer` takes the gradients of
-        the loss that its `scale_loss` has scaled, as always.
+        Call it instead of `optimizer.apply`, after `attach`. The optimizer gets
+        gradients that are zero outside the masks, unless the method keeps dense
+        momentum. For a `LossScaleOptimizer`, pass gradients of the loss scaled
+        by its `scale_loss`, as usual.
 
         Args:
             gradients: Gradients of the loss, one for each of `variables`,
@@ -299,9 +303,9 @@ class StepUpdate(MethodHooks):
             variables: The variables to train.
 
         Raises:
-            ValueError: `attach` was not called, or the run's length is
-                needed: pass `end_step` to the method. `fetch` reports
-                gradients that were not dense.
+            ValueError: `attach` was not called, or the run's length is needed:
+                pass `end_step` to the method. `fetch` reports gradients that
+                were not dense.
 
         Example:
 
@@ -327,10 +331,10 @@ class StepUpdate(MethodHooks):
     def refuse_unless(
         self, defined: tf.Tensor, step: tf.Tensor, reason: int = NOT_FINITE
     ) -> None:
-        """Notes that the update at a step was refused, unless `defined`.
+        """Records that the update at a step was refused, unless `defined`.
 
-        `change_masks` calls it in the graph. `fetch` reports the first update
-        that was refused.
+        `change_masks` calls it in the graph. `fetch` reports the first refused
+        update.
 
         Args:
             defined: A bool scalar.
@@ -342,12 +346,12 @@ class StepUpdate(MethodHooks):
     def fetch(self) -> None:
         """Reads the record of updates from the device into `trajectory`.
 
-        `fit` does so by itself. A custom loop calls it now and then, at least
-        every 1,024 updates.
+        `fit` does so automatically. A custom loop must call it at least every
+        1,024 updates.
 
         Raises:
-            ValueError: An update was refused, or has left replicas with
-                different masks.
+            ValueError: An update was refused, or left replicas with different
+                masks.
         """
         self._record.fetch(losses=self.watch_loss)
         with replicas.scope(self._attached.model):
@@ -357,9 +361,9 @@ class StepUpdate(MethodHooks):
         self._record.check(self.name)
 
     def last_logs(self) -> dict[str, float]:
-        """Returns what an epoch logs: density, and what the last update did.
+        """Returns the logs of an epoch: density, and the last update's.
 
-        The logs of an epoch of `fit` have it, for all callbacks.
+        They are in the logs of each epoch of `fit`, for all callbacks.
         """
         logs = {"density": self._record.density, "grown": self._last["grown"]}
         if self._attached.scales_loss:
@@ -387,7 +391,7 @@ class StepUpdate(MethodHooks):
         self._attach(model, model.optimizer)
         if other is not None:
             raise ValueError(
-                "A model takes one mask update at a time. Received both "
+                "A model can have one mask update at a time. Received both "
                 f"{other.name} and {self.name}."
             )
         if prepared is not None and prepared.is_of(model, model.optimizer):
@@ -410,7 +414,7 @@ class StepUpdate(MethodHooks):
             self._begin(epoch)
 
     def on_train_batch_begin(self, batch, logs=None):
-        if not self._planned:  # a custom loop that knows no epochs
+        if not self._planned:  # a custom loop without epochs
             self._begin(0)
         if self._looks:
             # Other callbacks may have set weights, or restored them.
@@ -421,7 +425,7 @@ class StepUpdate(MethodHooks):
             model.make_train_function()
 
     def on_train_batch_end(self, batch, logs=None):
-        # Not every step: on a GPU the host would wait for it.
+        # Not at every step: the host would wait for a GPU.
         self._calls += 1
         if self._calls % FETCH_EVERY == 0:
             self.fetch()
@@ -429,11 +433,11 @@ class StepUpdate(MethodHooks):
     def on_epoch_end(self, epoch, logs=None):
         self.fetch()
         if logs is not None:
-            # Again, as callbacks before this one may have set weights. Not in
-            # the logs of a step: its bar would no longer fit a terminal.
+            # Again, because earlier callbacks may have set weights. Not in the
+            # logs of a step: the bar would not fit a terminal.
             logs.update(self.last_logs())
         self._updates.warn_of_unreached()
-        # For a mask of another density, another product may be faster.
+        # At another density, another product may be faster.
         if any([m.product_changes() for m in self._attached.wrappers]):
             self._attached.model.make_train_function(force=True)
 
@@ -458,7 +462,7 @@ class StepUpdate(MethodHooks):
             self._fit = None
 
     def _begin(self, epoch):
-        """Plans the run, once all callbacks have restored what they do."""
+        """Plans the run, after all callbacks have restored their state."""
         params = self.params or {}
         epochs, steps = params.get("epochs"), params.get("steps")
         model = self._attached.model
@@ -489,14 +493,14 @@ class StepUpdate(MethodHooks):
     def _check_planned(self):
         if not self._planned:
             raise ValueError(
-                f"{self.name} plans its updates as the first epoch of fit "
-                "begins, and a callback trains the model before that. Call "
+                f"{self.name} plans its updates when the first epoch of fit "
+                "begins, but a callback trains the model before. Call "
                 f"train_on_batch later, or list that callback after {self.name}"
                 "."
             )
 
     def _take_what_changed(self):
-        """Goes on with the optimizer and the layers that there are now."""
+        """Continues with the current optimizer and layers."""
         self.fetch()
         taken, before = self.steps_taken(), self._attached.steps_before
         model = self._attached.model
@@ -506,6 +510,6 @@ class StepUpdate(MethodHooks):
             attached.steps_before = taken - attached.steps_taken()
             self._record.bind(attached)
             self._updates.bind(attached, self._buffers)
-            # The run is as old for the new optimizer as it was for the other.
+            # The run has the same age for the new optimizer as for the old one.
             self.run_start -= attached.steps_before - before
             self.set_up()

@@ -1,4 +1,4 @@
-"""What `fit` exchanges in a model, and gives back."""
+"""The methods of a model that `fit` replaces and restores."""
 
 import contextlib
 import functools
@@ -18,20 +18,18 @@ __all__ = ["StepExchange", "installed_update", "untraced"]
 
 
 class StepExchange:
-    """Gives a model a training step with updates, while `fit` runs.
+    """Gives a model a training step with updates while `fit` runs.
 
-    `model.train_step` becomes one that runs the model's own, or an update.
-    `model.make_train_function` becomes one that goes on with updates after
-    `compile`, and where other callbacks ask for a new function. `FitRun` puts
-    both back.
+    The new `model.train_step` runs the model's own step, or an update. The new
+    `model.make_train_function` keeps updates running after `compile`, and when
+    other callbacks ask for a new function. `FitRun` restores both.
 
     Args:
         run: The run of `fit`.
         updates: Runs a step, or an update.
-        watches_loss: Returns whether the loss of an update's batch is
-            evaluated.
-        renew: Called before the train function is made again, as the model
-            may have another optimizer, or other layers to train.
+        watches_loss: Returns whether to evaluate the loss of an update's batch.
+        renew: Called before the train function is made again: the model may
+            have another optimizer, or other layers to train.
         check: Called before each step.
     """
 
@@ -49,14 +47,14 @@ class StepExchange:
         self._renew, self._check = renew, check
 
     def install(self, owner: MethodHooks) -> None:
-        """Exchanges the step, and makes the train function.
+        """Replaces the step, and makes the train function.
 
         Args:
             owner: The callback that `installed_update` returns.
 
         Raises:
-            ValueError: The train function cannot be made. The model has its
-                own step again.
+            ValueError: The train function cannot be made. The model's own step
+                is restored.
         """
         run, model = self._run, self._run.model
         with_updates = self._traced(self._updates.step_or_update)
@@ -71,8 +69,8 @@ class StepExchange:
         def make_train_function(force=False):
             if not run.lasts():
                 return model.make_train_function(force)
-            # `train_on_batch` and `fit` ask for a function, not by force, and
-            # find the one that there is.
+            # `train_on_batch` and `fit` do not force a new function, and get
+            # the existing one.
             if force or model.train_function is None:
                 run.exchange("train_step", train_step)
                 self._renew()
@@ -100,11 +98,11 @@ class StepExchange:
     def _chooses_on_the_host(self):
         """Returns whether the host chooses between steps and updates.
 
-        A `tf.cond` would have both traced before the first step, which takes
-        three times as long as tracing the step alone: so an update is traced
-        when the first one is due. And within a `tf.cond` XLA computes
-        convolutions on CPUs with one thread, in four times the time. But a
-        block of steps has no host, and a GPU would wait for it at each step.
+        A `tf.cond` would trace both before the first step, which takes three
+        times as long as tracing the step alone. Here an update is traced when
+        the first one is due. Also, within a `tf.cond` XLA computes convolutions
+        on CPUs with one thread, in four times the time. But the host cannot
+        choose within a block of steps, and would wait for a GPU at each step.
         """
         model = self._run.model
         if model.steps_per_execution > 1:
@@ -112,11 +110,11 @@ class StepExchange:
         return model.jit_compile or not tf.config.list_physical_devices("GPU")
 
     def _choosing(self, *, together):
-        """Returns what makes a train function that chooses on the host.
+        """Returns a maker of train functions that choose on the host.
 
-        Replicas are traced side by side, so that the host exchanges the
-        optimizer's part for all of them (`together`). The loss is not watched
-        there: each replica has a part of the batch.
+        Replicas are traced side by side, so the host replaces the optimizer for
+        all of them (`together`). Then the loss is not watched: each replica has
+        only a part of the batch.
         """
         updates, applied = self._updates, []
         active = together and updates.exchanges_active()
@@ -151,7 +149,7 @@ class StepExchange:
         )
 
     def _traced(self, step):
-        """Returns a training step of `fit`, which logs as the model's does."""
+        """Returns a training step of `fit` with the logs of the model's."""
         run, model = self._run, self._run.model
 
         def traced(data):
@@ -164,8 +162,8 @@ class StepExchange:
 
 
 def _told_if_slow() -> contextlib.AbstractContextManager:
-    """Within the context, tracing that takes long is not without a word."""
-    if tf.executing_eagerly():  # it is a step, whose time is the user's
+    """Within the context, slow tracing is announced."""
+    if tf.executing_eagerly():  # a step runs, which is not slow tracing
         return contextlib.nullcontext()
     return said_if_slow(
         "Tracing the training step, and once more for mask updates (once in "
@@ -183,7 +181,7 @@ def installed_update(model: keras.Model) -> MethodHooks | None:
         The `StepUpdate`, from its `on_train_begin` to its `on_train_end`.
     """
     run = getattr(model.train_step, "fit_run", None)
-    # A run that was cut off is over.
+    # A run that was cut off has ended.
     if run is not None and run.model is model and run.lasts():
         return model.train_step.mask_update
     return None
@@ -192,7 +190,7 @@ def installed_update(model: keras.Model) -> MethodHooks | None:
 def untraced(train_step: Callable) -> Callable:
     """Returns the Python function within a `tf.function`.
 
-    One trace would serve ordinary steps and updates alike.
+    It would have one trace for both ordinary steps and updates.
 
     Args:
         train_step: A function, which may be a `tf.function`.
@@ -201,7 +199,7 @@ def untraced(train_step: Callable) -> Callable:
 
 
 def _loss_on(model, data):
-    """Returns a function that evaluates the loss on a batch, as it is then."""
+    """Returns a function that evaluates the current loss on a batch."""
     if (
         not _keras.has_loss(model)
         and type(model).compute_loss is keras.Model.compute_loss
@@ -210,8 +208,8 @@ def _loss_on(model, data):
 
     def loss():
         x, y, weight = keras.utils.unpack_x_y_sample_weight(data)
-        # What the call would assign stays in the scope; of what it is given,
-        # Keras takes the penalties.
+        # The scope keeps what the call would assign; from it, Keras takes the
+        # penalties.
         given = [(v, v.value) for v in model.trainable_variables]
         with keras.StatelessScope(given, collect_losses=True):
             outputs = model(x, training=False)
@@ -231,10 +229,10 @@ def _loss_on(model, data):
 def _traced_once(model) -> contextlib.AbstractContextManager:
     """Within the context, variables are made outside of the trace.
 
-    Keras makes those of metrics as the first step is traced, and TensorFlow
-    traces a function twice if it has made variables.
+    Keras makes the variables of metrics when the first step is traced, and
+    TensorFlow traces a function twice if it makes variables.
     """
-    # Replicas make theirs together, as their strategy has it.
+    # Replicas make variables together, by their strategy.
     if tf.executing_eagerly() or replicas.is_distributed(model):
         return contextlib.nullcontext()
 

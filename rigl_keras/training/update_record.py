@@ -1,7 +1,7 @@
-"""What the device notes about updates, and what the host has read of it.
+"""Records of updates, written by the device and read by the host.
 
-A training step does not wait for the host. It notes each update in variables,
-which the host reads now and then.
+A training step does not wait for the host. It records each update in variables,
+which the host reads from time to time.
 """
 
 import math
@@ -24,40 +24,40 @@ __all__ = [
 ]
 
 FETCH_EVERY = 64  # calls of the training function
-_ROWS = 1024  # updates that the device remembers, at least
+_ROWS = 1024  # fewest updates that the device remembers
 
-# Why an update was refused. The device notes the index.
+# Why an update was refused. The device records the index.
 NOT_FINITE, NOT_DENSE, APPLIED_TWICE = range(3)
 _REASONS = (
     "the gradient of a masked kernel, or the kernel, was NaN or infinite, or "
-    "a score was NaN. The masks are unchanged. Where training has diverged, "
+    "a score was NaN. The masks are unchanged. If training has diverged, "
     "lower the learning rate or clip gradients, and resume from a checkpoint "
     "before this step.",
     "every gradient of {layers} was exactly zero where the mask is zero, so "
-    "that there is nothing to grow by. The masks are unchanged. Call the model "
+    "no connection can grow by it. The masks are unchanged. Call the model "
     "within `with rigl_keras.dense_gradients():`, around the gradient tape. A "
-    "tf.function that was traced outside of it stays as it was traced.",
-    "the training step applied its optimizer more than once, and masks may "
+    "tf.function that was traced outside of it must be traced again.",
+    "the training step applied its optimizer more than once, so masks may "
     "have changed each time. {way_out}",
 )
 ONE_UPDATE_A_STEP = (
     "Make the method with end_step, call attach(model, optimizer), and in the "
-    "training step update(gradients, variables) in place of each "
-    "optimizer.apply: so each is judged by its own step. Leave it out of "
-    "fit's callbacks then."
+    "training step call update(gradients, variables) instead of each "
+    "optimizer.apply: each is then judged by its own step. Then remove it "
+    "from fit's callbacks."
 )
 
 
 class UpdateRecord:
-    """The updates of a run: refusals, counts, losses, and what is logged.
+    """The updates of a run: refusals, counts, losses and logs.
 
     Args:
-        attached: What is trained. To be made in the scope of its strategy.
-        last: The logged variables of the last update, by name; `"grown"` is
-            one of them.
+        attached: What is trained. Make the record in the scope of its strategy.
+        last: The logged variables of the last update, by name, including
+            `"grown"`.
 
     Attributes:
-        skipped: Variable: how often loss scaling has put an update off.
+        skipped: Variable: how often loss scaling delayed an update.
         density: Variable: the density of all masked weights.
         trajectory: `[(step, counts)]`, the active connections of each masked
             layer before the first step and after each update.
@@ -74,11 +74,11 @@ class UpdateRecord:
         self.bind(attached)
 
     def bind(self, attached: Attachment) -> None:
-        """Goes on with another optimizer, or other masked layers.
+        """Switches to another optimizer, or other masked layers.
 
         Args:
-            attached: What is trained from now on. To be called in the scope
-                of its strategy, after `fetch`.
+            attached: What is trained from now on. Call this in the scope of its
+                strategy, after `fetch`.
         """
         self._attached = attached
         masked = len(attached.masked)
@@ -99,7 +99,7 @@ class UpdateRecord:
     def refuse_unless(
         self, defined: tf.Tensor, step: tf.Tensor, reason: int = NOT_FINITE
     ) -> None:
-        """Notes that the update at a step was refused, unless `defined`.
+        """Records that the update at a step was refused, unless `defined`.
 
         `check` reports the first such update.
 
@@ -115,7 +115,7 @@ class UpdateRecord:
     def note_masked(
         self, layers: Sequence[KernelMask], masked: tf.Tensor
     ) -> None:
-        """Notes the layers for whose gradients the first update is refused.
+        """Records the layers whose gradients caused the first refusal.
 
         Args:
             layers: The layers that have a gradient.
@@ -129,7 +129,7 @@ class UpdateRecord:
         self._seem_masked.assign(tf.where(first, each, self._seem_masked))
 
     def note_skipped(self, skipped: tf.Tensor) -> None:
-        """Counts an update that loss scaling has put off.
+        """Counts an update that loss scaling delayed.
 
         Args:
             skipped: A bool scalar: whether there was one.
@@ -137,7 +137,7 @@ class UpdateRecord:
         self.skipped.assign_add(tf.cast(skipped, tf.int64))
 
     def note_differing(self, same: tf.Tensor, step: tf.Tensor) -> None:
-        """Notes that replicas have different masks, unless they are the same.
+        """Records that replicas have different masks, unless `same`.
 
         Args:
             same: A bool scalar.
@@ -151,12 +151,12 @@ class UpdateRecord:
         grown: tf.Tensor,
         losses: Sequence[tf.Tensor] = (),
     ) -> None:
-        """Notes the masks that an update has left.
+        """Records the masks after an update.
 
         Args:
             step: The optimizer step, an int64 scalar.
-            grown: How many connections have grown, an integer scalar.
-            losses: The loss of its batch before and after; none if not known.
+            grown: Number of connections that grew, an integer scalar.
+            losses: The loss of its batch before and after; empty if unknown.
         """
         counts = self._counts()
         self._last["grown"].assign(tf.cast(grown, tf.float32))
@@ -182,7 +182,7 @@ class UpdateRecord:
     # On the host.
 
     def begin(self, step: int) -> None:
-        """Begins the trajectory with the masks that there are.
+        """Begins the trajectory with the current masks.
 
         Args:
             step: The optimizer step.
@@ -190,10 +190,10 @@ class UpdateRecord:
         self.trajectory = [(step, self._counts_now())]
 
     def fetch(self, *, losses: bool) -> None:
-        """Takes the noted updates from the device.
+        """Reads the recorded updates from the device.
 
         Args:
-            losses: Whether losses are kept as well.
+            losses: Whether to keep losses too.
         """
         kept = int(self._kept.numpy())
         if not kept:
@@ -213,10 +213,10 @@ class UpdateRecord:
         self._kept.assign(0)
 
     def follow_masks(self, step: int) -> None:
-        """Adds what the masks are now to the trajectory, whoever changed them.
+        """Adds the current masks to the trajectory, whoever changed them.
 
         Args:
-            step: How many steps were taken.
+            step: Number of steps so far.
         """
         counts = self._counts_now()
         start = self.trajectory[0][0]
@@ -229,18 +229,18 @@ class UpdateRecord:
                 *(row for row in self.trajectory[1:] if row[0] < step),
             ]
         if self.trajectory[-1][1] != counts:
-            # As masks of an update, they hold from the step after it.
+            # Like masks of an update, they count from the next step.
             self._add(max(step - 1, start), counts)
 
     def check(self, method: str) -> None:
-        """Raises what went wrong on the device.
+        """Raises errors that happened on the device.
 
         Args:
             method: Name of the method.
 
         Raises:
-            ValueError: An update was refused, or has left replicas with
-                different masks.
+            ValueError: An update was refused, or left replicas with different
+                masks.
         """
         step, reason = self._refused.numpy().tolist()
         if step >= 0:
@@ -261,12 +261,12 @@ class UpdateRecord:
             raise ValueError(
                 f"After the update at step {step} the replicas hold different "
                 "masks. Every process must make the model with the same seed, "
-                "load the same checkpoint and be given the same arguments of "
+                "load the same checkpoint and pass the same arguments to "
                 f"{method}. Resume from a checkpoint before this step."
             )
 
     def _add(self, step, counts):
-        # A checkpoint may have undone the steps from this one on.
+        # A checkpoint may have undone this and later steps.
         first, *rows = self.trajectory
         earlier = [row for row in rows if row[0] < step]
         self.trajectory = [first, *earlier, (step, counts)]

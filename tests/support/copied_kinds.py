@@ -1,4 +1,4 @@
-"""Models of which a copy is more than its layers, or that are not copied."""
+"""Models whose copies need more than their layers, or that are not copied."""
 
 import functools
 

@@ -16,8 +16,8 @@ import tempfile
 import time
 import traceback
 
-# Libraries that start no threads of their own when they are imported: of a
-# process with threads, a fork may hang.
+# Libraries that start no threads when they are imported: of a process with
+# threads, a fork may hang.
 QUIET = {
     "OPENBLAS_NUM_THREADS": "1",
     "OMP_NUM_THREADS": "1",
@@ -29,10 +29,23 @@ QUIET = {
 spent = 0.0
 
 
+def run_graphs_as_traced(yes=True):
+    """TensorFlow rewrites no graph to have it run sooner, or does again.
+
+    To rewrite one takes longer than to run it for the few steps of a test.
+    """
+    import tensorflow as tf
+
+    tf.config.optimizer.set_experimental_options(
+        {"disable_meta_optimizer": yes}
+    )
+
+
 class Server:
     """Runs code in fresh processes."""
 
-    def __init__(self):
+    def __init__(self, graphs_as_traced=False):
+        self._graphs_as_traced = graphs_as_traced
         self._process = None
         self._printed = tempfile.TemporaryDirectory()
 
@@ -74,7 +87,11 @@ class Server:
     def ask(self, **question):
         if self._process is None:
             self._process = subprocess.Popen(
-                [sys.executable, __file__],
+                [
+                    sys.executable,
+                    __file__,
+                    *["as traced"] * self._graphs_as_traced,
+                ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -139,6 +156,8 @@ def serve():
     import keras  # noqa: F401
     import tensorflow as tf  # noqa: F401
 
+    if "as traced" in sys.argv:
+        run_graphs_as_traced()
     print(len(os.listdir("/proc/self/task")), flush=True)
     for line in sys.stdin:
         question = json.loads(line)

@@ -14,7 +14,7 @@ registered = keras.saving.register_keras_serializable("tests")
 
 @registered
 class Inner(layers.Layer):
-    """Layers of its own, which its children call in their ways."""
+    """Has layers that its subclasses call in their ways."""
 
     parts = ("one", "norm", "drop", "two")
 
@@ -188,7 +188,7 @@ class Penalised(Inner):
 
 @registered
 class Cell(Inner):
-    """A recurrent cell with dropout and normalisation of its own."""
+    """A recurrent cell with its own dropout and normalisation."""
 
     def __init__(self, units=6, **kwargs):
         super().__init__(units, **kwargs)

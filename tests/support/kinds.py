@@ -7,7 +7,7 @@ from keras import layers
 
 @keras.saving.register_keras_serializable("tests")
 class Block(layers.Layer):
-    """A layer of one's own with layers in lists and dicts."""
+    """A custom layer with layers in lists and dicts."""
 
     def __init__(self, units=6, **kwargs):
         super().__init__(**kwargs)
@@ -33,7 +33,7 @@ class Block(layers.Layer):
 
 @keras.saving.register_keras_serializable("tests")
 class Linear(layers.Layer):
-    """A layer whose kernel has a name of its own."""
+    """A layer whose kernel has another name."""
 
     def __init__(self, units, **kwargs):
         super().__init__(**kwargs)
@@ -82,7 +82,7 @@ class Subclassed(keras.Model):
 
 @keras.saving.register_keras_serializable("tests")
 class OwnStep(keras.Model):
-    """A Functional model with a training step of its own."""
+    """A Functional model with a custom training step."""
 
     def train_step(self, data):
         x, y = data[:2]
@@ -109,15 +109,15 @@ def sequential():
     )
 
 
-def functional():
+def functional(channels=4, outputs=3):
     inputs = keras.Input((8, 8, 2))
-    x = layers.Conv2D(4, 3, padding="same", name="conv1")(inputs)
+    x = layers.Conv2D(channels, 3, padding="same", name="conv1")(inputs)
     x = layers.BatchNormalization(name="norm")(x)
     skip = x = layers.ReLU()(x)
     x = layers.DepthwiseConv2D(3, padding="same", name="depthwise")(x)
-    x = layers.Conv2D(4, 3, padding="same", name="conv2")(x)
+    x = layers.Conv2D(channels, 3, padding="same", name="conv2")(x)
     x = layers.GlobalAveragePooling2D()(layers.Add()([skip, x]))
-    return keras.Model(inputs, layers.Dense(3, name="head")(x))
+    return keras.Model(inputs, layers.Dense(outputs, name="head")(x))
 
 
 def nested():

@@ -225,7 +225,7 @@ class _Growing:
         self.add(Operation.RESHAPE, x, shape=self.pick(*shapes))
 
     def binary(self, x):
-        """Of two values, one of which may be a single pixel."""
+        """Of two values; one may be a single pixel."""
         of_pixel = [(1, 1, s[-1]) for s in self.shapes[x]]
         others = [
             i

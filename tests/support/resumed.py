@@ -1,4 +1,4 @@
-"""A small model of which every state resumes bit for bit."""
+"""A small model whose states all resume bit for bit."""
 
 import keras
 import numpy as np

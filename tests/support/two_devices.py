@@ -1,12 +1,11 @@
 """Checks that need two devices: run by test_devices.py, in their own process.
 
-    python two_devices.py NAME...
+    python -m support.two_devices NAME...
 
 TensorFlow must be told of two before it starts, and two strategies that it has
 at a time mix up their sums: `a_run_on_two_devices` must be alone.
 """
 
-import contextlib
 import dataclasses
 import functools
 import pathlib
@@ -23,7 +22,6 @@ from keras import layers
 
 import gin
 import rigl_keras
-from rigl_keras import _keras
 from rigl_keras.conventions import ORIGINAL
 from rigl_keras.experiments.runs import train_command
 from rigl_keras.masking.masked_layers import masked_layers
@@ -31,6 +29,7 @@ from rigl_keras.masking.sparsify import sparsify
 from rigl_keras.methods.pruning import MagnitudePruning
 from rigl_keras.methods.rigl import SET, SNFS, RigL
 from rigl_keras.schedules import SparsityRamp
+from support.exchanged import noting_shapes
 
 ONE = tf.distribute.get_strategy()
 WINDOW = dict(frequency=3, drop_fraction=0.4, end_step=12)
@@ -75,7 +74,7 @@ def made(strategy, optimizer=None, product="auto", **options):
                 ),
                 layers.Dense(3, name="head"),
             ],
-            name="net",  # of which the masks are drawn
+            name="net",  # masks are drawn from it
         )
         model = sparsify(dense, 0.5, product=product)
         model.compile(
@@ -148,22 +147,6 @@ def refused(action, *words):
             assert word in str(error), error
     else:
         raise AssertionError(f"Not refused: {words}")
-
-
-@contextlib.contextmanager
-def noting_shapes():
-    """Gives the shapes of what replicas sum, of each call."""
-    own, shapes = _keras.replica_sum, []
-
-    def noting(optimizer, pairs):
-        shapes.append([tuple(gradient.shape) for gradient, _ in pairs])
-        return own(optimizer, pairs)
-
-    _keras.replica_sum = noting
-    try:
-        yield shapes
-    finally:
-        _keras.replica_sum = own
 
 
 def check_active_gradients_alone_travel():
@@ -365,7 +348,7 @@ def check_two_applies_are_refused():
 
 
 def check_steps_that_callbacks_take():
-    """An update of which falls on a batch of `train_on_batch`."""
+    """One of its updates falls on a batch of `train_on_batch`."""
     x, y = examples()
     for strategy in (ONE, two()):
         model, method = made(strategy), RigL(**WINDOW)

@@ -1,11 +1,10 @@
 """Checks that need two workers: run by test_devices.py, in both processes.
 
-    python two_workers.py        TF_CONFIG tells which of the two it is
+    python -m support.two_workers     TF_CONFIG tells which of the two it is
 
 What travels is compared with what does if all gradients are asked for.
 """
 
-import contextlib
 import json
 import os
 import sys
@@ -18,8 +17,8 @@ import tensorflow as tf
 from keras import layers
 
 import rigl_keras
-from rigl_keras import _keras
 from rigl_keras.masking.masked_layers import masked_layers
+from support.exchanged import noting_shapes
 
 WINDOW = dict(frequency=3, drop_fraction=0.4, end_step=12)
 draw = np.random.default_rng(0)
@@ -39,7 +38,7 @@ def made(strategy, optimizer=sgd, penalty=None, **options):
     with strategy.scope():
         dense = keras.Sequential(
             [keras.Input((6,)), hidden, layers.Dense(3, name="head")],
-            name="net",  # of which the masks are drawn
+            name="net",  # masks are drawn from it
         )
         model = rigl_keras.sparsify(dense, 0.5, product="dense")
         model.compile(
@@ -50,25 +49,9 @@ def made(strategy, optimizer=sgd, penalty=None, **options):
     return model
 
 
-@contextlib.contextmanager
-def noting_shapes():
-    """Gives the shapes of what optimizers sum, of each trace of a step."""
-    own, shapes = _keras.replica_sum, []
-
-    def noting(optimizer, pairs):
-        shapes.append([tuple(gradient.shape) for gradient, _ in pairs])
-        return own(optimizer, pairs)
-
-    _keras.replica_sum = noting
-    try:
-        yield shapes
-    finally:
-        _keras.replica_sum = own
-
-
 ACTIVE = {((None,), (16,), (None,), (3,), (6,))}
 LAST = {((6, 16), (16,), (None,), (3,), (6,))}
-KERAS: set = set()  # which sums by itself, all gradients
+KERAS: set = set()  # it sums all gradients itself
 
 
 def by_fit(model, method=None):

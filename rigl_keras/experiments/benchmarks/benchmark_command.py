@@ -6,62 +6,63 @@
     bin/benchmark --part=update    the mask update alone
     bin/benchmark kernels          what it saves, too: layer by layer,
     bin/benchmark train            in training and
-    bin/benchmark inference        at inference (`kernel_command`)
+    bin/benchmark inference        at inference
     bin/benchmark plans            and what it keeps in memory for that, by
-                                   sizes of images (`plan_memory`)
+                                   sizes of images
     bin/benchmark engines          which engine serves sparse networks the
-                                   fastest (`engine_command`)
+                                   fastest
     bin/benchmark workers          what two workers send each other
-                                   (`worker_speed`)
     bin/benchmark updates          what a mask update costs that looks at few
                                    gradients, in time and memory
-                                   (`update_speed`)
     bin/benchmark language         a training step of a GPT, and losses of runs
-                                   (`language_command`)
 
-Both sides of a comparison alternate in one process, so that whatever else
-the machine does falls on both; medians of their times are compared.
+Both sides of a comparison alternate in one process, so other work on the
+machine affects both; medians of their times are compared.
 """
 
+import functools
+import importlib
 import sys
 
-from rigl_keras.experiments import data, exits
-from rigl_keras.experiments.benchmarks import (
-    engine_command,
-    kernel_command,
-    language_command,
-    plan_memory,
-    update_speed,
-    worker_speed,
-)
-from rigl_keras.experiments.benchmarks.input_pipeline import (
-    measure_input_pipeline,
-)
-from rigl_keras.experiments.benchmarks.mask_updates import measure_mask_update
-from rigl_keras.experiments.benchmarks.training_steps import print_steps
+from absl import flags
+
+from rigl_keras.experiments import command_line, exits
+from rigl_keras.experiments.benchmarks import benchmark_flags
+
+__all__ = ["main"]
+
+_HOME = "rigl_keras.experiments.benchmarks."
+_MODULES = {
+    **dict.fromkeys(benchmark_flags.KERNEL_PARTS, "kernel_command"),
+    "plans": "plan_memory",
+    "engines": "engine_command",
+    "workers": "worker_speed",
+    "language": "language_command",
+    "updates": "update_speed",
+}
+
+
+def _run_part(named, given, output, argv):
+    """Runs a part, whose module needs TensorFlow."""
+    run = importlib.import_module(_HOME + _MODULES[named]).run
+    if named in benchmark_flags.KERNEL_PARTS:
+        run = functools.partial(run, named)
+    run(given, output, argv)
 
 
 def main() -> None:
     """Prints the tables that the command line asks for."""
-    from absl import flags
-
     named = sys.argv[1] if len(sys.argv) > 1 else ""
-    commands = {
-        "plans": plan_memory,
-        "engines": engine_command,
-        "workers": worker_speed,
-        "language": language_command,
-        "updates": update_speed,
-    }
-    if named in commands or named in kernel_command.PARTS:
-        if named in commands:
-            measure = commands[named].define_command()
-            flags.adopt_module_key_flags(commands[named])  # for --help
-        else:
-            measure = kernel_command.define_command(named)
-            flags.adopt_module_key_flags(kernel_command)  # for --help
+    if named in _MODULES:
+        given, output = benchmark_flags.DEFINE[named](named)
         exits.run_command(
-            f"benchmark {named}", measure, argv=[sys.argv[0], *sys.argv[2:]]
+            f"benchmark {named}",
+            functools.partial(_run_part, named, given, output),
+            about=command_line.about_module(_HOME + _MODULES[named]),
+            interrupted="the same command goes on after what is measured"
+            if named == "engines"
+            else "begin again with",
+            argv=[sys.argv[0], *sys.argv[2:]],
         )
         return
     part = flags.DEFINE_enum(
@@ -78,9 +79,18 @@ def main() -> None:
         if len(argv) > 1:
             raise ValueError(
                 "What to measure is named before all flags, one of "
-                f"{', '.join((*kernel_command.PARTS, *commands))}; without it "
+                f"{', '.join(_MODULES)}; without it "
                 f"--part counts. Received: {argv[1]!r}."
             )
+        from rigl_keras.experiments import data
+        from rigl_keras.experiments.benchmarks.input_pipeline import (
+            measure_input_pipeline,
+        )
+        from rigl_keras.experiments.benchmarks.mask_updates import (
+            measure_mask_update,
+        )
+        from rigl_keras.experiments.benchmarks.training_steps import print_steps
+
         rate = None
         if part.value in ("all", "step"):
             seconds = print_steps("", batch_size.value, rounds.value)
@@ -115,7 +125,7 @@ def main() -> None:
             if rate:
                 print(f"  {'the training step above':46}{rate:9.0f} images/s")
 
-    exits.run_command("benchmark", run)
+    exits.run_command("benchmark", run, about=__doc__)
 
 
 if __name__ == "__main__":

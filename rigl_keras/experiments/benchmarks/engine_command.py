@@ -26,13 +26,13 @@ import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import tensorflow as tf
 
 from rigl_keras import _checks, _figure_style, kernels
 from rigl_keras.distributions import DISTRIBUTIONS
 from rigl_keras.experiments import exits
-from rigl_keras.experiments.benchmarks import provenance
 from rigl_keras.experiments.benchmarks.engines.catalogue import ENGINES
 from rigl_keras.experiments.benchmarks.engines.environments import (
     UnavailableError,
@@ -62,8 +62,9 @@ from rigl_keras.experiments.benchmarks.kernel_command import (
     prepared_folder,
 )
 from rigl_keras.experiments.progress_bar import ProgressBar, say
+from rigl_keras.experiments.runs import provenance
 
-__all__ = ["define_command", "measure_engines"]
+__all__ = ["measure_engines", "run"]
 
 ISAS = ("avx2", "avx512")
 
@@ -96,8 +97,8 @@ def measure_engines(
             there are no more rounds than 3.
         isa: Instruction set that engines are held to, avx2 or avx512. None:
             all that there is.
-        folder: Where the results are kept, and gone on from. None: nowhere.
-        again: Whether what is there already is measured again.
+        folder: Where results are kept, and continued from. None: nowhere.
+        again: Whether to measure existing results again.
         install: Whether missing environments are made.
         say: Called with a line on what is done, and with tables.
 
@@ -234,50 +235,14 @@ def _machine(isa):
 # The command.
 
 
-def define_command() -> Callable[[Sequence[str]], None]:
-    """Defines the flags, and returns what runs the command after parsing."""
-    from absl import flags
+def run(given: Mapping[str, Any], output: Any, argv: Sequence[str]) -> None:
+    """Runs the command after its flags have been parsed.
 
-    given = {
-        "models": flags.DEFINE_list("models", list(MODELS), "Networks."),
-        "densities": flags.DEFINE_list(
-            "densities", ["0.05", "0.1", "0.2"], "Fractions of weights kept."
-        ),
-        "batches": flags.DEFINE_list(
-            "batches", ["1", "16", "128"], "Examples in a call."
-        ),
-        "engines": flags.DEFINE_list(
-            "engines", list(ENGINES), "Engines that take turns."
-        ),
-        "distributions": flags.DEFINE_list(
-            "distributions",
-            ["erdos_renyi_kernel"],
-            f"Of the masks over the layers, of {', '.join(DISTRIBUTIONS)}.",
-        ),
-        "rounds": flags.DEFINE_integer(
-            "rounds", 15, "Turns of each engine, at most."
-        ),
-        "seconds": flags.DEFINE_float(
-            "seconds", 60.0, "For the turns of a network and batch size."
-        ),
-        "isa": flags.DEFINE_enum(
-            "isa", None, list(ISAS), "Instruction set to do with."
-        ),
-        "again": flags.DEFINE_bool(
-            "again", False, "Measure what --output has already."
-        ),
-        "install": flags.DEFINE_bool(
-            "install", True, "Make environments that are missing."
-        ),
-    }
-    flags.DEFINE_alias("distribution", "distributions")
-    output = flags.DEFINE_string(
-        "output", "engines", "Folder for results and figure; empty: none."
-    )
-    return functools.partial(_run, given, output)
-
-
-def _run(given, output, argv):
+    Args:
+        given: The flags by name, as `benchmark_flags` defines them.
+        output: That of the folder to write to, if there is one.
+        argv: What is left of the command line.
+    """
     from absl import logging
 
     logging.set_verbosity(logging.WARNING)

@@ -1,16 +1,23 @@
-"""The command `bin/benchmark kernels`: parts, options and files."""
+"""What sparse kernels save: layer by layer, in training, at inference.
+
+    bin/benchmark kernels      each convolution of a network, dense and sparse
+    bin/benchmark train        training steps, dense and with RigL
+    bin/benchmark inference    calls of the whole network
+
+All sides take turns in one process, and medians are compared. With --output, a
+table and a figure are written.
+"""
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import tensorflow as tf
 
-from rigl_keras import _figure_style, kernels
-from rigl_keras.distributions import DISTRIBUTIONS
+from rigl_keras import _extras, _figure_style, kernels
 from rigl_keras.experiments import exits
-from rigl_keras.experiments.benchmarks.inference_command import MODELS
 from rigl_keras.experiments.benchmarks.inference_speed import measure_inference
 from rigl_keras.experiments.benchmarks.kernel_comparison import UPDATE, check
 from rigl_keras.experiments.benchmarks.layer_speed import measure_layers
@@ -18,9 +25,8 @@ from rigl_keras.experiments.benchmarks.speed_tables import lines_of, write_csv
 from rigl_keras.experiments.benchmarks.train_speed import measure_training
 from rigl_keras.experiments.progress_bar import say
 
-__all__ = ["PARTS", "define_command", "prepared_folder"]
+__all__ = ["prepared_folder", "run"]
 
-PARTS = ("kernels", "train", "inference")
 # What a figure has in its rows, in its columns, and as lines.
 _FIGURES = {
     "kernels": {"rows": "size", "columns": "side", "label": "layer"},
@@ -38,61 +44,20 @@ _MEASURES = {
 }
 
 
-def define_command(part: str) -> Callable[[Sequence[str]], None]:
-    """Defines the flags of a part, and returns what runs it after parsing.
+def run(
+    part: str,
+    given: Mapping[str, Any],
+    output: Any,
+    argv: Sequence[str],
+) -> None:
+    """Runs a part after its flags have been parsed.
 
     Args:
-        part: One of `PARTS`.
+        part: One of `benchmark_flags.KERNEL_PARTS`.
+        given: Its flags by name.
+        output: The flag of the folder to write to.
+        argv: What is left of the command line.
     """
-    from absl import flags
-
-    defaults = _MEASURES[part].__kwdefaults__
-    given = {
-        "model": flags.DEFINE_string(
-            "model", "wide_resnet", f"Network, one of {', '.join(MODELS)}."
-        ),
-        "densities": flags.DEFINE_list(
-            "densities",
-            "0.02,0.05,0.1,0.2,0.3,0.5"
-            if part == "kernels"
-            else "0.02,0.05,0.1,0.2,0.5,1.0",
-            "Fractions of the weights kept.",
-        ),
-        "rounds": flags.DEFINE_integer(
-            "rounds", defaults["rounds"], "Timed turns of each side."
-        ),
-    }
-    if part == "inference":
-        given["batch_sizes"] = flags.DEFINE_list(
-            "batch_sizes", "1,16,128", "Images in a call."
-        )
-    else:
-        given["batch_size"] = flags.DEFINE_integer(
-            "batch_size", defaults["batch_size"], "Images in a call."
-        )
-    if part != "kernels":
-        given["distributions"] = flags.DEFINE_list(
-            "distributions",
-            "uniform,erdos_renyi_kernel",
-            f"Of the masks over the layers, of {', '.join(DISTRIBUTIONS)}.",
-        )
-    if part == "kernels":
-        given["granularities"] = flags.DEFINE_list(
-            "granularities",
-            "element",
-            "Patterns of the masks, such as element,kernel,4x16,fan_in.",
-        )
-    if part == "train":
-        given["torch"] = flags.DEFINE_bool(
-            "torch", False, "Measure a step of PyTorch, too."
-        )
-    output = flags.DEFINE_string(
-        "output", None, f"Folder for {part}.csv and {part}.png."
-    )
-    return functools.partial(_run, part, given, output)
-
-
-def _run(part, given, output, argv):
     from absl import logging
 
     logging.set_verbosity(logging.WARNING)
@@ -135,15 +100,14 @@ def prepared_folder(output: str) -> Path:
         output: Of the flag.
 
     Raises:
-        ValueError: It can't be made, or matplotlib is missing.
+        ValueError: It can't be made.
+        MissingPackageError: matplotlib is missing.
     """
-    try:
-        from rigl_keras.experiments.benchmarks import speed_figures  # noqa: F401
-    except ImportError as error:
-        raise ValueError(
-            "--output has a figure, which needs matplotlib: install "
-            f"rigl_keras[experiments], or leave it out. Received: {output!r}."
-        ) from error
+    _extras.check_installed(
+        f"The figure in --output={output}",
+        "matplotlib",
+        instead="Or leave --output out.",
+    )
     try:
         Path(output).mkdir(parents=True, exist_ok=True)
     except OSError as error:

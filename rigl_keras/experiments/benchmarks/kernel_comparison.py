@@ -9,9 +9,9 @@
     bin/benchmark inference                   a call of the model, by batch
     bin/benchmark train --output=speed        writes speed/train.csv and .png
 
-A dense side and its sparse ones take turns in one process, so that whatever
-else the machine does falls on all of them; medians of their times are
-compared. How long it takes is for `--densities` and `--rounds` to say.
+A dense side and its sparse ones take turns in one process, so other work on the
+machine affects all of them; medians of their times are compared. `--densities`
+and `--rounds` determine how long it takes.
 """
 
 import os
@@ -24,7 +24,6 @@ import tensorflow as tf
 from rigl_keras import _checks, kernels
 from rigl_keras._timing import warm_turns
 from rigl_keras.distributions import DISTRIBUTIONS
-from rigl_keras.experiments.benchmarks import provenance
 from rigl_keras.experiments.benchmarks.inference_command import (
     MODELS,
     check_densities,
@@ -36,6 +35,7 @@ from rigl_keras.experiments.benchmarks.speed_tables import (
     table_row,
 )
 from rigl_keras.experiments.progress_bar import ProgressBar
+from rigl_keras.experiments.runs import provenance
 
 __all__ = [
     "DENSE",

@@ -8,12 +8,13 @@
                                                runs in these directories, as
                                                losses.csv and .png in --output
 
-All sides of a step take turns in one process, so that whatever else the machine
-does falls on all of them.
+All sides of a step take turns in one process, so other work on the machine
+affects all of them.
 """
 
-import functools
 import os
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import tensorflow as tf
 
@@ -29,46 +30,17 @@ from rigl_keras.experiments.benchmarks.language_steps import (
     write_steps,
 )
 
-__all__ = ["define_command"]
-
-_SIZES = {
-    "batch_size": (8, "Windows of text in a step."),
-    "context": (256, "Characters in a window."),
-    "layers": (12, "Blocks of the network."),
-    "width": (512, "Width of the network."),
-    "heads": (8, "Heads of attention."),
-    "rounds": (5, "Timed turns of each side."),
-}
+__all__ = ["run"]
 
 
-def define_command():
-    """Defines the flags, and returns what to run with the arguments."""
-    from absl import flags
+def run(given: Mapping[str, Any], output: Any, argv: Sequence[str]) -> None:
+    """Runs the command after its flags have been parsed.
 
-    given = {
-        name: flags.DEFINE_integer(name, default, said)
-        for name, (default, said) in _SIZES.items()
-    }
-    given["densities"] = flags.DEFINE_list(
-        "densities", "0.1,0.05", "Fractions of the masked weights kept."
-    )
-    given["products"] = flags.DEFINE_list(
-        "products", "auto", "Of auto, sparse and dense, each measured."
-    )
-    given["updates"] = flags.DEFINE_bool(
-        "updates", True, "Measure steps that are mask updates, too."
-    )
-    given["torch"] = flags.DEFINE_bool(
-        "torch", False, "Measure a step of PyTorch, too."
-    )
-    runs = flags.DEFINE_list(
-        "runs", [], "Directories of runs; their losses are written, no times."
-    )
-    output = flags.DEFINE_string("output", None, "Folder for CSV and figure.")
-    return functools.partial(_run, given, runs, output)
-
-
-def _run(given, runs, output, argv):
+    Args:
+        given: The flags by name, as `benchmark_flags` defines them.
+        output: That of the folder to write to, if there is one.
+        argv: What is left of the command line.
+    """
     from absl import logging
 
     logging.set_verbosity(logging.WARNING)
@@ -78,6 +50,8 @@ def _run(given, runs, output, argv):
     # down TensorFlow's, while they wait (`benchmark_inference`).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     exits.check_flags_alone(argv)
+    given = dict(given)
+    runs = given.pop("runs")
     if runs.value and not output.value:
         raise ValueError("--runs writes a table and a figure: pass --output.")
     folder = prepared_folder(output.value) if output.value else None

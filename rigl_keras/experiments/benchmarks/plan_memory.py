@@ -10,9 +10,8 @@ by sizes that are cut into the same tiles.
 """
 
 import dataclasses
-import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ import tensorflow as tf
 from rigl_keras import _checks, kernels
 from rigl_keras.experiments import exits
 
-__all__ = ["Kept", "define_command", "measure_plans"]
+__all__ = ["Kept", "measure_plans", "run"]
 
 Say = Callable[[str], None]
 _CALLS = ("inference", "training step")
@@ -174,22 +173,14 @@ def _process_bytes():
     return 1024 * int(line.split()[1])
 
 
-def define_command() -> Callable[[Sequence[str]], None]:
-    """Defines the flags of the command, and returns what runs it."""
-    from absl import flags
+def run(given: Mapping[str, Any], output: Any, argv: Sequence[str]) -> None:
+    """Runs the command after its flags have been parsed.
 
-    given = {
-        "sizes": flags.DEFINE_integer("sizes", 64, "Sizes of images."),
-        "channels": flags.DEFINE_integer("channels", 512, "Of the images."),
-        "filters": flags.DEFINE_integer("filters", 512, "Of the layer."),
-        "density": flags.DEFINE_float(
-            "density", 0.3, "Fraction of the weights kept."
-        ),
-    }
-    return functools.partial(_run, given)
-
-
-def _run(given, argv):
+    Args:
+        given: The flags by name, as `benchmark_flags` defines them.
+        output: That of the folder to write to, if there is one.
+        argv: What is left of the command line.
+    """
     exits.check_flags_alone(argv)
     if kernels.load() is None:
         raise ValueError(

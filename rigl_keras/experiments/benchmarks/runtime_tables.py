@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from rigl_keras import _figure_style, _files
+from rigl_keras import _extras, _figure_style, _files
 from rigl_keras._figure_style import (
     BLACK,
     BLUE,
@@ -60,7 +60,7 @@ class Measurement:
         bytes: Size of the artefact on disk; None for PyTorch, which has none.
         difference: Largest difference of the outputs from those of the Keras
             model, in units of the largest output.
-        rounds: Turns of which the median was taken.
+        rounds: Number of turns for the median.
     """
 
     model: str
@@ -187,13 +187,13 @@ def check_paths(figure: str | None, json_path: str | None) -> None:
             )
     if not figure:
         return
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-    except ImportError as error:
-        raise ValueError(
-            "The figure needs matplotlib: install rigl_keras[experiments], "
-            "or pass --figure= to draw none."
-        ) from error
+    _extras.check_installed(
+        "The figure",
+        "matplotlib",
+        instead="Or pass --figure= to draw none.",
+    )
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     types = FigureCanvasAgg.get_supported_filetypes()
     if Path(figure).suffix[1:] not in types:
         raise ValueError(

@@ -35,6 +35,7 @@ _LOOKS = (
     (SKY, "P", (0, (3, 1, 1, 1))),
     (GREY, "X", (0, (1, 1))),
 )
+_NOISE = 1.1  # the same side differs by as much from one time to the next
 _CROSSOVER = {
     "marker": "o",
     "ms": 11,
@@ -88,7 +89,18 @@ def _said(value):
 
 
 def _crosses(line):
-    return line.crossover is not None and math.isfinite(line.crossover)
+    """Whether a line crosses that of the dense side by more than chance.
+
+    By a tenth above it before, and by a tenth below it after.
+    """
+    at = line.crossover
+    if at is None or not math.isfinite(at):
+        return False
+    before = [ratio for d, ratio in line.speed_ups.items() if d < at]
+    after = [ratio for d, ratio in line.speed_ups.items() if d > at]
+    return max(before, default=1) >= _NOISE and min(after, default=1) <= (
+        1 / _NOISE
+    )
 
 
 def _draw(axes, line, look):

@@ -37,7 +37,7 @@ class Measurement:
         dense_fastest: Its least time, in seconds.
         seconds: Median time of this one.
         fastest: Its least time, in seconds.
-        rounds: Turns of which medians and least times were taken.
+        rounds: Number of turns for medians and least times.
         machine: Instruction set, library of dense products, and cores.
         processor: Its name.
         date: When it was measured, UTC.

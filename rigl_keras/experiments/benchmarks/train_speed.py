@@ -130,8 +130,8 @@ def _train_sides(name, densities, distribution, batch_size, torch):
 
     sides = {}
     for density in densities:
-        # Updates have a model of their own: the step after one puts the
-        # weights in order again, which is a cost of the update.
+        # Updates have a separate model: the step after one orders the weights
+        # again, which is a cost of the update.
         for side, product, frequency in (
             (AUTO, "auto", 10**6),
             (UPDATE, "auto", 1),

@@ -24,7 +24,7 @@ import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,6 @@ import numpy as np
 from rigl_keras import _checks, _files
 from rigl_keras._text import aligned
 from rigl_keras.experiments import exits
-from rigl_keras.experiments.benchmarks import provenance
 from rigl_keras.experiments.benchmarks.inference_command import check_each_once
 from rigl_keras.experiments.benchmarks.kernel_comparison import machine
 from rigl_keras.experiments.benchmarks.update_process import (
@@ -41,8 +40,9 @@ from rigl_keras.experiments.benchmarks.update_process import (
     METHODS,
     NETWORKS,
 )
+from rigl_keras.experiments.runs import provenance
 
-__all__ = ["Update", "define_command", "measure_updates"]
+__all__ = ["Update", "measure_updates", "run"]
 
 _DENSITIES = {"wide_resnet": 0.1, "dense": 0.01}
 _RETURNED = {"MALLOC_MMAP_THRESHOLD_": str(1 << 18)}  # bytes
@@ -265,29 +265,14 @@ def _write(updates, path):
     _files.write(path, file.getvalue())
 
 
-def define_command() -> Callable[[Sequence[str]], None]:
-    """Defines the flags of the command, and returns what runs it."""
-    from absl import flags
+def run(given: Mapping[str, Any], output: Any, argv: Sequence[str]) -> None:
+    """Runs the command after its flags have been parsed.
 
-    given = {
-        "networks": flags.DEFINE_list(
-            "networks", ",".join(NETWORKS), f"Of {', '.join(NETWORKS)}."
-        ),
-        "size": flags.DEFINE_integer(
-            "size", 8192, "Inputs and outputs of the Dense."
-        ),
-        "batch_size": flags.DEFINE_integer(
-            "batch_size", 128, "Examples in a step."
-        ),
-        "rounds": flags.DEFINE_integer(
-            "rounds", 7, "Turns of each method, of an update and two steps."
-        ),
-    }
-    output = flags.DEFINE_string("output", None, "Folder for updates.csv.")
-    return functools.partial(_run, given, output)
-
-
-def _run(given, output, argv):
+    Args:
+        given: The flags by name, as `benchmark_flags` defines them.
+        output: That of the folder to write to, if there is one.
+        argv: What is left of the command line.
+    """
     exits.check_flags_alone(argv)
     values = {name: flag.value for name, flag in given.items()}
     keep = path = None

@@ -4,17 +4,15 @@
     bin/benchmark workers --output=FOLDER     and writes FOLDER/wide_resnet.csv
     bin/benchmark workers --densities=0.05,0.1,0.2 --gigabits=1,10
 
-The workers run on this machine, each on half of its cores and in a network
-namespace of its own, where it is allowed: what their cable carries is
-counted, and its bandwidth limited. Where it is not, they meet on loopback,
-and a step at a bandwidth is modelled as the measured one plus bytes over
-bandwidth.
+The workers run on this machine, each on half of its cores and, if allowed, in
+a separate network namespace: the bytes on their cable are counted, and its
+bandwidth is limited. Otherwise they use loopback, and a step at a bandwidth is
+modelled as the measured one plus bytes over bandwidth.
 """
 
 import contextlib
 import csv
 import dataclasses
-import functools
 import io
 import json
 import os
@@ -23,8 +21,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -46,7 +45,7 @@ from rigl_keras.experiments.benchmarks.worker_process import (
     SIDES,
 )
 
-__all__ = ["Exchange", "define_command", "measure_exchange"]
+__all__ = ["Exchange", "measure_exchange", "run"]
 
 _UPDATES = 0.01  # of all steps, as `RigL` has it, exchange whole gradients
 _SAID = {
@@ -168,7 +167,7 @@ def _run_pair(hosts, given, gigabits, say):
         f"{host.address}:{port}"
         for host, port in zip(hosts, ports, strict=True)
     ]
-    # A limit would hold for whatever else uses loopback.
+    # A limit would also affect other users of loopback.
     limited = list(gigabits) if hosts[0].apart else []
     with contextlib.ExitStack() as stack:
         pair = []
@@ -341,40 +340,14 @@ def _write(exchanges, path):
     _files.write(path, file.getvalue())
 
 
-def define_command() -> Callable[[Sequence[str]], None]:
-    """Defines the flags of the command, and returns what runs it."""
-    from absl import flags
+def run(given: Mapping[str, Any], output: Any, argv: Sequence[str]) -> None:
+    """Runs the command after its flags have been parsed.
 
-    given = {
-        "model": flags.DEFINE_string(
-            "model", "wide_resnet", f"Network, one of {', '.join(MODELS)}."
-        ),
-        "densities": flags.DEFINE_list(
-            "densities", "0.1", "Fractions of the weights kept."
-        ),
-        "distribution": flags.DEFINE_string(
-            "distribution", "erdos_renyi_kernel", "Of the masks over layers."
-        ),
-        "batch_size": flags.DEFINE_integer(
-            "batch_size", 128, "Images in a step, of both workers."
-        ),
-        "gigabits": flags.DEFINE_list(
-            "gigabits", "1", "Bandwidths, in Gbit/s, beside the machine's."
-        ),
-        "sides": flags.DEFINE_list(
-            "sides", ",".join(SIDES), f"What is exchanged, of {SIDES}."
-        ),
-        "rounds": flags.DEFINE_integer(
-            "rounds", 7, "Turns of each side, of two steps."
-        ),
-    }
-    output = flags.DEFINE_string(
-        "output", None, "Folder for a table, named for the model."
-    )
-    return functools.partial(_run, given, output)
-
-
-def _run(given, output, argv):
+    Args:
+        given: The flags by name, as `benchmark_flags` defines them.
+        output: That of the folder to write to, if there is one.
+        argv: What is left of the command line.
+    """
     exits.check_flags_alone(argv)
     values = {name: flag.value for name, flag in given.items()}
     for name in ("densities", "gigabits"):

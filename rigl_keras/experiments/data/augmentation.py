@@ -1,4 +1,4 @@
-"""Random crops, flips and resized crops, for each example its own."""
+"""Random crops, flips and resized crops, drawn for each example."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def crop_and_flip(
     *,
     pad: int = PAD,
 ) -> tf.Tensor:
-    """Returns crops of the reflected-out images, of the images' own size.
+    """Returns crops of images extended by reflection, with unchanged size.
 
-    The padded image is never built: to reflect is to choose rows and columns,
-    and to flip is to choose the columns in reverse. In a row a b c d with
-    pad=2, that is c b a b c d c b, left=1 without a flip gives b a b c.
+    The padded image is never built: a reflection is a choice of rows and
+    columns, and a flip reverses the columns. In a row a b c d, pad=2 means c b
+    a b c d c b, and left=1 without a flip gives b a b c.
 
     Args:
         images: (batch, height, width, channels); height and width > pad.
         tops: (batch,) int32, first row of each crop in the padded image, in
-            0..2 * pad; the middle, pad, leaves the image where it is.
+            0..2 * pad; pad, the middle, does not move the image.
         lefts: (batch,) int32, first column, likewise.
-        flips: (batch,) bool, True for a crop to be mirrored left to right.
+        flips: (batch,) bool, True for crops to mirror left to right.
         pad: pixels reflected on each side, >= 0.
     """
     height, width = _size_of(images)
@@ -49,19 +49,19 @@ def crop_and_flip(
 def resize_boxes(
     images: tf.Tensor, boxes: tf.Tensor, flips: tf.Tensor
 ) -> tf.Tensor:
-    """Returns a box of each image, stretched to the image's own size.
+    """Returns a box of each image, stretched to the size of the image.
 
-    Bilinear between pixel centres, as in `tf.image.resize`, and never with
-    pixels from outside the box: output row i of n looks at box row
-    (i + 1/2) * box height / n - 1/2, or at the box's nearest edge.
-    (`tf.image.crop_and_resize` would aim between the corners instead, and a
-    rounding error at the image's edge would paint a black line.)
+    It is bilinear between pixel centres, as in `tf.image.resize`, and never
+    uses pixels outside the box: output row i of n reads box row (i + 1/2) * box
+    height / n - 1/2, or the box's nearest edge. (`tf.image.crop_and_resize`
+    aligns corners, where a rounding error at the image's edge would paint a
+    black line.)
 
     Args:
         images: (batch, height, width, channels), any numeric type.
         boxes: (batch, 4) int32: top, left, height, width, in pixels, within
             the image.
-        flips: (batch,) bool, True for a result to be mirrored left to right.
+        flips: (batch,) bool, True for results to mirror left to right.
 
     Returns:
         float32 images.
@@ -80,9 +80,9 @@ def draw_boxes(
 ) -> tf.Tensor:
     """Draws boxes of random area, shape and place within an image.
 
-    Area is uniform in 8 to 100 % of the image, the logarithm of width over
-    height uniform between those of 3/4 and 4/3. Of ten such shapes the first
-    that fits the image is taken, and its place is uniform.
+    The area is uniform in 8 to 100 % of the image, and the logarithm of width
+    over height uniform between those of 3/4 and 4/3. The first of ten such
+    shapes that fits the image is used. Its place is uniform.
 
     Args:
         count: number of boxes, >= 0.
@@ -117,9 +117,9 @@ def draw_boxes(
 def first_fit(
     heights: tf.Tensor, widths: tf.Tensor, *, height: int, width: int
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns each row's first size that fits, or else the whole image.
+    """Returns each row's first size that fits, or the whole image.
 
-    The whole image is the central crop of a square one.
+    For a square image, the whole image is the central crop.
 
     Args:
         heights: (count, tries) int32, in pixels.
@@ -170,7 +170,7 @@ AUGMENTATIONS = {
 
 
 def _size_of(images: tf.Tensor) -> tuple[int, int]:
-    """Returns height and width, which are known as a graph is traced."""
+    """Returns height and width, which are known during tracing."""
     height, width = images.shape[1:3]
     return cast(int, height), cast(int, width)
 
@@ -198,12 +198,12 @@ def _reflect(index: tf.Tensor, size: int) -> tf.Tensor:
 
 
 def _take(images: tf.Tensor, index: tf.Tensor, *, axis: int) -> tf.Tensor:
-    """Returns of each image its own rows (axis 1) or columns (axis 2)."""
+    """Returns rows (axis 1) or columns (axis 2), separately per image."""
     return tf.gather(images, index, axis=axis, batch_dims=1)
 
 
 def _positions(starts: tf.Tensor, sizes: tf.Tensor, count: int) -> tf.Tensor:
-    """Returns the (batch, count) places in an image that fill an axis."""
+    """Returns the (batch, count) positions in an image along an axis."""
     starts = tf.cast(starts, tf.float32)[:, None]
     sizes = tf.cast(sizes, tf.float32)[:, None]
     centres = (tf.range(count, dtype=tf.float32) + 0.5) * sizes / count - 0.5

@@ -19,7 +19,7 @@ _random: Any = tf.random
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Data:
-    """A dataset in memory, split in three, and its batches.
+    """A dataset in memory, in three parts, and its batches.
 
     Images are uint8 (count, height, width, channels), labels int32 (count,).
 
@@ -67,26 +67,26 @@ class Data:
 
     @property
     def training_examples(self) -> int:
-        """How many images an epoch has."""
+        """The number of images in an epoch."""
         return len(self.train_images)
 
     @property
     def about(self) -> dict[str, object]:
-        """What tells this copy from others: nothing, of these data sets."""
+        """What distinguishes this copy from others: nothing for images."""
         return {}
 
     def first_inputs(self, count: int) -> np.ndarray:
-        """Returns the first training images, as a model takes them.
+        """Returns the first training images, as inputs of a model.
 
         Args:
-            count: How many, at most.
+            count: Largest number.
         """
-        # TensorFlow takes arrays for tensors.
+        # TensorFlow treats arrays as tensors.
         images: Any = self.train_images[:count]
         return normalise(images, self.recipe).numpy()
 
     def steps_per_epoch(self, batch_size: int) -> int:
-        """Returns the batches in an epoch, the last, short one included.
+        """Returns the number of batches in an epoch, with the last, short one.
 
         >>> load("digits").steps_per_epoch(128)  # 1,437 / 128 = 11.2
         12
@@ -110,15 +110,15 @@ class Data:
     ) -> tf.data.Dataset:
         """Returns the batches of all epochs, one epoch after the other.
 
-        Every epoch holds each training example once, in an order of its own,
-        and ends with a short batch where batch_size does not divide the
-        count. Order and augmentation of an epoch depend on seed and epoch
-        only: `train(first_epoch=1, epochs=2, ...)` is the second half of
+        Every epoch holds each training example once, in a new order, and ends
+        with a short batch if batch_size does not divide the count. Order and
+        augmentation of an epoch depend only on seed and epoch:
+        `train(first_epoch=1, epochs=2, ...)` is the second half of
         `train(epochs=2, ...)`, bit for bit.
 
-        The length is known, `(epochs - first_epoch) * steps_per_epoch`; pass
-        `steps_per_epoch` to `fit`, or it takes all epochs for one, and
-        `shuffle=False`, or Keras warns that it won't shuffle a dataset.
+        The length is known: `(epochs - first_epoch) * steps_per_epoch`. Pass
+        `steps_per_epoch` to `fit`, which otherwise treats all epochs as one,
+        and `shuffle=False`, or Keras warns that it won't shuffle a dataset.
 
         Args:
             batch_size: examples per batch, >= 1.
@@ -180,8 +180,8 @@ class Data:
         """
         if not len(self.validation_labels):
             raise ValueError(
-                "All examples are trained on: none is held out to validate "
-                "on. Load the dataset with validation > 0."
+                "All examples are trained on: none are left for validation. "
+                "Load the dataset with validation > 0."
             )
         return _in_order(
             self.validation_images,
@@ -211,7 +211,7 @@ class Data:
 
 
 def check_epochs(*, seed: int, first_epoch: int, epochs: int) -> None:
-    """Raises ValueError unless these say which batches there are."""
+    """Raises ValueError unless these arguments define batches."""
     check_integer("seed", seed, at_least=-(2**63), below=2**63)
     check_integer("first_epoch", first_epoch, at_least=0)
     check_integer("epochs", epochs, at_least=1)
@@ -233,7 +233,7 @@ def normalise(images: tf.Tensor, recipe: Recipe) -> tf.Tensor:
 
     Args:
         images: (batch, height, width, channels), in 0..255.
-        recipe: whose mean and std are used.
+        recipe: its mean and std are used.
     """
     images = tf.cast(images, tf.float32) / 255.0
     return (images - tf.constant(recipe.mean)) / tf.constant(recipe.std)
@@ -268,8 +268,8 @@ def in_epochs(
 def epoch_keys(seed: int, epoch: tf.Tensor) -> list[tf.Tensor]:
     """Returns the keys of an epoch's order and of its augmentation.
 
-    `fold_in` and `split` hash, so neighbouring seeds, epochs and batches
-    share no stream, as they would if the numbers were added up.
+    `fold_in` and `split` hash: unlike with sums of numbers, neighbouring seeds,
+    epochs and batches share no stream.
     """
     key = _random.fold_in(
         tf.constant([seed, 0], tf.int64), epoch, alg=ALGORITHM

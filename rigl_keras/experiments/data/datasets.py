@@ -1,10 +1,9 @@
 """Images, labels and texts for the experiments, and batches made of them.
 
 `load` reads a whole dataset into memory; `Data.train` or `Text.train` turns it
-into batches.
-Batch b of epoch e is a function of (seed, e, b) and of nothing else, so a run
-that is resumed at an epoch's start sees what the uninterrupted one would have
-seen. A batch is augmented whole, by gathers, not image by image.
+into batches. Batch b of epoch e depends only on (seed, e, b), so a run that
+resumes at the start of an epoch sees the same batches as an uninterrupted one.
+A batch is augmented as a whole, by gathers, not image by image.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from rigl_keras._extras import check_installed
 from rigl_keras.experiments.data.batches import Data
 from rigl_keras.experiments.data.recipes import (
     DATASETS,
@@ -37,8 +37,8 @@ _CONNECT_SECONDS = 10
 _TEXTS = {"python_docs": python_docs}
 
 
-class DatasetUnavailableError(RuntimeError):
-    """A dataset is neither on this machine nor to be had from the network."""
+class DatasetUnavailableError(OSError):
+    """A dataset is not on this machine and cannot be downloaded."""
 
 
 def load(
@@ -51,32 +51,30 @@ def load(
 ) -> Data | Text:
     """Reads a dataset into memory and splits it by index, or by position.
 
-    The last `Recipe.validation` training examples are held out; the test set
-    is the dataset's own (for digits, which has none, the last 180 of all).
-    An index is a place in the order tfds stores, which is fixed when tfds
-    prepares the dataset and mixes the classes. A text ends with what is held
-    out and what is tested on.
+    The last `Recipe.validation` training examples are held out; the test set is
+    the dataset's own (for digits, which has none, the last 180 of all). Indices
+    follow the order that tfds stores; it is fixed, and mixes the classes. A
+    text ends with the validation and test parts.
 
     Args:
         name: one of `DATASETS` or `TEXTS`.
-        data_dir: folder where tfds keeps prepared datasets. Without it the
-            environment variable TFDS_DATA_DIR, without that tfds' own
-            default. What is not there is downloaded into it. "digits" comes
-            with scikit-learn, "python_docs" with Python, and both ignore it.
-        validation: how many training examples are held out, the last by
-            index, or characters of a text, >= 0. None: as many as the recipe
-            says.
-        context: characters in an example of a text, >= 1. None: as many as
-            the recipe says. Images have none.
-        epoch_examples: examples in an epoch of a text, >= 1. None: all.
-            Images have none.
+        data_dir: folder of tfds' prepared datasets. None: the environment
+            variable TFDS_DATA_DIR, or tfds' default. Missing datasets are
+            downloaded into it. "digits" comes with scikit-learn and
+            "python_docs" with Python; both ignore it.
+        validation: number of training examples to hold out, the last by index,
+            or of characters of a text, >= 0. None: the recipe's.
+        context: characters in an example of a text, >= 1. None: the recipe's.
+            Not for images.
+        epoch_examples: examples in an epoch of a text, >= 1. None: all. Not for
+            images.
 
     Raises:
         ValueError: if name is unknown, the folder does not exist, or nothing
             would be left to train on.
         ImportError: if the package that provides the dataset is missing.
-        DatasetUnavailableError: if the dataset is not on this machine and
-            can't be downloaded.
+        DatasetUnavailableError: if the dataset is not on this machine and can't
+            be downloaded.
     """
     recipe = recipe_of(
         name,
@@ -99,8 +97,8 @@ def load(
         raise ValueError(
             f"{name!r} must have more than the {recipe.validation} training "
             f"examples that are held out. Received: {len(images)}. Hold out "
-            "less, or, where the copy under data_dir is not the whole "
-            "dataset, prepare it again."
+            "less or, if the copy under data_dir is incomplete, prepare "
+            "it again."
         )
     return Data(
         recipe=recipe,
@@ -114,10 +112,10 @@ def load(
 
 
 def training_examples(recipe: Recipe | TextRecipe) -> int:
-    """Returns how many examples an epoch has.
+    """Returns the number of examples in an epoch.
 
     Args:
-        recipe: From `recipe_of`. Of a text, the text is read.
+        recipe: From `recipe_of`. For a text, the text is read.
 
     Raises:
         DatasetUnavailableError: if a text is not on this machine.
@@ -137,28 +135,23 @@ def _text(name: str) -> str:
 def _digits(recipe: Recipe) -> list[tuple[np.ndarray, np.ndarray]]:
     """Returns the training and the test part of scikit-learn's digits.
 
-    Its ink, 0..16, becomes round(ink * 255 / 16), so that every dataset is
-    uint8 in 0..255.
+    Its ink, 0..16, becomes round(ink * 255 / 16): every dataset is uint8 in
+    0..255.
     """
-    try:
-        from sklearn import datasets
-    except ImportError as error:
-        raise ImportError(
-            "'digits' is part of scikit-learn, which is not installed. "
-            "Run `pip install scikit-learn`."
-        ) from error
+    check_installed("The data set 'digits'", "sklearn")
+    from sklearn import datasets
+
     digits: Any = datasets.load_digits()
     images = np.rint(digits.images[..., None] * 255 / 16).astype(np.uint8)
     labels = digits.target.astype(np.int32)
-    cut = len(images) - recipe.validation  # test and validation are as large
+    cut = len(images) - recipe.validation  # the test has this size too
     return [(images[:cut], labels[:cut]), (images[cut:], labels[cut:])]
 
 
 def _data_dir(data_dir: str | os.PathLike[str] | None) -> str | None:
-    """Returns the folder given, or else named by TFDS_DATA_DIR, or None.
+    """Returns the given folder, the one named by TFDS_DATA_DIR, or None.
 
-    tfds reads the variable once, when it is imported; here it may be set at
-    any time.
+    tfds reads the variable once, on import; here it may be set at any time.
     """
     source = "data_dir"
     if data_dir is None:
@@ -178,14 +171,12 @@ def _data_dir(data_dir: str | os.PathLike[str] | None) -> str | None:
 def _tfds_split(
     name: str, split: str, data_dir: str | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise ImportError(
-            f"{name!r} is loaded by TensorFlow Datasets, which is not "
-            "installed. Run `pip install tensorflow-datasets`, or train on "
-            "'digits'."
-        ) from error
+    check_installed(
+        f"The data set {name!r}",
+        "tensorflow_datasets",
+        instead="Or train on 'digits'.",
+    )
+    import tensorflow_datasets as tfds
 
     def read(*, download: bool) -> Any:
         return tfds.load(
@@ -200,15 +191,15 @@ def _tfds_split(
     try:
         try:
             examples = read(download=False)
-        except AssertionError:  # how tfds says that nothing is prepared
+        except AssertionError:  # tfds raises it if nothing is prepared
             _check_network(name)
             examples = read(download=True)
-    # tfds lets through whatever requests, its file systems or its readers
-    # raise; the way out is the same for all of them.
+    # tfds does not catch the errors of requests, its file systems or its
+    # readers; the way out is the same for all.
     except Exception as error:
         where = data_dir or "tfds' default folder"
         raise DatasetUnavailableError(
-            f"{name!r} could not be read from {where}, nor downloaded into "
+            f"{name!r} could not be read from {where}, or downloaded into "
             f"it ({type(error).__name__}: {_shortened(str(error))}). Either "
             "point --data_dir or TFDS_DATA_DIR at a folder where tfds has "
             "prepared it, or train on 'digits', which comes with "
@@ -223,8 +214,8 @@ def _tfds_split(
 def _check_network(name: str) -> None:
     """Raises OSError if no host that has the dataset can be reached.
 
-    tfds itself tries a download ten times over, about three and a half
-    minutes, before it admits that there is no network.
+    tfds itself retries a download ten times, for about three and a half
+    minutes, before it reports that there is no network.
     """
     if urllib.request.getproxies():
         return  # a proxy may reach what this machine can't; let tfds try

@@ -14,21 +14,21 @@ __all__ = ["check_integer", "recipe_of"]
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What one dataset is and how its images are prepared.
+    """A dataset of images, and how they are prepared.
 
     An image x in 0..255 reaches the model as (x / 255 - mean) / std.
 
     Args:
-        name: the name `load` knows it by.
+        name: its name in `load`.
         input_shape: (height, width, channels) of an image.
         num_classes: labels are 0..num_classes - 1.
         mean: per channel, of images scaled to [0, 1].
         std: per channel, of images scaled to [0, 1], > 0.
         augmentation: of training images only. "none"; "pad_crop_flip": 4
             pixels of reflection around the image, a random crop of the
-            image's own size, a random horizontal flip; or
-            "resized_crop_flip": a random box of 8 to 100 % of the area,
-            resized to the image's own size, and a random horizontal flip.
+                image's size, a random horizontal flip; or "resized_crop_flip":
+                a random box of 8 to 100 % of the area, resized to the image's
+                size, and a random horizontal flip.
         validation: number of training examples held out, the last by index,
             >= 0.
         examples: number of training examples, those held out included.
@@ -64,7 +64,7 @@ class Recipe:
 
     @property
     def network_arguments(self) -> dict[str, object]:
-        """What a model of these images is made with."""
+        """Arguments for a model of these images."""
         return {
             "num_classes": self.num_classes,
             "input_shape": self.input_shape,
@@ -73,19 +73,18 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True)
 class TextRecipe:
-    """What one text is and how it is cut.
+    """A text, and how it is cut.
 
-    The text is split by position: first what is trained on, then what is
-    validated on, then what is tested on.
+    The text is split by position: first training, then validation, then test.
 
     Args:
-        name: The name `load` knows it by.
-        vocabulary: How many symbols there are, which are the classes, too.
+        name: Its name in `load`.
+        vocabulary: Number of symbols, which are also the classes.
         context: Characters of an example, >= 1.
         validation: Number of characters held out, >= 0.
         test: Number of characters to test on, > context.
-        epoch_examples: Examples in an epoch, >= 1; each epoch draws them
-            from all. None: all, or as many as there are.
+        epoch_examples: Examples in an epoch, >= 1, drawn from all for each
+            epoch. None: all.
     """
 
     name: str
@@ -114,14 +113,14 @@ class TextRecipe:
 
     @property
     def network_arguments(self) -> dict[str, object]:
-        """What a model of this text is made with."""
+        """Arguments for a model of this text."""
         return {"vocabulary": self.vocabulary, "context": self.context}
 
     def windows(self, characters: int) -> int:
-        """Returns how many windows there are, wherever the first starts.
+        """Returns the number of windows for any start of the first.
 
         Args:
-            characters: Of the whole text.
+            characters: Length of the whole text.
 
         Raises:
             ValueError: It is too short.
@@ -131,15 +130,15 @@ class TextRecipe:
         count = (left - self.context) // self.context
         if count < 1:
             raise ValueError(
-                f"The text {self.name!r} has {characters} characters, of which "
-                f"{self.validation} are held out and {self.test} tested on: "
-                f"too few are left for windows of {self.context}. Hold out "
+                f"The text {self.name!r} has {characters} characters: "
+                f"{self.validation} for validation, {self.test} for the test, "
+                f"and too few are left for windows of {self.context}. Hold out "
                 "less, or make context smaller."
             )
         return count
 
     def training_examples(self, characters: int) -> int:
-        """Returns how many windows an epoch has.
+        """Returns the number of windows in an epoch.
 
         Args, Raises: As in `windows`.
         """
@@ -154,18 +153,18 @@ def recipe_of(
     context: int | None = None,
     epoch_examples: int | None = None,
 ) -> Recipe | TextRecipe:
-    """Returns the recipe of a data set, with some of it changed.
+    """Returns the recipe of a data set, with changes.
 
     Args:
         name: One of `DATASETS` or `TEXTS`.
-        validation: How much is held out: training examples, or characters of
-            a text. None: as the recipe says.
-        context: Characters in an example of a text. None: as the recipe says.
+        validation: Size of the validation part: training examples, or
+            characters of a text. None: the recipe's.
+        context: Characters in an example of a text. None: the recipe's.
         epoch_examples: Examples in an epoch of a text. None: all.
 
     Raises:
-        ValueError: There is no such data set, images are asked for a context,
-            or a number is out of range.
+        ValueError: There is no such data set, images get a context, or a number
+            is out of range.
     """
     known = {**DATASETS, **TEXTS}
     if name not in known:
@@ -183,7 +182,7 @@ def recipe_of(
         if value is not None:
             if name not in TEXTS:
                 raise ValueError(
-                    f"{setting} is a setting of texts, and {name!r} has "
+                    f"{setting} is a setting of texts, but {name!r} has "
                     f"images. Leave it out. Received: {setting}={value!r}."
                 )
             changes[setting] = value

@@ -1,7 +1,7 @@
 """English text that every Python ships, as a data set of characters.
 
-`python_docs()` is what `help()` shows of the language and of the standard
-library: the topics of `pydoc_data` and the docstrings of a fixed list of
+`python_docs()` is what `help()` shows about the language and the standard
+library: the topics of `pydoc_data`, and the docstrings of a fixed list of
 modules, which are read as files and not imported.
 """
 
@@ -25,12 +25,12 @@ __all__ = [
     "python_docs",
 ]
 
-# A line's end, the printable ASCII characters, and one that stands for any
-# other: of the text, less than one in a thousand.
+# A line end, the printable ASCII characters, and one symbol for all others:
+# less than one in a thousand characters.
 SYMBOLS = ("\n", *map(chr, range(32, 127)), "\N{REPLACEMENT CHARACTER}")
 
-# Modules of the standard library that are in each Python from 3.10 to 3.13, on
-# any system, with docstrings worth reading.
+# Modules of the standard library in every Python from 3.10 to 3.13, on any
+# system, with useful docstrings.
 _MODULES = (
     *("_pydecimal", "_pyio", "argparse", "asyncio", "base64", "bdb"),
     *("calendar", "cmd", "codecs", "collections", "concurrent"),
@@ -66,20 +66,19 @@ class TextUnavailableError(Exception):
 def python_docs() -> str:
     """Returns the documentation of this Python, about 1.6 million characters.
 
-    Topics and modules follow one another in an order that mixes them (by the
-    CRC-32 of their names), three line ends between two: the last tenth of the
-    text is of the same kind as the rest. The text depends on the version of
-    Python, and on nothing else where the standard library is the original.
+    Topics and modules come in a mixed order (by the CRC-32 of their names),
+    with three line ends between them: the last tenth of the text is like the
+    rest. The text depends only on the version of Python, if the standard
+    library is unchanged.
 
     Raises:
-        TextUnavailableError: The topics are missing, or the source of a
-            module.
+        TextUnavailableError: The topics or the source of a module are missing.
     """
     try:
         from pydoc_data import topics
     except ImportError as error:
         raise TextUnavailableError(
-            f"Python {platform.python_version()} here has no pydoc_data, from "
+            f"Python {platform.python_version()} here lacks pydoc_data, from "
             "which help() has its topics. On Debian or Ubuntu: apt install "
             "libpython3-stdlib"
         ) from error
@@ -134,7 +133,7 @@ def encoded(text: str) -> np.ndarray:
 
 
 def decoded(indices: np.ndarray) -> str:
-    """Returns the text of some symbols.
+    """Returns the text of symbols.
 
     Args:
         indices: Integers in 0..96, any shape.

@@ -1,4 +1,4 @@
-"""The batches of a text: windows of characters, and the next one of each."""
+"""The batches of a text: windows of characters, and the next characters."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ _random: Any = tf.random
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Text:
-    """A text in memory, split in three by position, and its batches.
+    """A text in memory, in three parts by position, and its batches.
 
-    An example is a window of `recipe.context` characters and, as its labels,
-    the same window one character on. The text is cut, from its beginning, into
-    what is trained on, validated on and tested on.
+    An example is a window of `recipe.context` characters and, as labels, the
+    same window shifted by one character. The text is cut, from its beginning,
+    into parts for training, validation and test.
 
     Args:
         recipe: How it is split.
-        characters: All of it.
+        characters: The whole text.
 
     Raises:
-        ValueError: The text is too short to be split so.
+        ValueError: The text is too short for these parts.
     """
 
     recipe: TextRecipe
@@ -57,24 +57,24 @@ class Text:
 
     @property
     def training_examples(self) -> int:
-        """How many windows an epoch has."""
+        """The number of windows in an epoch."""
         return self.recipe.training_examples(len(self.characters))
 
     @property
     def _windows(self) -> int:
-        """How many windows there are for an epoch to choose from."""
+        """The number of windows that an epoch can choose from."""
         return self.recipe.windows(len(self.characters))
 
     @property
     def about(self) -> dict[str, object]:
-        """What tells this text from that of another Python."""
+        """What distinguishes this text from that of another Python."""
         return {
             "characters": len(self.characters),
             "sha256": hashlib.sha256(self.characters.encode()).hexdigest(),
         }
 
     def steps_per_epoch(self, batch_size: int) -> int:
-        """Returns the batches in an epoch, the last, short one included.
+        """Returns the number of batches in an epoch, with the last, short one.
 
         Args:
             batch_size: Windows per batch, >= 1.
@@ -86,10 +86,10 @@ class Text:
         return math.ceil(self.training_examples / batch_size)
 
     def first_inputs(self, count: int) -> np.ndarray:
-        """Returns the first inputs, as a model takes them.
+        """Returns the first inputs of a model.
 
         Args:
-            count: How many, at most.
+            count: Largest number.
         """
         length = self.recipe.context
         windows = min(count, self._windows)
@@ -106,10 +106,10 @@ class Text:
     ) -> tf.data.Dataset:
         """Returns the batches of all epochs, one epoch after the other.
 
-        An epoch cuts the text into windows that do not overlap, from a first
-        character that it draws among the first `context`, and takes them, or
-        as many as `recipe.epoch_examples` says, in an order of its own. Both
-        depend on seed and epoch only, as in `Data.train`.
+        An epoch cuts the text into windows that do not overlap, starting at a
+        random one of the first `context` characters. It uses all of them, or
+        `recipe.epoch_examples`, in a new order. Start and order depend only on
+        seed and epoch, as in `Data.train`.
 
         Args:
             batch_size, seed, epochs, first_epoch: As in `Data.train`.
@@ -153,13 +153,13 @@ class Text:
         )
 
     def validation(self, *, batch_size: int) -> tf.data.Dataset:
-        """Returns the windows that are held out once, in order.
+        """Returns the held-out windows once, in order.
 
         Args:
             batch_size: Windows per batch, >= 1; the last may be short.
 
         Returns:
-            A dataset as `train` returns it.
+            A dataset as from `train`.
 
         Raises:
             ValueError: If batch_size is not an integer >= 1, or nothing is
@@ -167,8 +167,8 @@ class Text:
         """
         if not self.recipe.validation:
             raise ValueError(
-                "All but the test characters are trained on: none is held out "
-                "to validate on. Load the text with validation > 0."
+                "All characters except the test part are trained on: none are "
+                "left for validation. Load the text with validation > 0."
             )
         return self._in_order(self._parts()[1], batch_size)
 
@@ -205,7 +205,7 @@ class Text:
 def _windows(
     symbols: tf.Tensor, starts: tf.Tensor, length: int
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns the windows that start somewhere, and those one further on."""
+    """Returns windows from start positions, and shifted by one."""
     at = tf.cast(starts, tf.int32)[:, None] + tf.range(length + 1)
     taken = tf.cast(tf.gather(symbols, at), tf.int32)
     return taken[:, :-1], taken[:, 1:]

@@ -1,4 +1,4 @@
-"""What runs are called, and what the name of a gin file says of its row."""
+"""Names of runs, and what the name of a gin file says about its row."""
 
 import dataclasses
 import re
@@ -10,7 +10,7 @@ from rigl_keras.experiments.protocol import variations
 
 __all__ = ["NETWORKS", "Row", "known", "row", "run_name"]
 
-# By the ending of the gin file: the network, and its data.
+# The network and its data, by the ending of the gin file.
 NETWORKS = {
     "wrn": "WRN-22-2 on CIFAR-10",
     "resnet50": "ResNet-50 on CIFAR-100",
@@ -28,7 +28,7 @@ _METHODS = {
     "rigl_sg": "RigL-SG",
     "rigl_sm": "RigL-SM",
     "rigl_reinit": "RigL, re-initialised",
-    "rigl_kernel": "RigL on kernels",
+    "rigl_kernel": "RigL-Struct",
     "snip": "SNIP",
     "grasp": "GraSP",
     "synflow": "SynFlow",
@@ -50,15 +50,15 @@ _NAME = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A row of the report, or one that could be.
+    """A row of the report, or a similar one.
 
     Args:
         gin: The gin file, without folder and ending.
-        method: As the report names it.
-        distribution: `"uniform"`, `"ERK"`, `"ER"`, or `""` where masks are
-            not drawn by one.
-        length: How many times as long as the others it trains.
-        all_data: Whether it trains on the images held out, too.
+        method: The report's name of the method.
+        distribution: `"uniform"`, `"ERK"`, `"ER"`, or `""` if masks are not
+            drawn.
+        length: Length of training, relative to the other rows.
+        all_data: Whether it also trains on the held-out images.
         network: One of `NETWORKS`, or `""`.
     """
 
@@ -71,7 +71,7 @@ class Row:
 
     @property
     def label(self) -> str:
-        """What it is called in figures, without its network."""
+        """Its name in figures, without its network."""
         parts = [self.method]
         if self.distribution:
             parts.append(f"({self.distribution})")
@@ -88,7 +88,7 @@ class Row:
 
 
 def row(gin: str) -> Row:
-    """Returns what a name says; a name of another form is its own method.
+    """Returns the row of a name; other names are methods themselves.
 
     Args:
         gin: The gin file, without folder and ending.
@@ -106,7 +106,7 @@ def row(gin: str) -> Row:
     )
 
 
-# Changes that are in many names, and what they are called there.
+# Frequent changes in names, and their short forms.
 _SHORT = {
     "UPDATE_FRACTION": "update_fraction",
     "UPDATE_FREQUENCY": "update_frequency",
@@ -121,14 +121,14 @@ def run_name(
     seed: int,
     changes: Iterable[tuple[str, float]] = (),
 ) -> str:
-    """Returns the name of a run's folder; runs that differ have other ones.
+    """Returns the name of a run's folder; different runs differ in it.
 
     Args:
         gin: The gin file, without folder and ending.
         density: Fraction of the weights kept. None: a dense model.
         seed: The seed.
-        changes: gin bindings over the files, in any order; of two of one name
-            the last holds.
+        changes: gin bindings that override the files, in any order; the last of
+            a name counts.
     """
     parts = [gin]
     if density is not None:
@@ -137,11 +137,11 @@ def run_name(
         if name in _SHORT:
             parts.append(f"{_SHORT[name]}{exact(value)}")
         else:
-            # A gin scope has slashes, which would be folders.
+            # Slashes of gin scopes would make folders.
             parts.append(f"{urllib.parse.quote(name, safe='')}={exact(value)}")
     return "-".join([*parts, f"seed{seed}"])
 
 
 def known() -> list[str]:
-    """Returns the gin files that there are, without folder and ending."""
+    """Returns the names of all gin files, without folder and ending."""
     return sorted(path.stem for path in variations.GIN_FOLDER.glob("*.gin"))

@@ -1,1 +1,1 @@
-"""Tables, figures and a page of what was trained, for bin/report."""
+"""Tables, figures and a page of trained runs, for bin/report."""

@@ -1,11 +1,11 @@
-"""What stands in a cell of a table: numbers, with how sure they are."""
+"""Cells of tables: numbers, with their uncertainty."""
 
 import dataclasses
 from collections.abc import Callable
 
 from rigl_keras._text import exact
 from rigl_keras.experiments.protocol import published
-from rigl_keras.experiments.report import summaries
+from rigl_keras.experiments.report import comparisons, summaries
 from rigl_keras.experiments.report.records import Records
 from rigl_keras.experiments.report.summaries import Summary
 
@@ -16,6 +16,7 @@ __all__ = [
     "accuracy_cell",
     "difference_to_published",
     "flops_cells",
+    "interval_cell",
     "listed_seeds",
     "train_and_test_cell",
     "percent_cell",
@@ -32,18 +33,19 @@ NONE = "-"
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What each section needs."""
+    """The input of each section."""
 
     records: Records
-    comparable: bool  # whether the runs are of the report's own setting
+    comparable: bool  # whether the runs have the report's own setting
     with_published: bool
     planned: Callable[[Summary], tuple[float, float]] | None
     asked: bool
     lines: list
     undrawn: dict  # {the name of a figure: why it cannot be drawn}
+    folder: str | None = None  # of the results, seen from the page
 
 
-# What stands in cells.
+# Functions that return the text of cells.
 
 
 def percent_cell(mean: float | None, std: float | None) -> str:
@@ -61,7 +63,7 @@ def accuracy_cell(summary: Summary) -> str:
 
 
 def seeds_cell(summary: Summary) -> str:
-    """Returns how many seeds are finished, of how many, and what failed."""
+    """Returns how many seeds are finished, wanted, failed and collapsed."""
     if not summary.n and not summary.others:
         return NONE
     text = f"{summary.n} of {summary.wanted}"
@@ -76,6 +78,13 @@ def signed_cell(difference: float | None) -> str:
     if difference is None:
         return NONE
     return f"{round(difference, 2) + 0.0:+.2f}"  # without -0.00
+
+
+def interval_cell(difference: comparisons.Difference) -> str:
+    """Returns the ends of an interval, or that there is none."""
+    if difference.low is None or difference.high is None:
+        return NONE
+    return f"{signed_cell(difference.low)} to {signed_cell(difference.high)}"
 
 
 def ratio_cell(value: float | None) -> str:
@@ -101,7 +110,7 @@ class Marks:
         self.notes: list[str] = []
 
     def of(self, note: str) -> str:
-        """Returns the mark of a note, and nothing for no note."""
+        """Returns the mark of a note, or "" for an empty note."""
         if not note:
             return ""
         if note not in self.notes:
@@ -112,7 +121,7 @@ class Marks:
 def difference_to_published(
     context: Context, summary: Summary, cell: published.Cell | None
 ) -> float | None:
-    """Returns our mean minus the published one, where they compare."""
+    """Returns our mean minus the published one, if they are comparable."""
     if not context.comparable or cell is None or summary.mean is None:
         return None
     return summary.mean - cell.accuracy
@@ -137,7 +146,7 @@ def train_and_test_cell(train: str, test: str) -> str:
 
 
 def accuracy_and_seeds_cell(summary: Summary) -> str:
-    """Returns the accuracy, and how many seeds it is of if some lack."""
+    """Returns the accuracy, with the number of seeds if some are missing."""
     text = accuracy_cell(summary)
     if summary.n and summary.n < summary.wanted:
         text += f" ({summary.n} of {summary.wanted})"

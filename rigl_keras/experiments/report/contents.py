@@ -1,11 +1,12 @@
-"""Which sections and figures the report has, by what was run."""
+"""Chooses the sections and figures of the report, from the runs."""
 
 from collections.abc import Callable
 
 from rigl_keras import _figure_style
 from rigl_keras._text import first_line
-from rigl_keras.experiments.protocol import published, rows
+from rigl_keras.experiments.protocol import published, rows, variations
 from rigl_keras.experiments.report import (
+    curve_figures,
     panels,
     redistribution_figures,
     search_figures,
@@ -14,54 +15,94 @@ from rigl_keras.experiments.report import (
 from rigl_keras.experiments.report.cells import Context
 from rigl_keras.experiments.report.page import Picture
 
-__all__ = ["HAS", "NAMES", "PICTURES", "RIGL", "TITLES", "picture_of"]
+__all__ = [
+    "HAS",
+    "NAMES",
+    "PICTURES",
+    "RIGL",
+    "RIGL_CIFAR100",
+    "TITLES",
+    "picture_of",
+]
 
 NAMES = (
     "methods",
+    "differences",
+    "costs",
+    "curves",
     *published.TABLES,
     "figure1",
+    "figure1c",
+    "cifar100",
     "figure2",
     "figure3",
+    "figure3b",
     "figure4",
+    "flops",
     "tuning",
+    "runs",
 )
 PICTURES = (
     "methods",
-    "table3",
+    "costs",
+    "curves",
     "figure1",
+    "figure1c",
+    "cifar100",
     "figure2",
     "figure3",
+    "figure3b",
     "figure4",
+    "flops",
     "tuning",
 )
 TITLES = {
     "methods": "All methods",
+    "differences": "Differences from RigL and from static masks",
+    "costs": "Accuracy over training FLOPs",
+    "curves": "Training curves",
     "table1": "Table 1: CIFAR-10, trained on all 50,000 images",
     "table2": "Table 2: CIFAR-10",
     "table3": "Table 3: CIFAR-100",
     "table4": "Table 4: tuned drop fraction and frequency of RigL",
     "table5": "Table 5: redistribution of layer-wise density",
+    "table7": "Table 7 of the journal version: RigL on whole kernels",
     "figure1": "Figure 1: accuracy over density",
+    "figure1c": "Figure 1(c): accuracy over density, trained longer",
+    "cifar100": "CIFAR-100: accuracy over density (journal: Figure 2)",
     "figure2": "Figure 2: learning rates",
     "figure3": "Figure 3: accuracy at equal training FLOPs",
+    "figure3b": "Figure 3 for CIFAR-100 (journal: Figure 4(b))",
     "figure4": "Figure 4: what redistribution does",
+    "flops": "Training FLOPs over density",
     "tuning": "The search for drop fraction and frequency",
+    "runs": "Every run",
 }
 
 
-# When a section is shown unasked.
+# When a section is shown by default.
 
 
 def _has_row(of_table):
     return _has_any({cell.gin for cell in published.cells(of_table)})
 
 
+def _has_only(of_table):
+    """Of rows that are in no table before it, whose rows it repeats."""
+    earlier = {
+        cell.gin
+        for table in published.TABLES[: published.TABLES.index(of_table)]
+        for cell in published.cells(table)
+    }
+    own = {cell.gin for cell in published.cells(of_table)}
+    return _has_any(own - earlier)
+
+
 RIGL = {"uniform": "rigl_uniform_wrn", "ERK": "rigl_erk_wrn"}
-_FIGURE_4 = (
-    *RIGL.values(),
-    "rigl_sg_uniform_wrn",
-    "rigl_sm_uniform_wrn",
-)
+RIGL_CIFAR100 = {
+    "uniform": "rigl_uniform_resnet50",
+    "ERK": "rigl_erk_resnet50",
+}
 
 
 def _has_any(gins):
@@ -73,19 +114,37 @@ def _has_any(gins):
     return has
 
 
-HAS = {
-    "methods": lambda found: any(
+def _has_methods(found):
+    return any(
         rows.row(run.row).network and not summaries.is_trial(run)
         for run in found.finished
+    )
+
+
+HAS = {
+    "methods": _has_methods,
+    "differences": lambda found: any(
+        run.density is not None and run.gin.startswith(("rigl_", "static_"))
+        for run in found.finished
     ),
+    "costs": _has_methods,
+    "curves": curve_figures.has_histories,
     **{table: _has_row(table) for table in published.TABLES},
-    # Their reference settings alone are in Table 2 and Figure 1.
+    # Table 2 and Figure 1 have only their reference settings.
     "table4": search_figures.has_trials,
+    "table5": _has_only("table5"),
+    "table7": _has_only("table7"),
     "figure1": lambda found: bool(panels.panels(found, "wrn")),
+    "figure1c": lambda found: bool(panels.longer(found, "wrn")),
+    "cifar100": lambda found: bool(panels.of_cifar100(found, "resnet50")),
     "figure2": search_figures.has_learning_rates,
     "figure3": _has_any(RIGL.values()),
+    "figure3b": _has_any(RIGL_CIFAR100.values()),
     "figure4": redistribution_figures.has_redistribution,
+    # Of the report's two networks, which other presets do not train.
+    "flops": lambda found: found.preset == variations.FULL,
     "tuning": search_figures.has_trials,
+    "runs": lambda found: bool(found.finished),
 }
 # Figures.
 
@@ -94,8 +153,18 @@ _ALT = {
     "methods": "Dot plot: test accuracy of each method, every seed a hollow "
     "marker and the mean a bar, a panel for each density; the dense network "
     "is a dashed line.",
-    "table3": "Lines: test accuracy over density for each method on "
+    "costs": "Markers: test accuracy over training FLOPs of every row at every "
+    "density, with bars of one standard deviation.",
+    "curves": "Lines: accuracy over epochs for each row, a panel for each "
+    "density; bands reach from the lowest to the highest seed.",
+    "cifar100": "Lines: test accuracy over density for each method on "
     "CIFAR-100, by initialisation; the dense network is a horizontal line.",
+    "figure1c": "Lines: test accuracy over density on CIFAR-10 for rows that "
+    "train twice as long, with RigL and pruning beside them.",
+    "flops": "Lines: training FLOPs over density for uniform and for ERK "
+    "masks, a panel for each of two networks.",
+    "figure3b": "Lines: test accuracy of RigL on CIFAR-100 over training "
+    "FLOPs, with uniform and with ERK masks, densities beside the points.",
     "figure1": "Lines: test accuracy over density for each method on "
     "CIFAR-10, by initialisation; the dense network is a horizontal line.",
     "figure2": "Lines: test accuracy over learning rate for each pair of drop "
@@ -114,10 +183,10 @@ _ALT = {
 def picture_of(
     context: Context, name: str, draw: Callable, *arguments, **options
 ) -> Picture | None:
-    """Returns a figure, or None where it cannot be drawn, and notes why."""
+    """Returns a figure, or None if it cannot be drawn, and records why."""
     try:
         png = _figure_style.as_png(draw(*arguments, **options))
-    except Exception as error:  # whatever the numbers are, there is a page
+    except Exception as error:  # the page must be made in any case
         context.undrawn[name] = first_line(error)[:200].rstrip(".")
         return None
     return Picture(name, png, _ALT[name] + " Numbers: report.csv.")

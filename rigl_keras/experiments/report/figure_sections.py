@@ -1,4 +1,4 @@
-"""The report's figures, each with what it shows."""
+"""The report's figures, each with its text and table."""
 
 from typing import cast
 
@@ -24,23 +24,47 @@ from rigl_keras.experiments.report.cells import (
     signed_cell,
     updates_cell,
 )
-from rigl_keras.experiments.report.contents import HAS, RIGL, TITLES
+from rigl_keras.experiments.report.contents import (
+    HAS,
+    RIGL,
+    RIGL_CIFAR100,
+    TITLES,
+)
 from rigl_keras.experiments.report.page import Block, Section
 from rigl_keras.experiments.report.tables import add_line
 
-__all__ = ["figure_1", "figure_2", "figure_3", "figure_4", "tuning"]
+__all__ = ["across", "figure_2", "figure_3", "figure_4", "tuning"]
 
 
-def figure_1(context: Context, name: str) -> Section:
+# By figure: its network, and what makes its panels.
+_ACROSS = {
+    "figure1": ("wrn", panels.panels),
+    "figure1c": ("wrn", panels.longer),
+    "cifar100": ("resnet50", panels.of_cifar100),
+}
+
+
+def across(context: Context, name: str) -> Section:
+    """Accuracy over density, as Figure 1 has it."""
     picture = None
     if HAS[name](context.records):
-        draw = panels.across_densities
+        network, made = _ACROSS[name]
         picture = contents.picture_of(
-            context, name, draw, context.records, "wrn"
+            context,
+            name,
+            panels.across_densities,
+            context.records,
+            network,
+            made(context.records, network),
         )
-    text = (
-        "Lines join means over seeds; small hollow markers are single seeds.",
-    )
+    text = [
+        "Lines join means over seeds; small hollow markers are single seeds. "
+        "Where a panel has two kinds of masks, those of ERK have hollow means."
+    ]
+    if name == "figure1" and context.with_published:
+        text.append(
+            "About the published figure: " + " ".join(published.notes(name))
+        )
     return Section(name, TITLES[name], text, picture)
 
 
@@ -66,6 +90,7 @@ def figure_2(context: Context, name: str) -> Section:
 
 
 def figure_3(context: Context, name: str) -> Section:
+    gins = RIGL if name == "figure3" else RIGL_CIFAR100
     found = context.records
     if not HAS[name](found):
         return Section(name, TITLES[name])
@@ -76,7 +101,7 @@ def figure_3(context: Context, name: str) -> Section:
         if context.comparable:
             columns.append("difference")
     lines, marks = [], Marks()
-    for mask, gin in RIGL.items():
+    for mask, gin in gins.items():
         own = {r.density for r in found.runs if r.row == gin and not r.changes}
         for density in sorted(cast(set[float], own)):
             summary = summaries.of(found, gin, density)
@@ -84,7 +109,7 @@ def figure_3(context: Context, name: str) -> Section:
                 (
                     c
                     for c in printed
-                    # ERK's bars are of densities that are not published.
+                    # The densities of ERK's bars are not published.
                     if mask == "uniform"
                     and (c.gin, c.density) == (gin, density)
                 ),
@@ -113,7 +138,8 @@ def figure_3(context: Context, name: str) -> Section:
             add_line(context, name, rows.row(gin).label, summary, cell)
     text = [
         "Numbers beside the points are densities. Uniform and ERK masks of one "
-        "density cost differently; dotted lines join points that cost the same."
+        "density cost differently; dotted lines join points that cost the "
+        "same. Bars are the sample standard deviation."
     ]
     if printed:
         text.append(
@@ -123,7 +149,7 @@ def figure_3(context: Context, name: str) -> Section:
             f"{percent_cell(cell.accuracy, cell.std)} at the FLOPs of uniform "
             f"masks of density {exact(cast(float, cell.density))}"
             for cell in printed
-            if cell.gin == RIGL["ERK"]
+            if cell.gin == gins["ERK"]
         ]
         text.append(f"The report's ERK: {'; '.join(erk)}.")
     picture = contents.picture_of(
@@ -131,6 +157,8 @@ def figure_3(context: Context, name: str) -> Section:
         name,
         method_figures.equal_flops,
         found,
+        gins,
+        name,
         with_published=context.comparable,
     )
     return Section(

@@ -1,7 +1,7 @@
-"""The figure that greets readers: speed and accuracy against density.
+"""The README's figure: speed and accuracy against density.
 
-Its numbers are those of two data files: what `bin/benchmark train` measured,
-and what `bin/report` summed up of the small runs.
+The numbers come from two data files: measurements of `bin/benchmark train`, and
+the summary of the small runs by `bin/report`.
 """
 
 import csv
@@ -32,7 +32,7 @@ _DISTRIBUTIONS = {
     "erdos_renyi_kernel": ("RigL, ERK masks", VERMILION, "o", "-"),
     "uniform": ("RigL, uniform masks", BLUE, "s", "--"),
 }
-# Rows of the results, and whose looks they have.
+# Rows of the results, and the method whose style they use.
 _METHODS = {
     "RigL (ERK)": "RigL",
     "Static (ERK)": "Static",
@@ -54,7 +54,7 @@ def front_figure(
         The figure.
 
     Raises:
-        ValueError: A file holds none of the rows that are drawn.
+        ValueError: A file has none of the rows to draw.
     """
     figure = new_figure(8.5, 3.6)
     left, right = figure.subplots(1, 2)

@@ -1,11 +1,12 @@
 """The figures of a report.
 
-Colours are Okabe and Ito's, which colour-blind people can tell apart; markers,
-line styles and hatches tell them apart without colour.
+The colours are Okabe and Ito's, which colour-blind people can tell apart.
+Markers, line styles and hatches distinguish them without colour.
 """
 
 import itertools
 import statistics
+from collections.abc import Mapping
 from typing import cast
 
 import numpy as np
@@ -26,17 +27,18 @@ from rigl_keras._figure_style import (
     legend_above,
     legend_below,
     new_figure,
+    ticks_at,
 )
 from rigl_keras._text import exact, printable
 from rigl_keras.experiments.protocol import published, rows
 from rigl_keras.experiments.protocol.variations import Changes
 from rigl_keras.experiments.report import summaries
 from rigl_keras.experiments.report.records import Records
-from rigl_keras.experiments.report.search_figures import RIGL
 
 __all__ = [
     "LOOKS",
     "OTHER",
+    "cost_ticks",
     "equal_flops",
     "finished_rows",
     "methods",
@@ -58,15 +60,29 @@ OTHER = (GREY, "*", (0, (6, 2, 1, 2)))
 
 
 def safe_text(name: str) -> str:
-    """Returns a name that is not read as a formula, or as large as a figure."""
+    """Returns a name that is not read as a formula and is not too long."""
     name = printable(name)
     if len(name) > _LETTERS:
         name = f"{name[: _LETTERS - 3]}..."
     return name.replace("$", r"\$")
 
 
+def cost_ticks(low: float, high: float) -> list[float]:
+    """Returns where a logarithmic axis of FLOPs ratios has its ticks.
+
+    Args:
+        low: The lower end of the axis, positive.
+        high: The upper end of the axis.
+    """
+    steps = (1, 2, 5) if high < 200 * low else (1, 3)
+    if high < 4 * low:
+        steps = (1, 1.5, 2, 3, 4, 5, 7)
+    found = [float(f"{s}e{power}") for power in range(-9, 7) for s in steps]
+    return [tick for tick in found if low <= tick <= high]
+
+
 def finished_rows(records: Records, network: str) -> list[tuple[str, Changes]]:
-    """The rows of a network that have a result, each with its changes."""
+    """Returns the rows of a network with a result, and their changes."""
     found = {
         (run.gin, run.changes): None
         for run in records.finished
@@ -82,7 +98,7 @@ def methods(records: Records) -> Figure:
     """Draws the test accuracy of each row, all seeds, a panel per density.
 
     Args:
-        records: All runs, at least one of them finished and of no search.
+        records: All runs. At least one is finished and not part of a search.
     """
     blocks = []
     for network in rows.NETWORKS:
@@ -99,13 +115,17 @@ def methods(records: Records) -> Figure:
         at = [d for d in at if any(m is not None for m in means[d].values())]
         if at:
             blocks.append((network, every, _by_accuracy(masked, means), at))
-        elif every:  # dense ones alone
+        elif every:  # dense ones only
             blocks.append((network, every, every, [None]))
     columns = max(len(at) for *_, at in blocks)
     heights = [0.9 + 0.27 * len(shown) for _, _, shown, _ in blocks]
     figure = new_figure(2.2 + 3.2 * columns, 0.6 + sum(heights))
     grid = figure.subplots(
-        len(blocks), columns, squeeze=False, height_ratios=heights
+        len(blocks),
+        columns,
+        squeeze=False,
+        height_ratios=heights,
+        sharex="row",
     )
     for line, (network, every, shown, at) in zip(grid, blocks, strict=True):
         for axes in line[len(at) :]:
@@ -118,14 +138,14 @@ def methods(records: Records) -> Figure:
             axes.grid(axis="y", visible=False)
             if axes is not line[0]:
                 axes.set_yticklabels([])
-    legend_above(figure, ncols=None if columns > 1 else 3)
+    legend_above(figure, ncols=3 if columns > 1 else 2)
     return figure
 
 
 def _by_accuracy(keys, means):
-    """Rows from the worst to the best, by how far they are from the others.
+    """Sorts rows from worst to best, by their distances from the others.
 
-    Not by their mean alone: a row may have no run at one of the densities.
+    The mean alone would not do: a row may have no run at some densities.
     """
 
     def place(key):
@@ -182,15 +202,26 @@ def _draw_methods(axes, records, every, shown, density):
     for gin, changes in sorted(every):
         row = rows.row(gin)
         dense = summaries.of(records, gin, None, changes)
-        if density is None or not row.dense or row.all_data or changes:
+        alike = {other for _, other in shown} | {()}
+        if density is None or not row.dense or changes not in alike:
             continue
-        axes.axvline(dense.mean, color=BLACK, ls="--", lw=1, label="Dense")
+        if row.all_data:
+            continue
+        label = safe_text(summaries.label(gin, changes))
+        axes.axvline(
+            dense.mean,
+            color=BLACK,
+            ls=":" if changes else "--",
+            lw=1,
+            label=f"{label}, mean",
+        )
         axes.axvspan(
             min(dense.accuracies),
             max(dense.accuracies),
             color=BLACK,
             alpha=0.12,
             lw=0,
+            label=f"{label}, lowest to highest seed",
         )
     axes.set_ylim(-0.5, len(shown) - 0.5)
     labels = [safe_text(summaries.label(*key)) for key in shown]
@@ -202,17 +233,25 @@ def _draw_methods(axes, records, every, shown, density):
 # Accuracy at equal cost (Figure 3).
 
 
-def equal_flops(records: Records, *, with_published: bool) -> Figure:
+def equal_flops(
+    records: Records,
+    gins: Mapping[str, str],
+    table: str,
+    *,
+    with_published: bool,
+) -> Figure:
     """Draws RigL's test accuracy over training FLOPs, uniform and ERK.
 
     Args:
-        records: All runs, one of RigL at least finished.
-        with_published: Whether the report's numbers are drawn, too.
+        records: All runs, with at least one finished run of RigL.
+        gins: `{"uniform": row, "ERK": row}` of RigL.
+        table: Where its published numbers are.
+        with_published: Whether to draw the report's numbers too.
     """
     figure = new_figure(7.2, 4.8)
     axes = figure.subplots()
     points = {}
-    for mask, gin in RIGL.items():
+    for mask, gin in gins.items():
         found = {
             run.density
             for run in records.finished
@@ -263,7 +302,7 @@ def equal_flops(records: Records, *, with_published: bool) -> Figure:
             )
             label = None
     if with_published:
-        _draw_published(axes, points["uniform"])
+        _draw_published(axes, points["uniform"], gins, table)
     dress(
         axes,
         None,
@@ -271,20 +310,22 @@ def equal_flops(records: Records, *, with_published: bool) -> Figure:
         "test accuracy (%)",
     )
     axes.margins(0.1)
+    axes.set_xscale("log")
+    ticks_at(axes.xaxis, cost_ticks(*axes.get_xlim()))
     legend_below(axes, ncols=2, down=0.15)
     return figure
 
 
-def _draw_published(axes, uniform):
+def _draw_published(axes, uniform, gins, table):
     at = {summary.density: summary.training_flops_ratio for summary in uniform}
     looks = {
-        "rigl_uniform_wrn": (BLUE, "o", "the report, Random"),
-        "rigl_erk_wrn": (VERMILION, "s", "the report, ERK at equal FLOPs"),
+        gins["uniform"]: (BLUE, "o", "the report, Random"),
+        gins["ERK"]: (VERMILION, "s", "the report, ERK at equal FLOPs"),
     }
     for gin, (colour, marker, label) in looks.items():
         cells = [
             cell
-            for cell in published.cells("figure3")
+            for cell in published.cells(table)
             if cell.gin == gin and cell.density in at
         ]
         if cells:

@@ -1,4 +1,4 @@
-"""A page of tables and figures, as Markdown and as HTML that needs no file."""
+"""A page of tables and figures, as Markdown and as self-contained HTML."""
 
 import base64
 import dataclasses
@@ -8,9 +8,11 @@ import re
 from collections.abc import Sequence
 
 from rigl_keras._text import printable
+from rigl_keras.experiments.report.page_style import STYLE
 
 __all__ = [
     "Block",
+    "Link",
     "Page",
     "Picture",
     "Section",
@@ -20,15 +22,31 @@ __all__ = [
 ]
 
 
+class Link(str):
+    """A cell that leads to a file.
+
+    Args:
+        words: What it says.
+        target: Where the file is, seen from the page, in the letters of URLs.
+    """
+
+    target: str
+
+    def __new__(cls, words: str, target: str):
+        link = super().__new__(cls, words)
+        link.target = target
+        return link
+
+
 @dataclasses.dataclass(frozen=True)
 class Block:
     """A table.
 
     Args:
-        columns: What stands above the columns.
-        lines: The cells of each line; or a string, which heads the lines
+        columns: Headings of the columns.
+        lines: The cells of each line; or a string, a heading for the lines
             below it.
-        title: What stands above the table, `""` for nothing.
+        title: Title above the table, `""` for none.
     """
 
     columns: Sequence[str]
@@ -41,9 +59,9 @@ class Picture:
     """A figure.
 
     Args:
-        name: Of its file, without folder and ending.
+        name: Name of its file, without folder and ending.
         png: The bytes of the image.
-        alt: What it shows, for those who cannot see it.
+        alt: Description for those who cannot see it.
     """
 
     name: str
@@ -56,13 +74,15 @@ class Section:
     """A part of a page: text, then a figure, then tables, then notes.
 
     Args:
-        anchor: What links to it name.
+        anchor: Target for links to it.
         title: Its heading.
         text: Paragraphs.
         picture: A figure, if it has one.
         blocks: Tables.
-        notes: What marks such as [1] in the tables refer to, in order.
+        notes: The notes behind marks such as [1] in the tables, in order.
         items: Lines of a list.
+        commands: Lines of a shell that make it again.
+        folded: Whether its tables open at a click, as long ones do.
     """
 
     anchor: str
@@ -72,11 +92,13 @@ class Section:
     blocks: Sequence[Block] = ()
     notes: Sequence[str] = ()
     items: Sequence[str] = ()
+    commands: Sequence[str] = ()
+    folded: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-    """All of it.
+    """A whole page.
 
     Args:
         title: Its heading.
@@ -110,13 +132,19 @@ def as_markdown(page: Page) -> str:
             lines += [f"[{number}] {_plain(note)}", ""]
         if section.items:
             lines += [f"- {_plain(item)}" for item in section.items] + [""]
+        if section.commands:
+            commands = [_line(c).replace("`", "'") for c in section.commands]
+            lines += ["```sh", *commands, "```", ""]
     return "\n".join(lines)
 
 
 def _markdown_block(block, notes):
     def cell(text):
         words, mark = _marked(text, notes)
-        return _inline(words).replace("|", "\\|") + mark
+        said = _inline(words).replace("|", "\\|") + mark
+        if isinstance(text, Link):
+            return f"[{said}]({text.target})"
+        return said
 
     def row(cells):
         return f"| {' | '.join(cells)} |"
@@ -137,28 +165,32 @@ def _markdown_block(block, notes):
 
 
 def _marked(cell, notes):
-    """Returns a cell and the mark at its end that refers to a note, or ""."""
+    """Returns a cell and the mark at its end, or ""."""
     found = re.fullmatch(r"(.*)( \[(\d{1,4})\])", cell, re.DOTALL)
     if found is None or not 1 <= int(found[3]) <= notes:
         return cell, ""
     return found[1], found[2]
 
 
+def _line(text):
+    return printable(" ".join(text.split()))
+
+
 def _plain(text):
-    """Returns a paragraph or item that is not read as Markdown."""
-    # At its start these would make a heading, a quote, a list or a rule.
+    """Returns a paragraph or item, escaped for Markdown."""
+    # At the start, these make a heading, a quote, a list or a rule.
     return re.sub(r"^(\d*)([#>+=.)-])", r"\1\\\2", _inline(text))
 
 
 def _inline(text):
-    """Returns text within a line that is not read as Markdown."""
+    """Returns text within a line, escaped for Markdown."""
     text = printable(" ".join(text.split()))
     letters = r"\\`*_<&~$\[\]"
     if re.search(r"[\[\]]", text):
-        # Nothing of a link, so that these alone would be read as they are.
+        # Links are broken, so the other characters need no escapes.
         letters += "()!"
     text = re.sub(f"[{letters}]", r"\\\g<0>", text)
-    # Many make links of addresses as they are.
+    # Many readers turn plain addresses into links.
     return text.replace("://", ":\\//").replace("www.", "www\\.")
 
 
@@ -166,13 +198,13 @@ def _inline(text):
 
 
 def as_csv_cell(text: str) -> str:
-    """Returns a cell of a table that no spreadsheet takes for a formula.
+    """Returns a cell that spreadsheets do not read as a formula.
 
     Args:
-        text: What it says. A number stays one, with whatever sign.
+        text: Text of the cell. Numbers stay numbers, with any sign.
 
     Returns:
-        The text, behind an apostrophe where it begins as formulas do.
+        The text, after an apostrophe if it begins like a formula.
     """
     text = printable(" ".join(text.split()))
     try:
@@ -182,46 +214,13 @@ def as_csv_cell(text: str) -> str:
     return f"'{text}" if text[:1] in _FORMULA and not number else text
 
 
-# Those of full width are taken for the others in some languages.
+# Some languages read full-width characters like these.
 _FORMULA = tuple("=+-@\uff1d\uff0b\uff0d\uff20")
 # HTML.
 
-_STYLE = """
-body { max-width: 66rem; margin: 2rem auto; padding: 0 1rem; color: #222;
-  font: 16px/1.5 system-ui, sans-serif; }
-h1 { line-height: 1.2; }
-h2 { margin-top: 2.5rem; border-bottom: 1px solid #ccc; }
-nav { background: #f6f6f6; padding: .5rem 1rem; }
-nav ul { columns: 2; margin: 0; padding-left: 1.2rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .85rem; margin: .5rem 0 1.2rem;
-  font-variant-numeric: tabular-nums; }
-caption { text-align: left; font-weight: 600; padding: .3rem 0; }
-th, td { padding: .2rem .5rem; text-align: right; white-space: nowrap; }
-thead th { border-bottom: 2px solid #555; vertical-align: bottom;
-  white-space: normal; }
-tbody td, tbody th { border-bottom: 1px solid #e4e4e4; }
-th:first-child { text-align: left; }
-tbody th { font-weight: normal; }
-tr.group th { font-style: italic; color: #555; padding-top: .6rem; }
-figure { margin: 1rem 0; }
-img { max-width: 100%; height: auto; }
-ol.notes, ul.items { font-size: .85rem; overflow-wrap: anywhere; }
-@media print {
-  body { max-width: none; margin: 0; font-size: 10pt; }
-  nav { display: none; }
-  .wide { overflow: visible; }
-  img { max-height: 18cm; }
-  figure, tr, h2, caption { break-inside: avoid; }
-  h2, caption { break-after: avoid; }
-  table { font-size: 7.5pt; }
-  th, td { padding: .1rem .4rem; }
-}
-"""
-
 
 def as_html(page: Page) -> str:
-    """Returns a page as HTML that holds its figures and style."""
+    """Returns a page as HTML, with its figures and style."""
     links = "\n".join(
         f'<li><a href="#{section.anchor}">{_text(section.title)}</a></li>'
         for section in page.sections
@@ -233,7 +232,7 @@ def as_html(page: Page) -> str:
         '<meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{_text(page.title)}</title>",
-        f"<style>{_STYLE}</style>",
+        f"<style>{STYLE}</style>",
         "</head>",
         "<body>",
         f"<h1>{_text(page.title)}</h1>",
@@ -254,25 +253,41 @@ def _html_section(section):
     if section.picture is not None:
         image = base64.b64encode(section.picture.png).decode()
         alt = html.escape(printable(section.picture.alt))
+        # A box that is ticked is an image in its own size, without a script.
         parts.append(
-            f'<figure><img alt="{alt}" src="data:image/png;base64,{image}">'
-            "</figure>"
+            '<figure><label class="larger">'
+            '<input type="checkbox" aria-label="Larger">'
+            f'<img alt="{alt}" src="data:image/png;base64,{image}">'
+            "</label><figcaption>A click or a tap shows the figure in its own "
+            "size, and again as wide as the page.</figcaption></figure>"
         )
-    for block in section.blocks:
-        parts += _html_block(block, len(section.notes))
+    tables = [
+        line
+        for block in section.blocks
+        for line in _html_block(block, len(section.notes))
+    ]
+    if tables and section.folded:
+        tables = ["<details>", "<summary>Show</summary>", *tables, "</details>"]
+    parts += tables
     if section.notes:
         items = "".join(f"<li>{_text(note)}</li>" for note in section.notes)
         parts.append(f'<ol class="notes">{items}</ol>')
     if section.items:
         items = "".join(f"<li>{_text(item)}</li>" for item in section.items)
         parts.append(f'<ul class="items">{items}</ul>')
+    if section.commands:
+        lines = "\n".join(html.escape(_line(c)) for c in section.commands)
+        parts.append(f"<pre>{lines}</pre>")
     return [*parts, "</section>"]
 
 
 def _html_block(block, notes):
     def cell(text):
         words, mark = _marked(text, notes)
-        return _text(words) + (mark and f"<sup>{mark.strip()}</sup>")
+        said = _text(words) + (mark and f"<sup>{mark.strip()}</sup>")
+        if isinstance(text, Link):
+            return f'<a href="{html.escape(text.target)}">{said}</a>'
+        return said
 
     parts = ['<div class="wide">', "<table>"]
     if block.title:
@@ -296,5 +311,5 @@ def _html_block(block, notes):
 
 
 def _text(text):
-    """Returns text that is not read as HTML."""
+    """Returns text, escaped for HTML."""
     return html.escape(printable(" ".join(text.split())), quote=False)

@@ -22,7 +22,7 @@ from rigl_keras.experiments.report.method_figures import (
 )
 from rigl_keras.experiments.report.records import Records
 
-__all__ = ["across_densities", "panels"]
+__all__ = ["across_densities", "longer", "of_cifar100", "panels"]
 
 Keys = list[tuple[str, Changes]]
 _UNIFORM = (
@@ -45,7 +45,7 @@ _LONGER = (
 
 
 def panels(records: Records, network: str) -> dict[str, Keys]:
-    """Returns the panels of `across_densities`: titles, rows and changes.
+    """Returns panels of `across_densities`, by masks: titles, rows, changes.
 
     Args:
         records: All runs.
@@ -54,13 +54,10 @@ def panels(records: Records, network: str) -> dict[str, Keys]:
     finished = finished_rows(records, network)
 
     def those(names, changes: Changes = ()) -> Keys:
-        keys = [(f"{name}_{network}", changes) for name in names]
-        return [key for key in keys if key in finished]
+        return _those(finished, names, network, changes)
 
     found = {"uniform masks": those(_UNIFORM), "ERK masks": those(_ERK)}
-    if those(_LONGER):
-        found["longer runs"] = those((*_LONGER, "pruning", "lottery"))
-    # Runs that were made longer than their row.
+    # Runs that are longer than their row.
     every = (*_UNIFORM, *_ERK[:-1])
     lengths = {changes for _, changes in finished if len(changes) == 1}
     for ((name, value),) in sorted(lengths):
@@ -75,14 +72,47 @@ def panels(records: Records, network: str) -> dict[str, Keys]:
     }
 
 
-def across_densities(records: Records, network: str) -> Figure:
+def longer(records: Records, network: str) -> dict[str, Keys]:
+    """Returns the panel of rows that train two or three times as long.
+
+    With RigL (ERK) and pruning beside them, as in Figure 1(c).
+
+    Args:
+        records: All runs.
+        network: One of `rows.NETWORKS`.
+    """
+    finished = finished_rows(records, network)
+    if not _those(finished, _LONGER, network):
+        return {}
+    names = (*_LONGER, "rigl_erk", "pruning", "lottery")
+    return {"longer runs": _those(finished, names, network)}
+
+
+def of_cifar100(records: Records, network: str) -> dict[str, Keys]:
+    """Returns the panels of the figure of CIFAR-100: by masks, and longer.
+
+    Args:
+        records: All runs.
+        network: One of `rows.NETWORKS`.
+    """
+    return panels(records, network) | longer(records, network)
+
+
+def _those(finished, names, network, changes=()):
+    keys = [(f"{name}_{network}", changes) for name in names]
+    return [key for key in keys if key in finished]
+
+
+def across_densities(
+    records: Records, network: str, shown: dict[str, Keys]
+) -> Figure:
     """Draws test accuracy over density, a panel per initialisation.
 
     Args:
-        records: All runs, at least one of them in `panels`.
+        records: All runs.
         network: One of `rows.NETWORKS`.
+        shown: The panels, such as those of `panels`; one at least.
     """
-    shown = panels(records, network)
     figure = new_figure(0.6 + 3.6 * len(shown), 4.6)
     every = figure.subplots(
         1, len(shown), sharex=True, sharey=True, squeeze=False
@@ -116,7 +146,7 @@ def _draw_row(axes, records, gin, changes, densities, mixed):
     colour, marker, line = LOOKS.get(row.method, OTHER)
     if row.length == 3:
         line = (0, (1, 1))
-    # In a panel of several distributions ERK is the hollow one.
+    # In a panel with several distributions, ERK has hollow markers.
     hollow = mixed and row.distribution == "ERK"
     found = [
         summaries.of(records, gin, density, changes) for density in densities

@@ -1,4 +1,4 @@
-"""Reads what was trained: a folder of results, or a results.jsonl."""
+"""Reads runs from a folder of results, or from a results.jsonl."""
 
 import dataclasses
 import os
@@ -19,7 +19,7 @@ def read(path: str | os.PathLike, preset: str | None = None) -> Records:
 
     Args:
         path: A folder of results, or a `results.jsonl`.
-        preset: Which one. None: the only one there is.
+        preset: Name of the preset. None: the only one.
 
     Raises:
         ValueError: There is nothing to read, or several presets.
@@ -43,11 +43,11 @@ def read(path: str | os.PathLike, preset: str | None = None) -> Records:
     if preset is None:
         if len(presets) > 1:
             raise ValueError(
-                f"{str(path)!r} holds runs of several presets, which are not "
-                f"to be mixed. Pass --preset with one of {', '.join(presets)}."
+                f"{str(path)!r} holds runs of several presets. They cannot be "
+                f"mixed. Pass --preset with one of {', '.join(presets)}."
             )
         (preset,) = presets
-    # A user's preset may be named by its file, as for bin/reproduce.
+    # A user's preset may be given by its file, as in bin/reproduce.
     preset = Path(preset).stem if preset.endswith(".gin") else preset
     preset = printable(preset)
     if preset not in presets:
@@ -84,7 +84,7 @@ def _in_folder(path):
                 f"({error.strerror})."
             )
             continue
-        # A folder without any run is no preset.
+        # A folder without runs is not a preset.
         if any(os.path.lexists(run / "about.json") for run in inner):
             preset = printable(folder.name)
             found += [_record(preset, run) for run in inner]
@@ -135,6 +135,7 @@ def _record(preset, path):
         result=result,
         learning_rate=record_files.learning_rate(run / "config.gin"),
         curve=record_files.curve(run / "flops.csv", result),
+        history=record_files.history(run / "metrics.csv"),
     )
 
 
@@ -184,9 +185,11 @@ def _from_line(line):
         fields |= record_files.about_in(fields)
     fields["preset"] = printable(fields["preset"])
     fields["curve"] = tuple(record_files.curve_in(fields["curve"]))
-    record = Record(**fields)  # a field too many is a TypeError
+    history = record_files.history_in(fields.get("history", ()))
+    fields["history"] = tuple(history)
+    record = Record(**fields)  # an extra field is a TypeError
     if record.row is None or record.result is None:
-        return dataclasses.replace(record, result=None, curve=())
+        return dataclasses.replace(record, result=None, curve=(), history=())
     result = record_files.result_in(record.result)
     disagreement = record_files.disagreement(fields, result)
     if disagreement is not None:

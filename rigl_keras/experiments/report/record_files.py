@@ -1,6 +1,6 @@
-"""What the files of one run say, each number of the kind that it should be.
+"""Reads the files of one run, and checks each number.
 
-Whatever lies in a folder of results, it is read, or a ValueError says what is
+Any file in a folder of results is either read, or a ValueError says what is
 wrong with it.
 """
 
@@ -21,6 +21,8 @@ __all__ = [
     "curve",
     "curve_in",
     "disagreement",
+    "history",
+    "history_in",
     "is_rate",
     "learning_rate",
     "result",
@@ -29,16 +31,16 @@ __all__ = [
 ]
 
 UNREADABLE = (OSError, ValueError)
-# What a report needs of a result.
+# The fields of a result that a report needs.
 RATIOS = (
     "inference_flops_ratio",
     "training_flops_ratio",
     "training_flops_ratio_with_sources",
 )
-_CURVE_POINTS = 120  # of a curve that are kept
-_REASON = 400  # letters of a failure that are kept
+_CURVE_POINTS = 120  # most points that are kept of a curve
+_REASON = 400  # most letters that are kept of a failure
 _STEPS = 10**12  # more than any run takes
-_LONGEST = 200  # letters of a name
+_LONGEST = 200  # most letters of a name
 _KEPT = (
     "method",
     "model",
@@ -57,15 +59,15 @@ _KEPT = (
     "settings",
     "versions",
 )
-# The numbers of a result, and between what they can be. The bounds are wide:
-# within them sums, ratios and the axes of figures are numbers, too.
+# The numbers of a result, and their bounds. The bounds are wide: within them
+# sums, ratios and the axes of figures are finite.
 _BOUNDS = {
     "test_accuracy": (0.0, 1.0),
     "inference_flops": (1.0, 1e24),
     "steps": (1, _STEPS),
     **dict.fromkeys(RATIOS, (1e-9, 1e6)),
 }
-# Between what values of changes can be.
+# Bounds of the values of changes.
 _CHANGES = {
     "UPDATE_FRACTION": (0.0, 1.0),
     "UPDATE_FREQUENCY": (1, _STEPS),
@@ -74,29 +76,29 @@ _CHANGES = {
 }
 
 
-# What a run is.
+# The identity of a run.
 
 
 def about(path: Path) -> dict:
-    """Returns what about.json says that a run is.
+    """Returns the identity of a run from its about.json.
 
     Args:
         path: The file.
 
     Raises:
-        OSError, ValueError: It cannot be read, or something of it cannot be.
+        OSError, ValueError: It cannot be read, or a value is impossible.
     """
     return about_in(json_object(path))
 
 
 def about_in(content: Mapping) -> dict:
-    """Returns what a run is, if all of it is of the kind it should be.
+    """Returns the identity of a run, if all values have the right types.
 
     Args:
-        content: Of an about.json, or of a line of results.jsonl.
+        content: Content of an about.json, or of a line of results.jsonl.
 
     Raises:
-        ValueError: Something of it is not.
+        ValueError: A value has another type.
     """
     names = ("row", "preset", "density", "seed", "changes")
     found: dict[str, Any] = {name: content.get(name) for name in names}
@@ -129,29 +131,29 @@ def _is_name(value):
     return isinstance(value, str) and 0 < len(value) <= _LONGEST
 
 
-# What came of it.
+# Results.
 
 
 def result(path: Path) -> dict:
-    """Returns what is kept of a result.json.
+    """Returns the fields that are kept of a result.json.
 
     Args:
         path: The file.
 
     Raises:
-        OSError, ValueError: It cannot be read, or cannot be right.
+        OSError, ValueError: It cannot be read, or a value is impossible.
     """
     return result_in(json_object(path))
 
 
 def result_in(content: Mapping) -> dict:
-    """Returns what is kept of a result, if it can be right.
+    """Returns the fields that are kept of a result, if they are possible.
 
     Args:
-        content: Of a result.json, or of a line of results.jsonl.
+        content: Content of a result.json, or of a line of results.jsonl.
 
     Raises:
-        ValueError: Something of it cannot be.
+        ValueError: A value is impossible.
     """
     for name, (least, most) in _BOUNDS.items():
         value = content.get(name)
@@ -183,11 +185,11 @@ def result_in(content: Mapping) -> dict:
 
 
 def disagreement(known: Mapping, kept: Mapping) -> str | None:
-    """Returns in what a result is not of the run it lies with, or None.
+    """Returns how a result contradicts the run it is stored with, or None.
 
     Args:
-        known: What the run is, as `about_in` returns it.
-        kept: Its result, as `result_in` returns it.
+        known: Identity of the run, from `about_in`.
+        kept: Its result, from `result_in`.
     """
     settings = kept["settings"]
     method = settings.get("method")
@@ -204,12 +206,12 @@ def disagreement(known: Mapping, kept: Mapping) -> str | None:
             pairs.append((name, method[name], changes[macro]))
     for name, own, wanted in pairs:
         if own != wanted:
-            return f"its {name} is {brief(own)}, and not {brief(wanted)}"
+            return f"its {name} is {brief(own)}, not {brief(wanted)}"
     return None
 
 
 def _is_pruned(settings, kept, known):
-    """Whether a run began with all weights and ended near its density."""
+    """Returns whether a run began dense and ended near its density."""
     wanted = known["density"]
     return (
         settings["density"] == 1.0
@@ -234,13 +236,13 @@ def why_not(folder: Path) -> dict:
         return {"failure": reason, "failed": True}
     try:
         epochs = max(text(folder / "run/metrics.csv").count("\n") - 1, 0)
-    except UNREADABLE:  # none yet, most often
+    except UNREADABLE:  # usually none yet
         epochs = 0
     return {"failure": f"unfinished, after {epochs} epochs"}
 
 
 def learning_rate(path: Path) -> float | None:
-    """Returns the learning rate of a config.gin, where that can be read.
+    """Returns the learning rate of a config.gin, or None if unreadable.
 
     Args:
         path: The file.
@@ -264,7 +266,7 @@ def is_rate(value: object) -> bool:
     return is_number(value, least=least, most=most)
 
 
-# What inference costs, from which step on.
+# Curves: the cost of inference over the steps.
 
 
 def curve(path: Path, kept: Mapping) -> tuple[tuple[int, float], ...]:
@@ -272,15 +274,15 @@ def curve(path: Path, kept: Mapping) -> tuple[tuple[int, float], ...]:
 
     Args:
         path: A flops.csv.
-        kept: The result of the run, as `result_in` returns it.
+        kept: The result of the run, from `result_in`.
 
     Returns:
-        At most 121 points, which reach the last step. None at all where the
-        file is not there or cannot be right: figures do without.
+        At most 121 points, including the last step. Empty if the file is
+        missing or impossible: figures omit it.
     """
     dense = kept["inference_flops"] / kept["inference_flops_ratio"]
     try:
-        # Lines without their ends, or a quoted one would go on and on.
+        # Lines without line ends, otherwise a quote could span many lines.
         lines = csv.DictReader(text(path).splitlines())
         points = _thinned(
             curve_in(
@@ -296,13 +298,13 @@ def curve(path: Path, kept: Mapping) -> tuple[tuple[int, float], ...]:
 
 
 def curve_in(points: Iterable) -> list[tuple[int, float]]:
-    """Returns the points of a curve, if all can be of one.
+    """Returns the points of a curve, if all are possible.
 
     Args:
         points: Pairs of a step and a ratio.
 
     Raises:
-        ValueError: They are not.
+        ValueError: They are not possible.
     """
     found: list[tuple[int, float]] = []
     for point in points:
@@ -318,14 +320,67 @@ def curve_in(points: Iterable) -> list[tuple[int, float]]:
     return found
 
 
+# How well a run did after each epoch.
+
+
+def history(path: Path) -> tuple[tuple[int, float], ...]:
+    """Returns `((epoch, accuracy in percent), ...)`, the first epoch being 1.
+
+    Args:
+        path: A metrics.csv.
+
+    Returns:
+        At most 120 points, of the images held out where there are such. None
+        at all where the file is not there or cannot be right.
+    """
+    points = []
+    try:
+        for line in csv.DictReader(text(path).splitlines()):
+            accuracy = line.get("val_accuracy") or line["accuracy"]
+            points.append((int(line["epoch"]) + 1, 100 * float(accuracy)))
+        return tuple(history_in(_strided(points)))
+    except (*UNREADABLE, KeyError, TypeError, csv.Error):
+        return ()
+
+
+def history_in(points: object) -> list[tuple[int, float]]:
+    """Returns the points of a history, if all can be of one.
+
+    Args:
+        points: Pairs of an epoch and an accuracy.
+
+    Raises:
+        ValueError: They are not.
+    """
+    if not isinstance(points, list | tuple):
+        raise ValueError(f"history is {brief(points)}")
+    found: list[tuple[int, float]] = []
+    for point in points:
+        if not (
+            isinstance(point, list | tuple)
+            and len(point) == 2
+            and is_number(point[0], least=found[-1][0] if found else 0)
+            and is_number(point[0], most=_STEPS)
+            and is_number(point[1], least=0, most=100)
+        ):
+            raise ValueError(f"a point of the history is {brief(point)}")
+        found.append((int(point[0]), float(point[1])))
+    return found
+
+
 def _thinned(points):
-    """Returns the points at which a curve changes, and not too many."""
+    """Returns a limited number of points at which a curve changes."""
     kept = [
         point
         for before, point in zip([None, *points], points, strict=False)
         if before is None or point[1] != before[1]
     ]
-    if len(kept) > _CURVE_POINTS:
-        stride = (len(kept) - 1) / (_CURVE_POINTS - 1)
-        kept = [kept[round(i * stride)] for i in range(_CURVE_POINTS)]
-    return kept
+    return _strided(kept)
+
+
+def _strided(points):
+    """Returns not too many of some points, the first and last among them."""
+    if len(points) <= _CURVE_POINTS:
+        return points
+    stride = (len(points) - 1) / (_CURVE_POINTS - 1)
+    return [points[round(i * stride)] for i in range(_CURVE_POINTS)]

@@ -1,7 +1,7 @@
-"""What is known of finished, failed and missing runs.
+"""Records of finished, failed and missing runs.
 
-Read from a folder of results (see `reproduction/results.py`), or from a
-`results.jsonl`, a line for each run, which holds all of it that a report needs.
+They come from a folder of results (see `reproduction/results.py`), or from a
+`results.jsonl` with a line for each run, which holds all that a report needs.
 """
 
 import dataclasses
@@ -17,29 +17,30 @@ __all__ = ["NOTE", "OF_ANOTHER", "Record", "Records", "as_lines", "collapsed"]
 
 _COLLAPSED = 10.0  # points below the other seeds
 _CLASSES = {"cifar10": 10, "cifar100": 100, "mnist": 10, "digits": 10}
-NOTE = 1_000  # letters of a note that are kept
-# How the failure of a run begins whose result is another run's.
+NOTE = 1_000  # most letters that are kept of a note
+# Prefix of the failure of a run with another run's result.
 OF_ANOTHER = "its result.json and about.json disagree: "
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One run, as it was found.
+    """One run.
 
     Args:
         folder: `PRESET/RUN_NAME`.
-        row: The gin file, without folder and ending. None: the folder does
-            not say what it is, and `failure` says why.
+        row: The gin file, without folder and ending. None: the folder does not
+            say which, and `failure` says why.
         preset: The name of its preset's folder.
         density: Fraction of the weights kept. None: a dense model.
         seed: The seed.
-        changes: gin bindings over the files, sorted by name.
-        result: What `train` returned, as far as a report needs it. None: it
-            has none.
-        failure: Why it has none.
+        changes: gin bindings that override the files, sorted by name.
+        result: The result of `train`, as far as a report needs it, or None.
+        failure: Why there is no result.
         failed: Whether it failed; otherwise it is unfinished.
-        learning_rate: Of its configuration, where that could be read.
+        learning_rate: From its configuration, if that could be read.
         curve: `((step, inference FLOPs over the dense network's), ...)`.
+        history: `((epoch, accuracy), ...)` in percent, of the images held
+            out, or of the training images where none are.
     """
 
     folder: str
@@ -53,15 +54,16 @@ class Record:
     failed: bool = False
     learning_rate: float | None = None
     curve: tuple[tuple[int, float], ...] = ()
+    history: tuple[tuple[int, float], ...] = ()
 
     @property
     def key(self) -> tuple:
-        """What two runs have in common that are the same run."""
+        """Identifies a run: equal keys mean the same run."""
         return self.row, self.density, self.seed, self.changes
 
     @property
     def variant(self) -> Changes:
-        """Its changes without those that are searched for."""
+        """Its changes, without those that searches vary."""
         return tuple(pair for pair in self.changes if pair[0] not in TUNED)
 
     @property
@@ -71,35 +73,35 @@ class Record:
 
     @property
     def gin(self) -> str:
-        """Its row, of a run whose folder says what it is."""
+        """Its row, if its folder says which."""
         return cast(str, self.row)
 
     @property
     def finished_result(self) -> Mapping:
-        """Its result, of a finished run."""
+        """The result of a finished run."""
         return cast(Mapping, self.result)
 
     @property
     def test(self) -> float:
-        """Test accuracy in percent, of a finished run."""
+        """Test accuracy of a finished run, in percent."""
         return 100 * self.finished_result["test_accuracy"]
 
     @property
     def validation(self) -> float | None:
-        """Validation accuracy in percent; None where none was held out."""
+        """Validation accuracy in percent, or None without validation."""
         accuracy = self.finished_result["validation_accuracy"]
         return None if accuracy is None else 100 * accuracy
 
     @property
     def training_flops_ratio(self) -> float:
-        """Over training the dense model once; of tickets, with Pruning's."""
+        """Relative to training the dense model; tickets include Pruning's."""
         of_ticket = rows.row(self.gin).method == "Lottery"
         name = "training_flops_ratio" + "_with_sources" * of_ticket
         return self.finished_result[name]
 
     @property
     def inference_flops_ratio(self) -> float:
-        """Over the dense model's, at the end."""
+        """Relative to the dense model's, at the end."""
         return self.finished_result["inference_flops_ratio"]
 
 
@@ -109,10 +111,10 @@ class Records:
 
     Args:
         preset: The name of its folder.
-        runs: Each run once, in the order of folders; those that cannot be
-            averaged with the others are left out.
+        runs: Each run once, in the order of folders, without those that cannot
+            be averaged with the others.
         notes: What was left out or counted once, and why.
-        found: All that was found, to be written down.
+        found: All runs that were found, for results.jsonl.
     """
 
     preset: str
@@ -122,12 +124,12 @@ class Records:
 
     @property
     def finished(self) -> tuple[Record, ...]:
-        """Those with a result."""
+        """The runs with a result."""
         return tuple(run for run in self.runs if run.result is not None)
 
 
 def as_lines(records: Records) -> str:
-    """Returns all that was found as `results.jsonl`, which `read` reads."""
+    """Returns all runs that were found as `results.jsonl`, for `read`."""
     lines = []
     for record in records.found:
         fields = {
@@ -135,18 +137,20 @@ def as_lines(records: Records) -> str:
             for field in dataclasses.fields(record)
         }
         fields["changes"] = dict(record.changes)
+        if not record.history:  # as in data from before it was kept
+            del fields["history"]
         lines.append(json.dumps(fields) + "\n")
     return "".join(lines)
 
 
 def collapsed(runs: Iterable[Record]) -> dict[str, str]:
-    """Returns the seeds of a row that have learnt next to nothing.
+    """Returns the seeds of a row that learned almost nothing.
 
-    A seed has collapsed if it is 10 points or more below the median of the
+    A seed has collapsed if it is at least 10 points below the median of the
     others, or hardly better than chance.
 
     Args:
-        runs: Finished runs that differ by their seeds alone.
+        runs: Finished runs that differ only by their seeds.
 
     Returns:
         `{name of the run: why}`.

@@ -39,7 +39,7 @@ _REDISTRIBUTED = {
 
 
 def has_redistribution(records: Records) -> bool:
-    """Returns whether a row of `redistribution` is finished."""
+    """Returns whether a run whose density moved is finished."""
     return bool(_redistributed(records))
 
 
@@ -50,12 +50,12 @@ def _redistributed(records):
         for density in summaries.densities(records, _REDISTRIBUTED)
     }
     found = {key: summary for key, summary in found.items() if summary.n}
-    # RigL alone has level lines: shown beside the others, where there are any.
+    # Plain RigL has level lines: shown beside the others only.
     moved = {density for gin, density in found if gin not in RIGL.values()}
     return {
         (gin, density): summary
         for (gin, density), summary in found.items()
-        if density in moved or not moved
+        if density in moved
     }
 
 
@@ -63,7 +63,7 @@ def redistribution(records: Records) -> Figure:
     """Draws inference FLOPs over steps, and the densities of layers.
 
     Args:
-        records: All runs, of which `has_redistribution` is true.
+        records: All runs. `has_redistribution` must be true.
     """
     found = _redistributed(records)
     densities = sorted({density for _, density in found})
@@ -135,10 +135,10 @@ def redistribution(records: Records) -> Figure:
             rotation=90,
         )
         right.margins(x=0.01)
-    # Lines and bars share the colours: a handle that shows both.
+    # Lines and bars share the colours: each handle shows both.
     styles = {label: style for label, _, style, _ in _REDISTRIBUTED.values()}
     colours = {label: c for label, c, _, _ in _REDISTRIBUTED.values()}
-    # Matplotlib's annotations do not know handles that `handler_map` draws.
+    # Matplotlib's annotations omit handles drawn by `handler_map`.
     shown: list[Any] = [
         (Line2D([], [], color=colours[label], ls=styles[label]), bars[0])
         for label, bars in handles.items()

@@ -1,4 +1,4 @@
-"""Which runs belong in the report, and why others do not."""
+"""Chooses the runs of the report, and says why others are left out."""
 
 import collections
 import json
@@ -18,13 +18,13 @@ from rigl_keras.experiments.report.records import (
 
 __all__ = ["selected"]
 
-# Settings of which runs of a row may differ: by density, by seed, by where
-# their folder is.
+# Settings in which runs of a row may differ: by density, by seed, by the
+# location of their folder.
 _FREE = {"density", "masks_from", "weights_from", "replicas"}
 _FREE_OF_METHOD = {"seed", "schedule", "drop_fraction", "frequency"}
 
 
-# What of it counts.
+# The part of it that counts.
 
 
 def selected(preset, found, broken):
@@ -33,7 +33,7 @@ def selected(preset, found, broken):
     runs = []
     for record in found:
         if record.row is None:
-            why = record.failure or "what it is, it does not say"
+            why = record.failure or "it does not say which run it is"
             notes.append(f"{record.name} is left out: {why}.")
         elif record.row not in known:
             notes.append(
@@ -42,8 +42,8 @@ def selected(preset, found, broken):
             )
         elif _misplaced(record):
             notes.append(
-                f"{record.name} is left out: a row {record.row} has not the "
-                f"density {record.density}."
+                f"{record.name} is left out: a row {record.row} does not have "
+                f"the density {record.density}."
             )
         else:
             runs.append(record)
@@ -64,7 +64,7 @@ def selected(preset, found, broken):
 
 
 def _remarks(finished):
-    """Yields what is odd about runs that count all the same."""
+    """Yields notes about odd runs that still count."""
     groups = collections.defaultdict(list)
     for run in finished:
         groups[run.row, run.density, run.changes].append(run)
@@ -74,7 +74,7 @@ def _remarks(finished):
         if isinstance(loss, float):
             said = f"has diverged, its test loss is {loss}"
         else:
-            said = f"has a test loss that is no number, {brief(loss)}"
+            said = f"has a test loss that is not a number, {brief(loss)}"
         yield f"{run.name} {said}; its accuracy counts like any other."
     for group in groups.values():
         for name, why in collapsed(group).items():
@@ -111,7 +111,7 @@ def _listed(values, most=10):
 
 
 def _misplaced(record):
-    """Whether a row of the report has the density of another kind of row."""
+    """Returns whether a row has the density of another kind of row."""
     row = rows.row(record.row)
     return row.network != "" and row.dense != (record.density is None)
 
@@ -119,7 +119,7 @@ def _misplaced(record):
 def _once(runs, notes):
     """Returns each run once.
 
-    A finished one before others, then the one whose folder has the name that
+    It prefers finished runs, then the one whose folder has the name that
     bin/reproduce gives it.
     """
     groups = collections.defaultdict(list)
@@ -168,10 +168,10 @@ def _alike(
     settings: Callable[[Record], dict],
     only: Callable[[Record], bool] = lambda run: True,
 ) -> list[Record]:
-    """Returns the runs without those whose settings are not their row's.
+    """Returns the runs without those whose settings differ from their row's.
 
-    A row's are those that most of its finished runs of the same changes have.
-    A learning rate that could not be read is no difference.
+    A row's settings are those of most of its finished runs with the same
+    changes. An unreadable learning rate does not count as a difference.
     """
     groups = collections.defaultdict(list)
     for run in runs:
@@ -191,7 +191,7 @@ def _alike(
                 f"{brief(name)[1:-1]} {brief(own.get(name))} where the others "
                 f"have {brief(usual.get(name))}"
                 for name in sorted({*own, *usual})
-                # As text, in which a NaN is equal to itself.
+                # As text: there a NaN equals itself.
                 if json.dumps(own.get(name)) != json.dumps(usual.get(name))
                 and not (name == "learning_rate" and own.get(name) is None)
             ]
@@ -205,7 +205,7 @@ def _alike(
 
 
 def _settings(run):
-    """Returns the settings that all runs of a row have in common."""
+    """Returns the settings that all runs of a row must share."""
     settings = run.result["settings"]
     method = settings.get("method")
     found = {
@@ -218,7 +218,7 @@ def _settings(run):
         for name, value in (method if isinstance(method, dict) else {}).items()
         if name not in _FREE_OF_METHOD
     }
-    if "grow_init" in found:  # runs from before it had a divisor
+    if "grow_init" in found:  # earlier runs, without a divisor
         found.setdefault("grow_divisor", 1.0)
     for name in ("model", "dataset", "parameters", "steps"):
         found[name] = run.result.get(name)
@@ -226,7 +226,7 @@ def _settings(run):
 
 
 def _updates(run):
-    """Returns the settings that `changes` would change."""
+    """Returns the settings that `changes` may change."""
     method = run.result["settings"].get("method")
     method = method if isinstance(method, dict) else {}
     return {

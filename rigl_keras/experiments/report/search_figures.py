@@ -53,7 +53,7 @@ def has_learning_rates(records: Records) -> bool:
 
 
 def _rates(records):
-    """Returns what was trained at several learning rates.
+    """Returns the runs at several learning rates.
 
     `{(row, density): {(drop fraction, frequency): {rate: summary}}}`.
     """
@@ -72,7 +72,7 @@ def _rates(records):
         if rate is not None and None not in updates:
             line = lines.setdefault((run.row, run.density), {})
             line.setdefault(updates, {})[rate] = summary
-    # One rate alone shows nothing of it.
+    # A single rate shows nothing.
     lines = {
         panel: {u: found for u, found in by.items() if len(found) > 1}
         for panel, by in lines.items()
@@ -81,10 +81,10 @@ def _rates(records):
 
 
 def learning_rates(records: Records) -> Figure:
-    """Draws test accuracy over learning rate, a line per mask updates.
+    """Draws test accuracy over learning rate, one line per update setting.
 
     Args:
-        records: All runs, of which `has_learning_rates` is true.
+        records: All runs. `has_learning_rates` must be true.
     """
     lines = _rates(records)
     densities = sorted({density for _, density in lines})
@@ -140,7 +140,7 @@ def learning_rates(records: Records) -> Figure:
 
 
 def has_trials(records: Records) -> bool:
-    """Returns whether any setting of mask updates has been tried."""
+    """Returns whether any setting of mask updates was tried."""
     return bool(_searches(records))
 
 
@@ -160,7 +160,7 @@ def tuning(records: Records) -> Figure:
     """Draws validation accuracy over drop fraction and frequency.
 
     Args:
-        records: All runs, of which `has_trials` is true.
+        records: All runs. `has_trials` must be true.
     """
     searches = _searches(records)
     masks = [m for m in RIGL if m in {mask for mask, _ in searches}]
@@ -236,7 +236,7 @@ def _draw_search(figure, axes, records, gin, density, tried):
             label="reference setting",
             zorder=4,
         )
-    axes.use_sticky_edges = False  # of the contours, where points would be cut
+    axes.use_sticky_edges = False  # contours have them, and would cut points
     best = summaries.best(tried)
     if best is not None:
         axes.scatter(
@@ -258,10 +258,10 @@ def _draw_search(figure, axes, records, gin, density, tried):
 
 
 def _triangles(x, y):
-    """Returns a triangulation of points, or None of few or collinear ones."""
+    """Returns a triangulation of points, or None if few or collinear."""
     if len(x) < 4 or not (np.ptp(x) and np.ptp(y)):
         return None
-    # In units of their ranges, or triangles would be as thin as lines.
+    # In units of their ranges, otherwise triangles would be too thin.
     u, v = (x - x.min()) / np.ptp(x), (y - y.min()) / np.ptp(y)
     centred = np.stack([u - u.mean(), v - v.mean()])
     if np.linalg.svd(centred, compute_uv=False)[1] < 1e-6:

@@ -1,15 +1,15 @@
-"""The whole report: which sections, and what it says of itself."""
+"""The whole report: its sections and its introduction."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
 
 from rigl_keras._text import brief
 from rigl_keras.experiments.protocol import published, variations
-from rigl_keras.experiments.report import records
+from rigl_keras.experiments.report import commands, evidence, records
 from rigl_keras.experiments.report.cells import NONE, Context, scientific
 from rigl_keras.experiments.report.contents import HAS, NAMES, TITLES
 from rigl_keras.experiments.report.figure_sections import (
-    figure_1,
+    across,
     figure_2,
     figure_3,
     figure_4,
@@ -31,13 +31,13 @@ __all__ = ["Report", "report"]
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """A report, to be written.
+    """A report to be written.
 
     Args:
         page: Its text, tables and figures.
-        lines: The lines of report.csv, the names of its columns first.
+        lines: The lines of report.csv, with the names of its columns first.
         results: The lines of results.jsonl.
-        notes: What was left out, counted once or not drawn, and what is odd.
+        notes: What was left out, counted once, not drawn, or odd.
     """
 
     page: Page
@@ -50,6 +50,7 @@ def report(
     found: Records,
     names: Sequence[str] = (),
     *,
+    folder: str | None = None,
     with_published: bool = False,
     planned: Callable[[Summary], tuple[float, float]] | None = None,
 ) -> Report:
@@ -57,12 +58,14 @@ def report(
 
     Args:
         found: All runs.
-        names: Which of `NAMES`. None at all: those that have a finished run.
-        with_published: Whether the numbers of the report stand beside those
-            of another preset, too. They always do beside those of the report's
-            own setting.
+        names: Names of sections, from `NAMES`. Empty: those with a finished
+            run.
+        folder: Of all results, relative to the page, for its links. None: no
+            links.
+        with_published: Whether to show the report's numbers beside those of
+            another preset. Runs with the report's own setting always have them.
         planned: `planned(summary) -> (training, inference)`, the FLOPs ratios
-            of runs of which none is finished. None: they are left out.
+            of runs without a finished one. None: they are left out.
 
     Raises:
         ValueError: There is no such table or figure.
@@ -82,14 +85,18 @@ def report(
         asked=bool(names),
         lines=[],
         undrawn={},
+        folder=folder,
     )
     sections, left_out = [], []
     for name in NAMES:
         if names and name not in names:
             continue
         if name in names or HAS[name](found):
-            sections.append(_section(context, name))
-        else:
+            section = _section(context, name)
+            # Of rows without a seed in common there are no differences.
+            if names or name != "differences" or section.blocks:
+                sections.append(section)
+        elif commands.has_own_runs(name):
             left_out.append(name)
     if not names:
         sections += other_runs(context)
@@ -103,7 +110,7 @@ def report(
     sections += _notes(found, notes)
     text = _introduction(context)
     if left_out:
-        text.append(f"No run is finished of: {', '.join(left_out)}.")
+        text.append(f"Without a finished run: {', '.join(left_out)}.")
     title = f"Results of rigl_keras: preset {found.preset}"
     return Report(
         Page(title, text, sections),
@@ -130,26 +137,26 @@ def _introduction(context):
         line = (
             f"{result['model']} on {result['dataset']}: {epochs} epochs of "
             f"batch {batch}, {result['steps']:,} steps; the dense "
-            f"network costs {scientific(dense)} FLOPs a sample to test and "
+            f"network costs {scientific(dense)} FLOPs per sample to test and "
             "three times as many to train"
         )
         settings.setdefault(line, None)
     if context.comparable:
         text.append(
-            "These runs have the report's own setting. Its numbers stand "
-            "beside them, with the difference of the means."
+            "These runs have the report's own setting. Its numbers are beside "
+            "them, with the difference of the means."
         )
     else:
         text.append(
-            f"These runs are of the preset {found.preset}, not of the report's "
+            f"These runs use the preset {found.preset}, not the report's "
             "setting, which is WRN-22-2 on CIFAR-10 or ResNet-50 on CIFAR-100, "
-            "trained for 250 epochs: accuracies of the two are of different "
+            "trained for 250 epochs: their accuracies come from different "
             "networks and lengths. "
             + (
-                "The report's stand in columns of their own, without a "
+                "The report's numbers have separate columns, without a "
                 "difference."
                 if context.with_published
-                else "The report's are left out; --published adds them."
+                else "The report's numbers are left out; --published adds them."
             )
         )
     if settings:
@@ -158,23 +165,22 @@ def _introduction(context):
     versions = _versions(found.finished)
     text.append(
         f"{count} {'run is' if count == 1 else 'runs are'} finished, "
-        f"{total / 3600:.1f} h of training in all" + versions + "."
+        f"{total / 3600:.1f} h of training in all{versions}."
     )
     text.append(
-        "Accuracies are in percent, of the test images unless it says "
-        "validation: the mean over seeds ± the sample standard deviation (n - "
-        "1), none of a single seed. FLOPs are over the dense network's, by "
-        "rigl_keras.count: to train over training it once, to test as the "
-        "masks are at the end. "
-        f'"{NONE}" stands for what there is not: no run, or nothing '
-        'published; "failed" and "unfinished" for runs that are listed at the '
-        "end."
+        "Accuracies are in percent, on the test images unless marked as "
+        "validation: means over seeds ± the sample standard deviation (n - "
+        "1), which a single seed does not have. FLOPs are relative to the "
+        "dense network's, by rigl_keras.count: to train, over training it "
+        "once; to test, with the final masks. "
+        f'"{NONE}" means no run, or no published number; "failed" and '
+        '"unfinished" runs are listed at the end.'
     )
     if context.planned is not None:
         text.append(
-            "FLOPs in brackets are planned, by closed forms, where no run is "
-            "finished. They are no results; SNFS and redistribution cost more, "
-            "for density moves."
+            "FLOPs in brackets are planned, by closed forms, if no run is "
+            "finished. They are not results: SNFS and redistribution cost "
+            "more, because density moves."
         )
     return text
 
@@ -198,29 +204,35 @@ def _section(context, name):
         section = dataclasses.replace(section, text=(*section.text, missing))
     elif section.picture is None and not section.blocks:
         preset = context.records.preset
-        target = "" if name in ("methods", "tuning") else f" {name}"
-        how = "bin/tune" if name == "tuning" else f"bin/reproduce{target}"
+        how = commands.training(name)
         nothing = (
-            f"No run of it is finished. {how} --preset={preset} trains them."
+            "None of its runs is finished. "
+            f"{how} --preset={preset} trains them."
         )
-        section = dataclasses.replace(section, text=(nothing,))
-    return section
+        return dataclasses.replace(section, text=(nothing,))
+    made = [*section.commands, *commands.of(context, name)]
+    return dataclasses.replace(section, commands=made)
 
 
 _SECTIONS = {
     "methods": methods,
+    "differences": evidence.differences,
+    "costs": evidence.costs,
+    "curves": evidence.curves,
     **{table: table_section for table in published.TABLES},
     "table4": table_4,
-    "figure1": figure_1,
+    **dict.fromkeys(("figure1", "figure1c", "cifar100"), across),
     "figure2": figure_2,
-    "figure3": figure_3,
+    **dict.fromkeys(("figure3", "figure3b"), figure_3),
     "figure4": figure_4,
+    "flops": evidence.flops,
     "tuning": tuning,
+    "runs": evidence.every_run,
 }
 
 
 def _notes(found, notes):
-    """What failed, what is unfinished, and what was left out or is odd."""
+    """Returns a section on failed, unfinished, left-out and odd runs."""
     failed = [f"{run.name}: {run.failure}" for run in found.runs if run.failed]
     unfinished = [
         f"{run.name}: {run.failure}"

@@ -30,15 +30,15 @@ _UPDATE = {"UPDATE_FRACTION", "UPDATE_FREQUENCY"}
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """The runs of a row at one density, of all seeds.
+    """The runs of a row at one density, for all seeds.
 
     Args:
         row: The gin file, without folder and ending.
         density: Fraction of the weights kept. None: a dense model.
-        changes: gin bindings over the files.
+        changes: gin bindings that override the files.
         finished: Runs with a result, by seed.
-        others: Runs without one, by seed.
-        seeds: Those that each row should have.
+        others: Runs without a result, by seed.
+        seeds: The seeds that each row should have.
     """
 
     row: str
@@ -50,28 +50,28 @@ class Summary:
 
     @property
     def n(self) -> int:
-        """How many seeds are finished."""
+        """The number of finished seeds."""
         return len(self.finished)
 
     @property
     def wanted(self) -> int:
-        """How many seeds there should be: `seeds`, and those found."""
+        """The number of wanted seeds: `seeds`, and others that were found."""
         found = {run.seed for run in self.finished + self.others}
         return len(found | set(self.seeds))
 
     @property
     def complete(self) -> bool:
-        """Whether all that each row should have are finished."""
+        """Whether all seeds that each row should have are finished."""
         return set(self.seeds) <= {run.seed for run in self.finished}
 
     @property
     def collapsed(self) -> int:
-        """How many finished seeds have learnt next to nothing."""
+        """The number of finished seeds that learned almost nothing."""
         return len(collapsed(self.finished))
 
     @property
     def failed(self) -> int:
-        """How many seeds failed."""
+        """The number of failed seeds."""
         return sum(run.failed for run in self.others)
 
     @property
@@ -86,23 +86,23 @@ class Summary:
 
     @property
     def std(self) -> float | None:
-        """Sample standard deviation (n - 1) in percent; None of one seed."""
+        """Sample standard deviation (n - 1) in percent; None for one seed."""
         return statistics.stdev(self.accuracies) if self.n > 1 else None
 
     @property
     def validation(self) -> float | None:
-        """Mean validation accuracy in percent; None where none was held out."""
+        """Mean validation accuracy in percent, or None without validation."""
         found = [run.validation for run in self.finished]
         return None if None in found else _mean(found)
 
     @property
     def training_flops_ratio(self) -> float | None:
-        """Over training the dense model once; of tickets, with Pruning's."""
+        """Relative to training the dense model; tickets include Pruning's."""
         return _mean([run.training_flops_ratio for run in self.finished])
 
     @property
     def inference_flops_ratio(self) -> float | None:
-        """Over the dense model's."""
+        """Relative to the dense model's."""
         return _mean([run.inference_flops_ratio for run in self.finished])
 
 
@@ -113,13 +113,13 @@ def _mean(values):
 def of(
     records: Records, row: str, density: float | None, changes: Changes = ()
 ) -> Summary:
-    """Returns what there is of a row at a density.
+    """Returns the summary of a row at a density.
 
     Args:
         records: All runs.
         row: The gin file, without folder and ending.
         density: Fraction of the weights kept. None: a dense model.
-        changes: gin bindings over the files, sorted by name.
+        changes: gin bindings that override the files, sorted by name.
     """
     runs = sorted(
         (
@@ -142,7 +142,7 @@ def of(
 def seeds(records: Records) -> tuple[int, ...]:
     """Returns the seeds that each row should have.
 
-    The report's; or all that were found, where no run is of one of those.
+    The report's; or all that were found, if no run has one of those.
 
     Args:
         records: All runs.
@@ -171,7 +171,7 @@ class Trial:
 
 
 def trials(records: Records, row: str, density: float) -> list[Trial]:
-    """Returns the settings of mask updates that were tried, reference aside.
+    """Returns the tried settings of mask updates, without the reference.
 
     Args:
         records: All runs.
@@ -197,10 +197,10 @@ def trials(records: Records, row: str, density: float) -> list[Trial]:
 def settings_of(
     records: Records, summary: Summary
 ) -> tuple[float | None, float | None]:
-    """Returns the drop fraction and frequency of runs; None: not known.
+    """Returns the drop fraction and frequency of runs, or None if unknown.
 
     Args:
-        records: All runs: those of the row tell what has not been changed.
+        records: All runs. Those of the row give the unchanged settings.
         summary: The runs.
     """
     changed = dict(summary.changes)
@@ -224,9 +224,9 @@ def settings_of(
 
 
 def best(found: Iterable[Trial]) -> Trial | None:
-    """Returns the trial of the highest mean validation accuracy.
+    """Returns the trial with the highest mean validation accuracy.
 
-    Of those that have all seeds; None where there are none.
+    Only trials with all seeds count. None if there are none.
     """
     complete = [
         trial
@@ -241,16 +241,16 @@ def best(found: Iterable[Trial]) -> Trial | None:
 
 
 def is_trial(run: Record) -> bool:
-    """Returns whether a run is of a search, for Figure 2 or Table 4."""
+    """Returns whether a run is part of a search (Figure 2 or Table 4)."""
     return run.changes != run.variant
 
 
 def label(gin: str, changes: Changes = ()) -> str:
-    """Returns what a row with changes is called, without its network.
+    """Returns the label of a row with changes, without its network.
 
     Args:
         gin: The gin file, without folder and ending.
-        changes: gin bindings over the files.
+        changes: gin bindings that override the files.
     """
     changed, row = dict(changes), rows.row(gin)
     longer = changed.pop("train.length", 1)
@@ -264,11 +264,11 @@ def label(gin: str, changes: Changes = ()) -> str:
 
 
 def densities(records: Records, gins: Iterable[str]) -> list[float]:
-    """Returns at which densities rows can be compared, the smallest first.
+    """Returns the densities at which rows can be compared, smallest first.
 
-    Those of the report, and others that more than one row has been run at: a
-    row may have densities of its own, at the training FLOPs of another. Where
-    there are no such densities, all.
+    These are the report's, and others at which several rows were run. A row may
+    also have densities with the training FLOPs of another. If there are no such
+    densities, all are returned.
 
     Args:
         records: All runs.

@@ -5,9 +5,9 @@ from typing import cast
 from rigl_keras._text import exact
 from rigl_keras.experiments.protocol import published, rows, variations
 from rigl_keras.experiments.report import (
+    comparisons,
     contents,
     method_figures,
-    panels,
     summaries,
 )
 from rigl_keras.experiments.report.cells import (
@@ -18,6 +18,7 @@ from rigl_keras.experiments.report.cells import (
     accuracy_cell,
     difference_to_published,
     flops_cells,
+    interval_cell,
     listed_seeds,
     ratio_cell,
     scientific,
@@ -107,28 +108,22 @@ def table_section(context: Context, name: str) -> Section:
         if not some and not (context.asked and context.comparable):
             if len(networks) > 1:
                 continue
-        for density in _densities(context, of_network, gins):
-            title = f"density {exact(density)}"
+        dense = [cell for cell in of_network if cell.density is None]
+        masked = [cell for cell in of_network if cell.density is not None]
+        at = [(masked, d) for d in _densities(context, of_network, gins)]
+        for printed, density in [*at, (dense, None)]:
+            if not printed:
+                continue
+            title = "dense" if density is None else f"density {exact(density)}"
             if len(networks) > 1:
                 title = f"{rows.NETWORKS[network].split()[-1]}, {title}"
-            blocks.append(
-                _block(context, name, of_network, density, title, marks)
-            )
+            blocks.append(_block(context, name, printed, density, title, marks))
     text = []
     if context.with_published:
         text += [
             "About the published numbers: " + " ".join(published.notes(name))
         ]
-    picture = None
-    if name == "table3" and panels.panels(context.records, "resnet50"):
-        picture = contents.picture_of(
-            context,
-            "table3",
-            panels.across_densities,
-            context.records,
-            "resnet50",
-        )
-    return Section(name, TITLES[name], text, picture, blocks, marks.notes)
+    return Section(name, TITLES[name], text, None, blocks, marks.notes)
 
 
 def _densities(context, cells, gins):
@@ -151,18 +146,18 @@ def _block(context, name, cells, density, title, marks):
         else:
             columns.append("report: FLOPs")
         if context.comparable:
-            columns.append("difference")
+            columns += ["difference", "95 % interval"]
     columns.append("gin file")
     lines, group = [], ""
     for cell in _rows_of(cells):
         at = None if cell.density is None else density
         summary = summaries.of(context.records, cell.gin, at)
-        # What the report does not have at this density is not missing.
+        # Rows that the report lacks at this density are not missing.
         if not (in_report or summary.n or summary.others):
             continue
         if cell.group != group:
             group = cell.group
-            lines.append(group.split(": ")[-1] or "dense")
+            lines.append(group.split(": ")[-1])
         printed = next(
             (
                 c
@@ -181,18 +176,24 @@ def _block(context, name, cells, density, title, marks):
         if with_published:
             line += _published(name, printed, marks)
             if context.comparable:
-                line.append(
-                    signed_cell(
-                        difference_to_published(context, summary, printed)
-                    )
-                )
+                line += _difference(summary, printed)
         lines.append([*line, cell.gin])
         add_line(context, name, cell.row, summary, printed)
     return Block(columns, lines, title)
 
 
+def _difference(summary, printed):
+    """Returns the cells of how far a mean is from the published one."""
+    found = printed and comparisons.to_published(
+        summary, printed.accuracy, printed.std
+    )
+    if found is None:
+        return [NONE, NONE]
+    return [signed_cell(found.mean), interval_cell(found)]
+
+
 def _rows_of(cells):
-    """Returns one cell of each row, in the order of the table."""
+    """Returns one cell for each row, in the order of the table."""
     return list(
         {(cell.group, cell.row, cell.gin): cell for cell in cells}.values()
     )
@@ -217,7 +218,7 @@ def _published(name, cell, marks):
 
 
 def table_4(context: Context, name: str) -> Section:
-    """The reference setting of mask updates, and the best that was tried."""
+    """The reference setting of mask updates, and the best tried one."""
     found, marks, lines = context.records, Marks(), []
     printed = published.cells(name)
     for mask, gin in RIGL.items():
@@ -259,10 +260,10 @@ def table_4(context: Context, name: str) -> Section:
     columns = ["setting", "drop fraction, steps", "validation (%)"]
     columns += ["test (%)", "seeds"]
     text = [
-        "The optimum is the setting of the highest mean validation accuracy "
-        f"among those tried that have all seeds {listed_seeds(found)}; how "
-        "many these are stands beside it. Its test accuracy did not take part "
-        "in the choice."
+        "The optimum is the setting with the highest mean validation accuracy "
+        "among those tried with all seeds "
+        f"{listed_seeds(found)}; their number stands beside it. Its test "
+        "accuracy was not used for the choice."
     ]
     if context.with_published:
         columns += ["report: drop fraction, steps", "report: test (%)"]
@@ -279,7 +280,7 @@ def _setting(context, label, summary, cell, marks):
     line = [label, *[NONE] * 4]
     if summary is not None:
         updates = summaries.settings_of(context.records, summary)
-        settings = cast(tuple[float, float], updates)  # where they are known
+        settings = cast(tuple[float, float], updates)  # they are known here
         known = None not in updates and (summary.n or summary.others)
         validation = summary.validation if summary.n else None
         line = [
@@ -326,15 +327,19 @@ def methods(context: Context, name: str) -> Section:
             blocks += _of_methods(context, name, keys, densities, title)
     text = (
         "Every row that has a run. A number in brackets says how many seeds "
-        "are finished where some are not.",
+        "are finished, if not all.",
     )
     picture = contents.picture_of(context, name, method_figures.methods, found)
     return Section(name, TITLES[name], text, picture, blocks)
 
 
 def _of_methods(context, name, keys, densities, title):
-    """Two tables of rows by densities: accuracies, and what they cost."""
+    """Two tables of rows by densities: accuracies and costs.
+
+    The dense network has no density, and its own column.
+    """
     accuracies, costs = [], []
+    any_dense = any(rows.row(gin).dense for gin, _ in keys)
     for gin, changes in keys:
         label = summaries.label(gin, changes)
         dense = rows.row(gin).dense
@@ -345,15 +350,17 @@ def _of_methods(context, name, keys, densities, title):
         for summary in found:
             if summary.n or summary.others:
                 add_line(context, name, label, summary)
-        blank = [""] * (len(densities) - 1 if dense else 0)
-        accuracies.append([label, *map(accuracy_and_seeds_cell, found), *blank])
+        before = [""] if any_dense and not dense else []
+        after = [""] * len(densities) if dense else []
+        accuracy = map(accuracy_and_seeds_cell, found)
+        accuracies.append([label, *before, *accuracy, *after])
         flops = [
             train_and_test_cell(*flops_cells(context, summary))
             for summary in found
         ]
-        costs.append([label, *flops, *blank])
+        costs.append([label, *before, *flops, *after])
     heads = [f"density {exact(density)}" for density in densities]
-    heads = heads or ["dense"]
+    heads = ["dense"] * any_dense + heads
     data = title.split()[-1]
     return [
         Block(["method", *heads], accuracies, f"{data}: test accuracy (%)"),
@@ -362,7 +369,7 @@ def _of_methods(context, name, keys, densities, title):
 
 
 def _ordered(keys):
-    """Sorts rows by method, as Table 2 has them, then by masks and length."""
+    """Sorts rows by method as in Table 2, then by masks and length."""
     order = ["Dense", "Small-Dense", "Static", "SET", "SNFS", "RigL"]
 
     def place(key):
@@ -376,7 +383,7 @@ def _ordered(keys):
 
 
 def other_runs(context: Context) -> list[Section]:
-    """Runs that no other section shows, such as those of gin files added."""
+    """Runs that no other section shows, such as those of new gin files."""
     found, lines = context.records, []
     shared = summaries.densities(found, {run.gin for run in found.runs})
     groups = dict.fromkeys(

@@ -207,11 +207,17 @@ def _counted(network):
 def _sparse_flops(cost, density, settings):
     """Returns the forward cost of masks of a density, as they are drawn."""
     drawn = not (settings["one_shot"] or settings["masks_from"])
+    shapes = {layer.name: layer.shape for layer in cost.layers if layer.shape}
+    whole = settings["granularity"] == "kernel"
     densities = distributions.layer_densities(
-        {layer.name: layer.shape for layer in cost.layers if layer.shape},
+        shapes,
         density,
         settings["distribution"] if drawn else "uniform",
         conventions=settings["conventions"],
+        # Masks of whole kernels leave layers without any dense.
+        densities={n: 1.0 for n, shape in shapes.items() if len(shape) == 2}
+        if whole and density < 1
+        else None,
     )
     # The products of attention, which have no shape, are the same at any.
     return sum(

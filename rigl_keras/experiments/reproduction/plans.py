@@ -18,8 +18,10 @@ from rigl_keras import _text
 from rigl_keras.experiments.protocol import published, variations
 from rigl_keras.experiments.protocol.rows import run_name
 from rigl_keras.experiments.protocol.variations import (
+    CIFAR100,
     DENSITIES,
     FIGURE_1,
+    FIGURE_1C,
     FIGURE_4,
     FULL,
     LEARNING_RATES,
@@ -27,6 +29,7 @@ from rigl_keras.experiments.protocol.variations import (
     METHODS_AT_HALF,
     METHODS_DENSITIES,
     RIGL,
+    RIGL_RESNET50,
     SEEDS,
     UPDATES,
     Changes,
@@ -247,16 +250,22 @@ def _grid(rows, at, changes=((),)):
     return wanted
 
 
-def _figure_3(preset, densities):
+def _at_equal_flops(uniform, erk):
     """Uniform masks, and ERK masks at the density and at the FLOPs of each."""
-    uniform, erk = RIGL
-    for density in densities or DENSITIES[1:]:
-        equal = same_training_flops(erk, uniform, density, preset)
-        yield from [
-            (uniform, density, ()),
-            (erk, density, ()),
-            (erk, equal, ()),
-        ]
+
+    def wanted(preset, densities):
+        # Not where the preset is for another network: densities take a while.
+        if not fnmatch.fnmatch(uniform, preset.rows):
+            return
+        for density in densities or DENSITIES[1:]:
+            equal = same_training_flops(erk, uniform, density, preset)
+            yield from [
+                (uniform, density, ()),
+                (erk, density, ()),
+                (erk, equal, ()),
+            ]
+
+    return wanted
 
 
 def _table_4(preset, densities):
@@ -292,8 +301,11 @@ TARGETS = {
     **{table: _of_table(table) for table in published.TABLES},
     "table4": _table_4,
     "figure1": _grid(FIGURE_1, DENSITIES),
+    "figure1c": _grid(FIGURE_1C, DENSITIES),
+    "cifar100": _grid(CIFAR100, DENSITIES),
     "figure2": _grid(RIGL, DENSITIES[1:], _LEARNING_RATE_GRID),
-    "figure3": _figure_3,
+    "figure3": _at_equal_flops(*RIGL),
+    "figure3b": _at_equal_flops(*RIGL_RESNET50),
     "figure4": _grid(FIGURE_4, (0.1, 0.2)),
     "methods": _methods,
 }

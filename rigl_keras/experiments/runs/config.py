@@ -9,13 +9,13 @@ import functools
 import inspect
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import gin
 import rigl_keras
 from rigl_keras.experiments.protocol.variations import GIN_FOLDER
-from rigl_keras.experiments.runs import export_command, optimizers, train
+from rigl_keras.experiments.runs import exports, optimizers, train
 from rigl_keras.methods import one_shot
 
 __all__ = ["configured", "find", "has_macro", "parse"]
@@ -30,6 +30,7 @@ _CONFIGURABLE: dict[str, Callable] = {
     "mlp": rigl_keras.models.mlp,
     "resnet18": rigl_keras.models.resnet18,
     "resnet50": rigl_keras.models.resnet50,
+    "Conventions": rigl_keras.Conventions,
     "RigL": rigl_keras.RigL,
     "SET": rigl_keras.SET,
     "SNFS": rigl_keras.SNFS,
@@ -46,7 +47,7 @@ _CONFIGURABLE: dict[str, Callable] = {
     "grasp": one_shot.grasp,
     "synflow": one_shot.synflow,
     "magnitude": one_shot.magnitude,
-    "Exports": export_command.Exports,
+    "Exports": exports.Exports,
 }
 _CONSTANTS = {"ORIGINAL": rigl_keras.ORIGINAL, "REPORT": rigl_keras.REPORT}
 
@@ -66,8 +67,9 @@ def find(gin_file: str) -> Path:
     """Returns the path of a gin file.
 
     Args:
-        gin_file: A path, absolute or relative to the current folder or to the
-            folder of the repository.
+        gin_file: A path, absolute or relative to the current folder, or the
+            name of a file that comes with the package: `rigl_erk_wrn`,
+            `rigl_erk_wrn.gin` or `gin/rigl_erk_wrn.gin`.
 
     Returns:
         The path of an existing file.
@@ -76,16 +78,22 @@ def find(gin_file: str) -> Path:
         ValueError: There is none, with the nearest name that there is.
     """
     for folder in (Path(), GIN_FOLDER.parent, GIN_FOLDER):
-        path = folder / gin_file
-        if path.is_file():
-            return path
+        for path in (folder / gin_file, folder / f"{gin_file}.gin"):
+            if path.is_file():
+                return path
     names = sorted(path.name for path in GIN_FOLDER.glob("*.gin"))
-    near = difflib.get_close_matches(Path(gin_file).name, names, n=1)
-    hint = f" Did you mean gin/{near[0]}?" if near else ""
+    near = difflib.get_close_matches(Path(gin_file).name, names, n=3)
+    hint = f" Did you mean {_either(f'gin/{n}' for n in near)}?" if near else ""
     raise ValueError(
-        f"There is no gin file {gin_file!r}.{hint} In {GIN_FOLDER}: "
-        f"{', '.join(names) or 'none'}."
+        f"There is no gin file {gin_file!r}.{hint} All {len(names)} are in "
+        f"{GIN_FOLDER}."
     )
+
+
+def _either(names: Iterable[str]) -> str:
+    """Returns names as a choice: "a, b or c"."""
+    *first, last = names
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def parse(gin_files: Sequence[str], bindings: Sequence[str]) -> None:
@@ -164,6 +172,7 @@ def _nearest(message: str) -> str:
 
 
 def _hint(name, names):
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-    start = f"\nDid you mean {near[0]!r}? " if near else "\n"
-    return f"{start}There are: {', '.join(names)}."
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.4)
+    if near:
+        return f"\nDid you mean {_either(map(repr, near))}?"
+    return f"\nThere are: {', '.join(names)}."

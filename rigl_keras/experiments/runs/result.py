@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 import rigl_keras
+from rigl_keras.experiments.runs import provenance
 from rigl_keras.experiments.runs.starting_point import StartingPoint
 from rigl_keras.experiments.runs.training_cost import TrainingCost
 from rigl_keras.training.step_update import StepUpdate
@@ -140,4 +141,9 @@ def _versions():
     versions = {"python": platform.python_version()}
     for package in ("tensorflow", "keras", "numpy"):
         versions[package] = importlib.metadata.version(package)
-    return {**versions, "rigl_keras": rigl_keras.__version__}
+    return {
+        **versions,
+        "rigl_keras": rigl_keras.__version__,
+        "commit": provenance.commit(),
+        "date": provenance.now(),
+    }

@@ -1,4 +1,13 @@
-"""The command line of a training run: absl flags over gin files."""
+"""Trains one network.
+
+    bin/train                                      a minute, on digits
+    bin/train --gin_file=gin/rigl_erk_wrn.gin      a row of the report
+    bin/train --gin_file=gin/rigl_gpt.gin --density=0.05 --seed=1
+    bin/train --run_dir=runs/quickstart --resume   goes on with a run
+
+Gin files say what is trained, and are in the folder gin/. What the run leaves
+(weights, metrics.csv, result.json) is in its folder, by default in runs/.
+"""
 
 import logging
 import os
@@ -6,16 +15,14 @@ import threading
 import time
 from collections.abc import Sequence
 
-import tensorflow as tf
 from absl import app, flags
 from absl import logging as absl_logging
 
-import gin
 from rigl_keras._files import DiskFullError
-from rigl_keras.experiments import data, exits
+from rigl_keras.experiments import exits
 from rigl_keras.experiments.protocol import variations
-from rigl_keras.experiments.runs import config, devices
-from rigl_keras.experiments.runs.run_directory import RunDirectory
+
+# What needs TensorFlow is imported where it is used: --help does not wait.
 
 __all__ = ["configure", "main", "run", "table"]
 
@@ -23,11 +30,9 @@ _FLAGS = flags.FLAGS
 
 
 def _define_flags():
+    flags.DEFINE_multi_string("gin_file", [], "Gin file of the run.")
     flags.DEFINE_multi_string(
-        "gin_file", [], "Gin file of the run; may be repeated."
-    )
-    flags.DEFINE_multi_string(
-        "gin_bindings", [], "Binding such as 'train.epochs = 2'; repeatable."
+        "gin_bindings", [], "Binding such as 'train.epochs = 2'."
     )
     flags.DEFINE_string(
         "run_dir", None, "Folder of the run. Default: runs/ and its name."
@@ -46,7 +51,7 @@ def _define_flags():
     flags.DEFINE_string(
         "strategy",
         "one",
-        f"Devices to train on, one of {', '.join(devices.STRATEGIES)}. The "
+        "Devices to train on, one of one, mirrored, multi_worker, tpu. The "
         "batch size is that of all together. tpu has never been run.",
     )
     flags.DEFINE_bool(
@@ -77,6 +82,8 @@ def configure(
     Raises:
         ValueError: The configuration is wrong.
     """
+    from rigl_keras.experiments.runs import config
+
     bindings = list(bindings)
     if seed is not None:
         bindings.append(f"train.seed = {seed}")
@@ -118,6 +125,9 @@ def run(
         ValueError: The configuration is wrong, the directory holds another,
             or there are no such devices.
     """
+    import gin
+    from rigl_keras.experiments.runs import config, devices, run_directory
+
     gin_files = list(gin_files) or [
         str(variations.GIN_FOLDER / "quickstart.gin")
     ]
@@ -136,7 +146,7 @@ def run(
         parts += [f"density{density}"] if density is not None else []
         parts += [f"seed{seed}"] if seed is not None else []
         run_dir = "runs/" + "-".join(parts)
-    with RunDirectory(
+    with run_directory.RunDirectory(
         run_dir,
         config=gin.config_str(),
         resume=resume,
@@ -147,6 +157,9 @@ def run(
 
 def _run(directory, exports, data_dir, strategy):
     """Runs the configuration in a directory, which this process has."""
+    import gin
+    from rigl_keras.experiments.runs import config, devices
+
     print(f"Run directory: {directory.path}")
     # Workers meet here, when each has found the directory in order.
     with devices.make_strategy(strategy).scope():
@@ -237,6 +250,10 @@ def _end_with(parent):
 def _main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {' '.join(argv[1:])}.")
+    import tensorflow as tf
+
+    from rigl_keras.experiments.runs import devices
+
     if _FLAGS.parent is not None:
         _end_with(_FLAGS.parent)
     # TensorFlow logs each checkpoint it writes.
@@ -275,7 +292,9 @@ def main() -> None:
     exits.run_command(
         "train",
         _main,
-        refusals=(data.DatasetUnavailableError,),
+        about=__doc__,
+        interrupted="go on with",
+        added=["--resume"],
         traceback=lambda: _FLAGS.traceback,
     )
 

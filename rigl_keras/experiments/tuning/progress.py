@@ -1,4 +1,4 @@
-"""How far a search has come, and what is left of it."""
+"""The progress of a search, and the rest of it."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ __all__ = ["Bar", "plan"]
 
 @dataclasses.dataclass(frozen=True)
 class _Cost:
-    """What is left of a search, at most: cut trials are shorter."""
+    """An upper bound for the rest of a search: cut trials are shorter."""
 
     runs: int
     flops: float  # of a run
@@ -33,8 +33,8 @@ class _Cost:
 def _cost_left(searched, study, results):
     """Returns the cost of the trials to do, and of the reference's runs.
 
-    A run costs what the reference's does: its frequency moves FLOPs by a
-    percent or two, and the time not even that.
+    A run costs as much as the reference's: its frequency changes FLOPs by one
+    or two percent, and the time even less.
     """
     trials = study.trials()
     wanted = set(searched.reference())
@@ -53,7 +53,7 @@ def _cost_left(searched, study, results):
 
 
 def plan(searched: Search, study: Study, results: Results) -> str:
-    """Returns what is done and to do, and what it costs."""
+    """Returns what is done, what is left to do, and its cost."""
     states = [trial.state for trial in study.trials()]
     ended = sum(state in ENDED for state in states)
     left = _cost_left(searched, study, results)
@@ -84,12 +84,12 @@ def plan(searched: Search, study: Study, results: Results) -> str:
 
 
 class Bar(TrialProgress):
-    """A progress bar over trials, with the time that is left."""
+    """A progress bar over trials, with the time left."""
 
     def __init__(self, searched: Search, study: Study, results: Results):
         self._searched, self._study = searched, study
         self._results = results
-        self._begun = 0.0  # part of a run that was trained before
+        self._begun = 0.0  # part of a run that was trained earlier
         self._epoch = None
         self._bar = ProgressBar(unit="trials", total=searched.trials)
         self._left()
@@ -149,7 +149,7 @@ class Bar(TrialProgress):
         return cost.steps * costs.seconds_of_step(cost.network)
 
     def _left(self, doing=""):
-        """Shows and returns the time left, shared with those at work."""
+        """Shows and returns the time left, shared with other processes."""
         left = _cost_left(self._searched, self._study, self._results)
         states = [trial.state for trial in self._study.trials()]
         at_work = max(states.count(TrialState.RUNNING), 1)

@@ -1,4 +1,4 @@
-"""A search: which trials there are, run one after another."""
+"""A search: its trials, run one after another."""
 
 import dataclasses
 import fnmatch
@@ -38,27 +38,27 @@ __all__ = [
 DISTRIBUTIONS = {"uniform": "rigl_uniform_wrn", "erk": "rigl_erk_wrn"}
 REFERENCE = (0.3, 100)  # drop fraction and frequency of the paper
 _STEP = 0.001  # of the drop fraction: Table 4 has three digits
-_WAIT = 2.0  # seconds between looks at trials of others
+_WAIT = 2.0  # seconds between checks of others' trials
 ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """What `updates` searches, and by what.
+    """The search of `updates`, and its settings.
 
     Args:
         row: The gin file, one of `DISTRIBUTIONS`' values.
         preset: How large the experiment is.
         density: Fraction of the weights kept, in (0, 1].
-        seeds: Seeds that a trial's accuracy is averaged over.
-        trials: Settings to try.
+        seeds: Seeds for the mean accuracy of a trial.
+        trials: Number of settings to try.
         drop_fraction: Lowest and highest, in (0, 1], to three digits.
         frequency: Lowest, highest and step, in steps of the report's runs.
         sampler_seed: Seed of the sampler.
 
     Raises:
-        ValueError: An argument is out of range, or the preset is not made
-            for the row.
+        ValueError: An argument is out of range, or the preset does not fit the
+            row.
     """
 
     row: str
@@ -94,16 +94,16 @@ class Search:
         if not good:
             raise ValueError(
                 "--frequency takes the lowest, the highest and the step, whole "
-                "numbers above 0 such as 50,1000,50, and the highest is some "
-                "steps above the lowest. Received: "
+                "numbers above 0 such as 50,1000,50. The highest must be the "
+                "lowest plus a number of steps. Received: "
                 f"{with_commas(self.frequency)}."
             )
         steps = self.steps(self.runs(low_high[0], low)[0])
         if steps < 1:
             raise ValueError(
-                f"--frequency={low} is in steps of the report's runs, and less "
-                f"than one step of the preset {self.preset.name!r}. Pass a "
-                "higher lowest one."
+                f"--frequency={low} is in steps of the report's runs, and "
+                f"below one step of the preset {self.preset.name!r}. Pass a "
+                "higher lowest value."
             )
 
     @property
@@ -113,7 +113,7 @@ class Search:
 
     @property
     def space(self) -> dict:
-        """What the sampler draws from."""
+        """The space that the sampler draws from."""
         lowest, highest = self.drop_fraction
         low, high, step = self.frequency
         return {
@@ -123,7 +123,7 @@ class Search:
 
     @property
     def about(self) -> dict[str, str]:
-        """What a study cannot be continued without, by flag."""
+        """The settings that a study must keep, by flag."""
         return {
             "drop_fraction": with_commas(self.drop_fraction),
             "frequency": with_commas(self.frequency),
@@ -138,26 +138,26 @@ class Search:
         return runs_of(self.row, self.preset, self.density, self.seeds, changes)
 
     def reference(self) -> list[Run]:
-        """Returns the runs that the optimum is compared with."""
+        """Returns the runs to compare the optimum with."""
         return self.runs(*REFERENCE)
 
     def steps(self, run: Run) -> int:
-        """Returns the frequency of a run, in its own steps."""
+        """Returns the frequency of a run, in steps of that run."""
         run.configure()
         return gin.query_parameter("UPDATE_FREQUENCY/gin.macro.value")
 
 
 class TrialProgress(Progress):
-    """Receives what `search` does; this one ignores it."""
+    """Receives the events of `search`; this class ignores them."""
 
     def begin(self, trial: Trial) -> None:
-        """A trial is begun."""
+        """A trial begins."""
 
     def end(self, trial: Trial, failure: str | None = None) -> None:
-        """A trial is complete, or cut, or has failed."""
+        """A trial is complete, was cut, or failed."""
 
     def idle(self, trials: Sequence[FrozenTrial]) -> None:
-        """Others work on these trials, and nothing else is left."""
+        """Only these trials are left, and others work on them."""
 
 
 def search(
@@ -172,17 +172,17 @@ def search(
 ) -> dict[Run, str]:
     """Tries settings until there are as many trials as wanted.
 
-    When all have been begun this waits for those of others, and takes over
-    what they leave.
+    When all trials have begun, this waits for those of others, and takes over
+    any that they abandon.
 
     Args:
-        searched: What is searched.
+        searched: The search.
         study: Its study, which has begun.
         results: Where runs are kept.
-        prune: Whether hopeless trials are cut, as `Study.is_hopeless` says.
+        prune: Whether to cut hopeless trials (`Study.is_hopeless`).
         train: Trains runs that are missing and returns those that failed, as
             `train_missing` does.
-        progress: Receives what happens.
+        progress: Receives events.
         data_dir: Folder of prepared data sets.
 
     Returns:
@@ -216,7 +216,7 @@ def search(
 
 
 def _tried(trial, searched, study, results, prune, train, progress):
-    """Trains the runs of a trial; returns the one that failed, if one did."""
+    """Trains the runs of a trial; returns the failed one, if any."""
     progress.begin(trial)
     accuracies = []
     for run in searched.runs(**trial.params):
@@ -241,7 +241,7 @@ def _tried(trial, searched, study, results, prune, train, progress):
 def check_runs(
     row: str, preset: Preset, density: float, seeds: Sequence[int]
 ) -> None:
-    """Raises ValueError for runs that cannot be."""
+    """Raises ValueError for impossible runs."""
     _checks.number(
         "--density",
         density,
@@ -251,15 +251,15 @@ def check_runs(
     )
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(
-            "--seeds takes one or more, each once, such as 0,1,2. Received: "
-            f"{with_commas(seeds) or 'none'}."
+            "--seeds takes at least one seed, each once, such as 0,1,2. "
+            f"Received: {with_commas(seeds) or 'none'}."
         )
     for seed in seeds:
         _checks.integer("--seeds", seed, at_least=0)
     if not fnmatch.fnmatch(row, preset.rows):
         raise ValueError(
-            f"The preset {preset.name!r} is made for {preset.rows}, and not "
-            f"for {row}. Pass --preset=full."
+            f"The preset {preset.name!r} is for {preset.rows}, not for "
+            f"{row}. Pass --preset=full."
         )
     Run(row, preset, density, seed=0).configure()
     settings = gin.get_bindings("train")
@@ -270,9 +270,9 @@ def check_runs(
     )
     if not recipe.validation:
         raise ValueError(
-            f"The preset {preset.name!r} holds out no examples, and settings "
-            "are compared by their validation accuracy. Take "
-            "train.validation out of it."
+            f"The preset {preset.name!r} has no validation examples, but the "
+            "search compares settings by validation accuracy. Remove "
+            "train.validation from it."
         )
 
 

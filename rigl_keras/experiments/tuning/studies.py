@@ -1,14 +1,14 @@
-"""A search by Optuna which processes share, and which outlives them.
+"""A search by Optuna that processes share, and that outlives them.
 
     results/small/studies/updates-rigl_erk_wrn-density0.1/
-        journal.log   what Optuna knows of the trials
-        journal.lock  locked while a process writes to that
+        journal.log   Optuna's record of the trials
+        journal.lock  locked while a process writes the journal
         study.lock    locked while a process chooses what to do next
-        trial-7       locked for as long as a process works on trial 7
+        trial-7       locked while a process works on trial 7
 
-The kernel holds all locks, and frees them as soon as their process is killed.
-A trial that is left so is marked as failed. Its parameters go back into the
-queue as a trial that names it: no setting is lost, and none counts twice.
+The kernel holds all locks, and frees them when their process is killed. An
+abandoned trial is marked as failed. Its parameters go back into the queue as a
+new trial that names it: no setting is lost or counted twice.
 """
 
 import contextlib
@@ -30,12 +30,12 @@ from rigl_keras.experiments.reproduction.results import ROOM
 
 __all__ = ["Study", "end_with_a_line"]
 
-_AGAIN = "again"  # attribute of a trial: the number of the one it repeats
-_ABOUT = "about"  # attribute of a study: what it was made with
-# A trial that has more seeds to go is cut if the best mean that it has had is
-# in the lowest quarter of what the complete trials had after as many seeds.
+_AGAIN = "again"  # attribute of a trial: the number of the trial it repeats
+_ABOUT = "about"  # attribute of a study: the settings it was made with
+# A trial with more seeds to go is cut if its best mean so far is in the lowest
+# quarter of those of the complete trials after as many seeds.
 _KEPT = 75.0  # percent of the complete trials
-_BEFORE = 5  # complete trials, before any is cut
+_BEFORE = 5  # complete trials before any trial is cut
 
 
 class Study:
@@ -43,9 +43,9 @@ class Study:
 
     Args:
         path: The folder, which is made by `begin`.
-        space: What is searched, `{name: distribution}`.
-        about: What the study is made with, `{flag: text}`. Another command
-            must have the same.
+        space: The search space, `{name: distribution}`.
+        about: The settings of the study, `{flag: text}`. Other commands must
+            have the same.
         seed: Seed of the sampler.
     """
 
@@ -65,11 +65,11 @@ class Study:
             self._open(create=False)
 
     def begin(self) -> None:
-        """Makes the study, if there is none, and queues what has failed.
+        """Makes the study, if there is none, and queues failed trials.
 
         Raises:
-            ValueError: The folder cannot be written, or holds a study that
-                was made with something else.
+            ValueError: The folder cannot be written, or holds a study with
+                other settings.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -90,7 +90,7 @@ class Study:
     def trials(self) -> list[FrozenTrial]:
         """Returns the trials, each setting once, in the order of numbers.
 
-        Of a setting that was begun several times this is the last trial.
+        If a setting was begun several times, its last trial counts.
         """
         if self._study is None:
             return []
@@ -100,12 +100,12 @@ class Study:
             trial
             for trial in everything
             if trial.number not in repeated
-            # Else it was killed before it knew what to try.
+            # Otherwise it was killed before it had parameters.
             and self._params(trial, everything) is not None
         ]
 
     def params(self, trial: FrozenTrial) -> dict:
-        """Returns what a trial tries, also of one that has not begun."""
+        """Returns the parameters of a trial, even if it has not begun."""
         everything = self._opened.get_trials(deepcopy=False)
         return cast(dict, self._params(trial, everything))
 
@@ -114,12 +114,12 @@ class Study:
         """Claims the next trial, until the end of the block.
 
         Args:
-            trials: How many trials the study makes.
+            trials: Number of trials of the study.
 
         Yields:
-            A trial, with its parameters; or None, if all have been begun.
-            While some of these are `TrialState.RUNNING` ask again: they are
-            free if their process is killed.
+            A trial with its parameters, or None if all have begun. While some
+            are `TrialState.RUNNING`, ask again: they become free if their
+            process is killed.
         """
         with contextlib.ExitStack() as claimed:
             with self._locked():
@@ -129,10 +129,10 @@ class Study:
             yield trial
 
     def is_hopeless(self, trial: Trial) -> bool:
-        """Returns whether a trial is cut, by what it has reported so far.
+        """Returns whether to cut a trial, from its reports so far.
 
-        The best mean that it has had is in the lowest quarter of what the
-        complete trials had after as many seeds, and at least 5 are complete.
+        It is cut if its best mean is in the lowest quarter of those of the
+        complete trials after as many seeds, and at least 5 are complete.
         """
         return trial.should_prune()
 
@@ -147,8 +147,8 @@ class Study:
 
         Args:
             trial: The trial.
-            value: Its value. None: it is cut, or has failed.
-            failure: Why it has failed, or None.
+            value: Its value. None: it was cut, or failed.
+            failure: Why it failed, or None.
         """
         state = TrialState.COMPLETE if value is not None else TrialState.PRUNED
         if failure is not None:
@@ -163,7 +163,7 @@ class Study:
         return cast(optuna.Study, self._study)
 
     def _open(self, *, create):
-        """Opens the study; who creates it has its lock."""
+        """Opens the study. To create it, the caller must have its lock."""
         path = self.path / "journal.log"
         try:
             storage = JournalStorage(_Journal(path))
@@ -182,8 +182,8 @@ class Study:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{str(path)!r} is no journal of a study ({error}). Move "
-                f"{str(self.path)!r} away: runs that are trained stay."
+                f"{str(path)!r} is not the journal of a study ({error}). Move "
+                f"{str(self.path)!r} away: trained runs are kept."
             ) from error
         made = self._study.user_attrs.get(_ABOUT)
         if made is None:
@@ -192,7 +192,7 @@ class Study:
         elif made != self._about:
             other = {k: v for k, v in made.items() if self._about.get(k) != v}
             raise ValueError(
-                f"A study searches one space, with one mean. Received: "
+                f"A study has one space and one mean. Received: "
                 f"{_flags({k: self._about.get(k) for k in other})}, for "
                 f"{str(self.path)!r}, which was made with {_flags(other)}. "
                 "Pass these, or move that folder away: runs that are trained "
@@ -203,18 +203,18 @@ class Study:
         return lock(self.path / "study.lock")
 
     def _next(self, trials):
-        """Returns the next trial; who calls has the study's lock."""
+        """Returns the next trial. The caller must have the study's lock."""
         for trial in self.trials():
             if trial.state == TrialState.RUNNING and not self._claimed(
                 trial.number
             ):
-                # In this order: killed in between, it will not be queued
-                # again, since there is one that repeats it.
+                # In this order: if killed in between, it is not queued again,
+                # since another trial repeats it.
                 self._queue(trial)
         for trial in self._opened.get_trials(states=[TrialState.RUNNING]):
             if not self._claimed(trial.number):
                 self._opened.tell(trial.number, state=TrialState.FAIL)
-        for path in self.path.glob("trial-*"):  # of killed processes
+        for path in self.path.glob("trial-*"):  # from killed processes
             number = path.name.removeprefix("trial-")
             if number.isdecimal() and not self._claimed(int(number)):
                 path.unlink(missing_ok=True)
@@ -222,8 +222,8 @@ class Study:
         waiting = sum(trial.state == TrialState.WAITING for trial in now)
         if len(now) - waiting >= trials:
             return None
-        # Numbers of trials differ with what was killed; how many settings
-        # there are does not, and is never the same for two that are asked.
+        # Numbers of trials vary with kills. The number of settings does not,
+        # and differs for each trial that is asked for.
         self._opened.sampler = _sampler(self._seed, len(now))
         return self._opened.ask(self._space)
 
@@ -245,15 +245,15 @@ class Study:
         return self.path / f"trial-{number}"
 
     def _claimed(self, number):
-        """Returns whether a process has a trial; the lock is the caller's."""
+        """Returns whether a process has a trial. The caller has the lock."""
         return is_locked(self._claim_of(number))
 
 
 class _Journal(journal.JournalFileBackend):
-    """A journal that names itself where the disk is full."""
+    """A journal that names its file if the disk is full."""
 
     def __init__(self, path):
-        # Any: Optuna annotates a lock as one of its own.
+        # Any: Optuna annotates only its own locks.
         journal_lock: Any = _JournalLock(path)
         super().__init__(str(path), lock_obj=journal_lock)
         self._path = path
@@ -264,10 +264,10 @@ class _Journal(journal.JournalFileBackend):
 
 
 class _JournalLock:
-    """The lock on a journal, and what a killed process left of a line.
+    """The lock on a journal; it removes a killed process's partial line.
 
-    Optuna's own are files, which a killed process leaves behind: others wait
-    half a minute for it, or for ever where the journal's path is relative.
+    Optuna's own locks are files, which a killed process leaves behind: others
+    wait half a minute, or for ever if the journal's path is relative.
     """
 
     def __init__(self, path):
@@ -284,7 +284,7 @@ class _JournalLock:
 
 
 def end_with_a_line(path: Path) -> None:
-    """Cuts what follows the last whole line, for a line to be appended."""
+    """Removes a partial last line, so that a line can be appended."""
     with path.open("r+b") as file:
         size = file.seek(0, os.SEEK_END)
         if not size:
@@ -298,8 +298,8 @@ def end_with_a_line(path: Path) -> None:
 def _sampler(seed, settings):
     """Returns the report's sampler, of Bergstra et al. (2011).
 
-    Each parameter by itself, as Optuna had it then. Trials that run count as
-    bad ones, so that processes do not try the same.
+    It draws each parameter independently, as Optuna did then. Running trials
+    count as bad ones, so that processes try different settings.
     """
     seed = np.random.SeedSequence([seed, settings]).generate_state(1)[0]
     with warnings.catch_warnings():

@@ -1,45 +1,18 @@
-"""Searches RigL's hyperparameters, as section 5.3 of the report does.
-
-    bin/tune updates --preset=small --distribution=erk --density=0.1
-    bin/tune learning_rate --preset=small --distribution=erk --density=0.1
-
-`updates` searches the drop fraction and the frequency of mask updates: 15
-trials of Optuna's TPE sampler, whose objective is the validation accuracy,
-averaged over 3 seeds. `learning_rate` is the grid of Figure 2.
-
-Frequencies are given in steps of the report's runs, whose own is 100, and
-scaled to those of the preset.
-
-The report finishes each trial. Here one is cut before its next seed if the
-best mean that it has had is in the lowest quarter of what the complete trials
-had after as many seeds, once 5 are complete; --noprune finishes all.
-
-To share the work start the command again, in another terminal or on another
-machine that sees the same --results_dir. Whatever is killed, there are as many
-trials in the end. One with a run that fails counts as a trial, and is begun
-again by the next command.
-"""
+"""What bin/tune makes, shows and says: a search, or the grid of Figure 2."""
 
 import statistics
 import sys
 from collections.abc import Callable, Sequence
 
-from absl import flags, logging
-
 from rigl_keras._text import aligned
-from rigl_keras.experiments import data, exits
 from rigl_keras.experiments.protocol import variations
 from rigl_keras.experiments.reproduction import plans
 from rigl_keras.experiments.reproduction.plans import Preset, Run
-from rigl_keras.experiments.reproduction.reproduce import (
-    check_data,
-    reproduce,
-)
+from rigl_keras.experiments.reproduction.reproduce import reproduce
 from rigl_keras.experiments.reproduction.results import Results
 from rigl_keras.experiments.reproduction.workers import train_missing
 from rigl_keras.experiments.tuning.progress import Bar, plan
 from rigl_keras.experiments.tuning.search import (
-    DISTRIBUTIONS,
     Search,
     check_runs,
     runs_of,
@@ -53,9 +26,7 @@ from rigl_keras.experiments.tuning.tables import (
     trial_table,
 )
 
-__all__ = ["SUBJECTS", "learning_rate", "main", "updates"]
-
-SUBJECTS = ("updates", "learning_rate")
+__all__ = ["learning_rate", "updates"]
 
 
 def updates(
@@ -203,107 +174,3 @@ def _tell_failures(failed, results):
             f"  what it said: {results.folder(run) / 'log.txt'}",
             file=sys.stderr,
         )
-
-
-def main() -> None:
-    """Reads the command line and searches what it names."""
-    preset = flags.DEFINE_string(
-        "preset",
-        variations.FULL,
-        "full (the report's setting), small, or the path of a gin file that "
-        "is read after the row's own.",
-    )
-    distribution = flags.DEFINE_string(
-        "distribution",
-        "erk",
-        f"How density is spread: {', '.join(DISTRIBUTIONS)} (the report's "
-        "Random is uniform).",
-    )
-    density = flags.DEFINE_float("density", 0.1, "Fraction of weights kept.")
-    seeds = flags.DEFINE_list(
-        "seeds", ["0", "1", "2"], "Seeds that accuracies are averaged over."
-    )
-    of_updates = [
-        flags.DEFINE_integer("trials", 15, "Settings that `updates` tries."),
-        flags.DEFINE_list(
-            "drop_fraction", ["0.1", "0.6"], "Lowest and highest."
-        ),
-        flags.DEFINE_list(
-            "frequency",
-            ["50", "1000", "50"],
-            "Lowest, highest and step, in steps of the report's runs.",
-        ),
-        flags.DEFINE_integer("sampler_seed", 0, "Seed of the TPE sampler."),
-        flags.DEFINE_bool("prune", True, "Cut hopeless trials (see above)."),
-    ]
-    trials, drop_fraction, frequency, sampler_seed, prune = of_updates
-    dry_run = flags.DEFINE_bool(
-        "dry_run", False, "Show the plan and what there is, and stop."
-    )
-    results_dir = flags.DEFINE_string(
-        "results_dir", "results", "Folder of all results."
-    )
-    data_dir = flags.DEFINE_string(
-        "data_dir", None, "Folder of prepared data sets, over TFDS_DATA_DIR."
-    )
-
-    def tune(subject):
-        if distribution.value not in DISTRIBUTIONS:
-            raise ValueError(
-                f"--distribution must be one of {', '.join(DISTRIBUTIONS)}. "
-                f"Received: {distribution.value!r}."
-            )
-        of_runs = (
-            DISTRIBUTIONS[distribution.value],
-            Preset(preset.value),
-            density.value,
-        )
-        chosen = exits.numbers("seeds", seeds.value, int)
-        needed = [] if dry_run.value else [Run(*of_runs, seed=0)]
-        options = {"data_dir": data_dir.value, "dry_run": dry_run.value}
-        if subject == "updates":
-            searched = Search(
-                *of_runs,
-                seeds=chosen,
-                trials=trials.value,
-                drop_fraction=exits.numbers(
-                    "drop_fraction", drop_fraction.value, float
-                ),
-                frequency=exits.numbers("frequency", frequency.value, int),
-                sampler_seed=sampler_seed.value,
-            )
-            check_data(needed, data_dir=data_dir.value)
-            results = Results(results_dir.value, searched.preset.folder)
-            return updates(searched, results, prune=prune.value, **options)
-        unused = [flag.name for flag in of_updates if flag.present]
-        if unused:
-            raise ValueError(
-                "learning_rate is a grid, which has none of the search's "
-                f"flags. Received: --{', --'.join(unused)}. Leave them out."
-            )
-        check_runs(*of_runs, chosen)
-        check_data(needed, data_dir=data_dir.value)
-        results = Results(results_dir.value, of_runs[1].folder)
-        return learning_rate(*of_runs, results, seeds=chosen, **options)
-
-    def run(argv):
-        logging.set_verbosity(logging.WARNING)
-        if len(argv) != 2 or argv[1] not in SUBJECTS:
-            raise ValueError(
-                f"Pass one of {', '.join(SUBJECTS)}. Received: "
-                f"{' '.join(argv[1:]) or 'none'}."
-            )
-        if tune(argv[1]):
-            sys.exit(1)
-
-    exits.run_command(
-        "tune",
-        run,
-        refusals=(data.DatasetUnavailableError,),
-        interrupted="interrupted; the same command goes on from the last "
-        "epoch.",
-    )
-
-
-if __name__ == "__main__":
-    main()

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from rigl_keras.experiments.benchmarks import provenance
 from rigl_keras.experiments.benchmarks.engines.catalogue import (
     Engine,
     variables_of,
@@ -35,12 +34,13 @@ from rigl_keras.experiments.benchmarks.engines.turns import (
     agreement,
     timed_turns,
 )
+from rigl_keras.experiments.runs import provenance
 
 __all__ = ["Serving", "measured_case", "serving"]
 
 _LONGEST_LOAD = 900.0  # seconds; PyTorch compiles for minutes
 _SPARE = 1.5e9  # bytes of memory that stay free
-_FEWEST = 3  # rounds of which a median is taken
+_FEWEST = 3  # rounds for a median
 TURN = 0.2  # seconds that an engine runs before the next one does, at least
 Say = Callable[[str], None]
 
@@ -162,7 +162,7 @@ def serving(network: Network, engines: Mapping[str, Engine], **details):
 
     Args:
         network, engines: As it takes them.
-        **details: What else it takes, but for the folder.
+        **details: Its other arguments, except the folder.
     """
     with tempfile.TemporaryDirectory() as folder:
         served = Serving(network, engines, folder=Path(folder), **details)

@@ -1,4 +1,4 @@
-"""What a measurement says of where it comes from."""
+"""What a run or a measurement says of where it comes from."""
 
 import datetime
 import functools
@@ -26,7 +26,7 @@ def processor() -> str:
 
 @functools.cache
 def commit() -> str:
-    """Returns the commit that is measured, with a + where files differ."""
+    """Returns the commit of this code, with a + where files differ."""
     try:
         found = subprocess.run(
             ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
