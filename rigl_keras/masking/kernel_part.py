@@ -11,7 +11,7 @@ __all__ = ["KernelPart"]
 
 
 class _Entries(NamedTuple):
-    """What `KernelPart` has in the place of a variable."""
+    """What `KernelPart` has instead of a variable."""
 
     value: tf.Tensor
 
