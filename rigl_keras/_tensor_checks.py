@@ -17,6 +17,7 @@ __all__ = [
     "check_one_shape",
     "checked_count",
     "checked_fraction",
+    "count_kept",
     "count_nan",
     "count_true",
     "no_nan_within",
@@ -31,6 +32,19 @@ Number = tf.Tensor | tf.Variable | float
 def count_true(selected: tf.Tensor) -> tf.Tensor:
     """Returns how many entries of a bool tensor are True, as int32."""
     return tf.reduce_sum(tf.cast(selected, tf.int32))
+
+
+def count_kept(mask: tf.Tensor) -> tf.Tensor:
+    """Returns how many entries of a mask hold, as `count_true` does.
+
+    In bytes, of which as many are added as a byte can count: a number for each
+    entry would take four times the memory of the mask, or eight.
+    """
+    size = mask.shape.num_elements() or 1
+    each = next(n for n in range(min(size, 255), 0, -1) if size % n == 0)
+    rows = tf.reshape(tf.cast(mask, tf.uint8), [-1, each])
+    some = tf.reduce_sum(rows, axis=1)
+    return tf.reduce_sum(tf.cast(some, tf.int64))
 
 
 def no_nan_within(scores: tf.Tensor, where: tf.Tensor) -> tf.Tensor:

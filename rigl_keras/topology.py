@@ -48,7 +48,7 @@ def update_masks(
     drop_fraction: Number | Sequence,
     shares: TensorLike | None = None,
     grow_counts: Callable[[tf.Tensor, tf.Tensor], TensorLike] | None = None,
-    layouts: Sequence[Layout] | None = None,
+    layouts: Sequence[Layout | None] | None = None,
     conventions: Conventions = ORIGINAL,
 ) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
     """Moves a fraction of the connections of every layer from worst to best.
@@ -85,8 +85,8 @@ def update_masks(
             returns a whole number for each layer, how many to grow. None: as
             many as it dropped.
         layouts: For each layer the groups within which its connections compete.
-            Masks and scores then have its `unit_shape`. None: all connections
-            of a layer compete.
+            Masks and scores then have its `unit_shape`. None, also for one of
+            them: all connections of a layer compete.
         conventions: The `REPORT` conventions change rounding, ranking and
             what counts as grown.
 
@@ -258,15 +258,15 @@ def _checked_counts(counts, layers):
 
 def _checked_layouts(layouts, masks, conventions):
     """Returns a layout, or None, for each mask."""
-    if layouts is None:
-        return [None] * len(masks)
-    layouts = list(layouts)
+    layouts = [None] * len(masks) if layouts is None else list(layouts)
     if len(layouts) != len(masks):
         raise ValueError(
             f"There must be a layout for each of {len(masks)} masks. Received: "
             f"{len(layouts)} layouts."
         )
     for layout, mask in _layers(layouts, masks):
+        if layout is None:
+            continue
         _check_units(layout, mask)
         if layout.is_apart and conventions.grow_ranking != "inactive":
             raise ValueError(

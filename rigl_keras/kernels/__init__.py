@@ -11,6 +11,7 @@ ahead               builds them in the background
 operations          the operations with their gradients, of convolutions by
                     convolution_gradients
 matrix_operations   products of matrices with a sparse one
+place_operations    some places of tensors, over place_ops.cc
 recurrent_operations  all steps of an LSTM or a GRU
 problems            what layers compute, both ways, for timing
 choice              times dense and sparse products, and chooses the faster

@@ -11,7 +11,16 @@ import tensorflow as tf
 
 from rigl_keras.kernels import library
 
-__all__ = ["register_gradients"]
+__all__ = ["all_of", "register_gradients"]
+
+
+def all_of(mask: tf.Tensor) -> tf.Tensor:
+    """Returns a mask that keeps all that the gradient of a kernel is of.
+
+    Args:
+        mask: As in `operations.sparse_conv2d`.
+    """
+    return mask != 0 if mask.dtype == tf.uint8 else mask
 
 
 def register_gradients(
@@ -89,7 +98,7 @@ def register_gradients(
     @tf.RegisterGradient(f"{operation}BackpropFilter")
     def of_kernel(op, upstream):
         images, mask, out_backprop = op.inputs
-        how = attributes_of(op)
+        how, mask = attributes_of(op), all_of(mask)
         to_images = run(
             "_backprop_input",
             out_backprop=out_backprop,

@@ -3,6 +3,7 @@
 import tensorflow as tf
 
 from rigl_keras.kernels import library
+from rigl_keras.kernels.convolution_gradients import all_of
 
 __all__ = ["sparse_dense"]
 
@@ -99,7 +100,7 @@ def _mat_mul_second_gradient(op, of_x, of_kernel, of_bias):
     to_dy = tf.zeros_like(dy)
     to_kernel = None
 
-    def mat_mul(x, kernel):
+    def mat_mul(x, kernel, mask=mask):
         return operations.rigl_keras_mat_mul(
             x=x, kernel=kernel, mask=mask, bias=none, dense_gradient=dense
         )
@@ -120,13 +121,14 @@ def _mat_mul_second_gradient(op, of_x, of_kernel, of_bias):
                 to_bias=False,
             )
     if op.get_attr("to_kernel") and of_kernel is not None:
-        product, left = mat_mul(x, of_kernel)
+        looked_at = all_of(mask)
+        product, left = mat_mul(x, of_kernel, looked_at)
         to_dy += product
         to_x += operations.rigl_keras_mat_mul_grad(
             x=x,
             dy=dy,
             kernel=of_kernel,
-            mask=mask,
+            mask=looked_at,
             weights=left,
             to_x=True,
             to_kernel=False,

@@ -44,7 +44,9 @@ def sparse_conv2d(
             filter sees the channels of its group.
         mask: Bool tensor of the kernel's shape, or float32 zeros and ones. Pass
             the value of a variable: for a tensor that each call computes, each
-            call computes the order too.
+            call computes the order too. Or bytes (`place_operations.look_at`):
+            1 where a bool mask is True, and 2 more where the gradient is
+            computed as well.
         strides: For rows and columns, at least 1.
         padding: `"SAME"` or `"VALID"`, as in `tf.nn.conv2d`.
         dilations: For rows and columns, at least 1.

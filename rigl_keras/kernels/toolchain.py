@@ -44,6 +44,7 @@ _OPERATIONS = (
     "kernels/lane_ops.cc",
     "kernels/masked_kernel_op.cc",
     "kernels/matrix_ops.cc",
+    "kernels/place_ops.cc",
     "kernels/recurrent_ops.cc",
     "kernels/row_ops.cc",
     "serving/network_op.cc",

@@ -6,6 +6,7 @@ masked          `Masked`, the wrapper that holds the mask of a layer
 masked_layers   the masked layers of a model, as a table
 selection       which kernels to mask
 mask_drawing    draws all masks; `drawing` draws one
+kernel_part     some entries of a kernel and its mask, for all of them
 layer_kernels   which variables of a layer are kernels
 model_tree      the parts of a model; `leaves`, its innermost layers
 surgery         exchanges layers within a model

@@ -19,9 +19,9 @@ from rigl_keras.kernels.recurrent_layers import RECURRENT, recurrent_loop
 from rigl_keras.masking.model_tree import within
 from rigl_keras.masking.tracing import (
     current_scope,
-    gradients_are_dense,
     masks_are_applied,
     note_called,
+    product_masks,
 )
 
 __all__ = ["ask_scope", "ask_scope_no_more", "multiplier"]
@@ -89,9 +89,7 @@ def _call_matrix(layer, inputs, *args, **kwargs):
         and layer_products.why_dense(layer) is None
         and _is_sparse(layer, inputs, found)
     ):
-        return layer_products.sparse_outputs(
-            layer, inputs, *_values(found), dense_gradient=gradients_are_dense()
-        )
+        return _sparse_outputs(layer, inputs, found)
     return type(layer).call(layer, inputs, *args, **kwargs)
 
 
@@ -111,12 +109,7 @@ def _call_separable(layer, inputs):
             data_format=layer.data_format,
         )
         if _is_sparse(layer, between, found):
-            return layer_products.sparse_outputs(
-                layer,
-                between,
-                *_values(found),
-                dense_gradient=gradients_are_dense(),
-            )
+            return _sparse_outputs(layer, between, found)
     return type(layer).call(layer, inputs)
 
 
@@ -134,12 +127,9 @@ def _loop(layer, sequences, initial_state, mask, training=False):
             if of_inputs is None:  # a dense product for all steps at once
                 kernel = tf.convert_to_tensor(layer.cell.kernel)
                 sequences = tf.tensordot(sequences, kernel, 1)
+            values, dense = _values(both)
             return recurrent_loop(
-                layer,
-                sequences,
-                initial_state,
-                _values(both),
-                dense_gradient=gradients_are_dense(),
+                layer, sequences, initial_state, values, dense_gradient=dense
             )
     return type(layer).inner_loop(
         layer, sequences, initial_state, mask, training
@@ -168,14 +158,23 @@ def _is_sparse(layer, inputs, found):
     )
 
 
+def _sparse_outputs(layer, inputs, found):
+    values, dense = _values(found)
+    return layer_products.sparse_outputs(
+        layer, inputs, *values, dense_gradient=dense
+    )
+
+
 def _values(found):
-    """Returns kernels and masks with their values outside the scope."""
+    """Returns kernels and masks with their values outside the scope.
+
+    And whether the product passes dense gradients.
+    """
     scope: Any = current_scope()
+    masks, dense = product_masks(found)
     values = []
-    for masked in found:
+    for masked, mask in zip(found, masks, strict=True):
         note_called(masked.kernel, masked.name)
-        values += [
-            tf.convert_to_tensor(scope.value_outside(masked.kernel)),
-            tf.convert_to_tensor(masked.mask.value),
-        ]
-    return values
+        kernel = scope.value_outside(masked.kernel)
+        values += [tf.convert_to_tensor(kernel), mask]
+    return values, dense

@@ -9,6 +9,7 @@ import tensorflow as tf
 from rigl_keras import kernels
 from rigl_keras.kernels import layer_products
 from rigl_keras.kernels.layer_products import ProductChoices
+from rigl_keras.kernels.place_operations import look_at
 from rigl_keras.layouts import Layout
 from rigl_keras.masking.inner_products import multiplier
 from rigl_keras.masking.layer_kernels import Kernel
@@ -97,6 +98,20 @@ class KernelMask:
             Tensor of the kernel's shape.
         """
         return self.layout.by_element(tensor)
+
+    def looked_at(self, positions: tf.Tensor) -> tf.Tensor:
+        """Returns the mask in bytes, for gradients beside active ones.
+
+        Args:
+            positions: int64 vector of flat positions among the units. Some
+                may come twice.
+
+        Returns:
+            uint8 tensor of the kernel's shape: 1 where the mask keeps, and 2
+            more in the units at the positions.
+        """
+        kept = self.units(tf.convert_to_tensor(self.mask.value))
+        return self.by_element(look_at(kept, positions))
 
     def masked_kernel(
         self, kernel: Any = None, *, kept: bool = False

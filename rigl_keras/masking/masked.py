@@ -20,10 +20,10 @@ from rigl_keras.masking.layer_kernels import Kernel, find_kernels, kernel_at
 from rigl_keras.masking.mask_variable import MaskVariable, check_read
 from rigl_keras.masking.tracing import (
     KernelScope,
-    gradients_are_dense,
     kernels_are_whole,
     masks_are_applied,
     note_called,
+    product_masks,
     zero_outside,
 )
 from rigl_keras.patterns import Granularity, as_pattern
@@ -273,12 +273,13 @@ class Masked(KernelMask, keras.layers.Wrapper):
 
     def _sparse_outputs(self, scope, inputs):
         note_called(self.kernel, self.name)
+        (mask,), dense = product_masks([self])
         return layer_products.sparse_outputs(
             self.layer,
             inputs,
             tf.convert_to_tensor(scope.value_outside(self.kernel)),
-            tf.convert_to_tensor(self.mask.value),
-            dense_gradient=gradients_are_dense(),
+            mask,
+            dense_gradient=dense,
         )
 
     def __getattr__(self, name):

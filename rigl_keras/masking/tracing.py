@@ -7,7 +7,7 @@ assignments take effect at once.
 
 import contextlib
 import contextvars
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import keras
@@ -22,15 +22,21 @@ __all__ = [
     "dense_gradients",
     "gradients_are_dense",
     "kernels_are_whole",
+    "looking_at",
     "masks_applied",
     "masks_are_applied",
     "note_called",
     "product",
+    "product_masks",
     "whole_kernels",
     "zero_outside",
 ]
 
 _dense_gradients = contextvars.ContextVar("dense_gradients", default=False)
+# By id of the kernel, where its gradient is looked at: `looking_at`.
+_looked_at: contextvars.ContextVar[Mapping[int, tf.Tensor] | None] = (
+    contextvars.ContextVar("looked_at", default=None)
+)
 _called: contextvars.ContextVar[dict[int, str] | None] = contextvars.ContextVar(
     "called", default=None
 )
@@ -74,6 +80,40 @@ def dense_gradients() -> Iterator[None]:
 def gradients_are_dense() -> bool:
     """Returns whether this is within `dense_gradients`."""
     return _dense_gradients.get()
+
+
+@contextlib.contextmanager
+def looking_at(masks: Mapping[int, tf.Tensor]) -> Iterator[None]:
+    """Within the context, some dense gradients are looked at in part.
+
+    Of a kernel that sparse operations multiply, `dense_gradients` then means
+    the gradient at its active weights and at some others, and zero elsewhere:
+    the operation computes no more than that. Other products have gradients at
+    every entry, as always.
+
+    Args:
+        masks: `{id of a kernel: its mask in bytes}`: 1 where the mask keeps,
+            and 2 more where the gradient is looked at.
+    """
+    with _set(_looked_at, masks):
+        yield
+
+
+def product_masks(masked: Sequence) -> tuple[list[tf.Tensor], bool]:
+    """Returns the masks that a sparse product takes, as gradients are asked.
+
+    Args:
+        masked: The `KernelMask`s of the kernels of one product.
+
+    Returns:
+        Their masks, and whether the product passes dense gradients.
+    """
+    dense = _dense_gradients.get()
+    masks = _looked_at.get() or {}
+    looked = [masks.get(id(m.kernel)) for m in masked]
+    if dense and None not in looked:
+        return cast(list[tf.Tensor], looked), False
+    return [tf.convert_to_tensor(m.mask.value) for m in masked], dense
 
 
 @contextlib.contextmanager
@@ -293,7 +333,8 @@ def _in_context_of_call(function):
 
     def with_gradient(*args, **kwargs):
         scope = _scope.get()
-        contexts = [(v, v.get()) for v in (_dense_gradients, _masks_applied)]
+        variables = (_dense_gradients, _looked_at, _masks_applied)
+        contexts: Any = [(v, v.get()) for v in variables]
         here = object()
         with _set(_custom, here):
             outputs, gradient = function(*args, **kwargs)

@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from rigl_keras import _checks, _keras
 from rigl_keras._random import random_bits
+from rigl_keras.masking.kernel_part import KernelPart
 from rigl_keras.masking.masked import KernelMask
 from rigl_keras.methods.mask_update import MaskUpdate
 
@@ -28,8 +29,12 @@ class GSE(MaskUpdate):
 
     Heddes et al., 2024, Always-sparse training by growing connections with
     guided stochastic exploration, arXiv:2401.06898, Algorithm 2, with its
-    uniform sampling. Gradients are needed at the active connections and at S
-    alone, a number in proportion to n.
+    uniform sampling, which is of each layer for itself. Gradients are needed
+    at the active connections and at S alone, a number in proportion to n.
+    Sparse products compute no others (`sparsify(product="sparse")`, or
+    `"auto"` where they are faster), on one device without XLA, for gradients
+    of one batch: so an update costs about what a step does. Masks are the
+    same either way.
 
     Defaults are those of the authors' code. It ranks the connections of all
     layers together, so that density moves between them, takes every entry of
@@ -68,12 +73,7 @@ class GSE(MaskUpdate):
         self, layer: KernelMask, gradient: tf.Tensor, step: tf.Tensor
     ) -> tf.Tensor:
         kept = layer.units(tf.convert_to_tensor(layer.mask.value))
-        drawn = tf.scatter_nd(
-            self.positions(layer, step)[:, tf.newaxis],
-            tf.ones([self._draws(layer)], tf.int32),
-            [math.prod(layer.layout.unit_shape)],
-        )
-        drawn = tf.reshape(drawn > 0, kept.shape)
+        drawn = self._drawn(layer, kept, step)
         # A connection that was dropped is worth less than any of S, the more
         # the larger its weight: where S is too small, the last to be dropped
         # return, which is as if fewer had been dropped.
@@ -83,6 +83,46 @@ class GSE(MaskUpdate):
         found = tf.where(drawn, worth, never)
         left = -1 / (1 + tf.cast(weight, worth.dtype))
         return layer.by_element(tf.where(kept, left, found))
+
+    def _drawn(self, layer, kept, step):
+        if isinstance(layer, KernelPart):
+            return tf.ones_like(kept)  # the rest is not in it
+        drawn = tf.scatter_nd(
+            self.positions(layer, step)[:, tf.newaxis],
+            tf.ones([self._draws(layer)], tf.int32),
+            [math.prod(layer.layout.unit_shape)],
+        )
+        return tf.reshape(drawn > 0, kept.shape)
+
+    def looks_at(self, layer: KernelMask, step: tf.Tensor) -> tf.Tensor | None:
+        if self._is_another():
+            return None
+        return layer.looked_at(self.positions(layer, step))
+
+    def _is_another(self):
+        """Returns whether a child's rule may read gradients elsewhere."""
+        return any(
+            getattr(type(self), name) is not getattr(GSE, name)
+            for name in (
+                "change_masks",
+                "drop_scores",
+                "first_weights",
+                "grow_scores",
+            )
+        )
+
+    @property
+    def changes_parts(self) -> bool:
+        # Nothing that is read, ranked or counted is outside the parts.
+        conventions = self.conventions
+        return (
+            self.redistribution is None
+            and self.grow_init == "zeros"
+            and not conventions.spare_dense_layers
+            and conventions.drop_ranking == "active"
+            and conventions.grow_ranking == "inactive"
+            and not self._is_another()
+        )
 
     def positions(self, layer: KernelMask, step: tf.Tensor) -> tf.Tensor:
         """Returns where an update looks at gradients, active ones included.

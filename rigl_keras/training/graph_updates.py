@@ -8,8 +8,16 @@ import tensorflow as tf
 
 from rigl_keras import _keras, replicas
 from rigl_keras._warn import warn
-from rigl_keras.kernels.layer_products import dense_products
-from rigl_keras.masking.tracing import called_kernels, dense_gradients
+from rigl_keras.kernels import library
+from rigl_keras.kernels.layer_products import dense_products, only_dense
+from rigl_keras.kernels.place_operations import places_of
+from rigl_keras.layouts import Layout
+from rigl_keras.masking.kernel_part import KernelPart
+from rigl_keras.masking.tracing import (
+    called_kernels,
+    dense_gradients,
+    looking_at,
+)
 from rigl_keras.training import optimizer_state
 from rigl_keras.training.attachment import Attachment, variable_key
 from rigl_keras.training.dense_gradients import (
@@ -56,6 +64,10 @@ class GraphUpdates:
         is_gathered: Returns whether the gradients of a step count.
         change_masks: Takes the optimizer, the layers, their gradients and the
             step, changes masks, and returns how many connections have grown.
+        looks_at: Takes a layer and the step, and returns where the gradient
+            is looked at (`MethodHooks.looks_at`).
+        changes_parts: Whether `change_masks` takes those entries alone, where
+            it can (`KernelPart`).
         apply_gradients: Takes the optimizer's `apply`, gradients and
             variables, and takes a step, on one device. None: `apply` does.
         dense_gradients: When gradients are dense: `"never"`, at `"updates"`
@@ -74,6 +86,8 @@ class GraphUpdates:
         is_due: Callable[[int | tf.Tensor], bool | tf.Tensor],
         is_gathered: Callable[[int | tf.Tensor], bool | tf.Tensor],
         change_masks: Callable[..., tf.Tensor],
+        looks_at: Callable[..., tf.Tensor | None],
+        changes_parts: bool,
         apply_gradients: Callable[..., None] | None,
         dense_gradients: str,
         update_replaces_step: bool,
@@ -82,6 +96,10 @@ class GraphUpdates:
         self._method = method
         self._is_due, self.is_gathered = is_due, is_gathered
         self._change_masks = change_masks
+        self._looks_at, self._changes_parts = looks_at, changes_parts
+        # By id of the kernel, where its gradient is looked at, while a step
+        # is traced.
+        self._looked_at: dict[int, tf.Tensor] = {}
         self._apply_gradients = apply_gradients
         self._dense_gradients = dense_gradients
         self._update_replaces_step = update_replaces_step
@@ -168,7 +186,33 @@ class GraphUpdates:
 
         Args and Returns: as in `step_or_update`.
         """
-        return self._update(_densely(train_step), loss)
+        self._looked_at = self._masks_to_look_at()
+        try:
+            with looking_at(self._looked_at):
+                return self._update(_densely(train_step), loss)
+        finally:
+            self._looked_at = {}
+
+    def _masks_to_look_at(self):
+        """Returns `{id of a kernel: mask in bytes}` of an update's step."""
+        attached = self._attached
+        if (
+            self._buffers is not None
+            or tf.distribute.has_strategy()
+            or getattr(attached.model, "jit_compile", False)
+            or only_dense()
+            or tf.config.list_physical_devices("GPU")
+            or all(layer.product == "dense" for layer in attached.wrappers)
+        ):
+            return {}
+        step = attached.step()
+        found = {}
+        for layer in attached.trainable():
+            if layer.kernel.dtype == "float32" and library.load() is not None:
+                mask = self._looks_at(layer, step)
+                if mask is not None:
+                    found[id(layer.kernel)] = mask
+        return found
 
     def replica_update_step(self, train_step: Callable):
         """Runs the part of `update_step` that one of several replicas has.
@@ -442,6 +486,7 @@ class GraphUpdates:
 
     def _change(self, layers, loss, by_hand, step, *gradients):
         """Changes every mask once, unless the gradients are refused."""
+        layers, gradients = self._looked_at_alone(layers, gradients)
         finite = tf.reduce_all(
             [tf.reduce_all(tf.math.is_finite(g)) for g in gradients]
             + [tf.reduce_all(tf.math.is_finite(m.kernel.value)) for m in layers]
@@ -464,6 +509,22 @@ class GraphUpdates:
             self._record.note_update(step, grown, losses)
 
         tf.cond(accepted, change, lambda: None)
+
+    def _looked_at_alone(self, layers, gradients):
+        """Returns layers and gradients, of some their parts that count."""
+        if not self._changes_parts:
+            return layers, gradients
+        parts, values = [], []
+        for layer, gradient in zip(layers, gradients, strict=True):
+            mask, layout = self._looked_at.get(id(layer.kernel)), layer.layout
+            # A pattern makes units of several weights, or groups of them.
+            if mask is not None and type(layout) is Layout:
+                if not layout.is_apart:
+                    layer = KernelPart(layer, places_of(mask))
+                    gradient = layer.of(gradient)
+            parts.append(layer)
+            values.append(gradient)
+        return parts, values
 
 
 @contextlib.contextmanager

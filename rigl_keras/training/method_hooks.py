@@ -7,6 +7,7 @@ import keras
 import tensorflow as tf
 
 from rigl_keras.conventions import ORIGINAL, Conventions, check_conventions
+from rigl_keras.masking.kernel_part import KernelPart
 from rigl_keras.masking.masked import KernelMask
 from rigl_keras.training import optimizer_state
 
@@ -33,6 +34,8 @@ class MethodHooks(keras.callbacks.Callback):
 
     dense_gradients: Literal["never", "updates", "always"] = "updates"
     gradient_batches: int = 1
+    # Whether `change_masks` takes `KernelPart`s, of what `looks_at` returns.
+    changes_parts: bool = False
     # What is logged of the last update.
     _logged: tuple[str, ...] = ("grown",)
     # Whether what is planned depends on how long the run is.
@@ -106,6 +109,25 @@ class MethodHooks(keras.callbacks.Callback):
             own step count.
         """
         return self.is_due(step)
+
+    def looks_at(self, layer: KernelMask, step: tf.Tensor) -> tf.Tensor | None:
+        """Returns where an update looks at the gradient of a kernel.
+
+        Where a layer's product is sparse, the gradient is computed there
+        alone, and zero elsewhere. It is called before the training step, and
+        not where several batches or devices, or XLA, have a part in it: there
+        the gradient is that of every entry.
+
+        Args:
+            layer: A masked layer.
+            step: The optimizer step, an int64 scalar.
+
+        Returns:
+            uint8 tensor of the kernel's shape: 1 where the mask keeps, and 2
+            more where it looks. None, as by default: everywhere.
+        """
+        del layer, step
+        return None
 
     # How.
 
@@ -185,8 +207,8 @@ class MethodHooks(keras.callbacks.Callback):
 
         Args:
             optimizer: The optimizer that trains the model.
-            layer: A masked layer.
-            mask: Bool tensor of the kernel's shape.
+            layer: A masked layer, or a part of it.
+            mask: Bool tensor of the kernel's shape, or of the part's.
             grown: Bool tensor of the kernel's shape, within `mask`.
             values: What grown weights start with, of the kernel's shape and
                 dtype. None: zero.
@@ -194,6 +216,8 @@ class MethodHooks(keras.callbacks.Callback):
         Returns:
             How many connections were grown, an integer scalar.
         """
+        if isinstance(layer, KernelPart):
+            return self._set_part(optimizer, layer, mask, grown, values)
         kernel = layer.kernel
         before = tf.convert_to_tensor(layer.mask.value)
         zeros = tf.zeros_like(kernel.value)
@@ -211,6 +235,25 @@ class MethodHooks(keras.callbacks.Callback):
             only=["average"] if self.dense_gradients == "always" else None,
         )
         layer.mask.assign(mask)
+        return tf.math.count_nonzero(grown)
+
+    def _set_part(self, optimizer, part, mask, grown, values):
+        """Does what `set_kernel_and_mask` does, at the places of a part.
+
+        Elsewhere nothing is active, before or after.
+        """
+        whole, weights = part.whole, part.kernel.value
+        start = tf.zeros_like(weights)
+        if values is not None:
+            start = tf.where(grown, values, start)
+        stays = mask & tf.logical_not(grown)
+        whole.kernel.assign(
+            part.put(whole.kernel.value, tf.where(stays, weights, start))
+        )
+        optimizer_state.forget(
+            optimizer, whole.kernel, keep=part.mask.value & mask, part=part
+        )
+        whole.mask.assign(part.put(whole.mask.value, mask))
         return tf.math.count_nonzero(grown)
 
     def extra_logs(self) -> dict[str, tf.Tensor]:

@@ -11,6 +11,7 @@ import keras
 import tensorflow as tf
 
 from rigl_keras import _keras, replicas
+from rigl_keras.masking.kernel_part import KernelPart
 from rigl_keras.masking.masked import KernelMask
 from rigl_keras.masking.tracing import zero_outside
 
@@ -217,6 +218,7 @@ def forget(
     keep: tf.Tensor,
     *,
     only: Sequence[str] | None = None,
+    part: KernelPart | None = None,
 ) -> None:
     """Resets the memory of some entries to that of a new optimizer.
 
@@ -230,15 +232,22 @@ def forget(
         keep: Bool tensor of the variable's shape, True where the memory
             stays.
         only: Names of the slots to forget. None: all.
+        part: Where entries may be forgotten at all; `keep` has an entry for
+            each of its places. None: anywhere.
     """
     optimizer = owner(optimizer, variable)
     for name, slot in slots(optimizer, variable).items():
         if only is not None and name not in only:
             continue
         start = _initial_value(optimizer, name, variable)
-        slot.assign(
-            tf.where(keep, slot.value, tf.cast(start, slot.value.dtype))
-        )
+        start = tf.cast(start, slot.value.dtype)
+        if part is None:
+            slot.assign(tf.where(keep, slot.value, start))
+            continue
+        if start.shape.rank:
+            start = part.of(start)
+        kept = tf.where(keep, part.of(slot.value), start)
+        slot.assign(part.put(slot.value, kept))
 
 
 def momentum(optimizer: keras.Optimizer, variable: keras.Variable) -> tf.Tensor:

@@ -203,6 +203,8 @@ class StepUpdate(MethodHooks):
                 is_due=self.is_due,
                 is_gathered=self.is_gathered,
                 change_masks=self.change_masks,
+                looks_at=self.looks_at,
+                changes_parts=self.changes_parts,
                 apply_gradients=self._own_steps(),
                 dense_gradients=self.dense_gradients,
                 update_replaces_step=self.conventions.update_replaces_step,

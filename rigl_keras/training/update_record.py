@@ -10,6 +10,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from rigl_keras._tensor_checks import count_kept
 from rigl_keras.masking.masked import KernelMask
 from rigl_keras.training.attachment import Attachment
 
@@ -171,7 +172,7 @@ class UpdateRecord:
 
     def _counts(self):
         return tf.stack(
-            [tf.math.count_nonzero(m.mask.value) for m in self._attached.masked]
+            [count_kept(m.mask.value) for m in self._attached.masked]
         )
 
     def _density_of(self, counts):

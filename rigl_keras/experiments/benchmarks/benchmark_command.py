@@ -12,6 +12,8 @@
     bin/benchmark engines          which engine serves sparse networks the
                                    fastest
     bin/benchmark workers          what two workers send each other
+    bin/benchmark updates          what a mask update costs that looks at few
+                                   gradients, in time and memory
     bin/benchmark language         a training step of a GPT, and losses of runs
 
 Both sides of a comparison alternate in one process, so other work on the
@@ -36,6 +38,7 @@ _MODULES = {
     "engines": "engine_command",
     "workers": "worker_speed",
     "language": "language_command",
+    "updates": "update_speed",
 }
 
 

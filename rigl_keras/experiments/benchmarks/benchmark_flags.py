@@ -171,6 +171,27 @@ def _of_language(_: str) -> Given:
     return given, output
 
 
+def _of_updates(_: str) -> Given:
+    given = {
+        "networks": flags.DEFINE_list(
+            "networks",
+            "wide_resnet,dense",
+            "Of wide_resnet and dense, which is one layer.",
+        ),
+        "size": flags.DEFINE_integer(
+            "size", 8192, "Inputs and outputs of that layer."
+        ),
+        "batch_size": flags.DEFINE_integer(
+            "batch_size", 128, "Examples in a step."
+        ),
+        "rounds": flags.DEFINE_integer(
+            "rounds", 7, "Turns of each method, of an update and two steps."
+        ),
+    }
+    output = flags.DEFINE_string("output", None, "Folder for updates.csv.")
+    return given, output
+
+
 # By the word that names a part; called with that, once in a process.
 DEFINE: dict[str, Callable[[str], Given]] = {
     **dict.fromkeys(KERNEL_PARTS, _of_kernels),
@@ -178,4 +199,5 @@ DEFINE: dict[str, Callable[[str], Given]] = {
     "engines": _of_engines,
     "workers": _of_workers,
     "language": _of_language,
+    "updates": _of_updates,
 }

@@ -155,8 +155,8 @@ class SparseMatMul : public OpKernel {
   SparseMatrices matrices_;
 };
 
-// The gradients of x, of the kernel (zero where the mask is) and of the bias,
-// as far as they are asked for: of others the output is empty.
+// The gradients of x, of the kernel (zero where the mask is, and has nothing to
+// look at) and of the bias, as far as they are asked for: of others the output is empty.
 class SparseMatMulGrad : public OpKernel {
  public:
   explicit SparseMatMulGrad(OpKernelConstruction* context)
@@ -183,10 +183,12 @@ class SparseMatMulGrad : public OpKernel {
                              y_shape.DebugString(), ". Received: ",
                              dy.shape().DebugString());
     const std::shared_ptr<SparseMatrix> matrix = matrices_.Get(mask);
-    const int64_t count = matrix->size();
-    if (weights.dims() != 1 || weights.NumElements() != count)
-      return InvalidArgument("the mask leaves ", count,
+    if (weights.dims() != 1 || weights.NumElements() != matrix->size())
+      return InvalidArgument("the mask leaves ", matrix->size(),
                              " weights. Received: ", weights.NumElements());
+    const std::shared_ptr<SparseMatrix> looked_at =
+        to_kernel_ ? matrices_.Get(mask, kLookedAt) : matrix;
+    const int64_t count = looked_at->size();
     Tensor *dx, *dbias, dkernel, ordered;
     const TensorShape none({0});
     TF_RETURN_IF_ERROR(
@@ -197,7 +199,7 @@ class SparseMatMulGrad : public OpKernel {
     const Panels p(context, RowsOf(x.shape()), inputs + outputs);
     const SortedWeights* forward = nullptr;
     const SortedWeights* backward = nullptr;
-    if (to_kernel_) forward = &matrix->sorted(false);
+    if (to_kernel_) forward = &looked_at->sorted(false);
     if (to_x_) {
       backward = &matrix->sorted(true);
       TF_RETURN_IF_ERROR(Ordered(context, *backward, Read(weights), &ordered));
@@ -289,7 +291,7 @@ class SparseMatMulGrad : public OpKernel {
     float* to = Write(&in_rows);
     Total(context, kernel_sums, parts, count,
           [=](int64_t e, float sum) { to[at[e]] = sum; });
-    TF_RETURN_IF_ERROR(matrix->Scatter(context, to, &dkernel));
+    TF_RETURN_IF_ERROR(looked_at->Scatter(context, to, &dkernel));
     context->set_output(1, dkernel);
     return tensorflow::OkStatus();
   }
@@ -356,7 +358,7 @@ REGISTER_OP("RiglKerasMatMul")
     .Input("x: float")
     .Input("kernel: float")
     .Input("mask: mask_type")
-    .Attr("mask_type: {bool, float} = DT_FLOAT")
+    .Attr("mask_type: {bool, uint8, float} = DT_FLOAT")
     .Input("bias: float")
     .Output("y: float")
     .Output("weights: float")
@@ -376,7 +378,7 @@ REGISTER_OP("RiglKerasMatMulGrad")
     .Input("dy: float")
     .Input("kernel: float")
     .Input("mask: mask_type")
-    .Attr("mask_type: {bool, float} = DT_FLOAT")
+    .Attr("mask_type: {bool, uint8, float} = DT_FLOAT")
     .Input("weights: float")
     .Output("dx: float")
     .Output("dkernel: float")

@@ -283,23 +283,24 @@ class RecurrentGrad : public Recurrent {
           dense_ && k < sides ? TensorShape({s.batch, s.steps, products})
                               : none,
           &of_products[k]));
-    std::shared_ptr<SparseMatrix> matrices[2];
+    std::shared_ptr<SparseMatrix> matrices[2], looked_at[2];
     const RiglWeights *forward[2], *backward[2];
     const std::vector<int32_t>* from[2];
     Tensor ordered[2];
     int64_t counts[2];
     for (int k = 0; k < 2; ++k) {
       matrices[k] = matrices_.Get(context->input(4 + 2 * k));
-      counts[k] = matrices[k]->size();
+      looked_at[k] = matrices_.Get(context->input(4 + 2 * k), kLookedAt);
+      counts[k] = looked_at[k]->size();
       const Tensor& weights = context->input(9 + k);
-      if (weights.dims() != 1 || weights.NumElements() != counts[k])
-        return InvalidArgument("the mask leaves ", counts[k],
+      if (weights.dims() != 1 || weights.NumElements() != matrices[k]->size())
+        return InvalidArgument("the mask leaves ", matrices[k]->size(),
                                " weights. Received: ", weights.NumElements());
       const SortedWeights& reverse = matrices[k]->sorted(true);
       backward[k] = reverse.view();
       TF_RETURN_IF_ERROR(
           Ordered(context, reverse, Read(weights), &ordered[k]));
-      const SortedWeights& sorted = matrices[k]->sorted(false);
+      const SortedWeights& sorted = looked_at[k]->sorted(false);
       forward[k] = sorted.view();
       from[k] = &sorted.from();
     }
@@ -464,7 +465,7 @@ class RecurrentGrad : public Recurrent {
           tensorflow::DT_FLOAT, TensorShape({counts[k]}), &in_rows));
       float* to = Write(&in_rows);
       for (int64_t e = 0; e < counts[k]; ++e) to[(*from[k])[e]] = of_kernel[e];
-      TF_RETURN_IF_ERROR(matrices[k]->Scatter(context, to, &dkernel));
+      TF_RETURN_IF_ERROR(looked_at[k]->Scatter(context, to, &dkernel));
       context->set_output(3 + k, dkernel);
       of_kernel += counts[k];
     }
@@ -490,7 +491,7 @@ REGISTER_OP("RiglKerasRecurrent")
     .Input("carry: float")
     .Input("kernel: float")
     .Input("kernel_mask: mask_type")
-    .Attr("mask_type: {bool, float} = DT_FLOAT")
+    .Attr("mask_type: {bool, uint8, float} = DT_FLOAT")
     .Input("recurrent: float")
     .Input("recurrent_mask: mask_type")
     .Input("bias: float")
@@ -535,7 +536,7 @@ REGISTER_OP("RiglKerasRecurrentGrad")
     .Input("carry: float")
     .Input("kernel: float")
     .Input("kernel_mask: mask_type")
-    .Attr("mask_type: {bool, float} = DT_FLOAT")
+    .Attr("mask_type: {bool, uint8, float} = DT_FLOAT")
     .Input("recurrent: float")
     .Input("recurrent_mask: mask_type")
     .Input("bias: float")

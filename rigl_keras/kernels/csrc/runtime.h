@@ -144,12 +144,22 @@ T* Write(Tensor* tensor) {
   return static_cast<T*>(tensor->data());
 }
 
-// A mask, a byte for each entry, 0 where it removes. Masks are bools; graphs
-// that earlier versions have traced hold float ones.
+// Of the bytes of a mask (`MaskBytes`), those that tell what a product keeps,
+// and what the gradient of its kernel is computed of.
+constexpr uint8_t kKept = 1, kLookedAt = 3;
+
+// Those of a mask that have the bits: of masks that have not two of them, all.
+inline uint8_t BitsOf(const Tensor& mask, uint8_t bits) {
+  return mask.dtype() == tensorflow::DT_UINT8 ? bits : 0xff;
+}
+
+// A mask, a byte for each entry. Masks are bools; graphs that earlier versions
+// have traced hold float ones. One of bytes is 1 where it keeps, and has 2 more
+// where the gradient of the kernel is wanted as well.
 class MaskBytes {
  public:
   explicit MaskBytes(const Tensor& mask) {
-    if (mask.dtype() == tensorflow::DT_BOOL) {
+    if (mask.dtype() != tensorflow::DT_FLOAT) {
       data_ = Read<uint8_t>(mask);
       return;
     }
@@ -168,6 +178,20 @@ class MaskBytes {
   const uint8_t* data_;
   std::vector<uint8_t> converted_;
 };
+
+// Calls take(i) for each of the bytes [begin, end) that has some of the bits.
+template <typename Take>
+void ForMarked(const uint8_t* bytes, uint8_t bits, int64_t begin, int64_t end,
+               const Take& take) {
+  while (begin < end) {
+    const int64_t last = std::min<int64_t>(begin + 8, end);
+    uint64_t eight = 1;  // of which most are 0 where a mask keeps little
+    if (last - begin == 8) std::memcpy(&eight, bytes + begin, 8);
+    if (!eight) begin = last;
+    for (; begin < last; ++begin)
+      if (bytes[begin] & bits) take(begin);
+  }
+}
 
 inline int Threads(OpKernelContext* context) {
   return context->device()->tensorflow_cpu_worker_threads()->num_threads;

@@ -159,10 +159,12 @@ class SparseConvolution : public OpKernel {
     return tensorflow::OkStatus();
   }
 
+  // `which`: the bits of entries that the plan has.
   tensorflow::Status PlanOfMask(OpKernelContext* context, const Tensor& mask,
-                                const Convolution& conv, bool transposed,
-                                bool may_split,
+                                uint8_t which, const Convolution& conv,
+                                bool transposed, bool may_split,
                                 std::shared_ptr<const Plans::Made>* got) {
+    const uint8_t bits = BitsOf(mask, which);
     const auto make = [&](const auto& known, Plans::Made* fresh) {
       const MaskBytes bytes(mask);
       const uint8_t* kept = bytes.data();
@@ -171,13 +173,13 @@ class SparseConvolution : public OpKernel {
       std::vector<int64_t> counts(int64_t{conv.kernel[0]} * conv.kernel[1]);
       for (size_t k = 0; k < counts.size(); ++k)
         for (int64_t i = 0; i < each; ++i)
-          counts[k] += kept[k * each + i] != 0;
+          counts[k] += (kept[k * each + i] & bits) != 0;
       std::vector<int32_t> active;
       return Make(context, transposed, may_split, counts, known,
                   [&]() -> const std::vector<int32_t>& {
                     if (active.empty())
-                      for (int64_t i = 0; i < all; ++i)
-                        if (kept[i]) active.push_back(i);
+                      ForMarked(kept, bits, 0, all,
+                                [&](int64_t i) { active.push_back(i); });
                     return active;
                   },
                   fresh);
@@ -233,7 +235,7 @@ class SparseProduct : public SparseConvolution {
     }
     std::shared_ptr<const Plans::Made> made;
     TF_RETURN_IF_ERROR(
-        PlanOfMask(context, mask, conv, transposed, true, &made));
+        PlanOfMask(context, mask, kKept, conv, transposed, true, &made));
     if (!made->whole) std::fill_n(to, y->NumElements(), 0.0f);
     const float* dense = Read(kernel);
     for (size_t i = 0; i < made->parts.size(); ++i) {
@@ -265,7 +267,7 @@ class SparseProduct : public SparseConvolution {
   }
 };
 
-// The gradient of the kernel where the mask is 1, and zero elsewhere.
+// The gradient of the kernel where the mask is not 0, and zero elsewhere.
 class KernelGradient : public SparseConvolution {
  public:
   using SparseConvolution::SparseConvolution;
@@ -305,7 +307,8 @@ class KernelGradient : public SparseConvolution {
     if (dy.NumElements() == 0 || x.NumElements() == 0)
       return tensorflow::OkStatus();
     std::shared_ptr<const Plans::Made> made;
-    TF_RETURN_IF_ERROR(PlanOfMask(context, mask, conv, false, false, &made));
+    TF_RETURN_IF_ERROR(
+        PlanOfMask(context, mask, kLookedAt, conv, false, false, &made));
     for (const OwnedPlan& part : made->parts)
       TF_RETURN_IF_ERROR(Add(context, part, Read(x), Read(dy), gradient));
     return tensorflow::OkStatus();

@@ -9,6 +9,7 @@
 #include <list>
 #include <memory>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "panels.h"
@@ -96,99 +97,166 @@ class SortedWeights {
   RiglWeights view_;
 };
 
+// Positions in a matrix, rising.
+using Places = std::shared_ptr<const std::vector<int32_t>>;
+
+// Matrices that are zero but at some places. They are kept, and written to
+// again where nobody else has them any more: to fill as many zeros takes longer
+// than a sparse product, and there are the fewer of them. Operations share
+// them, for as long as one of them lives.
+class ScatteredArrays {
+ public:
+  static std::shared_ptr<ScatteredArrays> Shared() {
+    static std::mutex mutex;
+    static std::weak_ptr<ScatteredArrays> shared;
+    std::lock_guard<std::mutex> lock(mutex);
+    auto found = shared.lock();
+    if (!found) shared = found = std::make_shared<ScatteredArrays>();
+    return found;
+  }
+
+  // A tensor of a shape with weights at places, and zero elsewhere.
+  tensorflow::Status Get(OpKernelContext* context, const TensorShape& shape,
+                         const Places& places, const float* weights,
+                         Tensor* dense) {
+    Places before;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      ++calls_;
+      for (auto at = kept_.begin(); at != kept_.end(); ++at) {
+        if (at->dense.shape() != shape || !at->dense.RefCountIsOne()) continue;
+        *dense = at->dense, before = at->places;
+        kept_.erase(at);
+        break;
+      }
+      // What a few steps have not used, none may ever use.
+      const int64_t oldest = calls_ - 8 * int64_t(kept_.size() + 1);
+      kept_.remove_if([&](const Kept& one) {
+        return one.used < oldest && one.dense.RefCountIsOne();
+      });
+    }
+    if (!before)
+      TF_RETURN_IF_ERROR(
+          context->allocate_temp(tensorflow::DT_FLOAT, shape, dense));
+    float* to = Write(dense);
+    if (!before) {
+      ForPieces(context, dense->NumElements(),
+                [=](int64_t begin, int64_t end) {
+                  std::fill(to + begin, to + end, 0.0f);
+                });
+    } else if (before != places) {
+      const int32_t* at = before->data();
+      ForPieces(context, before->size(), [=](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) to[at[i]] = 0;
+      });
+    }
+    const int32_t* at = places->data();
+    ForPieces(context, places->size(), [=](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) to[at[i]] = weights[i];
+    });
+    std::lock_guard<std::mutex> lock(mutex_);
+    kept_.push_front({*dense, places, calls_});
+    if (kept_.size() > kMost) kept_.pop_back();
+    return tensorflow::OkStatus();
+  }
+
+ private:
+  static constexpr size_t kMost = 256;
+
+  struct Kept {
+    Tensor dense;
+    Places places;
+    int64_t used;
+  };
+
+  std::mutex mutex_;
+  int64_t calls_ = 0;
+  std::list<Kept> kept_;  // the latest first
+};
+
 // The weights that a mask leaves of a matrix [inputs, outputs].
 class SparseMatrix {
  public:
-  SparseMatrix(const uint8_t* mask, int64_t inputs, int64_t outputs)
+  // `bits`: which of the mask's leave a weight.
+  SparseMatrix(const uint8_t* mask, uint8_t bits, int64_t inputs,
+               int64_t outputs)
       : inputs_(inputs), outputs_(outputs) {
     const int64_t all = inputs * outputs;
     int64_t count = 0;
-    for (int64_t i = 0; i < all; ++i) count += mask[i] != 0;
-    places_.reserve(count);
+    for (int64_t i = 0; i < all; ++i) count += (mask[i] & bits) != 0;
+    std::vector<int32_t> places;
+    places.reserve(count);
     // What was counted: somebody may write to a mask that is not theirs.
-    for (int64_t i = 0; i < all && int64_t(places_.size()) < count; ++i)
-      if (mask[i]) places_.push_back(i);
+    ForMarked(mask, bits, 0, all, [&](int64_t i) {
+      if (int64_t(places.size()) < count) places.push_back(i);
+    });
+    places_ = std::make_shared<const std::vector<int32_t>>(std::move(places));
     plans_made.fetch_add(1, std::memory_order_relaxed);
   }
 
-  int64_t size() const { return places_.size(); }
+  int64_t size() const { return places_->size(); }
 
   const SortedWeights& sorted(bool transposed) {
     std::lock_guard<std::mutex> lock(mutex_);
     auto& found = sorted_[transposed];
     if (!found)
-      found = std::make_unique<SortedWeights>(places_, inputs_, outputs_,
+      found = std::make_unique<SortedWeights>(*places_, inputs_, outputs_,
                                               transposed);
     return *found;
   }
 
   // The weights of a dense matrix, row by row.
   void Gather(OpKernelContext* context, const float* dense, float* to) const {
-    const int32_t* at = places_.data();
+    const int32_t* at = places_->data();
     ForPieces(context, size(), [=](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) to[i] = dense[at[i]];
     });
   }
 
   // A tensor of the matrix's shape with these weights, and zero elsewhere.
-  //
-  // The last one is kept, and written to again where nobody else has it any
-  // more: to fill as many zeros takes longer than a sparse product.
   tensorflow::Status Scatter(OpKernelContext* context, const float* weights,
-                             Tensor* dense) {
-    bool kept;
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      kept = scattered_.NumElements() && scattered_.RefCountIsOne();
-      if (kept) std::swap(*dense, scattered_);
-    }
-    if (!kept) {
-      TF_RETURN_IF_ERROR(context->allocate_temp(
-          tensorflow::DT_FLOAT, TensorShape({inputs_, outputs_}), dense));
-      float* all = Write(dense);
-      ForPieces(context, dense->NumElements(),
-                [=](int64_t begin, int64_t end) {
-                  std::fill(all + begin, all + end, 0.0f);
-                });
-    }
-    float* to = Write(dense);
-    const int32_t* at = places_.data();
-    ForPieces(context, size(), [=](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) to[at[i]] = weights[i];
-    });
-    std::lock_guard<std::mutex> lock(mutex_);
-    scattered_ = *dense;
-    return tensorflow::OkStatus();
+                             Tensor* dense) const {
+    return arrays_->Get(context, TensorShape({inputs_, outputs_}), places_,
+                        weights, dense);
   }
 
  private:
   const int64_t inputs_, outputs_;
-  std::vector<int32_t> places_;  // rising
+  Places places_;
   std::mutex mutex_;
   std::unique_ptr<SortedWeights> sorted_[2];
-  Tensor scattered_;
+  const std::shared_ptr<ScatteredArrays> arrays_ = ScatteredArrays::Shared();
 };
 
 // Matrices by mask, for as long as TensorFlow holds the mask. As with plans
 // (plan_cache.h) a mask is known by its buffer, which is held here.
 class SparseMatrices {
  public:
-  std::shared_ptr<SparseMatrix> Get(const Tensor& mask) {
+  // `bits`: which of the mask's leave a weight.
+  std::shared_ptr<SparseMatrix> Get(const Tensor& mask,
+                                    uint8_t bits = kKept) {
+    if (mask.dtype() != tensorflow::DT_UINT8) bits = kKept;  // all the same
     std::lock_guard<std::mutex> lock(mutex_);
-    for (auto at = kept_.begin(); at != kept_.end(); ++at) {
-      if (at->mask.data() != mask.data() || at->mask.shape() != mask.shape())
-        continue;
+    auto at = std::find_if(kept_.begin(), kept_.end(), [&](const Kept& one) {
+      return one.mask.data() == mask.data() && one.mask.shape() == mask.shape();
+    });
+    if (at != kept_.end()) {
       kept_.splice(kept_.begin(), kept_, at);
-      return kept_.front().matrix;
+    } else {
+      // Masks that nobody else holds will not come again.
+      kept_.remove_if([](const Kept& one) { return one.mask.RefCountIsOne(); });
+      kept_.push_front({mask, {}});
+      if (kept_.size() > kMostMasks) kept_.pop_back();
     }
-    // Masks that nobody else holds will not come again.
-    kept_.remove_if([](const Kept& one) { return one.mask.RefCountIsOne(); });
-    const MaskBytes bytes(mask);
-    kept_.push_front({mask, std::make_shared<SparseMatrix>(
-                                bytes.data(), mask.dim_size(0),
-                                mask.dim_size(1))});
-    if (kept_.size() > kMostMasks) kept_.pop_back();
-    return kept_.front().matrix;
+    std::shared_ptr<SparseMatrix>& found =
+        kept_.front().matrices[bits == kLookedAt];
+    if (!found) {
+      const MaskBytes bytes(mask);
+      found = std::make_shared<SparseMatrix>(bytes.data(), BitsOf(mask, bits),
+                                             mask.dim_size(0),
+                                             mask.dim_size(1));
+    }
+    return found;
   }
 
  private:
@@ -197,7 +265,7 @@ class SparseMatrices {
 
   struct Kept {
     Tensor mask;
-    std::shared_ptr<SparseMatrix> matrix;
+    std::shared_ptr<SparseMatrix> matrices[2];  // of each of the bits
   };
 
   std::mutex mutex_;
