@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "held_tensors.h"
 #include "plans.h"
 #include "runtime.h"
 
@@ -65,10 +66,10 @@ class Plans {
     *got = fresh;
     std::lock_guard<std::mutex> lock(mutex_);
     // Masks that nobody else holds will not come again.
-    kept_.remove_if([](const Kept& one) { return one.mask.RefCountIsOne(); });
+    kept_.remove_if([](const Kept& one) { return one.mask->RefCountIsOne(); });
     Kept* kept = Find(mask);
     if (!kept) {
-      kept_.push_front({mask, {}});
+      kept_.push_front({HeldTensors::Hold(mask), {}});
       kept = &kept_.front();
     }
     if (kept_.size() > kMostMasks) kept_.pop_back();
@@ -89,14 +90,14 @@ class Plans {
   using List = std::list<std::shared_ptr<const Made>>;
 
   struct Kept {
-    Tensor mask;
+    HeldTensor mask;
     List made;  // the latest first
   };
 
   // With the lock held. What is found is the first from then on.
   Kept* Find(const Tensor& mask) {
     for (auto at = kept_.begin(); at != kept_.end(); ++at) {
-      if (!Same(at->mask, mask)) continue;
+      if (!Same(*at->mask, mask)) continue;
       kept_.splice(kept_.begin(), kept_, at);
       return &kept_.front();
     }

@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "held_tensors.h"
 #include "panels.h"
 #include "plans.h"
 #include "runtime.h"
@@ -238,14 +239,15 @@ class SparseMatrices {
     if (mask.dtype() != tensorflow::DT_UINT8) bits = kKept;  // all the same
     std::lock_guard<std::mutex> lock(mutex_);
     auto at = std::find_if(kept_.begin(), kept_.end(), [&](const Kept& one) {
-      return one.mask.data() == mask.data() && one.mask.shape() == mask.shape();
+      return one.mask->data() == mask.data() && one.shape == mask.shape();
     });
     if (at != kept_.end()) {
       kept_.splice(kept_.begin(), kept_, at);
     } else {
       // Masks that nobody else holds will not come again.
-      kept_.remove_if([](const Kept& one) { return one.mask.RefCountIsOne(); });
-      kept_.push_front({mask, {}});
+      kept_.remove_if(
+          [](const Kept& one) { return one.mask->RefCountIsOne(); });
+      kept_.push_front({HeldTensors::Hold(mask), mask.shape(), {}});
       if (kept_.size() > kMostMasks) kept_.pop_back();
     }
     std::shared_ptr<SparseMatrix>& found =
@@ -264,7 +266,8 @@ class SparseMatrices {
   static constexpr size_t kMostMasks = 256;
 
   struct Kept {
-    Tensor mask;
+    HeldTensor mask;
+    TensorShape shape;  // others may see its buffer in another one
     std::shared_ptr<SparseMatrix> matrices[2];  // of each of the bits
   };
 
