@@ -43,10 +43,12 @@ ASKED = [
 ]
 # A process that knows nothing yet, and forks for each command.
 HELPS = """
-import contextlib, io, json, os, runpy, sys, warnings
+import contextlib, io, json, os, runpy, signal, sys, warnings
 import absl.app, absl.flags, numpy
 
 warnings.simplefilter("ignore")  # of modules that are run and imported
+# A shell ignores it in what it runs in the background.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 for module, *arguments in json.loads(sys.argv[1]):
     if not os.fork():
         if arguments[-1:] == ["^C"]:

@@ -182,6 +182,8 @@ def become(task):
             file = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
             os.dup2(file, descriptor)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        # A shell ignores it in what it runs in the background.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.environ.clear()
         os.environ.update(task["env"])
         os.chdir(task["cwd"])
