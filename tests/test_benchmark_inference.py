@@ -153,9 +153,9 @@ def test_refuses(tiny, changes, message):
 COMMAND = """
 import sys
 from rigl_keras import models
-from rigl_keras.experiments.benchmarks import inference_command as benchmark
-benchmark.MODELS["tiny"] = lambda: models.lenet5(num_classes=4)
-benchmark.main()
+from rigl_keras.experiments.benchmarks import inference_command, runtime_command
+inference_command.MODELS["tiny"] = lambda: models.lenet5(num_classes=4)
+runtime_command.main()
 """
 
 

@@ -81,7 +81,8 @@ def test_a_method_of_your_own(run):
     assert np.isfinite(names["curves"]["Sensitivity"]).all()
     # As its text says.
     kernel = keras.Variable(np.linspace(-1, 1, 6, dtype="float32"))
-    layer, gradient = types.SimpleNamespace(kernel=kernel), kernel.value**3
+    layer = types.SimpleNamespace(kernel=kernel, layout=None)
+    gradient = kernel.value**3
 
     def scores(method):
         return method.drop_scores(layer, gradient, 0).numpy()

@@ -103,7 +103,14 @@ WRONG = (
     {"x": "y", "z": 10**400},
 )
 # Fields, and what of WRONG they may hold.
-TEXTS = {"format": ["0.1"], "quantization": ["0.1"], "notes": [["a", "b"]]}
+TEXTS = {
+    "format": ["0.1"],
+    "dense_format": ["0.1"],
+    "quantization": ["0.1"],
+    "inputs": [["a", "b"]],
+    "loading": [["a", "b"]],
+    "notes": [["a", "b"]],
+}
 
 
 def test_every_field_of_a_report_may_be_anything(copied):

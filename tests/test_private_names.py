@@ -19,6 +19,7 @@ HARMLESS = {
     "_replace",
     "_plain_class",
     "_rigl_keras_variables",
+    "_WITHOUT_KERAS",
 }
 
 

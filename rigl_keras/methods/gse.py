@@ -121,6 +121,7 @@ class GSE(MaskUpdate):
             and not conventions.spare_dense_layers
             and conventions.drop_ranking == "active"
             and conventions.grow_ranking == "inactive"
+            and conventions.unit_score == "mean_of_magnitudes"
             and not self._is_another()
         )
 
