@@ -8,7 +8,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from rigl_keras import _files, _reading
+from rigl_keras import _reading
+from rigl_keras.experiments.benchmarks.csv_files import write_rows
 
 __all__ = ["Point", "read_losses", "write_losses"]
 
@@ -92,17 +93,11 @@ def write_losses(points: Sequence[Point], path: str | os.PathLike) -> None:
         points: One or more.
         path: The file.
     """
-    names = [field.name for field in dataclasses.fields(Point)]
-    names.append("bits_per_character")
-    table = io.StringIO()
-    writer = csv.DictWriter(table, names, lineterminator="\n")
-    writer.writeheader()
-    for point in points:
-        row = {name: getattr(point, name) for name in names}
-        writer.writerow(
-            {
-                k: f"{v:.5g}" if isinstance(v, float) else v
-                for k, v in row.items()
-            }
-        )
-    _files.write(path, table.getvalue())
+    rows = [
+        {
+            **dataclasses.asdict(point),
+            "bits_per_character": point.bits_per_character,
+        }
+        for point in points
+    ]
+    write_rows(rows, path)

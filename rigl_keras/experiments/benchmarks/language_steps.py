@@ -1,10 +1,8 @@
 """Training steps of a language model: sparse, dense, and by PyTorch."""
 
-import csv
 import dataclasses
 import functools
 import importlib.metadata
-import io
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -14,9 +12,10 @@ import numpy as np
 import tensorflow as tf
 
 import rigl_keras
-from rigl_keras import _checks, _files, _timing
+from rigl_keras import _checks, _timing
 from rigl_keras.experiments import data
 from rigl_keras.experiments.benchmarks import torch_language, torch_network
+from rigl_keras.experiments.benchmarks.csv_files import write_rows
 from rigl_keras.experiments.benchmarks.kernel_comparison import machine
 from rigl_keras.experiments.benchmarks.training_steps import stepper
 from rigl_keras.experiments.runs.optimizers import adamw
@@ -264,16 +263,4 @@ def write_steps(steps: Sequence[Step], path: str | os.PathLike) -> None:
         steps: One or more.
         path: The file.
     """
-    table = io.StringIO()
-    names = [field.name for field in dataclasses.fields(Step)]
-    writer = csv.DictWriter(table, names, lineterminator="\n")
-    writer.writeheader()
-    for step in steps:
-        row = dataclasses.asdict(step)
-        writer.writerow(
-            {
-                k: f"{v:.6g}" if isinstance(v, float) else v
-                for k, v in row.items()
-            }
-        )
-    _files.write(path, table.getvalue())
+    write_rows([dataclasses.asdict(step) for step in steps], path)

@@ -1,14 +1,12 @@
 """The numbers of `bin/benchmark kernels|train|inference`: tables and files."""
 
-import csv
 import dataclasses
-import io
 import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
 
-from rigl_keras import _files
+from rigl_keras.experiments.benchmarks.csv_files import write_rows
 
 __all__ = [
     "Line",
@@ -185,16 +183,4 @@ def write_csv(
         {**dataclasses.asdict(m), "speed_up": m.speed_up} for m in measurements
     ]
     names = [name for name in rows[0] if any(row[name] != "" for row in rows)]
-    file = io.StringIO()
-    table = csv.DictWriter(
-        file, names, extrasaction="ignore", lineterminator="\n"
-    )
-    table.writeheader()
-    for row in rows:
-        table.writerow(
-            {
-                name: f"{value:.6g}" if isinstance(value, float) else value
-                for name, value in row.items()
-            }
-        )
-    _files.write(path, file.getvalue())
+    write_rows([{name: row[name] for name in names} for row in rows], path)

@@ -14,10 +14,8 @@ the most, above what stands before the step.
 """
 
 import contextlib
-import csv
 import dataclasses
 import functools
-import io
 import json
 import os
 import random
@@ -30,9 +28,10 @@ from typing import Any
 
 import numpy as np
 
-from rigl_keras import _checks, _files
+from rigl_keras import _checks
 from rigl_keras._text import aligned
 from rigl_keras.experiments import exits
+from rigl_keras.experiments.benchmarks.csv_files import write_rows
 from rigl_keras.experiments.benchmarks.inference_command import check_each_once
 from rigl_keras.experiments.benchmarks.kernel_comparison import machine
 from rigl_keras.experiments.benchmarks.update_process import (
@@ -251,18 +250,7 @@ def _megabytes(number):
 
 
 def _write(updates, path):
-    file = io.StringIO()
-    names = [field.name for field in dataclasses.fields(Update)]
-    table = csv.DictWriter(file, names, lineterminator="\n")
-    table.writeheader()
-    for one in updates:
-        table.writerow(
-            {
-                name: f"{value:.6g}" if isinstance(value, float) else value
-                for name, value in dataclasses.asdict(one).items()
-            }
-        )
-    _files.write(path, file.getvalue())
+    write_rows([dataclasses.asdict(one) for one in updates], path)
 
 
 def run(given: Mapping[str, Any], output: Any, argv: Sequence[str]) -> None:

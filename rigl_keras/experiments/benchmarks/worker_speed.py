@@ -11,9 +11,7 @@ modelled as the measured one plus bytes over bandwidth.
 """
 
 import contextlib
-import csv
 import dataclasses
-import io
 import json
 import os
 import socket
@@ -27,11 +25,12 @@ from typing import Any
 
 import numpy as np
 
-from rigl_keras import _checks, _files
+from rigl_keras import _checks
 from rigl_keras._text import aligned
 from rigl_keras.distributions import DISTRIBUTIONS
 from rigl_keras.experiments import exits
 from rigl_keras.experiments.benchmarks import worker_hosts
+from rigl_keras.experiments.benchmarks.csv_files import write_rows
 from rigl_keras.experiments.benchmarks.inference_command import (
     MODELS,
     check_densities,
@@ -326,18 +325,7 @@ def _table(exchanges):
 
 
 def _write(exchanges, path):
-    file = io.StringIO()
-    names = [field.name for field in dataclasses.fields(Exchange)]
-    table = csv.DictWriter(file, names, lineterminator="\n")
-    table.writeheader()
-    for one in exchanges:
-        table.writerow(
-            {
-                name: f"{value:.6g}" if isinstance(value, float) else value
-                for name, value in dataclasses.asdict(one).items()
-            }
-        )
-    _files.write(path, file.getvalue())
+    write_rows([dataclasses.asdict(one) for one in exchanges], path)
 
 
 def run(given: Mapping[str, Any], output: Any, argv: Sequence[str]) -> None:
