@@ -140,6 +140,17 @@ def pytest_runtest_setup(item):
         fresh_processes.run_graphs_as_traced(item.stash[AS_TRACED])
 
 
+def built_kernels_since(moment):
+    """Returns whether a test had to wait for the sparse kernels: the first."""
+    library = sys.modules.get("rigl_keras.kernels.library")
+    if library is None:
+        return False
+    try:
+        return library.path().stat().st_mtime > moment
+    except (OSError, library.BuildError):
+        return False
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
     """Fails a test that takes longer than `LONGEST` and is not marked as slow.
@@ -148,10 +159,11 @@ def pytest_runtest_call(item):
     where others use the machine; that of processors, where threads share a
     test, and where it waits, too little.
     """
-    wall, processors = time.monotonic(), spent()
+    began, wall, processors = time.time(), time.monotonic(), spent()
     result = yield
     took = min(time.monotonic() - wall, spent() - processors)
-    if took > LONGEST and not item.get_closest_marker("slow"):
+    slow = item.get_closest_marker("slow") or built_kernels_since(began)
+    if took > LONGEST and not slow:
         pytest.fail(
             f"The test took {took:.0f} s, and every one above {LONGEST} s must "
             "be marked with @pytest.mark.slow, or be made faster."
