@@ -140,10 +140,16 @@ def _line(summary, difference):
     ]
 
 
-def costs(context: Context, name: str) -> Section:
-    """Accuracy over training FLOPs, of all rows."""
+def _drawn(context, name, text, draw):
+    """Returns a section of a text and a figure of the runs, if it has any."""
     if not HAS[name](context.records):
         return Section(name, TITLES[name])
+    picture = contents.picture_of(context, name, draw, context.records)
+    return Section(name, TITLES[name], text, picture)
+
+
+def costs(context: Context, name: str) -> Section:
+    """Accuracy over training FLOPs, of all rows."""
     text = (
         "A marker is the mean over seeds of a row, and the small number beside "
         "it its density; bars are the sample standard deviation, and thin "
@@ -151,25 +157,17 @@ def costs(context: Context, name: str) -> Section:
         "those of longer runs half filled. Further left is cheaper, further "
         "up is better.",
     )
-    picture = contents.picture_of(
-        context, name, curve_figures.accuracy_over_flops, context.records
-    )
-    return Section(name, TITLES[name], text, picture)
+    return _drawn(context, name, text, curve_figures.accuracy_over_flops)
 
 
 def curves(context: Context, name: str) -> Section:
     """Accuracy over epochs."""
-    if not HAS[name](context.records):
-        return Section(name, TITLES[name])
     text = (
         "Accuracy after each epoch, of the images held out, or of the training "
         "images where none are. Lines are means over the seeds that have got "
         "so far; bands reach from the lowest to the highest seed.",
     )
-    picture = contents.picture_of(
-        context, name, curve_figures.training_curves, context.records
-    )
-    return Section(name, TITLES[name], text, picture)
+    return _drawn(context, name, text, curve_figures.training_curves)
 
 
 def flops(context: Context, name: str) -> Section:
