@@ -139,8 +139,12 @@ def planned_build() -> Build:
     asked = "kernels_convolution_ops.o"
     objects[asked].append(f'-DRIGL_SOURCES="{sources}"')
     libraries = _libraries(objects, sanitizer)
-    # Without the compiler: its builds also serve machines without one.
-    digest.update(repr((objects, libraries)).encode())
+    # Without the compiler: its builds also serve machines without one. Without
+    # TensorFlow's folders: environments with one version of it share a build.
+    commands = repr((objects, libraries))
+    for folder in (tf.sysconfig.get_include(), tf.sysconfig.get_lib()):
+        commands = commands.replace(folder, "")
+    digest.update(commands.encode())
     where = f"{platform.system()}-{platform.machine()}"
     parts = [tf.__version__, where, sanitizer, digest.hexdigest()[:12]]
     return Build(
