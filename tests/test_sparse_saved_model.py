@@ -15,6 +15,8 @@ from rigl_keras import kernels
 from rigl_keras.exporting import measurement, networks
 from rigl_keras.exporting.formats import FORMATS
 from rigl_keras.exporting.signatures import signature_of
+from rigl_keras.kernels import layer_products
+from rigl_keras.kernels.choice import Choice
 from rigl_keras.serving.network_file import from_bytes
 
 needs_library = pytest.mark.skipif(
@@ -211,6 +213,31 @@ def test_nothing_is_known(tmp_path):
     with pytest.raises(ValueError, match="no part of model .* Pass format='s"):
         rigl_keras.export(model, tmp_path / "e", **FORMAT)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", [layers.LSTM, layers.GRU])
+def test_recurrent_layers_are_sparse_operations(kind, tmp_path, monkeypatch):
+    """They need no network beside them, and read their masks as constants."""
+    inputs = keras.Input((None, 4))
+    sequences = layers.Bidirectional(kind(6, return_sequences=True))(inputs)
+    model = keras.Model(inputs, kind(5)(sequences))
+    model = rigl_keras.sparsify(model, 0.3, product="sparse")
+    report, found = exported(model, tmp_path / "e")
+    assert found["RiglKerasRecurrent"] == 3
+    assert "a sparse operation computes the whole sequence" in str(report)
+    loaded = tf.saved_model.load(str(tmp_path / "e"))
+    serve = loaded.signatures["serving_default"]
+    for shape in ((3, 7, 4), (1, 2, 4)):
+        x = np.random.default_rng(0).normal(size=shape).astype("float32")
+        (outputs,) = serve(tf.constant(x)).values()
+        want = model.predict(x, verbose=0)
+        np.testing.assert_allclose(outputs, want, atol=1e-6)
+    # A dense product is one again, where it is faster.
+    monkeypatch.setattr(
+        layer_products, "sparse_if_possible", lambda *_, **__: Choice(False, "")
+    )
+    with pytest.raises(ValueError, match="no part of model"):
+        rigl_keras.export(model, tmp_path / "f", **FORMAT)
 
 
 def test_no_library(monkeypatch, tmp_path):

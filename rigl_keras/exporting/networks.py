@@ -8,12 +8,14 @@ from pathlib import Path
 import keras
 import tensorflow as tf
 
+from rigl_keras import kernels
 from rigl_keras.exporting.saved_model import Served
 from rigl_keras.exporting.signatures import Signature
 from rigl_keras.kernels import library
 from rigl_keras.kernels.toolchain import BuildError
 from rigl_keras.serving.importer import (
     LEAST_WORK,
+    RECURRENT,
     Imported,
     Unknown,
     import_function,
@@ -40,7 +42,11 @@ _MOST_LINES = 8  # about operations that no network computes
 
 
 def import_model(
-    model: keras.Model, signature: Signature, *, least_work: int = LEAST_WORK
+    model: keras.Model,
+    signature: Signature,
+    *,
+    least_work: int = LEAST_WORK,
+    sparse_loops: bool = False,
 ) -> Imported:
     """Returns the networks in a model's inference.
 
@@ -50,11 +56,13 @@ def import_model(
             masks.
         signature: The model's inputs.
         least_work: As in `import_function`.
+        sparse_loops: Whether TensorFlow keeps recurrent layers as operations of
+            the op library, where these are faster.
 
     Raises:
         ValueError: The model is more than a function of its inputs.
     """
-    served = Served(model, signature, sparse=False)
+    served = Served(model, signature, sparse=False, sparse_loops=sparse_loops)
     return import_function(served.function, least_work=least_work)
 
 
@@ -80,16 +88,18 @@ def whole_network(model: keras.Model, signature: Signature) -> Network:
 
 
 def networks_within(model: keras.Model, signature: Signature) -> Imported:
-    """Returns the networks in a model, at least one.
+    """Returns the networks in a model, and its sparse recurrent layers.
 
     Args:
         model, signature: As in `import_model`.
 
     Raises:
-        ValueError: No part of it is a network. It says why, and what to pass.
+        ValueError: It has neither. The error says why, and what to pass.
     """
-    imported = import_model(model, signature)
-    if imported.segments:
+    sparse_loops = kernels.load() is not None
+    imported = import_model(model, signature, sparse_loops=sparse_loops)
+    is_sparse = any(one.operation == RECURRENT for one in imported.unknown)
+    if imported.segments or is_sparse:
         return imported
     raise ValueError(
         f"no part of model {model.name!r} is a network that sparse kernels "

@@ -90,13 +90,19 @@ class Served(tf.Module):
             their masks.
         signature: The model's inputs.
         sparse: Whether to store kernels sparse if that takes less space.
+        sparse_loops: As in `masks_applied`.
 
     Attributes:
         function: The concrete function.
     """
 
     def __init__(
-        self, model: keras.Model, signature: Signature, *, sparse: bool
+        self,
+        model: keras.Model,
+        signature: Signature,
+        *,
+        sparse: bool,
+        sparse_loops: bool = False,
     ):
         super().__init__()
         replaced = kernels_to_store_sparse(model) if sparse else []
@@ -110,7 +116,10 @@ class Served(tf.Module):
         @tf.function
         def serve(**inputs):
             kernels = self._kernels.read() if self._kernels else []
-            with KernelScope() as scope, masks_applied():
+            with (
+                KernelScope() as scope,
+                masks_applied(sparse_loops=sparse_loops),
+            ):
                 for variable, kernel in zip(replaced, kernels, strict=True):
                     scope.give(variable, kernel)
                 outputs = call_model(model, signature.pack(inputs))

@@ -39,9 +39,10 @@ _LIBRARY = Path("assets.extra", "rigl_keras_kernels.so")
 class SparseSavedModel(Format):
     """A SavedModel that computes a model as one operation.
 
-    TensorFlow keeps what no network computes (attention, recurrent layers),
-    with the largest possible networks between as operations. Their weights are
-    files among the assets. The operation needs its library, which is in the
+    TensorFlow keeps what no network computes, such as attention, with the
+    largest possible networks between as operations. Their weights are files
+    among the assets. The loop of a sparse LSTM or GRU is an operation, too,
+    if that is faster. The operation needs its library, which is in the
     folder, with a file that loads both. It has the signature `serving_default`.
     """
 
@@ -84,9 +85,8 @@ class SparseSavedModel(Format):
         unknown = lines_about(imported.unknown)
         if not unknown:
             return []
-        count = len(networks)
-        parts = (
-            "one part is a network" if count == 1 else f"{count} are networks"
+        parts = {0: "no part is a network", 1: "one part is a network"}.get(
+            len(networks), f"{len(networks)} are networks"
         )
         return [
             f"TensorFlow computes parts of the model, and {parts}:",

@@ -112,6 +112,7 @@ class ProductChoices:
         shape: tf.TensorShape,
         masks: Sequence[keras.Variable],
         *,
+        backward: bool = True,
         in_lanes: bool = False,
     ) -> choice.Choice:
         """Returns the product for inputs of a shape.
@@ -119,11 +120,14 @@ class ProductChoices:
         Args:
             shape: Shape of the inputs; the batch may be None.
             masks: The masks of the layer's kernels, whose density decides.
+            backward: Whether it is used in training, or only in inference. The
+                choices that are kept are those of training.
             in_lanes: Whether the sparse product would be computed in lanes.
         """
-        self._masks = masks
         if self.product == "sparse":
-            found = sparse_if_possible(self._layer, shape, in_lanes=in_lanes)
+            found = sparse_if_possible(
+                self._layer, shape, backward=backward, in_lanes=in_lanes
+            )
         else:
             with tf.init_scope():
                 values = [_keras.stored_value(mask) for mask in masks]
@@ -134,9 +138,13 @@ class ProductChoices:
                 self._layer,
                 shape,
                 density,
+                backward=backward,
                 in_lanes=in_lanes,
                 projected=type(self._layer) in RECURRENT and len(masks) == 1,
             )
+        if not backward:
+            return found
+        self._masks = masks
         key = (tuple(shape), in_lanes)
         self._chosen.pop(key, None)  # moves it to the end
         self._chosen[key] = found
@@ -237,7 +245,7 @@ def faster_product(
         in_lanes: Whether the sparse product is computed in lanes, and the dense
             one must convert its inputs and outputs.
         projected: Whether only the recurrent kernel of a recurrent layer is
-            masked. masked.
+            masked.
     """
     if _has_images(layer) and None in shape.as_list()[1:-1]:
         return choice.Choice(False, "images of any size")

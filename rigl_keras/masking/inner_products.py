@@ -19,6 +19,7 @@ from rigl_keras.kernels.recurrent_layers import RECURRENT, recurrent_loop
 from rigl_keras.masking.model_tree import within
 from rigl_keras.masking.tracing import (
     current_scope,
+    loops_are_sparse,
     masks_are_applied,
     note_called,
     product_masks,
@@ -82,7 +83,7 @@ def _method(layer):
 
 
 def _call_matrix(layer, inputs, *args, **kwargs):
-    found = _masked([layer.kernel])
+    found = _masked_in_training([layer.kernel])
     if (
         found is not None
         and layer_products.takes_one_tensor((inputs, *args), kwargs)
@@ -94,7 +95,7 @@ def _call_matrix(layer, inputs, *args, **kwargs):
 
 
 def _call_separable(layer, inputs):
-    found = _masked([layer.pointwise_kernel])
+    found = _masked_in_training([layer.pointwise_kernel])
     if (
         found is not None
         and layer_products.takes_one_tensor((inputs,), {})
@@ -117,6 +118,7 @@ def _loop(layer, sequences, initial_state, mask, training=False):
     found = _masked([layer.cell.recurrent_kernel])
     if (
         found is not None
+        and loops_are_sparse()
         and mask is None
         and layer_products.takes_one_tensor((sequences,), {})
         and layer_products.why_dense(layer) is None
@@ -139,10 +141,15 @@ def _loop(layer, sequences, initial_state, mask, training=False):
 def _masked(kernels) -> Sequence | None:
     """Returns the masks of some kernels, or None if one has no mask here."""
     scope = current_scope()
-    if scope is None or masks_are_applied():
+    if scope is None:
         return None
     found = [scope.masked(kernel) for kernel in kernels]
     return None if None in found else found
+
+
+def _masked_in_training(kernels) -> Sequence | None:
+    """Returns the masks of some kernels, or None if they are applied."""
+    return None if masks_are_applied() else _masked(kernels)
 
 
 def _is_sparse(layer, inputs, found):
@@ -153,7 +160,11 @@ def _is_sparse(layer, inputs, found):
         and choices.product != "dense"
         and not layer_products.only_dense()
         and choices.within(layer)
-        .choose(inputs.shape, [masked.mask for masked in found])
+        .choose(
+            inputs.shape,
+            [masked.mask for masked in found],
+            backward=not masks_are_applied(),
+        )
         .sparse
     )
 

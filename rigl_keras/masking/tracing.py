@@ -23,6 +23,7 @@ __all__ = [
     "gradients_are_dense",
     "kernels_are_whole",
     "looking_at",
+    "loops_are_sparse",
     "masks_applied",
     "masks_are_applied",
     "note_called",
@@ -42,6 +43,7 @@ _called: contextvars.ContextVar[dict[int, str] | None] = contextvars.ContextVar(
 )
 _whole_kernels = contextvars.ContextVar("whole_kernels", default=False)
 _masks_applied = contextvars.ContextVar("masks_applied", default=False)
+_sparse_loops = contextvars.ContextVar("sparse_loops", default=False)
 # The scope of the masked layer that is being called.
 _scope: contextvars.ContextVar[Any] = contextvars.ContextVar(
     "scope", default=None
@@ -117,19 +119,28 @@ def product_masks(masked: Sequence) -> tuple[list[tf.Tensor], bool]:
 
 
 @contextlib.contextmanager
-def masks_applied() -> Iterator[None]:
+def masks_applied(*, sparse_loops: bool = False) -> Iterator[None]:
     """Within the context, masked layers use kernels without masks.
 
     It is for inference: kernels are zero outside their masks, so the product
     would equal the kernel, and the mask would take memory.
+
+    Args:
+        sparse_loops: Whether recurrent layers still use their sparse operation,
+            which takes masks, where it is faster.
     """
-    with _set(_masks_applied, True):
+    with _set(_masks_applied, True), _set(_sparse_loops, sparse_loops):
         yield
 
 
 def masks_are_applied() -> bool:
     """Returns whether this is within `masks_applied`."""
     return _masks_applied.get()
+
+
+def loops_are_sparse() -> bool:
+    """Returns whether recurrent layers may use their sparse operation."""
+    return _sparse_loops.get() or not _masks_applied.get()
 
 
 @contextlib.contextmanager

@@ -19,11 +19,13 @@ from rigl_keras.serving.remainder import (
     operations_until,
 )
 from rigl_keras.serving.steps import network_of, sorted_steps
-from rigl_keras.serving.translation import Translation
+from rigl_keras.serving.translation import Translation, UnknownError
 
-__all__ = ["LEAST_WORK", "Imported", "Unknown", "import_function"]
+__all__ = ["LEAST_WORK", "RECURRENT", "Imported", "Unknown", "import_function"]
 
 LEAST_WORK = 10_000
+# The operation of the op library for the loop of an LSTM or a GRU.
+RECURRENT = "RiglKerasRecurrent"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +104,9 @@ def import_function(function: Any, *, least_work: int = LEAST_WORK) -> Imported:
     """
     least_work = integer("least_work", least_work, at_least=1)
     graph = freeze(function)
-    translation = Translation(graph, {**LAYERS, **ELEMENTWISE})
+    translation = Translation(
+        graph, {**LAYERS, **ELEMENTWISE, RECURRENT: _sparse_loop}
+    )
     graph.session.close()
     ends = [translation.step(tensor) for tensor in graph.outputs.values()]
     if all(step.node is not None for step in sorted_steps(ends)):
@@ -116,6 +120,10 @@ def import_function(function: Any, *, least_work: int = LEAST_WORK) -> Imported:
         segments=segments,
         _remainder=Remainder(graph, segments),
     )
+
+
+def _sparse_loop(translation, operation):
+    raise UnknownError("a sparse operation computes the whole sequence")
 
 
 def _whole(graph, translation, ends):
