@@ -124,6 +124,36 @@ def test_inputs_of_any_size(seed):
     check_sizes_of(seed)
 
 
+@pytest.mark.parametrize(
+    "padding", [Padding(same=True), Padding(), Padding(False, 1, 0, 3, 2)]
+)
+def test_depthwise_convolutions_of_every_other_column(padding):
+    """Images that end anywhere within a vector."""
+    draw = np.random.default_rng(0)
+    kernel = draw.standard_normal((3, 3, 1, 5)).astype(np.float32)
+    for columns in (3, 4, 7, 8, 15, 16, 17, 31, 32, 33, 64, 67):
+        for row_stride in (1, 2):
+            nodes = (
+                Node(Operation.INPUT, "x", shape=(6, columns, 5)),
+                Node(
+                    Operation.CONVOLUTION,
+                    "y",
+                    (0,),
+                    groups=5,
+                    kernel=kernel,
+                    strides=(row_stride, 2),
+                    padding=padding,
+                ),
+            )
+            network = Network(nodes, (Output("y", 1),))
+            inputs = random_inputs(network, 3)
+            expected = evaluate(network, inputs)
+            with load(network) as engine:
+                for batch in (1, 3):
+                    found = engine(**first(inputs, batch))
+                    check(found, first(expected, batch), columns)
+
+
 @pytest.mark.slow
 def test_more_inputs_of_any_size():
     for seed in range(100, 160):

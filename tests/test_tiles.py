@@ -213,17 +213,33 @@ def test_which_kernels_there_are(library, monkeypatch):
         assert library.tiles_of(length).contents.length == length
 
 
-def convolution(rng, length, tile, out, *, last, blocks, step, inputs, **asked):
+def convolution(
+    rng,
+    length,
+    tile,
+    out,
+    *,
+    last,
+    blocks,
+    step,
+    inputs,
+    row_step=1,
+    number_step=1,
+    **asked,
+):
     """Returns a random convolution's structure without weights; what
     it keeps alive; and a function from [channels, inputs] weights and an
-    offset for each input to what it is, [channels, rows, cells, L]."""
+    offset for each input to what it is, [channels, rows, cells, L].
+
+    The numbers of a cell read inputs that are `number_step` apart.
+    """
     channels, rows, cells = out
     memory = Plane(length, 3, 2 * rows + 4, step * cells + 2, rng=rng)
     bias = rng.standard_normal(channels).astype(np.float32)
     after = After(rng, (channels, rows, cells, length), last, **asked)
     k = Convolution(
         memory.field.data,
-        memory.pitch,
+        row_step * memory.pitch,
         step * length,
         bias=pointer(bias),
         blocks=blocks,
@@ -244,9 +260,9 @@ def convolution(rng, length, tile, out, *, last, blocks, step, inputs, **asked):
     def computed(weights):
         places = memory.begin + (
             offsets[:, None, None, None]
-            + (np.arange(rows) * memory.pitch)[:, None, None]
+            + (np.arange(rows) * row_step * memory.pitch)[:, None, None]
             + (np.arange(cells) * step * length)[:, None]
-            + np.arange(length)
+            + np.arange(length) * number_step
         )
         read = memory.memory[places].astype(np.float64)
         sums = np.tensordot(weights.astype(np.float64), read, 1)
@@ -409,14 +425,21 @@ def test_a_part_of_a_dense_convolution(tiles):
     )
 
 
-def run_depthwise(tiles, rng, out, *, part=None, dilation=1, **asked):
+def run_depthwise(
+    tiles, rng, out, *, part=None, dilation=1, every_other=False, **asked
+):
     """Rows of the window are `dilation` rows of the input apart."""
+    if every_other:
+        asked = {"step": 2, "number_step": 2, **asked}
     channels, rows, _ = out
     k, kept, offsets, computed = convolution(
         rng, tiles.length, (1, 1), out, blocks=1, inputs=9 * channels, **asked
     )
     memory = kept[0]
     columns = rng.integers(-tiles.length, tiles.length + 1, 3)
+    if every_other:
+        columns = columns[0] + np.arange(3)
+        k.every_other = True
     k.row_pitch = dilation * memory.pitch
     taps = np.add.outer(np.arange(3) * k.row_pitch, columns).reshape(-1)
     taps -= memory.pitch
@@ -445,6 +468,18 @@ def test_a_depthwise_convolution(tiles, cells):
         run_depthwise(
             tiles, rng, (3, rows, cells), dilation=2, last=last, step=1
         )
+
+
+@pytest.mark.parametrize("cells", range(1, 6))
+def test_a_depthwise_convolution_of_every_other_column(tiles, cells):
+    rng = generator(cells)
+    for rows, row_step in ((1, 2), (2, 2), (5, 2), (3, 1)):
+        last = int(rng.integers(1, tiles.length + 1))
+        options = {"every_other": True, "last": last, "row_step": row_step}
+        run_depthwise(tiles, rng, (3, rows, cells), **options, **PLAIN)
+        run_depthwise(tiles, rng, (2, rows, cells), **options)
+        part = (rows // 2, rows, 1, 3)
+        run_depthwise(tiles, rng, (3, rows, cells), part=part, **options)
 
 
 @pytest.mark.parametrize("asked", EPILOGUES)

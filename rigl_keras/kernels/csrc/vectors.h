@@ -36,6 +36,25 @@ RIGL_INLINE Vector Interleaved(Vector a, Vector b) {
 #endif
 }
 
+// Every other value of two vectors that follow one another: the first, the
+// third, ...; or with `second` the others.
+template <bool second>
+RIGL_INLINE Vector EveryOther(Vector a, Vector b) {
+#if defined(__clang__)
+  Vector both;
+#pragma unroll
+  for (int i = 0; i < L; ++i) {
+    const int at = 2 * i + second;
+    both[i] = at < L ? a[at % L] : b[at % L];
+  }
+  return both;
+#else
+  Indices at{};
+  for (int i = 0; i < L; ++i) at[i] = 2 * i + second;
+  return __builtin_shuffle(a, b, at);
+#endif
+}
+
 // Turns L vectors of L values on their diagonal. Each pass interleaves row i
 // with row i + L / 2; log2(L) of them are the transposition.
 template <int pass = 1>

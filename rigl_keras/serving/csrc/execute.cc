@@ -170,6 +170,7 @@ void Instance::Bind(int32_t s) {
     c.in_step = step.in_step;
     c.in_plane = bound.in.plane;
     c.row_pitch = bound.in.pitch;
+    c.every_other = step.every_other;
     c.entries = w.entries.data();
     c.rows = w.rows.data();
     c.offsets = w.offsets.data();
@@ -292,7 +293,7 @@ void Instance::Run(int32_t s, int thread, int threads, const Unit& unit) {
     }
     case StepKind::kSoftmax: {
       const Share share(bound.in.rows, thread, threads);
-      Softmax(bound, share.begin, share.end);
+      Softmax(step, bound, share.begin, share.end);
       break;
     }
     case StepKind::kReshape:
@@ -508,14 +509,17 @@ void Instance::Upsample(const Step& step, const Bound& bound, int32_t begin,
   if (plan_.layout.positions && to.is_pixel()) Splat(bound, begin, end);
 }
 
-void Instance::Softmax(const Bound& bound, int32_t begin, int32_t end) const {
+void Instance::Softmax(const Step& step, const Bound& bound, int32_t begin,
+                       int32_t end) const {
   constexpr int kMost = 64;
   const Field &in = bound.in, &to = bound.to;
-  const int length = tiles_.length;
+  // All numbers of a pixel's cell are the same.
+  const bool same = plan_.layout.positions && step.in.geometry.is_pixel();
+  const int length = same ? 1 : tiles_.length;
   float largest[kMost], sums[kMost];
   for (int32_t i = begin; i < end; ++i) {
     for (int32_t j = 0; j < in.cells; ++j) {
-      const int last = j + 1 == in.cells ? in.last : length;
+      const int last = j + 1 == in.cells && !same ? in.last : length;
       const float* read = in.data + i * in.pitch + j * length;
       float* write = to.data + i * to.pitch + j * length;
       for (int l = 0; l < length; ++l) largest[l] = read[l], sums[l] = 0;
@@ -538,6 +542,7 @@ void Instance::Softmax(const Bound& bound, int32_t begin, int32_t end) const {
       }
     }
   }
+  if (same && begin < end) Splat(bound, 0, to.channels);
 }
 
 void Instance::Reshape(const Step& step, const Bound& bound,

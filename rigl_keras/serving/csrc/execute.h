@@ -81,7 +81,8 @@ class Instance {
                  int32_t end) const;
   void Upsample(const Step& step, const Bound& bound, int32_t begin,
                 int32_t end) const;
-  void Softmax(const Bound& bound, int32_t begin, int32_t end) const;
+  void Softmax(const Step& step, const Bound& bound, int32_t begin,
+               int32_t end) const;
   void Reshape(const Step& step, const Bound& bound, float* scratch) const;
 
   const Plan& plan_;

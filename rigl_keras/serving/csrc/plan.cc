@@ -164,6 +164,7 @@ class Planner {
     Margin margin;   // that it reads
     bool copied;     // it reads a copy: phases, or with another fill
     bool thinned = false;  // which has the pixels alone that it reads
+    bool every_other = false;  // as in `Step`
     float fill = 0;
   };
 
@@ -178,6 +179,7 @@ class Planner {
   void Absorb(Group* group);
   bool AbsorbOne(Group* group, int32_t reader);
   void FindSecond(Group* group);
+  static bool ReadsEveryOther(const Node& node, const Window& window);
   Window WindowOf(int32_t node) const;
   void FindMargins(const std::vector<Group>& groups);
   void Emit(const Group& group);
@@ -410,6 +412,19 @@ bool IsNotNegative(const Node& node) {
           (node.activation == Activation::kClip && node.a >= 0));
 }
 
+// Whether each channel is convolved by itself, with a window of 3 rows and
+// columns, to every other column. What is read beyond a row is never used, and
+// no more than a field has beyond its last one.
+bool Planner::ReadsEveryOther(const Node& node, const Window& window) {
+  constexpr int32_t kMost = Geometry::kSlack / 4;
+  const std::vector<int64_t>& shape = node.kernel.shape;
+  return shape[0] == 3 && shape[1] == 3 && shape[2] == 1 &&
+         shape[3] == node.groups && node.strides[1] == 2 &&
+         node.dilations[0] == 1 && node.dilations[1] == 1 &&
+         window.taps.size() == 9 && window.margin.left <= kMost &&
+         window.margin.right <= kMost;
+}
+
 Planner::Window Planner::WindowOf(int32_t n) const {
   const Node& node = At(n);
   const int32_t value = Same(node.inputs[0]);
@@ -448,8 +463,10 @@ Planner::Window Planner::WindowOf(int32_t n) const {
   if (!convolves && node.maximum && window.margin.any() &&
       !IsNotNegative(At(value)))
     window.fill = kNone;
+  window.every_other = convolves && layout_.positions && out.columns > 1 &&
+                       ReadsEveryOther(node, window);
   window.copied =
-      !window.taps.empty() &&
+      !window.taps.empty() && !window.every_other &&
       (window.fill != 0 ||
       (layout_.positions &&
        ((node.strides[1] > 1 && out.columns > 1) ||
@@ -502,7 +519,10 @@ Operand Planner::CopyFor(const Window& window, const Pixels& out,
       step->taps.push_back({tap.place, 0,
                             tap.row * g.pitch + tap.column * column});
     step->in_pitch *= g.pitch;
-    step->in_step = layout_.positions ? length : window.strides[1] * length;
+    step->every_other = window.every_other;
+    step->in_step = layout_.positions && !window.every_other
+                        ? length
+                        : window.strides[1] * length;
     return from;
   }
   const bool thinned = window.thinned;

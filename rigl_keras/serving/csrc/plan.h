@@ -98,6 +98,7 @@ struct Step {
   };
   std::vector<Tap> taps;
   int64_t in_pitch = 0, in_step = 0;
+  bool every_other = false;  // as in `Convolution`; no other product can
   Choice choice;
   std::shared_ptr<const Weights> weights;
   const float* bias = nullptr;

@@ -475,6 +475,8 @@ constexpr bool Exists(int rows, int cells) {
   return cells == 4 ? rows == 6 || rows == 7 : cells == 8 && rows == 3;
 }
 
+bool IsCompiled(int32_t rows, int32_t cells) { return Exists(rows, cells); }
+
 // One tile of R rows and C cells, of all channels of the part.
 template <int R, int C>
 void SparseTile(const Convolution& k, const Part& part, float* scratch,
@@ -611,6 +613,53 @@ void Sparse(const Convolution& k, const Part& part, float* scratch) {
            });
 }
 
+// A channel of a depthwise convolution: its weights, and what ends a row of C
+// cells.
+template <int C>
+struct DepthwiseChannel {
+  const Convolution& k;
+  const int32_t channel, cell;
+  Vector w[9], bias, low, high;
+  bool plain;
+  int32_t last;
+  Integers kept;
+  float* to;
+  int64_t to_pitch;
+
+  inline __attribute__((always_inline)) DepthwiseChannel(const Convolution& k, const Part& part,
+                               int32_t channel, int32_t cell)
+      : k(k), channel(channel), cell(cell) {
+#pragma GCC unroll 9
+    for (int i = 0; i < 9; ++i) w[i] = All(k.weights[channel * 9 + i]);
+    bias = All(k.bias ? k.bias[channel] : 0.f);
+    const Epilogue& after = k.after;
+    const Clip clip = ClipOf(after.act, after.a, after.b);
+    plain = clip.is && !after.scale && !after.shift && !after.other.data &&
+            !after.to2.data && after.to.data;
+    low = All(clip.low), high = All(clip.high);
+    last = cell + C == k.out_cells ? k.out_last : L;
+    kept = FirstOf(last);
+    to = plain ? after.to.data + Place(after.to, channel, part.row_begin, cell)
+               : nullptr;
+    to_pitch = after.to.pitch;
+  }
+
+  // Of the rows of the part one after the other.
+  inline __attribute__((always_inline)) void End(Vector* sums, int32_t row) {
+    if (!plain) {
+      FinishOne(k.after, channel, row, cell, 1, C, last, sums);
+      return;
+    }
+#pragma GCC unroll 8
+    for (int c = 0; c < C; ++c) {
+      Vector x = Clipped(sums[c], low, high);
+      if (c == C - 1) x = Masked(x, kept);
+      Store(to + c * L, x);
+    }
+    to += to_pitch;
+  }
+};
+
 // Some rows of C cells of one channel. Where rows of the output read rows of
 // the input that follow one another, each row read begins the sums of one row,
 // goes on with those of another, and ends those of a third.
@@ -622,56 +671,29 @@ RIGL_INLINE void DepthwiseCells(const Convolution& k, const Part& part,
                            part.row_begin * pitch + cell * step);
   const int64_t left = k.offsets[0], middle = k.offsets[1],
                 right = k.offsets[2];
-  Vector w[9];
-#pragma GCC unroll 9
-  for (int i = 0; i < 9; ++i) w[i] = All(k.weights[channel * 9 + i]);
-  const Vector bias = All(k.bias ? k.bias[channel] : 0.f);
-  const Epilogue& after = k.after;
-  const Clip clip = ClipOf(after.act, after.a, after.b);
-  const bool plain = clip.is && !after.scale && !after.shift &&
-                     !after.other.data && !after.to2.data && after.to.data;
-  const Vector low = All(clip.low), high = All(clip.high);
-  const int32_t last = cell + C == k.out_cells ? k.out_last : L;
-  const Integers kept = FirstOf(last);
-  float* to = plain ? after.to.data +
-                          Place(after.to, channel, part.row_begin, cell)
-                    : nullptr;
-  const int64_t to_pitch = after.to.pitch;
-  const auto end = [&](Vector* sums, int32_t row) {
-    if (!plain) {
-      FinishOne(after, channel, row, cell, 1, C, last, sums);
-      return;
-    }
-#pragma GCC unroll 8
-    for (int c = 0; c < C; ++c) {
-      Vector x = Clipped(sums[c], low, high);
-      if (c == C - 1) x = Masked(x, kept);
-      Store(to + c * L, x);
-    }
-    to += to_pitch;
-  };
+  DepthwiseChannel<C> of(k, part, channel, cell);
   if constexpr (!follows) {
     for (int32_t row = part.row_begin; row < part.row_end; ++row) {
       Vector sums[C];
 #pragma GCC unroll 8
       for (int c = 0; c < C; ++c) {
         const float* at = in + c * step;
-        sums[c] = bias;
+        sums[c] = of.bias;
 #pragma GCC unroll 3
         for (int r = 0; r < 3; ++r, at += row_pitch) {
-          sums[c] += w[3 * r] * Load(at + left);
-          sums[c] += w[3 * r + 1] * Load(at + middle);
-          sums[c] += w[3 * r + 2] * Load(at + right);
+          sums[c] += of.w[3 * r] * Load(at + left);
+          sums[c] += of.w[3 * r + 1] * Load(at + middle);
+          sums[c] += of.w[3 * r + 2] * Load(at + right);
         }
       }
       in = Hidden(in + pitch);
-      end(sums, row);
+      of.End(sums, row);
     }
     return;
   }
   Vector above[C], here[C], below[C];
 #pragma GCC unroll 8
-  for (int c = 0; c < C; ++c) above[c] = here[c] = bias;
+  for (int c = 0; c < C; ++c) above[c] = here[c] = of.bias;
   // Rows of the input: those of the output, and two more.
   for (int32_t row = part.row_begin; row < part.row_end + 2; ++row) {
 #pragma GCC unroll 8
@@ -679,20 +701,59 @@ RIGL_INLINE void DepthwiseCells(const Convolution& k, const Part& part,
       const float* const at = in + c * step;
       const Vector x0 = Load(at + left), x1 = Load(at + middle),
                    x2 = Load(at + right);
-      above[c] += w[6] * x0;
-      here[c] += w[3] * x0;
-      below[c] = bias + w[0] * x0;
-      above[c] += w[7] * x1;
-      here[c] += w[4] * x1;
-      below[c] += w[1] * x1;
-      above[c] += w[8] * x2;
-      here[c] += w[5] * x2;
-      below[c] += w[2] * x2;
+      above[c] += of.w[6] * x0;
+      here[c] += of.w[3] * x0;
+      below[c] = of.bias + of.w[0] * x0;
+      above[c] += of.w[7] * x1;
+      here[c] += of.w[4] * x1;
+      below[c] += of.w[1] * x1;
+      above[c] += of.w[8] * x2;
+      here[c] += of.w[5] * x2;
+      below[c] += of.w[2] * x2;
     }
     in = Hidden(in + pitch);
-    if (row - 2 >= part.row_begin) end(above, row - 2);
+    if (row - 2 >= part.row_begin) of.End(above, row - 2);
 #pragma GCC unroll 8
     for (int c = 0; c < C; ++c) above[c] = here[c], here[c] = below[c];
+  }
+}
+
+// The same where the numbers of a cell read every other column. A row of the
+// input that ends one row of the output begins the next.
+template <int C>
+RIGL_INLINE void DepthwiseEveryOther(const Convolution& k, const Part& part,
+                                     int32_t channel, int32_t cell) {
+  const int64_t step = k.in_step, row_pitch = k.row_pitch;
+  const bool shares = k.in_pitch == 2 * row_pitch;
+  const float* in = Hidden(k.in + channel * k.in_plane +
+                           part.row_begin * k.in_pitch + cell * step +
+                           k.offsets[0]);
+  DepthwiseChannel<C> of(k, part, channel, cell);
+  Vector x[C][3] = {};
+  const auto read = [&](const float* at) {
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c, at += step) {
+      const Vector a = Load(at), b = Load(at + L);
+      x[c][0] = vectors::EveryOther<false>(a, b);
+      x[c][1] = vectors::EveryOther<true>(a, b);
+      x[c][2] = vectors::EveryOther<false>(Load(at + 2), Load(at + L + 2));
+    }
+  };
+  for (int32_t row = part.row_begin; row < part.row_end; ++row) {
+    if (row == part.row_begin || !shares) read(in);
+    Vector sums[C];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c) sums[c] = of.bias;
+#pragma GCC unroll 3
+    for (int r = 0; r < 3; ++r) {
+      if (r > 0) read(in + r * row_pitch);
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c)
+#pragma GCC unroll 3
+        for (int i = 0; i < 3; ++i) sums[c] += of.w[3 * r + i] * x[c][i];
+    }
+    in = Hidden(in + k.in_pitch);
+    of.End(sums, row);
   }
 }
 
@@ -714,8 +775,21 @@ RIGL_INLINE void DepthwiseChannels(const Convolution& k, const Part& part) {
   }
 }
 
+void DepthwiseEveryOtherChannels(const Convolution& k, const Part& part) {
+  for (int32_t o = part.channel_begin; o < part.channel_end; ++o) {
+    int32_t cell = 0;
+    if constexpr (kDepthwiseCells == 4)
+      for (; k.out_cells - cell >= 2; cell += 2)
+        DepthwiseEveryOther<2>(k, part, o, cell);
+    for (; cell < k.out_cells; ++cell)
+      DepthwiseEveryOther<1>(k, part, o, cell);
+  }
+}
+
 void Depthwise(const Convolution& k, const Part& part, float*) {
-  if (k.in_pitch == k.row_pitch)
+  if (k.every_other)
+    DepthwiseEveryOtherChannels(k, part);
+  else if (k.in_pitch == k.row_pitch)
     DepthwiseChannels<true>(k, part);
   else
     DepthwiseChannels<false>(k, part);
@@ -1102,7 +1176,8 @@ void Unpack(const Field& from, float* pixels, int64_t image_stride,
 extern const Tiles RIGL_TILES;
 const Tiles RIGL_TILES = {
     RIGL_TEXT(RIGL_ISA), L,          kRegisters,  kMostRows, kMostCells,
-    kPanel,              kDenseCells, Sparse,     Dense,     Depthwise,
+    IsCompiled,          kPanel,     kDenseCells, Sparse,    Dense,
+    Depthwise,
     Finish,              Elementwise, PoolWindows, GlobalPool, Pack,
     Unpack};
 

@@ -83,8 +83,11 @@ struct Convolution {
   // Depthwise: channel o reads channel o of the input alone, `in_plane` floats
   // on. `weights` are [channels][9], of a window of 3 rows and columns; the
   // columns of its first row are at offsets[0] to offsets[2], and each row
-  // follows `row_pitch` floats after the one before.
+  // follows `row_pitch` floats after the one before. With `every_other` a cell
+  // is of positions whose inputs are every other number, and offsets[0] to
+  // offsets[2] follow one another.
   int64_t in_plane = 0, row_pitch = 0;
+  bool every_other = false;
 
   int32_t blocks = 1;
   int32_t channels = 0;        // of the output, all of them
@@ -121,6 +124,7 @@ struct Tiles {
   // A tile may have so many sums (rows * cells), rows and cells. `sparse` takes
   // any; one that was not compiled is computed as several lower ones.
   int32_t registers, most_rows, most_cells;
+  bool (*is_compiled)(int32_t rows, int32_t cells);
   int32_t panel;        // channels of a panel of dense weights
   int32_t dense_cells;  // rows * cells that a dense tile has at most
 

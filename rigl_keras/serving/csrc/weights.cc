@@ -14,8 +14,9 @@ constexpr int64_t kTileBytes = 24 * 1024;
 // Above this part of its weights a kernel is computed densely, where nothing
 // was measured: its loads are shared by several channels.
 constexpr double kDense = 0.6;
-// What a weight costs beside its products, in products.
-constexpr double kPerEntry = 2.5;
+// What a weight costs beside its products, in products; the weights of a
+// channel within a block; and each sum that is kept from block to block.
+constexpr double kPerEntry = 2.5, kPerRow = 8, kPerSum = 2;
 // Rows and cells of the tiles that code is generated for. They must fit.
 constexpr int32_t kGeneratedTiles[][2] = {{1, 1}, {1, 2}, {2, 1}, {1, 3},
                                           {3, 1}, {2, 2}, {1, 4}, {4, 1}};
@@ -59,13 +60,21 @@ void ForEachWeight(const Node& node, const Use& use) {
   }
 }
 
-// The products and what else it takes to compute an image with a tile.
-double Cost(const int32_t* tile, const Geometry& out) {
-  const auto parts = [](int64_t length, int64_t each) {
-    return length / each + (length % each ? 1 : 0);
-  };
-  return double{1} * out.rows * out.cells +
-         kPerEntry * parts(out.rows, tile[0]) * parts(out.cells, tile[1]);
+int64_t PartsOf(int64_t length, int64_t each) {
+  return (length + each - 1) / each;
+}
+
+// The products and what else it takes to compute an image: `weights` of them,
+// for `filters` channels of the output from `channels` of the input.
+double Cost(const Choice& choice, const Geometry& out, int64_t weights,
+            int64_t channels, int64_t filters) {
+  const int32_t* tile = choice.tile;
+  const double tiles = double{1} * PartsOf(out.rows, tile[0]) *
+                       PartsOf(out.cells, tile[1]);
+  const int64_t blocks = PartsOf(channels, std::max(1, choice.block));
+  const double kept = blocks > 1 ? kPerSum * tile[0] * tile[1] : 0;
+  return double(weights) * (double(out.rows) * out.cells + kPerEntry * tiles) +
+         double(filters) * blocks * tiles * (kPerRow + kept);
 }
 
 // How many channels of the input a tile reads at a time.
@@ -117,12 +126,13 @@ std::vector<Choice> ChoicesFor(const Step& step, const Geometry& out,
   const Tiles& tiles = *layout.tiles;
   const Kernel kernel(*step.of);
   const int64_t channels = kernel.inputs * kernel.groups;
+  const int64_t filters = kernel.filters;
   int64_t weights = 0;
   ForEachWeight(*step.of,
                 [&](int64_t, int64_t, int64_t, float) { ++weights; });
   const bool one_group = kernel.groups == 1;
   const double density = double{1} * weights /
-                         (kernel.taps * channels * kernel.filters);
+                         (kernel.taps * channels * filters);
   const bool dense_first = one_group && density > kDense;
 
   const auto add = [&](Product product, int32_t rows, int32_t cells,
@@ -141,22 +151,36 @@ std::vector<Choice> ChoicesFor(const Step& step, const Geometry& out,
     std::vector<Choice> choices;
     const int32_t most =
         product == Product::kDense ? tiles.dense_cells : tiles.registers;
-    for (int32_t rows = 1; rows <= std::min(tiles.most_rows, most); ++rows)
-      for (int32_t cells : {1, 2, 3, 4, 6, 8, 12, 16})
-        if (cells <= tiles.most_cells && rows * cells <= most)
-          add(product, rows, cells, &choices);
+    const bool dense = product == Product::kDense;
+    for (int32_t cells : {1, 2, 3, 4, 6, 8, 12, 16}) {
+      int64_t parts = INT64_MAX;
+      for (int32_t rows = 1; rows <= std::min(tiles.most_rows, most); ++rows) {
+        if (cells > tiles.most_cells || rows * cells > most) break;
+        // As few tiles as lower ones make keep fewer sums.
+        if (PartsOf(out.rows, rows) == parts) continue;
+        if (!dense && !tiles.is_compiled(rows, cells)) continue;
+        parts = PartsOf(out.rows, rows);
+        add(product, rows, cells, &choices);
+      }
+    }
+    const auto cost = [&](const Choice& choice) {
+      return Cost(choice, out, dense ? kernel.taps * channels * filters
+                                     : weights,
+                  channels, filters);
+    };
     std::stable_sort(choices.begin(), choices.end(),
                      [&](const Choice& a, const Choice& b) {
-                       return Cost(a.tile, out) < Cost(b.tile, out);
+                       return cost(a) < cost(b);
                      });
     if (choices.size() > kMostTiles) choices.resize(kMostTiles);
-    // The best one with other blocks, too.
-    if (choices[0].block < channels) {
-      for (int32_t block : {choices[0].block * 2, choices[0].block / 2}) {
-        if (block < 4) continue;
-        Choice other = choices[0];
-        other.block = static_cast<int32_t>(
-            std::min<int64_t>(block, channels));
+    // The best ones with other blocks, too.
+    for (size_t i = 0, all = std::min<size_t>(2, choices.size()); i < all;
+         ++i) {
+      const int64_t block = choices[i].block;
+      for (int64_t of : {2 * block, block / 2}) {
+        if (block >= channels || of < 4) continue;
+        Choice other = choices[i];
+        other.block = static_cast<int32_t>(std::min(of, channels));
         choices.push_back(other);
       }
     }
@@ -164,6 +188,10 @@ std::vector<Choice> ChoicesFor(const Step& step, const Geometry& out,
   };
 
   std::vector<Choice> choices;
+  if (step.every_other) {
+    add(Product::kDepthwise, 1, 1, &choices);
+    return choices;
+  }
   if (CanGenerate(tiles)) {
     for (const auto& tile : kGeneratedTiles)
       if (out.rows % tile[0] == 0 && out.cells % tile[1] == 0)
@@ -180,7 +208,7 @@ std::vector<Choice> ChoicesFor(const Step& step, const Geometry& out,
   }
   // It is read from memory each time that it runs.
   const bool generated_first =
-      !choices.empty() && weights >= kWorthCode * kernel.filters &&
+      !choices.empty() && weights >= kWorthCode * filters &&
       int64_t{out.rows} * out.cells >=
           (layout.positions ? kWorthRuns : kWorthRunsOfImages) *
               choices[0].tile[0] * choices[0].tile[1];
