@@ -1,5 +1,6 @@
 """What greets whoever calls a command: its help, its messages, and Ctrl-C."""
 
+import io
 import json
 import logging
 import os
@@ -11,11 +12,13 @@ import sys
 import time
 import warnings
 
+import absl.logging
 import pytest
 from absl import flags
 
 import rigl_keras
 from rigl_keras.experiments import command_line, quiet_start
+from rigl_keras.experiments.progress_bar import ProgressBar
 
 ROOT = pathlib.Path(rigl_keras.__file__).parents[1]
 SCRIPTS = {path.name: path.read_text() for path in (ROOT / "bin").iterdir()}
@@ -189,7 +192,7 @@ def test_nothing_is_printed_before_ours(tmp_path, monkeypatch, capfd):
     assert capfd.readouterr().err == "all\n"
 
 
-def test_messages_are_lines_without_a_prefix(monkeypatch):
+def test_messages_are_lines_without_a_prefix():
     messages = quiet_start.Messages("train")
 
     def said(level, **extra):
@@ -203,9 +206,25 @@ def test_messages_are_lines_without_a_prefix(monkeypatch):
     assert said(logging.WARNING) == "warning: 3 of them"
     assert said(logging.WARNING, progress=True) == "train: 3 of them"
     assert said(logging.INFO) == "train: 3 of them"
-    monkeypatch.setattr(warnings, "formatwarning", None)
+
+
+def test_messages_go_above_a_bar(monkeypatch):
+    """A terminal of 80 columns would wrap one that went behind it."""
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(warnings, "showwarning", None)
+    # absl says once that no flags were parsed.
+    monkeypatch.setattr(absl.logging, "_warn_preinit_stderr", 0)
     quiet_start.our_messages("train")
-    assert warnings.formatwarning("so", UserWarning, "f", 1) == "warning: so\n"
+    with ProgressBar(unit="steps", total=9, doing="epoch 1/30"):
+        record = {"levelno": 30, "msg": "slow", "progress": True}
+        absl.logging.get_absl_handler().handle(logging.makeLogRecord(record))
+        warnings.showwarning("so", UserWarning, "f", 1)
+    for line in ("train: slow", "warning: so"):
+        before, _, after = terminal.getvalue().partition(line)
+        assert "0/9 steps" in before and before.endswith("\r")
+        assert after.startswith("\n\r0/9 steps")
 
 
 def test_ctrl_c_in_a_run(tmp_path, fresh):

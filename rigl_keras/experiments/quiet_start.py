@@ -48,18 +48,44 @@ class Messages(logging.Formatter):
         return "\n".join(lines)
 
 
+class AboveBars:
+    """Standard error, where lines go above progress bars and not into them."""
+
+    def write(self, text: str) -> None:
+        tqdm = sys.modules.get("tqdm")
+        if tqdm is None:  # nothing has made a bar
+            sys.stderr.write(text)
+            return
+        with tqdm.tqdm.external_write_mode(file=sys.stderr):
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+    def close(self) -> None:
+        """Leaves standard error open."""
+
+
 def our_messages(name: str) -> None:
     """Has all that is logged, and all warnings, printed as `Messages` does.
 
     Args:
         name: Name of the command.
     """
-    messages = Messages(name)
+    messages, printed = Messages(name), AboveBars()
     ours = absl_logging.get_absl_handler()
-    for handler in (ours, *logging.getLogger("tensorflow").handlers):
-        if handler is not None:
-            handler.setFormatter(messages)
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    if ours is not None:
+        ours.setFormatter(messages)
+        ours.python_handler.setStream(printed)
+    for handler in logging.getLogger("tensorflow").handlers:
+        handler.setFormatter(messages)
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(printed)
+
+    def show(message, category, filename, lineno, file=None, line=None):
+        (file or printed).write(f"warning: {message}\n")
+
+    warnings.showwarning = show
 
 
 def load_library() -> None:
