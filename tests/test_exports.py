@@ -143,13 +143,13 @@ def test_the_command(finished, tmp_path, fresh, bin_export):
         (["nowhere"], "There is no 'nowhere'"),
         (["RUN", "--formats=pickle"], "formats must be one of"),
         (["RUN", "--quantization=float16"], "is of the format 'tflite'"),
-        (["RUN", "--formats="], "Pass one format at least"),
+        (["RUN", "--formats="], "Pass at least one format"),
         (["RUN", "--batch_sizes=1,x"], "--batch_sizes takes whole numbers"),
         (["RUN", "--batch_sizes=0"], "batch_sizes must be an int of at least"),
         (["RUN", "--batch_sizes="], "batch_sizes must be a list of sizes"),
         (
             ["RUN", "--batch_sizes=2", "--nomeasure"],
-            "--nomeasure that nothing is. Pass one of them",
+            "--nomeasure turns measuring off. Pass one of them",
         ),
         (["RUN", "--check=out"], "--check exports nothing"),
         (["RUN"], "exported/saved_model' exists. Pass overwrite=True"),
@@ -168,7 +168,7 @@ def test_files_that_cannot_be_read(finished, tmp_path):
     whole = (finished / "model.keras").read_bytes()
     for name, content, said in (
         ("cut.keras", whole[: len(whole) // 2], "is cut short"),
-        ("text.keras", b"Not a model", "no .keras file"),
+        ("text.keras", b"Not a model", "not a .keras file"),
         ("flipped.keras", flipped(whole), "cannot be loaded"),
     ):
         (tmp_path / name).write_bytes(content)

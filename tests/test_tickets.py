@@ -301,7 +301,7 @@ def test_a_longer_run(tmp_path):
 
 def test_a_longer_run_needs_makers_that_know(tmp_path):
     bindings = [*SMALL, "train.length = 0.1"]
-    with pytest.raises(ValueError, match="must leave one at least"):
+    with pytest.raises(ValueError, match="must leave at least one"):
         train_command.run(bindings=bindings, run_dir=tmp_path / "run")
 
 
