@@ -113,7 +113,7 @@ def test_help_shows_the_options_of_the_command(helps):
         assert f"  {flag}" in kernels
     assert "--part" not in kernels
     assert (
-        "  --quantization=float16|int8\n      Of tflite"
+        "  --quantization=float16|int8\n      Quantization of tflite"
         in helps["export --help"][1]
     )
 

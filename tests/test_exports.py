@@ -142,7 +142,7 @@ def test_the_command(finished, tmp_path, fresh, bin_export):
         ([], "Pass one run directory or .keras file"),
         (["nowhere"], "There is no 'nowhere'"),
         (["RUN", "--formats=pickle"], "formats must be one of"),
-        (["RUN", "--quantization=float16"], "is of the format 'tflite'"),
+        (["RUN", "--quantization=float16"], "needs the format 'tflite'"),
         (["RUN", "--formats="], "Pass at least one format"),
         (["RUN", "--batch_sizes=1,x"], "--batch_sizes takes whole numbers"),
         (["RUN", "--batch_sizes=0"], "batch_sizes must be an int of at least"),
@@ -250,7 +250,7 @@ def test_what_exports_refuses():
         ({"fold_batch_norm": "no"}, "fold_batch_norm must be True or False"),
         ({"batch_sizes": 16}, "batch_sizes must be a list of sizes"),
         ({"batch_sizes": [1, 2.5]}, "batch_sizes must be an int"),
-        ({"quantization": "int8"}, "is of the format 'tflite'"),
+        ({"quantization": "int8"}, "needs the format 'tflite'"),
         ({"formats": ["tflite"], "quantization": "int4"}, "quantization must"),
     ):
         with pytest.raises(ValueError, match=said):
