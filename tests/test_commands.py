@@ -240,8 +240,8 @@ def test_ctrl_c_in_a_run(tmp_path, fresh):
     assert run.returncode == 130, err
     *_, line = err.splitlines()
     assert line == (
-        f"train: interrupted; continue with: bin/train --run_dir={tmp_path}/run "
-        "'--gin_bindings=train.epochs = 999' --resume"
+        "train: interrupted; continue with: bin/train "
+        f"--run_dir={tmp_path}/run '--gin_bindings=train.epochs = 999' --resume"
     )
     assert "Traceback" not in err
 

@@ -415,7 +415,7 @@ def test_plan_and_progress(tmp_path, quick, monkeypatch, capfd):
     assert "4 runs, 1 finished, 3 left" in said
     head = next(line for line in said.splitlines() if "FLOPs train" in line)
     assert head.split()[-3:] == ["total", "FLOPs", "h"]
-    assert "h those of all seeds that are left" in said
+    assert "h are of all seeds that are left" in said
     assert "seed1 finished after" in said
     assert "rigl_erk_wrn-density0.1-seed0 FAILED: train: there is no" in said
     assert "2 of 4 runs are finished, 2 failed." in said
