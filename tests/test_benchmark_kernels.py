@@ -521,5 +521,5 @@ def test_flags_that_are_wrong(capsys, part, changes, message):
 def test_what_to_measure_is_named_first(command):
     done = command("--rounds=3", "kernels")
     assert done.returncode == 2 and not done.stdout
-    assert "benchmark: What to measure is named before" in done.stderr
+    assert "benchmark: Name what to measure before" in done.stderr
     assert "Traceback" not in done.stderr

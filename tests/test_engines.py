@@ -119,7 +119,7 @@ def test_errors_are_answers(started, tmp_path):
     for _ in range(2):  # it goes on
         with pytest.raises(EngineError, match="^ValueError: cannot read x$"):
             process.ask("load", limit=LIMIT, path="x", threads=1, batch=1)
-    with pytest.raises(EngineError, match="no such thing to do, or not yet"):
+    with pytest.raises(EngineError, match="or needs another one before"):
         process.ask("run", limit=LIMIT, seconds=0.0, warm_up=0.0)
     assert process.is_alive
 
@@ -392,8 +392,8 @@ def test_the_table():
     assert "  rigl_keras, native is" in table(CASE, found)
     busy = table(CASE, [measurement("litert", 0.1, load=1.75)])
     assert busy.splitlines()[-1] == (
-        "  Other programs were running (load 1.75): medians are too high, and "
-        "minima nearer."
+        "  Other programs were running (load 1.75): medians are too high, "
+        "minima more reliable."
     )
 
 
@@ -450,7 +450,7 @@ def test_records_of_another_machine_are_refused(tmp_path):
     with pytest.raises(ValueError, match="elsewhere.*, avx2, .*Pass another"):
         Records(tmp_path, Machine("Some Processor", "avx512", 2))
     (tmp_path / "engines.json").write_text("{}")
-    with pytest.raises(ValueError, match="is no file of measurements"):
+    with pytest.raises(ValueError, match="is not a file of measurements"):
         Records(tmp_path, MACHINE)
 
 
