@@ -411,8 +411,14 @@ def test_the_step_of_torch():
     "changes, message",
     [
         ({"model": "resnet51"}, "model must be one of .*resnet50.*resnet51"),
-        ({"densities": []}, "densities must be one or more, each once"),
-        ({"densities": [0.1, 0.1]}, "densities must be one or more, each once"),
+        (
+            {"densities": []},
+            "densities must have at least one item, and each once",
+        ),
+        (
+            {"densities": [0.1, 0.1]},
+            "densities must have at least one item, and each once",
+        ),
         ({"densities": [0.0]}, r"densities must be .*\(0, 1\].*=0.0"),
         ({"densities": [float("nan")]}, "densities must be .*nan"),
         ({"distributions": ["erk"]}, "distributions must be one of .*'erk'"),

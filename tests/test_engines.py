@@ -768,7 +768,7 @@ def test_no_process_stays(fakes, monkeypatch):
     [
         ({"models": ["none"]}, "models must be one of"),
         ({"engines": ["none"]}, "engines must be one of"),
-        ({"engines": []}, "engines must be one or more, each once"),
+        ({"engines": []}, "engines must have at least one item, and each once"),
         ({"densities": [0.0]}, "densities must be fractions"),
         ({"distributions": ["none"]}, "distributions must be one of"),
         ({"batches": [0]}, "batches must be an int of at least 1"),

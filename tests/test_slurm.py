@@ -234,7 +234,9 @@ def test_without_slurm(tmp_path, monkeypatch):
     assert slurm.arrays(tmp_path) == []
     (tmp_path / "slurm").mkdir()
     (tmp_path / "slurm/7.sh").write_text("#SBATCH --array=0-3\n")
-    with pytest.raises(exits.FailedError, match="SLURM's squeue is not on the PATH"):
+    with pytest.raises(
+        exits.FailedError, match="SLURM's squeue is not on the PATH"
+    ):
         slurm.arrays(tmp_path)
 
 
