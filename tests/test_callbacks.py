@@ -754,7 +754,6 @@ def test_decay_of_the_drop_fraction(decay, fraction):
         last = min(step - step % 2, 10)  # the update that the logs show
         want = fraction((last - 2) / 8) if last else 0.0
         assert logs["drop_fraction"] == pytest.approx(want, abs=1e-6)
-        # 24 and 16 weights at density 0.5. No reset if nothing is dropped.
         if want == 0:
             assert logs["grown"] == 0
 

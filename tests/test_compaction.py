@@ -615,7 +615,7 @@ def test_shared_layer_is_left_alone():
     twice = layers.Dense(4, "relu", name="twice")
     relu = layers.ReLU()
     x = twice(twice(relu(inputs)))
-    x = relu(layers.Dense(5, name="b")(x))  # `relu` has no weights
+    x = relu(layers.Dense(5, name="b")(x))  # shared, but without weights
     model = settle(keras.Model(inputs, layers.Dense(3, name="head")(x)))
     cut(twice, incoming=[0])
     cut(model.get_layer("b"), incoming=[1])

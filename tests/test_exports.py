@@ -65,7 +65,7 @@ def test_a_run_exports_when_asked(finished):
     assert report.density == pytest.approx(result["density"])
     assert report.nonzeros == result["nonzeros"]
     assert report.inference_flops == result["inference_flops"]
-    # What is exported is what was saved.
+    # The export is the saved model.
     x = np.random.default_rng(0).random((3, 8, 8, 1), np.float32)
     plain = keras.models.load_model(exported / "keras" / "model.keras")
     np.testing.assert_allclose(
@@ -92,7 +92,7 @@ def test_a_dense_run_is_refused_before_it_trains(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-# As `bin/export` does, with measurements of a tenth of their seconds.
+# Runs `bin/export`, with measurements of a tenth of the usual seconds.
 EXPORT = """
 from rigl_keras.exporting import measurement
 from rigl_keras.experiments.runs import export_command
@@ -122,7 +122,7 @@ def test_the_command(finished, tmp_path, fresh, bin_export):
     }
     for said in ("latency at batch 32", "batch norms folded", "tflite, int8"):
         assert said in done.stdout
-    # Nothing of TensorFlow's own between the tables.
+    # No messages of TensorFlow between the tables.
     assert "Sharding" not in done.stderr and "Warning" not in done.stderr
     report = rigl_keras.check_export(tmp_path / "out" / "saved_model")
     assert report.folded and list(report.dense_latency) == [2, 32]
@@ -181,7 +181,7 @@ def test_files_that_cannot_be_read(finished, tmp_path):
     (unfinished / "config.gin").write_text("")
     with pytest.raises(ValueError, match="is not finished"):
         load_model(unfinished)
-    # A dense one has nothing to leave out.
+    # A dense model has no zeros to leave out.
     small_model().save(tmp_path / "dense.keras")
     with pytest.raises(ValueError, match="no masked layer"):
         Exports(formats=["saved_model"]).write(tmp_path / "dense.keras")
@@ -189,7 +189,7 @@ def test_files_that_cannot_be_read(finished, tmp_path):
 
 
 def flipped(content):
-    """Returns an archive with the weights in it damaged."""
+    """Returns an archive with damaged weights."""
     content = bytearray(content)
     at = content.index(b"model.weights.h5") + 500
     content[at : at + 200] = bytes(200)
@@ -197,7 +197,7 @@ def flipped(content):
 
 
 def test_one_format_fails_and_the_others_do_not(finished, tmp_path):
-    """An int8 file of a `.keras` file has nothing to be calibrated on."""
+    """int8 has no examples for its calibration if the source is a file."""
     file = shutil.copy(finished / "model.keras", tmp_path)
     (tmp_path / "exported" / "keras").mkdir(parents=True)
     exports = Exports(formats=["keras", "saved_model"], measure=False)

@@ -1,4 +1,4 @@
-"""Networks that train for fifty steps as they do with dense products."""
+"""Networks with sparse products train like with dense ones for 50 steps."""
 
 import keras
 import numpy as np
@@ -20,7 +20,7 @@ STEPS, BATCH, CLASSES = 50, 20, 4
 
 @pytest.fixture(autouse=True)
 def of_any_size(monkeypatch):
-    """Batch norm and dropout are ours, however small images are."""
+    """Uses our batch norm and dropout, however small images are."""
     monkeypatch.setattr(fast_calls, "_LEAST_NUMBERS", 0)
 
 
@@ -31,7 +31,7 @@ def wide_resnet():
 
 
 def vision_transformer():
-    """Tokens, a block of attention and two layers, and their mean."""
+    """Returns a small vision transformer with one block."""
     inputs = keras.Input((9, 12))
     x = layers.Dense(16)(inputs)
     y = layers.LayerNormalization()(x)
@@ -52,7 +52,7 @@ def recurrent():
 
 
 def trained(dense, product):
-    """Returns a model, the loss of each step, and what updates have grown."""
+    """Returns a model, the loss of each step, and the growth of updates."""
     keras.utils.set_random_seed(4)
     model = sparsify(dense, 0.3, product=product)
     model.compile(
@@ -81,13 +81,13 @@ def trained(dense, product):
 @pytest.mark.parametrize("make", [wide_resnet, vision_transformer, recurrent])
 def test_as_with_dense_products(make):
     keras.utils.set_random_seed(3)
-    model = make()  # whose layers have the names that masks are drawn by
+    model = make()  # fixed names of layers, as masks depend on names
     dense, want, of_dense = trained(model, "dense")
     sparse, got, of_sparse = trained(model, "sparse")
     assert len(got) == STEPS
     np.testing.assert_allclose(got, want, rtol=1e-4)
     assert [step for step, _ in of_sparse] == [0, 10, 20, 30, 40]
-    assert of_sparse == of_dense  # how many connections each has grown
+    assert of_sparse == of_dense  # numbers of grown connections
     theirs, ours = masked_layers(dense), masked_layers(sparse)
     for one, other in zip(theirs, ours, strict=True):
         (chosen,) = set(other.chosen_products().values())
