@@ -310,9 +310,9 @@ def test_patterns_in_every_setup(patterns, setups, method, policy):
 
 # Methods whose density is above the initial one in some steps.
 DENSER = ("MEST", "ACDC")
-# Set-ups whose trained models are like those of others. They are not saved here,
-# and neither are models of newer methods: other set-ups cover each kind, and
-# test_contract.py each method.
+# Set-ups whose trained models are like those of others. They are not saved
+# here, and neither are models of newer methods: other set-ups cover each kind,
+# and test_contract.py each method.
 LEAVE_NO_TRACE = ("jit_compile", "run_eagerly", "own loop")
 UPDATING = [
     m for m in METHODS if m not in ("static", "MagnitudePruning", "ACDC")

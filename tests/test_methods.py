@@ -319,7 +319,7 @@ def test_srste_decays_what_it_leaves_out():
 
 @pytest.mark.parametrize("make", [rigl_keras.TopKAST, rigl_keras.SRSTE])
 def test_a_run_begins_with_the_largest_weights(make):
-    """Other entries get weights drawn from the active ones; the largest stay."""
+    """Other entries get weights drawn from active ones; the largest stay."""
     weights = np.arange(1, 101) * np.resize([1, -1], 100)
     mask = np.resize([1, 0, 0, 1], 100)
     method = make()
