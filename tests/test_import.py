@@ -251,6 +251,10 @@ PLAIN = {
     r"such that": "so that, or a new sentence",
     r"(is|are) told": "gets",
     r"for want of": "without",
+    r"afresh": "again",
+    r"(go|goes|gone|going) on": "continue",
+    r"(sees?|seen) to it": "ensure, or make sure",
+    r"(wherein|whereof|thereof)": "in which, of which",
 }
 
 

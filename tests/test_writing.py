@@ -264,7 +264,7 @@ class OfData(OSError):
         (
             KeyboardInterrupt(),
             130,
-            "\ntune: interrupted; go on with: bin/tune 'a b' --on\n",
+            "\ntune: interrupted; continue with: bin/tune 'a b' --on\n",
         ),
         (
             ValueError("wrong\n  In call to configurable 'x'\nby far"),
@@ -279,7 +279,7 @@ def test_what_users_can_mend(error, status, says, capsys, monkeypatch):
 
     monkeypatch.setattr(sys, "argv", ["tune_command.py", "a b"])
     with pytest.raises(SystemExit) as end:
-        exits.one_line("tune", run, interrupted="go on with", added=["--on"])(
+        exits.one_line("tune", run, interrupted="continue with", added=["--on"])(
             []
         )
     assert end.value.code == status and capsys.readouterr().err == says
