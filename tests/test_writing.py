@@ -279,9 +279,9 @@ def test_what_users_can_mend(error, status, says, capsys, monkeypatch):
 
     monkeypatch.setattr(sys, "argv", ["tune_command.py", "a b"])
     with pytest.raises(SystemExit) as end:
-        exits.one_line("tune", run, interrupted="continue with", added=["--on"])(
-            []
-        )
+        exits.one_line(
+            "tune", run, interrupted="continue with", added=["--on"]
+        )([])
     assert end.value.code == status and capsys.readouterr().err == says
 
 
