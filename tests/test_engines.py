@@ -447,9 +447,7 @@ def test_records_are_kept_and_gone_on_from(tmp_path):
 
 def test_records_of_another_machine_are_refused(tmp_path):
     Records(tmp_path, MACHINE).put(CASE, [measurement("litert", 0.1)], [])
-    with pytest.raises(
-        ValueError, match="another machine.*, avx2, .*Pass "
-    ):
+    with pytest.raises(ValueError, match="machine, .*avx2, .*Pass another"):
         Records(tmp_path, Machine("Some Processor", "avx512", 2))
     (tmp_path / "engines.json").write_text("{}")
     with pytest.raises(ValueError, match="is not a file of measurements"):
