@@ -185,7 +185,7 @@ def test_a_run_of_updates_may_start_from_masks(pruned, tmp_path):
         (["train.masks_from = 'nowhere'"], "not the directory of a run"),
         (
             ["train.weights_epoch = 2"],
-            r"no weights of epoch 2, but of \[0, 1\]",
+            r"no weights of epoch 2, but those of \[0, 1\]",
         ),
         (
             ["train.density = 0.1"],
