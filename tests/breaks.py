@@ -1,14 +1,13 @@
-"""How many of thirty random breaks of the core do the tests catch?
+"""Counts how many of thirty random breaks of the core the tests catch.
 
     bin/python tests/breaks.py [--count=30] [--seed=0] [--all]
         [--near] [--first=1]
 
 Each break changes one operator, number, truth or call of one line, in a copy
-of the tracked files. The tests that know the module run on it and, unless it is
-`--near`, then all others; those that are not marked as slow or, with `--all`,
-slow ones, too; until one fails that does not fail unbroken. A break that
-changes nothing one could see is not caught, either: those that are not caught
-are printed to be judged.
+of the tracked files. The tests of the module run first, then, without `--near`,
+all others; slow tests run only with `--all`. They stop at the first test that
+fails with the break but not without it. Some breaks change nothing that a test
+could see, so the script prints all breaks that were not caught.
 """
 
 import argparse
@@ -27,7 +26,7 @@ from support.fresh import Server
 ROOT = pathlib.Path(__file__).parents[1]
 LIMIT = 3600  # seconds: a break may make a loop endless
 
-# The core, and the tests that know it best, in the order in which they run.
+# The modules of the core, and their tests in the order in which they run.
 TESTS = {
     "topology.py": "topology redistribution callbacks parity",
     "redistribution.py": "redistribution callbacks parity setups",
@@ -98,9 +97,9 @@ def possible_breaks(source):
 
     def visit(node):
         if isinstance(node, ast.Raise):
-            return  # tests may leave the words of errors open
+            return  # tests need not check the wording of errors
         if isinstance(node, ast.keyword) and node.arg == "strict":
-            return  # of zip, of what is as long anyway
+            return  # zip's `strict`, for arguments of equal length
         if isinstance(node, ast.Compare) and len(node.ops) == 1:
             between(node.left, node.comparators[0], node.ops[0])
         elif isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
@@ -127,7 +126,7 @@ def possible_breaks(source):
         elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
             replace(node, "pass")
         for field, value in ast.iter_fields(node):
-            # Not in types.
+            # Not in annotations.
             if field not in ("annotation", "returns"):
                 for child in value if isinstance(value, list) else [value]:
                     if isinstance(child, ast.AST):
@@ -138,7 +137,7 @@ def possible_breaks(source):
 
 
 def drawn(package, count, seed):
-    """Returns breaks of lines that are drawn alike: `[(path, break)]`."""
+    """Returns random breaks, `[(path, break)]`; each line is equally likely."""
     by_line = {}
     for place in TESTS:
         paths = [package / place]
@@ -153,7 +152,7 @@ def drawn(package, count, seed):
 
 
 def broken(source, change):
-    """Returns the source with a break, and the line before and after."""
+    """Returns the source with a break, and the line without and with it."""
     line, start, end, new = change
     lines = source.splitlines(keepends=True)
     old = lines[line - 1]
@@ -162,7 +161,7 @@ def broken(source, change):
 
 
 def copied(folder):
-    """Copies what git tracks; returns the folder."""
+    """Copies the files that git tracks; returns the folder."""
     tracked = subprocess.run(
         ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=True
     )
@@ -187,7 +186,7 @@ def all_tests(copy):
 
 
 def first_failure(server, copy, *arguments):
-    """Returns the name of what fails first, or None."""
+    """Returns the name of the first test that fails, or None."""
     try:
         done = server(
             *["-m", "pytest", "-n0", "-x", "-p", "no:cacheprovider", "-rfE"],
@@ -207,7 +206,7 @@ def first_failure(server, copy, *arguments):
 def what_catches(server, copy, path, text, files, known, options):
     """Returns the first test that fails with a text, and not without it.
 
-    `known` are tests that fail without it, too: those found are added.
+    `known` are tests that fail without it, too. This function adds to them.
     """
     source = path.read_text()
     while True:

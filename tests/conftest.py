@@ -1,6 +1,6 @@
-"""What every test is run with, which tests are run, and by how many workers.
+"""Fixtures of all tests, the choice of tests, and the number of workers.
 
-Nothing here imports TensorFlow, which takes seconds, before a test module does.
+This module does not import TensorFlow, which takes seconds.
 """
 
 import gc
@@ -13,16 +13,15 @@ import pytest
 from support import fresh as fresh_processes
 from support.disk import disk  # noqa: F401 - a fixture
 
-# XLA compiles a quarter sooner: its code is slower, and computes the same. All
-# tests together see the code that users get. (Workers inherit the choice.)
+# XLA compiles faster by a quarter, to slower code with the same results. With
+# --all, tests run the code that users get. (Workers inherit the choice.)
 if "--all" not in sys.argv and "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
-# Seconds of this process and of those it started, above which a test must be
-# marked as slow.
+# Seconds above which a test must be marked as slow.
 LONGEST = 20
 
-# Whether a test runs its graphs as they were traced.
+# Whether a test runs graphs as they were traced, without TensorFlow's rewrites.
 AS_TRACED = pytest.StashKey[bool]()
 
 
@@ -55,16 +54,16 @@ def asked_for(config):
 
 
 def pytest_xdist_auto_num_workers(config):
-    """One or two files are done before workers have started."""
+    """Uses no workers for one or two files, which are done sooner without."""
     paths = asked_for(config)
     if 0 < len(paths) <= 2 and all(pathlib.Path(p).is_file() for p in paths):
         return 0
     return None
 
 
-@pytest.hookimpl(tryfirst=True)  # all cases are still there
+@pytest.hookimpl(tryfirst=True)  # before others deselect cases
 def pytest_collection_modifyitems(config, items):
-    """Leaves slow tests out, except those whose names were given."""
+    """Deselects slow tests, except those whose names were given."""
     mark_other_cases(items, some=any("[" in path for path in config.args))
     shown = {function_of(i) for i in items if not i.get_closest_marker("slow")}
     for item in items:
@@ -83,9 +82,9 @@ def pytest_collection_modifyitems(config, items):
 
 
 def mark_other_cases(items, *, some):
-    """Marks as slow what `slow_but` does not name.
+    """Marks as slow the cases that `slow_but` does not name.
 
-    Where `some` cases were asked for by name, others may be missing.
+    With `some`, cases were asked for by name, and others may be missing.
     """
     kept, found = {}, {}
     for item in items:
@@ -103,7 +102,7 @@ def mark_other_cases(items, *, some):
 
 
 def function_of(item):
-    """Returns the name of a test without that of its case."""
+    """Returns the name of a test without its parameters."""
     return item.nodeid.split("[")[0]
 
 
@@ -114,34 +113,34 @@ def last(path):
 
 def pytest_collection_finish():
     if "keras" in sys.modules:
-        # It has gin know the small network by its name.
+        # Registers the small network with gin.
         import support.small_models  # noqa: F401
-    # A million objects of what has been imported stay: no collection of garbage
-    # need look at them again. A twentieth of the time of all tests.
+    # Imports leave a million objects. Without them, garbage collection is
+    # faster, which saves a twentieth of the time of all tests.
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 10, 10)
 
 
 def spent():
-    """Returns seconds of processors: this process, and those it started."""
+    """Returns the processor seconds of this process and its children."""
     times = os.times()
     return sum(times[:4]) + fresh_processes.spent
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
-    """TensorFlow rewrites graphs, as it does for users, in all tests together.
+    """Turns TensorFlow's graph rewrites on with `--all`, as for users.
 
-    Alone it does not, nor in cases that `--all` adds to those of a test: that
-    takes a tenth of their time, or more.
+    They are off otherwise, and for the cases that `--all` adds to a test,
+    since they take a tenth of the time or more.
     """
     if "tensorflow" in sys.modules:
         fresh_processes.run_graphs_as_traced(item.stash[AS_TRACED])
 
 
 def built_kernels_since(moment):
-    """Returns whether a test had to wait for the sparse kernels: the first."""
+    """Returns whether a test built the sparse kernels, as the first does."""
     library = sys.modules.get("rigl_keras.kernels.library")
     if library is None:
         return False
@@ -155,9 +154,9 @@ def built_kernels_since(moment):
 def pytest_runtest_call(item):
     """Fails a test that takes longer than `LONGEST` and is not marked as slow.
 
-    What counts is the lesser of two clocks. That of the wall says too much
-    where others use the machine; that of processors, where threads share a
-    test, and where it waits, too little.
+    The smaller of wall time and processor time counts. Wall time is too long
+    if other programs use the machine, and processor time if threads share the
+    work of a test.
     """
     began, wall, processors = time.time(), time.monotonic(), spent()
     result = yield
@@ -173,7 +172,7 @@ def pytest_runtest_call(item):
 
 @pytest.fixture(autouse=True, scope="session")
 def untimed_kernels():
-    """`product="auto"` is dense, and nothing is built, loaded or timed."""
+    """Makes `product="auto"` dense, so that nothing is built or timed."""
     if "keras" not in sys.modules:
         yield
         return
@@ -186,14 +185,14 @@ def untimed_kernels():
     chosen = layer_products.faster_product
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layer_products, "faster_product", never)
-        # Batch norm and dropout are Keras's; test_fast_calls.py has the others.
+        # Batch norm and dropout are Keras's; test_fast_calls.py tests ours.
         patch.setattr(fast_calls, "_LEAST_NUMBERS", float("inf"))
         yield chosen
 
 
 @pytest.fixture(autouse=True, scope="session")
 def short_measurements():
-    """An export is measured for a tenth of the seconds that it may take."""
+    """Measures exports for a tenth of the usual seconds."""
     if "keras" not in sys.modules:
         yield
         return
@@ -206,7 +205,7 @@ def short_measurements():
 
 @pytest.fixture
 def timed_kernels(monkeypatch, untimed_kernels):
-    """`product="auto"` is what it is outside tests."""
+    """Gives `product="auto"` its usual meaning."""
     from rigl_keras.kernels import layer_products
 
     monkeypatch.setattr(layer_products, "faster_product", untimed_kernels)
@@ -214,7 +213,7 @@ def timed_kernels(monkeypatch, untimed_kernels):
 
 @pytest.fixture
 def always_sparse(monkeypatch):
-    """`product="auto"` is sparse: layers of tests are too small to win."""
+    """Makes `product="auto"` sparse, though layers of tests are too small."""
     from rigl_keras.kernels import layer_products
     from rigl_keras.kernels.choice import Choice
 
@@ -225,7 +224,7 @@ def always_sparse(monkeypatch):
 
 @pytest.fixture(scope="module")
 def blank_figures():
-    """Figures are written, and blank: to draw one takes half a second."""
+    """Writes blank figures, as drawing one takes half a second."""
     import matplotlib.figure
 
     with pytest.MonkeyPatch.context() as patch:
@@ -235,7 +234,7 @@ def blank_figures():
 
 @pytest.fixture(scope="session")
 def fresh(pytestconfig):
-    """Runs commands as `python` does, in processes that know TensorFlow."""
+    """Runs commands as `python` does, in forks that have TensorFlow loaded."""
     server = fresh_processes.Server(
         graphs_as_traced=not pytestconfig.option.all
     )
@@ -253,8 +252,8 @@ def seeded():
 def no_graphs_left():
     """Frees the graphs of a module's models once its tests are done.
 
-    TensorFlow registers each custom gradient of a graph for as long as the
-    process lives, and the graph with it: gigabytes after some hundred models.
+    TensorFlow keeps each custom gradient, and its graph, until the process
+    ends. After some hundred models these take gigabytes.
     """
     yield
     if "tensorflow" not in sys.modules:
@@ -269,7 +268,7 @@ def no_graphs_left():
 
 @pytest.fixture(autouse=True)
 def nothing_is_built_ahead(monkeypatch):
-    """By tests that happen to mask a large layer."""
+    """Keeps tests that mask a large layer from starting a build."""
     ahead = sys.modules.get("rigl_keras.kernels.ahead")
     if ahead is not None:
         monkeypatch.setattr(ahead, "_begun", True)

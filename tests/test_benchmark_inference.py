@@ -1,4 +1,4 @@
-"""The inference benchmark: that it measures, not what it measures."""
+"""Tests of the inference benchmark, without its numbers."""
 
 import keras
 import numpy as np
@@ -120,7 +120,7 @@ def test_the_network_is_like_a_trained_one(tiny):
     ]
     assert all(0.4 < abs(norm.gamma.numpy()).min() < 1.6 for norm in norms)
     assert all(norm.momentum == 0.99 for norm in norms)
-    # What it computes depends on what it is given.
+    # The outputs depend on the inputs.
     images = np.random.default_rng(0).standard_normal((4, 8, 8, 3))
     outputs = network(images.astype(np.float32)).numpy()
     assert outputs.std(axis=0).min() > 0.01 * np.abs(outputs).max()
@@ -135,12 +135,15 @@ def test_the_network_is_like_a_trained_one(tiny):
             {"models": ["resnet51"]},
             "models must be one of .*resnet50.*resnet51",
         ),
-        ({"models": []}, "models must be one or more"),
+        ({"models": []}, "models must have at least one item"),
         ({"densities": [0.0]}, r"densities must be .*\(0, 1\].*=0.0"),
         ({"densities": [1.5]}, r"densities must be .*\(0, 1\].*=1.5"),
         ({"densities": [float("nan")]}, "densities must be .*nan"),
         ({"batches": [0]}, "batches must be an int of at least 1.*=0"),
-        ({"batches": [1, 1]}, "batches must be one or more, each once"),
+        (
+            {"batches": [1, 1]},
+            "batches must have at least one item, and each once",
+        ),
         ({"rounds": 0}, "rounds must be .*=0"),
         ({"seconds": 0}, "seconds must be above 0.*=0"),
     ],
@@ -173,7 +176,7 @@ def test_the_command(tmp_path, fresh):
     assert done.returncode == 0, done.stderr
     assert "tiny, batch 1" in done.stdout and "density 0.2" in done.stdout
     assert "writing all formats" in done.stderr
-    assert "Sharding" not in done.stderr  # TensorFlow's own news
+    assert "Sharding" not in done.stderr  # TensorFlow's own message
     drawn = {path.name for path in tmp_path.iterdir()}
     assert drawn == {"inference.png", "numbers.json"}
 
@@ -208,7 +211,7 @@ def test_numbers_of_a_flag():
 
 
 def padded():
-    """Returns what the ready models do not have."""
+    """Returns a model with layers that the library's models lack."""
     return keras.Sequential(
         [
             keras.Input((9, 7, 3)),
@@ -242,7 +245,7 @@ def padded():
 def test_torch_computes_the_same(build):
     model = build()
     draw = np.random.default_rng(0)
-    for weight in model.weights:  # statistics and biases, too
+    for weight in model.weights:  # also statistics and biases
         if len(weight.shape) == 1:
             weight.assign(draw.uniform(0.5, 1.5, weight.shape))
     images = draw.standard_normal((3, *model.input_shape[1:]), np.float32)

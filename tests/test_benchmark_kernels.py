@@ -1,4 +1,4 @@
-"""What sparse kernels save: that it is measured, not how much it is."""
+"""Tests of the benchmarks of sparse kernels, without their numbers."""
 
 import csv
 import functools
@@ -73,7 +73,7 @@ def tiny(monkeypatch):
         ({0.01: 4.0, 10.0: 1 / 16}, 0.1),
         ({0.1: 2.0, 0.2: 1.0, 0.4: 0.5}, 0.2),  # exactly at one
         ({0.4: 0.5, 0.1: 2.0}, 0.2),  # in any order
-        # The first crossing: what wins above it is noise.
+        # The first crossing counts: a win above it is noise.
         ({0.1: 2.0, 0.4: 0.5, 0.6: 1.1, 0.8: 0.9}, 0.2),
         ({0.1: 2.0, 0.4: 0.5, 0.6: 1.1}, 0.2),
         ({0.05: 0.9, 0.1: 2.0, 0.4: 0.5}, 0.2),
@@ -151,7 +151,7 @@ def test_the_figure(tmp_path):
             density, 0.004 * (1 + i) / speed, layer=f"layer {i}", side=side
         )
         for side in ("forward", "forward + backward")
-        for i in range(9)  # more than there are looks
+        for i in range(9)  # more than there are line styles
         for density, speed in speeds.items()
     ]
     figure = speed_figures.speed_ups(
@@ -170,9 +170,9 @@ def test_the_figure(tmp_path):
     marked = [
         line.get_xdata()[0] for line in left.lines if len(line.get_xdata()) == 1
     ]
-    # Layer i is 4 / (1 + i) times as fast as dense at 0.02: up to the third
-    # there is a crossover, of the first between 2 and 1/2, halfway. The fourth
-    # is as fast as dense at 0.02, and is not marked.
+    # Layer i is 4 / (1 + i) times as fast as dense at 0.02. The first three
+    # have a crossover; the first one's is halfway between 2 and 1/2. The
+    # fourth is as fast as dense at 0.02, and is not marked.
     assert marked[:2] == pytest.approx([0.2, 0.1]) and len(marked) == 3
     legend = [text.get_text() for text in right.get_legend().get_texts()]
     assert legend[-2:] == ["as fast as dense", "crossover"]
@@ -204,8 +204,8 @@ def test_the_shapes_are_those_of_the_models():
         padding="VALID",
     )
     found = layer_speed.layer_problems(models.resnet50(100), 1)
-    # 3x3 ones of 64, and of 128, 256 and 512 channels with and without stride;
-    # 1x1 ones, of four stages: first, last and later, and the shortcuts.
+    # 3x3 kernels of 64 channels, and of 128, 256 and 512 with and without
+    # stride; 1x1 kernels of four stages: first, last and later, and shortcuts.
     sizes = [name[:3] for name in found]
     assert sizes.count("3x3") == 1 + 1 + 3 * 2
     assert len(found) == len(set(found)) == sizes.count("3x3") + 15
@@ -222,7 +222,7 @@ def test_layers(tiny, tmp_path):
         say=said.append,
         keep=lambda measured: kept.append(len(measured)),
     )
-    assert kept == [4, 8, 12]  # as it goes
+    assert kept == [4, 8, 12]  # after each layer
     assert all(m.fastest <= m.seconds for m in measured)
     assert all(m.dense_fastest <= m.dense_seconds for m in measured)
     assert {m.processor for m in measured} == {provenance.processor()}
@@ -258,7 +258,7 @@ def test_layers_by_pattern(tiny, tmp_path):
         for side in ("forward", "forward + backward")
         for pattern in ("", ", kernel", ", fan_in", ", 4x4")
     }
-    # One dense side for all.
+    # All share one dense side.
     assert len({(m.layer, m.dense_seconds) for m in measured}) == 3 * 2
     with pytest.raises(ValueError, match="and '2:4' has one. Leave it out"):
         layer_speed.measure_layers("tiny", [0.5], granularities=["2:4"])
@@ -327,7 +327,7 @@ def test_inference(tiny, tmp_path):
 
 
 def written(part, measured, folder):
-    """Returns how many lines the file has, after a look at both files."""
+    """Checks both files, and returns the number of lines of the table."""
     table = folder / f"{part}.csv"
     write_csv(measured, table)
     image = kernel_command._drawn(part, measured, folder)
@@ -369,7 +369,7 @@ def test_without_torch(tiny, monkeypatch):
 
 @needs_torch
 def test_the_step_of_torch():
-    """It learns, the loss is Keras's, and masks stay."""
+    """The loss falls and equals Keras's, and masks do not change."""
     import torch
 
     model = rigl_keras.sparsify(
@@ -404,15 +404,21 @@ def test_the_step_of_torch():
     assert sum(b.sum() for b in before) > 0.7 * sum(b.size for b in before)
 
 
-# What is refused.
+# Errors.
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
         ({"model": "resnet51"}, "model must be one of .*resnet50.*resnet51"),
-        ({"densities": []}, "densities must be one or more, each once"),
-        ({"densities": [0.1, 0.1]}, "densities must be one or more, each once"),
+        (
+            {"densities": []},
+            "densities must have at least one item, and each once",
+        ),
+        (
+            {"densities": [0.1, 0.1]},
+            "densities must have at least one item, and each once",
+        ),
         ({"densities": [0.0]}, r"densities must be .*\(0, 1\].*=0.0"),
         ({"densities": [float("nan")]}, "densities must be .*nan"),
         ({"distributions": ["erk"]}, "distributions must be one of .*'erk'"),
@@ -521,5 +527,5 @@ def test_flags_that_are_wrong(capsys, part, changes, message):
 def test_what_to_measure_is_named_first(command):
     done = command("--rounds=3", "kernels")
     assert done.returncode == 2 and not done.stdout
-    assert "benchmark: What to measure is named before" in done.stderr
+    assert "benchmark: Name what to measure before" in done.stderr
     assert "Traceback" not in done.stderr

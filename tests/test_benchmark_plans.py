@@ -1,4 +1,4 @@
-"""What sparse kernels keep in memory, as `bin/benchmark plans` tells it."""
+"""Tests of `bin/benchmark plans`: the memory of sparse kernels."""
 
 import functools
 import types
@@ -26,7 +26,7 @@ def test_the_table():
     ]
     for kept in found:
         assert 400 < kept.weights < 750  # of 1152
-        # Eight bytes for each, in one order or a few; three in training.
+        # Eight bytes for each weight and plan; three plans or more in training.
         assert 8 * kept.weights < kept.plan_bytes < 15 * 9 * kept.weights
         assert kept.new_seconds > 0 and kept.known_seconds > 0
     assert "3x3, 8 channels to 16" in said[0] and len(said) == 2 + len(found)

@@ -1,4 +1,4 @@
-"""`bin/benchmark updates`: its questions to processes, tables and rows."""
+"""Tests of `bin/benchmark updates`: requests, tables and rows."""
 
 import contextlib
 import csv
@@ -14,7 +14,7 @@ KINDS = update_process.KINDS
 
 @contextlib.contextmanager
 def answers(options, asked, **environment):
-    """A process that has a second more at each question."""
+    """A process that answers one second more at each request."""
     asked.append((options["method"], options.get("memory", False)))
     assert bool(environment) == options.get("memory", False)
     turns = iter(range(1, 100))
@@ -53,7 +53,7 @@ def test_updates_are_tables_and_rows(monkeypatch, tmp_path):
     first, _, step, *_ = found
     assert (first.seconds, first.fastest, first.size) == (2, 1, 64)
     assert (first.peak_bytes, first.backward_bytes) == (2 << 20, 4 << 20)
-    assert step.backward_bytes is None  # it was not known
+    assert step.backward_bytes is None  # not known
     rows = list(csv.DictReader(path.read_text().splitlines()))
     assert len(rows) == 6 and rows[0]["backward_bytes"] == "4.1943e+06"
     assert rows[2]["backward_bytes"] == "" and rows[0]["commit"]

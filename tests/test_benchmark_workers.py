@@ -1,4 +1,4 @@
-"""What two workers send each other, as `bin/benchmark workers` tells it."""
+"""Tests of `bin/benchmark workers`: bytes that workers send, and times."""
 
 import csv
 import functools
@@ -125,8 +125,8 @@ def test_at_density_one_tenth_a_tenth_travels():
         sides=("all", "active"),
         say=said.append,
     )
-    # 1,076,912 weights of kernels, 1 % of other things, and what the network
-    # adds: headers and heartbeats, more of them on a slow machine.
+    # 1,076,912 weights of kernels, 1 % of other variables, and the network's
+    # headers and heartbeats, which are more on a slow machine.
     assert 4 * 1_076_912 < whole.bytes < 1.2 * 4 * 1_076_912
     assert 0.1 * whole.bytes < active.bytes < 0.15 * whole.bytes
     assert worker_speed.MEASURING in said

@@ -1,4 +1,4 @@
-"""Mask updates within `fit`: when, what, and what is refused."""
+"""Mask updates within `fit`: their steps, their effects, and errors."""
 
 import dataclasses
 import functools
@@ -29,7 +29,7 @@ from rigl_keras.methods.rigl import SET, SNFS, RigL
 
 
 class Steps(keras.callbacks.Callback):
-    """Keeps masks, kernels and logs after every step (an epoch each)."""
+    """Records masks, kernels and logs after every step, one in each epoch."""
 
     def __init__(self):
         super().__init__()
@@ -42,7 +42,7 @@ class Steps(keras.callbacks.Callback):
 
 
 def step_by_step(model, callbacks, steps=14, **options):
-    """Trains with an epoch a step; returns what happened at each."""
+    """Trains with one step in each epoch; returns the record of steps."""
     record = Steps()
     data = tf.data.Dataset.from_tensor_slices(examples(8 * steps)).batch(8)
     model.fit(
@@ -73,7 +73,7 @@ def train(model, callbacks, **options):
 
 
 def two_layers(dropout=0.2):
-    """Returns a network for the tests of every method: quick to trace."""
+    """Returns a network that is quick to trace, for tests of every method."""
     inputs = keras.Input((8, 8, 3))
     x = layers.Conv2D(8, 3, strides=2, name="conv")(inputs)
     x = layers.ReLU()(layers.BatchNormalization(name="norm")(x))
@@ -100,7 +100,7 @@ if keras.version() >= "3.13":  # before, Muon failed on TensorFlow
 
 
 # Each method with each optimizer. Of the pairs that `test_what_an_update_moves`
-# has as well, below, each method has one.
+# below also has, only one for each method.
 PAIRS = [
     (method, optimizer)
     for i, method in enumerate(METHODS)
@@ -114,11 +114,11 @@ PAIRS = [
 @pytest.mark.slow_but(*in_turn(METHODS, OPTIMIZERS))
 @pytest.mark.parametrize("method, optimizer", PAIRS)
 def test_counts_and_zeros(method, optimizer):
-    """Constant in each layer, or in all together, or as scheduled."""
+    """Counts are constant by layer, constant in total, or as scheduled."""
     model = sparsify(two_layers(), 0.2)
     before = masks(model)
     compiled(model, OPTIMIZERS[optimizer]())
-    # A constant fraction: the cosine's last update drops nothing.
+    # A constant fraction, as the last update of a cosine drops nothing.
     callbacks = METHODS[method](**WINDOW, decay="constant")
     if method in NEED_MOMENTUM and optimizer == "sgd":
         with pytest.raises(ValueError, match="SGD keeps no momentum"):
@@ -156,7 +156,7 @@ def test_updates_of_the_report_come_a_step_earlier(method):
 
 
 def assert_updates(model, before, record, steps):
-    """Masks change in some steps alone, and the logs say so."""
+    """Checks that masks change only in some steps, as the logs say."""
     history = [before, *record.masks]
     at = [t for t in range(14) if changed(history[t], history[t + 1])]
     assert at == steps
@@ -228,16 +228,16 @@ def test_rigl_by_hand(l2):
     want[kept] = want[grown] = 1
     np.testing.assert_array_equal(masks(model)["d"].ravel(), want)
 
-    # Kept and rejoined weights hold still, and so do biases; the rest is 0.
+    # Kept and regrown weights do not change, nor do biases; the rest is 0.
     still = np.union1d(kept, np.intersect1d(dropped, grown))
-    assert len(still) < 12  # something was really grown
+    assert len(still) < 12  # at least one new connection was grown
     wanted = np.zeros(24, np.float32)
     wanted[still] = kernel.ravel()[still]
     np.testing.assert_allclose(
         kernels(model)["d"].ravel(), wanted, rtol=1e-5, atol=1e-7
     )
     np.testing.assert_allclose(model.get_layer("d").layer.bias, bias, 1e-5)
-    # So does memory: that of a grown connection starts again.
+    # The same for momentum, which starts again for a grown connection.
     momentum, theirs = (
         rigl_keras.training.optimizer_state.slots(
             m.optimizer, m.get_layer("d").kernel
@@ -296,8 +296,8 @@ def test_step_before_update():
 
 def trained_in(method, **options):
     keras.utils.set_random_seed(1)
-    # Without dropout, whose draws differ under XLA. A convolution once is
-    # enough: XLA takes its time over one.
+    # Without dropout, whose draws differ under XLA. Only one method has a
+    # convolution, which XLA compiles slowly.
     network = two_layers(dropout=0) if method == "RigL" else two_dense_layers()
     model = compiled(sparsify(network, 0.2), **options)
     train(model, DYNAMIC[method](**WINDOW))
@@ -325,7 +325,7 @@ trained_plainly = functools.cache(trained_in)
 def test_every_way_to_run_gives_the_same_masks(method, options):
     plain, other = trained_plainly(method), trained_in(method, **options)
     agree = [np.mean(plain[name] == other[name]) for name in plain]
-    # XLA sums in another order, so that near ties fall the other way.
+    # XLA sums in another order, so that near ties are resolved differently.
     assert min(agree) > (0.95 if "jit_compile" in options else 0.999)
 
 
@@ -338,13 +338,13 @@ def test_three_quarters_of_the_run():
         t for t in range(1, 8) if changed(record.masks[t - 1], record.masks[t])
     ]
     assert moving == [1, 2, 3, 4, 5, 6]  # 0.75 x 8
-    # Resumed at epoch 4 of 8: the end is still that of the whole run.
+    # Resumed at epoch 4 of 8: the last update stays that of the whole run.
     model = compiled(sparsify(two_layers(), 0.2), run_eagerly=True)
     train(model, [], epochs=4)
     callback = RigL(frequency=1)
     train(model, [callback], initial_epoch=4, epochs=8)
     assert callback._window["end_step"] == 48  # of 64 steps
-    # A second run on trained weights is counted from where it starts.
+    # A second run on trained weights counts steps from its own start.
     callback = RigL(frequency=1)
     train(model, [callback], epochs=2)
     assert callback._window["end_step"] == 64 + 12
@@ -372,7 +372,7 @@ def test_unknown_length():
 
 @pytest.mark.slow
 def test_a_schedule_that_never_fires_warns():
-    """At the line that calls `fit`, with Keras in between."""
+    """The warning names the line that calls `fit`, above frames of Keras."""
     model = compiled(sparsify(two_layers(), 0.2))
     with pytest.warns(UserWarning, match="plans 0 updates in the 8") as warned:
         train(model, [RigL()])
@@ -416,7 +416,7 @@ def test_fit_leaves_the_model_as_it_was():
 
     with pytest.raises(KeyboardInterrupt):
         train(model, [RigL(frequency=3, end_step=99), Interrupt()])
-    # Another method takes the place of the one that was cut off.
+    # Another method replaces the one that was interrupted.
     train(model, [SET(frequency=2, end_step=99)])
     assert not hasattr(model.train_step, "mask_update")
 
@@ -424,7 +424,7 @@ def test_fit_leaves_the_model_as_it_was():
 @pytest.mark.slow_but("SNFS")
 @pytest.mark.parametrize("method", NEED_MOMENTUM)
 def test_exact_resume(method, tmp_path):
-    """Adam's memory, too. `test_contract.py` has all methods, with SGD."""
+    """With Adam. `test_contract.py` has all methods, with SGD."""
 
     def model():
         keras.utils.set_random_seed(1)
@@ -457,7 +457,7 @@ def test_exact_resume(method, tmp_path):
 
 @pytest.mark.parametrize("method", DYNAMIC)
 def test_config_round_trip(method):
-    """Every argument is in the config, by the signature."""
+    """The config has every argument of the signature."""
     (callback,) = DYNAMIC[method](
         frequency=7,
         drop_fraction=0.2,
@@ -566,14 +566,14 @@ def test_bad_set_ups():
 
 
 class Interrupt(keras.callbacks.Callback):
-    """As Ctrl-C does, after the first step."""
+    """Raises KeyboardInterrupt after the first step."""
 
     def on_train_batch_end(self, batch, logs=None):
         raise KeyboardInterrupt
 
 
 def small_regression(optimizer="sgd", kernel_regularizer=None, **options):
-    """A masked two-layer network, run eagerly, and its data: 6 steps."""
+    """Returns a masked two-layer network, run eagerly, and data of 6 steps."""
     draw = np.random.default_rng(0)
     x = draw.standard_normal((24, 6)).astype(np.float32)
     y = draw.standard_normal((24, 4)).astype(np.float32)
@@ -620,13 +620,13 @@ def test_a_callback_can_be_used_again_after_an_interrupt():
     before = masks(model)
     fit([method])
     assert changed(before, masks(model))
-    # And so it can after its own error, and after no error at all.
+    # It also can after its own error, and without any error.
     fit([method])
     assert not hasattr(model.train_step, "mask_update")
 
 
 class Look(keras.callbacks.Callback):
-    """Keeps variables and optimizer memory before and after each step."""
+    """Records variables and optimizer state before and after each step."""
 
     def __init__(self):
         super().__init__()
@@ -659,7 +659,7 @@ class Look(keras.callbacks.Callback):
         )
 
 
-# Each method with each optimizer, and each of both with both conventions.
+# Each method with each optimizer, and each of them with both conventions.
 EVERY_PAIR = [
     (optimizer, method, ("ORIGINAL", "REPORT")[(i + j) % 2])
     for i, optimizer in enumerate(("nesterov", "adam", "adamw"))
@@ -677,7 +677,7 @@ EVERY_PAIR = [
 )
 @pytest.mark.parametrize("optimizer, method, conventions", EVERY_PAIR)
 def test_what_an_update_moves(optimizer, method, conventions):
-    """Only masks, weights that leave or join, and their memory."""
+    """It changes only masks, dropped and grown weights, and their state."""
     conventions = {"ORIGINAL": ORIGINAL, "REPORT": REPORT}[conventions]
     model, fit = small_regression(OPTIMIZERS[optimizer]())
     look = Look()
@@ -694,7 +694,7 @@ def test_what_an_update_moves(optimizer, method, conventions):
             for one, two in zip(before["others"], after["others"], strict=True)
         )
         update = step > 0 and (step + ahead) % 2 == 0
-        assert still == update  # biases, gamma and beta wait for the update
+        assert still == update  # biases, gamma and beta
         if not update:
             continue
         for name, mask in before["masks"].items():
@@ -703,20 +703,20 @@ def test_what_an_update_moves(optimizer, method, conventions):
             both = (mask == 1) & (new == 1)
             anew = (mask == 0) & (new == 1)
             grown_at_all |= bool(anew.any())
-            if method in ("RigL", "SET"):  # none gives all to other layers
+            if method in ("RigL", "SET"):  # each layer keeps its count
                 assert anew.any()
             assert not kernel[~both].any()
             if conventions is ORIGINAL or method == "SNFS":
                 np.testing.assert_array_equal(kernel[both], old_kernel[both])
                 n = int(mask.sum())
                 rejoined_at_all |= both.sum() > n - int(0.9 * n)
-            else:  # a connection that rejoins starts at zero
+            else:  # a regrown connection starts at zero
                 moved = both & (kernel != old_kernel)
                 assert not kernel[moved].any()
                 rejoined_at_all |= bool(moved.any())
             assert before["slots"][name]
             for slot, memory in after["slots"][name].items():
-                if method == "SNFS":  # remembers all, and is dense
+                if method == "SNFS":  # its momentum is dense
                     both = np.ones_like(both)
                     assert memory[new == 0].any()
                 assert not memory[~both].any()
@@ -754,7 +754,6 @@ def test_decay_of_the_drop_fraction(decay, fraction):
         last = min(step - step % 2, 10)  # the update that the logs show
         want = fraction((last - 2) / 8) if last else 0.0
         assert logs["drop_fraction"] == pytest.approx(want, abs=1e-6)
-        # 24 and 16 of a half; memory of none when nothing is dropped.
         if want == 0:
             assert logs["grown"] == 0
 
@@ -772,7 +771,7 @@ def test_decay_of_the_drop_fraction(decay, fraction):
 def test_zeros_under_each_option_of_an_optimizer(options):
     model, fit = small_regression(keras.optimizers.SGD(0.1, 0.9, **options))
     before = masks(model)
-    # Averages take the place of the weights at the end of fit.
+    # At the end of `fit`, averages replace the weights.
     fit([RigL(**{**EVERY_STEP, "frequency": 2})])
     assert changed(before, masks(model))
     for name, mask in masks(model).items():
@@ -806,7 +805,7 @@ def test_a_penalty_of_zero():
         ({"drop_fraction": "0.3"}, "drop_fraction"),
         ({"drop_fraction": None}, "drop_fraction"),
         ({"decay_power": "3"}, "decay_power"),
-        ({"seed": 2**64}, "seed"),  # more than a draw can be seeded with
+        ({"seed": 2**64}, "seed"),  # too large for a seed
     ],
     ids=str,
 )
@@ -829,7 +828,7 @@ def test_growth_takes_inactive_entries_only(method):
     moved = False
     for before, after in zip(look.states[1:], look.states[2:], strict=False):
         for name, mask in before["masks"].items():
-            # 0.3 of the ones leave at most; all others are still there.
+            # At most 0.3 of the ones are dropped; all others stay.
             stayed = int((mask * after["masks"][name]).sum())
             ones = int(mask.sum())
             assert ones - int(0.3 * ones) <= stayed <= ones
@@ -840,7 +839,7 @@ def test_growth_takes_inactive_entries_only(method):
 @pytest.mark.slow_but("RigL")
 @pytest.mark.parametrize("method", ["RigL", "SET", "MagnitudePruning"])
 def test_whole_kernels_move(method):
-    """What is dropped and grown as one stays one, and so do counts."""
+    """Kernels are dropped and grown whole, and counts do not change."""
     model = sparsify(small_model(), 0.5, granularity="kernel")
     before = masks(model)
     compiled(model, run_eagerly=method != "RigL")
@@ -856,7 +855,7 @@ def test_whole_kernels_move(method):
 
 
 def test_kernels_are_ranked_by_their_mean():
-    """Two kernels of one weight's difference, by hand."""
+    """Kernels that differ in one weight, by hand."""
     inputs = keras.Input((3, 2))
     conv = layers.Conv1D(2, 3, name="conv", use_bias=False)
     model = keras.Model(inputs, conv(inputs))
@@ -876,8 +875,8 @@ def test_kernels_are_ranked_by_their_mean():
     data = tf.data.Dataset.from_tensors((x, np.full((1, 1, 2), 99.0))).repeat(2)
     method = RigL(frequency=1, drop_fraction=0.34, end_step=9, decay="constant")
     model.fit(data, shuffle=False, callbacks=[method], verbose=0)
-    # One of three leaves, that of mean 1; of the two that are off, both have
-    # the gradients of input 1, and the earlier joins: it has just left.
+    # The kernel of mean 1 is dropped. Both inactive kernels then have the
+    # gradients of input 1, so the first of them grows: the dropped one.
     assert layer.mask.numpy()[0].tolist() == [[1, 1], [1, 0]]
     assert layer.kernel.numpy()[:, 1, 0].tolist() == [-1, -1, 1]
 
@@ -890,7 +889,7 @@ def test_redistribution_needs_single_weights(method):
 
 
 def test_density_moves_to_where_gradients_are():
-    """RigL-SG's counts from the gradients of one batch, by hand."""
+    """RigL-SG's counts follow from the gradients of a batch, by hand."""
     inputs = keras.Input((6,))
     outputs = [
         layers.Dense(4, name=n, use_bias=False)(inputs) for n in ("a", "b")
@@ -898,7 +897,7 @@ def test_density_moves_to_where_gradients_are():
     model = sparsify(keras.Model(inputs, outputs), 0.5, distribution="er")
     draw = np.random.default_rng(0)
     x = draw.standard_normal((5, 6)).astype(np.float32)
-    # Targets of the second are far away, so its gradients are large.
+    # Targets of the second layer are large, and so are its gradients.
     y = [draw.standard_normal((5, 4)), 9 * draw.standard_normal((5, 4))]
     gradients = {}
     for target, name in zip(y, "ab", strict=True):
@@ -917,7 +916,7 @@ def test_density_moves_to_where_gradients_are():
         redistribution="gradient",
     )
     model.fit(data, shuffle=False, callbacks=[method], verbose=0)
-    grown = 12 * np.array(means) / sum(means)  # 6 of 12 leave each layer
+    grown = 12 * np.array(means) / sum(means)  # each layer drops 6 of 12
     after = masks(model)
     assert after["a"].sum() == 6 + np.round(grown[0]) < before["a"].sum()
     assert after["b"].sum() == 6 + np.round(grown[1]) > before["b"].sum()
@@ -956,7 +955,7 @@ def test_a_refused_update_is_told_in_a_loop_of_ones_own():
 
     step = tf.function(method.wrap(step, model=model, optimizer=optimizer))
     step(np.ones((2, 6), np.float32))
-    # AutoGraph converts the loop, and nothing of the package.
+    # AutoGraph converts the user's loop, but not the package.
     assert status == ["DISABLED"]
     step(np.full((2, 6), np.nan, np.float32))
     with pytest.raises(ValueError, match="refused the update at step 1"):
@@ -964,7 +963,7 @@ def test_a_refused_update_is_told_in_a_loop_of_ones_own():
 
 
 def test_nan_scores_are_refused():
-    """In a user's method: gradients and kernels are finite."""
+    """A custom method may compute NaN from finite gradients and kernels."""
 
     class Logarithm(rigl_keras.MaskUpdate):
         def grow_scores(self, layer, gradient, step):
@@ -978,8 +977,8 @@ def test_nan_scores_are_refused():
 
 
 def test_a_step_is_traced_once():
-    """As an ordinary step and as an update: metrics, which Keras makes as it
-    traces, don't have it traced again."""
+    """It is traced once as an ordinary step and once as an update, although
+    Keras makes metrics during the trace."""
     model = compiled(sparsify(two_layers(), 0.2))
     own, traced = model.train_step, []
     model.train_step = lambda data: traced.append(1) or own(data)
@@ -992,7 +991,7 @@ def test_a_step_is_traced_once():
     bool(tf.config.list_physical_devices("GPU")), reason="of CPUs"
 )
 def test_an_update_is_traced_when_it_is_due():
-    """Nobody waits for it before the first step."""
+    """The first step does not wait for it."""
     model = compiled(sparsify(two_layers(), 0.2))
     own, traced, each = model.train_step, [], []
     model.train_step = lambda data: traced.append(1) or own(data)
@@ -1008,7 +1007,7 @@ def test_an_update_is_traced_when_it_is_due():
 
 @pytest.mark.slow
 def test_a_train_function_that_is_rebuilt_within_fit():
-    """As is done after layers are frozen: updates go on."""
+    """Updates continue if it is rebuilt, for instance to freeze layers."""
 
     class Rebuild(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None):
@@ -1087,7 +1086,7 @@ def test_the_fields_of_a_method_are_its_arguments():
 
 
 def test_only_what_the_optimizer_trains_is_updated():
-    """The layer within may be frozen, and not the mask around it."""
+    """The wrapped layer may be frozen although its wrapper is not."""
     model = sparsify(small_model(), 0.2)
     frozen = rigl_keras.masked_layers(model)[0]
     frozen.layer.trainable = False

@@ -1,4 +1,4 @@
-"""What greets whoever calls a command: its help, its messages, and Ctrl-C."""
+"""The help and messages of commands, and Ctrl-C."""
 
 import io
 import json
@@ -22,7 +22,7 @@ from rigl_keras.experiments.progress_bar import ProgressBar
 
 ROOT = pathlib.Path(rigl_keras.__file__).parents[1]
 SCRIPTS = {path.name: path.read_text() for path in (ROOT / "bin").iterdir()}
-# Those that only hand over to a module, and which module.
+# The scripts that only run a module, and the module.
 MODULES = {
     name: found[1]
     for name, text in SCRIPTS.items()
@@ -44,7 +44,7 @@ ASKED = [
     ["train", "--densty=0.1"],
     *([*command.split(" "), "^C"] for command in (*MODULES, "benchmark plans")),
 ]
-# A process that knows nothing yet, and forks for each command.
+# A process without imports, which forks for each command.
 HELPS = """
 import contextlib, io, json, os, runpy, signal, sys, warnings
 import absl.app, absl.flags, numpy
@@ -77,7 +77,7 @@ for module, *arguments in json.loads(sys.argv[1]):
 
 @pytest.fixture(scope="module")
 def helps():
-    """`{command: (status, output, errors, what is imported)}`."""
+    """Returns `{command: (status, output, errors, imported modules)}`."""
     asked = [[MODULES[name], *rest] for name, *rest in ASKED]
     done = subprocess.run(
         [sys.executable, "-c", HELPS, json.dumps(asked)],
@@ -91,7 +91,7 @@ def helps():
 
 
 def test_help_is_there_at_once(helps):
-    """Nothing is imported that takes seconds; all fits 80 columns."""
+    """Help imports no slow module, and fits 80 columns."""
     assert len(MODULES) == 7
     for command, (code, out, err, heavy) in helps.items():
         if "densty" in command or "^C" in command:
@@ -113,7 +113,7 @@ def test_help_shows_the_options_of_the_command(helps):
         assert f"  {flag}" in kernels
     assert "--part" not in kernels
     assert (
-        "  --quantization=float16|int8\n      Of tflite"
+        "  --quantization=float16|int8\n      Quantization of tflite"
         in helps["export --help"][1]
     )
 
@@ -128,7 +128,7 @@ def test_a_wrong_flag_names_the_one_that_is_near(helps):
 
 
 def test_help_names_what_there_is(helps):
-    """The lists in it, which are written there without TensorFlow."""
+    """Help lists the same names as modules that need TensorFlow."""
     from rigl_keras.distributions import DISTRIBUTIONS
     from rigl_keras.experiments.benchmarks.engines.network_files import MODELS
     from rigl_keras.experiments.benchmarks.inference_command import (
@@ -186,7 +186,7 @@ def test_nothing_is_printed_before_ours(tmp_path, monkeypatch, capfd):
             os.write(2, b"why it fails\n")
             raise ImportError
     assert capfd.readouterr().err == "why it fails\n"
-    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "0")  # as asked for
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "0")  # as a user may set it
     with quiet_start.silence():
         os.write(2, b"all\n")
     assert capfd.readouterr().err == "all\n"
@@ -226,7 +226,7 @@ def test_messages_go_above_a_bar(monkeypatch):
 
 
 def test_ctrl_c_in_a_run(tmp_path, fresh):
-    """One line, which is the command that goes on."""
+    """It prints one line, with the command that continues."""
     run = fresh.start(
         *("-m", MODULES["train"], f"--run_dir={tmp_path / 'run'}"),
         "--gin_bindings=train.epochs = 999",
@@ -240,14 +240,14 @@ def test_ctrl_c_in_a_run(tmp_path, fresh):
     assert run.returncode == 130, err
     *_, line = err.splitlines()
     assert line == (
-        f"train: interrupted; go on with: bin/train --run_dir={tmp_path}/run "
-        "'--gin_bindings=train.epochs = 999' --resume"
+        "train: interrupted; continue with: bin/train "
+        f"--run_dir={tmp_path}/run '--gin_bindings=train.epochs = 999' --resume"
     )
     assert "Traceback" not in err
 
 
 def test_ctrl_c_in_every_command(helps):
-    """Whatever it is doing: here, it waits for TensorFlow."""
+    """It works at any time, here during the import of TensorFlow."""
     for command, (code, out, err, _) in helps.items():
         name = command.removesuffix(" ^C")
         if command.endswith("^C"):

@@ -1,4 +1,4 @@
-"""Batch norms folded and dead units removed, counted by hand."""
+"""Folding of batch norms and removal of dead units, counted by hand."""
 
 import keras
 import numpy as np
@@ -16,7 +16,7 @@ from rigl_keras.masking.sparsify import sparsify
 
 @pytest.fixture(autouse=True)
 def double():
-    """Everything in float64: what is left out must not show at all."""
+    """Computes in float64, so that any difference shows."""
     policy, floatx = keras.config.dtype_policy(), keras.config.floatx()
     keras.config.set_floatx("float64")
     keras.config.set_dtype_policy("float64")
@@ -26,7 +26,7 @@ def double():
 
 
 def settle(model, seed=0):
-    """Gives batch norms and biases values as after training; returns it."""
+    """Sets batch norms and biases as after training; returns the model."""
     draw = np.random.default_rng(seed)
     for layer in model._flatten_layers():
         if isinstance(layer, layers.BatchNormalization):
@@ -52,7 +52,7 @@ def outputs(model, n=3, seed=5):
         lambda t: draw.normal(size=(n, *(d or 7 for d in t.shape[1:]))),
         model.input if hasattr(model, "input") else model.inputs[0],
     )
-    # Otherwise Keras passes training=True of one layer on to the next.
+    # Otherwise Keras passes training=True from one layer to the next.
     outputs = model(x, training=False)
     return [np.asarray(y) for y in keras.tree.flatten(outputs)]
 
@@ -61,13 +61,13 @@ def assert_same(model, small, tolerance=1e-12):
     for one, other in zip(outputs(model), outputs(small), strict=True):
         assert one.shape == other.shape
         scale = np.abs(one).max()
-        # Outputs that the inputs do not reach would show nothing.
+        # Outputs that do not depend on the inputs would hide differences.
         assert np.ptp(one, axis=0).max() > 1e-4 * scale
         np.testing.assert_allclose(one, other, rtol=0, atol=tolerance * scale)
 
 
 def removed(model):
-    """Returns the smaller model and what shrank, having compared both."""
+    """Compares the smaller model; returns it and the layers that shrank."""
     before = [w.numpy() for w in model.weights]
     small, removal = remove_dead_units(model)
     assert_same(model, small)
@@ -117,7 +117,7 @@ def assign_constant(norm, unit, value):
         ("same", -0.7, 3, 147),  # the ReLU gives 0
         ("valid", -0.7, 3, 147),
         ("valid", 0.7, 3, 150),  # the constant becomes three biases
-        ("same", 0.7, 4, 196),  # and near the border it is less: kept
+        ("same", 0.7, 4, 196),  # kept, as it is smaller near the border
     ],
 )
 def test_filter_without_incoming_connections(padding, value, kept, size):
@@ -186,7 +186,7 @@ def chain(activation="relu"):
 
 
 def test_death_spreads_backward():
-    """c2 is not read; b1 goes to c2 only, a0 and a4 to b1 only."""
+    """c2 is not read. Only c2 reads b1, and only b1 reads a0 and a4."""
     model = chain()
     a, b, c, head = model.layers
     cut(head, outgoing=[2])
@@ -203,7 +203,7 @@ def test_death_spreads_backward():
 
 @pytest.mark.parametrize("activation", ["relu", "tanh", "gelu", "softplus"])
 def test_death_spreads_forward(activation):
-    """a0 has no inputs; b1 reads a0 only, c3 and c4 read b1 only."""
+    """a0 has no inputs. b1 reads only a0, and c3 and c4 read only b1."""
     model = chain(activation)
     a, b, c, _ = model.layers
     cut(a, incoming=[0])
@@ -253,7 +253,7 @@ MERGES = [layers.Add, layers.Subtract, layers.Average, layers.Maximum]
 
 @pytest.mark.parametrize("merge", [None, *MERGES, layers.Minimum])
 def test_sum_of_two_branches(merge):
-    """Both must be dead, or not read after the sum."""
+    """A unit goes if it is dead in both, or not read after the sum."""
     model = residual(merge and merge())
     cut(model.get_layer("branch"), incoming=[0, 1])
     cut(model.get_layer("stem"), incoming=[1, 2])
@@ -285,7 +285,7 @@ def test_product_with_zero_is_zero(sign):
 
 
 def test_zero_of_a_product_stays_zero():
-    """A layer that is not known reads it: hard_sigmoid(0) would show."""
+    """An unknown layer reads it, and hard_sigmoid(0) is not 0."""
     inputs = keras.Input((3,))
     a = layers.Dense(4, "hard_sigmoid", name="a")(inputs)
     b = layers.Dense(4, "sigmoid", name="b")(inputs)
@@ -295,7 +295,7 @@ def test_zero_of_a_product_stays_zero():
     model.get_layer("a").bias.assign([-5, 0, 0, 0])
     small, shrunk = removed(model)
     assert not shrunk
-    # What is multiplied by 0 need not be computed.
+    # A factor of 0 makes the other factor unnecessary.
     assert not small.get_layer("b").kernel.numpy()[:, 0].any()
 
 
@@ -354,7 +354,7 @@ def test_concatenated_channels():
 
 @pytest.mark.parametrize("padding", ["same", "valid"])
 def test_depthwise_convolution(padding):
-    """Each channel has two outputs, which go together."""
+    """Both outputs of a channel are removed together."""
     model = settle(
         keras.Sequential(
             [
@@ -372,11 +372,11 @@ def test_depthwise_convolution(padding):
     conv.bias.assign([0.5, 1, 1, 1])
     kernel = depthwise.kernel.numpy()
     kernel[:, :, 1] = 0  # both outputs are their biases
-    kernel[:, :, 2, 0] = 0  # one is
+    kernel[:, :, 2, 0] = 0  # one output is its bias
     depthwise.kernel.assign(kernel)
     cut(head, outgoing=[7])
     small, shrunk = removed(model)
-    # Channel 0 is a constant, which near the border counts less.
+    # Channel 0 is a constant, whose sum is smaller near the border.
     left = 2 if padding == "valid" else 3
     assert shrunk == {"conv": (4, left), "depthwise": (8, 2 * left)}
     assert small.get_layer("depthwise").kernel.shape == (3, 3, left, 2)
@@ -404,7 +404,7 @@ def test_separable_convolution(padding):
     kernel = separable.depthwise_kernel.numpy()
     kernel[:, :, 1] = 0
     kernel[:, :, 2, 0] = 0
-    kernel[:, :, 3, 1] = 0  # channel 3 has the other path still
+    kernel[:, :, 3, 1] = 0  # channel 3 still has the other path
     separable.depthwise_kernel.assign(kernel)
     kernel = separable.pointwise_kernel.numpy()
     kernel[:, :, 5] = 0  # the other path of channel 2
@@ -431,7 +431,7 @@ def test_separable_convolution(padding):
     ids=lambda layer: layer.name,
 )
 def test_constant_that_stays_is_not_added_twice(reader):
-    """It is an output of the model as well."""
+    """The constant is also an output of the model."""
     inputs = keras.Input((6, 6, 2))
     x = layers.Conv2D(4, 3, name="conv")(inputs)
     y = type(reader).from_config({**reader.get_config(), "dtype": None})(x)
@@ -455,7 +455,8 @@ def test_transposed_convolution():
     )
     conv, transposed, head = model.layers
     cut(conv, incoming=[0, 1])
-    conv.bias.assign([-1, 1, 1, 1])  # 0 gives 0; 1 counts less at borders
+    # Channel 0 is 0; channel 1 is smaller near the border.
+    conv.bias.assign([-1, 1, 1, 1])
     kernel = transposed.kernel.numpy()  # (..., outputs, inputs)
     kernel[:, :, 2] = 0
     transposed.kernel.assign(kernel)
@@ -541,7 +542,7 @@ def test_operations_are_known_as_layers_are():
     for name in "ab":
         cut(model.get_layer(name), incoming=[1, int(name == "b")])
     assert removed(model)[1] == {"a": (4, 3), "b": (4, 3)}
-    # A sum with a number is not.
+    # A sum with a number is not supported.
     model = keras.Model(inputs, layers.Dense(2, name="head")(x + 1.0))
     cut(settle(model).get_layer("head"), outgoing=[0])
     assert not removed(model)[1]
@@ -560,7 +561,7 @@ def test_reports_read_well():
     )
 
 
-# What is not known stays.
+# Unknown layers stay.
 
 
 @keras.saving.register_keras_serializable("tests")
@@ -576,7 +577,7 @@ def test_softmax_reads_all():
     cut(model.get_layer("a"), incoming=[2])
     attention = model.get_layer("attention")
     cut(attention, incoming=[1])
-    # Unit 3 goes only where the head does not look, and to the sum of all.
+    # Only entries that the head does not read depend on unit 3, and the sum.
     kernel = attention.kernel.numpy()
     kernel[3, 1:] = 0
     attention.kernel.assign(kernel)
@@ -614,7 +615,7 @@ def test_shared_layer_is_left_alone():
     twice = layers.Dense(4, "relu", name="twice")
     relu = layers.ReLU()
     x = twice(twice(relu(inputs)))
-    x = relu(layers.Dense(5, name="b")(x))  # a layer without weights may go
+    x = relu(layers.Dense(5, name="b")(x))  # shared, but without weights
     model = settle(keras.Model(inputs, layers.Dense(3, name="head")(x)))
     cut(twice, incoming=[0])
     cut(model.get_layer("b"), incoming=[1])
@@ -800,7 +801,7 @@ def random_masks(build, density, **options):
 
 
 NETWORKS = {
-    # Folded: every batch norm that follows a convolution and not an Add.
+    # A batch norm is folded if it follows a convolution, not an Add.
     "wide_resnet": (
         lambda: models.wide_resnet(10, 1, input_shape=(16, 16, 3)),
         [f"block{i}_0_bn2" for i in (1, 2, 3)],
@@ -824,7 +825,7 @@ NETWORKS = {
         (name, density)
         for name in NETWORKS
         for density in (0.01, 0.1)
-        if (name, density) != ("resnet18", 0.1)  # which is folded first, below
+        if (name, density) != ("resnet18", 0.1)  # the test below folds it first
     ],
 )
 def test_networks(name, density):
@@ -842,7 +843,7 @@ def test_folding_in_networks(name):
     build, folded, kept = NETWORKS[name]
     model = random_masks(build, 0.1)
     small, report = fold_batch_norm(model)
-    if folded is None:  # each convolution has its own
+    if folded is None:  # each convolution has a batch norm
         folded = [x.name for x in model.layers if x.name[:-1].endswith("bn")]
         folded += [x.name for x in model.layers if x.name.endswith("bn")]
         assert len(folded) == 20
@@ -854,7 +855,7 @@ def test_folding_in_networks(name):
 
 
 def test_blocks_that_start_as_the_identity():
-    """The second batch norm of each has gamma 0: its branch is nothing."""
+    """The last batch norm of each block has gamma 0, so its branch is 0."""
     model = models.resnet18(10, (16, 16, 3), channel_scale=0.1)
     _, shrunk = removed(model)
     assert shrunk == {
@@ -912,11 +913,11 @@ def test_subclassed_models_are_refused():
             shrink(KINDS["subclassed"]())
 
 
-# Graphs drawn at random.
+# Random graphs.
 
 
 class Draw:
-    """A random network: layers on tensors drawn from those that exist."""
+    """A random network, whose layers read random earlier tensors."""
 
     def __init__(self, seed):
         self.draw = np.random.default_rng(seed)

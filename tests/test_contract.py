@@ -1,7 +1,7 @@
-"""What holds for every method, beyond one training step.
+"""Contracts of every method beyond one training step.
 
-The methods are the rows of `support.methods.METHODS`, where the contracts of
-counts, zeros, resume and config are; here are those that outlive a `fit`.
+The methods are the rows of `support.methods.METHODS`. Other files test counts,
+zeros, resume and config; here are the contracts that outlive a `fit`.
 """
 
 import keras
@@ -32,7 +32,7 @@ WINDOW = dict(frequency=2, end_step=9)
 
 
 class Save(keras.callbacks.Callback):
-    """Saves model, weights and what a method remembers after 5 steps."""
+    """Saves the model, weights and the state of a method after 5 steps."""
 
     def __init__(self, folder, method):
         super().__init__()
@@ -48,7 +48,7 @@ class Save(keras.callbacks.Callback):
 
 @pytest.fixture(scope="module", params=METHODS)
 def run_and_saved(request, tmp_path_factory):
-    """The method's name, the state after 10 steps, and what 5 had saved."""
+    """The method's name, its state after 10 steps, and files saved after 5."""
     folder = tmp_path_factory.mktemp("saved")
     model = tiny()
     start = masks(model)
@@ -75,7 +75,7 @@ def remembered(callbacks):
 
 
 def resumed(callbacks, model, values):
-    """Returns callbacks that remember what was saved beside the model."""
+    """Restores the saved state of callbacks; returns them."""
     for callback in callbacks:
         callback.attach(model, model.optimizer)
     variables = [v for c in callbacks for v in c.variables]
@@ -102,10 +102,10 @@ def test_saved_in_the_middle_ends_the_same(whole_run, saved):
 
 @pytest.mark.slow_but("RigL-SM")
 def test_weights_alone_are_a_checkpoint(whole_run, saved):
-    """Into a model of other masks, which the file replaces."""
+    """The file replaces the masks of the model that loads it."""
     method, want = whole_run
     other = tiny()
-    other.run_eagerly = True  # no graph of what is replaced
+    other.run_eagerly = True  # no graph with the old weights
     fit(other, METHODS[method](frequency=1, end_step=9), 1)
     other.run_eagerly = False
     other.make_train_function(force=True)
@@ -122,7 +122,7 @@ def test_weights_alone_are_a_checkpoint(whole_run, saved):
     "run_and_saved", ["SET", "RigL-SM", "MagnitudePruning"], indirect=True
 )
 def test_interrupted_and_restored_by_keras(whole_run, tmp_path):
-    """`BackupAndRestore` is how Keras itself resumes, from weights as above."""
+    """Keras's `BackupAndRestore` resumes from weights, as above."""
     method, want = whole_run
 
     class Stop(keras.callbacks.Callback):
@@ -159,7 +159,7 @@ def trained(request):
 
 @pytest.mark.slow_but("RigL-SG")
 def test_trained_then_stripped_then_masked_again(trained):
-    """The seed alone decides masks, not the weights."""
+    """Masks depend on the seed and not on the weights."""
     method, _, model, first = trained
     cost = count(model)
     plain = strip(model)
@@ -167,7 +167,7 @@ def test_trained_then_stripped_then_masked_again(trained):
     np.testing.assert_array_equal(
         plain(x, training=False), model(x, training=False)
     )
-    # Nothing was lost or added on the way: kept weights are the trained ones.
+    # The kept weights are the trained ones.
     if method not in SCHEDULED:
         assert cost.nonzeros == count(sparsify(plain, 0.2, seed=4)).nonzeros
     again = masks(sparsify(plain, 0.2, seed=4))
@@ -178,7 +178,7 @@ def test_trained_then_stripped_then_masked_again(trained):
 
 @pytest.mark.slow_but("RigL-SM")
 def test_a_loop_of_ones_own(whole_run):
-    """`wrap` in a `tf.function` ends where `fit` does."""
+    """A custom loop with `wrap` in a `tf.function` gives the same as `fit`."""
     method, want = whole_run
     model = tiny()
     optimizer = model.optimizer
@@ -191,7 +191,7 @@ def test_a_loop_of_ones_own(whole_run):
         variables = model.trainable_variables
         gradients = tape.gradient(value, variables)
         optimizer.apply(gradients, variables)
-        if value < 0:  # which AutoGraph converts
+        if value < 0:  # AutoGraph converts this
             value = -value
         return value
 
@@ -219,7 +219,7 @@ ALWAYS_DENSE = ("SNFS", "TopKAST", "SRSTE")
 
 @pytest.mark.slow_but("RigL-SG")
 def test_what_training_costs(trained):
-    """In closed form, and from the masks of the run; both agree by hand."""
+    """The closed form and the cost from the masks agree with a hand count."""
     method, callbacks, model, first = trained
     start = {name: int(mask.sum()) for name, mask in first.items()}
     cost = count(model)
@@ -263,5 +263,5 @@ def test_what_training_costs(trained):
         assert closed == pytest.approx(mean)
     elif method == "MagnitudePruning":  # the closed form has a dense backward
         assert closed == pytest.approx(mean + dense - np.mean(inference))
-    else:  # an update for two steps beside it, where there is one for four
+    else:  # an update for every two other steps instead of four
         assert mean < closed < dense * 3

@@ -1,4 +1,4 @@
-"""The choices of both references, by hand, and what is refused."""
+"""The choices of both references, by hand, and errors."""
 
 import dataclasses
 import inspect
@@ -10,7 +10,7 @@ import rigl_keras
 from rigl_keras import conventions
 from rigl_keras.conventions import Conventions
 
-# Choice by choice, ORIGINAL against REPORT.
+# Each choice under ORIGINAL and under REPORT.
 TABLE = {
     "first_update": ("frequency", "frequency_minus_one"),
     "end_is_included": (True, False),
@@ -46,7 +46,7 @@ def test_is_a_frozen_value():
     assert conventions.ORIGINAL.drop_rounding == "floor"
     assert len({conventions.ORIGINAL, Conventions(), mixed}) == 2  # hashable
     with pytest.raises(TypeError):
-        Conventions("frequency")  # by name only
+        Conventions("frequency")  # takes only keyword arguments
 
 
 @pytest.mark.parametrize("field", TABLE)

@@ -31,7 +31,7 @@ def same(one, other, x=X):
     np.testing.assert_array_equal(one(x), other(x))
 
 
-# What is frozen.
+# Frozen layers.
 
 
 def base(depth):
@@ -51,7 +51,7 @@ def frozen_models():
     def thawed_within(model):
         whole(model)
         deep = model.get_layer("base2").get_layer("base1")
-        deep.trainable = True  # but not what is above it
+        deep.trainable = True  # but the layers above it stay frozen
         deep.get_layer("one1").trainable = False
 
     def one_variable(model):
@@ -64,7 +64,7 @@ def frozen_models():
 
 
 def plain_flags(model):
-    """Returns the flag of every layer and model, by path of names."""
+    """Returns the `trainable` flag of every layer and model, by path."""
     found = {}
 
     def walk(layer, path):
@@ -90,7 +90,7 @@ def test_what_is_frozen_is_frozen_in_copies_and_can_be_thawed(freeze):
     freeze(dense)
     sparse = sparsify(dense, 0.5)
     models = [sparse, strip(sparse)]
-    if "variable" not in freeze.__name__:  # which no file of Keras's keeps
+    if "variable" not in freeze.__name__:  # Keras's files do not keep it
         models.append(pickle.loads(pickle.dumps(sparse)))
     frozen, some = plain_flags(dense), len(dense.trainable_variables)
     assert some < all_weights
@@ -140,7 +140,7 @@ STATEFUL = {
         ),
         tf.constant([["a", "b"], ["b", "z"]]),
     ),
-    "no text": (  # what no file of words can hold
+    "no text": (  # a vocabulary that no text file can hold
         looked_up(
             layers.StringLookup, [b"\xff\xfe", b"a\nb"], output_mode="one_hot"
         ),
@@ -230,7 +230,7 @@ def test_a_vocabulary_from_a_file(tmp_path):
     sparse = sparsify(dense, 1.0)
     same(dense, sparse, x)
     with pytest.raises(ValueError, match="static vocabulary"):
-        sparse.layers[1].adapt(["c"])  # as the dense one's
+        sparse.layers[1].adapt(["c"])  # as for the dense model
 
 
 def test_counts_that_are_not_used_yet_travel():
@@ -244,7 +244,7 @@ def test_counts_that_are_not_used_yet_travel():
 
 @keras.saving.register_keras_serializable("tests")
 class Remembering(layers.Layer):
-    """Holds a layer with statistics, and what only its own methods save."""
+    """Has a layer with statistics, and state that only its methods save."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -372,7 +372,7 @@ def test_a_config_without_the_number_of_ones_still_loads():
         Masked.from_config({**config, "nonzeros": [73]})(X)
 
 
-# Models masked in place: subclassed, and with custom constructors.
+# Models masked in place: subclassed, or with custom constructors.
 
 
 def encoder():
@@ -447,7 +447,7 @@ def test_models_with_constructors_of_their_own_are_masked_in_place(
     assert any((m != before[n]).any() for n, m in masks(model).items())
     for masked in masked_layers(model):
         assert not masked.kernel.numpy()[masked.mask.numpy() == 0].any()
-    if name != "owner":  # which has no config
+    if name != "owner":  # `owner` has no config
         model.save(tmp_path / "m.keras")
         loaded = keras.models.load_model(tmp_path / "m.keras")
         np.testing.assert_allclose(loaded(X), model(X), rtol=1e-5)
@@ -466,7 +466,7 @@ def test_layers_are_masked_wherever_a_model_keeps_them():
     np.testing.assert_allclose(task.through(X), before, rtol=1e-6)
     assert isinstance(task.backbone.embed, Masked)
     assert all(isinstance(b, Masked) for b in task.backbone.blocks)
-    # A model made from a tensor within it, afterwards.
+    # A model made later from a tensor of the masked one.
     later = keras.Model(task.backbone.input, task.backbone.between[-1])
     np.testing.assert_allclose(later(X), before, rtol=1e-6)
     assert [m.name for m in masked_layers(later)] == ["embed", "b0", "b1"]
@@ -614,7 +614,7 @@ def test_rigl_moves_masks_within_another_model():
     assert (masks(model)["a"] != before["a"]).any()
 
 
-# What has weights that nobody masks, and what would change them.
+# Layers with unmasked weights, and what would change these.
 
 
 def test_matrices_that_nobody_masks_are_listed():
@@ -693,7 +693,7 @@ def test_quantization_and_lora_are_refused():
     assert not masked_layers(in_place)
 
 
-# keras_hub's, where it is installed.
+# Models of keras_hub, if it is installed.
 
 
 def test_keras_hub(tmp_path):

@@ -1,4 +1,4 @@
-"""Files of weights that are damaged: a ValueError, and the model as it was."""
+"""Damaged weight files raise ValueError, and leave the model as it was."""
 
 import random
 import struct
@@ -17,7 +17,7 @@ import rigl_keras
 
 @pytest.fixture(scope="module")
 def model():
-    """One whose optimizer has moved; its last layer has no bias."""
+    """Returns a trained model with optimizer state and a layer without bias."""
     inputs = keras.Input((6,))
     hidden = layers.Dense(8, activation="relu", name="a")(inputs)
     outputs = layers.Dense(4, use_bias=False, name="b")(hidden)
@@ -36,7 +36,7 @@ def values(model):
 
 @pytest.fixture
 def before(model):
-    """What the model holds, and holds again after the test."""
+    """Yields the model's state, and restores it after the test."""
     before = values(model)
     yield before
     for variable, value in zip(
@@ -75,7 +75,7 @@ ERRORS = (
     "error", ERRORS, ids=lambda error: type(error).__name__
 )
 def test_whatever_a_reader_raises(model, before, load, error, monkeypatch):
-    """Half of the file is loaded before the error, and undone."""
+    """The error comes after half of the file, whose loading is undone."""
 
     def half(self, *args, **kwargs):
         self.variables[0].assign(self.variables[0] + 1)
@@ -102,7 +102,7 @@ def test_what_is_no_damage_is_passed_on(model, before, error, monkeypatch):
 
 @pytest.fixture(scope="module")
 def saved(model, tmp_path_factory):
-    """The bytes of the model in either kind of file, by ending."""
+    """Returns the bytes of the model's files, by suffix."""
     folder = tmp_path_factory.mktemp("saved")
     model.save(folder / "m.keras")
     model.save_weights(folder / "m.weights.h5")
@@ -126,9 +126,9 @@ def test_cut_short(model, before, saved, tmp_path, load, ending, kept):
 
 @pytest.mark.parametrize("ending", [".keras", ".weights.h5"])
 def test_bytes_at_random(model, before, saved, tmp_path, ending):
-    """Refused, or of numbers that could have been trained.
+    """A damaged file is refused, or holds possible weights.
 
-    No reader notices other values in place of kernels. Masks are checked.
+    No reader notices other values of kernels. Masks are checked.
     """
     draw, path = random.Random(0), tmp_path / f"m{ending}"
     refused = []
@@ -145,7 +145,7 @@ def test_bytes_at_random(model, before, saved, tmp_path, ending):
         path.write_bytes(content)
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of state that is not there
+                warnings.simplefilter("ignore")  # of missing state
                 rigl_keras.load_weights(model, path)
         except ValueError:
             refused.append(start)
@@ -160,7 +160,7 @@ def test_bytes_at_random(model, before, saved, tmp_path, ending):
         ):
             variable.assign(value)
     assert len(refused) > 2
-    # A zip file has a checksum, and notices.
+    # A zip file has a checksum, which shows the change.
     assert (within in refused) == (ending == ".keras")
 
 
@@ -169,7 +169,7 @@ def test_masks_are_zeros_and_ones(model, before, saved, tmp_path, value):
     path = tmp_path / "m.weights.h5"
     path.write_bytes(saved[".weights.h5"])
     with h5py.File(path, "r+") as file:
-        # Float32, as earlier versions wrote it.
+        # Earlier versions wrote masks in float32.
         mask = file["layers/masked_1/vars/0"][:].astype(np.float32)
         mask[0, 0] = value
         del file["layers/masked_1/vars/0"]
@@ -204,11 +204,11 @@ def test_weights_outside_masks_are_not_loaded(model, before, saved, tmp_path):
 
 @keras.saving.register_keras_serializable("test_damaged_weights")
 class Masked(layers.Dense):
-    """Files name layers by their class: this one as they do our wrapper."""
+    """A layer with the class name of our wrapper, which files use."""
 
 
 def test_a_mask_is_not_taken_for_a_kernel(tmp_path):
-    """Where a mask lies at the path that a dense kernel has."""
+    """The mask is at the path of a dense kernel."""
     inputs = keras.Input((6,))
     dense = keras.Model(inputs, Masked(4, use_bias=False)(inputs))
     model = rigl_keras.sparsify(dense, 0.5)

@@ -1,4 +1,4 @@
-"""What a batch holds, which examples, in which order, and what goes wrong."""
+"""The contents and the order of batches, and errors."""
 
 import dataclasses
 import itertools
@@ -29,7 +29,7 @@ RECIPE = data.Recipe(
 
 
 def toy(count, augmentation="none"):
-    """`count` examples labelled 0, 1, 2, ...; a pixel tells where it was.
+    """Returns `count` examples with labels 0, 1, 2, ... and pixels of places.
 
     Channel 0 holds 4 * row, channel 1 holds 4 * column.
     """
@@ -59,7 +59,7 @@ def arrays(dataset):
 def where(images):
     """Reads (top, left, flip) of pad_crop_flip from toy images.
 
-    Offsets are within -4..4, so the middle is never a reflected pixel.
+    Offsets are within -4..4, so the centre is never a reflected pixel.
     """
     pixels = np.rint(images * 255 / 4).astype(int)
     flips = pixels[:, 16, 17, 1] < pixels[:, 16, 16, 1]
@@ -163,10 +163,10 @@ def test_boxes_stay_inside_and_cover_the_range_of_sizes():
     assert (tops + heights).max() == 32
     assert (lefts + widths).max() == 32
     area = heights * widths / 32**2
-    # Rounding to pixels moves a small box's area by up to half a side.
+    # Rounding to pixels changes the sides of a small box by up to half a pixel.
     assert 0.06 < area.min() < 0.09
     assert area.max() == 1.0
-    # Uniform in 0.08..1 has mean 0.54; boxes that do not fit are large.
+    # Uniform in 0.08..1 has mean 0.54; the boxes that do not fit are large.
     assert 0.45 < area.mean() < 0.54
     aspect = np.log(widths / heights)
     assert -0.40 < aspect.min() < -0.28  # log(3/4) = -0.288, and rounding
@@ -226,7 +226,7 @@ def test_same_seed_and_epoch_are_bit_identical_and_resume(augmentation):
     assert (labels[:50] != labels[50:]).any()
     other = arrays(source.train(batch_size=16, seed=8, epochs=2))
     assert (labels != other[1]).any()
-    # No sum, such as seed + epoch, may stand for the pair.
+    # The order must not depend on a sum such as seed + epoch.
     assert (labels[50:] != other[1][:50]).any()
 
 
@@ -258,7 +258,7 @@ def test_crops_and_flips_are_uniform_and_independent():
     for offsets in (tops, lefts):
         counts = np.bincount(offsets, minlength=9)
         assert len(counts) == 9
-        # 200 each, standard deviation 13.3: five of them either way.
+        # 200 each; the bounds are five standard deviations of 13.3.
         assert 134 < counts.min() <= counts.max() < 266
     assert 794 < flips.sum() < 1_006  # 900, standard deviation 21
     pairs = [(tops, lefts), (tops, flips), (lefts, flips)]
@@ -373,7 +373,7 @@ def test_real_cifar10_has_the_reports_split_and_scale():
     assert source.steps_per_epoch(128) == 352
     assert set(source.validation_labels) == set(range(10))
     images, _ = next(iter(source.train(batch_size=4_000, seed=0, epochs=1)))
-    # The report's std is the mean of the images' own, so pixels exceed 1.
+    # The report's std is the mean of each image's, so pixels exceed 1.
     np.testing.assert_allclose(tf.reduce_mean(images, [0, 1, 2]), 0, atol=0.05)
     np.testing.assert_allclose(
         tf.math.reduce_std(images, [0, 1, 2]), 1.25, atol=0.1
@@ -384,7 +384,7 @@ def test_real_cifar10_has_the_reports_split_and_scale():
     ("name", "validation"), [("cifar100", 5_000), ("mnist", 6_000)]
 )
 def test_mocked_datasets_are_split_by_index(name, validation, tmp_path):
-    """MOCKED: neither is on this machine; images are zeros, labels indices."""
+    """Mocked, as they need a download: images are zeros, labels indices."""
     import tensorflow_datasets as tfds
 
     sizes = {"train": validation + 10, "test": 7}
@@ -417,7 +417,7 @@ def test_mocked_datasets_are_split_by_index(name, validation, tmp_path):
 
 
 class FakeTfds:
-    """Stands for tfds: notes each call to `load`, and answers or raises."""
+    """A fake tfds, which records each call of `load`, and returns or raises."""
 
     def __init__(self, *answers):
         self.answers = list(answers)

@@ -1,4 +1,4 @@
-"""The contract: density 1 is the dense model, for all kinds of models."""
+"""The contract that density 1 is the dense model, for all kinds of models."""
 
 import functools
 import pickle
@@ -21,10 +21,10 @@ MODES = {
 
 KINDS = {**kinds.KINDS, **hard_kinds.KINDS, **copied_kinds.KINDS}
 
-# Dense, these have operations that XLA does not know.
+# Kinds with operations that XLA does not support, even if dense.
 WITHOUT_XLA = {*hard_kinds.ON_SPARSE, "scan", *copied_kinds.WITHOUT_XLA}
-# XLA takes its time: these are for `--every-combination`, as they do nothing
-# that the others do not.
+# Kinds for `--every-combination` only, as XLA is slow and the other kinds
+# cover them.
 SELDOM_XLA = {
     *kinds.KINDS,
     "TimeDistributed",
@@ -62,7 +62,7 @@ def make(kind, density=None):
 
 @functools.cache
 def trained(kind, mode, density=None):
-    """Returns a model after five steps, and the losses on the way."""
+    """Returns a model after five steps, and the loss of each step."""
     model = make(kind, density)
     model.compile(
         keras.optimizers.SGD(0.1, momentum=0.9, global_clipnorm=1.0),
@@ -77,12 +77,12 @@ def trained(kind, mode, density=None):
 
 
 def trained_dense(kind, mode):
-    """The same eagerly as in graphs, but XLA draws other random numbers."""
+    """Eager and graph runs share a model; XLA draws other random numbers."""
     return trained(kind, "XLA" if mode == "XLA" else "eager")
 
 
 def state(model):
-    """Everything that the model holds, but masks: generators, too."""
+    """Returns all variables of the model except masks, with generators."""
     held = [v for v in model.variables if not isinstance(v, MaskVariable)]
     if model.optimizer is not None:
         held += model.optimizer.variables
@@ -99,14 +99,14 @@ def outputs(kind, model):
     before = [v.numpy() for v in model.variables]
     for layer in model._flatten_layers():
         if getattr(layer, "stateful", False):
-            layer.reset_state()  # which no file has
+            layer.reset_state()  # files do not hold states
     y = keras.tree.flatten(model(x, training=False))
     for variable, value in zip(model.variables, before, strict=True):
         variable.assign(value)
     return [np.asarray(part) for part in y]
 
 
-# What plain runs train in graphs, and save; all else they train eagerly.
+# The kinds that plain runs train in graphs and save. Others run eagerly.
 IN_GRAPHS = list(KINDS)[1::6]
 
 
@@ -128,7 +128,7 @@ def test_trains_as_the_dense_model(kind, mode, request):
     assert all(m.density == 1.0 for m in masked_layers(masked))
     np.testing.assert_allclose(got, want, rtol=1e-5)
     assert_close(state(masked), state(dense))
-    # It has trained: each kernel has moved, in the dense model as well.
+    # Training has changed each kernel, in the dense model too.
     fresh = make(kind)
     for now, before in zip(
         dense.trainable_variables, fresh.trainable_variables, strict=True
@@ -139,7 +139,7 @@ def test_trains_as_the_dense_model(kind, mode, request):
 
 @pytest.mark.parametrize("kind", copied_kinds.KINDS)
 def test_cloned_and_pickled(kind):
-    """A clone is as sparse, and bytes of a model are that model."""
+    """A clone has the same density, and unpickling restores the model."""
     masked = make(kind, 0.4)
     want = {m.name: m.density for m in masked_layers(masked)}
     again = pickle.loads(pickle.dumps(masked))
@@ -152,13 +152,13 @@ def test_cloned_and_pickled(kind):
 @pytest.mark.slow_but(*(k for k in IN_GRAPHS if k not in kinds.KINDS))
 @pytest.mark.parametrize("kind", {**hard_kinds.KINDS, **copied_kinds.KINDS})
 def test_saved_loaded_and_stripped(kind, tmp_path):
-    """As `test_kinds.py` has it of the ordinary kinds."""
+    """As in `test_kinds.py`, for further kinds."""
     dense, _ = trained_dense(kind, "graph")
     masked, _ = trained(kind, "graph", 1.0)
     assert_close(outputs(kind, masked), outputs(kind, dense))
     masked.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
-    saved = [v.numpy() for v in masked.weights]  # no file has generators
+    saved = [v.numpy() for v in masked.weights]  # files hold no generators
     assert_close([v.numpy() for v in loaded.weights], saved)
     assert_close(outputs(kind, loaded), outputs(kind, dense))
     plain = strip(loaded)

@@ -1,7 +1,7 @@
-"""Several devices: the same masks as on one, and what ends when one is lost.
+"""Several devices give the same masks as one, and lost workers are named.
 
-TensorFlow counts devices once, as it starts, so that all of this runs in
-separate processes.
+TensorFlow counts devices once, at its start, so each test runs in separate
+processes.
 """
 
 import json
@@ -23,7 +23,7 @@ from rigl_keras.experiments.runs import train_command
 pytestmark = pytest.mark.usefixtures("blank_figures")
 
 TESTS = pathlib.Path(__file__).parent
-LIMIT = 600  # seconds, after which a process hangs
+LIMIT = 600  # seconds after which a process is taken to hang
 
 
 ALONE = "a_run_on_two_devices"
@@ -71,7 +71,7 @@ SMALL = [
 
 
 def train(fresh, run_dir, *flags, **env):
-    """Starts one process of a run."""
+    """Starts a process of a run."""
     return fresh.start(
         "-m",
         "rigl_keras.experiments.runs.train_command",
@@ -106,7 +106,7 @@ def tf_configs():
 
 
 def ended(*processes):
-    """Waits for processes; returns their exit codes and what they said."""
+    """Waits for processes; returns their exit codes and output."""
     try:
         said = [process.communicate(timeout=LIMIT) for process in processes]
     finally:
@@ -122,7 +122,7 @@ def trained(run_dir):
 
 @pytest.mark.slow
 def test_two_workers(fresh, tmp_path):
-    """As one does; and with one killed, then both resumed, no other way."""
+    """Two workers end as one does, also if one is killed and both resume."""
     chief, worker = pair(fresh, tmp_path / "killed")
     first_epoch = tmp_path / "killed" / "checkpoints" / "epoch-1.index"
     start = time.monotonic()
@@ -130,7 +130,7 @@ def test_two_workers(fresh, tmp_path):
         assert time.monotonic() < start + LIMIT, ended(chief, worker)
         time.sleep(0.005)
     worker.send_signal(signal.SIGKILL)
-    # It takes the chief some seconds to notice: time for those undisturbed.
+    # The chief needs some seconds to notice; meanwhile the undisturbed run.
     undisturbed = pair(fresh, tmp_path / "pair")
     codes, said = ended(chief, worker)
     assert codes == [1, -signal.SIGKILL], said
@@ -184,7 +184,7 @@ def test_what_two_workers_exchange(fresh):
 
 
 def names_in(run_dir):
-    """The chief's files alone: events of TensorBoard name their process."""
+    """Returns the files of a run; only the chief must have written any."""
     return sorted(
         path.relative_to(run_dir).as_posix()
         for path in run_dir.rglob("*")

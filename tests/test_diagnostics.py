@@ -1,4 +1,4 @@
-"""How masks moved: measures by hand, records of every method, resumed runs."""
+"""Diagnostics of masks: measures by hand, every method, resumed runs."""
 
 import importlib.util
 import math
@@ -19,8 +19,8 @@ from rigl_keras.masking import layer_kernels
 from rigl_keras.masking.sparsify import sparsify
 from rigl_keras.methods.rigl import RigL
 
-# 3 inputs, 2 outputs. The first update moves one connection of three, the
-# second one two.
+# 3 inputs, 2 outputs. The first update moves one of three connections, the
+# second moves two.
 START = np.array([[1, 0], [1, 0], [0, 1]])
 FIRST = np.array([[1, 1], [0, 0], [0, 1]])
 SECOND = np.array([[1, 0], [1, 0], [1, 0]])
@@ -107,7 +107,7 @@ def test_layers_weigh_as_much_as_they_have_entries():
     ids=lambda x: type(x).__name__ if hasattr(x, "build") else None,
 )
 def test_units_of_a_kernel(layer, shape, axes):
-    """With a mask of ones no unit is cut off; without its entries, one is."""
+    """A unit is dead only without any of its entries in the mask."""
     layer.build(shape)
     (kernel,) = layer_kernels.find_kernels(layer)
     inputs, outputs = axes
@@ -164,11 +164,11 @@ def test_files_need_their_packages(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"rigl_keras\[experiments\]"):
         TopologyDiagnostics("anywhere")
-    TopologyDiagnostics()  # in memory
+    TopologyDiagnostics()  # without files
 
 
 class Batches(keras.callbacks.Callback):
-    """Keeps the masks at the start and after every batch."""
+    """Records the masks at the start and after every batch."""
 
     def on_train_begin(self, logs=None):
         self.masks = [masks(self.model)]
@@ -184,8 +184,8 @@ class Batches(keras.callbacks.Callback):
     ids=lambda x: x if isinstance(x, str) else ("first" if x else "last"),
 )
 def test_rows_are_those_of_the_masks(method, first):
-    """By a record of every batch, wherever the callback stands."""
-    # One method with counts that move, and one that prunes, have a graph.
+    """Rows agree with masks of every batch, in any order of callbacks."""
+    # Only two methods have a graph: one with varying counts, one that prunes.
     model = tiny(run_eagerly=method not in ("RigL-SG", "MagnitudePruning"))
     record, topology = Batches(), TopologyDiagnostics()
     update = METHODS[method](**WINDOW)
@@ -296,7 +296,7 @@ def test_files(tmp_path):
     (_, _, after), *_ = update.update_losses
     assert scalars["topology/loss_after/all", 2] == pytest.approx(after)
 
-    # An update that was being written when the run was cut off.
+    # A row that was only partly written when the run was interrupted.
     text = path.read_text()
     path.write_text(text[: text.rindex("all") + 6])
     assert diagnostics.read_rows(path) == topology.rows[:-3]
@@ -306,7 +306,7 @@ def test_files(tmp_path):
 
 
 def eager():
-    """What is resumed: the graph is not what is tested."""
+    """Returns the model to resume, run eagerly to save time."""
     return tiny(run_eagerly=True)
 
 
@@ -318,7 +318,7 @@ def test_static_masks_are_drawn_too(tmp_path):
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
-    """Ten steps of RigL in one go: the rows, and the file."""
+    """Returns the rows and the file of ten steps of RigL."""
     path = tmp_path_factory.mktemp("straight")
     topology = TopologyDiagnostics(path, draw=False)
     fit(eager(), [RigL(**WINDOW), topology], 2)
@@ -327,7 +327,7 @@ def straight(tmp_path_factory):
 
 
 def half(path=None):
-    """Five steps of the same; returns the model, and the callback."""
+    """Trains five of these steps; returns the model and the callback."""
     model, topology = eager(), TopologyDiagnostics(path, draw=False)
     fit(model, [RigL(**WINDOW), topology], 1)
     return model, topology
@@ -342,7 +342,7 @@ def test_resumed_from_its_files(straight, tmp_path):
     rows, text = straight
     model, _ = half(tmp_path)
     with (tmp_path / "topology.csv").open("a") as file:
-        # What was done after the checkpoint, and is about to be repeated.
+        # Updates after the checkpoint, which the resumed run repeats.
         last = text.splitlines(keepends=True)[-3:]
         file.writelines(last)
         file.write("9,hid")
@@ -353,7 +353,7 @@ def test_resumed_from_its_files(straight, tmp_path):
 
 
 def test_resumed_from_a_checkpoint(straight, tmp_path):
-    """The variables are enough; earlier rows are where they were written."""
+    """The variables are enough; earlier rows are read from the file."""
     rows, _ = straight
     model, topology = half()
     saved = tf.train.Checkpoint(state=topology.variables).save(tmp_path / "c")
@@ -382,7 +382,7 @@ def test_the_same_callback_goes_on(straight):
 @pytest.mark.slow_but("of another step")
 @pytest.mark.parametrize("files", ["none", "of another step"])
 def test_otherwise_it_begins_anew(files, straight, tmp_path):
-    """It says so, and keeps what was written before."""
+    """It warns, and keeps the earlier file."""
     model, topology = half(tmp_path if files != "none" else None)
     if files == "of another step":
         archive = dict(np.load(tmp_path / "topology.npz"))
@@ -402,7 +402,7 @@ def test_otherwise_it_begins_anew(files, straight, tmp_path):
 def test_from_step_0_the_record_is_new(straight, tmp_path):
     _, text = straight
     _, topology = half(tmp_path)
-    fit(eager(), [RigL(**WINDOW), topology], 2)  # the callback, used again
+    fit(eager(), [RigL(**WINDOW), topology], 2)  # the callback is used again
     assert (tmp_path / "topology.csv").read_text() == text
 
 
@@ -414,7 +414,7 @@ def test_flops_that_cannot_be_counted_stay_empty(tmp_path):
     model = sparsify(model, 0.5)
     model.compile("sgd", "mse", run_eagerly=True)
     x, y = np.zeros((4, 6, 6, 3)), np.zeros((4, 4))
-    topology = TopologyDiagnostics(tmp_path)  # its figure has no FLOPs
+    topology = TopologyDiagnostics(tmp_path)  # its figure lacks FLOPs
     with pytest.warns(UserWarning, match="inference_flops stays empty"):
         model.fit(x, y, callbacks=[topology], verbose=0)
     rows = diagnostics.read_rows(tmp_path / "topology.csv")

@@ -1,4 +1,4 @@
-"""Layer densities by hand, exact counts, and what is refused."""
+"""Layer densities by hand, exact counts, and errors."""
 
 import math
 
@@ -39,8 +39,8 @@ def test_uniform_all_masks_the_first_layer_too():
 
 
 def test_erdos_renyi_by_hand():
-    # (n_in + n_out) / (n_in n_out): 10 x 10 -> 0.2, 40 x 10 -> 0.125, so that
-    # epsilon counts n_in + n_out: 20 + 50 = 70 for a budget of 0.14 x 500.
+    # (n_in + n_out) / (n_in n_out): 10 x 10 -> 0.2, 40 x 10 -> 0.125. The sum
+    # of n_in + n_out is 20 + 50 = 70, for a budget of 0.14 x 500.
     shapes = {"b": (10, 10), "c": (40, 10)}
     got = layer_densities(shapes, 0.14, "er")
     assert got == pytest.approx({"b": 0.2, "c": 0.125})
@@ -51,13 +51,13 @@ def test_erdos_renyi_kernel_counts_the_kernel():
     shapes = {"a": (3, 3, 2, 8), "b": (10, 10)}
     got = layer_densities(shapes, 0.125, "erk")
     assert got["a"] / got["b"] == pytest.approx((16 / 144) / 0.2)
-    # ER leaves the kernel's height and width out.
+    # ER ignores height and width of the kernel.
     er = layer_densities(shapes, 0.125, "er")
     assert er["a"] / er["b"] == pytest.approx((10 / 16) / 0.2)
 
 
 def test_a_layer_over_the_top_becomes_dense():
-    # `small` would need more than it has; `large` takes what is left.
+    # `small` would need more weights than it has; `large` takes the rest.
     shapes = {"small": (2, 2), "large": (100, 100)}
     got = layer_densities(shapes, 0.1, "erk")
     assert got["small"] == 1.0
@@ -111,7 +111,7 @@ def test_largest_remainder_by_hand():
     densities = {"a": 0.25, "b": 0.29, "c": 0.21}  # 2.5, 2.9 and 2.1
     assert layer_counts(sizes, densities, 7) == {"a": 2, "b": 3, "c": 2}
     assert layer_counts(sizes, densities, 8) == {"a": 3, "b": 3, "c": 2}
-    # Too many: the smallest remainder gives first.
+    # The total is too large, so the smallest remainder is rounded down.
     assert layer_counts(sizes, densities, 5) == {"a": 2, "b": 2, "c": 1}
     with pytest.raises(ValueError, match="total=31"):
         layer_counts(sizes, densities, 31)
@@ -133,7 +133,7 @@ def test_counts_are_exact(shapes, density, distribution):
     assert sum(counts.values()) == total
     for name, count in counts.items():
         assert 0 <= count <= sizes[name]
-        # TF1's rounding of zeros moves the quotas by up to one a layer.
+        # TF1 rounds zeros, which changes the counts by up to one in each layer.
         assert abs(count - densities[name] * sizes[name]) < 1 + len(shapes)
 
 
@@ -141,7 +141,7 @@ def test_first_layer_named_is_part_of_the_budget():
     # 0.3 x 644 = 193.2, less 72 for `a`, leaves 121.2 for 500 weights.
     got = layer_densities(SHAPES, 0.3, "uniform", densities={"a": 0.5})
     assert got == pytest.approx({"a": 0.5, "b": 121.2 / 500, "c": 121.2 / 500})
-    # Otherwise it is dense beside a budget of 0.3 x 500, less 50 for `b`.
+    # Otherwise the first layer is dense, and 0.3 x 500 less 50 for `b` is left.
     got = layer_densities(SHAPES, 0.3, "uniform", densities={"b": 0.5})
     assert got == pytest.approx({"a": 1.0, "b": 0.5, "c": 0.25})
 
@@ -238,7 +238,7 @@ def test_counts_stay_within_one_of_their_quotas(layers, data):
     for name, count in counts.items():
         assert abs(count - quotas[name]) < 1 + 1e-9
         assert 0 <= count <= sizes[name]
-    # Any total that there is room for is met.
+    # Any total up to the number of weights is met.
     total = data.draw(st.integers(0, sum(sizes.values())))
     counts = layer_counts(sizes, densities, total)
     assert sum(counts.values()) == total
@@ -246,7 +246,7 @@ def test_counts_stay_within_one_of_their_quotas(layers, data):
 
 
 def test_budgets_are_densities_and_counts():
-    """For masked layers only, and in units if masks have them."""
+    """Budgets apply to masked layers, and count units if masks have these."""
     shapes = {"a": (3, 3, 3, 16), "b": (3, 3, 16, 16), "c": (16, 10)}
     for distribution in ("uniform", "erk"):
         budgets = layer_budgets(shapes, 0.1, distribution)
@@ -283,7 +283,7 @@ def test_groups_keep_a_number_of_their_own():
     least = layer_budgets(shapes, 0.005, group_sizes=fan_in, apart=fan_in)
     assert all(0.5 > b.density * fan_in[n] for n, b in least.items())
     assert all(budget.count == 1 for budget in least.values())
-    # Beside them others share their own total: 2:4 and single weights.
+    # Other layers share a separate total: 2:4 and single weights.
     sizes = {"a": 432, "b": 4, "c": 160}
     budgets = layer_budgets(
         shapes, 0.45, densities={"b": 0.5}, group_sizes=sizes, apart={"b"}

@@ -1,7 +1,7 @@
-"""The code of the README and the guides runs, and what they name exists.
+"""The code of the README and the guides runs, and the names in them exist.
 
-`python tests/test_docs.py` prints the README's table of speeds, which is read
-from the data of the benchmarks.
+`python tests/test_docs.py` prints the README's table of speeds, from the data
+of the benchmarks.
 """
 
 import csv
@@ -46,7 +46,7 @@ def block_with(page, words, language="python"):
     return found
 
 
-# What the blocks of a page may use, as the reader of the page would have it.
+# The names that code blocks of a page may use without defining them.
 
 
 def a_model():
@@ -117,9 +117,9 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
 
 
 def test_the_quickstart_prints_what_the_readme_shows(capsys, tmp_path):
-    """A newcomer sees this table."""
+    """The table in the README is the printed one."""
     code = blocks("README.md")[0].partition("loss =")[0]
-    keras.utils.clear_session()  # names of layers count from there
+    keras.utils.clear_session()  # layer names are numbered from here
     names = {}
     exec(code, names)
     shown = blocks("README.md", "text")[0]
@@ -192,7 +192,7 @@ def test_the_server_answers(tmp_path):
                 with urllib.request.urlopen(request, timeout=60) as response:
                     answer = json.load(response)
             except urllib.error.URLError:
-                time.sleep(0.2)  # it imports TensorFlow first
+                time.sleep(0.2)  # the server first imports TensorFlow
     finally:
         server.kill()
         server.wait()
@@ -204,7 +204,7 @@ def test_the_server_answers(tmp_path):
 @pytest.mark.slow
 @needs_kernels
 def test_the_sparse_saved_model_is_loaded(tmp_path):
-    """In a process that cannot import this package, by the lines it has."""
+    """The documented lines work in a process without this package."""
     model = rigl_keras.sparsify(rigl_keras.models.wide_resnet(10, 1), 0.1)
     rigl_keras.export(
         model,

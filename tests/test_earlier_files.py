@@ -1,4 +1,4 @@
-"""What an earlier version saved is loaded, resumed and checked."""
+"""Files of an earlier version are loaded, resumed and checked."""
 
 import json
 import pathlib
@@ -12,9 +12,9 @@ import tensorflow as tf
 import rigl_keras
 from rigl_keras.experiments.runs import train_command
 
-# Written by version 0.1.0, when all modules lay in one folder: a model with
-# its optimizer, an export, and a run that was killed in its third epoch, whose
-# bindings config.gin holds. `finished/` is what it would have ended with.
+# Files of version 0.1.0: a model with its optimizer, an export, and a run that
+# was killed in its third epoch, with its bindings in config.gin. `finished/` is
+# the same run without the kill.
 EARLIER = pathlib.Path(__file__).parent / "data" / "earlier"
 
 
@@ -52,7 +52,7 @@ def test_an_export(recorded):
 
 
 def test_a_run(tmp_path):
-    """Masks, weights, momentum, and all that RigL remembers."""
+    """Masks, weights, momentum and RigL's state are resumed."""
     run = tmp_path / "run"
     shutil.copytree(EARLIER / "run", run)
     bindings = json.loads((EARLIER / "bindings.json").read_text())
@@ -68,7 +68,7 @@ def test_a_run(tmp_path):
     assert shapes == found.get_variable_to_shape_map()
     for name in shapes:
         if name != "_CHECKPOINTABLE_OBJECT_GRAPH":
-            # On another processor the last bits differ.
+            # The last bits differ on other processors.
             np.testing.assert_allclose(
                 found.get_tensor(name),
                 wanted.get_tensor(name),

@@ -1,4 +1,4 @@
-"""`bin/benchmark engines`: that it measures fairly, not what it measures."""
+"""Tests of `bin/benchmark engines`, without its numbers."""
 
 import ast
 import csv
@@ -61,7 +61,7 @@ LIMIT = 60.0
 
 @pytest.fixture
 def started(tmp_path):
-    """Returns what starts a fake engine that has loaded a network."""
+    """Returns a function that starts a fake engine with a loaded network."""
     matrix, vector = np.eye(3, dtype=np.float32), np.float32([0, 10, 20])
     np.savez(tmp_path / "network.npz", matrix=matrix, vector=vector)
     np.save(tmp_path / "inputs.npy", np.ones((2, 4, 4, 3), np.float32))
@@ -102,30 +102,30 @@ def compute(process, tmp_path, limit=LIMIT):
 
 def test_a_process_computes_and_times(started, tmp_path):
     process = started()
-    # What it prints is no answer.
+    # Printed lines are not answers.
     assert "this is no answer" in (tmp_path / "right.log").read_text()
     found = compute(process, tmp_path)
     np.testing.assert_allclose(found, [[1, 11, 21]] * 2)
     taken = process.ask("run", limit=LIMIT, seconds=0.01, warm_up=0.0)
     assert len(taken["seconds"]) > 1 and min(taken["seconds"]) > 0
     assert sum(taken["seconds"]) >= 0.01
-    # One call at least, however short its turn is.
+    # At least one call, however short the turn is.
     taken = process.ask("run", limit=LIMIT, seconds=0.0, warm_up=0.0)
     assert len(taken["seconds"]) == 1
 
 
 def test_errors_are_answers(started, tmp_path):
     process = started("fails", load=False)
-    for _ in range(2):  # it goes on
+    for _ in range(2):  # it still answers
         with pytest.raises(EngineError, match="^ValueError: cannot read x$"):
             process.ask("load", limit=LIMIT, path="x", threads=1, batch=1)
-    with pytest.raises(EngineError, match="no such thing to do, or not yet"):
+    with pytest.raises(EngineError, match="or needs another one before"):
         process.ask("run", limit=LIMIT, seconds=0.0, warm_up=0.0)
     assert process.is_alive
 
 
 def state(process):
-    """Returns how Linux calls what a process is doing."""
+    """Returns Linux's letter for the state of a process."""
     path = pathlib.Path(f"/proc/{process._process.pid}/stat")
     return path.read_text().rpartition(")")[2].split()[0]
 
@@ -143,7 +143,7 @@ def test_a_process_is_stopped_while_it_is_not_asked(started, tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux says it in /proc")
 def test_where_memory_runs_out_an_engine_is_ended_first(started):
     process = started("fails", load=False)
-    with pytest.raises(EngineError):  # it has begun to answer
+    with pytest.raises(EngineError):  # it has written a part of an answer
         process.ask("load", limit=LIMIT, path="x", threads=1, batch=1)
     path = pathlib.Path(f"/proc/{process._process.pid}/oom_score_adj")
     assert path.read_text() == "1000\n"
@@ -189,13 +189,13 @@ os._exit(0)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux does that")
 def test_a_stopped_process_ends_with_its_parent():
-    # Of neither file anything but the standard library is needed.
+    # Both files need only the standard library.
     done = subprocess.run(
         [sys.executable, "-c", PARENT, processes.__file__, str(FAKE)],
         capture_output=True,
         text=True,
         check=True,
-        timeout=60,  # its pipe closes when it ends, too
+        timeout=60,  # the pipe closes when the process ends
     )
     with pytest.raises(ProcessLookupError):
         for _ in range(600):
@@ -237,7 +237,7 @@ def test_the_catalogue():
 
 
 class Timed:
-    """What a process would answer, without one."""
+    """A fake process with given answers."""
 
     def __init__(self, name, order, *, fails_at=None):
         self.name, self.order, self.fails_at = name, order, fails_at
@@ -281,7 +281,7 @@ def test_engines_take_turns_in_random_order():
     assert not lost and len(order) == 24
     rounds = ["".join(order[i : i + 3]) for i in range(0, 24, 3)]
     assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
-    # All others were stopped each time, even if something resumed them.
+    # All others were stopped each time, in case something resumed them.
     assert [process.stops for process in timed] == [24, 24, 24]
     assert len({*rounds}) > 2
     assert found["b"][:2] == [Turn(3.0, 1), Turn(6.0, 2)]
@@ -308,7 +308,7 @@ def test_agreement(started, tmp_path):
     wanted[1] = 21.01, 11, 1
     with pytest.raises(EngineError, match="differ by 2.0e.00 of their spread"):
         turns.agreement(process, inputs, wanted, tolerance=1e-4)
-    # In another precision it is only told.
+    # In another precision, the difference is only reported.
     found = turns.agreement(process, inputs, wanted, tolerance=None)
     assert found.same_class == 0.5
     assert found.difference == pytest.approx(2, rel=1e-2)
@@ -358,14 +358,14 @@ def test_what_a_measurement_says():
     m = measurement("litert", 0.004, 0.002, 0.003, 0.008, 0.001)
     assert m.median == 0.003 and m.minimum == 0.0005
     assert m.quartiles == (0.002, 0.004)
-    # In rounds 1 and 3 twice as fast, in round 2 ten times.
+    # Twice as fast in rounds 1 and 3, ten times in round 2.
     other = measurement("openvino", 0.002, 0.0001, 0.001)
     slow = measurement("litert", 0.004, 0.001, 0.002)
     assert speed_up(other, slow) == pytest.approx(2)
 
 
 def test_the_table():
-    # Two rounds; one was slow for both.
+    # Two rounds; one of them was slow for both engines.
     found = [
         measurement("litert", 0.004, 0.040),
         measurement("sparse_saved_model", 0.002, 0.020),
@@ -387,13 +387,13 @@ def test_the_table():
     assert lines[5].startswith("  OpenVINO int8")
     assert lines[6] == "  rigl_keras, native is not measured: why."
     assert len(lines) == 7
-    # The file for any program is compared with, where it is there.
+    # Others are compared with the native format, if it was measured.
     found.append(measurement("native", 0.001, 0.010))
     assert "  rigl_keras, native is" in table(CASE, found)
     busy = table(CASE, [measurement("litert", 0.1, load=1.75)])
     assert busy.splitlines()[-1] == (
-        "  Other programs were running (load 1.75): medians are too high, and "
-        "minima nearer."
+        "  Other programs were running (load 1.75): medians are too high, "
+        "minima more reliable."
     )
 
 
@@ -419,7 +419,7 @@ def test_records_are_kept_and_gone_on_from(tmp_path):
     assert again.of(other) == [measurement("litert", 1.0, case=other)]
     assert again.has(CASE, ["litert", "openvino"])
     assert again.has(CASE, ["pytorch"])  # tried, and failed
-    assert not again.has(CASE, ["native"])  # it may be there now
+    assert not again.has(CASE, ["native"])  # it may be available now
     assert not again.has(other, ["litert", "openvino"])
 
     with open(tmp_path / "engines.csv", newline="") as file:
@@ -439,7 +439,7 @@ def test_records_are_kept_and_gone_on_from(tmp_path):
     }.items():
         assert first[name] == value
 
-    # Of a case that is measured again nothing stays.
+    # Measuring a case again removes its earlier records.
     again.put(CASE, [measurement("litert", 0.1)], [])
     assert [m.engine for m in Records(tmp_path, MACHINE).of(CASE)] == ["litert"]
     assert not again.left_out
@@ -447,10 +447,10 @@ def test_records_are_kept_and_gone_on_from(tmp_path):
 
 def test_records_of_another_machine_are_refused(tmp_path):
     Records(tmp_path, MACHINE).put(CASE, [measurement("litert", 0.1)], [])
-    with pytest.raises(ValueError, match="elsewhere.*, avx2, .*Pass another"):
+    with pytest.raises(ValueError, match="machine, .*avx2, .*Pass another"):
         Records(tmp_path, Machine("Some Processor", "avx512", 2))
     (tmp_path / "engines.json").write_text("{}")
-    with pytest.raises(ValueError, match="is no file of measurements"):
+    with pytest.raises(ValueError, match="is not a file of measurements"):
         Records(tmp_path, MACHINE)
 
 
@@ -476,7 +476,7 @@ def test_the_figure(tmp_path):
     # Medians of the first engine, at both densities.
     drawn = [round(float(line.get_xdata()[0]), 6) for line in one.lines]
     assert drawn.count(1.5) == drawn.count(15.0) == 2
-    assert many.lines[0].get_xdata() == [192.0]  # 128 times as many
+    assert many.lines[0].get_xdata() == [192.0]  # 128 times as long
     assert many.axison
 
 
@@ -494,7 +494,7 @@ def test_what_was_not_measured_has_no_panel():
 
 @pytest.fixture
 def commands(monkeypatch):
-    """Records what would be run, and lets what is asked for fail."""
+    """Records commands instead of running them; some can be made to fail."""
     run = types.SimpleNamespace(done=[], failing="")
 
     def pretend(command, log):
@@ -527,7 +527,7 @@ def test_an_environment_is_made_once(tmp_path, commands):
     assert "Installing some==1, other<2 into" in said[0] and len(said) == 1
     assert MISSING.python(tmp_path / "new", install=False) == python
     assert len(commands.done) == 3
-    # Another version of the packages is another environment.
+    # Another version of a package needs another environment.
     newer = Environment(
         name="some", packages=("some==2",), modules=("no_such_module",)
     )
@@ -553,7 +553,7 @@ def test_an_environment_that_cannot_be_made(
     tmp_path, commands, failing, message
 ):
     commands.failing = failing
-    for _ in range(2):  # it is tried again
+    for _ in range(2):  # each call tries again
         with pytest.raises(UnavailableError, match=message):
             MISSING.python(tmp_path, say=lambda line: None)
     commands.failing = ""
@@ -604,7 +604,7 @@ def tiny_network():
 
 
 def write_fake(network, writing):
-    """Writes the network, which is linear in the mean of images."""
+    """Writes a network that is linear in the mean of images."""
     corners = np.concatenate([np.zeros((1, 3)), np.eye(3)])
     images = np.broadcast_to(corners[:, None, None], (4, 4, 4, 3))
     vector, *rows = network.outputs(images.astype(np.float32))
@@ -619,7 +619,7 @@ written_files = []
 
 @pytest.fixture
 def fakes(monkeypatch):
-    """Has fake engines take the place of all others."""
+    """Replaces all engines by fake ones."""
     written_files.clear()
     kinds = ("right", "also_right", "wrong", "nan", "fails", "dies")
     engines = {
@@ -669,7 +669,7 @@ def measured(tmp_path, engines, **changes):
 
 def test_all_engines_are_measured_or_left_out_with_a_reason(fakes, tmp_path):
     found, said = measured(tmp_path, [*fakes])
-    assert written_files == [[1, 3]]  # once for all of them
+    assert written_files == [[1, 3]]  # once for all batch sizes
     for batch in (1, 3):
         case = Case("tiny", "erdos_renyi_kernel", 0.5, batch)
         there = {m.engine: m for m in found.of(case)}
@@ -712,7 +712,7 @@ def test_a_command_goes_on_from_an_earlier_one(fakes, tmp_path, monkeypatch):
     assert json.loads(json.dumps(first["turns"])) == [
         list(turn) for turn in found.measurements[0].turns
     ]
-    # All is there: it is shown, and no network is made.
+    # Existing results are shown, and no network is made.
     monkeypatch.setattr(engine_command, "network_of", None)
     assert measured(tmp_path, ["right"])[1] == said
 
@@ -723,7 +723,7 @@ def test_what_is_there_is_measured_again(fakes, tmp_path):
     again, said = measured(tmp_path, ["right"], again=True, **changes)
     assert len(said) == 1 and len(again.measurements) == 1
     assert again.measurements[0].turns != first.measurements[0].turns
-    # An engine more takes its turns with all others.
+    # A further engine is measured together with all others.
     more, said = measured(tmp_path, ["right", "also_right"], **changes)
     assert len(said) == 1
     assert [m.engine for m in more.measurements] == ["right", "also_right"]
@@ -768,7 +768,7 @@ def test_no_process_stays(fakes, monkeypatch):
     [
         ({"models": ["none"]}, "models must be one of"),
         ({"engines": ["none"]}, "engines must be one of"),
-        ({"engines": []}, "engines must be one or more, each once"),
+        ({"engines": []}, "engines must have at least one item, and each once"),
         ({"densities": [0.0]}, "densities must be fractions"),
         ({"distributions": ["none"]}, "distributions must be one of"),
         ({"batches": [0]}, "batches must be an int of at least 1"),

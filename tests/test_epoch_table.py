@@ -1,4 +1,4 @@
-"""What a run prints: a row an epoch, which fits a terminal of 80 columns."""
+"""The table of a run: a row for each epoch, at most 80 characters wide."""
 
 import io
 import sys
@@ -60,21 +60,21 @@ def test_rows_fit_a_terminal(capsys):
 
 
 def test_what_is_said_before_a_run(capsys, monkeypatch):
-    """And, after some steps, how long it will take."""
+    """After some steps, the expected time is printed too."""
     now = iter(range(1_000))
     monkeypatch.setattr(epoch_table.time, "perf_counter", lambda: next(now))
     table = EpochTable(
         epochs=30, steps_per_epoch=40, about={"method": "RigL, a network"}
     )
     table.on_train_begin()
-    for epoch in (10, 11):  # as a run that is resumed
+    for epoch in (10, 11):  # as in a resumed run
         table.on_epoch_begin(epoch)
         for batch in range(40):
             table.on_train_batch_end(batch)
         table.on_epoch_end(epoch, LOGS)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "method RigL, a network"
-    # A step a second, 40 of them in each of 20 epochs.
+    # A step takes a second; there are 20 epochs of 40 steps.
     assert lines[1] == "time   about 13 min, at the pace of steps 6 to 15"
     assert lines[2].split()[0] == "epoch" and len(lines) == 5
 

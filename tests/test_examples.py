@@ -1,4 +1,4 @@
-"""The examples, at a small size, and as notebooks."""
+"""The examples run at a small size, and are valid notebooks."""
 
 import pathlib
 import re
@@ -16,7 +16,7 @@ from rigl_keras import kernels
 from rigl_keras.exporting.export_report import foreign_files
 
 EXAMPLES = pathlib.Path(rigl_keras.__file__).parents[1] / "examples"
-# What is changed in each, so that it takes seconds and downloads nothing.
+# Changes that make each example take seconds and download nothing.
 SMALL = {
     "own_cnn": {"DATA": "'digits'", "IMAGES": "512", "EPOCHS": "1"},
     "own_method": {"SEEDS": "(0,)", "EPOCHS": "2"},
@@ -79,7 +79,7 @@ def test_your_own_cnn(run):
 def test_a_method_of_your_own(run):
     names = run("own_method")
     assert np.isfinite(names["curves"]["Sensitivity"]).all()
-    # As its text says.
+    # As the text of the example says.
     kernel = keras.Variable(np.linspace(-1, 1, 6, dtype="float32"))
     layer = types.SimpleNamespace(kernel=kernel, layout=None)
     gradient = kernel.value**3
@@ -96,7 +96,7 @@ def test_a_method_of_your_own(run):
 def test_prune_and_serve(run):
     names = run("serve_without_tensorflow")
     assert names["difference"] < 1e-3
-    # What Python has compiled does not keep the next run from replacing it.
+    # Python's cache file does not keep the next run from replacing the export.
     (made,) = pathlib.Path("native/__pycache__").iterdir()
     assert foreign_files(pathlib.Path("native")) == []
     made.with_name("other.pyc").write_text("")
@@ -107,7 +107,7 @@ def test_prune_and_serve(run):
 
 @pytest.fixture
 def eagerly(monkeypatch):
-    """Runs steps one by one: graphs of these models take longer to make."""
+    """Runs steps eagerly, as tracing these models takes longer."""
     compiled = keras.Model.compile
 
     def compile_eagerly(model, *args, **options):

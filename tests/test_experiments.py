@@ -1,4 +1,4 @@
-"""Runs from gin files to results: resumed, refused and repeated."""
+"""Runs from gin files to results, also resumed, refused and repeated."""
 
 import csv
 import json
@@ -32,7 +32,7 @@ SMALL = [
     "small_network.dropout = 0.3",
     "RigL.frequency = 5",
     "RigL.end_step = 60",
-    "train.diagnostics = False",  # whose figures take seconds
+    "train.diagnostics = False",  # its figures take seconds
 ]
 RECORDED = "train.diagnostics = True"
 
@@ -121,7 +121,7 @@ train_command.run(bindings=sys.argv[2].split(";"), run_dir=sys.argv[1],
 
 @pytest.mark.slow
 def test_killed_and_resumed(fresh, tmp_path):
-    """Killed within an epoch, a run ends as if it had not been."""
+    """A run that is killed within an epoch ends as an uninterrupted run."""
     bindings = ";".join([*SMALL, RECORDED, "train.epochs = 4"])
 
     def start(run_dir, *resume):
@@ -134,7 +134,7 @@ def test_killed_and_resumed(fresh, tmp_path):
 
     process = start(killed)
     deadline = time.monotonic() + 120
-    # The second epoch is saved: the third is under way within a moment.
+    # Once the second epoch is saved, the third begins.
     while not (killed / "checkpoints" / "epoch-2.index").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.005)
@@ -179,7 +179,7 @@ def stopped(tmp_path_factory):
 
 @pytest.fixture
 def interrupted(stopped, tmp_path):
-    """That run, for a test to change."""
+    """A copy of that run, which a test may change."""
     return pathlib.Path(shutil.copytree(stopped, tmp_path / "run"))
 
 
@@ -287,7 +287,7 @@ def test_gin_files_parse(path):
 def test_bad_configurations(tmp_path, files, bindings, message):
     with pytest.raises(ValueError, match=message):
         train_command.run(files, bindings=bindings, run_dir=tmp_path / "run")
-    # Nothing is left that a corrected run would trip over.
+    # A refused run leaves no files.
     assert not list(tmp_path.glob("run/*"))
 
 

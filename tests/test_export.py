@@ -1,4 +1,4 @@
-"""Exports: what is written, that it is right, and what is refused."""
+"""Exports: their files, their outputs, and errors."""
 
 import dataclasses
 import gc
@@ -27,7 +27,7 @@ from rigl_keras.exporting.export_report import check_export
 from rigl_keras.exporting.formats import FORMATS
 
 # Loads every export of a folder in a process that cannot import this package,
-# runs the examples beside it, and keeps what comes out.
+# runs the examples there, and writes the outputs.
 SERVE = """
 import pathlib, sys
 sys.modules["rigl_keras"] = None  # importing it fails
@@ -112,7 +112,7 @@ def test_every_kind_of_model_is_served_without_this_package(tmp_path):
         wanted[folder] = signatures.outputs_of(model, signature, inputs)
     done = subprocess.run(
         [sys.executable, "-c", SERVE, tmp_path],
-        cwd=tmp_path.parent,  # and not beside the package
+        cwd=tmp_path.parent,  # not the folder of the package
         capture_output=True,
         text=True,
     )
@@ -136,7 +136,7 @@ def test_states_go_on_from_call_to_call(tmp_path):
     model = rigl_keras.sparsify(stateful(), 0.5)
     before = [v.numpy() for v in model.variables]
     export(model, tmp_path / "exported", measure=False)
-    # Comparing has not moved the model's own.
+    # The comparison has not changed the model's variables.
     for variable, value in zip(model.variables, before, strict=True):
         np.testing.assert_array_equal(variable, value)
     serve = tf.saved_model.load(str(tmp_path / "exported")).signatures[
@@ -163,7 +163,7 @@ def test_names_of_inputs_and_outputs(tmp_path):
 
     assert names(two_headed) == (["a", "b"], ["output_0", "output_1"])
     assert names(shared_within) == (["image"], ["output_0"])
-    # Outputs that have names keep them; inputs that have none get one.
+    # Named outputs keep their names; inputs without a name get one.
     several = KINDS["several inputs and outputs"]
     assert names(several) == (["one", "two"], ["a", "b"])
     assert names(small_model) == (["inputs"], ["output_0"])
@@ -180,7 +180,7 @@ def test_names_of_inputs_and_outputs(tmp_path):
         x = layers.Concatenate()(inputs)
         return keras.Model(inputs, {"class/1": layers.Dense(5)(x)})
 
-    # The names of arguments are letters, digits and underscores.
+    # Names of arguments may have only letters, digits and underscores.
     assert names(oddly_named) == (
         ["an_image", "an_image_", "class_", "input_1", "self_"],
         ["class/1"],
@@ -189,7 +189,7 @@ def test_names_of_inputs_and_outputs(tmp_path):
 
 @pytest.mark.slow
 def test_in_a_session(tmp_path):
-    """As TensorFlow Serving and saved_model_cli load it."""
+    """It loads in a session, as in TensorFlow Serving and saved_model_cli."""
     model = rigl_keras.sparsify(small_model(), 0.2)
     export(model, tmp_path / "exported", measure=False)
     x = examples(3)[0]
@@ -215,7 +215,7 @@ def test_in_a_session(tmp_path):
 
 @pytest.mark.slow
 def test_what_others_make_of_it(tmp_path):
-    """XLA compiles it, and converters read its variables as any other's."""
+    """XLA compiles it, and converters can read its variables."""
     model = rigl_keras.sparsify(rigl_keras.models.mlp(hidden=(20,)), 0.2)
     export(model, tmp_path / "out", measure=False)
     x = np.random.default_rng(0).standard_normal((2, 28, 28, 1))
@@ -245,7 +245,7 @@ def test_two_in_one_process(tmp_path):
     serve = []
     for i, model in enumerate(models):
         export(model, tmp_path / str(i), measure=False)
-        # The signature alone is kept.
+        # Keeps only the signature.
         loaded = tf.saved_model.load(str(tmp_path / str(i)))
         serve.append(loaded.signatures["serving_default"])
         del loaded
@@ -277,7 +277,7 @@ def test_size_of_the_report_networks(build, tmp_path):
     variables = tmp_path / "exported" / "variables"
     size = sum(file.stat().st_size for file in variables.iterdir())
     assert report.variable_bytes == size
-    # As small as promised, and all of it there.
+    # As small as promised, but not smaller than the nonzeros.
     assert 4 * report.nonzeros < size < bound(model)
     assert report.max_difference <= 1e-5
     assert report.density == pytest.approx(0.1, abs=1e-4)
@@ -302,14 +302,14 @@ def test_what_is_measured(tmp_path):
     for said in ("on disk", "gzip", "time to load", "latency at batch 32"):
         assert said in table
     assert f"{report.bytes / report.dense_bytes:.3f}x" in table
-    # The same, from disk, also where the folder has moved.
+    # The check reads the same report, also after the folder was moved.
     (tmp_path / "exported").rename(tmp_path / "moved")
     moved = dataclasses.replace(report, path=str(tmp_path / "moved"))
     assert check_export(tmp_path / "moved") == moved
 
 
 def trained():
-    """Returns a trained masked model whose batch norms do something."""
+    """Returns a trained masked model, with trained batch norms."""
     model = rigl_keras.sparsify(small_model(), 0.1)
     compiled(model).fit(*examples(), epochs=2, verbose=0)
     return model
@@ -342,7 +342,7 @@ def test_folded_and_without_dead_units(tmp_path):
     "format", ["saved_model", "native", "tflite", "onnx", "keras"]
 )
 def test_the_lines_that_load_it_do(format, tmp_path, monkeypatch):
-    """Inputs and outputs have the names that the model has."""
+    """The printed lines load it, with the model's input and output names."""
     why = FORMATS[format].why_unavailable()
     if why is not None:
         pytest.skip(why)
@@ -358,7 +358,7 @@ def test_the_lines_that_load_it_do(format, tmp_path, monkeypatch):
     if format == "onnx":
         names["onnxruntime"] = pytest.importorskip("onnxruntime")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of tf.lite.Interpreter
+        warnings.simplefilter("ignore")  # from tf.lite.Interpreter
         exec(f"{one.strip()}\n{two.strip()}", names)
     outputs = names["outputs"]
     if format == "onnx":
@@ -390,7 +390,7 @@ def test_other_formats(format, kind, tmp_path):
     }
     assert report.bytes >= (tmp_path / "out" / file).stat().st_size
     assert report.max_difference <= 1e-5 and not report.notes
-    # A subclassed model is exported without being changed.
+    # The export does not change a subclassed model.
     for name, mask in rigl_keras.masked_layers(model).masks.items():
         np.testing.assert_array_equal(mask, masks[name])
 
@@ -442,7 +442,7 @@ def test_quantised(tmp_path):
 
 
 def test_what_a_format_gives_up_is_said(tmp_path):
-    """LiteRT knows loops of a fixed batch only."""
+    """LiteRT supports loops only with a fixed batch size."""
     model = rigl_keras.sparsify(KINDS["Embedding"](), 0.5)
     report = export(model, tmp_path / "out", format="tflite", measure=False)
     assert any("the batch size is 1" in note for note in report.notes)
@@ -458,7 +458,7 @@ def test_what_a_format_gives_up_is_said(tmp_path):
 
 
 def test_a_layer_of_which_one_kernel_is_masked(tmp_path):
-    """As the first layer under `uniform`, whose kernel on inputs is dense."""
+    """The first layer under `uniform` has a dense kernel for its inputs."""
     inputs = keras.Input((4, 5))
     model = keras.Model(inputs, layers.Dense(3)(layers.LSTM(4)(inputs)))
     model = rigl_keras.sparsify(model, 0.5, distribution="uniform")
@@ -608,7 +608,7 @@ def test_a_batch_size_fixed_by_mistake_is_noticed(tmp_path, monkeypatch):
 @pytest.mark.slow_but("int8")
 @pytest.mark.parametrize("quantization", [None, "float16", "int8"])
 def test_a_constant_does_not_agree(quantization, tmp_path, monkeypatch):
-    """Outputs of any size are distinguished from their mean."""
+    """An export that returns only the mean output is refused."""
     model = rigl_keras.sparsify(
         keras.Sequential(
             [
@@ -668,7 +668,7 @@ def test_free_image_sizes(tmp_path):
         model = keras.Model(inputs, layers.Dense(3)(x))
         return rigl_keras.sparsify(model, 0.5)
 
-    # Of 8 pixels nothing would be left.
+    # Of 8 pixels, none would be left.
     report = export(network("same"), tmp_path / "a", measure=False)
     assert report.max_difference <= 1e-5 and report.inference_flops is None
     export(network("valid"), tmp_path / "b", measure=False)
@@ -744,11 +744,11 @@ def test_overwriting(tmp_path):
     export(model, target, format="keras", overwrite=True, measure=False)
     assert check_export(target).format == "keras"
     assert [p.name for p in tmp_path.iterdir()] == ["exported"]
-    # Nor is what others have put into an export.
+    # Foreign files in an export are not removed either.
     (target / "notes.txt").write_text("Mine")
     with pytest.raises(ValueError, match="holds something else: notes.txt"):
         export(model, target, overwrite=True)
-    # What is no export is nobody's to replace.
+    # A folder that is not an export is never replaced.
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("All of it")
     with pytest.raises(ValueError, match="something else: chapter.tex"):
@@ -758,7 +758,7 @@ def test_overwriting(tmp_path):
 
 @pytest.mark.parametrize("which", [0, 1])
 def test_interrupted_between_the_last_steps(which, tmp_path, monkeypatch):
-    """The folder that is there goes aside, and the new one in its place."""
+    """The old folder is moved away, and the new one takes its name."""
     target = tmp_path / "exported"
     target.mkdir()
     (target / "old").write_text("")
@@ -792,7 +792,7 @@ def test_killed_between_the_last_steps(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code, target])
     assert done.returncode == -9 and not target.exists()
-    # Whatever is exported there next, the old one is back.
+    # The next export first restores the old one.
     with pytest.raises(RuntimeError):
         with _files.set_aside(target, replace=True):
             raise RuntimeError
@@ -979,7 +979,7 @@ NONSENSE = [
     "name", ["path", "format", "quantization", "inputs", "tolerance"]
 )
 def test_nonsense(name, tmp_path, monkeypatch):
-    """Each argument is used, or refused with its name and what it was."""
+    """Each argument is used, or refused with its name and its value."""
     monkeypatch.chdir(tmp_path)
     model = rigl_keras.sparsify(KINDS["Sequential"](), 0.5)
     written = tmp_path / "out"
@@ -990,7 +990,7 @@ def test_nonsense(name, tmp_path, monkeypatch):
         except ValueError as error:
             assert "eceived" in str(error), (value, error)
         else:
-            # None, and numbers that are one.
+            # None, and numbers equal to 1.
             assert value is None or name in ("tolerance", "path"), value
             shutil.rmtree(written)
         assert not list(tmp_path.iterdir()), value

@@ -1,4 +1,4 @@
-"""Exports and reports of them that others have made, and where they lie."""
+"""Exports and reports that others have changed, and unusual paths."""
 
 import itertools
 import json
@@ -29,7 +29,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def exported(model, tmp_path_factory):
-    """An export, which tests copy."""
+    """Returns an export, which tests copy."""
     path = tmp_path_factory.mktemp("exported") / "out"
     report = rigl_keras.export(model, path, measure=False)
     assert check_export(path) == report
@@ -43,7 +43,7 @@ def copied(exported, tmp_path):
 
 
 def test_threads_export_one_model(model, tmp_path):
-    """In turns: each file is whole, and each report that of one thread."""
+    """Threads take turns: files are whole, and reports of one thread."""
 
     def export(name):
         return rigl_keras.export(model, tmp_path / name, measure=False)
@@ -81,7 +81,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
 def test_a_report_that_is_none(model, copied, content):
-    """It is an error to check it, and it is not written over."""
+    """Checking it is an error, and it is not overwritten."""
     (copied / REPORT).write_bytes(content)
     with pytest.raises(ValueError, match="is damaged, or not an"):
         check_export(copied)
@@ -102,7 +102,7 @@ WRONG = (
     {"a": [1]},
     {"x": "y", "z": 10**400},
 )
-# Fields, and what of WRONG they may hold.
+# Fields, and the values of WRONG that are valid for them.
 TEXTS = {
     "format": ["0.1"],
     "dense_format": ["0.1"],
@@ -114,7 +114,7 @@ TEXTS = {
 
 
 def test_every_field_of_a_report_may_be_anything(copied):
-    """A report says what could be measured, or is damaged."""
+    """Any wrong value makes a report damaged; missing measurements are fine."""
     good = json.loads((copied / REPORT).read_text())
     for name, value in itertools.product(good, WRONG):
         if name == "path" or value in TEXTS.get(name, ()):
@@ -138,7 +138,7 @@ def test_every_field_of_a_report_may_be_anything(copied):
 
 
 def test_what_is_neither_file_nor_folder(model, copied, tmp_path):
-    """Is not passed over, waited for, or removed."""
+    """An object that is neither is named; it is not read or removed."""
     (tmp_path / "precious").mkdir()
     for make in (
         lambda path: os.mkfifo(path),
@@ -159,7 +159,7 @@ def test_what_is_neither_file_nor_folder(model, copied, tmp_path):
 
 
 def test_a_link_stays_a_link(model, copied, tmp_path):
-    """Its folder is written, as all that opens files does."""
+    """The export is written to the folder that the link names."""
     before = (copied / REPORT).stat().st_ino
     link = tmp_path / "link"
     link.symlink_to(copied)
@@ -205,14 +205,14 @@ def test_paths_that_cannot_be(model, tmp_path, monkeypatch, path):
 
 
 def test_patterns_within_the_working_folder(model, tmp_path, monkeypatch):
-    """TensorFlow would look for a1 as well."""
+    """TensorFlow would also look for a folder a1."""
     (tmp_path / "a[1]").mkdir()
     monkeypatch.chdir(tmp_path / "a[1]")
     with pytest.raises(ValueError, match="for a pattern"):
         rigl_keras.export(model, "out", measure=False)
 
 
-# Python's max of 0.5 and NaN is 0.5: what is NaN would agree with anything.
+# Python's max of 0.5 and NaN is 0.5, so NaN could agree with anything.
 
 
 @pytest.mark.parametrize("wrong", ["first", "second"])

@@ -65,7 +65,7 @@ def test_a_run_exports_when_asked(finished):
     assert report.density == pytest.approx(result["density"])
     assert report.nonzeros == result["nonzeros"]
     assert report.inference_flops == result["inference_flops"]
-    # What is exported is what was saved.
+    # The export is the saved model.
     x = np.random.default_rng(0).random((3, 8, 8, 1), np.float32)
     plain = keras.models.load_model(exported / "keras" / "model.keras")
     np.testing.assert_allclose(
@@ -92,7 +92,7 @@ def test_a_dense_run_is_refused_before_it_trains(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-# As `bin/export` does, with measurements of a tenth of their seconds.
+# Runs `bin/export`, with measurements of a tenth of the usual seconds.
 EXPORT = """
 from rigl_keras.exporting import measurement
 from rigl_keras.experiments.runs import export_command
@@ -122,7 +122,7 @@ def test_the_command(finished, tmp_path, fresh, bin_export):
     }
     for said in ("latency at batch 32", "batch norms folded", "tflite, int8"):
         assert said in done.stdout
-    # Nothing of TensorFlow's own between the tables.
+    # No messages of TensorFlow between the tables.
     assert "Sharding" not in done.stderr and "Warning" not in done.stderr
     report = rigl_keras.check_export(tmp_path / "out" / "saved_model")
     assert report.folded and list(report.dense_latency) == [2, 32]
@@ -142,14 +142,14 @@ def test_the_command(finished, tmp_path, fresh, bin_export):
         ([], "Pass one run directory or .keras file"),
         (["nowhere"], "There is no 'nowhere'"),
         (["RUN", "--formats=pickle"], "formats must be one of"),
-        (["RUN", "--quantization=float16"], "is of the format 'tflite'"),
-        (["RUN", "--formats="], "Pass one format at least"),
+        (["RUN", "--quantization=float16"], "needs the format 'tflite'"),
+        (["RUN", "--formats="], "Pass at least one format"),
         (["RUN", "--batch_sizes=1,x"], "--batch_sizes takes whole numbers"),
         (["RUN", "--batch_sizes=0"], "batch_sizes must be an int of at least"),
         (["RUN", "--batch_sizes="], "batch_sizes must be a list of sizes"),
         (
             ["RUN", "--batch_sizes=2", "--nomeasure"],
-            "--nomeasure that nothing is. Pass one of them",
+            "--nomeasure turns measuring off. Pass one of them",
         ),
         (["RUN", "--check=out"], "--check exports nothing"),
         (["RUN"], "exported/saved_model' exists. Pass overwrite=True"),
@@ -168,7 +168,7 @@ def test_files_that_cannot_be_read(finished, tmp_path):
     whole = (finished / "model.keras").read_bytes()
     for name, content, said in (
         ("cut.keras", whole[: len(whole) // 2], "is cut short"),
-        ("text.keras", b"Not a model", "no .keras file"),
+        ("text.keras", b"Not a model", "not a .keras file"),
         ("flipped.keras", flipped(whole), "cannot be loaded"),
     ):
         (tmp_path / name).write_bytes(content)
@@ -181,7 +181,7 @@ def test_files_that_cannot_be_read(finished, tmp_path):
     (unfinished / "config.gin").write_text("")
     with pytest.raises(ValueError, match="is not finished"):
         load_model(unfinished)
-    # A dense one has nothing to leave out.
+    # A dense model has no zeros to leave out.
     small_model().save(tmp_path / "dense.keras")
     with pytest.raises(ValueError, match="no masked layer"):
         Exports(formats=["saved_model"]).write(tmp_path / "dense.keras")
@@ -189,7 +189,7 @@ def test_files_that_cannot_be_read(finished, tmp_path):
 
 
 def flipped(content):
-    """Returns an archive with the weights in it damaged."""
+    """Returns an archive with damaged weights."""
     content = bytearray(content)
     at = content.index(b"model.weights.h5") + 500
     content[at : at + 200] = bytes(200)
@@ -197,7 +197,7 @@ def flipped(content):
 
 
 def test_one_format_fails_and_the_others_do_not(finished, tmp_path):
-    """An int8 file of a `.keras` file has nothing to be calibrated on."""
+    """int8 has no examples for its calibration if the source is a file."""
     file = shutil.copy(finished / "model.keras", tmp_path)
     (tmp_path / "exported" / "keras").mkdir(parents=True)
     exports = Exports(formats=["keras", "saved_model"], measure=False)
@@ -250,7 +250,7 @@ def test_what_exports_refuses():
         ({"fold_batch_norm": "no"}, "fold_batch_norm must be True or False"),
         ({"batch_sizes": 16}, "batch_sizes must be a list of sizes"),
         ({"batch_sizes": [1, 2.5]}, "batch_sizes must be an int"),
-        ({"quantization": "int8"}, "is of the format 'tflite'"),
+        ({"quantization": "int8"}, "needs the format 'tflite'"),
         ({"formats": ["tflite"], "quantization": "int4"}, "quantization must"),
     ):
         with pytest.raises(ValueError, match=said):

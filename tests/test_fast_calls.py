@@ -1,4 +1,4 @@
-"""Batch norm and dropout by the op library: the numbers of Keras."""
+"""Batch norm and dropout of the op library give Keras's numbers."""
 
 import keras
 import numpy as np
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def of_any_size(monkeypatch):
-    """What is small is left to Keras, but here."""
+    """Removes the size below which Keras computes layers."""
     monkeypatch.setattr(fast_calls, "_LEAST_NUMBERS", 0)
 
 
@@ -43,7 +43,7 @@ def test_what_is_small_is_left_to_keras(monkeypatch):
 
 
 def normed(x, *, fast, **options):
-    """Returns outputs, gradients (of these, too) and moving statistics."""
+    """Returns outputs, first and second gradients, and moving statistics."""
     layer = layers.BatchNormalization(epsilon=0.01, **options)
     layer.build(x.shape)
     draw = np.random.default_rng(1)
@@ -78,7 +78,7 @@ def test_batch_norm_is_that_of_keras(shape, options):
 
 
 def test_a_mean_that_is_far_from_zero():
-    """Sums of squares, less the square of the mean, would lose all digits."""
+    """A mean square less the squared mean would lose all digits."""
     x = tf.constant(np.linspace(1e4, 1e4 + 1, 8000), tf.float32)[:, None]
     _, mean, variance = kernels.batch_norm(
         tf.tile(x, [1, 16]), tf.ones(16), tf.zeros(16), epsilon=1e-3
@@ -106,7 +106,7 @@ def test_a_layer_drops_what_that_of_keras_drops():
     x = tf.ones((64, 100))
     plain, fast = layers.Dropout(0.4, seed=3), layers.Dropout(0.4, seed=3)
     fast_calls.use_fast_calls(fast)
-    for _ in range(3):  # each call draws again
+    for _ in range(3):  # each call draws a new mask
         y = plain(x, training=True)
         np.testing.assert_array_equal(fast(x, training=True), y)
         assert 0.3 < np.mean(y == 0) < 0.5
@@ -128,7 +128,7 @@ def test_a_layer_drops_what_that_of_keras_drops():
     ids=["axis", "renorm", "frozen", "half", "none", "noise", "dense"],
 )
 def test_what_is_left_to_keras(monkeypatch, layer, shape):
-    monkeypatch.setattr(operations, "batch_norm", None)  # not to be called
+    monkeypatch.setattr(operations, "batch_norm", None)  # must not be called
     monkeypatch.setattr(operations, "dropout", None)
     layer.build(shape)
     call = layer.call

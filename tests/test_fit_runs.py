@@ -1,6 +1,6 @@
-"""A run of `fit`: what it may call, how it ends, where it starts, what it logs.
+"""A run of `fit`: nested calls, its end, its start, and its logs.
 
-Networks run eagerly where the graph is not what is tested.
+Networks run eagerly, unless a test is about the graph.
 """
 
 import warnings
@@ -32,7 +32,7 @@ from rigl_keras.training import fit_runs
 from rigl_keras.training.optimizer_state import slots
 from rigl_keras.training.train_function import installed_update
 
-# Epochs of 6 steps; updates at every second one, that all drop the same.
+# Epochs of 6 steps, with an update at every second one, all of one fraction.
 DATA = examples(24)
 EVERY_SECOND = dict(frequency=2, end_step=99, decay="constant")
 
@@ -42,7 +42,7 @@ def updates(method):
 
 
 class At(keras.callbacks.Callback):
-    """Acts on the model once, where a hook is called for the nth time."""
+    """Acts on the model once, in the nth call of a hook."""
 
     def __init__(self, hook, action, nth=1):
         super().__init__()
@@ -56,10 +56,10 @@ class At(keras.callbacks.Callback):
             self.action(self.model)
 
 
-# What callbacks may call within `fit`.
+# Calls that callbacks make within `fit`.
 
 ACTIONS = {
-    # The action, how many steps it adds, and the steps of the last optimizer.
+    # The action, and the number of steps that it adds.
     "train_on_batch": (lambda m: m.train_on_batch(DATA[0][:4], DATA[1][:4]), 1),
     "fit": (lambda m: m.fit(DATA[0][:8], DATA[1][:8], 4, verbose=0), 2),
     "make": (lambda m: m.make_train_function(), 0),
@@ -125,7 +125,7 @@ def test_a_train_step_that_is_replaced_within_fit():
 
     fit(model, [method, At("on_epoch_end", exchange)], DATA, epochs=2)
     assert updates(method) == [2, 4, 6, 8, 10] and len(seen) == 6
-    # It is the model's own now.
+    # It is the model's own train step now.
     assert fit(model, [], DATA) and len(seen) == 12
 
 
@@ -151,14 +151,14 @@ def test_a_callback_trains_one_model_at_a_time(other):
     assert len(refused) == 1
     assert updates(method) == [2, 4, 6, 8, 10]
     assert equal_masks(before, masks(second))
-    # Afterwards it may.
+    # It is allowed afterwards.
     fit(second, [method], DATA)
     assert not equal_masks(before, masks(second))
 
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_method_within_a_fit_that_has_none(fails):
-    """The outer one goes on without updates, also if the inner one fails."""
+    """The outer `fit` continues without updates, even if the inner fails."""
     model, method, seen = network(), RigL(**EVERY_SECOND), []
 
     def nested(model):
@@ -166,25 +166,25 @@ def test_a_method_within_a_fit_that_has_none(fails):
             stop = At("on_epoch_end", stopped)
             with pytest.raises(KeyboardInterrupt) as info:
                 fit(model, [method, stop], DATA)
-            seen.append(info)  # whose traceback keeps the frames
+            seen.append(info)  # its traceback keeps the frames alive
         else:
             fit(model, [method], DATA)
         seen.append(masks(model))
 
     fit(model, [At("on_epoch_end", nested)], DATA, epochs=2)
-    # From step 6 on, where the inner run begins.
+    # From step 6, at which the inner run begins.
     assert updates(method) == [6, 8, 10]
     assert int(model.optimizer.iterations) == 18
     assert equal_masks(seen[-1], masks(model))
 
 
 def test_a_loop_that_calls_callbacks():
-    """As Keras documents it, with `train_on_batch`."""
+    """A loop with `train_on_batch` may call callbacks, as Keras documents."""
     model, method = network(), RigL(**EVERY_SECOND)
     own = model.make_train_function
     callbacks = keras.callbacks.CallbackList([method], model=model)
 
-    def begin(callbacks):  # which returns long before training ends
+    def begin(callbacks):  # returns before training ends
         callbacks.on_train_begin()
 
     begin(callbacks)
@@ -196,14 +196,14 @@ def test_a_loop_that_calls_callbacks():
     assert updates(method) == [2, 4]
     callbacks.on_train_end()
     assert model.make_train_function == own
-    # One that is abandoned ends with its list.
+    # An abandoned run ends when its list of callbacks is deleted.
     begin(callbacks)
     assert installed_update(model) is method
     del callbacks
     assert installed_update(model) is None
 
 
-# A `fit` that is cut off.
+# An interrupted `fit`.
 
 
 def stopped(model):
@@ -220,7 +220,7 @@ def plain_step(model):
 
 
 def plain_function(model):
-    function = model.train_function  # of the run that is over
+    function = model.train_function  # of the interrupted run
     for _ in range(4):
         function(iter([tuple(tf.constant(part[:4]) for part in DATA)]))
 
@@ -238,7 +238,7 @@ HOOKS = (
 @pytest.mark.slow_but("on_train_begin", "on_train_batch_end", "on_test_begin")
 @pytest.mark.parametrize("hook", HOOKS)
 def test_a_fit_that_is_cut_off_anywhere(hook):
-    """Whatever comes next, no mask moves; the traceback keeps all frames."""
+    """No mask changes afterwards, even if a traceback keeps all frames."""
     model, method = network(), RigL(**EVERY_SECOND)
     with pytest.raises(KeyboardInterrupt) as info:
         fit(model, [method, At(hook, stopped)], DATA, validation_data=DATA)
@@ -259,7 +259,7 @@ def test_a_fit_that_is_cut_off_anywhere(hook):
 
 
 def test_what_was_put_back_is_what_was_there():
-    """A train step of the model's own instance, and at once."""
+    """An instance's own train step is restored at once."""
     model = network()
     own, calls = model.train_step, []
 
@@ -272,7 +272,7 @@ def test_what_was_put_back_is_what_was_there():
         fit(model, [RigL(**EVERY_SECOND), At("on_epoch_end", stopped)], DATA)
     except KeyboardInterrupt:
         pass
-    # Nothing keeps the frame of `fit`.
+    # The frame of `fit` is not kept alive.
     assert vars(model)["train_step"] is train_step
     assert len(calls) == 6
 
@@ -371,7 +371,7 @@ class UpdatesTwice(keras.Model):
 @pytest.mark.slow_but("4")
 @pytest.mark.parametrize("frequency", [3, 4])
 def test_update_judges_each_apply(frequency):
-    """What the refusal advises: the odd steps, too."""
+    """The advice of the error message works, also for odd steps."""
     model = network(cls=UpdatesTwice, run_eagerly=False)
     model.method = RigL(frequency=frequency, end_step=99, decay="constant")
     model.method.attach(model, model.optimizer)
@@ -381,11 +381,11 @@ def test_update_judges_each_apply(frequency):
     assert updates(model.method) == list(range(frequency, 12, frequency))
 
 
-# Layers that a method does not reach.
+# Layers that a method cannot update.
 
 
 class TwoOptimizers(keras.Model):
-    """The layer `d` has an optimizer that `fit` does not know."""
+    """The layer `d` has a second optimizer, unknown to `fit`."""
 
     def train_step(self, data):
         x, y = data
@@ -405,7 +405,7 @@ def test_layers_of_another_optimizer_are_named_once(jit_compile):
     model = network(
         cls=TwoOptimizers, run_eagerly=False, jit_compile=jit_compile
     )
-    # Built in time, as XLA makes no variables.
+    # Built before, as variables cannot be made under XLA.
     model.other = keras.optimizers.SGD(0.1)
     model.other.build(model.get_layer("d").trainable_variables)
     before, seen = masks(model), []
@@ -463,7 +463,7 @@ def test_thawed_layers_join_and_frozen_ones_leave():
         ]
         assert tuple(changed) == moves
     assert_sparse(model)
-    # The record has both all along.
+    # The record has both layers.
     counts = [tuple(int(m.sum()) for m in s.values()) for s in states]
     assert method.trajectory[0][1] == counts[0]
     assert method.trajectory[-1][1] == counts[-1]
@@ -481,7 +481,7 @@ def test_all_may_be_frozen_within_fit():
     states = []
     look = At("on_epoch_end", lambda model: states.append(masks(model)))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Keras's, of missing gradients
+        warnings.simplefilter("ignore")  # Keras warns of missing gradients
         model.optimizer.build(
             [*model.trainable_variables, model.add_weight(name="bias")]
         )
@@ -492,18 +492,18 @@ def test_all_may_be_frozen_within_fit():
         fit(model, [RigL(**EVERY_SECOND)], DATA)
 
 
-# Where a run starts.
+# The start of a run.
 
 
 @pytest.mark.parametrize(
     "seen, arguments, want",
     [
-        # batches seen, and the start of a run of 10 steps an epoch
+        # batches so far, and the start of a run of 10 steps an epoch
         (0, dict(epoch=0), 0),
         (500, dict(epoch=0), 500),  # trained before
         (7, dict(epoch=0), 7),
-        (50, dict(epoch=5), 0),  # resumed at a border
-        (53, dict(epoch=5), 0),  # and within an epoch
+        (50, dict(epoch=5), 0),  # resumed between epochs
+        (53, dict(epoch=5), 0),  # resumed within an epoch
         (59, dict(epoch=5), 0),
         (550, dict(epoch=5), 500),  # the resumed run began at 500
         (0, dict(epoch=5), -50),  # with a new optimizer
@@ -541,7 +541,7 @@ def window_run(name, **options):
 
 
 class Logs(keras.callbacks.Callback):
-    """Keeps what a method logs, after every step."""
+    """Records what a method logs after every step."""
 
     def __init__(self, method):
         super().__init__()
@@ -554,7 +554,7 @@ class Logs(keras.callbacks.Callback):
 @pytest.mark.slow_but("RigL")
 @pytest.mark.parametrize("name", [n for n in CORE if n != "static"])
 def test_on_trained_weights_as_on_new_ones(name):
-    """The same drop fractions and densities at the same steps of the run."""
+    """Drop fractions and densities are the same at each step of the run."""
     rows, steps = [], []
     for before in (0, 10):
         model = network(momentum())
@@ -574,7 +574,7 @@ def test_on_trained_weights_as_on_new_ones(name):
     assert [r[moves] for r in rows[0]] == pytest.approx(
         [r[moves] for r in rows[1]]
     )
-    # 3/4 of 12 steps is 9: from 2 to 9 along the cosine.
+    # Updates end at 3/4 of 12 steps: a cosine from step 2 to 9.
     if moves == "drop_fraction":
         want = 0.2 * (1 + np.cos(np.pi * (np.array([2, 4, 6, 8]) - 2) / 7))
         got = [rows[1][t]["drop_fraction"] for t in (2, 4, 6, 8)]
@@ -583,7 +583,7 @@ def test_on_trained_weights_as_on_new_ones(name):
 
 @pytest.mark.slow
 def test_a_run_on_trained_weights_may_begin_with_an_update():
-    """Multiples of its frequency count from there, not from step 0."""
+    """Its updates count from its first step, not from step 0."""
     model = network()
     fit(model, [], DATA)  # 6 steps
     method = RigL(frequency=4, begin_step=0, drop_fraction=0.4)
@@ -591,7 +591,7 @@ def test_a_run_on_trained_weights_may_begin_with_an_update():
     fit(model, [method, logs], DATA, epochs=2)
     assert updates(method) == [6, 10, 14]
     assert logs.rows[0]["drop_fraction"] == pytest.approx(0.4)
-    # A third run, by the same callback: nothing of the second is left.
+    # A third run with the same callback keeps no state of the second.
     fit(model, [method, logs], DATA, epochs=2)
     assert updates(method) == [18, 22, 26]
     later = [row["drop_fraction"] for row in logs.rows[12:]]
@@ -618,7 +618,7 @@ class RestoredWithin(keras.callbacks.BackupAndRestore):
 @pytest.mark.slow_but("last")
 @pytest.mark.parametrize("first", [True, False], ids=["method first", "last"])
 def test_restored_within_the_first_epoch(first, tmp_path):
-    """By Keras, which begins the epoch again: the run is the same."""
+    """Keras begins the epoch again, and the run is the same."""
 
     def callbacks(method):
         restore = RestoredWithin(tmp_path)
@@ -636,7 +636,7 @@ def test_restored_within_the_first_epoch(first, tmp_path):
 
 @pytest.mark.slow
 def test_several_fits_of_one_run():
-    """As its warning advises; it comes once, and not for two fits."""
+    """The advice of the warning works; the warning comes once."""
     ends, texts = {}, {}
     for kind in ("one", "advised", "loop"):
         model, texts[kind] = network(momentum()), []
@@ -677,7 +677,7 @@ def test_one_epoch_more_without_an_end_step_is_a_loop_too():
 
 
 def test_a_fit_goes_on_with_what_was_attached():
-    """Once: the next `fit` of the callback begins a run."""
+    """Only the next `fit` continues; the one after it begins a run."""
     model, method = network(), RigL(**EVERY_SECOND)
     fit(model, [], (DATA[0][:12], DATA[1][:12]))  # 3 steps
     method.attach(model, model.optimizer)
@@ -687,7 +687,7 @@ def test_a_fit_goes_on_with_what_was_attached():
     assert method.run_start == 9 and updates(method) == [9, 11, 13]
 
 
-# What is logged.
+# Logs.
 
 
 def density(model):
@@ -716,21 +716,21 @@ def test_logs_follow_weights_that_are_set(hook, nth, first):
     callbacks = [method, back] if first else [back, method]
     history = fit(model, callbacks, DATA, epochs=3).history
     assert density(model) == pytest.approx(0.5)
-    # At the end of an epoch the method may still see what it was before.
+    # The method may see the density before the callback changed it.
     assert history["density"][0] == pytest.approx(
         0.5 if hook == "on_epoch_end" and not first else 0.2, abs=0.01
     )
     assert history["density"][1:] == pytest.approx([0.5, 0.5])
-    # Changed before step 6 (8): as an update at the step before it would.
+    # A change before step 6 (8) counts like an update at the step before.
     step, last = method.trajectory[-1]
     assert last == at_start
-    # Seen at the end of the epoch, if it is changed within it.
+    # A change within an epoch is seen at its end.
     assert step == (11 if hook == "on_train_batch_end" else 5)
     assert updates(method)[:3] == [1, 2, 3]
 
 
 def test_logs_follow_weights_that_are_loaded(tmp_path):
-    """The optimizer's steps too: updates from there on come again."""
+    """Loading resets the optimizer's steps, so later updates are repeated."""
     model, method = network(), pruning()
     path = tmp_path / "at2.weights.h5"
     save = At("on_train_batch_end", lambda m: m.save_weights(path), nth=2)
@@ -745,7 +745,7 @@ def test_logs_follow_weights_that_are_loaded(tmp_path):
 @pytest.mark.slow_but("last")
 @pytest.mark.parametrize("first", [True, False], ids=["method first", "last"])
 def test_logs_of_a_run_that_keras_restores(first, tmp_path):
-    """After the ramp has ended, so that no update sets them right."""
+    """The ramp has ended, so no update corrects the logs later."""
 
     def callbacks(method):
         restore = keras.callbacks.BackupAndRestore(tmp_path)
@@ -790,11 +790,11 @@ def test_loggers_that_come_first_see_the_density():
     assert seen == pytest.approx([0.2, 0.5], abs=0.01)
 
 
-# What no test saw when it was broken.
+# Breaks of the code that no test had caught.
 
 
 def test_an_average_of_what_snfs_has_grown_starts_with_the_weight():
-    """Dense momentum remembers gradients, but the average is of weights."""
+    """SNFS keeps dense momentum, but an average of weights is reset."""
     model = network(momentum(use_ema=True, ema_momentum=0.9))
     states = []
 
@@ -826,7 +826,7 @@ def test_an_average_of_what_snfs_has_grown_starts_with_the_weight():
 
 
 def test_a_kernel_that_is_not_finite_is_refused():
-    """All gradients are finite: tanh of infinity is flat."""
+    """All gradients are finite, as tanh is flat at infinity."""
     model = network()
     hidden = model.get_layer("hidden")
     where = tuple(np.argwhere(hidden.mask.numpy() > 0)[0])

@@ -1,4 +1,4 @@
-"""Costs by hand, and the models that they are counted on."""
+"""Costs, by hand and on models."""
 
 import functools
 import math
@@ -23,13 +23,13 @@ def test_by_hand():
     macs["head"] = 640
     got = count(model, convention="macs")
     assert {i.name: i.inference_flops for i in got.layers} == macs
-    # micronet adds, for a bias, an addition for each input channel.
+    # micronet counts, for a bias, an addition for each input channel.
     biases = {"conv1": 3 * 64, "depthwise": 8 * 36, "conv2": 8 * 4, "head": 64}
     got = count(model)
     assert {i.name: i.inference_flops for i in got.layers} == {
         name: 2 * macs[name] + biases[name] for name in macs
     }
-    # Kernels and biases, and gamma and beta of the normalisation.
+    # Kernels, biases, and gamma and beta of the batch norm.
     assert got.parameters == 216 + 8 + 72 + 8 + 1152 + 16 + 640 + 10 + 16
     assert got.bits == 32 * got.parameters
     assert got.density == 1.0 and got.nonzeros == got.parameters
@@ -79,25 +79,25 @@ def test_each_layer(layer, shape, macs):
 @pytest.mark.parametrize(
     "layer, shapes, products",
     [
-        # 5 queries, 3 keys; of each of 2 heads 4 entries, and 6 of a value.
+        # 5 queries, 3 keys; 2 heads, each with keys of size 4 and values of 6.
         (
             layers.MultiHeadAttention(2, 4, value_dim=6),
             [(5, 8), (3, 8)],
             5 * 3 * 2 * (4 + 6),
         ),
-        # Along axis 2 of a video of 7 frames.
+        # Attention along axis 2 of a video of 7 frames.
         (
             layers.MultiHeadAttention(2, 4, attention_axes=2),
             [(7, 5, 8), (7, 3, 8)],
             7 * 5 * 3 * 2 * 8,
         ),
-        # Over all places of an image of 2 x 3, of 4 x 5.
+        # Attention over all places of images of 2 x 3 and 4 x 5.
         (
             layers.MultiHeadAttention(1, 4),
             [(2, 3, 8), (4, 5, 8)],
             6 * 20 * 8,
         ),
-        # 4 heads of queries, which share 2 of keys.
+        # 4 heads of queries, which share 2 heads of keys.
         (
             layers.GroupQueryAttention(3, 4, 2),
             [(5, 8), (6, 8)],
@@ -106,7 +106,7 @@ def test_each_layer(layer, shape, macs):
     ],
 )
 def test_products_of_attention(layer, shapes, products):
-    """Queries by keys and scores by values; the kernels come on top."""
+    """Queries times keys and scores times values, besides the kernels."""
     inputs = [keras.Input(shape) for shape in shapes]
     layer.name = "attend"
     model = keras.Model(inputs, layer(*inputs))
@@ -120,7 +120,7 @@ def test_products_of_attention(layer, shapes, products):
         math.prod(layer.shape) * layer.positions for layer in got.layers[:-1]
     )
     assert got.inference_flops == kernels + products
-    # Masks leave them as they are.
+    # Masks do not change them.
     masked = count(sparsify(model, 0.25), convention="macs")
     assert masked.inference_flops == pytest.approx(
         kernels * 0.25 + products, rel=0.3
@@ -152,7 +152,7 @@ def test_counting_changes_nothing():
 
 
 def test_counting_leaves_sparse_products_within_a_layer():
-    """What has the projections of attention use them stays after a count."""
+    """Attention still uses sparse products of its projections afterwards."""
     inputs = keras.Input((3, 8))
     attention = layers.MultiHeadAttention(2, 4, name="attend")
     model = keras.Model(inputs, attention(inputs, inputs))
@@ -230,7 +230,7 @@ def test_wide_resnet_is_the_reports():
             height, width, _, out = layer.kernel.shape
             wanted = np.sqrt(2 / (height * width * out))
             assert np.std(layer.kernel) == pytest.approx(wanted, rel=0.2)
-            # One pixel on each side, where `same` pads below and right only.
+            # One pixel on each side; `same` would pad only below and right.
             if layer.strides == (2, 2) and height == 3:
                 pad = model.get_layer(f"{layer.name}_pad")
                 assert pad.padding == ((1, 1), (1, 1))
@@ -256,7 +256,7 @@ def test_bad_models(make, message):
 
 
 def test_frozen_layers_count():
-    """What a deployed model costs does not depend on what is trained."""
+    """The cost of inference does not depend on which layers are trained."""
     model = sparsify(small_model(), 0.25)
     want = count(model)
     model.get_layer("conv2").trainable = False
@@ -327,7 +327,7 @@ def test_flops_at_another_density():
         ("abc,cde->abde", (7, 2, 3), (7, 6), 7 * 6 * 2 * 3, 7 * 6),
         ("abcd,cde->abe", (7, 4), (7, 2, 3), 7 * 2 * 3 * 4, 7 * 6),
         ("...x,xy->...y", 4, (5, 7, 3), 35 * 12, 35 * 3),
-        # `c` is summed over in the input alone, `d` kept from it.
+        # `c` is summed in the input only; `d` is in input and kernel.
         ("abcd,de->abe", (7, 4), (7, 2, 3), 7 * 2 * 3 * 4, 7 * 2 * 3),
     ],
 )
@@ -340,7 +340,7 @@ def test_einsum(equation, output, shape, macs, additions):
 
 
 def test_sizes_by_hand():
-    """6 of 24 weights and 4 biases: 10 values, and where they are."""
+    """6 of 24 weights and 4 biases: 10 values and their positions."""
     inputs = keras.Input((6,))
     model = keras.Model(inputs, layers.Dense(4, name="d")(inputs))
     cost = count(sparsify(model, 0.25))
@@ -415,7 +415,7 @@ def test_closed_forms_of_newer_methods():
         assert flops.training_flops(name, **cost) == 14
     for name in ("MEST", "AC/DC", "ACDC", "GraSP", "SynFlow"):
         assert flops.training_flops(name, **cost) == 6
-    # Where no more than twice as many gradients are computed.
+    # An update that computes at most twice as many gradients.
     cost["weight_gradient_flops"] = 4.0
     assert flops.training_flops("TopKAST", **cost) == 8
     assert flops.training_flops("GSE", **cost) == 6.2  # (6 x 9 + 8) / 10

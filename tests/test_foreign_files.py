@@ -1,4 +1,4 @@
-"""A file from someone else is data: loading it runs nothing of theirs."""
+"""Loading a file from someone else does not run code from it."""
 
 import ast
 import io
@@ -34,7 +34,7 @@ print(repr(float(np.sum(model.predict(x, verbose=0), dtype=np.float64))))
 
 
 def test_a_masked_model_loads_in_safe_mode(model, tmp_path, fresh):
-    """In a process that knows no more than this package."""
+    """It loads in a process that has only imported this package."""
     path = tmp_path / "model.keras"
     model.save(path)
     done = fresh("-c", LOAD, path)
@@ -54,7 +54,7 @@ FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__"}
 
 
 def dangers(source):
-    """Yields what of a source would run code that is read from a file."""
+    """Yields the calls of a source that could run code from a file."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [alias.name for alias in node.names]
@@ -96,9 +96,9 @@ def test_no_module_runs_what_it_reads():
 
 
 def with_other_mask(content, mask, value):
-    """Returns the bytes of an HDF5 file, a value in place of a mask's first.
+    """Returns the bytes of an HDF5 file after a change of a mask's first value.
 
-    The mask is of floats then, as earlier versions wrote it.
+    The mask then has floats, as in earlier versions.
     """
     changed = io.BytesIO(content)
     with h5py.File(changed, "r+") as file:
@@ -117,7 +117,7 @@ def with_other_mask(content, mask, value):
     return changed.getvalue()
 
 
-# Keras tries another way after the error, and warns that it found none.
+# After the error, Keras tries another way and warns that it failed.
 @pytest.mark.filterwarnings("ignore:Skipping nested container")
 @pytest.mark.parametrize("value", [0.5, 2.0, -1.0, np.nan, np.inf])
 def test_a_mask_is_zeros_and_ones(model, tmp_path, value):

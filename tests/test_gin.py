@@ -1,4 +1,4 @@
-"""Every gin file: what it says of itself, and that it trains."""
+"""Every gin file: its header, and that it trains."""
 
 import contextlib
 import pathlib
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("blank_figures")
 GIN = pathlib.Path(rigl_keras.__file__).parents[1] / "gin"
 EVERY = sorted(path.stem for path in GIN.glob("*.gin"))
 TEXTS = [name for name in EVERY if name.endswith("_gpt")]
-FILES = [name for name in EVERY if name not in TEXTS]  # of images
+FILES = [name for name in EVERY if name not in TEXTS]  # for images
 
 # Two steps of the real configuration, on networks of fewer blocks.
 SHORT = [
@@ -84,7 +84,7 @@ NEWER = (
     "srigl",
     "acdc",
 )
-# Runs that start where another has ended.
+# Runs that start from another run.
 AFTER = {
     name: name.replace("lottery", "pruning").replace("reinit", "sm")
     for name in FILES
@@ -100,10 +100,10 @@ def row_of(name):
 
 MODELS = ("resnet50", "wrn")
 ROWS = sorted({row_of(name) for name in FILES if name != "quickstart"})
-OLDER = [row for row in ROWS if row not in NEWER]  # which both networks have
-# Their files differ between the two networks by more than the network.
+OLDER = [row for row in ROWS if row not in NEWER]  # for both networks
+# Rows whose files for the two networks differ by more than the network.
 OF_BOTH = ("pruning", "snip")
-# Rows that differ by their distribution from another one, which is trained.
+# Rows that differ from another, trained row only by the distribution.
 LIKE_OTHERS = {
     "set_uniform": "set_erk",
     "snfs_uniform": "snfs_erk",
@@ -115,11 +115,11 @@ LIKE_OTHERS = {
 
 
 def trained_files():
-    """Returns a file of each kind of row; the two networks take turns."""
+    """Returns a file for each kind of row, with alternating networks."""
     names = [f"{row}_{model}" for row in OF_BOTH for model in MODELS]
     names.append("rigl_uniform_2x_wrn")
     for row in set(ROWS) - set(LIKE_OTHERS):
-        # Where a run starts from another one, it has the network of that one.
+        # A run that starts from another one has the same network.
         source = row_of(AFTER.get(f"{row}_wrn", f"{row}_wrn"))
         turn = OLDER.index(source) % 2 if row in OLDER else MODELS.index("wrn")
         names.append(f"{row}_{MODELS[turn]}")
@@ -145,7 +145,7 @@ def kind(name):
 
 
 def test_there_is_one_for_every_row():
-    """Tables 1, 2, 3, 5 and 7 of the report."""
+    """Each row of tables 1, 2, 3, 5 and 7 of the report has a file."""
     of_both = [
         "dense", "small_dense", "static_uniform", "static_erk", "set_uniform",
         "set_erk", "rigl_uniform", "rigl_erk", "snfs_uniform", "snfs_erk",
@@ -167,7 +167,7 @@ def test_there_is_one_for_every_row():
 
 @pytest.mark.parametrize("name", [n for n in FILES if n != "quickstart"])
 def test_header(name):
-    """The row, accuracy and cost published, the hours, and the command."""
+    """It has the row, published accuracy and cost, hours, and the command."""
     text = (GIN / f"{name}.gin").read_text()
     header = text[: text.index("\n\n")].replace("\n# ", " ")
     assert f"bin/train --gin_file=gin/{name}.gin" in header
@@ -187,7 +187,7 @@ def test_header(name):
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_header_of_texts(name):
-    """That the report has no such row, where its numbers are, the command."""
+    """It says that the report has no such row, and has the command."""
     text = (GIN / f"{name}.gin").read_text()
     header = text[: text.index("\n\n")].replace("\n# ", " ")
     assert f"bin/train --gin_file=gin/{name}.gin" in header
@@ -206,7 +206,7 @@ def data_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """The folder of the runs so far, and their results by name."""
+    """Returns the folder of the runs so far, and their results by name."""
     return tmp_path_factory.mktemp("runs"), {}
 
 
@@ -214,8 +214,8 @@ def finished(tmp_path_factory):
 def short(monkeypatch, data_dir, finished):
     """Trains two steps on two classes of random images, without graphs.
 
-    The graphs of the same steps are tested elsewhere, and take a minute to
-    make for ResNet-50.
+    Other tests cover the graphs of these steps, which take a minute to trace
+    for ResNet-50.
     """
     import tensorflow_datasets as tfds
 
@@ -223,9 +223,9 @@ def short(monkeypatch, data_dir, finished):
     folder, results = finished
 
     def run(name, *bindings):
-        if name in results:  # where another run has started from
+        if name in results:  # another run has started from it
             return results[name], folder / name
-        # Of a network of two blocks, the head has too many weights for these.
+        # In a network of two blocks, the head is too large for these rows.
         large = "small_dense" in name or "kernel" in name
         blocks = (1, 1, 1, 1) if large else (1, 1)
         monkeypatch.setattr(resnet, "_resnet", lambda _, *x: whole(blocks, *x))
@@ -294,7 +294,7 @@ def test_two_steps(name, short):
     moved = len(rows) - 2
     dynamic = result["method"] not in STAY
     assert moved == (result["steps"] - 1 if dynamic else 0) or (
-        # The step at which the ramp is begun prunes to nothing.
+        # The step at which the ramp begins prunes nothing.
         result["method"] == "MagnitudePruning" and moved == result["steps"]
     )
     if name in AFTER:
@@ -311,7 +311,7 @@ def test_two_steps_of_a_text(name, tmp_path):
         result = train_command.run(
             [f"{name}.gin", "gin/presets/tiny_gpt.gin"],
             bindings=[
-                "train.batch_size = 1024",  # few to test on, without graphs
+                "train.batch_size = 1024",  # few test batches
                 "train.epoch_examples = 2048",
                 "train.validation = 17",
                 "train.diagnostics = False",
@@ -351,7 +351,7 @@ def test_texts_differ_by_their_method_alone():
 
 
 def bindings_of(path):
-    """Returns `{what is bound: to what}` of a gin file, as text."""
+    """Returns the bindings of a gin file, `{name: value}`, as text."""
     config.parse([f"{path}.gin"], [])
     lines = gin.config_str(max_line_length=1000).splitlines()
     bound = [line.split(" = ", 1) for line in lines if not line.startswith("#")]
@@ -359,7 +359,7 @@ def bindings_of(path):
 
 
 def own_bindings(name):
-    """Returns what a file adds to the settings of its network."""
+    """Returns the bindings that a file adds to those of its network."""
     model = name.rsplit("_", 1)[1]
     dataset = {"wrn": "cifar10", "resnet50": "cifar100"}[model]
     base = bindings_of(f"includes/{model}_{dataset}")
@@ -372,7 +372,7 @@ def own_bindings(name):
             assert own[what] == repr(f"runs/{AFTER[name]}")
             own[what] = "that run"
     named = re.search("_(uniform|erk)_", name)
-    if named and name not in AFTER:  # which has the masks of another run
+    if named and name not in AFTER:  # those have masks of another run
         full = {"uniform": "uniform", "erk": "erdos_renyi_kernel"}[named[1]]
         if name.startswith("rigl_kernel_uniform"):
             full = "uniform_all"
@@ -384,7 +384,7 @@ def own_bindings(name):
     "name", [n for n in FILES if n not in (*TRAINED, "quickstart")]
 )
 def test_differs_from_one_that_is_trained(name):
-    """By nothing that is not in its name."""
+    """It differs only in what its name says."""
     model = name.rsplit("_", 1)[1]
     row = LIKE_OTHERS.get(row_of(name), row_of(name))
     same_row = [like for like in TRAINED if row_of(like) == row]
@@ -396,7 +396,7 @@ def test_differs_from_one_that_is_trained(name):
     if "_50k_" in name:
         assert ours.pop("train.validation") == "0"
     assert ours == {w: v for w, v in theirs.items() if w != "train.length"}
-    assert ours  # it has its own settings
+    assert ours  # the file has settings
 
 
 def test_lengths_are_those_of_the_rows():
@@ -408,7 +408,7 @@ def test_lengths_are_those_of_the_rows():
 
 
 def test_density_reaches_every_row(monkeypatch):
-    """`--density` sets where a run ends, also one that starts dense."""
+    """`--density` sets the final density, even of runs that start dense."""
     seen = {}
 
     def train(run, **options):
@@ -418,7 +418,7 @@ def test_density_reaches_every_row(monkeypatch):
     monkeypatch.setattr(
         run_directory, "RunDirectory", lambda *a, **k: _Nowhere()
     )
-    config.configured()  # what the files name is known to gin from here on
+    config.configured()  # registers the names in the files with gin
     configured = {"train": train, "Exports": Exports}
     monkeypatch.setattr(config, "configured", lambda: configured)
     for name in EVERY:

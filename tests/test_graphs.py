@@ -1,4 +1,4 @@
-"""A model as a list of calls, and back."""
+"""A model is traced to a list of calls, and rebuilt from it."""
 
 import keras
 import numpy as np
@@ -134,7 +134,7 @@ def test_arguments_survive():
     x = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
     again = rebuild(trace(model))
     assert_same(model, again, x)
-    assert abs(np.mean(again(x))) < 1e-3  # by the batch's own statistics
+    assert abs(np.mean(again(x))) < 1e-3  # uses statistics of the batch
 
 
 def test_model_that_converts_its_inputs_stays_one_call():
@@ -158,7 +158,7 @@ def test_layers_are_replaced_and_left_out():
     )
     graph = trace(model)
     new = {"drop": None, "a": layers.Dense(3, name="a")}
-    # `b` has been built for 4 inputs.
+    # `b` was built for 4 inputs.
     new["b"] = layers.Dense(2, name="b")
     small = rebuild(graph, lambda layer: new[layer.name])
     assert [layer.name for layer in small.layers[1:]] == ["a", "b"]
@@ -177,7 +177,7 @@ def test_one_graph_makes_many_models():
     graph = trace(functional())
     one, other = rebuild(graph), rebuild(graph)
     assert not {id(v) for v in one.variables} & {id(v) for v in other.variables}
-    # Each of their layers has been called once, so that Keras knows `output`.
+    # Keras knows `output`, as each layer has been called only once.
     assert one.get_layer("conv1").output.shape == (None, 8, 8, 4)
 
 

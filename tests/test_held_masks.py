@@ -1,4 +1,4 @@
-"""Operations remember masks for as long as somebody else has them."""
+"""Operations release the masks that nothing else uses."""
 
 import pathlib
 
@@ -21,7 +21,7 @@ def operations():
 
 
 def resident():
-    """Returns the bytes of memory that this process has in use."""
+    """Returns the resident memory of this process, in bytes."""
     status = pathlib.Path("/proc/self/status").read_text()
     return 1024 * int(status.partition("VmRSS:")[2].split()[0])
 
@@ -42,7 +42,7 @@ def convolution(images, kernel, mask):
     ],
 )
 def test_masks_that_were_replaced_are_released(product, inputs, shape):
-    """The forward pass and its gradients each remember the mask."""
+    """Forward pass and gradients each keep the mask in a cache."""
     draw = np.random.default_rng(0)
     images = tf.constant(draw.standard_normal(inputs).astype(np.float32))
     kernel = tf.constant(draw.standard_normal(shape).astype(np.float32))
@@ -64,5 +64,5 @@ def test_masks_that_were_replaced_are_released(product, inputs, shape):
     update(8)
     before = resident()
     update(UPDATES)
-    # Each mask alone is of a million bytes.
+    # Each mask has a million bytes.
     assert resident() - before < UPDATES * MILLION / 2

@@ -1,7 +1,7 @@
-"""10,000 random calls of public functions, a third of them with nonsense.
+"""10,000 random calls of public functions, a third with wrong arguments.
 
-Each ends with a result that is right, which the case checks, or with an error
-that names what was received.
+Each call returns a correct result, which the case checks, or raises an error
+that shows the received value.
 """
 
 import decimal
@@ -69,7 +69,7 @@ def mixed(**valid):
 
 
 def check_error(error, arguments):
-    """Checks that an error of this package tells what was received."""
+    """Checks that an error of this package shows the received value."""
     trace = error.__traceback__
     while trace.tb_next is not None:
         trace = trace.tb_next
@@ -77,7 +77,7 @@ def check_error(error, arguments):
     ours = file.is_relative_to(PACKAGE)
     if ours and isinstance(error, ValueError):
         message = str(error)
-        # Of plain values, the value itself.
+        # For plain values, the value itself.
         assert not arguments or any(
             text.lower() in message.lower()
             for value in leaves(arguments)
@@ -86,7 +86,7 @@ def check_error(error, arguments):
 
 
 def leaves(values):
-    """Yields what a message may show of arguments."""
+    """Yields the texts by which a message may show arguments."""
     for value in values.values() if isinstance(values, dict) else values:
         yield value
         yield type(value).__name__
@@ -114,7 +114,7 @@ shapes = st.dictionaries(
 )
 share = st.floats(0.001, 1.0)
 presets = st.sampled_from([ORIGINAL, REPORT])
-# Some devices flush what is next to nothing.
+# Some devices flush subnormal numbers to zero.
 part = st.floats(0, 1, allow_subnormal=False)
 names = st.sampled_from(
     ["uniform", "er", "erk", "erdos_renyi", "erdos_renyi_kernel"]
@@ -190,7 +190,7 @@ def is_due(t, frequency, begin_step, end_step, conventions):
 
 
 def check_due(got, step, **window):
-    # A vector of steps is as good.
+    # A vector of steps gives the same.
     for t, due in zip(np.ravel(step), np.ravel(got), strict=True):
         assert due == is_due(int(t), **window)
 
@@ -233,7 +233,7 @@ RAMP = SparsityRamp(final_density=0.1, begin_step=3, end_step=90, frequency=7)
 
 @st.composite
 def kernels(draw, *parts):
-    """Arguments of one shape: masks ("mask") and scores ("scores")."""
+    """Draws arguments of one shape: masks ("mask") and scores ("scores")."""
     shape = draw(st.sampled_from([(6,), (2, 3), (1, 2, 4), (9,)]))
     size = math.prod(shape)
     values = st.sampled_from(
@@ -252,7 +252,7 @@ def kernels(draw, *parts):
 
 
 def of_one_shape(parts, **others):
-    """Like `mixed`, where some arguments share a shape."""
+    """Is like `mixed`, but some arguments share a shape."""
 
     @st.composite
     def arguments(draw):
@@ -273,7 +273,7 @@ def of_one_shape(parts, **others):
 
 
 def best(scores, count, among):
-    """Returns which `count` of some are highest; ties to the lower index."""
+    """Returns the `count` highest among some; ties go to the lower index."""
     flat, among = np.ravel(scores).astype(np.float64), np.ravel(among)
     order = sorted(np.flatnonzero(among), key=lambda i: (-flat[i], i))
     chosen = np.zeros(flat.shape, bool)
@@ -352,7 +352,7 @@ def check_update(
     conventions,
 ):  # fmt: skip
     if shares is not None and conventions is REPORT:
-        return  # a layer may be spared
+        return  # a layer may drop less
     layers = zip(masks, drop_scores, grow_scores, strict=True)
     for *moved, layer in zip(*got, layers, strict=True):
         count = None if grow_counts is None else 0
@@ -386,7 +386,7 @@ def check_magnitude(got, **arguments):
 
 
 def check_saliency(got, kernel, gradient):
-    # Some devices flush what is next to nothing.
+    # Some devices flush subnormal numbers to zero.
     want = np.abs(kernel * gradient)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-37)
 
@@ -580,7 +580,7 @@ MASKED = rigl_keras.sparsify(MODEL, 0.5)
 MASKS = rigl_keras.masked_layers(MASKED).masks
 
 CASES = {
-    # Name: the function, its arguments, what is checked, how many calls.
+    # Name: the function, its arguments, a check, and the number of calls.
     "layer_densities": (
         distributions.layer_densities,
         mixed(
@@ -992,5 +992,5 @@ def test_hostile(name, request):
 
     attempt()
     assert len(made) >= calls
-    # Neither all nor none: both halves are tried.
+    # Some calls are refused, but not all.
     assert 0.02 * calls < len(refused) < 0.98 * calls

@@ -1,4 +1,4 @@
-"""What the package imports, and where it refuses to."""
+"""The imports of the package and its modules, and import errors."""
 
 import ast
 import importlib.util
@@ -37,7 +37,7 @@ def test_library_needs_tensorflow_only(fresh):
     plain = fresh("-c", f"import sys, tensorflow, keras{HEAVY}")
     ours = fresh("-c", f"import sys, rigl_keras{HEAVY}")
     assert ours.returncode == 0, ours.stderr
-    # Nothing beyond what TensorFlow and Keras themselves bring.
+    # The same modules as TensorFlow and Keras import themselves.
     assert plain.returncode == 0 and plain.stdout.startswith("[")
     assert ours.stdout == plain.stdout
     assert "'gin'" not in ours.stdout and "tf_keras" not in ours.stdout
@@ -59,7 +59,7 @@ def test_other_keras_is_refused(variable, value, message):
 
 @pytest.mark.slow
 def test_tfmot_may_come_first():
-    """It sets TF_USE_LEGACY_KERAS for itself, when it is imported."""
+    """tfmot sets TF_USE_LEGACY_KERAS when it is imported."""
     # Not imported here: other tests would inherit the variable.
     if importlib.util.find_spec("tensorflow_model_optimization") is None:
         pytest.skip("tfmot is not installed")
@@ -85,7 +85,7 @@ def rooms():
 
 
 def room_of(parts):
-    """Returns the room of a module, of whose name `parts` are the parts."""
+    """Returns the room of a module from the parts of its name."""
     if parts[0] == "experiments" and len(parts) > 1:
         return "/".join(parts[:2])
     if (PACKAGE / parts[0]).is_dir():
@@ -95,7 +95,7 @@ def room_of(parts):
     return "private" if parts[0].startswith("_") else "paper"
 
 
-# Which room may import from which. Within a room there are no circles.
+# The rooms from which each room may import. There are no import cycles.
 MAY_IMPORT = {
     "private": set(),
     "paper": {"private"},
@@ -125,7 +125,7 @@ MAY_IMPORT |= {
     # These two need no TensorFlow.
     "experiments/protocol": {"private"},
     "experiments/report": {"private", "experiments/protocol"},
-    # How commands begin and end, and how far they are.
+    # The start, the end and the progress of commands.
     "experiments/command_line": set(),
     "experiments/quiet_start": set(),
     "experiments/exits": {
@@ -178,7 +178,7 @@ MAY_IMPORT |= {
 
 
 def first_party(path):
-    """Yields the modules of this package that a module imports, as parts."""
+    """Yields the modules of this package that a module imports, as tuples."""
     for node in ast.walk(ast.parse(path.read_text())):
         names = []
         if isinstance(node, ast.Import):
@@ -201,7 +201,7 @@ def is_module(parts):
 def test_who_imports_whom():
     for path, room in rooms().items():
         for parts in first_party(path):
-            # Names of the package itself are those of all its rooms.
+            # The package itself exports names of all rooms.
             other = room_of(parts) if parts else "all"
             assert other == room or other in MAY_IMPORT[room], (path, parts)
             if other == room and path.name != "__init__.py":
@@ -239,7 +239,7 @@ def test_names_and_sizes():
         assert len(path.read_text().splitlines()) <= 600, path
 
 
-# Phrases that are hard to read, each with a plain one.
+# Phrases that are hard to read, each with a plainer one.
 PLAIN = {
     r"anew": "again",
     r"hence": "so",
@@ -251,6 +251,10 @@ PLAIN = {
     r"such that": "so that, or a new sentence",
     r"(is|are) told": "gets",
     r"for want of": "without",
+    r"afresh": "again",
+    r"(go|goes|gone|going) on": "continue",
+    r"(sees?|seen) to it": "ensure, or make sure",
+    r"(wherein|whereof|thereof)": "in which, of which",
 }
 
 
@@ -267,7 +271,7 @@ def test_plain_words():
             assert not found, (path, found)
 
 
-# Beyond the standard library. Those of the paper's arithmetic know no Keras.
+# Third-party packages of modules. The paper's arithmetic does not use Keras.
 THIRD_PARTY = {
     "_checks": {"numpy"},
     "_extras": set(),
@@ -291,7 +295,7 @@ THIRD_PARTY = {
     "exporting/export_report": set(),
     "exporting/onnx": {"numpy", "keras", "onnx", "onnxruntime"},
     "exporting/sparse_storage": {"numpy", "tensorflow"},
-    # Copied to where there is no TensorFlow.
+    # Copied into exports, for machines without TensorFlow.
     "serving/runtime": {"numpy"},
     "serving/network_file": {"numpy"},
 }
@@ -307,4 +311,4 @@ def test_what_each_module_needs():
         used -= {*sys.stdlib_module_names, "rigl_keras"}
         may = expected.pop(name, {"numpy", "tensorflow", "keras"})
         assert used <= may, (name, used)
-    assert not expected  # all are there
+    assert not expected  # all modules exist

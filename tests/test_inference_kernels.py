@@ -1,4 +1,4 @@
-"""At inference kernels are not multiplied by their masks, and yet masked."""
+"""At inference kernels are not multiplied by masks, but stay masked."""
 
 import keras
 import numpy as np
@@ -23,7 +23,7 @@ def loaded():
 
 
 def model_of(product="auto", **options):
-    """Two kernels that are large enough to matter, and one that is not."""
+    """Returns a model of two large kernels and a small one."""
     keras.utils.set_random_seed(0)
     dense = keras.Sequential(
         [
@@ -89,7 +89,7 @@ def test_what_lies_outside_is_removed(pair, product):
     want = within(kernel, mask)
     first, second = product(kernel, mask), product(kernel, mask)
     np.testing.assert_array_equal(first, want)
-    assert memory(first) == memory(second)  # it was kept
+    assert memory(first) == memory(second)  # the product was kept
 
 
 @ways
@@ -139,7 +139,7 @@ def test_every_change_of_the_mask_is_seen(pair, product):
 
 
 def test_many_kernels_share_an_operation(pair):
-    """As all layers of a model that is run eagerly do."""
+    """All layers of an eager model share it."""
     _, mask = pair
     every = [tf.fill(mask.shape, float(i)) for i in range(300)]
     for _ in range(2):
@@ -179,7 +179,7 @@ def test_shapes_must_agree(pair):
 
 @pytest.fixture
 def multiplied(monkeypatch):
-    """The names of what is multiplied by a mask."""
+    """Returns the names of kernels that are multiplied by masks."""
     names = []
     product = kernel_mask.product
 
@@ -207,7 +207,7 @@ def operations(function):
 
 
 def step_of(model, training=None):
-    """A graph as Keras traces it for `predict`: by the function's name."""
+    """Returns a graph like that of `predict`, with the same function name."""
 
     def one_step_on_data(x):
         return model(x, training=training)
@@ -219,7 +219,7 @@ def step_of(model, training=None):
 def test_a_step_of_inference_has_no_products(training):
     model = model_of()
     bare = operations(step_of(strip(model)))
-    # The small kernel's product is one: that takes no time.
+    # Only the small kernel is multiplied, which takes no time.
     assert operations(step_of(model, training)) == {
         "SelectV2": bare["SelectV2"] + 1,
         "RiglKerasMaskedKernel": 2,
@@ -268,7 +268,7 @@ def test_where_products_are_made(multiplied):
 @pytest.mark.parametrize("training", [None, False, True])
 @pytest.mark.parametrize("dense", [False, True])
 def test_within_a_tape(multiplied, training, dense):
-    """Frozen batch norms train with training=False."""
+    """Under a tape, kernels are multiplied by masks in any mode."""
     x, _ = data()
     model = model_of()
     with tf.GradientTape() as tape:
@@ -303,7 +303,7 @@ def test_a_graph_that_was_traced_for_inference_is_differentiated():
 
 
 def test_whatever_is_assigned_is_masked():
-    """A constraint is applied by optimizers, not where a user assigns."""
+    """Optimizers apply constraints, but a user's `assign` does not."""
     x, _ = data()
     model, usual = model_of(), model_of("dense")
     predict = step_of(model, training=False)

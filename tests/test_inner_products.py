@@ -129,7 +129,7 @@ CALLED = {
         [(5, 4)],
     ),
 }
-# How many sparse products each has, and kernels beside.
+# The number of sparse products of each layer, and further kernels.
 PRODUCTS = {"attention": 4, "grouped": 4, "lstm": 2, "gru": 2} | {
     "both directions": 4
 }
@@ -269,7 +269,7 @@ def test_sequences_with_a_mask_are_dense():
 
 
 def test_an_input_kernel_without_a_mask():
-    """Its product is a dense one, ahead of the operation."""
+    """Its product is a dense one, before the operation."""
     for kind in (layers.LSTM, layers.GRU):
         plain = kind(3, go_backwards=True, return_sequences=True)
         layer = Masked(
@@ -303,7 +303,7 @@ def test_a_recurrent_kernel_without_a_mask():
 
 
 def test_states_go_on():
-    """A stateful layer keeps what the operation returns."""
+    """A stateful layer keeps the states that the operation returns."""
     layer = Masked(layers.LSTM(3, stateful=True), product="sparse")
     x = normal(np.random.default_rng(0), 2, 6, 4)
     layer.build((2, 3, 4))
@@ -324,7 +324,7 @@ def transformer():
 
 @pytest.mark.slow
 def test_trains_as_with_dense_products():
-    """A transformer with an LSTM, with updates that grow by gradients."""
+    """A transformer with an LSTM, and updates that grow by gradients."""
     draw = np.random.default_rng(0)
     data = (
         draw.standard_normal((64, 7, 8)).astype(np.float32),

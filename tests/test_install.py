@@ -1,4 +1,4 @@
-"""What pip installs: a source distribution and wheels, from an empty folder."""
+"""Source distributions and wheels, installed by pip in an empty folder."""
 
 import email
 import os
@@ -37,7 +37,7 @@ def run(*command, **options):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A source distribution, made in a copy of the repository."""
+    """Returns a source distribution, made in a copy of the repository."""
     tree = tmp_path_factory.mktemp("tree")
     for name in TREE:
         if (ROOT / name).is_dir():
@@ -54,7 +54,7 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def wheel(source, tmp_path_factory):
-    """The wheel that pip makes of the source distribution."""
+    """Returns the wheel that pip makes from the source distribution."""
     folder = tmp_path_factory.mktemp("wheel")
     pip = (sys.executable, "-m", "pip", "-q", "wheel", "--no-deps")
     run(*pip, "--no-build-isolation", "--wheel-dir", folder, source)
@@ -64,9 +64,9 @@ def wheel(source, tmp_path_factory):
 
 
 def environment(folder, python, *wheels, packages=None):
-    """Returns the Python of a new environment that has a wheel.
+    """Returns the Python of a new environment with wheels installed.
 
-    It sees the packages that are in a folder, too.
+    It can also import the packages in a folder.
     """
     run(python, "-m", "venv", "--without-pip", folder)
     made = folder / "bin" / "python"
@@ -91,7 +91,7 @@ def test_what_a_wheel_says_of_itself(wheel):
     assert about.get_payload().startswith("# rigl_keras\n")
     versions = [c for c in about.get_all("Classifier") if ":: 3.1" in c]
     assert len(versions) == 4 and about.get_all("Project-URL")
-    # What requirements.txt says, by its sections, and no other extras.
+    # The sections of requirements.txt, and no other extras.
     needs = about.get_all("Requires-Dist")
     assert [re.match(r"\w+", n)[0] for n in needs if "extra" not in n] == [
         *("tensorflow", "keras", "numpy")
@@ -103,7 +103,7 @@ def test_what_a_wheel_says_of_itself(wheel):
         (need,) = (n for n in needs if re.match(rf"{package}\b(?!-)", n))
         assert need.endswith(f'extra == "{extra}"')
         assert f"\n{package}" in text.partition(f"# [{extra}]")[2]
-    # All files of the package, and those of gin within it.
+    # All files of the package, including the gin files.
     package = ROOT / "rigl_keras"
     for path in package.rglob("*"):
         wanted = path.suffix not in (".so", ".pyc") and path.is_file()
@@ -124,7 +124,7 @@ def test_what_a_wheel_says_of_itself(wheel):
 
 
 def test_one_version():
-    """pyproject.toml reads that of the package."""
+    """pyproject.toml reads the version of the package."""
     for path in ("pyproject.toml", "setup.py"):
         assert rigl_keras.__version__ not in (ROOT / path).read_text()
     citation = (ROOT / "CITATION.cff").read_text()
@@ -134,9 +134,9 @@ def test_one_version():
 
 
 def pythons():
-    """Returns a Python of each version that is supported, where there is one.
+    """Returns a Python of each supported version, if it is installed.
 
-    On the PATH, or as pyenv keeps them.
+    It looks on the PATH and in pyenv's folder.
     """
     found = {}
     for minor in range(10, 14):
@@ -166,14 +166,14 @@ print(len(rows.known()))
 
 @pytest.mark.parametrize("version", ["3.10", "3.11", "3.12", "3.13"])
 def test_a_wheel_on_each_python(version, wheel, tmp_path):
-    """With nothing that it needs: what is said of itself, and data is found."""
+    """Without its dependencies, its metadata and data files are found."""
     python = pythons().get(version)
     if python is None:
         pytest.skip(f"there is no Python {version} here")
     made = environment(tmp_path / "an environment", python, wheel)
     printed = run(made, "-I", "-c", ALONE, cwd=tmp_path)
     assert int(printed) == len(list((ROOT / "gin").glob("*.gin")))
-    # A command says what it needs.
+    # A command names the packages that it needs.
     done = subprocess.run(
         [made.with_name("rigl-report")], capture_output=True, text=True
     )
@@ -209,7 +209,7 @@ train_command.run(["gin/quickstart.gin"], bindings=bindings, run_dir="run")
 @pytest.mark.slow
 @pytest.mark.skipif(kernels.load() is None, reason="no kernels can be built")
 def test_a_wheel_with_the_operations(tmp_path):
-    """In an empty folder, an environment of its own, and without a compiler."""
+    """It works in an empty folder, a new environment and without a compiler."""
     printed = run(ROOT / "bin" / "build_wheel", cwd=tmp_path)
     wheel = tmp_path / printed.strip()
     platform = re.sub("[-.]", "_", sysconfig.get_platform())

@@ -1,4 +1,4 @@
-"""The C++ operations: what they compute, and when they plan again."""
+"""The C++ operations: their results, and when they plan again."""
 
 import concurrent.futures
 import itertools
@@ -28,10 +28,10 @@ def loaded():
 def reference(
     images, kernel, *, strides=(1, 1), padding="SAME", dilations=(1, 1)
 ):
-    """The same in dense TensorFlow, differentiable for all dilations.
+    """Computes a convolution in TensorFlow, differentiable for all dilations.
 
-    A matrix product for each position of the kernel, of the images from that
-    position on.
+    It has a matrix product for each position of the kernel, of the shifted
+    images.
     """
     pads, counts = [(0, 0)], []
     for axis in (0, 1):
@@ -58,7 +58,7 @@ def reference(
 
 
 def assert_close(got, want, relative=1e-5):
-    """Within a part of the largest that is wanted."""
+    """Compares arrays, relative to the largest expected number."""
     got, want = np.asarray(got), np.asarray(want)
     assert got.shape == want.shape
     if want.size:
@@ -109,7 +109,7 @@ def drawn(seed):
 
 
 def passes(product, images, kernel):
-    """Returns outputs, and both gradients of their sum with weights."""
+    """Returns outputs, and both gradients of their weighted sum."""
     with tf.GradientTape() as tape:
         tape.watch([images, kernel])
         outputs = product(images, kernel)
@@ -132,7 +132,7 @@ def wanted(images, kernel, mask, **options):
 
 
 def compare(images, kernel, mask, options):
-    """Forward and backward."""
+    """Compares the forward and the backward pass with dense products."""
     outputs, to_images, to_kernel = wanted(images, kernel, mask, **options)
     got = passes(
         lambda images, kernel: sparse_conv2d(images, kernel, mask, **options),
@@ -145,7 +145,7 @@ def compare(images, kernel, mask, options):
     assert not got[2].numpy()[mask == 0].any()
 
 
-# What is known without any library.
+# Results by hand.
 
 NINE = np.arange(1, 10, dtype=np.float32).reshape(1, 3, 3, 1)
 
@@ -178,7 +178,7 @@ def test_one_weight_shifts_and_scales(at, options, want):
 
 
 def test_one_weight_between_channels():
-    """Channel 0 times 3 is filter 1; no weight leads to filters 0 and 2."""
+    """Filter 1 is 3 times channel 0; filters 0 and 2 have no weight."""
     images = np.array([[[[2.0, 50.0]]], [[[-1.0, 50.0]]]], np.float32)
     mask = np.zeros((1, 1, 2, 3), np.float32)
     mask[0, 0, 0, 1] = 1
@@ -188,7 +188,7 @@ def test_one_weight_between_channels():
 
 @pytest.mark.parametrize("dense_gradient", [False, True])
 def test_masks_are_bools_or_zeros_and_ones(dense_gradient):
-    """Results have the same bits, also gradients of gradients."""
+    """Both give the same bits, also in second gradients."""
     draw = np.random.default_rng(0)
     images = tf.constant(normal(draw, 2, 5, 4, 3))
     kernel = tf.constant(normal(draw, 3, 3, 3, 2))
@@ -234,7 +234,7 @@ def test_gradients_by_hand():
 
 @pytest.mark.parametrize("low", [2**32 - 3, 2**64 - 3, 2**64 - 1])
 def test_dropout_counts_in_128_bits(low):
-    """As TensorFlow does: what overflows is carried."""
+    """Overflow is carried, as in TensorFlow."""
     key = tf.constant([12345], tf.uint64)
     counter = tf.constant([low, 7], tf.uint64)
     numbers = tf.raw_ops.StatelessRandomUniformV2(
@@ -277,7 +277,7 @@ def test_random_convolutions(part):
 @pytest.mark.parametrize("density", [0, None, 0.1, 0.5, 1])
 @pytest.mark.parametrize("batch", [1, 15, 16, 17, 100])
 def test_densities_and_batches(density, batch):
-    """For the most common convolution, 3 x 3 on 9 x 9 images."""
+    """For the most common convolution, 3 x 3, on 9 x 9 images."""
     draw = np.random.default_rng(batch)
     shape = (3, 3, 17, 18)
     mask = mask_of(draw, shape, density)
@@ -327,7 +327,7 @@ def test_other_instruction_sets(wanted_set):
     ],
 )
 def test_gradients_by_finite_differences(options):
-    """Exact for steps of any size: outputs are linear in either input."""
+    """Steps may have any size, as outputs are linear in each input."""
     draw = np.random.default_rng(0)
     mask = mask_of(draw, (3, 2, 2, 3), 0.5)
     found, differences = tf.test.compute_gradient(
@@ -386,7 +386,7 @@ def test_gradients_of_gradients(options, dense_gradient):
     ],
 )
 def test_dense_gradient_is_that_of_the_product(options):
-    """dL/d(kernel x mask), where the mask is zero as well."""
+    """It is dL/d(kernel x mask), also where the mask is zero."""
     draw = np.random.default_rng(0)
     images, kernel = normal(draw, 5, 7, 6, 4), normal(draw, 3, 3, 4, 5)
     mask = mask_of(draw, kernel.shape, 0.2)
@@ -504,7 +504,7 @@ def test_no_images():
     np.testing.assert_array_equal(to_kernel, np.zeros_like(kernel))
 
 
-# Masks that change.
+# Changes of masks.
 
 
 def a_layer(seed=0, density=0.3):
@@ -574,7 +574,7 @@ def test_a_mask_that_is_assigned_in_part(traced):
 
 
 def test_a_mask_that_is_assigned_between_two_products():
-    """In one call: neither product may use the plan of the other."""
+    """Within one call, neither product may use the plan of the other."""
     images, kernel, mask = a_layer()
     draw = np.random.default_rng(1)
     masks = tf.constant(
@@ -606,7 +606,7 @@ def test_masks_that_take_turns():
 
 
 def test_masks_that_are_parts_of_one_tensor():
-    """TensorFlow does not copy such parts: they lie in one buffer."""
+    """TensorFlow does not copy such parts; they share a buffer."""
     draw = np.random.default_rng(0)
     inputs, kernel = normal(draw, 3, 16), normal(draw, 16, 16)
     masks = tf.constant(mask_of(draw, (2, 16, 16), 0.3))
@@ -631,7 +631,7 @@ def test_more_masks_than_are_remembered():
         for mask in masks:
             got = kernels.sparse_dense(inputs, kernel, mask)
             assert_close(got, np.float64(inputs) @ (kernel * mask))
-    # The first are forgotten when they come again, like all others.
+    # The first plans are dropped before they are used again, like all others.
     assert int(library.load().rigl_keras_plans_made()) == made + 600
 
 
@@ -671,7 +671,7 @@ def test_what_is_removed_does_not_leak(spoilt):
         np.testing.assert_array_equal(ours, theirs)
 
 
-# However they are called.
+# Ways to call them.
 
 
 @pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
@@ -696,7 +696,7 @@ def test_sizes_that_are_not_known(strides):
 
 
 def test_within_a_loop():
-    """Three times the same layer, and the gradient through all of them."""
+    """The same layer three times, and the gradient through all calls."""
     draw = np.random.default_rng(0)
     images = tf.constant(normal(draw, 2, 5, 5, 6))
     kernel = tf.constant(normal(draw, 3, 3, 6, 6))
@@ -741,7 +741,7 @@ def test_several_threads_at_once():
 
 
 def test_several_threads_while_the_mask_changes():
-    """Each result is that of one of the masks, never of a mixture."""
+    """Each result belongs to one of the masks, never to a mixture."""
     images, kernel, mask = a_layer()
     run = tf.function(lambda: sparse_conv2d(images, kernel, mask))
     masks = [mask.numpy(), 1 - mask.numpy()]
@@ -771,7 +771,7 @@ def test_in_the_input_pipeline():
 
 
 def test_the_same_twice():
-    """To the last bit, for any assignment of parts to threads."""
+    """Results have the same bits, whichever thread computes which part."""
     draw = np.random.default_rng(0)
     images = tf.constant(normal(draw, 40, 12, 12, 20))
     kernel = tf.constant(normal(draw, 3, 3, 20, 40))
@@ -785,7 +785,7 @@ def test_the_same_twice():
 
 
 def test_the_first_call_may_be_traced(monkeypatch, caplog):
-    """AutoGraph has nothing to say of how the library is loaded."""
+    """AutoGraph does not warn about loading the library."""
     images, kernel, mask = a_layer()
     monkeypatch.setattr(library, "_module", None)
     traced = tf.function(lambda: sparse_conv2d(images, kernel, mask))
@@ -811,7 +811,7 @@ W = np.zeros((3, 3, 3, 5), np.float32)
 def test_shapes_that_do_not_fit(images, kernel, mask, words):
     with pytest.raises(tf.errors.InvalidArgumentError, match=words):
         sparse_conv2d(images, kernel, mask)
-    # Where no shape is known before.
+    # With unknown shapes.
     any_shape = [tf.TensorSpec(None)] * 3
     run = tf.function(sparse_conv2d, input_signature=any_shape)
     with pytest.raises(tf.errors.InvalidArgumentError, match=words):
@@ -820,7 +820,7 @@ def test_shapes_that_do_not_fit(images, kernel, mask, words):
 
 @pytest.mark.parametrize("shape", [(2, 4, 4, 4), (2, 2, 8, 5)])
 def test_gradients_of_a_shape_that_does_not_fit(shape):
-    """Equally many numbers in another shape do not fit either."""
+    """The same number of elements in another shape does not fit either."""
     received = ",".join(map(str, shape))
     words = rf"out_backprop must have shape \[2,4,4,5\].*\[{received}\]"
     options = dict(strides=[1, 1, 1, 1], padding="SAME")

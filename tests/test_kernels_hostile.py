@@ -1,7 +1,7 @@
-"""The C++ operations on attributes and tensors that do not fit, or are large.
+"""The C++ operations with wrong or large attributes and tensors.
 
-None may end the process, or compute what TensorFlow's own would refuse.
-`bin/check_kernels` runs all of this under sanitizers, too.
+No operation may end the process, or accept what TensorFlow's operations refuse.
+`bin/check_kernels` also runs these tests under sanitizers.
 """
 
 import os
@@ -35,7 +35,7 @@ def normal(draw, shape):
 
 
 def outcome(run, *arguments):
-    """Returns what a call returns, or None if it is refused."""
+    """Returns the result of a call, or None if it is refused."""
     try:
         return run(*map(tf.constant, arguments))
     except REFUSED:
@@ -49,11 +49,11 @@ def assert_close(got, want):
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * scale)
 
 
-# Anything, against TensorFlow.
+# Random calls, compared with TensorFlow.
 
 
 def convolution(draw):
-    """Returns shapes of images and kernel, and attributes, sane or not."""
+    """Draws shapes of images and kernel, and attributes, valid or not."""
     sizes = [1, 2, 3, 4, 5, 8, 17]
     images = [int(draw.choice(sizes)) for _ in range(4)]
     kernel = [*map(int, draw.choice([1, 2, 3, 4], 2)), images[3]]
@@ -78,9 +78,9 @@ def convolution(draw):
 
 
 def dense(x, w, strides, padding, dilations):
-    """The same by its definition, for attributes that TensorFlow crashes on.
+    """Computes a convolution by its definition, where TensorFlow would crash.
 
-    For each position of the kernel, the pixels that are there are multiplied.
+    For each position of the kernel, it multiplies the pixels in the image.
     """
     seen, sizes = [], []
     for axis, (stride, dilation) in enumerate(
@@ -117,7 +117,7 @@ def dense(x, w, strides, padding, dilations):
 
 
 def accepts(images, kernel, options):
-    """Returns whether TensorFlow makes a graph of a convolution of shapes."""
+    """Returns whether TensorFlow can build a graph of a convolution."""
     if len(images) == len(kernel) == 4 and not images[3] == kernel[2] == 0:
         if not kernel[2] or images[3] % kernel[2]:
             return False
@@ -132,12 +132,12 @@ def accepts(images, kernel, options):
         )
     except REFUSED:
         return False
-    return 0 not in kernel[:2]  # which its kernel refuses
+    return 0 not in kernel[:2]  # TensorFlow refuses these at run time
 
 
 @pytest.mark.parametrize("part", range(4))
 def test_any_convolution(part):
-    """What TensorFlow computes is computed, and what it refuses refused."""
+    """Each is computed as by TensorFlow, or refused as by TensorFlow."""
     draw = np.random.default_rng(part)
     accepted = refused = 0
     for case in range(40):
@@ -162,7 +162,7 @@ def test_any_convolution(part):
             if fits:
                 assert got is not None, about
                 assert_close(got, want)
-            elif got is not None:  # TensorFlow's kernels refuse less, too
+            elif got is not None:  # at run time, TensorFlow refuses less
                 assert not got.shape.num_elements(), about
         accepted, refused = accepted + fits, refused + (not fits)
         if fits:
@@ -171,7 +171,7 @@ def test_any_convolution(part):
 
 
 def check_gradients(draw, x, w, mask, options):
-    """Both are those of the dense product, in a random direction."""
+    """Checks both gradients against the dense product's."""
     x, w = tf.constant(x), tf.constant(w)
     with tf.GradientTape() as tape:
         tape.watch([x, w])
@@ -193,7 +193,7 @@ def check_gradients(draw, x, w, mask, options):
 
 
 def test_any_shapes_of_gradients(operations):
-    """They are refused, or of images that the outputs are of."""
+    """They are refused, or fit the outputs."""
     draw = np.random.default_rng(0)
     accepted = 0
     for _ in range(150):
@@ -258,7 +258,7 @@ def test_any_rows(operations):
                 over = tuple(range(x.ndim - 1))
                 want = (x - x.mean(over)) / np.sqrt(x.var(over) + 0.1)
                 assert_close(got[0], want * gamma + beta)
-            if fits and not x.size:  # as the mean of nothing is
+            if fits and not x.size:  # the mean of an empty tensor is NaN
                 assert np.isnan(got[1]).all() and np.isnan(got[2]).all()
     for rate in (-1, 1, 2, np.nan, np.inf):
         for run in (kernels.dropout, tf.function(kernels.dropout)):
@@ -274,7 +274,7 @@ def test_any_rows(operations):
             )
 
 
-# What must be said, by name.
+# Errors that must name the cause.
 
 W = np.zeros((1, 1, 3, 4), np.float32)
 
@@ -353,13 +353,13 @@ def test_sizes_that_no_tensor_has(operations):
 def test_graphs_of_shapes_that_do_not_fit(
     operations, kernel, mask, outputs, sizes
 ):
-    """They are refused as they are made, in all passes that see it."""
+    """Graphs are refused when they are built, in each pass."""
     options = dict(strides=[1, 1, 1, 1], padding="SAME")
     given = [tf.TensorSpec(shape) for shape in (sizes, kernel, mask, outputs)]
 
     def forward(x, w, mask, _):
         y = sparse_conv2d(x, w, mask)
-        assert y.shape != outputs  # or all fits
+        assert y.shape != outputs  # otherwise all would fit
         raise ValueError
 
     def to_images(_, w, mask, dy):
@@ -374,13 +374,13 @@ def test_graphs_of_shapes_that_do_not_fit(
 
     for run in (forward, to_images, to_kernel):
         if run is to_kernel and kernel != mask:
-            continue  # it sees one of them
+            continue  # this pass takes no kernel
         with pytest.raises(ValueError):
             tf.function(run, autograph=False).get_concrete_function(*given)
 
 
 def test_images_smaller_than_the_kernel(operations):
-    """As TensorFlow: a graph that knows it refuses, kernels where < 0 rows."""
+    """As in TensorFlow, the graph or the kernel refuses them."""
     kernel = tf.ones((3, 3, 3, 4))
 
     def run(x):
@@ -397,7 +397,7 @@ def test_images_smaller_than_the_kernel(operations):
 
 
 def test_a_model_of_images_that_are_too_small():
-    """It says so, as the dense one does, and does not return NaN."""
+    """It raises, as the dense model does, and does not return NaN."""
     inputs = keras.Input((None, None, 8))
     x = layers.ReLU()(layers.Conv2D(4, 3)(inputs))
     x = layers.GlobalAveragePooling2D()(layers.Conv2D(4, 3)(x))
@@ -413,7 +413,7 @@ def test_a_model_of_images_that_are_too_small():
 
 
 def test_no_channels_sum_up_to_zero():
-    """In memory that has held something else."""
+    """Outputs are zero even in memory that was used before."""
     other = tf.fill((1, 64, 64, 30), 1234.5)
     ones = np.ones((1, 1, 30, 1), np.float32)
     sparse_conv2d(other, ones, ones)
@@ -424,7 +424,7 @@ def test_no_channels_sum_up_to_zero():
 
 
 def test_tensors_that_begin_anywhere():
-    """Others bring such: TensorFlow's own are at multiples of 64 bytes."""
+    """TensorFlow aligns its tensors to 64 bytes, but other libraries do not."""
     memory = np.arange(401, dtype=np.float32)
     parts = [memory[i:][: 5 * 5 * 4].reshape(1, 5, 5, 4) for i in range(1, 4)]
     kernel = np.ones((5, 5, 4, 1), np.float32)
@@ -454,7 +454,7 @@ def wide(draw, channels=2048, columns=700):
 
 
 def test_more_scratch_memory_than_allowed_is_shared_out():
-    """By the positions of the kernel, in all passes."""
+    """All passes work on some positions of the kernel at a time."""
     draw = np.random.default_rng(0)
     images, kernel, mask, options = wide(draw)
     per_lane = {"avx512": 16, "avx2": 8, "portable": 4}
@@ -494,7 +494,7 @@ def test_positions_that_reach_no_pixel_take_nothing():
             (1, 33, 33, 2048), shape, dilations=(dilation, dilation)
         )
         assert least << 20 <= forward < most << 20
-    # The only position that reaches one is the middle.
+    # Only the middle position reaches a pixel.
     draw = np.random.default_rng(0)
     images, kernel = normal(draw, (2, 5, 5, 3)), normal(draw, (3, 3, 3, 4))
     got = sparse_conv2d(
@@ -508,7 +508,7 @@ def test_a_position_that_alone_takes_too_much():
     forward, both, limit = kernels.scratch_bytes(
         (1, 1, 1, 4), (1, 1, 4, channels)
     )
-    assert forward <= limit < both  # outputs are computed in parts
+    assert forward <= limit < both  # gradients are computed in parts
     images = tf.zeros((1, 1, 1, channels))
     kernel = tf.ones((1, 1, channels, 1))
     with pytest.raises(tf.errors.ResourceExhaustedError, match="64 MB a thre"):
@@ -538,7 +538,7 @@ def test_too_large_a_product_is_not_timed(monkeypatch):
 
 
 def test_long_products_are_timed_once(monkeypatch):
-    """Dense ones of large dilations can take a minute."""
+    """Dense products with large dilations can take a minute."""
     calls = []
     monkeypatch.setattr(_timing, "settled", lambda *_, **__: calls)
     monkeypatch.setattr(choice, "_LONG", 0.0)
@@ -546,13 +546,13 @@ def test_long_products_are_timed_once(monkeypatch):
     dense, sparse, busy = choice._seconds(problem, 0.5, True)
     assert 0 < dense < 60 and 0 < sparse < 60 and not busy
     monkeypatch.setattr(choice, "_LONG", 60.0)
-    with pytest.raises(AttributeError):  # it takes what is no verdict
+    with pytest.raises(AttributeError):  # a list is no verdict
         choice._seconds(problem, 0.5, True)
 
 
 @pytest.mark.parametrize("size", [700, None])
 def test_layers_that_would_take_too_much_are_dense(size):
-    """Also where sparse kernels are asked for."""
+    """They are dense even if sparse kernels are requested."""
     inputs = keras.Input((1, size, 8192))
     layer = layers.Conv2D(
         2, (1, 3), padding="same", dilation_rate=(1, 300), name="wide"
@@ -571,7 +571,7 @@ def test_layers_that_would_take_too_much_are_dense(size):
 
 
 def test_no_memory_is_an_error():
-    """The process continues, and the operation still works."""
+    """The process continues, and the operation works later."""
     if SANITIZED:
         pytest.skip("sanitizers take any memory")
     images = tf.ones((1, 1, 1, 4096))
@@ -579,7 +579,7 @@ def test_no_memory_is_an_error():
     with open("/proc/self/statm") as status:
         pages = int(status.read().split()[0])
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    # Each of several arrays that are made of the mask has 64 MB.
+    # The operation makes several arrays of 64 MB from the mask.
     taken = pages * resource.getpagesize() + (150 << 20)
     try:
         resource.setrlimit(resource.RLIMIT_AS, (taken, hard))
@@ -596,7 +596,7 @@ def plan_bytes():
 
 
 def test_plans_are_bounded_by_their_bytes():
-    """Three dense kernels, or 1 MB; and sizes of images share."""
+    """The bound is three dense kernels or 1 MB; image sizes share plans."""
     draw = np.random.default_rng(0)
     kernel = tf.constant(normal(draw, (3, 3, 128, 128)))
     mask = tf.ones(kernel.shape)
@@ -608,7 +608,7 @@ def test_plans_are_bounded_by_their_bytes():
     before = plan_bytes()
     run(tf.ones((1, 4, 4, 128)))
     one = plan_bytes() - before
-    # Eight for each weight, and a few more for each row.
+    # Eight bytes for each weight, and a few more for each row.
     assert 2 * bytes_of_kernel < one < 2.1 * bytes_of_kernel
     shapes = [(1, 9, 7), (17, 5, 5), (1, 31, 30), (3, 2, 64), (1, 40, 40)]
     for shape in shapes * 2:

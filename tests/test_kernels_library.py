@@ -1,4 +1,4 @@
-"""How the op library of the kernels is built, found and loaded."""
+"""Building, finding and loading the op library of the kernels."""
 
 import ctypes
 import os
@@ -80,8 +80,8 @@ int length() { return RIGL_LENGTH; }
 }
 """
 
-# Stands in for a compiler where only files matter: it notes what it is asked
-# for, takes a moment, and writes the file after -o.
+# A fake compiler for tests about files: it logs its arguments, takes a moment,
+# and writes the file after -o.
 STUB = """#!{python}
 import pathlib, sys, time
 with open({calls!r}, "a") as calls:
@@ -99,7 +99,7 @@ else:
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
-    """A folder with sources, and nothing built or tried."""
+    """Returns a folder with sources, without builds and failed attempts."""
     sources = tmp_path / "sources"
     sources.mkdir()
     serving = sources / "serving"
@@ -116,7 +116,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setattr(toolchain, "_SOURCES", folders)
     monkeypatch.setattr(library, "_module", None)
     monkeypatch.setattr(library, "_reason", None)
-    # Of other tests, whose operations are those of the real sources.
+    # Ignores the operations that other tests have registered.
     monkeypatch.setattr(library, "_registered", lambda plan: None)
     monkeypatch.setattr(library.tempfile, "tempdir", str(tmp_path / "tmp"))
     (tmp_path / "tmp").mkdir()
@@ -127,7 +127,7 @@ def place(tmp_path, monkeypatch):
 
 @pytest.fixture
 def stub(place, monkeypatch):
-    """Makes compilers that write files and note their calls."""
+    """Returns a function that makes fake compilers, which log their calls."""
 
     def make(version=1, seconds=0.0, broken="nothing"):
         compiler = place / "stub compiler"
@@ -175,7 +175,7 @@ def in_threads(n, call):
 
 
 def commands():
-    """Returns how many commands a build takes."""
+    """Returns the number of commands of a build."""
     plan = toolchain.planned_build()
     return len(plan.objects) + len(plan.libraries)
 
@@ -195,7 +195,7 @@ def test_four_threads_build_once(place, stub, caplog, monkeypatch):
     assert loads == [library.path()]
     assert len(calls(place)) == commands()
     assert len(said(caplog)) == 1 and "stub compiler" in said(caplog)[0]
-    # Their purposes distinguish them.
+    # The commands differ by instruction set.
     portable = [c for c in calls(place) if "-DRIGL_ISA=portable" in c]
     assert len(portable) == len(toolchain._PER_INSTRUCTION_SET) + 1
     assert sum("-DRIGL_LENGTH=4" in c for c in portable) == 1
@@ -206,7 +206,7 @@ def test_four_threads_build_once(place, stub, caplog, monkeypatch):
 
 
 def test_threads_that_build_at_once(place, stub):
-    """The lock is of files that each opens, so that it is theirs as well."""
+    """Each thread opens the lock file, so the lock also holds for threads."""
     stub(seconds=0.2)
     assert set(in_threads(3, library.build)) == {library.path()}
     assert len(calls(place)) == commands()
@@ -249,7 +249,7 @@ def real_compiler():
 
 @pytest.mark.slow
 def test_two_processes_build_once_and_load(place):
-    """With the real compiler, whose calls a script counts."""
+    """The real compiler builds once; a script counts its calls."""
     script = place / "counting"
     script.write_text(
         f'#!/bin/sh\necho "$*" >>"{place}/calls"\n'
@@ -267,7 +267,7 @@ def test_two_processes_build_once_and_load(place):
     assert len(links) == 2
     assert len(compiles) == len({c.split("-o ")[1] for c in compiles})
     assert len(compiles) in (17, 32)  # of one instruction set, or of three
-    # The other one needs no TensorFlow, and shows what it must alone.
+    # The second library needs no TensorFlow, and exports only its functions.
     other = pathlib.Path(path).with_name(toolchain.NETWORK_LIBRARY_NAME)
     network = ctypes.CDLL(str(other))
     assert network.rigl_stand_in() == 40
@@ -277,7 +277,7 @@ def test_two_processes_build_once_and_load(place):
 
 @pytest.mark.slow
 def test_what_is_undefined_fails_the_build(place, monkeypatch):
-    """It fails at the build, not only at a call."""
+    """The build fails, not only a later call."""
     if sys.platform != "linux":
         pytest.skip("only the linker of Linux is asked")
     monkeypatch.setenv("CXX", real_compiler())
@@ -293,7 +293,7 @@ def test_no_compiler(place, monkeypatch, caplog):
     monkeypatch.setenv("CXX", "/nonexistent")
     assert library.load() is None
     assert "CXX='/nonexistent' was not found" in library.unavailable()
-    # Not tried again, though it could be had now.
+    # It is not tried again, although it would work now.
     monkeypatch.delenv("CXX")
     build = library.build
     monkeypatch.setattr(library, "build", lambda: pytest.fail("again"))
@@ -315,14 +315,14 @@ def test_no_compiler_but_what_one_has_built(place, stub, monkeypatch):
 
 @pytest.fixture
 def wheel(place, monkeypatch):
-    """A package with libraries, as bin/build_wheel makes it; an empty cache."""
+    """Returns a package with libraries, as in a wheel; the cache is empty."""
     plan, package = toolchain.planned_build(), place / "package"
     libraries = {name: place / name for name in plan.libraries}
     for path in libraries.values():
         path.write_text("made")
     packaged.put(plan, libraries, package)
     monkeypatch.setattr(packaged, "_PACKAGE", package)
-    # They are no libraries.
+    # The files are not real libraries.
     monkeypatch.setattr(packaged, "_can_be_loaded", lambda path: True)
     monkeypatch.setenv("PATH", "")
     monkeypatch.setenv("CXX", "/nonexistent")
@@ -335,10 +335,10 @@ def test_a_wheel_brings_libraries(wheel, place, monkeypatch):
     assert built == library.path() and built.is_relative_to(wheel / "kernels")
     assert library.build_network() == wheel / "serving/rigl_keras_network.so"
     assert not (place / "cache").exists()
-    # What is kept of them is kept in the cache, which may be written.
+    # Other files go to the cache, which is writable.
     kept = library.cache_folder()
     assert kept.parent == place / "cache" and kept.is_dir()
-    # A sanitizer has libraries of its own.
+    # A sanitizer needs other libraries.
     monkeypatch.setenv("RIGL_KERAS_KERNELS", "thread")
     with pytest.raises(toolchain.BuildError, match="CXX"):
         library.build()
@@ -348,7 +348,7 @@ def test_a_wheel_for_another_tensorflow(wheel, monkeypatch):
     monkeypatch.setattr(library.tf, "__version__", "99.0")
     with pytest.raises(toolchain.BuildError, match="CXX"):
         library.build()
-    # This one needs none.
+    # The network library does not depend on TensorFlow.
     assert library.build_network() == wheel / "serving/rigl_keras_network.so"
 
 
@@ -359,7 +359,7 @@ def test_what_a_wheel_brings_and_is_not_taken(
     stub()
     if what == "sources":
         (place / "sources" / "lanes.h").write_text("// other")
-    elif what == "system":  # an older one than the wheel was built on
+    elif what == "system":  # an older system than the wheel's
         monkeypatch.setattr(packaged, "_can_be_loaded", lambda path: False)
     elif what == "force":
         library.build(force=True)
@@ -401,7 +401,7 @@ def test_a_compile_that_fails(place, stub, caplog):
     log = pathlib.Path(reason.split("'")[1])
     text = log.read_text()
     assert "error: another" in text and "-DRIGL_ISA=portable" in text
-    # Nothing is left that looks whole, or is half done.
+    # No complete or partial library is left.
     assert {p.name for p in log.parent.iterdir()} == {".lock", "build.log"}
     assert len(said(caplog)) == 2
 
@@ -429,7 +429,7 @@ def test_a_build_that_is_killed(place, stub):
     assert list(folder.glob(".building-*"))
     assert not library.path().exists()
     stub()
-    # The same version, as the stub says: it replaces the killed one.
+    # The same version of the compiler replaces the killed build.
     assert library.build().parent == folder
     assert not list(folder.glob(".building-*"))
 
@@ -506,7 +506,7 @@ def test_a_folder_in_tmp_of_somebody_else(place, stub, monkeypatch, how):
     else:
         own.rename(place / "elsewhere")
         own.symlink_to(place / "elsewhere")
-    # Not loaded, though it is there, and not written.
+    # The library exists, but is not loaded and not written.
     with pytest.raises(toolchain.BuildError) as error:
         library.build()
     assert "not only yours" in str(error.value)
@@ -531,7 +531,7 @@ def test_another_version_has_another_folder(place, stub, monkeypatch):
     paths = [library.build()]
     (place / "sources" / "lanes.h").write_text(HEADER + "\n")
     paths.append(library.build())
-    stub(version=2)  # of a compiler, which does not count
+    stub(version=2)  # the compiler's version does not count
     assert library.build() == paths[-1]
     for sanitizer in ("address", "thread"):
         monkeypatch.setenv("RIGL_KERAS_KERNELS", sanitizer)
@@ -583,7 +583,7 @@ def test_an_import_compiles_nothing(place, stub):
     assert calls(place, building=False) == []
     with pytest.raises(toolchain.BuildError):
         stub(broken=".cc")
-        library.build()  # a call is noted
+        library.build()  # a call is logged
     assert "--version" in calls(place, building=False)
 
 
@@ -613,32 +613,32 @@ def test_ahead_of_time(place, stub, monkeypatch, capsys):
 
 @pytest.fixture
 def nobody():
-    """Returns what gives files to another user, which root alone can."""
+    """Returns a function that gives files to another user; needs root."""
     if os.getuid():
         pytest.skip("files can be given away by root alone")
     return lambda *paths: [os.chown(path, 65534, 65534) for path in paths]
 
 
 def folders(place):
-    """Returns the cache of a place, what is built there and how."""
+    """Returns the cache of a place, the built library and the plan."""
     built = library.build()
     return place / "cache", built.parent, built
 
 
 @pytest.mark.parametrize("at", [0, 1, 2], ids=["cache", "folder", "file"])
 def test_another_user_owns_it(place, stub, nobody, at):
-    """A library in a folder that all share, and the folders above it."""
+    """A library, or a folder above it, belongs to another user."""
     parts = folders(place)
     parts[0].chmod(0o1777)
-    assert library.build() == parts[2]  # which nobody else can replace
+    assert library.build() == parts[2]  # nobody else can replace it
     nobody(parts[at])
     found = library.build()
-    if at < 2:  # Nothing of that folder is looked at.
+    if at < 2:  # The folder is not read.
         own = place / "tmp" / f"rigl_keras-{os.getuid()}"
         assert found.parents[1] == own and stat.S_IMODE(own.stat().st_mode) == (
             0o700
         )
-    else:  # The folder is ours: it is built there again.
+    else:  # The folder is ours, so the library is built there again.
         assert found == parts[2] and found.stat().st_uid == os.getuid()
 
 
@@ -646,7 +646,7 @@ def test_another_user_owns_it(place, stub, nobody, at):
 @pytest.mark.parametrize("at", [0, 1, 2], ids=["cache", "folder", "file"])
 def test_others_can_write_it(place, stub, monkeypatch, caplog, at, bits):
     parts = folders(place)
-    # A group with several members, for any user.
+    # As with a group that has several members.
     monkeypatch.setattr(library, "_of_this_user", lambda path, gid: False)
     parts[at].chmod(0o755 | bits)
     parts[2].write_text("planted")
@@ -681,7 +681,7 @@ def test_a_link_is_judged_by_where_it_leads(place, stub, monkeypatch):
 
 
 def test_a_group_of_this_user_alone(place, stub, monkeypatch):
-    """What a umask of 002 leaves in a home is used, as OpenSSH does."""
+    """Files with a umask of 002 in a home folder are used, as by OpenSSH."""
     import grp
     import pwd
     import types
@@ -733,7 +733,7 @@ def test_no_place_is_safe(place, stub, caplog):
 
 
 def test_a_relative_cache(place, stub, monkeypatch):
-    """It is where the process was at first, wherever that goes."""
+    """It is relative to the first working folder of the process."""
     for folder in ("first", "later"):
         (place / folder).mkdir()
     monkeypatch.chdir(place / "first")
@@ -746,7 +746,7 @@ def test_a_relative_cache(place, stub, monkeypatch):
 
 
 def test_a_compiler_starts_without_what_is_preloaded(place, stub, monkeypatch):
-    """A sanitizer's runtime would speak up in the compiler's name."""
+    """Preloaded, a sanitizer's runtime would complain about the compiler."""
     compiler = stub()
     compiler.write_text(
         '#!/bin/sh\necho "preloaded: $LD_PRELOAD, $LC_ALL"\nexit 3\n'
@@ -789,7 +789,7 @@ print("all is well")
 
 @pytest.mark.slow
 def test_operations_that_the_process_has(tmp_path):
-    """Those of an exported model are used, and a second copy does no harm."""
+    """Operations of an exported model are used; a second copy does no harm."""
     if library.load() is None:
         pytest.skip(library.unavailable())
     copy = tmp_path / "assets.extra.so"
@@ -802,11 +802,11 @@ def test_operations_that_the_process_has(tmp_path):
     out, err = process.communicate()
     assert "all is well" in out, err
     assert not (tmp_path / "cache").exists()  # nothing is built
-    # In this process they are ours.
+    # This process has our operations.
     assert library._registered(toolchain.planned_build()) is library.load()
 
 
-# Built ahead.
+# Builds ahead of the first use.
 
 
 @pytest.fixture
@@ -816,18 +816,18 @@ def ahead(monkeypatch):
 
 
 def test_another_process_builds_ahead(place, stub, ahead, monkeypatch):
-    # Those that the other process has.
+    # The sources of the other process.
     monkeypatch.setattr(toolchain, "_SOURCES", SOURCES)
     stub()
     process = ahead.build_ahead()
-    assert ahead.build_ahead() is None  # once
+    assert ahead.build_ahead() is None  # it runs only once
     assert process.wait(120) == 0
     assert len(calls(place)) == commands()
     built = library.path()
     assert library.build() == built.resolve()
     assert len(calls(place)) == commands()
     monkeypatch.setattr(ahead, "_begun", False)
-    assert ahead.build_ahead() is None  # it is there
+    assert ahead.build_ahead() is None  # the library exists
 
 
 def test_nothing_is_built_ahead_in_vain(place, stub, ahead, monkeypatch):
@@ -845,7 +845,7 @@ def test_nothing_is_built_ahead_in_vain(place, stub, ahead, monkeypatch):
     folder = library.path().parent
     folder.mkdir(parents=True)
     with _files.lock(folder / ".lock"):
-        assert not begins()  # another process does
+        assert not begins()  # another process builds it
     assert begins()
     with monkeypatch.context() as patch:
         patch.setenv("RIGL_KERAS_KERNELS", "off")

@@ -1,7 +1,7 @@
-"""Runs that are killed, and disks that are full: nothing is lost.
+"""Killed runs and full disks lose nothing.
 
-This file is a program, too: a server that imports TensorFlow once, runs none
-of it, and starts each run in a fork, which it may kill.
+This file is also a program: a server that imports TensorFlow once, without
+running it, and starts each run in a fork, which it may kill.
 """
 
 import contextlib
@@ -19,11 +19,10 @@ import time
 
 import pytest
 
-# At random moments, and of these, while a checkpoint is being written.
+# Numbers of kills: at random moments, and while a checkpoint is written.
 FEW, MANY = (4, 2), (20, 6)
-# Where a run is killed for sure, beside random moments: before the file of
-# that name appears, or is removed. Checkpoints are of epochs 0 to 10, and 3
-# are kept.
+# Further points at which a run is killed: before a file of this name appears or
+# is removed. There are checkpoints of epochs 0 to 10; 3 are kept.
 POINTS = [
     "mkdir .unfinished",
     "replace epoch-0.index",
@@ -48,10 +47,10 @@ BINDINGS = [
 
 @pytest.mark.slow
 def test_killed_at_any_moment(tmp_path, request):
-    """However often it is killed, a run ends bit for bit as if it was not."""
+    """A run that is killed repeatedly ends bit for bit like one that is not."""
     kills, aimed = MANY if request.config.getoption("every_kill") else FEW
     report = serve(f"kill {kills} {aimed}", tmp_path)
-    assert report["threads"] == 1  # or a fork may hang
+    assert report["threads"] == 1  # otherwise a fork may hang
     assert report["at a point"] == len(POINTS)
     assert report["at random"] >= kills - aimed
     assert report["while saving"] >= aimed
@@ -60,8 +59,8 @@ def test_killed_at_any_moment(tmp_path, request):
     check_equal(tmp_path)
 
 
-# What is being written as the disk becomes full, in the order of a run: the
-# method that writes it, its how-manieth call and what the message names.
+# What is written when the disk becomes full, in the order of a run: the method,
+# the number of its call, and the name in the message.
 FULL = [
     ("write_trajectory", 2, "trajectory.csv"),
     ("write_metrics", 2, "metrics.csv"),
@@ -74,7 +73,7 @@ FULL = [
 
 @pytest.mark.slow
 def test_a_full_disk(tmp_path):
-    """A run says which file, leaves what it has, and goes on with room."""
+    """A run names the file, loses nothing, and continues with free space."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["unshare", "-rm", "sh", "-c"]
@@ -111,7 +110,7 @@ def checkpoints_read(folder):
 
 
 def check_equal(folder):
-    """Checks that all runs in a folder ended as the first one."""
+    """Checks that all runs in a folder ended like the first one."""
     straight, *others = sorted(folder.glob("run-*"))
     wanted = record(straight)
     assert others
@@ -124,7 +123,7 @@ def check_equal(folder):
 
 
 def record(run_dir):
-    """Returns all that a run has left, but what depends on the clock."""
+    """Returns all files of a run, without values that depend on the clock."""
     import tensorflow as tf
 
     tables = {}
@@ -176,15 +175,15 @@ def steps_shown(folder, tag):
 def bits_of_model(path):
     import keras
 
-    import rigl_keras  # noqa: F401 - Keras knows its layers from here on
+    import rigl_keras  # noqa: F401 - registers its layers with Keras
 
     return [w.tobytes() for w in keras.models.load_model(path).get_weights()]
 
 
-# What follows is the server.
+# The server.
 
 QUIET = {
-    # Libraries that start no threads when they are imported.
+    # Keeps libraries from starting threads on import.
     "OPENBLAS_NUM_THREADS": "1",
     "OMP_NUM_THREADS": "1",
     "CUDA_VISIBLE_DEVICES": "",
@@ -193,7 +192,7 @@ QUIET = {
 
 
 def small(num_classes=10, input_shape=(8, 8, 1)):
-    """Returns a network with batch norm, whose statistics are state, too."""
+    """Returns a network with batch norm, whose statistics are state."""
     import keras
     from keras import layers
 
@@ -220,7 +219,7 @@ def server(task, folder):
     import gin
     from rigl_keras.experiments.runs import train_command  # noqa: F401
 
-    # Figures are written, and blank: to draw them takes half of a run's time.
+    # Figures are blank, as drawing takes half of a run's time.
     matplotlib.figure.Figure.draw = lambda figure, renderer: None
     gin.external_configurable(small, name="small")
     tf.config.experimental.enable_op_determinism()
@@ -250,8 +249,8 @@ def kill(folder, kills, aimed):
                 kind, moment = "at random", draw.uniform(0, whole)
             elif report["while saving"] < aimed:
                 kind = "while saving"
-                # The first that is seen, and not one alone: it takes a
-                # millisecond.
+                # Any checkpoint from this epoch on, as writing one takes
+                # only a millisecond.
                 epoch = min(next_epoch(run_dir) + draw.randrange(3), EPOCHS)
                 saved = f"{run_dir}/checkpoints/.unfinished-{platform.node()}-*"
                 moment = [
@@ -290,9 +289,9 @@ def attempt(task, moment=None):
     """Runs a fork until it ends or is killed; returns how it ended.
 
     Args:
-        task: What it does.
-        moment: Seconds after which it is killed, or beginnings of paths: it
-            is killed when there is such a file.
+        task: The function that the fork calls.
+        moment: Seconds after which it is killed, or prefixes of paths: it is
+            killed once such a file exists.
     """
     child = os.fork()
     if not child:
@@ -337,7 +336,7 @@ def train(run_dir, point=None):
 
 
 def command_on_full_disk(disk, method, call, said):
-    """Runs the command on a disk which becomes full as a method is called."""
+    """Runs the command on a disk that becomes full when a method is called."""
     from rigl_keras.experiments.runs import train_command
     from rigl_keras.experiments.runs.checkpoints import Checkpoints
     from rigl_keras.experiments.runs.run_directory import RunDirectory
@@ -361,7 +360,7 @@ def command_on_full_disk(disk, method, call, said):
 
 
 def leave(disk, room):
-    """Fills a disk except for some bytes."""
+    """Fills a disk up to some free bytes."""
     with (disk / "ballast").open("wb", buffering=0) as ballast:
         with contextlib.suppress(OSError):
             while ballast.write(bytes(4096)):
@@ -370,7 +369,7 @@ def leave(disk, room):
 
 
 def watch_checkpoints(folder):
-    """Has a run read every checkpoint before it resumes, into its model."""
+    """Makes a run read every checkpoint into its model before it resumes."""
     from rigl_keras.experiments.runs.checkpoints import Checkpoints
 
     begin, restore = Checkpoints.__init__, Checkpoints.restore
@@ -405,12 +404,12 @@ def check_zeros(model):
 
 
 def kill_at(action, name):
-    """Has this process kill itself when it is about to touch a file."""
+    """Makes this process kill itself just before it touches a file."""
     act = getattr(pathlib.Path, action)
 
     def act_or_die(path, *args, **options):
         if path.name.startswith(name):
-            if action == "replace":  # half of it is written
+            if action == "replace":  # the file is half written
                 os.truncate(path, path.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
         return act(path, *args, **options)

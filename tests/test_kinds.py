@@ -112,7 +112,7 @@ def test_which_kernels(kind):
 
 @every_kind
 def test_masks_and_weights(kind):
-    """An exact total, zeros outside the masks, all else as it was."""
+    """The total is exact, and only weights outside the masks change."""
     dense = make(kind)
     x, _ = kinds.data(dense)
     before = outputs(dense, x)
@@ -140,12 +140,12 @@ def test_masks_and_weights(kind):
 @pytest.mark.parametrize("pattern", ["1:2", "fan_in", "3x2"])
 @every_kind
 def test_masks_of_every_pattern(kind, pattern):
-    """Drawn, counted one by one, and drawn again from the config."""
+    """Masks have the pattern, and the config draws the same masks."""
     nm = pattern == "1:2"
     try:
         model = masked(kind, None if nm else 0.4, granularity=pattern)
     except ValueError as error:
-        # Of 5 inputs, 3 channels and depthwise kernels alone.
+        # The model has only 5 inputs, 3 channels or depthwise kernels.
         assert nm and "No kernel is left to mask" in str(error)
         return
     found = masked_layers(model)
@@ -154,7 +154,7 @@ def test_masks_of_every_pattern(kind, pattern):
         kept = group_counts(as_pattern(pattern), m.found.axes, m.mask.numpy())
         assert len(set(kept)) == 1 and (set(kept) == {1} or not nm)
         assert not m.kernel.numpy()[m.mask.numpy() == 0].any()
-    # What no pattern fits says so.
+    # A kernel that does not fit the pattern is reported.
     assert len(found) == how_many_masked(kind) or (
         f"{pattern!r} does not fit: " in " ".join(str(found).split())
     )
@@ -162,7 +162,7 @@ def test_masks_of_every_pattern(kind, pattern):
     for one, two in zip(found, masked_layers(again), strict=True):
         assert two.granularity == pattern
         assert one.layout == two.layout
-        if pattern != "3x2":  # ragged blocks differ in size
+        if pattern != "3x2":  # blocks at edges differ in size
             assert one.mask.numpy().sum() == two.mask.numpy().sum()
 
 
@@ -201,11 +201,11 @@ def test_save_and_load(kind, tmp_path):
             ours.mask.numpy(), theirs.mask.numpy(), err_msg=name
         )
         assert ours.draw_key == theirs.draw_key
-    loaded.fit(x, y, verbose=0)  # and trains on
+    loaded.fit(x, y, verbose=0)  # it trains
     model.fit(x, y, verbose=0)
     assert_zeros(loaded)
 
-    other = masked(kind, seed=3)  # eager: one step more without a graph
+    other = masked(kind, seed=3)  # eager, to save a trace
     sgd = keras.optimizers.SGD(0.01, momentum=0.9)
     other.compile(sgd, "mse", run_eagerly=True)
     other.fit(x, y, verbose=0)
@@ -350,7 +350,7 @@ def test_kernels_of_a_wrong_type(kernels):
 
 
 def test_what_a_masked_layer_assigns_reaches_its_variables():
-    """Statistics and random states of a layer with layers within."""
+    """Statistics and random states of layers within a layer."""
     model = masked("custom layers")
     block = model.get_layer("block").layer
     x, _ = kinds.data(model, n=64)
@@ -361,7 +361,7 @@ def test_what_a_masked_layer_assigns_reaches_its_variables():
     model(x, training=True)
     assert (block.norm.moving_mean.numpy() != mean).all()
     assert (block.drop.seed_generator.state.numpy() != seeds).any()
-    # As the plain layer has it, up to the masks.
+    # The same as the plain layer, except for the masks.
     plain = strip(model)
     model(x, training=True)
     plain(x, training=True)
@@ -410,7 +410,7 @@ def test_scaled_to_the_fan_in_by_hand():
     ids=lambda v: type(v).__name__,
 )
 def test_scaling_restores_the_size_of_each_unit(layer, shape, units):
-    """The squares that a unit sums, before and after."""
+    """The sum of squares of a unit is the same as before."""
     keras.utils.set_random_seed(0)
     inputs = keras.Input(shape)
     dense = keras.Model(inputs, layer(inputs))
@@ -451,7 +451,7 @@ def test_a_subclassed_model_loads_in_another_process(tmp_path, fresh):
 
 
 class Wrapping(keras.Model):
-    """Functional inside, but built from something else."""
+    """A Functional model with a custom constructor."""
 
     def __init__(self, units):
         inputs = keras.Input((4,))
@@ -471,7 +471,7 @@ def test_a_model_of_which_a_copy_would_lose_methods_is_masked_in_place():
 
 
 class Doubled(keras.Sequential):
-    """Computes something else than its layers, one after the other."""
+    """Does not compute its layers one after the other."""
 
     def call(self, inputs, training=None, mask=None):
         return 2 * super().call(inputs, training=training, mask=mask)
@@ -514,14 +514,14 @@ def test_dense_weights_into_a_masked_model(tmp_path):
     dense.save(tmp_path / "dense.keras")
     with pytest.warns(UserWarning, match="dense weights"):
         load_weights(model, tmp_path / "dense.keras")
-    # Loaded from a file, a model says what to do.
+    # The error for a loaded model says what to do.
     model.save(tmp_path / "masked.keras")
     loaded = keras.models.load_model(tmp_path / "masked.keras")
     with pytest.raises(
         ValueError, match=r"rigl_keras.load_weights\(model, path"
     ):
         loaded.load_weights(path)
-    load_weights(loaded, tmp_path / "masked.keras")  # a masked one, silently
+    load_weights(loaded, tmp_path / "masked.keras")  # no warning
 
 
 @pytest.mark.parametrize("kind", ["Functional", "subclassed"])
@@ -545,7 +545,7 @@ def test_weights_of_another_network_change_nothing(kind, tmp_path):
 
 
 def test_no_file_holds_a_weight_outside_its_mask(tmp_path):
-    """However it came there."""
+    """Weights outside the mask are not saved, however they were set."""
     model = masked("Sequential")
     for m in masked_layers(model):
         m.kernel.assign(np.ones(m.kernel.shape))
@@ -595,7 +595,7 @@ def test_states_of_time_steps_are_carried_along():
 
 @keras.saving.register_keras_serializable("tests")
 class Watched(layers.Layer):
-    """Has a metric, and a float32 layer within half precision."""
+    """Has a metric and a float32 layer, under half precision."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -643,7 +643,7 @@ class Around(layers.Layer):
 
 
 class Odd(keras.Model):
-    """Keeps layers in every kind of container."""
+    """Has layers in every kind of container."""
 
     def __init__(self):
         super().__init__()
@@ -673,7 +673,7 @@ def test_layers_in_every_kind_of_container():
 
 
 class Tied(keras.Model):
-    """One layer within two layers, and alone."""
+    """Uses a layer within two other layers, and by itself."""
 
     def __init__(self):
         super().__init__()
@@ -695,7 +695,7 @@ def test_a_kernel_that_layers_share_has_one_mask():
     (masked,) = masked_layers(model)
     assert np.count_nonzero(masked.kernel.numpy()) == 200
     assert count(model).nonzeros == 200 + 20
-    # In a copy the layers would be two: such a model is masked in place.
+    # Masked in place, as a copy would have two layers instead of one.
     dense = layers.Dense(8, name="d")
     inputs = keras.Input((4, 8))
     tied = keras.Model(inputs, dense(layers.TimeDistributed(dense)(inputs)))

@@ -1,4 +1,4 @@
-"""Images in lanes: the layout, its operations, and layers that stay in it."""
+"""Images in lanes: the layout, its operations, and layers that use it."""
 
 import os
 import subprocess
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def of_any_size(monkeypatch):
-    """What is small is left to Keras, but here."""
+    """Removes the size below which Keras computes layers."""
     monkeypatch.setattr(fast_calls, "_LEAST_NUMBERS", 0)
 
 
@@ -32,7 +32,7 @@ def normal(*shape, seed=0):
 
 
 def in_lanes(images, product):
-    """Returns what a product of images in lanes returns, turned back."""
+    """Returns the outputs of a product of images in lanes, as images."""
     lanes = lane_operations.to_lanes(images)
     outputs = product(lanes.values)
     return lane_operations.from_lanes(Lanes(outputs, lanes.count))
@@ -48,7 +48,7 @@ def close(got, want, tolerance=2e-5):
 
 
 def everything(product, x, w):
-    """Returns outputs, gradients and the gradients of these."""
+    """Returns outputs, gradients and second gradients."""
     with tf.GradientTape() as second:
         second.watch([x, w])
         with tf.GradientTape() as first:
@@ -121,7 +121,7 @@ def test_convolutions_are_those_of_images_that_are_not_in_lanes(
 
 @pytest.mark.parametrize("dense_gradient", [False, True])
 def test_masks_are_bools_or_zeros_and_ones(dense_gradient):
-    """Results have the same bits, also gradients of gradients."""
+    """Both give the same bits, also in second gradients."""
     x, w = normal(19, 5, 4, 3), normal(3, 3, 3, 2, seed=1)
     mask = random_mask(w.shape, 0.4)
 
@@ -155,7 +155,7 @@ SHARED_OUT = [
 
 
 def test_more_memory_than_allowed_is_shared_out():
-    """By the positions of the kernel; in a process with little of it."""
+    """Kernels work on some positions at a time, in a process with a limit."""
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-n0", __file__),
@@ -174,7 +174,7 @@ def test_more_memory_than_allowed_is_shared_out():
         text=True,
     )
     assert done.returncode == 0, done.stdout
-    assert "." * (len(SHARED_OUT) + 1) in done.stdout  # and none is skipped
+    assert "." * (len(SHARED_OUT) + 1) in done.stdout  # none is skipped
 
 
 @pytest.mark.skipif(
@@ -215,7 +215,7 @@ def test_little_memory(images, kernel, strides, padding):
     "RIGL_KERAS_SCRATCH" not in os.environ, reason="there is much memory"
 )
 def test_little_memory_of_a_layer():
-    """It leaves lanes, or the sparse product, and computes the same."""
+    """The layer uses no lanes, or no sparse product, with the same result."""
     inputs = keras.Input((6, 6, 3))
     x = layers.Conv2D(4, 3, padding="same", use_bias=False)(inputs)
     x = layers.Conv2D(17, 3, padding="same", use_bias=False)(x)
@@ -324,7 +324,7 @@ def test_moments_have_gradients():
 
 
 def blocks(dropout=0.3):
-    """Returns a pre-activation network with all that stays in lanes."""
+    """Returns a pre-activation network whose layers all support lanes."""
     inputs = keras.Input((10, 10, 3))
     x = layers.Conv2D(8, 3, padding="same", use_bias=False)(inputs)
     for i, (channels, stride) in enumerate([(8, 1), (16, 2)]):
@@ -397,20 +397,20 @@ def test_layers_become_one_operation():
         )
     ]
     assert sorted(set(read)) == [(True, 0.0), (True, 0.3)]
-    # Nothing is turned back whose outputs are read.
+    # No image is converted back before a layer that supports lanes.
     assert not [
         op
         for op in found
         if op.type == "RiglKerasFromLanes" and op.name in used
     ]
     assert sum(op.type == "RiglKerasToLanes" for op in found) == 1
-    # The classifier's.
+    # The classifier.
     assert sum(op.type == "RiglKerasMatMul" for op in found) == 1
     assert "RiglKerasConv2D" not in {op.type for op in found}
 
 
 def test_other_layers_find_their_images():
-    """Where a layer knows no lanes, it has what Keras would give it."""
+    """A layer that does not support lanes gets normal images."""
     inputs = keras.Input((8, 8, 4))
     x = layers.Conv2D(8, 3, padding="same", use_bias=False)(inputs)
     x = layers.BatchNormalization()(x)

@@ -1,4 +1,4 @@
-"""`bin/benchmark language`: that it is measured, not how much it is."""
+"""Tests of `bin/benchmark language`, without its numbers."""
 
 import csv
 

@@ -1,4 +1,4 @@
-"""`Masked`: what it computes, differentiates, keeps at zero and saves."""
+"""`Masked`: its outputs, gradients, zeros and saved files."""
 
 import inspect
 import json
@@ -17,14 +17,14 @@ from rigl_keras.masking.tracing import dense_gradients
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-# TensorFlow's own, when Keras saves on NumPy 2.
+# A warning of TensorFlow when Keras saves with NumPy 2.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept:DeprecationWarning"
 )
 
 
 def random_mask(shape, seed=0):
-    """About half ones, never all ones and never all zeros."""
+    """Returns a mask of about half ones, never only ones or only zeros."""
     mask = np.random.default_rng(seed).random(shape) < 0.5
     mask.flat[0], mask.flat[-1] = True, False
     return mask.astype(np.float32)
@@ -35,7 +35,7 @@ def images(*shape):
 
 
 def copy_of(layer):
-    """The same layer with its own weights."""
+    """Returns a copy of a layer, with its own weights."""
     return type(layer).from_config(layer.get_config())
 
 
@@ -94,11 +94,11 @@ def test_output_is_that_of_the_plain_layer_on_the_masked_kernel(kind):
     except tf.errors.UnimplementedError:
         pytest.skip(f"TensorFlow has no {kind} on a CPU without oneDNN")
     mask = random_mask(plain.kernel.shape)
-    # Not assign_mask: the product must do it, not a kernel that is zero.
+    # Not `assign_mask`, which would set the kernel to zero outside the mask.
     masked.mask.assign(mask)
     plain.kernel.assign(plain.kernel * mask)
     got = masked(x).numpy()
-    # TensorFlow may take another kernel for the other layer.
+    # TensorFlow may use another kernel for the other layer.
     np.testing.assert_allclose(got, plain(x).numpy(), rtol=1e-5, atol=1e-6)
     assert got.shape == masked.compute_output_shape((2, *shape))
     assert np.abs(got - dense).max() > 1e-2
@@ -124,7 +124,7 @@ def test_penalties_and_constraint_of_the_wrapped_layer_apply():
     got = [float(loss) for loss in masked.losses]
     assert sorted(got) == pytest.approx(sorted(want), rel=1e-5)
     masked(x)
-    assert len(masked.losses) == 2  # of the last call only
+    assert len(masked.losses) == 2  # only those of the last call
 
 
 def test_penalties_enter_the_loss_of_a_model():
@@ -148,7 +148,7 @@ def test_penalties_enter_the_loss_of_a_model():
 
 
 def two_by_two():
-    """y = x (w * m), so that dL/d(w * m) of L = sum(c * y) is x^T c."""
+    """With y = x (w * m) and L = sum(c * y), dL/d(w * m) is x^T c."""
     masked = Masked(layers.Dense(2, use_bias=False))
     masked.build((None, 2))
     masked.kernel.assign([[1.0, 2.0], [3.0, 4.0]])
@@ -185,7 +185,7 @@ def test_what_counts_is_where_the_function_is_traced():
     traced = tf.function(lambda: gradient_tensor(masked, x, c))
     with dense_gradients():
         np.testing.assert_array_equal(traced(), dense)
-    # Traced already: the context of the call no longer matters.
+    # The function is traced already, so the context of the call has no effect.
     np.testing.assert_array_equal(traced(), dense)
 
 
@@ -268,12 +268,12 @@ def test_save_and_load(tmp_path, fresh):
         np.testing.assert_array_equal(ours.mask.numpy(), theirs.mask.numpy())
         assert ours.draw_key == theirs.draw_key
     np.testing.assert_array_equal(loaded(x).numpy(), model(x).numpy())
-    # The projection is back too, around the user's constraint.
+    # The projection is restored too, around the user's constraint.
     projection = loaded.get_layer("conv").kernel.constraint
     assert isinstance(projection, MaskProjection)
     assert isinstance(projection.constraint, keras.constraints.NonNeg)
 
-    # A process that knows nothing but the package.
+    # In a process that has only imported the package.
     np.save(tmp_path / "x.npy", x)
     script = (
         "import rigl_keras, sys, numpy as np, tensorflow as tf\n"
@@ -322,7 +322,7 @@ OPTIMIZERS = {
 def test_kernel_is_zero_outside_the_mask_after_apply(optimizer):
     masked, _, _, dense = two_by_two()
     mask = masked.mask.numpy()
-    # Whatever reaches the optimizer, even a dense gradient.
+    # Even if the optimizer gets a dense gradient.
     made = OPTIMIZERS[optimizer]()
     for _ in range(3):
         before = masked.kernel.numpy()
@@ -341,7 +341,7 @@ def test_projection_composes_with_the_users_constraint():
     masked.mask.assign([[1.0, 0.0], [0.0, 1.0]])
     norm = masked.layer.kernel_constraint.max_value
     keras.optimizers.SGD(1.0).apply([tf.ones((2, 2))], [masked.kernel])
-    # One step: [[2, -1], [-1, 3]]; columns cut to the norm, then projected.
+    # A step gives [[2, -1], [-1, 3]]; columns are clipped, then projected.
     stepped = np.array([[2.0, -1.0], [-1.0, 3.0]])
     want = stepped * np.minimum(1, norm / np.linalg.norm(stepped, axis=0))
     want[0, 1] = want[1, 0] = 0.0
@@ -430,14 +430,14 @@ def test_mixed_precision(policy):
     assert gradient.dtype == np.float32
     assert (gradient[masked.mask.numpy() == 0] == 0).all()
     assert (gradient[masked.mask.numpy() == 1] != 0).all()
-    # Outside a call there is no autocast; strip and export read it there.
+    # Outside a call, where `strip` and `export` read it, there is no autocast.
     np.testing.assert_array_equal(
         masked.masked_kernel().numpy(), masked.kernel.numpy()
     )
 
 
 def test_stateless_call_sees_every_given_value():
-    """Within a scope of the caller's, only the kernel may be overridden."""
+    """In the caller's scope, `Masked` overrides only the kernel."""
     inputs = keras.Input((4,))
     model = keras.Model(inputs, layers.Dense(3)(inputs))
     sparse = rigl_keras.sparsify(model, 1.0)

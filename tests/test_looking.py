@@ -1,4 +1,4 @@
-"""Gradients at some entries of a kernel, and updates that look no further."""
+"""Gradients at some entries of a kernel, and updates that use only these."""
 
 import keras
 import numpy as np
@@ -29,7 +29,7 @@ def normal(*shape, seed=0):
     return tf.constant(draw.standard_normal(shape, np.float32))
 
 
-# Places.
+# Choice of places.
 
 
 def test_places_by_hand():
@@ -43,7 +43,7 @@ def test_places_by_hand():
     assert written.numpy().tolist() == [[7, 1, 8], [3, 9, 5]]
     bools = with_values(mask, places, tf.constant([False, True, True]))
     assert bools.numpy().tolist() == [[False, False, True], [False, True] + [0]]
-    assert dense.numpy().ravel().tolist() == list(range(6))  # as it was
+    assert dense.numpy().ravel().tolist() == list(range(6))  # unchanged
 
 
 def test_many_places():
@@ -70,11 +70,11 @@ def test_places_outside(place):
         with_values(tf.zeros([2, 3]), places[:1], tf.zeros([2]))
 
 
-# Products, whose masks are of bytes.
+# Products with masks of bytes.
 
 
 def test_a_matrix_by_hand():
-    """What is looked at counts in no output, and has a gradient."""
+    """Places to look at have no effect on outputs, but have gradients."""
     x, kernel = tf.constant([[1.0, 2.0, 3.0]]), tf.ones([3, 2])
     mask = tf.constant([[1, 0], [2, 3], [0, 0]], tf.uint8)
     with tf.GradientTape() as tape:
@@ -173,7 +173,7 @@ def test_a_recurrent_layer_looks():
 
 
 def test_the_array_of_a_gradient_is_cleared_for_the_next():
-    """Masks share it; what one has written, the other must not find."""
+    """Masks share the array, so values of one must not remain for another."""
     x, kernel = normal(3, 40), normal(40, 30, seed=1)
     draw = np.random.default_rng(3)
     for density in (0.3, 0.1, 0.3):
@@ -184,14 +184,14 @@ def test_the_array_of_a_gradient_is_cleared_for_the_next():
         got = tape.gradient(y, kernel)
         wanted = tf.matmul(x, tf.ones_like(y), transpose_a=True)
         assert_close(got, wanted * tf.cast(mask, tf.float32))
-        del got  # nobody holds it
+        del got  # so that its memory is used again
 
 
 # Updates.
 
 
 def network(product, granularity="element"):
-    """Returns a model of a few layers, each of which may be sparse."""
+    """Returns a model of a few layers that may have sparse products."""
     keras.backend.clear_session()
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
@@ -254,7 +254,7 @@ def test_masks_are_those_of_dense_gradients(case, monkeypatch):
     sparse = masked_layers(trained("sparse", granularity, **options))
     assert len(looked) == 3 and None not in looked
     dense = masked_layers(trained("dense", granularity, **options))
-    assert len(looked) == 3  # where all is dense, every gradient is there
+    assert len(looked) == 3  # dense products have every gradient
     first = masked_layers(network("dense", granularity))
     for one, two, before in zip(sparse, dense, first, strict=True):
         np.testing.assert_array_equal(one.mask.numpy(), two.mask.numpy())
@@ -264,7 +264,7 @@ def test_masks_are_those_of_dense_gradients(case, monkeypatch):
 
 
 class Child(rigl_keras.GSE):
-    """Grows by gradients wherever they are."""
+    """Grows by all gradients that exist."""
 
     def grow_scores(self, layer, gradient, step):
         return tf.abs(gradient)
@@ -286,7 +286,7 @@ def test_a_child_that_reads_elsewhere_has_every_gradient():
 
 
 def test_a_part_stands_for_the_whole():
-    """The table of `test_gse_grows_within_its_subset`, at six of 8 places."""
+    """The example of `test_gse_grows_within_its_subset`, with six places."""
     found = []
     for whole in (True, False):
         model = network("dense")
@@ -322,7 +322,7 @@ def test_a_part_stands_for_the_whole():
 
 
 class Drawn(rigl_keras.GSE):
-    """Looks at entries 5 and 6, and at two that are active."""
+    """Looks at entries 5 and 6, and at two active ones."""
 
     def positions(self, layer, step):
         return tf.constant([5, 6, 0, 5], tf.int64)

@@ -1,11 +1,11 @@
 """Every kind of model in every training set-up, with every method.
 
-Each kind meets each set-up once, some set-ups in one run, and the methods take
-turns, so that each method meets every kind and every set-up: all pairs, in a
-seventh of the runs of all triples. Of the pairs that are left for the newer
-methods most run eagerly, which takes no graph. `--every-combination` runs all
-triples, each set-up alone. The table in docs/supported_models.md is made here:
-`python tests/test_matrix.py` prints it.
+Each kind is tested in each set-up once, and some set-ups share a run. Methods
+alternate, so that each method meets every kind and every set-up. These pairs
+need a seventh of the runs of all triples. Most further pairs of the newer
+methods run eagerly, without a graph. `--every-combination` runs all triples,
+each set-up alone. `python tests/test_matrix.py` prints the table of
+docs/supported_models.md.
 """
 
 import keras
@@ -55,7 +55,7 @@ def combinations(every):
         for setups in alone if every else TOGETHER:
             j = TOGETHER.index(setups) if not every else 0
             for k, method in enumerate(METHODS if every else CORE):
-                # As many core methods take turns as there are runs of a kind.
+                # There are as many core methods as runs of a kind.
                 if every or (i + j - k) % len(TOGETHER) == 0:
                     yield from supported(kind, setups, method)
         for k, method in enumerate(() if every else NEWER):
@@ -74,7 +74,7 @@ def supported(kind, setups, method):
 def pytest_generate_tests(metafunc):
     if "combination" in metafunc.fixturenames:
         every = metafunc.config.getoption("every_combination")
-        # Of the pairs, plain runs have each kind and each set-up.
+        # Plain runs cover each kind and each set-up.
         plain = {
             (kind, TOGETHER[(i + 5) % len(TOGETHER)])
             for i, kind in enumerate(kinds.KINDS)
@@ -145,7 +145,7 @@ def train(model, callbacks, options):
         verbose=0,
     )
     taken = int(model.optimizer.iterations)
-    # The first loss scale is high: a batch may overflow, and is no step.
+    # The first loss scale is high: a batch that overflows is not a step.
     scaled = options.get("policy") == "mixed_float16"
     assert taken == 6 or (scaled and 4 <= taken < 6)
 
@@ -167,7 +167,7 @@ def train_by_hand(model, optimizer, callbacks, x, y):
             )
         variables = model.trainable_variables
         gradients = tape.gradient(loss, variables)
-        if not callbacks:  # static: the optimizer keeps to the masks
+        if not callbacks:  # static masks
             optimizer.apply(gradients, variables)
         for updater in callbacks:
             updater.update(gradients, variables)
@@ -213,7 +213,7 @@ def test_combination(combination, policy, tmp_path):
     moved = masked_layers(model).masks
     changed = any((moved[name] != masks[name]).any() for name in masks)
     assert changed == (method != "static")
-    if method == "SRigL":  # the floor of an equal share, and one at least
+    if method == "SRigL":  # the same number in each unit, rounded down
         for name, m in masked_layers(model).named.items():
             units = FanIn().layout(m.found.axes).groups
             assert after[name] <= max(before[name], units)
@@ -244,7 +244,7 @@ def test_combination(combination, policy, tmp_path):
 
 
 PATTERNED = ("RigL", "SET", "MagnitudePruning")
-# Of which each is once in each run, and on each layer that it fits.
+# Patterns, each used once in each run, and on each layer that it fits.
 PATTERNS = [
     {"conv1": "kernel", "depthwise": "fan_in", "conv2": "1:2", "head": "3x2"},
     {"conv1": "1:2", "depthwise": "kernel", "conv2": "3x2", "head": "fan_in"},
@@ -255,7 +255,7 @@ PATTERNS = [
 
 
 def patterned():
-    """Yields each set-up with every pattern; methods take turns."""
+    """Yields each set-up with every pattern, and alternating methods."""
     for i, setups in enumerate(TOGETHER):
         plain = ("run_eagerly",), ("mixed_bfloat16", "clipnorm")
         method = PATTERNED[i % len(PATTERNED)]
@@ -270,7 +270,7 @@ def patterned():
 
 @pytest.mark.parametrize("patterns, setups, method", list(patterned()))
 def test_patterns_in_every_setup(patterns, setups, method, policy):
-    """A model with a convolution of each sort, and a dense layer."""
+    """A model with each kind of convolution and a dense layer."""
     options = options_of(setups)
     policy(options.get("policy", "float32"))
     keras.utils.set_random_seed(0)
@@ -290,7 +290,7 @@ def test_patterns_in_every_setup(patterns, setups, method, policy):
         )
         callbacks = [MagnitudePruning(ramp, scope="layer")]
     else:
-        # Enough that something else joins, of few units as well.
+        # Large enough to grow other units, even of few.
         window = dict(WINDOW, drop_fraction=0.9)
         callbacks = METHODS[method](**window, **options.get("method", {}))
     train(model, callbacks, options)
@@ -308,10 +308,11 @@ def test_patterns_in_every_setup(patterns, setups, method, policy):
         assert np.isfinite(kernel).all() and not kernel[~moved[name]].any()
 
 
-# Above the density that they began with, for some steps.
+# Methods whose density is above the initial one in some steps.
 DENSER = ("MEST", "ACDC")
-# These models, and those of newer methods, are equal once trained: others of
-# each kind are saved here, and one of each method in test_contract.py.
+# Set-ups whose trained models are like those of others. They are not saved
+# here, and neither are models of newer methods: other set-ups cover each kind,
+# and test_contract.py each method.
 LEAVE_NO_TRACE = ("jit_compile", "run_eagerly", "own loop")
 UPDATING = [
     m for m in METHODS if m not in ("static", "MagnitudePruning", "ACDC")

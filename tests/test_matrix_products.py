@@ -1,4 +1,4 @@
-"""Products of matrices with a sparse one, against TensorFlow's dense ones."""
+"""Products with a sparse matrix, compared with TensorFlow's dense ones."""
 
 import os
 import subprocess
@@ -98,7 +98,7 @@ def test_rows_and_densities(rows, density):
 
 @pytest.mark.parametrize("dense", [False, True])
 def test_many_rows(dense):
-    """Sums of weights are vectors where there are many panels."""
+    """With many panels, sums of weights are computed in vectors."""
     draw = np.random.default_rng(0)
     compare(draw, (65, 67), 48, 40, 0.2, dense=dense)
     compare(draw, (4200,), 17, 31, 0.3, dense=dense, bias=False)
@@ -156,7 +156,7 @@ def test_gradients_of_gradients(dense):
 
 
 def test_only_what_is_asked_for_is_computed():
-    """Inputs that are data take no gradient; frozen kernels take none."""
+    """Inputs that are data and frozen kernels need no gradients."""
     draw = np.random.default_rng(0)
     x, kernel = normal(draw, 5, 6), normal(draw, 6, 4)
     mask = random_mask(draw, (6, 4), 0.5)
@@ -189,7 +189,7 @@ def test_only_what_is_asked_for_is_computed():
 
 
 def test_a_gradient_that_is_kept_is_not_written_to():
-    """The memory of one that nobody holds is used for the next."""
+    """Only the memory of a released gradient is used again."""
     draw = np.random.default_rng(0)
     kernel, mask = normal(draw, 6, 4), random_mask(draw, (6, 4), 0.5)
     kept, copies = [], []
@@ -336,7 +336,7 @@ def test_without_a_library(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("wanted", ["avx2", "portable"])
 def test_other_instruction_sets(wanted):
-    """In a separate process: the library is chosen once."""
+    """In a separate process, as the library is chosen once."""
     chosen = [
         "test_by_hand",
         "test_rows_and_densities",

@@ -1,6 +1,6 @@
-"""What each of the newer methods does at an update, by hand.
+"""Updates of the newer methods, by hand.
 
-Values of the examples are in the order of a kernel of one output unit.
+The values of the examples are the weights of one output unit.
 """
 
 import keras
@@ -19,7 +19,7 @@ ALWAYS = dict(decay="constant", frequency=1, end_step=99)
 
 
 def layer_of(weights, mask=None):
-    """Returns a model of one masked layer, its optimizer and the layer."""
+    """Returns a model with one masked layer, its optimizer and the layer."""
     weights = np.asarray(weights, np.float32)
     if weights.ndim == 1:
         weights = weights[:, np.newaxis]
@@ -34,7 +34,7 @@ def layer_of(weights, mask=None):
 
 
 def attached(method, weights, mask=None, steps=100):
-    """Returns the layer of a run of so many steps that is to begin."""
+    """Attaches a method at the start of a run; returns the layer."""
     model, optimizer, layer = layer_of(weights, mask)
     method.attach(model, optimizer)
     method._plan(0, 1, steps)
@@ -71,19 +71,19 @@ def memory_of(method, layer):
 
 
 def test_granet_prunes_then_drops_and_grows():
-    """Of 6 of 8, 4 stay; 2 of them are dropped and 2 grown."""
+    """4 of 6 active weights stay; 2 of these are dropped, and 2 grown."""
     method = rigl_keras.GraNet(
         final_density=0.5, prune_end_step=40, drop_fraction=0.5, **ALWAYS
     )
     layer = attached(method, [8, 7, 6, 5, 4, 3, 0, 0], [1] * 6 + [0] * 2)
     mask, weights = update(method, layer, [0, 0, 0, 9, 1, 2, 5, 0])
     assert mask == [1, 1, 0, 1, 0, 0, 1, 0]
-    assert weights == [8, 7, 0, 5, 0, 0, 0, 0]  # the fourth rejoined whole
+    assert weights == [8, 7, 0, 5, 0, 0, 0, 0]  # the fourth was regrown
     assert memory_of(method, layer) == [1, 1, 0, 1, 0, 0, 0, 0]
 
 
 def test_what_granet_has_pruned_starts_at_zero():
-    """It had a weight before the update, and loses it and its memory."""
+    """A pruned connection loses its weight and its momentum."""
     method = rigl_keras.GraNet(
         final_density=0.5, prune_end_step=40, drop_fraction=0.0,
         final_drop_fraction=0.0, **ALWAYS,
@@ -110,7 +110,7 @@ def test_granet_follows_its_cubic():
 
 
 def test_granet_ends_with_the_run():
-    """p falls to 0.005 at its last step, by a cosine."""
+    """p falls to 0.005 at the last step, along a cosine."""
     method = rigl_keras.GraNet(final_density=0.5, frequency=1)
     layer = attached(method, np.arange(1, 9), steps=100)
     fractions = []
@@ -155,7 +155,7 @@ def test_acdc_by_turns():
 
 
 def test_acdc_of_the_paper():
-    """Compressed from epochs 10, 20 ... 70 and 85 of 100."""
+    """Compressed phases begin at epochs 10, 20 ... 70 and 85 of 100."""
     method = rigl_keras.ACDC(density=0.5)
     attached(method, np.ones(4), steps=1000)
     assert method._switches[::2] == (100, 200, 300, 400, 500, 600, 700, 850)
@@ -171,7 +171,7 @@ def test_acdc_of_the_paper():
 
 
 def test_mest_moves_a_share_of_all_entries():
-    """k = 0.25 x 8 = 2, though half of the entries are active."""
+    """k = 0.25 x 8 = 2, although half of the entries are active."""
     method = rigl_keras.MEST(soft=False, drop_fraction=0.25, **ALWAYS)
     layer = attached(method, [4, 3, 2, 1] + [0] * 4, [1] * 4 + [0] * 4)
     mask, weights = update(method, layer, np.zeros(8))
@@ -184,14 +184,14 @@ def test_mest_with_a_soft_bound():
     layer = attached(method, [4, 3, 2, 1] + [0] * 4, [1] * 4 + [0] * 4)
     mask, _ = update(method, layer, np.zeros(8), 10)
     assert mask[:4] == [1] * 4 and sum(mask[4:]) == 2
-    # As if trained meanwhile: what joined is now larger than what was there.
+    # As after training: grown weights are now larger than the old ones.
     layer.kernel.assign(layer.kernel.value + 9 * np.reshape(mask, (8, 1)) * (
         np.arange(8).reshape(8, 1) > 3
     ))  # fmt: skip
     joined = [i for i in range(4, 8) if mask[i]]
     mask, _ = update(method, layer, np.zeros(8), 20)
     assert mask[:2] == [1, 1] and all(mask[i] for i in joined)
-    assert sum(mask) == 6  # two have left, two have joined
+    assert sum(mask) == 6  # two dropped, two grown
     mask, _ = update(method, layer, np.zeros(8), 80)
     assert sum(mask) == 5  # half of the share, past 3/4 of 95 steps
     assert bool(method.is_due(95)) and not bool(method.is_due(94))
@@ -210,7 +210,7 @@ def test_mest_weighs_gradients():
 
 
 def test_a_full_layer_keeps_its_bound():
-    """There is no room to grow, and nothing to drop after that."""
+    """No connection can grow, so none is dropped afterwards."""
     method = rigl_keras.MEST(drop_fraction=0.5, **ALWAYS)
     layer = attached(method, [4, 3, 2, 1])
     for step in (1, 2, 3):
@@ -222,7 +222,7 @@ def test_a_full_layer_keeps_its_bound():
 
 
 class Drawn(rigl_keras.GSE):
-    """Looks at entries 5 and 6, and at two that are active."""
+    """Looks at entries 5 and 6, and at two active ones."""
 
     def positions(self, layer, step):
         return tf.constant([5, 6, 0, 5], tf.int64)
@@ -232,12 +232,12 @@ def test_gse_grows_within_its_subset():
     method = Drawn(drop_fraction=0.5, **ALWAYS)
     layer = attached(method, [4, 3, 2, 1] + [0] * 4, [1] * 4 + [0] * 4)
     mask, weights = update(method, layer, [0, 0, 0, 0, 0, 1, 7, 9])
-    assert mask == [1, 1, 0, 0, 0, 1, 1, 0]  # 7 was not seen
+    assert mask == [1, 1, 0, 0, 0, 1, 1, 0]  # 7 was not looked at
     assert weights == [4, 3] + [0] * 6
 
 
 def test_gse_drops_no_more_than_it_can_grow():
-    """Three of four would go; two places were drawn. The largest returns."""
+    """Three of four would be dropped for two places, so the largest stays."""
     method = Drawn(drop_fraction=0.75, **ALWAYS)
     layer = attached(method, [4, 3, 2, 1] + [0] * 4, [1] * 4 + [0] * 4)
     mask, weights = update(method, layer, [0, 0, 0, 0, 9, 0, 0, 9])
@@ -263,7 +263,7 @@ def test_positions_are_even_and_repeat():
 
 
 def apply(method, layer, gradient):
-    """Takes a step of plain SGD of rate 1 within the method's hook."""
+    """Takes a step of SGD with rate 1 within the method's hook."""
     gradient = np.reshape(np.asarray(gradient, np.float32), layer.kernel.shape)
     taken = []
 
@@ -285,16 +285,16 @@ def set_weights(method, layer, weights):
 
 
 def test_topkast_trains_more_than_it_multiplies_by():
-    """A = {0, 1}, B = {0, 1, 2}; the last weight stands still."""
+    """A = {0, 1}, B = {0, 1, 2}; the last weight does not change."""
     method = rigl_keras.TopKAST(extra_density=0.25, penalty=0.5)
     layer = attached(method, [4, 3, 0, 0], [1, 1, 0, 0])
     set_weights(method, layer, [4, 3, 2, 1])
     assert found(layer) == ([1, 1, 0, 0], [4, 3, 0, 0])
-    # By the penalty w / 2 on A, and w on B alone, of density 1/2.
+    # The penalty is w / 2 on A, and w on the rest of B, as A's density is 1/2.
     assert apply(method, layer, [1, 1, 1, 1]) == [3, 2.5, 3, 0]
     assert found(layer) == ([1, 1, 0, 0], [1, 0.5, 0, 0])
     assert method.hidden(layer).numpy().ravel().tolist() == [0, 0, -1, 1]
-    # Chosen again: 0, and of 2 and 3, whose weights tie, the first.
+    # The new choice is 0 and, of the tied weights 2 and 3, the first.
     update(method, layer, np.zeros(4))
     assert found(layer) == ([1, 0, 1, 0], [1, 0, -1, 0])
     assert method.trained(layer).numpy().ravel().tolist() == [1, 0, 1, 1]
@@ -319,7 +319,7 @@ def test_srste_decays_what_it_leaves_out():
 
 @pytest.mark.parametrize("make", [rigl_keras.TopKAST, rigl_keras.SRSTE])
 def test_a_run_begins_with_the_largest_weights(make):
-    """They come from its weights, and from others drawn from these."""
+    """Other entries get weights drawn from active ones; the largest stay."""
     weights = np.arange(1, 101) * np.resize([1, -1], 100)
     mask = np.resize([1, 0, 0, 1], 100)
     method = make()
@@ -331,7 +331,7 @@ def test_a_run_begins_with_the_largest_weights(make):
     assert np.abs(kernel[kept]).min() >= np.abs(hidden[~kept]).max()
     before = np.where(mask == 1, weights, 0)[:, np.newaxis]
     stay = (kernel + hidden) == before
-    assert stay.sum() >= 50  # they are where they were
+    assert stay.sum() >= 50  # unchanged weights
     assert set((kernel + hidden).ravel()) <= set(weights[mask == 1])
 
 
@@ -348,7 +348,7 @@ def test_the_model_is_sparse_whenever_it_is_looked_at():
     assert all(v.numpy().any() for v in method._hidden)
 
 
-# SRigL: rows are units here, as in the example.
+# SRigL. Rows are units here.
 
 WEIGHTS = np.array([[5, 4, 0, 0], [2, 1, 0, 0]], np.float32)
 GRADIENTS = np.array([[0, 0, 3, 1], [0, 0, 2, 9]], np.float32)
@@ -365,8 +365,8 @@ GRADIENTS = np.array([[0, 0, 3, 1], [0, 0, 2, 9]], np.float32)
 def test_srigl_moves_connections_between_units(ablation, want):
     """K = P = 2. {5, 4} and {3 of A, 9 of B} are salient: 3 of A, 1 of B.
 
-    A threshold of 2 would ablate B, but four connections fill one unit of
-    four inputs, and another must stay where that is full.
+    A threshold of 2 would ablate B. But four connections would fill unit A,
+    which has four inputs, so another unit must stay.
     """
     new, grown = fan_in.update_fan_in(
         WEIGHTS != 0,
@@ -384,13 +384,13 @@ def rows(matrix):
 
 
 def test_srigl_ablates_units():
-    """With room for all in one unit of eight inputs, B goes."""
+    """B is ablated if a unit of eight inputs has room for all."""
     wide = [np.pad(a, ((0, 0), (0, 4))) for a in (WEIGHTS, GRADIENTS)]
     new, _ = fan_in.update_fan_in(
         wide[0] != 0, wide[0], wide[1], drop_fraction=0.5, ablation=1.0
     )
     assert rows(new) == ["11110000", "00000000"]
-    # And comes back where it matters again: its budget is still that of four.
+    # B returns when it is salient again; the budget is still four.
     weights = np.where(new, 1.0, 0.0)
     gradient = np.zeros_like(weights)
     gradient[1, 3:5] = 9
@@ -402,7 +402,7 @@ def test_srigl_ablates_units():
 
 
 def test_srigl_keeps_the_largest_of_a_unit():
-    """A would keep three; two is what each may have."""
+    """A has three salient connections, but each unit may keep two."""
     weights = np.array([[3, 9, 5, 0], [1, 0, 0, 0]], np.float32)
     gradient = np.array([[0, 0, 0, 0], [0, 1, 3, 2]], np.float32)
     new, _ = fan_in.update_fan_in(
@@ -413,7 +413,7 @@ def test_srigl_keeps_the_largest_of_a_unit():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_srigl_counts_are_even(seed):
-    """Whatever the scores: a unit has k connections or none."""
+    """With any scores, a unit has k connections or none."""
     draw = np.random.default_rng(seed)
     mask = draw.random((7, 9)) < 0.4
     budget = int(mask.sum())
@@ -464,11 +464,11 @@ def test_srigl_knows_what_a_unit_is(layer, shape):
     assert len(set(each.ravel())) == 1 and each.min() > 0
 
 
-# What is planned.
+# Plans.
 
 
 def test_densities_before_a_run():
-    """What `bin/reproduce` counts by, where density changes."""
+    """`bin/reproduce` uses the planned densities to count costs."""
     granet = rigl_keras.GraNet(final_density=0.1, frequency=10)
     at = [granet.planned_density(t, 200, 0.5) for t in (0, 50, 100, 199)]
     assert at == pytest.approx([0.5, 0.1 + 0.4 / 8, 0.1, 0.1])
@@ -482,11 +482,11 @@ def test_densities_before_a_run():
     assert hard.planned_density(50, 100, 0.1) == 0.1
 
 
-# Options of all.
+# Options of all methods.
 
 
 def test_the_drop_fraction_follows_the_learning_rate():
-    """0.3 at a rate of 0.1, 0.03 at 0.01; a warm-up does not matter."""
+    """It is 0.3 at rate 0.1 and 0.03 at rate 0.01, whatever the warm-up."""
     method = rigl_keras.RigL(
         drop_fraction=0.3, **ALWAYS | dict(decay="learning_rate")
     )

@@ -15,7 +15,7 @@ def of(model, kind):
 
 
 def test_stride_2_pads_one_pixel_on_each_side():
-    """By hand, on the model's own layers: `same` would give other numbers."""
+    """By hand, on layers of the model; `same` would give other numbers."""
     model = models.wide_resnet(10, 1, input_shape=(8, 8, 3), dropout=0.0)
     x = np.random.default_rng(0).normal(size=(1, 8, 8, 16)).astype(np.float32)
     conv = model.get_layer("block2_0_conv1")
@@ -36,7 +36,7 @@ def test_stride_2_pads_one_pixel_on_each_side():
 @pytest.mark.parametrize("size", [(8, 8), (9, 13)])
 def test_shortcut_and_branch_meet_at_any_size(size):
     model = models.wide_resnet(10, 1, input_shape=(*size, 3))
-    # (n + 1) // 2, twice: both ways of halving round up.
+    # (n + 1) // 2, twice, as both ways of halving round up.
     half = [(n + 1) // 2 for n in size]
     quarter = [(n + 1) // 2 for n in half]
     assert model.get_layer("block2_0_add").output.shape[1:3] == (*half,)
@@ -52,7 +52,7 @@ def test_dropout_is_there_only_if_asked_for():
 def test_width_and_depth():
     model = models.wide_resnet(16, 3, num_classes=7)
     channels = [c.filters for c in of(model, layers.Conv2D)]
-    # A stage: two blocks of two convolutions and, in the first, a shortcut.
+    # A stage has two blocks of two convolutions, and a shortcut in the first.
     assert sorted(channels) == sorted([16] + [48] * 5 + [96] * 5 + [192] * 5)
     assert model.output.shape == (None, 7)
     assert not any(c.use_bias for c in of(model, layers.Conv2D))
@@ -65,7 +65,7 @@ def test_initial_values():
     kernel = model.get_layer("block3_0_conv2").kernel.numpy()  # 589,824
     assert kernel.std() == pytest.approx(np.sqrt(2 / (9 * 256)), rel=0.01)
     assert abs(kernel.mean()) < 0.01 * kernel.std() * 3
-    # A normal distribution that is not cut at two deviations.
+    # A normal distribution, not truncated at two standard deviations.
     assert np.mean(np.abs(kernel) > 2 * kernel.std()) > 0.04
     # PyTorch's Linear: uniform within 1 / sqrt(inputs), zero bias.
     head = model.get_layer("classifier")
@@ -111,7 +111,7 @@ def test_resnet50_is_the_reports():
     convolutions = of(model, layers.Conv2D)
     assert len(convolutions) == 53 and not any(c.use_bias for c in convolutions)
     assert model.count_params() == 23_705_252 + 2 * 26_560
-    # A 3x3 stem at full size, and strides on the 3x3 convolutions.
+    # A 3x3 stem at full size, and strides in the 3x3 convolutions.
     stem = model.get_layer("conv1")
     assert (stem.kernel_size, stem.strides) == ((3, 3), (1, 1))
     assert {c.name for c in convolutions if c.strides == (2, 2)} == {
@@ -138,7 +138,7 @@ def test_resnet50_is_the_reports():
 
 
 def test_resnet_starts_with_blocks_that_do_nothing():
-    """As the last batch norm of each starts at 0: only shortcuts pass."""
+    """The last batch norm of each block starts at 0, so it is its shortcut."""
     model = models.resnet18(10, (16, 16, 3))
     x = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)
     outputs = [
@@ -213,7 +213,7 @@ def test_gpt_sees_what_came_before_alone():
 
 
 def test_gpt_by_hand():
-    """One block of one head, in NumPy."""
+    """One block with one head, in NumPy."""
     model = models.gpt(5, 3, 1, 4, 1)
     draw = np.random.default_rng(0)
     for variable in model.trainable_variables:
@@ -262,14 +262,14 @@ def test_gpt_of_its_size():
     block = 12 * 8**2 + 13 * 8
     ends = (11 + 6) * 8 + 2 * 8 + 8 * 11 + 11
     assert model.count_params() == 2 * block + ends
-    # What the docstring says of the whole one.
+    # The docstring of `gpt` has the number of all parameters.
     block, ends = 12 * 512**2 + 13 * 512, (97 + 256 + 2 + 97) * 512 + 97
     assert 12 * block + ends == 38_060_129
     kernels = [v for v in model.trainable_variables if v.name == "kernel"]
     assert len(kernels) == 2 * 6 + 1
     drawn = np.concatenate([np.ravel(k) for k in kernels])
     assert drawn.std() == pytest.approx(0.02, rel=0.05)
-    # Each is drawn separately: no two of a shape are alike.
+    # Each is drawn separately, so kernels of one shape differ.
     first, second = (
         model.get_layer(f"block{i}_expand").kernel.numpy() for i in (0, 1)
     )
@@ -304,7 +304,7 @@ def test_gpt_is_masked_saved_and_loaded(tmp_path):
     "format", ["saved_model", "sparse_saved_model", "onnx", "tflite"]
 )
 def test_gpt_is_exported(format, tmp_path):
-    """Like each export, it is compared with the model."""
+    """The export is compared with the model, as always."""
     model = rigl_keras.sparsify(small_gpt(width=32, heads=4), 0.25)
     report = rigl_keras.export(
         model, tmp_path / "exported", format=format, measure=False
@@ -315,7 +315,7 @@ def test_gpt_is_exported(format, tmp_path):
 
 
 def test_gpt_is_no_native_network(tmp_path):
-    """It lacks look-ups and layer norms, and says so."""
+    """Networks lack look-ups and layer norms, and the error says so."""
     model = rigl_keras.sparsify(small_gpt(), 0.25)
     with pytest.raises(ValueError, match="these operations need TensorFlow"):
         rigl_keras.export(

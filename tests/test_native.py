@@ -1,4 +1,4 @@
-"""Exports that need no TensorFlow."""
+"""Native exports, which need no TensorFlow."""
 
 import importlib.util
 import shutil
@@ -34,7 +34,7 @@ def built():
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory, built):
-    """A model, the report of its export and the folder, for all to read."""
+    """Returns a model, the report of its export and the folder."""
     keras.utils.set_random_seed(0)
     model = rigl_keras.sparsify(small_model(), 0.3, product="dense")
     folder = tmp_path_factory.mktemp("native") / "exported"
@@ -62,7 +62,7 @@ def test_what_is_in_the_folder(export):
 
 
 def test_two_lines_load_it(export, images):
-    """As the note in the folder has them, by its own copy of all files."""
+    """The lines in the folder's note work, with the files in the folder."""
     model, _, folder = export
     lines = [
         line.strip()
@@ -115,7 +115,7 @@ def test_without_tensorflow(export, images, tmp_path):
 
 
 def test_the_example_in_c(export, tmp_path, images):
-    """By the two commands that the note has."""
+    """The two commands in the note work."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
         pytest.skip("no C compiler")
@@ -157,7 +157,7 @@ def test_what_needs_tensorflow_is_refused(tmp_path):
 
 
 def test_what_is_small_needs_no_tensorflow(tmp_path):
-    """The error names the layer that no network computes, and no other."""
+    """The error names only the layer that no network supports."""
     inputs = keras.Input((6,))
     x = layers.Dense(5, activation="softsign", name="hidden")(inputs)
     model = keras.Model(inputs, layers.Dense(3, name="head")(x))

@@ -1,4 +1,4 @@
-"""How the library reads a network's file, with any bytes.
+"""The library reads network files with any bytes, or refuses them.
 
 Files are written here byte by byte, by `support.network_bytes`.
 """
@@ -27,7 +27,7 @@ NO_INPUT = "the network has no input"
 
 
 def refused(data):
-    """Returns why a file is refused, which must be one line."""
+    """Returns the error for a file, and checks that it is one line."""
     with pytest.raises(ValueError) as error:
         loaded(data)
     text = str(error.value).split(" bytes>' cannot be loaded: ", 1)[1]
@@ -35,7 +35,7 @@ def refused(data):
     return text
 
 
-# The header: the file as a whole.
+# The header, and the size of the file.
 
 
 def test_what_is_no_network():
@@ -54,7 +54,7 @@ def test_every_end_is_noticed():
     good = b.network(b.image(), b.convolution(KERNEL))
     for end in range(32, len(good)):
         assert "cut off" in refused(good[:end]), end
-        # As if the writer had been cut off before it wrote the header.
+        # As if the writer had stopped before it wrote the header.
         assert "cut off" not in refused(b.file(good[32:end])), end
     assert refused(good + b"12") == (
         "the file is damaged: 2 bytes follow its end"
@@ -77,7 +77,7 @@ def test_every_bit_counts():
 
 
 def test_checksums_are_those_of_zlib():
-    """For every length and alignment: the library reads eight bytes at once."""
+    """Any length and alignment, as the library reads eight bytes at once."""
     random.seed(0)
     for hints in range(40):
         text = random.randbytes(hints)
@@ -88,8 +88,7 @@ def test_checksums_are_those_of_zlib():
         assert zlib.crc32(data[32:]) != 0
 
 
-# What arrays hold. A dense layer shows it: its outputs of the unit vectors are
-# the rows of its kernel.
+# Arrays. A dense layer applied to unit vectors returns the rows of its kernel.
 
 
 def kernel_of(data, inputs):
@@ -141,7 +140,7 @@ ARRAYS = {
     "has 15 numbers where its shape is (8, 2)": raw(0, [8, 2], 15, ONES),
     "has a length of 0: (8, 0)": raw(0, [8, 0], 0, b""),
     "would have more than 2^31 - 1 numbers": raw(2, [2**16, 2**15], 0, b""),
-    # Products that come out small in 32 or 64 bits.
+    # Products that overflow to small numbers in 32 or 64 bits.
     "its kernel would have more": raw(2, [2**16, 2**16], 0, b""),
     "its kernel would have": raw(2, [2**22] * 6, 0, b""),
     "would have more than": raw(2, [0, 2**32 - 1, 2**31], 0, b""),
@@ -172,7 +171,7 @@ def test_arrays_that_are_wrong(text):
 
 
 def one(*nodes, **settings):
-    """A network of an image of 4 x 4 pixels and two channels, and more."""
+    """Returns a network on images of 4 x 4 pixels with two channels."""
     return b.network(b.image(), *nodes, **settings)
 
 
@@ -182,7 +181,7 @@ def convolved(**settings):
 
 FREE = b.image("x", (-1, -1, -1))
 NODES = {
-    # Nodes, what they read, and names.
+    # Nodes, their inputs and names.
     "the file announces 65537 nodes": b.file(b.u32(65537)),
     NO_INPUT: b.network(outputs={"y": 0}),
     "its operation is 15, and this library knows 0 to 14": one(b.node(15, "n")),
@@ -262,7 +261,7 @@ NODES = {
     "its input with its padding would have the shape": convolved(
         dilations=(2**20, 2**20)
     ),
-    # Others.
+    # Other operations.
     "its kernel of shape (3, 2) needs 3 channels": one(
         b.dense(np.ones((3, 2)))
     ),
@@ -329,14 +328,14 @@ def test_networks_that_are_wrong(text):
 
 
 def test_a_message_names_the_node():
-    """However long and strange its name is."""
+    """A message names the node, however long and strange its name is."""
     name = "line\nbreak\x1b[31m" + 100 * "é"
     text = refused(one(b.dense(np.ones((3, 2)), name=name)))
     assert text.startswith("node 1 ('line?break?[31m??") and len(text) < 250
 
 
 def test_shapes_that_are_free():
-    """What does not follow from a free length is checked before a call."""
+    """Shapes that do not depend on a free length are checked at the load."""
     text = refused(
         b.network(
             FREE,
@@ -369,7 +368,7 @@ def test_shapes_that_are_free():
         (5, 8, 6, 2),
         (5, 48, 2),
     ]
-    # And what does follow, in a call.
+    # The other shapes are checked in a call.
     with pytest.raises(ValueError, match=r"node 1 \('conv'\).* has 3"):
         network.output_shapes((5, 7, 4, 3))
 
@@ -383,7 +382,7 @@ def test_of_two_images_one_may_be_a_pixel():
         assert network.outputs[0].shape == (None, None, 3, 2)
         found = network.output_shapes((2, 1, 1, 2), (2, 5, 3, 2))
         assert found == [(2, 5, 3, 2)]
-    # Free ones may turn out to be pixels.
+    # A free length may be a single pixel.
     network = loaded(
         b.network(
             b.image("a", (-1, -1, 2)),
@@ -445,11 +444,11 @@ def test_shapes_are_tensorflows():
     assert len(checked) >= 8
 
 
-# Files that somebody has made to do harm.
+# Malicious files.
 
 
 def a_network():
-    """A file with every operation, with small fields."""
+    """Returns a network with every operation and small fields."""
     rng = np.random.default_rng(0)
     kernel = rng.normal(size=(3, 3, 2, 4)) * (rng.random((3, 3, 2, 4)) < 0.4)
     nodes = [
@@ -483,7 +482,7 @@ def test_the_network_that_is_broken_below():
 
 
 def broken(body, rng):
-    """Returns a body with some of it changed."""
+    """Returns a body with random changes."""
     data = bytearray(body)
     for _ in range(rng.choice([1, 1, 1, 2, 5])):
         at = rng.randrange(len(data))
@@ -492,7 +491,7 @@ def broken(body, rng):
             data[at] ^= 1 << rng.randrange(8)
         elif how == 1:
             data[at] = rng.randrange(256)
-        elif how == 2:  # a number: most fields are numbers
+        elif how == 2:  # a number, as most fields are
             at &= ~3
             number = rng.choice(
                 [
@@ -522,7 +521,7 @@ def broken(body, rng):
 
 
 def test_files_that_are_broken_at_random():
-    """Their checksums are right, so that all of it is read."""
+    """Checksums are correct, so that the whole file is read."""
     rng = random.Random(0)
     body, said, whole = a_network(), set(), 0
     for _ in range(3000):
@@ -531,7 +530,7 @@ def test_files_that_are_broken_at_random():
             whole += 1
         except ValueError as error:
             said.add(str(error).split(": ", 2)[-1])
-    # Some are networks still, others meet many of the messages.
+    # Some are still valid, others give many different messages.
     assert whole > 100 and len(said) > 100
 
 
@@ -543,7 +542,7 @@ def test_files_that_are_broken_at_random():
 def test_files_that_are_broken_under_sanitizers(
     sanitizer, turns, isa, tmp_path_factory, tmp_path
 ):
-    """Those that are still networks run: threads, plans and kernels."""
+    """Files that are still valid are run, with threads and plans."""
     folder, _ = sanitized(sanitizer, common_folder(tmp_path_factory))
     (tmp_path / "body").write_bytes(a_network())
     done = subprocess.run(

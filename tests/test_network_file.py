@@ -1,4 +1,4 @@
-"""A network as bytes: those of a small one by hand, and what is refused."""
+"""Networks as bytes: a small one by hand, and errors."""
 
 import dataclasses
 import struct
@@ -20,7 +20,7 @@ from rigl_keras.serving.network_file import from_bytes, to_bytes
 
 
 def small():
-    """x [2, 2, 1] -> a convolution of one weight that counts -> relu."""
+    """x [2, 2, 1] -> a convolution with one nonzero weight -> relu."""
     kernel = np.zeros((1, 3, 1, 1), np.float32)
     kernel[0, 2] = 2.0
     return Network(
@@ -59,8 +59,8 @@ def test_bytes_by_hand():
             *(words(1, 1), b"c", words(1, 0)),
             *(words(1, 2), words(1, 1), words(1)),  # strides, dilations, groups
             words(0, 0, 0, 1, 1),  # padding
-            # One weight: its value, and a byte that says where; a bitmask
-            # takes as much, and comes first.
+            # One weight: its value, and a byte with its position. A bitmask is
+            # as small, and is preferred.
             words(1, 4, 1, 3, 1, 1, 1) + struct.pack("<f", 2.0) + b"\x20",
             words(0, 1, 1, 1) + struct.pack("<f", 0.5),
             *(words(4, 1), b"r", words(1, 1)),
@@ -86,7 +86,7 @@ def same(one, other):
 
 
 def every_operation():
-    """A network with a node of each operation, no field as it is by default."""
+    """A network with each operation, and no field at its default."""
     draw = np.random.default_rng(0)
 
     def array(*shape, density=1.0):
@@ -167,7 +167,7 @@ def test_what_is_read_is_what_was_written():
         same(one, other)
     assert found.outputs == network.outputs and found.hints == "fast"
     assert to_bytes(found) == data
-    # The sparse kernels are: 4 bytes and a bit, or 5 bytes, for each weight.
+    # Sparse kernels take 4 bytes and a bit, or 5 bytes, for each weight.
     dense = sum(n.kernel.nbytes for n in network.nodes)
     assert len(data) < dense / 2
 
@@ -184,7 +184,7 @@ def test_every_damaged_byte_is_found():
 
 
 def test_damage_below_a_right_checksum():
-    """Each byte of the body once, as somebody would who wishes harm."""
+    """Each byte of the body is changed once, under a correct checksum."""
     data = to_bytes(every_operation())
     draw = np.random.default_rng(0)
     read = 0

@@ -1,4 +1,4 @@
-"""A network as an operation of TensorFlow."""
+"""A network as a TensorFlow operation."""
 
 import concurrent.futures
 import shutil
@@ -24,7 +24,7 @@ def loaded():
 
 
 def network(kernel=KERNEL):
-    """x K + b, and x + z."""
+    """Returns a network of x K + b and x + z."""
     return Network(
         (
             Node(Operation.INPUT, "x", shape=(3,)),
@@ -95,7 +95,7 @@ def test_many_callers(file):
 
 
 def test_a_file_is_read_once(file, tmp_path):
-    """Operations that ask for it while it is in use share it."""
+    """Operations share a network while it is in use."""
     checksum = checksum_of(file.read_bytes())
 
     def call(x, z):
@@ -111,7 +111,7 @@ def test_a_file_is_read_once(file, tmp_path):
 
 
 def test_an_export_that_has_taken_its_place(file):
-    """A function goes on with what it has; a new one needs its own file."""
+    """A function continues with its network; a new one needs its own file."""
     checksum = checksum_of(file.read_bytes())
     call = tf.function(lambda x, z: run(file, x, z, checksum=checksum))
     check(call(X, Z))
@@ -171,7 +171,7 @@ def test_inputs_that_do_not_fit(file):
     assert "one batch size" in str(caught.value)
     with pytest.raises(ValueError, match="threads must be .* 1024"):
         run(file, X, Z, threads=5000)
-    check(run(file, X, Z))  # it goes on
+    check(run(file, X, Z))  # it continues
 
 
 def test_what_a_graph_refuses(file):

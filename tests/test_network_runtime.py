@@ -1,4 +1,4 @@
-"""The loader in Python by NumPy alone, and the C functions beneath it."""
+"""The Python loader, which needs only NumPy, and the C functions."""
 
 import copy
 import ctypes.util
@@ -25,8 +25,8 @@ from tests.support.network_library import (
 from tests.support.threads import in_threads
 
 SOURCES = pathlib.Path(runtime.__file__).with_name("csrc")
-# x [images of 3 x 4, 2 channels] and "an image/of one pixel": x * 2 * other,
-# and the largest of each channel.
+# Inputs x [3 x 4 pixels, 2 channels] and "an image/of one pixel"; outputs
+# x * 2 * other, and the largest number of each channel.
 TWO = b.network(
     b.image("x", (3, 4, 2)),
     b.image("an image/of one pixel", (1, 1, 2)),
@@ -35,7 +35,7 @@ TWO = b.network(
     b.global_pool(0, maximum=1),
     outputs={"scaled": 3, "self": 4},
 )
-# Any number of rows, of three channels each: a dense layer and what sums it.
+# Any number of rows of three channels: a dense layer and its sum.
 FREE = b.network(
     b.image("self", (-1, 3)),
     b.dense(np.array([[1.0, 0], [0, 2], [0, 0]]), bias=b.array([0.5, 0])),
@@ -205,7 +205,7 @@ def test_a_library_that_is_missing_or_another(tmp_path, monkeypatch):
         )
     other = ctypes.util.find_library("m")
     if other and sys.platform == "linux":
-        # By its name alone it would be found in the system's folders.
+        # A name without a folder would be searched in the system's folders.
         monkeypatch.chdir(tmp_path)
         fails(f"{tmp_path}/{other}' cannot be loaded", other)
     import _ctypes
@@ -262,7 +262,7 @@ print(*said, sep=chr(10))
 
 
 def test_a_file_that_is_cut_while_it_loads(tmp_path):
-    """It is an error. A mapped file would end the process (SIGBUS)."""
+    """It is an error. With a mapped file, the process would end (SIGBUS)."""
     draw = np.random.default_rng(0)
     kernel = draw.standard_normal((500, 1000)).astype("f")
     file = tmp_path / "network.rigl"
@@ -277,7 +277,7 @@ def test_a_file_that_is_cut_while_it_loads(tmp_path):
 
 
 def test_a_file_without_a_network_is_not_read(tmp_path):
-    """However large it is: this one has 64 GB of nothing, in no room."""
+    """It is not read, however large: this one is a sparse file of 64 GB."""
     file = tmp_path / "network.rigl"
     file.write_bytes(b"RIGLNET\n")
     os.truncate(file, 2**36)
@@ -286,7 +286,7 @@ def test_a_file_without_a_network_is_not_read(tmp_path):
 
 
 def test_names_that_are_no_text():
-    """Nobody checks that they are UTF-8: they differ, and can be used."""
+    """Names need not be UTF-8, but differ and can be used."""
     data = b.network(b.node(b.INPUT, b"\xff", (), b.shape([1])))
     with loaded(data) as network:
         (value,) = network.inputs
@@ -352,7 +352,7 @@ def test_many_callers(threads):
 
 
 def test_closed_while_it_runs():
-    """What runs ends, and what comes later is refused."""
+    """Running calls end normally, and later calls are refused."""
     network = loaded(TWO, threads=2)
     x, other = images(40)
     started = threading.Barrier(4)
@@ -381,7 +381,7 @@ def test_tuned(tmp_path):
     network.tune(x.shape, seconds=0.05)
     np.testing.assert_array_equal(network(x)["y"], before)
     hints = network.hints()
-    # A file keeps it, and nonsense does no harm.
+    # A file keeps the hints, and wrong hints do no harm.
     body = b.body([b.image("self", (-1, 3)), b.dense(np.eye(3)[:, :2])])
     for text in (hints, "nonsense", hints[:-3] + "999999999 -1 0\n" * 3):
         data = b.file(body.removesuffix(b.u32(0)) + b.string(text))
@@ -401,7 +401,7 @@ with Network(sys.argv[1] + "/network.rigl") as network:
 
 
 def test_it_stands_alone(tmp_path):
-    """A copy of it, the library and a file are all that is needed."""
+    """It needs only a copy of itself, the library and a file."""
     folder = tmp_path / "exported folder"
     folder.mkdir()
     (folder / "network.rigl").write_bytes(FREE)
@@ -417,7 +417,7 @@ def test_it_stands_alone(tmp_path):
 
 
 def test_functions_are_those_of_the_header():
-    """Each with as many parameters as there."""
+    """Each has as many parameters as in the header."""
     text = (SOURCES / "rigl_network.h").read_text()
     text = re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL)
     declared = {
@@ -430,7 +430,7 @@ def test_functions_are_those_of_the_header():
 
 @pytest.fixture(scope="module")
 def serve(tmp_path_factory):
-    """The example in C, compiled as its comment says."""
+    """Returns the example in C, compiled as its comment says."""
     compiler = shutil.which("cc")
     if compiler is None:
         pytest.skip("there is no C compiler")

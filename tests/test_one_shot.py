@@ -1,4 +1,4 @@
-"""SNIP: by hand on one layer, and what it leaves alone."""
+"""One-shot methods, by hand on small models."""
 
 import keras
 import numpy as np
@@ -15,14 +15,14 @@ LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
 def test_one_layer_by_hand():
-    """The gradient of a mean square, times the weights."""
+    """Saliency is the gradient of a mean square, times the weights."""
     inputs = keras.Input((2,))
     outputs = layers.Dense(2, name="d", use_bias=False)(inputs)
     model = keras.Model(inputs, outputs)
     kernel = np.array([[1.0, -3.0], [2.0, 0.5]])
     model.get_layer("d").kernel.assign(kernel)
     x, y = np.array([[1.0, 2.0]]), np.array([[0.0, 0.0]])
-    # Outputs 5 and -2; dL/dw = x (output) for the mean of two squares.
+    # Outputs are 5 and -2; for the mean of two squares, dL/dw = x (output).
     saliency = np.abs(kernel * np.outer(x[0], [5.0, -2.0]))
     assert saliency.tolist() == [[5, 6], [20, 2]]
     snipped = one_shot.snip(model, 0.5, (x, y), keras.losses.MeanSquaredError())
@@ -60,7 +60,7 @@ def test_layer_scope_has_the_densities_of_the_distribution():
 
 
 def test_the_model_stays_as_it_was():
-    """Batch statistics, weights and dropout's state included."""
+    """Weights, batch statistics and dropout's state do not change."""
     model = small_model()
     before = [v.numpy() for v in model.variables]
     one_shot.snip(model, 0.2, examples(), LOSS)
@@ -107,7 +107,7 @@ def test_bad_batches():
 
 
 def test_blocks_that_start_at_nothing_are_refused():
-    """The first gradient of a residual block whose last scale is 0 is 0."""
+    """Gradients of a residual block with a last scale of 0 are 0 at first."""
     model = models.resnet18(10, (8, 8, 3))
     with pytest.raises(ValueError, match="conv2_0_conv1.*zero_init_residual"):
         one_shot.snip(model, 0.1, examples(8), LOSS)
@@ -135,7 +135,7 @@ def test_too_few_connections():
 
 
 def linear(kernel):
-    """Returns a dense model of a kernel, and no bias."""
+    """Returns a dense model with a kernel and no bias."""
     kernel = np.asarray(kernel, np.float32)
     inputs = keras.Input(kernel.shape[:1])
     outputs = layers.Dense(kernel.shape[1], use_bias=False, name="d")(inputs)
@@ -154,7 +154,7 @@ def test_grasp_by_hand():
     batch = np.array([[np.sqrt(3), 0], [0, 1]]), np.zeros((2, 1))
     kept = one_shot.grasp(model, 0.5, batch, half_square)
     assert masks(kept)["d"].ravel().tolist() == [1, 0]
-    # SNIP has |w g| = (3, 4): the other one.
+    # SNIP's |w g| = (3, 4) keeps the other weight.
     other = one_shot.snip(model, 0.5, batch, half_square)
     assert masks(other)["d"].ravel().tolist() == [0, 1]
 
@@ -192,7 +192,7 @@ def test_synflow_by_hand():
         kept = one_shot.synflow(model, 0.5, rounds=rounds)
         assert masks(kept)["a"].ravel().tolist() == [1, 0]
         assert masks(kept)["b"].ravel().tolist() == [1, 0]
-        # The weights are the model's, with their signs.
+        # The weights keep their signs.
         assert kept.get_layer("a").kernel.numpy().tolist() == [[-2, 0]]
 
 
@@ -209,8 +209,8 @@ def deep(depth=30):
 
 
 def test_synflow_is_finite_in_deep_networks():
-    """64 weights of mean magnitude 0.8 are a factor of 51 in each layer, and
-    of all thirty more than a float32 can hold."""
+    """64 weights of mean magnitude 0.8 give a factor of 51 in each layer. In
+    thirty layers this overflows float32."""
     model = deep()
     before = [v.numpy() for v in model.variables]
     policies = [layer.dtype_policy for layer in model.layers]
@@ -224,7 +224,7 @@ def test_synflow_is_finite_in_deep_networks():
 
 
 def test_many_rounds_keep_every_layer():
-    """One round empties layers: their scores are of many more weights."""
+    """In one round, some layers would lose all their weights."""
     model = small_model()
     kept = masks(one_shot.synflow(model, 0.02, rounds=30))
     assert all(mask.any() for mask in kept.values())

@@ -1,4 +1,4 @@
-"""What optimizers remember is found, and forgotten entry by entry."""
+"""The state of optimizers is found, and reset entry by entry."""
 
 import dataclasses
 
@@ -45,7 +45,7 @@ def variable(name, shape=(2, 3)):
 @pytest.mark.parametrize("make, initial", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_forget(make, initial):
     optimizer = make()
-    # Names that begin alike, and one name twice.
+    # Names with the same prefix, and a name that occurs twice.
     variables = [variable("w"), variable("w_2"), variable("w")]
     optimizer.build(variables)
     slots = [optimizer_state.slots(optimizer, v) for v in variables]
@@ -113,14 +113,14 @@ def every_optimizer():
             continue
         try:
             kind()
-        except TypeError:  # the base class and the wrappers
+        except TypeError:  # the base class and wrappers
             continue
         yield name, kind
 
 
 @pytest.mark.parametrize("name, kind", list(every_optimizer()))
 def test_forgetting_is_starting_afresh(name, kind):
-    """Whatever Keras adds: what is forgotten equals a new optimizer's."""
+    """Reset state equals that of a new optimizer, for all of Keras's."""
     if name == "SGD":
         optimizer, fresh = kind(momentum=0.9), kind(momentum=0.9)
     else:
@@ -129,8 +129,8 @@ def test_forgetting_is_starting_afresh(name, kind):
     optimizer.build(kernels)
     optimizer.apply([tf.fill((2, 3), 0.5)] * 2)
     keep = np.array([[True, False, True], [True, True, False]])
-    # A connection that grows starts at zero, and some optimizers start with
-    # a copy of the weights.
+    # Grown connections start at zero, and some optimizers start with a copy
+    # of the weights.
     kernels[0].assign(kernels[0] * keep)
     fresh.build(kernels)
     slots = optimizer_state.slots(optimizer, kernels[0])
@@ -159,7 +159,7 @@ def start_after_forgetting(optimizer, kernel=None):
 
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_forget_in_a_graph(jit_compile):
-    """Where updates run: nothing about it may need to make variables."""
+    """Updates run in graphs, where no variables can be made."""
     optimizer, kernel = keras.optimizers.Adagrad(), variable("w")
     optimizer.build([kernel])
     slot = optimizer_state.slots(optimizer, kernel)["accumulator"]
@@ -168,7 +168,7 @@ def test_forget_in_a_graph(jit_compile):
     def forget(keep):
         optimizer_state.forget(optimizer, kernel, keep)
 
-    # The second has another rank, so that the function is traced again.
+    # The second mask has another rank, so the function is traced again.
     for keep in (tf.eye(2, 3) > 0, tf.constant(False)):
         slot.assign(tf.fill((2, 3), 7.0))
         forget(keep)
@@ -202,7 +202,7 @@ def test_forget_within_fit(optimizer):
 
 
 class Halving(keras.optimizers.schedules.LearningRateSchedule):
-    """A user's schedule, which Keras cannot make from a configuration."""
+    """A custom schedule, which Keras cannot make from a config."""
 
     def __init__(self, rate):
         self.rate = rate
@@ -229,7 +229,7 @@ def test_a_configuration_that_fails_is_no_end(error, method):
 
 
 def test_one_path_and_other_shapes():
-    """Layers of one name in two submodels, say heads of other widths."""
+    """Two submodels have layers of one name, with other widths."""
     optimizer = keras.optimizers.SGD(momentum=0.9)
     kernels = [variable("w", shape) for shape in ((2, 3), (2, 4), (2, 3))]
     optimizer.build(kernels)
@@ -258,7 +258,7 @@ def test_moving_averages_and_accumulated_gradients():
     )
     assert start_after_forgetting(optimizer) == {
         "momentum": 0,
-        "average": 1,  # the weight's own value, as at an optimizer's start
+        "average": 1,  # the value of the weight, as in a new optimizer
         "gradient_accumulator": 0,
     }
 
@@ -269,7 +269,7 @@ def test_forget_refuses_as_slots_does():
     with pytest.raises(ValueError, match="'adam.*' is not built.*build"):
         optimizer_state.forget(optimizer, variable("w"), keep=keep)
     optimizer.build([variable("w")])
-    # Another variable of the same path is another variable.
+    # Another variable with the same path does not count.
     with pytest.raises(ValueError, match="does not train 'w'"):
         optimizer_state.forget(optimizer, variable("w"), keep=keep)
 
@@ -284,8 +284,8 @@ def test_innermost():
 @pytest.mark.parametrize(
     "make, first, want",
     [
-        # -rate x gradient; m = 0.1 g and v = 0.001 g^2; RMSprop's is
-        # rate x g / sqrt(0.1 g^2) already.
+        # -rate x gradient for SGD; m = 0.1 g and v = 0.001 g^2 for Adam;
+        # rate x g / sqrt(0.1 g^2) for RMSprop.
         (lambda: keras.optimizers.SGD(0.5, 0.9), 4.0, -2.0),
         (lambda: keras.optimizers.Lion(), 4.0, 0.04),
         (lambda: keras.optimizers.Adam(), 4.0, 0.4 / (0.016**0.5 + 1e-8)),

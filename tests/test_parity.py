@@ -23,7 +23,7 @@ DATA = pathlib.Path(__file__).parent / "data"
 
 
 def keras_name(name):
-    """Returns our name of a layer from the name of its PyTorch weight."""
+    """Returns our name of a layer, from that of its PyTorch weight."""
     if name in ("conv1.weight", "conv1.0.weight"):
         return "conv1"
     if name == "fc.weight":
@@ -33,8 +33,8 @@ def keras_name(name):
         stage, _, block, layer, _ = parts
         layer = {"convShortcut": "shortcut"}.get(layer, layer)
         return f"{stage}_{block}_{layer}"
-    # conv3_x.0.residual_function.3.weight: a block's first, fourth and
-    # seventh part are convolutions.
+    # conv3_x.0.residual_function.3.weight: parts 0, 3 and 6 of a block are
+    # convolutions.
     stage, block, path, place, _ = parts
     layer = "shortcut" if path == "shortcut" else f"conv{int(place) // 3 + 1}"
     return f"{stage.removesuffix('_x')}_{block}_{layer}"
@@ -106,7 +106,7 @@ def test_layer_densities_and_flops(dense_counts, model, density, ours, theirs):
 
 @pytest.mark.parametrize("model, density", CASES)
 def test_pruning_flops(dense_counts, model, density):
-    """They follow the reproduction's schedule, in its closed form."""
+    """They follow the closed form with the reproduction's schedule."""
     want = PUBLISHED[model]["densities"][density]["pruning"]
     schedule = want["schedule"]
     ramp = rigl_keras.SparsityRamp(
@@ -140,7 +140,7 @@ def test_dense_model(dense_counts, model, parameters, flops):
     assert PUBLISHED[model]["total_params"] == parameters
     assert dense_counts[model].inference_flops == flops
     assert PUBLISHED[model]["dense_flops"] == flops
-    # In the order of the network, which a uniform distribution needs.
+    # In the order of the network, as `uniform` keeps the first layer dense.
     order = [keras_name(layer["name"]) for layer in PUBLISHED[model]["layers"]]
     ours = {layer.name: layer.shape for layer in dense_counts[model].layers}
     assert set(order) == set(ours) and order[0] == next(iter(ours))
@@ -174,7 +174,7 @@ def test_erk_scale_of_both_references(dense_counts, ours, density, epsilon):
 
 
 class Recorder(keras.callbacks.Callback):
-    """Keeps every mask and the cross-entropy of every step."""
+    """Records every mask and the cross-entropy of every step."""
 
     def __init__(self):
         super().__init__()
@@ -214,7 +214,7 @@ def replay(trace, method, product="auto"):
     for key in trace.files:
         kind, _, name = key.partition("/")
         if kind == "init" and trace[key].ndim > 1:
-            # Of one that is not masked, too.
+            # Also of layers without masks.
             layer = model.get_layer(keras_name(name))
             layer.kernel.assign(to_keras(trace[key]))
         elif kind == "mask0":
@@ -239,7 +239,7 @@ def replay(trace, method, product="auto"):
     record = Recorder()
     model.fit(
         data,
-        steps_per_epoch=1,  # an epoch a step, so that each is logged alone
+        steps_per_epoch=1,  # so that each step is logged
         epochs=steps,
         callbacks=[*method(meta), record],
         shuffle=False,
@@ -258,7 +258,7 @@ def floatx(request):
 
 
 def updates(kind, redistribution):
-    """Returns what makes the callback of a trace."""
+    """Returns a function that makes the callback of a trace."""
 
     def method(meta):
         return [
@@ -275,7 +275,7 @@ def updates(kind, redistribution):
 
 
 def pruning(meta):
-    # The cubic whose finite differences are the trace's drop fractions.
+    # The cubic ramp whose differences are the trace's drop fractions.
     ramp = rigl_keras.SparsityRamp(
         final_density=0.2,
         begin_step=2,
@@ -296,21 +296,21 @@ TRACES = {
     "pruning": pruning,
 }
 
-# At this learning rate two runs of different rounding drift apart once a ReLU
-# input near zero changes side. How float32 rounds depends on the instruction
-# set, the product library and the kernels: in it a trace owes the bounds below,
-# on every processor. float64 is on the side of exact arithmetic everywhere, so
-# that what is exact in it does not depend on the processor: of this many
-# updates every mask entry, until the reproduction's float32 has changed side.
+# At this learning rate, runs with different rounding drift apart once a ReLU
+# input near zero changes its sign. Rounding in float32 depends on the
+# instruction set, the product library and the kernels, so float32 has only the
+# bounds below. float64 is close to exact arithmetic on every processor: there,
+# all mask entries agree for this many updates, until the float32 of the
+# reproduction drifts.
 EXACT_UPDATES = {
     "static": 0,
-    "rigl_erk": 3,  # all of them
+    "rigl_erk": 3,  # all updates
     "rigl_sg": 1,
     "rigl_sm": 3,
     "snfs": 2,
     "pruning": 1,
 }
-# How far the final weights are apart in float64, over their norm.
+# The distance of the final weights in float64, over their norm.
 DRIFT = {
     "static": 0.04,
     "rigl_erk": 1e-5,
@@ -319,13 +319,13 @@ DRIFT = {
     "snfs": 0.02,
     "pruning": 0.1,
 }
-# In float32, and how many mask entries agree at the least. In two traces a ReLU
-# input may change side in the first batch.
+# The same in float32, and the least share of equal mask entries. In two traces
+# a ReLU input may change its sign in the first batch.
 FLOAT32_DRIFT = 0.2
 FLOAT32_AGREE = {"rigl_erk": 0.98, "rigl_sm": 0.98}
 
 
-# What float32 makes of the others is tested with all operations of ours.
+# The other traces are tested in float32 with our operations.
 IN_FLOAT32 = ("rigl_erk", "snfs", "pruning")
 
 
@@ -339,14 +339,14 @@ IN_FLOAT32 = ("rigl_erk", "snfs", "pruning")
     indirect=["floatx"],
 )
 def test_trace(name, floatx):
-    """The library's own model, callback and fit repeat the reproduction."""
+    """Our model, callback and `fit` repeat the reproduction."""
     assert_follows(name, floatx)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TRACES)
 def test_trace_with_all_operations_of_ours(name):
-    """With sparse products, and batch norms of the op library as well."""
+    """Sparse products and batch norms of the op library repeat it too."""
     needs_sparse_kernels()
     assert_follows_with_all_operations(name)
 
@@ -355,7 +355,7 @@ def test_trace_with_all_operations_of_ours(name):
 @pytest.mark.parametrize("one_dnn", ["0", "1"])
 @pytest.mark.parametrize("instruction_set", ["avx2", "avx512"])
 def test_trace_in_every_way_to_compute(instruction_set, one_dnn):
-    """The trace that rounding moves most, on each pair of libraries."""
+    """The trace that is most sensitive to rounding, on all libraries."""
     needs_sparse_kernels()
     have = ["portable", "avx2", "avx512"]
     best = rigl_keras.kernels.instruction_set()
@@ -363,7 +363,7 @@ def test_trace_in_every_way_to_compute(instruction_set, one_dnn):
         pytest.skip(f"the processor has {best}")
     way = [instruction_set, "oneDNN" if one_dnn == "1" else "Eigen"]
     if way == [best, rigl_keras.kernels.dense_library()]:
-        return  # this process computes so: the test above is of it
+        return  # the test above covers the libraries of this process
     code = (
         "import test_parity as t\n"
         "t.assert_follows_with_all_operations('snfs')\n"
@@ -394,7 +394,7 @@ def assert_follows_with_all_operations(name):
     called = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fast_calls, "_LEAST_NUMBERS", 1)
-        # Of images as they are, and in lanes.
+        # For normal images, and in lanes.
         for module in (operations, lane_calls):
             patch.setattr(
                 module,
@@ -456,8 +456,8 @@ def assert_follows(name, floatx, product="auto"):
     return model
 
 
-# The FLOPs columns of the report's Table 2: train and test, at density 0.1 and
-# 0.2, and how our distributions and closed forms name the row.
+# The FLOPs columns of the report's Table 2: train and test, at densities 0.1
+# and 0.2, with our names of distribution and method.
 TABLE_2 = {
     "Small-Dense": ("small-dense", None, 1, "0.11 0.11 0.20 0.20"),
     "Static": ("static", "uniform", 1, "0.10 0.10 0.20 0.20"),
@@ -474,7 +474,7 @@ TABLE_2 = {
 
 @pytest.mark.slow
 def test_flops_of_table_2(dense_counts):
-    """To the two digits printed, or the docs name the difference."""
+    """They agree to the two printed digits, or the docs say how they differ."""
     dense = dense_counts["wrn-22-2"]
     shapes = {layer.name: layer.shape for layer in dense.layers}
     differ = set()

@@ -1,4 +1,4 @@
-"""A line says what a long wait is for."""
+"""A long wait prints a line with its reason."""
 
 import time
 

@@ -44,7 +44,7 @@ def mixed_model():
 
 def mixed(density=0.5, **options):
     if density < 1:
-        options["densities"] = {"head": 0.5}  # which ERK would keep dense
+        options["densities"] = {"head": 0.5}  # ERK would keep it dense
     return sparsify(mixed_model(), density, granularity=MIXED, **options)
 
 
@@ -55,7 +55,7 @@ def examples(n=24):
 
 
 def counts(model):
-    """Returns `{name: units that each group keeps}`, counted one by one."""
+    """Returns `{name: number of kept units in each group}`, by counting."""
     return {
         name: group_counts(
             as_pattern(m.granularity), m.found.axes, m.mask.numpy()
@@ -79,7 +79,7 @@ def test_masks_are_drawn_with_their_pattern(name, distribution):
     for layer, (found, m) in zip(
         counts(model).values(), masked_layers(model).named.items(), strict=True
     ):
-        # As many of one group as of another.
+        # Each group keeps the same number.
         assert len(set(layer)) == 1 and layer[0] > 0, found
         assert layer[0] == round(m.density * m.layout.size) or name == "4x3"
         if fixed:
@@ -130,7 +130,7 @@ def test_fan_in_keeps_round_of_density_times_inputs():
         each = round(wanted[name] * fan_in[name])
         assert set(kept) == {each}
         assert len(kept) == shapes[name][-1] * (8 if name == "depthwise" else 1)
-    # One input at least, so that no unit is cut off.
+    # At least one input, so that no unit is dead.
     few = sparsify(small_model(), 0.01, granularity="fan_in")
     assert min(min(kept) for kept in counts(few).values()) == 1
 
@@ -156,7 +156,7 @@ def test_each_layer_may_have_its_own():
     assert masked_layers(by_layer).named["conv"].density == 0.25
     ones = sum(int(m.mask.numpy().sum()) for m in masked_layers(by_layer))
     size = sum(m.mask.numpy().size for m in masked_layers(by_layer))
-    assert ones == round(0.5 * size)  # the others make up for it
+    assert ones == round(0.5 * size)  # other layers compensate
 
 
 def test_densities_of_n_of_m():
@@ -246,7 +246,7 @@ def test_given_masks_must_have_the_pattern():
 
 
 class Watch(keras.callbacks.Callback):
-    """Checks groups and zeros after every step."""
+    """Checks the groups and the zeros after every step."""
 
     def __init__(self, check):
         super().__init__()
@@ -268,7 +268,7 @@ def fitted(model, callback, check, **options):
 
 
 def of_the_guide():
-    """The guide's method of a few lines, which knows nothing of patterns."""
+    """Returns the custom method of the guide, which ignores patterns."""
     text = (Path(__file__).parents[1] / "docs" / "methods.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names = {"rigl_keras": rigl_keras}
@@ -324,7 +324,7 @@ def test_pruning_keeps_every_pattern(scope):
     seen = fitted(model, MagnitudePruning(ramp, scope=scope), check)
     for earlier, later in zip(seen, seen[1:], strict=False):
         for name in earlier:
-            assert not (later[name] & ~earlier[name]).any()  # for good
+            assert not (later[name] & ~earlier[name]).any()  # none returns
     found = counts(model)
     assert found["conv"][0] == 2
     free = [m for m in masked_layers(model) if m.name != "conv"]
@@ -332,7 +332,7 @@ def test_pruning_keeps_every_pattern(scope):
     assert ones == pytest.approx(
         0.3 * sum(m.mask.numpy().size for m in free), abs=30
     )
-    # Those that stay are the largest of their group.
+    # The kept weights are the largest of their group.
     for m in masked_layers(model):
         if m.name not in ("conv", "hidden"):
             continue
@@ -386,7 +386,7 @@ def test_one_shot_keeps_every_pattern(scope):
     assert kinds == ["kernel", "2:4", "fan_in", "5x4", "element"]
     masks, others = masked_layers(model).masks, masked_layers(single).masks
     assert all((masks[n] != others[n]).any() for n in ("conv", "hidden"))
-    # Without a density: that of the pattern.
+    # Without a density, the pattern's is used.
     model = snip(dense, None, examples(), loss, granularity="2:4", scope=scope)
     names = [m.name for m in masked_layers(model)]
     assert "stem" not in names
@@ -404,7 +404,7 @@ def test_saved_loaded_copied_and_resumed(tmp_path):
     ):
         assert ours.granularity == theirs.granularity
         np.testing.assert_array_equal(ours.mask, theirs.mask)
-    # A layer that is made from its config draws as many, with its pattern.
+    # A layer from a config draws as many connections, with its pattern.
     drawn = keras.Model.from_config(model.get_config())
     assert counts(drawn) == counts(model)
     for m in masked_layers(drawn):
@@ -420,7 +420,7 @@ def test_saved_loaded_copied_and_resumed(tmp_path):
 
 
 def test_as_earlier_files_name_them():
-    """`"element"` and `"kernel"` were all that there was."""
+    """Earlier versions had only `"element"` and `"kernel"`."""
     for name in ("element", "kernel"):
         layer = Masked(layers.Conv2D(4, 3), granularity=name)
         config = layer.get_config()
@@ -429,8 +429,8 @@ def test_as_earlier_files_name_them():
 
 
 def test_onnx_has_the_groups_of_a_2_4_model(tmp_path):
-    """OIHW, groups of 4 along I; Dense kernels (inputs, outputs), along the
-    first, as TensorRT reads them."""
+    """Groups of 4 are along I of OIHW, and along the first axis of Dense
+    kernels (inputs, outputs), as TensorRT reads them."""
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("tf2onnx")
     inputs = keras.Input((8, 8, 3))
@@ -453,15 +453,15 @@ def test_onnx_has_the_groups_of_a_2_4_model(tmp_path):
     for shape, inputs_last in checked.items():
         groups = inputs_last(by_shape[shape]).reshape(-1, 4)
         assert (np.count_nonzero(groups, axis=1) == 2).all()
-    # Along no other axis.
+    # Not along other axes.
     other = by_shape[(12, 8, 3, 3)].reshape(-1, 4)
     assert (np.count_nonzero(other, axis=1) != 2).any()
     assert by_shape[(8, 3, 3, 3)].all()  # the stem is dense
 
 
 def test_the_table_of_the_docs():
-    """Each name is the object beside it, and its examples are those of
-    models that there are."""
+    """Each name in the table means the object beside it, and its examples
+    exist."""
     text = (Path(__file__).parent.parent / "docs" / "patterns.md").read_text()
     rows = re.findall(r"^\| `(.*?)`.* \| `(.*?)` \|", text, re.MULTILINE)
     assert len(rows) == 5

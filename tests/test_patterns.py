@@ -1,4 +1,4 @@
-"""Patterns by hand, by brute force, by their invariants, and by others'."""
+"""Patterns: by hand, by brute force, by invariants, and by other libraries."""
 
 import importlib.util
 import itertools
@@ -30,16 +30,16 @@ from rigl_keras.ranking import highest_of_all
 
 
 def entries(shape):
-    """A tensor in which each entry is its own flat index."""
+    """Returns a tensor of flat indices."""
     return np.arange(math.prod(shape)).reshape(shape)
 
 
-# What competes with what.
+# The weights that compete.
 
 
 def test_groups_of_n_of_m_run_along_the_inputs():
-    """HWIO axis 2 of a convolution, axis 0 of Dense, the last of a transposed
-    one, and of an EinsumDense its inputs in order."""
+    """They run along axis 2 of a convolution, axis 0 of Dense, the last axis
+    of a transposed convolution, and the inputs of an EinsumDense in order."""
     dense = NM(2, 4).layout((8, 3))
     assert (dense.groups, dense.size, dense.fixed) == (6, 4, 2)
     # Flat index of (i, o) is 3 i + o.
@@ -70,7 +70,7 @@ def test_groups_of_a_fan_in_are_the_inputs_of_a_unit():
     np.testing.assert_array_equal(
         conv.grouped(entries((2, 1, 2, 3)))[1], [1, 4, 7, 10]
     )
-    # Each pair of a depthwise kernel's channel and multiplier is a unit.
+    # A unit is a pair of channel and multiplier of a depthwise kernel.
     depthwise = FanIn().layout(Axes((3, 3, 4, 2), (2,), (2, 3), True))
     assert (depthwise.groups, depthwise.size) == (8, 9)
 
@@ -172,15 +172,15 @@ def test_errors(make, message):
         make()
 
 
-# What an update makes of it: mask, drop scores, grow scores, fraction, shape
-# and pattern -> new mask.
+# Updates: mask, drop scores, grow scores, fraction, shape and pattern -> new
+# mask.
 TABLE = {
     "in its group the weakest makes room for the strongest": (
         [1, 1, 0, 0], [5, 1, 0, 0], [0, 0, 2, 7], 0.5, (4, 1), NM(2, 4),
         [1, 0, 0, 1],
     ),
     "what leaves a group is grown there, however weak": (
-        # Groups are columns; of 4 active, the two of the first leave.
+        # Groups are columns. Two of 4 active ones, in the first, are dropped.
         [[1, 1], [1, 0], [0, 1], [0, 0]], [[1, 9], [2, 0], [0, 8], [0, 0]],
         [[0, 0], [0, 90], [3, 0], [4, 80]], 0.5, (4, 2), NM(2, 4),
         [[0, 1], [0, 0], [1, 1], [1, 0]],
@@ -223,7 +223,7 @@ def test_table(row):
 
 
 def test_another_number_is_shared_out_evenly():
-    """Two of three units keep what they have; nobody has more than another."""
+    """Two of three units keep their number, and all have the same."""
     mask = np.array([[1, 1, 1], [1, 1, 1], [0, 0, 0], [0, 0, 0]])
     drops = np.array([[9, 9, 1], [8, 8, 2], [0, 0, 0], [0, 0, 0]])
     grows = np.array([[0, 0, 3], [0, 0, 4], [5, 7, 9], [6, 6, 1]])
@@ -238,20 +238,20 @@ def test_another_number_is_shared_out_evenly():
             layout=(pattern or FanIn()).layout(mask.shape),
         )[0].numpy()
 
-    # Two of the last unit leave. As many as left:
+    # Two of the last unit are dropped. With the same number:
     np.testing.assert_array_equal(
         new_mask(2), [[1, 1, 0], [1, 1, 1], [0, 0, 1], [0, 0, 0]]
     )
-    # 4 + 5 are three of each; 4 + 4 are nearest to three, too.
+    # 4 + 5 are three for each unit; 4 + 4 are rounded to three, too.
     for count in (5, 4):
         np.testing.assert_array_equal(
             new_mask(count), [[1, 1, 1], [1, 1, 1], [0, 1, 1], [1, 0, 0]]
         )
-    # 4 + 0 are nearest to one of each: of two that stayed the weaker goes.
+    # 4 + 0 are rounded to one for each: the weaker of two is dropped.
     np.testing.assert_array_equal(
         new_mask(0), [[1, 1, 0], [0, 0, 0], [0, 0, 1], [0, 0, 0]]
     )
-    # 2:4 is 2 of 4, for any request of a method.
+    # 2:4 stays 2 of 4, whatever a method requests.
     np.testing.assert_array_equal(new_mask(5, NM(2, 4)), new_mask(2))
 
 
@@ -298,7 +298,7 @@ SHAPES = {
 def test_drawn_and_updated_masks_keep_the_pattern(
     name, axes, share, fraction, few, seed
 ):
-    """Exactly, at the draw and at every update, as brute force has it."""
+    """They keep it exactly, and agree with brute force."""
     pattern = PATTERNS[name]
     if pattern.why_not(axes):
         return
@@ -312,7 +312,7 @@ def test_drawn_and_updated_masks_keep_the_pattern(
     for _ in range(2):
         scores = [
             draw.integers(0, 3, axes.shape).astype(np.float32)
-            if few  # many ties
+            if few  # for many ties
             else draw.standard_normal(axes.shape).astype(np.float32)
             for _ in range(2)
         ]
@@ -333,7 +333,7 @@ def test_drawn_and_updated_masks_keep_the_pattern(
 
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_graph_and_xla_agree_with_eager(jit_compile):
-    """All patterns at once, as a model of several has it."""
+    """All patterns in one update, as for a model with several."""
     axes = SHAPES["conv"]
     layouts = [p.layout(axes) for p in PATTERNS.values()]
     draw = np.random.default_rng(0)
@@ -358,7 +358,7 @@ def test_graph_and_xla_agree_with_eager(jit_compile):
 
 
 def test_a_number_for_each_group():
-    """Users' methods may select by it: a count for each unit."""
+    """Custom methods may select a different count for each unit."""
     layout = FanIn().layout((3, 2))
     scores = [[1.0, 6], [2, 5], [3, 4]]
     everything = tf.fill([3, 2], True)
@@ -381,7 +381,7 @@ def test_a_number_for_each_group():
 
 
 def test_one_threshold_for_layers_of_several_patterns():
-    """The first layer has 3 of 8; its units keep 3 / 2, rounded to 2."""
+    """The first layer keeps 3 of 8, so its units keep 3 / 2, rounded to 2."""
     layouts = [
         FanIn().layout((2, 2)),
         Blocks(2, 2).layout((2, 4)),
@@ -397,20 +397,19 @@ def test_one_threshold_for_layers_of_several_patterns():
     np.testing.assert_array_equal(kept[0], [[1, 1], [1, 1]])
     np.testing.assert_array_equal(kept[1], [[[1, 0]]])
     np.testing.assert_array_equal(kept[2], [[1, 0], [0, 0]])
-    # Of the block on the threshold a part is found, and it goes.
+    # A block at the threshold is only partly above it, and is dropped.
     kept = highest_of_all(worth, 7, among=among, layouts=layouts)
     assert not kept[1].numpy().any()
-    # A unit keeps one connection at least.
+    # A unit keeps at least one connection.
     none = highest_of_all(worth, 0, among=among, layouts=layouts)
     np.testing.assert_array_equal(none[0], [[1, 1], [0, 0]])
     assert not none[1].numpy().any() and not none[2].numpy().any()
 
 
 # The tables of google-research/jaxpruner, jaxpruner/mask_calculator_test.py.
-# Its axis is the one along which groups run, its sparsity what is removed; at
-# most as many as here are ranked alike. Blocks of three axes and more it pools
-# over the first two and all others, which no pattern here does; of equals it
-# keeps the later of n:m.
+# Its axis is the one along which groups run, and its sparsity the removed
+# fraction. It pools blocks of kernels with three or more axes differently, and
+# keeps the later of equal weights in n:m.
 SCORES = [
     [
         [0.69, 0.37, 0.96, 0.81],
@@ -476,7 +475,7 @@ def test_tables_of_jaxpruner(row):
 
 @pytest.fixture(scope="module")
 def tfmot_utils():
-    """Its module of masks, by its file: the package wants Keras 2."""
+    """Returns tfmot's mask module, from its file: the package needs Keras 2."""
     spec = importlib.util.find_spec("tensorflow_model_optimization")
     if spec is None or spec.origin is None:
         pytest.skip("tfmot is not installed")
@@ -493,7 +492,7 @@ def tfmot_utils():
 @pytest.mark.parametrize("shape", [(8, 5), (3, 2, 8, 4)])
 @pytest.mark.parametrize("zeros, size", [(2, 4), (1, 4), (3, 4), (4, 8)])
 def test_same_n_of_m_as_tfmot(tfmot_utils, shape, zeros, size):
-    """Of each n it zeroes m; dense and convolutions, along the inputs."""
+    """tfmot zeroes m of each n along the inputs, for dense and convolutions."""
     weights = tf.constant(
         np.random.default_rng(0).standard_normal(shape), tf.float32
     )
@@ -519,8 +518,8 @@ def test_same_n_of_m_as_tfmot(tfmot_utils, shape, zeros, size):
 
 @pytest.mark.parametrize("block, shape", [((2, 3), (6, 9)), ((1, 4), (5, 8))])
 def test_same_blocks_as_tfmot(tfmot_utils, block, shape):
-    """The worth of a block, and what it is expanded to; those at an edge it
-    pads on both sides."""
+    """Values of blocks and expanded masks agree. tfmot pads blocks at an edge
+    on both sides."""
     weights = np.random.default_rng(1).standard_normal(shape)
     layout = Blocks(*block).layout(shape)
     worth = layout.by_unit(tf.constant(np.abs(weights), tf.float32))

@@ -1,4 +1,4 @@
-"""Which runs a table or figure consists of, and what they will cost."""
+"""The runs of each table and figure, and their cost."""
 
 import dataclasses
 
@@ -33,8 +33,8 @@ def test_figure_1_is_rows_x_densities_x_seeds():
         "small_dense_wrn-density0.05-seed0",
         "small_dense_wrn-density0.1-seed0",
     ]
-    # All of a seed before the next: three seeds of half the rows compare
-    # nothing.
+    # Runs are ordered by seed, as three seeds of half the rows allow no
+    # comparison.
     assert [run[-5:] for run in runs] == sorted(run[-5:] for run in runs)
     assert names("figure1", FULL, seeds=[7])[-1].endswith("density0.5-seed7")
 
@@ -54,12 +54,12 @@ def test_what_a_run_starts_from_comes_before_it():
 
 
 def test_a_run_is_the_one_that_bin_train_makes():
-    """The plan's configuration is its command's."""
+    """The configuration in the plan is that of its command."""
     run = plans.Run("rigl_erk_wrn", SMALL, 0.1, 2, plans.learning_rate_of(0.05))
     text = run.configure()
     assert "DENSITY = 0.1" in text and "train.seed = 2" in text
     assert "sgd.learning_rate = 0.05" in text
-    assert "wide_resnet.depth = 10" in text  # of the preset, over the row's
+    assert "wide_resnet.depth = 10" in text  # from the preset, over the row's
     train_command.configure(
         ["gin/rigl_erk_wrn.gin", "gin/presets/small.gin"],
         bindings=["sgd.learning_rate = 0.05"],
@@ -71,7 +71,7 @@ def test_a_run_is_the_one_that_bin_train_makes():
 
 
 def test_figure_2_shares_what_it_has_in_common():
-    """A change to what the row has already is none."""
+    """A change to the row's own value is not a change."""
     runs = names("figure2", FULL, densities=[0.1], seeds=[0])
     assert len(runs) == 2 * 4 * 4
     assert "rigl_erk_wrn-density0.1-seed0" in runs  # 0.3, 100 and 0.1
@@ -79,7 +79,7 @@ def test_figure_2_shares_what_it_has_in_common():
 
 
 def test_frequencies_are_in_the_steps_of_the_preset():
-    """The preset's frequency is 50, the report's is 100."""
+    """The preset's frequency is 50, and the report's is 100."""
     (run,) = [
         run
         for run in plans.runs(
@@ -154,7 +154,7 @@ def test_some_rows_and_bindings_of_ones_own():
 
 
 def test_runs_that_differ_have_other_names():
-    """They have separate folders, though they differ in the seventh digit."""
+    """Runs have separate folders even if they differ in the seventh digit."""
 
     def name(density=0.1, **changes):
         pairs = tuple((k.replace("__", "."), v) for k, v in changes.items())
@@ -221,13 +221,13 @@ def test_nonsense():
 
 
 def test_examples_are_those_of_the_data_sets(monkeypatch):
-    """The cost of a run is known before its data is."""
+    """The cost of a run does not need its data."""
     digits = data.load("digits")
     held_out = digits.recipe.validation
     assert len(digits.train_labels) + held_out == digits.recipe.examples
 
 
-# Rows of every kind, and what their cost follows from.
+# Rows of every kind, and the source of their cost.
 KINDS = [
     "dense_wrn",
     "small_dense_wrn",
@@ -240,7 +240,7 @@ KINDS = [
 
 @pytest.mark.parametrize("row", KINDS)
 def test_planned_flops_are_those_of_count(row):
-    """They are for the network as it will be made and masked."""
+    """They equal the counts of the network with drawn masks."""
     density = None if row.startswith("dense") else 0.1
     plans.Run(row, SMALL, density, seed=0).configure()
     cost = costs.planned()
@@ -252,7 +252,7 @@ def test_planned_flops_are_those_of_count(row):
     counted = rigl_keras.count(model)
     assert cost.inference_flops == pytest.approx(
         counted.inference_flops,
-        rel=5e-3,  # connections are whole
+        rel=5e-3,  # counts are rounded
     )
     whole = rigl_keras.count(rigl_keras.models.wide_resnet(10, 1))
     assert cost.dense_flops == whole.dense_inference_flops
@@ -279,7 +279,7 @@ def test_planned_flops_are_those_of_count(row):
     ids=lambda cell: f"{cell.gin}-{cell.density}",
 )
 def test_flops_of_whole_kernels_are_published(cell):
-    """Table 7, to test; but one number, which is of single weights."""
+    """Inference FLOPs of Table 7, but for one number of single weights."""
     plans.Run(cell.gin, FULL, cell.density, seed=0).configure()
     ratio = costs.planned().inference_flops_ratio
     if (cell.gin, cell.density) == ("rigl_kernel_erk_resnet50", 0.1):
@@ -301,12 +301,12 @@ def test_planned_flops_of_whole_kernels_are_those_of_count():
     assert rigl_keras.masked_layers(model)[-1].density == 1
     assert costs.planned().inference_flops == pytest.approx(
         rigl_keras.count(model).inference_flops,
-        rel=1e-2,  # kernels are whole
+        rel=1e-2,  # counts are rounded
     )
 
 
 def test_planned_flops_of_pruning():
-    """Dense at first, sparse in the end."""
+    """Pruning is dense at first and sparse at the end."""
     plans.Run("pruning_wrn", SMALL, 0.1, seed=0).configure()
     pruned = costs.planned()
     plans.Run("static_uniform_wrn", SMALL, 0.1, seed=0).configure()
@@ -322,7 +322,7 @@ def test_planned_flops_of_pruning():
 
 
 def test_costs_are_those_that_the_report_counts():
-    """Where training decides them, and of a ticket with Pruning's."""
+    """They are the report's if training decides them; tickets add Pruning's."""
 
     def planned(row, density, preset=FULL, **options):
         run = plans.Run(row, preset, density, seed=0)
@@ -341,10 +341,10 @@ def test_costs_are_those_that_the_report_counts():
         cost, ratios = planned(row, 0.1)
         assert ratios == train_and_test, row
         assert not cost.certain
-    # What the ticket itself costs is not twice in a sum.
+    # The cost of the pruning run is not in the ticket's own total.
     ticket, _ = planned("lottery_wrn", 0.1)
     assert ticket.training_flops_ratio == pytest.approx(0.13)
-    # Where the report prints nothing, by closed forms.
+    # Without printed numbers, closed forms are used.
     assert planned("pruning_wrn", 0.3)[1][0] > planned("pruning_wrn", 0.1)[1][0]
     small = planned("lottery_wrn", 0.1, SMALL)[1]
     own, _ = planned("pruning_wrn", 0.1, SMALL)
@@ -361,7 +361,7 @@ def test_a_step_is_timed_with_the_masks_that_its_run_has():
     static = step("static_erk_wrn", 0.1)
     assert static.density == 0.1 and static.batch_size == 64
     assert static.distribution == "erdos_renyi_kernel"
-    # These have the same kernels, and are timed once.
+    # These steps have the same kernels, and are timed once.
     assert step("set_erk_wrn", 0.1) == static == step("rigl_erk_wrn", 0.1)
     others = [
         step("rigl_erk_wrn", 0.2),
@@ -373,7 +373,7 @@ def test_a_step_is_timed_with_the_masks_that_its_run_has():
     ]
     assert len({static, *others}) == 7
     assert others[2].method is rigl_keras.SNFS
-    assert others[3].density == 1.0  # which pruning starts with
+    assert others[3].density == 1.0  # the initial density of pruning
     assert others[4].density is None and others[5].density is None
 
 

@@ -1,4 +1,4 @@
-"""Private names of Keras and TensorFlow are used in `_keras` alone."""
+"""Only `_keras` uses private names of Keras and TensorFlow."""
 
 import ast
 import pathlib
@@ -8,7 +8,7 @@ import pytest
 import rigl_keras
 
 PACKAGE = pathlib.Path(rigl_keras.__file__).parent
-# Python's own, and what this package notes on classes and layers of others.
+# Names of Python, and attributes that this package sets on others' objects.
 HARMLESS = {
     "_asdict",
     "_current_frames",
@@ -63,7 +63,7 @@ def is_own(node):
 
 
 def foreign(tree, of_keras, own):
-    """Yields where a module uses private names of others."""
+    """Yields the uses of others' private names in a module."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
             name = node.attr

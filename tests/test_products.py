@@ -1,4 +1,4 @@
-"""Layers with sparse products: as with dense ones, and when they have them."""
+"""Layers with sparse products: results, and the choice of products."""
 
 import concurrent.futures
 import dataclasses
@@ -29,7 +29,7 @@ from rigl_keras.masking.stripping import strip
 from rigl_keras.masking.tracing import dense_gradients
 from rigl_keras.methods.rigl import RigL
 
-# TensorFlow's own, when Keras saves on NumPy 2.
+# A warning of TensorFlow when Keras saves with NumPy 2.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:__array__ implementation doesn't accept:DeprecationWarning"
 )
@@ -51,7 +51,7 @@ def unavailable(monkeypatch):
 
 
 def chosen(model):
-    """Returns `{layer: whether it was sparse when it was called last}`."""
+    """Returns `{layer: whether its last call was sparse}`."""
     return {
         name: list(layer.chosen_products().values())[-1].sparse
         for name, layer in masked_layers(model).named.items()
@@ -63,7 +63,7 @@ ALL_BUT_DEPTHWISE = {"conv1": True, "conv2": True, "head": True}
 
 
 def losses_of(model, data, callbacks, *, epochs, batch_size=16):
-    """Trains; returns the mean loss of each epoch up to each step."""
+    """Trains; returns the running mean of the loss at each step."""
     losses = []
     log = keras.callbacks.LambdaCallback(
         on_train_batch_end=lambda batch, logs: losses.append(logs["loss"])
@@ -80,7 +80,7 @@ def losses_of(model, data, callbacks, *, epochs, batch_size=16):
 
 
 def assert_same(one, two, rtol=1e-4):
-    """Masks to the bit, and all else to what rounding makes of it."""
+    """Checks that masks are equal, and other variables up to rounding."""
     start = masks(one)
     for name, mask in masks(two).items():
         np.testing.assert_array_equal(mask, start[name])
@@ -98,7 +98,7 @@ def small(product, **options):
 
 
 def both(method, *, epochs=4, **options):
-    """Trains small models, with dense products (eagerly) and sparse ones."""
+    """Trains small models, with dense products (eager) and sparse ones."""
     models, losses, found = [], [], []
     for product in ("dense", "sparse"):
         how = options | ({"run_eagerly": True} if product == "dense" else {})
@@ -132,7 +132,7 @@ def test_trains_as_with_dense_products(method):
 @pytest.mark.slow
 @needs_library
 def test_a_wide_resnet_trains_the_same():
-    """50 steps with four updates."""
+    """Trains for 50 steps with four updates."""
     draw = np.random.default_rng(0)
     data = (
         draw.standard_normal((160, 32, 32, 3)).astype(np.float32),
@@ -160,9 +160,9 @@ def test_a_wide_resnet_trains_the_same():
         (mask == found[1][0][name]).ravel()
         for name, mask in found[0][0].items()
     ]
-    # Of scores that are nearly equal, rounding may grow another: 12 of 77,000
-    # entries differ, and as many between dense runs whose images differ in the
-    # last bit.
+    # Rounding may decide between nearly equal scores: 12 of 77,000 entries
+    # differ, as many as between dense runs whose images differ in the last
+    # bit.
     assert np.mean(np.concatenate(same)) > 0.999
 
 
@@ -179,7 +179,7 @@ def test_however_steps_are_run(options):
 @pytest.mark.slow
 @needs_library
 def test_xla_has_dense_products():
-    """It knows of no operations but TensorFlow's own."""
+    """XLA supports only TensorFlow's operations."""
     x = np.random.default_rng(0).standard_normal((32, 6)).astype(np.float32)
     losses = []
     for product in ("dense", "sparse"):
@@ -223,7 +223,7 @@ def test_inference_agrees():
 
 @needs_library
 def test_weights_that_a_stateless_call_is_given():
-    """Kernels, masks and biases are those, and not what variables hold."""
+    """It uses the given kernels, masks and biases instead of variables."""
     model, (x, _) = small("sparse"), examples(4)
     draw = np.random.default_rng(3)
 
@@ -231,7 +231,7 @@ def test_weights_that_a_stateless_call_is_given():
         if "mask" in variable.path:
             return tf.cast(draw.random(variable.shape) < 0.5, tf.float32)
         if variable.dtype != "float32":
-            return tf.convert_to_tensor(variable)  # of a generator
+            return tf.convert_to_tensor(variable)  # a generator's state
         return tf.cast(draw.random(variable.shape), tf.float32)
 
     state = [
@@ -322,7 +322,7 @@ def test_padding_that_layers_call_otherwise():
         np.testing.assert_allclose(got, layer(x), rtol=1e-4, atol=1e-6)
 
 
-# Layers that have no sparse product.
+# Layers without a sparse product.
 
 
 class MyConv(layers.Conv2D):
@@ -380,7 +380,7 @@ def test_layers_without_a_sparse_product_are_dense(kind):
     try:
         wanted = plain(x)
     except tf.errors.UnimplementedError as error:
-        # Whether a CPU has channels first depends on oneDNN, and so on the CPU.
+        # With oneDNN, which depends on the CPU, TensorFlow has channels first.
         with pytest.raises(type(error)):
             layer(x)
     else:
@@ -398,7 +398,7 @@ def test_layers_with_a_sparse_product():
         assert layer.why_dense() is None
 
 
-# What is asked for, and what is kept of it.
+# The requested product.
 
 
 def asked(model):
@@ -517,7 +517,7 @@ def test_the_table():
 @pytest.mark.slow
 @needs_library
 def test_chosen_anew_after_a_fit():
-    """What was traced is traced again."""
+    """Functions are traced again after the choice."""
     model = small("dense")
     x, y = examples()
     model.fit(x, y, batch_size=16, verbose=0)
@@ -538,7 +538,7 @@ def test_chosen_anew_after_a_fit():
     choose_kernels(model, "dense")
     assert "product" not in str(masked_layers(model))
     before = model.predict(x, verbose=0)
-    assert np.abs(before - want).max() > 1e-4  # it was trained on
+    assert np.abs(before - want).max() > 1e-4  # training changed it
     choose_kernels(model, "sparse")
     np.testing.assert_allclose(
         model.predict(x, verbose=0), before, rtol=1e-4, atol=1e-5
@@ -547,7 +547,7 @@ def test_chosen_anew_after_a_fit():
 
 @needs_library
 def test_chosen_before_a_call():
-    """For the given batch, not the one that the model is called on."""
+    """The choice is for the given batch, not for that of the call."""
     model = small("auto")
     table = choose_kernels(model, "sparse", batch_size=32)
     assert chosen(model) == ALL_BUT_DEPTHWISE
@@ -579,7 +579,7 @@ def test_auto_is_decided_by_the_batch(monkeypatch):
 
 @needs_library
 def test_the_table_asks_as_layers_are_called_in_training(monkeypatch):
-    """In lanes, within attention, and with losses as they were."""
+    """It includes lanes and attention, and leaves losses unchanged."""
     asked_of = set()
 
     def answer(layer, shape, density, *, in_lanes, projected):
@@ -623,7 +623,7 @@ def test_a_dense_model_has_nothing_to_choose():
         choose_kernels(small_model(), "sparse")
 
 
-# Which one was faster.
+# The faster product.
 
 BIG = Problem((3, 3, 16, 16), (16, 12, 12))
 
@@ -650,7 +650,7 @@ def big_examples():
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch, timed_kernels, loaded):
-    """An empty cache of choices, of this test alone."""
+    """Returns an empty cache of choices for this test."""
     path = tmp_path / "choices.json"
     monkeypatch.setattr(choice, "_path", lambda: path)
     monkeypatch.setattr(choice, "_known", {})
@@ -659,13 +659,13 @@ def cache(tmp_path, monkeypatch, timed_kernels, loaded):
 
 @pytest.fixture
 def forgotten(monkeypatch):
-    """Returns what makes this process as good as another one."""
+    """Returns a function that clears what this process remembers."""
     return lambda: monkeypatch.setattr(choice, "_known", {})
 
 
 @pytest.fixture
 def timings(monkeypatch):
-    """The problems that are timed: a list, and what the times are."""
+    """Records the problems that are timed, and sets their times."""
     timed = []
 
     def seconds(problem, density, backward, in_lanes):
@@ -678,7 +678,7 @@ def timings(monkeypatch):
 
 
 def test_timed_once_and_kept(cache, forgotten, monkeypatch):
-    monkeypatch.setattr(_timing, "_QUIET", math.inf)  # even if others run
+    monkeypatch.setattr(_timing, "_QUIET", math.inf)  # on a busy machine too
     model = big_model()
     choose_kernels(model, batch_size=16)
     big = model.get_layer("big")
@@ -707,7 +707,7 @@ def test_timed_once_and_kept(cache, forgotten, monkeypatch):
 
 
 def test_auto_trains(cache, timings):
-    """Timed where the step is traced."""
+    """Products are timed when the step is traced."""
     losses = []
     for product in ("auto", "dense"):
         model = big_model(product=product)
@@ -722,7 +722,7 @@ def test_auto_trains(cache, timings):
 
 
 def test_a_change_in_training_shows_after_an_evaluation(monkeypatch):
-    """Training is in lanes, evaluation is not: they are chosen apart."""
+    """Training uses lanes and evaluation does not, with separate choices."""
     wins = True
     monkeypatch.setattr(
         layer_products,
@@ -811,14 +811,14 @@ def test_what_the_choice_depends_on(cache, timings, monkeypatch):
         dataclasses.replace(BIG, images=(17, 12, 12)),
         dataclasses.replace(BIG, kernel=(3, 3, 16, 17)),
     ):
-        for density in (0.09, 0.1, 0.076):  # of one range
+        for density in (0.09, 0.1, 0.076):  # in one range
             choice.choose(problem, density)
     assert len(timings) == 6
     assert {density for _, density in timings} == {0.1}
     choice.choose(BIG, 0.11)
     assert len(timings) == 7
     assert timings[-1] == (BIG, 0.15)
-    # Another machine of those that share a home, and another program.
+    # Another machine with the same home folder, and another program.
     for name in ("dense_library", "_processor", "_cores", "_program"):
         before = len(timings)
         monkeypatch.setattr(choice, name, lambda: "another")
@@ -870,7 +870,7 @@ def test_what_a_busy_machine_takes_is_not_kept(cache, forgotten, monkeypatch):
     monkeypatch.setattr(choice, "_seconds", lambda *_: next(times))
     found = choice.choose(BIG, 0.1)
     assert found.reason == "1.5x at batch 16, on a busy machine"
-    assert choice.choose(BIG, 0.1) == found  # in this process it is
+    assert choice.choose(BIG, 0.1) == found  # this process remembers it
     assert not cache.exists()
     forgotten()
     assert choice.choose(BIG, 0.1) == Choice.timed(2.0, 3.0, 16)
@@ -904,11 +904,11 @@ def test_what_else_is_timed(cache, problem):
     found = choice.choose(problem, 0.1)
     assert 0 < found.sparse_seconds < 1
     assert 0 < found.dense_seconds < math.inf
-    assert random.getstate() == before  # it is the user's
+    assert random.getstate() == before  # the user's generator
 
 
 def plans_made(*, backward, density, traced):
-    """Returns how many orders of weights a timing takes."""
+    """Returns the number of plans that a timing makes."""
     count = library.load().rigl_keras_plans_made
     before = int(count())
 
@@ -926,7 +926,7 @@ def plans_made(*, backward, density, traced):
 @needs_library
 @pytest.mark.parametrize("traced", [False, True])
 def test_gradients_are_timed_as_well(cache, traced):
-    """Each of three passes has its own order; one call is eager."""
+    """Each of three passes has its own plan; one call is eager."""
     made = functools.partial(plans_made, traced=traced)
     assert made(backward=False, density=0.1) == 2
     assert made(backward=True, density=0.2) == 4
@@ -965,7 +965,7 @@ def test_images_of_any_size_are_dense(not_loaded):
     inputs = keras.Input((None, None, 16))
     outputs = layers.Conv2D(16, 3, name="big")(inputs)
     model = sparsify(keras.Model(inputs, outputs), 0.1)
-    tf.function(model)(tf.zeros((1, 9, 9, 16)))  # known where it is traced
+    tf.function(model)(tf.zeros((1, 9, 9, 16)))  # a known shape
     traced = tf.function(
         model, input_signature=[tf.TensorSpec([None, None, None, 16])]
     )

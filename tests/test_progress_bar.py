@@ -1,4 +1,4 @@
-"""The one bar of commands: what it shows on a terminal, and elsewhere."""
+"""The progress bar of commands, on a terminal and elsewhere."""
 
 import io
 import sys
@@ -12,7 +12,7 @@ class Terminal(io.StringIO):
 
 
 def on_terminal(monkeypatch):
-    # Not in a fixture: pytest sets stderr between those and the test.
+    # Not in a fixture, as pytest sets stderr after fixtures.
     monkeypatch.setattr(sys, "stderr", shown := Terminal())
     return shown
 

@@ -1,4 +1,4 @@
-"""Gradual magnitude pruning: the ramp, the masks, and tfmot's."""
+"""Gradual magnitude pruning: the ramp, the masks, and tfmot's masks."""
 
 import dataclasses
 import subprocess
@@ -31,7 +31,7 @@ def test_ramp_by_hand():
 
 
 def test_ramp_under_report():
-    """Steps and values that the trace of pruning has."""
+    """Steps and values agree with the trace of pruning."""
     ramp = SparsityRamp(
         final_density=0.2, begin_step=2, end_step=12, frequency=4
     )
@@ -111,7 +111,7 @@ class Watch(keras.callbacks.Callback):
 
 
 def trained(callback, granularity="element", steps=12, **options):
-    """Eagerly: `test_callbacks.py` and `test_matrix.py` have the graphs."""
+    """Trains eagerly; `test_callbacks.py` and `test_matrix.py` use graphs."""
     model = sparsify(small_model(), 1.0, granularity=granularity)
     watch = Watch()
     watch.seen.append((masks(model), kernels(model)))
@@ -128,8 +128,8 @@ def trained(callback, granularity="element", steps=12, **options):
 @pytest.mark.slow_but("layer")
 @pytest.mark.parametrize("scope", ["global", "layer"])
 def test_the_largest_stay(scope):
-    """Exactly as many as scheduled, by magnitude, and none returns."""
-    # By layer, nothing else has a graph.
+    """As many as scheduled stay, the largest, and no weight returns."""
+    # Only the scope "layer" has a graph, as no other test has it.
     eager = scope == "global"
     seen = trained(MagnitudePruning(RAMP, scope=scope), run_eagerly=eager)
     for step, (before, after) in enumerate(zip(seen, seen[1:], strict=False)):
@@ -169,7 +169,7 @@ def test_one_weight_of_each_layer_stays():
 @pytest.mark.slow_but("global")
 @pytest.mark.parametrize("scope", ["global", "layer"])
 def test_whole_kernels(scope):
-    """As many as fit into the scheduled count, each whole."""
+    """As many whole kernels as fit into the scheduled count stay."""
     seen = trained(MagnitudePruning(RAMP, scope=scope), "kernel")
     new, _ = seen[-1]
     size = sum(mask.size for mask in new.values())
@@ -182,7 +182,7 @@ def test_whole_kernels(scope):
 
 @pytest.mark.parametrize("due", [15, 16])
 def test_what_is_left_of_a_run_may_have_no_update(due, recwarn):
-    """Of four epochs of four steps two are left: steps 8 to 15."""
+    """Two of four epochs, of four steps each, are left: steps 8 to 15."""
     model = keras.Sequential([keras.Input((6,)), layers.Dense(4)])
     model = sparsify(model, 1.0)
     model.compile(keras.optimizers.SGD(0.1), "mse", run_eagerly=True)
@@ -209,7 +209,7 @@ def test_a_schedule_that_is_never_due_warns():
 
 
 def test_step_then_prune():
-    """As the authors' code has it: the step at which it prunes is taken."""
+    """A pruning step also trains, as in the authors' code."""
     conventions = dataclasses.replace(ORIGINAL, update_replaces_step=False)
     ramp = SparsityRamp(final_density=0.5, begin_step=0, end_step=3)
     for choice, moves in ((ORIGINAL, False), (conventions, True)):
@@ -219,8 +219,8 @@ def test_step_then_prune():
         assert (before["head"] != after["head"])[kept].any() == moves
 
 
-# Theirs needs Keras 2, which is imported in a separate process; it leaves its
-# masks at every step.
+# tfmot needs Keras 2, which a separate process imports. It writes the masks of
+# every step.
 TFMOT = """
 import warnings
 warnings.simplefilter("ignore")
@@ -266,7 +266,7 @@ np.savez(out, x=x, y=y, **seen)
 
 @pytest.fixture(scope="module")
 def of_tfmot(tmp_path_factory):
-    """Kernels and masks of their callback and wrapper, weights held still."""
+    """Returns kernels and masks of tfmot, with constant weights."""
     path = tmp_path_factory.mktemp("tfmot") / "masks.npz"
     done = subprocess.run(
         [sys.executable, "-c", TFMOT, path],
@@ -280,8 +280,8 @@ def of_tfmot(tmp_path_factory):
 
 @pytest.fixture
 def tfmot(monkeypatch):
-    # On import it sets a variable that other tests would inherit, and turns
-    # tf.keras into Keras 2 unless that has been looked at before.
+    # On import, tfmot sets a variable that other tests would inherit, and makes
+    # tf.keras Keras 2 unless that was used before.
     assert tf.keras.version() == keras.version()
     monkeypatch.setenv("TF_USE_LEGACY_KERAS", "")
     return pytest.importorskip("tensorflow_model_optimization")
@@ -292,7 +292,7 @@ def tfmot(monkeypatch):
 def test_same_masks_as_tfmot(of_tfmot, tfmot):
     """The same network and weights under tfmot's own schedule and callback.
 
-    It counts steps from 1: in its first batch its schedule is asked for 1.
+    tfmot counts steps from 1: its schedule gets 1 in the first batch.
     """
     schedule = tfmot.sparsity.keras.PolynomialDecay(0.1, 0.8, 1, 9, frequency=2)
     model = keras.Sequential(
@@ -331,12 +331,12 @@ def test_same_masks_as_tfmot(of_tfmot, tfmot):
                 weights[name], of_tfmot[f"kernel{theirs}"]
             )
         ones.append(sum(int(mask.sum()) for mask in found.values()))
-    assert len(set(ones)) == 6  # whole, and pruned at 1, 3, 5, 7 and 9
+    assert len(set(ones)) == 6  # dense, and after steps 1, 3, 5, 7 and 9
 
 
 @pytest.mark.slow
 def test_kernels_of_any_size_under_xla():
-    """The mean of 121 ones, there, is less than one."""
+    """Under XLA, the mean of 121 ones is less than one."""
     model = keras.Sequential(
         [
             keras.Input((12, 12, 1)),

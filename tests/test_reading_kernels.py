@@ -1,4 +1,4 @@
-"""Kernels that are read later or elsewhere, at densities below 1."""
+"""Kernels that are read later or elsewhere, in sparse models."""
 
 import functools
 
@@ -61,14 +61,14 @@ WAYS = ("plain", "remat", "by hand")
 
 
 def of_one_layer(way):
-    """A layer masked as one: what is called again is within it."""
+    """A single masked layer, which calls inner layers again."""
     inputs = keras.Input((6,))
     outputs = TwoLayers(way, name="inner")(inputs)
     return keras.Model(inputs, layers.Dense(3, name="head")(outputs))
 
 
 class OfMaskedLayers(keras.Model):
-    """Masked layers that are called again themselves."""
+    """Has masked layers that are called again."""
 
     def __init__(self, way):
         super().__init__(name="model")
@@ -99,7 +99,7 @@ def made(make, way):
 
 @functools.cache
 def gradients(make, way, graph, forward_dense, backward_dense):
-    """Each kernel's gradient, of a pass and of gradients taken later."""
+    """Returns each kernel's gradient, from a pass and a later backward pass."""
     model = made(make, way)
     x = np.random.default_rng(0).standard_normal((8, 6)).astype(np.float32)
 
@@ -138,7 +138,7 @@ def test_where_the_forward_pass_is_counts(
 @pytest.mark.slow_but("remat")
 @pytest.mark.parametrize("way", ["remat", "by hand"])
 def test_rigl_moves_the_same_connections(way):
-    """In `fit`, of a layer that is called again for its gradients."""
+    """In `fit`, with a layer that is called again for its gradients."""
     draw = np.random.default_rng(0)
     x = draw.standard_normal((16, 6)).astype(np.float32)
     y = draw.standard_normal((16, 3)).astype(np.float32)
@@ -166,7 +166,7 @@ def test_rigl_moves_the_same_connections(way):
 
 
 def test_what_a_layer_assigns_to_its_kernel_is_masked():
-    """Spectral normalisation, by hand: the kernel over its largest value."""
+    """Spectral normalisation by hand: the kernel over its largest value."""
 
     class Largest(layers.Dense):
         def call(self, x):
@@ -178,13 +178,13 @@ def test_what_a_layer_assigns_to_its_kernel_is_masked():
     masked.assign_mask([[1.0, 0.0], [1.0, 1.0]])
     masked.kernel.assign([[1.0, 0.0], [2.0, 4.0]])
     y = masked(np.ones((1, 2), np.float32)).numpy()
-    # [[1/4, 0], [1/2, 1]] + 1, and zero where the mask is.
+    # [[1/4, 0], [1/2, 1]] + 1, and zero outside the mask.
     np.testing.assert_array_equal(masked.kernel, [[1.25, 0.0], [1.5, 2.0]])
     np.testing.assert_array_equal(y, [[2.75, 2.0]])
 
 
 def test_a_loop_reads_a_product_made_before_it():
-    """The cell of an RNN would else multiply at every time step."""
+    """Otherwise the cell of an RNN would multiply at every time step."""
     inputs = keras.Input((5, 6))
     model = sparsify(keras.Model(inputs, layers.LSTM(4)(inputs)), 0.5)
     function = tf.function(lambda x: model(x)).get_concrete_function(
@@ -215,7 +215,7 @@ def test_mixed_precision_casts_the_product():
 
 
 def test_sparse_inputs_take_dense_products(always_sparse):
-    """For any kind of kernels: these take no SparseTensor."""
+    """Sparse products take no SparseTensor."""
     dense = layers.Dense(4)
     dense.build((None, 6))
     masked = Masked(dense, product="sparse")
@@ -265,7 +265,7 @@ def test_an_average_keeps_what_either_keeps(in_graph, tmp_path):
         union = masks[masked.name] | others[masked.name]
         np.testing.assert_array_equal(masked.mask, union)
         np.testing.assert_allclose(masked.kernel, kernel, rtol=1e-6)
-        # Nothing of the average is lost, or computed with half a mask.
+        # No average is lost, or computed with only a part of a mask.
         np.testing.assert_array_equal(masked.masked_kernel(), masked.kernel)
     one.save(tmp_path / "m.keras")
     loaded = keras.models.load_model(tmp_path / "m.keras")
@@ -330,7 +330,7 @@ def functional(name=None):
 
 
 def test_masks_depend_on_layer_names_and_seed_alone():
-    """Not on the kind of model, and not on how many there were before."""
+    """They do not depend on the kind of model, or on earlier models."""
     drawn = [
         masked_layers(sparsify(make(name), 0.3, seed=3)).masks
         for make in (subclassed, sequential, functional)
@@ -372,13 +372,13 @@ def seems(*pairs):
 
 def test_a_layer_whose_gradients_are_masked_is_found_among_others():
     mask, dense = tf.eye(8), tf.ones((8, 8))
-    # Between each input and each output: all have one on the diagonal, 56
-    # gradients are expected.
+    # Every input and output has a weight on the diagonal, so 56 gradients are
+    # expected.
     assert seems((mask, mask), (mask, dense)) == [True, False]
     assert seems((mask, dense), (mask, dense)) == [False, False]
     assert seems((mask, mask), (mask, mask)) == [True, True]
     one = np.array(mask)
-    one[0, 1] = 1e-30  # what is dense reaches something
+    one[0, 1] = 1e-30  # dense gradients are nonzero somewhere
     assert seems((mask, one), (mask, dense)) == [False, False]
 
 
@@ -386,16 +386,16 @@ def test_gradients_that_may_be_zero():
     mask = halves(8, 8)
     zeros = tf.zeros((8, 8))
     rows = np.zeros((8, 8), np.float32)
-    rows[:2] = 1.0  # six inputs are always zero ...
-    dead = rows * mask  # ... and the units that the mask would let grow shut
+    rows[:2] = 1.0  # six inputs are always zero,
+    dead = rows * mask  # and so are the units that could grow
     assert seems((mask, zeros), (mask, tf.ones((8, 8)))) == [False, False]
     assert seems((mask, dead), (mask, dead)) == [False, False]
-    assert seems((tf.ones((8, 8)), tf.ones((8, 8)))) == [False]  # all kept
-    # Of a small kernel all may be, unless nothing else tells otherwise.
+    assert seems((tf.ones((8, 8)), tf.ones((8, 8)))) == [False]  # no zeros
+    # All gradients of a small kernel may be zero, if other kernels decide.
     small = tf.eye(3)
     assert seems((small, small), (mask, tf.ones((8, 8)))) == [False, False]
     assert seems((small, small)) == [True]
-    # Where a third of the kept have one, as many of the removed would.
+    # If a third of the kept have a gradient, so would a third of the removed.
     assert seems((tf.eye(3), tf.zeros((3, 3)))) == [False]
 
 
@@ -405,7 +405,7 @@ def test_the_layer_is_named():
     updater = RigL(frequency=1, end_step=9)
     updater.attach(model, optimizer)
     x = np.random.default_rng(0).standard_normal((8, 6)).astype(np.float32)
-    for _ in range(2):  # step 0 is no update
+    for _ in range(2):  # step 0 is not an update
         with tf.GradientTape() as tape:
             loss = tf.reduce_sum(model(x) ** 2)
         variables = model.trainable_variables
@@ -416,7 +416,7 @@ def test_the_layer_is_named():
 
 
 def test_one_layer_that_is_traced_too_early_is_named():
-    """Dense gradients of all others said nothing of it before."""
+    """The error names it even if all other layers have dense gradients."""
     model = sparsify(dense_model(), 0.5)
     hidden = model.get_layer("hidden")
     early = tf.function(hidden.layer.call)

@@ -1,4 +1,4 @@
-"""LSTM and GRU with sparse kernels, against those of Keras."""
+"""LSTM and GRU with sparse kernels, compared with Keras's."""
 
 import os
 import subprocess
@@ -28,7 +28,7 @@ def normal(draw, *shape):
 
 
 def test_a_step_by_hand():
-    """With products of zero gates are 1/2, and the candidate is tanh(0)."""
+    """With zero products, gates are 1/2 and the candidate is tanh(0)."""
     one = tf.ones((1, 1))
     state, carry = tf.constant([[5.0]]), tf.constant([[0.6]])
     nothing = tf.zeros((1, 4))
@@ -46,7 +46,7 @@ def test_a_step_by_hand():
 
 
 def test_masks_are_used():
-    """The input gate alone has a weight, and the state another one."""
+    """Only the input gate has weights, one for the input, one for the state."""
     mask = tf.constant([[0.0, 0.0, 1.0, 0.0]])
     kernel = tf.constant([[9.0, 9.0, 0.5, 9.0]])
     _, _, after = sparse_lstm(
@@ -150,7 +150,7 @@ def test_many_panels(kind):
 
 
 def test_gates_that_are_full():
-    """With large products gates are 0 and 1, and nothing is NaN."""
+    """With large products, gates are 0 and 1, and no output is NaN."""
     x = tf.constant([[[1e4]], [[-1e4]], [[np.inf]], [[88.0]]], tf.float32)
     zero, ones = tf.zeros((4, 1)), tf.ones((1, 4))
     _, state, carry = sparse_lstm(
@@ -189,7 +189,7 @@ def test_masks_that_are_assigned():
     assert np.abs(full - want).max() > 0.01
 
 
-# Of four examples, three steps, five features and two units.
+# Four examples, three steps, five features and two units.
 SHAPES = dict(
     x=(4, 3, 5),
     state=(4, 2),
@@ -281,7 +281,7 @@ def test_no_sequences_at_all():
 @pytest.mark.slow
 @pytest.mark.parametrize("wanted", ["avx2", "portable"])
 def test_other_instruction_sets(wanted):
-    """In a separate process: the library is chosen once."""
+    """In a separate process, as the library is chosen once."""
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-q", "-n0", __file__),

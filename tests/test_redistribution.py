@@ -1,4 +1,4 @@
-"""What each layer grows, by hand and against a plain loop."""
+"""The growth of each layer, by hand and compared with a plain loop."""
 
 import numpy as np
 import pytest
@@ -10,18 +10,18 @@ from rigl_keras import redistribution
 from rigl_keras.conventions import ORIGINAL, REPORT
 
 TABLE = {
-    # Half of 8 each, and 0.99 x 3 leaves room for 2 in the second.
+    # Half of 8 for each, but 0.99 x 3 leaves room for 2 in the second.
     "the first takes what the second cannot": (
         [0.5, 0.5], [6, 2], [100, 3], [6, 2],
     ),
     "all room": ([0.25, 0.75], [4, 4], [100, 100], [2, 6]),
-    # 3.5 and 3.5: the earlier of equal remainders is rounded up.
+    # 3.5 and 3.5: of equal remainders, the earlier is rounded up.
     "ties go to the earlier layer": ([0.5, 0.5], [3, 4], [50, 50], [4, 3]),
-    # 10, 10, 80 of 100, the third with room for 9: 71 to share, 35.5 each.
+    # 10, 10, 80 of 100; the third has room for 9, so 71 are left, 35.5 each.
     "spread equally": (
         [0.1, 0.1, 0.8], [40, 30, 30], [99, 99, 10], [46, 45, 9],
     ),
-    # 0.99 x (5 + 5) has room for 8 only, and 9 must go somewhere.
+    # 0.99 x (5 + 5) has room for 8 only, but 9 must be placed.
     "filled to the last entry": ([0.5, 0.5], [4, 5], [5, 5], [5, 4]),
     "nothing dropped": ([0.3, 0.7], [0, 0], [5, 5], [0, 0]),
     "a share of nothing": ([0.0, 1.0], [5, 0], [50, 50], [0, 5]),
@@ -54,18 +54,18 @@ layers = st.integers(1, 6).flatmap(
 @settings(max_examples=200, deadline=None)
 @given(layers)
 def test_invariants(drawn):
-    """As many grow as were dropped, no layer beyond its room."""
+    """As many grow as were dropped, and no layer exceeds its room."""
     values, dropped, zeros = (np.array(part) for part in drawn)
     shares = redistribution.shares(values)
     assert float(tf.reduce_sum(shares)) == pytest.approx(1)
-    free = zeros + dropped  # what a drop leaves is free at once
+    free = zeros + dropped  # dropped entries may grow again
     got = redistribution.grow_counts(shares, dropped, free).numpy()
     assert got.sum() == dropped.sum()
     assert (got >= 0).all() and (got <= free).all()
     caps = np.floor(0.99 * free)
     if caps.sum() < dropped.sum():
         caps = free
-    # Each layer has min(cap, its share + what is spread), up to rounding.
+    # Each layer has min(cap, its share + the spread rest), up to rounding.
     wanted = shares.numpy() * dropped.sum()
     open_layers = got < caps
     spread = (got - wanted)[open_layers]
@@ -77,7 +77,7 @@ def test_invariants(drawn):
 
 
 def reproduced(shares, total, free):
-    """The reproduction's rule, layer by layer (core.py:285-346)."""
+    """Returns counts by the reproduction's rule (core.py:285-346)."""
     caps = [0.99 * f for f in free]
     counts = [float(round(s * total)) for s in shares]
     for _ in range(1000):
@@ -89,8 +89,7 @@ def reproduced(shares, total, free):
         if left <= 0:
             break
         counts = [c + left / len(counts) for c in counts]
-    # It has no rule for a correction that outweighs all that is dropped:
-    # nothing grows.
+    # If its correction exceeds all that is dropped, nothing grows.
     return [
         max(0, int(min(c, cap))) for c, cap in zip(counts, caps, strict=True)
     ]
@@ -113,7 +112,7 @@ def test_report_is_a_plain_loop(drawn, correction):
         shares, dropped, free, tf.constant(correction, tf.float64)
     )
     want = reproduced(shares.numpy(), dropped.sum() + correction, free)
-    # Sums in another order may fall on the other side of a whole number.
+    # Sums in another order may be rounded to another whole number.
     assert np.abs(got.numpy() - want).max() <= 1
 
 

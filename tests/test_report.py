@@ -1,4 +1,4 @@
-"""bin/report: what is read, what is averaged, and what is written."""
+"""bin/report: what it reads, averages and writes."""
 
 import csv
 import html.parser
@@ -25,7 +25,7 @@ from rigl_keras.experiments.report import (
 )
 from rigl_keras.experiments.reproduction import plans
 
-# The report's tables, line by line as they are printed.
+# The report's tables, as printed.
 
 TABLE_1 = """
 Dense | 94.6 | 94.1
@@ -76,7 +76,7 @@ ERK | 0.1 | 0.3, 100 | 92.4 0.06 | 0.416, 200 | 92.4 0.23 |
 ERK | 0.2 | 0.3, 100 | 93.1 0.09 | 0.381, 950 | 93.1 0.21 |
 ERK | 0.5 | 0.3, 100 | 93.4 0.14 | 0.287, 500 | 93.8 0.06 |
 """
-# Of both data sets, as the report prints them beside one another.
+# The report prints both data sets side by side.
 TABLE_5 = """
 RigL | 91.7 0.18 | 0.10x, 0.10x | 92.9 0.10 | 0.20x, 0.20x | 71.8 0.33 | 0.10x, 0.10x | 73.5 0.04 | 0.20x, 0.20x |
 RigL-SG | 92.2 0.17 | 0.28x, 0.28x | 92.7 0.25 | 0.49x, 0.49x | 72.3 0.12 | 0.36x,0.35x | 73.7 0.15 | 0.53x, 0.53x |
@@ -96,13 +96,13 @@ def printed(text):
 
 
 def in_file(table):
-    """Returns the lines of published.csv that are of a table, as text."""
+    """Returns the lines of published.csv for a table, as text."""
     with published._FILE.open(newline="", encoding="utf-8") as file:
         return [row for row in csv.DictReader(file) if row["table"] == table]
 
 
 def costed(cell):
-    """Returns `["89.0 0.35", "0.11x,0.11x"]` of a line of the file."""
+    """Returns the cells of a line, such as `["89.0 0.35", "0.11x,0.11x"]`."""
     accuracy = f"{cell['accuracy']} {cell['std']}"
     if cell["dense_train_flops"]:
         flops = f"{cell['dense_train_flops']},{cell['dense_test_flops']}"
@@ -174,10 +174,10 @@ def test_table_5_is_what_is_printed():
 
 @pytest.mark.parametrize("table", published.TABLES + published.FIGURES)
 def test_each_published_cell_has_a_run(table):
-    """Its gin file exists, prints the same numbers, and is planned."""
+    """Its gin file exists, has the same numbers, and is planned."""
     cells = published.cells(table)
     planned = set()
-    if table != "figure3":  # whose densities take a while to find
+    if table != "figure3":  # its densities take a while to find
         for run in plans.runs(table, preset=plans.Preset()):
             planned.add((run.row, run.density))
     for cell in cells:
@@ -185,7 +185,7 @@ def test_each_published_cell_has_a_run(table):
         header = path.read_text().split("\n\n")[0].replace("\n# ", " ")
         if table in ("table2", "table3", "table5"):
             number = cell.printed.replace("±", "+-")
-            # Where two tables differ, the header has this one in brackets.
+            # If two tables differ, the header has this number in brackets.
             assert number in header or f"({cell.accuracy} in" in header
         if planned:
             assert (cell.gin, cell.density) in planned
@@ -210,12 +210,12 @@ def test_what_is_ambiguous_is_noted():
         published.cells("table6")
 
 
-# Folders of results that nobody has trained.
+# Made-up folders of results.
 
 
 @pytest.fixture
 def results(tmp_path):
-    """RigL (ERK) at 0.1 with three seeds, and a dense one."""
+    """Returns RigL (ERK) at 0.1 with three seeds, and a dense run."""
     folder = tmp_path / "results"
     for seed, accuracy in enumerate((0.92, 0.93, 0.955)):
         made(folder, "rigl_erk_wrn", 0.1, seed, accuracy)
@@ -241,7 +241,7 @@ def test_mean_deviation_and_difference(results):
         "| RigL (ERK) | 93.50 ± 1.80 | 3 of 3 | 0.17x | 0.16x | 92.4 ± 0.06 "
         "| 0.17x, 0.17x | +1.10 | -3.37 to +5.57 |" in text
     )
-    # One seed has no deviation; a row without a run has nothing.
+    # One seed has no deviation, and a row without runs has no numbers.
     assert "| Dense Baseline | 94.00 | 1 of 3 | 1.00x | 1.00x |" in text
     assert "| SET (ERK) | - | - | - | - | 92.2 ± 0.04 |" in text
     assert "92.6 ± 0.10 [" in text and "Table 5 prints 92.9" in text
@@ -299,7 +299,7 @@ def test_a_finished_duplicate_counts_before_a_failed_one(results):
 
 
 def test_runs_from_before_growth_had_a_divisor(results):
-    """They say nothing of it, and are averaged with later ones."""
+    """Their files lack it, and they are averaged with later runs."""
     for seed, more in enumerate(({}, {"grow_divisor": 1.0})):
         path = made(results, "set_erk_wrn", 0.1, seed, 0.9) / "run"
         result = json.loads((path / "result.json").read_text())
@@ -416,7 +416,7 @@ def test_densities_that_a_row_cannot_have(results):
 
 
 def test_rows_that_were_added(results, monkeypatch):
-    """A user's gin file is shown, although no table has it."""
+    """A user's gin file is shown, although it is in no table."""
     made(results, "my_row", 0.1, 0, 0.9)
     names = [*rows.known(), "my_row"]
     monkeypatch.setattr(rows, "known", lambda: names)
@@ -490,7 +490,7 @@ def test_the_optimum_is_chosen_by_validation_of_all_seeds(results):
 
 
 def test_a_change_to_the_own_value_is_known(results):
-    """A trial that changes one of the two has the row's own other one."""
+    """A trial that changes only one value has the row's other value."""
     changes = (("UPDATE_FRACTION", 0.5),)
     failed_path = made(results, "rigl_erk_wrn", 0.1, 0, 0.9, changes=changes)
     (failed_path / "run/result.json").unlink()
@@ -525,7 +525,7 @@ def test_a_broken_line_of_results_jsonl(results, tmp_path):
 
 
 def test_lines_that_are_wrong_in_one_place(results, tmp_path):
-    """None is an error, and none is taken for what it cannot be."""
+    """A wrong line is no error, and gives no wrong number."""
     text = records.as_lines(reading.read(results)).splitlines()
     good = json.loads(text[-1])
     wrong = (None, "x", -1, 1e400, True, [], {}, [[1]], {"a": None})
@@ -538,7 +538,7 @@ def test_lines_that_are_wrong_in_one_place(results, tmp_path):
             result = good["result"] | {inner: value}
             lines.append(good | {"result": result})
     for at, line in enumerate(lines):
-        # Each is a separate run, as far as it still says which.
+        # Each is a separate run, if it still has a density.
         if isinstance(line["density"], float):
             line["density"] = (1 + at) / 1_000
         if isinstance(line["folder"], str):
@@ -547,14 +547,14 @@ def test_lines_that_are_wrong_in_one_place(results, tmp_path):
     path.write_text("\n".join(text + [json.dumps(line) for line in lines]))
     found = reading.read(path, "full")
     accuracies = {run.test for run in found.finished}
-    assert accuracies <= {92.0, 93.0, 95.5, 94.0, 100.0}  # of True: none
+    assert accuracies <= {92.0, 93.0, 95.5, 94.0, 100.0}  # not True
     made_report = sections.report(found)
     assert "nan" not in str(made_report.lines)
     page.as_html(made_report.page)
 
 
 class Checked(html.parser.HTMLParser):
-    """Finds tags that are not closed, and what a page refers to."""
+    """Finds unclosed tags, and the references of a page."""
 
     VOID = {"meta", "img", "br", "link", "input"}
 
@@ -583,7 +583,7 @@ class Checked(html.parser.HTMLParser):
 
 @pytest.fixture
 def varied(results):
-    """Runs for every table and figure."""
+    """Adds runs for every table and figure."""
     searched(results)
     for row in ("rigl_uniform_wrn", "rigl_sg_uniform_wrn", "set_erk_wrn"):
         made(results, row, 0.1, 0, 0.9)
@@ -636,7 +636,7 @@ def test_markdown_names_its_figures(varied, tmp_path):
     named = re.findall(r"\]\((figures/\w+\.png)\)", text)
     assert len(named) == len(contents.PICTURES)
     assert all((tmp_path / "out" / name).is_file() for name in named)
-    # The lines of a table have as many cells as its head.
+    # All lines of a table have as many cells as its head.
     for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
         cells = {len(re.findall(r"(?<!\\)\|", s)) for s in table.splitlines()}
         assert len(cells) == 1
@@ -718,7 +718,7 @@ def test_planned_flops_are_marked(tmp_path):
     line = next(s for s in text.splitlines() if s.startswith("| Static |"))
     assert "| - | - | (0.13x) | (0.13x) |" in line
     assert "They are not results" in text
-    # A longer run is planned as the longer one it is.
+    # A longer run is planned with its length.
     longer = (("train.length", 4),)
     made(tmp_path, "set_erk_wrn", 0.1, 0, 0.5, preset="small")
     made(tmp_path, "set_erk_wrn", 0.2, 0, 0.5, preset="small", changes=longer)
@@ -735,7 +735,7 @@ def test_planned_flops_are_marked(tmp_path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:RigL plans 0 updates")
 def test_flops_are_those_that_the_library_counts(tmp_path):
-    """For a run trained here: its result, report.csv and `count` agree."""
+    """The result of a run, report.csv and `count` agree."""
     import keras
 
     from rigl_keras.experiments.runs import train_command
@@ -768,7 +768,7 @@ def test_flops_are_those_that_the_library_counts(tmp_path):
 
 
 def test_the_command_says_what_is_wrong(results, tmp_path):
-    """It ends with status 2, without a traceback."""
+    """The command ends with status 2, without a traceback."""
     (tmp_path / "file").write_text("")
     command = [sys.executable, "-m", "rigl_keras.experiments.report_command"]
     command += [f"--results_dir={results}", f"--output={tmp_path / 'file'}"]

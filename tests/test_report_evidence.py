@@ -1,4 +1,4 @@
-"""How sure the page is of its numbers, and where it says they come from."""
+"""The uncertainty of numbers on the page, and their sources."""
 
 import csv
 import pathlib
@@ -26,7 +26,10 @@ DOCS = pathlib.Path(__file__).parents[1] / "docs"
 
 @pytest.fixture
 def results(tmp_path):
-    """Three seeds of RigL and static, differences 1, 2 and 6; two of SET."""
+    """Returns three seeds of RigL and static, and two of SET.
+
+    RigL's differences from static are 1, 2 and 6.
+    """
     folder = tmp_path / "results"
     for seed, (rigl, static) in enumerate(((91, 90), (92, 90), (95, 89))):
         made(folder, "rigl_erk_wrn", 0.1, seed, rigl / 100)
@@ -50,10 +53,10 @@ def test_paired_differences_by_hand(results):
     assert (difference.n, difference.ahead) == (3, 3)
     assert difference.low == pytest.approx(3 - 4.302653 * error, abs=1e-5)
     assert difference.high == pytest.approx(3 + 4.302653 * error, abs=1e-5)
-    # Of two degrees of freedom, p = 1 - t / sqrt(2 + t^2).
+    # With two degrees of freedom, p = 1 - t / sqrt(2 + t^2).
     t = 3 / error
     assert difference.p == pytest.approx(1 - t / (2 + t * t) ** 0.5)
-    # A single seed in common, and none.
+    # One common seed, and none.
     alone = comparisons.paired(of(found, "set_erk_wrn"), rigl)
     assert (alone.mean, alone.n) == (pytest.approx(-1.0), 1)
     assert alone.low is alone.p is None
@@ -80,7 +83,7 @@ def test_the_section_of_differences(results, monkeypatch):
     assert "| SET (ERK) | -1.00 | - | - | 1 | 0 of 1 |" in text
     assert "These are 6 comparisons" in text
     assert "SciPy is not installed" not in text
-    # Without SciPy the differences stand, and the page says what is missing.
+    # Without SciPy, the page has differences, and says what is missing.
     monkeypatch.setattr(comparisons, "stats", None)
     text = page.as_markdown(sections.report(found, ["differences"]).page)
     assert "| RigL (ERK) | +3.00 | - | - | 3 | 3 of 3 |" in text
@@ -104,18 +107,18 @@ def test_every_run_has_its_folder_its_log_and_its_commit(tmp_path):
         f"| abc1234 | 2026-11-29 23:50 | [log]({folder}log.txt) |" in text
     )
     assert "[seed 1](../results/full/a%20%281%29%7Cb/)" in text
-    assert "| - | - | - | [log]" in text  # of an earlier version
+    assert "| - | - | - | [log]" in text  # a run of an earlier version
     html = page.as_html(made_report.page)
     assert f'<a href="{folder}log.txt">log</a>' in html
     assert "<details>" in html
-    # Without the folder there is nothing to lead to.
+    # Without the folder there are no links.
     text = page.as_markdown(sections.report(found, ["runs"]).page)
     assert "| seed 0 | 90.00 |" in text and "](" not in text
 
 
 def test_histories_are_kept_with_the_data(results):
     run = reading.read(results).finished[0]
-    assert run.history == ((1, 20.0), (2, 40.0))  # of the images held out
+    assert run.history == ((1, 20.0), (2, 40.0))  # on validation images
     path = results / "full" / run.name / "run/metrics.csv"
     path.write_text("epoch,accuracy\n0,0.25\n")
     assert reading.read(results).finished[0].history == ((1, 25.0),)
@@ -170,7 +173,7 @@ def test_what_no_run_had_is_not_drawn(results):
 
 
 def test_each_item_can_be_made(results):
-    """What --list names is known to the commands, and to nobody else."""
+    """The commands know exactly the items that --list names."""
     items = [item.target for item in journal.ITEMS]
     assert len(set(items)) == len(items)
     trained = [t for t in items if commands.has_own_runs(t)]

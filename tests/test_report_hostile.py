@@ -1,8 +1,7 @@
-"""bin/report on folders that nobody has tidied: always a page, always a note.
+"""bin/report on damaged folders always makes a page, with a note.
 
 A made-up folder of valid runs is damaged in one place at a time, in every
-place, and read again. Nothing draws figures, except in the tests that are about
-figures.
+place, and read again. Only tests about figures draw figures.
 """
 
 import csv
@@ -31,13 +30,13 @@ from rigl_keras.experiments.report import (
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Figures are not drawn, which takes seconds each."""
+    """Draws no figures, as each takes seconds."""
     monkeypatch.setattr(contents, "picture_of", lambda *args, **options: None)
 
 
 @pytest.fixture
 def results(tmp_path):
-    """RigL (ERK) at 0.1 with three seeds, SET with one, and a dense one."""
+    """Returns RigL (ERK) at 0.1 with three seeds, SET with one, and dense."""
     folder = tmp_path / "results"
     for seed, accuracy in enumerate((0.92, 0.93, 0.925)):
         made(folder, "rigl_erk_wrn", 0.1, seed, accuracy)
@@ -54,7 +53,7 @@ def written(found, output, names=()):
     text = (output / "report.md").read_text(encoding="utf-8")
     table = (output / "report.csv").read_text(encoding="utf-8")
     again = reading.read(output / "results.jsonl", found.preset)
-    # What is left out of the folder is left out of the file as well.
+    # Runs that are left out of the page are left out of the file too.
     assert again.finished == found.finished
     return text, list(csv.DictReader(io.StringIO(table)))
 
@@ -125,7 +124,7 @@ def damage(file, path, value):
 def test_every_value_of_a_run_may_be_anything(
     results, tmp_path, value, undrawn
 ):
-    """It counts as it did, or is left out and named: never a third thing."""
+    """A run counts as before, or is left out and named."""
     changes = (("UPDATE_FRACTION", 0.3), ("train.length", 2))
     whole = reading.read(results).finished
     first = made(results, "rigl_erk_wrn", 0.1, 1, 0.93, changes=changes)
@@ -134,7 +133,7 @@ def test_every_value_of_a_run_may_be_anything(
         for number, path in enumerate(
             places(json.loads((first / file).read_text()))
         ):
-            # Each is a separate run, so that one report shows all of them.
+            # Each change is a separate run, so that one report shows all.
             density = 0.2 + number / 1_000 + len(file) / 100_000
             new = made(
                 results, "rigl_erk_wrn", density, 1, 0.93, changes=changes
@@ -178,7 +177,7 @@ CONTENTS = {
 def test_every_file_of_a_run_may_be_anything(
     results, tmp_path, content, undrawn
 ):
-    """In a run beside others, and in the only one."""
+    """A run among others, and a single one."""
     names = (
         "about.json",
         "run/result.json",
@@ -202,7 +201,7 @@ def test_every_file_of_a_run_may_be_anything(
             (folder / name).write_bytes(content)
     found = reading.read(results)
     seeds = [run.seed for run in found.finished if run.row == "snfs_erk_wrn"]
-    assert seeds == [2, 3]  # without a rate, and without a curve
+    assert seeds == [2, 3]  # one lacks a rate, the other a curve
     assert "snfs_erk_wrn-density0.1-seed0 is left out" in str(found.notes)
     assert "snfs_erk_wrn-density0.1-seed3 has no flops.csv" in str(found.notes)
     text, _ = written(found, tmp_path / "out")
@@ -216,7 +215,7 @@ def test_every_file_of_a_run_may_be_anything(
 
 
 def test_no_curve_can_be_drawn(results, tmp_path):
-    """Figure 4 says so in place of lines, and its bars are there."""
+    """Figure 4 says so instead of drawing lines, and has its bars."""
     curves = ("", "step,inference_flops\n", "step,inference_flops\n0,inf\n")
     moved = made(results, "rigl_sg_uniform_wrn", 0.1, 0, 0.9)
     (moved / "run/flops.csv").write_text("")
@@ -239,7 +238,7 @@ def test_no_curve_can_be_drawn(results, tmp_path):
 
 
 def test_a_figure_that_cannot_be_drawn(results, tmp_path, monkeypatch):
-    """The rest of the page is there, and says so."""
+    """The page has the rest, and says so."""
 
     def fails(*args, **options):
         raise OverflowError("int too large\nto convert")
@@ -264,7 +263,7 @@ def test_only_rows_of_no_network(tmp_path):
 
 
 def test_names_that_are_not_utf_8(results, tmp_path, capsys, undrawn):
-    """Names of runs and presets; terminals do not obey them either."""
+    """Names of runs and presets are escaped, also in the terminal."""
     whole = results / "full" / "set_erk_wrn-density0.1-seed0"
     for name in (b"z\xff", b"z\x1b[31m\n# new"):
         os.rename(
@@ -281,13 +280,13 @@ def test_names_that_are_not_utf_8(results, tmp_path, capsys, undrawn):
     report_command._tell(found, found.notes)
     said = capsys.readouterr().out
     assert "z\\udcff, z\\x1b[31m\\n# new." in said and said.isascii()
-    # A preset of such a name can be asked for, and holds another's run.
+    # A preset with such a name can be requested, and holds another's run.
     other = reading.read(results, "\udcff")
     assert other.preset == "\\udcff" and "it is of 'full'" in other.notes[0]
 
 
 def test_the_proper_folder_counts(results):
-    """Whatever the other ones are called."""
+    """Folders with other names do not count."""
     for folder in ("a-copy", "z-copy"):
         made(results, "set_erk_wrn", 0.1, 0, 0.1, folder=folder)
     changes = (("train.length", 2), ("sgd.learning_rate", 0.1234567))
@@ -341,7 +340,7 @@ def test_results_of_another_run(results, tmp_path, result, said, undrawn):
 
 
 def test_pruning_ends_at_its_density(results):
-    """Although it should begin with all weights."""
+    """It counts at its final density, not at the initial one."""
     settings = {"density": 1.0, "method": {}}
     for seed, density in enumerate((0.1, 0.0999, 0.12)):
         result = {"density": density, "settings": settings}
@@ -350,7 +349,7 @@ def test_pruning_ends_at_its_density(results):
 
 
 def test_other_seeds_than_the_reports(results, tmp_path):
-    """Beside those they count; alone they are all that each row should have."""
+    """They count with the report's seeds, or as the expected seeds alone."""
     for seed in (5, 6):
         made(results, "set_erk_wrn", 0.1, seed, 0.9)
     found = reading.read(results)
@@ -407,7 +406,7 @@ def test_a_seed_that_collapsed_is_flagged(results, tmp_path, undrawn):
     assert "| SET 2x | 83.30 ± 15.33 | 3 of 3, 1 collapsed |" in text
 
 
-# What a run has said, in each format.
+# The output of runs, in each format.
 
 LINK = "![x](http://evil.example) <img src=x> `a` | b_c *d* & www.e.f"
 
@@ -421,9 +420,9 @@ def test_nothing_a_run_has_said_is_markdown(results, tmp_path, undrawn):
     text, _ = written(reading.read(results), tmp_path / "out")
     said = [line for line in text.splitlines() if "evil" in line]
     (fenced,) = (line for line in said if line.startswith("bin/reproduce"))
-    assert "`" not in fenced  # a command, between lines of these
+    assert "`" not in fenced  # a command in a code block
     said.remove(fenced)
-    assert len(said) == 4  # among other and every run, and twice at the end
+    assert len(said) == 4  # in two lists, and twice at the end
     whole = (
         r"\!\[x\]\(http:\//evil.example\) \<img src=x> \`a\` | b\_c "
         r"\*d\* \& www\.e.f"
@@ -431,7 +430,7 @@ def test_nothing_a_run_has_said_is_markdown(results, tmp_path, undrawn):
     for line in said:
         assert whole in line.replace(r"\|", "|")
     assert any(line.startswith("| ") and r" \| " in line for line in said)
-    assert r"seed1: # a - b" in text  # within a line no heading
+    assert r"seed1: # a - b" in text  # not a heading
     assert "- \\# x is there 2 times" in text
     parsed = Tags((tmp_path / "out/report.html").read_text())
     assert not parsed.found & {"img", "em", "code"}
@@ -516,7 +515,7 @@ def test_formulas_among_changes(results, tmp_path, undrawn):
 
 
 def test_names_in_figures_are_no_formulas(results):
-    """Matplotlib would raise at a wrong one, and draw a long one too large."""
+    """Matplotlib would raise for a wrong formula, and draw a long one."""
     for name in ("$\\frac$", "x" * 190, "\u4e2d\u6587"):
         changes = ((name, 2),)
         made(results, "rigl_erk_wrn", 0.1, 0, 0.9, changes=changes, folder=name)
@@ -528,7 +527,7 @@ def test_names_in_figures_are_no_formulas(results):
 
 
 def test_settings_that_are_no_numbers(results):
-    """Where a search has text for its drop fraction, it has no place in it."""
+    """A search whose drop fraction is text is not in the figure."""
     searched(results)
     for path in (results / "full").glob("rigl_erk_wrn-density0.1-seed*"):
         for name, value in (("drop_fraction", "0.3"), ("frequency", 10**400)):

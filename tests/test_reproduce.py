@@ -1,7 +1,7 @@
-"""Runs that several processes share, are killed in, fail in and go on with.
+"""Runs that several processes share, with kills, failures and resuming.
 
-This file is two programs, too: a stand-in for bin/train, which takes a moment
-instead of minutes, and a process that works off runs with it.
+This file is also two programs: a fast stand-in for bin/train, and a process
+that trains runs with it.
 """
 
 import contextlib
@@ -19,12 +19,12 @@ HERE = pathlib.Path(__file__)
 
 
 def stand_in(name, configuration, seconds, epochs, fails):
-    """Does what bin/train does, as far as files can tell."""
+    """Writes the files that bin/train would write."""
     run = pathlib.Path(name)
     directory = run / "run"
     directory.mkdir(exist_ok=True)
     with (run / "busy").open("w") as busy:
-        # Raises where two train one run at once.
+        # Raises if two processes train a run at once.
         fcntl.flock(busy, fcntl.LOCK_EX | fcntl.LOCK_NB)
         train(run, directory, configuration, seconds, epochs, fails)
 
@@ -101,7 +101,7 @@ def quick(monkeypatch):
 
 
 class Told(progress.Progress):
-    """Keeps the reported events."""
+    """Records the events."""
 
     def __init__(self):
         self.events = []
@@ -128,7 +128,7 @@ def some_runs(seeds=(0, 1)):
 
 
 def finished(results, runs):
-    """Checks that each run was trained to its end once, and by one."""
+    """Checks that each run was trained to its end once, by one process."""
     for run in runs:
         folder = results.folder(run)
         assert results.finished(run)
@@ -152,7 +152,7 @@ def test_what_is_missing_is_trained(tmp_path, quick):
 
 
 def test_a_failure_stops_nothing_else(tmp_path, quick):
-    """It is named, with what it said, and tried again by the next command."""
+    """A failed run is named, with its error; the next command repeats it."""
     ticket = plans.Run("lottery_wrn", FULL, 0.1, 0)
     runs = [ticket.source, ticket, *some_runs([0])]
     results, told = Results(tmp_path, "full"), Told()
@@ -210,7 +210,7 @@ def test_no_failure_is_lost_by_a_clock(tmp_path, skewed):
         run: "no luck",
     }
     assert workers.train_missing(runs, results) == wanted
-    # Those failures are of the command before: this one tries again.
+    # These failures are of an earlier command: this one tries again.
     told = Told()
     assert workers.train_missing(runs, results, progress=told) == wanted
     started = [name for what, name in told.events if what == "start"]
@@ -224,7 +224,7 @@ def test_no_failure_is_lost_by_a_clock(tmp_path, skewed):
 def test_no_failure_elsewhere_is_lost_by_a_clock(
     tmp_path, skewed, monkeypatch, before
 ):
-    """Another process fails a run meanwhile, which it had failed before."""
+    """Another process fails a run again that had failed before."""
     (run, *_) = some_runs()
     results = Results(tmp_path, "full")
     results.folder(run).mkdir()
@@ -251,7 +251,7 @@ def test_a_run_waits_for_nobody_who_is_not_there(tmp_path):
 
 
 def test_results_that_cannot_be_read(tmp_path):
-    """Damaged by anybody, or by a disk."""
+    """Damaged results are an error that names the file."""
     (run, *_) = some_runs()
     results = Results(tmp_path, "full")
     folder = results.folder(run)
@@ -284,7 +284,7 @@ def test_a_process_that_is_killed_has_failed(tmp_path, quick, monkeypatch):
     assert failed == {run: "its process ended with status 0"}
     assert (
         workers._signal_name(35) == "signal 35"
-    )  # of real time, without a name
+    )  # a real-time signal without a name
 
 
 def test_claimed_runs_are_left_to_others_and_taken_over(tmp_path, quick):
@@ -304,7 +304,7 @@ def test_claimed_runs_are_left_to_others_and_taken_over(tmp_path, quick):
     with results.claim(runs[0]) as claim:
         assert claim is None
     assert results.claimed(runs[0]) and not results.claimed(runs[1])
-    # Given up a moment after there is nothing else to do.
+    # The run is released once the other process waits.
     told.wait = lambda runs: release.set() or told.events.append("wait")
     assert workers.train_missing(runs, results, progress=told) == {}
     process.join()
@@ -345,7 +345,7 @@ def test_the_command_is_that_of_bin_train(tmp_path):
 
 @pytest.mark.slow
 def test_killed_and_shared(tmp_path):
-    """One of three processes is killed with -9: each run is done once."""
+    """One of three processes is killed with -9; each run is done once."""
     results, runs = Results(tmp_path, "full"), some_runs(range(6))
     processes = [
         subprocess.Popen(
@@ -369,14 +369,14 @@ def test_killed_and_shared(tmp_path):
     ends = [process.communicate()[0] for process in others]
     assert [process.returncode for process in others] == [0, 0], ends
     finished(results, runs)
-    for said in ends:  # both had a share of the work
+    for said in ends:  # both have trained runs
         assert "finish" in said
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM])
 def test_a_run_ends_with_who_started_it(kill):
-    """bin/train --parent: nobody pays for cores that nobody watches."""
+    """With --parent, bin/train ends when its parent is killed."""
     wait = "from rigl_keras.experiments.runs import train_command; import os, "
     wait += "time; train_command._end_with(os.getppid()); "
     wait += "print('up', flush=True); time.sleep(60)"
@@ -389,7 +389,7 @@ def test_a_run_ends_with_who_started_it(kill):
         assert parent.stdout.readline() == "up\n"
         parent.send_signal(kill)
         try:
-            # Its end of the pipe is open for as long as the child lives.
+            # The child keeps the pipe open as long as it lives.
             parent.communicate(timeout=20)
         except subprocess.TimeoutExpired:
             os.kill(child, signal.SIGKILL)
@@ -397,7 +397,7 @@ def test_a_run_ends_with_who_started_it(kill):
 
 
 def test_plan_and_progress(tmp_path, quick, monkeypatch, capfd):
-    """What is planned, what it costs, what is done, what failed."""
+    """The plan, the costs, the progress and the failures are printed."""
     monkeypatch.setattr(costs, "seconds_of_step", lambda network: 0.5)
     runs = some_runs()
     results = Results(tmp_path, "full")
@@ -415,7 +415,7 @@ def test_plan_and_progress(tmp_path, quick, monkeypatch, capfd):
     assert "4 runs, 1 finished, 3 left" in said
     head = next(line for line in said.splitlines() if "FLOPs train" in line)
     assert head.split()[-3:] == ["total", "FLOPs", "h"]
-    assert "h those of all seeds that are left" in said
+    assert "h are of all seeds that are left" in said
     assert "seed1 finished after" in said
     assert "rigl_erk_wrn-density0.1-seed0 FAILED: train: there is no" in said
     assert "2 of 4 runs are finished, 2 failed." in said
@@ -431,7 +431,7 @@ def test_plan_and_progress(tmp_path, quick, monkeypatch, capfd):
 
 
 def test_nonsense(fresh):
-    """The command ends with what is wrong, and what to do about it."""
+    """The command prints the error, and what to do about it."""
     done = fresh(
         *["-m", "rigl_keras.experiments.reproduction.reproduce_command"],
         *["table3", "--preset=small"],

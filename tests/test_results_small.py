@@ -1,4 +1,4 @@
-"""The published page of small results: each number is that of its data."""
+"""The published page of small results has the numbers of its data."""
 
 import json
 import pathlib
@@ -23,7 +23,7 @@ def made():
 
 
 def tables(text):
-    """The tables of a page in Markdown, as lines."""
+    """Returns the tables of a Markdown page, as lines."""
     return [line for line in text.splitlines() if line.startswith("|")]
 
 
@@ -34,7 +34,7 @@ def test_the_page_has_the_numbers_of_its_data(made):
 
 
 def test_the_data_is_as_it_was_written(made):
-    """The same page comes of it again, and the csv is of the same runs."""
+    """The data gives the same page again, and the CSV has the same runs."""
     folder = DATA.parent
     assert made.results == DATA.read_text()
     written = (folder / "report.md").read_text()
@@ -42,7 +42,7 @@ def test_the_data_is_as_it_was_written(made):
 
 
 def test_the_runs_are_of_the_preset_in_the_repository():
-    """Their epochs and steps are those that the file states."""
+    """Their epochs and steps are those of the preset's file."""
     preset = plans.Preset("small")
     runs = [json.loads(line) for line in DATA.read_text().splitlines()]
     assert len(runs) > 40
@@ -57,7 +57,7 @@ def test_the_runs_are_of_the_preset_in_the_repository():
 
 @pytest.fixture(scope="module")
 def cells():
-    """Finished runs by method, masks, density and length."""
+    """Returns finished runs by method, masks, density and length."""
     found = {}
     for line in DATA.read_text().splitlines():
         run = json.loads(line)
@@ -69,7 +69,7 @@ def cells():
 
 
 def test_what_is_concluded_follows_from_the_data(cells):
-    """And each number that the page says is computed from it here."""
+    """Each number in the text of the page is computed from the data here."""
 
     def accuracies(*key):
         return [100 * result["test_accuracy"] for result in cells[key]]
@@ -103,7 +103,7 @@ def test_what_is_concluded_follows_from_the_data(cells):
     known.add(f"{mean(*longer) - mean(*static):.2f}")
 
     def below(method, others):
-        """By how much a method is below others in the cells of 3 epochs."""
+        """Returns how much lower a method is than others in 3 epochs."""
         return [
             mean(other, *cell, 1) - mean(method, *cell, 1)
             for cell in grid
@@ -117,7 +117,7 @@ def test_what_is_concluded_follows_from_the_data(cells):
     known |= extremes(below("RigL", ["SET", "SNFS"]))
     known |= extremes(below("RigL", ["Static"]))
     assert min(below("Static", ["SET", "SNFS"])) > 0
-    # Pruning is ahead at the same length, and costs more.
+    # Pruning is better at the same length, but costs more.
     sparse, dearer = ("SET", "SNFS", "RigL", "Static"), []
     for density in (0.05, 0.1):
         pruned = ("Pruning", "", density, 1)

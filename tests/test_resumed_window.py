@@ -1,4 +1,4 @@
-"""When updates end in a run that goes on in the middle of an epoch."""
+"""The last update of a run that resumes in the middle of an epoch."""
 
 import keras
 import numpy as np
@@ -12,7 +12,7 @@ STEPS, EPOCHS = 10, 4
 
 @pytest.mark.parametrize(
     "iterations",
-    [10, 13, 19],  # at the second epoch's begin, within it, at its end
+    [10, 13, 19],  # at the start of the second epoch, within it, at its end
 )
 def test_updates_end_where_they_would_have(iterations):
     model = sparsify(
@@ -34,5 +34,5 @@ def test_updates_end_where_they_would_have(iterations):
     )
     assert int(model.optimizer.iterations.numpy()) == iterations + 30
     updates = [step for step, _ in method.trajectory[1:]]
-    # At three quarters of the whole run of 40 steps.
+    # Updates end after three quarters of the whole run of 40 steps.
     assert updates == list(range(iterations, 30 + 1))

@@ -1,4 +1,4 @@
-"""A run directory belongs to one process at a time, and survives power cuts."""
+"""A run directory belongs to one process, and survives power failures."""
 
 import errno
 import gc
@@ -24,10 +24,10 @@ def names(path):
 
 
 def test_a_second_process_is_refused(tmp_path):
-    """It acts like another process: it opens the lock's file separately."""
+    """Opening the lock file again acts like another process."""
     path = tmp_path / "run"
     with begun(path) as first:
-        for resume in (True, False):  # also beside one that has not begun
+        for resume in (True, False):  # even if the other run has not begun
             with pytest.raises(ValueError, match=f"process {os.getpid()} on"):
                 RunDirectory(path, config="x", resume=resume)
         first.begin()
@@ -38,7 +38,7 @@ def test_a_second_process_is_refused(tmp_path):
             with pytest.raises(ValueError, match="is in use by process"):
                 RunDirectory(path, config="another", resume=True)
         assert (path / "model.keras").read_text() == "half"
-        # Another one than the chief writes nothing, and takes nothing.
+        # Only the chief writes and locks.
         begun(path, writes=False)
     with begun(path) as second:
         second.begin()
@@ -51,7 +51,7 @@ def test_it_is_free_when_nobody_has_it(tmp_path):
     gc.collect()
     with begun(tmp_path / "run"):
         pass
-    # What is refused is free as well, and leaves nothing.
+    # A refused run frees the folder, and leaves no files.
     for resume in (False, True):
         with pytest.raises(ValueError, match="another configuration"):
             RunDirectory(tmp_path / "run", config="y", resume=resume)
@@ -68,7 +68,7 @@ def test_it_is_free_when_nobody_has_it(tmp_path):
 
 
 def test_what_other_machines_have_left_goes(tmp_path):
-    """As one of a cluster, whose run goes on on another one."""
+    """A run continues on another machine of a cluster, and removes them."""
     with begun(tmp_path) as run:
         run.begin()
     for folder in (tmp_path, tmp_path / "weights"):
@@ -89,7 +89,7 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, caplog):
         run.begin()
     (record,) = [r for r in caplog.records if r.name == "rigl_keras"]
     assert "No locks available" in record.getMessage()
-    # Of those that many machines share it is an error.
+    # For results that machines share, this is an error.
     shared = results.Results(tmp_path / "results", "small")
     run = Run("rigl_erk_wrn", Preset("small"), 0.1, 0)
     with pytest.raises(ValueError, match="claim.*cannot be locked"):
@@ -111,7 +111,7 @@ def test_a_power_cut_loses_nothing_that_is_there(tmp_path, disk):  # noqa: F811
         checkpoints = run.checkpoints(model())
         for epoch in (0, 1):
             checkpoints.save(epoch)
-        # Of each two, .data first: where there is an index, all is there.
+        # .data is moved first: a checkpoint with an index is complete.
         check_kept(disk, moves=1 + 4)
         moves = [i for i, (what, _) in enumerate(disk) if what == "move"]
         for data, index in (moves[1:3], moves[3:5]):

@@ -1,4 +1,4 @@
-"""When updates happen and how much they drop."""
+"""The steps of updates, and their drop fractions."""
 
 import pytest
 import tensorflow as tf
@@ -13,7 +13,7 @@ WINDOWS = [
     (10, 0, 30, [10, 20, 30], [9, 19, 29]),
     (10, 0, 29, [10, 20], [9, 19]),
     (10, 15, 100, [20, 30], [19, 29, 39]),
-    (1, 0, 3, [1, 2, 3], [1, 2]),  # never at step 0: nothing is trained yet
+    (1, 0, 3, [1, 2, 3], [1, 2]),  # never at step 0, before any training
     (50, 0, 100, [], []),
 ]
 
@@ -99,7 +99,7 @@ def test_scores():
     assert scores.magnitude(values).numpy().tolist() == [3.0, 0.5]
     assert scores.gradient_magnitude(values).numpy().tolist() == [3.0, 0.5]
     draws = scores.random([3], key=7, step=2)
-    # Fixed numbers: another process, with other hash seeds, draws the same.
+    # Fixed numbers: other processes, with other hash seeds, draw the same.
     again = scores.random([3], key=7, step=tf.constant(2, tf.int64))
     assert draws.numpy().tolist() == again.numpy().tolist()
     assert draws.numpy() == pytest.approx(
@@ -152,7 +152,7 @@ def test_decay_of_a_window_of_one_step():
 
 
 def test_decay_by_steps():
-    """Half of it from three quarters of the window on, as MEST has it."""
+    """It halves after three quarters of the window, as in MEST."""
     for step, want in ((84, 0.4), (85, 0.2), (109, 0.2), (110, 0.0)):
         got = schedules.decayed_drop_fraction(
             step, drop_fraction=0.4, begin_step=10, end_step=110, decay="steps"
@@ -161,7 +161,7 @@ def test_decay_by_steps():
 
 
 def test_decay_with_the_learning_rate():
-    """0.3 at the peak rate of 0.1, 0.03 at 0.01."""
+    """It is 0.3 at the peak rate of 0.1, and 0.03 at 0.01."""
     for ratio, want in ((1.0, 0.3), (0.1, 0.03), (0.0, 0.0)):
         got = schedules.decayed_drop_fraction(
             7,

@@ -1,4 +1,4 @@
-"""What connections are worth, and that random draws repeat anywhere."""
+"""Scores of connections, and random draws that repeat anywhere."""
 
 import numpy as np
 import pytest
@@ -6,11 +6,11 @@ import tensorflow as tf
 
 from rigl_keras import scores
 
-# Numbers written down, so that they hold on every device and in every release:
-# runs recorded with them can be repeated.
+# Fixed numbers: draws must not change with the device or the release, so that
+# recorded runs can be repeated.
 DRAWS = {
     (7, 3): [0.18746442, 0.44999164, 0.32367653],
-    (2**32 - 1, 3): [0.9913908, 0.87945443, 0.13019991],  # as crc32 can give
+    (2**32 - 1, 3): [0.9913908, 0.87945443, 0.13019991],  # the largest crc32
 }
 
 
@@ -20,7 +20,7 @@ def test_magnitudes(score):
         got = score(tf.constant([[-3.0, 0.5], [0.0, -np.inf]], dtype))
         assert got.dtype == dtype
         np.testing.assert_array_equal(got, [[3.0, 0.5], [0.0, np.inf]])
-    assert np.isnan(score(tf.constant([np.nan]))).all()  # drop_and_grow refuses
+    assert np.isnan(score(tf.constant([np.nan]))).all()  # refused later
 
 
 @pytest.mark.parametrize("mode", ["eager", "graph", "xla"])
@@ -31,7 +31,7 @@ def test_random_is_the_same_everywhere(key, step, mode):
 
     if mode != "eager":
         draw = tf.function(draw, jit_compile=mode == "xla")
-    tf.random.set_seed(123)  # the global seed has no say
+    tf.random.set_seed(123)  # the global seed has no effect
     for number in (step, tf.constant(step, tf.int64), tf.constant(step)):
         np.testing.assert_allclose(draw(number), DRAWS[key, step], rtol=1e-6)
 
@@ -44,11 +44,11 @@ def test_random_differs_between_keys_and_steps():
     ]
     assert all(0 <= d.min() and d.max() < 1 for d in draws)
     assert len({d.tobytes() for d in draws}) == len(draws)
-    # A key is not a step: (0, 1) and (1, 0) are both among the draws above.
+    # Key and step differ: (0, 1) and (1, 0) are among the draws above.
 
 
 def test_random_is_the_same_in_another_process(fresh):
-    """Python salts `hash` of strings in each process; nothing here does."""
+    """Unlike `hash` of strings, draws are the same in each process."""
     code = (
         "from rigl_keras import scores;"
         "print(scores.random((50,), key=7, step=3).numpy().tobytes().hex())"

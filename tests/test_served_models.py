@@ -1,5 +1,7 @@
-"""Models of Keras as the engine in C++ computes them: every kind, and random
-ones, with masks, on every kind of code and by several threads."""
+"""Keras models on the C++ engine: every kind, and random ones.
+
+They have masks, and run on every instruction set and by several threads.
+"""
 
 import contextlib
 
@@ -43,12 +45,12 @@ def outputs_of_no_numbers(monkeypatch):
 
 
 class Case:
-    """A masked model, its networks, and what it computes.
+    """A masked model, its networks, and its outputs.
 
     Args:
-        model: A model, whose weights are drawn already.
-        density: Of its masks.
-        options: Of `sparsify`, besides.
+        model: A model with weights.
+        density: Density of its masks.
+        options: Further options of `sparsify`.
     """
 
     def __init__(self, model, density=0.3, **options):
@@ -68,8 +70,8 @@ class Case:
         """Compares outputs of all batches.
 
         Args:
-            run: Given arrays by name, returns what is computed of them.
-            about: Shown where they differ.
+            run: A function from arrays by name to outputs.
+            about: What to show if outputs differ.
         """
         for arrays, wanted in self.batches:
             apart = difference(run(arrays), wanted)
@@ -79,7 +81,7 @@ class Case:
     def check_engine(self):
         """Runs it on all kinds of code, with all numbers of threads.
 
-        What TensorFlow computes besides the networks is traced once.
+        TensorFlow's part of the computation is traced once.
         """
         engines = []
         in_parts = as_function(
@@ -100,13 +102,13 @@ class Case:
                         stack.enter_context(loaded(data, threads=threads))
                         for data in self.files
                     ]
-                    # What this processor does not have is replaced.
+                    # Unsupported instruction sets are replaced by others.
                     if all(e.instruction_set == name for e in engines):
                         self.check(run, kind, threads)
 
 
 def of_kind(kind):
-    """Returns a model of a kind, with random weights, and its options."""
+    """Returns a model of a kind with random weights, and its options."""
     model = kinds.KINDS[kind]()
     draw_weights(model, np.random.default_rng(0))
     return Case(model, **kinds.OPTIONS.get(kind, {}))
@@ -119,8 +121,8 @@ def test_models_of_every_kind(kind):
     case.check_engine()
 
 
-# Code that changes what it reads, or reads no arrays, is no network. Keras
-# traces no rematerialised layers with `training=`.
+# Code that changes what it reads, or does not read arrays, cannot be a network.
+# Keras does not trace rematerialised layers with `training=`.
 HARD = sorted(
     hard_kinds.KINDS.keys()
     - {
@@ -145,7 +147,7 @@ def test_models_that_read_kernels_unusually(kind):
 @pytest.mark.slow_but(*map(str, SEEDS[:8]))
 @pytest.mark.parametrize("seed", SEEDS)
 def test_random_models(seed):
-    keras.utils.set_random_seed(seed)  # and so the same weights each time
+    keras.utils.set_random_seed(seed)  # the same weights each time
     draw = np.random.default_rng(seed)
     case = Case(
         random_model(seed),
@@ -158,7 +160,7 @@ def test_random_models(seed):
 
 
 def test_a_nan_is_the_largest():
-    """Keras's maximum of an image shows it, wherever it is."""
+    """A maximum over an image is NaN if any pixel is, as in Keras."""
     inputs = keras.Input((5, 21, 3), name="x")
     outputs = keras.layers.GlobalMaxPooling2D()(inputs)
     model = keras.Model(inputs, outputs)
@@ -183,7 +185,7 @@ PARTLY = (
 @pytest.mark.slow_but("Functional", "Embedding")
 @every_kind
 def test_operations_of_every_kind(kind, tmp_path):
-    """As `sparse_saved_model` runs them, within a graph of TensorFlow."""
+    """Networks run as operations of a graph, as in `sparse_saved_model`."""
     if library.load() is None:
         pytest.skip(f"no op library: {library.unavailable()}")
     case = of_kind(kind)

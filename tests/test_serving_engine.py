@@ -1,4 +1,4 @@
-"""Networks as the engine in C++ computes them, against NumPy in float64."""
+"""Networks on the C++ engine, compared with NumPy in float64."""
 
 import dataclasses
 import os
@@ -33,7 +33,7 @@ from tests.support.threads import in_threads
 BATCHES = (1, 3, 16, 33, 130)
 THREADS = (1, 2, 5)
 SETS = ("avx512", "avx2", "portable")
-IMAGES = 35  # that differ, in a batch
+IMAGES = 35  # number of different images in a batch
 SIZES = ((7, 9), (1, 1), (20, 3), (5, 18))
 SANITIZED = os.environ.get("RIGL_KERAS_KERNELS") in ("address", "thread")
 
@@ -49,7 +49,7 @@ def load(network, *, threads=1, hints=""):
 
 
 def check(found, expected, about=""):
-    """Compares outputs: by the largest number of each."""
+    """Compares outputs, relative to the largest number of each."""
     assert list(found) == list(expected)
     for name, want in expected.items():
         got = found[name]
@@ -60,7 +60,7 @@ def check(found, expected, about=""):
 
 
 def first(arrays, batch):
-    """Returns the first images of arrays: of fewer, again and again."""
+    """Returns the first images of arrays, repeated if there are fewer."""
     return {
         name: array[np.arange(batch) % len(array)]
         for name, array in arrays.items()
@@ -68,7 +68,7 @@ def first(arrays, batch):
 
 
 def check_network_of(seed, kinds=KINDS, batches=BATCHES):
-    """Runs a random network in all ways."""
+    """Runs a random network on all kinds of code, batches and threads."""
     network = random_network(seed)
     inputs = random_inputs(network, IMAGES)
     expected = evaluate(network, inputs)
@@ -77,7 +77,7 @@ def check_network_of(seed, kinds=KINDS, batches=BATCHES):
         with kind_of_code(kind) as name:
             with load(network, threads=threads) as engine:
                 if engine.instruction_set != name:
-                    continue  # not this processor's
+                    continue  # not supported by this processor
                 for batch in batches:
                     check(
                         engine(**first(inputs, batch)),
@@ -86,7 +86,7 @@ def check_network_of(seed, kinds=KINDS, batches=BATCHES):
                     )
 
 
-# A sanitizer takes its time, and finds in one network what it finds in three.
+# Fewer under a sanitizer, which is slow.
 @pytest.mark.parametrize("seed", range(0, 30, 3 if SANITIZED else 1))
 def test_a_random_network(seed):
     check_network_of(seed)
@@ -95,13 +95,13 @@ def test_a_random_network(seed):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(100, 700, 50))
 def test_more_random_networks(seed):
-    """In groups of images as large as above: most time is that of 130."""
+    """With batches as above; the one of 130 takes most of the time."""
     for more in range(50):
         check_network_of(seed + more, batches=BATCHES[:-1])
 
 
 def check_sizes_of(seed):
-    """Inputs have several sizes, one after another and again."""
+    """Checks a random network on several sizes of inputs, each twice."""
     network = random_network(seed, sizes=SIZES)
     cases = []
     for at in (0, 1, 2, 0, 3):
@@ -161,7 +161,7 @@ def test_more_inputs_of_any_size():
 
 
 def test_random_networks_have_all_operations():
-    """At the sizes and batches above; and all kinds of what they have."""
+    """The random networks above have all operations and variants."""
     nodes = [node for seed in range(30) for node in random_network(seed).nodes]
     assert {node.operation for node in nodes} == set(Operation)
     of = {
@@ -186,8 +186,8 @@ def test_random_networks_have_all_operations():
     )
 
 
-# A network whose values can be checked by hand, and which goes through what a
-# planner may cut: two convolutions, a sum, and a dense layer.
+# A network that can be checked by hand, with operations that the planner may
+# split: two convolutions, a sum, and a dense layer.
 
 
 def a_network(channels=12, size=(9, 17), seed=3):
@@ -240,22 +240,22 @@ def a_network(channels=12, size=(9, 17), seed=3):
 
 @pytest.fixture(scope="module")
 def case():
-    """A network, inputs of it, and what it makes of them."""
+    """Returns a network, its inputs and its outputs."""
     network = a_network()
     inputs = random_inputs(network, IMAGES)
     return network, inputs, evaluate(network, inputs)
 
 
-# Costs that leave a single way to compute a batch: images side by side, each by
-# one thread, and each by all threads. Of a large batch most are computed side
-# by side, at any cost.
+# Costs that leave one way to compute a batch: images side by side, each image
+# by one thread, or each image by all threads. Most images of a large batch are
+# computed side by side, at any cost.
 WAYS = {"groups": "1e-9 1 1", "alone": "1 1e-9 1", "shared": "1 1 1e-9"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("way", WAYS)
 def test_threads_change_no_bit(case, way, kind):
-    """With one way to compute a batch, its other images change none either."""
+    """Neither threads nor other images of a batch change results."""
     network, inputs, expected = case
     batches = BATCHES if way == "groups" else (1, 3, 8)
     if way != "groups":
@@ -306,7 +306,7 @@ def test_many_callers_of_many_sizes(threads):
 
 
 def test_more_sizes_than_plans_are_kept_by_many_callers():
-    """A plan is used until its last call has ended."""
+    """Each plan exists until its last call has ended."""
     network = random_network(1, sizes=SIZES)
     cases = []
     for rows in range(1, 12):
@@ -324,7 +324,7 @@ def test_more_sizes_than_plans_are_kept_by_many_callers():
 
 
 def in_a_child(call):
-    """Returns whether a function raises nothing in a forked process."""
+    """Returns whether a function succeeds in a forked process."""
     child = os.fork()
     if child == 0:
         status = 1
@@ -370,9 +370,9 @@ def test_tuned_networks_compute_the_same(case, kind):
             hints = engine.hints()
             for batch in BATCHES:
                 check(engine(**first(inputs, batch)), first(expected, batch))
-        # Choices are there where they were faster.
+        # Hints hold the faster choices.
         assert f"{name} costs 2 " in hints
-        # A file keeps it, and it is all of it.
+        # A file keeps all hints.
         with load(network, threads=2, hints=hints) as engine:
             assert engine.hints() == hints
             for batch in BATCHES:
@@ -416,7 +416,7 @@ def a_number(draw):
 
 
 def a_hint(draw, name):
-    """Returns a line that is nearly one, or is one that does not fit."""
+    """Draws a hint that is nearly valid, or does not fit."""
 
     def layout():
         return draw.choice(["p", "i", "q", ""]) + draw.choice(
@@ -469,7 +469,7 @@ def check_hints(case, hints, threads):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_hints_that_are_nonsense(case, seed):
-    """They do not change answers, or whether there are any."""
+    """Wrong hints do not change results or cause errors."""
     draw = np.random.default_rng(seed)
     with kind_of_code("") as name:
         with load(case[0]) as engine:
@@ -480,7 +480,7 @@ def test_hints_that_are_nonsense(case, seed):
 
 
 def every(name, *words):
-    """Hints for all instruction sets."""
+    """Returns hints for all instruction sets."""
     return "".join(f"{isa} {name} {' '.join(words)}\n" for isa in SETS)
 
 
@@ -528,7 +528,7 @@ def test_hints_that_are_hostile(case, hints):
 
 
 def test_the_instruction_set_is_that_of_the_load(case):
-    """Whatever the environment says when a loaded network is called."""
+    """Later changes of the environment have no effect."""
     network, inputs, expected = case
     for kind in KINDS:
         with kind_of_code(kind):
@@ -540,7 +540,7 @@ def test_the_instruction_set_is_that_of_the_load(case):
 
 
 def resident():
-    """Returns the bytes of memory that this process has."""
+    """Returns the resident memory of this process, in bytes."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
 
@@ -561,7 +561,7 @@ def test_loading_again_and_again_needs_no_more_memory():
     use(40)
     before = resident()
     use(160)
-    # A network in memory has more than a tenth of a megabyte.
+    # A network takes more than a tenth of a megabyte.
     assert resident() - before < 160 * 0.1e6 / 2
 
 
@@ -569,7 +569,7 @@ def test_loading_again_and_again_needs_no_more_memory():
 @pytest.mark.skipif(SANITIZED, reason="it is what runs")
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 def test_under_sanitizers(sanitizer, tmp_path_factory):
-    """These tests again, in a separate process."""
+    """Runs these tests again, in a separate process."""
     tests = "callers or threads" if sanitizer == "thread" else ""
     common = common_folder(tmp_path_factory)
     variables = sanitized_library(sanitizer, common)
@@ -584,4 +584,4 @@ def test_under_sanitizers(sanitizer, tmp_path_factory):
         cwd=os.path.dirname(os.path.dirname(__file__)),
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-9000:]
-    assert "[100%]" in done.stdout  # some were there
+    assert "[100%]" in done.stdout  # some tests have run

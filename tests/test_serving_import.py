@@ -1,4 +1,4 @@
-"""Models as networks: what is folded, what stays TensorFlow's, and values."""
+"""Import of models as networks: folding, TensorFlow's parts, and values."""
 
 import collections
 
@@ -32,7 +32,7 @@ def of_layers(shape, *parts):
 
 
 def operations(network):
-    """Returns what a network computes, and no inputs, in one line."""
+    """Returns the operations of a network, without inputs, in one line."""
     return " ".join(
         node.activation.name.lower()
         if node.operation == Operation.ACTIVATION
@@ -84,7 +84,7 @@ def test_a_norm_before_a_convolution_by_hand():
         network.nodes[1].kernel, [[[[2.0], [6.0]], [[0.0], [12.0]]]]
     )
     np.testing.assert_array_equal(network.nodes[1].bias, [7.0])
-    # Beyond the image there are zeros, which the norm does not shift.
+    # The padding has zeros, which the norm does not shift.
     network = check_imported(model("same")).network
     assert operations(network) == "AFFINE CONVOLUTION"
 
@@ -314,7 +314,7 @@ def test_gelu_as_other_code_writes_it():
 
 
 def test_numbers_of_a_dilated_convolution():
-    """TensorFlow computes it by two rearrangements of the image."""
+    """TensorFlow computes it by rearranging the image twice."""
     model = of_layers((8, 6, 2), C(3, 3, padding="same", dilation_rate=(2, 1)))
     node = check_imported(model).network.nodes[1]
     assert node.dilations == (2, 1)
@@ -351,7 +351,7 @@ def test_models_of_every_kind(kind):
 
 
 def test_masked_models():
-    """Masks are no part of a network: kernels have their zeros."""
+    """Networks have no masks, but kernels with zeros."""
     model = rigl_keras.models.wide_resnet(10, 1, input_shape=(8, 8, 3))
     model = rigl_keras.sparsify(model, 0.2)
     network = check_imported(model).network
@@ -362,12 +362,12 @@ def test_masked_models():
     )
     stem = model.get_layer("conv1").kernel.numpy().size
     assert wanted <= kept <= wanted + stem + 10 * 64
-    # Pre-activation blocks: norms after a sum stay, others are folded.
+    # In pre-activation blocks, norms after a sum stay; others are folded.
     assert operations(network).split().count("AFFINE") == 4
 
 
 def around(layer, least=None):
-    """A convolution, a layer, and a sum with what is before that."""
+    """Returns a model with a layer between two convolutions, and a sum."""
     inputs = keras.Input((6, 6, 2))
     x = C(4, 3, padding="same", activation="relu", name="first")(inputs)
     y = C(4, 1, name="second")(layer(x))
@@ -377,7 +377,7 @@ def around(layer, least=None):
 
 
 def test_parts_are_convex():
-    """A sum of both sides of an unknown layer is in the second part."""
+    """A sum over an unknown layer and its input is in the second part."""
     imported = check_imported(around(layers.Activation("softsign")))
     assert imported.network is None
     assert [one.operation for one in imported.unknown] == ["Softsign"]
@@ -405,7 +405,7 @@ def test_small_parts_stay():
 
 
 def test_no_part_computes_twice():
-    """Each operation of TensorFlow runs once, in one of the pieces."""
+    """Each TensorFlow operation runs once, in one of the parts."""
     calls = []
 
     @tf.custom_gradient
@@ -468,7 +468,7 @@ def test_a_fixed_batch():
 
 
 def test_several_ways_to_the_same():
-    """What a model computes twice is computed once."""
+    """Common subexpressions of a model are computed once."""
     inputs = keras.Input((4, 4, 2))
     one, other = (layers.ReLU()(inputs) for _ in range(2))
     model = keras.Model(inputs, layers.Add()([one, other]))
@@ -478,7 +478,7 @@ def test_several_ways_to_the_same():
 
 
 def test_other_types_stay():
-    """Half precision is TensorFlow's, the rest is not."""
+    """TensorFlow keeps the parts in half precision."""
     inputs = keras.Input((4,))
     x = layers.Dense(3, dtype="mixed_float16")(inputs)
     model = keras.Model(inputs, layers.Dense(2, dtype="float32")(x))
@@ -496,7 +496,7 @@ def test_what_changes_what_it_reads():
 
 
 def test_what_is_cropped_is_of_the_image():
-    """Padding of the other side does not count, as in the engine."""
+    """Only pixels can be cropped, not padding, as in the engine."""
 
     def padded(*numbers):
         node = Node(Operation.PAD, padding=Padding(False, *numbers))
@@ -522,7 +522,7 @@ def test_arguments():
     assert operations(import_function(concrete).network) == "AFFINE"
 
 
-# Models of Keras, with images as small as they take.
+# Models of Keras, with their smallest images.
 A = keras.applications
 MODELS = {
     "MobileNetV2": (A.MobileNetV2, 32, {"alpha": 0.35}, {}),
@@ -538,7 +538,7 @@ MODELS = {
     "InceptionV3": (A.InceptionV3, 75, {}, {}),
     "InceptionResNetV2": (A.InceptionResNetV2, 75, {}, {}),
     "Xception": (A.Xception, 71, {}, {}),
-    # Its crops stay, of images that are padded for strides of 2.
+    # Crops of images that are padded for strides of 2 stay.
     "NASNetMobile": (A.NASNetMobile, 32, {}, {"PAD": 12}),
 }
 
@@ -559,7 +559,7 @@ def test_applications(name):
     ).network
     counted = collections.Counter(operations(network).split())
     assert counted["PAD"] == rest.get("PAD", 0)
-    # Each convolution and dense layer, and no more.
+    # Exactly the convolutions and dense layers.
     own = [
         layer
         for layer in model._flatten_layers()
@@ -568,14 +568,14 @@ def test_applications(name):
             (C, layers.DepthwiseConv2D, layers.SeparableConv2D, layers.Dense),
         )
     ]
-    # Separable ones are two.
+    # A separable convolution counts as two.
     twice = [x for x in own if isinstance(x, layers.SeparableConv2D)]
     assert counted["CONVOLUTION"] + counted["DENSE"] == len(own) + len(twice)
 
 
 @pytest.mark.slow
 def test_layer_norms_stay():
-    """The convolutions and dense layers between are networks."""
+    """Convolutions and dense layers between them become networks."""
     model = application(
         A.ConvNeXtTiny, 64, {"include_top": False, "pooling": "avg"}
     )
@@ -601,7 +601,7 @@ def test_random_models(seed):
     _kinds[seed] = kinds_of(imported.network)
 
 
-_kinds = {}  # of a random model's operations and activations, by its seed
+_kinds = {}  # operations and activations of random models, by seed
 
 
 def kinds_of(network):
@@ -614,9 +614,9 @@ def kinds_of(network):
 
 @pytest.mark.slow
 def test_random_models_have_everything():
-    """Among them is each operation, and each activation."""
+    """Random models have each operation and each activation."""
     for seed in SEEDS:
-        if seed not in _kinds:  # another worker tests it
+        if seed not in _kinds:  # another worker has tested it
             model = random_model(seed)
             network = import_model(model, signature_of(model)).network
             _kinds[seed] = kinds_of(network)

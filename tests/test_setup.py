@@ -26,7 +26,7 @@ def test_ci_parses():
 
 
 def test_an_activated_environment_is_used(tmp_path):
-    """From any folder, through a path with spaces, without an install."""
+    """It works from any folder, with spaces in the path, without an install."""
     copy = tmp_path / "a clone"
     (copy / "bin").mkdir(parents=True)
     for script in SCRIPTS:

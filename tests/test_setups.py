@@ -1,7 +1,7 @@
-"""Ways to train: each keeps masks exact, and grows by the right gradient.
+"""Training set-ups: each keeps masks exact, and grows by the right gradient.
 
-The methods are the rows of `support.methods.METHODS`. Networks run eagerly
-where the graph is not what is tested.
+The methods are the rows of `support.methods.METHODS`. Networks run eagerly,
+unless a test is about the graph.
 """
 
 import inspect
@@ -45,7 +45,7 @@ def assert_close(one, two):
 
 
 class Sparse(keras.callbacks.Callback):
-    """Looks wherever Keras lets a callback look."""
+    """Checks zeros in every hook of a callback."""
 
     def __init__(self):
         super().__init__()
@@ -67,7 +67,7 @@ class Sparse(keras.callbacks.Callback):
 )
 @every_method
 def test_accumulated_steps_are_those_of_a_larger_batch(method, conventions):
-    """Three micro-batches of 4 for each batch of 12, masks and weights."""
+    """Three micro-batches of 4 give the masks and weights of a batch of 12."""
     states = []
     for size, steps in ((12, None), (4, 3)):
         model = network(
@@ -109,7 +109,7 @@ def test_an_update_of_accumulated_gradients_moves_no_weight():
     )
     fit(model, [RigL(frequency=3, end_step=3), look])
     moved = [(a != b).any() for a, b in zip(biases, biases[1:], strict=False)]
-    # Batches 6 and 7 make up step 3; steps end with odd batches.
+    # Step 3 has batches 6 and 7, so steps end with odd batches.
     assert [i + 1 for i, m in enumerate(moved) if m] == [1, 3, 5, 9, 11]
     accumulators = [
         slots(model.optimizer, m.kernel)["gradient_accumulator"].numpy()
@@ -124,7 +124,7 @@ def test_accumulation_in_a_graph_and_three_quarters_of_its_steps():
         model = network(momentum(gradient_accumulation_steps=2), **options)
         method = RigL(frequency=1, decay="constant")
         fit(model, [method], epochs=2)
-        # 12 steps in 24 batches: updates end with step 9.
+        # 12 steps in 24 batches, so updates end with step 9.
         assert [step for step, _ in method.trajectory] == list(range(10))
         after.append(masks(model))
     assert equal_masks(*after)
@@ -167,7 +167,7 @@ def in_precision(policy, optimizer="sgd", **options):
 
 
 class Batches(keras.callbacks.Callback):
-    """Keeps what a method logs, masks and step after every batch."""
+    """Records logs, masks and step after every batch."""
 
     def __init__(self, method=None):
         super().__init__()
@@ -186,7 +186,7 @@ def test_an_update_that_overflows_is_put_off(eager):
     model = in_precision("mixed_float16", momentum(), run_eagerly=eager)
     assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
     x, y = examples()
-    x[8:12] = 6e4  # the third batch, of step 2
+    x[8:12] = 6e4  # the third batch, step 2
     method = RigL(frequency=2, end_step=4, decay="constant")
     record = Batches(method)
     fit(model, [method, record], (x, np.where(x[:, :1] == 6e4, np.inf, y)))
@@ -208,12 +208,12 @@ def test_only_loss_scaling_can_skip():
 
 
 def test_scaled_and_accumulated():
-    """Overflow in the middle of a step costs its batch, not the step."""
+    """An overflow within a step skips its batch, but not the step."""
     model = in_precision(
         "mixed_float16", momentum(gradient_accumulation_steps=2)
     )
     x, y = examples()
-    y[20:24] = np.inf  # the second batch of step 2, which is due
+    y[20:24] = np.inf  # the second batch of step 2, which is an update
     method = RigL(frequency=2, end_step=4)
     record = Batches(method)
     fit(model, [method, record], (x, y))
@@ -233,7 +233,7 @@ def test_scaled_and_accumulated():
     ids=str,
 )
 def test_half_precision_keeps_counts(policy, options):
-    """However it runs, it gives the same masks up to rounding."""
+    """Masks are the same up to rounding, however the model runs."""
     after = []
     for more in ({}, {**options, "run_eagerly": False}):
         model = in_precision(policy, momentum(), **more)
@@ -250,7 +250,7 @@ def test_half_precision_keeps_counts(policy, options):
 
 
 def test_a_fixed_loss_scale_does_not_reach_the_gradient():
-    """The penalty is removed from a gradient with the same scale."""
+    """The penalty is removed from a gradient of the same scale."""
     after = []
     for scale in (None, 1024.0):
         optimizer = keras.optimizers.SGD(0.0, loss_scale_factor=scale)
@@ -274,7 +274,7 @@ OPTIMIZERS = {
 
 
 def made(name, **options):
-    """One of Keras's optimizers, as small models need it."""
+    """Returns one of Keras's optimizers, with a rate for small models."""
     if name == "LossScaleOptimizer":
         return keras.optimizers.LossScaleOptimizer(momentum(**options), 16.0)
     if name == "MultiOptimizer":
@@ -293,7 +293,7 @@ KEEP_NO_MOMENTUM = {
     "Adafactor",
     "Adagrad",
     "Ftrl",
-    "RMSprop",  # unless it is asked for
+    "RMSprop",  # only with momentum
     "ScheduleFreeAdamW",
 }
 
@@ -308,7 +308,7 @@ KEEP_NO_MOMENTUM = {
 @pytest.mark.parametrize("method", [RigL, SNFS])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_of_keras(name, method):
-    """With averaged weights and clipping: a new class is a new row."""
+    """With averaged weights and clipping. Add a row for a new class."""
     model = network(made(name, use_ema=True, ema_momentum=0.5, clipnorm=0.5))
     before, start = masks(model), kernels(model)
     callbacks = [method(frequency=2, end_step=9, decay="constant"), Sparse()]
@@ -411,7 +411,7 @@ def test_zeros_under_every_option(method, options):
     assert_sparse(model)
 
 
-# Training steps of a model's own.
+# Custom training steps of models.
 
 
 class AppliesGradients(keras.Model):
@@ -455,7 +455,7 @@ def test_a_train_step_of_ones_own(cls):
     assert_close(after[0][1], after[1][1])
 
 
-# Weights of samples, classes and outputs: what weighs nothing grows nothing.
+# Weights of samples, classes and outputs: weight 0 has no effect on growth.
 
 
 def grown_on(model, *data, **options):
@@ -528,7 +528,7 @@ def test_several_outputs_and_losses_reach_growth():
 
 
 def by_hand(model, updater, data, *, dense=dense_gradients, values=False):
-    """Trains batch by batch; what `fit` does, with `update`."""
+    """Trains batch by batch with `update`, like `fit`."""
     loss = keras.losses.MeanSquaredError()
     optimizer = model.optimizer
     updater.attach(model, optimizer)
@@ -552,11 +552,11 @@ def by_hand(model, updater, data, *, dense=dense_gradients, values=False):
 @pytest.mark.slow_but("RigL-SG")
 @every_method
 def test_update_in_place_of_apply(method):
-    """Ends where `fit` does."""
+    """The loop ends with the same model as `fit`."""
     options = dict(frequency=2, end_step=9)
     want, got = network(momentum()), network(momentum())
     callbacks = METHODS[method](**options)
-    if not callbacks:  # gradients are masked, and masks stay
+    if not callbacks:  # static masks need no update
         callbacks = [RigL(frequency=50, end_step=99)]
     else:
         fit(want, METHODS[method](**options), examples(40))
@@ -612,7 +612,7 @@ def test_forgotten_dense_gradients_are_noticed():
     ):
         by_hand(model, RigL(frequency=2, end_step=9), examples(), dense=Nothing)
     assert equal_masks(before, masks(model))
-    # Where they are not needed, or nothing is left out, nothing is missing.
+    # No error if they are not needed, or if masks have no zeros.
     by_hand(model, SET(frequency=2, end_step=99), examples(), dense=Nothing)
     assert not equal_masks(before, masks(model))
     for layer in masked_layers(model):
@@ -643,7 +643,7 @@ def test_update_needs_to_know():
 @pytest.mark.slow_but("True")
 @pytest.mark.parametrize("eager", [True, False])
 def test_growth_by_the_mean_of_several_batches(eager):
-    """Weights hold still, so that it is the gradient of all in one batch."""
+    """With constant weights, it is the gradient of one large batch."""
     x, y = examples(48)
     y[:, 0] *= np.repeat([1, -9, 9, 1], 12)
     after = {}
@@ -658,7 +658,7 @@ def test_growth_by_the_mean_of_several_batches(eager):
         )
         fit(model, [method], (x, y), batch_size=12)
         after[batches] = masks(model)
-    # Steps 1, 2 and 3 as one batch, after another.
+    # Steps 1, 2 and 3 as one batch, after a first batch.
     model = network(keras.optimizers.SGD(0.0))
     method = RigL(**{**EVERY_STEP, "drop_fraction": 0.9})
     fit(model, [method], (np.r_[x[12:], x[12:]], np.r_[y[12:], y[12:]]), 36)
@@ -667,7 +667,7 @@ def test_growth_by_the_mean_of_several_batches(eager):
 
 
 def test_batches_before_an_update_train_as_always():
-    """To the same weights, and the same memory of them."""
+    """They give the same weights and the same optimizer state."""
     records = []
     for batches in (1, 3):
         model, record = network(momentum()), Weights()
@@ -709,7 +709,7 @@ def test_what_was_gathered_can_be_saved():
     x, y = examples(40)
     whole = network(momentum())
     fit(whole, [several()], (x, y))
-    # Stopped after step 2: of steps 1 to 4, two are gathered.
+    # Stopped after step 2, so two of the steps 1 to 4 are gathered.
     start, first = network(momentum()), several()
     fit(start, [first], (x[:12], y[:12]))
     assert [v.shape for v in first.variables] == [
@@ -735,7 +735,7 @@ def test_what_was_gathered_can_be_saved():
         all((a == b).all() for a, b in zip(e, whole.get_weights(), strict=True))
         for e in (ends[True], ends[False])
     ]
-    assert same == [True, False]  # the other is the mean over steps 3 and 4
+    assert same == [True, False]  # the second has the mean over steps 3 and 4
 
 
 @pytest.mark.slow
@@ -746,7 +746,7 @@ def test_what_an_earlier_run_gathered_is_forgotten():
     for again in (True, False):
         model, first = network(momentum()), several()
         fit(model, [first], (x[:12], y[:12]))
-        fit(model, [], (x[:4], y[:4]))  # step 3, which it does not see
+        fit(model, [], (x[:4], y[:4]))  # step 3, without the method
         fit(model, [first if again else several()], (x, y))
         after.append(model.get_weights())
     assert_equal(*after)
@@ -802,7 +802,7 @@ def test_what_several_batches_cost():
     _, training = rigl_keras.flops.training_curve(cost, trajectory, **curve)
     want = [dense, dense, *[sparse] * 2, *[dense] * 3, *[sparse] * 2]
     np.testing.assert_allclose(training, want)
-    # Two of each four steps: (2 x 3 + 2 x (2 + 5)) / 4.
+    # Two of four steps are dense: (2 x 3 + 2 x (2 + 5)) / 4.
     options = dict(sparse_flops=1, dense_flops=5, frequency=3)
     cost = rigl_keras.training_flops("rigl", **options, gradient_batches=2)
     assert cost == 5.0
@@ -810,7 +810,7 @@ def test_what_several_batches_cost():
         rigl_keras.training_flops("rigl", **options, gradient_batches=4)
 
 
-# What grown weights start with.
+# Initial values of grown weights.
 
 
 @pytest.mark.slow_but("zeros-1", "initial_dist-1")
@@ -826,7 +826,7 @@ def test_what_several_batches_cost():
     ],
 )
 def test_only_grown_weights_start_anew(kind, divisor):
-    """By kind; their memory is none, and the run repeats."""
+    """They start by the given kind, without state, and the run repeats."""
     ends = []
     for _ in range(2):
         model = network(momentum())
@@ -893,7 +893,7 @@ def test_draws_have_the_spread_of_active_weights():
     normal = values("random_normal")
     assert normal.std() == pytest.approx(active.std(), rel=0.02)
     assert abs(normal.mean()) < 0.02 * active.std()
-    # Three standard deviations and more, as often as a normal draw has them.
+    # Values beyond three standard deviations, as often as in a normal draw.
     assert np.mean(np.abs(normal) > 3 * active.std()) == pytest.approx(
         0.0027, rel=0.3
     )
@@ -961,7 +961,7 @@ def test_a_callback_remembers_the_start_of_the_run_it_is_in():
     assert all((np.abs(v.numpy()) == 1).all() for v in method.variables)
 
 
-# The loss of an update's batch.
+# The loss of the batch of an update.
 
 
 @pytest.mark.parametrize("eager", [True, False])
@@ -982,7 +982,7 @@ def test_loss_before_and_after_an_update(eager):
     fit(model, [method, weights], data)
     ((step, before, after),) = method.update_losses
     assert step == 2
-    # Batch statistics move at the forward pass of the update, masks after it.
+    # Batch statistics change in the update's forward pass, masks after it.
     batch = [part[8:12] for part in data]
     wanted = []
     for at in (1, 2):
@@ -998,7 +998,7 @@ def test_loss_before_and_after_an_update(eager):
 
 @pytest.mark.slow
 def test_watching_the_loss_changes_nothing():
-    """Not even the mean losses of an epoch, which Keras sums as it goes."""
+    """It does not change Keras's mean loss of an epoch either."""
     x, y = examples()
     after = []
     for watch in (True, False):
@@ -1070,7 +1070,7 @@ class TracedByItself(keras.Model):
 
 
 def test_what_is_traced_once_for_both_kinds_of_step_is_refused():
-    """Its gradients would be those of the first kind traced."""
+    """Its gradients would be those of the first trace."""
     model = TracedByItself()
     x = np.ones((8, 3), np.float32)
     model(x)
@@ -1079,4 +1079,4 @@ def test_what_is_traced_once_for_both_kinds_of_step_is_refused():
     y = np.ones((8, 4), np.float32)
     with pytest.raises(ValueError, match="inner are traced only once"):
         model.fit(x, y, batch_size=2, callbacks=[RigL(frequency=2, end_step=9)])
-    model.fit(x, y, verbose=0)  # without a method it does no harm
+    model.fit(x, y, verbose=0)  # it is allowed without a method

@@ -1,8 +1,8 @@
 """Workers in a real SLURM: two nodes, an array, a stopped and a killed worker.
 
-Where it is not installed this is skipped. Debian and Ubuntu have it:
-`apt-get install slurm-wlm`. Nothing of it is configured: the daemons that are
-started here are for these tests alone, and keep what they have in a folder.
+The test is skipped if SLURM is not installed. Debian and Ubuntu have it:
+`apt-get install slurm-wlm`. It needs no configuration: the tests start their
+own daemons, which keep their files in a temporary folder.
 """
 
 import csv
@@ -51,7 +51,7 @@ NodeName=one NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1
 NodeName=two NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=1
 PartitionName=main Nodes=one,two Default=YES State=UP
 """
-# Epochs of six steps, many enough to be stopped in.
+# Epochs of six steps, enough of them to be stopped in.
 PRESET = """\
 PRESET_ROWS = "*_wrn"
 train.model = @mlp
@@ -86,7 +86,7 @@ def said_by(*command):
 
 @pytest.fixture
 def cluster(tmp_path, monkeypatch):
-    """A SLURM of two nodes, of one processor each, on this machine."""
+    """Starts a SLURM with two nodes of one processor each on this machine."""
     if MISSING:
         pytest.skip(
             f"SLURM is not installed ({', '.join(MISSING)}): apt-get install "
@@ -168,18 +168,18 @@ def test_an_array_survives_a_stopped_and_a_killed_worker(
     until(lambda: all(map(trained, runs)), "run with an epoch")
     at_work = {worker_of(run)[1]: run for run in runs}
     assert set(at_work) == {f"{job}_0", f"{job}_1"}
-    # The first is asked to stop, as it is before its time limit.
+    # The first worker is asked to stop, as before its time limit.
     said_by("scancel", "--signal=USR1", "--batch", f"{job}_0")
     until(lambda: "stopped, as SIGUSR1 asked" in log(0), "worker that stops")
     stopped = at_work[f"{job}_0"]
     assert not (stopped / "run/result.json").exists()
-    # The second is killed, as by the kernel where memory is short.
+    # The second is killed, as by the kernel when memory runs out.
     killed = at_work[f"{job}_1"]
     os.kill(worker_of(killed)[0], signal.SIGKILL)
     until(lambda: f"{job}_1" not in said_by("squeue"), "end of a killed worker")
     assert not (killed / "run/result.json").exists()
-    # One table of runs and tasks. What the killed worker has started ends with
-    # it, but not at the same moment.
+    # A table of runs and tasks. The children of the killed worker end with it,
+    # but a little later.
     seen = []
 
     def is_left():
@@ -193,7 +193,7 @@ def test_an_array_survives_a_stopped_and_a_killed_worker(
     assert any(s in rows[killed.name] for s in ("interrupted", "training"))
     assert f"task {job}_0" in status
     assert f"Array {job}, 2 workers: 1 " in status and "1 ended" in status
-    # The stopped one comes again, and finishes what both have left.
+    # The stopped worker starts again, and finishes all runs.
     until(lambda: not said_by("squeue", "--noheader"), "end of the array")
     print(log(0), log(1))
     nodes = [log(task).split(",")[0] for task in range(2)]
@@ -202,7 +202,7 @@ def test_an_array_survives_a_stopped_and_a_killed_worker(
     assert log(0).count(" begins\n") == 1 and log(0).count("continues\n") == 2
     assert log(0).endswith("2 of 2 runs are finished, 0 failed.\n")
     assert not any((run / "failure.txt").exists() for run in runs)
-    # To the bits of a run that nothing has happened to.
+    # The result has the same bits as an undisturbed run.
     straight = fresh(
         *["-m", "rigl_keras.experiments.runs.train_command"],
         *["--gin_file=gin/rigl_erk_wrn.gin", f"--gin_file={preset}"],
@@ -210,7 +210,7 @@ def test_an_array_survives_a_stopped_and_a_killed_worker(
     )
     assert straight.returncode == 0, straight.stderr
     assert metrics(tmp_path / "straight") == metrics(runs[0] / "run")
-    # What SLURM refuses is an error.
+    # It is an error if SLURM refuses a job.
     refused = fresh(*command, "--slurm=1", "--slurm_options=--partition=no")
     assert refused.returncode == 1
     assert "reproduce: sbatch failed: " in refused.stderr
@@ -234,7 +234,9 @@ def test_without_slurm(tmp_path, monkeypatch):
     assert slurm.arrays(tmp_path) == []
     (tmp_path / "slurm").mkdir()
     (tmp_path / "slurm/7.sh").write_text("#SBATCH --array=0-3\n")
-    with pytest.raises(exits.FailedError, match="There is no squeue"):
+    with pytest.raises(
+        exits.FailedError, match="SLURM's squeue is not on the PATH"
+    ):
         slurm.arrays(tmp_path)
 
 
@@ -246,14 +248,14 @@ def test_the_job_for_kubernetes(tmp_path, fresh):
     assert spec["completions"] == spec["parallelism"]
     (worker,) = spec["template"]["spec"]["containers"]
     assert worker["command"] == ["python", "-m", REPRODUCE]
-    # Its command line is one that the command takes.
+    # The command accepts this command line.
     results = f"--results_dir={tmp_path}"
     asked = [w for w in worker["args"] if not w.startswith("--results_dir=")]
     assert len(asked) == len(worker["args"]) - 1
     done = fresh(*worker["command"][1:], *asked, results, "--status")
     assert done.returncode == 0, done.stderr
     assert "runs: " in done.stdout and "--worker" in asked
-    # One that was asked to stop goes on, and has time to end its epoch.
+    # A pod that is asked to stop restarts later, and has time to end its epoch.
     rules = spec["podFailurePolicy"]["rules"]
     statuses = [rule.get("onExitCodes", {}).get("values") for rule in rules]
     assert [os.EX_TEMPFAIL] in statuses

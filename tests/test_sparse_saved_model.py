@@ -1,4 +1,4 @@
-"""Exports whose networks are operations of TensorFlow."""
+"""Exports whose networks are TensorFlow operations."""
 
 import subprocess
 import sys
@@ -27,7 +27,7 @@ FORMAT = {"format": "sparse_saved_model"}
 
 
 def with_statistics(model, seed=0):
-    """Returns a model whose batch norms and biases are not those at first."""
+    """Returns a model with random batch norms and biases."""
     draw = np.random.default_rng(seed)
     for variable in model.variables:
         if len(variable.shape) == 1 and variable.dtype == "float32":
@@ -46,7 +46,7 @@ def conv(filters, name, **options):
 
 
 def exported(model, folder):
-    """Exports a model; returns the report and `{operation: how many}`."""
+    """Exports a model; returns the report and `{operation: count}`."""
     report = rigl_keras.export(model, folder, **FORMAT, measure=False)
     serve = tf.saved_model.load(str(folder)).signatures["serving_default"]
     kinds = []
@@ -63,7 +63,7 @@ def files_of(folder):
     return sorted(path.name for path in (folder / "assets").iterdir())
 
 
-# Nothing else is left of a model that a network knows.
+# The operations that may be left if a network computes the whole model.
 PLUMBING = {
     *("Placeholder", "Const", "Identity", "NoOp"),
     *("PartitionedCall", "StatefulPartitionedCall"),
@@ -93,7 +93,7 @@ def steps(network):
 def test_a_model_is_one_operation(tmp_path):
     model = rigl_keras.sparsify(with_statistics(small_model()), 0.3)
     network = check_whole(model, tmp_path / "e")
-    # Batch norms and dropout are gone; what is dense reads a whole image.
+    # Batch norms and dropout are gone; dense layers read whole images.
     assert steps(network) == [
         *("INPUT", "CONVOLUTION", "ACTIVATION", "CONVOLUTION"),
         *("CONVOLUTION", "CONVOLUTION", "RESHAPE"),
@@ -114,7 +114,7 @@ def test_a_residual_block_before_and_after_its_activation(tmp_path):
     y = layers.Add(name="add2")([y, x])
     y = layers.ReLU(name="relu3")(y)
     network = check_whole(masked(inputs, y), tmp_path / "e", shape=(8, 8, 16))
-    # One norm cannot be folded: a sum and a convolution read what it reads.
+    # One norm cannot be folded, as a sum and a convolution read its input.
     assert steps(network).count("AFFINE") == 1
     assert steps(network).count("CONVOLUTION") == 3
 
@@ -133,7 +133,7 @@ def test_strides_and_zeros_around(tmp_path, padding, strides, pads):
 
 
 def test_padding_between_norm_and_relu(tmp_path):
-    """A norm of what is padded would not be zero there; a relu of zero is."""
+    """Padding stays before a norm, but may move behind a relu."""
     inputs = keras.Input((6, 6, 4))
     x = layers.ZeroPadding2D(1)(inputs)
     x = layers.BatchNormalization()(x)
@@ -180,7 +180,7 @@ def test_several_outputs_by_their_names(tmp_path):
 
 
 def attention():
-    """Networks before and after what only TensorFlow computes."""
+    """Returns a model with networks before and after a TensorFlow part."""
     inputs = keras.Input((16, 24), name="tokens")
     x = layers.Dense(64, activation="relu", name="before")(inputs)
     x = layers.MultiHeadAttention(2, 8, name="attention")(x, x)
@@ -249,12 +249,12 @@ def test_no_library(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-# Plans that are measured.
+# Measured plans.
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Nothing takes longer than it must."""
+    """Makes measurements short."""
     monkeypatch.setattr(networks, "_SECONDS", 0.02)
     monkeypatch.setattr(measurement, "_SECONDS", 0.0)
     monkeypatch.setattr(measurement, "_TURN", 0.0)
@@ -262,7 +262,7 @@ def quick(monkeypatch):
 
 @pytest.fixture
 def tunes(monkeypatch, quick):
-    """What is tuned: a list of shapes."""
+    """Records the shapes that are tuned."""
     shapes = []
 
     def tune(self, *given, seconds):
@@ -322,7 +322,7 @@ def test_plans_are_really_measured(quick):
     signature = signature_of(model)
     network = networks.import_model(model, signature).network
     assert network is not None
-    for _ in range(5):  # a busy machine may take all the time for one way
+    for _ in range(5):  # on a busy machine, one way may take all the time
         data = networks.tuned(network, [1, 16])
         if "choice" in from_bytes(data).hints:
             break
@@ -330,7 +330,7 @@ def test_plans_are_really_measured(quick):
     assert len(data) > len(networks.tuned(network, []))
 
 
-# Elsewhere, where TensorFlow is and this package is not.
+# Loading with TensorFlow but without this package.
 
 LOAD = """
 import sys, numpy as np
@@ -354,7 +354,7 @@ def test_an_export_and_its_loader(tmp_path):
     report = rigl_keras.export(model, folder, **options)
     assert report.max_difference < 1e-5
     assert (folder / "assets.extra" / "rigl_keras_kernels.so").exists()
-    # Again, over the first export, none of which is foreign.
+    # Again, over the first export, which has no foreign files.
     rigl_keras.export(model, folder, overwrite=True, **options)
     rigl_keras.check_export(folder)
 

@@ -1,4 +1,4 @@
-"""How sparse kernels are stored: bits, gaps and what they take."""
+"""Storage of sparse kernels: bits, gaps and sizes."""
 
 import math
 
@@ -92,8 +92,8 @@ def sparse(density, size=100_000):
 
 @pytest.mark.parametrize(
     "density, cheapest",
-    # A bit for each entry, or a byte for each value: equal at 1/8. Dense is
-    # cheaper where a bit more than 31 of 32 are kept.
+    # A bit for each entry, or a byte for each value: equal at density 1/8.
+    # Dense storage is smaller if more than 31 of 32 are kept.
     [
         (0.01, "gaps"),
         (0.12, "gaps"),
@@ -115,7 +115,7 @@ def test_the_cheapest(density, cheapest):
 
 
 def restored(kernels):
-    """Returns what a loaded SavedModel reads."""
+    """Returns the kernels that a loaded SavedModel reads."""
     stored = sparse_storage.SparseKernels(kernels)
     assert all(v.read_value().shape[0] == 0 for v in stored._dense)
     stored._initialize()
@@ -132,7 +132,7 @@ def test_of_several_types_and_encodings():
     stored, read = restored(kernels)
     for kernel, found in zip(kernels, read, strict=True):
         np.testing.assert_array_equal(found, kernel)
-    # Values and positions of three kinds; the dense ones are empty on disk.
+    # Values and three kinds of positions; dense variables are empty on disk.
     *arrays, _, _, _, _ = stored.variables
     assert len(arrays) == 6
     taken = sum(math.prod(v.shape) * v.dtype.size for v in arrays)
@@ -140,7 +140,7 @@ def test_of_several_types_and_encodings():
 
 
 def test_no_kernel_holds_anything():
-    """Zeros are found by their values alone."""
+    """Only zero values are left out, and the kernel may have no others."""
     _, read = restored([np.zeros((3, 4), np.float32), *KERNELS])
     np.testing.assert_array_equal(read[0], np.zeros((3, 4)))
     np.testing.assert_array_equal(read[2], KERNELS[1])

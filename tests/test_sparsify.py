@@ -1,4 +1,4 @@
-"""A dense model to a masked one and back."""
+"""From a dense model to a masked one and back."""
 
 import math
 import warnings
@@ -188,7 +188,7 @@ def test_save_and_load(tmp_path, fresh):
     loaded.fit(*examples(), verbose=0)
     for name, kernel in kernels(loaded).items():
         assert not kernel[masks(model)[name] == 0].any()
-    # In a process that knows the library only by its name.
+    # In a process that only imports the library.
     code = (
         "import sys, keras, numpy, rigl_keras\n"
         "m = keras.models.load_model(sys.argv[1])\n"
@@ -274,7 +274,7 @@ def test_a_layer_without_connections_warns():
 
 
 def cube(a, b):
-    """A loss of the user's own, which Keras cannot make from a config."""
+    """A custom loss, which Keras cannot make from a config."""
     return keras.ops.mean(keras.ops.abs(a - b) ** 3)
 
 
@@ -285,7 +285,7 @@ def small_mlp():
 
 
 def test_a_compiled_model():
-    """Dense training first is common; its loss is none of sparsify's cares."""
+    """A compiled model, after dense training, can be masked with any loss."""
     dense = small_mlp()
     dense.compile("sgd", cube)
     sparse = sparsify(dense, 0.5)
@@ -295,7 +295,7 @@ def test_a_compiled_model():
 
 
 def test_state_beyond_weights_is_kept():
-    """A Normalization derives what it subtracts from its variables."""
+    """A Normalization layer keeps state that it derives from variables."""
     x = np.random.default_rng(0).normal(3, 2, (9, 4)).astype(np.float32)
     inputs = keras.Input((4,))
     normalise = layers.Normalization()
@@ -369,7 +369,7 @@ def test_total_is_exact_for_any_model(units, density, distribution):
         [keras.Input((12,)), *(layers.Dense(n) for n in units)]
     )
     with warnings.catch_warnings():
-        # Of a layer that is left without connections.
+        # A layer is left without connections.
         warnings.simplefilter("ignore", UserWarning)
         sparse = sparsify(model, density, distribution=distribution)
     assert ones(sparse) == round(density * size(sparse))
@@ -415,10 +415,10 @@ def test_kernels_are_kept_or_removed_whole():
         assert found[name].any()
         assert sparse.get_layer(name).granularity == "kernel"
     assert not found["conv2"].all()
-    assert found["head"].all()  # no spatial axes: the others make up for it
+    assert found["head"].all()  # no spatial axes: others compensate
     total = sum(mask.size for mask in found.values())
     assert abs(ones(sparse) - 0.6 * total) <= 9 * 3
-    # As if the density of the dense layers had been given.
+    # The same as with given densities of the dense layers.
     shapes = {name: mask.shape for name, mask in found.items()}
     wanted = distributions.layer_densities(shapes, 0.6, densities={"head": 1.0})
     for name, mask in found.items():
@@ -434,7 +434,7 @@ def test_bad_granularity():
         sparsify(small_model(), 0.3, granularity="channel")
     with pytest.raises(ValueError, match="no layer to mask is a convolution"):
         sparsify(small_mlp(), 0.3, granularity="kernel")
-    # The classifier alone holds more than a tenth.
+    # The classifier alone has more than a tenth of the weights.
     with pytest.raises(ValueError, match="No densities of the other layers"):
         sparsify(small_model(), 0.1, granularity="kernel")
 
@@ -497,7 +497,7 @@ def test_einsum_has_no_kernels_to_keep_whole():
 
 
 def test_masks_of_layers_of_one_name():
-    """In two submodels: a ticket has both, and each its own."""
+    """In two submodels, each layer gets its own mask."""
 
     def part(inputs):
         x = keras.Input((5,))
@@ -510,7 +510,7 @@ def test_masks_of_layers_of_one_name():
     ticket = masked_layers(with_masks(model, found)).masks
     for name, mask in found.items():
         np.testing.assert_array_equal(ticket[name], mask)
-    # Only the second, by a predicate: not the first of its name.
+    # A predicate selects only the second layer of the name.
     second = rigl_keras.named_layers(model)["d'"]
     alone = masked_layers(sparsify(model, 0.4, layers=second)).masks
     assert list(alone) == ["d'"]

@@ -1,4 +1,4 @@
-"""SIGUSR1, by which schedulers say that a process is about to be ended."""
+"""SIGUSR1, with which schedulers announce the end of a process."""
 
 import os
 import signal
@@ -13,7 +13,7 @@ from rigl_keras.experiments.reproduction.progress import Progress
 from rigl_keras.experiments.reproduction.results import Results
 
 RUN = plans.Run("rigl_erk_wrn", plans.Preset("full"), 0.1, 0)
-# Ends its epoch when it is asked to, as bin/train does, or never.
+# Ends its epoch when it is asked to, like bin/train, or never ends.
 CHILD = """
 import pathlib, signal, sys, time
 run = pathlib.Path(sys.argv[1], "run")
@@ -36,7 +36,7 @@ sys.exit(75)
 
 
 class StopOnceBegun(Progress):
-    """Has this process asked to stop, when a run is at work."""
+    """Asks this process to stop once a run has begun."""
 
     def __init__(self, results):
         self._begun = results.folder(RUN) / "run/begun"
@@ -68,9 +68,9 @@ def test_a_worker_ends_the_epoch_that_it_is_in(
         workers.train_missing([RUN], results, progress=StopOnceBegun(results))
     folder = results.folder(RUN)
     assert (folder / "run/epoch").exists() == (how == "ends")
-    # Nobody has it, it is no failure, and it goes on.
+    # It is not claimed and not a failure, and can continue.
     assert not results.claimed(RUN) and results.failure(RUN) is None
-    # The signal is ignored by now: the process is about to end.
+    # Further signals are ignored, as the process is about to end.
     os.kill(os.getpid(), signal.SIGUSR1)
     assert workers.train_missing([RUN], results) == {}
     assert results.finished(RUN)

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of runs: all of it, once, and by steps."""
+"""TensorBoard shows all values of a run, once, and by steps."""
 
 import csv
 import functools
@@ -82,7 +82,7 @@ def small_run(run_dir, *more, **options):
 
 
 def events(folder):
-    """Returns `{tag: [(step, value)]}`, as a reader of TensorBoard has it."""
+    """Returns `{tag: [(step, value)]}`, as TensorBoard reads them."""
     from tensorboard.backend.event_processing import event_accumulator
 
     reader = event_accumulator.EventAccumulator(
@@ -104,7 +104,7 @@ def metrics(run_dir):
 
 
 def check_complete(run_dir, result):
-    """Checks that TensorBoard shows what metrics.csv holds, each once."""
+    """Checks that TensorBoard shows each value of metrics.csv once."""
     rows = metrics(run_dir)
     shown = events(run_dir / "tensorboard" / "train")
     assert set(TAGS) <= set(shown)
@@ -208,7 +208,7 @@ def test_a_lottery_ticket(finished, tmp_path):
 
 
 def interrupt(run_dir, patch, *more):
-    """Leaves a run that has trained two epochs, and saved one."""
+    """Makes a run that has trained two epochs, but saved only one."""
     save = Checkpoints.save
 
     def stop(checkpoints, epoch):
@@ -227,7 +227,7 @@ def interrupt(run_dir, patch, *more):
 def test_a_killed_run_shows_each_epoch_once(finished, tmp_path, monkeypatch):
     run_dir = tmp_path / "run"
     interrupt(run_dir, monkeypatch, RECORDED)
-    # More was written than is continued from.
+    # The log has more epochs than the checkpoint.
     (steps,) = {
         tuple(step for step, _ in points)
         for tag, points in events(run_dir / "tensorboard" / "train").items()
@@ -236,11 +236,11 @@ def test_a_killed_run_shows_each_epoch_once(finished, tmp_path, monkeypatch):
     assert steps == (23, 46)
     topology = run_dir / "topology"
     assert max(s for s, _ in events(topology)["topology/grown/all"]) == 45
-    # As a process that is killed may leave it.
+    # As after a kill.
     for path in (*run_dir.glob("tensorboard/*/*"), *event_files(topology)):
         path.write_bytes(path.read_bytes()[:-10])
 
-    monkeypatch.setattr(diagnostics, "figures", lambda *_: [])  # seconds
+    monkeypatch.setattr(diagnostics, "figures", lambda *_: [])  # slow
     result = small_run(run_dir, RECORDED, seed=3, resume=True)
     check_complete(run_dir, result)
     for column in ("accuracy", "grown", "training_flops_ratio"):
@@ -261,13 +261,13 @@ def test_a_killed_run_shows_each_epoch_once(finished, tmp_path, monkeypatch):
 
 
 def test_a_run_of_an_earlier_version(tmp_path, monkeypatch):
-    """Its metrics.csv has fewer columns, its events were by epochs."""
+    """Its metrics.csv has fewer columns, and its events are by epochs."""
     run_dir = tmp_path / "run"
     interrupt(run_dir, monkeypatch, *KINDS["static"])
     new = {"density", "grown", "drop_fraction", "training_flops_ratio"}
     rows = metrics(run_dir)
     names = [name for name in rows[0] if name not in new]
-    names.append("density")  # as resuming it once has left it
+    names.append("density")  # as after resuming it once
     rows = [row | {"density": ""} for row in rows]
     with (run_dir / "metrics.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, names, extrasaction="ignore")
@@ -305,7 +305,7 @@ def test_a_process_that_does_not_write(tmp_path):
     )
     assert 0 < result["training_flops_ratio"] < 1
     assert not list(tmp_path.iterdir())
-    gc.collect()  # checkpoints that nobody keeps, while the filter is set
+    gc.collect()  # deletes old checkpoints while the filter is set
 
 
 def test_the_figure_shows_densities():
@@ -324,7 +324,7 @@ def test_the_figure_shows_densities():
     bars = blue[100:].sum(axis=1)  # below the legend
     quarter, half = np.percentile(bars[bars > 0], [25, 75])
     assert half / quarter == pytest.approx(2, rel=0.05)
-    # A layer that has changed is marked, a network without masks has no bar.
+    # A changed layer is marked; a network without masks has no blue bars.
     moved = density_figure(layers, start | {"masked": 32}, first=start, step=7)
     assert not np.array_equal(moved, image)
     dense = density_figure(layers, {}, first={}, step=7)

@@ -1,4 +1,4 @@
-"""The tests themselves: what they import, which are run, and for how long."""
+"""The tests themselves: their imports, their choice and their times."""
 
 import ast
 import pathlib
@@ -20,7 +20,7 @@ def imported(path):
 
 
 def test_test_modules_import_no_test_modules():
-    """What several of them need lies in tests/support."""
+    """Shared code is in tests/support."""
     for path in TESTS.rglob("*.py"):
         names = [n for n in imported(path) if n.startswith("test_")]
         assert not names, f"{path.name} imports {names}."
@@ -31,7 +31,7 @@ def test_what_takes_long_is_marked(slow, monkeypatch):
     item = types.SimpleNamespace(get_closest_marker=lambda name: slow)
 
     def run(task):
-        with monkeypatch.context() as patch:  # not for this test itself
+        with monkeypatch.context() as patch:  # not for this test
             patch.setattr(conftest, "LONGEST", 0.1)
             call = conftest.pytest_runtest_call(item)
             next(call)
@@ -44,7 +44,7 @@ def test_what_takes_long_is_marked(slow, monkeypatch):
         while time.process_time() < start + 0.3:
             pass
 
-    run(lambda: time.sleep(0.3))  # for others, as on a machine that is busy
+    run(lambda: time.sleep(0.3))  # as on a busy machine
     if slow:
         run(work)
     else:
@@ -59,7 +59,7 @@ def test_few_files_need_no_workers():
 
     here, other = TESTS / "test_tests.py", TESTS / "test_topology.py"
     assert workers(here) == workers(f"{here}::test_x[a]", here, other) == 0
-    # None: as many as there are processors.
+    # None means as many as processors.
     assert workers(TESTS) is workers() is None
     assert workers(here, other, TESTS / "test_scores.py") is None
 
@@ -107,7 +107,7 @@ def test_slow_tests_are_left_out(every, args, want):
     conftest.pytest_collection_modifyitems(config, items)
     assert [i.nodeid.partition("::")[2] for i in items] == want.split()
     assert len(items) + len(left) == 4
-    # All tests together have graphs rewritten, once for each test.
+    # With --all, one case of each test has rewritten graphs.
     as_traced = [i.stash[conftest.AS_TRACED] for i in items]
     assert as_traced == ([False] * 3 + [True] if every else [True] * len(items))
 
@@ -117,5 +117,5 @@ def test_cases_that_are_not_there_are_refused():
     items = [Item(f"tests/test_x.py::case[{case}]", but) for case in "ab"]
     with pytest.raises(pytest.UsageError, match=r"no cases \['c'\]"):
         conftest.mark_other_cases(items, some=False)
-    # Of some cases that were asked for by name, others are missing.
+    # If cases are given by name, others may be missing.
     conftest.mark_other_cases(items, some=True)

@@ -1,4 +1,4 @@
-"""Text: what a window holds, in which order, and runs on it."""
+"""Text data: windows, their order, and runs."""
 
 import csv
 import dataclasses
@@ -19,7 +19,7 @@ from rigl_keras.experiments.reproduction import costs, plans
 from rigl_keras.experiments.runs import optimizers, train_command
 from rigl_keras.experiments.runs.run_directory import RunDirectory
 
-# By the version of Python: characters, and the beginning of their SHA-256.
+# For each version of Python: characters, and the start of their SHA-256.
 KNOWN = {
     "3.10.13": (1_587_142, "c76c3e4393ff4dd9"),
     "3.11.7": (1_618_510, "ca05ba63b1d53038"),
@@ -35,7 +35,7 @@ def clean_gin():
 
 
 def alphabet(count, **changes):
-    """A text of `count` characters: the alphabet, again and again."""
+    """Returns a text of `count` characters, the repeated alphabet."""
     recipe = data.TextRecipe(
         name="toy", vocabulary=97, context=4, validation=10, test=10
     )
@@ -93,13 +93,13 @@ def test_a_python_without_its_documentation(monkeypatch, tmp_path):
         data.load("python_docs")
 
 
-# --- its batches
+# --- batches
 
 
 def test_parts_follow_one_another():
     toy = alphabet(60)
     inputs, labels = windows(toy.validation(batch_size=2))
-    # Characters 40 to 49, o p q r | s t u v, and what comes after each.
+    # Characters 40 to 49, o p q r | s t u v, and the character after each.
     assert inputs == ["opqr", "stuv"] and labels == ["pqrs", "tuvw"]
     inputs, labels = windows(toy.test(batch_size=3))
     assert inputs == ["yzab", "cdef"] and labels == ["zabc", "defg"]
@@ -107,7 +107,7 @@ def test_parts_follow_one_another():
 
 
 def test_an_epoch_has_windows_that_do_not_overlap():
-    """From one of the first four characters; nothing of what is held out."""
+    """They start at one of the first four characters, before the validation."""
     numbered = data.Text(
         alphabet(60).recipe, "".join(chr(32 + i) for i in range(60))
     )
@@ -119,7 +119,7 @@ def test_an_epoch_has_windows_that_do_not_overlap():
     for inputs, labels in numbered.train(
         batch_size=9, seed=0, epochs=30
     ).as_numpy_iterator():
-        places, following = inputs - 1, labels - 1  # of the symbols
+        places, following = inputs - 1, labels - 1  # indices of symbols
         np.testing.assert_array_equal(following, places + 1)
         assert (np.diff(places, axis=1) == 1).all()
         starts = sorted(places[:, 0])
@@ -207,7 +207,7 @@ def test_rates_by_hand():
 
 
 def test_kernels_alone_decay_and_masks_hold():
-    """With gradients of zero, a step is the decay: 1 - 0.1 x 0.5."""
+    """With zero gradients, a step is only the decay: 1 - 0.1 x 0.5."""
     model = rigl_keras.sparsify(rigl_keras.models.gpt(97, 4, 1, 8, 2), 0.5)
     for variable in model.trainable_variables:
         variable.assign_add(tf.ones(variable.shape))
@@ -233,7 +233,7 @@ def test_kernels_alone_decay_and_masks_hold():
 
 
 def test_gradients_are_clipped_by_their_norm_together():
-    """Under Adam a scale alone changes nothing: the first means tell."""
+    """Adam ignores a common scale, so the first means are compared."""
     one, two = (keras.Variable(np.zeros(2, np.float32)) for _ in range(2))
     optimizer = optimizers.adamw(clip_norm=1.0, warmup_steps=0, beta_1=0.9)
     gradients = [tf.constant([3.0, 0.0]), tf.constant([0.0, 4.0])]
@@ -301,7 +301,7 @@ def test_what_a_run_says_of_a_text(straight):
     assert result["text"]["characters"] == len(text.python_docs())
     table = train_command.table(result)
     assert "bits per character, perplexity" in table
-    # The cost of attention beside its kernels is there at any density.
+    # Attention has costs without kernels, which do not depend on density.
     assert 0.12 < result["inference_flops_ratio"] < 0.25
     rows = metrics(run_dir)
     assert [row["step"] for row in rows] == ["25", "50", "75"]
@@ -310,7 +310,7 @@ def test_what_a_run_says_of_a_text(straight):
 
 @pytest.mark.slow
 def test_a_run_on_text_resumes_exactly(straight, tmp_path):
-    """Ended within its second epoch, to the same weights and masks."""
+    """After an interruption in the second epoch, it ends the same."""
     run_dir = tmp_path / "run"
     write = RunDirectory.write_metrics
 

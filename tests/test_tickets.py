@@ -1,4 +1,4 @@
-"""Runs that start where others were: tickets, rewinding, longer runs."""
+"""Runs that start from other runs: tickets, rewinding, longer runs."""
 
 import csv
 import json
@@ -23,10 +23,10 @@ pytestmark = pytest.mark.usefixtures("blank_figures")
 SMALL = [
     "train.model = @small_network",
     "train.epochs = 2",
-    "train.diagnostics = False",  # whose figures take seconds
+    "train.diagnostics = False",  # its figures take seconds
     "RigL.frequency = 5",
 ]
-# Where the network does not matter.
+# For tests that do not depend on the network.
 SMALLER = [*SMALL, "train.model = @mlp", "mlp.hidden = (24, 16)"]
 PRUNING = [
     *SMALL,
@@ -88,7 +88,7 @@ def test_pruning_ends_where_it_was_told(pruned):
     assert "conv1" not in rows[0]  # never masked
     assert result["layers"][0]["density"] == 1.0
     curve = np.genfromtxt(run_dir / "flops.csv", delimiter=",", names=True)
-    # Masks of an update hold from the step after it.
+    # The masks of an update apply from the next step on.
     assert curve["step"].tolist() == [0, 11, 16, 21, 26, 31, 45]
     assert (np.diff(curve["inference_flops"])[:-1] < 0).all()
     assert curve["inference_flops"][-1] == round(result["inference_flops"])
@@ -105,9 +105,9 @@ def test_pruning_ends_where_it_was_told(pruned):
 
 
 def test_a_ticket_has_the_final_masks_and_the_first_weights(pruned, tmp_path):
-    """To the last connection; the reproduction's code loads neither."""
+    """Masks and weights are equal; the reproduction's code loads neither."""
     source, before = pruned
-    # A step of rate 0: what the run started with is what it ends with.
+    # The rate is almost 0, so the run ends with its initial weights.
     still = ["train.epochs = 1", "sgd.learning_rate = 1e-30"]
     result = ticket(tmp_path / "ticket", source, *still, seed=7)
     assert result["method"] == "lottery"
@@ -124,7 +124,7 @@ def test_a_ticket_has_the_final_masks_and_the_first_weights(pruned, tmp_path):
         start = first.get_layer(name).kernel.numpy()
         np.testing.assert_allclose(kernel, start * mask, atol=1e-6)
         assert not np.allclose(kernel, trained[name][1], atol=1e-3)
-    # Of another seed alone, neither would be the same.
+    # With another seed, both would differ.
     other = found_of_seed(7)
     assert any((ours[n][0] != other[n][0]).any() for n in ours)
 
@@ -185,7 +185,7 @@ def test_a_run_of_updates_may_start_from_masks(pruned, tmp_path):
         (["train.masks_from = 'nowhere'"], "not the directory of a run"),
         (
             ["train.weights_epoch = 2"],
-            r"no weights of epoch 2, but of \[0, 1\]",
+            r"no weights of epoch 2, but those of \[0, 1\]",
         ),
         (
             ["train.density = 0.1"],
@@ -211,7 +211,7 @@ def test_bad_tickets(pruned, tmp_path, bindings, message):
     source, _ = pruned
     with pytest.raises(ValueError, match=message):
         ticket(tmp_path / "bad", source, *bindings)
-    # Nothing is left that a corrected run would trip over.
+    # A refused run leaves no files.
     assert not list((tmp_path / "bad").iterdir())
 
 
@@ -236,7 +236,7 @@ def test_masks_of_a_dense_or_unfinished_run(tmp_path):
     [
         (["train.one_shot = @snip"], "SNIP", 0.1),
         (
-            # Of which channels are a tenth of the weights.
+            # Fewer channels, with a tenth of the weights.
             [
                 "train.model = @wide_resnet",
                 "wide_resnet.depth = 10",
@@ -276,7 +276,7 @@ def test_other_starts(tmp_path, bindings, method, density):
 
 @pytest.mark.slow
 def test_a_longer_run(tmp_path):
-    """Epochs, falls of the rate and the end scale; the rest does not."""
+    """Epochs, falls of the rate and the last update scale; others do not."""
     bindings = [
         *SMALLER,
         "train.epochs = 1",
@@ -293,15 +293,15 @@ def test_a_longer_run(tmp_path):
     assert steps == [5, 10, 15, 20, 25, 30]
     with (tmp_path / "run" / "metrics.csv").open(newline="") as file:
         rates = [float(row["learning_rate"]) for row in csv.DictReader(file)]
-    # At steps 23 and 46, with falls at 3 + 20 and 3 + 40.
+    # Rates at steps 23 and 46, with falls at 3 + 20 and 3 + 40.
     assert rates == pytest.approx([0.1 * 0.2, 0.1 * 0.2**2])
-    # Over a run of length 1: twice what one step costs.
+    # Relative to a run of length 1, the cost is doubled.
     assert result["training_flops_ratio"] > 2 * result["inference_flops_ratio"]
 
 
 def test_a_longer_run_needs_makers_that_know(tmp_path):
     bindings = [*SMALL, "train.length = 0.1"]
-    with pytest.raises(ValueError, match="must leave one at least"):
+    with pytest.raises(ValueError, match="must leave at least one"):
         train_command.run(bindings=bindings, run_dir=tmp_path / "run")
 
 
@@ -340,7 +340,7 @@ def test_training_on_all_examples(tmp_path):
 
 @pytest.mark.slow
 def test_labels_are_smoothed_in_training_alone(tmp_path):
-    """The loss of uniform targets shows in training, not in validation."""
+    """The training loss is that of uniform targets, the validation loss not."""
     losses = {}
     for smoothing in (0.0, 0.5):
         run_dir = tmp_path / f"{smoothing}"
@@ -366,7 +366,7 @@ def test_labels_are_smoothed_in_training_alone(tmp_path):
 
 @pytest.mark.slow
 def test_the_corrections_of_the_report_survive_a_restart(tmp_path):
-    """What RigL-SM must remember under REPORT is in the run's checkpoints."""
+    """Checkpoints hold the state of RigL-SM under REPORT."""
     bindings = [
         *SMALLER,
         "RigL.redistribution = 'momentum'",
@@ -424,7 +424,7 @@ def test_whole_kernels_stay_whole_from_run_to_run(tmp_path):
 
 @pytest.mark.slow
 def test_weights_of_an_unfinished_run(tmp_path):
-    """Those of its start are there from the start, and cost nothing."""
+    """Its initial weights are saved at the start, and add no cost."""
     train_command.run(bindings=TICKET, run_dir=tmp_path / "first")
     gin.clear_config()
     (tmp_path / "first" / "result.json").unlink()

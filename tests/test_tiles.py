@@ -1,5 +1,7 @@
-"""The kernels of a served network: each of each instruction set that this
-processor has, against NumPy."""
+"""The kernels of a served network, compared with NumPy.
+
+Each is tested for each instruction set of this processor.
+"""
 
 import ctypes
 import math
@@ -32,7 +34,7 @@ def generator(*seed):
     return np.random.default_rng(seed)
 
 
-# What the activations are, in float64.
+# The activations, in float64.
 def _expm1_below_0(x):
     return np.expm1(np.minimum(x, 0))
 
@@ -71,10 +73,10 @@ def activation(x, act, a=0.0, b=0.0):
 
 
 class After:
-    """A random epilogue, and what it makes of numbers.
+    """A random epilogue, and a reference of it.
 
     Args:
-        shape: [channels, rows, cells, L] of what it works on.
+        shape: [channels, rows, cells, L] of its numbers.
     """
 
     def __init__(self, rng, shape, last, **asked):
@@ -107,7 +109,7 @@ class After:
             vector(asked["affine2"]),
         )
         self.other = None
-        kind = asked["other"]  # one of + - *, and with `.`: of a pixel
+        kind = asked["other"]  # one of + - *, with `.` for a single pixel
         if kind:
             size = (1, 1) if "." in kind else (rows, cells)
             self.other = Plane(length, channels, *size, rng=rng)
@@ -134,7 +136,7 @@ class After:
         )
 
     def check(self, x, rows=slice(None), channels=slice(None), **tolerance):
-        """Compares what has been written with what follows from `x`."""
+        """Compares the written numbers with the reference for `x`."""
         x = np.asarray(x, np.float64)
 
         def by_channel(v):
@@ -159,7 +161,7 @@ class After:
         for plane, expected in zip(self.planes, (y, z), strict=True):
             if plane is None:
                 continue
-            # What is not computed, and all margins, are left alone.
+            # Margins and other parts must not be written.
             full = np.full(plane.cells.shape, Plane.untouched, np.float64)
             full[channels, rows] = expected[channels, rows]
             np.testing.assert_allclose(plane.cells, full, **tolerance)
@@ -227,11 +229,14 @@ def convolution(
     number_step=1,
     **asked,
 ):
-    """Returns a random convolution's structure without weights; what
-    it keeps alive; and a function from [channels, inputs] weights and an
-    offset for each input to what it is, [channels, rows, cells, L].
+    """Returns a random convolution without weights, and its reference.
 
     The numbers of a cell read inputs that are `number_step` apart.
+
+    Returns:
+        The structure; the arrays that it needs; and a function from weights
+        [channels, inputs] and an offset for each input to the outputs,
+        [channels, rows, cells, L].
     """
     channels, rows, cells = out
     memory = Plane(length, 3, 2 * rows + 4, step * cells + 2, rng=rng)
@@ -250,7 +255,7 @@ def convolution(
         tile=tile,
         after=after.struct,
     )
-    # Into the margins as well, and no multiple of the vector's length.
+    # Offsets reach into margins, and are not multiples of the vector length.
     offsets = (
         rng.integers(0, 3, inputs) * memory.plane
         + rng.integers(-2, 3, inputs) * memory.pitch
@@ -309,7 +314,7 @@ def shapes_of_tiles(tiles):
 def test_a_sparse_convolution_with_every_tile(tiles):
     for tile in shapes_of_tiles(tiles):
         rng = generator(*tile)
-        # A whole tile, and ends of both kinds.
+        # A whole tile, and partial ones in both directions.
         out = (3, tile[0] + int(rng.integers(3)), tile[1] + rng.integers(3))
         run_sparse(
             tiles,
@@ -428,7 +433,7 @@ def test_a_part_of_a_dense_convolution(tiles):
 def run_depthwise(
     tiles, rng, out, *, part=None, dilation=1, every_other=False, **asked
 ):
-    """Rows of the window are `dilation` rows of the input apart."""
+    """Rows of the window are `dilation` input rows apart."""
     if every_other:
         asked = {"step": 2, "number_step": 2, **asked}
     channels, rows, _ = out
@@ -504,7 +509,7 @@ def test_an_epilogue_alone(tiles, asked):
 
 
 def test_an_epilogue_of_sums(tiles):
-    # Of the channels [1, 3), and of a tile of two rows.
+    # Channels [1, 3) of a tile of two rows.
     shape = (3, 4, 5, tiles.length)
     after = After(generator(6), shape, 2, other="+", act=RELU)
     memory = aligned(2 * 2 * 5 * tiles.length).reshape(-1)
@@ -530,7 +535,7 @@ SPECIAL += [math.inf]
 
 
 def activated(tiles, x, act, a=0.0, b=0.0):
-    """Returns the activation of as many numbers as there are."""
+    """Returns the activation of an array of any length."""
     cells = -(-len(x) // tiles.length)
     field = Plane(tiles.length, 1, 1, cells, rng=generator(0))
     flat = np.zeros(cells * tiles.length, np.float32)
@@ -561,9 +566,9 @@ def test_activations(tiles, act):
     found = activated(tiles, x, act, a, b)
     with np.errstate(over="ignore", invalid="ignore"):
         expected = activation(x, act, a, b)
-        # Where it is infinite in float32.
+        # Infinite in float32.
         expected = expected.astype(np.float32).astype(np.float64)
-    # Where errors of the argument, in float32, weigh more than those of the
+    # Tolerances where float32 errors of the argument exceed those of the
     # function.
     tiny = {GELU_TANH: 2e-7, HARD_SIGMOID: 1e-7, HARD_SILU: 1e-6}.get(act, 0)
     np.testing.assert_allclose(
@@ -627,7 +632,7 @@ def test_all_of_an_image_in_one_cell(tiles, maximum, positions):
         cells = -(-columns // length) if positions else columns
         last = columns - (cells - 1) * length if positions else length
         field = Plane(length, 3, rows, cells, last, rng=rng)
-        # All below zero: the margin is not the largest.
+        # All negative, so the zeros of the margin must not be the largest.
         field.cells[:] = np.where(field.cells, -1 - abs(field.cells), 0)
         after = After(rng, (3, 1, 1, length), length, affine=True)
         tiles.global_pool(

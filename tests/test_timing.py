@@ -1,4 +1,4 @@
-"""What is timed, how often and in which order."""
+"""The number and the order of timed calls."""
 
 import time
 
@@ -24,12 +24,12 @@ def test_each_side_has_a_turn_in_each_round():
     said, sides = recorder()
     seconds = interleaved(sides, rounds=6)
     assert set(seconds) == {"a", "b", "c"} and min(seconds.values()) > 0
-    # Two calls of each to warm up, and then rounds.
+    # Two calls of each to warm up, then rounds.
     assert said[:6] == ["a", "a", "b", "b", "c", "c"]
     rounds = [tuple(said[i : i + 3]) for i in range(6, len(said), 3)]
     assert len(rounds) == 6
     assert all(sorted(order) == ["a", "b", "c"] for order in rounds)
-    # Nobody always comes after the same one.
+    # The order changes between rounds.
     assert len(set(rounds)) > 2
 
 
@@ -52,10 +52,10 @@ def test_rounds_fit_into_the_time():
 
 
 class Machine:
-    """Sides that take given times, by a separate clock.
+    """Sides that take given times on a fake clock.
 
     Args:
-        seconds: `{name: function of the number of the call, seconds}`.
+        seconds: `{name: function from the number of a call to seconds}`.
     """
 
     def __init__(self, **seconds):
@@ -78,7 +78,7 @@ def steady(seconds):
 
 
 def disturbed(seconds, most=2.0, every=3):
-    """Each third call takes up to twice as long."""
+    """Returns times in which each third call takes up to twice as long."""
     return lambda call: (
         seconds * (most - call % 7 / 7 if call % every == 0 else 1)
     )
@@ -91,7 +91,7 @@ def test_what_is_certain_ends_early():
     assert found.minima == pytest.approx({"slow": 0.02, "fast": 0.01})
     assert found.medians == pytest.approx(found.minima)
     assert found.spread == pytest.approx(0)
-    # Three minima of five turns each, and two calls before.
+    # Three minima of five turns each, after two calls.
     assert machine.called == {"slow": 17, "fast": 17}
 
 
@@ -103,7 +103,7 @@ def test_minima_see_through_what_disturbs_some_turns():
 
 
 def test_what_is_never_certain_ends_when_time_is_up():
-    """The faster one changes with every few turns."""
+    """The faster side changes every few turns."""
     machine = Machine(
         one=lambda call: 0.01 * (1.5 if call // 10 % 2 else 1),
         two=lambda call: 0.01 * (1 if call // 10 % 2 else 1.5),
@@ -119,14 +119,14 @@ def test_a_tie_within_the_margin_is_certain():
     machine = Machine(one=steady(0.0100), two=disturbed(0.0102, most=1.1))
     assert machine.settled(seconds=100, margin=0.05).certain
     assert machine.called["one"] == 17
-    # Of three sides, two of them tied, and the third far behind.
+    # Three sides: two are equally fast, and the third is much slower.
     sides = dict(one=steady(0.01), two=steady(0.01), three=steady(0.03))
     assert Machine(**sides).settled(seconds=9, margin=0.05).certain
     assert not Machine(**sides).settled(seconds=9).certain
 
 
 def test_a_busy_machine_is_told_by_its_minima():
-    """All turns of some seconds take longer, now and then."""
+    """Sometimes all turns of some seconds take longer."""
     machine = Machine(
         one=lambda call: 0.01 * (1, 1.5, 1.7)[call // 12 % 3],
         two=steady(0.1),
@@ -141,7 +141,7 @@ def test_long_calls_have_three_turns():
     found = machine.settled(seconds=1)
     assert machine.called == {"one": 5, "two": 5}
     assert found.minima == pytest.approx({"one": 5, "two": 7})
-    assert not found.certain  # three are too few to say so
+    assert not found.certain  # three turns are too few
 
 
 def test_short_calls_fill_a_turn():
@@ -160,7 +160,7 @@ def test_sides_take_turns_in_random_order():
         }
     )
     machine.settled(seconds=1)
-    turns = said[6:]  # two calls of each come first
+    turns = said[6:]  # after two calls of each
     orders = [tuple(turns[i : i + 3]) for i in range(0, len(turns), 3)]
     assert all(sorted(order) == ["a", "b", "c"] for order in orders)
     assert len(set(orders)) > 2

@@ -1,4 +1,4 @@
-"""How much outputs of an export may differ, and that errors differ by more."""
+"""Outputs of a correct export differ by less than those of a wrong one."""
 
 import keras
 import numpy as np
@@ -26,7 +26,7 @@ def chain(convolutions, norms=0):
     "convolutions, norms, folded, terms",
     [
         (16, 0, 0, 16),
-        (16, 9, 0, 16),  # as they are computed here and there
+        (16, 9, 0, 16),  # rounding errors only
         (16, 9, 9, 25),
         (16, 9, None, 25),
         (16, 9, 4, 20),
@@ -58,12 +58,12 @@ def test_other_precisions_do_not_grow():
 
 @pytest.fixture(scope="module")
 def deep():
-    """A slim ResNet-50, whose batch norms have seen something."""
+    """Returns a slim ResNet-50 with statistics of a random batch."""
     keras.utils.set_random_seed(0)
     model = rigl_keras.models.resnet50(channel_scale=0.25)
     for layer in model.layers:
         if isinstance(layer, layers.BatchNormalization):
-            layer.momentum = 0.0  # one batch says it all
+            layer.momentum = 0.0  # one batch sets the statistics
     draw = np.random.default_rng(0)
     model(draw.standard_normal((16, 32, 32, 3)).astype("f"), training=True)
     return rigl_keras.sparsify(model, 0.1, product="dense")
@@ -82,10 +82,10 @@ def test_a_deep_network_with_folded_norms_passes(deep, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("place", [0, -1])
 def test_one_wrong_weight_does_not(deep, place, monkeypatch, tmp_path):
-    """The largest of the first layer, or one unit's of the last one.
+    """Changes the largest weight of the first layer, or a unit of the last.
 
-    By one hundredth. In the last layer a single one counts as much as the
-    feature that it reads, which may be next to nothing.
+    The change is a hundredth. A single weight of the last layer may have
+    almost no effect, if the feature that it reads is almost 0.
     """
     fold = compaction.fold_batch_norm
 
@@ -108,7 +108,7 @@ def test_one_wrong_weight_does_not(deep, place, monkeypatch, tmp_path):
 
 
 def test_one_wrong_weight_of_a_small_network():
-    """In each layer it exceeds the tolerance."""
+    """In each layer, a wrong weight exceeds the tolerance."""
     keras.utils.set_random_seed(0)
     model = rigl_keras.sparsify(rigl_keras.models.lenet5(), 0.1)
     signature = signature_of(model)

@@ -68,7 +68,7 @@ TABLE = {
 }  # fmt: skip
 
 
-@functools.cache  # what is traced for one row serves the next
+@functools.cache  # one trace serves all rows
 def move(mode, fraction):
     def by_fraction(mask, drop, grow):
         return topology.drop_and_grow(mask, drop, grow, drop_fraction=fraction)
@@ -94,17 +94,17 @@ def test_table(row, mode):
 @pytest.mark.parametrize(
     "mask, drop, grow, fraction, new, grown",
     [
-        # One of three leaves: 0.4 x 3 is rounded up to two.
+        # Two of three are dropped: 0.4 x 3 is rounded up.
         ([1, 1, 1, 0, 0], [1, 2, 3, 0, 0], [0, 0, 0, 8, 9], 0.4,
          [0, 0, 1, 1, 1], [0, 0, 0, 1, 1]),
-        # A connection that left and joined again starts again.
+        # A connection that is dropped and regrown starts again.
         ([1, 1, 0, 0], [3, 1, 0, 0], [0, 9, 2, 5], 0.5,
          [1, 1, 0, 0], [0, 1, 0, 0]),
         # The active zero ties with the inactive one before it: of the two
         # places to fill (one inactive, one dropped) the first two zeros win,
         # which are the inactive entry and the active zero.
         ([0, 1, 1], [0, 0, 2], [7, 0, 0], 0.5, [1, 0, 1], [1, 0, 0]),
-        # Here both places fall on inactive zeros, and nothing is dropped.
+        # Here both zeros are inactive, and nothing is dropped.
         ([0, 0, 1, 1], [0, 0, 0, 2], [7, 8, 0, 0], 0.0,
          [0, 0, 1, 1], [0, 0, 0, 0]),
         # Gradients vanish: the first entry, active, is picked and zeroed,
@@ -146,7 +146,7 @@ def test_grow_count():
 def test_nan_is_refused(drop, grow):
     with pytest.raises(ValueError, match="cannot be ranked.*diverged"):
         topology.drop_and_grow([1, 1, 0], drop, grow, drop_fraction=0.5)
-    # Nothing can be raised in a graph: the mask stays as it is.
+    # A graph cannot raise, so the mask does not change.
     move = tf.function(topology.drop_and_grow)
     new, grown = move([1, 1, 0], drop, grow, drop_fraction=0.5)
     np.testing.assert_array_equal(new, [1, 1, 0])
@@ -183,7 +183,7 @@ def test_invariants(case, fraction):
     dropped = mask & ~new
     assert dropped.sum() == grown.sum() <= int(mask.sum() * fraction)
     if dropped.any() and (mask & new).any() and fraction < 1:
-        # Nothing that stayed is worse, except what rejoined.
+        # No connection that stayed has a lower score, except regrown ones.
         assert drop[dropped].min() >= drop[mask].min()
 
 
@@ -221,8 +221,8 @@ def test_report_spares_dense_layers():
 @pytest.mark.parametrize(
     "n, fraction, floor, ceil",
     [
-        # Products that are whole in double precision and are not when 0.7
-        # passes through float32 (0.69999999) or 0.3 does (0.30000001).
+        # Products that are whole numbers in double precision, but not with
+        # 0.7 or 0.3 in float32 (0.69999999, 0.30000001).
         (10, 0.7, 7, 7),
         (10, 0.3, 3, 3),
         (5, 0.6, 3, 3),
@@ -248,8 +248,8 @@ def test_drop_count(n, fraction, floor, ceil, number):
     [
         (0, [1, 0, 0, 0]),
         (1, [1, 0, 0, 1]),
-        (3, [1, 1, 1, 1]),  # the dropped one too, after the better two
-        (9, [1, 1, 1, 1]),  # no more than there is room for
+        (3, [1, 1, 1, 1]),  # also the dropped one, after two better ones
+        (9, [1, 1, 1, 1]),  # at most the free places
     ],
 )
 def test_grow_counts(joining, new):
@@ -268,7 +268,7 @@ def test_ties_go_by_flat_index():
         mask, np.ones((3, 2)), np.ones((3, 2)) * [[0], [1], [1]],
         drop_fraction=0.67,
     )  # fmt: skip
-    # (0, 0) and (0, 1) leave; (1, 1) and (2, 0) are the first to join.
+    # (0, 0) and (0, 1) are dropped; (1, 1) and (2, 0) have the best scores.
     np.testing.assert_array_equal(new, [[0, 0], [1, 1], [1, 0]])
     np.testing.assert_array_equal(grown, [[0, 0], [0, 1], [1, 0]])
 
@@ -281,7 +281,7 @@ def in_modes(function):
     ]
 
 
-# Made once, so that each compiles once for all examples.
+# Made once, so that each is compiled once for all examples.
 MOVES = {
     name: in_modes(
         lambda mask, drop, grow, fraction, conventions=conventions: (
@@ -359,7 +359,7 @@ def test_nan_in_graph_and_xla(name, where):
     ]
 )
 def moved(mask, drop, grow, fraction):
-    """Traced once, for masks of any shape."""
+    """Updates a mask of any shape, with a single trace."""
     shape, flat = (
         tf.shape(mask),
         [tf.reshape(x, [-1]) for x in (mask, drop, grow)],
@@ -373,8 +373,8 @@ def moved(mask, drop, grow, fraction):
 def test_kept_are_left_alone(case, fraction):
     mask, drop, grow = case
     new, grown = (t.numpy() for t in moved(mask, drop, grow, fraction))
-    # Those that stay are the best, ties going to the higher index; only the
-    # others may leave, and only places that are then free be filled.
+    # The best stay, with ties to the higher index. Only the others may be
+    # dropped, and only free places filled.
     active = np.flatnonzero(mask)
     worst_first = sorted(active, key=lambda i: (drop.flat[i], i))
     count = int(len(active) * fraction)
@@ -408,7 +408,7 @@ def test_drop_fraction_is_a_number(fraction):
 
 
 def test_all_layers_at_once():
-    """Each as alone, where it grows as many as it drops."""
+    """Each layer is updated as if alone, if it grows as many as it drops."""
     draw = np.random.default_rng(0)
     shapes = [(3, 4), (5,), (2, 2, 3)]
     masks = [draw.random(shape) < 0.5 for shape in shapes]
@@ -456,7 +456,7 @@ def test_connections_move_between_layers():
 
 
 def test_spared_layers_drop_less():
-    """The first, of sparsity 0.1, has 9 of 11 nonzeros and drops one of 9."""
+    """The first layer, of sparsity 0.1, has 9 of 11 nonzeros; it drops one."""
     masks = [np.r_[np.ones(9), 0], np.r_[np.ones(2), np.zeros(8)]]
     leaving = [np.arange(10.0) + 1, np.arange(10.0) + 1]
     joining = [np.zeros(10), np.zeros(10)]
@@ -523,7 +523,7 @@ def test_bad_grow_counts(counts):
 
 
 def test_each_layer_may_drop_a_fraction_of_its_own():
-    """1 of 2 and none of 2 leave; what is new comes by the grow scores."""
+    """1 of 2 and none of 2 are dropped; grow scores decide what grows."""
     new, grown = topology.update_masks(
         [[1, 1, 0], [1, 1, 0]],
         [[3, 1, 0], [3, 1, 0]],

@@ -1,7 +1,7 @@
-"""Runs that MLflow or Weights & Biases follow.
+"""Runs that are logged to MLflow or Weights & Biases.
 
-Neither is among the packages of the tests: MLflow and what it needs are forty.
-`pip install mlflow-skinny wandb` has them tested.
+The tests' packages include neither, as MLflow needs forty more. To test them,
+`pip install mlflow-skinny wandb`.
 """
 
 import importlib.util
@@ -30,7 +30,7 @@ def installed(name):
 
 
 class Recorder(trackers.Tracker):
-    """Keeps what it is given; as any tracker, it may be out of reach."""
+    """Records all calls; it may fail like a tracker whose server is away."""
 
     package, module = "json", "json"
 
@@ -56,7 +56,7 @@ class Recorder(trackers.Tracker):
 
 
 class Away(keras.callbacks.Callback):
-    """Takes a tracker out of reach for an epoch."""
+    """Makes a tracker fail for an epoch."""
 
     def __init__(self, recorder):
         super().__init__()
@@ -92,7 +92,7 @@ def test_a_run_that_goes_on_does_so_in_the_tracker(
         train_command.run(
             **run, tracker=recorder, callbacks=[Away(recorder), Stop()]
         )
-    assert "does not take an epoch" in caplog.text
+    assert "failed to log an epoch" in caplog.text
     assert "no route" in caplog.text
     events, recorder.events = recorder.events, []
     ((_, earlier, parameters), *logged, end) = events
@@ -100,7 +100,7 @@ def test_a_run_that_goes_on_does_so_in_the_tracker(
     assert parameters["train.epochs"] == 3
     assert parameters["train.method"] == "RigL"
     assert parameters["RigL.frequency"] == 2
-    # The first, which it did not take, was logged after the second.
+    # The first epoch, which failed, was logged after the second.
     assert [(step, m["epoch"]) for _, step, m in logged] == [(3, 0), (6, 1)]
     result = train_command.run(**run, resume=True, tracker=recorder)
     (begin, third, last, kept, end) = recorder.events
@@ -110,7 +110,7 @@ def test_a_run_that_goes_on_does_so_in_the_tracker(
     _, files, figures = kept
     assert {"config.gin", "result.json", "model.keras", "metrics.csv"} <= files
     assert "density.png" in figures
-    # Nothing is told twice of a finished run.
+    # A finished run is not logged again.
     recorder.events = []
     assert train_command.run(**run, tracker=recorder) == result
     assert recorder.events == []
@@ -127,9 +127,9 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
 
 
 def followed(make, folder):
-    """Has a tracker follow a run that is killed once; returns its directory.
+    """Logs a run that is killed once; returns its directory.
 
-    It is killed between two epochs, and tells the tracker nothing of it.
+    The kill is between two epochs, without a message to the tracker.
     """
     with run_directory.RunDirectory(folder, config="", resume=True) as run:
         run.begin()
@@ -141,7 +141,7 @@ def followed(make, folder):
         (folder / "topology").mkdir()
         (folder / "topology/density.png").write_bytes(PIXEL)
         tracking.finish(RESULT)
-        with pytest.raises(ValueError, match="begun with --tracker"):
+        with pytest.raises(ValueError, match="began with --tracker"):
             trackers.Tracking(Recorder(), run, {}).on_train_begin()
 
 
@@ -194,13 +194,13 @@ def test_wandb_without_a_network(tmp_path, monkeypatch):
     assert "test_accuracy" in names
     assert any("figures" in name and "density" in name for name in names)
     assert artifacts == [{"config.gin", "metrics.csv"}]
-    # Both processes were of one run.
+    # Both processes logged to one run.
     folders = (tmp_path / "run/wandb").glob("offline-run-*")
     assert len({folder.name.split("-")[-1] for folder in folders}) == 1
 
 
 def wandb_records(folder):
-    """Yields what is in the logs of W&B, whose form is LevelDB's."""
+    """Yields the records of W&B's logs, which have LevelDB's format."""
     from wandb.proto import wandb_internal_pb2
 
     for path in sorted(folder.glob("*/*.wandb")):
@@ -208,10 +208,10 @@ def wandb_records(folder):
         while len(data) - at > 7:
             left = -at % 32768
             if left and left < 7:
-                at += left  # a block's end, too short for a header
+                at += left  # the end of a block, too short for a header
             _, length, kind = struct.unpack_from("<IHB", data, at)
             whole += data[at + 7 : at + 7 + length]
             at += 7 + length
-            if kind in (1, 4):  # all of it, or its last part
+            if kind in (1, 4):  # a whole record, or its last part
                 yield wandb_internal_pb2.Record.FromString(whole)
                 whole = b""

@@ -1,8 +1,8 @@
-"""Searches: as many trials as wanted, even after kills.
+"""Searches make the requested number of trials, even after kills.
 
-This file is a program, too: a server that imports TensorFlow once, runs none
-of it, and makes each search in a fork, which it may kill. Nothing is trained:
-a run's result is a function of its setting.
+This file is also a program: a server that imports TensorFlow once, without
+running it, and makes each search in a fork, which it may kill. Nothing is
+trained: the result of a run is a function of its setting.
 """
 
 import functools
@@ -55,7 +55,7 @@ def begun(tmp_path, **options):
 
 
 def accuracy(run):
-    """What a run comes to: best at drop fraction 0.4 and 200 steps."""
+    """Returns a run's accuracy, best at drop fraction 0.4 and 200 steps."""
     changes = dict(run.changes)
     drop = changes.get("UPDATE_FRACTION", 0.3)
     steps = changes.get("UPDATE_FREQUENCY", 50)
@@ -77,7 +77,7 @@ def write_result(run, results):
 
 
 class Trainer:
-    """In place of `train_missing`, and what it was called with."""
+    """Replaces `train_missing`, and records its calls."""
 
     def __init__(self, fails=lambda run: False, seconds=0.0):
         self.trained = []
@@ -89,7 +89,7 @@ class Trainer:
             if results.finished(run):
                 continue
             with results.claim(run) as claim:
-                if claim is None:  # a child of a killed process has it
+                if claim is None:  # a child of a killed process still has it
                     time.sleep(0.01)
                     return self(runs, results, progress=progress, data_dir="")
                 progress.start(run)
@@ -105,7 +105,7 @@ class Trainer:
 
 
 def settings(study):
-    """All settings, in the order of their trials."""
+    """Returns all settings, in the order of their trials."""
     return [tuple(study.params(t).values()) for t in study.trials()]
 
 
@@ -146,7 +146,7 @@ def test_a_search(straight):
     cut = states(study).count("PRUNED")
     assert len(trainer.trained) == 2 * 12 - cut
     assert {"PRUNED", "COMPLETE"} == set(states(study))
-    # The frequency is in steps of the preset, whose own is 50.
+    # The frequency is in steps of the preset, where the default is 50.
     drop, frequency = settings(study)[0]
     assert found.runs(drop, frequency)[0] == plans.Run(
         ROW,
@@ -168,7 +168,7 @@ def test_a_finished_search_is_not_repeated(straight):
 
 
 def test_more_trials_go_on(straight, tmp_path):
-    """As if there had been as many from the beginning."""
+    """The result is as if there had been as many from the start."""
     for trials in (5, 6, 12):
         found, study, results = begun(tmp_path, trials=trials)
         search.search(found, study, results, train=Trainer())
@@ -183,7 +183,7 @@ def test_another_seed_tries_others(straight, tmp_path):
 
 
 def test_trained_settings_are_taken(tmp_path):
-    """The reference is the row's own run, from any command."""
+    """The reference is the row's run, which any command may have trained."""
     found, study, results = begun(
         tmp_path, trials=1, drop_fraction=(0.3, 0.3), frequency=(100, 100, 1)
     )
@@ -196,7 +196,7 @@ def test_trained_settings_are_taken(tmp_path):
 
 
 def test_an_interrupted_trial_is_tried_again(tmp_path):
-    """Its runs go on; the trial that repeats it takes its place."""
+    """Its runs continue in the trial that repeats it."""
     found, study, results = begun(tmp_path, trials=3)
     trainer = Trainer()
 
@@ -234,7 +234,7 @@ def test_a_trial_that_is_claimed_is_left_alone(tmp_path):
 
 @pytest.mark.parametrize("writes", range(4))
 def test_taking_over_may_end_at_any_write(tmp_path, monkeypatch, writes):
-    """For one that has begun long since, the trial is as free as before."""
+    """Another process can then take the trial over again."""
     _, study, results = begun(tmp_path, trials=1)
     with study.claim(1) as trial:
         params = trial.params
@@ -255,7 +255,7 @@ def test_taking_over_may_end_at_any_write(tmp_path, monkeypatch, writes):
 
 
 def test_failures(tmp_path):
-    """They count as trials, and the next command tries again."""
+    """Failures count as trials, and the next command tries again."""
     found, study, results = begun(tmp_path, trials=3)
     first = []
 
@@ -310,7 +310,7 @@ def test_the_rule_of_cutting(tmp_path):
     assert hopeless(0.19)  # the lowest quarter of 0.1, ..., 0.5 ends at 0.2
     assert not hopeless(0.2)
     assert hopeless(0.25, 0.29) and not hopeless(0.25, 0.31)
-    assert not hopeless(0.31, 0.0)  # the best that it has had
+    assert not hopeless(0.31, 0.0)  # its best mean counts
 
 
 def test_nothing_is_cut_without_pruning(straight, tmp_path):
@@ -349,7 +349,7 @@ def test_a_study_that_cannot_be_written(tmp_path):
 
 
 def test_looking_at_a_study_writes_nothing(tmp_path):
-    """Not even where a process was killed before it had made one."""
+    """It writes nothing, even if a process was killed before it made one."""
     study = study_of(Results(tmp_path, "small"), searched())
     study.path.mkdir(parents=True)
     (study.path / "journal.log").touch()
@@ -432,7 +432,7 @@ def test_nonsense_on_the_command_line(arguments, says, monkeypatch, capsys):
 
 
 def test_what_is_shown(tmp_path, monkeypatch, capsys):
-    """The plan, each trial, all of them and the line of Table 4."""
+    """The plan, each trial, all trials and the row of Table 4 are printed."""
     monkeypatch.setattr(costs, "seconds_of_step", lambda network: 0.1)
     results = Results(tmp_path, "small")
     found = searched(trials=8)
@@ -467,7 +467,7 @@ def test_what_is_shown(tmp_path, monkeypatch, capsys):
     ]
     line = table[11].split()
     assert line[:4] == [f"{ROW},", "here", "0.1", "0.3,"]
-    # The reference: 0.9 - 0.1^2 - 0.15^2 + 0.0005, and a point less in test.
+    # The reference: 0.9 - 0.1^2 - 0.15^2 + 0.0005, less one point in test.
     assert line[4:8] == ["100", "85.80", "+-", "0.07"]
     gain = mean - 86.80
     assert f"the optimum is +{gain:.2f} points" in table[-1]
@@ -502,7 +502,7 @@ def test_the_grid_is_figure_2(tmp_path, monkeypatch, capsys):
         tune.learning_rate(ROW, SMALL, 2.0, results)
 
 
-KILLS = 8  # of one of two processes, at random moments
+KILLS = 8  # kills of one of two processes, at random moments
 
 
 @pytest.fixture(scope="module")
@@ -520,7 +520,7 @@ def server(tmp_path_factory):
 
 @pytest.mark.slow
 def test_killed_at_any_point(server):
-    """Killed at a write, or in it, a search finds what it would have found."""
+    """A search that is killed at a write, or in it, ends the same."""
     folder, report = server
     assert report["points"] > 12
     assert report["killed"] == 2 * (report["points"] + 7)
@@ -534,7 +534,7 @@ def test_killed_at_any_point(server):
 
 @pytest.mark.slow
 def test_one_of_two_is_killed(server):
-    """At random moments: there are 15 trials, and no setting is lost."""
+    """After kills at random moments, there are 15 trials and all settings."""
     folder, report = server
     assert report["pairs"] == KILLS
     repeated = 0
@@ -562,7 +562,7 @@ def forked(folder, options, at=None, how="", seconds=0.0):
         return process
     try:
         count = counter(at, how)
-        # The first is drawn at random, and not the first 10.
+        # Only the first trial is drawn at random, instead of 10.
         optuna.samplers.TPESampler = functools.partial(
             optuna.samplers.TPESampler, n_startup_trials=1
         )
@@ -583,7 +583,7 @@ def forked(folder, options, at=None, how="", seconds=0.0):
 
 
 def counter(at, how):
-    """Counts writes to the journal and runs, and kills at one of these."""
+    """Counts writes to the journal and runs, and kills itself at one."""
     points = 0
 
     def count(go_on, half=None):
@@ -622,7 +622,7 @@ def serve(folder):
     assert ended(forked(folder / "straight", AT_POINTS)) == 0
     report["points"] = int((folder / "straight" / "points").read_text())
     points = range(1, report["points"] + 1)
-    # Where one is killed, and where another that takes over from it.
+    # The points at which a process is killed, and one that takes over.
     kills = [[point] for point in points]
     kills += [[report["points"] // 2, point] for point in range(1, 8)]
     for at in kills:
@@ -637,8 +637,8 @@ def serve(folder):
     for pair in range(KILLS):
         place = folder / f"pair-{pair}"
         one, two = (forked(place, IN_PAIRS, seconds=0.02) for _ in range(2))
-        # Not before one of them is at work, which takes longer on a machine
-        # that is busy.
+        # Only once one of them has begun, which takes longer on a busy
+        # machine.
         until = time.monotonic() + 60
         while not list(place.rglob("trial-*")) and time.monotonic() < until:
             time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""bin/report where TensorFlow is not installed, and the library there."""
+"""bin/report and the library where TensorFlow is not installed."""
 
 import ast
 import os
@@ -12,7 +12,7 @@ import pytest
 import rigl_keras
 
 ROOT = pathlib.Path(rigl_keras.__file__).parents[1]
-# A process in which these cannot be imported, and which then runs a module.
+# Runs a module in a process that cannot import these.
 WITHOUT = """
 import runpy, sys
 
@@ -40,7 +40,7 @@ runpy.run_module("rigl_keras.experiments.report_command", run_name="__main__")
 
 
 def test_the_page_is_made_without_tensorflow(tmp_path):
-    """The same page, byte for byte, as is kept in the repository."""
+    """The page has the same bytes as the one in the repository."""
     kept = ROOT / "docs/results_small"
     data = f"--results_dir={kept / 'results.jsonl'}"
     done = run_without_tensorflow(REPORT, data, f"--output={tmp_path}")
@@ -92,7 +92,7 @@ atexit.register(lambda: print("tensorflow" in sys.modules))
     ids=["without", "planned"],
 )
 def test_the_script_does_not_wait_for_tensorflow(options, loaded, tmp_path):
-    """It loads TensorFlow for --planned only."""
+    """It loads TensorFlow only for --planned."""
     data = f"--results_dir={ROOT / 'docs/results_small/results.jsonl'}"
     done = subprocess.run(
         [sys.executable, "-c", ENDS, data, f"--output={tmp_path}", *options],
@@ -108,7 +108,7 @@ def test_the_script_does_not_wait_for_tensorflow(options, loaded, tmp_path):
 
 
 def test_the_script_needs_no_installed_project(tmp_path):
-    """Any Python does that has absl, matplotlib and NumPy."""
+    """Any Python with absl, matplotlib and NumPy can run it."""
     root = tmp_path / "a clone"
     (root / "bin").mkdir(parents=True)
     ours = pathlib.Path(rigl_keras.__file__).parent
@@ -137,7 +137,7 @@ def test_the_script_needs_no_installed_project(tmp_path):
 
 
 def test_editors_find_every_name():
-    """All that is public is imported by a statement, which they read."""
+    """Import statements, which editors read, have every public name."""
     tree = ast.parse(pathlib.Path(rigl_keras.__file__).read_text())
     found = {
         alias.name

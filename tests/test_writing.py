@@ -1,4 +1,4 @@
-"""Files that are whole or not there, over a power cut too, and their locks."""
+"""Files are whole or missing, even after a power failure; and locks."""
 
 import ast
 import errno
@@ -45,7 +45,7 @@ def test_a_power_cut_while_a_folder_is_exchanged(tmp_path, disk):
 
 
 def test_there_is_one_writer():
-    """`Path.replace` and its like, which power cuts and other writers know."""
+    """Only `_files` moves files, as it also syncs them."""
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Call):
@@ -94,7 +94,7 @@ def test_what_killed_processes_leave_goes(tmp_path):
     left = {
         f"{_files.UNFINISHED}{node}-{gone.pid}": False,
         f"{_files.UNFINISHED}{node}-{gone.pid}-2": False,
-        f"{_files.UNFINISHED}{node}-{os.getppid()}": True,  # at work
+        f"{_files.UNFINISHED}{node}-{os.getppid()}": True,  # running
         f"{_files.UNFINISHED}another-machine-{gone.pid}": True,
         f"{_files.UNFINISHED}{node}-text": True,
     }
@@ -125,7 +125,7 @@ def test_locks(tmp_path):
 
 
 def test_a_lock_is_of_the_file_that_is_there(tmp_path):
-    """Waiting for a removed file's lock gives no lock on a new file."""
+    """Waiting for the lock of a removed file ends with one on a new file."""
     path = tmp_path / "lock"
     got = []
 
@@ -147,7 +147,7 @@ def test_a_lock_is_of_the_file_that_is_there(tmp_path):
 
 
 def inode_waits(inode):
-    """Returns how many wait for a lock of a file."""
+    """Returns the number of processes that wait for a file's lock."""
     if not os.path.exists("/proc/locks"):
         pytest.skip("there is no list of locks")
     lines = pathlib.Path("/proc/locks").read_text().splitlines()
@@ -217,7 +217,7 @@ def test_a_full_disk_at_the_end_of_what_is_printed(capsys, monkeypatch):
         with pytest.raises(SystemExit) as end:
             exits.one_line("report", lambda argv: print("a page"))([])
         assert end.value.code == 2
-        full.flush()  # as Python does once more
+        full.flush()  # as Python does at its end
     line = capsys.readouterr().err
     assert (
         line == f"report: The disk is full ({FULL}). Make room and try again.\n"
@@ -225,7 +225,7 @@ def test_a_full_disk_at_the_end_of_what_is_printed(capsys, monkeypatch):
 
 
 def test_every_command_ends_so():
-    """`exits` alone has absl run a command, and all are run by it."""
+    """Only `exits` calls absl's `run`, and it runs all commands."""
     commands = []
     for path in (PACKAGE / "experiments").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
@@ -264,7 +264,7 @@ class OfData(OSError):
         (
             KeyboardInterrupt(),
             130,
-            "\ntune: interrupted; go on with: bin/tune 'a b' --on\n",
+            "\ntune: interrupted; continue with: bin/tune 'a b' --on\n",
         ),
         (
             ValueError("wrong\n  In call to configurable 'x'\nby far"),
@@ -279,14 +279,14 @@ def test_what_users_can_mend(error, status, says, capsys, monkeypatch):
 
     monkeypatch.setattr(sys, "argv", ["tune_command.py", "a b"])
     with pytest.raises(SystemExit) as end:
-        exits.one_line("tune", run, interrupted="go on with", added=["--on"])(
-            []
-        )
+        exits.one_line(
+            "tune", run, interrupted="continue with", added=["--on"]
+        )([])
     assert end.value.code == status and capsys.readouterr().err == says
 
 
 def test_a_file_that_outgrows_its_limit(tmp_path):
-    """A disk that is full in the middle of a file, as the system tells it."""
+    """The system reports this like a disk that is full within a file."""
     import resource
 
     path = tmp_path / "file"

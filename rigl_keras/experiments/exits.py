@@ -2,7 +2,7 @@
 
 Status 0: all is done. 1: something failed that may be tried again. 2: what was
 asked for cannot be done. 75: SIGUSR1 asked it to stop, and the same command
-goes on. 130: Ctrl-C.
+continues. 130: Ctrl-C.
 
 Flags are parsed, and `--help` is answered, before TensorFlow is imported.
 """
@@ -68,7 +68,7 @@ class FailedError(Exception):
 class StopRequest(KeyboardInterrupt):
     """Ends a command that SIGUSR1 asked to stop, the way Ctrl-C does.
 
-    The command ends with status 75, and goes on when it is started again.
+    The command ends with status 75, and continues when it is started again.
     """
 
 

@@ -150,7 +150,7 @@ class FitRun:
             warn(
                 f"BackupAndRestore keeps the model and its optimizer, but not "
                 f"the {len(variables)} variables of {method}: a restored run "
-                "goes on with new ones, to other masks. To resume exactly, "
+                "continues with new ones, to other masks. To resume exactly, "
                 f"save the `variables` of the {method} callback as well, such "
                 "as with tf.train.Checkpoint.",
             )

@@ -110,7 +110,7 @@ class GraphUpdates:
     def bind(
         self, attached: Attachment, buffers: GradientBuffers | None
     ) -> None:
-        """Goes on with another optimizer, or other masked layers.
+        """Continues with another optimizer, or other masked layers.
 
         Args:
             attached: What is trained from now on.

@@ -1,4 +1,4 @@
-// What tests/support/tiles.py calls of the kernels of a network.
+// The functions that tests/support/tiles.py calls.
 #include "tiles.h"
 
 extern "C" {
@@ -8,7 +8,7 @@ __attribute__((visibility("default"))) const rigl_serving::Tiles* tiles_of(
   return rigl_serving::TilesOf(length);
 }
 
-// Bytes of what is handed over, which Python describes again.
+// The sizes of the structures that Python defines again.
 __attribute__((visibility("default"))) void sizes(int64_t* to) {
   using namespace rigl_serving;
   to[0] = sizeof(Field);

@@ -1,6 +1,6 @@
-"""What several test modules share. None of them imports another."""
+"""Code that test modules share. Test modules do not import each other."""
 
 import pytest
 
-# As pytest does with test modules: an assert that fails shows its values.
+# Makes failing asserts show their values, as in test modules.
 pytest.register_assert_rewrite("support.disk", "support.regressions")

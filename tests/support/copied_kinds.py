@@ -37,7 +37,7 @@ class Encoder(keras.Model):
 
 @keras.saving.register_keras_serializable("tests")
 class Backbone(keras.Model):
-    """Functional, made from numbers; as keras_hub's are."""
+    """A Functional model with a constructor of numbers, as in keras_hub."""
 
     def __init__(self, units=6, **kwargs):
         inputs = keras.Input((6,), name="x")
@@ -67,7 +67,7 @@ class Backbone(keras.Model):
 
 @keras.saving.register_keras_serializable("tests")
 class Task(keras.Model):
-    """A backbone and a head on it; it calls a layer of the backbone again."""
+    """A backbone with a head, which calls a layer of the backbone again."""
 
     def __init__(self, backbone, **kwargs):
         inputs = backbone.input
@@ -92,7 +92,7 @@ class Task(keras.Model):
         return cls(**config)
 
     def through(self, x):
-        """Uses layers of the backbone by hand, as generating text does."""
+        """Calls layers of the backbone directly, as text generation does."""
         x = self.backbone.embed(x)
         for block in self.backbone.blocks:
             x = block(x) + x
@@ -137,7 +137,7 @@ def thawed_within(base):
 
 
 def with_encoder(parent, density=None):
-    """A subclassed model in another; it is masked before it is put there."""
+    """A subclassed model within another, masked before it is put there."""
     encoder = Encoder(name="encoder")
     encoder(X)
     encoder.scale.adapt(X + 3)
@@ -165,7 +165,7 @@ KINDS = {
     "constructor of its own": task,
 }
 
-# How such a model is masked, where not `sparsify` masks the whole.
+# How to mask these models, if not by `sparsify` on the whole model.
 MASKED = {
     "masked in a Functional": functools.partial(with_encoder, "Functional"),
     "masked in a Sequential": functools.partial(with_encoder, "Sequential"),

@@ -1,4 +1,4 @@
-"""Datasets that nobody has downloaded."""
+"""Metadata of datasets that are not downloaded."""
 
 import os
 

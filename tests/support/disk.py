@@ -1,4 +1,4 @@
-"""What is asked of the disk, and in which order."""
+"""Records the order of system calls that write to the disk."""
 
 import os
 import pathlib
@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture
 def disk(monkeypatch):
-    """What is asked of the disk, in its order: `[(what, inode)]`."""
+    """Returns the recorded calls in order, `[(call, inode)]`."""
     asked = []
     fsync, replace = os.fsync, pathlib.Path.replace
     rename = pathlib.Path.rename
@@ -33,7 +33,7 @@ def disk(monkeypatch):
 
 
 def check_kept(asked, moves):
-    """Checks that what moves is on the disk before, and its name after."""
+    """Checks that files are synced before a move, and folders after it."""
     found = [i for i, (what, _) in enumerate(asked) if what == "move"]
     assert len(found) == moves
     for i in found:

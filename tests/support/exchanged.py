@@ -1,4 +1,4 @@
-"""What replicas sum, as the checks on two devices and two workers see it."""
+"""Records what replicas sum, for checks on two devices and two workers."""
 
 import contextlib
 
@@ -7,7 +7,7 @@ from rigl_keras import _keras
 
 @contextlib.contextmanager
 def noting_shapes():
-    """Gives the shapes of what replicas sum, of each call or trace."""
+    """Yields the shapes of the sums of replicas, for each call or trace."""
     own, shapes = _keras.replica_sum, []
 
     def noting(optimizer, pairs):

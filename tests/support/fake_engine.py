@@ -1,7 +1,7 @@
-"""An engine in a few lines of NumPy, as a process: `fake_engine.py KIND`.
+"""The process of a fake engine, in NumPy: `fake_engine.py KIND`.
 
 It reads an .npz of a matrix and a vector, and computes with the mean of images.
-What KIND is says how it goes wrong.
+KIND says how it fails.
 """
 
 import importlib.util

@@ -1,8 +1,8 @@
-"""Fresh processes without the seconds in which each imports TensorFlow.
+"""Runs code in fresh processes that need not import TensorFlow.
 
-This file is a program, too: a server that imports Keras and TensorFlow once,
-runs none of it, and forks for each piece of code. Of `rigl_keras` a fork knows
-nothing until it imports it.
+This file is also a program: a server that imports Keras and TensorFlow once,
+without running them, and forks for each piece of code. It does not import
+`rigl_keras`.
 """
 
 import contextlib
@@ -16,8 +16,8 @@ import tempfile
 import time
 import traceback
 
-# Libraries that start no threads when they are imported: of a process with
-# threads, a fork may hang.
+# Keeps libraries from starting threads on import, as the fork of a process
+# with threads may hang.
 QUIET = {
     "OPENBLAS_NUM_THREADS": "1",
     "OMP_NUM_THREADS": "1",
@@ -25,14 +25,14 @@ QUIET = {
     "TF_CPP_MIN_LOG_LEVEL": "2",  # as in bin/python
 }
 
-# Seconds of processors that what was run has taken.
+# Processor seconds of all code that was run.
 spent = 0.0
 
 
 def run_graphs_as_traced(yes=True):
-    """TensorFlow rewrites no graph to have it run sooner, or does again.
+    """Turns TensorFlow's rewriting of graphs off, or on again.
 
-    To rewrite one takes longer than to run it for the few steps of a test.
+    Rewriting a graph takes longer than running it for the steps of a test.
     """
     import tensorflow as tf
 
@@ -52,15 +52,15 @@ class Server:
     def __call__(self, *command, cwd=None, env=None, timeout=None):
         """Runs a command as `python` does, until it ends.
 
-        What is set as Python or TensorFlow starts has been: `env` is for what
-        is read later.
+        Python and TensorFlow have already started, so variables in `env` that
+        they read at their start have no effect.
 
         Args:
-            command: What follows `python` on the command line: `-c CODE`,
-                `-m MODULE` or a file, and arguments.
+            command: The arguments of `python`: `-c CODE`, `-m MODULE` or a
+                file, and further arguments.
             cwd: Folder to run in.
-            env: Environment variables to set, beside those of this process.
-            timeout: Seconds after which it is killed.
+            env: Environment variables in addition to those of this process.
+            timeout: Seconds after which the command is killed.
 
         Returns:
             A `subprocess.CompletedProcess` with captured text.
@@ -72,7 +72,7 @@ class Server:
         )
 
     def start(self, *command, cwd=None, env=None):
-        """Starts a command; returns its `Process`, as `subprocess.Popen`."""
+        """Starts a command; returns its `Process`, like `subprocess.Popen`."""
         folder = tempfile.mkdtemp(dir=self._printed.name)
         pid = self.ask(
             start={
@@ -111,14 +111,14 @@ class Server:
 
 
 class Process:
-    """A fork of the server; what it prints is kept in files."""
+    """A fork of the server, which prints to files."""
 
     def __init__(self, server, pid, folder):
         self._server, self._folder = server, folder
         self.pid, self.returncode = pid, None
 
     def poll(self):
-        """Returns how it ended, or `None` while it runs."""
+        """Returns the exit status, or `None` while it runs."""
         if self.returncode is None:
             ended = self._server.ask(poll=self.pid)
             if ended is not None:
@@ -128,7 +128,7 @@ class Process:
         return self.returncode
 
     def communicate(self, timeout=None):
-        """Waits until it ends; returns what it printed, and its errors."""
+        """Waits until it ends; returns its standard output and error."""
         start = time.monotonic()
         while self.poll() is None:
             time.sleep(0.005)
@@ -149,7 +149,7 @@ class Process:
         self.send_signal(signal.SIGKILL)
 
 
-# What follows is the server.
+# The server.
 
 
 def serve():
@@ -172,7 +172,7 @@ def serve():
 
 
 def become(task):
-    """Runs a command in this process, which ends with it."""
+    """Runs a command in this process, then exits."""
     import runpy
 
     code = 1
@@ -182,7 +182,7 @@ def become(task):
             file = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
             os.dup2(file, descriptor)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        # A shell ignores it in what it runs in the background.
+        # A shell makes background processes ignore SIGINT.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.environ.clear()
         os.environ.update(task["env"])

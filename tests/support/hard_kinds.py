@@ -1,7 +1,7 @@
 """Models that read kernels, or assign state, later or elsewhere than usual.
 
-In a recomputation, in a gradient written by hand, within a loop or a branch,
-in a `tf.function` of the layer's own, or by assigning the kernel itself.
+They do so in a recomputation, in a custom gradient, in a loop or a branch, in
+a layer's `tf.function`, or by assigning the kernel itself.
 """
 
 import keras
@@ -14,7 +14,7 @@ registered = keras.saving.register_keras_serializable("tests")
 
 @registered
 class Inner(layers.Layer):
-    """Has layers that its subclasses call in their ways."""
+    """Has layers that subclasses call in various ways."""
 
     parts = ("one", "norm", "drop", "two")
 
@@ -47,7 +47,7 @@ class Inner(layers.Layer):
 
 @registered
 class Recomputed(Inner):
-    """Rematerialised: called once more while gradients are taken."""
+    """Rematerialised: it is called again while gradients are computed."""
 
     def call(self, x, training=None):
         return keras.remat(lambda x: self.inner(x, training))(x)
@@ -69,7 +69,7 @@ class RecomputedKernel(layers.Layer):
 
 @registered
 class ByHand(layers.Layer):
-    """A gradient written by hand, which calls the layer once more."""
+    """A custom gradient, which calls the layer again."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
@@ -97,7 +97,7 @@ class ByHand(layers.Layer):
 
 @registered
 class Loop(Inner):
-    """As often as a tensor says."""
+    """Calls a layer as often as a tensor says."""
 
     def call(self, x, training=None):
         times = ops.cast(ops.max(x) * 0.0, "int32") + 3
@@ -105,7 +105,7 @@ class Loop(Inner):
             lambda i, x: i < times,
             lambda i, x: (i + 1, self.inner(x, training)),
             (0, x),
-            maximum_iterations=4,  # what XLA needs to know
+            maximum_iterations=4,  # XLA needs a bound
         )[1]
 
 
@@ -155,7 +155,7 @@ class Vectorized(Inner):
 
 @registered
 class Traced(Inner):
-    """A `tf.function` of the layer's own."""
+    """Calls a layer in its own `tf.function`."""
 
     @tf.function
     def call(self, x, training=None):
@@ -164,7 +164,7 @@ class Traced(Inner):
 
 @registered
 class Tied(Inner):
-    """A kernel is read without calling the layer that owns it."""
+    """Reads a kernel without calling the layer that owns it."""
 
     parts = ("one",)
 
@@ -174,7 +174,7 @@ class Tied(Inner):
 
 @registered
 class Penalised(Inner):
-    """Adds a loss: the gradient of what it computes to its inputs."""
+    """Adds a loss, the gradient of its outputs with respect to its inputs."""
 
     parts = ("one", "two")
 
@@ -201,7 +201,7 @@ class Cell(Inner):
 
 @registered
 class InPlace(keras.Model):
-    """Subclassed; its layers were made to be rematerialised."""
+    """Subclassed, with rematerialised layers."""
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)

@@ -1,4 +1,4 @@
-"""A model's networks, and whether they compute what it does."""
+"""Compares a model's imported networks with the model."""
 
 import numpy as np
 import tensorflow as tf
@@ -8,18 +8,18 @@ from rigl_keras.exporting.signatures import outputs_of, signature_of
 from rigl_keras.serving.network_file import from_bytes, to_bytes
 from support.network_reference import evaluate
 
-# Of the largest output. Values are sums of few products.
+# Relative to the largest output. Values are sums of few products.
 TOLERANCE = 3e-6
 
 
 def check_imported(
     model, *, batch=3, least_work=1, tolerance=TOLERANCE, rebuild=True
 ):
-    """Imports a model, and compares what it computes with the networks.
+    """Imports a model, and compares its outputs with those of the networks.
 
-    They are read from the bytes that a file holds. What TensorFlow computes
-    of the model besides is computed by it. A model that is a single network
-    need not be rebuilt around it: it takes as long again.
+    The networks are read from the bytes of a file. TensorFlow computes the
+    other parts of the model. A model that is a single network is not rebuilt
+    around it, which would take twice the time.
 
     Returns:
         What `import_model` returned.
@@ -37,7 +37,7 @@ def check_imported(
 
 
 def rebuilt(imported, arrays):
-    """Returns what a function computes whose networks NumPy computes."""
+    """Returns outputs of an imported function, with networks run by NumPy."""
     networks = [from_bytes(to_bytes(s.network)) for s in imported.segments]
 
     def compute(number, values):
@@ -50,11 +50,11 @@ def rebuilt(imported, arrays):
 
 
 def in_numpy(imported, compute):
-    """Returns what `Imported.rebuild` runs, for networks on arrays.
+    """Returns a function for `Imported.rebuild` that runs networks on arrays.
 
     Args:
         imported: What `import_model` returned.
-        compute: Given the number of a network, and a list of its inputs,
+        compute: Takes the number of a network and a list of its inputs, and
             returns a list of its outputs.
     """
 
@@ -70,11 +70,11 @@ def in_numpy(imported, compute):
 
 
 def as_function(imported, run):
-    """Returns what was imported as a function of arrays, by their names.
+    """Returns the imported function, as a function of arrays by names.
 
     Args:
         imported: What `import_model` returned.
-        run: Of `Imported.rebuild`.
+        run: As in `Imported.rebuild`.
     """
     serve = tf.function(
         lambda **inputs: imported.rebuild(inputs, run),

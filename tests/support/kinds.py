@@ -1,4 +1,4 @@
-"""Models of every kind that the library claims, small, with their data."""
+"""Small models of every kind that the library supports, with data."""
 
 import keras
 import numpy as np
@@ -190,7 +190,7 @@ def transposed():
 
 def recurrent():
     inputs = keras.Input((4, 5))
-    # Each is a loop, which takes a second to trace.
+    # Each direction is a loop, which takes a second to trace.
     both = layers.Bidirectional(
         layers.LSTM(4, dropout=0.1),
         backward_layer=layers.GRU(4, go_backwards=True),
@@ -237,7 +237,7 @@ KINDS = {
     "own train_step": own_train_step,
 }
 
-# What `sparsify` is given for a kind, beside the model and the density.
+# Arguments of `sparsify` for a kind, besides model and density.
 OPTIONS = {
     "Embedding": {"layers": lambda layer: True},
     "custom layers": {"kernels": {Linear: "w"}},
@@ -245,7 +245,7 @@ OPTIONS = {
 
 
 def data(model, n=16, seed=0):
-    """Returns inputs and targets that a model of these can be fit on."""
+    """Returns inputs and targets that fit one of these models."""
     draw = np.random.default_rng(seed)
 
     def array(spec, rows=n):
@@ -256,7 +256,7 @@ def data(model, n=16, seed=0):
 
     if not isinstance(model, keras.Sequential) and hasattr(model, "operations"):
         spec, target = model.input, model.output
-    else:  # these take and give vectors
+    else:  # inputs and outputs are vectors
         spec, target = keras.Input((5,)), keras.Input((3,))
     return (
         keras.tree.map_structure(array, spec),

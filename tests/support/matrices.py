@@ -1,10 +1,10 @@
-"""Which cases of a matrix stand for all of them."""
+"""Chooses some cases of a matrix of parameters."""
 
 
 def in_turn(*axes):
-    """Returns names of cases in which each value of each axis comes once.
+    """Returns names of cases in which each value of each axis occurs.
 
-    An axis that is shorter begins again.
+    A shorter axis starts again.
 
     >>> in_turn(["a", "b", "c"], ["1", "2"])
     ['a-1', 'b-2', 'c-1']

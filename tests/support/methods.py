@@ -1,4 +1,4 @@
-"""Every method: the contracts hold for each row, and a new one is one more."""
+"""Every method, as rows of a table that the contract tests run through."""
 
 import inspect
 
@@ -14,7 +14,7 @@ from rigl_keras.schedules import SparsityRamp
 
 
 def pruning(frequency=2, end_step=9, **options):
-    """From the density that models here have to a quarter of it."""
+    """Prunes to a quarter of the density that models have here."""
     ramp = SparsityRamp(
         final_density=0.05,
         initial_density=0.2,
@@ -26,15 +26,15 @@ def pruning(frequency=2, end_step=9, **options):
 
 
 def taken(method, options, **others):
-    """Makes a method with those options that it takes."""
+    """Makes a method with those of the options that it takes."""
     names = inspect.signature(method).parameters
     given = {name: value for name, value in options.items() if name in names}
     return [method(**others, **given)]
 
 
 def granet(frequency=2, end_step=9, **options):
-    """From the density that models here have to a quarter of it."""
-    last = end_step // frequency * frequency  # update
+    """Prunes to a quarter of the density that models have here."""
+    last = end_step // frequency * frequency  # the last update
     return taken(
         GraNet,
         {"frequency": frequency, "end_step": end_step, **options},
@@ -46,13 +46,13 @@ def granet(frequency=2, end_step=9, **options):
 
 
 def acdc(frequency=2, end_step=9, **options):
-    """Compressed at the first turn of the rhythm, and so on."""
+    """Is compressed at the first switch, dense at the second, and so on."""
     turns = range(frequency, end_step + 1, frequency)
     odd = len(turns) - (len(turns) + 1) % 2
     return taken(ACDC, options, density=0.1, switch_steps=turns[:odd])
 
 
-# The contracts hold for every method: a new one is one more row.
+# The contracts hold for every method. Add a row for a new one.
 CORE = {
     "static": lambda **options: [],
     "RigL": lambda **options: [RigL(**options)],
@@ -73,8 +73,8 @@ NEWER = {
 }
 METHODS = CORE | NEWER
 
-# What becomes of the number of connections of a layer. Of the others only the
-# model's number is constant.
+# Methods that keep the number of connections of each layer. Others keep only
+# that of the model.
 CONSTANT = ("static", "RigL", "SET", "GSE", "TopKAST", "SRSTE")
 SCHEDULED = ("MagnitudePruning", "GraNet", "MEST", "ACDC", "SRigL")
 
@@ -87,7 +87,7 @@ DYNAMIC = {
 
 NEED_MOMENTUM = ("SNFS", "RigL-SM")
 
-# They remember more than the model and its optimizer do.
+# Methods with state beyond the model and its optimizer.
 REMEMBER = ("MEST", "TopKAST", "SRigL", "SRSTE")
 
 

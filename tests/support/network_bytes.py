@@ -1,7 +1,7 @@
-"""Writes files of networks as the format says, and as it forbids.
+"""Writes valid and invalid files of networks, byte by byte.
 
-It knows nothing of rigl_keras: what the library writes and what it reads are
-compared with this.
+It does not use rigl_keras, so that the library's writer and reader can be
+compared with it.
 """
 
 import struct
@@ -9,7 +9,7 @@ import zlib
 
 import numpy as np
 
-# Numbers of operations, and of encodings of arrays.
+# The numbers of operations and of array encodings.
 (
     INPUT,
     CONVOLUTION,
@@ -150,7 +150,7 @@ def reshape(lengths, of=0):
 
 
 def body(nodes, outputs=None, hints=b""):
-    """`outputs`: `{name: node}`; the last node, if there are none."""
+    """`outputs`: `{name: node}`. None: the last node."""
     if outputs is None:
         outputs = {"y": len(nodes) - 1}
     parts = [u32(len(nodes)), *nodes, u32(len(outputs))]
@@ -159,11 +159,11 @@ def body(nodes, outputs=None, hints=b""):
 
 
 def file(data, *, version=1):
-    """The file with a body."""
+    """Returns the file with a body."""
     header = u32(version, 0) + struct.pack("<Q", len(data))
     return b"RIGLNET\n" + header + u32(zlib.crc32(data), 0) + data
 
 
 def network(*nodes, outputs=None, hints=b""):
-    """The file of a network."""
+    """Returns the file of a network."""
     return file(body(nodes, outputs, hints))

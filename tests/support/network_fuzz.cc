@@ -1,6 +1,6 @@
-// Breaks the file of a network at random, thousands of times, and runs what is
-// a network even so. It is compiled with a sanitizer, which ends it where
-// memory, threads or numbers are misused.
+// Changes the file of a network at random, thousands of times, and runs it if it
+// is still valid. It is compiled with a sanitizer, which aborts at wrong uses of
+// memory, threads or numbers.
 //
 //   network_fuzz BODY TURNS
 
@@ -26,8 +26,8 @@ using namespace rigl_serving;
 
 namespace {
 
-constexpr int kSecondsOfATurn = 120;  // it is 120 times too slow, or hangs
-constexpr double kMost = 1 << 20;     // numbers and products worth a run
+constexpr int kSecondsOfATurn = 120;  // then it hangs
+constexpr double kMost = 1 << 20;     // most numbers and products of a run
 
 std::mt19937 random_bits(0);
 
@@ -77,7 +77,7 @@ std::string Broken(std::string body) {
         body.insert(at, std::string(Below(8) + 1, static_cast<char>(Below(4))));
         break;
       default:
-        // A number in the text of the hints, which are last.
+        // A number in the text of the hints, at the end.
         for (size_t i = 0; i < 50 && at < body.size(); ++i, ++at)
           if (body[at] >= '0' && body[at] <= '9') {
             body[at] = static_cast<char>('0' + Below(10));
@@ -94,7 +94,7 @@ double SizeOf(const Shape& shape) {
   return size;
 }
 
-// Numbers that a run would hold, and products that it would make.
+// The numbers that a run stores and the products that it computes.
 double WorkOf(const Network& network, const std::vector<Shape>& shapes) {
   double work = 0;
   for (size_t i = 0; i < shapes.size(); ++i) {
@@ -146,9 +146,9 @@ std::vector<Shape> InputsOf(const Network& network) {
   return shapes;
 }
 
-// 0: it is refused; 1: it is a network; 2: it has run.
+// Returns 0 for an invalid file, 1 for one that is too large to run, else 2.
 int Turn(const std::string& body) {
-  // On the heap and of this length, so that what is read beyond is noticed.
+  // On the heap with this length, so that the sanitizer sees reads beyond it.
   const std::string text = FileOf(body);
   const std::vector<char> file(text.begin(), text.end());
   int reached = 0;
@@ -167,7 +167,7 @@ int Turn(const std::string& body) {
   return reached;
 }
 
-// Many callers of one network, who ask for plans of several shapes.
+// Calls one network from several threads, with several batch sizes.
 void Together(const std::string& body) {
   const std::string file = FileOf(body);
   Model model(file.data(), file.size(), 3);
@@ -186,7 +186,7 @@ int main(int argc, char** argv) {
   if (argc != 3) return 2;
   std::ifstream stream(argv[1], std::ios::binary);
   std::string body((std::istreambuf_iterator<char>(stream)), {});
-  // Hints come last: those of this machine, whatever it finds.
+  // Replaces the hints, which come last, by those of this machine.
   {
     const std::string file = FileOf(body);
     Model model(file.data(), file.size(), 2);

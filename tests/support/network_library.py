@@ -1,4 +1,4 @@
-"""Networks by the library that is built here, of bytes and of files."""
+"""Loads networks with the library built here, from bytes and files."""
 
 import concurrent.futures
 import contextlib
@@ -12,16 +12,16 @@ import pytest
 
 from rigl_keras.serving import runtime
 
-# The library for the tests of a process that another one has started, which
-# has built it. TensorFlow, which the build needs, is not imported then.
+# The path of a library that a parent process has built, for its child, which
+# then need not import TensorFlow for a build.
 GIVEN = "RIGL_KERAS_NETWORK_OF_TESTS"
-# Instruction sets, and whether code is generated. AVX-512 alone has it.
+# Instruction sets, and whether code is generated (only for AVX-512).
 KINDS = ("avx512", "avx512 without code", "avx2", "portable")
 
 
 @functools.cache
 def path():
-    """Returns the library, which may have to be built first."""
+    """Returns the path of the library, and builds it if needed."""
     if GIVEN in os.environ:
         return pathlib.Path(os.environ[GIVEN])
     from rigl_keras.kernels import library
@@ -34,7 +34,7 @@ def path():
 
 @pytest.fixture(autouse=True, scope="module")
 def built():
-    """The library is built before a test's time is taken."""
+    """Builds the library before the time of a test starts."""
     with contextlib.suppress(pytest.skip.Exception):
         path()
 
@@ -46,7 +46,7 @@ def loaded(data, *, threads=1):
 
 @contextlib.contextmanager
 def kind_of_code(kind):
-    """Asks for one of `KINDS`. Networks are loaded and planned within."""
+    """Selects one of `KINDS` for networks that are loaded in the context."""
     name, *rest = kind.split(" ", 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RIGL_KERAS_ISA", name)
@@ -55,9 +55,9 @@ def kind_of_code(kind):
 
 
 def outputs_begin_as_nan(monkeypatch):
-    """Has the runtime return NaN where the engine has written nothing.
+    """Fills outputs with NaN before the engine writes them.
 
-    Memory that is not filled may hold what an earlier call returned.
+    Otherwise unwritten memory might hold the results of an earlier call.
     """
 
     def empty(shape, dtype):
@@ -68,7 +68,7 @@ def outputs_begin_as_nan(monkeypatch):
 
 
 def common_folder(tmp_path_factory):
-    """Returns a folder that all workers of a test run have in common."""
+    """Returns a folder that all workers of a test run share."""
     folder = tmp_path_factory.getbasetemp()
     return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
@@ -77,9 +77,9 @@ def sanitized(sanitizer, common):
     """Builds the library and a program that fuzzes it, under a sanitizer.
 
     Args:
-        sanitizer: "address", which looks for undefined behaviour as well, or
+        sanitizer: "address", which also finds undefined behaviour, or
             "thread".
-        common: The `common_folder`. The first who asks builds, and others wait.
+        common: The `common_folder`. The first caller builds; others wait.
 
     Returns:
         The folder of the library, and of the program `fuzz`; and a function
@@ -131,7 +131,7 @@ def sanitized_library(sanitizer, common):
     from rigl_keras.kernels import toolchain
 
     folder, run = sanitized(sanitizer, common)
-    # The C++ library as well: the runtime looks for its functions as it starts.
+    # Also the C++ library, whose functions the runtime needs at its start.
     runtimes = [
         run([f"-print-file-name={file}"])
         for file in (f"lib{sanitizer[0]}san.so", "libstdc++.so")
@@ -141,7 +141,7 @@ def sanitized_library(sanitizer, common):
     return {
         "RIGL_KERAS_KERNELS": sanitizer,
         "LD_PRELOAD": " ".join(runtimes),
-        # Python's own memory is not all freed.
+        # Python does not free all its memory.
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "TSAN_OPTIONS": "ignore_noninstrumented_modules=1:history_size=7",

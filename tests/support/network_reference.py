@@ -1,4 +1,4 @@
-"""What a network computes, in NumPy and in float64, operation by operation."""
+"""Computes a network in NumPy and float64, operation by operation."""
 
 import math
 
@@ -38,7 +38,7 @@ def evaluate(network, arrays):
             )
         values[i] = value
         for j in node.inputs:
-            if last[j] == i:  # no longer read
+            if last[j] == i:  # not read any more
                 values.pop(j, None)
     return {output.name: values[output.node] for output in network.outputs}
 

@@ -1,4 +1,4 @@
-"""Random networks of all operations, made node by node, and their inputs."""
+"""Random networks of all operations, and inputs for them."""
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from rigl_keras.serving.network import (
 )
 from rigl_keras.serving.shapes import shape_of
 
-_MOST_NUMBERS = 6000  # of a value, which the reference computes many times
+_MOST_NUMBERS = 6000  # size of a value, which the reference computes slowly
 _MOST_FLAT = 600
 _MOST_CHANNELS = 40
 DENSITIES = (0.0, 0.05, 0.3, 0.9, 1.0)
@@ -20,11 +20,11 @@ _BINARY = (Operation.ADD, Operation.SUBTRACT, Operation.MULTIPLY)
 
 
 class _Growing:
-    """A network while nodes are added to it, each drawn at random.
+    """A network to which random nodes are added.
 
     Attributes:
-        nodes: What there is.
-        shapes: Of each node, its shape for each of the inputs' sizes.
+        nodes: The nodes so far.
+        shapes: The shapes of each node, one for each size of the inputs.
     """
 
     def __init__(self, draw, sizes):
@@ -55,7 +55,7 @@ class _Growing:
         return self.shapes[node][0][-1]
 
     def add(self, operation, *inputs, **fields):
-        """Adds a node, and returns it; None where it cannot be."""
+        """Adds a node and returns it, or None if it would be invalid."""
         node = Node(operation, f"n{len(self.nodes)}", inputs, **fields)
         try:
             shapes = tuple(
@@ -79,7 +79,7 @@ class _Growing:
         self.shapes.append(shapes)
 
     def weights(self, *shape):
-        """Returns a kernel some of whose weights are zero, or all of them."""
+        """Returns a kernel with some zero weights, or only zeros."""
         density = self.pick(*DENSITIES)
         kernel = self.normal(*shape) * (self.draw.random(shape) < density)
         fan = np.prod(shape[:-1]) * max(density, 0.01)
@@ -132,7 +132,7 @@ class _Growing:
 
     def activation(self, x, kind=None):
         kind = self.pick(*Activation) if kind is None else kind
-        if kind == Activation.EXPONENTIAL:  # of what is not large
+        if kind == Activation.EXPONENTIAL:  # of small numbers only
             x = self.activation(x, Activation.TANH)
         a = -0.5 if kind == Activation.CLIP else 0.3
         return self.add(Operation.ACTIVATION, x, activation=kind, a=a, b=0.7)
@@ -143,7 +143,7 @@ class _Growing:
         self.add(Operation.DENSE, x, kernel=kernel, bias=self.bias(units))
 
     def before_activation(self, x):
-        """What a convolution returns is read as it is, and normalized."""
+        """Reads the output of a convolution both as it is and normalized."""
         channels = self.channels(x)
         same = {"padding": Padding(same=True)}
         y = self.convolution(x, channels, (3, 3), **same)
@@ -164,7 +164,7 @@ class _Growing:
         self.add(operation, *self.pick((x, gate), (gate, x)))
 
     def pool(self, x):
-        if self.is_so():  # all below zero
+        if self.is_so():  # make all values negative
             channels = self.channels(x)
             shift = np.full(channels, -5, np.float32)
             x = self.add(
@@ -198,7 +198,7 @@ class _Growing:
             rows + top + bottom < 1 or columns + left + right < 1
             for rows, columns, _ in self.shapes[x]
         ):
-            return  # nothing of the image would be left
+            return  # no pixel would be left
         self.add(
             Operation.PAD,
             x,
@@ -225,7 +225,7 @@ class _Growing:
         self.add(Operation.RESHAPE, x, shape=self.pick(*shapes))
 
     def binary(self, x):
-        """Of two values; one may be a single pixel."""
+        """Adds an operation on two values; one may be a single pixel."""
         of_pixel = [(1, 1, s[-1]) for s in self.shapes[x]]
         others = [
             i
@@ -245,12 +245,12 @@ class _Growing:
         others = [i for i in range(len(self.nodes)) if outer(i) == outer(x)]
         some = [self.pick(*others) for _ in range(self.draw.integers(0, 3))]
         if self.is_so(0.3):
-            some.append(x)  # twice
+            some.append(x)  # the same value twice
         at = int(self.draw.integers(0, len(some) + 1))
         self.add(Operation.CONCATENATE, *some[:at], x, *some[at:])
 
     def softmax(self, x):
-        # What it makes of numbers that are large depends on their last bits.
+        # With large numbers, the softmax would depend on their last bits.
         self.add(Operation.SOFTMAX, self.activation(x, Activation.TANH))
 
 
@@ -275,17 +275,17 @@ _OF_ALL = (
 
 
 def random_network(seed, *, sizes=None, steps=9):
-    """Returns a network whose operations and weights a seed decides.
+    """Returns a network with operations and weights drawn from a seed.
 
     Args:
         seed: The seed.
-        sizes: [(rows, columns)] that its inputs must be able to have, and their
-            lengths are free then. None: a single one, which is drawn too.
-        steps: How many operations, or small groups of them.
+        sizes: [(rows, columns)] that inputs of free lengths must be able to
+            have. None: a single size, which is drawn.
+        steps: Number of operations, or small groups of them.
 
     Returns:
-        A `Network` with one input or two, and all outputs that nothing reads,
-        and some that something does.
+        A `Network` with one input or two. Its outputs are all nodes that no
+        other reads, and some others.
     """
     draw = np.random.default_rng(seed)
     growing = _Growing(
@@ -301,7 +301,7 @@ def random_network(seed, *, sizes=None, steps=9):
     read = {i for node in growing.nodes for i in node.inputs}
     last = len(growing.nodes) - 1
     outputs = [i for i in range(last + 1) if i not in read]
-    # Others, perhaps an input, perhaps one twice.
+    # More outputs: perhaps an input, perhaps a node twice.
     outputs += draw.integers(0, last + 1, growing.pick(0, 1, 2)).tolist()
     return Network(
         tuple(growing.nodes),
@@ -314,8 +314,8 @@ def random_inputs(network, batch, *, size=None, seed=0):
 
     Args:
         network: The network.
-        batch: How many images.
-        size: Rows and columns, where they are free.
+        batch: Number of images.
+        size: Rows and columns, if they are free.
         seed: The seed.
     """
     draw = np.random.default_rng(seed)

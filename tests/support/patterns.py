@@ -1,4 +1,4 @@
-"""Patterns to test with, and what they mean, counted one by one."""
+"""Patterns for tests, and slow but simple implementations of them."""
 
 import itertools
 import math
@@ -18,9 +18,9 @@ PATTERNS = {
 
 
 def group_counts(pattern, axes, mask):
-    """Returns how many units each group keeps; a unit is whole or nothing.
+    """Returns the number of units that each group keeps; checks whole units.
 
-    By walking over all entries, without any array of the library's.
+    It visits all entries, and uses no array of the library.
     """
     units, groups = {}, {}
     for at in itertools.product(*map(range, axes.shape)):
@@ -53,7 +53,7 @@ def group_counts(pattern, axes, mask):
 
 
 def brute_force(layout, mask, drops, grows, fraction):
-    """Returns what an update makes of a mask of units, by sorting."""
+    """Returns the mask of units after an update, by sorting."""
     flat = mask.ravel().copy()
     where = layout.grouped(np.arange(flat.size).reshape(mask.shape))
     before = [int(flat[group].sum()) for group in where]

@@ -1,4 +1,4 @@
-"""Random models of all that a network knows."""
+"""Random Keras models of all layers that a network supports."""
 
 import keras
 import numpy as np
@@ -14,7 +14,7 @@ _LONGEST = 20  # rows or columns
 
 
 class _Growing:
-    """A model while layers are added to it, each drawn at random."""
+    """A model to which random layers are added."""
 
     def __init__(self, draw, x):
         self.draw, self.x = draw, x
@@ -47,7 +47,7 @@ class _Growing:
         if kind == "strides":
             options["strides"] = self.pick(2, 3)
         elif kind == "dilations":
-            # What is dilated fits, as TensorFlow wants it.
+            # TensorFlow requires that a dilated window fits.
             if min(self.image[:2]) > 2 * (max(size) - 1):
                 options["dilation_rate"] = 2
         return options
@@ -72,7 +72,7 @@ class _Growing:
         )
 
     def depthwise(self):
-        # TensorFlow strides by as many rows as columns.
+        # TensorFlow requires equal strides of rows and columns.
         size = self.size()
         multiplier = 2 if self.image[2] * 2 <= _MOST_CHANNELS else 1
         self.add(
@@ -102,9 +102,9 @@ class _Growing:
 
     def activation(self):
         kind = self.pick(*ACTIVATIONS)
-        if kind == "softmax" and self.image[2] == 1:  # a warning of Keras
+        if kind == "softmax" and self.image[2] == 1:  # Keras would warn
             kind = "linear"
-        if kind == "exponential":  # of what is not large
+        if kind == "exponential":  # of small numbers only
             self.add(layers.Activation("tanh"))
         self.add(layers.Activation(kind))
 
@@ -230,11 +230,11 @@ _STEPS = (
 
 
 def random_model(seed, steps=10):
-    """Returns a model whose layers, weights and zeros a seed decides.
+    """Returns a model with layers, weights and zeros drawn from a seed.
 
     Args:
         seed: The seed.
-        steps: How many layers, or small groups of them.
+        steps: Number of layers, or small groups of them.
 
     Returns:
         A Functional model of images, with one or two outputs.
@@ -266,9 +266,9 @@ def random_model(seed, steps=10):
 
 
 def draw_weights(model, draw):
-    """Gives a model random weights, its kernels some zeros.
+    """Sets a model's weights at random, with some zeros in kernels.
 
-    Values stay of the size that they have, and variances are positive.
+    Weights keep their scale, and variances are positive.
     """
     for variable in model.weights:
         shape, kind = variable.shape, variable.path.split("/")[-1]

@@ -1,4 +1,4 @@
-"""A masked regression in two layers, and what its training must keep."""
+"""A masked regression in two layers, and checks of its training."""
 
 import keras
 import numpy as np
@@ -11,7 +11,7 @@ from rigl_keras.training.optimizer_state import slots
 
 
 def network(optimizer="sgd", *, cls=keras.Model, l2=None, **options):
-    """A masked two-layer regression, the same for each call."""
+    """Returns a masked two-layer regression, the same in each call."""
     keras.utils.set_random_seed(0)
     inputs = keras.Input((6,))
     x = layers.Dense(
@@ -50,7 +50,7 @@ def equal_masks(one, two):
 
 
 def assert_sparse(model):
-    """No weight lies outside its mask, and no average."""
+    """Checks that weights and averages are zero outside the masks."""
     for layer in masked_layers(model):
         off = layer.mask.numpy() == 0
         assert off.any() and not layer.kernel.numpy()[off].any()

@@ -1,4 +1,4 @@
-"""A small model whose states all resume bit for bit."""
+"""A small model that resumes bit for bit."""
 
 import keras
 import numpy as np
@@ -8,7 +8,7 @@ from rigl_keras.masking.sparsify import sparsify
 
 
 def tiny(**options):
-    """Batch norm and momentum, which a resume must restore as well.
+    """Returns a model with batch norm and momentum, which resuming restores.
 
     No dropout: Keras does not save the state of its random layers.
     """

@@ -1,4 +1,4 @@
-"""Folders of results that nobody has trained."""
+"""Made-up folders of results."""
 
 import json
 
@@ -22,7 +22,7 @@ def made(
     rate=0.1,
     result=(),
 ):
-    """Writes what bin/reproduce leaves of a finished run."""
+    """Writes the files that bin/reproduce leaves for a finished run."""
     about = {
         "row": row,
         "preset": preset,
@@ -106,7 +106,7 @@ def lines_of(made_report, **wanted):
 
 
 def searched(results):
-    """Three settings; the best by the test set is not the best."""
+    """Writes three settings; the best on test is not the best on validation."""
     settings = [(0.2, 50, 0.95, 0.91), (0.4, 200, 0.96, 0.90)]
     for fraction, frequency, validation, accuracy in settings:
         changes = plans.updates_of(fraction, frequency)
@@ -121,7 +121,7 @@ def searched(results):
                 validation=validation,
                 updates=(fraction, frequency),
             )
-    # The best of all, were it not for the seeds it lacks.
+    # The best accuracy, but not all seeds.
     made(
         results,
         "rigl_erk_wrn",

@@ -1,4 +1,4 @@
-"""How models are trained, and which kinds of models can be."""
+"""Training set-ups, and the kinds of models that each supports."""
 
 import keras
 
@@ -15,7 +15,7 @@ def adam(**options):
     return keras.optimizers.Adam(0.01, **options)
 
 
-# How a model is trained: what is given to whom.
+# The set-ups: arguments for the functions that train a model.
 SETUPS = {
     "float32": {},
     "mixed_float16": {"policy": "mixed_float16"},
@@ -34,8 +34,7 @@ SETUPS = {
     "growth by several batches": {"method": {"gradient_batches": 2}},
     "own loop": {"by_hand": True},
 }
-# Those that have nothing to do with one another share a run: most of its time
-# is that of its graph.
+# Independent set-ups that share a run, as tracing takes most of its time.
 TOGETHER = [
     (
         "float32",
@@ -53,7 +52,7 @@ TOGETHER = [
 
 
 def options_of(setups):
-    """Returns what is given to whom in a run of several set-ups."""
+    """Returns the arguments for a run with several set-ups."""
     options = {}
     for setup in setups:
         both = options.keys() & SETUPS[setup].keys()
@@ -62,7 +61,7 @@ def options_of(setups):
     return options
 
 
-# What is not claimed, and why.
+# Pairs that are not supported, and why.
 UNSUPPORTED = {}
 
 

@@ -1,4 +1,4 @@
-"""What tests of sparse products draw, and how they compare."""
+"""Random data for tests of sparse products, and comparisons."""
 
 import numpy as np
 import tensorflow as tf

@@ -1,4 +1,4 @@
-"""Functions that run at the same time."""
+"""Runs functions at the same time."""
 
 import threading
 from collections.abc import Callable, Iterable
@@ -11,7 +11,7 @@ def in_threads(calls: Iterable[Callable[[], object]]) -> list[BaseException]:
     def run(call):
         try:
             call()
-        except BaseException as error:  # the test's own as well
+        except BaseException as error:  # also failures of the test itself
             raised.append(error)
 
     threads = [threading.Thread(target=run, args=[call]) for call in calls]

@@ -1,7 +1,6 @@
-"""The kernels of a served network (`serving/csrc/tiles.h`), from Python.
+"""Calls the kernels of a served network (`serving/csrc/tiles.h`).
 
-The structures are those of the header, field by field. Arrays of NumPy stand
-where the header has pointers.
+The structures have the fields of the header. NumPy arrays replace pointers.
 """
 
 import concurrent.futures
@@ -15,7 +14,7 @@ from rigl_keras.kernels import toolchain
 
 CSRC = pathlib.Path(toolchain.__file__).parents[1] / "serving" / "csrc"
 DRIVER = pathlib.Path(__file__).parents[1] / "data" / "tiles_driver.cc"
-# The instruction sets and lengths of vectors that tiles.cc is compiled for.
+# The instruction sets and vector lengths for which tiles.cc is compiled.
 VARIANTS = (("avx512", 16), ("avx512", 8), ("avx2", 8), ("portable", 4))
 
 _i32, _i64, _f32 = ctypes.c_int32, ctypes.c_int64, ctypes.c_float
@@ -105,7 +104,7 @@ class Pool(ctypes.Structure):
     ]
 
 
-# Weights and their offsets, as entries.
+# An entry: a weight and its offset.
 ENTRY = np.dtype([("offset", np.int32), ("weight", np.float32)])
 
 
@@ -195,7 +194,7 @@ STRUCTURES = (Field, None, Epilogue, Convolution, Part, Pool, Tiles)
 def build(folder):
     """Compiles the kernels, and returns their library."""
     compiler, _ = toolchain.find_compiler()
-    # Not optimized: that takes several times as long.
+    # Without optimization, which takes several times as long.
     common = ["-std=c++17", "-O0", "-fPIC", "-Wall", "-Werror"]
     common += ["-fvisibility=hidden", f"-I{CSRC}"]
     variants = VARIANTS[-1:]
@@ -234,7 +233,7 @@ def build(folder):
 
 
 def pointer(array):
-    """Returns where an array begins, or null for None."""
+    """Returns the address of an array, or null for None."""
     return None if array is None else array.ctypes.data
 
 
@@ -242,10 +241,10 @@ class Plane:
     """A field of random numbers, and all the memory around it.
 
     Attributes:
-        memory: One-dimensional: the margins are 0 of a field to read, and
-            `untouched` of one to write.
-        cells: [channels, rows, cells, L] of it.
-        field: What the kernels get.
+        memory: One-dimensional. The margins are 0 in a field to read, and
+            `untouched` in a field to write.
+        cells: A view of it, [channels, rows, cells, L].
+        field: The structure for the kernels.
     """
 
     untouched = np.float32(77.25)

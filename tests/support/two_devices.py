@@ -1,9 +1,9 @@
-"""Checks that need two devices: run by test_devices.py, in their own process.
+"""Checks on two devices, which test_devices.py runs in separate processes.
 
     python -m support.two_devices NAME...
 
-TensorFlow must be told of two before it starts, and two strategies that it has
-at a time mix up their sums: `a_run_on_two_devices` must be alone.
+TensorFlow must know of two devices before it starts. Two strategies at a time
+mix up their sums, so `a_run_on_two_devices` must run alone.
 """
 
 import dataclasses
@@ -87,7 +87,7 @@ def made(strategy, optimizer=None, product="auto", **options):
 
 @functools.cache
 def trained_on_one(name, product):
-    """What several checks compare with."""
+    """Returns a model trained on one device, which several checks share."""
     return trained(ONE, METHODS[name](), product=product)
 
 
@@ -108,9 +108,10 @@ def copies(strategy, variable):
 
 
 def assert_same(method, strategy=None, one=None, **options):
-    """On two devices as on one, where `one` may have been trained before.
+    """Checks that training on two devices gives the same as on one.
 
-    Returns the model of several devices.
+    `one` is the model trained on one device, if it exists already. Returns
+    the model of two devices.
     """
     strategy = strategy or two()
     start = [m.mask.numpy() for m in masked_layers(made(ONE))]
@@ -150,7 +151,8 @@ def refused(action, *words):
 
 
 def check_active_gradients_alone_travel():
-    """Three of six gradients of a kernel, those of its bias, and six numbers.
+    """Exchanges three of six gradients of a kernel, those of its bias, and
+    six numbers.
 
     The second device has twice the gradients of the first.
     """
@@ -168,7 +170,7 @@ def check_active_gradients_alone_travel():
     def step():
         replica = tf.distribute.get_replica_context().replica_id_in_sync_group
         own = 1.0 + tf.cast(replica, tf.float32)
-        # What lies outside the mask stays where it is.
+        # Entries outside the mask are not exchanged.
         kernel = own * [[1.0, 99.0], [99.0, 2.0], [4.0, 99.0]]
         bias = own * [8.0, 16.0]
         optimizer.apply([kernel, bias], model.trainable_variables)
@@ -183,7 +185,7 @@ def check_active_gradients_alone_travel():
     for copy in copies(strategy, layer.layer.bias):
         np.testing.assert_array_equal(copy, [-24.0, -48.0])
 
-    # As many connections, but others.
+    # The same number of connections, but other ones.
     _, other = strategy.experimental_local_results(layer.mask.value)
     other.assign(tf.constant([[0, 1], [0, 1], [1, 0]]) == 1)
     try:
@@ -206,7 +208,7 @@ class Exchanging(RigL):
 
 
 def check_active_gradients_of_one_machine():
-    """Where the user has chosen so."""
+    """Exchanges active gradients if the user has chosen this."""
     with noting_shapes() as shapes:
         assert_same(
             lambda: Exchanging(**WINDOW), one=trained_on_one("RigL", "auto")
@@ -276,7 +278,7 @@ def check_gradients_are_averaged_before_their_magnitude():
             tf.debugging.assert_near(gradient, [[1.0], [0.0], [0.5]])
             return super().drop_scores(layer, gradient, step)
 
-        # What has been dropped would be the first to rejoin.
+        # Otherwise dropped connections would be the first to grow.
         def grow_scores(self, layer, gradient, step):
             scores = super().grow_scores(layer, gradient, step)
             return tf.where(layer.mask.value, 0.0, scores)
@@ -348,7 +350,7 @@ def check_two_applies_are_refused():
 
 
 def check_steps_that_callbacks_take():
-    """One of its updates falls on a batch of `train_on_batch`."""
+    """One of the updates is in a batch of `train_on_batch`."""
     x, y = examples()
     for strategy in (ONE, two()):
         model, method = made(strategy), RigL(**WINDOW)
@@ -365,7 +367,7 @@ def check_steps_that_callbacks_take():
 
 
 def check_blocks_of_steps_with_loss_scaling():
-    """4 steps, then the 2 that an epoch has left; updates fall into both."""
+    """Blocks of 4 and of 2 steps, at the end of an epoch, have updates."""
 
     def optimizer():
         inner = keras.optimizers.SGD(0.1, 0.9)
@@ -375,7 +377,7 @@ def check_blocks_of_steps_with_loss_scaling():
 
 
 def check_sparse_kernels():
-    """On two devices as with dense products on one."""
+    """Sparse products on two devices give the same as dense ones on one."""
     if rigl_keras.kernels.load() is None:
         return
     for name in ("RigL", "SNFS"):
@@ -398,7 +400,7 @@ def check_a_strategy_of_one_device():
 
 
 def check_masked_where_it_was_made():
-    """Without the scope, a model made in one is masked in it."""
+    """`sparsify` masks a model in the scope in which it was made."""
     strategy = two()
     with strategy.scope():
         dense = keras.Sequential([keras.Input((6,)), layers.Dense(3)])
@@ -444,7 +446,7 @@ def check_what_does_not_work_is_refused():
 
 
 def check_a_run_on_two_devices():
-    """The last batch of an epoch, of 29, does not fall into halves."""
+    """The last batch of an epoch has 29 examples, an odd number."""
     with tempfile.TemporaryDirectory() as folder:
         found = []
         for strategy in ("one", "mirrored"):
@@ -495,7 +497,7 @@ def main(names):
     warnings.simplefilter("error")
     # keras, where numpy 2 turns one of its variables into an array.
     warnings.filterwarnings("ignore", "__array__", DeprecationWarning)
-    # Blank figures: to draw those of a run takes as long as the run.
+    # Blank figures, as drawing takes as long as the run.
     matplotlib.figure.Figure.draw = lambda figure, renderer: None
     (cpu,) = tf.config.list_physical_devices("CPU")
     halves = [tf.config.LogicalDeviceConfiguration()] * 2

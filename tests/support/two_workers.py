@@ -1,8 +1,8 @@
-"""Checks that need two workers: run by test_devices.py, in both processes.
+"""Checks on two workers, which test_devices.py runs in both processes.
 
-    python -m support.two_workers     TF_CONFIG tells which of the two it is
+    python -m support.two_workers     with the worker's TF_CONFIG
 
-What travels is compared with what does if all gradients are asked for.
+Each check compares the exchanged gradients with those of an exchange of all.
 """
 
 import json
@@ -51,7 +51,7 @@ def made(strategy, optimizer=sgd, penalty=None, **options):
 
 ACTIVE = {((None,), (16,), (None,), (3,), (6,))}
 LAST = {((6, 16), (16,), (None,), (3,), (6,))}
-KERAS: set = set()  # it sums all gradients itself
+KERAS: set = set()  # Keras itself sums all gradients
 
 
 def by_fit(model, method=None):
@@ -70,7 +70,7 @@ def by_fit(model, method=None):
 
 
 def by_loop(model):
-    """A loop of the user's, as TensorFlow's guide to strategies has it."""
+    """Trains in a custom loop, as in TensorFlow's guide to strategies."""
     strategy = model.distribute_strategy
     data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(8)
     loss_of = keras.losses.SparseCategoricalCrossentropy(
@@ -94,7 +94,7 @@ def by_loop(model):
 
 
 def check(strategy, *, train, travels, chosen=False, **options):
-    """Trains twice: all gradients travel, and what is to be checked."""
+    """Trains with all gradients exchanged and with the ones to check."""
     whole = made(strategy, **options)
     rigl_keras.exchange_gradients(whole, of="all")
     active = made(strategy, **options)
@@ -143,7 +143,7 @@ def pruning():
     return trained_by(rigl_keras.MagnitudePruning, ramp)
 
 
-# Made later: TensorFlow has to know the workers before it makes anything.
+# Lambdas: TensorFlow must know the workers before it makes any tensor.
 CHECKS = {
     "RigL, clipped": lambda: dict(
         train=rigl(),
@@ -162,7 +162,7 @@ CHECKS = {
     "SNFS": lambda: dict(
         train=trained_by(rigl_keras.SNFS, **WINDOW), travels=KERAS
     ),
-    # Which pulls weights outside the mask as well.
+    # This penalty also pulls weights outside the mask.
     "a penalty of another kind": lambda: dict(
         train=rigl(),
         travels=LAST,
@@ -175,7 +175,7 @@ CHECKS = {
 
 
 def check_that_masks_differ(strategy, index):
-    """Last: what fails on workers leaves them unable to go on."""
+    """Comes last, as workers cannot continue after the error."""
     model = made(strategy)
     if index == 1:
         for layer in masked_layers(model):

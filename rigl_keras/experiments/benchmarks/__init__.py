@@ -1,1 +1,1 @@
-"""Costs, and against whom: bin/benchmark and bin/benchmark_inference."""
+"""Benchmarks: bin/benchmark and bin/benchmark_inference."""

@@ -1,19 +1,18 @@
-"""What sparsity costs: the training step and the mask update, measured.
+"""Measures what sparsity costs and saves.
 
-    bin/benchmark                  all tables, half an hour on 2 cores
-    bin/benchmark --part=step      the training step alone
-    bin/benchmark --part=compiled  it under XLA, and in blocks of ten
-    bin/benchmark --part=update    the mask update alone
-    bin/benchmark kernels          what it saves, too: layer by layer,
-    bin/benchmark train            in training and
-    bin/benchmark inference        at inference
-    bin/benchmark plans            and what it keeps in memory for that, by
-                                   sizes of images
-    bin/benchmark engines          which engine serves sparse networks the
-                                   fastest
+    bin/benchmark                  training step and mask update, half an hour
+                                   on 2 cores
+    bin/benchmark --part=step      only the training step
+    bin/benchmark --part=compiled  the step under XLA, and in blocks of ten
+    bin/benchmark --part=update    only the mask update
+    bin/benchmark kernels          sparse kernels, layer by layer
+    bin/benchmark train            sparse kernels in training
+    bin/benchmark inference        sparse kernels at inference
+    bin/benchmark plans            memory of sparse kernels, by sizes of images
+    bin/benchmark engines          engines that serve sparse networks
     bin/benchmark workers          what two workers send each other
-    bin/benchmark updates          what a mask update costs that looks at few
-                                   gradients, in time and memory
+    bin/benchmark updates          time and memory of mask updates without
+                                   dense gradients
     bin/benchmark language         a training step of a GPT, and losses of runs
 
 Both sides of a comparison alternate in one process, so other work on the
@@ -43,7 +42,7 @@ _MODULES = {
 
 
 def _run_part(named, given, output, argv):
-    """Runs a part, whose module needs TensorFlow."""
+    """Runs a part. Its module imports TensorFlow."""
     run = importlib.import_module(_HOME + _MODULES[named]).run
     if named in benchmark_flags.KERNEL_PARTS:
         run = functools.partial(run, named)
@@ -59,9 +58,9 @@ def main() -> None:
             f"benchmark {named}",
             functools.partial(_run_part, named, given, output),
             about=command_line.about_module(_HOME + _MODULES[named]),
-            interrupted="the same command goes on after what is measured"
+            interrupted="the same command continues after what is measured"
             if named == "engines"
-            else "begin again with",
+            else "start again with",
             argv=[sys.argv[0], *sys.argv[2:]],
         )
         return
@@ -78,9 +77,9 @@ def main() -> None:
     def run(argv):
         if len(argv) > 1:
             raise ValueError(
-                "What to measure is named before all flags, one of "
-                f"{', '.join(_MODULES)}; without it "
-                f"--part counts. Received: {argv[1]!r}."
+                "Name what to measure before all flags, one of "
+                f"{', '.join(_MODULES)}, or pass --part. Received: "
+                f"{argv[1]!r}."
             )
         from rigl_keras.experiments import data
         from rigl_keras.experiments.benchmarks.input_pipeline import (

@@ -1,4 +1,4 @@
-"""The flags of `bin/benchmark`'s parts, which are parsed without TensorFlow."""
+"""The flags of `bin/benchmark`'s parts, parsed without TensorFlow."""
 
 from collections.abc import Callable, Mapping
 
@@ -8,14 +8,14 @@ from rigl_keras.experiments.benchmarks.engines.catalogue import ENGINES
 
 __all__ = ["DEFINE", "KERNEL_PARTS"]
 
-# What a part is run with: its flags by name, and where it writes to.
+# The arguments of a part: its flags by name, and the flag of its output.
 Given = tuple[Mapping[str, flags.FlagHolder], flags.FlagHolder | None]
 KERNEL_PARTS = ("kernels", "train", "inference")
 _MODEL = "Network, one of wide_resnet, resnet50."
 _KEPT = "Fractions of the weights kept."
 _DISTRIBUTIONS = (
-    "Of the masks over the layers: erdos_renyi_kernel, erdos_renyi, uniform, "
-    "uniform_all."
+    "Distributions of density over layers: erdos_renyi_kernel, erdos_renyi, "
+    "uniform, uniform_all."
 )
 
 
@@ -53,7 +53,7 @@ def _of_kernels(part: str) -> Given:
         )
     if part == "train":
         given["torch"] = flags.DEFINE_bool(
-            "torch", False, "Measure a step of PyTorch, too."
+            "torch", False, "Also measure a step of PyTorch."
         )
     output = flags.DEFINE_string(
         "output", None, f"Folder for {part}.csv and {part}.png."
@@ -64,8 +64,12 @@ def _of_kernels(part: str) -> Given:
 def _of_plans(_: str) -> Given:
     given = {
         "sizes": flags.DEFINE_integer("sizes", 64, "Sizes of images."),
-        "channels": flags.DEFINE_integer("channels", 512, "Of the images."),
-        "filters": flags.DEFINE_integer("filters", 512, "Of the layer."),
+        "channels": flags.DEFINE_integer(
+            "channels", 512, "Channels of the images."
+        ),
+        "filters": flags.DEFINE_integer(
+            "filters", 512, "Filters of the layer."
+        ),
         "density": flags.DEFINE_float(
             "density", 0.3, "Fraction of the weights kept."
         ),
@@ -85,7 +89,7 @@ def _of_engines(_: str) -> Given:
         "engines": flags.DEFINE_list(
             "engines",
             list(ENGINES),
-            "Engines that take turns.",
+            "Engines to measure.",
         ),
         "distributions": flags.DEFINE_list(
             "distributions", "erdos_renyi_kernel", _DISTRIBUTIONS
@@ -94,16 +98,16 @@ def _of_engines(_: str) -> Given:
             "rounds", 15, "Turns of each engine, at most."
         ),
         "seconds": flags.DEFINE_float(
-            "seconds", 60.0, "For the turns of a network and batch size."
+            "seconds", 60.0, "Time for the turns of a network and batch size."
         ),
         "isa": flags.DEFINE_enum(
-            "isa", None, ["avx2", "avx512"], "Instruction set to do with."
+            "isa", None, ["avx2", "avx512"], "Newest instruction set to use."
         ),
         "again": flags.DEFINE_bool(
-            "again", False, "Measure what --output has already."
+            "again", False, "Measure again what --output has already."
         ),
         "install": flags.DEFINE_bool(
-            "install", True, "Make environments that are missing."
+            "install", True, "Create missing environments."
         ),
     }
     flags.DEFINE_alias("distribution", "distributions")
@@ -118,23 +122,25 @@ def _of_workers(_: str) -> Given:
         "model": flags.DEFINE_string("model", "wide_resnet", _MODEL),
         "densities": flags.DEFINE_list("densities", "0.1", _KEPT),
         "distribution": flags.DEFINE_string(
-            "distribution", "erdos_renyi_kernel", "Of the masks over layers."
+            "distribution", "erdos_renyi_kernel", "How density is spread."
         ),
         "batch_size": flags.DEFINE_integer(
-            "batch_size", 128, "Images in a step, of both workers."
+            "batch_size", 128, "Images in a step, over both workers."
         ),
         "gigabits": flags.DEFINE_list(
-            "gigabits", "1", "Bandwidths, in Gbit/s, beside the machine's."
+            "gigabits",
+            "1",
+            "Bandwidths in Gbit/s, in addition to the machine's.",
         ),
         "sides": flags.DEFINE_list(
-            "sides", "dense,all,active", "What is exchanged, of these."
+            "sides", "dense,all,active", "What the workers exchange."
         ),
         "rounds": flags.DEFINE_integer(
             "rounds", 7, "Turns of each side, of two steps."
         ),
     }
     output = flags.DEFINE_string(
-        "output", None, "Folder for a table, named for the model."
+        "output", None, "Folder for a table with the model's name."
     )
     return given, output
 
@@ -156,16 +162,16 @@ def _of_language(_: str) -> Given:
         "densities", "0.1,0.05", "Fractions of the masked weights kept."
     )
     given["products"] = flags.DEFINE_list(
-        "products", "auto", "Of auto, sparse and dense, each measured."
+        "products", "auto", "Products to measure: auto, sparse or dense."
     )
     given["updates"] = flags.DEFINE_bool(
-        "updates", True, "Measure steps that are mask updates, too."
+        "updates", True, "Also measure steps that are mask updates."
     )
     given["torch"] = flags.DEFINE_bool(
-        "torch", False, "Measure a step of PyTorch, too."
+        "torch", False, "Also measure a step of PyTorch."
     )
     given["runs"] = flags.DEFINE_list(
-        "runs", [], "Directories of runs; their losses are written, no times."
+        "runs", [], "Directories of runs: write their losses, measure nothing."
     )
     output = flags.DEFINE_string("output", None, "Folder for CSV and figure.")
     return given, output
@@ -176,23 +182,24 @@ def _of_updates(_: str) -> Given:
         "networks": flags.DEFINE_list(
             "networks",
             "wide_resnet,dense",
-            "Of wide_resnet and dense, which is one layer.",
+            "Networks: wide_resnet, or dense, which is one layer.",
         ),
         "size": flags.DEFINE_integer(
-            "size", 8192, "Inputs and outputs of that layer."
+            "size", 8192, "Inputs and outputs of the dense layer."
         ),
         "batch_size": flags.DEFINE_integer(
             "batch_size", 128, "Examples in a step."
         ),
         "rounds": flags.DEFINE_integer(
-            "rounds", 7, "Turns of each method, of an update and two steps."
+            "rounds", 7, "Turns of each method, each an update and two steps."
         ),
     }
     output = flags.DEFINE_string("output", None, "Folder for updates.csv.")
     return given, output
 
 
-# By the word that names a part; called with that, once in a process.
+# Functions that define the flags of a part, by its name. Each takes the name
+# and may be called once in a process.
 DEFINE: dict[str, Callable[[str], Given]] = {
     **dict.fromkeys(KERNEL_PARTS, _of_kernels),
     "plans": _of_plans,

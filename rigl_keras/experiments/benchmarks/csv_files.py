@@ -19,7 +19,7 @@ def write_rows(
     Floats are rounded to six digits.
 
     Args:
-        rows: One or more, each with the same names as the first.
+        rows: At least one row. All have the names of the first.
         path: The file.
     """
     file = io.StringIO()

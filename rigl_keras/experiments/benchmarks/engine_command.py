@@ -1,24 +1,26 @@
-"""Which engine serves sparse networks the fastest: a leaderboard.
+"""Measures which engine serves sparse networks the fastest.
 
-    bin/benchmark engines                        all of it, some hours
+    bin/benchmark engines                        everything, some hours
     bin/benchmark engines --models=wide_resnet --densities=0.1
     bin/benchmark engines --engines=native,deepsparse,openvino
-    bin/benchmark engines --isa=avx2             without AVX-512, where the
-                                                 engine has a switch for it
+    bin/benchmark engines --isa=avx2             without AVX-512, for engines
+                                                 with such an option
 
-Each engine runs in a separate process and, where its packages clash with
-TensorFlow's, in a separate environment, which the first command makes in the
-cache. All are given the same weights and images, and have to agree with the
-Keras model before they are timed. They take turns in random order; while one
-has its turn the processes of all others are stopped, so that their threads
-can't wait actively. What cannot be measured is named with the reason.
+Each engine runs in a separate process. If its packages conflict with
+TensorFlow's, it also has a separate environment, which the first command
+creates in the cache. All engines get the same weights and images, and must
+agree with the Keras model before they are timed. They take turns in random
+order. During a turn the processes of all other engines are stopped, so that
+their threads cannot wait actively. An engine that cannot be measured is
+listed with the reason.
 
-What was measured is in `engines.json` and `engines.csv` of the folder
-`--output` after each network, density and batch size; the same command goes on
-from there, and draws `engines.png`. `--again` measures all of it again.
+After each network, density and batch size, the results are written to
+`engines.json` and `engines.csv` in the folder `--output`. The same command
+continues from there, and draws `engines.png`. `--again` measures everything
+again.
 
-PyTorch is installed as pip finds it, with CUDA libraries of some GB where no
-other build is nearer: PIP_EXTRA_INDEX_URL can name an index of CPU builds.
+pip may install PyTorch with some GB of CUDA libraries. To avoid this, set
+PIP_EXTRA_INDEX_URL to an index of CPU builds.
 """
 
 import functools
@@ -87,23 +89,24 @@ def measure_engines(
     """Measures engines on some networks.
 
     Args:
-        models: Some of `network_files.MODELS`.
+        models: Names from `network_files.MODELS`.
         densities: Fractions of the weights kept, each in (0, 1].
         batches: Examples in a call, each at least 1.
-        engines: Some of `catalogue.ENGINES`.
-        distributions: Of the masks over the layers.
+        engines: Names from `catalogue.ENGINES`.
+        distributions: How density is spread over layers.
         rounds: Turns of each engine, at most.
-        seconds: Time for the turns of one network and batch size, after which
-            there are no more rounds than 3.
-        isa: Instruction set that engines are held to, avx2 or avx512. None:
-            all that there is.
-        folder: Where results are kept, and continued from. None: nowhere.
+        seconds: Time for the turns of one network and batch size. Once it has
+            passed, no round begins after the third.
+        isa: Newest instruction set that engines may use, avx2 or avx512.
+            None: all that the processor has.
+        folder: Folder of the results, which this call extends. None: results
+            are not written.
         again: Whether to measure existing results again.
-        install: Whether missing environments are made.
-        say: Called with a line on what is done, and with tables.
+        install: Whether to create missing environments.
+        say: Called with lines about the progress, and with tables.
 
     Returns:
-        All that is in the folder now.
+        All results in the folder.
 
     Raises:
         ValueError: An argument is out of range, or the folder has results of
@@ -113,7 +116,7 @@ def measure_engines(
     _checks.integer("rounds", rounds, at_least=1)
     _checks.number("seconds", seconds, above=0, rule="must be above 0")
     _checks.choice("isa", isa, (None, *ISAS))
-    if isa:  # of what this process writes, too
+    if isa:  # for the files that this process writes, too
         os.environ["RIGL_KERAS_ISA"] = isa
     machine, commit = _machine(isa), provenance.commit()
     records = Records(folder, machine)
@@ -193,7 +196,7 @@ def _check(models, densities, batches, engines, distributions):
 
 
 def _pythons(names, install, say):
-    """Returns the Python of each engine that has one, and why others don't."""
+    """Returns the Python of each engine, and why other engines have none."""
     pythons: dict[str, str] = {}
     missing: dict[str, str] = {}
     folder = folder_of_environments()
@@ -240,8 +243,8 @@ def run(given: Mapping[str, Any], output: Any, argv: Sequence[str]) -> None:
 
     Args:
         given: The flags by name, as `benchmark_flags` defines them.
-        output: That of the folder to write to, if there is one.
-        argv: What is left of the command line.
+        output: The flag of the folder to write to, if there is one.
+        argv: The command line without flags.
     """
     from absl import logging
 
@@ -254,7 +257,7 @@ def run(given: Mapping[str, Any], output: Any, argv: Sequence[str]) -> None:
     folder = prepared_folder(output.value) if output.value else None
     records = measure_engines(**values, folder=folder)
     if folder and records.measurements:
-        # matplotlib is imported where a figure is drawn.
+        # Imported here, as it needs matplotlib.
         from rigl_keras.experiments.benchmarks.engines.engine_figure import (
             engine_figure,
         )

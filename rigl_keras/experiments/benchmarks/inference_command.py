@@ -1,4 +1,4 @@
-"""Networks at inference, by format and runtime, measured side by side."""
+"""Compares formats and runtimes of networks at inference."""
 
 import functools
 import importlib.metadata
@@ -48,8 +48,8 @@ MODELS = {
     "resnet50": functools.partial(rigl_keras.models.resnet50, 100),
 }
 _TOLERANCE = 1e-4  # difference of outputs, in units of the largest
-_TURN = 0.1  # seconds that a side runs before the next one does, at least
-_PART = 16  # examples that the Keras model is called on
+_TURN = 0.1  # the least seconds of a turn
+_PART = 16  # examples in a call of the Keras model
 _FEWEST = 3  # rounds for a median
 
 
@@ -65,20 +65,20 @@ def compare(
     """Measures all sides on some networks.
 
     Args:
-        models: Some of `MODELS`.
+        models: Names from `MODELS`.
         densities: Fractions of the weights kept, each in (0, 1].
         batches: Examples in a call, each at least 1.
         rounds: Turns of each side, at most.
-        seconds: Time for the turns of one network, density and batch, after
-            which there are no more rounds than 3.
-        progress: Called with a line on what is being done.
+        seconds: Time for the turns of one network, density and batch. If more
+            than 3 rounds do not fit into it, there are 3.
+        progress: Called with a line about the progress.
 
     Returns:
         A `Comparison`.
 
     Raises:
-        ValueError: An argument is out of range, or a side computes something
-            else than the Keras model does.
+        ValueError: An argument is out of range, or a side disagrees with the
+            Keras model.
 
     Example:
 
@@ -121,17 +121,16 @@ def compare(
 
 
 def sparse_network(name: str, density: float) -> keras.Model:
-    """Returns a network that is like a trained one, its kernels sparse.
+    """Returns a sparse network with values like those of a trained one.
 
-    Its masks are of the ERK distribution, and its batch norms as
-    `set_batch_norms` leaves them.
+    It has ERK masks and the batch norms of `set_batch_norms`.
 
     Args:
         name: One of `MODELS`.
         density: Fraction of the weights kept.
 
     Returns:
-        A plain model: outside the masks the kernels are zero.
+        A plain model, whose kernels are zero outside the masks.
     """
     keras.utils.set_random_seed(0)
     model = rigl_keras.strip(rigl_keras.sparsify(MODELS[name](), density))
@@ -140,14 +139,14 @@ def sparse_network(name: str, density: float) -> keras.Model:
 
 
 def set_batch_norms(model: keras.Model) -> None:
-    """Gives batch norms values that are like those of a trained network.
+    """Sets batch norms to values like those of a trained network.
 
-    Gamma is drawn from U(0.5, 1.5) and beta from N(0, 0.1^2), so that none is
-    0 as `zero_init_residual` leaves it, and the statistics are those of a
-    random batch.
+    Gamma is drawn from U(0.5, 1.5) and beta from N(0, 0.1^2), so that no gamma
+    is 0, as with `zero_init_residual`. The statistics are those of a random
+    batch.
 
     Args:
-        model: A built model, whose values of batch norms are replaced.
+        model: A built model. Its batch norms are changed.
     """
     random = np.random.default_rng(0)
     norms = [
@@ -171,13 +170,13 @@ def check_each_once(lists: Mapping[str, Sequence]) -> None:
     """Raises ValueError unless each list has items, and each item once.
 
     Args:
-        lists: `{name: list}`.
+        lists: The lists, `{name: list}`.
     """
     for name, values in lists.items():
         if not values or len(set(values)) < len(values):
             raise ValueError(
-                f"{name} must be one or more, each once. Received: "
-                f"{list(values)}."
+                f"{name} must have at least one item, and each once. "
+                f"Received: {list(values)}."
             )
 
 
@@ -207,7 +206,7 @@ def _check(models, densities, batches, rounds, seconds):
 
 
 def _sides(network, folder):
-    """Returns `{side: runner}`, `{side: bytes}`, and what was made compact."""
+    """Returns `{side: runner}`, `{side: bytes}` and a note on compaction."""
     signature = signatures.signature_of(network)
     small, folding = fold_batch_norm(network)
     small, removal = remove_dead_units(small)
@@ -237,7 +236,7 @@ def _sides(network, folder):
 
 
 def _torch_runner(network):
-    """Returns PyTorch's network in the form of the other sides."""
+    """Returns PyTorch's network, with the signature of the other sides."""
     compute = torch_network.torch_network(network)
 
     def run(arrays):
@@ -248,7 +247,7 @@ def _torch_runner(network):
 
 
 def _measured(network, sides, batch, rounds, seconds):
-    """Returns seconds and differences of each side, and how many rounds."""
+    """Returns the seconds and difference of each side, and the rounds."""
     signature = signatures.signature_of(network)
     arrays = signature.random(batch)
     wanted = outputs_in_parts(network, signature, arrays)
@@ -275,14 +274,14 @@ def outputs_in_parts(
     signature: signatures.Signature,
     arrays: Mapping[str, np.ndarray],
 ) -> np.ndarray:
-    """Returns what a Keras model computes, of a few examples at a time.
+    """Returns the outputs of a Keras model, computed in small batches.
 
-    Called without a graph, it keeps all that is between its layers.
+    Small batches save memory: an eager call keeps the outputs of all layers.
 
     Args:
-        network: A model of one input and one output.
-        signature: Of the model.
-        arrays: Its input by name.
+        network: A model with one input and one output.
+        signature: The signature of the model.
+        arrays: The input, by name.
     """
     (name,), (array,) = arrays.keys(), arrays.values()
     return np.concatenate(
@@ -294,15 +293,15 @@ def outputs_in_parts(
 
 
 def _difference(side, got, wanted):
-    """Returns how far outputs are off; not the same is an error."""
+    """Returns the difference of outputs; raises ValueError if it is large."""
     largest = np.abs(wanted).max()
     difference = float(np.abs(got - wanted).max() / largest)
-    if not difference <= _TOLERANCE:  # NaN is none
+    if not difference <= _TOLERANCE:  # true for NaN, too
         raise ValueError(
             f"{side} disagrees with the Keras model: outputs differ by "
-            f"{difference:.1e} of the largest, at most {_TOLERANCE:.0e} is "
-            "rounding. There is nothing to compare; this is a defect of the "
-            "runtime or of this benchmark."
+            f"{difference:.1e} of the largest, but rounding explains at most "
+            f"{_TOLERANCE:.0e}. This is a defect of the runtime or of this "
+            "benchmark."
         )
     return difference
 

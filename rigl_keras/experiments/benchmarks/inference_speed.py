@@ -1,4 +1,4 @@
-"""Inference of whole networks: sparse products against dense ones."""
+"""Times inference of whole networks with sparse and with dense products."""
 
 import functools
 import tempfile
@@ -34,8 +34,6 @@ from rigl_keras.exporting.signatures import signature_of
 
 __all__ = ["measure_inference"]
 
-# A call of the model.
-
 
 def measure_inference(
     model: str = "wide_resnet",
@@ -47,23 +45,23 @@ def measure_inference(
     say: Say = print,
     keep: Keep | None = None,
 ) -> list[Measurement]:
-    """Measures what a network takes at inference, dense and sparse.
+    """Times calls of a network at inference, dense and sparse.
 
     Args:
         model: One of `inference_command.MODELS`.
         densities: Fractions of the masked weights kept.
-        distributions: Of the masks over the layers.
-        batch_sizes: Images in a call. All sides of one take turns.
+        distributions: How density is spread over layers.
+        batch_sizes: Images in a call. All sides of a batch size take turns.
         rounds: Turns of each side.
         say: Called with each line of the tables.
-        keep: Called with all measurements so far, whenever there are more.
+        keep: Called with all measurements so far, each time new ones come.
 
     Returns:
         Measurements.
 
     Raises:
-        ValueError: An argument is out of range, or a side computes something
-            else than the network does.
+        ValueError: An argument is out of range, or a side disagrees with the
+            network.
     """
     check(model, densities, rounds, distributions, batch_sizes=batch_sizes)
     densities = sorted(densities)
@@ -123,8 +121,8 @@ def measure_inference(
 
 
 def _called(model):
-    """Returns a model's inference as a graph, as `predict` makes one."""
-    # Anything but a model is called without the bookkeeping of a layer.
+    """Returns a model's inference as a graph, like that of `predict`."""
+    # A lambda avoids the bookkeeping of a layer's call.
     return tf.function(lambda x: model(x, training=False))
 
 
@@ -145,10 +143,10 @@ def _served(
         loaded = tf.saved_model.load(scratch)
         serve = loaded.signatures["serving_default"]
         (name,) = signature.inputs
-        # Its network is read now, before the files are gone.
+        # Reads the network before the files are removed.
         serve(**{n: tf.constant(x) for n, x in signature.random(1).items()})
 
-    # `loaded` holds what the function reads.
+    # The default argument keeps `loaded` alive, which `serve` needs.
     def call(images: tf.Tensor, loaded: object = loaded) -> tf.Tensor:
         return serve(**{name: images})["output_0"]
 

@@ -1,4 +1,4 @@
-"""How fast batches come."""
+"""The speed of the input pipeline."""
 
 import time
 
@@ -10,12 +10,12 @@ __all__ = ["measure_input_pipeline"]
 def measure_input_pipeline(
     name: str = "cifar10", *, data_dir: str | None = None, steps: int = 300
 ) -> float:
-    """Returns how many images a second the training pipeline alone yields.
+    """Returns the images per second of the training pipeline alone.
 
     Args:
         name: One of `data.DATASETS`.
         data_dir: Folder of the prepared data.
-        steps: Batches of 128 that are timed.
+        steps: Number of timed batches, of 128 images.
 
     Returns:
         Images per second.

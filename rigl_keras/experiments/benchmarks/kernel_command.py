@@ -1,4 +1,4 @@
-"""What sparse kernels save: layer by layer, in training, at inference.
+"""Measures sparse kernels: layer by layer, in training, at inference.
 
     bin/benchmark kernels      each convolution of a network, dense and sparse
     bin/benchmark train        training steps, dense and with RigL
@@ -27,7 +27,7 @@ from rigl_keras.experiments.progress_bar import say
 
 __all__ = ["prepared_folder", "run"]
 
-# What a figure has in its rows, in its columns, and as lines.
+# The fields that a figure has as rows, as columns and as lines.
 _FIGURES = {
     "kernels": {"rows": "size", "columns": "side", "label": "layer"},
     "train": {"rows": "model", "columns": "distribution", "label": "side"},
@@ -56,15 +56,15 @@ def run(
         part: One of `benchmark_flags.KERNEL_PARTS`.
         given: Its flags by name.
         output: The flag of the folder to write to.
-        argv: What is left of the command line.
+        argv: The command line without flags.
     """
     from absl import logging
 
     logging.set_verbosity(logging.WARNING)
-    # TensorFlow warns of graphs that are made in a loop, as they are here.
+    # TensorFlow warns of graphs made in a loop, as they are here.
     tf.get_logger().setLevel("ERROR")
-    # Read when PyTorch is imported, which is later: its threads would slow
-    # down TensorFlow's, while they wait (`benchmark_inference`).
+    # For PyTorch, which is imported later: threads that wait actively would
+    # slow down TensorFlow's (see `benchmark_inference`).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
     exits.check_flags_alone(argv)
@@ -94,13 +94,16 @@ def run(
 
 
 def prepared_folder(output: str) -> Path:
-    """Returns a folder that is there, and that a figure can be drawn for.
+    """Creates the output folder, after a check that figures can be drawn.
 
     Args:
-        output: Of the flag.
+        output: Value of the flag.
+
+    Returns:
+        The folder.
 
     Raises:
-        ValueError: It can't be made.
+        ValueError: The folder cannot be created.
         MissingPackageError: matplotlib is missing.
     """
     _extras.check_installed(
@@ -112,7 +115,7 @@ def prepared_folder(output: str) -> Path:
         Path(output).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(
-            "--output must be a folder, or one that can be made. Received: "
+            "--output must be a folder, or one that can be created. Received: "
             f"{output!r} ({error.strerror})."
         ) from error
     return Path(output)
@@ -121,7 +124,7 @@ def prepared_folder(output: str) -> Path:
 def _why_no_kernels():
     """Returns why there are no sparse kernels, or None."""
     try:
-        kernels.build()  # `load` would warn; here it is an error
+        kernels.build()  # raises, where `load` would only warn
     except kernels.BuildError as error:
         return str(error).rstrip(".")
     kernels.load()

@@ -1,4 +1,4 @@
-"""What sparse kernels save: layer by layer, in training and at inference.
+"""What the comparisons of sparse and dense kernels share.
 
     bin/benchmark kernels                     the layers of WRN-22-2
     bin/benchmark kernels --model=resnet50    those of ResNet-50
@@ -56,22 +56,19 @@ TORCH = "PyTorch, dense and masked"
 CALLED, SERVED = "masked model", "served"
 DENSE = "dense", None  # the side that whole networks are compared with
 _TOLERANCE = 1e-4  # difference of outputs, in units of the largest
-TURN = 0.02  # seconds that a side runs before the next one does, at least
-UPDATES = 0.01  # of the steps: RigL's usual frequency is 100
+TURN = 0.02  # the least seconds of a turn
+UPDATES = 0.01  # fraction of steps that are updates, at RigL's frequency of 100
 Say = Callable[[str], None]
 Keep = Callable[[Sequence[Measurement]], None]
 
 
 def machine() -> str:
-    """Returns what all times depend on, as in "avx2 against Eigen, 2 cores"."""
+    """Returns a description such as "avx2 against Eigen, 2 cores"."""
     found = "no sparse kernels"
     if kernels.load() is not None:
         found = f"{kernels.instruction_set()} against {kernels.dense_library()}"
     cores = cast(int, os.cpu_count())
     return f"{found}, {cores} core{'s' if cores > 1 else ''}"
-
-
-# What they share.
 
 
 def timed_in_turns(
@@ -80,8 +77,8 @@ def timed_in_turns(
     doing: str,
     turn: float = 0.0,
 ) -> dict[Hashable, list[float]]:
-    """Returns seconds, as `warm_turns` does, and shows how far it is."""
-    # Each is called twice before, and once in a turn that is not timed.
+    """Returns seconds, as `warm_turns` does, and shows the progress."""
+    # Each has two calls before, and one turn that is not timed.
     total = None if turn else len(sides) * (2 + rounds)
     with ProgressBar(unit="calls", total=total, doing=doing) as bar:
 
@@ -106,14 +103,14 @@ def measurements(
     say: Say,
     **about,
 ) -> list[Measurement]:
-    """Returns a `Measurement` of each side and density, and says them.
+    """Returns a `Measurement` of each side and density, and reports them.
 
     Args:
         seconds: `{(side, density): seconds of each turn}`.
-        dense: `{side: key of what it is compared with}`.
-        densities: Of each side.
+        dense: `{side: key of the dense side to compare with}`.
+        densities: The densities of each side.
         say: Called with a line for each side.
-        **about: What they have in common.
+        **about: Fields that all measurements share.
     """
     measured = [
         Measurement(
@@ -141,12 +138,12 @@ def check_same_outputs(got: tf.Tensor, wanted: tf.Tensor) -> None:
     """Raises ValueError unless two outputs are the same, up to rounding."""
     largest = float(tf.reduce_max(tf.abs(wanted)))
     difference = float(tf.reduce_max(tf.abs(got - wanted)))
-    if not difference <= _TOLERANCE * largest:  # NaN is none
+    if not difference <= _TOLERANCE * largest:  # true for NaN, too
         raise ValueError(
             "A sparse side must compute what the dense one does, up to "
             f"{_TOLERANCE:.0e} of the largest output. Received outputs that "
             f"differ by {difference:.1e}, the largest being {largest:.1e}. "
-            "This is a defect of the kernels; there is nothing to compare."
+            "This is a defect of the kernels."
         )
 
 
@@ -158,7 +155,7 @@ def check(
     *,
     batch_sizes: Sequence[int],
 ) -> None:
-    """Raises ValueError unless these can be measured."""
+    """Raises ValueError for arguments that cannot be measured."""
     _checks.choice("model", model, tuple(MODELS))
     check_each_once(
         {

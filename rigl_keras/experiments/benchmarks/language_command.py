@@ -1,12 +1,12 @@
-"""What sparsity saves and costs in a language model.
+"""Measures what sparsity saves and costs in a language model.
 
     bin/benchmark language                     a training step of the GPT of
                                                gin/rigl_gpt.gin, some minutes
     bin/benchmark language --torch             and one of PyTorch
     bin/benchmark language --output=language   writes language/steps.csv, .png
-    bin/benchmark language --runs=A,B          no times: loss over steps of the
-                                               runs in these directories, as
-                                               losses.csv and .png in --output
+    bin/benchmark language --runs=A,B          writes the losses of runs to
+                                               losses.csv and .png in --output,
+                                               and measures nothing
 
 All sides of a step take turns in one process, so other work on the machine
 affects all of them.
@@ -38,16 +38,16 @@ def run(given: Mapping[str, Any], output: Any, argv: Sequence[str]) -> None:
 
     Args:
         given: The flags by name, as `benchmark_flags` defines them.
-        output: That of the folder to write to, if there is one.
-        argv: What is left of the command line.
+        output: The flag of the folder to write to, if there is one.
+        argv: The command line without flags.
     """
     from absl import logging
 
     logging.set_verbosity(logging.WARNING)
-    # TensorFlow warns of graphs that are made in a loop, as they are here.
+    # TensorFlow warns of graphs made in a loop, as they are here.
     tf.get_logger().setLevel("ERROR")
-    # Read when PyTorch is imported, which is later: its threads would slow
-    # down TensorFlow's, while they wait (`benchmark_inference`).
+    # For PyTorch, which is imported later: threads that wait actively would
+    # slow down TensorFlow's (see `benchmark_inference`).
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     exits.check_flags_alone(argv)
     given = dict(given)
@@ -66,7 +66,7 @@ def run(given: Mapping[str, Any], output: Any, argv: Sequence[str]) -> None:
 
 
 def _write(name, content, folder):
-    """Writes a table and its figure, and says so."""
+    """Writes a table and its figure, and prints their paths."""
     from rigl_keras.experiments.benchmarks import language_figures
 
     write, draw = {

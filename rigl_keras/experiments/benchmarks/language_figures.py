@@ -32,14 +32,14 @@ def step_times(steps: Sequence[Step]) -> Figure:
     """Draws the median time of a training step, a bar for each side.
 
     Args:
-        steps: One or more, of one measurement.
+        steps: At least one step, all from one measurement.
     """
     figure = new_figure(6.8, 1.2 + 0.32 * len(steps))
     axes = figure.subplots()
     names = [_name(step) for step in steps]
     for i, step in enumerate(steps):
         axes.barh(i, step.seconds, color=BLUE if step.product else GREY)
-        # The minimum, within the bar.
+        # A line in the bar shows the minimum.
         axes.plot([step.least_seconds] * 2, [i - 0.4, i + 0.4], color=BLACK)
         axes.annotate(
             f" {step.seconds:.2f} s, {step.speed_up:.2f}x",
@@ -69,10 +69,10 @@ def _name(step):
 
 
 def losses(points: Sequence[Point]) -> Figure:
-    """Draws validation loss over steps and over training FLOPs, a line a run.
+    """Draws validation loss over steps and over training FLOPs, by runs.
 
     Args:
-        points: One or more.
+        points: At least one point.
     """
     figure = new_figure(9.4, 3.9)
     grid = figure.subplots(1, 2, sharey=True)

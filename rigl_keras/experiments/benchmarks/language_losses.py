@@ -1,4 +1,4 @@
-"""Loss over steps of language models, from the directories of their runs."""
+"""Losses of language models, read from the directories of their runs."""
 
 import csv
 import dataclasses
@@ -16,16 +16,16 @@ __all__ = ["Point", "read_losses", "write_losses"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Point:
-    """What a run had reached after an epoch.
+    """The state of a run after an epoch.
 
     Attributes:
         run: Name of its directory.
-        step: Steps of the optimizer until then.
-        density: Of the masked weights, 1 of a dense model.
-        loss: Of the epoch's batches, in nats.
-        validation_loss: Of the characters that are held out, in nats.
-        validation_accuracy: Share of them that were predicted.
-        training_flops_ratio: FLOPs until then over those of the whole dense
+        step: Optimizer steps so far.
+        density: Fraction of the masked weights kept; 1 for a dense model.
+        loss: Loss on the batches of the epoch, in nats.
+        validation_loss: Loss on the validation characters, in nats.
+        validation_accuracy: Share of validation characters that are predicted.
+        training_flops_ratio: FLOPs so far over those of the whole dense
             training.
     """
 
@@ -50,7 +50,7 @@ def read_losses(run_dirs: Sequence[str | os.PathLike]) -> list[Point]:
         run_dirs: Directories of runs of `bin/train`.
 
     Raises:
-        ValueError: One holds no epoch, or no validation loss.
+        ValueError: A run has no epoch, or no validation loss.
     """
     points = []
     for run_dir in run_dirs:
@@ -90,7 +90,7 @@ def write_losses(points: Sequence[Point], path: str | os.PathLike) -> None:
     """Writes points as CSV, whole or not at all.
 
     Args:
-        points: One or more.
+        points: At least one point.
         path: The file.
     """
     rows = [

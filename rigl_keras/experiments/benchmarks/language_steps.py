@@ -1,4 +1,4 @@
-"""Training steps of a language model: sparse, dense, and by PyTorch."""
+"""Times training steps of a language model: sparse, dense, and PyTorch."""
 
 import dataclasses
 import functools
@@ -24,29 +24,29 @@ __all__ = ["Step", "measure_language_steps", "sizes", "write_steps"]
 
 _TEXT = "python_docs"
 _NEVER, _ALWAYS = 10**6, 1  # steps between two mask updates
-_UPDATES = 0.01  # of the steps: RigL's usual frequency is 100
+_UPDATES = 0.01  # fraction of steps that are updates, at a frequency of 100
 KERAS, TORCH = "Keras, dense", "PyTorch, dense"
 Say = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Step:
-    """What a training step of one side takes.
+    """The times of a training step of one side.
 
     Attributes:
         side: What was measured.
-        density: Fraction of the masked weights kept, 1 of a dense side.
-        product: As in `sparsify`; empty of a dense side.
-        sparse_kernels: How many kernels are multiplied by sparse products.
-        seconds: Median of its turns.
-        least_seconds: Minimum of its turns.
+        density: Fraction of the masked weights kept; 1 for a dense side.
+        product: As in `sparsify`; empty for a dense side.
+        sparse_kernels: Number of kernels with sparse products.
+        seconds: Median over turns.
+        least_seconds: Minimum over turns.
         dense_seconds: Median of dense Keras, in the same rounds.
-        dense_least_seconds: Its minimum.
-        parameters: Of the dense model.
+        dense_least_seconds: Minimum of dense Keras.
+        parameters: Parameters of the dense model.
         batch_size, context, layers, width, heads: Sizes of the step.
         rounds: Turns of each side.
         machine: Instruction set and cores.
-        versions: Of what has computed it.
+        versions: Versions of the packages.
     """
 
     side: str
@@ -94,20 +94,20 @@ def measure_language_steps(
 ) -> list[Step]:
     """Measures training steps of a GPT, dense and with RigL.
 
-    All train on the same batch of text, with AdamW and clipped gradients,
-    through the function that `fit` calls. With RigL, no update falls on the
-    timed steps but on those of a side of its own; what a step takes if one of a
-    hundred is an update follows from both.
+    All sides train on the same batch of text, with AdamW and clipped
+    gradients, through the function that `fit` calls. Steps with and without a
+    mask update are measured as separate sides. The mean time with one update
+    in a hundred steps follows from both.
 
     Args:
-        densities: Fractions of the masked weights kept, ERK masks.
-        products: As in `sparsify`, each measured.
+        densities: Fractions of the masked weights kept, with ERK masks.
+        products: Products to measure, as in `sparsify`.
         batch_size: Windows in a step.
         context, layers, width, heads: As in `models.gpt`.
         rounds: Turns of each side.
-        updates: Whether steps that are mask updates are measured, which takes
-            as much memory again as all else.
-        torch: Whether PyTorch is measured (`torch_gpt_step`).
+        updates: Whether to measure mask updates too. This takes twice the
+            memory.
+        torch: Whether to measure PyTorch (`torch_gpt_step`).
         say: Called with each line.
 
     Returns:
@@ -129,7 +129,7 @@ def measure_language_steps(
         torch = False
     text = data.load(_TEXT, context=context)
     batch = text.train(batch_size=batch_size, seed=0, epochs=1).take(1)
-    # Copies: PyTorch takes no arrays that may not be written.
+    # Copies, because PyTorch does not take read-only arrays.
     tokens, following = map(np.array, next(batch.as_numpy_iterator()))
     symbols = text.recipe.num_classes
     dense = rigl_keras.models.gpt(symbols, context, layers, width, heads)
@@ -185,10 +185,10 @@ def measure_language_steps(
 
 
 def _sparse_kernels(models: Mapping[tuple, keras.Model]) -> dict[tuple, int]:
-    """Returns how many kernels of each model have sparse products."""
+    """Returns the number of kernels of each model with sparse products."""
     found = {}
     for key, model in models.items():
-        # The last of a kernel's choices is that of the training step.
+        # The last choice of a kernel is the one of the training step.
         chosen = [
             list(masked.chosen_products().values())
             for masked in rigl_keras.masked_layers(model)
@@ -249,7 +249,7 @@ def _lines(steps):
 
 
 def sizes(step: Step) -> str:
-    """Returns what a step was of, for a title."""
+    """Returns the sizes of a step, for a title."""
     return (
         f"{step.parameters / 1e6:.0f} M parameters, batch {step.batch_size} x "
         f"{step.context} characters"
@@ -260,7 +260,7 @@ def write_steps(steps: Sequence[Step], path: str | os.PathLike) -> None:
     """Writes steps as CSV, whole or not at all.
 
     Args:
-        steps: One or more.
+        steps: At least one step.
         path: The file.
     """
     write_rows([dataclasses.asdict(step) for step in steps], path)

@@ -1,4 +1,4 @@
-"""Single layers: sparse products against dense ones."""
+"""Times single layers with sparse and with dense products."""
 
 import functools
 import itertools
@@ -36,8 +36,6 @@ from rigl_keras.patterns import NM, Element, as_pattern
 
 __all__ = ["layer_problems", "measure_layers"]
 
-# Layer by layer.
-
 
 def layer_problems(
     model: keras.Model, batch_size: int
@@ -45,20 +43,20 @@ def layer_problems(
     """Returns the distinct convolutions of a model.
 
     Args:
-        model: A dense model, whose images have a size.
+        model: A dense model with a fixed image size.
         batch_size: Images in a batch.
 
     Returns:
-        `{"3x3 16x16x64>64": problem}`, in the order of the model: rows and
-        columns of the kernel, rows, columns and channels of the images that
-        it is given (padded ones, where the model pads them), filters, and
-        `/2` for a stride of 2.
+        `{"3x3 16x16x64>64": problem}`, in the order of the model. A name has
+        rows and columns of the kernel, rows, columns and channels of its input
+        images (after padding by the model), filters, and `/2` for a stride of
+        2.
     """
     found = {}
     for layer in _keras.flatten_layers(model):
         if type(layer) is not keras.layers.Conv2D:
             continue
-        conv: Any = layer  # a built one: Keras's annotations know of none
+        conv: Any = layer  # Keras's annotations lack attributes of built layers
         rows, columns, channels, filters = conv.kernel.shape
         images = tuple(conv.input.shape[1:3])
         stride = f"/{conv.strides[0]}" if max(conv.strides) > 1 else ""
@@ -90,19 +88,19 @@ def measure_layers(
 
     Args:
         model: One of `inference_command.MODELS`.
-        densities: Of random masks.
-        granularities: Names of their patterns, at the same densities.
+        densities: Densities of random masks.
+        granularities: Names of the masks' patterns.
         batch_size: Images in a call.
         rounds: Turns of each side.
         say: Called with each line of the table as it is measured.
-        keep: Called with all measurements so far, whenever there are more.
+        keep: Called with all measurements so far, each time new ones come.
 
     Returns:
-        Measurements of a forward pass, and of one forwards and backwards.
+        Measurements of the forward pass, and of both passes.
 
     Raises:
-        ValueError: An argument is out of range, or the sparse kernels compute
-            something else than the dense ones do.
+        ValueError: An argument is out of range, or sparse and dense kernels
+            disagree.
         RuntimeError: There are no sparse kernels.
     """
     check(model, densities, rounds, batch_sizes=[batch_size])
@@ -164,7 +162,7 @@ def _drawn(draw, shape, density, pattern):
 
 
 def _layer_sides(problem, densities, patterns):
-    """Returns `{(side, density or None): call}`, and the size of outputs."""
+    """Returns `{(side, density or None): call}`, and the size of the output."""
     draw = np.random.default_rng(0)
 
     def normal(*shape):

@@ -1,4 +1,4 @@
-"""What a mask update costs."""
+"""Times a mask update."""
 
 import numpy as np
 import tensorflow as tf
@@ -12,14 +12,14 @@ __all__ = ["measure_mask_update"]
 def measure_mask_update(
     *, density: float = 0.1, rounds: int = 7
 ) -> dict[str, float]:
-    """Times one update of all masks of a ResNet-50, and one by full sorts.
+    """Times an update of all masks of a ResNet-50, also with full sorts.
 
-    The kernels are those of the ResNet-50 for 32x32 images, 54 of them with
-    23,652,032 weights. The other side ranks them with `tf.argsort`.
+    The 54 kernels are those of the ResNet-50 for 32x32 images, and have
+    23,652,032 weights. The update with full sorts uses `tf.argsort`.
 
     Args:
         density: Fraction of the weights kept, uniform.
-        rounds: Timed updates of each.
+        rounds: Timed updates of each side.
 
     Returns:
         `{"selection" | "sort": median seconds}`.
@@ -34,7 +34,7 @@ def measure_mask_update(
     masks, kernels, gradients = zip(*layers, strict=True)
 
     def update(move):
-        # All results are summed: what is not used would not be computed.
+        # Sums all results, as TensorFlow does not compute unused ones.
         return tf.function(
             lambda: tf.add_n(
                 [
@@ -57,7 +57,7 @@ def measure_mask_update(
         return map(_drop_and_grow_by_sorting, masks, drop_scores, grow_scores)
 
     selection, sort = update(by_selection), update(by_sorting)
-    # The same sums, up to the order of addition: both do the same work.
+    # Both do the same work, so the sums agree up to rounding.
     np.testing.assert_allclose(float(selection()), float(sort()), rtol=1e-5)
     return interleaved(
         {
@@ -69,7 +69,7 @@ def measure_mask_update(
 
 
 def _drop_and_grow_by_sorting(mask, drop_scores, grow_scores):
-    """Returns the new mask of an update at fraction 0.3, by two sorts."""
+    """Returns the new mask of an update with fraction 0.3, by two sorts."""
     active = tf.reshape(mask, [-1])
     size = tf.size(active)
     ones = tf.math.count_nonzero(active, dtype=tf.int32)

@@ -1,12 +1,13 @@
-"""What sparse kernels keep in memory for images of many sizes.
+"""Measures the memory of sparse kernels for images of many sizes.
 
-    bin/benchmark plans                  3x3 of 512 channels to 512, by density
-                                         0.3: 700,000 weights; 64 sizes
-    bin/benchmark plans --sizes=256      more of them
+    bin/benchmark plans                  a 3x3 convolution of 512 channels to
+                                         512, at density 0.3: 700,000 weights;
+                                         64 sizes of images
+    bin/benchmark plans --sizes=256      more sizes
 
-Sparse kernels work off the weights of a layer in an order that depends on the
-size of the images. Orders are kept for the next images of the size, and shared
-by sizes that are cut into the same tiles.
+Sparse kernels process the weights of a layer in an order, their plan, which
+depends on the size of the images. Plans are kept for the next images of the
+same size, and shared by sizes that are cut into the same tiles.
 """
 
 import dataclasses
@@ -28,15 +29,15 @@ _CALLS = ("inference", "training step")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kept:
-    """What is in memory after calls on images of some sizes.
+    """Memory and times after calls on images of some sizes.
 
     Attributes:
         call: `"inference"` or `"training step"`.
-        sizes: How many sizes of images the layer has seen.
-        weights: That are left of the layer.
-        plan_bytes: Of the orders that are kept.
-        process_bytes: By which the process has grown since the first size; 0
-            where that is not known.
+        sizes: Number of image sizes so far.
+        weights: Active weights of the layer.
+        plan_bytes: Bytes of the plans that are kept.
+        process_bytes: Bytes by which the process has grown since the first
+            size; 0 if this is not known.
         new_seconds: Mean time of a call on a new size.
         known_seconds: Time of a second call on the last size.
     """
@@ -58,21 +59,21 @@ def measure_plans(
     density: float = 0.3,
     say: Say = print,
 ) -> list[Kept]:
-    """Measures what one layer keeps in memory, by sizes of its images.
+    """Measures the memory that one layer keeps for images of many sizes.
 
-    The layer is a 3x3 convolution. Images have 4 rows, and from 4 columns on
-    one more in each call.
+    The layer is a 3x3 convolution. Images have 4 rows, and 4 columns in the
+    first call, 5 in the second, and so on.
 
     Args:
-        sizes: How many sizes there are, at least 2.
-        channels: Of the images.
-        filters: Of the layer.
+        sizes: Number of sizes, at least 2.
+        channels: Channels of the images.
+        filters: Filters of the layer.
         density: Fraction of the weights kept, in (0, 1].
         say: Called with each line of the table.
 
     Returns:
-        What is kept after 2, 4, 8 and so many sizes, and after all: of
-        inference first, and then of a training step.
+        The memory after 2, 4, 8, ... and after all sizes, first at inference
+        and then in a training step.
 
     Raises:
         ValueError: An argument is out of range.
@@ -121,7 +122,7 @@ def _training_step(mask):
 
 def _kept(name, call, sizes, channels, weights, say):
     """Returns a `Kept` after 2, 4, 8 ... sizes, and after all."""
-    operations: Any = kernels.load()  # its names are made as it loads
+    operations: Any = kernels.load()  # its names exist only at run time
 
     def plan_bytes():
         return int(operations.rigl_keras_plan_bytes())
@@ -138,7 +139,7 @@ def _kept(name, call, sizes, channels, weights, say):
         autograph=False,
     )
     before = plan_bytes()
-    timed(3)  # it is traced
+    timed(3)  # traces the function
     process = _process_bytes()
     found, new = [], 0.0
     for seen in range(1, sizes + 1):
@@ -164,7 +165,7 @@ def _kept(name, call, sizes, channels, weights, say):
 
 
 def _process_bytes():
-    """Returns the memory that the process has, or 0 where that is not known."""
+    """Returns the memory of the process, or 0 if it is not known."""
     try:
         with open("/proc/self/status") as status:
             (line,) = (one for one in status if one.startswith("VmRSS:"))
@@ -178,8 +179,8 @@ def run(given: Mapping[str, Any], output: Any, argv: Sequence[str]) -> None:
 
     Args:
         given: The flags by name, as `benchmark_flags` defines them.
-        output: That of the folder to write to, if there is one.
-        argv: What is left of the command line.
+        output: Not used: this part writes no files.
+        argv: The command line without flags.
     """
     exits.check_flags_alone(argv)
     if kernels.load() is None:

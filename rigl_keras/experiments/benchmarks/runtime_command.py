@@ -1,23 +1,22 @@
-"""What a sparse network costs at inference, by format and runtime, measured.
+"""Compares formats and runtimes for a sparse network at inference.
 
-    bin/benchmark_inference                      all of it, ten minutes or more
+    bin/benchmark_inference                      everything, ten minutes or more
     bin/benchmark_inference --models=wide_resnet --batches=1
 
-TensorFlow, LiteRT (TFLite) and PyTorch compute the dense product, also where
-a kernel is stored sparse: zeros anywhere in it save space, and no time is
-expected of them here. The compact side is faster where it does less: batch
-norms are part of the convolutions, and units that sparsity has cut off are
-gone. It is the measure for kernels that do skip zeros.
+TensorFlow, LiteRT (TFLite) and PyTorch compute dense products, even if a
+kernel is stored sparse: zeros save space, but no time. The compact side may be
+faster because it computes less: batch norms are folded into convolutions, and
+units that sparsity has disconnected are removed. Kernels that skip zeros
+should be compared with it.
 
-All sides compute the same function, which is checked before they are timed,
-take the same NumPy arrays and return NumPy arrays. They take turns in one
-process, in a new random order each round, so other work on the machine
-affects all of them; medians are compared. Each runtime has its threads on
-all cores. These wait actively for some milliseconds after a call, and slow
-down the side that comes next. Therefore a turn is many calls where one is
-short, and PyTorch's threads wait passively (OMP_WAIT_POLICY, unless it is
-set): where other programs use the cores, active waiting makes it up to a
-hundred times slower.
+All sides compute the same function, which is checked before they are timed.
+They take and return NumPy arrays. They take turns in one process, in a new
+random order each round, so other work on the machine affects all of them;
+medians are compared. Each runtime uses all cores. Its threads wait actively
+for some milliseconds after a call, which slows down the next side. Therefore a
+turn has many calls if a call is short, and PyTorch's threads wait passively
+(OMP_WAIT_POLICY, unless you set it). If other programs use the cores, active
+waiting makes PyTorch up to a hundred times slower.
 """
 
 import functools
@@ -33,7 +32,7 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """Prints the tables that the command line asks for, and draws them."""
+    """Prints and draws the comparison that the command line asks for."""
     models = flags.DEFINE_list(
         "models", ["wide_resnet", "resnet50"], "Networks to measure."
     )
@@ -64,7 +63,7 @@ def main() -> None:
         # TensorFlow logs each SavedModel that it writes.
         absl_logging.set_verbosity(absl_logging.WARNING)
         tf.get_logger().setLevel("WARNING")
-        # Read when PyTorch is imported, which is later: see --help.
+        # For PyTorch, which is imported later: see --help.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         check_paths(figure.value, json_path.value)
         comparison = compare(
@@ -75,7 +74,7 @@ def main() -> None:
             seconds=seconds.value,
             progress=functools.partial(print, file=sys.stderr, flush=True),
         )
-        print(comparison, flush=True)  # before a disk is full
+        print(comparison, flush=True)  # before writing, which may fail
         if json_path.value:
             comparison.save(json_path.value)
         if figure.value:

@@ -1,4 +1,4 @@
-"""The numbers of `benchmark_inference`: tables, a file and a figure of them."""
+"""The numbers of `benchmark_inference`, as tables, a file and a figure."""
 
 import dataclasses
 import json
@@ -57,7 +57,7 @@ class Measurement:
         batch: Examples in a call.
         side: One of `SIDES`.
         seconds: Median time of a call.
-        bytes: Size of the artefact on disk; None for PyTorch, which has none.
+        bytes: Size of the files on disk; None for PyTorch, which has none.
         difference: Largest difference of the outputs from those of the Keras
             model, in units of the largest output.
         rounds: Number of turns for the median.
@@ -88,11 +88,11 @@ class Comparison:
     environment: dict
 
     def values(self, field: str) -> list:
-        """Returns what a field of the measurements is, each value once."""
+        """Returns the values of a field of the measurements, each once."""
         return list(dict.fromkeys(getattr(m, field) for m in self.measurements))
 
     def of(self, **fields) -> Measurement | None:
-        """Returns the measurement of these fields, if there is one."""
+        """Returns the measurement with these values of fields, or None."""
         wanted = fields.items()
         return next(
             (
@@ -104,8 +104,8 @@ class Comparison:
         )
 
     def ratio(self, measured: Measurement) -> float:
-        """Returns a time in units of that of the dense SavedModel."""
-        # There is a dense side of everything that is measured.
+        """Returns a time relative to that of the dense SavedModel."""
+        # Each case has a dense side.
         dense: Any = self.of(
             model=measured.model,
             density=measured.density,
@@ -115,13 +115,13 @@ class Comparison:
         return measured.seconds / dense.seconds
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes it as JSON."""
+        """Writes the comparison as JSON."""
         content = json.dumps(dataclasses.asdict(self), indent=2)
         _files.write(path, content + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Comparison":
-        """Returns what `save` has written."""
+        """Returns a comparison that `save` has written."""
         content = json.loads(Path(path).read_text())
         rows = tuple(Measurement(**row) for row in content["measurements"])
         return cls(rows, tuple(content["notes"]), content["environment"])
@@ -174,11 +174,11 @@ class Comparison:
 
 
 def check_paths(figure: str | None, json_path: str | None) -> None:
-    """Raises ValueError for what could not be written in the end.
+    """Raises ValueError for a path that could not be written later.
 
     Args:
-        figure: Image that `draw` will be given, if any.
-        json_path: File that `Comparison.save` will be given, if any.
+        figure: Path of the image for `draw`, or None.
+        json_path: Path of the file for `Comparison.save`, or None.
     """
     for path in filter(None, (figure, json_path)):
         if not Path(path).absolute().parent.is_dir() or Path(path).is_dir():
@@ -202,8 +202,7 @@ def check_paths(figure: str | None, json_path: str | None) -> None:
         )
 
 
-# The figure: the colour and the hatch of a side.
-
+# The colour and the hatch of each side in the figure.
 _LOOKS = {
     SPARSE: (BLUE, ""),
     COMPACT: (SKY, "///"),
@@ -214,10 +213,10 @@ _LOOKS = {
 
 
 def draw(comparison: Comparison, path: str | os.PathLike) -> None:
-    """Draws latencies in units of the dense SavedModel's.
+    """Draws latencies relative to the dense SavedModel's.
 
-    A panel for each network and batch; bars of all other sides for each
-    density.
+    There is a panel for each network and batch. It has bars for all other
+    sides at each density.
 
     Args:
         comparison: What `compare` returned.
@@ -267,7 +266,7 @@ def _draw_panel(axes, comparison, model, batch):
         labels = axes.bar_label(
             bars, fmt="%.2f", fontsize=TICKS - 1, rotation=90, padding=3
         )
-        for label in labels:  # the line at 1 stays off the numbers
+        for label in labels:  # a background, over the line at 1
             label.set_bbox({"facecolor": WHITE, "edgecolor": "none", "pad": 1})
     axes.axhline(
         1, color=BLACK, lw=1.2, ls="--", label=DENSE + " (1)", zorder=0.5

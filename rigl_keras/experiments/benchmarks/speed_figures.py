@@ -35,7 +35,7 @@ _LOOKS = (
     (SKY, "P", (0, (3, 1, 1, 1))),
     (GREY, "X", (0, (1, 1))),
 )
-_NOISE = 1.1  # the same side differs by as much from one time to the next
+_NOISE = 1.1  # the ratio by which repeated measurements may differ
 _CROSSOVER = {
     "marker": "o",
     "ms": 11,
@@ -51,11 +51,10 @@ def speed_ups(
     """Draws speed-ups over density, both on logarithmic scales.
 
     Args:
-        lines: One or more.
-        title: Above all.
-        rows, columns, label: Fields of a `Measurement`: a row and a column of
-            panels has all lines of one value, and `label` names the lines of
-            a row.
+        lines: At least one line.
+        title: Title of the figure.
+        rows, columns, label: Fields of a `Measurement`. Each value of the
+            first two has a row or a column of panels; `label` names lines.
     """
     down = _values(lines, rows)
     across = _values(lines, columns)
@@ -89,9 +88,9 @@ def _said(value):
 
 
 def _crosses(line):
-    """Whether a line crosses that of the dense side by more than chance.
+    """Returns whether a line crosses that of the dense side by more than noise.
 
-    By a tenth above it before, and by a tenth below it after.
+    It must be a tenth above it before the crossover, and a tenth below after.
     """
     at = line.crossover
     if at is None or not math.isfinite(at):
@@ -119,7 +118,7 @@ def _draw(axes, line, look):
 
 
 def _legend(axes, labels, crosses):
-    """Names the lines of a row, at the right of its last panel."""
+    """Draws the legend of a row, at the right of its last panel."""
     handles = [
         Line2D([], [], color=colour, marker=marker, ls=style, ms=5, lw=1.6)
         for colour, marker, style in (
@@ -152,7 +151,7 @@ def _set_scales(grid, lines):
         axes.set_xscale("log")
         axes.set_yscale("log", base=2)
         axes.margins(x=0.08)
-        # A little more, so that no marker is cut.
+        # A little larger, so that no marker is cut off.
         axes.set_ylim(2 ** (low - 0.15), 2 ** (high + 0.15))
         ticks_at(axes.xaxis, densities)
         ticks_at(axes.yaxis, [2.0**i for i in range(low, high + 1)])

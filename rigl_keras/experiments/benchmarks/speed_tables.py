@@ -1,4 +1,4 @@
-"""The numbers of `bin/benchmark kernels|train|inference`: tables and files."""
+"""The numbers of `bin/benchmark kernels|train|inference`, as tables and CSV."""
 
 import dataclasses
 import itertools
@@ -21,25 +21,25 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measurement:
-    """One side at one density, and the dense one that took turns with it.
+    """One side at one density, and the dense side that took turns with it.
 
     Attributes:
         model: One of `inference_command.MODELS`.
-        layer: Shape of a layer; empty where all of the model is measured.
-        size: Of the images that the layer returns.
-        distribution: Of the masks; empty where there is one layer only.
+        layer: Shape of a layer; empty for a whole model.
+        size: Size of the images that the layer returns.
+        distribution: How density is spread over layers; empty for one layer.
         batch_size: Examples in a call.
         side: What was measured.
-        density: Fraction of the masked weights that is kept.
+        density: Fraction of the masked weights kept.
         dense_seconds: Median time of the dense side.
-        dense_fastest: Its least time, in seconds.
-        seconds: Median time of this one.
-        fastest: Its least time, in seconds.
-        rounds: Number of turns for medians and least times.
+        dense_fastest: Minimum time of the dense side, in seconds.
+        seconds: Median time of this side.
+        fastest: Minimum time of this side, in seconds.
+        rounds: Number of turns.
         machine: Instruction set, library of dense products, and cores.
-        processor: Its name.
-        date: When it was measured, UTC.
-        commit: Of this project.
+        processor: Name of the processor.
+        date: Time of the measurement, UTC.
+        commit: Commit of this project.
     """
 
     model: str
@@ -70,8 +70,8 @@ class Line:
     """One side over all densities: a line of a table and of a figure.
 
     Attributes:
-        first: A measurement, for what all of them share.
-        speed_ups: `{density: speed-up}`, densities rising.
+        first: One of the measurements, for the fields that all share.
+        speed_ups: `{density: speed-up}`, in increasing order of density.
     """
 
     first: Measurement
@@ -79,24 +79,24 @@ class Line:
 
     @property
     def crossover(self) -> float | None:
-        """As `crossover` has it."""
+        """The crossover, as the function `crossover` defines it."""
         return crossover(self.speed_ups)
 
 
 def crossover(speed_ups: Mapping[float, float]) -> float | None:
     """Returns the density at which sparse and dense take the same time.
 
-    That is where, on the way up, sparse is the slower one for the first time:
-    where it wins once more, it is by chance, or does as the dense one does.
-    In between, the logarithm of the speed-up is taken as linear in that of
-    the density.
+    It is the first density, in increasing order, at which sparse is slower.
+    If sparse is faster at a higher density again, this is noise, or the layer
+    uses dense products. Between densities, the logarithm of the speed-up is
+    interpolated linearly over the logarithm of the density.
 
     Args:
         speed_ups: `{density: speed-up over dense}`.
 
     Returns:
-        The density; infinity where sparse is faster up to the highest one,
-        None where it is faster at none.
+        The density; infinity if sparse is faster up to the highest density,
+        None if it is slower at the lowest.
 
     Example:
 
@@ -129,7 +129,7 @@ def lines_of(measurements: Sequence[Measurement]) -> list[Line]:
     ]
 
 
-# Tables, which appear line by line: measuring the next one may take minutes.
+# Tables are printed line by line, as measuring a line may take minutes.
 
 _LABEL, _CELL = 46, 8
 
@@ -138,8 +138,8 @@ def table_head(title: str, densities: Sequence[float]) -> str:
     """Returns the first lines of a table.
 
     Args:
-        title: What is in it.
-        densities: At which there are speed-ups, in order.
+        title: Title of the table.
+        densities: The densities of the speed-ups, in order.
     """
     heads = "".join(f"{density:>{_CELL}g}" for density in densities)
     return (
@@ -149,7 +149,7 @@ def table_head(title: str, densities: Sequence[float]) -> str:
 
 
 def table_row(line: Line) -> str:
-    """Returns a line as one of a table with such a head."""
+    """Returns a line of a table with the head of `table_head`."""
     m = line.first
     label = "  ".join(filter(None, (m.layer, m.side)))
     cells = "".join(f"{s:{_CELL - 1}.2f}x" for s in line.speed_ups.values())
@@ -171,9 +171,9 @@ def _written(line):
 def write_csv(
     measurements: Sequence[Measurement], path: str | os.PathLike
 ) -> None:
-    """Writes measurements as a table with a header, a line each.
+    """Writes measurements as CSV with a header.
 
-    Columns that are empty in all of them are left out.
+    Columns that are empty in all rows are left out.
 
     Args:
         measurements: At least one.

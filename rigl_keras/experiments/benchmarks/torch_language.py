@@ -1,6 +1,6 @@
-"""A GPT of `models.gpt` computed and trained by PyTorch, to compare.
+"""Computes and trains a GPT of `models.gpt` with PyTorch, for comparison.
 
-PyTorch is no dependency: it is imported when a network is made.
+PyTorch is not a dependency. It is imported when a network is made.
 """
 
 # PyTorch may be missing where types are checked, too.
@@ -19,10 +19,10 @@ __all__ = ["torch_gpt", "torch_gpt_step"]
 
 
 def torch_gpt(model: keras.Model) -> Any:
-    """Returns a `torch.nn.Module` that computes what a GPT does.
+    """Returns a `torch.nn.Module` that computes the same as a GPT.
 
-    As PyTorch code has it: queries, keys and values by one product, attention
-    by `scaled_dot_product_attention`.
+    It is written as usual in PyTorch: one product for queries, keys and
+    values, and `scaled_dot_product_attention`.
 
     Args:
         model: From `models.gpt`, without dropout and without masks.
@@ -33,7 +33,7 @@ def torch_gpt(model: keras.Model) -> Any:
 
     Raises:
         ImportError: PyTorch is missing.
-        ValueError: The model has dropout, or a layer that it does not know.
+        ValueError: The model has dropout.
     """
     if not torch_network.is_installed():
         raise ImportError(f"PyTorch is not installed: {torch_network.INSTALL}")
@@ -138,9 +138,9 @@ def torch_gpt(model: keras.Model) -> Any:
 def torch_gpt_step(
     model: keras.Model, *, learning_rate: float = 1e-3, clip_norm: float = 1.0
 ) -> Callable[[np.ndarray, np.ndarray], float]:
-    """Returns a training step of a GPT, as PyTorch code has it.
+    """Returns a training step of a GPT, written as usual in PyTorch.
 
-    Forward and backward pass, clipping by the norm of all gradients, and
+    It has a forward and a backward pass, clipping by the global norm, and
     PyTorch's fused AdamW.
 
     Args:
@@ -148,8 +148,8 @@ def torch_gpt_step(
         learning_rate, clip_norm: As in `optimizers.adamw`.
 
     Returns:
-        A function from characters and the next ones, int arrays of shape
-        (batch, context), to the loss before the step.
+        A function from characters and the characters that follow each, int
+        arrays of shape (batch, context), to the loss before the step.
 
     Raises:
         ImportError, ValueError: As in `torch_gpt`.

@@ -1,6 +1,6 @@
-"""A Keras network computed and trained by PyTorch, to compare.
+"""Computes and trains a Keras network with PyTorch, for comparison.
 
-PyTorch is no dependency: it is imported when a network is made.
+PyTorch is not a dependency. It is imported when a network is made.
 """
 
 # PyTorch may be missing where types are checked, too.
@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 INSTALL = "pip install torch"
-# What the rules below make of weights, while a training step is made.
+# Collects the parameters that the rules below create for a training step.
 _parameters: contextvars.ContextVar[list | None] = contextvars.ContextVar(
     "parameters", default=None
 )
@@ -38,26 +38,25 @@ def is_installed() -> bool:
 
 
 def torch_network(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
-    """Returns what a model computes at inference, as a function of PyTorch.
+    """Returns a function that computes a model's inference with PyTorch.
 
-    The calls of the model's layers (`graphs.trace`) are made one by one, by
-    `torch.nn.functional`, eagerly and in `torch.inference_mode`. Images are
-    channels first as PyTorch wants them, but lie in memory channels last
-    (`torch.channels_last`), as do the kernels: Keras's images are taken as
-    they are, and on a CPU this was up to a quarter faster than contiguous
-    memory.
+    It makes the calls of the model's layers (`graphs.trace`) one by one, with
+    `torch.nn.functional`, eagerly and in `torch.inference_mode`. Images have
+    PyTorch's shape, channels first, but Keras's layout in memory, channels
+    last (`torch.channels_last`), and so have kernels. So images need no copy,
+    and on a CPU this was up to a quarter faster than contiguous memory.
 
     Args:
-        model: A built Sequential or Functional model of one input and one
-            output, float32 and channels last, masked or not. Later changes
-            of its weights do not matter.
+        model: A built Sequential or Functional model with one input and one
+            output, float32 and channels last, masked or not. Its weights are
+            copied.
 
     Returns:
-        A function from an array, as the model takes it, to its output.
+        A function from an input array of the model to its output.
 
     Raises:
         ImportError: PyTorch is missing.
-        ValueError: A layer is not known here, or has an unknown setting.
+        ValueError: A layer or one of its settings is not supported.
 
     Example:
 
@@ -79,7 +78,7 @@ def torch_network(model: keras.Model) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def torch_module(model: keras.Model) -> Any:
-    """Returns what a model computes at inference, as a module of PyTorch.
+    """Returns a PyTorch module that computes a model's inference.
 
     Args:
         model: As in `torch_network`.
@@ -107,10 +106,10 @@ def torch_module(model: keras.Model) -> Any:
 
 
 def _tensors_through(model):
-    """Returns what a model computes, from a tensor to a tensor."""
+    """Returns a function that computes a model, from a tensor to a tensor."""
     steps, given, wanted = _steps(model, _RULES)
-    # Of a large batch all tensors together would not fit into memory: each
-    # goes when it has been read for the last time.
+    # Each tensor is deleted after its last use, as all tensors of a large
+    # batch might not fit into memory.
     last = {read: i for i, (_, reads, _) in enumerate(steps) for read in reads}
     dropped = [[] for _ in steps]
     for read, i in last.items():
@@ -136,21 +135,21 @@ def torch_training_step(
     learning_rate: float = 0.01,
     momentum: float = 0.9,
 ) -> Callable[[np.ndarray, np.ndarray], float]:
-    """Returns a training step of a sparse network, as PyTorch code has it.
+    """Returns a training step of a sparse network, as PyTorch users write it.
 
-    That of the reproduction, without its mask updates: forward and backward
-    pass of the dense network, the gradient of every weight, a step of SGD
-    with Nesterov momentum, and weights times masks. It takes the same time at
-    any density.
+    It is the step of the report's code, without mask updates: forward and
+    backward pass of the dense network, the gradient of every weight, a step
+    of SGD with Nesterov momentum, and weights times masks. Its time does not
+    depend on the density.
 
     Args:
-        model: As in `torch_network`. Its masks are where kernels of two axes
-            or more are not zero.
-        learning_rate, momentum: Of SGD.
+        model: As in `torch_network`. Its masks are the nonzero entries of
+            kernels with at least two axes.
+        learning_rate, momentum: Settings of SGD.
 
     Returns:
-        A function from images and labels, one int each, to the loss before
-        the step: cross-entropy from logits.
+        A function from images and int labels to the loss before the step,
+        the cross-entropy from logits.
 
     Raises:
         ImportError, ValueError: As in `torch_network`.
@@ -210,7 +209,7 @@ def _steps(model, rules):
 
 
 def _step(call, rules) -> tuple[Callable, list[int], int]:
-    """Returns a function of tensors, the ids of these, and of its result."""
+    """Returns a function of tensors, and the ids of its inputs and output."""
     layer = call.layer
     rule = rules.get(type(layer))
     if rule is None:
@@ -242,7 +241,7 @@ def _unknown(layer, what=""):
 
 
 def _channels_first(x):
-    """Returns images seen channels first; their memory stays as it is."""
+    """Returns a view of images as channels first, without a copy."""
     return x.permute(0, 3, 1, 2) if x.ndim == 4 else x
 
 
@@ -250,7 +249,7 @@ def _channels_last(x):
     return x.permute(0, 2, 3, 1) if x.ndim == 4 else x
 
 
-# One for each kind of layer: from the layer and its inputs to a function.
+# Rules, one for each kind of layer. Each returns a function of tensors.
 
 
 def _convolution(layer, inputs):
@@ -260,7 +259,7 @@ def _convolution(layer, inputs):
 
 def _depthwise_convolution(layer, inputs):
     rows, columns, channels, multiplier = layer.kernel.shape
-    # Output c * multiplier + m is of channel c, in both.
+    # In both libraries, output c * multiplier + m belongs to channel c.
     kernel = _tensor(layer.kernel).permute(2, 3, 0, 1)
     kernel = kernel.reshape(channels * multiplier, 1, rows, columns)
     return _convolved(layer, inputs, kernel, channels)
@@ -316,7 +315,7 @@ def _batch_norm(layer, inputs, training=False):
         gamma,
         beta,
         training=training,
-        momentum=1 - layer.momentum,  # of the new, and not of the old
+        momentum=1 - layer.momentum,  # PyTorch's weight is of the new value
         eps=layer.epsilon,
     )
 
@@ -415,10 +414,10 @@ _RULES: dict[Any, Callable] = {
 
 
 def _padding(layer, window, tensor, value):
-    """Returns `(pad, padding)`: what is done before, and by PyTorch's own.
+    """Returns `(pad, padding)`: a function to call first, PyTorch's argument.
 
-    Keras's "same" pads as little as it can and one more at the end, which
-    depends on the size of the images; PyTorch pads both ends alike.
+    Keras's "same" pads as little as possible, and may pad one more at the end,
+    depending on the size of the images. PyTorch pads both ends equally.
     """
     from torch.nn import functional
 
@@ -448,12 +447,12 @@ def _padding(layer, window, tensor, value):
 def _tensor(variable):
     import torch
 
-    # A copy: the model's own weights may change.
+    # A copy, as the weights of the model may change.
     return torch.tensor(keras.ops.convert_to_numpy(variable))
 
 
 def _trained(tensor):
-    """Returns a tensor, which is a parameter where a step is being made."""
+    """Returns a tensor, registered as a parameter for a training step."""
     parameters = _parameters.get()
     if parameters is not None:
         parameters.append(tensor.requires_grad_())

@@ -1,4 +1,4 @@
-"""Training steps of whole networks: sparse products against dense ones."""
+"""Times training steps of whole networks, with sparse and dense products."""
 
 import functools
 from collections.abc import Sequence
@@ -32,8 +32,6 @@ from rigl_keras.experiments.benchmarks.training_steps import stepper
 
 __all__ = ["measure_training"]
 
-# A training step.
-
 
 def measure_training(
     model: str = "wide_resnet",
@@ -48,21 +46,21 @@ def measure_training(
 ) -> list[Measurement]:
     """Measures training steps of a network, dense and with RigL.
 
-    All go through the function that `fit` calls for a batch. RigL has its
-    masks updated in one of a hundred steps, which needs dense gradients: such
-    a step is measured, too, and counted in at that rate. The masked product of
-    dense kernels, as the library had it before, is one more side.
+    All sides go through the function that `fit` calls for a batch. RigL
+    updates masks in one of a hundred steps, which then needs dense gradients.
+    Steps with an update are measured as a separate side, and the mean over a
+    hundred steps is computed. Another side has masks, but dense products.
 
     Args:
         model: One of `inference_command.MODELS`.
         densities: Fractions of the masked weights kept.
-        distributions: Of the masks over the layers. All sides of one take
-            turns.
+        distributions: How density is spread over layers. All sides of a
+            distribution take turns.
         batch_size: Images in a step.
         rounds: Turns of each side.
-        torch: Whether PyTorch is measured (`torch_training_step`).
+        torch: Whether to measure PyTorch (`torch_training_step`).
         say: Called with each line of the tables.
-        keep: Called with all measurements so far, whenever there are more.
+        keep: Called with all measurements so far, each time new ones come.
 
     Returns:
         Measurements.
@@ -95,7 +93,7 @@ def measure_training(
                 (1 - UPDATES) * plain + UPDATES * update
                 for plain, update in turns
             ]
-            if torch:  # whose step is the same at any density
+            if torch:  # its step does not depend on the density
                 seconds[TORCH, density] = seconds[TORCH, None]
         names = [AUTO, UPDATE, AMORTISED, MASKED, *([TORCH] * torch)]
         measured += measurements(
@@ -130,8 +128,8 @@ def _train_sides(name, densities, distribution, batch_size, torch):
 
     sides = {}
     for density in densities:
-        # Updates have a separate model: the step after one orders the weights
-        # again, which is a cost of the update.
+        # Updates have a separate model, as the step after an update orders
+        # the weights again. This is a cost of the update.
         for side, product, frequency in (
             (AUTO, "auto", 10**6),
             (UPDATE, "auto", 1),

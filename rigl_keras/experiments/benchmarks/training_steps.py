@@ -1,4 +1,4 @@
-"""What a training step costs: dense, masked, and with RigL."""
+"""Times a training step, dense and with RigL."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -23,19 +23,19 @@ def measure_steps(
     jit_compile: bool = False,
     steps_per_execution: int = 1,
 ) -> dict[str, float]:
-    """Times a training step of a wide ResNet, dense and sparse with RigL.
+    """Times a training step of a wide ResNet, dense and with RigL.
 
-    Both go through the function that `fit` calls for a batch. No update falls
-    on the timed steps of `RigL`; `update` is a step that is one.
+    All go through the function that `fit` calls for a batch. The timed steps
+    of `RigL` have no mask update; those of `update` are mask updates.
 
     Args:
         depth: Depth of the network.
         width: Width of the network.
         batch_size: Images in a step.
         density: Fraction of the weights kept.
-        rounds: Timed calls of each.
+        rounds: Timed calls of each side.
         jit_compile: As in `model.compile`.
-        steps_per_execution: As in `model.compile`; so many steps are a call.
+        steps_per_execution: Steps of a call, as in `model.compile`.
 
     Returns:
         `{"dense" | "RigL" | "update": median seconds of a step}`.
@@ -81,12 +81,12 @@ def stepper(
     """Returns a function that trains a model on one batch, as `fit` does.
 
     Args:
-        model: A model, dense or masked; it is compiled.
-        batches: Endless pairs of inputs and labels.
-        method: What updates its masks, if anything does.
-        options: For `model.compile`.
-        optimizer: None: SGD with Nesterov momentum.
-        loss: None: cross-entropy of one class each, from logits.
+        model: A model, dense or masked. This function compiles it.
+        batches: An infinite dataset of pairs of inputs and labels.
+        method: The mask update, or None.
+        options: Options for `model.compile`.
+        optimizer: The optimizer. None: SGD with Nesterov momentum.
+        loss: The loss. None: sparse categorical cross-entropy from logits.
     """
     model.compile(
         optimizer or keras.optimizers.SGD(0.01, momentum=0.9, nesterov=True),
@@ -103,7 +103,7 @@ def stepper(
         method.on_train_begin()
         method.on_epoch_begin(0)
     iterator: Iterator = iter(batches)
-    made: Any = model  # with a train function; Keras declares it as None
+    made: Any = model  # Any: Keras declares `train_function` as None
 
     def step():
         float(made.train_function(iterator)["loss"])

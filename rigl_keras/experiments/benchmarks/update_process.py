@@ -1,7 +1,7 @@
 """One side of `bin/benchmark updates`: a process that trains one network.
 
-It takes its options as JSON, and a line of input for each round; it answers
-with a line of JSON. Other things are said on the standard error.
+It takes its options as JSON. For each line of input it runs a round, and
+answers with a line of JSON. Other output goes to the standard error.
 """
 
 import json
@@ -24,12 +24,12 @@ __all__ = ["KINDS", "METHODS", "NETWORKS"]
 
 METHODS = {"GSE": rigl_keras.GSE, "RigL": rigl_keras.RigL}
 NETWORKS = ("wide_resnet", "dense")
-# In the order in which a round has them: masks are new in the second.
+# The steps of a round, in order. Masks are new in the second.
 KINDS = ("update", "step after it", "step")
 
 
 def _network(name, size, batch_size):
-    """Returns a model, and a batch of inputs and labels for it."""
+    """Returns a model, its loss, and a batch of inputs and labels."""
     draw = np.random.default_rng(0)
 
     def normal(*shape):
@@ -45,12 +45,12 @@ def _network(name, size, batch_size):
 
 
 def _peak(run: Callable[[], object]) -> int | None:
-    """Returns the most bytes that a call takes, above what stands before it.
+    """Returns the peak memory of a call, above the memory before it.
 
-    Of the memory that the process has in fact. None where that is not known.
+    It is resident memory, in bytes. None if it is not known.
     """
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # begin again
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = _status()["VmRSS"]
         run()
         return max(0, _status()["VmHWM"] - before)
@@ -65,7 +65,7 @@ def _status():
 
 
 def _backward(model, loss, method, batch, *, update):
-    """Returns a function that computes the gradients of a step, and no more."""
+    """Returns a function that computes only the gradients of a step."""
     x, y = (tf.constant(part) for part in batch)
 
     @tf.function(autograph=False)
@@ -90,7 +90,7 @@ def _backward(model, loss, method, batch, *, update):
         )
 
     def call():
-        # All are there at once, as where an optimizer takes them.
+        # All gradients exist at once, as for an optimizer.
         gradients: Any = run(x, y)
         return float(tf.reshape(gradients[-1], [-1])[0])
 
@@ -98,7 +98,7 @@ def _backward(model, loss, method, batch, *, update):
 
 
 def _sides(options) -> Iterator[dict[str, Any]]:
-    """Yields what each round has found."""
+    """Yields the results of each round."""
     keras.utils.set_random_seed(0)
     name, batch_size = options["network"], options["batch_size"]
     model, loss, batch = _network(name, options["size"], batch_size)
@@ -113,7 +113,7 @@ def _sides(options) -> Iterator[dict[str, Any]]:
         {},
         loss=loss,
     )
-    for _ in range(2 * len(KINDS)):  # traced, and warm; an update comes next
+    for _ in range(2 * len(KINDS)):  # tracing and warm-up; next is an update
         step()
     passes = {}
     if options["memory"]:

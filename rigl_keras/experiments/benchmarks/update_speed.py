@@ -1,4 +1,4 @@
-"""What a mask update costs that looks at few gradients, and one at all.
+"""Compares mask updates of GSE, with few gradients, and RigL, with all.
 
     bin/benchmark updates                     GSE and RigL: WRN-22-2 at density
                                               0.1, a Dense of 8192 x 8192 at
@@ -6,11 +6,11 @@
     bin/benchmark updates --output=FOLDER     and writes FOLDER/updates.csv
     bin/benchmark updates --networks=dense --size=4096
 
-Each method trains in a process of its own. The two take turns, so that
-whatever else the machine does falls on both. Memory is measured in processes
-of their own, one after the other, in which what is freed goes back to the
-system at once (glibc's M_MMAP_THRESHOLD): it is what a process has resident at
-the most, above what stands before the step.
+Each method trains in a separate process. The two take turns, so that other
+work on the machine affects both. Memory is measured in further processes, one
+after the other, which return freed memory to the system at once (glibc's
+M_MMAP_THRESHOLD). It is the peak of the resident memory, above that before the
+step.
 """
 
 import contextlib
@@ -53,22 +53,22 @@ class Update:
 
     Attributes:
         network: `"wide_resnet"`, or `"dense"` for one layer.
-        size: Inputs and outputs of that layer; 0 of others.
-        density: Fraction of the masked weights that is kept.
+        size: Inputs and outputs of the dense layer; 0 for other networks.
+        density: Fraction of the masked weights kept.
         batch_size: Examples in a step.
         method: `"GSE"` or `"RigL"`.
-        kind: `"update"`, `"step after it"`, which meets new masks, or `"step"`.
-        seconds: Median of the turns.
-        fastest: Of all turns.
-        peak_bytes: Memory that the whole step takes at the most, above what
-            stands before it, median; empty where it is not known.
-        backward_bytes: The same of the forward and the backward pass alone,
-            with all gradients of kernels there at its end.
-        rounds: Turns.
+        kind: `"update"`, `"step after it"`, with new masks, or `"step"`.
+        seconds: Median time over turns.
+        fastest: Minimum time over turns, in seconds.
+        peak_bytes: Peak memory of the whole step, above the memory before it,
+            median; empty if it is not known.
+        backward_bytes: The same for the forward and the backward pass only,
+            with all gradients of kernels in memory at the end.
+        rounds: Number of turns.
         machine: Instruction set, library of dense products, and cores.
-        processor: Its name.
-        date: When it was measured, UTC.
-        commit: Of this project.
+        processor: Name of the processor.
+        date: Time of the measurement, UTC.
+        commit: Commit of this project.
     """
 
     network: str
@@ -97,15 +97,16 @@ def measure_updates(
     say: Callable[[str], None] = print,
     keep: Callable[[Sequence[Update]], None] | None = None,
 ) -> list[Update]:
-    """Measures steps that are updates and steps that are not, of two methods.
+    """Measures steps with and without an update, of two methods.
 
     Args:
-        networks: Of `NETWORKS`: a WRN-22-2 at density 0.1, a Dense at 0.01.
+        networks: Names from `NETWORKS`: a WRN-22-2 at density 0.1, a Dense at
+            density 0.01.
         size: Inputs and outputs of the Dense.
         batch_size: Examples in a step.
-        rounds: Turns of each method, of an update and two steps.
+        rounds: Turns of each method, each an update and two steps.
         say: Called with each line of the tables.
-        keep: Called with all that is measured, after each network.
+        keep: Called with all measurements so far, after each network.
 
     Returns:
         An `Update` of each network, method and kind of step.
@@ -181,7 +182,7 @@ def _median(numbers):
 
 @contextlib.contextmanager
 def _process(options, **environment) -> Iterator[Callable[[], dict[str, Any]]]:
-    """Starts a side. Within the context, asks it for a round."""
+    """Starts a side, and yields a function that asks it for a round."""
     with (
         tempfile.TemporaryFile() as errors,
         subprocess.Popen(
@@ -196,7 +197,7 @@ def _process(options, **environment) -> Iterator[Callable[[], dict[str, Any]]]:
             text=True,
         ) as process,
     ):
-        pipes: Any = process  # both of which are there
+        pipes: Any = process  # Any: its pipes are not None
 
         def answer():
             line = pipes.stdout.readline()
@@ -204,7 +205,7 @@ def _process(options, **environment) -> Iterator[Callable[[], dict[str, Any]]]:
                 return json.loads(line)
             errors.seek(0)
             said = errors.read().decode(errors="replace").strip()
-            last = (said or "it said nothing").splitlines()[-1]
+            last = (said or "it printed nothing").splitlines()[-1]
             raise exits.FailedError(f"A process has failed: {last}")
 
         def ask():
@@ -213,7 +214,7 @@ def _process(options, **environment) -> Iterator[Callable[[], dict[str, Any]]]:
             return answer()
 
         try:
-            answer()  # it is ready
+            answer()  # the process is ready
             yield ask
         finally:
             process.kill()
@@ -258,8 +259,8 @@ def run(given: Mapping[str, Any], output: Any, argv: Sequence[str]) -> None:
 
     Args:
         given: The flags by name, as `benchmark_flags` defines them.
-        output: That of the folder to write to, if there is one.
-        argv: What is left of the command line.
+        output: The flag of the folder to write to.
+        argv: The command line without flags.
     """
     exits.check_flags_alone(argv)
     values = {name: flag.value for name, flag in given.items()}

@@ -1,4 +1,4 @@
-"""Two hosts for two workers: network namespaces, or this machine twice."""
+"""Hosts for two workers: network namespaces, or this machine twice."""
 
 import contextlib
 import dataclasses
@@ -12,15 +12,15 @@ __all__ = ["Host", "limit", "loopback_hosts", "sent", "two_hosts"]
 
 @dataclasses.dataclass(frozen=True)
 class Host:
-    """Where a worker runs.
+    """The host of a worker.
 
     Attributes:
-        address: That the other worker reaches it at.
-        interface: Network interface between the two.
-        prefix: What a command begins with to run there.
-        apart: Whether nothing but the workers uses the interface, so that its
+        address: The address at which the other worker reaches it.
+        interface: The network interface between the two.
+        prefix: Words before a command, to run it on this host.
+        apart: Whether only the workers use the interface, so that its
             bandwidth can be limited. Otherwise it is loopback, which counts
-            what both send.
+            the bytes of both.
     """
 
     address: str
@@ -36,10 +36,10 @@ def loopback_hosts() -> list[Host]:
 
 @contextlib.contextmanager
 def two_hosts() -> Iterator[list[Host]]:
-    """Makes two hosts with a cable between them, and takes them away again.
+    """Creates two connected hosts, and removes them at the end.
 
-    That is two network namespaces and a pair of virtual Ethernet devices,
-    made by iproute2, for which it takes root.
+    They are network namespaces, connected by a pair of virtual Ethernet
+    devices. iproute2 creates them, which needs root.
 
     Yields:
         The hosts.
@@ -48,7 +48,7 @@ def two_hosts() -> Iterator[list[Host]]:
         OSError: The machine does not allow it; the message says why.
     """
     if shutil.which("ip") is None or shutil.which("tc") is None:
-        raise OSError("there are no commands ip and tc (iproute2)")
+        raise OSError("the commands ip and tc (iproute2) are missing")
     names = [f"rigl-keras-{os.getpid()}-{i}" for i in range(2)]
     with contextlib.ExitStack() as stack:
         for name in names:
@@ -61,7 +61,7 @@ def two_hosts() -> Iterator[list[Host]]:
         )
         hosts = []
         for i, name in enumerate(names):
-            # Of the block that is for measurements (RFC 2544).
+            # From the addresses that are reserved for benchmarks (RFC 2544).
             address = f"198.18.0.{i + 1}"
             _ip("-n", name, "addr", "add", f"{address}/24", "dev", "worker")
             for device in ("lo", "worker"):
@@ -72,11 +72,11 @@ def two_hosts() -> Iterator[list[Host]]:
 
 
 def limit(interface: str, gigabits: float) -> None:
-    """Limits what this host sends, by a token bucket filter.
+    """Limits the bandwidth at which this host sends.
 
     Args:
-        interface: Of this host, which nobody else uses.
-        gigabits: Per second.
+        interface: Interface of this host, which nothing else uses.
+        gigabits: Bandwidth in Gbit/s.
     """
     _run(
         ["tc", "qdisc", "replace", "dev", interface, "root", "tbf"]

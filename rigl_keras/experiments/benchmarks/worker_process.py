@@ -1,7 +1,7 @@
-"""One of the two workers of `bin/benchmark workers`, in its own process.
+"""The process of one of the two workers of `bin/benchmark workers`.
 
-Both take the same steps in the same order. What one has measured is its last
-line.
+Both take the same steps in the same order. The last line of the output holds
+the measurements.
 """
 
 import json
@@ -22,7 +22,7 @@ from rigl_keras.replicas import MultiWorkerMirroredStrategy
 
 __all__ = ["ACTIVE", "ALL", "DENSE", "MEASURING", "SIDES", "main"]
 
-# Keras without masks; masks, but whole gradients; active ones alone.
+# Keras without masks; masks and all gradients; masks and active gradients.
 DENSE, ALL, ACTIVE = SIDES = ("dense", "all", "active")
 MEASURING = "Measuring."
 _STEPS = 2  # in a turn
@@ -33,7 +33,7 @@ def main() -> None:
     strategy = MultiWorkerMirroredStrategy()
     sides = {side: _stepper(strategy, side, given) for side in given["sides"]}
     for step in sides.values():
-        for _ in range(2):  # traced, and warm
+        for _ in range(2):  # tracing and warm-up
             step()
     print(MEASURING, flush=True)
     found = []
@@ -51,7 +51,7 @@ def main() -> None:
 def _stepper(
     strategy: tf.distribute.Strategy, side: str, given: Mapping
 ) -> Callable[[], None]:
-    """Returns what trains on a batch, as `fit` does."""
+    """Returns a function that trains on a batch, as `fit` does."""
     keras.utils.set_random_seed(0)
     with strategy.scope():
         model = MODELS[given["model"]]()
@@ -102,7 +102,7 @@ def _half_each():
 def _in_turns(
     sides: Mapping[str, Callable[[], None]], rounds: int, interface: str
 ) -> dict[str, tuple[list[float], list[float]]]:
-    """Returns the bytes sent in a step, and its seconds, by side and turn."""
+    """Returns the bytes sent and the seconds of a step, by side and turn."""
     found = {side: ([], []) for side in sides}
     draw = random.Random(0)  # the same order on both workers
     for _ in range(rounds):

@@ -1,13 +1,13 @@
-"""What two workers send each other in a training step, and how long it takes.
+"""Measures what two workers send in a training step, and its time.
 
     bin/benchmark workers                     WRN-22-2 at density 0.1
     bin/benchmark workers --output=FOLDER     and writes FOLDER/wide_resnet.csv
     bin/benchmark workers --densities=0.05,0.1,0.2 --gigabits=1,10
 
 The workers run on this machine, each on half of its cores and, if allowed, in
-a separate network namespace: the bytes on their cable are counted, and its
-bandwidth is limited. Otherwise they use loopback, and a step at a bandwidth is
-modelled as the measured one plus bytes over bandwidth.
+a separate network namespace, where bytes are counted and the bandwidth is
+limited. Otherwise they use loopback, and the time at a bandwidth is modelled
+as the measured time plus bytes over bandwidth.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ from rigl_keras.experiments.benchmarks.worker_process import (
 
 __all__ = ["Exchange", "measure_exchange", "run"]
 
-_UPDATES = 0.01  # of all steps, as `RigL` has it, exchange whole gradients
+_UPDATES = 0.01  # fraction of steps that are updates, with all gradients
 _SAID = {
     DENSE: "Keras without masks",
     ALL: "masks, all gradients",
@@ -60,17 +60,17 @@ class Exchange:
 
     Attributes:
         model: One of `inference_command.MODELS`.
-        distribution: Of the masks over the layers.
-        density: Fraction of the masked weights that is kept.
-        batch_size: Images in a step, of both workers together.
-        gradients: `"active"` ones of masked kernels are exchanged, or `"all"`
-            of them; or all of a `"dense"` model without masks.
-        gigabits: Per second, of the bandwidth; 0 where it is not limited.
-        bytes: That each worker sends in a step, median.
-        seconds: Of a step, median.
-        fastest: Of all turns.
+        distribution: How density is spread over layers.
+        density: Fraction of the masked weights kept.
+        batch_size: Images in a step, over both workers together.
+        gradients: The gradients that workers exchange: `"active"` or `"all"`
+            ones of masked kernels, or those of a `"dense"` model.
+        gigabits: Bandwidth in Gbit/s; 0 if it is not limited.
+        bytes: Bytes that each worker sends in a step, median.
+        seconds: Seconds of a step, median.
+        fastest: Seconds of a step, minimum.
         how: `"measured"`, or `"modelled"` by bytes over bandwidth.
-        rounds: Turns of two steps.
+        rounds: Number of turns, each of two steps.
         machine: Instruction set and cores.
     """
 
@@ -99,18 +99,18 @@ def measure_exchange(
     sides: Sequence[str] = SIDES,
     say: Callable[[str], None] = print,
 ) -> list[Exchange]:
-    """Measures training steps of two workers, with RigL between its updates.
+    """Measures RigL's training steps, without updates, on two workers.
 
     All sides of a density take turns, in one pair of processes.
 
     Args:
         model: One of `inference_command.MODELS`.
         densities: Fractions of the masked weights kept.
-        distribution: Of the masks over the layers.
-        batch_size: Images in a step, of both workers together.
-        gigabits: Bandwidths, beside that of the machine.
-        rounds: Turns of each side, of two steps.
-        sides: What is exchanged, as in `Exchange.gradients`.
+        distribution: How density is spread over layers.
+        batch_size: Images in a step, over both workers together.
+        gigabits: Bandwidths to measure, in addition to the machine's.
+        rounds: Turns of each side, each of two steps.
+        sides: What workers exchange, as in `Exchange.gradients`.
         say: Called with each line of the tables.
 
     Returns:
@@ -154,13 +154,13 @@ def _hosts(say) -> Iterator[list[worker_hosts.Host]]:
         try:
             hosts = stack.enter_context(worker_hosts.two_hosts())
         except OSError as error:
-            say(f"On loopback, as {error}.")
+            say(f"The workers use loopback, because {error}.")
             hosts = worker_hosts.loopback_hosts()
         yield hosts
 
 
 def _run_pair(hosts, given, gigabits, say):
-    """Runs both workers; returns what the first has measured."""
+    """Runs both workers; returns the measurements of the first."""
     ports = _free_ports() if not hosts[0].apart else [2222, 2222]
     workers = [
         f"{host.address}:{port}"
@@ -209,7 +209,7 @@ def _started(host, config, options, said, errors):
 
 
 def _last_line(pair, say):
-    """Returns what the first of two workers says at its end."""
+    """Waits for two workers, and returns the last line of the first."""
     measuring = False
     while any(process.poll() is None for process, *_ in pair):
         time.sleep(0.1)
@@ -218,8 +218,8 @@ def _last_line(pair, say):
             say(MEASURING)
         for process, _, errors in pair:
             if process.poll():  # the other would wait for it
-                lines = ["it said nothing", *_lines(errors)]
-                # Of a message of several lines, the one that names the error.
+                lines = ["it printed nothing", *_lines(errors)]
+                # The line that names the error, if there is one.
                 named = [line for line in lines if "Error: " in line]
                 raise exits.FailedError(
                     f"A worker has failed: {(named or lines)[-1]}"
@@ -234,7 +234,7 @@ def _lines(file):
 
 @contextlib.contextmanager
 def _half_of_the_cores(index):
-    """Within the context, what is started has every other core to itself."""
+    """Gives processes that are started in the context every other core."""
     if not hasattr(os, "sched_setaffinity"):
         yield
         return
@@ -256,7 +256,7 @@ def _free_ports():
 def _exchanges(measured, given, host, gigabits):
     """Returns an `Exchange` of each side and bandwidth."""
     about = {k: v for k, v in given.items() if k != "sides"}
-    each = 1 if host.apart else 2  # on loopback, both are counted
+    each = 1 if host.apart else 2  # loopback counts the bytes of both
     found = [
         Exchange(
             **about,
@@ -319,7 +319,7 @@ def _table(exchanges):
     if ALL in sent and ACTIVE in sent:
         mean = (1 - _UPDATES) * sent[ACTIVE] + _UPDATES * sent[ALL]
         yield (
-            "With an update every 100 steps, at which all gradients travel: "
+            "With an update every 100 steps, which exchanges all gradients: "
             f"{mean / sent[ALL]:.3f}x of the bytes"
         )
 
@@ -333,8 +333,8 @@ def run(given: Mapping[str, Any], output: Any, argv: Sequence[str]) -> None:
 
     Args:
         given: The flags by name, as `benchmark_flags` defines them.
-        output: That of the folder to write to, if there is one.
-        argv: What is left of the command line.
+        output: The flag of the folder to write to.
+        argv: The command line without flags.
     """
     exits.check_flags_alone(argv)
     values = {name: flag.value for name, flag in given.items()}

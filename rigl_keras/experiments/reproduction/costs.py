@@ -1,8 +1,8 @@
-"""What a run will cost, before it is trained: FLOPs and seconds.
+"""Predicts the FLOPs and the seconds of a run before it is trained.
 
-FLOPs are closed forms over the library's own `count` of the dense network and
-the densities that its masks will have; seconds are those of a step that is
-measured here.
+FLOPs follow from closed forms, the library's `count` of the dense network and
+the densities of its masks. Seconds follow from a training step, measured on
+this machine.
 """
 
 import dataclasses
@@ -27,9 +27,9 @@ from rigl_keras.training.step_update import StepUpdate
 
 __all__ = ["Cost", "Step", "planned", "planned_epochs", "seconds_of_step"]
 
-_STEPS = 8  # that are timed, each for itself
+_STEPS = 8  # steps that are timed, one by one
 _WARM_UP = 3  # steps before these
-_GRID = 200  # steps of a run at which pruning is looked up
+_GRID = 200  # steps at which the density of a pruning run is evaluated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +38,12 @@ class Step:
 
     Args:
         make: Makes the dense network.
-        arguments: For that, `((name, value), ...)`.
+        arguments: Its arguments, `((name, value), ...)`.
         batch_size: Examples in a step.
-        density: Of the masks that the run starts with. None: no masks.
+        density: Density of the initial masks. None: no masks.
         distribution, granularity, conventions: Of these masks.
-        method: What computes dense gradients at each step. None: nothing
-            does; updates now and then are a percent or two.
+        method: The method, if it computes dense gradients at each step. None:
+            other methods, whose updates take a percent or two of the time.
     """
 
     make: Callable[..., keras.Model]
@@ -62,18 +62,18 @@ class Cost:
 
     Args:
         step: What the time of a step depends on.
-        inference_flops: Of one sample, with the masks of the start, or those
-            that pruning ends with.
-        dense_flops: Of one sample, in the dense network.
-        training_flops: Of one sample and one step, the mean over the run.
+        inference_flops: FLOPs of one sample, with the initial masks, or with
+            the final masks of pruning.
+        dense_flops: FLOPs of one sample in the dense network.
+        training_flops: FLOPs of one sample in a step, the mean over the run.
         samples: Training examples seen in the run.
         epochs: Epochs of the run.
         steps: Steps of the run.
         times_as_long: Length of the run over that of a row of length 1.
-        certain: Whether the densities of layers are known before. Training
-            decides them where density moves between layers, where pruning
-            compares weights of all layers, and where masks are made from data
-            or come from another run.
+        certain: Whether the densities of layers are known before the run.
+            They are not if density moves between layers, if pruning compares
+            weights of all layers, or if masks are made from data or come from
+            another run.
     """
 
     step: Step
@@ -88,17 +88,17 @@ class Cost:
 
     @property
     def total_flops(self) -> float:
-        """Of the whole run."""
+        """Training FLOPs of the whole run."""
         return self.training_flops * self.samples
 
     @property
     def inference_flops_ratio(self) -> float:
-        """Over the dense network's."""
+        """Inference FLOPs over those of the dense network."""
         return self.inference_flops / self.dense_flops
 
     @property
     def training_flops_ratio(self) -> float:
-        """Over training the dense network once, as in a result."""
+        """Training FLOPs over those of the dense network, as in a result."""
         ratio = self.training_flops / (3 * self.dense_flops)
         return self.times_as_long * ratio
 
@@ -106,9 +106,10 @@ class Cost:
 def planned() -> Cost:
     """Returns the cost of the run that gin is configured for.
 
-    By the closed form of its method (`flops.training_flops`), at the densities
-    that its masks start with. SNFS and redistribution move density and then
-    cost more; masks of an earlier run are taken to be uniform.
+    It uses the closed form of the method (`flops.training_flops`) and the
+    densities of the initial masks. SNFS and redistribution move density
+    between layers and then cost more. Masks of an earlier run are taken to be
+    uniform.
     """
     settings = _settings()
     length, density = settings["length"], settings["density"]
@@ -195,12 +196,12 @@ def planned_epochs() -> int:
 
 @functools.cache
 def seconds_of_step(step: Step) -> float:
-    """Returns the least time of a training step, of several, here and now.
+    """Returns the time of a training step on this machine, the least of 8.
 
-    With the kernels that the run will use: masks are drawn, and each layer
-    chooses its product, as in a run. What else a machine does makes a step
-    longer, and never shorter. Where density falls in a run, it is the time of
-    its first steps.
+    The step uses the kernels that the run will use: masks are drawn, and each
+    layer chooses its product, as in a run. The minimum is taken because other
+    work on the machine only makes a step longer. If density falls in a run,
+    this is the time of its first steps.
 
     Args:
         step: What the time depends on.
@@ -240,7 +241,7 @@ def seconds_of_step(step: Step) -> float:
     for _ in range(_WARM_UP + _STEPS):
         start = time.perf_counter()
         logs = made.train_function(batches)
-        float(logs["loss"])  # fetched, so that the step is over
+        float(logs["loss"])  # waits until the step is over
         seconds.append(time.perf_counter() - start)
     return min(seconds[_WARM_UP:])
 
@@ -272,12 +273,12 @@ def _recipe(settings):
 
 
 def _network(settings, scale):
-    """Returns what makes the configured network, to be called or compared."""
+    """Returns the function that makes the network, and its arguments."""
     made = dict(gin.get_bindings(settings["model"].__name__))
     made |= _recipe(settings).network_arguments
     if scale != 1.0:
         made["channel_scale"] = scale
-    # Without gin around it, whose configuration will be another by then.
+    # Without gin's wrapper, as gin's configuration changes before the call.
     return inspect.unwrap(settings["model"]), tuple(sorted(made.items()))
 
 
@@ -291,7 +292,7 @@ def _counted(network):
 
 
 def _sparse_flops(cost, density, settings):
-    """Returns the forward cost of masks of a density, as they are drawn."""
+    """Returns the forward FLOPs with masks of a density, as they are drawn."""
     shapes = {layer.name: layer.shape for layer in cost.layers if layer.shape}
     whole = settings["granularity"] == "kernel"
     densities = distributions.layer_densities(
@@ -304,20 +305,20 @@ def _sparse_flops(cost, density, settings):
         if whole and density < 1
         else None,
     )
-    # The products of attention, which have no shape, are the same at any.
+    # The products of attention have no shape and cost the same at any density.
     return sum(
         layer.flops_at(densities.get(layer.name, 1.0)) for layer in cost.layers
     )
 
 
 def _distribution(settings):
-    """Returns how density is spread; where masks aren't drawn, a guess."""
+    """Returns how density is spread; uniform if masks aren't drawn."""
     drawn = not (settings["one_shot"] or settings["masks_from"])
     return settings["distribution"] if drawn else "uniform"
 
 
 def _last_and_mean(cost, densities, settings):
-    """Returns the forward cost of the last of some densities, and the mean."""
+    """Returns the forward FLOPs at the last of some densities, and the mean."""
     costs = [_sparse_flops(cost, d, settings) for d in densities]
     return costs[-1], float(np.mean(costs))
 
@@ -327,5 +328,5 @@ def _grid(steps):
 
 
 def _sparsities(schedule, steps):
-    """Returns the sparsities of a run, at the steps of a fine grid."""
+    """Returns the sparsities of a run, at the steps of `_grid`."""
     return np.array([float(schedule(step)[1]) for step in _grid(steps)])

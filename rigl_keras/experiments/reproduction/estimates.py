@@ -1,4 +1,4 @@
-"""What runs will take, before they start."""
+"""Estimates of the FLOPs and hours of runs before they start."""
 
 import dataclasses
 import itertools
@@ -20,13 +20,13 @@ _LOTTERY = "Lottery"
 def counted(run: Run, *, printed: bool = True) -> tuple[costs.Cost, float]:
     """Returns the cost of a run, and its training FLOPs over dense training.
 
-    As the report counts them: those of a lottery ticket are with Pruning's.
+    It counts as the report does: a lottery ticket's FLOPs include those of
+    the pruning run it starts from.
 
     Args:
         run: The run.
-        printed: Whether, where training decides how dense each layer becomes
-            and the report prints what came of it for this very run, the cost
-            is that.
+        printed: Whether to use the FLOPs that the report prints for this very
+            run, if the densities of layers are not known before training.
     """
     run.configure()
     cost = costs.planned()
@@ -39,7 +39,7 @@ def counted(run: Run, *, printed: bool = True) -> tuple[costs.Cost, float]:
 
 
 def _as_printed(run, cost):
-    """Returns a cost with the FLOPs that the report prints, if it does."""
+    """Returns a cost with the FLOPs of the report, if it prints them."""
     if run.preset.path is not None or run.changes:
         return cost
     tables = map(published.cells, published.TABLES)
@@ -49,7 +49,7 @@ def _as_printed(run, cost):
             inference = cell.test_flops * cost.dense_flops
             training = cell.train_flops * 3 * cost.dense_flops
             if rows.row(run.row).method == _LOTTERY:
-                training = 3 * inference  # of the ticket alone
+                training = 3 * inference  # without the pruning run
             else:
                 training /= cost.times_as_long
             return dataclasses.replace(
@@ -61,8 +61,8 @@ def _as_printed(run, cost):
 def estimate(runs: Sequence[Run], results: Results) -> Estimate:
     """Returns `{run: (cost, seconds)}` of runs that have no result yet.
 
-    Seconds are those of the steps that are left, at the time that a step of
-    the run takes here and now (`costs.seconds_of_step`).
+    Seconds are the number of steps left, times the seconds of a step on this
+    machine (`costs.seconds_of_step`).
     """
     found = {}
     for run in runs:
@@ -82,7 +82,7 @@ def estimate(runs: Sequence[Run], results: Results) -> Estimate:
 
 
 def plan_table(runs: Sequence[Run], estimates: Estimate) -> str:
-    """Returns the plan as a table: each row, density and change, its cost."""
+    """Returns a table of the cost of each row, density and change."""
     groups: dict[tuple, list[Run]] = {}
     for run in runs:
         groups.setdefault((run.row, run.density, run.changes), []).append(run)
@@ -122,14 +122,14 @@ def plan_table(runs: Sequence[Run], estimates: Estimate) -> str:
         f"{len(runs)} runs, {len(runs) - len(estimates)} finished, "
         f"{len(estimates)} left: {total:.2e} FLOPs, about {hours:.1f} h in one "
         "process here.",
-        "FLOPs to train and to test are those of one run over the dense one, "
-        "total FLOPs",
-        "and h those of all seeds that are left.",
+        "FLOPs to train and to test are of one run, relative to the dense run. "
+        "Total FLOPs",
+        "and h are of all seeds that are left.",
     ]
     if guessed:
         summary += [
-            "~: training decides how dense each layer becomes. It is what the "
-            "report prints",
-            "for this run, or else the cost of the masks at the start.",
+            "~: training decides the density of each layer. These are FLOPs "
+            "that the report",
+            "prints for this run or, if it has none, of the initial masks.",
         ]
     return "\n".join([*aligned(lines, left=1), "", *summary])

@@ -1,9 +1,9 @@
-"""Which runs a table or a figure of the report consists of.
+"""The runs of each table and figure of the report.
 
 A run is a gin file (a row of the report), a preset (how large the experiment
-is), a density, a seed, and now and then a value of its own. What it is called
-follows from these, so that Table 2 and Figure 1 share the runs that are in
-both, on whatever machine they were trained.
+is), a density, a seed and, for some runs, changed values. Its name follows
+from these, so that Table 2 and Figure 1 share runs, even if these were trained
+on different machines.
 """
 
 import dataclasses
@@ -68,7 +68,7 @@ class Preset:
 
     @property
     def path(self) -> Path | None:
-        """The gin file, or None of the report's own setting."""
+        """The gin file, or None for the report's own setting."""
         if self.name == FULL:
             return None
         if self.name.endswith(".gin"):
@@ -90,17 +90,17 @@ class Preset:
 
     @property
     def rows(self) -> str:
-        """Which gin files it is made for, as a pattern.
+        """The gin files that it is made for, as a pattern.
 
-        A preset that shrinks one network says so by PRESET_ROWS.
+        A preset that shrinks one network sets it with PRESET_ROWS.
         """
         return self._macro("PRESET_ROWS", "*")
 
     @property
     def methods_length(self) -> float:
-        """How many times as long the runs of `methods` are as others.
+        """The length of the runs of `methods`, relative to other runs.
 
-        A preset of few epochs says so by METHODS_LENGTH.
+        A preset with few epochs sets it with METHODS_LENGTH.
         """
         return self._macro("METHODS_LENGTH", 1)
 
@@ -139,14 +139,14 @@ class Run:
 
     @property
     def arguments(self) -> dict:
-        """What `train_command.configure` is to be called with."""
+        """The arguments for `train_command.configure`."""
         files = [f"gin/{self.row}.gin"]
         if self.preset.path is not None:
             files.append(str(self.preset.path))
         bindings = [f"{name} = {value!r}" for name, value in self.changes]
         source = self.source
         if source is not None:
-            # Beside this run's folder, wherever the results are moved to.
+            # Relative to this run's folder, so that results can be moved.
             folder = f"{source.name}/run"
             bindings += [
                 f"train.masks_from = {folder!r}",
@@ -161,7 +161,7 @@ class Run:
 
     @property
     def source(self) -> "Run | None":
-        """The run whose masks this one starts with, which comes before it."""
+        """The run whose masks this one starts with, or None."""
         config.parse([f"gin/{self.row}.gin"], [])
         folder = gin.get_bindings("train").get("masks_from")
         if folder is None:
@@ -169,12 +169,12 @@ class Run:
         return dataclasses.replace(self, row=Path(folder).name)
 
     def configure(self) -> str:
-        """Configures gin for this run and returns its configuration."""
+        """Configures gin for this run and returns the configuration."""
         train_command.configure(**self.arguments)
         return gin.config_str()
 
     def as_json(self) -> dict:
-        """Returns what identifies it, to keep beside its result."""
+        """Returns what identifies the run, to keep beside its result."""
         return {
             "row": self.row,
             "preset": self.preset.folder,
@@ -185,7 +185,7 @@ class Run:
 
 
 def updates_of(drop_fraction: float, frequency: int) -> Changes:
-    """Returns the bindings of other mask updates than the row has."""
+    """Returns bindings that change the mask updates of a row."""
     return (
         ("UPDATE_FRACTION", drop_fraction),
         ("UPDATE_FREQUENCY", frequency),
@@ -193,19 +193,19 @@ def updates_of(drop_fraction: float, frequency: int) -> Changes:
 
 
 def learning_rate_of(learning_rate: float) -> Changes:
-    """Returns the bindings of another learning rate than the row has."""
+    """Returns bindings that change the learning rate of a row."""
     return (("sgd.learning_rate", learning_rate),)
 
 
 def same_training_flops(
     row: str, like: str, density: float, preset: Preset
 ) -> float:
-    """Returns the density at which one row trains for the FLOPs of another.
+    """Returns the density at which a row has the training FLOPs of another.
 
     Args:
-        row: The gin file whose density is wanted.
-        like: The gin file whose training FLOPs it must have.
-        density: That one's density.
+        row: The gin file whose density is returned.
+        like: The gin file of the other row.
+        density: The density of the other row.
         preset: The `Preset` of both.
 
     Returns:
@@ -228,7 +228,7 @@ def same_training_flops(
 
 
 def _of_table(table):
-    """The rows of a table, at the densities it has them at."""
+    """The rows of a table, each at its densities in the table."""
 
     def wanted(preset, densities):
         found = {}
@@ -251,10 +251,10 @@ def _grid(rows, at, changes=((),)):
 
 
 def _at_equal_flops(uniform, erk):
-    """Uniform masks, and ERK masks at the density and at the FLOPs of each."""
+    """Uniform masks, and ERK masks of equal density and of equal FLOPs."""
 
     def wanted(preset, densities):
-        # Not where the preset is for another network: densities take a while.
+        # Skipped if the preset is for another network, as densities are slow.
         if not fnmatch.fnmatch(uniform, preset.rows):
             return
         for density in densities or DENSITIES[1:]:
@@ -269,7 +269,7 @@ def _at_equal_flops(uniform, erk):
 
 
 def _table_4(preset, densities):
-    """The reference settings, and the report's optima at its own length."""
+    """The reference settings, and the report's optima for the full preset."""
     yield from _of_table("table4")(preset, densities)
     for cell in published.cells("table4"):
         at_all = not densities or cell.density in densities
@@ -280,7 +280,7 @@ def _table_4(preset, densities):
 
 
 def _methods(preset, densities):
-    """RigL, its relatives and pruning; at one half with the pattern 2:4."""
+    """RigL, its relatives and pruning, and pattern 2:4 at density 0.5."""
     length = preset.methods_length
     changes = () if length == 1 else (("train.length", length),)
     yield ("dense_wrn", 1.0, changes)
@@ -296,7 +296,7 @@ _LEARNING_RATE_GRID = [
     for updates in UPDATES
     for rate in LEARNING_RATES
 ]
-# What can be reproduced: rows, densities and changes.
+# The tables and figures, each a function that yields row, density and changes.
 TARGETS = {
     **{table: _of_table(table) for table in published.TABLES},
     "table4": _table_4,
@@ -325,13 +325,14 @@ def runs(
     Args:
         target: One of `TARGETS`.
         preset: How large the experiment is.
-        densities: In place of those of the report. A dense row has none.
-        seeds: In place of the report's 0, 1 and 2.
-        rows: Only these of its rows, names or patterns such as `"rigl_*"`.
-        changes: the user's gin bindings, over those of all its runs.
+        densities: Densities instead of the report's. Dense rows ignore them.
+        seeds: Seeds instead of the report's 0, 1 and 2.
+        rows: The rows to return, names or patterns such as `"rigl_*"`. Empty:
+            all.
+        changes: The user's gin bindings, over those of all runs.
 
     Returns:
-        The runs, no two alike, all of one seed before those of the next.
+        The runs, without duplicates, ordered by seed.
 
     Raises:
         ValueError: There is no such table or figure, the preset is not made
@@ -393,11 +394,11 @@ def with_changes(run: Run, changes: Changes) -> Run:
     Args:
         run: The run as its row has it.
         changes: The values, as `updates_of` and `learning_rate_of` return
-            them. A frequency is meant for runs of the report's length, and
-            becomes one in steps of the preset.
+            them. A frequency is in steps of the report's runs, and is scaled
+            to the preset's.
 
     Returns:
-        The run; those values alone are in its name that the row has not.
+        The run. Its name holds only values that differ from the row's.
     """
     return dataclasses.replace(run, changes=_different(run, changes))
 
@@ -408,10 +409,9 @@ def _is_dense(row):
 
 
 def _different(run, changes):
-    """Returns the changes that are some, in the steps of the preset.
+    """Returns the changes that differ from the row, in steps of the preset.
 
-    A frequency is meant for runs of the report's length, whose own is 100
-    steps.
+    A frequency is in steps of the report's runs, where the default is 100.
     """
     run.configure()
     found = []
@@ -425,10 +425,10 @@ def _different(run, changes):
 
 
 def _own_value(name):
-    """Returns what a binding is configured to, or None."""
+    """Returns the configured value of a binding, or None."""
     try:
         return gin.query_parameter(
             name if "." in name else f"{name}/gin.macro.value"
         )
-    except ValueError:  # it is bound to nothing, so far
+    except ValueError:  # it is not bound
         return None

@@ -1,4 +1,4 @@
-"""How far many runs have come: the bar, and what it adds up."""
+"""The progress of many runs, as lines or as a bar."""
 
 from collections.abc import Sequence
 
@@ -12,26 +12,26 @@ __all__ = ["Bar", "Lines", "Progress"]
 
 
 class Progress:
-    """Receives what `train_missing` does; this one ignores it."""
+    """Receives the events of `train_missing`; this class ignores them."""
 
     def start(self, run: Run) -> None:
-        """A run is begun, or continued."""
+        """A run begins, or continues."""
 
     def epoch(self, run: Run, epochs: int) -> None:
-        """So many epochs of the run are trained."""
+        """The run has trained this many epochs."""
 
     def finish(self, run: Run, *, seconds: float, failure: str | None) -> None:
-        """A run has ended, in this many seconds; why it failed, or None."""
+        """A run has ended after some seconds, or failed for a reason."""
 
     def wait(self, runs: Sequence[Run]) -> None:
-        """Others train these runs, and nothing else is left."""
+        """Only these runs are left, and other processes train them."""
 
     def elsewhere(self, run: Run) -> None:
         """Another process has finished a run."""
 
 
 class Lines(Progress):
-    """Prints a line for each event, as for a log.
+    """Prints a line for each event, for a log file.
 
     Args:
         results: Where runs are kept.
@@ -53,7 +53,7 @@ class Lines(Progress):
         shown = (
             f"{accuracy:.2%}"
             if _reading.is_number(accuracy)
-            else f"is no number, {_text.brief(accuracy)}"
+            else f"is not a number, {_text.brief(accuracy)}"
         )
         say(
             f"{run.name} finished after {seconds:.0f} s: test accuracy "
@@ -64,9 +64,9 @@ class Lines(Progress):
         say(f"{run.name} finished by another process")
 
     def _left_after(self, run, seconds):
-        """Returns what to say of the time left after a run, or nothing.
+        """Returns text about the time left after a run, or an empty string.
 
-        The run took `seconds`, or None where it failed.
+        The run took `seconds`, or None if it failed.
         """
         return ""
 
@@ -77,7 +77,7 @@ class Bar(Lines):
     Args:
         runs: All runs of the plan.
         results: Where they are kept.
-        estimates: What `estimate` says of those that are left.
+        estimates: The `estimate` of the runs that are left.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class Bar(Lines):
         return f"; {self._left()} left"
 
     def _left(self, doing=""):
-        """Shows and returns the time left, shared with those at work."""
+        """Shows and returns the time left, shared with other processes."""
         at_work = 1 + sum(
             run != self._run and self._results.claimed(run)
             for run in self._estimates

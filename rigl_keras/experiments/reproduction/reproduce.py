@@ -1,4 +1,4 @@
-"""Trains the runs of a table or figure of the report that are missing."""
+"""Trains the missing runs of a table or figure of the report."""
 
 import sys
 from collections.abc import Sequence
@@ -15,18 +15,19 @@ __all__ = ["check_data", "reproduce"]
 
 
 def check_data(runs: Sequence[Run], *, data_dir: str | None = None) -> None:
-    """Reads each data set that some runs need, once.
+    """Reads each data set that the runs need, once.
 
-    So that data which is not there is one error, and not one of each run, and
-    several processes do not download the same.
+    Missing data is then a single error instead of one for each run, and
+    several processes do not download the same data.
 
     Args:
         runs: The runs.
         data_dir: Folder of prepared data sets, over TFDS_DATA_DIR.
 
     Raises:
-        ValueError: There is no such folder, or data set.
-        DatasetUnavailableError: It is neither here nor can it be downloaded.
+        ValueError: The folder or the data set does not exist.
+        DatasetUnavailableError: The data set is missing and cannot be
+            downloaded.
     """
     names = {}
     for run in runs:
@@ -50,9 +51,9 @@ def reproduce(
         runs: The runs, each after those that it starts from.
         results: Where they are kept.
         data_dir: Folder of prepared data sets, over TFDS_DATA_DIR.
-        dry_run: Whether the plan is shown, and nothing trained.
-        worker: Whether this is one of many: it measures no costs, and leaves
-            runs to those that train them.
+        dry_run: Whether to show the plan and train nothing.
+        worker: Whether this process is one of many workers. It then measures
+            no costs, and does not wait for runs that others train.
 
     Returns:
         `{run: reason}` of the runs that failed.
@@ -84,7 +85,7 @@ def reproduce(
     for run, reason in failed.items():
         print(
             f"{run.name} failed: {reason}\n"
-            f"  what it said: {results.folder(run) / 'log.txt'}",
+            f"  log: {results.folder(run) / 'log.txt'}",
             file=sys.stderr,
         )
     done = sum(results.finished(run) for run in runs)

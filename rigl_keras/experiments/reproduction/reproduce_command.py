@@ -1,17 +1,17 @@
-"""A table or figure of the report, by one command.
+"""Reproduces a table or figure of the report.
 
     bin/reproduce --list                           the tables and figures
     bin/reproduce table2 --dry_run                 the plan and what it costs
     bin/reproduce figure1 --preset=small --densities=0.05,0.1
 
-Runs that have a result are not repeated, and those that were interrupted go
-on. To share the work start the command again, in another terminal or on
-another machine that sees the same --results_dir. On a CPU two processes of one
-thread each train more than one process of two:
+Runs that have a result are not repeated, and interrupted runs continue. To
+share the work, start the command again, in another terminal or on another
+machine that sees the same --results_dir. On a CPU, two processes of one thread
+each are faster than one process of two threads:
 
     TF_NUM_INTRAOP_THREADS=1 bin/reproduce table2 --preset=small
 
-On a cluster, SLURM starts N workers; and how far they are:
+On a cluster, have SLURM start N workers, then look at their progress:
 
     bin/reproduce table2 --slurm=N --slurm_options='--time=8:00:00'
     bin/reproduce table2 --status
@@ -51,7 +51,7 @@ def _changes(bindings):
 
 
 def main() -> None:
-    """Reads the command line and reproduces what it names."""
+    """Reads the command line and trains the runs that it names."""
     preset = flags.DEFINE_string(
         "preset",
         variations.FULL,
@@ -59,21 +59,21 @@ def main() -> None:
         "is read after each row's own.",
     )
     densities = flags.DEFINE_list(
-        "densities", [], "Densities, in place of the report's."
+        "densities", [], "Densities, instead of the report's."
     )
-    seeds = flags.DEFINE_list("seeds", [], "Seeds, in place of 0,1,2.")
+    seeds = flags.DEFINE_list("seeds", [], "Seeds, instead of 0,1,2.")
     rows = flags.DEFINE_list(
         "rows", [], "Only these rows, gin files or patterns such as 'rigl_*'."
     )
     bindings = flags.DEFINE_multi_string(
         "gin_bindings",
         [],
-        "Binding such as 'train.length = 4', over those of all runs; these "
-        "are then other runs.",
+        "Binding such as 'train.length = 4', over those of all runs. The "
+        "changed runs have other names.",
     )
     dry_run = flags.DEFINE_bool("dry_run", False, "Show the plan, and stop.")
     status = flags.DEFINE_bool(
-        "status", False, "Show how far runs are, and who trains them, and stop."
+        "status", False, "Show the state and the worker of each run, and stop."
     )
     array = slurm.Flags(
         "reproduce", "rigl_keras.experiments.reproduction.reproduce_command"
@@ -81,7 +81,8 @@ def main() -> None:
     worker = flags.DEFINE_bool(
         "worker",
         False,
-        "Train what no other process trains, and end: what --slurm starts.",
+        "Train the runs that no other process trains, and end. --slurm starts "
+        "such workers.",
     )
     listed = flags.DEFINE_bool(
         "list", False, "Show what can be reproduced, and stop."
@@ -145,7 +146,7 @@ def main() -> None:
         "reproduce",
         run,
         about=__doc__,
-        interrupted="the same command goes on from the last epoch",
+        interrupted="the same command continues after the last epoch",
     )
 
 

@@ -1,15 +1,16 @@
-"""A folder of results: one folder for each run, claimed by who trains it.
+"""A folder of results, with a folder for each run.
 
     results/small/rigl_erk_wrn-density0.1-seed0/
-        about.json   what the run is: row, preset, density, seed, changes
-        claim        locked for as long as a process trains the run
-        log.txt      what the run has said
+        about.json   row, preset, density, seed and changes of the run
+        claim        locked while a process trains the run
+        log.txt      what the run has printed
         failure.txt  why it failed the last time, if it did
         run/         its run directory; with run/result.json it is finished
 
 Processes, and machines that see the same folder, may share it. A claim is a
-lock that the kernel holds for the process that trains the run: when that is
-killed the claim is free again, and the process that takes it continues the run.
+file lock of the process that trains the run. If that process is killed, the
+operating system releases the lock, and another process can claim and continue
+the run.
 """
 
 import contextlib
@@ -24,9 +25,9 @@ from rigl_keras.experiments.reproduction.plans import Run
 
 __all__ = ["ROOM", "Results"]
 
-# What an error says of a full disk.
-ROOM = "Make room; the same command goes on from there."
-# What distinguishes a file from earlier and later ones of its name.
+# Advice for a full disk.
+ROOM = "Make room, then start the same command again: it continues."
+# What distinguishes a file from earlier and later files of the same name.
 Stamp = tuple[int, int, str]
 
 
@@ -34,11 +35,11 @@ class Results:
     """The results of one preset.
 
     Args:
-        path: Folder of all results; made if it does not exist.
+        path: Folder of all results. It is created if it does not exist.
         preset: The name of the preset's folder in it.
 
     Raises:
-        ValueError: The folder cannot be made.
+        ValueError: The folder cannot be created.
     """
 
     def __init__(self, path: str | os.PathLike, preset: str):
@@ -48,7 +49,7 @@ class Results:
         except OSError as error:
             raise ValueError(
                 f"The results folder {str(self.path)!r} cannot be made "
-                f"({error.strerror}). Pass --results_dir with one that can."
+                f"({error.strerror}). Pass another --results_dir."
             ) from error
 
     def folder(self, run: Run) -> Path:
@@ -59,7 +60,7 @@ class Results:
         """Returns whether a run has a result.
 
         Raises:
-            ValueError: It has one, of another configuration.
+            ValueError: The result is of another configuration.
         """
         directory = self.folder(run) / "run"
         if not (directory / "result.json").exists():
@@ -107,8 +108,8 @@ class Results:
     def failure_stamp(self, run: Run) -> Stamp | None:
         """Returns what identifies the last failure of a run, or None.
 
-        It is compared for being equal and never for being later: the times in
-        it are the file server's, whose clock need not be this machine's.
+        Compare stamps only for equality. Their times are the file server's,
+        whose clock may differ from this machine's.
         """
         path = self.folder(run) / "failure.txt"
         try:
@@ -121,16 +122,16 @@ class Results:
         return status.st_mtime_ns, status.st_ino, reason
 
     def record_failure(self, run: Run, reason: str) -> None:
-        """Keeps why a run failed."""
+        """Writes why a run failed."""
         path = self.folder(run) / "failure.txt"
         _files.write(path, reason + "\n", advice=ROOM)
 
     def forget_failure(self, run: Run) -> None:
-        """Removes why a run failed before."""
+        """Removes the record of an earlier failure."""
         (self.folder(run) / "failure.txt").unlink(missing_ok=True)
 
     def claimed(self, run: Run) -> bool:
-        """Returns whether a process trains a run now."""
+        """Returns whether a process is training a run."""
         path = self.folder(run) / "claim"
         try:
             return _files.is_locked(path)
@@ -138,13 +139,13 @@ class Results:
             raise _no_lock(path, error) from error
 
     def worker(self, run: Run) -> str | None:
-        """Returns who trains a run now: a task of SLURM's, or a process."""
+        """Returns the SLURM task or process that is training a run, or None."""
         if not self.claimed(run):
             return None
         try:
             claim = _reading.text(self.folder(run) / "claim")
             machine, process, _, *task = claim.split()
-        except (OSError, ValueError):  # it is being signed
+        except (OSError, ValueError):  # the process is still writing it
             return "a process"
         return f"task {task[0]}" if task else f"process {process} on {machine}"
 
@@ -153,8 +154,8 @@ class Results:
         """Claims a run, until the end of the block.
 
         Yields:
-            A file descriptor, for a child process to inherit, which then
-            holds the claim as well; or None where another process has it.
+            A file descriptor, or None if another process has the claim. A
+            child process that inherits the descriptor holds the claim too.
         """
         folder = self.folder(run)
         with _files.naming(folder, advice=ROOM):
@@ -184,7 +185,7 @@ def _lock(path):
 
 def _no_lock(path, error):
     return ValueError(
-        f"{str(path)!r} cannot be locked ({error.strerror}), so that others "
-        "could train the same run. Pass --results_dir with a folder that you "
-        "can write, on a file system that has locks."
+        f"{str(path)!r} cannot be locked ({error.strerror}), so other "
+        "processes could train the same run. Pass --results_dir with a folder "
+        "that you can write, on a file system that has locks."
     )

@@ -1,10 +1,9 @@
-"""Workers of one queue as a SLURM job array.
+"""Submits workers as a SLURM job array.
 
-Each task of the array is the command that a user would start by hand, in one
-terminal more: claims see to it that no run is lost, and none is done twice. A
-task that is about to reach its time limit gets SIGUSR1, ends the epoch it is
-in, and has itself put back into the queue of jobs. One that is preempted, or
-whose node fails, is put back by SLURM.
+Each task of the array runs the command that a user would start in another
+terminal; claims ensure that no run is lost or trained twice. A task that is
+about to reach its time limit gets SIGUSR1, ends the current epoch and requeues
+itself. SLURM requeues tasks that are preempted or whose node fails.
 """
 
 import dataclasses
@@ -25,9 +24,9 @@ from rigl_keras.experiments import exits
 __all__ = ["Array", "Flags", "Task", "arrays", "submit", "this_task"]
 
 _SIGNAL = 300  # seconds before the time limit
-# What begins the flags that are about SLURM, which its workers are not given.
+# The prefix of the flags about SLURM, which are not passed to workers.
 _OURS = "slurm"
-_FOLDER = "slurm"  # of scripts and logs, among results
+_FOLDER = "slurm"  # of scripts and logs, in the folder of results
 _SCRIPT = """\
 #!/bin/sh
 #SBATCH --job-name={name}
@@ -45,9 +44,9 @@ asked=
 trap 'asked=1; kill -USR1 "$worker"' USR1
 wait "$worker"; status=$?
 while [ "$status" -gt 128 ] && kill -0 "$worker" 2>/dev/null; do
-  wait "$worker"; status=$?  # it was the signal that ended the wait before
+  wait "$worker"; status=$?  # the signal had ended the wait before
 done
-# {again}: the worker was stopped, and goes on when it is started again.
+# {again}: the worker was stopped, and continues when it is started again.
 if [ "$status" = {again} ] || {{ [ -n "$asked" ] && [ "$status" != 0 ]; }}; then
   exec scontrol requeue "$SLURM_JOB_ID"
 fi
@@ -57,12 +56,12 @@ exit "$status"
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A task of an array, as SLURM sees it.
+    """A task of an array, as SLURM reports it.
 
     Args:
         name: `"12_3"`: task 3 of array 12.
-        state: `"pending"`, `"running"` or another state of SLURM's.
-        place: `"on node1"`, or why it has none: `"(Priority)"`.
+        state: `"pending"`, `"running"` or another state of SLURM.
+        place: `"on node1"`, or the reason why it waits: `"(Priority)"`.
     """
 
     name: str
@@ -76,8 +75,8 @@ class Array:
 
     Args:
         job: Its number.
-        workers: How many tasks it has.
-        tasks: Those that wait or run now; others have ended.
+        workers: The number of its tasks.
+        tasks: The tasks that wait or run. The others have ended.
     """
 
     job: str
@@ -107,7 +106,7 @@ class Flags:
         self._workers = flags.DEFINE_integer(
             f"{_OURS}",
             None,
-            "Submit so many workers to SLURM, as one job array, and end.",
+            "Submit this many workers to SLURM, as one job array, and end.",
         )
         self._options = flags.DEFINE_string(
             f"{_OURS}_options",
@@ -117,29 +116,30 @@ class Flags:
 
     @property
     def given(self) -> bool:
-        """Whether workers are to be submitted.
+        """Whether to submit workers.
 
         Raises:
-            ValueError: There are options, and no workers.
+            ValueError: There are options, but no number of workers.
         """
         if self._workers.value is None and self._options.present:
             raise ValueError(
-                "--slurm_options are those of workers. Pass --slurm=N, too."
+                "--slurm_options needs a number of workers. Pass --slurm=N, "
+                "too."
             )
         return self._workers.value is not None
 
     def submit(
         self, argv: Sequence[str], folder: Path, *, extra: Sequence[str] = ()
     ) -> None:
-        """Submits workers of this command line, and says so.
+        """Submits workers with this command line, and prints the job.
 
         Args:
             argv: The command line, without flags.
             folder: Folder of the results.
-            extra: Flags that workers are given besides.
+            extra: Further flags for the workers.
 
         Raises:
-            ValueError: There is no SLURM, or too few workers.
+            ValueError: SLURM is not installed, or there are too few workers.
             FailedError: SLURM refuses them.
         """
         job = submit(
@@ -154,9 +154,9 @@ class Flags:
             folder=folder,
         )
         print(
-            f"Submitted {self._workers.value} workers, array {job}. What they "
-            f"say: {folder / _FOLDER}. The same command with --status in the "
-            f"place of --{_OURS} shows how far they are."
+            f"Submitted {self._workers.value} workers, array {job}. Their "
+            f"logs: {folder / _FOLDER}. The same command with --status instead "
+            f"of --{_OURS} shows their progress."
         )
 
 
@@ -166,7 +166,8 @@ def _given_flags():
     for name in flags.FLAGS:
         flag = flags.FLAGS[name]
         if flag.present and not name.startswith(_OURS):
-            given[id(flag)] = flag.serialize().splitlines()  # has two names
+            # By id, as a flag has two names.
+            given[id(flag)] = flag.serialize().splitlines()
     return [word for words in given.values() for word in words]
 
 
@@ -175,8 +176,8 @@ def _words(options):
         return shlex.split(options)
     except ValueError as error:
         raise ValueError(
-            f"--{_OURS}_options reads as a shell does ({error}). Received: "
-            f"{options!r}."
+            f"--{_OURS}_options must be quoted as in a shell ({error}). "
+            f"Received: {options!r}."
         ) from error
 
 
@@ -191,18 +192,18 @@ def submit(
     """Submits an array of identical workers.
 
     Args:
-        command: What each of them runs, in the current folder.
+        command: The command that each worker runs, in the current folder.
         name: Name of the job.
-        workers: How many, at least 1.
-        options: Options of sbatch, over ours.
-        folder: Folder of the results, which all nodes must see. Script and
-            logs are kept in `slurm/` there.
+        workers: Number of workers, at least 1.
+        options: Options of sbatch. They override those of the script.
+        folder: Folder of the results, which all nodes must see. Its folder
+            `slurm/` holds the script and the logs.
 
     Returns:
         The number of the job.
 
     Raises:
-        ValueError: There is no SLURM, or too few workers.
+        ValueError: SLURM is not installed, or there are too few workers.
         FailedError: SLURM refuses them.
     """
     _checks.integer(f"--{_OURS}", workers, at_least=1)
@@ -226,7 +227,7 @@ def submit(
         path = unfinished / name
         path.write_text(script)
         job = _said(["sbatch", "--parsable", *options, str(path)])
-        job = job.split(";")[0]  # what follows is the name of the cluster
+        job = job.split(";")[0]  # the name of the cluster may follow
         _files.put(path, folder / f"{job}.sh")
     return job
 
@@ -260,12 +261,12 @@ def _workers(script):
 
 
 def _said(command):
-    """Returns what a command of SLURM prints."""
+    """Returns the output of a SLURM command."""
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except FileNotFoundError as error:
         raise exits.FailedError(
-            f"There is no {command[0]} on the PATH, of SLURM."
+            f"SLURM's {command[0]} is not on the PATH."
         ) from error
     if done.returncode:
         raise exits.FailedError(
@@ -280,7 +281,7 @@ def _quoted(path):
 
 
 def this_task() -> str:
-    """Returns which task of an array this process is of, or `""`."""
+    """Returns the array task that this process belongs to, or `""`."""
     job, task = (
         os.environ.get(f"SLURM_ARRAY_{part}_ID") for part in ("JOB", "TASK")
     )

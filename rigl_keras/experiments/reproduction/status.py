@@ -1,4 +1,4 @@
-"""How far runs are, and who trains them."""
+"""A table of the state of runs, and of the processes that train them."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -15,9 +15,9 @@ __all__ = ["status_table"]
 def status_table(runs: Sequence[Run], results: Results) -> str:
     """Returns a table of runs, and of the workers that SLURM has.
 
-    A run is finished, in training, failed, interrupted (nobody trains it, and
-    it goes on from its last epoch) or waiting. Tasks of SLURM's arrays that
-    train none of the runs have rows of their own.
+    A run is finished, in training, failed, interrupted (no process trains it,
+    and it will continue after its last epoch) or waiting. SLURM tasks that
+    train none of the runs have separate rows.
 
     Args:
         runs: The runs.
@@ -25,7 +25,7 @@ def status_table(runs: Sequence[Run], results: Results) -> str:
 
     Raises:
         ValueError: A run has a result of another configuration.
-        FailedError: Workers were submitted to SLURM, which does not answer.
+        FailedError: Workers were submitted, but SLURM does not answer.
     """
     arrays = slurm.arrays(results.path)
     places = {f"task {t.name}": t for each in arrays for t in each.tasks}

@@ -1,4 +1,4 @@
-"""Training the runs that are missing, beside others who do the same."""
+"""Trains missing runs, together with other processes that do the same."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ from rigl_keras.experiments.reproduction.results import Results
 
 __all__ = ["GRACE", "command_of", "train_missing"]
 
-# Seconds that a run has to end its epoch, after SIGUSR1.
+# Seconds that a run has to end its epoch after SIGUSR1.
 GRACE = 240.0
 
 _POLL = 0.5  # seconds between looks at a run that is being trained
@@ -33,35 +33,36 @@ def train_missing(
 ) -> dict[Run, str]:
     """Trains all runs that have no result yet, one after the other.
 
-    Each run has a process, which continues what an earlier one has left.
-    Runs that another process has claimed are left to it; when nothing else is
-    left this waits for them, and takes over those that are given up.
+    Each run has its own process, and continues if it was interrupted. Runs
+    that another process has claimed are skipped. When only such runs are
+    left, this function waits for them, and takes over those that their
+    process abandons.
 
-    At an `exits.StopRequest` the run that is being trained ends its epoch,
-    whose checkpoint it continues from. It is killed where that takes longer
-    than `GRACE`, and repeats the epoch.
+    After an `exits.StopRequest`, the current run ends its epoch, and will
+    continue from that checkpoint. If this takes longer than `GRACE`, the run
+    is killed, and will repeat the epoch.
 
     Args:
         runs: The runs, each after those that it starts from.
         results: Where they are kept.
-        progress: Receives what happens.
+        progress: Receives the events.
         data_dir: Folder of prepared data sets, over TFDS_DATA_DIR.
         wait: Whether to wait for runs that other processes train. If not,
-            this returns when nothing else is left.
+            this returns when only such runs are left.
 
     Returns:
-        `{run: reason}` of those that failed, here or elsewhere meanwhile, or
-        that start from one that failed.
+        `{run: reason}` of the runs that failed meanwhile, here or elsewhere,
+        or that start from a failed run.
 
     Raises:
         ValueError: A run has a result of another configuration, or starts
-            from one that neither has a result nor is among the runs.
+            from a run that has no result and is not among the runs.
     """
     progress = progress or Progress()
     failed: dict[Run, str] = {}
     left = [run for run in runs if not results.finished(run)]
     _check_sources(left, results)
-    # Failures of commands before this one, which tries again.
+    # Runs that failed in earlier commands are tried again.
     old = {run: results.failure_stamp(run) for run in left}
     while left:
         waiting = []
@@ -97,7 +98,7 @@ def train_missing(
 
 
 def _check_sources(runs, results):
-    """Refuses runs that would wait for one that nobody trains."""
+    """Raises ValueError if a run would wait for one that nobody trains."""
     for run in runs:
         source = run.source
         if source is None or source in runs or results.finished(source):
@@ -112,16 +113,16 @@ def _failed_meanwhile(run, results, old):
     """Returns why a run has failed since the failures in `old`, or None."""
     stamp = results.failure_stamp(run)
     if stamp != old[run]:
-        # Once another process has begun it again, every failure is a new one.
+        # Another process has begun it again: every failure is now a new one.
         old[run] = None
     return None if stamp is None or stamp == old[run] else stamp[-1]
 
 
 def _trained_if_free(run, results, progress, data_dir):
-    """Trains a run, if no other process does.
+    """Trains a run unless another process does.
 
     Returns:
-        `(done, reason)`: whether it is done with, and why it failed or None.
+        `(done, reason)`: whether the run has ended, and why it failed or None.
     """
     with results.claim(run) as claim:
         if claim is None:
@@ -149,11 +150,11 @@ def _trained(run, results, claim, progress, data_dir):
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            # Runs name those that they start from by paths from here.
+            # Paths to the runs that a run starts from are relative to this.
             cwd=results.path,
             env=_environment(),
-            # The claim is the child's, too: were this process killed, the run
-            # would not be free before the child has ended as well.
+            # The child holds the claim too: if this process is killed, the
+            # run stays claimed until the child has ended.
             pass_fds=[claim],
         )
         try:
@@ -175,7 +176,7 @@ def _trained(run, results, claim, progress, data_dir):
         log.seek(begins)
         said = log.read().decode(errors="replace").splitlines()
     said = [line for line in said if line.strip()]
-    # What bin/train has to say of an error is in its last lines.
+    # The last lines that bin/train prints describe the error.
     errors = [line for line in said if line.startswith("train: ")]
     last = said[said.index(errors[-1]) :] if errors else said[-1:]
     return "\n".join(last) or (
@@ -184,7 +185,7 @@ def _trained(run, results, claim, progress, data_dir):
 
 
 def _end_epoch(child):
-    """Has a run end when its epoch does, if that is soon."""
+    """Asks a run to end after its epoch, and waits for at most `GRACE`."""
     child.send_signal(signal.SIGUSR1)
     with contextlib.suppress(subprocess.TimeoutExpired):
         child.wait(GRACE)
@@ -193,14 +194,14 @@ def _end_epoch(child):
 def _signal_name(number):
     try:
         return signal.Signals(number).name
-    except ValueError:  # those for real time have no names
+    except ValueError:  # real-time signals have no names
         return f"signal {number}"
 
 
 def _environment():
-    """Returns the environment of runs, which begin in another folder.
+    """Returns the environment for runs, with absolute paths.
 
-    What is a path from here is one from anywhere.
+    Runs have another working folder.
     """
     paths = {
         name: os.path.abspath(os.path.expanduser(os.environ[name]))
@@ -218,7 +219,7 @@ def command_of(
     Args:
         run: The run.
         data_dir: Folder of prepared data sets.
-        parent: Process with which the run ends.
+        parent: A process; the run ends when it ends.
     """
     arguments = run.arguments
     command = [

@@ -1,1 +1,1 @@
-"""One run: bin/train and bin/export."""
+"""A single run: bin/train and bin/export."""

@@ -1,4 +1,4 @@
-"""Which arguments of `train` may stand together."""
+"""Checks of the arguments of `train`."""
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
@@ -27,7 +27,7 @@ def check_arguments(
     length: float,
     label_smoothing: float,
 ) -> None:
-    """Raises ValueError for an argument that is wrong, or two that exclude.
+    """Raises ValueError for a wrong argument, or for two that conflict.
 
     The arguments are those of `train`.
     """
@@ -52,7 +52,7 @@ def check_arguments(
                 "resnet50, or of a model of yours that takes `channel_scale`. "
                 f"Received: model={getattr(model, '__name__', model)!r}."
             )
-    as_pattern(granularity)  # is a name of one
+    as_pattern(granularity)  # raises for an unknown name
     if scale_to_fan_in and (density is None or small_dense or one_shot):
         raise ValueError(
             "scale_to_fan_in scales the weights that masks keep: set "
@@ -85,8 +85,8 @@ def check_arguments(
         )
     if not length > 0 or int(epochs * length) < 1:
         raise ValueError(
-            "length is a factor on the epochs of the run and must leave one "
-            f"at least. Received: length={length!r} of epochs={epochs}."
+            "length is a factor on the epochs of the run and must leave at "
+            f"least one. Received: length={length!r} of epochs={epochs}."
         )
     if not 0 <= label_smoothing < 1:
         raise ValueError(
@@ -122,12 +122,12 @@ def check_arguments(
 
 
 def check_fits(model: Callable, dataset: str, names: Iterable[str]) -> None:
-    """Raises ValueError for a model that is not made for a data set.
+    """Raises ValueError if a model does not fit a data set.
 
     Args:
         model: Makes the dense model.
         dataset: Name of the data set.
-        names: Of the arguments that the data set has for it.
+        names: Names of the arguments that the data set passes to `model`.
     """
     takes = inspect.signature(model).parameters
     if any(p.kind is p.VAR_KEYWORD for p in takes.values()):

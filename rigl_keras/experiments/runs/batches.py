@@ -1,4 +1,4 @@
-"""The batches of a run, as its workers see them."""
+"""The batches of a run, split among its workers."""
 
 import tensorflow as tf
 
@@ -9,13 +9,13 @@ __all__ = ["Batches"]
 
 
 class Batches:
-    """The batches of a run: labels are shares of classes, workers share each.
+    """The batches of a run, with one-hot labels, split among the workers.
 
     The classes of a text are its symbols, and each character has a label.
 
     Args:
         examples: The examples.
-        batch_size: Examples in a batch, of all replicas together.
+        batch_size: Examples in a batch, over all replicas together.
         seed: Seed of the order and of the augmentation.
         label_smoothing: Share of each label, in training, that is spread over
             all classes, in [0, 1).
@@ -33,14 +33,14 @@ class Batches:
         self._seed, self._label_smoothing = seed, label_smoothing
 
     def first(self) -> tuple[tf.Tensor, tf.Tensor]:
-        """Returns the first batch of training, whole in every worker."""
+        """Returns the first training batch, the whole of it in each worker."""
         examples = self._examples.train(
             batch_size=self._batch_size, seed=self._seed, epochs=1
         )
         return self._smoothed(*next(iter(examples)))
 
     def train(self, *, first_epoch: int, epochs: int) -> tf.data.Dataset:
-        """Returns the batches of training, each weighted for its replicas."""
+        """Returns the training batches, weighted for the replicas."""
         examples = self._examples.train(
             batch_size=self._batch_size,
             seed=self._seed,
@@ -52,7 +52,7 @@ class Batches:
         )
 
     def validation(self) -> tf.data.Dataset | None:
-        """Returns the batches that are held out, None if there are none."""
+        """Returns the validation batches, or None if nothing is held out."""
         if not self._examples.recipe.validation:
             return None
         return self._to_evaluate(

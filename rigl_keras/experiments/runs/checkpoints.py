@@ -1,4 +1,4 @@
-"""Checkpoints of a run, whole or not at all."""
+"""Checkpoints of a run, each written whole or not at all."""
 
 import tempfile
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from rigl_keras.masking.mask_variable import MaskVariable
 
 __all__ = ["Checkpoints"]
 
-# What TensorFlow raises for a checkpoint that is cut short, damaged or of
+# What TensorFlow raises for a checkpoint that is truncated, damaged or from
 # another model.
 _UNREADABLE = (
     tf.errors.OpError,
@@ -30,18 +30,18 @@ _UNREADABLE = (
 class Checkpoints(keras.callbacks.Callback):
     """Saves all that a run needs to continue, at the end of each epoch.
 
-    That is the weights, the masks, the optimizer's slots and step, and the
+    It saves the weights, the masks, the optimizer's slots and step, and the
     state of the random generators (dropout), which Keras's own formats leave
     out. The order of the data follows from the epoch.
 
     Args:
         path: Folder of the checkpoints.
         model: The compiled model.
-        variables: What the method must remember as well.
-        keep: How many of the last checkpoints are kept.
-        writes: Whether this process writes them. Workers save together, as
-            some values are spread over all; those that do not write throw
-            away what they save.
+        variables: Further variables to save, those of the method.
+        keep: How many of the last checkpoints to keep.
+        writes: Whether this process writes them. All workers save, because
+            some values are spread over them; a worker that does not write
+            discards what it saves.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Checkpoints(keras.callbacks.Callback):
         # `variables` are the weights, the generators' states and metrics.
         metrics = {id(v) for v in model.metrics_variables}
         state = [
-            # A mask says itself how it is saved: as it always was.
+            # A mask defines how it is saved, so that older checkpoints load.
             v if isinstance(v, MaskVariable) else v.value
             for v in model.variables
             if id(v) not in metrics
@@ -67,15 +67,15 @@ class Checkpoints(keras.callbacks.Callback):
         zero: Any = 0  # TensorFlow's annotations want a tensor
         self._epoch = tf.Variable(zero, dtype=tf.int64)
         self._checkpoint = tf.train.Checkpoint(
-            # Lists of variables: by attributes TensorFlow would not find
-            # those within objects of other classes, as masks are.
+            # Lists, because TensorFlow finds no variables within objects of
+            # classes it does not know, such as masks.
             model=state,
             optimizer=[v.value for v in model.optimizer.variables],
             method=list(variables),
             epoch=self._epoch,
         )
-        # Made now, it is written, too; and the workers of a run make variables
-        # together.
+        # Creates this variable now: it is then saved too, and all workers
+        # create it at the same time.
         _ = self._checkpoint.save_counter
         self._path, self._keep, self._writes = path, keep, writes
         if writes:
@@ -88,9 +88,9 @@ class Checkpoints(keras.callbacks.Callback):
 
     @property
     def saved(self) -> dict[int, Path]:
-        """The checkpoints there are, `{epoch: path}`, the last one last."""
-        # TensorFlow's CheckpointManager keeps a list, which may name what is
-        # half deleted, and forgets it all when the clock is put back.
+        """The checkpoints on disk, `{epoch: path}`, in the order of epochs."""
+        # The list of TensorFlow's CheckpointManager may name checkpoints that
+        # are half deleted, and is lost when the clock is set back.
         paths = [p.with_suffix("") for p in self._path.glob("epoch-*.index")]
         numbered = {int(p.name.removeprefix("epoch-")): p for p in paths}
         return dict(sorted(numbered.items()))
@@ -99,7 +99,7 @@ class Checkpoints(keras.callbacks.Callback):
         """Saves the state before `epoch`.
 
         Raises:
-            DiskFullError: There is no room. Those saved before are intact.
+            DiskFullError: The disk is full. Earlier checkpoints are intact.
         """
         self._epoch.assign(epoch)
         if not self._writes:
@@ -110,8 +110,8 @@ class Checkpoints(keras.callbacks.Callback):
             self._path.mkdir(exist_ok=True)
             with _files.unfinished_folder(self._path) as folder:
                 self._checkpoint.write(str(folder / path.name))
-                # The index is the last to come and the first to go: where it
-                # is, the checkpoint is whole.
+                # The index is written last and removed first: where it
+                # exists, the checkpoint is whole.
                 _remove_checkpoint(path)
                 for part in sorted(folder.iterdir()):  # .data-..., .index
                     _files.put(part, self._path / part.name)
@@ -119,13 +119,13 @@ class Checkpoints(keras.callbacks.Callback):
             _remove_checkpoint(old)
 
     def restore(self) -> int | None:
-        """Restores the last checkpoint that can be read, in each worker.
+        """Restores the last readable checkpoint in each worker.
 
         Returns:
-            The epoch to continue with, or None where there is no checkpoint.
+            The epoch to continue with, or None if there is no checkpoint.
 
         Raises:
-            ValueError: There are checkpoints and none can be read.
+            ValueError: There are checkpoints, but none can be read.
         """
         epoch = self._restore_last() if self._writes else None
         epoch = devices.from_chief(-1 if epoch is None else epoch)

@@ -1,6 +1,7 @@
-"""gin configuration: what it can reach, and errors that help.
+"""gin configuration: what gin can configure, and helpful errors.
 
-The library knows nothing of gin; what may be configured is registered here.
+The library itself does not use gin; this module registers what gin can
+configure.
 """
 
 import contextlib
@@ -54,7 +55,7 @@ _CONSTANTS = {"ORIGINAL": rigl_keras.ORIGINAL, "REPORT": rigl_keras.REPORT}
 
 @functools.cache
 def configured() -> dict[str, Callable]:
-    """Returns what gin can reach, by its name there."""
+    """Returns what gin can configure, by its name in gin."""
     for name, value in _CONSTANTS.items():
         gin.constant(name, value)
     return {
@@ -75,7 +76,7 @@ def find(gin_file: str) -> Path:
         The path of an existing file.
 
     Raises:
-        ValueError: There is none, with the nearest name that there is.
+        ValueError: There is no such file; the error names similar ones.
     """
     for folder in (Path(), GIN_FOLDER.parent, GIN_FOLDER):
         for path in (folder / gin_file, folder / f"{gin_file}.gin"):
@@ -100,13 +101,13 @@ def parse(gin_files: Sequence[str], bindings: Sequence[str]) -> None:
     """Reads gin files and bindings, later ones over earlier ones.
 
     Args:
-        gin_files: Paths, as `find` takes them. Includes are looked up beside
-            the file.
+        gin_files: Paths, as `find` takes them. Included files are looked up
+            in the folder of the file.
         bindings: Lines such as `train.epochs = 2`.
 
     Raises:
         ValueError: A file is missing, or a binding names nothing that can be
-            configured; the nearest name is given.
+            configured; the error suggests similar names.
     """
     configured()
     gin.clear_config()
@@ -121,7 +122,7 @@ def parse(gin_files: Sequence[str], bindings: Sequence[str]) -> None:
                 finalize_config=True,
             )
     except (ValueError, OSError) as error:
-        # gin appends where in the file it was; that is worth keeping.
+        # gin's message says where in the file the error is.
         raise ValueError(f"{error}{_nearest(str(error))}") from error
     except SyntaxError as error:
         raise ValueError(
@@ -131,9 +132,9 @@ def parse(gin_files: Sequence[str], bindings: Sequence[str]) -> None:
 
 
 def settings() -> dict[str, str | float]:
-    """Returns what the run is configured with, `{"train.epochs": 250}`.
+    """Returns the settings of the run, such as `{"train.epochs": 250}`.
 
-    That is what is bound of `train`, and of what it calls.
+    These are the bound parameters of `train` and of what it calls.
     """
     bound = gin.get_bindings("train")
     names = [getattr(value, "__name__", "") for value in bound.values()]
@@ -147,10 +148,10 @@ def settings() -> dict[str, str | float]:
 
 
 def has_macro(name: str) -> bool:
-    """Returns whether what was parsed defines a macro.
+    """Returns whether the parsed configuration defines a macro.
 
     Args:
-        name: The macro, without `%`.
+        name: Name of the macro, without `%`.
     """
     try:
         gin.query_parameter(f"{name}/gin.macro.value")
@@ -161,7 +162,7 @@ def has_macro(name: str) -> bool:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps gin from logging each folder in which an include is not."""
+    """Keeps gin from logging each folder that lacks an included file."""
     logger = logging.getLogger()
     level = logger.level
     logger.setLevel(logging.CRITICAL)
@@ -172,7 +173,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _nearest(message: str) -> str:
-    """Returns a hint at what a misspelt binding may have meant."""
+    """Returns a hint for a misspelt binding, or an empty string."""
     unknown = re.search(r"No configurable matching '([^']+)'", message)
     if unknown:
         return _hint(unknown[1].split(".")[-1], list(_CONFIGURABLE))

@@ -1,4 +1,4 @@
-"""TensorBoard's figure of the density of each layer."""
+"""The figure of layer densities in TensorBoard."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,7 +11,7 @@ from rigl_keras.flops.counting import LayerCount
 __all__ = ["density_figure"]
 
 _DPI = 120
-_MOST_INCHES = 200  # of height, however many layers; Agg draws 500
+_MOST_INCHES = 200  # the largest height; Agg draws up to 500
 
 
 def density_figure(
@@ -24,9 +24,9 @@ def density_figure(
     """Returns an image of the density of each layer.
 
     Args:
-        layers: The layers of `flops.count`, one at least.
+        layers: The layers of `flops.count`, at least one.
         connections: `{layer: active connections}` of the masked layers.
-        first: The same at the start, which is marked where it was different.
+        first: The same at the start; marked where it differs.
         step: The optimizer step, for the title.
 
     Returns:
@@ -36,7 +36,7 @@ def density_figure(
     from matplotlib.figure import Figure
 
     now, before = (_densities(layers, c) for c in (connections, first))
-    # In inches, as a layout that fits itself takes most of a second.
+    # Sizes in inches: matplotlib's automatic layout takes most of a second.
     left = 0.3 + 0.075 * max(len(layer.name) for layer in layers)
     width, above, below = left + 5.6, 0.85, 0.5
     height = min(above + below + 0.2 * len(layers), _MOST_INCHES)
@@ -75,7 +75,7 @@ def density_figure(
 
 
 def _draw_bars(axes, layers, connections, now, before):
-    """Draws a bar for each layer; returns what the legend has to explain."""
+    """Draws a bar for each layer; returns the handles of the legend."""
     from matplotlib.patches import Patch
 
     masked = [layer for layer in layers if layer.name in connections]
@@ -118,7 +118,7 @@ def _draw_bars(axes, layers, connections, now, before):
 
 
 def _draw_scale(axes, layers, now):
-    """Names the layers at the left, and writes their densities at the right."""
+    """Writes names of layers at the left, and their densities at the right."""
     rows = np.arange(len(layers))
     at = axes.get_yaxis_transform()
     for row, density in zip(rows, now, strict=True):
@@ -142,7 +142,7 @@ def _draw_scale(axes, layers, now):
 
 
 def _densities(layers, connections):
-    """Returns the density of each layer; 1 where there is no mask."""
+    """Returns the density of each layer; 1 for a layer without a mask."""
     return np.array(
         [
             connections.get(layer.name, np.prod(layer.shape))

@@ -1,4 +1,4 @@
-"""The devices of a run, by name: one, several of a machine, or of many."""
+"""The devices of a run: one, several of a machine, or several machines."""
 
 import logging
 import os
@@ -28,17 +28,17 @@ STRATEGIES = ("one", "mirrored", "multi_worker", "tpu")
 
 
 def make_strategy(name: str) -> tf.distribute.Strategy:
-    """Returns a strategy, in whose scope a run is to be made and trained.
+    """Returns the strategy in whose scope a run is built and trained.
 
     Args:
-        name: `"one"` device, as TensorFlow chooses it; `"mirrored"`, all GPUs
-            of this machine (all logical CPUs where there is none);
+        name: `"one"` device, which TensorFlow chooses; `"mirrored"`, all GPUs
+            of this machine (all logical CPUs if it has no GPU);
             `"multi_worker"`, the processes that TF_CONFIG names, which must
             all be started; `"tpu"`, the TPU that TPU_NAME names, or the local
             one, with a warning: no run on a TPU has been checked.
 
     Returns:
-        The strategy. With workers, when all of them have met.
+        The strategy. With workers, it returns once all of them have met.
 
     Raises:
         ValueError: There is no strategy of this name, or what it needs is
@@ -68,10 +68,10 @@ def is_chief(name: str) -> bool:
     """Returns whether this process writes the run directory.
 
     Args:
-        name: Name of the strategy, which need not have been made.
+        name: Name of the strategy. It may not have been made yet.
 
     Raises:
-        ValueError: The strategy needs TF_CONFIG, which does not say.
+        ValueError: The strategy needs TF_CONFIG, which is missing or wrong.
     """
     if name != "multi_worker":
         return True
@@ -83,18 +83,18 @@ def is_chief(name: str) -> bool:
 
 
 def replica_count() -> int:
-    """Returns the number of replicas in the present scope."""
+    """Returns the number of replicas of the current scope."""
     return tf.distribute.get_strategy().num_replicas_in_sync
 
 
 def from_chief(value: int) -> int:
-    """Returns the value that the chief holds, in every process.
+    """Returns the chief's value in every process.
 
     Args:
-        value: An int; in other processes than the chief's, any.
+        value: An int. Only the chief's counts.
 
     Returns:
-        The chief's.
+        The chief's value.
     """
     strategy = tf.distribute.get_strategy()
     if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
@@ -114,9 +114,9 @@ def from_chief(value: int) -> int:
 
 
 def exchange_active(model: keras.Model) -> None:
-    """Lets workers exchange active gradients alone, where masks stay.
+    """Makes workers exchange only active gradients, for masks that stay.
 
-    A mask update sees to it by itself.
+    A mask update does so by itself.
 
     Args:
         model: A compiled model, masked or not.
@@ -128,7 +128,7 @@ def exchange_active(model: keras.Model) -> None:
 
 
 def sharded(dataset: tf.data.Dataset) -> tf.data.Dataset:
-    """Returns a dataset that gives each worker its part of each batch."""
+    """Returns a dataset that gives each worker a part of each batch."""
     options = tf.data.Options()
     options.experimental_distribute.auto_shard_policy = (
         tf.data.experimental.AutoShardPolicy.DATA
@@ -137,18 +137,18 @@ def sharded(dataset: tf.data.Dataset) -> tf.data.Dataset:
 
 
 def weighted_for_replicas(x: tf.Tensor, y: tf.Tensor) -> tuple[tf.Tensor, ...]:
-    """Returns a batch, weighted so that replicas give its mean loss.
+    """Returns a batch with weights that make the replicas' loss its mean loss.
 
-    A batch of n is cut into parts of ceil(n / replicas), the last of them
-    shorter, and Keras takes the mean of the parts' means. Weights of
-    part x replicas / n make it the mean of the batch.
+    A batch of n is split into parts of ceil(n / replicas), of which the last
+    is shorter, and Keras takes the mean of the parts' means. Weights of
+    part x replicas / n turn this into the mean over the batch.
 
     Args:
         x: Inputs.
         y: Targets.
 
     Returns:
-        `(x, y, weights)`, or `(x, y)` where there is one replica.
+        `(x, y, weights)`, or `(x, y)` if there is one replica.
     """
     parts = replica_count()
     if parts == 1:
@@ -162,14 +162,14 @@ def weighted_for_replicas(x: tf.Tensor, y: tf.Tensor) -> tuple[tf.Tensor, ...]:
 
 
 def lost_workers(error: tf.errors.OpError) -> list[str]:
-    """Returns which other workers an error says were lost.
+    """Returns the other workers that an error reports as lost.
 
     Args:
         error: What was raised while workers trained together.
 
     Returns:
-        Names such as `"worker 1 (host:2222)"`, or `"another worker"` where
-        the error does not tell which. None where no worker was lost.
+        Names such as `"worker 1 (host:2222)"`, or `"another worker"` if the
+        error does not name one. An empty list if no worker was lost.
     """
     if not isinstance(error, _LOST):
         return []
@@ -183,7 +183,7 @@ def lost_workers(error: tf.errors.OpError) -> list[str]:
     ] or ["another worker"]
 
 
-# What a sum over workers raises when one of them has ended.
+# What a sum over workers raises when a worker has ended.
 _LOST = (
     tf.errors.AbortedError,
     tf.errors.CancelledError,
@@ -192,7 +192,7 @@ _LOST = (
 
 
 def _cluster():
-    """Returns what TF_CONFIG says."""
+    """Returns the cluster that TF_CONFIG describes."""
     example = (
         '{"cluster": {"worker": ["host0:2222", "host1:2222"]}, "task": '
         '{"type": "worker", "index": 0}}'

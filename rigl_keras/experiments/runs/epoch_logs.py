@@ -1,4 +1,4 @@
-"""What an epoch logs beside Keras's metrics."""
+"""What an epoch logs in addition to Keras's metrics."""
 
 import math
 import time
@@ -17,7 +17,7 @@ __all__ = ["EpochLogs"]
 class EpochLogs(keras.callbacks.Callback):
     """Adds step, rate, seconds, density and cost to the logs of an epoch.
 
-    What the method logs is left as it is.
+    It does not change what the method logs.
 
     Args:
         network: The model, masked or not.
@@ -35,8 +35,7 @@ class EpochLogs(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         self._start = time.perf_counter()
 
-    # Any: Keras passes a dictionary, and its annotations do not know of it
-    # nor of the model.
+    # Any: Keras's annotations declare both the logs and the model as None.
     def on_epoch_end(self, epoch, logs: Any = None):
         model: Any = self.model
         optimizer = model.optimizer

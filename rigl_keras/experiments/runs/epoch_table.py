@@ -1,4 +1,4 @@
-"""What a run prints: a row for each epoch, at most 80 columns."""
+"""What a run prints: a row for each epoch, at most 80 characters wide."""
 
 import itertools
 import statistics
@@ -12,7 +12,7 @@ from rigl_keras.experiments.progress_bar import ProgressBar, say
 
 __all__ = ["EpochTable", "row_of"]
 
-# Name, width, and what of an epoch's logs stands there.
+# The columns, `(name, width)`.
 _COLUMNS = (
     ("epoch", 9),
     ("loss", 8),
@@ -24,20 +24,20 @@ _COLUMNS = (
     ("seconds", 9),
     ("left", 8),
 )
-# Steps by which the time of a run is estimated, the last ones of the first.
+# The run's time is estimated from the last 10 of its first 15 steps.
 _TIMED, _LAST_TIMED = 10, 15
 
 
 class EpochTable(keras.callbacks.Callback):
-    """Prints a table of epochs, and a bar of steps at a terminal.
+    """Prints a table of epochs, and a progress bar of steps at a terminal.
 
     It comes after the callbacks whose logs it prints.
 
     Args:
-        epochs: How many the run has.
+        epochs: Epochs of the run.
         steps_per_epoch: Steps of an epoch.
-        about: What to say before the run, by labels. How long it will take is
-            said when some steps of it have been timed.
+        about: What to print before the run, by labels. The time that the run
+            will take is printed once some of its steps have been timed.
     """
 
     def __init__(
@@ -82,9 +82,9 @@ class EpochTable(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs: Any = None):
         self._close()
         self._times.append(time.perf_counter() - self._start)
-        # The first epoch waits for tracing, too.
         if len(self._times) == 1:
             say("".join(name.rjust(width) for name, width in _COLUMNS))
+        # The first epoch includes the time of tracing.
         usual = statistics.median(self._times[1:] or self._times)
         left = usual * (self._epochs - epoch - 1)
         say(row_of(epoch, self._epochs, logs, left=left))
@@ -117,9 +117,9 @@ def row_of(
 
     Args:
         epoch: The epoch, from 0.
-        epochs: How many there are.
-        logs: What Keras and `EpochLogs` have logged. `"-"` stands for what
-            there is not.
+        epochs: Epochs of the run.
+        logs: What Keras and `EpochLogs` have logged. Missing values are
+            printed as `"-"`.
         left: Seconds until the run is done.
     """
     cells = (
@@ -140,7 +140,6 @@ def row_of(
 
 
 def _cell(logs, key, form):
-    # A percent sign stands apart from its number.
     return form.format(logs[key]).replace("%", " %") if key in logs else "-"
 
 
@@ -153,7 +152,7 @@ def _interval(seconds):
 
 
 def _roughly(seconds):
-    """Returns a time in two digits or so: "40 s", "12 min", "3.2 h"."""
+    """Returns a time in about two digits: "40 s", "12 min", "3.2 h"."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     if seconds < 100 * 60:

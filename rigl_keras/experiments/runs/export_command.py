@@ -1,11 +1,11 @@
-"""Exports of a finished run, or of a saved model.
+"""Exports a finished run or a saved model.
 
     bin/export runs/quickstart                  a SavedModel in its exported/
     bin/export runs/quickstart --formats=tflite --quantization=int8
     bin/export model.keras --output=served --formats=saved_model,onnx \\
         --fold_batch_norm --remove_dead_units
     bin/export model.keras --formats=native --batch_sizes=1,16
-    bin/export --check=served/saved_model       whether its files are intact
+    bin/export --check=served/saved_model       checks that files are intact
 """
 
 from absl import app, flags, logging
@@ -20,19 +20,19 @@ def main() -> None:
     wanted = flags.DEFINE_list(
         "formats",
         ["saved_model"],
-        "Formats, of saved_model, sparse_saved_model, native, tflite, onnx and "
-        "keras.",
+        "Formats: any of saved_model, sparse_saved_model, native, tflite, onnx "
+        "and keras.",
     )
     output = flags.DEFINE_string(
         "output",
         None,
-        "Folder for a folder of each format. Default: exported/ in the run's "
-        "directory, or beside the file.",
+        "Folder of the exports, with a folder for each format. Default: "
+        "exported/ in the run's directory, or beside the file.",
     )
     fold = flags.DEFINE_bool(
         "fold_batch_norm",
         False,
-        "Make batch norms part of the layers before them.",
+        "Fold batch norms into the layers before them.",
     )
     remove = flags.DEFINE_bool(
         "remove_dead_units",
@@ -40,12 +40,13 @@ def main() -> None:
         "Remove units without a connection to the input or the output.",
     )
     quantization = flags.DEFINE_enum(
-        "quantization", None, ["float16", "int8"], "Of tflite."
+        "quantization", None, ["float16", "int8"], "Quantization of tflite."
     )
     inputs = flags.DEFINE_string(
         "inputs",
         None,
-        "An .npy or .npz file of examples to compare, and calibrate int8, on.",
+        "An .npy or .npz file of examples, for the comparison with the model "
+        "and for the calibration of int8.",
     )
     data_dir = flags.DEFINE_string(
         "data_dir", None, "Folder of prepared data sets, over TFDS_DATA_DIR."
@@ -53,18 +54,20 @@ def main() -> None:
     sizes = flags.DEFINE_list(
         "batch_sizes",
         ["1", "32", "128"],
-        "Examples in a call: the latency of each is measured, and native and "
-        "sparse_saved_model compare what is fastest for it. Others can be "
+        "Batch sizes whose latency is measured, and for which native and "
+        "sparse_saved_model choose the fastest products. Other sizes can be "
         "served, too.",
     )
     measure = flags.DEFINE_bool(
-        "measure", True, "Measure size, loading and latency against dense."
+        "measure",
+        True,
+        "Measure size, loading time and latency against the dense model.",
     )
     overwrite = flags.DEFINE_bool(
-        "overwrite", False, "Replace exports that are there."
+        "overwrite", False, "Replace existing exports."
     )
     check = flags.DEFINE_string(
-        "check", None, "Export nothing, and tell whether this one is intact."
+        "check", None, "Check that this export is intact, and export nothing."
     )
 
     def run(argv):
@@ -88,11 +91,11 @@ def main() -> None:
                 f"{' '.join(argv[1:]) or 'none'}."
             )
         if not wanted.value:
-            raise app.UsageError("Pass one format at least.")
+            raise app.UsageError("Pass at least one format.")
         if sizes.present and not measure.value:
             raise app.UsageError(
-                "--batch_sizes says what is measured, and --nomeasure that "
-                "nothing is. Pass one of them."
+                "--batch_sizes says what to measure, and --nomeasure turns "
+                "measuring off. Pass one of them."
             )
         Exports(
             formats=wanted.value,
@@ -113,7 +116,7 @@ def main() -> None:
         "export",
         run,
         about=__doc__,
-        interrupted="nothing is half-written; begin again with",
+        interrupted="nothing is half-written; start again with",
     )
 
 

@@ -1,4 +1,4 @@
-"""Exports at the end of a run, or of what a run or `model.save` has written."""
+"""Exports of a run, at its end or later, and of files of `model.save`."""
 
 import dataclasses
 import os
@@ -33,18 +33,20 @@ _CALIBRATED_ON = 256  # images of the run's training data
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Exports:
-    """What is exported of a trained model, and how.
+    """The formats in which a trained model is exported, and their options.
 
     Attributes:
         formats: Any of `exporting.formats.FORMATS`; each is written to a
-            folder of its name. None: nothing is.
+            folder of its name. Empty: nothing is exported.
         fold_batch_norm, remove_dead_units: As in `rigl_keras.export`.
-        quantization: As there; of the formats that offer it.
-        batch_sizes, measure: As there.
+        quantization: As in `rigl_keras.export`; it applies to the formats
+            that offer it.
+        batch_sizes, measure: As in `rigl_keras.export`.
 
     Raises:
-        ValueError: A format is unknown, needs what is not installed, or is
-            not one that is quantised; or a batch size is out of range.
+        ValueError: A format is unknown or needs a package that is not
+            installed, no format offers the quantization, or a batch size is
+            out of range.
     """
 
     formats: Sequence[str] = ()
@@ -70,7 +72,7 @@ class Exports:
         if self.quantization and not any(map(self._quantizes, self.formats)):
             offered = " or ".join(map(repr, formats_with(self.quantization)))
             raise ValueError(
-                f"quantization is of the format {offered}. Received: "
+                f"quantization needs the format {offered}. Received: "
                 f"quantization={self.quantization!r} and "
                 f"formats={tuple(self.formats)}."
             )
@@ -85,25 +87,25 @@ class Exports:
         overwrite: bool = False,
         keep: bool = False,
     ) -> list[ExportReport]:
-        """Exports a model, each format in a separate folder.
+        """Exports a model, each format to a separate folder.
 
         Args:
             source: Directory of a finished run, or a `.keras` file.
             output: Folder for the folders of the formats. None: `exported` in
                 the run's directory or beside the file.
-            inputs: File of examples to compare and calibrate on, as
-                `read_inputs` takes it. None: random ones are compared, and
-                int8 is calibrated on training images of the run.
-            data_dir: Folder of prepared data sets, for these.
-            overwrite: Whether exports that are there are replaced.
-            keep: Whether they are kept, and left out here.
+            inputs: File of examples for the comparison and the calibration,
+                as `read_inputs` takes it. None: the comparison uses random
+                examples, and int8 training images of the run.
+            data_dir: Folder of prepared data sets, for these images.
+            overwrite: Whether existing exports are replaced.
+            keep: Whether existing exports are kept, and skipped.
 
         Returns:
             A report for each format that was written.
 
         Raises:
             ValueError: The source cannot be read, or a format could not be
-                written; the other formats are.
+                written. The other formats are written.
         """
         if not self.formats:
             return []
@@ -168,11 +170,11 @@ def load_model(source: str | os.PathLike) -> keras.Model:
         source: Directory of the run, or a `.keras` file.
 
     Raises:
-        ValueError: There is none, or it cannot be read.
+        ValueError: There is no model, or it cannot be read.
     """
     path = Path(source)
     if path.is_dir():
-        _ = EarlierRun(path).result  # of a finished run
+        _ = EarlierRun(path).result  # raises if the run is not finished
         path = path / "model.keras"
     if not path.is_file():
         raise ValueError(
@@ -183,8 +185,8 @@ def load_model(source: str | os.PathLike) -> keras.Model:
         raise ValueError(f"{str(path)!r} may not be read: permission denied.")
     if not zipfile.is_zipfile(path):
         raise ValueError(
-            f"{str(path)!r} is cut short, or no .keras file: those are zip "
-            "archives. Pass a file that model.save(path) has written."
+            f"{str(path)!r} is cut short or not a .keras file, which is a zip "
+            "archive. Pass a file that model.save(path) has written."
         )
     try:
         with warnings.catch_warnings():
@@ -192,24 +194,25 @@ def load_model(source: str | os.PathLike) -> keras.Model:
             # Keras's annotations do not say what this is.
             loaded: Any = keras.models.load_model(path, compile=False)
             return loaded
-    except Exception as error:  # what a damaged archive raises is anything
+    except Exception as error:  # a damaged archive may raise anything
         raise ValueError(
-            f"{str(path)!r} cannot be loaded: {first_line(error)} A "
-            "model with layers of your own is exported from Python, where "
-            "they are known: rigl_keras.export(model, path)."
+            f"{str(path)!r} cannot be loaded: {first_line(error)} To export a "
+            "model with custom layers, call rigl_keras.export(model, path) "
+            "from Python."
         ) from error
 
 
 def read_inputs(path: str | os.PathLike, model: keras.Model):
-    """Returns examples from a file, in the structure of the model's call.
+    """Returns examples from a file, in the structure that the model takes.
 
     Args:
-        path: A `.npy` file, for a model of one input, or a `.npz` file with
+        path: A `.npy` file, for a model with one input, or a `.npz` file with
             an array for each input, by name.
         model: The model.
 
     Raises:
-        ValueError: It cannot be read, or has other inputs.
+        ValueError: The file cannot be read, or its arrays are not the
+            model's inputs.
     """
     signature = signatures.signature_of(model)
     try:
@@ -236,9 +239,9 @@ def read_inputs(path: str | os.PathLike, model: keras.Model):
 def _training_inputs(source, data_dir):
     if not source.is_dir():
         raise ValueError(
-            "quantization='int8' reads the ranges of activations from typical "
-            "examples. Pass --inputs=FILE, an .npy or .npz with a hundred or "
-            "more."
+            "quantization='int8' measures the ranges of activations on typical "
+            "examples. Pass --inputs=FILE, an .npy or .npz file with a hundred "
+            "or more."
         )
     result = EarlierRun(source).result
     return data.load(

@@ -1,4 +1,4 @@
-"""The optimizers of runs, and their learning rates."""
+"""The optimizers of runs, and their learning rate schedules."""
 
 from typing import Any
 
@@ -17,7 +17,8 @@ class WarmUpAndSteps(keras.optimizers.schedules.LearningRateSchedule):
         t < W:   learning_rate x t / W
         t >= W:  learning_rate x decay_factor ^ floor((t - W) / decay_every)
 
-    The report's code, utils/warmup_scheduler.py and utils/train_helper.py:52.
+    It follows the report's code, utils/warmup_scheduler.py and
+    utils/train_helper.py:52.
 
     Args:
         learning_rate: Rate after the warm-up, positive.
@@ -94,12 +95,12 @@ def sgd(
         warmup_steps: Steps in which the rate rises from 0, at least 0.
         momentum: Momentum, in [0, 1].
         nesterov: Whether Nesterov's momentum is used.
-        length: Factor on `decay_every`, for runs that are longer.
+        length: Factor on `decay_every`, for longer runs.
 
     Returns:
         A Keras optimizer, with `WarmUpAndSteps` as its learning rate.
     """
-    # Any: Keras annotates rates as numbers, and takes schedules, too.
+    # Any: Keras annotates learning rates as numbers, but takes schedules too.
     schedule: Any = WarmUpAndSteps(
         learning_rate=learning_rate,
         decay_factor=decay_factor,
@@ -109,7 +110,7 @@ def sgd(
     return keras.optimizers.SGD(schedule, momentum=momentum, nesterov=nesterov)
 
 
-# Parameters that are no kernels: biases, layer norms, embeddings, positions.
+# Parameters that are not kernels: biases, layer norms, embeddings, positions.
 _NOT_DECAYED = ("bias", "gamma", "beta", "embeddings", "positions")
 
 
@@ -133,23 +134,24 @@ def adamw(
         W <= t:      learning_rate x (f + (1 - f) (1 + cos(pi s)) / 2),
                      s = min((t - W) / D, 1)
 
-    Weights decay apart from the gradient (Loshchilov and Hutter, 2019,
-    arXiv:1711.05101, algorithm 2), and kernels alone: neither biases, norms
-    nor embeddings. What a mask removes stays zero. Gradients are clipped by
-    the norm of all of them together (Pascanu et al., 2013, arXiv:1211.5063,
-    section 3.2): under a mask, of those of the connections that there are.
+    Weight decay is decoupled from the gradient (Loshchilov and Hutter, 2019,
+    arXiv:1711.05101, algorithm 2) and applies to kernels, but not to biases,
+    norms and embeddings. What a mask removes stays zero. Gradients are
+    clipped by their global norm (Pascanu et al., 2013, arXiv:1211.5063,
+    section 3.2); with masks, only active connections count.
 
     Args:
         learning_rate: Rate after the warm-up, positive.
         warmup_steps: W, at least 0.
         decay_steps: D, at least 1.
         final_fraction: f, in [0, 1].
-        weight_decay: Share of a weight, times the learning rate, that goes
-            with each step; at least 0.
+        weight_decay: Each step removes this share of a weight, times the
+            learning rate; at least 0.
         beta_1, beta_2: Decay of the means of gradients and of their squares,
             in [0, 1).
-        clip_norm: Largest norm of a gradient, positive. None: any.
-        length: Factor on `decay_steps`, for runs that are longer.
+        clip_norm: Largest global norm of the gradients, positive. None: no
+            limit.
+        length: Factor on `decay_steps`, for longer runs.
 
     Returns:
         A Keras optimizer.
@@ -179,7 +181,7 @@ def adamw(
     ):
         if not fits:
             raise ValueError(f"{name} must {rule}. Received: {name}={value!r}.")
-    # Any: Keras annotates rates as numbers, and takes schedules, too.
+    # Any: Keras annotates learning rates as numbers, but takes schedules too.
     schedule: Any = keras.optimizers.schedules.CosineDecay(
         0.0 if warmup_steps else learning_rate,
         max(1, int(decay_steps * length)),

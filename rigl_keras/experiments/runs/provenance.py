@@ -1,4 +1,4 @@
-"""What a run or a measurement says of where it comes from."""
+"""Where a run or a measurement was made: processor, commit and time."""
 
 import datetime
 import functools
@@ -19,14 +19,14 @@ def processor() -> str:
             name, _, value = line.partition(":")
             if name.strip() == "model name":
                 return value.strip()
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         pass
     return platform.processor() or platform.machine()
 
 
 @functools.cache
 def commit() -> str:
-    """Returns the commit of this code, with a + where files differ."""
+    """Returns the commit of this code, with a `+` if files differ from it."""
     try:
         found = subprocess.run(
             ["git", "describe", "--always", "--dirty=+", "--exclude=*"],
@@ -41,6 +41,6 @@ def commit() -> str:
 
 
 def now() -> str:
-    """Returns the date and time in UTC, as ISO 8601 writes it."""
+    """Returns the date and time in UTC, in ISO 8601."""
     moment = datetime.datetime.now(datetime.timezone.utc)
     return moment.isoformat(timespec="seconds")

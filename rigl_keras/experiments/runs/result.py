@@ -1,4 +1,4 @@
-"""What a run found out: the content of result.json."""
+"""The result of a run, as result.json holds it."""
 
 import importlib.metadata
 import math
@@ -34,23 +34,24 @@ def result(
     seconds: float,
     settings: Mapping[str, object],
 ) -> dict:
-    """Returns what a run found out.
+    """Returns the result of a run.
 
     Args:
         start: What the run started with.
-        network: What it trained.
+        network: The trained network.
         update: The mask update, or None.
         cost: What the run costs.
         curves: Inference and training FLOPs of each step.
-        test: Metrics of the test examples.
-        validation: Metrics of those that were held out; none without them.
+        test: Metrics on the test examples.
+        validation: Metrics on the validation examples; empty if there are
+            none.
         dataset: Name of the data set.
         train_examples: Training examples in an epoch.
-        text: What tells a text from others; nothing, where there are images.
+        text: What identifies a text; empty for images.
         seed: Seed of the run.
         epochs: Epochs of the run.
-        seconds: That training took.
-        settings: Arguments of `train` to keep beside the result.
+        seconds: Seconds that training took.
+        settings: Arguments of `train` to keep in the result.
     """
     final = rigl_keras.count(network)
     inference, training = curves
@@ -69,8 +70,8 @@ def result(
         **(_of_text(test, validation, text) if text else {}),
         "inference_flops": final.inference_flops,
         "inference_flops_ratio": final.inference_flops / cost.dense_flops,
-        # By the masks of each step, by the closed form, and with the runs
-        # that masks and weights come from.
+        # From the masks of each step, by the closed form, and including the
+        # runs that masks and weights come from.
         "training_flops": float(np.mean(training)) * train_examples * epochs,
         "training_flops_ratio": ratio,
         "training_flops_ratio_closed_form": cost.closed_form(inference),
@@ -92,11 +93,11 @@ def result(
 
 
 def _of_text(test, validation, text):
-    """Returns the losses of a text as people compare them, and the text.
+    """Returns a text's losses as perplexity and bits per character.
 
-    A loss l is the mean of -ln p over characters. Perplexity is e^l, the
-    number of characters that would be as hard to tell apart if all were alike;
-    l / ln 2 is the bits in which a character is coded.
+    A loss l is the mean of -ln p over characters. Perplexity is e^l: guessing
+    is as hard as among so many equally likely characters. l / ln 2 is the
+    number of bits that code a character.
     """
     found: dict[str, object] = {}
     for split, metrics in (("test", test), ("validation", validation)):
@@ -109,7 +110,7 @@ def _of_text(test, validation, text):
 
 
 def _exp(loss):
-    # Of a run that has diverged, it is larger than any number.
+    # math.exp overflows for the loss of a run that has diverged.
     return math.exp(loss) if loss < 700 else math.inf
 
 
@@ -128,7 +129,7 @@ def _layers(count):
 
 
 def _settings_of(update):
-    """Returns the configuration of a mask update, as JSON takes it."""
+    """Returns the configuration of a mask update, in types that JSON takes."""
     return {
         key: value
         if isinstance(value, (int, float, str, type(None)))

@@ -1,4 +1,4 @@
-"""What a run writes as it goes: metrics, trajectory, weights."""
+"""Callbacks that write metrics, trajectory and weights during a run."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -13,12 +13,12 @@ __all__ = ["KeepWeights", "Metrics", "Trajectory"]
 
 
 class Metrics(keras.callbacks.Callback):
-    """Keeps metrics.csv, a row for each epoch.
+    """Writes metrics.csv, with a row for each epoch.
 
     Args:
         run: The run directory.
-        first_epoch: With which this process begins. Rows from there on are of
-            epochs that are about to be trained again, and forgotten.
+        first_epoch: The epoch with which this process begins. Rows of this
+            and later epochs are dropped, as these are trained again.
     """
 
     def __init__(self, run: RunDirectory, *, first_epoch: int):
@@ -35,14 +35,14 @@ class Metrics(keras.callbacks.Callback):
 
 
 class Trajectory(keras.callbacks.Callback):
-    """Keeps trajectory.csv, epoch by epoch.
+    """Writes trajectory.csv at the end of each epoch.
 
     Args:
         run: The run directory.
         model: The masked model.
         method: Its mask update, or None.
-        first_step: The step with which this process begins. Updates from
-            there on are about to be repeated, and forgotten.
+        first_step: The step with which this process begins. Updates of this
+            and later steps are dropped, as they are repeated.
     """
 
     def __init__(self, run: RunDirectory, model, method, *, first_step: int):
@@ -60,7 +60,7 @@ class Trajectory(keras.callbacks.Callback):
 
     @property
     def rows(self) -> list[tuple[int, dict[str, int]]]:
-        """All rows until now, `[(step, {layer: connections})]`."""
+        """All rows so far, `[(step, {layer: connections})]`."""
         method = self._method
         updates = method.trajectory[1:] if method else []
         names = (
@@ -68,7 +68,7 @@ class Trajectory(keras.callbacks.Callback):
         )
         _, counts_at_start = self._rows[0]
         new = [
-            # Layers that are not trained keep theirs.
+            # Layers that are not trained keep their counts.
             (
                 step,
                 counts_at_start | dict(zip(names, counts, strict=True)),
@@ -82,11 +82,11 @@ class Trajectory(keras.callbacks.Callback):
 
 
 class KeepWeights(keras.callbacks.Callback):
-    """Saves the weights after some epochs, for later runs to rewind to.
+    """Saves the weights after given epochs, for later runs to rewind to.
 
     Args:
         run: The run directory.
-        epochs: After how many epochs.
+        epochs: The numbers of epochs after which to save.
     """
 
     def __init__(self, run: RunDirectory, epochs: Sequence[int]):

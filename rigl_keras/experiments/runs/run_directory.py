@@ -32,31 +32,30 @@ from rigl_keras.experiments.runs.run_files import (
 
 __all__ = ["EarlierRun", "RunDirectory"]
 
-# In a run's folder, locked by the process that trains it.
+# A file in the run's folder, locked by the process that trains the run.
 _LOCK = ".lock"
 _log = logging.getLogger("rigl_keras")
 
 
 class RunDirectory:
-    """The folder of one run, which holds one configuration for good.
+    """The folder of one run, with one configuration that does not change.
 
-    Each file is written whole or not at all, so that a run which is killed,
-    whose disk is full or whose power is cut, loses no more than the epoch it
-    was in.
+    Each file is written whole or not at all. If the run is killed, the disk
+    is full or the power fails, the run loses at most the current epoch.
 
-    It belongs to one process at a time, until `close`, the end of a `with`
-    block, or the end of the process: the kernel frees the lock.
+    The folder belongs to one process at a time, until `close`, the end of a
+    `with` block, or the end of the process.
 
     config.gin            every binding the run was started with
     operative_config.gin  every value in use, defaults included
     metrics.csv           a row for each epoch
     trajectory.csv        connections of each layer, at the start and after
                           each update
-    flops.csv             what a step costs, a row wherever that changes
-    weights/              weights to rewind to: those of the start, and of
-                          epochs that were asked for
-    tensorboard/          the same for TensorBoard, by steps, and a figure of
-                          the layers' densities (`TensorBoardLog`)
+    flops.csv             FLOPs of a step, a row wherever these change
+    weights/              weights to rewind to: those at the start, and after
+                          the epochs of `keep_weights`
+    tensorboard/          the metrics for TensorBoard, by steps, and a figure
+                          of the layers' densities (`TensorBoardLog`)
     topology/             how the masks moved: topology.csv, a row for each
                           layer and update, figures (density, exploration,
                           churn, dead_units, loss), TensorBoard events
@@ -66,17 +65,17 @@ class RunDirectory:
     .lock                 locked while a process trains the run
 
     Args:
-        path: The folder; made if it does not exist.
+        path: The folder. It is created if it does not exist.
         config: The configuration, as text.
-        resume: Whether a run that has been begun may be continued.
-        writes: Whether this process writes. Of the workers of one run, which
-            must all see the folder, one does.
+        resume: Whether an unfinished run may be continued.
+        writes: Whether this process writes. One of the workers of a run does;
+            all of them must see the folder.
 
     Raises:
-        ValueError: The folder cannot be written, is another process's, holds
-            another configuration, or an unfinished run while `resume` is
-            false.
-        DiskFullError: There is no room.
+        ValueError: The folder cannot be written, is in use by another
+            process, or holds another configuration, or it holds an unfinished
+            run and `resume` is false.
+        DiskFullError: The disk is full.
     """
 
     def __init__(
@@ -91,7 +90,7 @@ class RunDirectory:
         self.writes = writes
         self._config = config
         self._lock = contextlib.ExitStack()
-        # Of an object that nobody closes, when nobody has it any more.
+        # Frees the lock of an object that is deleted without `close`.
         weakref.finalize(self, self._lock.close)
         try:
             if writes:
@@ -109,11 +108,11 @@ class RunDirectory:
         self.close()
 
     def close(self) -> None:
-        """Frees the folder for other processes."""
+        """Releases the folder for other processes."""
         self._lock.close()
 
     def _check(self, resume):
-        """Raises ValueError unless this run may be trained here."""
+        """Raises ValueError unless this run may use the folder."""
         stored = self.path / "config.gin"
         if stored.exists():
             if _reading.text(stored) != self._config:
@@ -150,17 +149,17 @@ class RunDirectory:
         except OSError as error:
             raise ValueError(
                 f"The run directory {str(self.path)!r} cannot be written "
-                f"({error.strerror}). Pass --run_dir with a folder that can."
+                f"({error.strerror}). Choose another --run_dir."
             ) from error
 
     def _claim(self):
-        """Takes the folder for this process."""
+        """Locks the folder for this process."""
         path = self.path / _LOCK
         try:
             with naming(path):
                 claim = self._lock.enter_context(_files.lock(path, wait=False))
                 if claim is not None:
-                    # What is refused leaves nothing behind.
+                    # A run that is refused leaves no files.
                     self._lock.callback(
                         _remove_unless, path, self.path / "config.gin"
                     )
@@ -178,7 +177,8 @@ class RunDirectory:
         if claim is None:
             raise ValueError(
                 f"The run directory {str(self.path)!r} is in use by "
-                f"{_who(path)}. Wait for its end, or choose another --run_dir."
+                f"{_who(path)}. Wait until that ends, or choose another "
+                "--run_dir."
             )
 
     def _write(self, name, text):
@@ -186,11 +186,10 @@ class RunDirectory:
             write(self.path / name, text)
 
     def begin(self) -> None:
-        """Claims the folder for this configuration.
+        """Writes the configuration, and removes half-written files.
 
-        Not before the run is known to start: one that is refused leaves
-        nothing behind that a corrected one would trip over. What a run that
-        was killed has left half written goes.
+        Call it when the run is about to start, so that a run that is refused
+        earlier leaves no configuration behind.
         """
         if self.writes:
             for folder in (self.path, self.path / "weights"):
@@ -223,14 +222,14 @@ class RunDirectory:
         )
 
     def save_weights(self, model: keras.Model, epoch: int) -> None:
-        """Saves the weights of a dense model, to which runs may rewind."""
+        """Saves the weights of a dense model, for later runs to rewind to."""
         if not self.writes:
             return
         path = _weights_path(self.path, epoch)
         with naming(path):
             path.parent.mkdir(exist_ok=True)
         with whole(path) as temporary:
-            # HDF5 has pages to say where it runs out of space midway.
+            # Checked before, as HDF5 prints pages when the disk fills up.
             size = sum(weights.nbytes for weights in model.get_weights())
             needed = size + 8192 * (1 + len(model.weights))
             if shutil.disk_usage(path.parent).free < needed:
@@ -240,8 +239,8 @@ class RunDirectory:
     def save_model(self, model: keras.Model) -> None:
         """Saves the trained model.
 
-        Every worker must call it: Keras makes variables as it saves, and
-        under a strategy workers make these together.
+        Every worker must call it, because Keras creates variables as it saves
+        and the workers of a strategy create them together.
         """
         with contextlib.ExitStack() as stack:
             if self.writes:
@@ -271,7 +270,7 @@ class RunDirectory:
         self._write("trajectory.csv", "\n".join(lines) + "\n")
 
     def write_curve(self, inference: np.ndarray, training: np.ndarray) -> None:
-        """Writes flops.csv: a row holds until the next one's step."""
+        """Writes flops.csv. A row applies until the step of the next one."""
         lines = ["step,inference_flops,training_flops,training_flops_so_far"]
         so_far = np.cumsum(training)
         changes = (np.diff(inference) != 0) | (np.diff(training) != 0)
@@ -299,13 +298,13 @@ class RunDirectory:
 
 
 class EarlierRun:
-    """What a run takes from the directory of another: masks and weights.
+    """An earlier run, whose masks and weights another run starts with.
 
     Args:
         path: A run directory.
 
     Raises:
-        ValueError: There is no run.
+        ValueError: The folder holds no run.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -338,8 +337,8 @@ class EarlierRun:
         Raises:
             ValueError: The run is not finished, or was dense.
         """
-        _ = self.result  # only of a finished run are they final
-        # Any: Keras's annotations do not say what this is.
+        _ = self.result  # raises if the run is not finished
+        # Any: Keras does not annotate what load_model returns.
         model: Any = keras.models.load_model(
             self.path / "model.keras", compile=False
         )
@@ -351,11 +350,11 @@ class EarlierRun:
         return masks
 
     def load_weights(self, model: keras.Model, epoch: int) -> None:
-        """Gives a dense model the weights that the run had at an epoch.
+        """Sets a dense model's weights to those of the run at an epoch.
 
         Raises:
-            ValueError: The run has kept none of that epoch, or its network
-                is another.
+            ValueError: The run has kept no weights of that epoch, or its
+                network is another one.
         """
         path = _weights_path(self.path, epoch)
         if not path.exists():
@@ -365,12 +364,12 @@ class EarlierRun:
             )
             raise ValueError(
                 f"The run in {str(self.path)!r} has kept no weights of epoch "
-                f"{epoch}, but of {kept or 'none'}. A run keeps those of "
-                "train.keep_weights."
+                f"{epoch}, but those of {kept or 'none'}. List the epochs to "
+                "keep in train.keep_weights."
             )
         try:
             with warnings.catch_warnings():
-                # Of each layer that does not fit, before the error.
+                # Keras warns of each layer that does not fit, then raises.
                 warnings.simplefilter("ignore")
                 model.load_weights(path)
         except ValueError as error:
@@ -400,7 +399,7 @@ def _result(path):
 
 
 def _rows(path):
-    """Returns the rows of a table, none where there is no file."""
+    """Returns the rows of a table, none if there is no file."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:
@@ -408,14 +407,14 @@ def _rows(path):
 
 
 def _remove_unless(path, config):
-    """Removes a lock of a run that was not begun."""
+    """Removes the lock file of a run that was not begun."""
     if not config.exists():
         with contextlib.suppress(OSError):
             path.unlink()
 
 
 def _who(path):
-    """Returns which process says that it has a lock."""
+    """Returns the process that holds a lock, in words."""
     with contextlib.suppress(OSError, ValueError):
         machine, process, _ = path.read_text().split()
         return f"process {process} on {machine}"

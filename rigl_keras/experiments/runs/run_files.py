@@ -1,4 +1,4 @@
-"""Files of a run: whole or not at all, and a full disk names the file."""
+"""Writes the files of a run, with advice for the case of a full disk."""
 
 import functools
 

@@ -19,7 +19,7 @@ from rigl_keras.patterns import as_pattern
 __all__ = ["StartingPoint", "starting_point"]
 
 
-# What papers call the functions of `one_shot`.
+# The papers' names of the methods in `one_shot`.
 _NAMES = {
     "snip": "SNIP",
     "grasp": "GraSP",
@@ -34,12 +34,12 @@ class StartingPoint:
 
     Attributes:
         kind: `"dense"`, `"small-dense"`, `"static"` (masks are drawn),
-            `"lottery"` (they are another run's), or the name of the method
-            that makes them at once, such as `"SNIP"`.
-        dense: The dense model that the network was made of.
-        network: What is trained: `dense` itself, or masked.
-        sources: Results of the runs whose training this one could not do
-            without, by their path.
+            `"lottery"` (masks of another run), or the name of the one-shot
+            method that made the masks, such as `"SNIP"`.
+        dense: The dense model from which the network was made.
+        network: The network to train: `dense` itself, or a masked copy.
+        sources: Results of the runs whose masks or trained weights this run
+            uses, by their path.
     """
 
     kind: str
@@ -68,16 +68,16 @@ def starting_point(
     """Returns what a run starts with.
 
     Args:
-        make: Makes the dense model, given `channel_scale` where `small_dense`
-            is set.
-        examples: Returns a batch of training data and the loss, for a method
-            that makes masks of them.
+        make: Makes the dense model. With `small_dense`, it gets
+            `channel_scale`.
+        examples: Returns a batch of training data and the loss, for one-shot
+            methods.
         density, small_dense, one_shot, masks_from, shuffle_masks, weights_from,
             weights_epoch, distribution, granularity, scale_to_fan_in,
             conventions, seed: As in `train`.
 
     Raises:
-        ValueError: An earlier run lacks what is asked of it.
+        ValueError: An earlier run does not hold the masks or weights.
     """
     sources = {}
     scale = {}
@@ -132,7 +132,7 @@ def starting_point(
 
 
 def _masks_of(source, density):
-    """Returns the masks of an earlier run, if they are of this density."""
+    """Returns the masks of an earlier run, after a check of their density."""
     masks = source.masks
     ones = sum(int(np.count_nonzero(mask)) for mask in masks.values())
     found = ones / sum(mask.size for mask in masks.values())
@@ -146,7 +146,7 @@ def _masks_of(source, density):
 
 
 def _shuffled(masks, dense, granularity, seed):
-    """Returns masks of the same counts, with their units placed at random."""
+    """Returns masks with the same counts and their units in random places."""
     draw = np.random.default_rng(seed)
     kernels = rigl_keras.named_kernels(dense)
     pattern = as_pattern(granularity)

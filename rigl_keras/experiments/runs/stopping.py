@@ -1,4 +1,4 @@
-"""Ending a run between two epochs."""
+"""A callback that ends a run between two epochs."""
 
 import signal
 
@@ -10,10 +10,10 @@ __all__ = ["StopAtSignal"]
 
 
 class StopAtSignal(keras.callbacks.Callback):
-    """Ends a run at SIGUSR1, as soon as the epoch it is in has its checkpoint.
+    """Ends a run after SIGUSR1, once the current epoch has its checkpoint.
 
-    It comes after the callback that saves checkpoints, and is made in the main
-    thread: from then on the signal ends no process by itself.
+    It comes after the callback that saves checkpoints. Make it in the main
+    thread; from then on, the signal no longer kills the process.
 
     Raises:
         StopRequest: In `fit`, at the end of the epoch.

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a run: its metrics, and a figure of densities."""
+"""Writes a run's metrics and a figure of densities for TensorBoard."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,59 +15,58 @@ from rigl_keras.flops.counting import Count
 __all__ = ["TensorBoardLog"]
 
 _TRAIN, _VALIDATION, _TEST = "train", "validation", "test"
-# Two groups of charts, as TensorBoard unfolds no more by itself, and what the
-# charts say of the columns of metrics.csv.
+# Descriptions of the columns of metrics.csv, in two groups of charts, as
+# TensorBoard expands only two by itself.
 _LEARNING = {
-    "accuracy": "Share of the examples that are classified right: of the "
-    "training examples as they were trained on, of the validation examples "
-    "after each epoch, and of the test examples after the last.",
-    "loss": "The loss, penalties on weights included.",
-    "learning_rate": "As the epoch ends.",
-    "seconds": "Of the epoch, validation included.",
+    "accuracy": "Share of examples that are classified correctly: training "
+    "examples during each epoch, validation examples after each epoch, test "
+    "examples after the last epoch.",
+    "loss": "The loss, including penalties on weights.",
+    "learning_rate": "Learning rate at the end of the epoch.",
+    "seconds": "Duration of the epoch, including validation.",
 }
 _SPARSITY = {
-    "density": "Fraction of the masked weights kept; of a small dense network, "
-    "its parameters over the dense one's.",
+    "density": "Fraction of the masked weights kept. For a small dense "
+    "network, its parameters over those of the dense network.",
     "drop_fraction": "Fraction of the connections that the last update "
-    "dropped; 0 where there was none.",
+    "dropped; 0 if there was no update.",
     "grown": "Connections that the last update grew.",
     "ever_active": "Share of all connections that have ever been active.",
     "churn": "Share of the connections that the last update replaced.",
-    "skipped_updates": "How often an update was put off, as gradients were not "
-    "finite.",
+    "skipped_updates": "How often an update was postponed because gradients "
+    "were not finite.",
     "inference_flops_ratio": "Inference FLOPs over those of the dense model.",
-    "training_flops_ratio": "Training FLOPs so far, over those of all of the "
-    "dense model's training.",
+    "training_flops_ratio": "Training FLOPs so far, over those of the whole "
+    "training of the dense model.",
 }
 _FIGURE = (
     "sparsity/layer_density",
-    "Fraction of its weights that each layer keeps: at the start, and as "
-    "training goes on.",
+    "Fraction of its weights that each layer keeps, at the start and during "
+    "training.",
 )
-# Of an image that TensorBoard shows, it keeps ten: one of the start, and
-# these.
+# TensorBoard keeps ten images of a tag: the first figure, and these.
 _FIGURES = 9
 
 
 class TensorBoardLog(keras.callbacks.Callback):
-    """Keeps tensorboard/, by optimizer steps.
+    """Writes the folder tensorboard/, by optimizer steps.
 
-    It shows metrics.csv, a point for each epoch, and `density_figure` at the
-    start and up to nine times later, the last of them at the end. TensorBoard
-    takes its folders train, validation and test for runs whose curves share
-    charts.
+    It logs the columns of metrics.csv, with a point for each epoch, and
+    `density_figure` at the start and up to nine times later, the last time at
+    the end. TensorBoard shows its folders train, validation and test as runs,
+    whose curves share charts.
 
-    A process that was killed may have written more than its run continues
-    from: what the folder holds is written again, from metrics.csv and
-    trajectory.csv, as this is made.
+    A killed process may have logged epochs that its run repeats. The
+    constructor therefore writes the folder again, from metrics.csv and
+    trajectory.csv.
 
     Args:
-        run: The run directory, of a process that writes.
-        trajectory: The connections of each layer, which is up to date before
-            this callback is called.
+        run: The run directory, in a process that writes.
+        trajectory: The connections of each layer. It must be called before
+            this callback.
         cost: The `count` of the model.
         first_epoch: The epoch with which this process begins.
-        epochs: How many epochs the run has.
+        epochs: Epochs of the run.
     """
 
     def __init__(
@@ -82,7 +81,7 @@ class TensorBoardLog(keras.callbacks.Callback):
         super().__init__()
         self._path = run.path / "tensorboard"
         self._trajectory = trajectory
-        # Without the products of attention, which have no density.
+        # The products of attention have no shape and no density.
         self._layers = tuple(layer for layer in cost.layers if layer.shape)
         self._epochs = epochs
         self._writers = {}
@@ -99,10 +98,10 @@ class TensorBoardLog(keras.callbacks.Callback):
         self._write_epoch({"epoch": epoch, **logs})
 
     def write_test(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Writes the metrics of the test examples.
+        """Writes the metrics on the test examples.
 
         Args:
-            step: The optimizer step after the last.
+            step: The number of optimizer steps of the run.
             metrics: `{name: value}`.
         """
         self._write(_TEST, step, metrics)
@@ -112,7 +111,7 @@ class TensorBoardLog(keras.callbacks.Callback):
         scalars = {
             name: float(value)
             for name, value in row.items()
-            # What an earlier version did not know of is empty.
+            # Values that an earlier version did not log are empty.
             if name not in ("epoch", "step") and value not in ("", None)
         }
         validated = {n for n in scalars if n.startswith("val_")}

@@ -1,8 +1,7 @@
-"""MLflow and Weights & Biases follow a run, from the files that it writes.
+"""Logs a run to MLflow or Weights & Biases, from the files that it writes.
 
-Neither is imported unless it is asked for. Where a tracker keeps its runs is
-up to its own environment variables, such as MLFLOW_TRACKING_URI and
-WANDB_PROJECT.
+Only the chosen tracker is imported. Its own environment variables, such as
+MLFLOW_TRACKING_URI and WANDB_PROJECT, say where it stores runs.
 """
 
 import abc
@@ -26,7 +25,7 @@ from rigl_keras.experiments.runs.run_directory import RunDirectory
 
 __all__ = ["MLflow", "TRACKERS", "Tracker", "Tracking", "WeightsAndBiases"]
 
-# What a run leaves, and a tracker keeps.
+# The files of a run that a tracker stores.
 _FILES = (
     "config.gin",
     "operative_config.gin",
@@ -40,13 +39,13 @@ _log = logging.getLogger("rigl_keras")
 
 
 class Tracker(abc.ABC):
-    """Where a run is followed.
+    """A service to which a run is logged.
 
     Raises:
         MissingPackageError: Its package is not installed.
     """
 
-    package: str  # as pip installs it
+    package: str  # its name for pip
     module: str
 
     def __init__(self):
@@ -64,33 +63,33 @@ class Tracker(abc.ABC):
         folder: Path,
         earlier: str | None,
     ) -> str:
-        """Begins to follow a run, or goes on.
+        """Begins to log a run, or continues.
 
         Args:
             name: Name of the run.
-            parameters: What it was started with, `{"train.epochs": 250}`.
+            parameters: Its settings, such as `{"train.epochs": 250}`.
             folder: The run directory.
-            earlier: What `begin` has returned for it, if it has.
+            earlier: What an earlier `begin` returned for this run, or None.
 
         Returns:
-            What the tracker calls it.
+            The tracker's identifier of the run.
         """
 
     @abc.abstractmethod
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Keeps metrics of an optimizer step."""
+        """Logs the metrics of an optimizer step."""
 
     @abc.abstractmethod
     def keep(self, files: Sequence[Path], figures: Sequence[Path]) -> None:
-        """Keeps files and figures of the run."""
+        """Stores files and figures of the run."""
 
     @abc.abstractmethod
     def end(self, *, finished: bool) -> None:
-        """Ends the run, or leaves it to be gone on with."""
+        """Ends the run, or interrupts it so that it can be continued."""
 
 
 class MLflow(Tracker):
-    """Follows runs in MLflow, at MLFLOW_TRACKING_URI."""
+    """Logs runs to MLflow, at MLFLOW_TRACKING_URI."""
 
     package, module = "mlflow", "mlflow"
 
@@ -129,7 +128,7 @@ class MLflow(Tracker):
 
 
 class WeightsAndBiases(Tracker):
-    """Follows runs in Weights & Biases; WANDB_MODE=offline keeps them here."""
+    """Logs runs to Weights & Biases, or to disk with WANDB_MODE=offline."""
 
     package, module = "wandb", "wandb"
 
@@ -168,18 +167,18 @@ TRACKERS: dict[str, type[Tracker]] = {
 
 
 class Tracking(keras.callbacks.Callback):
-    """Has a tracker follow a run, which it gets to know by its files.
+    """Logs a run to a tracker, from the run's files.
 
-    It comes after the callbacks that write metrics.csv and checkpoints. What
-    the tracker calls the run, and how many epochs it knows, is kept in
-    tracker.json: a run that goes on does so in the tracker, too, where each
-    epoch is logged once. An epoch that a tracker does not take, as its server
-    is away, is logged after the next.
+    It comes after the callbacks that write metrics.csv and checkpoints. The
+    file tracker.json holds the tracker's identifier of the run and the number
+    of logged epochs, so that a continued run continues in the tracker too and
+    each epoch is logged once. If logging an epoch fails, for instance because
+    the server cannot be reached, it is repeated after the next epoch.
 
     Args:
         tracker: The tracker.
         run: The run directory.
-        parameters: What the run was started with.
+        parameters: The settings of the run.
     """
 
     def __init__(
@@ -202,20 +201,20 @@ class Tracking(keras.callbacks.Callback):
             self._log_epochs()
         except Exception as error:  # each tracker has its own
             _log.warning(
-                "--tracker=%s does not take an epoch, which it is given again "
-                "after the next: %s",
+                "--tracker=%s failed to log an epoch, and tries again after "
+                "the next: %s",
                 self._tracker.module,
                 first_line(error),
             )
 
     def finish(self, result: Mapping[str, Any]) -> None:
-        """Logs what a finished run has come to, once.
+        """Logs the result of a finished run, once.
 
         Args:
-            result: Its result.
+            result: The result.
 
         Raises:
-            FailedError: The tracker does not take it.
+            FailedError: The tracker fails.
         """
         if self._state.get("finished"):
             return
@@ -238,12 +237,10 @@ class Tracking(keras.callbacks.Callback):
             raise self._failed(error) from error
         self._begun = False
         self._write(finished=True)
-        print(
-            f"In {self._tracker.module} this is the run {self._state['run']}."
-        )
+        print(f"Logged to {self._tracker.module} as run {self._state['run']}.")
 
     def leave(self) -> None:
-        """Has the tracker know that the run is not at work any more."""
+        """Tells the tracker that the run is interrupted, if it has begun."""
         if self._begun:
             self._begun = False
             self._tracker.end(finished=False)
@@ -255,9 +252,9 @@ class Tracking(keras.callbacks.Callback):
         state = _reading.json_object(self._path)
         if state.get("tracker") != self._tracker.module:
             raise ValueError(
-                f"The run has begun with --tracker={state.get('tracker')}. "
-                f"Pass that, or remove {str(self._path)!r}: "
-                f"{self._tracker.module} then gets a run with all epochs."
+                f"The run began with --tracker={state.get('tracker')}. Pass "
+                f"that, or remove {str(self._path)!r} to log all epochs to "
+                f"{self._tracker.module}."
             )
         return state
 
@@ -278,7 +275,7 @@ class Tracking(keras.callbacks.Callback):
         self._write(run=name)
 
     def _log_epochs(self):
-        """Logs the epochs of metrics.csv that the tracker does not know."""
+        """Logs the epochs of metrics.csv that are not logged yet."""
         known = self._state.get("epochs", 0)
         rows = self._run.metrics
         for row in rows[known:]:
@@ -298,7 +295,6 @@ class Tracking(keras.callbacks.Callback):
 
     def _failed(self, error):
         return exits.FailedError(
-            f"--tracker={self._tracker.module} does not take the run: "
-            f"{first_line(error)}. The run itself has what it had: the same "
-            "command with --resume goes on."
+            f"--tracker={self._tracker.module} failed: {first_line(error)}. "
+            "The run itself is intact: continue it with --resume."
         )

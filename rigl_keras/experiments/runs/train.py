@@ -1,4 +1,4 @@
-"""One training run, from data to result.
+"""A training run, from data to result.
 
     bin/train                                 a small run on 8x8 digits
     bin/train --gin_file=gin/rigl_erk_wrn.gin  the report's run on CIFAR-10
@@ -72,88 +72,88 @@ def train(
     operative_config: Callable[[], str] | None = None,
     callbacks: Sequence[keras.callbacks.Callback] = (),
 ) -> dict:
-    """Trains one model and returns its result, which `run` holds as well.
+    """Trains one model and returns its result, which it also writes to `run`.
 
-    A run that was interrupted continues from its last checkpoint, to the
-    same masks and weights as if it had not been; a finished run is not
-    repeated. In the scope of a `tf.distribute` strategy it trains on all its
-    replicas, in each process that the strategy has.
+    An interrupted run continues from its last checkpoint, and ends with the
+    same masks and weights as without the interruption. A finished run is not
+    repeated. In the scope of a `tf.distribute` strategy it trains on all
+    replicas, in each process of the strategy.
 
     Args:
         run: Directory of the run.
-        model: Makes the dense model, given `num_classes` and `input_shape`
-            (and `channel_scale` where `small_dense` is set), or, for a text,
+        model: Makes the dense model from `num_classes` and `input_shape` (and
+            `channel_scale` if `small_dense` is set), or, for a text, from
             `vocabulary` and `context`.
         dataset: One of `data.recipes.DATASETS` or `data.recipes.TEXTS`.
-        data_dir: Folder of the prepared data. None: TFDS_DATA_DIR, or where
-            TensorFlow Datasets keeps its own.
-        validation: How many training examples are held out, or characters of
-            a text. None: as the data set's recipe says. 0: all are trained
-            on.
+        data_dir: Folder of the prepared data. None: TFDS_DATA_DIR, or the
+            default folder of TensorFlow Datasets.
+        validation: Number of training examples, or characters of a text, to
+            hold out. None: as the data set's recipe says. 0: none.
         context: Characters in an example of a text. None: as its recipe says.
-            Images have none.
-        epoch_examples: Examples in an epoch of a text, drawn from all of them
-            for each epoch. None: all.
+            Not for images.
+        epoch_examples: Examples in an epoch of a text, drawn from all
+            examples in each epoch. None: all.
         label_smoothing: Share of each label, in training, that is spread
             over all classes, in [0, 1).
-        method: Makes the mask update. None: the masks stay as they are.
-        density: Fraction of the masked weights kept, in (0, 1], at the start.
+        method: Makes the mask update. None: the masks do not change.
+        density: Fraction of the masked weights kept at the start, in (0, 1].
             None: the dense model, without masks.
-        distribution: How density is spread over layers, where masks are
-            drawn.
-        granularity: What a mask keeps or removes as one, and what competes
-            with what, by its name (`patterns.as_pattern`): `"element"`,
-            `"kernel"`, `"fan_in"`, `"2:4"` (with the density 0.5), `"4x16"`.
-            Masks from another run must be of it.
-        scale_to_fan_in: Whether weights at the start are scaled to the number
-            of connections that each unit keeps, as in `sparsify`. Not for
-            masks of `one_shot`.
-        conventions: Where the references differ, for the masks at the start.
-            A method has its own.
-        small_dense: Whether, instead of masks, every number of channels is
-            scaled by sqrt(density), truncated (the report's Small-Dense).
-        one_shot: Makes the masks at once: `one_shot.snip`, `grasp`,
-            `synflow` or `magnitude`, or a function like them, which takes a
-            model, a density, a batch and a loss if they are among its
-            arguments, a seed and, unless it is `"element"`, a granularity.
-            None: the masks are drawn.
+        distribution: How density is spread over layers when masks are drawn.
+        granularity: Which weights a mask keeps or removes together, and which
+            compete, by the name of the pattern (`patterns.as_pattern`):
+            `"element"`, `"kernel"`, `"fan_in"`, `"2:4"` (with density 0.5),
+            `"4x16"`. Masks from another run must have this pattern.
+        scale_to_fan_in: Whether initial weights are scaled to the number of
+            connections that each unit keeps, as in `sparsify`. Not for masks
+            of `one_shot`.
+        conventions: Which reference to follow where they differ, for the
+            initial masks. A method has its own conventions.
+        small_dense: Whether to scale every number of channels by
+            sqrt(density), truncated, instead of using masks (the report's
+            Small-Dense).
+        one_shot: Makes the masks from a batch or from weights:
+            `one_shot.snip`, `grasp`, `synflow` or `magnitude`, or a function
+            like them. It takes a model, a density, a batch and a loss if they
+            are among its arguments, a seed and, unless it is `"element"`, a
+            granularity. None: the masks are drawn.
         masks_from: Directory of a finished run whose final masks this run
             starts with (Frankle and Carbin, 2018, arXiv:1803.03635). They
-            must be of this `density`.
+            must have this `density`.
         shuffle_masks: Whether the connections of each of these masks are
-            placed at random: the layers' densities alone are kept.
+            placed at random, so that only the layers' densities are kept.
         weights_from: Directory of a run whose weights this run starts with.
             None: weights are drawn.
-        weights_epoch: After how many epochs of that run. 0: those it was
-            begun with, before any mask; later ones are zero where its masks
-            of that time were.
-        keep_weights: After which epochs the weights are kept for later runs,
-            beside those of the start.
+        weights_epoch: The number of epochs of that run after which to take
+            its weights. 0: its initial weights, before any mask. Later ones
+            are zero where its masks were.
+        keep_weights: The epochs after which weights are kept for later runs,
+            in addition to the initial weights.
         diagnostics: Whether the run records how its masks move
             (`TopologyDiagnostics`), the loss around each update included.
         optimizer: Makes the optimizer.
         epochs: Passes over the training data, at least 1.
-        batch_size: Examples in a step, of all replicas together, at least as
-            many as there are replicas.
-        length: Factor on the length of the run: on `epochs`, on the steps at
-            which the optimizer's learning rate falls (its maker is given
-            `length`) and at which mask updates end. Frequency, warm-up and
-            the first update stay where they are (the report, section 5.1).
+        batch_size: Examples in a step, over all replicas together; at least
+            the number of replicas.
+        length: Factor on the length of the run. It multiplies `epochs`, the
+            steps at which the learning rate falls (`optimizer` gets `length`)
+            and the step at which mask updates end. It does not change the
+            frequency, the warm-up and the first update (the report, section
+            5.1).
         seed: Seed of weights, masks, data order, augmentation and dropout.
-        operative_config: Returns the configuration in use, as text to keep
-            beside the result.
-        callbacks: Called after the run's own: by then an epoch is in
-            metrics.csv, and its checkpoint is saved.
+        operative_config: Returns the configuration in use, as text, to keep
+            in the run directory.
+        callbacks: Called after the run's own callbacks, when an epoch is in
+            metrics.csv and its checkpoint is saved.
 
     Returns:
-        The result: accuracies, density, FLOPs ratios, layers, settings. Of a
-        text, the accuracy is that of the next character, a loss is in nats,
-        and it is there as perplexity and in bits per character, too.
-        `inference_flops_ratio` is over the dense model,
-        `training_flops_ratio` over training it for a run of length 1.
+        The result: accuracies, density, FLOPs ratios, layers, settings. For a
+        text, the accuracy is that of the next character and the loss is in
+        nats; the result also holds it as perplexity and as bits per
+        character. `inference_flops_ratio` is relative to the dense model,
+        `training_flops_ratio` to training it for a run of length 1.
 
     Raises:
-        ValueError: An argument is out of range, or two exclude each other.
+        ValueError: An argument is out of range, or two conflict.
     """
     if run.finished:
         print(f"{run.path} holds a finished run: it is not repeated.")
@@ -175,7 +175,7 @@ def train(
         length=length,
         label_smoothing=label_smoothing,
     )
-    # Over `epochs`, which is the length of the dense model's training.
+    # Relative to `epochs`, the length of the dense model's training.
     times_as_long = int(epochs * length) / epochs
     epochs = int(epochs * length)
     of_data = {
@@ -223,7 +223,7 @@ def train(
         devices.exchange_active(network)
     else:
         update = method()
-        if length != 1:  # which makes one of the same class
+        if length != 1:
             update = cast(StepUpdate, update.lengthened(length))
     topology = _topology(run, network) if diagnostics else None
     checkpoints, first_epoch = _begun(
@@ -270,7 +270,7 @@ def train(
         board,
         KeepWeights(run, keep_weights),
         table if run.writes else None,
-        checkpoints,  # what it saves is logged already
+        checkpoints,  # last, so that what it saves is logged already
     ]
     if first_epoch < epochs:
         network.fit(
@@ -325,15 +325,15 @@ def train(
             "epoch_examples": epoch_examples,
         },
     )
-    # The optimizer is in the checkpoints; the model to keep loads without it.
+    # The optimizer is in the checkpoints; model.keras is saved without it.
     network.compiled = False
     run.save_model(network)
-    run.write_result(found)  # last: it says that the run is finished
+    run.write_result(found)  # last, as it marks the run as finished
     return found
 
 
 def _in_words(start, update, network):
-    """Returns what is trained, as it is said before a run."""
+    """Returns a description of what is trained, to print before a run."""
     method = start.kind if update is None else update.name
     said = f"{method}, {network.name}"
     if rigl_keras.masked_layers(network):
@@ -347,7 +347,7 @@ def _metrics(network, batches):
 
 
 def _topology(run, network):
-    """Returns what records how the masks move, None where there are none."""
+    """Returns the recorder of mask moves, or None without masks."""
     if not rigl_keras.masked_layers(network):
         return None
     topology = TopologyDiagnostics(
@@ -361,7 +361,7 @@ def _begun(run, start, update, topology, epochs, operative_config):
     """Begins or resumes a run; returns its checkpoints and first epoch."""
     network = start.network
     if update is not None:
-        # What the method remembers is made here, for a checkpoint to restore.
+        # Creates the method's variables, which a checkpoint may restore.
         update.attach(network, network.optimizer)
     run.begin()
     if operative_config is not None:

@@ -3,10 +3,10 @@
     bin/train                                      a minute, on digits
     bin/train --gin_file=gin/rigl_erk_wrn.gin      a row of the report
     bin/train --gin_file=gin/rigl_gpt.gin --density=0.05 --seed=1
-    bin/train --run_dir=runs/quickstart --resume   goes on with a run
+    bin/train --run_dir=runs/quickstart --resume   continues a run
 
-Gin files say what is trained, and are in the folder gin/. What the run leaves
-(weights, metrics.csv, result.json) is in its folder, by default in runs/.
+Gin files, in the folder gin/, say what to train. The run writes its weights,
+metrics.csv and result.json to its folder, by default in runs/.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
     from rigl_keras.experiments.runs import trackers
 
-# What needs TensorFlow is imported where it is used: --help does not wait.
+# Modules that need TensorFlow are imported where they are used, so that
+# --help is fast.
 
 __all__ = ["configure", "main", "run", "table"]
 
@@ -49,8 +50,8 @@ def _define_flags():
     flags.DEFINE_float(
         "density",
         None,
-        "Fraction of weights kept, over DENSITY in the gin file, or, where it "
-        "has none, over train.density.",
+        "Fraction of weights kept, over DENSITY in the gin file or, if that "
+        "does not define it, over train.density.",
     )
     flags.DEFINE_string(
         "data_dir", None, "Folder of prepared data sets, over TFDS_DATA_DIR."
@@ -59,23 +60,22 @@ def _define_flags():
     flags.DEFINE_string(
         "strategy",
         "one",
-        "Devices to train on, one of one, mirrored, multi_worker, tpu. The "
-        "batch size is that of all together. tpu has never been run.",
+        "Devices to train on: one, mirrored, multi_worker or tpu. The batch "
+        "size is that of all devices together. tpu has never been tested.",
     )
     flags.DEFINE_enum(
         "tracker",
         None,
         ["mlflow", "wandb"],
-        "Follow the run in MLflow or in Weights & Biases, which must be "
-        "installed.",
+        "Log the run to MLflow or Weights & Biases, which must be installed.",
     )
     flags.DEFINE_bool(
-        "traceback", False, "Show where an error was raised, too."
+        "traceback", False, "Also show where an error was raised."
     )
     flags.DEFINE_integer(
         "parent",
         None,
-        "End when the process of this number, which started this one, is gone.",
+        "End when the parent process, with this number, ends.",
     )
 
 
@@ -104,7 +104,7 @@ def configure(
         bindings.append(f"train.seed = {seed}")
     config.parse(gin_files, bindings)
     if density is not None:
-        # Pruning starts dense: there, DENSITY is where it ends.
+        # Pruning starts dense; in its gin files DENSITY is the final density.
         name = "DENSITY" if config.has_macro("DENSITY") else "train.density"
         config.parse(gin_files, [*bindings, f"{name} = {density!r}"])
 
@@ -125,7 +125,7 @@ def run(
     """Runs one configuration and returns its result.
 
     Args:
-        gin_files: Paths of gin files. None at all: `gin/quickstart.gin`.
+        gin_files: Paths of gin files. Empty: `gin/quickstart.gin`.
         bindings: gin bindings, over the files.
         run_dir: Folder of the run. None: `runs/`, then the file's name,
             density and seed.
@@ -134,15 +134,15 @@ def run(
         data_dir: Folder of prepared data sets.
         resume: Whether to continue an interrupted run.
         strategy: Devices to train on, one of `devices.STRATEGIES`.
-        tracker: Follows the run.
+        tracker: The tracker to log to, or None.
         callbacks: As in `train.train`.
 
     Returns:
         What `train.train` returns.
 
     Raises:
-        ValueError: The configuration is wrong, the directory holds another,
-            or there are no such devices.
+        ValueError: The configuration is wrong, the directory holds another
+            one, or the devices do not exist.
     """
     import gin
     from rigl_keras.experiments.runs import (
@@ -190,12 +190,12 @@ def run(
 
 
 def _run(directory, exports, data_dir, strategy, callbacks):
-    """Runs the configuration in a directory, which this process has."""
+    """Runs the configuration in a directory that this process has locked."""
     import gin
     from rigl_keras.experiments.runs import config, devices
 
     print(f"Run directory: {directory.path}")
-    # Workers meet here, when each has found the directory in order.
+    # Workers meet here, after each has checked the directory.
     with devices.make_strategy(strategy).scope():
         if strategy != "one":
             print(f"Strategy {strategy}: {devices.replica_count()} replicas.")
@@ -205,12 +205,12 @@ def _run(directory, exports, data_dir, strategy, callbacks):
             operative_config=gin.operative_config_str,
             callbacks=callbacks,
         )
-    # Outside of the strategy: what is exported is what was saved.
+    # Outside of the strategy's scope, from the saved model.
     if directory.writes:
         try:
             exports.write(directory.path, data_dir=data_dir, keep=True)
         except (ValueError, DiskFullError):
-            print(f"\n{table(result)}\n")  # the run is finished all the same
+            print(f"\n{table(result)}\n")  # the run itself is finished
             raise
     return result
 
@@ -246,7 +246,7 @@ def table(result: dict) -> str:
 
 
 def _of_text(result):
-    """Returns rows of what is said of a text alone."""
+    """Returns the rows of the table that only texts have."""
     return [
         (
             f"{split} loss",
@@ -268,10 +268,10 @@ def _percent(fraction):
 
 
 def _end_with(parent):
-    """Ends this process as soon as its parent is another one.
+    """Ends this process as soon as its parent process has ended.
 
-    A process that starts a run and is killed must not leave it behind, on
-    cores that others take for free. A run may end at any point.
+    A killed parent must not leave a run behind, on cores that other runs then
+    use too. A run may end at any point.
     """
 
     def watch():
@@ -293,9 +293,9 @@ def _main(argv):
         _end_with(_FLAGS.parent)
     # TensorFlow logs each checkpoint it writes.
     absl_logging.set_verbosity(absl_logging.WARNING)
-    # And of each sum over replicas that it plans.
+    # It also logs each sum over replicas.
     tf.get_logger().setLevel(logging.WARNING)
-    # On a CPU this costs little, and two runs of one seed are then the same.
+    # Two runs of one seed are then the same; on a CPU this costs little.
     tf.config.experimental.enable_op_determinism()
     try:
         result = run(
@@ -317,8 +317,8 @@ def _main(argv):
         if not lost:
             raise
         raise exits.FailedError(
-            f"{', '.join(lost)} stopped answering, and no worker can go on "
-            "without. Start it and all others again, each with --resume."
+            f"{', '.join(lost)} stopped answering, and the other workers "
+            "cannot continue. Start all of them again, each with --resume."
         ) from error
     print(f"\n{table(result)}")
 
@@ -330,7 +330,7 @@ def main() -> None:
         "train",
         _main,
         about=__doc__,
-        interrupted="go on with",
+        interrupted="continue with",
         added=["--resume"],
         traceback=lambda: _FLAGS.traceback,
     )

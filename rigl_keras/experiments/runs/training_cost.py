@@ -1,4 +1,4 @@
-"""What a run costs, over what the dense model does."""
+"""The cost of a run, relative to that of the dense model."""
 
 import keras
 import numpy as np
@@ -13,23 +13,23 @@ __all__ = ["TrainingCost"]
 
 
 class TrainingCost:
-    """FLOPs of a run, by the masks that each of its steps had.
+    """FLOPs of a run, from the masks of each of its steps.
 
     Args:
-        network: What is trained.
+        network: The network that is trained.
         whole: The dense model of full width, if the network is a small dense
             one. None: the network without its masks.
         trajectory: The connections of each layer.
         update: The mask update, or None.
-        epochs: How many epochs the run has.
-        length: Its length, in units of the dense model's training.
+        epochs: Epochs of the run.
+        length: Its length, relative to the dense model's training.
 
     Attributes:
-        count: The `count` of the network as it starts.
-        parameters: Of the dense model.
+        count: The `count` of the network at the start.
+        parameters: Parameters of the dense model.
         dense_flops: Inference FLOPs of the dense model.
-        share_of_dense: Of a small dense network, which has no masks: its
-            parameters over the dense model's. None otherwise.
+        share_of_dense: Parameters of a small dense network over those of the
+            dense model. None for other networks.
     """
 
     count: Count
@@ -58,7 +58,11 @@ class TrainingCost:
         self._epochs, self._length = epochs, length
 
     def curves(self, steps: int) -> tuple[np.ndarray, np.ndarray]:
-        """Returns inference and training FLOPs of each of so many steps."""
+        """Returns the inference and training FLOPs of each step.
+
+        Args:
+            steps: The number of steps.
+        """
         update = self._update
         return flops.training_curve(
             self.count,
@@ -73,20 +77,20 @@ class TrainingCost:
 
         Args:
             training: FLOPs of each step, from `curves`.
-            epochs: The epochs that these steps are.
+            epochs: The number of epochs that have these steps.
         """
         share = self._length * epochs / self._epochs
         return share * float(np.mean(training)) / (3 * self.dense_flops)
 
     def ratio_so_far(self, epochs: int, steps: int) -> float:
-        """Returns `training_ratio` after some epochs, and their steps."""
+        """Returns `training_ratio` after some epochs, which have `steps`."""
         _, training = self.curves(steps)
         return self.training_ratio(training, epochs=epochs)
 
     def closed_form(self, inference: np.ndarray) -> float | None:
-        """Returns the paper's ratio, at the mean forward cost of the run.
+        """Returns the ratio by the paper's formula, at the mean forward cost.
 
-        None where a method has no closed form, as those of users have none.
+        It is None for methods without a formula, such as custom ones.
         """
         update = self._update
         try:

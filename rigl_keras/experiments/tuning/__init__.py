@@ -1,1 +1,1 @@
-"""Searches: bin/tune."""
+"""Searches for hyperparameters: bin/tune."""

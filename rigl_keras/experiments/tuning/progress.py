@@ -1,4 +1,4 @@
-"""The progress of a search, and the rest of it."""
+"""The plan and the progress of a search."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ __all__ = ["Bar", "plan"]
 
 @dataclasses.dataclass(frozen=True)
 class _Cost:
-    """An upper bound for the rest of a search: cut trials are shorter."""
+    """An upper bound on the cost left of a search; cut trials cost less."""
 
     runs: int
     flops: float  # of a run
@@ -31,10 +31,10 @@ class _Cost:
 
 
 def _cost_left(searched, study, results):
-    """Returns the cost of the trials to do, and of the reference's runs.
+    """Returns the cost of the trials to do and of the reference's runs.
 
-    A run costs as much as the reference's: its frequency changes FLOPs by one
-    or two percent, and the time even less.
+    Each run is taken to cost as much as the reference's. The frequency changes
+    FLOPs by one or two percent, and the time even less.
     """
     trials = study.trials()
     wanted = set(searched.reference())
@@ -53,7 +53,7 @@ def _cost_left(searched, study, results):
 
 
 def plan(searched: Search, study: Study, results: Results) -> str:
-    """Returns what is done, what is left to do, and its cost."""
+    """Returns the plan: settings, finished trials, and the cost of the rest."""
     states = [trial.state for trial in study.trials()]
     ended = sum(state in ENDED for state in states)
     left = _cost_left(searched, study, results)
@@ -89,7 +89,7 @@ class Bar(TrialProgress):
     def __init__(self, searched: Search, study: Study, results: Results):
         self._searched, self._study = searched, study
         self._results = results
-        self._begun = 0.0  # part of a run that was trained earlier
+        self._begun = 0.0  # part of the run that was trained before
         self._epoch = None
         self._bar = ProgressBar(unit="trials", total=searched.trials)
         self._left()

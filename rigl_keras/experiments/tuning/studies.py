@@ -84,7 +84,7 @@ class Study:
             raise ValueError(
                 f"The study {str(self.path)!r} cannot be written "
                 f"({error.strerror}). Pass --results_dir with a folder that "
-                "can, on a file system that has locks."
+                "you can write, on a file system that has locks."
             ) from error
 
     def trials(self) -> list[FrozenTrial]:
@@ -192,11 +192,10 @@ class Study:
         elif made != self._about:
             other = {k: v for k, v in made.items() if self._about.get(k) != v}
             raise ValueError(
-                f"A study has one space and one mean. Received: "
+                f"The settings of a study cannot change. Received: "
                 f"{_flags({k: self._about.get(k) for k in other})}, for "
                 f"{str(self.path)!r}, which was made with {_flags(other)}. "
-                "Pass these, or move that folder away: runs that are trained "
-                "stay."
+                "Pass these, or move that folder away: trained runs are kept."
             )
 
     def _locked(self):
@@ -222,8 +221,8 @@ class Study:
         waiting = sum(trial.state == TrialState.WAITING for trial in now)
         if len(now) - waiting >= trials:
             return None
-        # Numbers of trials vary with kills. The number of settings does not,
-        # and differs for each trial that is asked for.
+        # The sampler is seeded by the number of settings. Unlike a trial's
+        # number, it does not depend on which processes were killed.
         self._opened.sampler = _sampler(self._seed, len(now))
         return self._opened.ask(self._space)
 

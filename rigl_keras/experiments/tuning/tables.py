@@ -27,7 +27,7 @@ _STATES = {
 def accuracies_of(
     runs: Sequence[Run], results: Results
 ) -> tuple[list[float], list[float], str]:
-    """Returns validation and test accuracies of finished runs, their seeds."""
+    """Returns validation accuracies, test accuracies and seeds of runs."""
     finished = [run for run in runs if results.finished(run)]
     found = [results.result(run) for run in finished]
     return (
@@ -38,7 +38,7 @@ def accuracies_of(
 
 
 def mean_cell(accuracies: Sequence[float]) -> str:
-    """Returns a mean and, of several, the standard deviation, in percent."""
+    """Returns the mean and, if there are several, the deviation, in percent."""
     if not accuracies:
         return "-"
     mean = f"{100 * statistics.fmean(accuracies):.2f}"
@@ -93,7 +93,7 @@ def trial_table(searched: Search, study: Study, results: Results) -> str:
 
 
 def table_4(searched: Search, study: Study, results: Results) -> str:
-    """Returns the line of Table 4, here and as the report has it."""
+    """Returns the row of Table 4 from these runs and from the report."""
     best = max(
         (t for t in study.trials() if t.state == TrialState.COMPLETE),
         key=lambda trial: cast(float, trial.value),

@@ -1,4 +1,4 @@
-"""What bin/tune makes, shows and says: a search, or the grid of Figure 2."""
+"""What bin/tune runs and prints: a search, or the grid of Figure 2."""
 
 import statistics
 import sys
@@ -38,21 +38,21 @@ def updates(
     data_dir: str | None = None,
     dry_run: bool = False,
 ) -> dict[Run, str]:
-    """Shows what a search will cost, makes it and shows what it found.
+    """Shows the cost of a search, runs it and shows its results.
 
     Args:
-        searched: What is searched.
+        searched: The search.
         results: Where runs and the study are kept.
-        prune: Whether hopeless trials are cut.
-        train: Trains runs that are missing, as in `search`.
+        prune: Whether to cut hopeless trials.
+        train: Trains missing runs, as in `search`.
         data_dir: Folder of prepared data sets, over TFDS_DATA_DIR.
-        dry_run: Whether the plan is shown, and nothing trained.
+        dry_run: Whether to show the plan and train nothing.
 
     Returns:
         `{run: reason}` of the runs that failed.
 
     Raises:
-        ValueError: The study was made with something else, or a run has a
+        ValueError: The study was made with other settings, or a run has a
             result of another configuration.
     """
     study = _study(searched, results)
@@ -97,7 +97,7 @@ def _study(searched, results):
 
 
 def runs_begun(searched: Search, results: Results) -> list[Run]:
-    """Returns the runs of the trials that there are, and the reference's."""
+    """Returns the runs of all trials so far, and the reference's."""
     study = _study(searched, results)
     runs = [
         run
@@ -117,16 +117,16 @@ def learning_rate(
     data_dir: str | None = None,
     dry_run: bool = False,
 ) -> dict[Run, str]:
-    """Trains the grid of Figure 2 at one density and shows what is best.
+    """Trains the grid of Figure 2 at one density and shows the best setting.
 
     Args:
         row: The gin file, one of `DISTRIBUTIONS`' values.
         preset: How large the experiment is.
         density: Fraction of the weights kept, in (0, 1].
         results: Where runs are kept.
-        seeds: Seeds that accuracies are averaged over.
+        seeds: Seeds over which accuracies are averaged.
         data_dir: Folder of prepared data sets, over TFDS_DATA_DIR.
-        dry_run: Whether the plan is shown, and nothing trained.
+        dry_run: Whether to show the plan and train nothing.
 
     Returns:
         `{run: reason}` of the runs that failed.
@@ -192,7 +192,7 @@ def grid_of(
 
 
 def by_seed(grid: Mapping[tuple, Sequence[Run]]) -> list[Run]:
-    """Returns all runs of a grid, those of the first seed first."""
+    """Returns all runs of a grid, ordered by seed."""
     return [run for same in zip(*grid.values(), strict=True) for run in same]
 
 
@@ -200,6 +200,6 @@ def _tell_failures(failed, results):
     for run, reason in failed.items():
         print(
             f"{run.name} failed: {reason.strip()}\n"
-            f"  what it said: {results.folder(run) / 'log.txt'}",
+            f"  log: {results.folder(run) / 'log.txt'}",
             file=sys.stderr,
         )

@@ -14,10 +14,10 @@ The report finishes each trial. Here, once 5 trials are complete, a trial is cut
 before its next seed if its best mean is in the lowest quarter of those of the
 complete trials after as many seeds; --noprune finishes all.
 
-To share the work start the command again, in another terminal or on another
-machine that sees the same --results_dir. Kills lose no trials. A trial with a
-failed run counts, and the next command begins it again. --slurm=N has SLURM
-start N such processes, and --status shows how far they are.
+To share the work, start the command again, in another terminal or on another
+machine that sees the same --results_dir. No trial is lost if a process is
+killed. A trial with a failed run counts, and the next command begins it again.
+--slurm=N has SLURM start N such processes, and --status shows their progress.
 """
 
 import sys
@@ -34,7 +34,7 @@ SUBJECTS = ("updates", "learning_rate")
 
 
 def main() -> None:
-    """Reads the command line and searches what it names."""
+    """Reads the command line and runs the search that it names."""
     preset = flags.DEFINE_string(
         "preset",
         variations.FULL,
@@ -48,7 +48,7 @@ def main() -> None:
     )
     density = flags.DEFINE_float("density", 0.1, "Fraction of weights kept.")
     seeds = flags.DEFINE_list(
-        "seeds", ["0", "1", "2"], "Seeds that accuracies are averaged over."
+        "seeds", ["0", "1", "2"], "Seeds over which accuracies are averaged."
     )
     of_updates = [
         flags.DEFINE_integer("trials", 15, "Settings that `updates` tries."),
@@ -68,7 +68,7 @@ def main() -> None:
         "dry_run", False, "Show the plan and the results so far, and stop."
     )
     status = flags.DEFINE_bool(
-        "status", False, "Show how far runs are, and who trains them, and stop."
+        "status", False, "Show the state and the worker of each run, and stop."
     )
     array = slurm.Flags("tune", "rigl_keras.experiments.tuning.tune_command")
     results_dir = flags.DEFINE_string(
@@ -163,7 +163,7 @@ def main() -> None:
         "tune",
         run,
         about=__doc__,
-        interrupted="the same command goes on from the last epoch",
+        interrupted="the same command continues after the last epoch",
     )
 
 

@@ -1,12 +1,12 @@
-"""Engines that serve networks, each in a separate process, compared.
+"""Compares engines that serve networks, each in a separate process.
 
-catalogue      the engines, what each reads and in which environment it runs
-environments   makes these environments, once, in the cache
+catalogue      the engines, their file formats and environments
+environments   creates these environments, once, in the cache
 network_files  writes a network in the format of each engine
-torch_files    the same for PyTorch, in a process that has it
-worker         the script of a process; it imports NumPy and its engine alone
+torch_files    does so for PyTorch, in a process that can import PyTorch
+worker         the script of a process; it imports only NumPy and its engine
 processes      starts, asks, stops and ends such processes
-turns          checks that they agree, and times them in turns
-records        what was measured: rows, files and tables
+turns          checks that engines agree, and times them in turns
+records        the measurements: rows, files and tables
 engine_figure  the figure
 """

@@ -1,4 +1,4 @@
-"""The engines that serve networks, and where each runs."""
+"""The engines that serve networks, and the environment of each."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -18,13 +18,14 @@ class Engine:
     Attributes:
         label: Its name in tables.
         loader: Its name in `worker.py`.
-        file: What it reads, one of `network_files.FILES`.
-        environment: Where it runs. None: where this process does.
-        precision: What it computes in. Only float32 has to agree.
-        variables: Of its process.
-        isas: Variables that hold it to a set of instructions, `{avx2 or
-            avx512: {variable: value}}`. Empty: it takes all that there are.
-        script: What its process runs.
+        file: The kind of file it reads, one of `network_files.FILES`.
+        environment: Its environment. None: that of this process.
+        precision: The precision of its products. Only float32 engines must
+            agree with the model.
+        variables: Environment variables of its process.
+        isas: Variables that limit it to an instruction set, `{avx2 or avx512:
+            {variable: value}}`. Empty: it cannot be limited.
+        script: The script that its process runs.
     """
 
     label: str
@@ -39,8 +40,8 @@ class Engine:
     script: Path = WORKER
 
 
-# The last versions that were tried. What has a wheel for this Python only in
-# other versions is left out, with what pip says.
+# The last versions that were tested. An engine without a wheel for this
+# version and this Python is left out, with pip's message.
 _DEEPSPARSE = Environment(
     name="deepsparse",
     packages=("deepsparse==1.8.0", "numpy==1.26.4", "onnx==1.14.1"),
@@ -81,9 +82,9 @@ _TENSORFLOW_VARIABLES = {
     "CUDA_VISIBLE_DEVICES": "",
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
-# Compiled in the process, and not by others that stay.
+# Compile in this process, not in worker processes that keep running.
 _TORCH_VARIABLES = {"TORCHINDUCTOR_COMPILE_THREADS": "1"}
-# In this order they get their memory, and stand in tables of equals.
+# The order in which engines are loaded, and listed if they are equally fast.
 ENGINES: Mapping[str, Engine] = {
     "native": Engine(
         label="rigl_keras, native",
@@ -161,16 +162,17 @@ ENGINES: Mapping[str, Engine] = {
         isas=_ONEDNN_ISAS,
     ),
 }
-OURS = ("native", "sparse_saved_model")  # the first there is compared with
+# Other engines are compared with the first of these that was measured.
+OURS = ("native", "sparse_saved_model")
 
 
 def variables_of(engine: Engine, isa: str | None, threads: int) -> dict:
-    """Returns the variables of an engine's process.
+    """Returns the environment variables of an engine's process.
 
     Args:
         engine: The engine.
-        isa: Instructions to do with: avx2 or avx512. None: all there are.
-        threads: With which it computes.
+        isa: Newest instruction set to use, avx2 or avx512. None: all.
+        threads: Number of threads.
     """
     variables = {**engine.variables, "OMP_NUM_THREADS": str(threads)}
     if isa is not None:

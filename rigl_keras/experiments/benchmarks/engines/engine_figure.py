@@ -32,13 +32,13 @@ _SHADES = (VERMILION, ORANGE, SKY, BLUE, GREY)
 
 
 def engine_figure(measurements: Sequence[Measurement]) -> Figure:
-    """Draws what calls take: a panel for each network and batch size.
+    """Draws the times of calls, a panel for each network and batch size.
 
-    An engine is a row of a panel; a marker for each density shows the median,
-    the line through it the quartiles.
+    A panel has a row for each engine. A marker for each density shows the
+    median, the line through it the quartiles.
 
     Args:
-        measurements: One or more, of one machine.
+        measurements: At least one, all from one machine.
     """
     engines = [
         name
@@ -60,7 +60,7 @@ def engine_figure(measurements: Sequence[Measurement]) -> Figure:
                 for m in measurements
                 if m.case[:2] == (model, distribution) and m.case.batch == batch
             ]
-            if not found:  # this batch was not asked for of this network
+            if not found:  # not measured at this batch size
                 axes.set_axis_off()
                 continue
             _draw(axes, found, engines, densities)
@@ -105,7 +105,7 @@ def _draw(axes, measurements, engines, densities):
 
 
 def _label(axes, engines, *, named):
-    """Names the rows of a panel, ours first, and its times."""
+    """Labels the rows and the time axis of a panel; shades our engines."""
     axes.set_ylim(len(engines) - 0.5, -0.5)
     labels = (
         [catalogue.ENGINES[name].label for name in engines] if named else []
@@ -125,7 +125,7 @@ def _label(axes, engines, *, named):
     if high / low > 100:
         steps = (1,)
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)))
-    # Read as decimals: 6 x 0.1 is not quite 0.6.
+    # From text, as 6 x 0.1 is not exactly 0.6.
     places = [float(f"{step}e{power}") for power in powers for step in steps]
     ticks_at(axes.xaxis, [place for place in places if low <= place <= high])
 

@@ -1,8 +1,9 @@
-"""Environments of packages that clash with TensorFlow's or with one another.
+"""Environments for packages that conflict with TensorFlow's or each other.
 
-Each is a virtual environment in the cache (`RIGL_KERAS_CACHE`, and else
-`~/.cache/rigl_keras`), made by the first command that needs it. A file in it
-says what it holds; one without, or with another content, is made again.
+Each is a virtual environment in the cache (`RIGL_KERAS_CACHE`, or else
+`~/.cache/rigl_keras`), created by the first command that needs it. A file in
+it lists its packages. An environment without this file, or with other
+packages, is created again.
 """
 
 import dataclasses
@@ -29,17 +30,17 @@ _LOG = "pip.log"
 
 
 class UnavailableError(Exception):
-    """An environment is not there, and why."""
+    """An environment is not available; the message says why."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Environment:
-    """Packages of a few versions, for one or more engines.
+    """Packages for one or more engines.
 
     Attributes:
-        name: Of its folder.
-        packages: What pip is given.
-        modules: What can then be imported.
+        name: Name of its folder.
+        packages: The packages, as pip takes them.
+        modules: Modules that can be imported then.
         pythons: The first and the last version of Python that has wheels.
     """
 
@@ -55,17 +56,18 @@ class Environment:
         install: bool = True,
         say: Callable[[str], None] = print,
     ) -> str:
-        """Returns the Python of this environment, which is made if need be.
+        """Returns the Python of this environment, and creates it if needed.
 
-        Where this Python has all of the modules, it is the one.
+        If this Python has all the modules, it is returned.
 
         Args:
-            folder: Where environments are.
-            install: Whether it may be made.
-            say: Called with a line on what takes long.
+            folder: Folder of the environments.
+            install: Whether the environment may be created.
+            say: Called with a line before a slow step.
 
         Raises:
-            UnavailableError: It is not there and cannot be made, and why.
+            UnavailableError: The environment does not exist and cannot be
+                created.
         """
         if all(importlib.util.find_spec(name) for name in self.modules):
             return own_python()
@@ -80,7 +82,7 @@ class Environment:
             )
         folder.mkdir(parents=True, exist_ok=True)
         with _files.lock(folder / f".{self.name}.lock"):
-            if not self._is_made(home):  # by another command, meanwhile
+            if not self._is_made(home):  # another command may have made it
                 self._make(home, python, say)
         return str(python)
 
@@ -143,7 +145,7 @@ def folder_of_environments() -> Path:
 
 
 def _run(command, log):
-    """Returns the status of a command, which prints into a file."""
+    """Returns the exit status of a command whose output goes to a file."""
     with open(log or os.devnull, "ab") as printed:
         try:
             return subprocess.run(
@@ -159,7 +161,7 @@ def _run(command, log):
 
 
 def _reason(log):
-    """Returns the line of a log that says why a command has failed."""
+    """Returns the line of a log that says why a command failed."""
     lines = log.read_text(errors="replace").strip().splitlines() or [""]
     errors = [line for line in lines if "error" in line.lower()]
     return (errors or lines)[-1].strip()[:200]

@@ -1,4 +1,4 @@
-"""Writes a network as the files that engines read."""
+"""Writes a network to the files that engines read."""
 
 import dataclasses
 import os
@@ -43,7 +43,7 @@ __all__ = [
 
 
 def _mobilenet_v2():
-    # None is allowed, which its types don't say.
+    # Any: its annotations do not allow None.
     build: Any = keras.applications.MobileNetV2
     return build(weights=None, classifier_activation=None)
 
@@ -53,18 +53,18 @@ MODELS: Mapping[str, Callable[[], keras.Model]] = {
     "mobilenet_v2": _mobilenet_v2,
 }
 TOLERANCE = 1e-4  # difference of outputs, in units of their spread
-_CALIBRATION = 64  # examples that int8 is calibrated on
+_CALIBRATION = 64  # examples for the calibration of int8
 _LONGEST = 1800.0  # seconds that a conversion may take
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A sparse network, and how it is called.
+    """A sparse network and its signature.
 
     Attributes:
         masked: The model with its masks.
-        plain: The same without wrappers, zero outside the masks.
-        signature: Of both.
+        plain: The model without wrappers, zero outside the masks.
+        signature: The signature of both.
     """
 
     masked: keras.Model
@@ -77,18 +77,18 @@ class Network:
         return array
 
     def outputs(self, images: np.ndarray) -> np.ndarray:
-        """Returns what the Keras model computes."""
+        """Returns the outputs of the Keras model."""
         (name,) = self.signature.inputs
         return outputs_in_parts(self.plain, self.signature, {name: images})
 
 
 def network_of(name: str, distribution: str, density: float) -> Network:
-    """Returns a sparse network that is like a trained one.
+    """Returns a sparse network with values like those of a trained one.
 
     Args:
         name: One of `MODELS`.
-        distribution: Of the masks over the layers.
-        density: Fraction of its masked weights that is kept.
+        distribution: How density is spread over layers.
+        density: Fraction of the masked weights kept.
     """
     keras.utils.set_random_seed(0)
     masked = rigl_keras.sparsify(
@@ -101,14 +101,14 @@ def network_of(name: str, distribution: str, density: float) -> Network:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Writing:
-    """What a file is written for.
+    """How and for which engine a file is written.
 
     Attributes:
-        folder: Where it may be written.
-        batches: Sizes that it will be loaded for.
+        folder: The folder to write to.
+        batches: Batch sizes for which the file will be loaded.
         engine: The engine that reads it.
-        python: That of the engine's environment.
-        variables: Of the engine's process.
+        python: The Python of the engine's environment.
+        variables: Environment variables of the engine's process.
     """
 
     folder: Path
@@ -132,12 +132,12 @@ def _tflite(network, writing):
 
 
 def _onnx(network, writing):
-    # Sparse initializers are for ONNX Runtime alone.
+    # Dense: only ONNX Runtime reads sparse initializers.
     return _written("onnx", network.plain, network, writing.folder)
 
 
 def _written(format, model, network, folder):
-    """Returns the path of a model in a format, its kernels stored dense."""
+    """Writes a model with dense kernels, and returns its path."""
     check_available(format)
     target = folder / "model"
     target.mkdir()
@@ -147,7 +147,7 @@ def _written(format, model, network, folder):
 
 
 def _exported(format):
-    """Returns what writes one of the formats that compute sparsely."""
+    """Returns a function that writes one of our sparse formats."""
 
     def write(network, writing):
         target = writing.folder / "model"
@@ -191,7 +191,7 @@ def _pytorch(network, writing):
     path = writing.folder / "network.keras"
     network.plain.save(path)
     sizes = [str(batch) for batch in writing.batches]
-    # TensorFlow comes from here, and PyTorch from the environment.
+    # TensorFlow comes from this process's path, PyTorch from the environment.
     variables = {
         **os.environ,
         **writing.variables,
@@ -238,10 +238,10 @@ def written(kind: str, network: Network, writing: Writing) -> dict[int, Path]:
     Args:
         kind: One of `FILES`.
         network: The network.
-        writing: What for, and where.
+        writing: How and for which engine to write.
 
     Raises:
-        EngineError: The network cannot be written so, and why.
+        EngineError: The network cannot be written in this format.
     """
     writing.folder.mkdir()
     try:

@@ -1,4 +1,4 @@
-"""Processes with an engine each, which run only while they are asked."""
+"""Processes with one engine each, which run only during requests."""
 
 import contextlib
 import json
@@ -15,19 +15,19 @@ __all__ = ["EngineError", "Process"]
 
 
 class EngineError(Exception):
-    """An engine cannot do what it was asked."""
+    """An engine cannot do a request."""
 
 
 class Process:
-    """A process that runs `worker.py`, or what speaks like it.
+    """A process that runs `worker.py`, or a script with the same protocol.
 
-    Between two requests all of its threads are stopped: engines wait actively
-    for the next call, which would slow down the engine that has its turn.
+    Between requests all of its threads are stopped. Otherwise they would
+    actively wait for the next call and slow down the other engines.
 
     Args:
-        command: What to run.
-        environment: Variables on top of those of this process.
-        log: File for what it prints.
+        command: The command to run.
+        environment: Variables in addition to those of this process.
+        log: File for the output of the process.
     """
 
     def __init__(
@@ -46,26 +46,27 @@ class Process:
                 stdout=subprocess.PIPE,
                 stderr=printed,
                 env={**os.environ, **environment},
-                start_new_session=True,  # a group, to stop all that it starts
+                start_new_session=True,  # a group, to stop its children too
             )
         self._requests: Any = self._process.stdin
         self._answers: Any = self._process.stdout
 
     @property
     def is_alive(self) -> bool:
-        """Whether it can be asked."""
+        """Whether the process runs."""
         return self._process.poll() is None
 
     def ask(self, do: str, *, limit: float, **details: Any) -> dict[str, Any]:
         """Returns the answer to a request.
 
         Args:
-            do: What it is to do, one of those in `worker.py`.
-            limit: Seconds after which it is ended.
-            **details: Of the request, as JSON knows them.
+            do: The kind of the request, as in `worker.py`.
+            limit: Seconds after which the process is ended.
+            **details: Further entries of the request, for JSON.
 
         Raises:
-            EngineError: It answers with an error, ends, or takes too long.
+            EngineError: The process answers with an error, ends, or takes too
+                long.
         """
         if self._requests.closed:
             raise EngineError(self._how_it_ended())
@@ -90,12 +91,12 @@ class Process:
         return answer
 
     def stop(self) -> None:
-        """Stops all of its threads, if it runs, and returns when they are."""
+        """Stops all threads of the process, and waits until they stop."""
         if not self.is_alive:
             return
         self._signal(signal.SIGSTOP)
         with contextlib.suppress(ChildProcessError):
-            # It stays for `Popen` to collect, if it has ended.
+            # WNOWAIT leaves the status of an ended process to `Popen`.
             os.waitid(
                 os.P_PID,
                 self._process.pid,
@@ -103,15 +104,15 @@ class Process:
             )
 
     def close(self) -> None:
-        """Ends the process, also while it works."""
+        """Ends the process, even if it is working."""
         self._signal(signal.SIGKILL)
         self._process.wait()
         for pipe in (self._requests, self._answers):
-            with contextlib.suppress(BrokenPipeError):  # of a request
+            with contextlib.suppress(BrokenPipeError):  # an unsent request
                 pipe.close()
 
     def _line(self, deadline):
-        """Returns the next line of answers."""
+        """Returns the next line that the process answers."""
         with selectors.DefaultSelector() as selector:
             selector.register(self._answers, selectors.EVENT_READ)
             while b"\n" not in self._unread:
@@ -126,8 +127,8 @@ class Process:
         return line
 
     def _signal(self, number):
-        """Sends a signal to the process, and to those that it has started."""
-        if self.is_alive:  # its number may be another's else
+        """Sends a signal to the process and its children."""
+        if self.is_alive:  # otherwise another process may have its number
             os.killpg(self._process.pid, number)
 
     def _how_it_ended(self):

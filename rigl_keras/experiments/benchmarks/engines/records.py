@@ -1,4 +1,4 @@
-"""What was measured of engines: rows, the files that hold them, and tables."""
+"""The measurements of engines: rows, files and tables."""
 
 import csv
 import dataclasses
@@ -25,18 +25,18 @@ __all__ = [
     "table",
 ]
 
-_QUIET = 0.5  # what the system calls the load of a machine that does little
+_QUIET = 0.5  # the load average below which a machine is idle enough
 
 
 class Turn(NamedTuple):
-    """Seconds of a call in one turn: the median, and the shortest."""
+    """Seconds of a call in one turn: the median and the minimum."""
 
     median: float
     shortest: float
 
 
 class Case(NamedTuple):
-    """What all engines are given alike: a network, and how many examples."""
+    """A network and a batch size, the same for all engines."""
 
     model: str
     distribution: str
@@ -52,12 +52,13 @@ class Case(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What the times depend on, beside the engines.
+    """The machine that the times depend on.
 
     Attributes:
-        processor: As the system names it.
-        isa: Instruction set that engines were held to, or the best there is.
-        threads: Of each engine.
+        processor: The system's name of the processor.
+        isa: Instruction set to which engines were limited, or the newest one
+            of the processor.
+        threads: Threads of each engine.
     """
 
     processor: str
@@ -75,18 +76,17 @@ class Measurement:
 
     Attributes:
         case, machine: What was measured, and where.
-        date, commit: When, and by which state of this project.
-        load: Processes that wanted to run at the beginning, which should be
-            next to none.
+        date, commit: The time, and the commit of this project.
+        load: Load average at the beginning. It should be close to 0.
         engine: One of `catalogue.ENGINES`.
-        version: Of its package.
-        precision: What it computes in.
-        held: Whether it was held to the machine's instruction set, if that
-            was asked for. Some engines take all that there are.
-        difference: Of its outputs from the Keras model's, in units of their
-            spread.
-        same_class: Fraction of examples whose largest output is the same.
-        turns: Its turns. Those of one case belong together, by number.
+        version: Version of its package.
+        precision: The precision of its products.
+        held: Whether the engine was limited to the machine's `isa`. Some
+            engines cannot be limited.
+        difference: Difference of its outputs from the Keras model's, in units
+            of their spread.
+        same_class: Fraction of examples with the same largest output.
+        turns: The turns of the engine, one in each round of the case.
     """
 
     case: Case
@@ -109,7 +109,7 @@ class Measurement:
 
     @property
     def quartiles(self) -> tuple[float, float]:
-        """A quarter of the turns is below the first, one above the second."""
+        """The lower and the upper quartile over turns, in seconds."""
         medians = [turn.median for turn in self.turns]
         low, high = np.percentile(medians, (25, 75))
         return float(low), float(high)
@@ -126,8 +126,8 @@ class LeftOut:
 
     Attributes:
         case, machine, engine: As in a `Measurement`.
-        reason: Why.
-        tried: Whether it was there, and failed.
+        reason: The reason.
+        tried: Whether the engine was available, but failed.
     """
 
     case: Case
@@ -140,11 +140,11 @@ class LeftOut:
 def speed_up(measured: Measurement, over: Measurement) -> float:
     """Returns how many times faster one engine is than another.
 
-    The median over rounds of what the other's turn takes in units of this
-    one's in the same round, so that what slowed down both does not count.
+    It is the median over rounds of the ratio of the two times in a round, so
+    that other work on the machine, which slows down both, does not count.
 
     Args:
-        measured, over: Of one case, measured together.
+        measured, over: Measurements of one case, from the same rounds.
     """
     return float(
         np.median(
@@ -157,19 +157,19 @@ def speed_up(measured: Measurement, over: Measurement) -> float:
 
 
 class Records:
-    """All that was measured on a machine, in a folder.
+    """All measurements of a machine, in a folder.
 
-    `engines.json` holds everything, and what a later command goes on from;
-    `engines.csv` a line for each measurement. Both are written after each
+    `engines.json` holds everything, and a later command continues from it.
+    `engines.csv` has a line for each measurement. Both are written after each
     case.
 
     Args:
-        folder: Where they are, or will be. None: they are not kept.
-        machine: This one.
+        folder: The folder. None: nothing is written.
+        machine: This machine.
 
     Raises:
-        ValueError: The folder has those of another machine, or a file that
-            this class did not write.
+        ValueError: The folder has measurements of another machine, or a file
+            that this class did not write.
     """
 
     def __init__(self, folder: Path | None, machine: Machine):
@@ -189,13 +189,13 @@ class Records:
                 self.left_out.append(LeftOut(**_read_row(row)))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
-                f"{str(path)!r} is no file of measurements. Remove it, or "
+                f"{str(path)!r} is not a file of measurements. Remove it, or "
                 "pass another folder."
             ) from error
         for found in (*self.measurements, *self.left_out):
             if found.machine != self._machine:
                 raise ValueError(
-                    f"{str(path)!r} holds what was measured elsewhere: "
+                    f"{str(path)!r} holds measurements of another machine, "
                     f"{found.machine}. This is {self._machine}. Pass another "
                     "folder."
                 )
@@ -205,11 +205,11 @@ class Records:
         return [m for m in self.measurements if m.case == case]
 
     def left_out_of(self, case: Case) -> list[LeftOut]:
-        """Returns which engines could not be measured in a case."""
+        """Returns the engines that could not be measured in a case."""
         return [found for found in self.left_out if found.case == case]
 
     def has(self, case: Case, engines: Sequence[str]) -> bool:
-        """Returns whether engines have been measured in a case, or tried."""
+        """Returns whether all engines were measured, or tried, in a case."""
         tried = {m.engine for m in self.of(case)}
         tried |= {x.engine for x in self.left_out_of(case) if x.tried}
         return tried >= {*engines}
@@ -222,8 +222,8 @@ class Records:
     ) -> None:
         """Replaces the records of a case, and writes the files.
 
-        Engines of two commands did not take turns, so that nothing stays of
-        an earlier one.
+        Earlier records are removed, because engines of two commands did not
+        take turns.
         """
         self.measurements = [m for m in self.measurements if m.case != case]
         self.measurements += measurements
@@ -296,14 +296,14 @@ def table(
     measurements: Sequence[Measurement],
     left_out: Sequence[LeftOut] = (),
 ) -> str:
-    """Returns the engines of a case, the fastest first.
+    """Returns a table of the engines of a case, the fastest first.
 
-    Other precisions than float32 stand apart, below.
+    Engines with another precision than float32 come in a second part.
 
     Args:
-        case: What was measured.
-        measurements: Of this case.
-        left_out: Of this case.
+        case: The case.
+        measurements: The measurements of this case.
+        left_out: The engines that could not be measured in this case.
     """
     lines = [f"{case}: milliseconds of a call"]
     rated = sorted(measurements, key=lambda m: m.median)
@@ -328,13 +328,13 @@ def table(
     if load > _QUIET:
         lines.append(
             f"  Other programs were running (load {load:.2f}): medians are too "
-            "high, and minima nearer."
+            "high, minima more reliable."
         )
     return "\n".join(lines)
 
 
 def _ours(measurements):
-    """Returns the one that others are compared with, if it is there."""
+    """Returns our measurement, with which others are compared, or None."""
     for name in OURS:
         for m in measurements:
             if m.engine == name:

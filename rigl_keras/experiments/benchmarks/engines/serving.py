@@ -1,4 +1,4 @@
-"""All engines on one network: their files, their processes, their turns."""
+"""Runs all engines on one network: files, processes and turns."""
 
 import contextlib
 import os
@@ -39,9 +39,9 @@ from rigl_keras.experiments.runs import provenance
 __all__ = ["Serving", "measured_case", "serving"]
 
 _LONGEST_LOAD = 900.0  # seconds; PyTorch compiles for minutes
-_SPARE = 1.5e9  # bytes of memory that stay free
+_SPARE = 1.5e9  # bytes of memory to leave free
 _FEWEST = 3  # rounds for a median
-TURN = 0.2  # seconds that an engine runs before the next one does, at least
+TURN = 0.2  # the least seconds of a turn
 Say = Callable[[str], None]
 
 
@@ -50,12 +50,12 @@ class Serving:
 
     Args:
         network: The network.
-        engines: By name.
-        pythons: Of each engine's environment, by name.
-        batches: Sizes that will be asked for.
-        folder: For the files, which are written when they are first needed.
-        machine: With which instructions and how many threads.
-        isa: Instructions that engines are held to, or None.
+        engines: The engines, by name.
+        pythons: The Python of each engine's environment, by name.
+        batches: The batch sizes that will be needed.
+        folder: Folder for the files. Each is written when first needed.
+        threads: Threads of each engine.
+        isa: Newest instruction set that engines may use, or None.
     """
 
     def __init__(
@@ -79,14 +79,14 @@ class Serving:
         """Returns the process of an engine that has loaded the network.
 
         Args:
-            name: Of the engine.
+            name: Name of the engine.
             batch: Examples in a call.
 
         Returns:
             The process, and the engine's version.
 
         Raises:
-            EngineError: The engine cannot, and why.
+            EngineError: The engine cannot load the network.
         """
         path = self._path(name, batch)
         process = self._processes.get(name)
@@ -107,7 +107,7 @@ class Serving:
         return process, version
 
     def is_held(self, name: str) -> bool:
-        """Returns whether an engine heeds the set of instructions, if any."""
+        """Returns whether an engine can be limited to `isa`, if that is set."""
         return self._isa is None or self._isa in self.engines[name].isas
 
     def end(self, name: str) -> None:
@@ -122,13 +122,13 @@ class Serving:
             self.end(name)
 
     def array_file(self, array: np.ndarray) -> Path:
-        """Returns a file with an array, which replaces the one before."""
+        """Writes an array to a file, over the last one; returns its path."""
         path = self._folder / "inputs.npy"
         np.save(path, array)
         return path
 
     def _path(self, name, batch):
-        """Returns the file that an engine loads, which is written once."""
+        """Returns the file that an engine loads, and writes it once."""
         engine = self.engines[name]
         files = self._files.get(engine.file)
         if files is None:
@@ -158,11 +158,11 @@ class Serving:
 
 @contextlib.contextmanager
 def serving(network: Network, engines: Mapping[str, Engine], **details):
-    """Gives a `Serving`, whose processes and files are gone at the end.
+    """Yields a `Serving`, then ends its processes and removes its files.
 
     Args:
-        network, engines: As it takes them.
-        **details: Its other arguments, except the folder.
+        network, engines: As in `Serving`.
+        **details: Other arguments of `Serving`, except the folder.
     """
     with tempfile.TemporaryDirectory() as folder:
         served = Serving(network, engines, folder=Path(folder), **details)
@@ -182,19 +182,23 @@ def measured_case(
     seconds: float,
     doing: Say = lambda line: None,
 ) -> tuple[list[Measurement], list[LeftOut]]:
-    """Returns what all engines take in a case, and which ones cannot.
+    """Measures all engines in a case.
 
-    1. Each loads the network and computes. What disagrees is left out, and
-       what leaves too little memory for the others.
-    2. They take turns (`turns.timed_turns`).
+    1. Each engine loads the network and computes. Engines are left out if
+       they disagree with the model, or leave too little memory for others.
+    2. The engines take turns (`turns.timed_turns`).
 
     Args:
         served: The engines.
-        case: Of the network that they serve.
-        machine, commit: Of the measurements.
+        case: A case of the network that they serve.
+        machine, commit: Machine and commit of the measurements.
         rounds: Turns of each engine, at most.
-        seconds: After which there are no more rounds than 3.
-        doing: Called with what is being done.
+        seconds: Time for the turns. Once it has passed, no round begins after
+            the third.
+        doing: Called with a line about the progress.
+
+    Returns:
+        The measurements, and the engines that were left out.
     """
     left_out = []
 
@@ -262,17 +266,17 @@ def measured_case(
 
 
 def _check_memory():
-    """Raises EngineError where an engine leaves too little memory."""
+    """Raises EngineError if an engine leaves too little memory."""
     left = _memory_left()
     if left < _SPARE:
         raise EngineError(
-            f"it would leave {max(left, 0) / 1e9:.1f} GB of memory, and "
-            f"{_SPARE / 1e9:g} are needed for others"
+            f"it would leave {max(left, 0) / 1e9:.1f} GB of memory, but other "
+            f"engines need {_SPARE / 1e9:g}"
         )
 
 
 def _memory_left():
-    """Returns how many bytes a process could have, as Linux has it."""
+    """Returns the bytes of memory that are available, on Linux."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):

@@ -1,10 +1,10 @@
-"""Writes a Keras network as programs of PyTorch, one for each batch size.
+"""Writes a Keras network as PyTorch programs, one for each batch size.
 
     python -m rigl_keras.experiments.benchmarks.engines.torch_files \
         NETWORK.keras BATCH ...
 
-NETWORK-BATCH.pt2 lie beside it. This process needs TensorFlow and
-PyTorch, the one that loads them PyTorch alone.
+It writes NETWORK-BATCH.pt2 next to the Keras file. This script needs
+TensorFlow and PyTorch; loading its files needs only PyTorch.
 """
 
 # PyTorch may be missing where types are checked.
@@ -25,8 +25,8 @@ def write_programs(path: Path, batches: list[int]) -> None:
     """Writes a program for each batch size.
 
     Args:
-        path: Of a Keras file.
-        batches: The sizes.
+        path: Path of a Keras file.
+        batches: The batch sizes.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Whether engines agree with a network, and what their calls take."""
+"""Checks that engines agree with a network, and times their calls."""
 
 import random
 import time
@@ -16,19 +16,20 @@ from rigl_keras.exporting.comparison import difference
 
 __all__ = ["Agreement", "agreement", "timed_turns"]
 
-_LONGEST_CALL = 600.0  # seconds for a turn, whose calls may be slow
-_WARM_UP = 0.25  # of the time of a turn
+_LONGEST_CALL = 600.0  # seconds that a turn of slow calls may take
+_WARM_UP = 0.25  # seconds of warm-up for a second of a turn
 
 
 class Agreement:
-    """How far the outputs of an engine are from those wanted.
+    """How far the outputs of an engine are from the expected ones.
 
     Args:
-        got, wanted: Outputs.
+        got: Outputs of the engine.
+        wanted: Expected outputs.
 
     Attributes:
-        difference: The largest one, in units of their spread.
-        same_class: Fraction of examples whose largest output is the same one.
+        difference: The largest difference, in units of the outputs' spread.
+        same_class: Fraction of examples with the same largest output.
     """
 
     def __init__(self, got: np.ndarray, wanted: np.ndarray):
@@ -46,17 +47,17 @@ def agreement(
     *,
     tolerance: float | None,
 ) -> Agreement:
-    """Returns how far an engine's outputs are from those wanted.
+    """Returns how far an engine's outputs are from the expected ones.
 
     Args:
-        process: It has loaded a network.
-        inputs: File of what it computes on, then and in its turns.
-        wanted: What comes out of the network.
-        tolerance: How much the outputs may differ, in units of their spread.
-            None: as much as they do.
+        process: A process that has loaded a network.
+        inputs: File of the inputs, also for its turns later.
+        wanted: The expected outputs.
+        tolerance: The largest difference allowed, in units of the outputs'
+            spread. None: any.
 
     Raises:
-        EngineError: They differ by more, or cannot be computed.
+        EngineError: The outputs differ by more, or cannot be computed.
     """
     outputs = inputs.with_name("outputs.npy")
     process.ask(
@@ -70,8 +71,8 @@ def agreement(
     if tolerance is not None and not found.difference <= tolerance:  # or NaN
         raise EngineError(
             "it disagrees with the Keras model: outputs differ by "
-            f"{found.difference:.1e} of their spread, and at most "
-            f"{tolerance:.0e} is rounding"
+            f"{found.difference:.1e} of their spread, but rounding explains "
+            f"at most {tolerance:.0e}"
         )
     return found
 
@@ -86,24 +87,24 @@ def timed_turns(
     lost: Callable[[str, EngineError], None],
     advance: Callable[[], None] = lambda: None,
 ) -> dict[str, list[Turn]]:
-    """Returns the turns of engines, which take turns in random order.
+    """Times engines in turns of random order.
 
-    In each round every engine has one turn: calls that warm it up, and then
-    those that are timed. Each round has a new order, as in
-    `_timing.interleaved`. An engine that fails is out, with all its turns.
+    In each round every engine has one turn: calls that warm it up, then calls
+    that are timed. Each round has a new order, as in `_timing.interleaved`.
+    If an engine fails, it is left out, with all its turns.
 
     Args:
-        processes: `{name: process}`; each has loaded a network, and its
-            inputs.
-        rounds: How many turns each has, at most.
-        at_least: How many it has however long they take.
-        seconds: After which no round begins.
-        turn: Seconds that a turn takes at least: one call, or more.
-        lost: Called with a name and an error where an engine fails.
+        processes: `{name: process}`. Each has loaded a network and inputs.
+        rounds: Turns of each engine, at most.
+        at_least: Turns of each engine, however long they take.
+        seconds: Seconds after which no further round begins.
+        turn: The least seconds of a turn, which has at least one call.
+        lost: Called with a name and an error if an engine fails.
         advance: Called after each turn.
 
     Returns:
-        `{name: turns}` of those that are left, all of the same length.
+        `{name: turns}` of the remaining engines, all with the same number of
+        turns.
     """
     turns = {name: [] for name in processes}
     draw = random.Random(0)
@@ -115,7 +116,7 @@ def timed_turns(
         draw.shuffle(order)
         for name in order:
             for process in processes.values():
-                process.stop()  # whatever may have had it go on
+                process.stop()  # in case it was continued from outside
             try:
                 taken = processes[name].ask(
                     "run",

@@ -1,9 +1,9 @@
-"""A process with one engine: loads a network, and computes and times calls.
+"""A process with one engine, which loads a network and times calls.
 
     python worker.py ENGINE
 
-It reads requests from its standard input, a line of JSON each, and answers
-with a line each. Errors are answers: {"error": text}.
+It reads requests from its standard input, each a line of JSON, and answers
+each with a line of JSON. The answer to a failed request is {"error": text}.
 
     {"do": "prepare", "path": file, "to": file, "inputs": file}
     {"do": "load", "path": file, "threads": n, "batch": n}   {"version": text}
@@ -11,11 +11,11 @@ with a line each. Errors are answers: {"error": text}.
     {"do": "run", "seconds": s, "warm_up": s}    {"seconds": [of each call]}
     {"do": "quit"}
 
-Files of inputs and outputs are NumPy's (.npy). Each engine is given an array
-and returns one, as a Python program would use it.
+Inputs and outputs are NumPy files (.npy). Each engine takes an array and
+returns one, as a Python program would use it.
 
-Nothing of rigl_keras is imported, and nothing at the top that Python 3.8 or an
-environment with one engine lacks.
+This script does not import rigl_keras. It runs on Python 3.8, in environments
+that have only one engine.
 """
 
 import contextlib
@@ -28,14 +28,14 @@ import os
 import sys
 import time
 
-# A folder of modules is no place to import other packages from.
+# Python puts the folder of a script first; our modules must not hide packages.
 _HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path[:] = [path for path in sys.path if os.path.abspath(path) != _HERE]
 
 __all__ = ["serve"]
 
 
-# One function for each engine: it loads a file and returns what computes.
+# A function for each engine, which loads a file and returns a function.
 
 
 def _tensorflow(path, threads, batch):
@@ -60,7 +60,7 @@ def _served(tf, model):
         call[name] = tf.constant(images)
         return serve(**call)[output].numpy()
 
-    # The functions of a SavedModel go when nobody holds it.
+    # Keeps the SavedModel alive, which its functions need.
     compute.model = model
     return compute
 
@@ -115,7 +115,7 @@ def _openvino(path, threads, batch):
     shape = model.input(0).partial_shape
     shape[0] = batch
     model.reshape(shape)
-    # Without the hint it computes in bfloat16 where the processor can.
+    # Without the precision hint it uses bfloat16 if the processor supports it.
     compiled = core.compile_model(
         model,
         "CPU",
@@ -182,7 +182,7 @@ _PACKAGES = {
 
 
 def _quantized(path, to, inputs):
-    """Writes the network of an ONNX file for OpenVINO in int8, by NNCF."""
+    """Quantizes an ONNX file to int8 with NNCF, and writes it for OpenVINO."""
     import numpy as np
 
     nncf = importlib.import_module("nncf")
@@ -198,12 +198,12 @@ PREPARERS = {"openvino": _quantized}
 
 
 def _module(path):
-    """Returns the module of a file."""
+    """Imports and returns the module of a file."""
     spec = importlib.util.spec_from_file_location("network_loader", path)
     if spec is None or spec.loader is None:
         raise ImportError(path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[module.__name__] = module  # as `import` has it
+    sys.modules[module.__name__] = module  # as `import` does
     spec.loader.exec_module(module)
     return module
 
@@ -217,12 +217,13 @@ def _version(engine):
 
 
 class _Session:
-    """What the requests are about: a network and its inputs.
+    """Handles requests; it holds a network and its inputs.
 
     Args:
-        load: From a file, threads and a batch size to what computes.
-        version: Of the engine, as a function.
-        prepare: From files to one that `load` takes.
+        load: Takes the path of a file, a number of threads and a batch size.
+            Returns a function from an array to an array.
+        version: Returns the version of the engine.
+        prepare: Writes a file that `load` takes.
     """
 
     def __init__(self, load, version, prepare):
@@ -252,7 +253,7 @@ class _Session:
         gc.collect()
         gc.disable()
         try:
-            # What others left in the caches, and threads that sleep.
+            # Warms up caches and wakes threads.
             end = now() + warm_up
             compute(images)
             while now() < end:
@@ -270,22 +271,22 @@ class _Session:
 
 
 def _nothing(*arguments):
-    raise RuntimeError("there is no such thing to do, or not yet")
+    raise RuntimeError("the request is unknown, or needs another one before")
 
 
 def serve(load, version, prepare=_nothing):
-    """Answers requests until it is asked to quit, or nobody can ask.
+    """Answers requests until one says quit, or the input ends.
 
     Args:
         load: Takes the path of a file, a number of threads and a batch size.
-            Returns what takes an array and returns one.
-        version: Takes nothing and returns that of the engine.
+            Returns a function from an array to an array.
+        version: Takes nothing and returns the version of the engine.
         prepare: Takes three paths: of an ONNX file, of the file to write, and
             of examples.
     """
     _end_with_parent()
     _end_first()
-    # What engines print goes to the log, and not between the answers.
+    # Prints of the engine go to the log, so that they do not mix with answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     session = _Session(load, version, prepare)
@@ -304,7 +305,7 @@ def serve(load, version, prepare=_nothing):
 
 
 def _end_with_parent():
-    """Has Linux end this process, stopped or not, when its parent ends."""
+    """Makes Linux end this process when its parent ends, even if stopped."""
     with contextlib.suppress(OSError, AttributeError):
         import ctypes
         import signal
@@ -314,7 +315,7 @@ def _end_with_parent():
 
 
 def _end_first():
-    """Has Linux end this process, and no other, where memory runs out."""
+    """Makes Linux end this process first if memory runs out."""
     with contextlib.suppress(OSError):
         with open("/proc/self/oom_score_adj", "w") as likeliest:
             likeliest.write("1000")
