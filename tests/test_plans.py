@@ -218,6 +218,10 @@ def test_nonsense():
         plans.Preset("smal")
     with pytest.raises(ValueError, match="no gin file"):
         plans.Preset("nowhere/tiny.gin")
+    with gin.unlock_config():
+        gin.parse_config(["train.epochs = 3", "train.length = 0.1"])
+    with pytest.raises(ValueError, match="length=0.1 of epochs=3"):
+        costs.planned_epochs()
 
 
 def test_examples_are_those_of_the_data_sets(monkeypatch):

@@ -23,6 +23,7 @@ from rigl_keras import distributions, flops
 from rigl_keras.conventions import ORIGINAL, Conventions
 from rigl_keras.experiments import data
 from rigl_keras.experiments.runs import optimizers, train
+from rigl_keras.experiments.runs.argument_checks import check_length
 from rigl_keras.training.step_update import StepUpdate
 
 __all__ = ["Cost", "Step", "planned", "planned_epochs", "seconds_of_step"]
@@ -191,6 +192,7 @@ def _step(settings, scale, update):
 def planned_epochs() -> int:
     """Returns the epochs of the run that gin is configured for."""
     settings = _settings()
+    check_length(settings["length"], settings["epochs"])
     return int(settings["epochs"] * settings["length"])
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from rigl_keras.experiments.runs import devices
 from rigl_keras.patterns import as_pattern
 
-__all__ = ["check_arguments", "check_fits"]
+__all__ = ["check_arguments", "check_fits", "check_length"]
 
 
 def check_arguments(
@@ -83,11 +83,7 @@ def check_arguments(
             "one_shot must be something that makes masks from a batch, in gin "
             f"train.one_shot = @snip, or None. Received: {one_shot!r}."
         )
-    if not length > 0 or int(epochs * length) < 1:
-        raise ValueError(
-            "length is a factor on the epochs of the run and must leave at "
-            f"least one. Received: length={length!r} of epochs={epochs}."
-        )
+    check_length(length, epochs)
     if not 0 <= label_smoothing < 1:
         raise ValueError(
             "label_smoothing must be in [0, 1). Received: "
@@ -118,6 +114,20 @@ def check_arguments(
         raise ValueError(
             "shuffle_masks shuffles the masks of another run: set "
             "train.masks_from."
+        )
+
+
+def check_length(length: float, epochs: int) -> None:
+    """Raises ValueError for a run that would have no epoch.
+
+    Args:
+        length: Factor on the epochs.
+        epochs: Epochs of a run of length 1.
+    """
+    if not length > 0 or int(epochs * length) < 1:
+        raise ValueError(
+            "length is a factor on the epochs of the run and must leave at "
+            f"least one. Received: length={length!r} of epochs={epochs}."
         )
 
 

@@ -76,8 +76,12 @@ def plan(searched: Search, study: Study, results: Results) -> str:
         (
             "cost",
             f"at most {left.runs} runs, with the reference's: "
-            f"{left.runs * left.flops:.2e} FLOPs, about "
-            f"{left.runs * left.seconds / 3600:.1f} h in one process here",
+            f"{left.runs * left.flops:.2e} FLOPs",
+        ),
+        (
+            "time",
+            f"about {left.runs * left.seconds / 3600:.1f} h in one process "
+            "here",
         ),
     ]
     return "\n".join(line.rstrip() for line in aligned(rows, left=2))
