@@ -213,7 +213,7 @@ def test_nonsense():
         ValueError, match="no row nothing. It has small_dense_wrn"
     ):
         plans.runs("table2", preset=FULL, rows=["nothing"])
-    known = "full, small, small_gpt, tiny_gpt or the path.*'smal'"
+    known = "full, fifth, small, small_gpt, tiny_gpt or the path.*'smal'"
     with pytest.raises(ValueError, match=known):
         plans.Preset("smal")
     with pytest.raises(ValueError, match="no gin file"):
@@ -222,6 +222,23 @@ def test_nonsense():
         gin.parse_config(["train.epochs = 3", "train.length = 0.1"])
     with pytest.raises(ValueError, match="length=0.1 of epochs=3"):
         costs.planned_epochs()
+
+
+def test_a_plan_names_changes_once_and_fits_a_terminal():
+    changes = (("UPDATE_FRACTION", 0.5), ("UPDATE_FREQUENCY", 100))
+    runs = [
+        plans.Run(row, FULL, 0.1, 0, some)
+        for some in ((), changes)
+        for row in ("rigl_kernel_uniform_resnet50", "rigl_erk_resnet50")
+    ]
+    first, *rows, _ = estimates.plan_table(runs, {}).splitlines()[:6]
+    assert first.split()[:2] == ["run", "density"]
+    assert [row.split()[0] for row in rows] == [
+        *("rigl_kernel_uniform_resnet50", "rigl_erk_resnet50", "with"),
+        "rigl_kernel_uniform_resnet50",
+    ]
+    assert rows[2] == "with UPDATE_FRACTION = 0.5, UPDATE_FREQUENCY = 100"
+    assert max(len(row) for row in rows) <= 80
 
 
 def test_examples_are_those_of_the_data_sets(monkeypatch):

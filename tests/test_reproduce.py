@@ -413,9 +413,10 @@ def test_plan_and_progress(tmp_path, quick, monkeypatch, capfd):
     # 88,000 steps of half a second.
     assert next(r for r in table if r and r[0] == "rigl_erk_wrn")[-1] == "24.4"
     assert "4 runs, 1 finished, 3 left" in said
-    head = next(line for line in said.splitlines() if "FLOPs train" in line)
-    assert head.split()[-3:] == ["total", "FLOPs", "h"]
-    assert "h are of all seeds that are left" in said
+    head = next(line for line in said.splitlines() if "density" in line)
+    assert head.split()[-4:] == ["train", "test", "FLOPs", "h"]
+    assert "FLOPs, h: of all\n  seeds that are left" in said
+    assert max(map(len, said.splitlines())) <= 80
     assert "seed1 finished after" in said
     assert "rigl_erk_wrn-density0.1-seed0 FAILED: train: there is no" in said
     assert "2 of 4 runs are finished, 2 failed." in said

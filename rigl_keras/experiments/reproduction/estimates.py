@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
-from rigl_keras._text import aligned, exact
+from rigl_keras._text import aligned, exact, wrapped
 from rigl_keras.experiments.progress_bar import ProgressBar
 from rigl_keras.experiments.protocol import published, rows
 from rigl_keras.experiments.reproduction import costs
@@ -86,16 +86,19 @@ def plan_table(runs: Sequence[Run], estimates: Estimate) -> str:
     groups: dict[tuple, list[Run]] = {}
     for run in runs:
         groups.setdefault((run.row, run.density, run.changes), []).append(run)
-    lines: list[tuple[str, ...]] = [
-        ("run", "density", "seeds", "left", "FLOPs train", "test")
-        + ("total FLOPs", "h")
+    rows: list[tuple[str, ...]] = [
+        ("run", "density", "seeds", "left", "train", "test", "FLOPs", "h")
     ]
-    guessed = False
+    headings: dict[int, str] = {}  # by the row that follows
+    guessed, before = False, ()
     for (row, density, changes), group in groups.items():
         left = [estimates[run] for run in group if run in estimates]
-        values = ", ".join(
-            f"{name} = {exact(value)}" for name, value in changes
-        )
+        if changes != before:
+            before = changes
+            headings[len(rows)] = "with " + (
+                ", ".join(f"{name} = {exact(value)}" for name, value in changes)
+                or "no change"
+            )
         cells = ("", "", "", "")
         if left:
             cost, training = counted(group[0])
@@ -107,9 +110,9 @@ def plan_table(runs: Sequence[Run], estimates: Estimate) -> str:
                 f"{sum(c.total_flops for c, _ in left):.2e}",
                 f"{sum(s for _, s in left) / 3600:.1f}",
             )
-        lines.append(
+        rows.append(
             (
-                f"{row} {values}".rstrip(),
+                row,
                 "-" if density is None else exact(density),
                 ",".join(str(run.seed) for run in group),
                 str(len(left)),
@@ -118,18 +121,24 @@ def plan_table(runs: Sequence[Run], estimates: Estimate) -> str:
         )
     total = sum(c.total_flops for c, _ in estimates.values())
     hours = sum(s for _, s in estimates.values()) / 3600
-    summary = [
+    summary = wrapped(
         f"{len(runs)} runs, {len(runs) - len(estimates)} finished, "
         f"{len(estimates)} left: {total:.2e} FLOPs, about {hours:.1f} h in one "
-        "process here.",
-        "FLOPs to train and to test are of one run, relative to the dense run. "
-        "Total FLOPs",
-        "and h are of all seeds that are left.",
-    ]
+        "process here."
+    )
+    summary += wrapped(
+        "train, test: the FLOPs of one run, relative to the dense run. FLOPs, "
+        "h: of all seeds that are left."
+    )
     if guessed:
-        summary += [
+        summary += wrapped(
             "~: training decides the density of each layer. These are FLOPs "
-            "that the report",
-            "prints for this run or, if it has none, of the initial masks.",
-        ]
-    return "\n".join([*aligned(lines, left=1), "", *summary])
+            "that the report prints for this run or, if it has none, of the "
+            "initial masks."
+        )
+    lines: list[str] = []
+    for number, line in enumerate(aligned(rows, left=1)):
+        if number in headings:
+            lines += wrapped(headings[number])
+        lines.append(line)
+    return "\n".join([*lines, "", *summary])

@@ -11,6 +11,12 @@ from rigl_keras.experiments.reproduction.results import Results
 __all__ = ["Bar", "Lines", "Progress"]
 
 
+def _say(words):
+    """Prints a text in lines of at most 80 columns."""
+    for line in _text.wrapped(words):
+        say(line)
+
+
 class Progress:
     """Receives the events of `train_missing`; this class ignores them."""
 
@@ -47,7 +53,7 @@ class Lines(Progress):
     def finish(self, run: Run, *, seconds: float, failure: str | None) -> None:
         left = self._left_after(run, None if failure else seconds)
         if failure is not None:
-            say(f"{run.name} FAILED: {failure}")
+            _say(f"{run.name} FAILED: {failure}")
             return
         accuracy = self._results.result(run).get("test_accuracy")
         shown = (
@@ -55,7 +61,7 @@ class Lines(Progress):
             if _reading.is_number(accuracy)
             else f"is not a number, {_text.brief(accuracy)}"
         )
-        say(
+        _say(
             f"{run.name} finished after {seconds:.0f} s: test accuracy "
             f"{shown}{left}"
         )
