@@ -71,10 +71,12 @@ class RunLog:
             first_epoch=epochs.start,
             epochs=epochs.stop,
         )
+        done = run.metrics_before(epochs.start)
         table = EpochTable(
-            epochs=epochs.stop,
+            epochs=epochs,
             steps_per_epoch=batches.steps_per_epoch,
             about=_about(start, update, batches, epochs.stop),
+            earlier=[float(row["seconds"]) for row in done],
         )
         self.callbacks += [
             Metrics(run, first_epoch=epochs.start),
