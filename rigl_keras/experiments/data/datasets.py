@@ -96,7 +96,7 @@ def read(
         recipe: From `recipe_of`.
         data_dir: As in `load`.
 
-    Raises: As `load`.
+    Raises: As in `load`.
     """
     name = recipe.name
     if isinstance(recipe, TextRecipe):
