@@ -52,31 +52,56 @@ def epochs_of(table, logs):
 def test_rows_fit_a_terminal(capsys):
     large = {"loss": 123.4, "accuracy": 1, "density": 1, "seconds": 98_765.4}
     for logs in (LOGS, large):
-        epochs_of(EpochTable(epochs=1_000, steps_per_epoch=2), logs)
+        epochs_of(EpochTable(epochs=range(1_000), steps_per_epoch=2), logs)
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 8
-    assert "validation" in lines[0]
+    assert len(lines) == 10
+    assert "validation" in lines[1]
     assert max(map(len, lines)) <= 80
 
 
-def test_what_is_said_before_a_run(capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("earlier", "expected"),
+    [
+        ([], "known after 15 steps"),
+        # 20 epochs of three minutes; the first one includes tracing.
+        ([600, 180, 190, 170], "about 60 min, at the pace of epochs 1 to 10"),
+    ],
+)
+def test_what_is_said_before_a_run(earlier, expected, capsys, monkeypatch):
     """After some steps, the expected time is printed too."""
     now = iter(range(1_000))
     monkeypatch.setattr(epoch_table.time, "perf_counter", lambda: next(now))
     table = EpochTable(
-        epochs=30, steps_per_epoch=40, about={"method": "RigL, a network"}
+        epochs=range(10, 30),  # as in a resumed run
+        steps_per_epoch=40,
+        about={"method": "RigL, a network"},
+        earlier=earlier,
     )
     table.on_train_begin()
-    for epoch in (10, 11):  # as in a resumed run
+    said = capsys.readouterr().out.splitlines()
+    assert said == ["method RigL, a network", f"time   {expected}"]
+    for epoch in (10, 11):
         table.on_epoch_begin(epoch)
         for batch in range(40):
             table.on_train_batch_end(batch)
         table.on_epoch_end(epoch, LOGS)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "method RigL, a network"
     # A step takes a second; there are 20 epochs of 40 steps.
-    assert lines[1] == "time   about 13 min, at the pace of steps 6 to 15"
-    assert lines[2].split()[0] == "epoch" and len(lines) == 5
+    assert lines[0] == "time   about 13 min, at the pace of steps 6 to 15"
+    assert lines[1].split()[0] == "epoch" and len(lines) == 4
+
+
+@pytest.mark.parametrize(
+    ("epochs", "earlier", "expected"),
+    [
+        (range(3), [], "known after the first epoch"),
+        (range(1, 3), [20.4], "about 41 s, at the pace of epoch 1"),
+    ],
+)
+def test_the_time_of_epochs_of_a_few_steps(epochs, earlier, expected, capsys):
+    table = EpochTable(epochs=epochs, steps_per_epoch=14, earlier=earlier)
+    table.on_train_begin()
+    assert capsys.readouterr().out == f"time   {expected}\n"
 
 
 def test_a_bar_is_shown_at_a_terminal_and_taken_away(monkeypatch, capsys):
@@ -85,7 +110,7 @@ def test_a_bar_is_shown_at_a_terminal_and_taken_away(monkeypatch, capsys):
             return True
 
     monkeypatch.setattr(sys, "stderr", shown := Terminal())
-    epochs_of(EpochTable(epochs=3, steps_per_epoch=2), LOGS)
+    epochs_of(EpochTable(epochs=range(3), steps_per_epoch=2), LOGS)
     assert "epoch 3/3" in shown.getvalue()
     assert "steps" not in shown.getvalue().rsplit("\r", 1)[-1]
-    assert len(capsys.readouterr().out.splitlines()) == 4
+    assert len(capsys.readouterr().out.splitlines()) == 5

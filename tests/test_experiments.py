@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import time
@@ -145,6 +146,9 @@ def test_killed_and_resumed(fresh, tmp_path):
     out, errors = (process := start(killed, "--resume")).communicate()
     assert process.returncode == 0, errors
     assert "Resuming" in out and "at epoch" in out
+    assert re.search(
+        r"^time   about \d+ \S+, at the pace of epochs 1", out, re.M
+    )
 
     for old, new in zip(weights(straight), weights(killed), strict=True):
         np.testing.assert_array_equal(old, new)
@@ -191,6 +195,7 @@ def test_a_truncated_checkpoint_falls_back(interrupted, finished, capsys):
     out = capsys.readouterr().out
     assert "epoch-2 cannot be read" in out and "the one before" in out
     assert "Resuming" in out and "epoch 2 of 2" in out
+    assert ", at the pace of epoch 1\n" in out
     assert result["test_accuracy"] == pytest.approx(
         finished[1]["test_accuracy"], abs=0.05
     )

@@ -37,10 +37,6 @@ def torch_gpt(model: keras.Model) -> Any:
     """
     if not torch_network.is_installed():
         raise ImportError(f"PyTorch is not installed: {torch_network.INSTALL}")
-    import torch
-    from torch import nn
-    from torch.nn import functional
-
     blocks = []
     for layer in model.layers:
         if isinstance(layer, layers.Dropout) or getattr(layer, "dropout", 0):
@@ -50,58 +46,64 @@ def torch_gpt(model: keras.Model) -> Any:
             )
         if isinstance(layer, layers.MultiHeadAttention):
             blocks.append(layer.name.removesuffix("_attention"))
+    return _network(model, blocks)
 
-    def weights(name):
-        return [np.array(v) for v in model.get_layer(name).weights]
 
-    def linear(kernel, bias):
-        made = nn.Linear(*kernel.shape)
-        with torch.no_grad():
-            made.weight.copy_(torch.tensor(kernel.T))
-            made.bias.copy_(torch.tensor(bias))
-        return made
+def _network(model, names):
+    """Returns a GPT of the blocks of these names."""
+    import torch
+    from torch import nn
 
-    def norm(name):
-        gamma, beta = weights(name)
-        made = nn.LayerNorm(len(gamma), eps=model.get_layer(name).epsilon)
-        with torch.no_grad():
-            made.weight.copy_(torch.tensor(gamma))
-            made.bias.copy_(torch.tensor(beta))
-        return made
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            (embeddings,), (positions,) = (
+                _weights(model, "embedding"),
+                _weights(model, "positions"),
+            )
+            self.embedding = nn.Embedding.from_pretrained(
+                torch.tensor(embeddings), freeze=False
+            )
+            self.positions = nn.Parameter(torch.tensor(positions))
+            self.blocks = nn.ModuleList(_block(model, name) for name in names)
+            self.norm = _norm(model, "norm")
+            self.head = _linear(*_weights(model, "head"))
+
+        def forward(self, tokens):
+            x = self.embedding(tokens) + self.positions
+            for block in self.blocks:
+                x = block(x)
+            return self.head(self.norm(x))
+
+    return Network()
+
+
+def _block(model, name):
+    """Returns a block: attention, then two layers, each added to its input."""
+    from torch import nn
+    from torch.nn import functional
+
+    attention = model.get_layer(f"{name}_attention")
+    heads, out = attention.num_heads, attention.output_dense
+    width = attention.query_dense.kernel.shape[0]
 
     class Block(nn.Module):
-        def __init__(self, name):
+        def __init__(self):
             super().__init__()
-            attention: Any = model.get_layer(f"{name}_attention")
-            self.heads = attention.num_heads
-            width = attention.query_dense.kernel.shape[0]
-            parts = [
-                attention.query_dense,
-                attention.key_dense,
-                attention.value_dense,
-            ]
-            self.joint = linear(
-                np.concatenate(
-                    [np.reshape(p.kernel, (width, -1)) for p in parts], axis=1
-                ),
-                np.concatenate([np.reshape(p.bias, -1) for p in parts]),
-            )
-            out = attention.output_dense
-            self.out = linear(
+            self.joint = _joint(attention, width)
+            self.out = _linear(
                 np.reshape(out.kernel, (-1, width)), np.array(out.bias)
             )
-            self.norm1, self.norm2 = (
-                norm(f"{name}_norm1"),
-                norm(f"{name}_norm2"),
-            )
-            self.expand = linear(*weights(f"{name}_expand"))
-            self.contract = linear(*weights(f"{name}_contract"))
+            self.norm1 = _norm(model, f"{name}_norm1")
+            self.norm2 = _norm(model, f"{name}_norm2")
+            self.expand = _linear(*_weights(model, f"{name}_expand"))
+            self.contract = _linear(*_weights(model, f"{name}_contract"))
 
         def forward(self, x):
-            batch, length, width = x.shape
+            batch, length, _ = x.shape
             joint = self.joint(self.norm1(x))
             query, key, value = (
-                part.view(batch, length, self.heads, -1).transpose(1, 2)
+                part.view(batch, length, heads, -1).transpose(1, 2)
                 for part in joint.split(width, dim=2)
             )
             y = functional.scaled_dot_product_attention(
@@ -111,28 +113,47 @@ def torch_gpt(model: keras.Model) -> Any:
             y = functional.gelu(self.expand(self.norm2(x)), approximate="tanh")
             return x + self.contract(y)
 
-    class Network(nn.Module):
-        def __init__(self):
-            super().__init__()
-            (embeddings,), (positions,) = (
-                weights("embedding"),
-                weights("positions"),
-            )
-            self.embedding = nn.Embedding.from_pretrained(
-                torch.tensor(embeddings), freeze=False
-            )
-            self.positions = nn.Parameter(torch.tensor(positions))
-            self.blocks = nn.ModuleList(map(Block, blocks))
-            self.norm = norm("norm")
-            self.head = linear(*weights("head"))
+    return Block()
 
-        def forward(self, tokens):
-            x = self.embedding(tokens) + self.positions
-            for block in self.blocks:
-                x = block(x)
-            return self.head(self.norm(x))
 
-    return Network()
+def _joint(attention, width):
+    """Returns one layer that computes queries, keys and values."""
+    parts = [
+        attention.query_dense,
+        attention.key_dense,
+        attention.value_dense,
+    ]
+    return _linear(
+        np.concatenate(
+            [np.reshape(part.kernel, (width, -1)) for part in parts], axis=1
+        ),
+        np.concatenate([np.reshape(part.bias, -1) for part in parts]),
+    )
+
+
+def _linear(kernel, bias):
+    import torch
+
+    made = torch.nn.Linear(*kernel.shape)
+    with torch.no_grad():
+        made.weight.copy_(torch.tensor(kernel.T))
+        made.bias.copy_(torch.tensor(bias))
+    return made
+
+
+def _norm(model, name):
+    import torch
+
+    gamma, beta = _weights(model, name)
+    made = torch.nn.LayerNorm(len(gamma), eps=model.get_layer(name).epsilon)
+    with torch.no_grad():
+        made.weight.copy_(torch.tensor(gamma))
+        made.bias.copy_(torch.tensor(beta))
+    return made
+
+
+def _weights(model, name):
+    return [np.array(v) for v in model.get_layer(name).weights]
 
 
 def torch_gpt_step(

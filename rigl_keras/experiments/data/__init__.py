@@ -10,6 +10,7 @@ from rigl_keras.experiments.data.batches import Data, normalise
 from rigl_keras.experiments.data.datasets import (
     DatasetUnavailableError,
     load,
+    read,
     training_examples,
 )
 from rigl_keras.experiments.data.recipes import Recipe, TextRecipe, recipe_of
@@ -26,6 +27,7 @@ __all__ = [
     "first_fit",
     "load",
     "normalise",
+    "read",
     "recipe_of",
     "resize_boxes",
     "training_examples",

@@ -82,6 +82,23 @@ def load(
         context=context,
         epoch_examples=epoch_examples,
     )
+    return read(recipe, data_dir=data_dir)
+
+
+def read(
+    recipe: Recipe | TextRecipe,
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+) -> Data | Text:
+    """Reads the dataset of a recipe into memory and splits it, as `load` does.
+
+    Args:
+        recipe: From `recipe_of`.
+        data_dir: As in `load`.
+
+    Raises: As in `load`.
+    """
+    name = recipe.name
     if isinstance(recipe, TextRecipe):
         return Text(recipe, _text(name))
     if name == "digits":

@@ -71,90 +71,100 @@ def redistribution(records: Records) -> Figure:
         (s.finished[0].finished_result["layers"] for s in found.values()),
         key=len,
     )
-    wide = 1.2 + 0.27 * len(layers)
+    names = [layer["name"] for layer in layers]
+    wide = 1.2 + 0.27 * len(names)
     figure = new_figure(4.2 + wide, 0.7 + 3.0 * len(densities))
     grid = figure.subplots(
         len(densities), 2, squeeze=False, width_ratios=(3.4, wide)
     )
-    handles = {}
+    bars = {}
     for density, (left, right) in zip(densities, grid, strict=True):
-        present = [gin for gin in _REDISTRIBUTED if (gin, density) in found]
-        for at, gin in enumerate(present):
-            summary = found[gin, density]
-            label, colour, style, hatch = _REDISTRIBUTED[gin]
-            for run in summary.finished:
-                steps = [step for step, _ in run.curve]
-                ratios = [ratio for _, ratio in run.curve]
-                left.step(
-                    steps,
-                    ratios,
-                    where="post",
-                    color=colour,
-                    ls=style,
-                    lw=1.4,
-                    alpha=0.9,
-                )
-            names = [layer["name"] for layer in layers]
-            means = _layer_means(summary, names)
-            width = 0.84 / len(present)
-            shift = (at - (len(present) - 1) / 2) * width
-            bars = right.bar(
-                np.arange(len(names)) + shift,
-                means,
-                width,
+        rows = {
+            gin: found[gin, density]
+            for gin in _REDISTRIBUTED
+            if (gin, density) in found
+        }
+        _draw_flops(left, rows, f"density {exact(density)}")
+        bars |= _draw_layers(right, rows, names)
+    _draw_legend(figure, bars)
+    return figure
+
+
+def _draw_flops(axes, rows, title):
+    """Draws the inference FLOPs of each run of some rows, over its steps."""
+    for gin, summary in rows.items():
+        _, colour, style, _ = _REDISTRIBUTED[gin]
+        for run in summary.finished:
+            axes.step(
+                [step for step, _ in run.curve],
+                [ratio for _, ratio in run.curve],
+                where="post",
                 color=colour,
-                hatch=hatch,
-                edgecolor=BLACK,
-                linewidth=0.4,
+                ls=style,
+                lw=1.4,
+                alpha=0.9,
             )
-            handles.setdefault(label, bars)
-        dress(
-            left,
-            f"density {exact(density)}",
-            "training step",
-            "inference FLOPs / dense",
+    dress(axes, title, "training step", "inference FLOPs / dense")
+    top = axes.dataLim.ymax
+    if math.isfinite(top) and top > 0:
+        axes.set_ylim(0, 1.15 * top)
+    else:
+        axes.text(
+            0.5,
+            0.5,
+            "no flops.csv can be read",
+            ha="center",
+            transform=axes.transAxes,
+            fontsize=TEXT,
         )
-        top = left.dataLim.ymax
-        if math.isfinite(top) and top > 0:
-            left.set_ylim(0, 1.15 * top)
-        else:
-            left.text(
-                0.5,
-                0.5,
-                "no flops.csv can be read",
-                ha="center",
-                transform=left.transAxes,
-                fontsize=TEXT,
-            )
-        left.xaxis.set_major_locator(ticker.MaxNLocator(4))
-        dress(right, None, None, "density at the end")
-        right.grid(axis="x", visible=False)
-        right.set_xticks(
-            range(len(layers)),
-            [safe_text(layer["name"]) for layer in layers],
-            rotation=90,
+    axes.xaxis.set_major_locator(ticker.MaxNLocator(4))
+
+
+def _draw_layers(axes, rows, names):
+    """Draws the density of each layer at the end; returns bars by label."""
+    bars = {}
+    width = 0.84 / len(rows)
+    for at, (gin, summary) in enumerate(rows.items()):
+        label, colour, _, hatch = _REDISTRIBUTED[gin]
+        shift = (at - (len(rows) - 1) / 2) * width
+        bars[label] = axes.bar(
+            np.arange(len(names)) + shift,
+            _layer_means(summary, names),
+            width,
+            color=colour,
+            hatch=hatch,
+            edgecolor=BLACK,
+            linewidth=0.4,
         )
-        right.margins(x=0.01)
-    # Lines and bars share the colours: each handle shows both.
+    dress(axes, None, None, "density at the end")
+    axes.grid(axis="x", visible=False)
+    axes.set_xticks(
+        range(len(names)), [safe_text(name) for name in names], rotation=90
+    )
+    axes.margins(x=0.01)
+    return bars
+
+
+def _draw_legend(figure, bars):
+    """Draws one legend: lines and bars share colours, a handle shows both."""
     styles = {label: style for label, _, style, _ in _REDISTRIBUTED.values()}
     colours = {label: c for label, c, _, _ in _REDISTRIBUTED.values()}
     # Matplotlib's annotations omit handles drawn by `handler_map`.
     shown: list[Any] = [
-        (Line2D([], [], color=colours[label], ls=styles[label]), bars[0])
-        for label, bars in handles.items()
+        (Line2D([], [], color=colours[label], ls=styles[label]), drawn[0])
+        for label, drawn in bars.items()
     ]
     figure.legend(
         shown,
-        handles,
+        bars,
         handler_map={tuple: HandlerTuple(ndivide=None, pad=0.4)},
         loc="outside upper center",
-        ncols=len(handles),
+        ncols=len(bars),
         frameon=False,
         fontsize=TEXT,
         handlelength=5,
         handleheight=1.2,
     )
-    return figure
 
 
 def _layer_means(summary, names):

@@ -18,6 +18,7 @@ On a cluster, have SLURM start N workers, then look at their progress:
 """
 
 import ast
+import functools
 import sys
 
 from absl import app, flags, logging
@@ -26,6 +27,9 @@ from rigl_keras import _reading, _text
 from rigl_keras.experiments import exits
 from rigl_keras.experiments.protocol import journal, variations
 from rigl_keras.experiments.reproduction import slurm
+
+# Modules that need TensorFlow are imported where they are used, so that
+# --help is fast.
 
 __all__ = ["main"]
 
@@ -50,101 +54,110 @@ def _changes(bindings):
     return tuple(changes)
 
 
-def main() -> None:
-    """Reads the command line and trains the runs that it names."""
-    preset = flags.DEFINE_string(
+def _define_flags():
+    """Defines the flags; returns those about SLURM."""
+    flags.DEFINE_string(
         "preset",
         variations.FULL,
         "full (the report's setting), small, or the path of a gin file that "
         "is read after each row's own.",
     )
-    densities = flags.DEFINE_list(
-        "densities", [], "Densities, instead of the report's."
-    )
-    seeds = flags.DEFINE_list("seeds", [], "Seeds, instead of 0,1,2.")
-    rows = flags.DEFINE_list(
+    flags.DEFINE_list("densities", [], "Densities, instead of the report's.")
+    flags.DEFINE_list("seeds", [], "Seeds, instead of 0,1,2.")
+    flags.DEFINE_list(
         "rows", [], "Only these rows, gin files or patterns such as 'rigl_*'."
     )
-    bindings = flags.DEFINE_multi_string(
+    flags.DEFINE_multi_string(
         "gin_bindings",
         [],
         "Binding such as 'train.length = 4', over those of all runs. The "
         "changed runs have other names.",
     )
-    dry_run = flags.DEFINE_bool("dry_run", False, "Show the plan, and stop.")
-    status = flags.DEFINE_bool(
+    flags.DEFINE_bool("dry_run", False, "Show the plan, and stop.")
+    flags.DEFINE_bool(
         "status", False, "Show the state and the worker of each run, and stop."
     )
     array = slurm.Flags(
         "reproduce", "rigl_keras.experiments.reproduction.reproduce_command"
     )
-    worker = flags.DEFINE_bool(
+    flags.DEFINE_bool(
         "worker",
         False,
         "Train the runs that no other process trains, and end. --slurm starts "
         "such workers.",
     )
-    listed = flags.DEFINE_bool(
-        "list", False, "Show what can be reproduced, and stop."
-    )
-    results_dir = flags.DEFINE_string(
-        "results_dir", "results", "Folder of all results."
-    )
-    data_dir = flags.DEFINE_string(
+    flags.DEFINE_bool("list", False, "Show what can be reproduced, and stop.")
+    flags.DEFINE_string("results_dir", "results", "Folder of all results.")
+    flags.DEFINE_string(
         "data_dir", None, "Folder of prepared data sets, over TFDS_DATA_DIR."
     )
+    return array
 
-    def run(argv):
-        if listed.value:
-            print(journal.as_list())
-            return
-        from rigl_keras.experiments.reproduction import plans
-        from rigl_keras.experiments.reproduction.reproduce import (
-            check_data,
-            reproduce,
-        )
-        from rigl_keras.experiments.reproduction.results import Results
-        from rigl_keras.experiments.reproduction.status import status_table
 
-        logging.set_verbosity(logging.WARNING)
-        if len(argv) != 2:
-            raise app.UsageError(
-                f"Pass one of {', '.join(plans.TARGETS)}. Received: "
-                f"{' '.join(argv[1:]) or 'none'}. --list describes them."
-            )
-        chosen = plans.Preset(preset.value)
-        runs = plans.runs(
-            argv[1],
-            preset=chosen,
-            densities=exits.numbers("densities", densities.value, float),
-            seeds=exits.numbers("seeds", seeds.value, int),
-            rows=rows.value,
-            changes=_changes(bindings.value),
-        )
-        results = Results(results_dir.value, chosen.folder)
-        if status.value:
-            print(status_table(runs, results))
-            return
-        if not dry_run.value and not worker.value:
-            missing = [run for run in runs if not results.finished(run)]
-            check_data(missing, data_dir=data_dir.value)
-        if array.given and not dry_run.value:
-            array.submit(argv, results.path, extra=["--worker"])
-            return
-        exits.raise_stop_requests()
-        failed = reproduce(
-            runs,
-            results,
-            data_dir=data_dir.value,
-            dry_run=dry_run.value,
-            worker=worker.value,
-        )
-        if failed:
-            sys.exit(1)
+def _runs(argv):
+    """Returns the preset and the runs that the command line names."""
+    from rigl_keras.experiments.reproduction import plans
 
+    given = flags.FLAGS
+    if len(argv) != 2:
+        raise app.UsageError(
+            f"Pass one of {', '.join(plans.TARGETS)}. Received: "
+            f"{' '.join(argv[1:]) or 'none'}. --list describes them."
+        )
+    preset = plans.Preset(given.preset)
+    runs = plans.runs(
+        argv[1],
+        preset=preset,
+        densities=exits.numbers("densities", given.densities, float),
+        seeds=exits.numbers("seeds", given.seeds, int),
+        rows=given.rows,
+        changes=_changes(given.gin_bindings),
+    )
+    return preset, runs
+
+
+def _run(array, argv):
+    """Trains runs, submits workers that train them, or shows their state."""
+    given = flags.FLAGS
+    if given.list:
+        print(journal.as_list())
+        return
+    from rigl_keras.experiments.reproduction.reproduce import (
+        check_data,
+        reproduce,
+    )
+    from rigl_keras.experiments.reproduction.results import Results
+    from rigl_keras.experiments.reproduction.status import status_table
+
+    logging.set_verbosity(logging.WARNING)
+    preset, runs = _runs(argv)
+    results = Results(given.results_dir, preset.folder)
+    if given.status:
+        print(status_table(runs, results))
+        return
+    if not given.dry_run and not given.worker:
+        missing = [run for run in runs if not results.finished(run)]
+        check_data(missing, data_dir=given.data_dir)
+    if array.given and not given.dry_run:
+        array.submit(argv, results.path, extra=["--worker"])
+        return
+    exits.raise_stop_requests()
+    failed = reproduce(
+        runs,
+        results,
+        data_dir=given.data_dir,
+        dry_run=given.dry_run,
+        worker=given.worker,
+    )
+    if failed:
+        sys.exit(1)
+
+
+def main() -> None:
+    """Reads the command line and trains the runs that it names."""
     exits.run_command(
         "reproduce",
-        run,
+        functools.partial(_run, _define_flags()),
         about=__doc__,
         interrupted="the same command continues after the last epoch",
     )

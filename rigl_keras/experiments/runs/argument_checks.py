@@ -4,69 +4,26 @@ import inspect
 from collections.abc import Callable, Iterable, Sequence
 
 from rigl_keras.experiments.runs import devices
+from rigl_keras.experiments.runs.starting_point import Initialization
 from rigl_keras.patterns import as_pattern
 
-__all__ = ["check_arguments", "check_fits", "check_length"]
+__all__ = [
+    "check_batches",
+    "check_epochs",
+    "check_fits",
+    "check_initialization",
+    "check_length",
+    "check_makers",
+]
 
 
-def check_arguments(
-    *,
-    model: object,
-    method: object,
-    optimizer: object,
-    density: float | None,
-    small_dense: bool,
-    one_shot: object,
-    masks_from: str | None,
-    shuffle_masks: bool,
-    granularity: str,
-    scale_to_fan_in: bool,
-    keep_weights: Sequence[int],
-    epochs: int,
-    batch_size: int,
-    length: float,
-    label_smoothing: float,
+def check_makers(
+    *, model: object, optimizer: object, method: object, one_shot: object
 ) -> None:
-    """Raises ValueError for a wrong argument, or for two that conflict.
+    """Raises ValueError for an argument of `train` that is not callable.
 
-    The arguments are those of `train`.
+    In gin, the @ before a name is easily forgotten.
     """
-    if batch_size < devices.replica_count():
-        raise ValueError(
-            "batch_size counts the examples of all replicas and must leave "
-            f"each at least one. Received: batch_size={batch_size} for "
-            f"{devices.replica_count()} replicas."
-        )
-    whole = isinstance(keep_weights, Sequence) and all(
-        isinstance(epoch, int) and epoch > 0 for epoch in keep_weights
-    )
-    if not whole:
-        raise ValueError(
-            "keep_weights lists the epochs after which weights are kept, such "
-            f"as [1, 2]. Received: keep_weights={keep_weights!r}."
-        )
-    if small_dense and callable(model):
-        if "channel_scale" not in inspect.signature(model).parameters:
-            raise ValueError(
-                "small_dense scales the channels of wide_resnet, resnet18 or "
-                "resnet50, or of a model of yours that takes `channel_scale`. "
-                f"Received: model={getattr(model, '__name__', model)!r}."
-            )
-    as_pattern(granularity)  # raises for an unknown name
-    if scale_to_fan_in and (density is None or small_dense or one_shot):
-        raise ValueError(
-            "scale_to_fan_in scales the weights that masks keep: set "
-            "train.density, and neither train.small_dense nor train.one_shot."
-        )
-    if density is None and method is not None:
-        raise ValueError(
-            "A method changes masks, and density=None trains the dense model. "
-            "Set train.density, or train.method = None."
-        )
-    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
-        raise ValueError(
-            f"epochs must be an int of at least 1. Received: {epochs!r}."
-        )
     for name, value in (("model", model), ("optimizer", optimizer)):
         if not callable(value):
             raise ValueError(
@@ -83,37 +40,101 @@ def check_arguments(
             "one_shot must be something that makes masks from a batch, in gin "
             f"train.one_shot = @snip, or None. Received: {one_shot!r}."
         )
-    check_length(length, epochs)
+
+
+def check_batches(*, batch_size: int, label_smoothing: float) -> None:
+    """Raises ValueError if the batches are too small or labels too smooth."""
+    if batch_size < devices.replica_count():
+        raise ValueError(
+            "batch_size counts the examples of all replicas and must leave "
+            f"each at least one. Received: batch_size={batch_size} for "
+            f"{devices.replica_count()} replicas."
+        )
     if not 0 <= label_smoothing < 1:
         raise ValueError(
             "label_smoothing must be in [0, 1). Received: "
             f"label_smoothing={label_smoothing!r}."
         )
-    if small_dense and method is not None:
+
+
+def check_epochs(
+    epochs: int, *, length: float, keep_weights: Sequence[int]
+) -> None:
+    """Raises ValueError for a wrong number of epochs, or a wrong list."""
+    if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 1:
         raise ValueError(
-            "A small dense network has no masks to update. Set train.method = "
-            "None, or train.small_dense = False."
+            f"epochs must be an int of at least 1. Received: {epochs!r}."
         )
-    makers = {
-        "small_dense": small_dense,
-        "one_shot": one_shot,
-        "masks_from": masks_from,
+    check_length(length, epochs)
+    whole = isinstance(keep_weights, Sequence) and all(
+        isinstance(epoch, int) and epoch > 0 for epoch in keep_weights
+    )
+    if not whole:
+        raise ValueError(
+            "keep_weights lists the epochs after which weights are kept, such "
+            f"as [1, 2]. Received: keep_weights={keep_weights!r}."
+        )
+
+
+def check_initialization(
+    how: Initialization, *, model: Callable, method: Callable | None
+) -> None:
+    """Raises ValueError for arguments that conflict.
+
+    Args:
+        how: The arguments that determine the initial network.
+        model: Makes the dense model.
+        method: Makes the mask update. None: the masks do not change.
+    """
+    as_pattern(how.granularity)  # raises for an unknown name
+    _check_one_way(how)
+    if how.small_dense:
+        if "channel_scale" not in inspect.signature(model).parameters:
+            raise ValueError(
+                "small_dense scales the channels of wide_resnet, resnet18 or "
+                "resnet50, or of a model of yours that takes `channel_scale`. "
+                f"Received: model={getattr(model, '__name__', model)!r}."
+            )
+        if method is not None:
+            raise ValueError(
+                "A small dense network has no masks to update. Set "
+                "train.method = None, or train.small_dense = False."
+            )
+    if how.density is None and method is not None:
+        raise ValueError(
+            "A method changes masks, and density=None trains the dense model. "
+            "Set train.density, or train.method = None."
+        )
+    unmasked = how.density is None or how.small_dense
+    if how.scale_to_fan_in and (unmasked or how.one_shot):
+        raise ValueError(
+            "scale_to_fan_in scales the weights that masks keep: set "
+            "train.density, and neither train.small_dense nor train.one_shot."
+        )
+    if how.shuffle_masks and how.masks_from is None:
+        raise ValueError(
+            "shuffle_masks shuffles the masks of another run: set "
+            "train.masks_from."
+        )
+
+
+def _check_one_way(how):
+    """Raises ValueError if there are two ways to start, or no density."""
+    ways = {
+        "small_dense": how.small_dense,
+        "one_shot": how.one_shot,
+        "masks_from": how.masks_from,
     }
-    given = [name for name, value in makers.items() if value]
+    given = [name for name, value in ways.items() if value]
     if len(given) > 1:
         raise ValueError(
             f"A run starts in one way, and {' and '.join(given)} are two. Set "
             "one of them."
         )
-    if given and density is None:
+    if given and how.density is None:
         raise ValueError(
             f"train.{given[0]} needs train.density, which is None (the dense "
             "model)."
-        )
-    if shuffle_masks and masks_from is None:
-        raise ValueError(
-            "shuffle_masks shuffles the masks of another run: set "
-            "train.masks_from."
         )
 
 

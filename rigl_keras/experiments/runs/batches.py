@@ -1,5 +1,7 @@
 """The batches of a run, split among its workers."""
 
+import dataclasses
+
 import tensorflow as tf
 
 from rigl_keras.experiments.data import Data, Text
@@ -8,6 +10,7 @@ from rigl_keras.experiments.runs import devices
 __all__ = ["Batches"]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Batches:
     """The batches of a run, with one-hot labels, split among the workers.
 
@@ -21,29 +24,28 @@ class Batches:
             all classes, in [0, 1).
     """
 
-    def __init__(
-        self,
-        examples: Data | Text,
-        *,
-        batch_size: int,
-        seed: int,
-        label_smoothing: float,
-    ):
-        self._examples, self._batch_size = examples, batch_size
-        self._seed, self._label_smoothing = seed, label_smoothing
+    examples: Data | Text
+    batch_size: int
+    seed: int
+    label_smoothing: float
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The number of training batches in an epoch."""
+        return self.examples.steps_per_epoch(self.batch_size)
 
     def first(self) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns the first training batch, the whole of it in each worker."""
-        examples = self._examples.train(
-            batch_size=self._batch_size, seed=self._seed, epochs=1
+        examples = self.examples.train(
+            batch_size=self.batch_size, seed=self.seed, epochs=1
         )
         return self._smoothed(*next(iter(examples)))
 
     def train(self, *, first_epoch: int, epochs: int) -> tf.data.Dataset:
         """Returns the training batches, weighted for the replicas."""
-        examples = self._examples.train(
-            batch_size=self._batch_size,
-            seed=self._seed,
+        examples = self.examples.train(
+            batch_size=self.batch_size,
+            seed=self.seed,
             first_epoch=first_epoch,
             epochs=epochs,
         )
@@ -53,26 +55,24 @@ class Batches:
 
     def validation(self) -> tf.data.Dataset | None:
         """Returns the validation batches, or None if nothing is held out."""
-        if not self._examples.recipe.validation:
+        if not self.examples.recipe.validation:
             return None
         return self._to_evaluate(
-            self._examples.validation(batch_size=self._batch_size)
+            self.examples.validation(batch_size=self.batch_size)
         )
 
     def test(self) -> tf.data.Dataset:
         """Returns the batches of the test examples."""
-        return self._to_evaluate(
-            self._examples.test(batch_size=self._batch_size)
-        )
+        return self._to_evaluate(self.examples.test(batch_size=self.batch_size))
 
     def _to_evaluate(self, examples):
         return devices.sharded(examples.map(self._one_hot))
 
     def _one_hot(self, images, labels):
-        return images, tf.one_hot(labels, self._examples.recipe.num_classes)
+        return images, tf.one_hot(labels, self.examples.recipe.num_classes)
 
     def _smoothed(self, images, labels):
         images, targets = self._one_hot(images, labels)
-        smoothing = self._label_smoothing
-        classes = self._examples.recipe.num_classes
+        smoothing = self.label_smoothing
+        classes = self.examples.recipe.num_classes
         return images, targets * (1 - smoothing) + smoothing / classes

@@ -3,7 +3,7 @@
 import itertools
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -34,40 +34,43 @@ class EpochTable(keras.callbacks.Callback):
     It comes after the callbacks whose logs it prints.
 
     Args:
-        epochs: Epochs of the run.
+        epochs: The epochs that are left, to the last of the run.
         steps_per_epoch: Steps of an epoch.
-        about: What to print before the run, by labels. The time that the run
-            will take is printed once some of its steps have been timed.
+        about: What to print before the run, by labels.
+        earlier: Seconds of each earlier epoch of the run.
+
+    It also prints before the run how long it will take, if there are earlier
+    epochs. A new run would have to trace its steps twice to time some of them
+    beforehand. It prints when the time will be known, and the time once some
+    of its steps have been timed.
     """
 
     def __init__(
         self,
         *,
-        epochs: int,
+        epochs: range,
         steps_per_epoch: int,
         about: Mapping[str, str] | None = None,
+        earlier: Sequence[float] = (),
     ):
         super().__init__()
         self._epochs, self._steps = epochs, steps_per_epoch
-        self._about = about or {}
+        self._about, self._earlier = about or {}, earlier
         self._bar: ProgressBar | None = None
 
     def on_train_begin(self, logs=None):
         self._began = time.perf_counter()
         self._times: list[float] = []
         self._ends: list[float] = []  # of the first steps
-        self._first: int | None = None
-        for label, said in self._about.items():
+        for label, said in {**self._about, "time": self._expected()}.items():
             say(f"{label:7}{said}")
 
     def on_epoch_begin(self, epoch, logs=None):
         self._start = time.perf_counter()
-        if self._first is None:
-            self._first = epoch
         self._bar = ProgressBar(
             unit="steps",
             total=self._steps,
-            doing=f"epoch {epoch + 1}/{self._epochs}",
+            doing=f"epoch {epoch + 1}/{self._epochs.stop}",
             leave=False,
         )
 
@@ -77,30 +80,41 @@ class EpochTable(keras.callbacks.Callback):
         if not self._times and len(self._ends) < _LAST_TIMED:
             self._ends.append(time.perf_counter())
             if len(self._ends) == _LAST_TIMED:
-                self._say_how_long()
+                say(f"{'time':7}{self._by_steps()}")
 
     def on_epoch_end(self, epoch, logs: Any = None):
         self._close()
         self._times.append(time.perf_counter() - self._start)
         if len(self._times) == 1:
             say("".join(name.rjust(width) for name, width in _COLUMNS))
-        # The first epoch includes the time of tracing.
-        usual = statistics.median(self._times[1:] or self._times)
-        left = usual * (self._epochs - epoch - 1)
-        say(row_of(epoch, self._epochs, logs, left=left))
+        epochs = self._epochs.stop
+        left = _usual(self._times) * (epochs - epoch - 1)
+        say(row_of(epoch, epochs, logs, left=left))
 
     def on_train_end(self, logs=None):
         self._close()
 
-    def _say_how_long(self):
+    def _expected(self):
+        """Returns the expected time, or when it will be known."""
+        if self._earlier:
+            seconds = _usual(self._earlier) * len(self._epochs)
+            last = self._epochs.start
+            those = f"epochs 1 to {last}" if last > 1 else "epoch 1"
+            return f"about {_roughly(seconds)}, at the pace of {those}"
+        if self._steps < _LAST_TIMED:
+            return "known after the first epoch"
+        return f"known after {_LAST_TIMED} steps"
+
+    def _by_steps(self):
+        """Returns the expected time at the pace of the first steps."""
         ends = self._ends[_LAST_TIMED - _TIMED - 1 :]
         step = statistics.median(
             after - before for before, after in itertools.pairwise(ends)
         )
-        steps = self._steps * (self._epochs - (self._first or 0)) - _LAST_TIMED
+        steps = self._steps * len(self._epochs) - _LAST_TIMED
         seconds = ends[-1] - self._began + step * steps  # with the tracing
-        say(
-            f"{'time':7}about {_roughly(seconds)}, at the pace of steps "
+        return (
+            f"about {_roughly(seconds)}, at the pace of steps "
             f"{_LAST_TIMED - _TIMED + 1} to {_LAST_TIMED}"
         )
 
@@ -137,6 +151,12 @@ def row_of(
         cell.rjust(width)
         for cell, (_, width) in zip(cells, _COLUMNS, strict=True)
     )
+
+
+def _usual(times):
+    """Returns the median time of epochs, without the first if possible."""
+    # The first epoch includes the time of tracing.
+    return statistics.median(times[1:] or times)
 
 
 def _cell(logs, key, form):

@@ -5,11 +5,11 @@ import math
 import platform
 from collections.abc import Mapping
 
-import keras
 import numpy as np
 
 import rigl_keras
-from rigl_keras.experiments.runs import provenance
+from rigl_keras.experiments.runs import devices, provenance
+from rigl_keras.experiments.runs.batches import Batches
 from rigl_keras.experiments.runs.starting_point import StartingPoint
 from rigl_keras.experiments.runs.training_cost import TrainingCost
 from rigl_keras.training.step_update import StepUpdate
@@ -18,18 +18,14 @@ __all__ = ["result"]
 
 
 def result(
-    *,
     start: StartingPoint,
-    network: keras.Model,
     update: StepUpdate | None,
+    *,
+    batches: Batches,
     cost: TrainingCost,
     curves: tuple[np.ndarray, np.ndarray],
     test: Mapping[str, float],
     validation: Mapping[str, float],
-    dataset: str,
-    train_examples: int,
-    text: Mapping[str, object],
-    seed: int,
     epochs: int,
     seconds: float,
     settings: Mapping[str, object],
@@ -37,42 +33,41 @@ def result(
     """Returns the result of a run.
 
     Args:
-        start: What the run started with.
-        network: The trained network.
+        start: What the run started with. Its network is trained.
         update: The mask update, or None.
+        batches: The batches of the run.
         cost: What the run costs.
         curves: Inference and training FLOPs of each step.
         test: Metrics on the test examples.
         validation: Metrics on the validation examples; empty if there are
             none.
-        dataset: Name of the data set.
-        train_examples: Training examples in an epoch.
-        text: What identifies a text; empty for images.
-        seed: Seed of the run.
         epochs: Epochs of the run.
         seconds: Seconds that training took.
-        settings: Arguments of `train` to keep in the result.
+        settings: Further arguments of `train` to keep in the result.
     """
-    final = rigl_keras.count(network)
+    final = rigl_keras.count(start.network)
     inference, training = curves
     ratio = cost.training_ratio(training, epochs=epochs)
     small = cost.share_of_dense is not None
+    examples = batches.examples
     return {
-        "method": start.kind if update is None else update.name,
-        "model": network.name,
-        "dataset": dataset,
-        "seed": seed,
+        "method": start.initialization.kind if update is None else update.name,
+        "model": start.network.name,
+        "dataset": examples.recipe.name,
+        "seed": start.initialization.seed,
         "density": cost.share_of_dense if small else final.density,
         "test_accuracy": test["accuracy"],
         "validation_accuracy": validation.get("accuracy"),
         "test_loss": test["loss"],
         "validation_loss": validation.get("loss"),
-        **(_of_text(test, validation, text) if text else {}),
+        **_of_text(test, validation, examples.about),
         "inference_flops": final.inference_flops,
         "inference_flops_ratio": final.inference_flops / cost.dense_flops,
         # From the masks of each step, by the closed form, and including the
         # runs that masks and weights come from.
-        "training_flops": float(np.mean(training)) * train_examples * epochs,
+        "training_flops": float(np.mean(training))
+        * examples.training_examples
+        * epochs,
         "training_flops_ratio": ratio,
         "training_flops_ratio_closed_form": cost.closed_form(inference),
         "training_flops_ratio_with_sources": ratio
@@ -87,7 +82,15 @@ def result(
         "steps": len(training),
         "seconds": seconds,
         "layers": _layers(final),
-        "settings": {**settings, "method": _settings_of(update)},
+        "settings": {
+            **start.initialization.settings,
+            "epochs": epochs,
+            "batch_size": batches.batch_size,
+            "replicas": devices.replica_count(),
+            "label_smoothing": batches.label_smoothing,
+            **settings,
+            "method": _settings_of(update),
+        },
         "versions": _versions(),
     }
 
@@ -97,8 +100,10 @@ def _of_text(test, validation, text):
 
     A loss l is the mean of -ln p over characters. Perplexity is e^l: guessing
     is as hard as among so many equally likely characters. l / ln 2 is the
-    number of bits that code a character.
+    number of bits that code a character. Empty for images.
     """
+    if not text:
+        return {}
     found: dict[str, object] = {}
     for split, metrics in (("test", test), ("validation", validation)):
         loss = metrics.get("loss")

@@ -24,9 +24,7 @@ class Metrics(keras.callbacks.Callback):
     def __init__(self, run: RunDirectory, *, first_epoch: int):
         super().__init__()
         self._run = run
-        self._rows = [
-            row for row in run.metrics if int(row["epoch"]) < first_epoch
-        ]
+        self._rows = run.metrics_before(first_epoch)
 
     # Any: a dictionary, which Keras always passes.
     def on_epoch_end(self, epoch, logs: Any = None):
@@ -41,11 +39,12 @@ class Trajectory(keras.callbacks.Callback):
         run: The run directory.
         model: The masked model.
         method: Its mask update, or None.
-        first_step: The step with which this process begins. Updates of this
-            and later steps are dropped, as they are repeated.
+
+    The process begins with the step of the model's optimizer. Updates of this
+    and later steps are dropped, as they are repeated.
     """
 
-    def __init__(self, run: RunDirectory, model, method, *, first_step: int):
+    def __init__(self, run: RunDirectory, model, method):
         super().__init__()
         self._run, self._method = run, method
         masked = rigl_keras.masked_layers(model).named
@@ -54,6 +53,7 @@ class Trajectory(keras.callbacks.Callback):
             name: int(np.count_nonzero(m.mask.numpy()))
             for name, m in masked.items()
         }
+        first_step = int(model.optimizer.iterations.numpy())
         start, *updates = run.trajectory or [(first_step, counts)]
         self._rows = [start, *(row for row in updates if row[0] < first_step)]
         run.write_trajectory(self._rows)

@@ -287,6 +287,15 @@ class RunDirectory:
         """The rows of metrics.csv."""
         return _rows(self.path / "metrics.csv")
 
+    def metrics_before(self, epoch: int) -> list[dict[str, str]]:
+        """Returns the rows of metrics.csv before an epoch.
+
+        Args:
+            epoch: The epoch, from 0. A killed process may have written rows of
+                epochs without a checkpoint.
+        """
+        return [row for row in self.metrics if int(row["epoch"]) < epoch]
+
     def write_metrics(self, rows: Sequence[Mapping[str, object]]) -> None:
         """Writes metrics.csv whole."""
         names = ["epoch", *sorted({n for row in rows for n in row} - {"epoch"})]

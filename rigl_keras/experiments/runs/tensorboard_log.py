@@ -89,9 +89,8 @@ class TensorBoardLog(keras.callbacks.Callback):
             for path in event_files(self._path / name):
                 path.unlink()
         self._write_figure(trajectory.rows[0][0])
-        for row in run.metrics:
-            if int(row["epoch"]) < first_epoch:
-                self._write_epoch(row)
+        for row in run.metrics_before(first_epoch):
+            self._write_epoch(row)
 
     # Any: a dictionary, which Keras always passes.
     def on_epoch_end(self, epoch, logs: Any = None):

@@ -18,23 +18,22 @@ from rigl_keras.diagnostics.callback import TopologyDiagnostics
 from rigl_keras.experiments import data
 from rigl_keras.experiments.runs import devices
 from rigl_keras.experiments.runs.argument_checks import (
-    check_arguments,
+    check_batches,
+    check_epochs,
     check_fits,
+    check_initialization,
+    check_makers,
 )
 from rigl_keras.experiments.runs.batches import Batches
-from rigl_keras.experiments.runs.epoch_logs import EpochLogs
-from rigl_keras.experiments.runs.epoch_table import EpochTable
 from rigl_keras.experiments.runs.optimizers import sgd
 from rigl_keras.experiments.runs.result import result
-from rigl_keras.experiments.runs.run_callbacks import (
-    KeepWeights,
-    Metrics,
-    Trajectory,
-)
+from rigl_keras.experiments.runs.run_callbacks import KeepWeights
 from rigl_keras.experiments.runs.run_directory import RunDirectory
-from rigl_keras.experiments.runs.starting_point import starting_point
-from rigl_keras.experiments.runs.tensorboard_log import TensorBoardLog
-from rigl_keras.experiments.runs.training_cost import TrainingCost
+from rigl_keras.experiments.runs.run_log import RunLog
+from rigl_keras.experiments.runs.starting_point import (
+    Initialization,
+    starting_point,
+)
 from rigl_keras.training.step_update import StepUpdate
 
 __all__ = ["train"]
@@ -158,50 +157,10 @@ def train(
     if run.finished:
         print(f"{run.path} holds a finished run: it is not repeated.")
         return run.result
-    check_arguments(
-        model=model,
-        method=method,
-        optimizer=optimizer,
+    initialization = Initialization(
         density=density,
         small_dense=small_dense,
         one_shot=one_shot,
-        masks_from=masks_from,
-        shuffle_masks=shuffle_masks,
-        granularity=granularity,
-        scale_to_fan_in=scale_to_fan_in,
-        keep_weights=keep_weights,
-        epochs=epochs,
-        batch_size=batch_size,
-        length=length,
-        label_smoothing=label_smoothing,
-    )
-    # Relative to `epochs`, the length of the dense model's training.
-    times_as_long = int(epochs * length) / epochs
-    epochs = int(epochs * length)
-    of_data = {
-        "validation": validation,
-        "context": context,
-        "epoch_examples": epoch_examples,
-    }
-    recipe = data.recipe_of(dataset, **of_data)
-    check_fits(model, dataset, recipe.network_arguments)
-    keras.utils.set_random_seed(seed)
-    examples = data.load(dataset, data_dir=data_dir, **of_data)
-    batches = Batches(
-        examples,
-        batch_size=batch_size,
-        seed=seed,
-        label_smoothing=label_smoothing,
-    )
-    loss = keras.losses.CategoricalCrossentropy(from_logits=True)
-    make = functools.partial(model, **recipe.network_arguments)
-
-    start = starting_point(
-        make,
-        density=density,
-        small_dense=small_dense,
-        one_shot=one_shot,
-        examples=lambda: (batches.first(), loss),
         masks_from=masks_from,
         shuffle_masks=shuffle_masks,
         weights_from=weights_from,
@@ -212,138 +171,80 @@ def train(
         conventions=conventions,
         seed=seed,
     )
+    check_makers(
+        model=model, optimizer=optimizer, method=method, one_shot=one_shot
+    )
+    check_initialization(initialization, model=model, method=method)
+    check_batches(batch_size=batch_size, label_smoothing=label_smoothing)
+    check_epochs(epochs, length=length, keep_weights=keep_weights)
+    of_text = {"context": context, "epoch_examples": epoch_examples}
+    recipe = data.recipe_of(dataset, validation=validation, **of_text)
+    check_fits(model, dataset, recipe.network_arguments)
+
+    keras.utils.set_random_seed(seed)
+    batches = Batches(
+        examples=data.read(recipe, data_dir=data_dir),
+        batch_size=batch_size,
+        seed=seed,
+        label_smoothing=label_smoothing,
+    )
+    loss = keras.losses.CategoricalCrossentropy(from_logits=True)
+    start = starting_point(
+        functools.partial(model, **recipe.network_arguments),
+        initialization,
+        examples=lambda: (batches.first(), loss),
+    )
     network = start.network
     network.compile(
         optimizer() if length == 1 else optimizer(length=length),
         loss,
         metrics=["accuracy"],
     )
-    update = None
+    update = _update(method, network, length=length)
+    topology = _topology(run, network) if diagnostics else None
+
+    # No argument is refused after this.
+    run.begin()
+    if operative_config is not None:
+        run.write_operative_config(operative_config())
+    checkpoints = _checkpoints(run, network, update, topology)
+    last = int(epochs * length)
+    left = range(_first_epoch(run, start, checkpoints, epochs=last), last)
+    log = RunLog(
+        run, start, update, batches=batches, epochs=left, length=last / epochs
+    )
+    _fit(
+        network,
+        batches,
+        epochs=left,
+        callbacks=[
+            *(update, topology, *log.callbacks),
+            *(KeepWeights(run, keep_weights), checkpoints),
+            *callbacks,
+        ],
+    )
+    return _finished(
+        run,
+        start,
+        update,
+        batches=batches,
+        log=log,
+        epochs=last,
+        settings={"length": length, **of_text},
+    )
+
+
+def _update(method, network, *, length):
+    """Returns the mask update, attached to the network, or None."""
     if method is None:
         devices.exchange_active(network)
-    else:
-        update = method()
-        if length != 1:
-            update = cast(StepUpdate, update.lengthened(length))
-    topology = _topology(run, network) if diagnostics else None
-    checkpoints, first_epoch = _begun(
-        run, start, update, topology, epochs, operative_config
-    )
-    trajectory = Trajectory(
-        run,
-        network,
-        update,
-        first_step=int(network.optimizer.iterations.numpy()),
-    )
-    cost = TrainingCost(
-        network,
-        make(channel_scale=1.0) if small_dense else None,
-        trajectory,
-        update,
-        epochs=epochs,
-        length=times_as_long,
-    )
-    board = None
-    if run.writes:
-        board = TensorBoardLog(
-            run, trajectory, cost.count, first_epoch=first_epoch, epochs=epochs
-        )
-    held_out = batches.validation()
-    steps_per_epoch = examples.steps_per_epoch(batch_size)
-    table = EpochTable(
-        epochs=epochs,
-        steps_per_epoch=steps_per_epoch,
-        about={
-            "method": _in_words(start, update, network),
-            "data": f"{dataset}, {examples.training_examples:,} examples an "
-            f"epoch, seed {seed}",
-            "steps": f"{epochs * steps_per_epoch:,}: {epochs} epochs of "
-            f"{steps_per_epoch:,}, batch {batch_size}",
-        },
-    )
-    own_callbacks = [
-        update,
-        topology,
-        trajectory,
-        EpochLogs(network, cost, trajectory),
-        Metrics(run, first_epoch=first_epoch) if run.writes else None,
-        board,
-        KeepWeights(run, keep_weights),
-        table if run.writes else None,
-        checkpoints,  # last, so that what it saves is logged already
-    ]
-    if first_epoch < epochs:
-        network.fit(
-            batches.train(first_epoch=first_epoch, epochs=epochs),
-            steps_per_epoch=steps_per_epoch,
-            initial_epoch=first_epoch,
-            epochs=epochs,
-            validation_data=held_out,
-            shuffle=False,  # the data set is shuffled already
-            callbacks=[
-                *(each for each in own_callbacks if each is not None),
-                *callbacks,
-            ],
-            verbose=0,  # the table says more
-        )
-    test = _metrics(network, batches.test())
-    validated = _metrics(network, held_out) if held_out is not None else {}
-    steps = int(network.optimizer.iterations.numpy())
-    curves = cost.curves(steps)
-    run.write_curve(*curves)
-    if board:
-        board.write_test(steps, test)
-    found = result(
-        start=start,
-        network=network,
-        update=update,
-        cost=cost,
-        curves=curves,
-        test=test,
-        validation=validated,
-        dataset=dataset,
-        train_examples=examples.training_examples,
-        text=examples.about,
-        seed=seed,
-        epochs=epochs,
-        seconds=sum(float(row["seconds"]) for row in run.metrics),
-        settings={
-            "density": density,
-            "distribution": distribution if start.kind == "static" else None,
-            "granularity": granularity,
-            "scale_to_fan_in": scale_to_fan_in,
-            "masks_from": masks_from,
-            "shuffle_masks": shuffle_masks,
-            "weights_from": weights_from,
-            "weights_epoch": weights_epoch,
-            "epochs": epochs,
-            "length": length,
-            "batch_size": batch_size,
-            "replicas": devices.replica_count(),
-            "label_smoothing": label_smoothing,
-            "context": context,
-            "epoch_examples": epoch_examples,
-        },
-    )
-    # The optimizer is in the checkpoints; model.keras is saved without it.
-    network.compiled = False
-    run.save_model(network)
-    run.write_result(found)  # last, as it marks the run as finished
-    return found
-
-
-def _in_words(start, update, network):
-    """Returns a description of what is trained, to print before a run."""
-    method = start.kind if update is None else update.name
-    said = f"{method}, {network.name}"
-    if rigl_keras.masked_layers(network):
-        density = rigl_keras.count(network).density
-        said += f", density {density:.4f} of masked weights"
-    return said
-
-
-def _metrics(network, batches):
-    return network.evaluate(batches, verbose=0, return_dict=True)
+        return None
+    update = method()
+    if length != 1:
+        update = cast(StepUpdate, update.lengthened(length))
+    # Creates the method's variables, which a checkpoint may restore.
+    update.attach(network, network.optimizer)
+    return update
 
 
 def _topology(run, network):
@@ -357,28 +258,74 @@ def _topology(run, network):
     return topology
 
 
-def _begun(run, start, update, topology, epochs, operative_config):
-    """Begins or resumes a run; returns its checkpoints and first epoch."""
-    network = start.network
-    if update is not None:
-        # Creates the method's variables, which a checkpoint may restore.
-        update.attach(network, network.optimizer)
-    run.begin()
-    if operative_config is not None:
-        run.write_operative_config(operative_config())
-    remembered = [
-        *(update.variables if update else []),
-        *(update.logged_variables if update else []),
-        *(topology.variables if topology else []),
-    ]
-    checkpoints = run.checkpoints(network, variables=remembered)
+def _checkpoints(run, network, update, topology):
+    """Returns the checkpoints of a run, which save all of its variables."""
+    return run.checkpoints(
+        network,
+        variables=[
+            *(update.variables if update else []),
+            *(update.logged_variables if update else []),
+            *(topology.variables if topology else []),
+        ],
+    )
+
+
+def _first_epoch(run, start, checkpoints, *, epochs):
+    """Restores a run, or saves its start; returns the epoch to begin with."""
     first_epoch = checkpoints.restore()
     if first_epoch is None:
-        first_epoch = 0
         run.save_weights(start.dense, 0)
         checkpoints.save(0)
-    elif first_epoch == epochs:
+        return 0
+    if first_epoch == epochs:
         print(f"Resuming {run.path} after its last epoch.")
     elif first_epoch:
         print(f"Resuming {run.path} at epoch {first_epoch + 1} of {epochs}.")
-    return checkpoints, first_epoch
+    return first_epoch
+
+
+def _fit(network, batches, *, epochs, callbacks):
+    """Trains a network for a range of epochs, which may be empty."""
+    if not epochs:
+        return
+    network.fit(
+        batches.train(first_epoch=epochs.start, epochs=epochs.stop),
+        steps_per_epoch=batches.steps_per_epoch,
+        initial_epoch=epochs.start,
+        epochs=epochs.stop,
+        validation_data=batches.validation(),
+        shuffle=False,  # the data set is shuffled already
+        callbacks=[each for each in callbacks if each is not None],
+        verbose=0,  # the table says more
+    )
+
+
+def _finished(run, start, update, *, batches, log, epochs, settings):
+    """Tests the trained network; writes and returns the result."""
+    network = start.network
+    held_out = batches.validation()
+    test = _metrics(network, batches.test())
+    validation = _metrics(network, held_out) if held_out is not None else {}
+    curves = log.cost.curves(int(network.optimizer.iterations.numpy()))
+    log.finish(test, curves=curves)
+    found = result(
+        start,
+        update,
+        batches=batches,
+        cost=log.cost,
+        curves=curves,
+        test=test,
+        validation=validation,
+        epochs=epochs,
+        seconds=sum(float(row["seconds"]) for row in run.metrics),
+        settings=settings,
+    )
+    # The optimizer is in the checkpoints; model.keras is saved without it.
+    network.compiled = False
+    run.save_model(network)
+    run.write_result(found)  # last, as it marks the run as finished
+    return found
+
+
+def _metrics(network, batches):
+    return network.evaluate(batches, verbose=0, return_dict=True)

@@ -1,11 +1,11 @@
 """The cost of a run, relative to that of the dense model."""
 
-import keras
 import numpy as np
 
 import rigl_keras
 from rigl_keras import flops
 from rigl_keras.experiments.runs.run_callbacks import Trajectory
+from rigl_keras.experiments.runs.starting_point import StartingPoint
 from rigl_keras.flops.counting import Count
 from rigl_keras.training.step_update import StepUpdate
 
@@ -16,16 +16,14 @@ class TrainingCost:
     """FLOPs of a run, from the masks of each of its steps.
 
     Args:
-        network: The network that is trained.
-        whole: The dense model of full width, if the network is a small dense
-            one. None: the network without its masks.
+        start: What the run started with, restored if it is resumed.
         trajectory: The connections of each layer.
         update: The mask update, or None.
         epochs: Epochs of the run.
         length: Its length, relative to the dense model's training.
 
     Attributes:
-        count: The `count` of the network at the start.
+        count: The `count` of the network when this process begins.
         parameters: Parameters of the dense model.
         dense_flops: Inference FLOPs of the dense model.
         share_of_dense: Parameters of a small dense network over those of the
@@ -39,20 +37,19 @@ class TrainingCost:
 
     def __init__(
         self,
-        network: keras.Model,
-        whole: keras.Model | None,
+        start: StartingPoint,
         trajectory: Trajectory,
         update: StepUpdate | None,
         *,
         epochs: int,
         length: float,
     ):
-        self.count = rigl_keras.count(network)
-        over = self.count if whole is None else rigl_keras.count(whole)
+        self.count = rigl_keras.count(start.network)
+        over = start.full_width or self.count
         self.parameters = over.parameters
         self.dense_flops = over.dense_inference_flops
         self.share_of_dense = None
-        if whole is not None:
+        if start.full_width is not None:
             self.share_of_dense = self.count.nonzeros / over.parameters
         self._trajectory, self._update = trajectory, update
         self._epochs, self._length = epochs, length

@@ -20,6 +20,7 @@ killed. A trial with a failed run counts, and the next command begins it again.
 --slurm=N has SLURM start N such processes, and --status shows their progress.
 """
 
+import functools
 import sys
 
 from absl import flags, logging
@@ -28,140 +29,152 @@ from rigl_keras.experiments import exits
 from rigl_keras.experiments.protocol import variations
 from rigl_keras.experiments.reproduction import slurm
 
+# Modules that need TensorFlow are imported where they are used, so that
+# --help is fast.
+
 __all__ = ["SUBJECTS", "main"]
 
 SUBJECTS = ("updates", "learning_rate")
+# Flags of `updates` alone.
+_OF_UPDATES = ("trials", "drop_fraction", "frequency", "sampler_seed", "prune")
 
 
-def main() -> None:
-    """Reads the command line and runs the search that it names."""
-    preset = flags.DEFINE_string(
+def _define_flags():
+    """Defines the flags; returns those about SLURM."""
+    flags.DEFINE_string(
         "preset",
         variations.FULL,
         "full (the report's setting), small, or the path of a gin file that "
         "is read after the row's own.",
     )
-    distribution = flags.DEFINE_string(
+    flags.DEFINE_string(
         "distribution",
         "erk",
         "How density is spread: uniform (the report's Random) or erk.",
     )
-    density = flags.DEFINE_float("density", 0.1, "Fraction of weights kept.")
-    seeds = flags.DEFINE_list(
+    flags.DEFINE_float("density", 0.1, "Fraction of weights kept.")
+    flags.DEFINE_list(
         "seeds", ["0", "1", "2"], "Seeds over which accuracies are averaged."
     )
-    of_updates = [
-        flags.DEFINE_integer("trials", 15, "Settings that `updates` tries."),
-        flags.DEFINE_list(
-            "drop_fraction", ["0.1", "0.6"], "Lowest and highest."
-        ),
-        flags.DEFINE_list(
-            "frequency",
-            ["50", "1000", "50"],
-            "Lowest, highest and step, in steps of the report's runs.",
-        ),
-        flags.DEFINE_integer("sampler_seed", 0, "Seed of the TPE sampler."),
-        flags.DEFINE_bool("prune", True, "Cut hopeless trials (see above)."),
-    ]
-    trials, drop_fraction, frequency, sampler_seed, prune = of_updates
-    dry_run = flags.DEFINE_bool(
+    flags.DEFINE_integer("trials", 15, "Settings that `updates` tries.")
+    flags.DEFINE_list("drop_fraction", ["0.1", "0.6"], "Lowest and highest.")
+    flags.DEFINE_list(
+        "frequency",
+        ["50", "1000", "50"],
+        "Lowest, highest and step, in steps of the report's runs.",
+    )
+    flags.DEFINE_integer("sampler_seed", 0, "Seed of the TPE sampler.")
+    flags.DEFINE_bool("prune", True, "Cut hopeless trials (see above).")
+    flags.DEFINE_bool(
         "dry_run", False, "Show the plan and the results so far, and stop."
     )
-    status = flags.DEFINE_bool(
+    flags.DEFINE_bool(
         "status", False, "Show the state and the worker of each run, and stop."
     )
     array = slurm.Flags("tune", "rigl_keras.experiments.tuning.tune_command")
-    results_dir = flags.DEFINE_string(
-        "results_dir", "results", "Folder of all results."
-    )
-    data_dir = flags.DEFINE_string(
+    flags.DEFINE_string("results_dir", "results", "Folder of all results.")
+    flags.DEFINE_string(
         "data_dir", None, "Folder of prepared data sets, over TFDS_DATA_DIR."
     )
+    return array
 
-    def tune(argv):
-        from rigl_keras.experiments.reproduction.plans import Preset, Run
-        from rigl_keras.experiments.reproduction.reproduce import check_data
-        from rigl_keras.experiments.reproduction.results import Results
-        from rigl_keras.experiments.reproduction.status import status_table
-        from rigl_keras.experiments.tuning.search import (
-            DISTRIBUTIONS,
-            Search,
-            check_runs,
+
+def _compared():
+    """Returns the row, the preset and the density of all runs."""
+    from rigl_keras.experiments.reproduction.plans import Preset
+    from rigl_keras.experiments.tuning.search import DISTRIBUTIONS
+
+    given = flags.FLAGS
+    if given.distribution not in DISTRIBUTIONS:
+        raise ValueError(
+            f"--distribution must be one of {', '.join(DISTRIBUTIONS)}. "
+            f"Received: {given.distribution!r}."
         )
-        from rigl_keras.experiments.tuning.tune import (
-            by_seed,
-            grid_of,
-            learning_rate,
-            runs_begun,
-            updates,
+    row = DISTRIBUTIONS[given.distribution]
+    return row, Preset(given.preset), given.density
+
+
+def _updates(row, preset, density, seeds):
+    """Returns a function that searches, and one that lists its runs."""
+    from rigl_keras.experiments.tuning import tune
+    from rigl_keras.experiments.tuning.search import Search
+
+    given = flags.FLAGS
+    searched = Search(
+        row,
+        preset,
+        density,
+        seeds=seeds,
+        trials=given.trials,
+        drop_fraction=exits.numbers(
+            "drop_fraction", given.drop_fraction, float
+        ),
+        frequency=exits.numbers("frequency", given.frequency, int),
+        sampler_seed=given.sampler_seed,
+    )
+    return (
+        functools.partial(tune.updates, searched, prune=given.prune),
+        functools.partial(tune.runs_begun, searched),
+    )
+
+
+def _learning_rate(row, preset, density, seeds):
+    """Returns a function that trains the grid, and one that lists its runs."""
+    from rigl_keras.experiments.tuning import tune
+    from rigl_keras.experiments.tuning.search import check_runs
+
+    unused = [name for name in _OF_UPDATES if flags.FLAGS[name].present]
+    if unused:
+        raise ValueError(
+            "learning_rate is a grid, without the search's "
+            f"flags. Received: --{', --'.join(unused)}. Leave them out."
         )
+    check_runs(row, preset, density, seeds)
+    grid = tune.grid_of(row, preset, density, seeds)
+    return (
+        functools.partial(
+            tune.learning_rate, row, preset, density, seeds=seeds
+        ),
+        lambda results: tune.by_seed(grid),
+    )
 
-        if distribution.value not in DISTRIBUTIONS:
-            raise ValueError(
-                f"--distribution must be one of {', '.join(DISTRIBUTIONS)}. "
-                f"Received: {distribution.value!r}."
-            )
-        of_runs = (
-            DISTRIBUTIONS[distribution.value],
-            Preset(preset.value),
-            density.value,
+
+def _run(array, argv):
+    """Searches, submits workers that search, or shows their progress."""
+    from rigl_keras.experiments.reproduction.plans import Run
+    from rigl_keras.experiments.reproduction.reproduce import check_data
+    from rigl_keras.experiments.reproduction.results import Results
+    from rigl_keras.experiments.reproduction.status import status_table
+
+    logging.set_verbosity(logging.WARNING)
+    if len(argv) != 2 or argv[1] not in SUBJECTS:
+        raise ValueError(
+            f"Pass one of {', '.join(SUBJECTS)}. Received: "
+            f"{' '.join(argv[1:]) or 'none'}."
         )
-        chosen = exits.numbers("seeds", seeds.value, int)
-        looks = dry_run.value or status.value
-        needed = [] if looks else [Run(*of_runs, seed=0)]
-        options = {"data_dir": data_dir.value, "dry_run": dry_run.value}
-        if argv[1] == "updates":
-            searched = Search(
-                *of_runs,
-                seeds=chosen,
-                trials=trials.value,
-                drop_fraction=exits.numbers(
-                    "drop_fraction", drop_fraction.value, float
-                ),
-                frequency=exits.numbers("frequency", frequency.value, int),
-                sampler_seed=sampler_seed.value,
-            )
-            check_data(needed, data_dir=data_dir.value)
-            results = Results(results_dir.value, searched.preset.folder)
-            if status.value:
-                print(status_table(runs_begun(searched, results), results))
-                return {}
-            if array.given and not looks:
-                array.submit(argv, results.path)
-                return {}
-            return updates(searched, results, prune=prune.value, **options)
-        unused = [flag.name for flag in of_updates if flag.present]
-        if unused:
-            raise ValueError(
-                "learning_rate is a grid, without the search's "
-                f"flags. Received: --{', --'.join(unused)}. Leave them out."
-            )
-        check_runs(*of_runs, chosen)
-        check_data(needed, data_dir=data_dir.value)
-        results = Results(results_dir.value, of_runs[1].folder)
-        if status.value:
-            runs = by_seed(grid_of(*of_runs, chosen))
-            print(status_table(runs, results))
-            return {}
-        if array.given and not looks:
-            array.submit(argv, results.path)
-            return {}
-        return learning_rate(*of_runs, results, seeds=chosen, **options)
+    exits.raise_stop_requests()
+    given = flags.FLAGS
+    row, preset, density = _compared()
+    seeds = exits.numbers("seeds", given.seeds, int)
+    of_subject = _updates if argv[1] == "updates" else _learning_rate
+    tune, runs_of = of_subject(row, preset, density, seeds)
+    looks = given.dry_run or given.status
+    if not looks:
+        check_data([Run(row, preset, density, 0)], data_dir=given.data_dir)
+    results = Results(given.results_dir, preset.folder)
+    if given.status:
+        print(status_table(runs_of(results), results))
+    elif array.given and not looks:
+        array.submit(argv, results.path)
+    elif tune(results, data_dir=given.data_dir, dry_run=given.dry_run):
+        sys.exit(1)
 
-    def run(argv):
-        logging.set_verbosity(logging.WARNING)
-        if len(argv) != 2 or argv[1] not in SUBJECTS:
-            raise ValueError(
-                f"Pass one of {', '.join(SUBJECTS)}. Received: "
-                f"{' '.join(argv[1:]) or 'none'}."
-            )
-        exits.raise_stop_requests()
-        if tune(argv):
-            sys.exit(1)
 
+def main() -> None:
+    """Reads the command line and runs the search that it names."""
     exits.run_command(
         "tune",
-        run,
+        functools.partial(_run, _define_flags()),
         about=__doc__,
         interrupted="the same command continues after the last epoch",
     )
