@@ -232,6 +232,22 @@ def test_recurrent_layers_are_sparse_operations(kind, tmp_path, monkeypatch):
         (outputs,) = serve(tf.constant(x)).values()
         want = model.predict(x, verbose=0)
         np.testing.assert_allclose(outputs, want, atol=1e-6)
+    # Served examples may be few: then the dense loop is faster.
+    monkeypatch.setattr(
+        layer_products,
+        "sparse_if_possible",
+        lambda _, shape, **__: Choice(shape[0] >= 8, ""),
+    )
+    _, found = exported(model, tmp_path / "g")
+    assert found["If"] == found["RiglKerasRecurrent"] == 3
+    loaded = tf.saved_model.load(str(tmp_path / "g"))
+    serve = loaded.signatures["serving_default"]
+    for batch in (1, 7, 8, 20):
+        x = np.random.default_rng(1).normal(size=(batch, 5, 4))
+        x = x.astype("float32")
+        (outputs,) = serve(tf.constant(x)).values()
+        want = model.predict(x, verbose=0)
+        np.testing.assert_allclose(outputs, want, atol=1e-6)
     # A dense product is one again, where it is faster.
     monkeypatch.setattr(
         layer_products, "sparse_if_possible", lambda *_, **__: Choice(False, "")

@@ -15,7 +15,6 @@ from rigl_keras.kernels import library
 from rigl_keras.kernels.toolchain import BuildError
 from rigl_keras.serving.importer import (
     LEAST_WORK,
-    RECURRENT,
     Imported,
     Unknown,
     import_function,
@@ -98,8 +97,7 @@ def networks_within(model: keras.Model, signature: Signature) -> Imported:
     """
     sparse_loops = kernels.load() is not None
     imported = import_model(model, signature, sparse_loops=sparse_loops)
-    is_sparse = any(one.operation == RECURRENT for one in imported.unknown)
-    if imported.segments or is_sparse:
+    if imported.segments or imported.has_sparse_loops:
         return imported
     raise ValueError(
         f"no part of model {model.name!r} is a network that sparse kernels "

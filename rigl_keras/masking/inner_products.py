@@ -28,6 +28,8 @@ from rigl_keras.masking.tracing import (
 __all__ = ["ask_scope", "ask_scope_no_more", "multiplier"]
 
 _MATRICES = (keras.layers.Dense, keras.layers.EinsumDense)
+# Batch sizes at which a served recurrent layer may begin to be sparse.
+_SERVED_BATCHES = (1, 8, 32, 128)
 
 
 def ask_scope(layer: keras.layers.Layer) -> None:
@@ -115,6 +117,10 @@ def _call_separable(layer, inputs):
 
 
 def _loop(layer, sequences, initial_state, mask, training=False):
+    densely = functools.partial(
+        *(type(layer).inner_loop, layer, sequences, initial_state),
+        *(mask, training),
+    )
     found = _masked([layer.cell.recurrent_kernel])
     if (
         found is not None
@@ -125,17 +131,45 @@ def _loop(layer, sequences, initial_state, mask, training=False):
     ):
         of_inputs = _masked([layer.cell.kernel])
         both = [*(of_inputs or ()), *found]
-        if _is_sparse(layer, sequences, both):
-            if of_inputs is None:  # a dense product for all steps at once
-                kernel = tf.convert_to_tensor(layer.cell.kernel)
-                sequences = tf.tensordot(sequences, kernel, 1)
-            values, dense = _values(both)
-            return recurrent_loop(
-                layer, sequences, initial_state, values, dense_gradient=dense
+        least = _least_batch(layer, sequences, both)
+        sparsely = functools.partial(
+            _sparse_loop, layer, sequences, initial_state, both, of_inputs
+        )
+        if least == 1:
+            return sparsely()
+        if least is not None:
+            last, outputs, *states = tf.cond(
+                tf.shape(sequences)[0] >= least,
+                lambda: tf.nest.flatten(sparsely()),
+                lambda: tf.nest.flatten(densely()),
             )
-    return type(layer).inner_loop(
-        layer, sequences, initial_state, mask, training
+            return last, outputs, states
+    return densely()
+
+
+def _sparse_loop(layer, sequences, initial_state, both, of_inputs):
+    if of_inputs is None:  # a dense product for all steps at once
+        kernel = tf.convert_to_tensor(layer.cell.kernel)
+        sequences = tf.tensordot(sequences, kernel, 1)
+    values, dense = _values(both)
+    return recurrent_loop(
+        layer, sequences, initial_state, values, dense_gradient=dense
     )
+
+
+def _least_batch(layer, sequences, found):
+    """Returns from which batch size on a loop is sparse, or None.
+
+    In training one choice is for any batch. A model that is served may get
+    single examples, which the dense loop computes faster.
+    """
+    if not masks_are_applied() or sequences.shape[0] is not None:
+        return 1 if _is_sparse(layer, sequences, found) else None
+    for batch in _SERVED_BATCHES:
+        shape = tf.TensorShape([batch, *sequences.shape[1:]])
+        if _choice(layer, shape, found).sparse:
+            return batch
+    return None
 
 
 def _masked(kernels) -> Sequence | None:
@@ -159,13 +193,19 @@ def _is_sparse(layer, inputs, found):
         choices is not None
         and choices.product != "dense"
         and not layer_products.only_dense()
-        and choices.within(layer)
+        and _choice(layer, inputs.shape, found).sparse
+    )
+
+
+def _choice(layer, shape, found):
+    return (
+        found[0]
+        .choices.within(layer)
         .choose(
-            inputs.shape,
+            shape,
             [masked.mask for masked in found],
             backward=not masks_are_applied(),
         )
-        .sparse
     )
 
 

@@ -21,11 +21,11 @@ from rigl_keras.serving.remainder import (
 from rigl_keras.serving.steps import network_of, sorted_steps
 from rigl_keras.serving.translation import Translation, UnknownError
 
-__all__ = ["LEAST_WORK", "RECURRENT", "Imported", "Unknown", "import_function"]
+__all__ = ["LEAST_WORK", "Imported", "Unknown", "import_function"]
 
 LEAST_WORK = 10_000
 # The operation of the op library for the loop of an LSTM or a GRU.
-RECURRENT = "RiglKerasRecurrent"
+_RECURRENT = "RiglKerasRecurrent"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +52,14 @@ class Imported:
             names. None if TensorFlow must compute a part of it.
         unknown: The operations that no network computes.
         segments: The networks in it, in the order in which they run.
+        has_sparse_loops: Whether TensorFlow keeps a recurrent layer as an
+            operation of the op library.
     """
 
     network: Network | None
     unknown: tuple[Unknown, ...]
     segments: tuple[Segment, ...]
+    has_sparse_loops: bool
     _remainder: Remainder
 
     def rebuild(
@@ -105,7 +108,7 @@ def import_function(function: Any, *, least_work: int = LEAST_WORK) -> Imported:
     least_work = integer("least_work", least_work, at_least=1)
     graph = freeze(function)
     translation = Translation(
-        graph, {**LAYERS, **ELEMENTWISE, RECURRENT: _sparse_loop}
+        graph, {**LAYERS, **ELEMENTWISE, _RECURRENT: _sparse_loop}
     )
     graph.session.close()
     ends = [translation.step(tensor) for tensor in graph.outputs.values()]
@@ -118,8 +121,16 @@ def import_function(function: Any, *, least_work: int = LEAST_WORK) -> Imported:
         network=network,
         unknown=_unknown(graph, translation, segments) if not network else (),
         segments=segments,
+        has_sparse_loops=_has(graph.graph.as_graph_def(), _RECURRENT),
         _remainder=Remainder(graph, segments),
     )
+
+
+def _has(definition, operation):
+    """Returns whether a graph, or a branch of it, has a kind of operation."""
+    functions = definition.library.function
+    nodes = [definition.node, *(function.node_def for function in functions)]
+    return any(node.op == operation for each in nodes for node in each)
 
 
 def _sparse_loop(translation, operation):
