@@ -405,13 +405,44 @@ def test_the_layer_is_named():
     updater = RigL(frequency=1, end_step=9)
     updater.attach(model, optimizer)
     x = np.random.default_rng(0).standard_normal((8, 6)).astype(np.float32)
-    for _ in range(2):  # step 0 is not an update
+
+    def step():
         with tf.GradientTape() as tape:
             loss = tf.reduce_sum(model(x) ** 2)
         variables = model.trainable_variables
         updater.update(tape.gradient(loss, variables), variables)
-    named = "step 1: every gradient of 'hidden', 'head' was exactly zero"
+
+    step()  # step 0 is not an update
+    named = "every gradient of 'hidden', 'head' was exactly zero"
+    with pytest.raises(ValueError, match=f"step 1: {named}"):
+        step()
     with pytest.raises(ValueError, match=named):
+        updater.fetch()
+
+
+def test_a_graph_without_dense_gradients_fails():
+    """Masks that never move would tell nobody."""
+    model = sparsify(dense_model(), 0.5)
+    updater = RigL(frequency=1, end_step=9)
+    updater.attach(model, keras.optimizers.SGD(0.1))
+    before = [np.array(v) for v in model.variables]
+
+    @tf.function
+    def step(x):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(model(x) ** 2)
+        variables = model.trainable_variables
+        updater.update(tape.gradient(loss, variables), variables)
+
+    x = np.random.default_rng(0).standard_normal((8, 6)).astype(np.float32)
+    step(x)
+    after = [np.array(v) for v in model.variables]
+    assert any((a != b).any() for a, b in zip(before, after, strict=True))
+    with pytest.raises(tf.errors.InvalidArgumentError, match="dense_gradients"):
+        step(x)
+    for variable, value in zip(model.variables, after, strict=True):
+        np.testing.assert_array_equal(variable, value)
+    with pytest.raises(ValueError, match="step 1: every gradient of 'hidden'"):
         updater.fetch()
 
 
@@ -427,10 +458,13 @@ def test_one_layer_that_is_traced_too_early_is_named():
     hidden.layer.call = early
     updater = RigL(frequency=1, end_step=9)
     updater.attach(model, keras.optimizers.SGD(0.1))
-    for _ in range(2):
+
+    def step():
         with dense_gradients(), tf.GradientTape() as tape:
             loss = tf.reduce_sum(model(x) ** 2)
         variables = model.trainable_variables
         updater.update(tape.gradient(loss, variables), variables)
+
+    step()
     with pytest.raises(ValueError, match="every gradient of 'hidden' was"):
-        updater.fetch()
+        step()

@@ -499,6 +499,8 @@ class GraphUpdates:
             accepted &= dense
             self._record.note_masked(layers, masked)
             self._record.refuse_unless(dense, step, NOT_DENSE)
+            if not tf.executing_eagerly():  # `update` raises an error itself
+                tf.debugging.Assert(dense, [self._record.not_dense()])
 
         def change():
             losses = [loss()] if loss else []

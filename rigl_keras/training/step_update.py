@@ -303,9 +303,11 @@ class StepUpdate(MethodHooks):
             variables: The variables to train.
 
         Raises:
-            ValueError: `attach` was not called, or the run's length is needed:
-                pass `end_step` to the method. `fetch` reports gradients that
-                were not dense.
+            ValueError: `attach` was not called, the run's length is needed
+                (pass `end_step` to the method), or an update was refused: its
+                gradients were not dense, or not finite. A `tf.function` raises
+                an InvalidArgumentError for gradients that were not dense, and
+                `fetch` reports all others.
 
         Example:
 
@@ -327,6 +329,8 @@ class StepUpdate(MethodHooks):
         if not self._planned:
             self._plan(0, None, None)
         self._updates.apply_or_update(list(gradients), list(variables))
+        if tf.executing_eagerly():
+            self._record.check(self.name)
 
     def refuse_unless(
         self, defined: tf.Tensor, step: tf.Tensor, reason: int = NOT_FINITE
