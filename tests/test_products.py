@@ -564,7 +564,7 @@ def test_chosen_before_a_call():
 def test_auto_is_decided_by_the_batch(monkeypatch):
     asked_of = []
 
-    def answer(layer, shape, density, *, in_lanes, projected):
+    def answer(layer, shape, density, *, backward, in_lanes, projected):
         asked_of.append((layer.name, tuple(shape), round(density, 3)))
         return Choice(False, "a test")
 
@@ -588,7 +588,7 @@ def test_the_table_asks_as_layers_are_called_in_training(monkeypatch):
     """It includes lanes and attention, and leaves losses unchanged."""
     asked_of = set()
 
-    def answer(layer, shape, density, *, in_lanes, projected):
+    def answer(layer, shape, density, *, backward, in_lanes, projected):
         asked_of.add((layer.name, tuple(shape), in_lanes))
         return Choice(in_lanes, "a test")
 
@@ -733,7 +733,7 @@ def test_a_change_in_training_shows_after_an_evaluation(monkeypatch):
     monkeypatch.setattr(
         layer_products,
         "faster_product",
-        lambda *_, in_lanes, projected: Choice(in_lanes and wins, "a test"),
+        lambda *_, in_lanes, **_options: Choice(in_lanes and wins, "a test"),
     )
     layer = layers.Conv2D(4, 3)
     layer.build((None, 8, 8, 3))
