@@ -34,7 +34,8 @@ def pytest_addoption(parser):
     parser.addoption(
         "--every-combination",
         action="store_true",
-        help="Kinds of models x methods x set-ups, not only each pair.",
+        help="Kinds of models x methods x set-ups, not only each pair, and all "
+        "random networks and damaged files, not only some of them.",
     )
     parser.addoption(
         "--every-kill",
@@ -65,17 +66,18 @@ def pytest_xdist_auto_num_workers(config):
 def pytest_collection_modifyitems(config, items):
     """Deselects slow tests, except those whose names were given."""
     mark_other_cases(items, some=any("[" in path for path in config.args))
-    shown = {function_of(i) for i in items if not i.get_closest_marker("slow")}
+    rewritten = {}  # a case of each test: one that is not slow, if there is one
+    for item in sorted(items, key=is_slow):
+        rewritten.setdefault(function_of(item), item)
     for item in items:
-        is_slow = item.get_closest_marker("slow")
-        another_case = is_slow and function_of(item) in shown
-        item.stash[AS_TRACED] = bool(not config.option.all or another_case)
+        one = rewritten[function_of(item)] is item
+        item.stash[AS_TRACED] = not (config.option.all and one)
     if config.option.all:
         return
     named = {last(path) for path in config.args if "::" in path}
 
     def is_run(item):
-        return not item.get_closest_marker("slow") or last(item.nodeid) in named
+        return not is_slow(item) or last(item.nodeid) in named
 
     config.hook.pytest_deselected(items=[i for i in items if not is_run(i)])
     items[:] = [item for item in items if is_run(item)]
@@ -99,6 +101,10 @@ def mark_other_cases(items, *, some):
         if len(cases) > 1 and not some and not kept[function] <= cases:
             missing = sorted(kept[function] - cases)
             raise pytest.UsageError(f"{function} has no cases {missing}.")
+
+
+def is_slow(item):
+    return item.get_closest_marker("slow") is not None
 
 
 def function_of(item):
@@ -132,7 +138,7 @@ def spent():
 def pytest_runtest_setup(item):
     """Turns TensorFlow's graph rewrites on with `--all`, as for users.
 
-    They are off otherwise, and for the cases that `--all` adds to a test,
+    With `--all` they are on in one case of each test. They are off otherwise,
     since they take a tenth of the time or more.
     """
     if "tensorflow" in sys.modules:
@@ -188,6 +194,54 @@ def untimed_kernels():
         # Batch norm and dropout are Keras's; test_fast_calls.py tests ours.
         patch.setattr(fast_calls, "_LEAST_NUMBERS", float("inf"))
         yield chosen
+
+
+@pytest.fixture(autouse=True, scope="session")
+def plain_batches():
+    """Makes the same batches of arrays that are not shuffled, but faster.
+
+    Keras traces three functions for this in each `fit`, which takes longer
+    than the steps of a small model.
+    """
+    if "keras" not in sys.modules:
+        yield
+        return
+    import numpy as np
+    import tensorflow as tf
+    from keras.src.trainers.data_adapters import array_data_adapter as adapters
+
+    in_general = adapters.ArrayDataAdapter.get_tf_dataset
+
+    def batches(adapter):
+        arrays = adapters.tree.lists_to_tuples(
+            adapters.array_slicing.convert_to_sliceable(
+                adapter._inputs, target_backend="tensorflow"
+            )
+        )
+        known = [
+            isinstance(leaf, (np.ndarray, tf.Tensor))
+            for leaf in tf.nest.flatten(arrays)
+        ]
+        if adapter._shuffle or not all(known):
+            return in_general(adapter)
+        return (
+            tf.data.Dataset.from_tensor_slices(arrays)
+            .batch(
+                adapter._batch_size,
+                drop_remainder=not adapter._partial_batch_size,
+            )
+            .with_options(options)
+            .prefetch(1)
+        )
+
+    options = tf.data.Options()
+    options.experimental_optimization.apply_default_optimizations = False
+    options.experimental_distribute.auto_shard_policy = (
+        tf.data.experimental.AutoShardPolicy.DATA
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapters.ArrayDataAdapter, "get_tf_dataset", batches)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -261,9 +315,11 @@ def no_graphs_left():
     from tensorflow.python.framework.ops import gradient_registry
 
     gradients = gradient_registry._registry
-    for name in [n for n in gradients if n.startswith("CustomGradient")]:
+    kept = [n for n in gradients if n.startswith("CustomGradient")]
+    for name in kept:
         del gradients[name]
-    gc.collect()
+    if kept:
+        gc.collect()
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ import time
 import pytest
 
 # Numbers of kills: at random moments, and while a checkpoint is written.
-FEW, MANY = (4, 2), (20, 6)
+FEW, MANY = (3, 1), (20, 6)
 # Further points at which a run is killed: before a file of this name appears or
 # is removed. There are checkpoints of epochs 0 to 10; 3 are kept.
 POINTS = [

@@ -535,14 +535,13 @@ def test_files_that_are_broken_at_random():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "sanitizer, turns", [("address", 1200), ("thread", 150)]
-)
+@pytest.mark.parametrize("sanitizer, turns", [("address", 300), ("thread", 40)])
 @pytest.mark.parametrize("isa", ["", "avx2", "portable"])
 def test_files_that_are_broken_under_sanitizers(
-    sanitizer, turns, isa, tmp_path_factory, tmp_path
+    sanitizer, turns, isa, tmp_path_factory, tmp_path, pytestconfig
 ):
     """Files that are still valid are run, with threads and plans."""
+    turns *= 4 if pytestconfig.getoption("every_combination") else 1
     folder, _ = sanitized(sanitizer, common_folder(tmp_path_factory))
     (tmp_path / "body").write_bytes(a_network())
     done = subprocess.run(

@@ -146,7 +146,9 @@ def test_models_that_read_kernels_unusually(kind):
 @pytest.mark.filterwarnings("ignore:At density.*no connection:UserWarning")
 @pytest.mark.slow_but(*map(str, SEEDS[:8]))
 @pytest.mark.parametrize("seed", SEEDS)
-def test_random_models(seed):
+def test_random_models(seed, pytestconfig):
+    if seed >= 15 and not pytestconfig.getoption("every_combination"):
+        pytest.skip("with --every-combination")
     keras.utils.set_random_seed(seed)  # the same weights each time
     draw = np.random.default_rng(seed)
     case = Case(

@@ -94,9 +94,10 @@ def test_a_random_network(seed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(100, 700, 50))
-def test_more_random_networks(seed):
+def test_more_random_networks(seed, pytestconfig):
     """With batches as above; the one of 130 takes most of the time."""
-    for more in range(50):
+    every = pytestconfig.getoption("every_combination")
+    for more in range(50 if every else 10):
         check_network_of(seed + more, batches=BATCHES[:-1])
 
 
@@ -155,8 +156,9 @@ def test_depthwise_convolutions_of_every_other_column(padding):
 
 
 @pytest.mark.slow
-def test_more_inputs_of_any_size():
-    for seed in range(100, 160):
+def test_more_inputs_of_any_size(pytestconfig):
+    every = pytestconfig.getoption("every_combination")
+    for seed in range(100, 160 if every else 120):
         check_sizes_of(seed)
 
 

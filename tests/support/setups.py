@@ -41,12 +41,13 @@ TOGETHER = [
         "steps_per_execution",
         "sample_weight",
         "growth by several batches",
+        "Adam",
+        "EMA",
     ),
     ("mixed_float16", "gradient accumulation"),
     ("mixed_bfloat16", "clipnorm"),
     ("jit_compile",),
     ("run_eagerly",),
-    ("Adam", "EMA"),
     ("own loop",),
 ]
 

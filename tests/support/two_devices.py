@@ -86,9 +86,17 @@ def made(strategy, optimizer=None, product="auto", **options):
 
 
 @functools.cache
+def first_masks():
+    return [m.mask.numpy() for m in masked_layers(made(ONE))]
+
+
+@functools.cache
 def trained_on_one(name, product):
-    """Returns a model trained on one device, which several checks share."""
-    return trained(ONE, METHODS[name](), product=product)
+    """Returns a model trained on one device, which several checks share.
+
+    It runs eagerly, which takes less time than to trace it.
+    """
+    return trained(ONE, METHODS[name](), product=product, run_eagerly=True)
 
 
 def trained(strategy, method, **options):
@@ -110,12 +118,13 @@ def copies(strategy, variable):
 def assert_same(method, strategy=None, one=None, **options):
     """Checks that training on two devices gives the same as on one.
 
-    `one` is the model trained on one device, if it exists already. Returns
-    the model of two devices.
+    `one` is the model trained on one device, if it exists already; otherwise
+    one is trained eagerly. Returns the model of two devices.
     """
     strategy = strategy or two()
-    start = [m.mask.numpy() for m in masked_layers(made(ONE))]
-    one, on_one = one or trained(ONE, method(), **options)
+    start = first_masks()
+    eagerly = options | {"run_eagerly": True, "steps_per_execution": 1}
+    one, on_one = one or trained(ONE, method(), **eagerly)
     many, on_many = trained(strategy, method(), **options)
     assert on_one.trajectory == on_many.trajectory
     assert len(on_one.trajectory) > 3
