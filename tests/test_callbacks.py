@@ -970,6 +970,14 @@ def test_a_refused_update_is_told_in_a_loop_of_ones_own():
         method.fetch()
 
 
+def test_when_gradients_are_dense_is_one_of_three():
+    class Sometimes(RigL):
+        dense_gradients = "sometimes"
+
+    with pytest.raises(ValueError, match="dense_gradients.*'sometimes'"):
+        Sometimes().attach(sparsify(two_layers(), 0.2), keras.optimizers.SGD())
+
+
 def test_nan_scores_are_refused():
     """A custom method may compute NaN from finite gradients and kernels."""
 

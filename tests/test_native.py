@@ -131,9 +131,10 @@ def test_the_example_in_c(export, tmp_path, images):
         text=True,
     )
     assert done.returncode == 0, done.stderr
+    rigl_keras.check_export(folder)  # nothing was added to it
     images.tofile(folder / "x.bin")
     done = subprocess.run(
-        ["./serve", "network.rigl", "5", "x.bin"],
+        ["../serve", "network.rigl", "5", "x.bin"],
         cwd=folder,
         capture_output=True,
         text=True,

@@ -110,8 +110,8 @@ In Python, with NumPy and this folder on sys.path:
 In C, or a language that calls C: rigl_network.h has the functions, serve.c an
 example.
 
-    cc serve.c ./{library} -Wl,-rpath,'$ORIGIN' -o serve
-    ./serve network.rigl 1
+    cc serve.c ./{library} -Wl,-rpath,"$PWD" -o ../serve
+    ../serve network.rigl 1
 
 The library is for this kind of machine and system. Never load one that others
 could have changed.

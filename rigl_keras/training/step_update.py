@@ -11,6 +11,7 @@ import keras
 import tensorflow as tf
 
 from rigl_keras import _keras, replicas
+from rigl_keras._checks import choice
 from rigl_keras.conventions import ORIGINAL, Conventions
 from rigl_keras.masking.masked import KernelMask
 from rigl_keras.training import fit_runs, optimizer_state
@@ -189,6 +190,11 @@ class StepUpdate(MethodHooks):
     def _attach(self, model, optimizer):
         attached = Attachment(model, optimizer)
         attached.check_trainable(self.name)
+        choice(
+            "dense_gradients",
+            self.dense_gradients,
+            ("never", "updates", "always"),
+        )
         with replicas.scope(model):
             self._bind(attached)
             for name in self._logged:
