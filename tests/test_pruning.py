@@ -14,6 +14,7 @@ from support.small_models import compiled, examples, kernels, masks, small_model
 from rigl_keras import schedules
 from rigl_keras.conventions import ORIGINAL, REPORT
 from rigl_keras.masking.sparsify import sparsify
+from rigl_keras.methods.granet import GraNet
 from rigl_keras.methods.pruning import MagnitudePruning
 from rigl_keras.schedules import SparsityRamp
 
@@ -390,3 +391,16 @@ def test_layers_of_two_precisions():
     found = masks(model)
     ones = sum(np.count_nonzero(mask) for mask in found.values())
     assert ones == 68  # of 48 + 64 + 24
+
+
+@pytest.mark.parametrize("name", ["GraNet", "MagnitudePruning"])
+def test_masks_that_are_sparser_than_its_end_are_named(name):
+    """Nothing would ever be pruned."""
+    ramp = SparsityRamp(final_density=0.5, begin_step=1, end_step=5)
+    method = {
+        "GraNet": lambda: GraNet(final_density=0.5, frequency=1, end_step=9),
+        "MagnitudePruning": lambda: MagnitudePruning(schedule=ramp),
+    }[name]()
+    model = compiled(sparsify(small_model(), 0.2), run_eagerly=True)
+    with pytest.warns(UserWarning, match=f"{name} ends at density 0.5, but"):
+        model.fit(*examples(), batch_size=4, verbose=0, callbacks=[method])

@@ -11,7 +11,7 @@ from rigl_keras import _checks, schedules
 from rigl_keras._warn import warn
 from rigl_keras.masking.masked import KernelMask
 from rigl_keras.methods.mask_update import MaskUpdate
-from rigl_keras.methods.pruning import largest
+from rigl_keras.methods.pruning import largest, warn_of_sparser_masks
 from rigl_keras.methods.rigl import RigL
 
 __all__ = ["GraNet"]
@@ -109,6 +109,7 @@ class GraNet(RigL):
             last = self.step_at(0.5, epochs, steps, "prune_end_step")
         self._ramp = self._ramp_until(max(last, self.prune_begin_step + 1))
         self._warn_of_a_high_density()
+        warn_of_sparser_masks(self, self.final_density)
 
     def _warn_of_a_high_density(self):
         """Warns if no update comes late enough in a run of any length."""

@@ -2,18 +2,20 @@
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 
 import keras
 import tensorflow as tf
 
 from rigl_keras import _checks, ranking, schedules, scores
+from rigl_keras._warn import warn
 from rigl_keras.conventions import ORIGINAL, Conventions
 from rigl_keras.masking.masked import KernelMask
 from rigl_keras.training.fit_runs import warn_of_no_update
 from rigl_keras.training.step_update import StepUpdate
 
-__all__ = ["MagnitudePruning", "largest"]
+__all__ = ["MagnitudePruning", "largest", "warn_of_sparser_masks"]
 
 
 @dataclasses.dataclass(kw_only=True, eq=False, repr=False)
@@ -108,6 +110,9 @@ class MagnitudePruning(StepUpdate):
                 )
 
     def plan(self, epoch: int, epochs: int | None, steps: int | None) -> None:
+        final = getattr(self.schedule, "final_density", None)
+        if final is not None:
+            warn_of_sparser_masks(self, final)
         if not (steps and epochs):
             return
         first = self.trajectory[0][0]
@@ -154,6 +159,24 @@ class MagnitudePruning(StepUpdate):
             nothing = tf.zeros_like(stays)
             self.set_kernel_and_mask(optimizer, layer, stays, nothing)
         return tf.constant(0)
+
+
+def warn_of_sparser_masks(method: StepUpdate, final_density: float) -> None:
+    """Warns if a method that removes connections has none to remove.
+
+    Args:
+        method: The method, attached to a model.
+        final_density: The density at which it ends.
+    """
+    size = sum(math.prod(m.kernel.shape) for m in method.masked)
+    density = sum(method.trajectory[-1][1]) / size
+    rounding = max(1e-3, len(method.masked) / size)
+    if density < final_density - rounding:
+        warn(
+            f"{method.name} ends at density {final_density:.4g}, but the masks "
+            f"keep {density:.4g} already, and it adds no connections: pass a "
+            "lower final_density, or a higher density to sparsify.",
+        )
 
 
 def largest(
