@@ -611,6 +611,21 @@ def test_ahead_of_time(place, stub, monkeypatch, capsys):
         build_command.main()
 
 
+def test_ctrl_c_while_it_is_built(monkeypatch, capsys):
+    def interrupted(**_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(library, "build", interrupted)
+    monkeypatch.setattr(sys, "argv", ["build_kernels", "--force"])
+    with pytest.raises(SystemExit) as ended:
+        build_command.main()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == (
+        "build_kernels: interrupted; begin again with: bin/build_kernels "
+        "--force\n"
+    )
+
+
 @pytest.fixture
 def nobody():
     """Returns a function that gives files to another user; needs root."""

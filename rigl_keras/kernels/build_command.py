@@ -1,6 +1,7 @@
 """`bin/build_kernels`: builds the op library ahead of its first use."""
 
 import argparse
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -19,6 +20,18 @@ __all__ = ["main"]
 
 def main() -> None:
     """Builds the libraries and prints where they are."""
+    try:
+        _build()
+    except KeyboardInterrupt:
+        command = shlex.join(["bin/build_kernels", *sys.argv[1:]])
+        print(
+            f"build_kernels: interrupted; begin again with: {command}",
+            file=sys.stderr,
+        )
+        sys.exit(130)
+
+
+def _build():
     parser = argparse.ArgumentParser(
         prog="build_kernels",
         description="Builds the libraries of the sparse kernels: one of "
