@@ -39,8 +39,8 @@ def why_dense(
         if unfit is not None:
             return f"left dense: {unfit}"
         return (
-            "left dense: the first layer under 'uniform', or not selected by "
-            "`layers`"
+            "left dense: 'uniform' leaves out the first layer, and `layers` or "
+            "with_masks may leave out others"
         )
     kind = type(layer).__name__
     adapted = why_adapted(layer)
@@ -54,8 +54,8 @@ def why_dense(
             why += f"; {listed(left)} only if kernels={{{kind}: {names}}} does"
         return why
     return (
-        f"{kind} has no kernel that can be masked; if it has one of another "
-        f"name, pass kernels={{{kind}: name}}"
+        f"{kind} has no kernel that can be masked; if one of its weights is "
+        f"one, pass its name: kernels={{{kind}: name}}"
     )
 
 
