@@ -409,7 +409,13 @@ def planned_sparsity(
         )
     asked_as_is = not isinstance(schedule, SparsityRamp)
     if asked_as_is or conventions.first_update == "frequency":
-        return schedule(step)
+        planned = schedule(step)
+        if not isinstance(planned, tuple | list) or len(planned) != 2:
+            raise ValueError(
+                "schedule must return (due, sparsity) for a step. Received: "
+                f"schedule={schedule!r}, which returns {planned!r}."
+            )
+        return tuple(planned)
     due = is_update_step(
         step,
         frequency=schedule.frequency,

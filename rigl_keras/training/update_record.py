@@ -183,7 +183,8 @@ class UpdateRecord:
 
     def not_dense(self) -> str:
         """Returns the error of gradients that were not dense."""
-        names = ", ".join(repr(m.name) for m in self._attached.masked)
+        # TensorFlow would escape quotes.
+        names = ", ".join(m.name for m in self._attached.masked)
         return _REASONS[NOT_DENSE].format(layers=f"one of {names}")
 
     def begin(self, step: int) -> None:
