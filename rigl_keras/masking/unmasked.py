@@ -55,7 +55,7 @@ def why_dense(
         return why
     return (
         f"{kind} has no kernel that can be masked; if one of its weights is "
-        f"one, pass its name: kernels={{{kind}: name}}"
+        f"one, pass kernels={{{kind}: name}}"
     )
 
 
