@@ -248,6 +248,14 @@ def test_recurrent_layers_are_sparse_operations(kind, tmp_path, monkeypatch):
         (outputs,) = serve(tf.constant(x)).values()
         want = model.predict(x, verbose=0)
         np.testing.assert_allclose(outputs, want, atol=1e-6)
+    # Dense where that was asked for, whatever is faster.
+    monkeypatch.setattr(
+        layer_products, "faster_product", lambda *_, **__: Choice(True, "")
+    )
+    dense = keras.Model(inputs, kind(5)(inputs))
+    dense = rigl_keras.sparsify(dense, 0.3, product="dense")
+    with pytest.raises(ValueError, match="no part of model"):
+        rigl_keras.export(dense, tmp_path / "h", **FORMAT)
     # A dense product is one again, where it is faster.
     monkeypatch.setattr(
         layer_products, "sparse_if_possible", lambda *_, **__: Choice(False, "")

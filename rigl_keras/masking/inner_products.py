@@ -90,7 +90,7 @@ def _call_matrix(layer, inputs, *args, **kwargs):
         found is not None
         and layer_products.takes_one_tensor((inputs, *args), kwargs)
         and layer_products.why_dense(layer) is None
-        and _is_sparse(layer, inputs, found)
+        and _is_sparse(layer, inputs.shape, found)
     ):
         return _sparse_outputs(layer, inputs, found)
     return type(layer).call(layer, inputs, *args, **kwargs)
@@ -111,7 +111,7 @@ def _call_separable(layer, inputs):
             dilation_rate=layer.dilation_rate,
             data_format=layer.data_format,
         )
-        if _is_sparse(layer, between, found):
+        if _is_sparse(layer, between.shape, found):
             return _sparse_outputs(layer, between, found)
     return type(layer).call(layer, inputs)
 
@@ -164,10 +164,10 @@ def _least_batch(layer, sequences, found):
     single examples, which the dense loop computes faster.
     """
     if not masks_are_applied() or sequences.shape[0] is not None:
-        return 1 if _is_sparse(layer, sequences, found) else None
+        return 1 if _is_sparse(layer, sequences.shape, found) else None
     for batch in _SERVED_BATCHES:
         shape = tf.TensorShape([batch, *sequences.shape[1:]])
-        if _choice(layer, shape, found).sparse:
+        if _is_sparse(layer, shape, found):
             return batch
     return None
 
@@ -186,26 +186,20 @@ def _masked_in_training(kernels) -> Sequence | None:
     return None if masks_are_applied() else _masked(kernels)
 
 
-def _is_sparse(layer, inputs, found):
-    """Returns whether sparse kernels compute a call."""
+def _is_sparse(layer, shape, found):
+    """Returns whether sparse kernels compute a call on inputs of a shape."""
     choices: Any = found[0].choices
     return (
         choices is not None
         and choices.product != "dense"
         and not layer_products.only_dense()
-        and _choice(layer, inputs.shape, found).sparse
-    )
-
-
-def _choice(layer, shape, found):
-    return (
-        found[0]
-        .choices.within(layer)
+        and choices.within(layer)
         .choose(
             shape,
             [masked.mask for masked in found],
             backward=not masks_are_applied(),
         )
+        .sparse
     )
 
 
