@@ -121,7 +121,9 @@ def import_function(function: Any, *, least_work: int = LEAST_WORK) -> Imported:
         network=network,
         unknown=_unknown(graph, translation, segments) if not network else (),
         segments=segments,
-        has_sparse_loops=_has(graph.graph.as_graph_def(), _RECURRENT),
+        # A graph is large as a message: it holds its weights.
+        has_sparse_loops=network is None
+        and _has(graph.graph.as_graph_def(), _RECURRENT),
         _remainder=Remainder(graph, segments),
     )
 
