@@ -60,7 +60,7 @@ void ForEachWeight(const Node& node, const Use& use) {
   }
 }
 
-int64_t PartsOf(int64_t length, int64_t each) {
+int64_t CeilDivide(int64_t length, int64_t each) {
   return (length + each - 1) / each;
 }
 
@@ -69,9 +69,9 @@ int64_t PartsOf(int64_t length, int64_t each) {
 double Cost(const Choice& choice, const Geometry& out, int64_t weights,
             int64_t channels, int64_t filters) {
   const int32_t* tile = choice.tile;
-  const double tiles = double{1} * PartsOf(out.rows, tile[0]) *
-                       PartsOf(out.cells, tile[1]);
-  const int64_t blocks = PartsOf(channels, std::max(1, choice.block));
+  const double tiles = double{1} * CeilDivide(out.rows, tile[0]) *
+                       CeilDivide(out.cells, tile[1]);
+  const int64_t blocks = CeilDivide(channels, std::max(1, choice.block));
   const double kept = blocks > 1 ? kPerSum * tile[0] * tile[1] : 0;
   return double(weights) * (double(out.rows) * out.cells + kPerEntry * tiles) +
          double(filters) * blocks * tiles * (kPerRow + kept);
@@ -100,8 +100,8 @@ int32_t BlockFor(const Step& step, const int32_t* tile, int64_t channels,
                         layout.length() * 4;
   const int64_t block = std::max<int64_t>(8, kTileBytes / bytes / 8 * 8);
   // What is left is not to be a sliver.
-  const int64_t blocks = std::max<int64_t>(1, (channels + block - 1) / block);
-  return static_cast<int32_t>((channels + blocks - 1) / blocks);
+  const int64_t blocks = std::max<int64_t>(1, CeilDivide(channels, block));
+  return static_cast<int32_t>(CeilDivide(channels, blocks));
 }
 
 // Whether each channel is convolved by itself, with a window of 3 rows and
@@ -157,9 +157,9 @@ std::vector<Choice> ChoicesFor(const Step& step, const Geometry& out,
       for (int32_t rows = 1; rows <= std::min(tiles.most_rows, most); ++rows) {
         if (cells > tiles.most_cells || rows * cells > most) break;
         // As few tiles as lower ones make keep fewer sums.
-        if (PartsOf(out.rows, rows) == parts) continue;
+        if (CeilDivide(out.rows, rows) == parts) continue;
         if (!dense && !tiles.is_compiled(rows, cells)) continue;
-        parts = PartsOf(out.rows, rows);
+        parts = CeilDivide(out.rows, rows);
         add(product, rows, cells, &choices);
       }
     }
@@ -288,7 +288,7 @@ void Choose(Step* step, const Choice& choice, const Layout& layout) {
   const int64_t plane = step->in.geometry.plane;
   const int64_t block =
       choice.block > 0 ? std::min<int64_t>(choice.block, channels) : channels;
-  const int64_t blocks = (channels + block - 1) / block;
+  const int64_t blocks = CeilDivide(channels, block);
   auto weights = std::make_shared<Weights>();
   weights->blocks = static_cast<int32_t>(blocks);
 
@@ -308,9 +308,9 @@ void Choose(Step* step, const Choice& choice, const Layout& layout) {
   if (choice.product == Product::kGenerated) {
     const int32_t cells = choice.tile[0] * choice.tile[1];
     const int64_t most = MostChannels(cells);
-    const int64_t parts = (filters + most - 1) / most;
-    const int64_t each = (filters + parts - 1) / parts;
-    std::vector<GeneratedBlock> made((filters + each - 1) / each);
+    const int64_t parts = CeilDivide(filters, most);
+    const int64_t each = CeilDivide(filters, parts);
+    std::vector<GeneratedBlock> made(CeilDivide(filters, each));
     for (size_t b = 0; b < made.size(); ++b) {
       made[b].channels =
           static_cast<int32_t>(std::min(each, filters - int64_t(b) * each));
@@ -382,7 +382,7 @@ void Choose(Step* step, const Choice& choice, const Layout& layout) {
   } else if (choice.product == Product::kDense) {
     const int64_t panel = layout.tiles->panel;
     const int64_t inputs = live * channels;
-    const int64_t panels = (filters + panel - 1) / panel;
+    const int64_t panels = CeilDivide(filters, panel);
     std::vector<int64_t> number(kernel.taps * channels, -1);
     for (int64_t b = 0; b < blocks; ++b) {
       weights->dense_blocks.push_back(weights->offsets.size());
