@@ -155,13 +155,13 @@ class StepExchange:
         def traced(data):
             train_step = untraced(run.own("train_step"))
             loss = _loss_on(model, data) if self._watches_loss() else None
-            with _traced_once(model), _told_if_slow():
+            with _traced_once(model), _announced_if_slow():
                 return step(lambda: train_step(data), loss)
 
         return traced
 
 
-def _told_if_slow() -> contextlib.AbstractContextManager:
+def _announced_if_slow() -> contextlib.AbstractContextManager:
     """Within the context, slow tracing is announced."""
     if tf.executing_eagerly():  # a step runs, which is not slow tracing
         return contextlib.nullcontext()
