@@ -765,6 +765,15 @@ def test_a_dense_layer_is_timed_as_a_matrix(cache, timings):
     assert found == (problem, 0.02)
 
 
+@needs_library
+def test_timing_many_kinds_of_layers_is_no_retracing_to_tensorflow(caplog):
+    for size in range(1, 7):
+        problem = Problem((1, 1, size, 1), (1, 1, 1), matrix=True)
+        for side in problem.sides(1.0, backward=False, in_lanes=False).values():
+            side()
+    assert "retracing" not in caplog.text
+
+
 @pytest.mark.parametrize(
     "damaged",
     [

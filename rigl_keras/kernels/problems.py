@@ -345,4 +345,7 @@ def _passes(product, tensors, upstream, backward):
             outputs, tensors, output_gradients=upstream
         ), outputs
 
-    return functools.partial(both, upstream, *tensors)
+    # Called as it is, one function after another would make TensorFlow warn
+    # of frequent retracing.
+    traced = both.get_concrete_function(upstream, *tensors)
+    return functools.partial(traced, upstream, *tensors)
