@@ -33,6 +33,23 @@ def test_the_time_that_is_left(left, shown):
     assert row_of(0, 1, LOGS, left=left).endswith(shown)
 
 
+@pytest.mark.parametrize(
+    ("loss", "shown"),
+    [
+        (99.99994, "99.9999"),
+        (99.99996, "100.00"),
+        (9_999.994, "9999.99"),
+        (9_999.996, "1.0e+04"),
+        (1.8e11, "1.8e+11"),
+        (-1.25, "-1.2500"),
+        (float("nan"), "nan"),
+        (float("inf"), "inf"),
+    ],
+)
+def test_a_large_loss_stays_in_its_column(loss, shown):
+    assert row_of(0, 1, {"loss": loss}, left=0).split()[:2] == ["1/1", shown]
+
+
 def test_what_there_is_not_is_a_dash():
     assert row_of(0, 1, {"loss": 1.0}, left=0).split() == [
         *["1/1", "1.0000", "-", "-", "-", "-", "-", "-", "0:00"]

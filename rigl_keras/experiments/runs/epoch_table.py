@@ -138,7 +138,7 @@ def row_of(
     """
     cells = (
         f"{epoch + 1}/{epochs}",
-        _cell(logs, "loss", "{:.4f}"),
+        _loss(logs),
         _cell(logs, "accuracy", "{:.2%}"),
         _cell(logs, "val_accuracy", "{:.2%}"),
         _cell(logs, "density", "{:.4f}"),
@@ -157,6 +157,13 @@ def _usual(times):
     """Returns the median time of epochs, without the first if possible."""
     # The first epoch includes the time of tracing.
     return statistics.median(times[1:] or times)
+
+
+def _loss(logs):
+    """Returns the loss in seven characters, also of a run that diverges."""
+    loss = abs(logs.get("loss", 0.0))
+    digits = ".4f" if loss < 99.99995 else ".2f" if loss < 9_999.995 else ".1e"
+    return _cell(logs, "loss", f"{{:{digits}}}")
 
 
 def _cell(logs, key, form):
