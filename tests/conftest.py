@@ -3,6 +3,7 @@
 This module does not import TensorFlow, which takes seconds.
 """
 
+import difflib
 import gc
 import os
 import pathlib
@@ -47,6 +48,15 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     option = config.option
     option.all |= option.every_combination or option.every_kill
+    # With workers, pytest would say only that no tests ran.
+    for path in asked_for(config):
+        if not option.pyargs and not pathlib.Path(path).exists():
+            names = pathlib.Path(__file__).parent.glob("test_*.py")
+            near = difflib.get_close_matches(
+                pathlib.Path(path).name, [name.name for name in names], n=1
+            )
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise pytest.UsageError(f"There is no {path}.{hint}")
 
 
 def asked_for(config):

@@ -167,6 +167,17 @@ def test_scripts_without_a_module_have_help(name):
     assert len(lines) >= 2 and max(map(len, lines)) <= 80
 
 
+def test_a_misspelt_file_of_tests_is_named():
+    done = subprocess.run(
+        [ROOT / "bin" / "test", "tests/test_topolgy.py"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "no tests/test_topolgy.py. Did you mean test_topology" in done.stderr
+
+
 def test_an_installed_command_has_the_name_it_was_called_by(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/env/bin/rigl-train", "--seed=1"])
     monkeypatch.setattr(flags, "FLAGS", flags.FlagValues())
