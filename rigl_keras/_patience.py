@@ -7,12 +7,14 @@ from collections.abc import Iterator
 
 __all__ = ["said_if_slow"]
 
-_SECONDS = 2.0
+_SECONDS = 2.0  # before a message
 _log = logging.getLogger("rigl_keras")
 
 
 @contextlib.contextmanager
-def said_if_slow(message: str, *, seconds: float = _SECONDS) -> Iterator[None]:
+def said_if_slow(
+    message: str, *, seconds: float | None = None
+) -> Iterator[None]:
     """Logs a warning if the context takes longer than some seconds.
 
     The warning comes during the wait, not afterwards. Its record has
@@ -20,11 +22,11 @@ def said_if_slow(message: str, *, seconds: float = _SECONDS) -> Iterator[None]:
 
     Args:
         message: The warning.
-        seconds: When to log it.
+        seconds: When to log it. None: after two.
     """
     # The thread sleeps: the process may fork or end meanwhile.
     timer = threading.Timer(
-        seconds,
+        _SECONDS if seconds is None else seconds,
         _log.warning,
         args=("%s", message),
         kwargs={"extra": {"progress": True}},

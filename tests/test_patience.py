@@ -2,6 +2,9 @@
 
 import time
 
+import pytest
+
+from rigl_keras import _patience
 from rigl_keras._patience import said_if_slow
 
 
@@ -9,9 +12,11 @@ def lines(caplog):
     return [r.getMessage() for r in caplog.records if r.name == "rigl_keras"]
 
 
-def test_what_is_slow_is_said_meanwhile(caplog):
+@pytest.mark.parametrize("seconds", [0.001, None])
+def test_what_is_slow_is_said_meanwhile(caplog, monkeypatch, seconds):
     deadline = time.monotonic() + 60
-    with said_if_slow("Doing 100 % of it ...", seconds=0.001):
+    monkeypatch.setattr(_patience, "_SECONDS", 0.002)
+    with said_if_slow("Doing 100 % of it ...", seconds=seconds):
         while not lines(caplog) and time.monotonic() < deadline:
             time.sleep(0.001)
         assert lines(caplog) == ["Doing 100 % of it ..."]
