@@ -11,6 +11,7 @@ __all__ = [
     "grouped",
     "last_line",
     "printable",
+    "roughly",
     "wrapped",
 ]
 
@@ -115,6 +116,20 @@ def aligned(rows: Sequence[Sequence[str]], *, left: int = 2) -> list[str]:
         )
         for row in rows
     ]
+
+
+def roughly(seconds: float) -> str:
+    """Returns a time in about two digits.
+
+    >>> roughly(40), roughly(700), roughly(11_520), roughly(90_000)
+    ('40 s', '12 min', '3.2 h', '25 h')
+    """
+    if round(seconds) < 100:
+        return f"{seconds:.0f} s"
+    if round(seconds / 60) < 60:
+        return f"{seconds / 60:.0f} min"
+    hours = seconds / 3600
+    return f"{hours:.1f} h" if hours < 9.95 else f"{hours:,.0f} h"
 
 
 def wrapped(words: str, *, indent: int = 0) -> list[str]:

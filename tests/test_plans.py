@@ -224,20 +224,27 @@ def test_nonsense():
         costs.planned_epochs()
 
 
-def test_a_plan_names_changes_once_and_fits_a_terminal():
+def test_a_plan_names_changes_once_and_fits_a_terminal(monkeypatch):
     changes = (("UPDATE_FRACTION", 0.5), ("UPDATE_FREQUENCY", 100))
     runs = [
         plans.Run(row, FULL, 0.1, 0, some)
         for some in ((), changes)
         for row in ("rigl_kernel_uniform_resnet50", "rigl_erk_resnet50")
     ]
-    first, *rows, _ = estimates.plan_table(runs, {}).splitlines()[:6]
+    counted = estimates.counted(plans.Run("rigl_erk_wrn", SMALL, 0.1, 0))
+    monkeypatch.setattr(estimates, "counted", lambda run: counted)
+    found = {
+        run: (counted[0], 3 * 60.0 if run.changes else 200 * 3600.0)
+        for run in runs
+    }
+    first, *rows, _ = estimates.plan_table(runs, found).splitlines()[:6]
     assert first.split()[:2] == ["run", "density"]
     assert [row.split()[0] for row in rows] == [
         *("rigl_kernel_uniform_resnet50", "rigl_erk_resnet50", "with"),
         "rigl_kernel_uniform_resnet50",
     ]
     assert rows[2] == "with UPDATE_FRACTION = 0.5, UPDATE_FREQUENCY = 100"
+    assert rows[1].endswith(" 200 h") and rows[3].endswith(" 3 min")
     assert max(len(row) for row in rows) <= 80
 
 

@@ -411,11 +411,14 @@ def test_plan_and_progress(tmp_path, quick, monkeypatch, capfd):
         row[:6] for row in table if row and row[0] == "static_erk_wrn"
     )
     # 88,000 steps of half a second.
-    assert next(r for r in table if r and r[0] == "rigl_erk_wrn")[-1] == "24.4"
+    assert next(r for r in table if r and r[0] == "rigl_erk_wrn")[-2:] == [
+        "24",
+        "h",
+    ]
     assert "4 runs, 1 finished, 3 left" in said
     head = next(line for line in said.splitlines() if "density" in line)
-    assert head.split()[-4:] == ["train", "test", "FLOPs", "h"]
-    assert "FLOPs, h: of all\n  seeds that are left" in said
+    assert head.split()[-4:] == ["train", "test", "FLOPs", "time"]
+    assert "FLOPs, time: of\n  all seeds that are left" in said
     assert max(map(len, said.splitlines())) <= 80
     assert "seed1 finished after" in said
     assert "rigl_erk_wrn-density0.1-seed0 FAILED: train: there is no" in said

@@ -1,10 +1,10 @@
-"""Estimates of the FLOPs and hours of runs before they start."""
+"""Estimates of the FLOPs and the time of runs before they start."""
 
 import dataclasses
 import itertools
 from collections.abc import Sequence
 
-from rigl_keras._text import aligned, exact, wrapped
+from rigl_keras._text import aligned, exact, roughly, wrapped
 from rigl_keras.experiments.progress_bar import ProgressBar
 from rigl_keras.experiments.protocol import published, rows
 from rigl_keras.experiments.reproduction import costs
@@ -87,7 +87,7 @@ def plan_table(runs: Sequence[Run], estimates: Estimate) -> str:
     for run in runs:
         groups.setdefault((run.row, run.density, run.changes), []).append(run)
     rows: list[tuple[str, ...]] = [
-        ("run", "density", "seeds", "left", "train", "test", "FLOPs", "h")
+        ("run", "density", "seeds", "left", "train", "test", "FLOPs", "time")
     ]
     headings: dict[int, str] = {}  # by the row that follows
     guessed, before = False, ()
@@ -107,8 +107,9 @@ def plan_table(runs: Sequence[Run], estimates: Estimate) -> str:
             cells = (
                 f"{about}{training:.2f}x",
                 f"{about}{cost.inference_flops_ratio:.2f}x",
-                f"{sum(c.total_flops for c, _ in left):.2e}",
-                f"{sum(s for _, s in left) / 3600:.1f}",
+                # Short, because the longest row has to fit a terminal.
+                f"{sum(c.total_flops for c, _ in left):.1e}".replace("+", ""),
+                roughly(sum(s for _, s in left)),
             )
         rows.append(
             (
@@ -120,15 +121,15 @@ def plan_table(runs: Sequence[Run], estimates: Estimate) -> str:
             )
         )
     total = sum(c.total_flops for c, _ in estimates.values())
-    hours = sum(s for _, s in estimates.values()) / 3600
+    time = roughly(sum(s for _, s in estimates.values()))
     summary = wrapped(
         f"{len(runs)} runs, {len(runs) - len(estimates)} finished, "
-        f"{len(estimates)} left: {total:.2e} FLOPs, about {hours:.1f} h in one "
+        f"{len(estimates)} left: {total:.2e} FLOPs, about {time} in one "
         "process here."
     )
     summary += wrapped(
         "train, test: the FLOPs of one run, relative to the dense run. FLOPs, "
-        "h: of all seeds that are left."
+        "time: of all seeds that are left."
     )
     if guessed:
         summary += wrapped(

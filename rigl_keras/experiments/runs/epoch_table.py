@@ -8,6 +8,7 @@ from typing import Any
 
 import keras
 
+from rigl_keras._text import roughly
 from rigl_keras.experiments.progress_bar import ProgressBar, say
 
 __all__ = ["EpochTable", "row_of"]
@@ -100,7 +101,7 @@ class EpochTable(keras.callbacks.Callback):
             seconds = _usual(self._earlier) * len(self._epochs)
             last = self._epochs.start
             those = f"epochs 1 to {last}" if last > 1 else "epoch 1"
-            return f"about {_roughly(seconds)}, at the pace of {those}"
+            return f"about {roughly(seconds)}, at the pace of {those}"
         if self._steps < _LAST_TIMED:
             return "known after the first epoch"
         return f"known after {_LAST_TIMED} steps"
@@ -114,7 +115,7 @@ class EpochTable(keras.callbacks.Callback):
         steps = self._steps * len(self._epochs) - _LAST_TIMED
         seconds = ends[-1] - self._began + step * steps  # with the tracing
         return (
-            f"about {_roughly(seconds)}, at the pace of steps "
+            f"about {roughly(seconds)}, at the pace of steps "
             f"{_LAST_TIMED - _TIMED + 1} to {_LAST_TIMED}"
         )
 
@@ -176,12 +177,3 @@ def _interval(seconds):
     if hours:
         return f"{hours} h {minutes:02d}"
     return f"{minutes}:{seconds:02d}"
-
-
-def _roughly(seconds):
-    """Returns a time in about two digits: "40 s", "12 min", "3.2 h"."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    if seconds < 100 * 60:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"

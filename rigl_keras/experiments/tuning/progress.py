@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from rigl_keras._text import aligned, exact
+from rigl_keras._text import aligned, exact, roughly
 from rigl_keras.experiments.progress_bar import ProgressBar, say
 from rigl_keras.experiments.reproduction import costs
 from rigl_keras.experiments.reproduction.plans import Run
@@ -80,8 +80,7 @@ def plan(searched: Search, study: Study, results: Results) -> str:
         ),
         (
             "time",
-            f"about {left.runs * left.seconds / 3600:.1f} h in one process "
-            "here",
+            f"about {roughly(left.runs * left.seconds)} in one process here",
         ),
     ]
     return "\n".join(line.rstrip() for line in aligned(rows, left=2))
