@@ -6,6 +6,7 @@ own daemons, which keep their files in a temporary folder.
 """
 
 import csv
+import functools
 import os
 import pathlib
 import pwd
@@ -17,9 +18,15 @@ import time
 
 import pytest
 import yaml
+from absl import flags
 
 from rigl_keras.experiments import exits
-from rigl_keras.experiments.reproduction import slurm, workers
+from rigl_keras.experiments.reproduction import (
+    costs,
+    reproduce_command,
+    slurm,
+    workers,
+)
 
 REPRODUCE = "rigl_keras.experiments.reproduction.reproduce_command"
 NEEDED = ("slurmctld", "slurmd", "sbatch", "squeue", "scancel", "scontrol")
@@ -239,6 +246,35 @@ def test_without_slurm(tmp_path, monkeypatch):
         exits.FailedError, match="SLURM's squeue is not on the PATH"
     ):
         slurm.arrays(tmp_path)
+
+
+def test_a_dry_run_shows_what_would_be_submitted(tmp_path, monkeypatch, capsys):
+    values = flags.FlagValues()
+    monkeypatch.setattr(flags, "FLAGS", values)
+    for name in ("string", "list", "multi_string", "bool", "integer"):
+        define = functools.partial(
+            getattr(flags, f"DEFINE_{name}"), flag_values=values
+        )
+        monkeypatch.setattr(flags, f"DEFINE_{name}", define)
+    monkeypatch.setattr(exits, "raise_stop_requests", lambda: None)
+    monkeypatch.setattr(costs, "seconds_of_step", lambda step: 0.1)
+    monkeypatch.setenv("PATH", str(tmp_path))  # without sbatch
+    array = reproduce_command._define_flags()
+    command = ["table2", "--rows=set_erk_wrn", "--seeds=1", "--densities=0.1"]
+    command += ["--preset=small", f"--results_dir={tmp_path}"]
+    options = "--slurm_options=--time=60 --partition=gpu"
+    argv = values(["", *command, "--slurm=2", options, "--dry_run"])
+    reproduce_command._run(array, argv)
+    said = capsys.readouterr().out
+    assert "1 runs, 0 finished, 1 left" in said
+    assert "2 workers as one array: sbatch --time=60 --partition=gpu," in said
+    assert "There is no sbatch on the PATH" in said
+    lines = said.splitlines()
+    assert "#SBATCH --array=0-1" in lines
+    (worker,) = [line for line in lines if line.endswith(" &")]
+    assert worker.split()[1:4] == ["-m", REPRODUCE, "table2"]
+    assert {*command[1:], "--worker"} == {*worker.split()[4:-1]}
+    assert not (tmp_path / "small/slurm").exists()
 
 
 def test_the_job_for_kubernetes(tmp_path, fresh):

@@ -149,6 +149,8 @@ def _run(array, argv):
         dry_run=given.dry_run,
         worker=given.worker,
     )
+    if array.given and given.dry_run:
+        array.show(argv, results.path, extra=["--worker"])
     if failed:
         sys.exit(1)
 

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -26,6 +27,8 @@ __all__ = ["Array", "Flags", "Task", "arrays", "submit", "this_task"]
 _SIGNAL = 300  # seconds before the time limit
 # The prefix of the flags about SLURM, which are not passed to workers.
 _OURS = "slurm"
+# A worker trains, whether or not this command only shows what it would submit.
+_NOT_PASSED = (_OURS, "dry_run")
 _FOLDER = "slurm"  # of scripts and logs, in the folder of results
 _SCRIPT = """\
 #!/bin/sh
@@ -142,30 +145,58 @@ class Flags:
             ValueError: SLURM is not installed, or there are too few workers.
             FailedError: SLURM refuses them.
         """
-        job = submit(
-            [
-                *(sys.executable, "-m", self._module, *argv[1:]),
-                *_given_flags(),
-                *extra,
-            ],
-            name="-".join([self._name, *argv[1:]]),
-            workers=self._workers.value,
-            options=_words(self._options.value),
-            folder=folder,
-        )
+        job = submit(**self._array(argv, folder, extra))
         print(
             f"Submitted {self._workers.value} workers, array {job}. Their "
             f"logs: {folder / _FOLDER}. The same command with --status instead "
             f"of --{_OURS} shows their progress."
         )
 
+    def show(
+        self, argv: Sequence[str], folder: Path, *, extra: Sequence[str] = ()
+    ) -> None:
+        """Prints what `submit` would submit, and submits nothing.
+
+        Args:
+            argv, folder, extra: As in `submit`.
+
+        Raises:
+            ValueError: There are too few workers.
+        """
+        array = self._array(argv, folder, extra)
+        options = array.pop("options")
+        script = _script(**array)
+        of = "worker" if array["workers"] == 1 else "workers"
+        command = shlex.join(["sbatch", *options])
+        print(
+            f"\n--{_OURS} would submit {array['workers']} {of} as one array: "
+            f"{command}, with this script:\n\n{script}",
+            end="",
+        )
+        if shutil.which("sbatch") is None:
+            print("\nThere is no sbatch on the PATH of this machine.")
+
+    def _array(self, argv, folder, extra) -> Any:
+        """Returns the arguments of the function `submit`."""
+        return {
+            "command": [
+                *(sys.executable, "-m", self._module, *argv[1:]),
+                *_given_flags(),
+                *extra,
+            ],
+            "name": "-".join([self._name, *argv[1:]]),
+            "workers": self._workers.value,
+            "options": _words(self._options.value),
+            "folder": folder,
+        }
+
 
 def _given_flags():
-    """Returns the flags of this command line, except those of this module."""
+    """Returns the flags of this command line that workers get."""
     given = {}
     for name in flags.FLAGS:
         flag = flags.FLAGS[name]
-        if flag.present and not name.startswith(_OURS):
+        if flag.present and not name.startswith(_NOT_PASSED):
             # By id, as a flag has two names.
             given[id(flag)] = flag.serialize().splitlines()
     return [word for words in given.values() for word in words]
@@ -206,7 +237,7 @@ def submit(
         ValueError: SLURM is not installed, or there are too few workers.
         FailedError: SLURM refuses them.
     """
-    _checks.integer(f"--{_OURS}", workers, at_least=1)
+    script = _script(command, name=name, workers=workers, folder=folder)
     if shutil.which("sbatch") is None:
         raise ValueError(
             f"--{_OURS} needs SLURM, and there is no sbatch on the PATH. Start "
@@ -214,7 +245,20 @@ def submit(
         )
     folder = folder.resolve() / _FOLDER
     folder.mkdir(exist_ok=True)
-    script = _SCRIPT.format(
+    with _files.unfinished_folder(folder) as unfinished:
+        path = unfinished / name
+        path.write_text(script)
+        job = _said(["sbatch", "--parsable", *options, str(path)])
+        job = job.split(";")[0]  # the name of the cluster may follow
+        _files.put(path, folder / f"{job}.sh")
+    return job
+
+
+def _script(command, *, name, workers, folder):
+    """Returns the script of an array, with the arguments of `submit`."""
+    _checks.integer(f"--{_OURS}", workers, at_least=1)
+    folder = folder.resolve() / _FOLDER
+    return _SCRIPT.format(
         name=name,
         last=workers - 1,
         chdir=_quoted(Path.cwd()),
@@ -223,13 +267,6 @@ def submit(
         command=shlex.join(command),
         again=os.EX_TEMPFAIL,
     )
-    with _files.unfinished_folder(folder) as unfinished:
-        path = unfinished / name
-        path.write_text(script)
-        job = _said(["sbatch", "--parsable", *options, str(path)])
-        job = job.split(";")[0]  # the name of the cluster may follow
-        _files.put(path, folder / f"{job}.sh")
-    return job
 
 
 def arrays(folder: Path) -> list[Array]:

@@ -168,6 +168,8 @@ def _run(array, argv):
         array.submit(argv, results.path)
     elif tune(results, data_dir=given.data_dir, dry_run=given.dry_run):
         sys.exit(1)
+    elif array.given:
+        array.show(argv, results.path)
 
 
 def main() -> None:
