@@ -386,6 +386,8 @@ def test_results_that_cannot_be_right(results, more):
 
 
 def test_folders_that_are_no_runs(results):
+    for own in ("slurm", "studies"):  # of bin/reproduce and bin/tune
+        (results / "full" / own).mkdir()
     (results / "full" / "thesis").mkdir()
     (results / "full" / "notes.txt").write_text("mine")
     (results / "empty").mkdir()
@@ -399,6 +401,7 @@ def test_folders_that_are_no_runs(results):
     assert len(found.finished) == 4
     told = "\n".join(found.notes)
     assert "thesis is left out: it has no about.json" in told
+    assert "slurm" not in told and "studies" not in told
     assert "there is no gin file 'my_row'" in told
     assert "set_erk_wrn-density0.1-seed0 is left out: its about.json" in told
     assert (

@@ -8,7 +8,10 @@ from collections.abc import Iterable
 from rigl_keras._text import exact
 from rigl_keras.experiments.protocol import variations
 
-__all__ = ["NETWORKS", "Row", "known", "row", "run_name"]
+__all__ = ["NETWORKS", "NOT_RUNS", "Row", "known", "row", "run_name"]
+
+# Folders beside those of runs: scripts and logs of SLURM, and searches.
+NOT_RUNS = ("slurm", "studies")
 
 # The network and its data, by the ending of the gin file.
 NETWORKS = {

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rigl_keras._reading import object_in
 from rigl_keras._text import brief, printable
+from rigl_keras.experiments.protocol.rows import NOT_RUNS
 from rigl_keras.experiments.report import record_files
 from rigl_keras.experiments.report.record_files import UNREADABLE
 from rigl_keras.experiments.report.records import OF_ANOTHER, Record, Records
@@ -87,7 +88,12 @@ def _in_folder(path):
         # A folder without runs is not a preset.
         if any(os.path.lexists(run / "about.json") for run in inner):
             preset = printable(folder.name)
-            found += [_record(preset, run) for run in inner]
+            found += [
+                _record(preset, run)
+                for run in inner
+                if run.name not in NOT_RUNS
+                or os.path.lexists(run / "about.json")
+            ]
     if not found and any(os.path.lexists(f / "about.json") for f in folders):
         raise ValueError(
             f"{str(path)!r} is the folder of a preset. Pass --results_dir with "
