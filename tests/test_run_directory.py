@@ -57,9 +57,13 @@ def test_it_is_free_when_nobody_has_it(tmp_path):
             RunDirectory(tmp_path / "run", config="y", resume=resume)
     with begun(tmp_path / "run"):
         pass
-    with begun(tmp_path / "never begun"):
+    with begun(tmp_path / "never" / "begun"):
         pass
-    assert names(tmp_path / "never begun") == set()
+    assert not (tmp_path / "never").exists()
+    (tmp_path / "given").mkdir()
+    with begun(tmp_path / "given"):
+        pass
+    assert names(tmp_path / "given") == set()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("")
     with pytest.raises(ValueError, match="is not empty and holds no run"):

@@ -65,7 +65,8 @@ class RunDirectory:
     .lock                 locked while a process trains the run
 
     Args:
-        path: The folder. It is created if it does not exist.
+        path: The folder. It is created if it does not exist, and removed
+            again by `close` if the run did not `begin`.
         config: The configuration, as text.
         resume: Whether an unfinished run may be continued.
         writes: Whether this process writes. One of the workers of a run does;
@@ -141,6 +142,13 @@ class RunDirectory:
     def _make(self):
         try:
             with naming(self.path):
+                missing = [
+                    folder
+                    for folder in (self.path, *self.path.parents)
+                    if not folder.exists()
+                ]
+                # A run that is refused leaves no folder.
+                self._lock.callback(_remove_empty, missing)
                 self.path.mkdir(parents=True, exist_ok=True)
                 with _files.unfinished_folder(self.path):
                     pass
@@ -420,6 +428,13 @@ def _remove_unless(path, config):
     if not config.exists():
         with contextlib.suppress(OSError):
             path.unlink()
+
+
+def _remove_empty(folders):
+    """Removes folders, inner ones first, as far as they are empty."""
+    with contextlib.suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
 
 
 def _who(path):
