@@ -1,7 +1,9 @@
 """Diagnostics of masks: measures by hand, every method, resumed runs."""
 
+import contextlib
 import importlib.util
 import math
+import warnings
 
 import keras
 import numpy as np
@@ -16,8 +18,11 @@ from rigl_keras import diagnostics
 from rigl_keras.diagnostics.callback import TopologyDiagnostics
 from rigl_keras.flops.counting import count
 from rigl_keras.masking import layer_kernels
+from rigl_keras.masking.dead_units import warn_of_dead_units
+from rigl_keras.masking.masked_layers import masked_layers
 from rigl_keras.masking.sparsify import sparsify
 from rigl_keras.methods.rigl import RigL
+from rigl_keras.methods.srigl import SRigL
 
 # 3 inputs, 2 outputs. The first update moves one of three connections, the
 # second moves two.
@@ -128,6 +133,80 @@ def test_units_of_a_kernel(layer, shape, axes):
     mask[tuple(first)] = 0
     cut = mask.shape[outputs[1]] if set(inputs) & set(outputs) else 0
     assert diagnostics.dead_units(mask, **options) == (cut, 1)
+
+
+@pytest.mark.parametrize(
+    "cut, named",
+    [
+        # A tenth of the units, and at least two.
+        (dict(conv=1, depthwise=1, head=1), ""),
+        (dict(conv=2), "'conv' 2 of 20. "),
+        (dict(conv=3, depthwise=2), "3 of 20, 'sep/depthwise_kernel' 2 of 20."),
+    ],
+)
+def test_many_units_without_inputs_are_named(cut, named):
+    x = inputs = keras.Input((4, 4, 3))
+    x = layers.Conv2D(20, 1, name="conv")(x)
+    x = layers.SeparableConv2D(20, 3, name="sep")(x)
+    x = layers.LSTM(4, name="lstm")(layers.Reshape((4, 20))(x))
+    x = layers.Dense(2, name="head")(x)
+    model = sparsify(keras.Model(inputs, x), 1.0)
+    found = masked_layers(model).named
+    # Gates of the LSTM have another kernel, too.
+    cut = {"conv": 0, "depthwise": 0, "head": 0, "lstm/cell/kernel": 8} | cut
+    cut["sep/depthwise_kernel"] = cut.pop("depthwise")
+    for name, units in cut.items():
+        mask = found[name].mask.numpy()
+        axis = found[name].found.output_axes[0]
+        np.moveaxis(mask, axis, 0)[:units] = 0
+        found[name].assign_mask(mask)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert warn_of_dead_units("RigL", found) == bool(named)
+    text = "".join(str(warning.message) for warning in said)
+    assert named in text and bool(text) == bool(named)
+    example = "'sep/depthwise_kernel'" if "sep" in named else "'conv'"
+    assert (f"densities={{{example}: 1.0}}" in text) == bool(named)
+    assert ("as the RigL paper does" in text) == ("sep" in named)
+
+
+@pytest.mark.parametrize(
+    "method, times", [(RigL, 1), (SRigL, 0)], ids=["RigL", "SRigL"]
+)
+def test_lost_units_are_said_once(method, times):
+    """SRigL ablates units on purpose."""
+    model = tiny(run_eagerly=True)
+    first = masked_layers(model)[0]
+    mask = first.mask.numpy()
+    mask[:, :2] = 0
+    first.assign_mask(mask)
+    update = method(**WINDOW | dict(drop_fraction=0.0))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        fit(model, [update], 1)
+        fit(model, [update], 2, 1)
+    said = [s for s in said if "no active input" in str(s.message)]
+    assert len(said) == times
+    assert all("'hidden' 2 of 8" in str(s.message) for s in said)
+
+
+def test_lost_units_in_a_custom_loop():
+    """They are said after an update, when the record is fetched."""
+    model = tiny()
+    first = masked_layers(model)[0]
+    mask = first.mask.numpy()
+    mask[:, :2] = 0
+    first.assign_mask(mask)
+    update = RigL(**WINDOW, drop_fraction=0.0)
+    update.attach(model, model.optimizer)
+    variables = model.trainable_variables
+    gradients = [tf.ones(v.shape) for v in variables]
+    update.fetch()
+    for step in range(3):
+        update.update(gradients, variables)
+        said = pytest.warns(UserWarning, match="With RigL .*'hidden' 2 of 8")
+        with said if step == 2 else contextlib.nullcontext():
+            update.fetch()
 
 
 @pytest.mark.parametrize(

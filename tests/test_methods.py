@@ -3,6 +3,8 @@
 The values of the examples are the weights of one output unit.
 """
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -438,6 +440,29 @@ def test_srigl_is_of_single_weights():
     )
     with pytest.raises(ValueError, match="granularity='fan_in'"):
         rigl_keras.SRigL().attach(model, keras.optimizers.SGD(0.1))
+
+
+@pytest.mark.parametrize("granularity", ["element", "fan_in", "1:2"])
+@pytest.mark.parametrize("make", [rigl_keras.SRigL, rigl_keras.SRSTE])
+def test_a_method_for_a_pattern_says_that_masks_have_none(make, granularity):
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, layers.Dense(6, name="only")(inputs))
+    model = rigl_keras.sparsify(model, 0.5, granularity=granularity)
+    method, optimizer = make(), keras.optimizers.SGD(0.1)
+    if make is rigl_keras.SRigL and granularity == "1:2":
+        with pytest.raises(ValueError, match="granularity='fan_in'"):
+            method.attach(model, optimizer)
+        return
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        method.attach(model, optimizer)
+    said = [str(warning.message) for warning in said]
+    assert len(said) == (granularity == "element")
+    pattern = "fan_in" if make is rigl_keras.SRigL else "2:4"
+    for text in said:
+        assert text.startswith(f"{make.__name__} ")
+        assert "but the masks of only are of single weights" in text
+        assert f"granularity={pattern!r}" in text
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,12 @@
 """How masks move: densities, churn, overlap, exploration, dead units."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 
 from rigl_keras.diagnostics.table import ALL, COLUMNS
 from rigl_keras.flops.counting import Count
+from rigl_keras.masking.dead_units import Axes, dead_units, unit_count
 
 __all__ = [
     "churn",
@@ -19,7 +19,6 @@ __all__ = [
 ]
 
 Masks = Mapping[str, np.ndarray]
-Axes = int | Sequence[int]
 
 
 # Measures of masks.
@@ -129,42 +128,6 @@ def ever_active(*history: Masks) -> dict[str, float]:
     return densities(explored(*history))
 
 
-def dead_units(
-    mask: np.ndarray, *, input_axes: Axes = -2, output_axes: Axes = -1
-) -> tuple[int, int]:
-    """Returns how many units of a kernel are cut off.
-
-    An output without incoming connections computes its bias only. An input
-    without outgoing connections is not read by this kernel. The units of a
-    convolution are its channels.
-
-    Args:
-        mask: Array of zeros and ones, with at least two axes unless both kinds
-            of axes are given.
-        input_axes: The axis or axes of input units. By default as in the kernel
-            of a Dense or Conv layer.
-        output_axes: Likewise for output units. An axis may be in both, such as
-            the channels of a depthwise convolution.
-
-    Returns:
-        `(no_incoming, no_outgoing)`: outputs, then inputs.
-
-    Raises:
-        ValueError: The mask lacks an axis.
-
-    Example:
-
-    >>> dead_units(np.array([[1, 0], [0, 0], [1, 0]]))  # 3 inputs, 2 outputs
-    (1, 1)
-    """
-    mask = _as_bool(mask)
-    incoming, outgoing = (
-        mask.any(axis=_other_axes(mask.shape, axes))
-        for axes in (output_axes, input_axes)
-    )
-    return int(np.sum(~incoming)), int(np.sum(~outgoing))
-
-
 def measure(
     step: int,
     masks: Masks,
@@ -214,8 +177,8 @@ def measure(
         inputs, outputs = (axes or {}).get(name, (-2, -1))
         dead = dead_units(mask, input_axes=inputs, output_axes=outputs)
         units["no_incoming"][name], units["no_outgoing"][name] = dead
-        units["outputs"][name] = _product(mask.shape, outputs)
-        units["inputs"][name] = _product(mask.shape, inputs)
+        units["outputs"][name] = unit_count(mask.shape, outputs)
+        units["inputs"][name] = unit_count(mask.shape, inputs)
     for values in (columns["grown"], *units.values()):
         values[ALL] = sum(values.values())
     columns |= units
@@ -279,23 +242,3 @@ def _flops(by_layer, cost):
         for layer in cost.layers
     }
     return {name: now.get(name) for name in by_layer} | {ALL: sum(now.values())}
-
-
-def _tuple(axes):
-    return (axes,) if isinstance(axes, int) else tuple(axes)
-
-
-def _other_axes(shape, axes):
-    rank = len(shape)
-    axes = _tuple(axes)
-    if not all(-rank <= axis < rank for axis in axes):
-        raise ValueError(
-            f"A mask of shape {shape} has no axes {axes}: pass the input_axes "
-            "and output_axes of its kernel."
-        )
-    counted = {axis % rank for axis in axes}
-    return tuple(axis for axis in range(rank) if axis not in counted)
-
-
-def _product(shape, axes):
-    return math.prod(shape[axis] for axis in _tuple(axes))

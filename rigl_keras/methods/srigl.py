@@ -8,6 +8,7 @@ import tensorflow as tf
 from rigl_keras import _checks, fan_in, patterns, scores
 from rigl_keras.masking.masked import KernelMask
 from rigl_keras.methods.first_counts import FirstCounts
+from rigl_keras.methods.single_weights import warn_of_single_weights
 
 __all__ = ["SRigL"]
 
@@ -22,7 +23,9 @@ class SRigL(FirstCounts):
     `fan_in.update_fan_in` has the steps. The first number of connections of a
     layer is its budget: if units are ablated, the others have more connections.
     A remainder is not grown. The last masked layer ablates no unit, because its
-    units are the model's outputs.
+    units are the model's outputs. Masks of other single weights
+    (`granularity="element"`) get equally many connections for each unit at the
+    first update, which rounds their density down; a warning says so.
 
     Lasby et al., 2024, Dynamic sparse training with structured sparsity,
     arXiv:2305.02299, section 3. Defaults are those of the authors' code for
@@ -42,6 +45,7 @@ class SRigL(FirstCounts):
 
     Raises:
         ValueError: As in `MaskUpdate`, or masks keep whole kernels or blocks.
+        UserWarning: As in `MaskUpdate`, or a mask's pattern is not a fan-in.
 
     Example:
 
@@ -51,6 +55,8 @@ class SRigL(FirstCounts):
 
     ablation: float | None = 0.3
     redistribution: str | None = dataclasses.field(default=None, init=False)
+
+    _ablates_units = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -70,6 +76,14 @@ class SRigL(FirstCounts):
                 f"mask of {other[0]!r} has another pattern. Sparsify with "
                 "granularity='fan_in'."
             )
+        warn_of_single_weights(
+            self.name,
+            [m.name for m in self.masked if str(m.granularity) == "element"],
+            "gives each unit of a layer the same number of inputs",
+            "The first update will move connections between units and round "
+            "the number of each down, so that density falls. Sparsify with "
+            "granularity='fan_in'.",
+        )
 
     def grow_scores(
         self, layer: KernelMask, gradient: tf.Tensor, step: tf.Tensor

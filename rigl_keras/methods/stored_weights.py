@@ -21,6 +21,7 @@ from rigl_keras.conventions import Conventions
 from rigl_keras.masking.masked import KernelMask
 from rigl_keras.masking.tracing import whole_kernels, zero_outside
 from rigl_keras.methods.mask_update import MaskUpdate
+from rigl_keras.methods.single_weights import warn_of_single_weights
 from rigl_keras.training.attachment import variable_key
 
 __all__ = ["SRSTE", "StoredWeights", "TopKAST"]
@@ -365,7 +366,8 @@ class SRSTE(StoredWeights):
     fine-grained structured sparse neural networks from scratch,
     arXiv:2102.04010, section 3.3 and Algorithm 1. The pattern is that of
     `sparsify`; with other patterns, the same rule keeps the largest weights
-    that the pattern allows.
+    that the pattern allows. A warning says so if all masks are of single
+    weights, the default.
 
     The optimizer's weight decay reaches every weight, as in the authors' code.
     A kernel's own regulariser sees only w m.
@@ -377,6 +379,7 @@ class SRSTE(StoredWeights):
     Raises:
         ValueError: An argument is out of range, or the model is on several
             devices.
+        UserWarning: As in `MaskUpdate`, or no mask has a pattern.
 
     Example:
 
@@ -395,6 +398,18 @@ class SRSTE(StoredWeights):
             at_least=0,
             rule="must be at least 0",
         )
+
+    def set_up(self) -> None:
+        super().set_up()
+        names = [m.name for m in self.masked]
+        if all(str(m.granularity) == "element" for m in self.masked):
+            warn_of_single_weights(
+                self.name,
+                names,
+                "is for N:M patterns",
+                "It will keep the largest weights of each whole layer. For "
+                "N:M, sparsify with granularity='2:4'.",
+            )
 
     def step_gradient(
         self, layer: KernelMask, gradient: tf.Tensor, hidden: tf.Tensor

@@ -38,6 +38,8 @@ class MethodHooks(keras.callbacks.Callback):
     changes_parts: bool = False
     # What is logged of the last update.
     _logged: tuple[str, ...] = ("grown",)
+    # Whether it removes all inputs of a unit on purpose.
+    _ablates_units: bool = False
     # Whether what is planned depends on how long the run is.
     _measures_the_run: bool = False
 

@@ -13,7 +13,9 @@ import tensorflow as tf
 from rigl_keras import _keras, replicas
 from rigl_keras._checks import choice
 from rigl_keras.conventions import ORIGINAL, Conventions
+from rigl_keras.masking.dead_units import warn_of_dead_units
 from rigl_keras.masking.masked import KernelMask
+from rigl_keras.masking.masked_layers import masked_layers
 from rigl_keras.training import fit_runs, optimizer_state
 from rigl_keras.training.attachment import Attachment
 from rigl_keras.training.dense_gradients import GradientBuffers
@@ -85,8 +87,9 @@ class StepUpdate(MethodHooks):
             is needed but unknown, gradients are not finite, replicas differ in
             masks, or the training step applies its optimizer twice.
         UserWarning: The run has no update; a trainable masked layer has no
-            gradient where the optimizer is applied; or `fit(epochs=1)` is
-            called in a loop.
+            gradient where the optimizer is applied; `fit(epochs=1)` is called
+            in a loop; or, once, when `fit` ends or a custom loop calls
+            `fetch`: at least a tenth of a layer's units have no active input.
     """
 
     watch_loss: bool = False
@@ -101,6 +104,7 @@ class StepUpdate(MethodHooks):
         self._buffers: GradientBuffers | None = None
         self._fit: fit_runs.FitRun | None = None
         self._prepared: Attachment | None = None
+        self._said_dead = False
         # The logged variables of the last update, by name. They last as long as
         # the callback, because a checkpoint may hold them.
         self._last: dict[str, tf.Variable] = {}
@@ -369,6 +373,8 @@ class StepUpdate(MethodHooks):
         if self._fit is None:
             self._updates.warn_of_unreached()
         self._record.check(self.name)
+        if self._fit is None and self.trajectory[1:]:
+            self._warn_of_dead_units()
 
     def last_logs(self) -> dict[str, float]:
         """Returns the logs of an epoch: density, and the last update's.
@@ -462,6 +468,12 @@ class StepUpdate(MethodHooks):
         )
         self._fit.end()
         self._fit = None
+        self._warn_of_dead_units()
+
+    def _warn_of_dead_units(self):
+        if not self._said_dead and not self._ablates_units:
+            layers = masked_layers(self._attached.model).named
+            self._said_dead = warn_of_dead_units(self.name, layers)
 
     # While `fit` runs.
 
