@@ -219,6 +219,12 @@ def test_what_was_asked_for_must_fit():
     ):
         with pytest.raises(ValueError, match="(?s)stem: '2:4' does not fit"):
             sparsify(dense, granularity="2:4", **options)
+    for key in ("stem", dense.get_layer("stem"), layers.Conv2D):
+        granularity = {key: "2:4" if key != layers.Conv2D else "3:5"}
+        with pytest.raises(
+            ValueError, match="(?s)gives a pattern.*stem: '.* 3 inp"
+        ):
+            sparsify(dense, 0.5, granularity=granularity)
     # A type or a rule does not name a layer.
     model = sparsify(dense, granularity="2:4", layers=layers.Conv2D)
     assert [m.name for m in masked_layers(model)] == ["conv"]

@@ -229,6 +229,8 @@ def plan_patterns(
         if why
     }
     fit = {name: k for name, k in chosen.items() if name not in unfit}
+    if unfit and isinstance(granularity, Mapping):
+        _check_asked(granularity, unfit, chosen)
     if unfit:
         _check_unfit(unfit, chosen, named, strict=strict)
     if all(
@@ -243,6 +245,19 @@ def plan_patterns(
     return PatternPlan(
         fit, {name: patterns[name] for name in fit}, next(iter(chosen)) in unfit
     )
+
+
+def _check_asked(granularity, unfit, chosen):
+    """Refuses a pattern that fits none of the kernels it was given for."""
+    for key, pattern in granularity.items():
+        names = [*by_name({key: pattern}, chosen, "granularity")]
+        if all(name in unfit for name in names):
+            raise ValueError(
+                "granularity gives a pattern to kernels that it does not fit:\n"
+                + "\n".join(f"  {name}: {unfit[name]}" for name in names)
+                + "\nGive them another pattern, or leave them out: they then "
+                "have masks of single weights."
+            )
 
 
 def _check_unfit(unfit, chosen, named, *, strict):

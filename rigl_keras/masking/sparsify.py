@@ -103,7 +103,8 @@ def sparsify(
             number of inputs for every output unit. `"rxc"`, such as `"4x16"`:
             blocks of r inputs and c outputs. `{layer, its type or its name: one
             of these}` gives other layers single weights. Layers that a pattern
-            does not fit, such as one with 3 inputs for 2:4, stay dense.
+            does not fit, such as one with 3 inputs for 2:4, stay dense; it is
+            an error if the pattern fits none of the layers that a key names.
         kernels: Which variables of a layer are masked: `{layer or layer type:
             name or names}`, for custom layers whose kernels have other names
             than `kernel`, `recurrent_kernel`, `depthwise_kernel` or
