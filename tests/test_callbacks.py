@@ -25,6 +25,7 @@ from support.small_models import compiled, examples, kernels, masks, small_model
 import rigl_keras
 from rigl_keras.conventions import ORIGINAL, REPORT, Conventions
 from rigl_keras.masking.sparsify import sparsify
+from rigl_keras.masking.tracing import gradients_are_dense
 from rigl_keras.methods.rigl import SET, SNFS, RigL
 
 
@@ -978,6 +979,35 @@ def test_when_gradients_are_dense_is_one_of_three():
         Sometimes().attach(sparsify(two_layers(), 0.2), keras.optimizers.SGD())
 
 
+def test_gradients_that_are_never_dense():
+    """They are zero outside the masks, and nothing can grow by them."""
+    seen = []
+
+    class Look(SET):
+        def drop_scores(self, layer, gradient, step):
+            seen.append((layer.mask.numpy(), gradient.numpy()))
+            return super().drop_scores(layer, gradient, step)
+
+    model = compiled(sparsify(two_layers(), 0.2))
+    method = Look(frequency=1, end_step=9)
+    method.attach(model, model.optimizer)
+    variables = model.trainable_variables
+    for _ in range(2):
+        method.update([tf.ones(v.shape) for v in variables], variables)
+    assert len(seen) == 2  # one of each layer
+    for mask, gradient in seen:
+        assert gradient[mask].all() and not gradient[~mask].any()
+
+    class Grow(rigl_keras.MaskUpdate):
+        dense_gradients = "never"
+
+        def grow_scores(self, layer, gradient, step):
+            return abs(gradient)
+
+    with pytest.raises(ValueError, match="(?s)Grow has dense_gradients = 'nev"):
+        train(model, [Grow(frequency=1, end_step=9)])
+
+
 def test_nan_scores_are_refused():
     """A custom method may compute NaN from finite gradients and kernels."""
 
@@ -992,14 +1022,17 @@ def test_nan_scores_are_refused():
     assert not changed(before, masks(model))
 
 
-def test_a_step_is_traced_once():
+@pytest.mark.parametrize("method, dense", [(RigL, True), (SET, False)])
+def test_a_step_is_traced_once(method, dense):
     """It is traced once as an ordinary step and once as an update, although
-    Keras makes metrics during the trace."""
+    Keras makes metrics during the trace. SET needs no dense gradients."""
     model = compiled(sparsify(two_layers(), 0.2))
     own, traced = model.train_step, []
-    model.train_step = lambda data: traced.append(1) or own(data)
-    history = train(model, [RigL(**WINDOW)], epochs=2).history
-    assert len(traced) == 2
+    model.train_step = lambda data: (
+        traced.append(gradients_are_dense()) or own(data)
+    )
+    history = train(model, [method(**WINDOW)], epochs=2).history
+    assert traced == [False, dense]
     assert len(history["accuracy"]) == 2 and history["accuracy"][1] > 0
 
 

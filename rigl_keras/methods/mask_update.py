@@ -22,6 +22,7 @@ from rigl_keras.initial_values import checked_grow_init, grown_values
 from rigl_keras.masking.masked import KernelMask
 from rigl_keras.redistribution import CRITERIA
 from rigl_keras.training import optimizer_state
+from rigl_keras.training.dense_gradients import check_unread
 from rigl_keras.training.fit_runs import warn_of_no_update
 from rigl_keras.training.step_update import StepUpdate
 
@@ -466,6 +467,7 @@ class MaskUpdate(StepUpdate):
         self.before_drop(optimizer, layers, step)
         # Scores and masks have a value for each unit of the pattern.
         masks = [m.units(tf.convert_to_tensor(m.mask.value)) for m in layers]
+        gradients = [tf.identity(gradient) for gradient in gradients]
         drop_scores, grow_scores = (
             [
                 layer.by_unit(score(layer, gradient, step))
@@ -473,6 +475,8 @@ class MaskUpdate(StepUpdate):
             ]
             for score in (self.drop_scores, self.grow_scores)
         )
+        if self.dense_gradients == "never":
+            check_unread(self.name, grow_scores, gradients)
         defined = ~tf.reduce_any(
             [
                 tf.reduce_any(tf.math.is_nan(s))

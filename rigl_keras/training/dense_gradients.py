@@ -18,6 +18,7 @@ from rigl_keras.training.attachment import Attachment, variable_key
 __all__ = [
     "GradientBuffers",
     "kernel_gradients",
+    "check_unread",
     "masked_gradients",
     "seem_masked",
 ]
@@ -236,3 +237,34 @@ def seem_masked(
 
 def _count(where):
     return tf.reduce_sum(tf.cast(where, tf.float32))
+
+
+def check_unread(
+    method: str, results: Sequence[tf.Tensor], gradients: Sequence[tf.Tensor]
+) -> None:
+    """Checks that growth does not depend on gradients that are never dense.
+
+    Args:
+        method: Name of the method, whose `dense_gradients` is `"never"`.
+        results: Its growth scores of each layer, as they are traced.
+        gradients: The gradients that it got, made in the same graph.
+
+    Raises:
+        ValueError: A score is computed from a gradient. Without a graph
+            (`run_eagerly`) this is not checked.
+    """
+    if tf.executing_eagerly():
+        return
+    given = {id(gradient.op) for gradient in gradients}
+    seen, ahead = set(), [score.op for score in results]
+    while ahead:
+        operation = ahead.pop()
+        if id(operation) in given:
+            raise ValueError(
+                f"{method} has dense_gradients = 'never', so the gradient is "
+                "zero at every connection that may grow, but its grow_scores "
+                "read it. Set dense_gradients = 'updates' in the class."
+            )
+        if id(operation) not in seen:
+            seen.add(id(operation))
+            ahead += [each.op for each in operation.inputs]

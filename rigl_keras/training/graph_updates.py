@@ -17,6 +17,7 @@ from rigl_keras.masking.tracing import (
     called_kernels,
     dense_gradients,
     looking_at,
+    zero_outside,
 )
 from rigl_keras.training import optimizer_state
 from rigl_keras.training.attachment import Attachment, variable_key
@@ -189,7 +190,7 @@ class GraphUpdates:
         self._looked_at = self._masks_to_look_at()
         try:
             with looking_at(self._looked_at):
-                return self._update(_densely(train_step), loss)
+                return self._update(self._of_update(train_step), loss)
         finally:
             self._looked_at = {}
 
@@ -222,7 +223,15 @@ class GraphUpdates:
 
         Args and Returns: as in `step_or_update`.
         """
-        return self._counted(_densely(train_step))
+        return self._counted(self._of_update(train_step))
+
+    def _of_update(self, train_step):
+        """Returns the training step of an update, with the gradients it needs.
+
+        They are dense, or zero outside the masks if dense ones are never used.
+        """
+        never = self._dense_gradients == "never"
+        return train_step if never else _densely(train_step)
 
     def _update(self, train_step, loss=None, *, by_hand=False):
         with self.updating([], loss, by_hand=by_hand):
@@ -432,6 +441,11 @@ class GraphUpdates:
         layers, dense = kernel_gradients(
             attached, gradients, variables, method=self._method
         )
+        if self._dense_gradients == "never":  # a custom loop may pass others
+            dense = [
+                zero_outside(m.mask, gradient)
+                for m, gradient in zip(layers, dense, strict=True)
+            ]
         if not layers:  # all of them were frozen within `fit`
             apply(gradients, variables)
             return
