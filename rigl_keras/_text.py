@@ -124,9 +124,9 @@ def roughly(seconds: float) -> str:
     >>> roughly(40), roughly(700), roughly(11_520), roughly(90_000)
     ('40 s', '12 min', '3.2 h', '25 h')
     """
-    if round(seconds) < 100:
+    if seconds < 100:
         return f"{seconds:.0f} s"
-    if round(seconds / 60) < 60:
+    if seconds < 100 * 60:
         return f"{seconds / 60:.0f} min"
     hours = seconds / 3600
     return f"{hours:.1f} h" if hours < 9.95 else f"{hours:,.0f} h"
