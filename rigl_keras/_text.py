@@ -126,7 +126,7 @@ def roughly(seconds: float) -> str:
     """
     if seconds < 100:
         return f"{seconds:.0f} s"
-    if seconds < 100 * 60:
+    if round(seconds / 60) <= 60:
         return f"{seconds / 60:.0f} min"
     hours = seconds / 3600
     return f"{hours:.1f} h" if hours < 9.95 else f"{hours:,.0f} h"

@@ -255,16 +255,17 @@ def check_unread(
     """
     if tf.executing_eagerly():
         return
-    given = {id(gradient.op) for gradient in gradients}
-    seen, ahead = set(), [score.op for score in results]
+    given = {gradient.op.name for gradient in gradients}
+    # Scores may be constants that are not of this graph.
+    seen, ahead = set(), [tf.identity(score).op for score in results]
     while ahead:
         operation = ahead.pop()
-        if id(operation) in given:
+        if operation.name in given:
             raise ValueError(
                 f"{method} has dense_gradients = 'never', so the gradient is "
                 "zero at every connection that may grow, but its grow_scores "
                 "read it. Set dense_gradients = 'updates' in the class."
             )
-        if id(operation) not in seen:
-            seen.add(id(operation))
+        if operation.name not in seen:
+            seen.add(operation.name)
             ahead += [each.op for each in operation.inputs]
