@@ -504,6 +504,7 @@ CHECKS = {
 
 def main(names):
     warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", "With .* many units have no active")
     # keras, where numpy 2 turns one of its variables into an array.
     warnings.filterwarnings("ignore", "__array__", DeprecationWarning)
     # Blank figures, as drawing takes as long as the run.

@@ -190,6 +190,7 @@ def check_that_masks_differ(strategy, index):
 
 def main():
     warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", "With .* many units have no active")
     # keras, where numpy 2 turns one of its variables into an array.
     warnings.filterwarnings("ignore", "__array__", DeprecationWarning)
     strategy = rigl_keras.replicas.MultiWorkerMirroredStrategy()
