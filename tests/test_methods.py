@@ -489,39 +489,6 @@ def test_srigl_knows_what_a_unit_is(layer, shape):
     assert len(set(each.ravel())) == 1 and each.min() > 0
 
 
-# Arguments.
-
-
-class Child(rigl_keras.SET):
-    """Has no arguments of its own."""
-
-
-@pytest.mark.parametrize(
-    "make, misspelt, hint",
-    [
-        (rigl_keras.RigL, "drop_fractoin", "Did you mean 'drop_fraction'?"),
-        (rigl_keras.SRigL, "ablaton", "Did you mean 'ablation'?"),
-        (rigl_keras.MagnitudePruning, "scop", "Did you mean 'scope'?"),
-        (Child, "frequncy", "Did you mean 'frequency'?"),
-        (Child, "zzz", "There are: frequency, drop_fraction, "),
-    ],
-)
-def test_a_misspelt_argument_is_named(make, misspelt, hint):
-    with pytest.raises(TypeError) as error:
-        make(**{misspelt: 1})
-    said = f"{make.__name__} has no argument {misspelt!r}. {hint}"
-    assert str(error.value).startswith(said)
-
-
-def test_a_method_may_take_other_arguments_than_fields():
-    class Own(rigl_keras.RigL):
-        def __init__(self, times, **options):
-            super().__init__(frequency=10 * times, **options)
-
-    assert Own(2, drop_fraction=0.1).frequency == 20
-    assert Own(times=3).frequency == 30
-
-
 # Plans.
 
 

@@ -2,7 +2,6 @@
 
 step_update       `StepUpdate`, the callback that methods subclass
 method_hooks      what a method defines: when masks change, and how
-named_arguments   errors about misspelt arguments of methods
 attachment        the model, optimizer and masked layers in training
 graph_updates     the update in the graph of the training step
 dense_gradients   the gradients of an update, from one batch or several

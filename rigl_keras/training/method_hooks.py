@@ -10,12 +10,11 @@ from rigl_keras.conventions import ORIGINAL, Conventions, check_conventions
 from rigl_keras.masking.kernel_part import KernelPart
 from rigl_keras.masking.masked import KernelMask
 from rigl_keras.training import optimizer_state
-from rigl_keras.training.named_arguments import NamedArguments
 
 __all__ = ["MethodHooks"]
 
 
-class MethodHooks(NamedArguments):
+class MethodHooks(keras.callbacks.Callback):
     """The hooks of a method, which `StepUpdate` calls.
 
     A method defines `is_due` and `change_masks`. It may define the others.
@@ -25,10 +24,9 @@ class MethodHooks(NamedArguments):
 
     Attributes:
         dense_gradients: When the method needs gradients at inactive entries:
-            `"never"`, at its `"updates"` or `"always"`. With `"never"` the
-            gradients that it gets are zero there. It decides what training
-            costs (`flops.training_flops`), and when gradients travel between
-            workers (`exchange_gradients`).
+            `"never"`, at its `"updates"` or `"always"`. It decides what
+            training costs (`flops.training_flops`), and when they travel
+            between workers (`exchange_gradients`).
         gradient_batches: Number of steps, up to and including the update's, in
             the mean gradient of an update.
         name: The report's name of the method.
