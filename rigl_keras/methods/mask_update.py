@@ -467,7 +467,9 @@ class MaskUpdate(StepUpdate):
         self.before_drop(optimizer, layers, step)
         # Scores and masks have a value for each unit of the pattern.
         masks = [m.units(tf.convert_to_tensor(m.mask.value)) for m in layers]
-        gradients = [tf.identity(gradient) for gradient in gradients]
+        never = self.dense_gradients == "never"
+        if never:  # copies, which `check_unread` finds again in the graph
+            gradients = [tf.identity(gradient) for gradient in gradients]
         drop_scores, grow_scores = (
             [
                 layer.by_unit(score(layer, gradient, step))
@@ -475,7 +477,7 @@ class MaskUpdate(StepUpdate):
             ]
             for score in (self.drop_scores, self.grow_scores)
         )
-        if self.dense_gradients == "never":
+        if never:
             check_unread(self.name, grow_scores, gradients)
         defined = ~tf.reduce_any(
             [
