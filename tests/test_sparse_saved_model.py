@@ -248,6 +248,11 @@ def test_recurrent_layers_are_sparse_operations(kind, tmp_path, monkeypatch):
         (outputs,) = serve(tf.constant(x)).values()
         want = model.predict(x, verbose=0)
         np.testing.assert_allclose(outputs, want, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [layers.LSTM, layers.GRU])
+def test_recurrent_layers_that_are_no_operations(kind, tmp_path, monkeypatch):
+    inputs = keras.Input((None, 4))
     # Dense where that was asked for, whatever is faster.
     monkeypatch.setattr(
         layer_products, "faster_product", lambda *_, **__: Choice(True, "")
@@ -256,12 +261,55 @@ def test_recurrent_layers_are_sparse_operations(kind, tmp_path, monkeypatch):
     dense = rigl_keras.sparsify(dense, 0.3, product="dense")
     with pytest.raises(ValueError, match="no part of model"):
         rigl_keras.export(dense, tmp_path / "h", **FORMAT)
-    # A dense product is one again, where it is faster.
+    # Dense where that is faster.
+    model = keras.Model(inputs, kind(5)(inputs))
+    model = rigl_keras.sparsify(model, 0.3, product="sparse")
     monkeypatch.setattr(
         layer_products, "sparse_if_possible", lambda *_, **__: Choice(False, "")
     )
     with pytest.raises(ValueError, match="no part of model"):
         rigl_keras.export(model, tmp_path / "f", **FORMAT)
+
+
+@pytest.mark.parametrize("least", [1, 8])
+def test_recurrent_kernels_are_stored_without_zeros(
+    least, tmp_path, monkeypatch
+):
+    """The file is small, and what it computes has the same bits."""
+    monkeypatch.setattr(
+        layer_products,
+        "sparse_if_possible",
+        lambda _, shape, **__: Choice(shape[0] >= least, ""),
+    )
+    inputs = keras.Input((None, 40))
+    sequences = layers.LSTM(80, return_sequences=True, name="one")(inputs)
+    model = keras.Model(inputs, layers.GRU(30, name="two")(sequences))
+    model = rigl_keras.sparsify(model, 0.1, product="sparse")
+    # A weight that has just grown is zero: its mask says more than its kernel.
+    *_, two = rigl_keras.masked_layers(model)
+    mask = two.mask.numpy()
+    kernel = two.kernel.numpy()
+    kernel.flat[np.flatnonzero(mask)[0]] = 0
+    two.kernel.assign(kernel)
+    _, found = exported(model, tmp_path / "e")
+    assert found["RiglKerasRecurrent"] == 2
+    entries = 4 * 80 * (40 + 80) + 3 * 30 * (80 + 30)
+    weights = tmp_path / "e" / "variables" / "variables.data-00000-of-00001"
+    assert weights.stat().st_size < 0.65 * entries  # of 4 and a mask's 1
+    graph = tmp_path / "e" / "saved_model.pb"
+    # The graph holds none of them, in either branch.
+    assert graph.stat().st_size < 200_000 < 5 * entries
+    loaded = tf.saved_model.load(str(tmp_path / "e"))
+    serve = loaded.signatures["serving_default"]
+    signature = signature_of(model)
+    imported = networks.networks_within(model, signature)
+    whole = tf.function(lambda **arrays: imported.rebuild(arrays, None))
+    (name,) = signature.inputs
+    for batch in (1, 9):
+        x = np.random.default_rng(batch).normal(size=(batch, 5, 40))
+        x = {name: tf.constant(x, tf.float32)}
+        (got,), (want,) = serve(**x).values(), whole(**x).values()
+        np.testing.assert_array_equal(got, want)
 
 
 def test_no_library(monkeypatch, tmp_path):

@@ -144,3 +144,23 @@ def test_no_kernel_holds_anything():
     _, read = restored([np.zeros((3, 4), np.float32), *KERNELS])
     np.testing.assert_array_equal(read[0], np.zeros((3, 4)))
     np.testing.assert_array_equal(read[2], KERNELS[1])
+
+
+def test_masks_beside_kernels():
+    """Masks of nonzero entries take nothing, and others a bit for each."""
+    kernels = [sparse(0.1).reshape(100, 1000), KERNELS[0]]
+    more = kernels[0] != 0
+    more[3, 5:9] = True  # also weights that are zero
+    masks = [kernels[1] != 0, more, kernels[0] != 0]
+    stored = sparse_storage.SparseKernels(kernels, masks)
+    plain = sparse_storage.SparseKernels(kernels)
+    stored._initialize()
+    read = stored.read()
+    for array, found in zip([*kernels, *masks], read, strict=True):
+        assert found.dtype == array.dtype
+        np.testing.assert_array_equal(found, array)
+    sizes = [
+        sum(math.prod(v.shape) * v.dtype.size for v in one.variables[:-n])
+        for one, n in ((stored, 5), (plain, 2))
+    ]
+    assert sizes[0] - sizes[1] == 100_000 / 8

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from rigl_keras import kernels
@@ -25,6 +26,7 @@ from rigl_keras.exporting.networks import (
 )
 from rigl_keras.exporting.saved_model import lookup_tables
 from rigl_keras.exporting.signatures import Signature
+from rigl_keras.exporting.sparse_storage import SparseKernels, cheapest_encoding
 from rigl_keras.serving.importer import Imported
 from rigl_keras.serving.network import Network
 from rigl_keras.serving.operation import checksum_of, run_network
@@ -42,7 +44,8 @@ class SparseSavedModel(Format):
     TensorFlow keeps what no network computes, such as attention, with the
     largest possible networks between as operations. Their weights are files
     among the assets. The loop of a sparse LSTM or GRU is an operation, too,
-    if that is faster. The operation needs its library, which is in the
+    if that is faster. TensorFlow's part stores its kernels sparse. The
+    operation needs its library, which is in the
     folder, with a file that loads both. It has the signature `serving_default`.
     """
 
@@ -145,6 +148,51 @@ class _Saved(tf.Module):
         )
 
 
+class _Constants:
+    """The large constants of TensorFlow's part, stored without their zeros.
+
+    Args:
+        constants: All of them, by the names of their tensors.
+
+    Attributes:
+        stored: Those that take less space without zeros, and their masks.
+            None: there is none.
+    """
+
+    def __init__(self, constants: Mapping[str, np.ndarray]):
+        kinds = {True: {}, False: {}}  # whether they are masks
+        for name, array in constants.items():
+            mask = array.dtype == bool
+            if _is_stored_sparse(array):
+                # Equal ones once: branches of a graph may each have theirs.
+                key = (array.dtype.str, array.shape, array.tobytes())
+                kinds[mask].setdefault(key, (array, []))[1].append(name)
+        found = [*kinds[False].values(), *kinds[True].values()]
+        self._names = [names for _, names in found]
+        self.stored = None
+        if found:
+            self.stored = SparseKernels(
+                *([array for array, _ in kinds[i].values()] for i in (0, 1))
+            )
+
+    def read(self) -> dict[str, tf.Tensor]:
+        """Returns `{name of a tensor: tensor}`, within a saved function."""
+        tensors = self.stored.read() if self.stored else []
+        return {
+            name: tensor
+            for names, tensor in zip(self._names, tensors, strict=True)
+            for name in names
+        }
+
+
+def _is_stored_sparse(array):
+    if array.ndim < 2 or array.size == 0:
+        return False
+    if array.dtype == bool:
+        return True
+    return array.dtype.kind == "f" and cheapest_encoding(array) != "dense"
+
+
 class _Served(tf.Module):
     """A model made of networks as one function of its named inputs.
 
@@ -168,11 +216,16 @@ class _Served(tf.Module):
         super().__init__()
         self._networks = list(networks)
         self._tables = list(tables)
+        constants = _Constants(imported.constants())
+        self._kernels = constants.stored
+        self._stored = self._kernels.variables if self._kernels else []
 
         @tf.function(autograph=False)
         def serve(**inputs: tf.Tensor) -> Mapping[str, tf.Tensor]:
             return imported.rebuild(
-                inputs, lambda i, tensors: self._networks[i](tensors)
+                inputs,
+                lambda i, tensors: self._networks[i](tensors),
+                constants.read(),
             )
 
         self.function = serve.get_concrete_function(**signature.inputs)

@@ -46,9 +46,7 @@ def decode(
         A dense tensor for each shape.
     """
     if encoding == "bitmask":
-        shifts = tf.constant([7, 6, 5, 4, 3, 2, 1, 0], tf.uint8)
-        bits = tf.bitwise.right_shift(positions[:, tf.newaxis], shifts) & 1
-        kept = tf.where(tf.reshape(bits, [-1]) > 0)
+        kept = tf.where(_bits(positions))
     else:
         kept = tf.cumsum(tf.cast(positions, tf.int64))[:, tf.newaxis]
     sizes = [math.prod(shape) for shape in shapes]
@@ -57,6 +55,13 @@ def decode(
         tf.reshape(part, shape)
         for part, shape in zip(tf.split(flat, sizes), shapes, strict=True)
     ]
+
+
+def _bits(packed):
+    """Returns the bits of bytes as bools, the highest bit first."""
+    shifts = tf.constant([7, 6, 5, 4, 3, 2, 1, 0], tf.uint8)
+    bits = tf.bitwise.right_shift(packed[:, tf.newaxis], shifts) & 1
+    return tf.reshape(bits, [-1]) > 0
 
 
 class SparseKernels(tf.saved_model.experimental.TrackableResource):
@@ -72,23 +77,28 @@ class SparseKernels(tf.saved_model.experimental.TrackableResource):
 
     Args:
         kernels: Float arrays, each smaller encoded than dense.
+        masks: Bool arrays. One that is true exactly where a kernel is not zero
+            is not stored. Others take a bit for each entry.
 
     Attributes:
         variables: The saved variables. The owner must track them.
     """
 
-    def __init__(self, kernels: Sequence[np.ndarray]):
+    def __init__(
+        self, kernels: Sequence[np.ndarray], masks: Sequence[np.ndarray] = ()
+    ):
         super().__init__()
-        self._shapes = [kernel.shape for kernel in kernels]
+        arrays = [*kernels, *masks]
+        self._shapes = [array.shape for array in arrays]
         self._dense = [
             tf.Variable(
                 # Empty, until its first axis gets its length.
-                tf.zeros((0, *kernel.shape[1:]), kernel.dtype),
-                shape=(None, *kernel.shape[1:]),
+                tf.zeros((0, *array.shape[1:]), array.dtype),
+                shape=(None, *array.shape[1:]),
                 trainable=False,
                 name="kernel",
             )
-            for kernel in kernels
+            for array in arrays
         ]
         members = {}
         for i, kernel in enumerate(kernels):
@@ -110,7 +120,20 @@ class SparseKernels(tf.saved_model.experimental.TrackableResource):
             )
             for (_, encoding), indices in members.items()
         ]
+        # Of each mask: the kernel that it follows from, or its bits.
+        self._masks = []
+        for mask in masks:
+            source = next(
+                (i for i, k in enumerate(kernels) if _follows(mask, k)), None
+            )
+            bits = None
+            if source is None:
+                bits = tf.Variable(
+                    np.packbits(mask), trainable=False, name="mask"
+                )
+            self._masks.append((source, bits))
         stored = [v for _, _, pair in self._groups for v in pair]
+        stored += [bits for _, bits in self._masks if bits is not None]
         self.variables = [*stored, *self._dense]
 
     def _create_resource(self):
@@ -126,10 +149,23 @@ class SparseKernels(tf.saved_model.experimental.TrackableResource):
             )
             for i, kernel in zip(indices, kernels, strict=True):
                 self._dense[i].assign(kernel)
+        first = len(self._dense) - len(self._masks)
+        for i, (source, bits) in enumerate(self._masks, first):
+            shape = self._shapes[i]
+            if source is not None:
+                mask = self._dense[source].read_value() != 0
+            else:
+                flat = _bits(bits.read_value())[: math.prod(shape)]
+                mask = tf.reshape(flat, shape)
+            self._dense[i].assign(mask)
 
     def read(self) -> list[tf.Tensor]:
-        """Returns the dense kernels, within a saved function."""
+        """Returns dense kernels and then masks, within a saved function."""
         return [
             tf.ensure_shape(variable.read_value(), shape)
             for variable, shape in zip(self._dense, self._shapes, strict=True)
         ]
+
+
+def _follows(mask, kernel):
+    return mask.shape == kernel.shape and np.array_equal(mask, kernel != 0)

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from rigl_keras._checks import integer
@@ -62,8 +63,19 @@ class Imported:
     has_sparse_loops: bool
     _remainder: Remainder
 
+    def constants(self) -> dict[str, np.ndarray]:
+        """Returns the constants that TensorFlow's parts read.
+
+        Returns:
+            `{name of a tensor: array}`.
+        """
+        return self._remainder.constants()
+
     def rebuild(
-        self, inputs: Mapping[str, tf.Tensor], run: RunSegment
+        self,
+        inputs: Mapping[str, tf.Tensor],
+        run: RunSegment,
+        constants: Mapping[str, tf.Tensor] | None = None,
     ) -> dict[str, tf.Tensor]:
         """Returns the function's results. Must be called within a graph.
 
@@ -72,6 +84,8 @@ class Imported:
             run: Called with the number of a segment, 0 for the first, and
                 tensors for its inputs. It returns the outputs. Both are in
                 order.
+            constants: Tensors to read in place of some of `constants()`, by
+                the same names. None: the graph holds all constants.
 
         Returns:
             The function's results by name.
@@ -82,7 +96,7 @@ class Imported:
         ... def serve(**inputs):
         ...     return imported.rebuild(inputs, run_network)
         """
-        return self._remainder.compute(inputs, run)
+        return self._remainder.compute(inputs, run, constants or {})
 
 
 def import_function(function: Any, *, least_work: int = LEAST_WORK) -> Imported:

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 
+import numpy as np
 import tensorflow as tf
 
 from rigl_keras.serving.frozen_graph import FrozenGraph, captured
@@ -63,35 +64,59 @@ class Remainder:
         wanted = {tensor.name for tensor in graph.outputs.values()}
         for segment in segments:
             wanted.update(segment.inputs)
-        operations = operations_until(graph, wanted, self._made_by)
-        self._piece_of = self._places(operations)
+        self._wanted = wanted
+        self._operations = operations_until(graph, wanted, self._made_by)
+        self._piece_of = self._places(self._operations)
         self._check_order()
-        self._pieces = self._cut(operations, wanted)
+
+    def constants(self) -> dict[str, np.ndarray]:
+        """Returns the constants that the pieces read.
+
+        Returns:
+            `{name of a tensor: array}`.
+        """
+        known = self._graph.constants
+        return {
+            source.name: known[source.name]
+            for operation in self._operations
+            if operation.name in self._piece_of
+            for source in operation.inputs
+            if source.name in known
+        }
 
     def compute(
-        self, inputs: Mapping[str, tf.Tensor], run: RunSegment
+        self,
+        inputs: Mapping[str, tf.Tensor],
+        run: RunSegment,
+        constants: Mapping[str, tf.Tensor],
     ) -> dict[str, tf.Tensor]:
         """Returns the graph's results. Must be called within a graph.
 
         Args:
             inputs: Tensors by the names of the graph's inputs.
             run: Runs a segment on tensors.
+            constants: Tensors to read in place of some of `constants()`, by
+                the same names. The result does not hold these.
 
         Returns:
             Tensors by the names of the graph's outputs.
         """
         graph = self._graph
+        pieces = self._cut(constants)
         values = {
             tensor.name: inputs[name] for name, tensor in graph.inputs.items()
         }
+        values |= constants
         values |= captured(
             {
                 name: tensor
                 for name, tensor in graph.captures.items()
-                if any(name in piece.inputs for piece in self._pieces)
+                # A variable and its constant have one name.
+                if name not in constants
+                and any(name in piece.inputs for piece in pieces)
             }
         )
-        for number, piece in enumerate(self._pieces):
+        for number, piece in enumerate(pieces):
             if number:
                 segment = self._segments[number - 1]
                 fed = [values[name] for name in segment.inputs]
@@ -136,16 +161,20 @@ class Remainder:
                         "after it."
                     )
 
-    def _cut(self, operations, wanted):
-        """Returns the pieces: one more than segments."""
+    def _cut(self, given):
+        """Returns the pieces: one more than segments.
+
+        Args:
+            given: Names of constants that are not in the pieces.
+        """
         definition = self._graph.graph.as_graph_def()
         nodes = {node.name: node for node in definition.node}
         groups = [[] for _ in range(len(self._segments) + 1)]
         constants = self._graph.constant_operations
-        for operation in operations:
+        for operation in self._operations:
             if operation.name not in constants:
                 groups[self._piece_of[operation.name]].append(operation)
-        read = set(wanted)
+        read = set(self._wanted)
         pieces = []
         for group in reversed(groups):
             within = {operation.name for operation in group}
@@ -154,23 +183,29 @@ class Remainder:
                 source.name
                 for operation in group
                 for source in operation.inputs
-                if source.op.name in constants
+                if source.op.name in constants and source.name not in given
             ]
             if len(pieces) == len(self._segments):
-                ends += [name for name in wanted if _of(name) in constants]
+                ends += [
+                    name for name in self._wanted if _of(name) in constants
+                ]
             own = operations_until(self._graph, ends, ())
             within.update(operation.name for operation in own)
             inputs = {
                 source.name: None
                 for operation in group
                 for source in operation.inputs
-                if source.name in self._made_by or source.op.name not in within
+                if source.name in self._made_by
+                or source.name in given
+                or source.op.name not in within
             }
             outputs = tuple(
                 tensor.name
                 for operation in (*own, *group)
                 for tensor in operation.outputs
-                if tensor.name in read and tensor.name not in self._made_by
+                if tensor.name in read
+                and tensor.name not in self._made_by
+                and tensor.name not in given
             )
             read.update(inputs)
             part = tf.compat.v1.GraphDef()
