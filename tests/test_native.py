@@ -16,7 +16,9 @@ from rigl_keras import kernels
 from rigl_keras.exporting import measurement, networks
 from rigl_keras.exporting.formats import FORMATS
 from rigl_keras.kernels import library
+from rigl_keras.serving.network import Cell, Operation
 from rigl_keras.serving.network_file import from_bytes
+from rigl_keras.serving.runtime import Network
 
 FILES = {
     *("network.rigl", "rigl_keras_network.so", "rigl_network.h"),
@@ -143,14 +145,69 @@ def test_the_example_in_c(export, tmp_path, images):
     assert "output_0" in done.stdout
 
 
-def test_what_needs_tensorflow_is_refused(tmp_path):
+def recurrent(x):
+    x = layers.Bidirectional(layers.LSTM(10, return_sequences=True))(x)
+    return layers.GRU(9, reset_after=False)(layers.GRU(9, **ALL)(x))
+
+
+ALL = {"return_sequences": True}
+
+
+def test_recurrent_layers(tmp_path):
+    """Sequences of any length, with masks of input and recurrent kernels."""
+    inputs = keras.Input((None, 4))
+    outputs = layers.Dense(3, name="head")(recurrent(inputs))
+    model = rigl_keras.sparsify(keras.Model(inputs, outputs), 0.3)
+    rigl_keras.export(model, tmp_path / "e", format="native", measure=False)
+    network = from_bytes((tmp_path / "e" / "network.rigl").read_bytes())
+    loops = [n for n in network.nodes if n.operation == Operation.RECURRENT]
+    assert [n.cell for n in loops].count(Cell.LSTM) == 2
+    assert {n.cell for n in loops} == set(Cell)
+    assert all(0 < np.mean(n.kernel == 0) < 1 for n in loops)
+    draw = np.random.default_rng(0)
+    with Network(
+        tmp_path / "e" / "network.rigl",
+        library=library.build_network(),
+        threads=2,
+    ) as run:
+        for shape in ((1, 7, 4), (11, 1, 4), (30, 5, 4)):
+            x = draw.standard_normal(shape).astype(np.float32)
+            got = run(x)["output_0"]
+            np.testing.assert_allclose(got, model(x), rtol=1e-4, atol=1e-5)
+
+
+REFUSED = {
+    "GRU 'loop', because its activation is not tanh": (
+        lambda x: layers.GRU(5, activation="relu", name="loop")(x)
+    ),
+    "LSTM 'loop', because its recurrent activation is not sigmoid": (
+        lambda x: layers.LSTM(
+            5, recurrent_activation="hard_sigmoid", name="loop"
+        )(x)
+    ),
+    "LSTM 'loop', because it keeps or returns its states": (
+        lambda x: layers.LSTM(5, return_state=True, name="loop")(x)[2]
+    ),
+    "LSTM 'loop', because it reads a mask of steps": (
+        lambda x: layers.LSTM(5, name="loop")(layers.Masking()(x))
+    ),
+    "SimpleRNN 'loop', because networks have LSTM and GRU only": (
+        lambda x: layers.SimpleRNN(5, name="loop")(x)
+    ),
+    "PartitionedCall .1.: it begins with a state that is not zero": (
+        lambda x: layers.GRU(4, name="loop")(x, initial_state=x[:, 0])
+    ),
+}
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_what_needs_tensorflow_is_refused(text, tmp_path):
     inputs = keras.Input((6, 4))
-    x = layers.LSTM(5, name="lstm", return_sequences=True)(inputs)
-    outputs = layers.Dense(3, name="head")(x)
+    outputs = layers.Dense(3, name="head")(REFUSED[text](inputs))
     model = rigl_keras.sparsify(keras.Model(inputs, outputs), 0.5)
     with pytest.raises(
         ValueError,
-        match="as native: these operations need TensorFlow: .*While.*"
+        match=f"as native: these .* need TensorFlow: .*{text}.*"
         "Pass format='sparse_saved_model'",
     ):
         rigl_keras.export(model, tmp_path / "e", format="native")

@@ -63,9 +63,11 @@ def test_every_end_is_noticed():
 
 def test_another_version():
     text = refused(b.file(b.body([b.image()]), version=7))
-    assert "format version 7, and this library reads version 1" in text
+    assert "format version 7, and this library reads versions 1 to 2" in text
     assert "use the library of the rigl_keras that wrote the file" in text
     assert "damaged" in refused(b.file(b.body([b.image()]), version=0))
+    # Earlier files are read.
+    loaded(b.file(b.body([b.image()]), version=1)).close()
 
 
 def test_every_bit_counts():
@@ -179,12 +181,20 @@ def convolved(**settings):
     return one(b.convolution(KERNEL, **settings))
 
 
+LSTM = np.ones((2, 8), "f")
+
+
+def looped(cell, kernel, **settings):
+    sequences = b.image("x", (4, 8))
+    return b.network(sequences, b.recurrent(cell, kernel, **settings))
+
+
 FREE = b.image("x", (-1, -1, -1))
 NODES = {
     # Nodes, their inputs and names.
     "the file announces 65537 nodes": b.file(b.u32(65537)),
     NO_INPUT: b.network(outputs={"y": 0}),
-    "its operation is 15, and this library knows 0 to 14": one(b.node(15, "n")),
+    "its operation is 16, and this library knows 0 to 15": one(b.node(16, "n")),
     "its name has a NUL": b.network(b.image("a\0b")),
     "input has no name": b.network(b.image("")),
     "two inputs have the name 'x'": one(b.image()),
@@ -301,6 +311,29 @@ NODES = {
     "each of its factors is 1 to 1048576, and not 0": one(b.upsample((0, 1))),
     "whether it is bilinear is 0 or 1": one(
         b.upsample((1, 1), bilinear=-1 % 9)
+    ),
+    # Recurrent nodes, on sequences of 4 steps.
+    "its cell is 3, and this library knows 0 to 2": looped(3, LSTM),
+    "whether it returns sequences is 0 or 1": looped(0, LSTM, flags=(2, 0, 0)),
+    "whether it goes backwards is 0 or 1": looped(0, LSTM, flags=(0, 2, 0)),
+    "whether its outputs are reversed is 0": looped(0, LSTM, flags=(0, 0, 9)),
+    "its kernel of shape (2, 8) is none of units and 3 gates": looped(1, LSTM),
+    "its kernel of shape (2, 6) is none of units and 4": looped(0, LSTM[:, :6]),
+    "its kernel of shape (8) is none of units": looped(0, LSTM[0]),
+    "its bias has 8 numbers, and its cell has none": looped(
+        0, LSTM, bias=b.array(np.ones(8))
+    ),
+    "its bias has 6 numbers, and its units are 2": looped(
+        1, LSTM[:, :6], bias=b.array(np.ones(6))
+    ),
+    "its bias has 2 numbers, and its cell has none": looped(
+        2, LSTM[:, :6], bias=b.array(np.ones(2))
+    ),
+    "it needs a sequence (steps, 6), and its input has the shape (4, 8)": (
+        looped(1, LSTM[:, :6])
+    ),
+    "it needs a sequence (steps, 8), and its input has the shape (1, 4, 8)": (
+        b.network(b.image("x", (1, 4, 8)), b.recurrent(0, LSTM))
     ),
     "(4, 4, 2) cannot be given the shape (31)": one(b.reshape([31])),
     "(4, 4, 2) cannot be given the shape (-1, 5)": one(b.reshape([-1, 5])),
@@ -470,13 +503,27 @@ def a_network():
         b.reshape([2, 4], 14),
         b.dense(np.ones((4, 3)), 15, bias=b.array(np.ones(3))),
         b.node(b.SOFTMAX, "softmax", (16,)),
+        b.dense(rng.normal(size=(3, 8)), 17),
+        b.recurrent(b.LSTM, kernel.reshape(-1, 8)[:2], 18, encoding=b.BITMASK),
+        b.dense(rng.normal(size=(2, 6)), 19),
+        b.recurrent(
+            *(b.GRU, kernel.reshape(-1, 6)[:2], 20),
+            bias=b.array(np.ones(2)),
+            flags=(1, 1, 1),
+        ),
+        b.recurrent(
+            b.GRU_BEFORE, kernel.reshape(-1, 6)[2:4], 20, flags=(0, 1, 0)
+        ),
     ]
-    return b.body(nodes, {"y": 17, "image": 13}, b"hints\n")
+    outputs = {"y": 17, "image": 13, "steps": 21, "last": 22}
+    return b.body(nodes, outputs, b"hints\n")
 
 
 def test_the_network_that_is_broken_below():
     network = loaded(b.file(a_network()))
-    assert network.output_shapes((2, 6, 6, 2)) == [(2, 2, 3), (2, 6, 6, 8)]
+    assert network.output_shapes((2, 6, 6, 2)) == [
+        *((2, 2, 3), (2, 6, 6, 8), (2, 2, 2), (2, 2)),
+    ]
     found = network(np.ones((2, 6, 6, 2), "f"))
     np.testing.assert_allclose(found["y"].sum(-1), 1, rtol=1e-6)
 

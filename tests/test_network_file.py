@@ -9,6 +9,7 @@ import pytest
 
 from rigl_keras.serving.network import (
     Activation,
+    Cell,
     Network,
     Node,
     Operation,
@@ -152,6 +153,19 @@ def every_operation():
                 a=0.25,
             ),
             Node(Operation.SOFTMAX, "softmax", (15,)),
+            Node(Operation.RESHAPE, "steps", (16,), shape=(1, 3)),
+            Node(Operation.DENSE, "products", (17,), kernel=array(3, 12)),
+            Node(
+                Operation.RECURRENT,
+                "gru",
+                (18,),
+                cell=Cell.GRU,
+                sequences=True,
+                backwards=True,
+                reversed=True,
+                kernel=array(4, 12, density=0.2),
+                bias=array(4),
+            ),
         ),
         outputs=(Output("one", 16), Output("two", 2)),
         hints="fast",
@@ -202,9 +216,41 @@ def test_damage_below_a_right_checksum():
 
 def test_another_version():
     data = bytearray(to_bytes(small()))
-    data[8] = 2
-    with pytest.raises(ValueError, match="version 1. Received: version"):
+    data[8] = 3
+    with pytest.raises(ValueError, match="version 1 to 2. Received: version 3"):
         from_bytes(bytes(data))
+
+
+def test_the_version_is_as_low_as_possible():
+    """Libraries that know no recurrent nodes read files without them."""
+    assert to_bytes(small())[8] == 1
+    assert to_bytes(every_operation())[8] == 2
+
+
+@pytest.mark.parametrize(
+    "cell, shape, bias, message",
+    [
+        (Cell.LSTM, (2, 6), 0, r"kernel \[units, 4 \* units\]"),
+        (Cell.GRU, (2, 8), 0, r"kernel \[units, 3 \* units\]"),
+        (Cell.GRU, (0, 0), 0, "must have a kernel"),
+        (Cell.LSTM, (2, 8), 8, r"bias of one of the shapes \[\(0,\)\]"),
+        (Cell.GRU, (2, 6), 6, r"shapes \[\(0,\), \(2,\)\]. Received: \(6,\)"),
+    ],
+)
+def test_what_is_no_recurrent_node(cell, shape, bias, message):
+    nodes = (
+        Node(Operation.INPUT, "x", shape=(3, 8)),
+        Node(
+            Operation.RECURRENT,
+            "loop",
+            (0,),
+            cell=cell,
+            kernel=np.zeros(shape, np.float32),
+            bias=np.zeros(bias, np.float32),
+        ),
+    )
+    with pytest.raises(ValueError, match=message):
+        to_bytes(Network(nodes, (Output("y", 1),)))
 
 
 @pytest.mark.parametrize(

@@ -178,10 +178,7 @@ def test_a_nan_is_the_largest():
                 )
 
 
-PARTLY = (
-    *("MultiHeadAttention, EinsumDense", "Conv2DTranspose"),
-    *("LSTM, GRU, Bidirectional", "Embedding"),
-)
+PARTLY = ("MultiHeadAttention, EinsumDense", "Conv2DTranspose", "Embedding")
 
 
 @pytest.mark.slow_but("Functional", "Embedding")

@@ -10,6 +10,7 @@ import pytest
 
 from rigl_keras.serving.network import (
     Activation,
+    Cell,
     Network,
     Node,
     Operation,
@@ -179,6 +180,14 @@ def test_random_networks_have_all_operations():
     assert any(n.groups == 2 for n in convolutions)
     assert any(n.groups > 2 and n.kernel.shape[2] == 1 for n in convolutions)
     assert {n.activation for n in of[Operation.ACTIVATION]} == set(Activation)
+    loops = of[Operation.RECURRENT]
+    assert {(n.cell, n.sequences) for n in loops} == {
+        (cell, sequences) for cell in Cell for sequences in (0, 1)
+    }
+    assert {(n.backwards, n.reversed) for n in loops} == {
+        (backwards, reversed) for backwards in (0, 1) for reversed in (0, 1)
+    }
+    assert {len(n.bias) > 0 for n in loops if n.cell == Cell.GRU} == {0, 1}
     pools = of[Operation.POOL]
     assert {(n.maximum, n.padding.same) for n in pools} == {
         (maximum, same) for maximum in (0, 1) for same in (0, 1)
@@ -276,6 +285,67 @@ def test_threads_change_no_bit(case, way, kind):
                     same = first(before, batch)
                     for output, value in engine(**first(inputs, batch)).items():
                         np.testing.assert_array_equal(value, same[output])
+
+
+def loops(units=45):
+    """Returns a network with each recurrent cell, there and back."""
+    draw = np.random.default_rng(0)
+
+    def kernel(rows, columns):
+        kept = draw.random((rows, columns)) < 0.3
+        values = draw.standard_normal((rows, columns)) * kept / 4
+        return values.astype(np.float32)
+
+    nodes = [Node(Operation.INPUT, "x", shape=(-1, 6))]
+    for cell in Cell:
+        columns = cell.gates * units
+        first = len(nodes)
+        nodes.append(
+            Node(Operation.DENSE, "d", (0,), kernel=kernel(6, columns))
+        )
+        bias = draw.standard_normal(units if cell == Cell.GRU else 0)
+        for turn in range(2):
+            nodes.append(
+                Node(
+                    Operation.RECURRENT,
+                    f"{cell.name} {turn}",
+                    (first,),
+                    cell=cell,
+                    kernel=kernel(units, columns),
+                    bias=bias.astype(np.float32),
+                    sequences=turn == 0,
+                    backwards=turn == 0,
+                )
+            )
+    ends = [
+        Output(node.name, i)
+        for i, node in enumerate(nodes)
+        if node.operation == Operation.RECURRENT
+    ]
+    return Network(tuple(nodes), tuple(ends))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", WAYS)
+def test_threads_share_sequences(way, kind):
+    """Alone and shared, a sequence has the same bits with any threads."""
+    network = loops()
+    draw = np.random.default_rng(1)
+    with kind_of_code(kind) as name:
+        for steps in (1, 9):
+            x = draw.standard_normal((3, steps, 6)).astype(np.float32)
+            expected = evaluate(network, {"x": x})
+            before = None
+            for threads in THREADS:
+                hints = f"{name} costs {threads} {WAYS[way]}\n"
+                with load(network, threads=threads, hints=hints) as engine:
+                    if engine.instruction_set != name:
+                        pytest.skip(f"this processor has no {name}")
+                    found = engine(x=x)
+                    check(found, expected, (steps, threads))
+                    before = before or found
+                    for output, value in found.items():
+                        np.testing.assert_array_equal(value, before[output])
 
 
 def test_batches_without_images():

@@ -340,7 +340,6 @@ def test_models_of_every_kind(kind):
     partly = {
         "MultiHeadAttention, EinsumDense": "BatchMatMulV2",
         "Conv2DTranspose": "Conv2DBackpropInput",
-        "LSTM, GRU, Bidirectional": "TensorListStack",
         "Embedding": "GatherV2",
     }
     if kind in partly:
@@ -348,6 +347,66 @@ def test_models_of_every_kind(kind):
         assert partly[kind] in {one.operation for one in imported.unknown}
     else:
         assert imported.network is not None and not imported.unknown
+
+
+LOOPS = {
+    "LSTM": lambda x: layers.LSTM(4)(x),
+    "all outputs": lambda x: layers.LSTM(4, return_sequences=True)(x),
+    "no bias": lambda x: layers.LSTM(4, use_bias=False)(x),
+    "GRU": lambda x: layers.GRU(4, return_sequences=True, dropout=0.5)(x),
+    "GRU, reset before": lambda x: layers.GRU(4, reset_after=False)(x),
+    "GRU, no bias": lambda x: layers.GRU(4, use_bias=False)(x),
+    "backwards": lambda x: layers.LSTM(4, go_backwards=True)(x),
+    "backwards, all outputs": lambda x: layers.GRU(
+        4, go_backwards=True, return_sequences=True
+    )(x),
+    "both ways": lambda x: layers.Bidirectional(
+        layers.LSTM(4, return_sequences=True), merge_mode="sum"
+    )(x),
+    "stacked": lambda x: layers.LSTM(3)(
+        layers.Dense(5)(layers.GRU(4, return_sequences=True)(x))
+    ),
+    "unrolled": lambda x: layers.LSTM(4, unroll=True)(x),
+}
+
+
+@pytest.mark.parametrize("kind", LOOPS)
+def test_recurrent_layers(kind):
+    inputs = keras.Input((4, 3))
+    model = keras.Model(inputs, LOOPS[kind](inputs))
+    draw_weights(model, np.random.default_rng(0))
+    network = check_imported(model, rebuild=False).network
+    assert network is not None
+    kinds = operations(network).split()
+    times = 2 if kind in ("both ways", "stacked") else 1
+    assert kinds.count("RECURRENT") == times
+    assert kinds.count("DENSE") == times + (kind == "stacked")
+
+
+def test_a_norm_before_a_loop_becomes_part_of_its_product():
+    inputs = keras.Input((None, 3))
+    x = layers.BatchNormalization()(inputs)
+    model = keras.Model(inputs, layers.GRU(4)(x))
+    draw_weights(model, np.random.default_rng(0))
+    network = check_imported(model, rebuild=False).network
+    assert operations(network) == "DENSE RECURRENT"
+    assert network.nodes[0].shape == (-1, 3)
+
+
+def test_a_loop_beside_what_stays():
+    """Its part is a network, and what TensorFlow keeps has no mark."""
+    inputs = keras.Input((4, 3))
+    x = layers.LSTM(4, return_sequences=True)(inputs)
+    x = layers.MultiHeadAttention(2, 2)(x, x)
+    outputs = layers.LSTM(4, activation="relu")(x)
+    model = keras.Model(inputs, outputs)
+    draw_weights(model, np.random.default_rng(0))
+    imported = check_imported(model)
+    assert imported.network is None
+    kinds = [operations(segment.network) for segment in imported.segments]
+    assert "DENSE RECURRENT" in kinds[0]
+    # A part that is too small calls the function that was marked.
+    assert not check_imported(model, least_work=10**6).segments
 
 
 def test_masked_models():
@@ -621,4 +680,6 @@ def test_random_models_have_everything():
             network = import_model(model, signature_of(model)).network
             _kinds[seed] = kinds_of(network)
             keras.backend.clear_session()
-    assert set().union(*_kinds.values()) >= {*Operation, *Activation}
+    # Recurrent layers are tested above.
+    wanted = {*Operation, *Activation} - {Operation.RECURRENT}
+    assert set().union(*_kinds.values()) >= wanted

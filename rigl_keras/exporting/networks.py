@@ -8,7 +8,6 @@ from pathlib import Path
 import keras
 import tensorflow as tf
 
-from rigl_keras import kernels
 from rigl_keras.exporting.saved_model import Served
 from rigl_keras.exporting.signatures import Signature
 from rigl_keras.kernels import library
@@ -55,13 +54,20 @@ def import_model(
             masks.
         signature: The model's inputs.
         least_work: As in `import_function`.
-        sparse_loops: Whether TensorFlow keeps recurrent layers as operations of
-            the op library, where these are faster.
+        sparse_loops: Whether TensorFlow keeps recurrent layers, as operations
+            of the op library where these are faster. False: networks have
+            those that they can compute.
 
     Raises:
         ValueError: The model is more than a function of its inputs.
     """
-    served = Served(model, signature, sparse=False, sparse_loops=sparse_loops)
+    served = Served(
+        model,
+        signature,
+        sparse=False,
+        sparse_loops=sparse_loops,
+        marked_loops=not sparse_loops,
+    )
     return import_function(served.function, least_work=least_work)
 
 
@@ -74,11 +80,18 @@ def whole_network(model: keras.Model, signature: Signature) -> Network:
     Raises:
         ValueError: Parts of it need TensorFlow; it names them and a way out.
     """
-    imported = import_model(model, signature)
+    served = Served(model, signature, sparse=False, marked_loops=True)
+    imported = import_function(served.function)
     if imported.network is not None:
         return imported.network
     # Small known parts would be in one network with the rest.
     needed = [one for one in imported.unknown if one.reason != SMALL]
+    layers = [f"{layer}, because {reason}" for layer, reason in served.unmarked]
+    if layers:  # their operations would say less
+        raise ValueError(
+            f"these layers need TensorFlow: {'; '.join(layers)}. Pass "
+            "format='sparse_saved_model', where TensorFlow computes them."
+        )
     raise ValueError(
         "these operations need TensorFlow: "
         f"{_listed(needed) or 'a value is not float32'}. Pass "
@@ -95,8 +108,7 @@ def networks_within(model: keras.Model, signature: Signature) -> Imported:
     Raises:
         ValueError: It has neither. The error says why, and what to pass.
     """
-    sparse_loops = kernels.load() is not None
-    imported = import_model(model, signature, sparse_loops=sparse_loops)
+    imported = import_model(model, signature, sparse_loops=True)
     if imported.segments or imported.has_sparse_loops:
         return imported
     raise ValueError(

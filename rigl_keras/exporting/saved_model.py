@@ -1,5 +1,6 @@
 """SavedModels that need only TensorFlow."""
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from rigl_keras.exporting.base_format import (
     WriteOptions,
     numpy_runner,
 )
+from rigl_keras.exporting.recurrent_loops import loops_marked
 from rigl_keras.exporting.signatures import Signature, named_outputs
 from rigl_keras.exporting.sparse_storage import SparseKernels, cheapest_encoding
 from rigl_keras.masking.leaves import trained_weights
@@ -91,9 +93,11 @@ class Served(tf.Module):
         signature: The model's inputs.
         sparse: Whether to store kernels sparse if that takes less space.
         sparse_loops: As in `masks_applied`.
+        marked_loops: Whether recurrent layers are marked, as in `loops_marked`.
 
     Attributes:
         function: The concrete function.
+        unmarked: Recurrent layers without a mark, and why.
     """
 
     def __init__(
@@ -103,8 +107,10 @@ class Served(tf.Module):
         *,
         sparse: bool,
         sparse_loops: bool = False,
+        marked_loops: bool = False,
     ):
         super().__init__()
+        unmarked: dict[str, str] = {}
         replaced = kernels_to_store_sparse(model) if sparse else []
         self._kernels = None
         if replaced:
@@ -119,12 +125,17 @@ class Served(tf.Module):
             with (
                 KernelScope() as scope,
                 masks_applied(sparse_loops=sparse_loops),
+                contextlib.ExitStack() as stack,
             ):
+                if marked_loops:
+                    reasons = stack.enter_context(loops_marked(model))
+                    stack.callback(lambda: unmarked.update(reasons))
                 for variable, kernel in zip(replaced, kernels, strict=True):
                     scope.give(variable, kernel)
                 outputs = call_model(model, signature.pack(inputs))
             return named_outputs(outputs)
 
         self.function = serve.get_concrete_function(**signature.inputs)
+        self.unmarked = tuple(unmarked.items())
         self._weights = list(self.function.variables)
         self._tables = lookup_tables(model)

@@ -172,7 +172,10 @@ class _Constants:
         self.stored = None
         if found:
             self.stored = SparseKernels(
-                *([array for array, _ in kinds[i].values()] for i in (0, 1))
+                *(
+                    [array for array, _ in kinds[i].values()]
+                    for i in (False, True)
+                )
             )
 
     def read(self) -> dict[str, tf.Tensor]:

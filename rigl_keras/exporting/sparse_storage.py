@@ -129,7 +129,9 @@ class SparseKernels(tf.saved_model.experimental.TrackableResource):
             bits = None
             if source is None:
                 bits = tf.Variable(
-                    np.packbits(mask), trainable=False, name="mask"
+                    tf.constant(np.packbits(mask)),
+                    trainable=False,
+                    name="mask",
                 )
             self._masks.append((source, bits))
         stored = [v for _, _, pair in self._groups for v in pair]

@@ -60,6 +60,8 @@ _PER_INSTRUCTION_SET = (
     "kernels/rows.cc",
 )
 _PER_VECTOR_LENGTH = ("serving/tiles.cc",)
+# Loops that networks need, too.
+_OF_NETWORKS = ("kernels/panels.cc", "kernels/recurrent.cc")
 _COMPILERS = ("g++", "c++", "clang++")
 _SANITIZERS = ("address", "thread")
 _X86 = ("x86_64", "AMD64")
@@ -284,9 +286,7 @@ def _objects(sources, sanitizer):
             objects[f"{stem}.o"] = [source, *tensorflow]
         elif source in _PER_INSTRUCTION_SET:
             for name in names:
-                objects[f"{stem}_{name}.o"] = [
-                    *(source, *common, *undefined, *_isa(name))
-                ]
+                objects[f"{stem}_{name}.o"] = [*(source, *plain, *_isa(name))]
         elif source in _PER_VECTOR_LENGTH:
             for name in names:
                 for length in _VECTOR_LENGTHS[name]:
@@ -325,7 +325,8 @@ def _libraries(objects, sanitizer):
     network = [
         name
         for name, (source, *_) in objects.items()
-        if source.startswith("serving/") and source not in _OPERATIONS
+        if source in _OF_NETWORKS
+        or (source.startswith("serving/") and source not in _OPERATIONS)
     ]
     # The name by which libraries that link it find it in their folder.
     name = (

@@ -12,6 +12,8 @@ from rigl_keras._text import first_line
 
 __all__ = ["FrozenGraph", "captured", "freeze"]
 
+# The attribute of a function that says what it computes.
+_IMPLEMENTS = "_implements"
 _CALLS = ("PartitionedCall", "StatefulPartitionedCall")
 _SHAPES = ("Shape", "ShapeN", "Size")
 
@@ -30,6 +32,8 @@ class FrozenGraph:
         constants: `{name of a tensor: array}` of the constants that other
             operations read.
         constant_operations: Names of operations whose results are constant.
+        marks: `{name of an operation: mark}` of calls that were not inlined,
+            because their functions are marked.
     """
 
     graph: tf.Graph
@@ -39,6 +43,7 @@ class FrozenGraph:
     session: tf.compat.v1.Session
     constants: dict[str, np.ndarray]
     constant_operations: set[str]
+    marks: dict[str, str]
 
     def contents(
         self,
@@ -127,6 +132,7 @@ def freeze(function: Any) -> FrozenGraph:
         session=session,
         constants=_constants(session, constant),
         constant_operations=constant,
+        marks=_marks(definition),
     )
 
 
@@ -247,10 +253,31 @@ def _constants(session, constant):
     return session.run(wanted) if wanted else {}
 
 
+def _marks(definition):
+    """Returns `{name of a call: the mark of its function}`."""
+    marked = {
+        f.signature.name: f.attr[_IMPLEMENTS].s.decode()
+        for f in definition.library.function
+        if _IMPLEMENTS in f.attr
+    }
+    return {
+        node.name: marked[node.attr["f"].func.name]
+        for node in definition.node
+        if node.op in _CALLS and node.attr["f"].func.name in marked
+    }
+
+
 def _inlined(graph, definition):
-    """Returns a graph's definition with calls replaced by their bodies."""
+    """Returns a graph's definition with calls replaced by their bodies.
+
+    Calls of marked functions stay.
+    """
     while True:
-        library = {f.signature.name: f for f in definition.library.function}
+        library = {
+            f.signature.name: f
+            for f in definition.library.function
+            if _IMPLEMENTS not in f.attr
+        }
         calls = {
             node.name: library[node.attr["f"].func.name]
             for node in definition.node

@@ -14,6 +14,7 @@ from rigl_keras.serving.layer_operations import LAYERS
 from rigl_keras.serving.network import Network, Operation, Output
 from rigl_keras.serving.partition import Segment, parts_of, segment_of
 from rigl_keras.serving.passes import simplify
+from rigl_keras.serving.recurrent_operations import RECURRENT
 from rigl_keras.serving.remainder import (
     Remainder,
     RunSegment,
@@ -26,7 +27,7 @@ __all__ = ["LEAST_WORK", "Imported", "Unknown", "import_function"]
 
 LEAST_WORK = 10_000
 # The operation of the op library for the loop of an LSTM or a GRU.
-_RECURRENT = "RiglKerasRecurrent"
+_SPARSE_LOOP = "RiglKerasRecurrent"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,9 +105,10 @@ def import_function(function: Any, *, least_work: int = LEAST_WORK) -> Imported:
 
     Variables keep their current values. Convolutions, dense layers, batch
     norms, pools, upsampling, padding, sums, products and activations in
-    float32, channels last, become networks. TensorFlow keeps everything else,
-    such as attention, recurrent layers and integer operations, with the largest
-    possible networks between. A part whose operations are all known becomes a
+    float32, channels last, become networks, and so do marked loops of LSTM and
+    GRU layers (`recurrent_operations`). TensorFlow keeps everything else, such
+    as attention and integer operations, with the largest possible networks
+    between. A part whose operations are all known becomes a
     network if it holds enough work.
 
     Args:
@@ -122,7 +124,8 @@ def import_function(function: Any, *, least_work: int = LEAST_WORK) -> Imported:
     least_work = integer("least_work", least_work, at_least=1)
     graph = freeze(function)
     translation = Translation(
-        graph, {**LAYERS, **ELEMENTWISE, _RECURRENT: _sparse_loop}
+        graph,
+        {**LAYERS, **ELEMENTWISE, **RECURRENT, _SPARSE_LOOP: _sparse_loop},
     )
     graph.session.close()
     ends = [translation.step(tensor) for tensor in graph.outputs.values()]
@@ -137,7 +140,7 @@ def import_function(function: Any, *, least_work: int = LEAST_WORK) -> Imported:
         segments=segments,
         # A graph is large as a message: it holds its weights.
         has_sparse_loops=network is None
-        and _has(graph.graph.as_graph_def(), _RECURRENT),
+        and _has(graph.graph.as_graph_def(), _SPARSE_LOOP),
         _remainder=Remainder(graph, segments),
     )
 

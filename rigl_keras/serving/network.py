@@ -14,6 +14,7 @@ import numpy as np
 
 __all__ = [
     "Activation",
+    "Cell",
     "Network",
     "Node",
     "Operation",
@@ -41,6 +42,7 @@ class Operation(enum.IntEnum):
     UPSAMPLE = 12
     RESHAPE = 13
     SOFTMAX = 14  # over the last axis
+    RECURRENT = 15  # the loop of an LSTM or a GRU over a sequence
 
 
 class Activation(enum.IntEnum):
@@ -60,6 +62,22 @@ class Activation(enum.IntEnum):
     SOFTPLUS = 11
     SELU = 12
     EXPONENTIAL = 13
+
+
+class Cell(enum.IntEnum):
+    """The gates of a recurrent step, in the order of their columns.
+
+    The numbers never change. Gates are sigmoids, and the activation is tanh.
+    """
+
+    LSTM = 0  # input, forget, candidate, output
+    GRU = 1  # update, reset, candidate: its product with the state is reset
+    GRU_BEFORE = 2  # the same, but the state is reset before the product
+
+    @property
+    def gates(self) -> int:
+        """How many there are."""
+        return 4 if self == Cell.LSTM else 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,8 +125,11 @@ class Node:
             f // (filters // groups).
         padding: For a convolution, a pool, and a pad (not `same`).
         kernel: For a convolution, [rows, columns, channels / groups, filters];
-            for a dense layer, [inputs, units].
-        bias: For the same, [filters] or [units]; empty: none.
+            for a dense layer, [inputs, units]; for a recurrent node, which
+            reads inputs that are multiplied already, [units, gates * units].
+        bias: For the same, [filters] or [units]; empty: none. For a recurrent
+            node only with `Cell.GRU`: of the candidate's product with the
+            state.
         scale: For an affine step, [channels], or [1] for all of them.
         shift: Likewise.
         activation: The activation.
@@ -121,6 +142,10 @@ class Node:
         factors: For an upsampling: rows and columns.
         bilinear: For an upsampling: by half-pixel centers, instead of the
             nearest pixel.
+        cell: For a recurrent node.
+        sequences: For a recurrent node: all outputs, instead of the last.
+        backwards: For a recurrent node: from the last step to the first.
+        reversed: For a recurrent node: outputs in the opposite order of inputs.
         shape: For an input, -1 where a length is free; for a reshape, -1 for
             the rest.
     """
@@ -144,6 +169,10 @@ class Node:
     keep_axes: bool = False
     factors: tuple[int, int] = (1, 1)
     bilinear: bool = False
+    cell: Cell = Cell.LSTM
+    sequences: bool = False
+    backwards: bool = False
+    reversed: bool = False
     shape: tuple[int, ...] = ()
 
 
@@ -346,6 +375,22 @@ def _at_least_one(node, *fields):
     return ""
 
 
+def _recurrent(node):
+    shape, gates = node.kernel.shape, node.cell.gates
+    if len(shape) != 2 or 0 in shape or shape[1] != gates * shape[0]:
+        return (
+            f"must have a kernel [units, {gates} * units]. Received: "
+            f"{list(shape)}."
+        )
+    allowed = [(0,), shape[:1]] if node.cell == Cell.GRU else [(0,)]
+    if node.bias.shape not in allowed:
+        return (
+            f"must have a bias of one of the shapes {allowed}. Received: "
+            f"{node.bias.shape}."
+        )
+    return ""
+
+
 def _activation(node):
     if not (math.isfinite(node.a) and math.isfinite(node.b)):
         return f"must have finite numbers. Received: {node.a} and {node.b}."
@@ -364,4 +409,5 @@ _CHECKS = {
     Operation.PAD: _pad,
     Operation.UPSAMPLE: _upsample,
     Operation.RESHAPE: _reshape,
+    Operation.RECURRENT: _recurrent,
 }

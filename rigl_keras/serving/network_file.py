@@ -3,7 +3,7 @@
 All numbers are little endian, nothing is aligned:
 
     0   8 bytes  "RIGLNET\\n"
-    8   u32      version, 1
+    8   u32      version: 1, or 2 with recurrent nodes
     12  u32      0
     16  u64      bytes of the body
     24  u32      CRC-32 of the body
@@ -33,6 +33,7 @@ import numpy as np
 from rigl_keras._sparse_arrays import cheapest_encoding, encode
 from rigl_keras.serving.network import (
     Activation,
+    Cell,
     Network,
     Node,
     Operation,
@@ -44,7 +45,7 @@ from rigl_keras.serving.network import (
 __all__ = ["MAGIC", "VERSION", "from_bytes", "to_bytes"]
 
 MAGIC = b"RIGLNET\n"
-VERSION = 1
+VERSION = 2  # the latest one
 _HEADER = struct.Struct("<8sIIQII")
 _ENCODINGS = ("dense", "bitmask", "gaps")  # by their numbers
 
@@ -68,6 +69,10 @@ _FIELDS = {
     Operation.UPSAMPLE: ("factors", "bilinear"),
     Operation.RESHAPE: ("shape",),
     Operation.SOFTMAX: (),
+    Operation.RECURRENT: (
+        *("cell", "sequences", "backwards", "reversed"),
+        *("kernel", "bias"),
+    ),
 }
 
 
@@ -98,7 +103,10 @@ def to_bytes(network: Network) -> bytes:
     parts.append(_string(network.hints))
     body = b"".join(parts)
     crc = zlib.crc32(body)
-    return _HEADER.pack(MAGIC, VERSION, 0, len(body), crc, 0) + body
+    # Earlier libraries read what has no new nodes.
+    new = any(node.operation == Operation.RECURRENT for node in network.nodes)
+    version = VERSION if new else 1
+    return _HEADER.pack(MAGIC, version, 0, len(body), crc, 0) + body
 
 
 def _u32(number):
@@ -156,6 +164,10 @@ _WRITERS = {
     "maximum": _u32,
     "keep_axes": _u32,
     "bilinear": _u32,
+    "cell": _u32,
+    "sequences": _u32,
+    "backwards": _u32,
+    "reversed": _u32,
 }
 
 
@@ -177,9 +189,9 @@ def from_bytes(data: bytes) -> Network:
             f"bytes, beginning with {bytes(data[: len(MAGIC)])!r}."
         )
     _, version, zero, size, crc, other = _HEADER.unpack_from(data)
-    if version != VERSION:
+    if not 1 <= version <= VERSION:
         raise ValueError(
-            f"The network's file must have version {VERSION}. Received: "
+            f"The network's file must have version 1 to {VERSION}. Received: "
             f"version {version}. Export the model with this package."
         )
     body = memoryview(data)[_HEADER.size :]
@@ -295,12 +307,16 @@ class _Reader:
     def _activation(self):
         return self._one_of(Activation)
 
+    def _cell(self):
+        return self._one_of(Cell)
+
     def _a(self):
         return struct.unpack("<f", self._take(4))[0]
 
     _size = _strides = _dilations = _factors = _pair
     _kernel = _bias = _scale = _shift = _array
     _maximum = _keep_axes = _bilinear = _boolean
+    _sequences = _backwards = _reversed = _boolean
     _b = _a
 
 

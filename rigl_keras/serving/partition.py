@@ -146,10 +146,15 @@ def _stages(translation, steps):
 def _work(part):
     total = 0
     for step in part.steps:
-        if step.is_a(Operation.CONVOLUTION, Operation.DENSE):
+        if step.is_a(
+            Operation.CONVOLUTION, Operation.DENSE, Operation.RECURRENT
+        ):
+            # A recurrent node multiplies at each step that it reads.
+            recurrent = step.is_a(Operation.RECURRENT)
+            shape = step.reads[0].shape if recurrent else step.shape
             places = [
                 _FREE if length == -1 else length
-                for length in (step.shape or ())[:-1]
+                for length in (shape or ())[:-1]
             ]
             total += np.count_nonzero(step.node.kernel) * math.prod(places)
     return total

@@ -78,7 +78,9 @@ def _share_equal_steps(ends):
     found, same = {}, {}
     for step in sorted_steps(ends):
         step.reads = [same.get(id(read), read) for read in step.reads]
-        if step.node is None or step.is_a(Operation.INPUT, *_LINEAR):
+        if step.node is None or step.is_a(
+            Operation.INPUT, *_LINEAR, Operation.RECURRENT
+        ):
             continue
         fields = dataclasses.asdict(dataclasses.replace(step.node, name=""))
         key = (

@@ -176,6 +176,16 @@ def _reshape(node, shape):
     return tuple(size // known if n == -1 else n for n in node.shape)
 
 
+def _recurrent(node, shape):
+    units, products = node.kernel.shape
+    if len(shape) != 2 or shape[1] != products:
+        raise ValueError(
+            f"A recurrent node reads sequences [steps, {products}]. Received: "
+            f"{list(shape)}."
+        )
+    return (shape[0], units) if node.sequences else (units,)
+
+
 _RULES = {
     Operation.INPUT: lambda node: node.shape,
     Operation.CONVOLUTION: _convolution,
@@ -191,4 +201,5 @@ _RULES = {
     Operation.UPSAMPLE: _upsample,
     Operation.RESHAPE: _reshape,
     Operation.SOFTMAX: _last_axis,
+    Operation.RECURRENT: _recurrent,
 }

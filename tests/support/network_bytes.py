@@ -26,7 +26,9 @@ import numpy as np
     UPSAMPLE,
     RESHAPE,
     SOFTMAX,
-) = range(15)
+    RECURRENT,
+) = range(16)
+LSTM, GRU, GRU_BEFORE = range(3)
 PLAIN, BITMASK, GAPS = range(3)
 MOST_GAP = 255
 
@@ -149,6 +151,15 @@ def reshape(lengths, of=0):
     return node(RESHAPE, "reshape", (of,), shape(lengths))
 
 
+def recurrent(
+    cell, kernel, of=0, *, flags=(1, 0, 0), bias=NO_BIAS, encoding=PLAIN
+):
+    """`kernel`: an array, or its bytes."""
+    if not isinstance(kernel, bytes):
+        kernel = array(kernel, encoding)
+    return node(RECURRENT, "loop", (of,), u32(cell, *flags) + kernel + bias)
+
+
 def body(nodes, outputs=None, hints=b""):
     """`outputs`: `{name: node}`. None: the last node."""
     if outputs is None:
@@ -158,7 +169,7 @@ def body(nodes, outputs=None, hints=b""):
     return b"".join([*parts, string(hints)])
 
 
-def file(data, *, version=1):
+def file(data, *, version=2):
     """Returns the file with a body."""
     header = u32(version, 0) + struct.pack("<Q", len(data))
     return b"RIGLNET\n" + header + u32(zlib.crc32(data), 0) + data

@@ -40,7 +40,7 @@ void Append(std::string* to, Number number) {
 
 std::string FileOf(const std::string& body) {
   std::string file = "RIGLNET\n";
-  Append(&file, uint32_t{1});
+  Append(&file, uint32_t{2});
   Append(&file, uint32_t{0});
   Append(&file, uint64_t{body.size()});
   Append(&file,
@@ -100,6 +100,9 @@ double WorkOf(const Network& network, const std::vector<Shape>& shapes) {
   for (size_t i = 0; i < shapes.size(); ++i) {
     const Node& node = network.nodes[i];
     work += SizeOf(shapes[i]);
+    if (node.operation == Operation::kRecurrent)
+      work += static_cast<double>(node.kernel.values.size()) *
+              shapes[node.inputs[0]][0];
     if (node.operation != Operation::kConvolution &&
         node.operation != Operation::kPool)
       continue;

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from rigl_keras.serving.network import Activation, Operation
+from rigl_keras.serving.network import Activation, Cell, Operation
 
 _ERF = np.vectorize(math.erf, otypes=[np.float64])
 
@@ -156,6 +156,39 @@ def _upsample(node, x):
     return x
 
 
+def _recurrent(node, x):
+    kernel = node.kernel.astype(np.float64)
+    units = len(kernel)
+    state = carry = np.zeros((len(x), units))
+    order = range(x.shape[1])
+    outputs = {}
+    for t in reversed(order) if node.backwards else order:
+        gates = x[:, t]
+        of_state = state @ kernel
+        if node.cell == Cell.LSTM:
+            i, f, c, o = np.split(gates + of_state, 4, axis=-1)
+            carry = _sigmoid(f) * carry + _sigmoid(i) * np.tanh(c)
+            state = _sigmoid(o) * np.tanh(carry)
+        else:
+            z, r = np.split(
+                _sigmoid((gates + of_state)[:, : 2 * units]), 2, axis=-1
+            )
+            if node.cell == Cell.GRU:
+                product = of_state[:, 2 * units :]
+                if len(node.bias):
+                    product = product + node.bias
+                product = r * product
+            else:
+                product = (r * state) @ kernel[:, 2 * units :]
+            candidate = np.tanh(gates[:, 2 * units :] + product)
+            state = z * state + (1 - z) * candidate
+        outputs[t] = state
+    if not node.sequences:
+        return state
+    steps = [outputs[t] for t in order]
+    return np.stack(steps[::-1] if node.reversed else steps, axis=1)
+
+
 def _softmax(node, x):
     powers = np.exp(x - x.max(-1, keepdims=True))
     return powers / powers.sum(-1, keepdims=True)
@@ -214,4 +247,5 @@ _RULES = {
     Operation.UPSAMPLE: _upsample,
     Operation.RESHAPE: lambda node, x: x.reshape(len(x), *node.shape),
     Operation.SOFTMAX: _softmax,
+    Operation.RECURRENT: _recurrent,
 }

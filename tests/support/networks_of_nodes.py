@@ -4,6 +4,7 @@ import numpy as np
 
 from rigl_keras.serving.network import (
     Activation,
+    Cell,
     Network,
     Node,
     Operation,
@@ -249,6 +250,31 @@ class _Growing:
         at = int(self.draw.integers(0, len(some) + 1))
         self.add(Operation.CONCATENATE, *some[:at], x, *some[at:])
 
+    def recurrent(self, x):
+        """Adds a loop over the pixels of an image, or over a sequence."""
+        if self.is_image(x):
+            shape = (-1, self.channels(x))
+            x = self.add(Operation.RESHAPE, x, shape=shape)
+        cell = self.pick(*Cell)
+        units = int(self.draw.integers(1, 20))
+        columns = cell.gates * units
+        products = self.add(
+            Operation.DENSE, x, kernel=self.weights(self.channels(x), columns)
+        )
+        if products is None or len(self.shapes[x][0]) != 2:
+            return
+        self.add(
+            Operation.RECURRENT,
+            products,
+            cell=cell,
+            # Small ones: errors must not grow from step to step.
+            kernel=self.weights(units, columns) / np.float32(2),
+            bias=self.bias(units if cell == Cell.GRU else 0),
+            sequences=self.is_so(),
+            backwards=self.is_so(),
+            reversed=self.is_so(),
+        )
+
     def softmax(self, x):
         # With large numbers, the softmax would depend on their last bits.
         self.add(Operation.SOFTMAX, self.activation(x, Activation.TANH))
@@ -271,6 +297,7 @@ _OF_ALL = (
     _Growing.dense,
     _Growing.concatenate,
     _Growing.softmax,
+    _Growing.recurrent,
 )
 
 

@@ -159,6 +159,25 @@ void Multiply(const RiglWeights& s, int64_t begin, int64_t end, const float* x,
   }
 }
 
+// Four sums take turns: none waits for the one before it.
+void MultiplyRow(const RiglWeights* s, int64_t begin, int64_t end,
+                 const float* x, const float* weights, bool add, float* y) {
+  for (int b = 0; b < s->blocks; ++b) {
+    const int32_t* rows = s->rows + b * s->outputs;
+    const bool first = b == 0 && !add;
+    for (int64_t o = begin; o < end; ++o) {
+      float sums[4] = {first ? 0.f : y[o - begin], 0, 0, 0};
+      int32_t e = rows[o];
+      for (; e + 4 <= rows[o + 1]; e += 4)
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; ++k)
+          sums[k] += weights[e + k] * x[s->inputs[e + k]];
+      for (; e < rows[o + 1]; ++e) sums[0] += weights[e] * x[s->inputs[e]];
+      y[o - begin] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    }
+  }
+}
+
 // The products of a weight's input and output, as one vector.
 template <int V>
 RIGL_INLINE Vector Dot(const Vector* upstream, const float* from) {
@@ -251,5 +270,5 @@ void VectorDotsAny(const RiglWeights* s, int64_t begin, int64_t end,
 }  // namespace
 
 extern "C" const RiglPanels RIGL_JOIN(rigl_panels_, RIGL_ISA) = {
-    RIGL_TEXT(RIGL_ISA), L,       kVectors,      Pack,       Unpack,
-    MultiplyAny,         DotsAny, VectorDotsAny, ColumnSums, AddUp};
+    RIGL_TEXT(RIGL_ISA), L,       kVectors,      Pack,       Unpack, MultiplyAny,
+    MultiplyRow,         DotsAny, VectorDotsAny, ColumnSums, AddUp};

@@ -42,6 +42,10 @@ struct RiglPanels {
   // first. `add`: to what is there.
   void (*multiply)(const RiglWeights*, int64_t begin, int64_t end, int vectors,
                    const float* x, const float* weights, bool add, float* y);
+  // The same for one row of the matrix: x and y are vectors, not panels.
+  void (*multiply_row)(const RiglWeights*, int64_t begin, int64_t end,
+                       const float* x, const float* weights, bool add,
+                       float* y);
   // sums[weight] += sum over rows of x[input] * dy[output], for the weights of
   // outputs [begin, end). Each sum is a number.
   void (*dots)(const RiglWeights*, int64_t begin, int64_t end, int vectors,

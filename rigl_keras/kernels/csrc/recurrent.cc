@@ -126,6 +126,23 @@ void Gru(int64_t units, int64_t pitch, const float* bias,
   }
 }
 
+void GruReset(int64_t count, float* gates, const float* before,
+              float* reset) {
+  for (int64_t k = 0; k < count; k += L) {
+    const Vector r = Sigmoid(At(gates, k + count));
+    Put(gates, k, Sigmoid(At(gates, k)));
+    Put(gates, k + count, r);
+    Put(reset, k, r * At(before, k));
+  }
+}
+
+void GruUpdate(int64_t count, const float* z, const float* products,
+               const float* before, float* state) {
+  for (int64_t k = 0; k < count; k += L)
+    Put(state, k, At(z, k) * At(before, k) +
+                      (All(1.f) - At(z, k)) * Tanh(At(products, k)));
+}
+
 void GruGrad(int64_t units, int64_t pitch, const float* gates,
              const float* before, float* dstate, float* of_inputs,
              float* of_state) {
@@ -151,4 +168,4 @@ void GruGrad(int64_t units, int64_t pitch, const float* gates,
 }  // namespace
 
 extern "C" const RiglRecurrent RIGL_JOIN(rigl_recurrent_, RIGL_ISA) = {
-    RIGL_TEXT(RIGL_ISA), Lstm, LstmGrad, Gru, GruGrad};
+    RIGL_TEXT(RIGL_ISA), Lstm, LstmGrad, Gru, GruReset, GruUpdate, GruGrad};

@@ -27,6 +27,14 @@ struct RiglRecurrent {
   void (*gru)(int64_t units, int64_t pitch, const float* bias,
               const float* of_inputs, const float* of_state,
               const float* before, float* gates, float* state);
+  // A GRU that resets the state before the product, of `count` units, a
+  // multiple of L. gates: the products for z and r, which become the gates.
+  // reset = r * before
+  void (*gru_reset)(int64_t count, float* gates, const float* before,
+                    float* reset);
+  // state = z * before + (1 - z) * tanh(products)
+  void (*gru_update)(int64_t count, const float* z, const float* products,
+                     const float* before, float* state);
   // `dstate` becomes what reaches the state before directly.
   void (*gru_grad)(int64_t units, int64_t pitch, const float* gates,
                    const float* before, float* dstate, float* of_inputs,

@@ -207,6 +207,11 @@ void Instance::Bind(int32_t s) {
   } else if (step.kind == StepKind::kReshape) {
     scratch = int64_t{step.in.geometry.rows} * step.in.geometry.columns *
               step.in.geometry.channels * tiles_.length;
+  } else if (step.kind == StepKind::kRecurrent) {
+    const int64_t floats =
+        step.recurrence->Floats(plan_.layout.positions);
+    bound.states = Allocated(Recurrence::kStates * floats);
+    scratch = Recurrence::kScratch * floats;
   }
   if (scratch > scratch_floats_) {
     scratch_.clear();
@@ -215,7 +220,8 @@ void Instance::Bind(int32_t s) {
   }
 }
 
-void Instance::Run(int32_t s, int thread, int threads, const Unit& unit) {
+void Instance::Run(int32_t s, int thread, int threads, const Unit& unit,
+                   Barrier* barrier) {
   const Step& step = plan_.steps[s];
   const Bound& bound = bound_[s];
   const bool positions = plan_.layout.positions;
@@ -296,6 +302,12 @@ void Instance::Run(int32_t s, int thread, int threads, const Unit& unit) {
       Softmax(step, bound, share.begin, share.end);
       break;
     }
+    case StepKind::kRecurrent:
+      step.recurrence->Run(bound.in, step.in.geometry.columns, positions,
+                           bound.to, step.to.geometry.is_pixel(),
+                           bound.states.get(), scratch, thread, threads,
+                           barrier);
+      break;
     case StepKind::kReshape:
       if (thread == 0) Reshape(step, bound, scratch);
       break;

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "plan.h"
+#include "team.h"
 
 namespace rigl_serving {
 
@@ -33,12 +34,13 @@ class Instance {
   int32_t steps() const { return static_cast<int32_t>(bound_.size()); }
 
   // Computes what one of `threads` threads does of a step. With more than
-  // one they pass a barrier between any two steps.
-  void Run(int32_t step, int thread, int threads, const Unit& unit);
+  // one they pass a barrier between any two steps; some steps need it, too.
+  void Run(int32_t step, int thread, int threads, const Unit& unit,
+           Barrier* barrier);
 
   // All steps, by one thread.
   void Run(const Unit& unit) {
-    for (int32_t step = 0; step < steps(); ++step) Run(step, 0, 1, unit);
+    for (int32_t step = 0; step < steps(); ++step) Run(step, 0, 1, unit, nullptr);
   }
 
   // Follows another choice for a step of the plan.
@@ -58,6 +60,7 @@ class Instance {
     Pool pool;
     std::vector<Field> phases;
     std::vector<Part> parts;  // of each thread
+    Memory states;  // kRecurrent: of all threads
     int32_t area[2] = {1, 1};  // of what generated code computes at a time
   };
 

@@ -217,7 +217,7 @@ void Model::DriveTogether(Vehicle* vehicle, const Unit& unit, int thread,
     Instance& instance = *vehicle->legs[leg];
     const Unit of_leg = UnitOfLeg(vehicle, leg, unit, 0);
     for (int32_t step = 0; step < instance.steps(); ++step) {
-      instance.Run(step, thread, threads, of_leg);
+      instance.Run(step, thread, threads, of_leg, barrier);
       barrier->Wait();
     }
   }
@@ -438,7 +438,8 @@ std::string Model::Profile(const std::vector<Shape>& shapes, int64_t batch) {
   const Unit unit = UnitOf(in.data(), out.data(), *ready, 0, count);
   static const char* const names[] = {
       "pack", "unpack", "convolution", "elementwise", "pool", "global_pool",
-      "phases", "splat", "pad", "upsample", "reshape", "softmax"};
+      "phases", "splat", "pad", "upsample", "reshape", "softmax",
+      "recurrent"};
   std::ostringstream text;
   Barrier barrier(threads);
   for (size_t leg = 0; leg < vehicle.legs.size(); ++leg) {
@@ -451,7 +452,7 @@ std::string Model::Profile(const std::vector<Shape>& shapes, int64_t batch) {
     const auto run = [&](int thread, int all) {
       for (int32_t s = 0; s < instance.steps(); ++s) {
         const double start = Now();
-        instance.Run(s, thread, all, part);
+        instance.Run(s, thread, all, part, &barrier);
         if (all > 1) barrier.Wait();
         if (thread == 0) least[s] = std::min(least[s], Now() - start);
       }

@@ -14,7 +14,8 @@ namespace rigl_serving {
 namespace {
 
 constexpr char kMagic[8] = {'R', 'I', 'G', 'L', 'N', 'E', 'T', '\n'};
-constexpr uint32_t kVersion = 1;
+// Version 1 had no recurrent nodes. A file without them still is of it.
+constexpr uint32_t kVersion = 2;
 
 constexpr uint32_t kMostNodes = 1 << 16;
 constexpr uint32_t kMostAxes = 8;  // the batch is one of a value's
@@ -270,6 +271,33 @@ void ReadPool(Bytes& bytes, Node& node) {
                 "pixel of the image");
 }
 
+void ReadRecurrent(Bytes& bytes, Node& node) {
+  const uint32_t cell = bytes.Read<uint32_t>("its cell");
+  const uint32_t count = static_cast<uint32_t>(Cell::kCount);
+  if (cell >= count)
+    throw Error("its cell is " + std::to_string(cell) +
+                ", and this library knows 0 to " + std::to_string(count - 1));
+  node.cell = static_cast<Cell>(cell);
+  node.sequences = ReadFlag(bytes, "whether it returns sequences");
+  node.backwards = ReadFlag(bytes, "whether it goes backwards");
+  node.reversed = ReadFlag(bytes, "whether its outputs are reversed");
+  node.kernel = ReadArray(bytes, "its kernel");
+  const Shape& shape = node.kernel.shape;
+  const int64_t gates = GatesOf(node.cell);
+  if (shape.size() != 2 || shape[1] != gates * shape[0])
+    throw Error("its kernel of shape " + TextOf(shape) +
+                " is none of units and " + std::to_string(gates) +
+                " gates of them");
+  node.bias = ReadVector(bytes, "its bias");
+  const int64_t biases = node.bias.shape[0];
+  if (biases != 0 && (node.cell != Cell::kGru || biases != shape[0]))
+    throw Error("its bias has " + std::to_string(biases) +
+                " numbers, and " +
+                (node.cell == Cell::kGru ? "its units are " +
+                                               std::to_string(shape[0])
+                                         : "its cell has none"));
+}
+
 size_t InputCount(Operation operation) {
   switch (operation) {
     case Operation::kInput:
@@ -337,6 +365,8 @@ void ReadFields(Bytes& bytes, Node& node) {
     case Operation::kReshape:
       node.shape = ReadShape(bytes, true);
       break;
+    case Operation::kRecurrent:
+      return ReadRecurrent(bytes, node);
   }
 }
 
@@ -346,7 +376,7 @@ void ReadNode(Bytes& bytes, Network& network) {
   network.nodes.emplace_back();
   Node& node = network.nodes.back();
   const uint32_t operation = bytes.Read<uint32_t>("its operation");
-  const uint32_t last = static_cast<uint32_t>(Operation::kSoftmax);
+  const uint32_t last = static_cast<uint32_t>(Operation::kRecurrent);
   if (operation > last)
     throw Error("its operation is " + std::to_string(operation) +
                 ", and this library knows 0 to " + std::to_string(last));
@@ -423,7 +453,7 @@ uint32_t ReadHeader(const void* bytes, uint64_t size) {
   const uint32_t zero2 = header.Read<uint32_t>("the header");
   if (version > kVersion)
     throw Error("the file has format version " + std::to_string(version) +
-                ", and this library reads version " +
+                ", and this library reads versions 1 to " +
                 std::to_string(kVersion) +
                 ": use the library of the rigl_keras that wrote the file");
   const uint64_t left = size - kHeader;
@@ -431,12 +461,11 @@ uint32_t ReadHeader(const void* bytes, uint64_t size) {
     throw Error("the file is cut off: it has " + std::to_string(size) +
                 " bytes, of which " + std::to_string(body - left) +
                 " are missing");
-  if (version != kVersion || zero != 0 || zero2 != 0 || body < left)
+  if (version < 1 || zero != 0 || zero2 != 0 || body < left)
     throw Error("the file is damaged: " +
                 (body < left ? std::to_string(left - body) +
                                    " bytes follow its end"
-                             : "its header is none of version " +
-                                   std::to_string(kVersion)));
+                             : "its header is none of any version"));
   return checksum;
 }
 

@@ -26,7 +26,18 @@ enum class Operation : uint32_t {
   kUpsample = 12,
   kReshape = 13,
   kSoftmax = 14,  // over the last axis
+  kRecurrent = 15,  // the loop of an LSTM or a GRU over a sequence
 };
+
+// The gates of a recurrent step, in the order of their columns.
+enum class Cell : uint32_t {
+  kLstm = 0,       // input, forget, candidate, output
+  kGru = 1,        // update, reset, candidate, whose product is reset
+  kGruBefore = 2,  // the same where the state is reset before its product
+  kCount = 3,
+};
+
+inline int GatesOf(Cell cell) { return cell == Cell::kLstm ? 4 : 3; }
 
 enum class Activation : uint32_t {
   kRelu = 0,
@@ -80,7 +91,9 @@ struct Node {
   Padding padding;  // and kPad, where a negative number crops
 
   // kConvolution: [rows, columns, channels / groups, filters]; kDense:
-  // [inputs, units]. An empty bias is none.
+  // [inputs, units]. An empty bias is none. kRecurrent, which reads the products
+  // of its inputs [steps, gates * units]: [units, gates * units]; the bias is
+  // for kGru alone, [units]: of the candidate's product with the state.
   Array kernel, bias;
 
   Array scale, shift;  // kAffine: [channels], or [1] for all of them
@@ -93,6 +106,11 @@ struct Node {
 
   int32_t factors[2] = {1, 1};  // kUpsample: rows and columns
   bool bilinear = false;        // or nearest; half-pixel centers
+
+  Cell cell = Cell::kLstm;  // kRecurrent
+  bool sequences = false;   // all outputs [steps, units], or the last [units]
+  bool backwards = false;   // from the last step to the first
+  bool reversed = false;    // outputs are the other way round than inputs
 
   // kInput: its shape without the batch, -1 where it is free. kReshape: the
   // same, where -1 is what is left.

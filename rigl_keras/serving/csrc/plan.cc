@@ -762,6 +762,15 @@ void Planner::Emit(const Group& group) {
     case Operation::kConcatenate:
       EmitConcatenation(n);
       break;
+    case Operation::kRecurrent:
+      step.kind = StepKind::kRecurrent;
+      step.in = ValueOf(node.inputs[0]);
+      step.to = NewValue(n);
+      step.recurrence = RecurrenceOf(node, *layout_.tiles);
+      step.products = static_cast<int64_t>(step.recurrence->weights.size()) *
+                      step.in.geometry.columns;
+      Push(std::move(step));
+      break;
     case Operation::kPad:
     case Operation::kUpsample:
     case Operation::kReshape:

@@ -10,6 +10,7 @@
 
 #include "generated.h"
 #include "network.h"
+#include "recurrence.h"
 #include "tiles.h"
 
 namespace rigl_serving {
@@ -76,7 +77,7 @@ enum class StepKind {
   kPhases,   // columns of a stride apart, a margin of another fill, or the
              // pixels that a window reads
   kSplat,    // a value of one pixel fills its cells
-  kPad, kUpsample, kReshape, kSoftmax,
+  kPad, kUpsample, kReshape, kSoftmax, kRecurrent,
 };
 
 // One step of a unit of work. All threads that share the unit pass a barrier
@@ -104,6 +105,7 @@ struct Step {
   const float* bias = nullptr;
   std::vector<int32_t> offsets;  // kPool
   std::vector<float> factors;    // kPool, of averages
+  std::shared_ptr<const Recurrence> recurrence;
   int32_t stride = 1, first = 0;  // kPhases: of columns; which is the first
   int32_t row_stride = 1, first_row = 0;  // as well, where a cell is a pixel
 

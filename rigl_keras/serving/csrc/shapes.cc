@@ -230,6 +230,14 @@ Shape OfReshape(const Node& node, const Shape& from) {
   return shape;
 }
 
+Shape OfRecurrent(const Node& node, const Shape& shape) {
+  const Shape& kernel = node.kernel.shape;
+  if (shape.size() != 2 || (Known(shape[1]) && shape[1] != kernel[1]))
+    throw Error("it needs a sequence (steps, " + std::to_string(kernel[1]) +
+                "), and its input has the shape " + TextOf(shape));
+  return node.sequences ? Shape{shape[0], kernel[0]} : Shape{kernel[0]};
+}
+
 Shape ShapeOf(const Node& node, const std::vector<const Shape*>& inputs) {
   const Shape& input = *inputs[0];
   switch (node.operation) {
@@ -261,6 +269,8 @@ Shape ShapeOf(const Node& node, const std::vector<const Shape*>& inputs) {
       return OfUpsample(node, input);
     case Operation::kReshape:
       return OfReshape(node, input);
+    case Operation::kRecurrent:
+      return OfRecurrent(node, input);
   }
   throw Error("its operation is unknown");
 }

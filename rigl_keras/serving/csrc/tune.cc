@@ -101,10 +101,10 @@ Model::Measurement Model::Measured(const Ready& ready, const Leg& leg,
       const double start = Now();
       for (int i = 0; i < turns; ++i) {
         if (!shared) {
-          instances[thread]->Run(s, 0, 1, units[thread]);
+          instances[thread]->Run(s, 0, 1, units[thread], nullptr);
           continue;
         }
-        instances[0]->Run(s, thread, of, units[0]);
+        instances[0]->Run(s, thread, of, units[0], &barrier);
         if (of > 1) barrier.Wait();
       }
       if (thread == 0) taken = (Now() - start) / turns;
