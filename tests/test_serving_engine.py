@@ -287,13 +287,16 @@ def test_threads_change_no_bit(case, way, kind):
                         np.testing.assert_array_equal(value, same[output])
 
 
-def loops(units=45):
-    """Returns a network with each recurrent cell, there and back."""
+def loops(units):
+    """Returns a network with each recurrent cell, there and back.
+
+    A few units are computed by one thread, and many by two of them.
+    """
     draw = np.random.default_rng(0)
 
     def kernel(rows, columns):
         kept = draw.random((rows, columns)) < 0.3
-        values = draw.standard_normal((rows, columns)) * kept / 4
+        values = draw.standard_normal((rows, columns)) * kept / 6
         return values.astype(np.float32)
 
     nodes = [Node(Operation.INPUT, "x", shape=(-1, 6))]
@@ -329,10 +332,10 @@ def loops(units=45):
 @pytest.mark.parametrize("way", WAYS)
 def test_threads_share_sequences(way, kind):
     """Alone and shared, a sequence has the same bits with any threads."""
-    network = loops()
     draw = np.random.default_rng(1)
     with kind_of_code(kind) as name:
-        for steps in (1, 9):
+        for steps, units in ((1, 45), (9, 45), (3, 141)):
+            network = loops(units)
             x = draw.standard_normal((3, steps, 6)).astype(np.float32)
             expected = evaluate(network, {"x": x})
             before = None

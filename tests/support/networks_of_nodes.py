@@ -292,12 +292,12 @@ _OF_IMAGES = (
 )
 _OF_ALL = (
     *(_Growing.activation,) * 4,
+    *(_Growing.recurrent,) * 2,
     *(_Growing.binary,) * 3,
     _Growing.affine,
     _Growing.dense,
     _Growing.concatenate,
     _Growing.softmax,
-    _Growing.recurrent,
 )
 
 

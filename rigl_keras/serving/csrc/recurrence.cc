@@ -7,6 +7,10 @@
 namespace rigl_serving {
 namespace {
 
+// Weights of each thread above which the threads share a step: they wait for
+// one another after it.
+constexpr int64_t kWorthSharing = 8192;
+
 // Those of the instruction set of some kernels.
 void ChooseLoops(const Tiles& tiles, Recurrence* recurrence) {
   recurrence->panels = &rigl_panels_portable;
@@ -69,6 +73,10 @@ void Recurrence::Run(const Field& in, int64_t steps, bool positions,
                      const Field& to, bool to_is_pixel, float* states,
                      float* scratch, int thread, int threads,
                      Barrier* barrier) const {
+  if (static_cast<int64_t>(weights.size()) < kWorthSharing * threads) {
+    if (thread > 0) return;
+    threads = 1;
+  }
   const int64_t lanes = positions ? 1 : length;
   const int64_t width = panels->width;
   const int64_t floats = Floats(positions);

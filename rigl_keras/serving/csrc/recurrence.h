@@ -33,7 +33,7 @@ struct Recurrence {
   int64_t Floats(bool positions) const;
 
   // Computes all steps of a field. Units are shared out among threads, which
-  // pass the barrier after each step, or null where there is one thread.
+  // pass the barrier after each step; those of a small layer are of one thread.
   void Run(const Field& in, int64_t steps, bool positions, const Field& to,
            bool to_is_pixel, float* states, float* scratch, int thread,
            int threads, Barrier* barrier) const;
