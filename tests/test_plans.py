@@ -378,7 +378,12 @@ def test_costs_are_those_that_the_report_counts():
     own, _ = planned("pruning_wrn", 0.1, SMALL)
     assert small[0] == round(own.training_flops_ratio + small[1], 2)
     assert planned("pruning_wrn", 0.1, printed=False)[1] == (0.28, 0.1)
-    assert planned("rigl_erk_wrn", 0.1)[0].certain
+    certain = {
+        row: planned(row, 0.1)[0].certain
+        for row in ("rigl_erk_wrn", "mest_wrn", "granet_wrn", "acdc_wrn")
+    }
+    # The last two keep the largest weights of all layers together.
+    assert [*certain.values()] == [True, True, False, False], certain
 
 
 def test_a_step_is_timed_with_the_masks_that_its_run_has():

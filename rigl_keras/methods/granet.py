@@ -51,8 +51,7 @@ class GraNet(RigL):
             the same until the ramp reaches their density.
         prune_begin_step: Step t at which the ramp starts.
         prune_end_step: Later step at which it ends. None: half of the run.
-        others: As in `MaskUpdate`; updates continue to the end of the run. to
-            the end of the run.
+        others: As in `MaskUpdate`; updates continue to the end of the run.
 
     Raises:
         ValueError: As in `MaskUpdate`, or a density or step is out of range.
