@@ -45,8 +45,8 @@ class SparseSavedModel(Format):
     largest possible networks between as operations. Their weights are files
     among the assets. The loop of a sparse LSTM or GRU is an operation, too,
     if that is faster. TensorFlow's part stores its kernels sparse. The
-    operation needs its library, which is in the
-    folder, with a file that loads both. It has the signature `serving_default`.
+    operation needs its library, which is in the folder, with a file that loads
+    both. It has the signature `serving_default`.
     """
 
     folds = True
