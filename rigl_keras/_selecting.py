@@ -84,14 +84,8 @@ def _selection(scores, counts, among):
 
 
 # Graphs call it up to twice per layer. It is traced once for kernels of every
-# size (and for each shape of short rows), not once for each call. TensorFlow
-# would copy it into every call and optimize each copy, which took a third of
-# the wait for the first update of a ResNet-50.
-_traced_selection = tf.function(
-    _selection,
-    autograph=False,
-    experimental_attributes={"_noinline": True},
-)
+# size (and for each shape of short rows), not once for each call.
+_traced_selection = tf.function(_selection, autograph=False)
 
 
 # The longest row in which all pairs are compared.
