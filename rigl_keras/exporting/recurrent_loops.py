@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from rigl_keras.kernels.recurrent_layers import why_not_its_activations
 from rigl_keras.masking.model_tree import within
 from rigl_keras.masking.tracing import KernelScope
 from rigl_keras.serving.network import Cell
@@ -113,10 +114,9 @@ def _why_not(layer, sequences, mask):
     cell: Any = getattr(layer, "cell", None)
     if type(layer) not in _CELLS or type(cell) is not _CELLS[type(layer)]:
         return "networks have LSTM and GRU only"
-    if cell.activation is not keras.activations.tanh:
-        return "its activation is not tanh"
-    if cell.recurrent_activation is not keras.activations.sigmoid:
-        return "its recurrent activation is not sigmoid"
+    reason = why_not_its_activations(cell)
+    if reason is not None:
+        return reason
     if layer.stateful or layer.return_state:
         return "it keeps or returns its states"
     if mask is not None:

@@ -9,7 +9,13 @@ import tensorflow as tf
 from rigl_keras.kernels.problems import Recurrence
 from rigl_keras.kernels.recurrent_operations import sparse_gru, sparse_lstm
 
-__all__ = ["RECURRENT", "recurrence", "recurrent_loop", "why_not_recurrent"]
+__all__ = [
+    "RECURRENT",
+    "recurrence",
+    "recurrent_loop",
+    "why_not_its_activations",
+    "why_not_recurrent",
+]
 
 RECURRENT = (keras.layers.LSTM, keras.layers.GRU)
 _CELLS = (keras.layers.LSTMCell, keras.layers.GRUCell)
@@ -24,14 +30,26 @@ def why_not_recurrent(layer: keras.layers.Layer) -> str | None:
     cell: Any = getattr(layer, "cell", None)
     if type(layer) not in RECURRENT or type(cell) not in _CELLS:
         return f"no sparse kernels for {type(layer).__name__}"
-    if cell.activation is not keras.activations.tanh:
-        return "its activation is not tanh"
-    if cell.recurrent_activation is not keras.activations.sigmoid:
-        return "its recurrent activation is not sigmoid"
+    reason = why_not_its_activations(cell)
+    if reason is not None:
+        return reason
     if cell.dropout or cell.recurrent_dropout:
         return "it has dropout"
     if not getattr(cell, "reset_after", True):
         return "reset_after=False"
+    return None
+
+
+def why_not_its_activations(cell: Any) -> str | None:
+    """Returns why no loop of ours computes a cell's activations, or None.
+
+    Args:
+        cell: That of an LSTM or a GRU.
+    """
+    if cell.activation is not keras.activations.tanh:
+        return "its activation is not tanh"
+    if cell.recurrent_activation is not keras.activations.sigmoid:
+        return "its recurrent activation is not sigmoid"
     return None
 
 
