@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Sequence
+from typing import ClassVar
 
 import keras
 import tensorflow as tf
@@ -67,6 +68,9 @@ class ACDC(StepUpdate):
     >>> model = sparsify(model, density=1.0)
     >>> model.fit(train, epochs=100, callbacks=[ACDC(density=0.1)])
     """
+
+    # As of `MagnitudePruning`: the weights of all layers compete.
+    scope: ClassVar[str] = "global"
 
     density: float
     switch_steps: Sequence[int] | None = None
@@ -163,7 +167,9 @@ class ACDC(StepUpdate):
                 stays & tf.logical_not(layer.mask.value),
             )
             for layer, stays in zip(
-                layers, largest(layers, density, among_all=True), strict=True
+                layers,
+                largest(layers, density, scope=self.scope, among_all=True),
+                strict=True,
             )
         ]
         return tf.add_n(counts)

@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import keras
 import tensorflow as tf
@@ -62,6 +62,9 @@ class GraNet(RigL):
     >>> model = sparsify(model, density=0.5)
     >>> model.fit(train, epochs=160, callbacks=[GraNet(final_density=0.1)])
     """
+
+    # As of `MagnitudePruning`: the weights of all layers compete.
+    scope: ClassVar[str] = "global"
 
     final_density: float
     initial_density: float = 0.5
@@ -152,6 +155,8 @@ class GraNet(RigL):
         step: tf.Tensor,
     ) -> None:
         density = 1 - self._ramp.sparsity(step - self.run_start)
-        for layer, stays in zip(layers, largest(layers, density), strict=True):
+        for layer, stays in zip(
+            layers, largest(layers, density, scope=self.scope), strict=True
+        ):
             nothing = tf.zeros_like(stays)
             self.set_kernel_and_mask(optimizer, layer, stays, nothing)

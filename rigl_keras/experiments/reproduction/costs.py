@@ -165,7 +165,6 @@ def planned() -> Cost:
             or settings["masks_from"]
             or getattr(update, "redistribution", None)
             or getattr(update, "scope", None) == "global"
-            or isinstance(update, (rigl_keras.ACDC, rigl_keras.GraNet))
         ),
     )
 
