@@ -348,6 +348,30 @@ def test_pruning_ends_at_its_density(results):
     assert summaries.of(reading.read(results), "pruning_wrn", 0.1).n == 3
 
 
+@pytest.mark.parametrize(
+    ("row", "at_start", "argument"),
+    [("granet_wrn", 0.5, "final_density"), ("acdc_wrn", 1.0, "density")],
+)
+def test_methods_that_know_their_density(results, row, at_start, argument):
+    """Runs at two densities count, although an argument of theirs differs."""
+    for density in (0.02, 0.05):
+        settings = {"density": at_start, "method": {argument: density}}
+        result = {"density": density, "settings": settings}
+        made(results, row, density, 0, 0.5, result=result)
+    found = reading.read(results)
+    assert found.notes == ()
+    for density in (0.02, 0.05):
+        assert summaries.of(found, row, density).accuracies == (50.0,)
+
+
+def test_a_run_pruned_to_another_density(results):
+    settings = {"density": 0.5, "method": {"final_density": 0.05}}
+    result = {"density": 0.05, "settings": settings}
+    made(results, "granet_wrn", 0.02, 0, 0.9, result=result)
+    (note,) = reading.read(results).notes
+    assert note.endswith("its density is 0.5, not 0.02.")
+
+
 def test_other_seeds_than_the_reports(results, tmp_path):
     """They count with the report's seeds, or as the expected seeds alone."""
     for seed in (5, 6):

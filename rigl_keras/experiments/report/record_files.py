@@ -211,11 +211,19 @@ def disagreement(known: Mapping, kept: Mapping) -> str | None:
 
 
 def _is_pruned(settings, kept, known):
-    """Returns whether a run began dense and ended near its density."""
+    """Returns whether a run began denser and ended near its density.
+
+    It began dense, or its method was to prune it to that density, as GraNet is.
+    """
     wanted = known["density"]
+    method = settings.get("method")
     return (
-        settings["density"] == 1.0
-        and wanted is not None
+        wanted is not None
+        and (
+            settings["density"] == 1.0
+            or isinstance(method, dict)
+            and method.get("final_density") == wanted
+        )
         and is_number(kept["density"], least=wanted / 2, most=wanted * 2)
     )
 

@@ -21,7 +21,14 @@ __all__ = ["selected"]
 # Settings in which runs of a row may differ: by density, by seed, by the
 # location of their folder.
 _FREE = {"density", "masks_from", "weights_from", "replicas"}
-_FREE_OF_METHOD = {"seed", "schedule", "drop_fraction", "frequency"}
+_FREE_OF_METHOD = {
+    "seed",
+    "schedule",
+    "drop_fraction",
+    "frequency",
+    "density",  # of ACDC
+    "final_density",  # of GraNet
+}
 
 
 # The part of it that counts.
