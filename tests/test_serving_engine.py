@@ -258,9 +258,15 @@ def case():
 
 
 # Costs that leave one way to compute a batch: images side by side, each image
-# by one thread, or each image by all threads. Most images of a large batch are
-# computed side by side, at any cost.
-WAYS = {"groups": "1e-9 1 1", "alone": "1 1e-9 1", "shared": "1 1 1e-9"}
+# by one thread, each image by all threads, or images side by side by all
+# threads. Most images of a large batch are computed side by side, at any cost.
+WAYS = {
+    "groups": "1e-9 1 1 1",
+    "alone": "1 1e-9 1 1",
+    "shared": "1 1 1e-9 1",
+    "together": "0.1 1 1 1e-9",  # one thread: groups
+}
+SIDE_BY_SIDE = ("groups", "together")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -268,8 +274,8 @@ WAYS = {"groups": "1e-9 1 1", "alone": "1 1e-9 1", "shared": "1 1 1e-9"}
 def test_threads_change_no_bit(case, way, kind):
     """Neither threads nor other images of a batch change results."""
     network, inputs, expected = case
-    batches = BATCHES if way == "groups" else (1, 3, 8)
-    if way != "groups":
+    batches = BATCHES if way in SIDE_BY_SIDE else (1, 3, 8)
+    if way not in SIDE_BY_SIDE:
         inputs, expected = (first(arrays, 8) for arrays in (inputs, expected))
     with kind_of_code(kind) as name:
         before = None
@@ -331,7 +337,7 @@ def loops(units):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("way", WAYS)
 def test_threads_share_sequences(way, kind):
-    """Alone and shared, a sequence has the same bits with any threads."""
+    """In each way, a sequence has the same bits with any threads."""
     draw = np.random.default_rng(1)
     with kind_of_code(kind) as name:
         for steps, units in ((1, 45), (9, 45), (3, 141)):
@@ -521,7 +527,8 @@ def a_hint(draw, name):
         if draw.random() < 0.7:
             words += [layout(), "-1"]
     elif kind == "costs":
-        words += [draw.choice(["1", "2", "5"]), *(number() for _ in range(3))]
+        words.append(draw.choice(["1", "2", "5"]))
+        words += [number() for _ in range(draw.integers(3, 5))]
     else:
         words += [number() for _ in range(draw.integers(0, 6))]
     return (
@@ -571,6 +578,10 @@ HINTS = {
         f"{isa} route 0 i{n} 4 p{n} -1\n{isa} costs 2 1e-9 1 1\n"
         for isa, n in zip(SETS, (16, 8, 4), strict=True)
     ),
+    "images that follow positions, together": "".join(
+        f"{isa} route 0 p{n} 4 i{n} -1\n{isa} costs 2 1 1 1 1e-9\n"
+        for isa, n in zip(SETS, (16, 8, 4), strict=True)
+    ),
     **{
         f"legs of {way}, cut at an output": "".join(
             f"{isa} route {mode} {leg}{n} 2 {leg}{n} 4 {leg}{n} 6 {leg}{n} -1\n"
@@ -578,7 +589,7 @@ HINTS = {
             for isa, n in zip(SETS, (16, 8, 4), strict=True)
         )
         for mode, leg, (way, costs) in zip(
-            range(3), "ips", WAYS.items(), strict=True
+            (0, 1, 2, 0), "ipsi", WAYS.items(), strict=True
         )
     },
     "bytes of zero": "\0" * 50 + "\n" + every("choice", "p8", "\0"),

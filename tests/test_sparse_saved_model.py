@@ -216,22 +216,47 @@ def test_nothing_is_known(tmp_path):
 
 
 @pytest.mark.parametrize("kind", [layers.LSTM, layers.GRU])
-def test_recurrent_layers_are_sparse_operations(kind, tmp_path, monkeypatch):
-    """They need no network beside them, and read their masks as constants."""
+def test_sparse_recurrent_layers_are_part_of_the_network(kind, tmp_path):
     inputs = keras.Input((None, 4))
     sequences = layers.Bidirectional(kind(6, return_sequences=True))(inputs)
-    model = keras.Model(inputs, kind(5)(sequences))
-    model = rigl_keras.sparsify(model, 0.3, product="sparse")
+    model = keras.Model(inputs, layers.Dense(2)(kind(5)(sequences)))
+    model = rigl_keras.sparsify(model, 0.2, product="dense")
     report, found = exported(model, tmp_path / "e")
-    assert found["RiglKerasRecurrent"] == 3
-    assert "a sparse operation computes the whole sequence" in str(report)
-    loaded = tf.saved_model.load(str(tmp_path / "e"))
+    assert found["RiglKerasNetwork"] == 1 and not report.notes
+    assert not {"RiglKerasRecurrent", "While"} & set(found)
+    assert_serves_as(model, tmp_path / "e", ((3, 7, 4), (1, 2, 4)))
+
+
+def assert_serves_as(model, folder, shapes):
+    """Asserts that an export answers what its model does."""
+    loaded = tf.saved_model.load(str(folder))
     serve = loaded.signatures["serving_default"]
-    for shape in ((3, 7, 4), (1, 2, 4)):
+    for shape in shapes:
         x = np.random.default_rng(0).normal(size=shape).astype("float32")
         (outputs,) = serve(tf.constant(x)).values()
         want = model.predict(x, verbose=0)
         np.testing.assert_allclose(outputs, want, atol=1e-6)
+
+
+# Loops that no network computes, because they return their states.
+
+
+def with_states(kind, units, inputs, **options):
+    outputs, *_ = kind(units, return_state=True, **options)(inputs)
+    return outputs
+
+
+@pytest.mark.parametrize("kind", [layers.LSTM, layers.GRU])
+def test_other_loops_are_sparse_operations(kind, tmp_path, monkeypatch):
+    """They need no network beside them, and read their masks as constants."""
+    inputs = keras.Input((None, 4))
+    sequences = with_states(kind, 6, inputs, return_sequences=True)
+    model = keras.Model(inputs, with_states(kind, 5, sequences))
+    model = rigl_keras.sparsify(model, 0.3, product="sparse")
+    report, found = exported(model, tmp_path / "e")
+    assert found["RiglKerasRecurrent"] == 2
+    assert "a sparse operation computes the whole sequence" in str(report)
+    assert_serves_as(model, tmp_path / "e", ((3, 7, 4), (1, 2, 4)))
     # Served examples may be few: then the dense loop is faster.
     monkeypatch.setattr(
         layer_products,
@@ -239,30 +264,24 @@ def test_recurrent_layers_are_sparse_operations(kind, tmp_path, monkeypatch):
         lambda _, shape, **__: Choice(shape[0] >= 8, ""),
     )
     _, found = exported(model, tmp_path / "g")
-    assert found["If"] == found["RiglKerasRecurrent"] == 3
-    loaded = tf.saved_model.load(str(tmp_path / "g"))
-    serve = loaded.signatures["serving_default"]
-    for batch in (1, 7, 8, 20):
-        x = np.random.default_rng(1).normal(size=(batch, 5, 4))
-        x = x.astype("float32")
-        (outputs,) = serve(tf.constant(x)).values()
-        want = model.predict(x, verbose=0)
-        np.testing.assert_allclose(outputs, want, atol=1e-6)
+    assert found["If"] == found["RiglKerasRecurrent"] == 2
+    shapes = [(batch, 5, 4) for batch in (1, 7, 8, 20)]
+    assert_serves_as(model, tmp_path / "g", shapes)
 
 
 @pytest.mark.parametrize("kind", [layers.LSTM, layers.GRU])
-def test_recurrent_layers_that_are_no_operations(kind, tmp_path, monkeypatch):
+def test_other_loops_that_are_no_operations(kind, tmp_path, monkeypatch):
     inputs = keras.Input((None, 4))
     # Dense where that was asked for, whatever is faster.
     monkeypatch.setattr(
         layer_products, "faster_product", lambda *_, **__: Choice(True, "")
     )
-    dense = keras.Model(inputs, kind(5)(inputs))
+    dense = keras.Model(inputs, with_states(kind, 5, inputs))
     dense = rigl_keras.sparsify(dense, 0.3, product="dense")
     with pytest.raises(ValueError, match="no part of model"):
         rigl_keras.export(dense, tmp_path / "h", **FORMAT)
     # Dense where that is faster.
-    model = keras.Model(inputs, kind(5)(inputs))
+    model = keras.Model(inputs, with_states(kind, 5, inputs))
     model = rigl_keras.sparsify(model, 0.3, product="sparse")
     monkeypatch.setattr(
         layer_products, "sparse_if_possible", lambda *_, **__: Choice(False, "")
@@ -272,7 +291,7 @@ def test_recurrent_layers_that_are_no_operations(kind, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("least", [1, 8])
-def test_recurrent_kernels_are_stored_without_zeros(
+def test_kernels_of_other_loops_are_stored_without_zeros(
     least, tmp_path, monkeypatch
 ):
     """The file is small, and what it computes has the same bits."""
@@ -282,8 +301,11 @@ def test_recurrent_kernels_are_stored_without_zeros(
         lambda _, shape, **__: Choice(shape[0] >= least, ""),
     )
     inputs = keras.Input((None, 40))
-    sequences = layers.LSTM(80, return_sequences=True, name="one")(inputs)
-    model = keras.Model(inputs, layers.GRU(30, name="two")(sequences))
+    sequences = with_states(
+        layers.LSTM, 80, inputs, return_sequences=True, name="one"
+    )
+    outputs = with_states(layers.GRU, 30, sequences, name="two")
+    model = keras.Model(inputs, outputs)
     model = rigl_keras.sparsify(model, 0.1, product="sparse")
     # A weight that has just grown is zero: its mask says more than its kernel.
     *_, two = rigl_keras.masked_layers(model)

@@ -36,6 +36,9 @@ __all__ = [
 
 # Seconds for comparing the plans of one batch size.
 _SECONDS = 2.0
+# Density of a recurrent layer above which TensorFlow's loop is faster for large
+# batches.
+_DENSEST_LOOPS = 1 / 3
 _MOST_LINES = 8  # about operations that no network computes
 
 
@@ -44,7 +47,7 @@ def import_model(
     signature: Signature,
     *,
     least_work: int = LEAST_WORK,
-    sparse_loops: bool = False,
+    densest_loops: float = 1.0,
 ) -> Imported:
     """Returns the networks in a model's inference.
 
@@ -54,19 +57,15 @@ def import_model(
             masks.
         signature: The model's inputs.
         least_work: As in `import_function`.
-        sparse_loops: Whether TensorFlow keeps recurrent layers, as operations
-            of the op library where these are faster. False: networks have
-            those that they can compute.
+        densest_loops: Networks compute recurrent layers of at most this
+            density, where they can. TensorFlow keeps others, as operations of
+            the op library where these are faster.
 
     Raises:
         ValueError: The model is more than a function of its inputs.
     """
     served = Served(
-        model,
-        signature,
-        sparse=False,
-        sparse_loops=sparse_loops,
-        marked_loops=not sparse_loops,
+        model, signature, sparse=False, marked_loops=densest_loops
     )
     return import_function(served.function, least_work=least_work)
 
@@ -80,7 +79,7 @@ def whole_network(model: keras.Model, signature: Signature) -> Network:
     Raises:
         ValueError: Parts of it need TensorFlow; it names them and a way out.
     """
-    served = Served(model, signature, sparse=False, marked_loops=True)
+    served = Served(model, signature, sparse=False, marked_loops=1.0)
     imported = import_function(served.function)
     if imported.network is not None:
         return imported.network
@@ -108,7 +107,7 @@ def networks_within(model: keras.Model, signature: Signature) -> Imported:
     Raises:
         ValueError: It has neither. The error says why, and what to pass.
     """
-    imported = import_model(model, signature, sparse_loops=True)
+    imported = import_model(model, signature, densest_loops=_DENSEST_LOOPS)
     if imported.segments or imported.has_sparse_loops:
         return imported
     raise ValueError(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from rigl_keras.kernels.recurrent_layers import why_not_its_activations
@@ -24,7 +25,9 @@ _METHOD = "inner_loop"
 
 
 @contextlib.contextmanager
-def loops_marked(model: keras.Model) -> Iterator[dict[str, str]]:
+def loops_marked(
+    model: keras.Model, *, highest_density: float = 1.0
+) -> Iterator[dict[str, str]]:
     """Within the context, the loops of recurrent layers are marked functions.
 
     The functions compute what the layers do at inference. `Loop` reads the
@@ -32,6 +35,8 @@ def loops_marked(model: keras.Model) -> Iterator[dict[str, str]]:
 
     Args:
         model: A built model, masked or not.
+        highest_density: Layers stay as they are, too, if more of their
+            recurrent kernel is nonzero than this fraction.
 
     Yields:
         `{"LSTM 'name'": why its loop has no mark}`, filled when layers are
@@ -40,9 +45,20 @@ def loops_marked(model: keras.Model) -> Iterator[dict[str, str]]:
     unmarked = {}
     with contextlib.ExitStack() as stack:
         for _, layer in within(model, "", set()):
-            if isinstance(layer, keras.layers.RNN):
+            if (
+                isinstance(layer, keras.layers.RNN)
+                and _density(layer) <= highest_density
+            ):
                 stack.enter_context(_replaced(layer, unmarked))
         yield unmarked
+
+
+def _density(layer):
+    kernel = getattr(layer.cell, "recurrent_kernel", None)
+    if kernel is None:
+        return 0.0
+    with tf.init_scope():  # values, although a function is traced
+        return np.mean(kernel.numpy() != 0)
 
 
 @contextlib.contextmanager

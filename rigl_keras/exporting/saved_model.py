@@ -92,8 +92,9 @@ class Served(tf.Module):
             their masks.
         signature: The model's inputs.
         sparse: Whether to store kernels sparse if that takes less space.
-        sparse_loops: As in `masks_applied`.
-        marked_loops: Whether recurrent layers are marked, as in `loops_marked`.
+        marked_loops: Recurrent layers of at most this density are marked, as in
+            `loops_marked`, and others are operations of the op library where
+            these are faster. None: TensorFlow computes all of them.
 
     Attributes:
         function: The concrete function.
@@ -106,8 +107,7 @@ class Served(tf.Module):
         signature: Signature,
         *,
         sparse: bool,
-        sparse_loops: bool = False,
-        marked_loops: bool = False,
+        marked_loops: float | None = None,
     ):
         super().__init__()
         unmarked: dict[str, str] = {}
@@ -124,11 +124,13 @@ class Served(tf.Module):
             kernels = self._kernels.read() if self._kernels else []
             with (
                 KernelScope() as scope,
-                masks_applied(sparse_loops=sparse_loops),
+                masks_applied(sparse_loops=marked_loops is not None),
                 contextlib.ExitStack() as stack,
             ):
-                if marked_loops:
-                    reasons = stack.enter_context(loops_marked(model))
+                if marked_loops is not None:
+                    reasons = stack.enter_context(
+                        loops_marked(model, highest_density=marked_loops)
+                    )
                     stack.callback(lambda: unmarked.update(reasons))
                 for variable, kernel in zip(replaced, kernels, strict=True):
                     scope.give(variable, kernel)

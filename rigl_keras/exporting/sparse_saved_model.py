@@ -43,10 +43,11 @@ class SparseSavedModel(Format):
 
     TensorFlow keeps what no network computes, such as attention, with the
     largest possible networks between as operations. Their weights are files
-    among the assets. The loop of a sparse LSTM or GRU is an operation, too,
-    if that is faster. TensorFlow's part stores its kernels sparse. The
-    operation needs its library, which is in the folder, with a file that loads
-    both. It has the signature `serving_default`.
+    among the assets. The loop of a sparse LSTM or GRU that no network computes,
+    as it returns its states, say, is an operation, too, if that is faster.
+    TensorFlow's part stores its kernels sparse. The operation needs its
+    library, which is in the folder, with a file that loads both. It has the
+    signature `serving_default`.
     """
 
     folds = True

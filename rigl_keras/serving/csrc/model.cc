@@ -132,6 +132,7 @@ Route Model::DefaultRoute(const Ready& ready, Mode mode) const {
 }
 
 const Route& Model::RouteFor(Ready* ready, Mode mode) {
+  if (mode == Mode::kTogether) mode = Mode::kGroups;
   std::lock_guard<std::mutex> lock(ready->mutex);
   auto found = ready->routes.find(mode);
   if (found == ready->routes.end()) {
@@ -157,8 +158,8 @@ Model::Borrowed Model::VehicleFor(Ready* ready, Mode mode) {
       return borrowed;
     }
   }
-  const int threads = mode == Mode::kShared ? team_.threads() : 1;
-  const int64_t images = mode == Mode::kGroups ? GroupLength() : 1;
+  const int threads = IsShared(mode) ? team_.threads() : 1;
+  const int64_t images = IsGroup(mode) ? GroupLength() : 1;
   auto vehicle = std::make_unique<Vehicle>();
   vehicle->route = &RouteFor(ready, mode);
   for (const Leg& leg : *vehicle->route) {
@@ -215,11 +216,18 @@ void Model::DriveTogether(Vehicle* vehicle, const Unit& unit, int thread,
                           int threads, Barrier* barrier) {
   for (size_t leg = 0; leg < vehicle->legs.size(); ++leg) {
     Instance& instance = *vehicle->legs[leg];
-    const Unit of_leg = UnitOfLeg(vehicle, leg, unit, 0);
-    for (int32_t step = 0; step < instance.steps(); ++step) {
-      instance.Run(step, thread, threads, of_leg, barrier);
-      barrier->Wait();
+    const auto run = [&](int64_t image) {
+      const Unit of_leg = UnitOfLeg(vehicle, leg, unit, image);
+      for (int32_t step = 0; step < instance.steps(); ++step) {
+        instance.Run(step, thread, threads, of_leg, barrier);
+        barrier->Wait();
+      }
+    };
+    if (!(*vehicle->route)[leg].positions) {
+      run(-1);
+      continue;
     }
+    for (int32_t image = 0; image < unit.count; ++image) run(image);
   }
 }
 
@@ -238,21 +246,30 @@ Model::Shares Model::SharesFor(int64_t batch) const {
   if (costs.shared <= 0)
     costs.shared = threads == 1 ? costs.alone : 1.25 / threads * costs.alone;
   if (costs.groups <= 0) costs.groups = 0.7 * length * costs.alone;
+  if (costs.together <= 0)
+    costs.together =
+        threads == 1 ? costs.groups : 1.25 / threads * costs.groups;
   Shares best;
   double least = std::numeric_limits<double>::infinity();
   const int64_t most = (batch + length - 1) / length;
   // All but the last few groups are certain.
   for (int64_t groups = std::max<int64_t>(0, most - 2 * threads);
        groups <= most; ++groups) {
-    const int64_t left = std::max<int64_t>(0, batch - groups * length);
-    for (int64_t alone : {left, left / threads * threads, int64_t{0}}) {
-      const double seconds =
-          std::ceil(double(groups) / threads) * costs.groups +
-          std::ceil(double(alone) / threads) * costs.alone +
-          (left - alone) * costs.shared;
-      if (seconds < least) {
-        least = seconds;
-        best = {groups, alone, left - alone};
+    const int64_t most_together =
+        threads == 1 ? 0 : std::min<int64_t>(threads, most - groups);
+    for (int64_t together = 0; together <= most_together; ++together) {
+      const int64_t left =
+          std::max<int64_t>(0, batch - (groups + together) * length);
+      for (int64_t alone : {left, left / threads * threads, int64_t{0}}) {
+        const double seconds =
+            std::ceil(double(groups) / threads) * costs.groups +
+            together * costs.together +
+            std::ceil(double(alone) / threads) * costs.alone +
+            (left - alone) * costs.shared;
+        if (seconds < least) {
+          least = seconds;
+          best = {groups, alone, left - alone, together};
+        }
       }
     }
   }
@@ -289,17 +306,19 @@ void Model::RunShares(Ready* ready, const Shares& shares,
   const int threads = team_.threads();
   const int64_t length = GroupLength();
   // All memory is there before threads start: they cannot fail.
-  std::vector<Borrowed> groups, alone, shared;
+  std::vector<Borrowed> groups, alone, shared, together;
   for (int64_t i = 0; i < std::min<int64_t>(threads, shares.groups); ++i)
     groups.push_back(VehicleFor(ready, Mode::kGroups));
   for (int64_t i = 0; i < std::min<int64_t>(threads, shares.alone); ++i)
     alone.push_back(VehicleFor(ready, Mode::kAlone));
   if (shares.shared) shared.push_back(VehicleFor(ready, Mode::kShared));
+  if (shares.together) together.push_back(VehicleFor(ready, Mode::kTogether));
   std::vector<Unit> units;
-  for (int64_t g = 0; g < shares.groups; ++g)
+  const int64_t all_groups = shares.groups + shares.together;
+  for (int64_t g = 0; g < all_groups; ++g)
     units.push_back(UnitOf(inputs, outputs, *ready, g * length,
                            std::min(length, batch - g * length)));
-  for (int64_t i = std::min(shares.groups * length, batch); i < batch; ++i)
+  for (int64_t i = std::min(all_groups * length, batch); i < batch; ++i)
     units.push_back(UnitOf(inputs, outputs, *ready, i, 1));
 
   std::atomic<int64_t> next_group{0}, next_alone{0};
@@ -312,17 +331,20 @@ void Model::RunShares(Ready* ready, const Shares& shares,
            mine < groups.size() && (g = next_group++) < shares.groups;)
         Drive(groups[mine].get(), units[g]);
       for (int64_t i; mine < alone.size() && (i = next_alone++) < shares.alone;)
-        Drive(alone[mine].get(), units[shares.groups + i]);
+        Drive(alone[mine].get(), units[all_groups + i]);
     } catch (const std::bad_alloc&) {
       failed = true;
     }
-    for (int64_t i = 0; i < shares.shared; ++i) {
-      const Unit& unit = units[shares.groups + shares.alone + i];
+    const auto drive = [&](const Borrowed& vehicle, const Unit& unit) {
       if (count == 1)
-        Drive(shared[0].get(), unit);
+        Drive(vehicle.get(), unit);
       else
-        DriveTogether(shared[0].get(), unit, thread, count, &barrier);
-    }
+        DriveTogether(vehicle.get(), unit, thread, count, &barrier);
+    };
+    for (int64_t g = 0; g < shares.together; ++g)
+      drive(together[0], units[shares.groups + g]);
+    for (int64_t i = 0; i < shares.shared; ++i)
+      drive(shared[0], units[all_groups + shares.alone + i]);
   });
   if (failed) throw std::bad_alloc();
 }
@@ -331,7 +353,7 @@ void Model::RunShares(Ready* ready, const Shares& shares,
 //
 //   <set> choice <i, p or s><L> <node> <s, d, g or w> <rows> <cells> <block>
 //   <set> route <mode> {<i, p or s><L> <last node>}
-//   <set> costs <threads> <groups> <alone> <shared>
+//   <set> costs <threads> <groups> <alone> <shared> <together>
 //
 // What is no such line, or does not fit the network, is passed over.
 
@@ -365,9 +387,11 @@ void Model::ReadHints() {
       Costs costs;
       if (!(words >> threads >> costs.groups >> costs.alone >> costs.shared))
         continue;
+      if (!(words >> costs.together)) costs.together = 0;  // an earlier file
       // Sums of them are compared.
       bool good = true;
-      for (double seconds : {costs.groups, costs.alone, costs.shared})
+      for (double seconds :
+           {costs.groups, costs.alone, costs.shared, costs.together})
         good &= seconds >= 0 && seconds < kMostSeconds;
       if (good) costs_[threads] = costs;
     } else if (what == "route") {
@@ -412,18 +436,19 @@ std::string Model::Hints() const {
   }
   for (const auto& [threads, c] : costs_)
     text << set << " costs " << threads << " " << c.groups << " " << c.alone
-         << " " << c.shared << "\n";
+         << " " << c.shared << " " << c.together << "\n";
   return text.str();
 }
 
 std::string Model::Profile(const std::vector<Shape>& shapes, int64_t batch) {
   const std::shared_ptr<Ready> ready = ReadyFor(shapes);
   const Shares shares = SharesFor(batch);
-  const Mode mode = shares.groups  ? Mode::kGroups
-                    : shares.alone ? Mode::kAlone
-                                   : Mode::kShared;
-  const int threads = mode == Mode::kShared ? team_.threads() : 1;
-  const int64_t count = mode == Mode::kGroups ? GroupLength() : 1;
+  const Mode mode = shares.groups     ? Mode::kGroups
+                    : shares.together ? Mode::kTogether
+                    : shares.alone    ? Mode::kAlone
+                                      : Mode::kShared;
+  const int threads = IsShared(mode) ? team_.threads() : 1;
+  const int64_t count = IsGroup(mode) ? GroupLength() : 1;
   const Borrowed borrowed = VehicleFor(ready.get(), mode);
   Vehicle& vehicle = *borrowed;
   std::vector<std::vector<float>> memory;

@@ -26,10 +26,21 @@ inline double Now() {
 
 // How images are computed.
 enum class Mode {
-  kGroups,  // L images side by side, each thread a group of them
-  kAlone,   // each thread an image
-  kShared,  // all threads one image
+  kGroups,    // L images side by side, each thread a group of them
+  kAlone,     // each thread an image
+  kShared,    // all threads one image
+  kTogether,  // all threads a group of images, in the layouts of `kGroups`
 };
+
+// Whether all threads compute a unit of a mode.
+inline bool IsShared(Mode mode) {
+  return mode == Mode::kShared || mode == Mode::kTogether;
+}
+
+// Whether a unit of a mode is a group of images.
+inline bool IsGroup(Mode mode) {
+  return mode == Mode::kGroups || mode == Mode::kTogether;
+}
 
 // A part of a network in one layout. Between two of them values are as in the
 // network's inputs: pixel by pixel.
@@ -46,9 +57,10 @@ std::string KeyOf(const Leg& leg);
 
 // Seconds that units of work take; how a batch is shared out follows.
 struct Costs {
-  double groups = 0;  // a group of images, by one thread
-  double alone = 0;   // one image by one thread
-  double shared = 0;  // one image by all threads
+  double groups = 0;    // a group of images, by one thread
+  double alone = 0;     // one image by one thread
+  double shared = 0;    // one image by all threads
+  double together = 0;  // a group of images, by all threads
 };
 
 class Model {
@@ -110,9 +122,10 @@ class Model {
     Mode mode_;
     std::unique_ptr<Vehicle> vehicle_;
   };
-  // How a batch is computed: so many units of each kind, one after another.
+  // How a batch is computed: so many units of each kind. The batch has groups
+  // first, then those that are computed together, then single images.
   struct Shares {
-    int64_t groups = 0, alone = 0, shared = 0;
+    int64_t groups = 0, alone = 0, shared = 0, together = 0;
   };
   // What was measured of a layout: what to choose, and what nodes take then.
   struct Measurement {

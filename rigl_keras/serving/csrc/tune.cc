@@ -165,9 +165,9 @@ void Model::TuneMode(const std::vector<Shape>& shapes, Mode mode,
   const std::shared_ptr<Ready> ready = ReadyFor(shapes);
   const int threads = team_.threads();
   // As many units as keep all threads busy.
-  const Shares whole = mode == Mode::kGroups  ? Shares{threads, 0, 0}
-                       : mode == Mode::kAlone ? Shares{0, threads, 0}
-                                              : Shares{0, 0, 1};
+  const Shares whole = mode == Mode::kGroups  ? Shares{threads, 0, 0, 0}
+                       : mode == Mode::kAlone ? Shares{0, threads, 0, 0}
+                                              : Shares{0, 0, 1, 0};
   const int64_t images = mode == Mode::kGroups  ? threads * GroupLength()
                          : mode == Mode::kAlone ? threads
                                                 : 1;
@@ -294,11 +294,13 @@ void Model::Tune(const std::vector<Shape>& shapes, int64_t batch,
     costs = costs_[threads];
   }
   const double share = (1 - kForChoices) / 3 * seconds;
-  costs.shared = SecondsOf(shapes, 1, {0, 0, 1}, share);
-  costs.alone = SecondsOf(shapes, threads, {0, threads, 0}, share);
-  if (grouped)
+  costs.shared = SecondsOf(shapes, 1, {0, 0, 1, 0}, share);
+  costs.alone = SecondsOf(shapes, threads, {0, threads, 0, 0}, share);
+  if (grouped) {
     costs.groups =
-        SecondsOf(shapes, threads * length, {threads, 0, 0}, share);
+        SecondsOf(shapes, threads * length, {threads, 0, 0, 0}, share / 2);
+    costs.together = SecondsOf(shapes, length, {0, 0, 0, 1}, share / 2);
+  }
   std::lock_guard<std::mutex> lock(mutex_);
   costs_[threads] = costs;
 }
