@@ -64,9 +64,7 @@ def import_model(
     Raises:
         ValueError: The model is more than a function of its inputs.
     """
-    served = Served(
-        model, signature, sparse=False, marked_loops=densest_loops
-    )
+    served = Served(model, signature, sparse=False, marked_loops=densest_loops)
     return import_function(served.function, least_work=least_work)
 
 
