@@ -51,7 +51,7 @@ def setup(app):
     """Called by Sphinx."""
     docs = pathlib.Path(__file__).parent
     figure = front_figure(
-        docs / "kernels" / "onednn" / "train.csv",
+        docs / "kernels" / "avx512" / "train.csv",
         docs / "results_small" / "report.csv",
     )
     _figure_style.save(figure, docs / "front.png")
