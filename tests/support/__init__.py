@@ -3,4 +3,6 @@
 import pytest
 
 # Makes failing asserts show their values, as in test modules.
-pytest.register_assert_rewrite("support.disk", "support.regressions")
+pytest.register_assert_rewrite(
+    "support.disk", "support.regressions", "support.searches"
+)
