@@ -4,5 +4,8 @@ import pytest
 
 # Makes failing asserts show their values, as in test modules.
 pytest.register_assert_rewrite(
-    "support.disk", "support.regressions", "support.searches"
+    "support.disk",
+    "support.epilogues",
+    "support.regressions",
+    "support.searches",
 )
