@@ -4,6 +4,7 @@ import pytest
 
 # Makes failing asserts show their values, as in test modules.
 pytest.register_assert_rewrite(
+    "support.compacted",
     "support.disk",
     "support.epilogues",
     "support.regressions",
