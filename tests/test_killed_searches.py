@@ -19,12 +19,7 @@ import traceback
 import optuna
 import pytest
 from optuna.storages.journal import JournalFileBackend
-from support.searches import (
-    Trainer,
-    begun,
-    check_finished,
-    settings,
-)
+from support.searches import Trainer, begun, check_finished, settings
 
 from rigl_keras.experiments.tuning import search
 

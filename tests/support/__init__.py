@@ -7,6 +7,9 @@ pytest.register_assert_rewrite(
     "support.compacted",
     "support.disk",
     "support.epilogues",
+    "support.hostile",
+    "support.hostile_masks",
+    "support.hostile_numbers",
     "support.regressions",
     "support.searches",
 )
