@@ -140,8 +140,8 @@ def check_magnitude(got, **arguments):
 
 
 def check_saliency(got, kernel, gradient):
-    # Some devices flush subnormal numbers to zero.
     """Checks magnitudes of products."""
+    # Some devices flush subnormal numbers to zero.
     want = np.abs(kernel * gradient)
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-37)
 

@@ -95,8 +95,8 @@ def is_due(t, frequency, begin_step, end_step, conventions):
 
 
 def check_due(got, step, **window):
-    # A vector of steps gives the same.
     """Checks which steps are those of updates."""
+    # A vector of steps gives the same.
     for t, due in zip(np.ravel(step), np.ravel(got), strict=True):
         assert due == is_due(int(t), **window)
 
