@@ -28,14 +28,25 @@ LIMIT = 3600  # seconds: a break may make a loop endless
 
 # The modules of the core, and their tests in the order in which they run.
 TESTS = {
-    "topology.py": "topology redistribution callbacks parity",
-    "redistribution.py": "redistribution callbacks parity setups",
-    "schedules.py": "schedules pruning callbacks contract setups",
+    "topology.py": "topology redistribution mask_updates callbacks parity",
+    "redistribution.py": "redistribution mask_updates callbacks parity setups",
+    "schedules.py": (
+        "schedules pruning mask_updates callbacks contract setups"
+    ),
     "distributions.py": "distributions sparsify parity",
     "masking/masked.py": "layers reading_kernels kinds sparsify density_one",
-    "masking/tracing.py": "reading_kernels layers callbacks density_one",
-    "training/": "optimizer_state callbacks fit_runs setups resumed_window",
-    "methods/": "callbacks pruning one_shot setups contract parity",
+    "masking/tracing.py": (
+        "reading_kernels layers callbacks method_arguments mask_updates "
+        "density_one"
+    ),
+    "training/": (
+        "optimizer_state mask_updates callbacks fit_runs train_steps setups "
+        "resumed_window"
+    ),
+    "methods/": (
+        "mask_updates callbacks method_arguments pruning one_shot setups "
+        "contract parity"
+    ),
 }
 
 OPERATORS = {

@@ -112,7 +112,7 @@ class Watch(keras.callbacks.Callback):
 
 
 def trained(callback, granularity="element", steps=12, **options):
-    """Trains eagerly; `test_callbacks.py` and `test_matrix.py` use graphs."""
+    """Trains eagerly; `test_mask_updates.py`, `test_matrix.py` use graphs."""
     model = sparsify(small_model(), 1.0, granularity=granularity)
     watch = Watch()
     watch.seen.append((masks(model), kernels(model)))

@@ -1,130 +1,27 @@
-"""Searches make the requested number of trials, even after kills.
+"""Searches make the requested number of trials. No network is trained."""
 
-This file is also a program: a server that imports TensorFlow once, without
-running it, and makes each search in a fork, which it may kill. Nothing is
-trained: the result of a run is a function of its setting.
-"""
-
-import functools
-import json
-import os
-import pathlib
-import random
 import re
-import signal
-import subprocess
-import sys
-import time
-import traceback
 
-import optuna
 import pytest
 from optuna.storages.journal import JournalFileBackend
+from support.searches import (
+    ROW,
+    SMALL,
+    Trainer,
+    begun,
+    check_finished,
+    searched,
+    settings,
+    states,
+    study_of,
+    write_result,
+)
 
 from rigl_keras.experiments.reproduction import costs, plans
 from rigl_keras.experiments.reproduction.results import Results
 from rigl_keras.experiments.tuning import search, tables, tune, tune_command
 from rigl_keras.experiments.tuning.search import Search
-from rigl_keras.experiments.tuning.studies import Study, end_with_a_line
-
-SMALL = plans.Preset("small")
-ROW = "rigl_erk_wrn"
-SEEDS = (0, 1)
-
-
-def searched(**options):
-    options = {"seeds": SEEDS, "trials": 12, **options}
-    return Search(ROW, SMALL, 0.1, **options)
-
-
-def study_of(results, found):
-    return Study(
-        results.path / "studies" / found.name,
-        space=found.space,
-        about=found.about,
-        seed=found.sampler_seed,
-    )
-
-
-def begun(tmp_path, **options):
-    results = Results(tmp_path, "small")
-    found = searched(**options)
-    study = study_of(results, found)
-    study.begin()
-    return found, study, results
-
-
-def accuracy(run):
-    """Returns a run's accuracy, best at drop fraction 0.4 and 200 steps."""
-    changes = dict(run.changes)
-    drop = changes.get("UPDATE_FRACTION", 0.3)
-    steps = changes.get("UPDATE_FREQUENCY", 50)
-    off = (drop - 0.4) ** 2 + ((steps - 200) / 1000) ** 2
-    return 0.9 - off + 0.001 * run.seed
-
-
-def write_result(run, results):
-    folder = results.folder(run) / "run"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.gin").write_text(run.configure())
-    result = {
-        "validation_accuracy": accuracy(run),
-        "test_accuracy": accuracy(run) - 0.01,
-    }
-    unfinished = folder / "unfinished"
-    unfinished.write_text(json.dumps(result))
-    unfinished.replace(folder / "result.json")
-
-
-class Trainer:
-    """Replaces `train_missing`, and records its calls."""
-
-    def __init__(self, fails=lambda run: False, seconds=0.0):
-        self.trained = []
-        self._fails, self._seconds = fails, seconds
-
-    def __call__(self, runs, results, *, progress, data_dir):
-        failed = {}
-        for run in runs:
-            if results.finished(run):
-                continue
-            with results.claim(run) as claim:
-                if claim is None:  # a child of a killed process still has it
-                    time.sleep(0.01)
-                    return self(runs, results, progress=progress, data_dir="")
-                progress.start(run)
-                time.sleep(self._seconds)
-                self.trained.append(run)
-                reason = "no luck" if self._fails(run) else None
-                if reason:
-                    failed[run] = reason
-                else:
-                    write_result(run, results)
-                progress.finish(run, seconds=1.0, failure=reason)
-        return failed
-
-
-def settings(study):
-    """Returns all settings, in the order of their trials."""
-    return [tuple(study.params(t).values()) for t in study.trials()]
-
-
-def states(study):
-    return [trial.state.name for trial in study.trials()]
-
-
-def check_finished(study, found, results, trials):
-    """Checks that all trials are finished, each once, with their runs."""
-    assert set(states(study)) <= {"COMPLETE", "PRUNED"}
-    assert len(states(study)) == len(set(settings(study))) == trials
-    for trial in study.trials():
-        runs = found.runs(**study.params(trial))
-        if trial.state.name == "PRUNED":
-            runs = runs[: len(trial.intermediate_values)]
-        assert all(results.finished(run) for run in runs)
-        mean = sum(map(accuracy, runs)) / len(runs)
-        assert trial.value == pytest.approx(mean)
-    assert not list(study.path.glob("trial-*"))  # claims
+from rigl_keras.experiments.tuning.studies import end_with_a_line
 
 
 @pytest.fixture(scope="module")
@@ -500,156 +397,3 @@ def test_the_grid_is_figure_2(tmp_path, monkeypatch, capsys):
     assert "accuracy, 89.80%: learning rate" in said[-1]
     with pytest.raises(ValueError, match="--density"):
         tune.learning_rate(ROW, SMALL, 2.0, results)
-
-
-FEW, MANY = 4, 8  # kills of one of two processes, at random moments
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory, pytestconfig):
-    folder = tmp_path_factory.mktemp("server")
-    kills = MANY if pytestconfig.getoption("every_kill") else FEW
-    done = subprocess.run(
-        [sys.executable, __file__, folder, str(kills)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout[-5000:]
-    return folder, json.loads((folder / "report.json").read_text())
-
-
-@pytest.mark.slow
-def test_killed_at_any_point(server):
-    """A search that is killed at a write, or in it, ends the same."""
-    folder, report = server
-    assert report["points"] > 12
-    assert report["killed"] == 2 * (report["points"] + 7)
-    _, study, _ = begun(folder / "straight", **AT_POINTS)
-    wanted = sorted(settings(study))
-    for at in folder.glob("point-*"):
-        found, study, results = begun(at, **AT_POINTS)
-        check_finished(study, found, results, AT_POINTS["trials"])
-        assert sorted(settings(study)) == wanted, at
-
-
-@pytest.mark.slow
-def test_one_of_two_is_killed(server):
-    """After kills at random moments, there are 15 trials and all settings."""
-    folder, report = server
-    assert report["pairs"] >= FEW
-    repeated = 0
-    for at in folder.glob("pair-*"):
-        found, study, results = begun(at, **IN_PAIRS)
-        check_finished(study, found, results, 15)
-        everything = study._study.get_trials()
-        assert {
-            tuple(trial.params.values())
-            for trial in everything
-            if len(trial.params) == 2
-        } == set(settings(study))
-        repeated += len(everything) - 15
-    assert repeated >= report["pairs"] / 4  # killed in a trial
-
-
-AT_POINTS = {"trials": 2, "seeds": (0,)}
-IN_PAIRS = {"trials": 15, "seeds": (0, 1)}
-
-
-def forked(folder, options, at=None, how="", seconds=0.0):
-    """Makes a search in a fork, which kills itself at some point."""
-    process = os.fork()
-    if process:
-        return process
-    try:
-        count = counter(at, how)
-        # Only the first trial is drawn at random, instead of 10.
-        optuna.samplers.TPESampler = functools.partial(
-            optuna.samplers.TPESampler, n_startup_trials=1
-        )
-        found, study, results = begun(folder, **options)
-        trainer = Trainer(seconds=seconds)
-
-        def train(*rest, **named):
-            count(lambda: None)
-            return trainer(*rest, **named)
-
-        search._WAIT = 0.02
-        search.search(found, study, results, train=train)
-        (folder / "points").write_text(str(count(None)))
-        os._exit(0)
-    finally:
-        traceback.print_exc()
-        os._exit(1)
-
-
-def counter(at, how):
-    """Counts writes to the journal and runs, and kills itself at one."""
-    points = 0
-
-    def count(go_on, half=None):
-        nonlocal points
-        if go_on is None:
-            return points
-        points += 1
-        if points == at:
-            if how == "after":
-                go_on()
-            elif half:
-                half()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return go_on()
-
-    append = JournalFileBackend.append_logs
-
-    def counted(self, logs):
-        def half():
-            self._lock.acquire()
-            with open(self._file_path, "ab") as file:
-                file.write(json.dumps(logs[0]).encode()[:-3])
-
-        return count(lambda: append(self, logs), half)
-
-    JournalFileBackend.append_logs = counted
-    return count
-
-
-def serve(folder, pairs):
-    report = {"killed": 0, "pairs": 0}
-
-    def ended(process):
-        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-
-    assert ended(forked(folder / "straight", AT_POINTS)) == 0
-    report["points"] = int((folder / "straight" / "points").read_text())
-    points = range(1, report["points"] + 1)
-    # The points at which a process is killed, and one that takes over.
-    kills = [[point] for point in points]
-    kills += [[report["points"] // 2, point] for point in range(1, 8)]
-    for at in kills:
-        for how in ("within", "after"):
-            place = folder / f"point-{'-'.join(map(str, at))}-{how}"
-            for point in at:
-                status = ended(forked(place, AT_POINTS, point, how))
-                assert status == -signal.SIGKILL, status
-            report["killed"] += 1
-            assert ended(forked(place, AT_POINTS)) == 0
-    draw = random.Random(0)
-    for pair in range(pairs):
-        place = folder / f"pair-{pair}"
-        one, two = (forked(place, IN_PAIRS, seconds=0.02) for _ in range(2))
-        # Only once one of them has begun, which takes longer on a busy
-        # machine.
-        until = time.monotonic() + 60
-        while not list(place.rglob("trial-*")) and time.monotonic() < until:
-            time.sleep(0.01)
-        time.sleep(draw.uniform(0.0, 0.8))
-        os.kill(one, signal.SIGKILL)
-        os.waitpid(one, 0)
-        assert ended(two) == 0
-        report["pairs"] += 1
-    (folder / "report.json").write_text(json.dumps(report))
-
-
-if __name__ == "__main__":
-    serve(pathlib.Path(sys.argv[1]), int(sys.argv[2]))

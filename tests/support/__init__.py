@@ -3,4 +3,13 @@
 import pytest
 
 # Makes failing asserts show their values, as in test modules.
-pytest.register_assert_rewrite("support.disk", "support.regressions")
+pytest.register_assert_rewrite(
+    "support.compacted",
+    "support.disk",
+    "support.epilogues",
+    "support.hostile",
+    "support.hostile_masks",
+    "support.hostile_numbers",
+    "support.regressions",
+    "support.searches",
+)

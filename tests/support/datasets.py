@@ -1,6 +1,8 @@
-"""Metadata of datasets that are not downloaded."""
+"""Metadata of datasets that are not downloaded, and what datasets hold."""
 
 import os
+
+import numpy as np
 
 
 def write_metadata(name, folder, sizes):
@@ -32,3 +34,9 @@ def write_metadata(name, folder, sizes):
     )
     os.makedirs(builder.data_dir)
     builder.info.write_to_directory(builder.data_dir)
+
+
+def arrays(dataset):
+    """All images and all labels of a dataset."""
+    images, labels = zip(*dataset.as_numpy_iterator(), strict=True)
+    return np.concatenate(images), np.concatenate(labels)

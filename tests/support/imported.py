@@ -1,10 +1,11 @@
-"""Compares a model's imported networks with the model."""
+"""Compares a model's imported networks with the model, and lists operations."""
 
 import numpy as np
 import tensorflow as tf
 
 from rigl_keras.exporting.networks import import_model
 from rigl_keras.exporting.signatures import outputs_of, signature_of
+from rigl_keras.serving.network import Operation
 from rigl_keras.serving.network_file import from_bytes, to_bytes
 from support.network_reference import evaluate
 
@@ -97,3 +98,14 @@ def compare(found, wanted, tolerance):
         np.testing.assert_allclose(
             found[name], array, rtol=0, atol=tolerance * largest, err_msg=name
         )
+
+
+def operations(network):
+    """Returns the operations of a network, without inputs, in one line."""
+    return " ".join(
+        node.activation.name.lower()
+        if node.operation == Operation.ACTIVATION
+        else node.operation.name
+        for node in network.nodes
+        if node.operation != Operation.INPUT
+    )

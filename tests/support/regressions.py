@@ -1,4 +1,4 @@
-"""A masked regression in two layers, and checks of its training."""
+"""A masked regression in two layers, and what watches or checks training."""
 
 import keras
 import numpy as np
@@ -71,3 +71,28 @@ class Applies(keras.Model):
         gradients = tape.gradient(loss, self.trainable_variables)
         self.optimizer.apply(gradients, self.trainable_variables)
         return {"loss": loss}
+
+
+def updates(method):
+    """Returns the steps of all updates that a method has made."""
+    return [step for step, _ in method.trajectory[1:]]
+
+
+class At(keras.callbacks.Callback):
+    """Acts on the model once, in the nth call of a hook."""
+
+    def __init__(self, hook, action, nth=1):
+        super().__init__()
+        self.left = nth
+        setattr(self, hook, self.count)
+        self.action = action
+
+    def count(self, *args, **kwargs):
+        self.left -= 1
+        if self.left == 0:
+            self.action(self.model)
+
+
+def stopped(model):
+    """Interrupts training, as an action of `At`."""
+    raise KeyboardInterrupt

@@ -5,10 +5,12 @@ The structures have the fields of the header. NumPy arrays replace pointers.
 
 import concurrent.futures
 import ctypes
+import functools
 import os
 import pathlib
 
 import numpy as np
+import pytest
 
 from rigl_keras.kernels import toolchain
 
@@ -191,8 +193,10 @@ class Tiles(ctypes.Structure):
 STRUCTURES = (Field, None, Epilogue, Convolution, Part, Pool, Tiles)
 
 
+@functools.cache
 def build(folder):
-    """Compiles the kernels, and returns their library."""
+    """Compiles the kernels, once in each process, and returns their library."""
+    folder.mkdir(exist_ok=True)
     compiler, _ = toolchain.find_compiler()
     # Without optimization, which takes several times as long.
     common = ["-std=c++17", "-O0", "-fPIC", "-Wall", "-Werror"]
@@ -230,6 +234,15 @@ def build(folder):
     loaded = ctypes.CDLL(str(library))
     loaded.tiles_of.restype = ctypes.POINTER(Tiles)
     return loaded
+
+
+def kernels_of(library, name, length, monkeypatch):
+    """Returns the kernels of an instruction set; skips a test without them."""
+    monkeypatch.setenv("RIGL_KERAS_ISA", name)
+    found = library.tiles_of(length)
+    if not found or found.contents.name.decode() != name:
+        pytest.skip(f"this processor has no {name}")
+    return found.contents
 
 
 def pointer(array):
