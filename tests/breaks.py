@@ -29,13 +29,14 @@ LIMIT = 3600  # seconds: a break may make a loop endless
 # The modules of the core, and their tests in the order in which they run.
 TESTS = {
     "topology.py": "topology redistribution callbacks parity",
-    "redistribution.py": "redistribution callbacks parity setups",
-    "schedules.py": "schedules pruning callbacks contract setups",
+    "redistribution.py": "redistribution callbacks parity setups growth",
+    "schedules.py": "schedules pruning callbacks contract setups growth",
     "distributions.py": "distributions sparsify parity",
     "masking/masked.py": "layers reading_kernels kinds sparsify density_one",
     "masking/tracing.py": "reading_kernels layers callbacks density_one",
-    "training/": "optimizer_state callbacks fit_runs setups resumed_window",
-    "methods/": "callbacks pruning one_shot setups contract parity",
+    "training/": "optimizer_state callbacks fit_runs setups growth custom_loops"
+    " resumed_window",
+    "methods/": "callbacks pruning one_shot setups growth contract parity",
 }
 
 OPERATORS = {
