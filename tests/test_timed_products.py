@@ -15,12 +15,7 @@ import pytest
 import tensorflow as tf
 from keras import layers
 from support.small_models import compiled, examples, small_model
-from support.small_products import (
-    chosen,
-    losses_of,
-    needs_library,
-    small,
-)
+from support.small_products import chosen, losses_of, needs_library, small
 
 from rigl_keras import _timing
 from rigl_keras.kernels import choice, layer_products, library
