@@ -32,7 +32,8 @@ TESTS = {
     "redistribution.py": "redistribution callbacks parity setups growth",
     "schedules.py": "schedules pruning callbacks contract setups growth",
     "distributions.py": "distributions sparsify parity",
-    "masking/masked.py": "layers reading_kernels kinds sparsify density_one",
+    "masking/masked.py": "layers reading_kernels kinds custom_models sparsify"
+    " density_one",
     "masking/tracing.py": "reading_kernels layers callbacks density_one",
     "training/": "optimizer_state callbacks fit_runs setups growth custom_loops"
     " resumed_window",
