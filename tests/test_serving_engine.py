@@ -42,6 +42,7 @@ from tests.support.threads import in_threads
 BATCHES = (1, 3, 16, 33, 130)
 THREADS = (1, 2, 5)
 SIZES = ((7, 9), (1, 1), (20, 3), (5, 18))
+SIDE_BY_SIDE = ("groups", "together")  # of `WAYS`
 SANITIZED = os.environ.get("RIGL_KERAS_KERNELS") in ("address", "thread")
 
 
@@ -182,9 +183,6 @@ def test_random_networks_have_all_operations():
 @pytest.fixture(scope="module")
 def case():
     return computed_network()
-
-
-SIDE_BY_SIDE = ("groups", "together")
 
 
 @pytest.mark.parametrize("kind", KINDS)
