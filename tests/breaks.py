@@ -29,23 +29,27 @@ LIMIT = 3600  # seconds: a break may make a loop endless
 # The modules of the core, and their tests in the order in which they run.
 TESTS = {
     "topology.py": "topology redistribution mask_updates callbacks parity",
-    "redistribution.py": "redistribution mask_updates callbacks parity setups",
+    "redistribution.py": (
+        "redistribution mask_updates callbacks parity setups growth"
+    ),
     "schedules.py": (
-        "schedules pruning mask_updates callbacks contract setups"
+        "schedules pruning mask_updates callbacks contract setups growth"
     ),
     "distributions.py": "distributions sparsify parity",
-    "masking/masked.py": "layers reading_kernels kinds sparsify density_one",
+    "masking/masked.py": (
+        "layers reading_kernels kinds custom_models sparsify density_one"
+    ),
     "masking/tracing.py": (
         "reading_kernels layers callbacks method_arguments mask_updates "
         "density_one"
     ),
     "training/": (
         "optimizer_state mask_updates callbacks fit_runs train_steps setups "
-        "resumed_window"
+        "growth custom_loops resumed_window"
     ),
     "methods/": (
         "mask_updates callbacks method_arguments pruning one_shot setups "
-        "contract parity"
+        "growth contract parity"
     ),
 }
 

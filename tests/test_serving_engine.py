@@ -1,6 +1,5 @@
 """Networks on the C++ engine, compared with NumPy in float64."""
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -18,6 +17,15 @@ from rigl_keras.serving.network import (
     Padding,
 )
 from rigl_keras.serving.network_file import to_bytes
+from tests.support.engine_checks import (
+    IMAGES,
+    WAYS,
+    a_network,
+    check,
+    computed_network,
+    first,
+    load,
+)
 from tests.support.network_library import (
     KINDS,
     built,  # noqa: F401 - a fixture
@@ -33,39 +41,14 @@ from tests.support.threads import in_threads
 
 BATCHES = (1, 3, 16, 33, 130)
 THREADS = (1, 2, 5)
-SETS = ("avx512", "avx2", "portable")
-IMAGES = 35  # number of different images in a batch
 SIZES = ((7, 9), (1, 1), (20, 3), (5, 18))
+SIDE_BY_SIDE = ("groups", "together")  # of `WAYS`
 SANITIZED = os.environ.get("RIGL_KERAS_KERNELS") in ("address", "thread")
 
 
 @pytest.fixture(autouse=True)
 def outputs_of_no_numbers(monkeypatch):
     outputs_begin_as_nan(monkeypatch)
-
-
-def load(network, *, threads=1, hints=""):
-    network = dataclasses.replace(network, hints=hints)
-    return loaded(to_bytes(network), threads=threads)
-
-
-def check(found, expected, about=""):
-    """Compares outputs, relative to the largest number of each."""
-    assert list(found) == list(expected)
-    for name, want in expected.items():
-        got = found[name]
-        assert got.shape == want.shape, (about, name)
-        largest = max(np.abs(want).max(initial=0), 1e-3)
-        error = np.abs(got - want).max(initial=0) / largest
-        assert error < 2e-5, (about, name, error)
-
-
-def first(arrays, batch):
-    """Returns the first images of arrays, repeated if there are fewer."""
-    return {
-        name: array[np.arange(batch) % len(array)]
-        for name, array in arrays.items()
-    }
 
 
 def check_network_of(seed, kinds=KINDS, batches=BATCHES):
@@ -197,76 +180,9 @@ def test_random_networks_have_all_operations():
     )
 
 
-# A network that can be checked by hand, with operations that the planner may
-# split: two convolutions, a sum, and a dense layer.
-
-
-def a_network(channels=12, size=(9, 17), seed=3):
-    draw = np.random.default_rng(seed)
-
-    def kernel(*shape):
-        kept = draw.random(shape) < 0.4
-        values = draw.standard_normal(shape) * kept / np.sqrt(shape[2])
-        return values.astype(np.float32)
-
-    same = Padding(same=True)
-    nodes = (
-        Node(Operation.INPUT, "x", shape=(*size, 3)),
-        Node(
-            Operation.CONVOLUTION,
-            "c1",
-            (0,),
-            kernel=kernel(3, 3, 3, channels),
-            padding=same,
-        ),
-        Node(Operation.ACTIVATION, "r1", (1,)),
-        Node(
-            Operation.CONVOLUTION,
-            "c2",
-            (2,),
-            kernel=kernel(3, 3, channels, channels),
-            strides=(2, 2),
-            padding=same,
-        ),
-        Node(Operation.ACTIVATION, "r2", (3,)),
-        Node(
-            Operation.CONVOLUTION,
-            "c3",
-            (4,),
-            kernel=kernel(3, 3, channels, channels),
-            padding=same,
-        ),
-        Node(Operation.ADD, "sum", (4, 5)),
-        Node(Operation.GLOBAL_POOL, "pool", (6,)),
-        Node(
-            Operation.DENSE,
-            "d",
-            (7,),
-            kernel=kernel(1, 1, channels, 10)[0, 0],
-            bias=np.arange(10, dtype=np.float32),
-        ),
-    )
-    return Network(nodes, (Output("y", 8), Output("features", 6)))
-
-
 @pytest.fixture(scope="module")
 def case():
-    """Returns a network, its inputs and its outputs."""
-    network = a_network()
-    inputs = random_inputs(network, IMAGES)
-    return network, inputs, evaluate(network, inputs)
-
-
-# Costs that leave one way to compute a batch: images side by side, each image
-# by one thread, each image by all threads, or images side by side by all
-# threads. Most images of a large batch are computed side by side, at any cost.
-WAYS = {
-    "groups": "1e-9 1 1 1",
-    "alone": "1 1e-9 1 1",
-    "shared": "1 1 1e-9 1",
-    "together": "0.1 1 1 1e-9",  # one thread: groups
-}
-SIDE_BY_SIDE = ("groups", "together")
+    return computed_network()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -439,180 +355,6 @@ def test_a_forked_child_calls_what_its_parent_has_used(case):
         call()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_tuned_networks_compute_the_same(case, kind):
-    network, inputs, expected = case
-    with kind_of_code(kind) as name:
-        with load(network, threads=2) as engine:
-            if engine.instruction_set != name:
-                pytest.skip(f"this processor has no {name}")
-            for batch in (1, 40):
-                engine.tune((batch, *inputs["x"].shape[1:]), seconds=0.02)
-            hints = engine.hints()
-            for batch in BATCHES:
-                check(engine(**first(inputs, batch)), first(expected, batch))
-        # Hints hold the faster choices.
-        assert f"{name} costs 2 " in hints
-        # A file keeps all hints.
-        with load(network, threads=2, hints=hints) as engine:
-            assert engine.hints() == hints
-            for batch in BATCHES:
-                check(engine(**first(inputs, batch)), first(expected, batch))
-
-
-@pytest.mark.slow
-def test_random_networks_are_tuned():
-    for seed in range(0, 40, 3):
-        network = random_network(seed)
-        inputs = random_inputs(network, 33)
-        expected = evaluate(network, inputs)
-        with load(network, threads=1 + seed % 3) as engine:
-            for batch in (1, 33):
-                some = first(inputs, batch)
-                shapes = [array.shape for array in some.values()]
-                engine.tune(*shapes, seconds=0.02)
-                check(engine(**some), first(expected, batch), seed)
-
-
-def a_number(draw):
-    return draw.choice(
-        [
-            *(
-                "0",
-                "1",
-                "-1",
-                "2",
-                "3",
-                "4",
-                "7",
-                "8",
-                "16",
-                "17",
-                "-2147483648",
-            ),
-            *("2147483647", "2147483648", "99999999999999999999", "1e308", "x"),
-            *("-1e308", "nan", "inf", "-inf", "1e-320", "0.5", "0x10", "", "é"),
-        ]
-    )
-
-
-def a_hint(draw, name):
-    """Draws a hint that is nearly valid, or does not fit."""
-
-    def layout():
-        return draw.choice(["p", "i", "q", ""]) + draw.choice(
-            ["16", "8", "4", "0", "-8", "5", "16x", "4294967312", ""]
-        )
-
-    def number():
-        return a_number(draw)
-
-    def small():
-        return str(draw.integers(-2, 12))
-
-    def either():
-        return number() if draw.random() < 0.3 else small()
-
-    kind = draw.choice(
-        ["choice", "route", "costs", "words"], p=[0.5, 0.3, *[0.1] * 2]
-    )
-    words = [draw.choice([name] * 6 + ["avx2", "sse", ""]), kind]
-    if kind == "choice":
-        words += [layout(), either(), draw.choice(list("sdgwsdgwx"))]
-        words += [either() for _ in range(3)]
-    elif kind == "route":
-        words.append(either())
-        for _ in range(draw.integers(0, 4)):
-            words += [layout(), either()]
-        if draw.random() < 0.7:
-            words += [layout(), "-1"]
-    elif kind == "costs":
-        words.append(draw.choice(["1", "2", "5"]))
-        words += [number() for _ in range(draw.integers(3, 5))]
-    else:
-        words += [number() for _ in range(draw.integers(0, 6))]
-    return (
-        " ".join(words[: draw.integers(1, len(words) + 1)])[:200]
-        if (draw.random() < 0.2)
-        else " ".join(words)
-    )
-
-
-def check_hints(case, hints, threads):
-    network, inputs, expected = case
-    with load(network, threads=threads, hints=hints) as engine:
-        for batch in (1, 3, 40):
-            check(
-                engine(**first(inputs, batch)),
-                first(expected, batch),
-                hints,
-            )
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_hints_that_are_nonsense(case, seed):
-    """Wrong hints do not change results or cause errors."""
-    draw = np.random.default_rng(seed)
-    with kind_of_code("") as name:
-        with load(case[0]) as engine:
-            name = engine.instruction_set
-    for turn in range(40):
-        lines = [a_hint(draw, name) for _ in range(draw.integers(1, 30))]
-        check_hints(case, "\n".join(lines), 1 + turn % 2)
-
-
-def every(name, *words):
-    """Returns hints for all instruction sets."""
-    return "".join(f"{isa} {name} {' '.join(words)}\n" for isa in SETS)
-
-
-HINTS = {
-    "costs whose sums are infinite": every("costs", "2", *["1e308"] * 3),
-    "costs below zero": every("costs", "2", *["-5"] * 3),
-    "costs that are next to nothing": every("costs", "2", *["1e-320"] * 3),
-    "a cut at the end": every("route", "2", "p8", "8", "p8", "-1"),
-    "a cut within a residual block": every("route", "2", "p8", "5", "p8", "-1"),
-    "cuts that go back": every("route", "0", *"p8 7 p8 4 p8 -1".split()),
-    "a route that has no end": every("route", "0", "p8", "4"),
-    "positions that follow images": "".join(
-        f"{isa} route 0 i{n} 4 p{n} -1\n{isa} costs 2 1e-9 1 1\n"
-        for isa, n in zip(SETS, (16, 8, 4), strict=True)
-    ),
-    "images that follow positions, together": "".join(
-        f"{isa} route 0 p{n} 4 i{n} -1\n{isa} costs 2 1 1 1 1e-9\n"
-        for isa, n in zip(SETS, (16, 8, 4), strict=True)
-    ),
-    **{
-        f"legs of {way}, cut at an output": "".join(
-            f"{isa} route {mode} {leg}{n} 2 {leg}{n} 4 {leg}{n} 6 {leg}{n} -1\n"
-            f"{isa} costs 2 {costs}\n"
-            for isa, n in zip(SETS, (16, 8, 4), strict=True)
-        )
-        for mode, leg, (way, costs) in zip(
-            (0, 1, 2, 0), "ipsi", WAYS.items(), strict=True
-        )
-    },
-    "bytes of zero": "\0" * 50 + "\n" + every("choice", "p8", "\0"),
-    "a line that is long": "avx512 choice " + "p" * 100_000,
-    "many lines": every("choice", "p8", "1", "s", "1", "1", "1") * 3000,
-    **{
-        f"a tile of {rows} x {cells} for {product}": "".join(
-            every("choice", kind, str(node), product, str(rows), str(cells), b)
-            for kind in ("p16", "p8", "p4", "i16", "i8", "i4")
-            for node in (1, 3, 5, 8)
-            for b in ("0", "4", "12", "-1", "2147483647")
-        )
-        for product in "sdgw"
-        for rows, cells in ((0, 1), (-1, -1), (5, 2), (16, 8), (1, 2**31 - 1))
-    },
-}
-
-
-@pytest.mark.parametrize("hints", HINTS)
-def test_hints_that_are_hostile(case, hints):
-    check_hints(case, HINTS[hints], 2)
-
-
 def test_the_instruction_set_is_that_of_the_load(case):
     """Later changes of the environment have no effect."""
     network, inputs, expected = case
@@ -655,13 +397,14 @@ def test_loading_again_and_again_needs_no_more_memory():
 @pytest.mark.skipif(SANITIZED, reason="it is what runs")
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
 def test_under_sanitizers(sanitizer, tmp_path_factory):
-    """Runs these tests again, in a separate process."""
+    """Runs these tests and those of hints again, in a separate process."""
     tests = "callers or threads" if sanitizer == "thread" else ""
     common = common_folder(tmp_path_factory)
     variables = sanitized_library(sanitizer, common)
     done = subprocess.run(
         [
             *(sys.executable, "-m", "pytest", "-n0", "-x", __file__),
+            os.path.join(os.path.dirname(__file__), "test_serving_hints.py"),
             *("-p", "no:cacheprovider", "-k", tests),
         ],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""Models whose copies need more than their layers, or that are not copied."""
+"""Models to copy: plain ones, and ones whose layers alone are not enough."""
 
 import functools
 
@@ -33,6 +33,41 @@ class Encoder(keras.Model):
 
     def get_config(self):
         return {**super().get_config(), "units": self.units}
+
+
+def networks():
+    """Returns functions that make plain models, and options of `sparsify`."""
+
+    def mlp():
+        inputs = keras.Input((6,))
+        x = layers.Dense(12, name="hidden")(inputs)
+        return keras.Model(inputs, layers.Dense(3, name="head")(x)), {}
+
+    def convolutions():
+        inputs = keras.Input((8, 8, 3))
+        x = layers.Conv2D(9, 3, name="conv1")(inputs)
+        x = layers.Conv2D(9, 3, name="conv2")(x)
+        return keras.Model(inputs, x), {"granularity": "kernel"}
+
+    def several_kernels():
+        inputs = keras.Input((4, 5))
+        x = layers.LSTM(4, name="lstm")(inputs)
+        return keras.Sequential(
+            [
+                keras.Model(inputs, x),
+                keras.layers.Dense(7, name="head"),
+            ]
+        ), {}
+
+    return [mlp, convolutions, several_kernels]
+
+
+def encoder():
+    """Returns an adapted and built `Encoder`."""
+    model = Encoder(name="encoder")
+    model(X)
+    model.scale.adapt(X + 3)
+    return model
 
 
 @keras.saving.register_keras_serializable("tests")

@@ -4,6 +4,8 @@ import keras
 import numpy as np
 from keras import layers
 
+from rigl_keras.masking.sparsify import sparsify
+
 
 @keras.saving.register_keras_serializable("tests")
 class Block(layers.Layer):
@@ -262,3 +264,25 @@ def data(model, n=16, seed=0):
         keras.tree.map_structure(array, spec),
         keras.tree.map_structure(array, target),
     )
+
+
+def make(kind):
+    """Returns the dense model of a kind, the same in each call."""
+    keras.utils.set_random_seed(0)
+    return KINDS[kind]()
+
+
+def masked(kind, density=0.4, **options):
+    """Returns the masked model of a kind; `options` go to `sparsify`."""
+    return sparsify(make(kind), density, **OPTIONS.get(kind, {}), **options)
+
+
+def outputs(model, x):
+    """Returns the outputs of a model as a list of arrays."""
+    return [np.asarray(y) for y in keras.tree.flatten(model(x, training=False))]
+
+
+def assert_same(one, two):
+    """Checks that two lists of arrays are equal up to rounding."""
+    for ours, theirs in zip(one, two, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)

@@ -44,6 +44,15 @@ def loaded(data, *, threads=1):
     return runtime.Network.from_bytes(data, library=path(), threads=threads)
 
 
+def refused(data):
+    """Returns the error for a file, and checks that it is one line."""
+    with pytest.raises(ValueError) as error:
+        loaded(data)
+    text = str(error.value).split(" bytes>' cannot be loaded: ", 1)[1]
+    assert text.isprintable() and text, text
+    return text
+
+
 @contextlib.contextmanager
 def kind_of_code(kind):
     """Selects one of `KINDS` for networks that are loaded in the context."""

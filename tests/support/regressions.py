@@ -8,6 +8,7 @@ from keras import layers
 from rigl_keras.masking.masked_layers import masked_layers
 from rigl_keras.masking.sparsify import sparsify
 from rigl_keras.training.optimizer_state import slots
+from support.small_models import masks
 
 
 def network(optimizer="sgd", *, cls=keras.Model, l2=None, **options):
@@ -61,6 +62,27 @@ def assert_sparse(model):
 def assert_equal(one, two):
     for ours, theirs in zip(one, two, strict=True):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def assert_close(one, two):
+    """Checks that arrays of two lists are equal up to rounding."""
+    for ours, theirs in zip(one, two, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+class Batches(keras.callbacks.Callback):
+    """Records logs, masks and step after every batch."""
+
+    def __init__(self, method=None):
+        super().__init__()
+        self.method = method
+        self.logs, self.masks, self.steps = [], [], []
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.method is not None:
+            self.logs.append(self.method.last_logs())
+        self.masks.append(masks(self.model))
+        self.steps.append(int(self.model.optimizer.iterations))
 
 
 class Applies(keras.Model):

@@ -21,6 +21,14 @@ def small_model(dropout=0.2, **kernel):
     return keras.Model(inputs, layers.Dense(10, name="head", **kernel)(x))
 
 
+def two_headed():
+    """Returns a dense network with two inputs and two outputs."""
+    a, b = keras.Input((6,), name="a"), keras.Input((4,), name="b")
+    x = layers.Concatenate()([layers.Dense(8, name="left")(a), b])
+    heads = layers.Dense(3, name="one")(x), layers.Dense(2, name="two")(x)
+    return keras.Model({"a": a, "b": b}, heads)
+
+
 def small_network(
     num_classes=10,
     input_shape=(8, 8, 1),
