@@ -329,7 +329,10 @@ def training_table():
 
 def pattern_table():
     """Returns the table of patterns in docs/patterns.md."""
-    lines = ["| granularity | forward | forward and backward |", "|---|---|---|"]
+    lines = [
+        "| granularity | forward | forward and backward |",
+        "|---|---|---|",
+    ]
     rows = rows_of("kernels/patterns/kernels.csv")
     for name in ("element", "kernel", "4x16", "fan_in"):
         ratios = []
