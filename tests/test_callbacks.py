@@ -1,4 +1,4 @@
-"""Methods as callbacks of `fit`, and in loops of one's own."""
+"""Methods as callbacks of `fit`, and in custom loops."""
 
 import functools
 import warnings

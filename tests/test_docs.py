@@ -250,6 +250,20 @@ def rows_of(file):
     return list(csv.DictReader((DOCS / file).read_text().splitlines()))
 
 
+def engine_medians():
+    """Returns `{(model, batch, density, engine): milliseconds}`, ERK masks."""
+    return {
+        (
+            row["model"],
+            int(row["batch"]),
+            float(row["density"]),
+            row["engine"],
+        ): float(row["median_ms"])
+        for row in rows_of("engines/engines.csv")
+        if row["distribution"] == "erdos_renyi_kernel"
+    }
+
+
 def speed_table():
     """Returns the README's table."""
     lines = [
@@ -269,15 +283,10 @@ def speed_table():
         f"| {1e3 * float(step['seconds']):.0f} ms "
         f"| **{float(step['speed_up']):.1f}x** |"
     )
-    engines = {
-        (row["model"], int(row["batch"]), row["engine"]): row
-        for row in rows_of("engines/engines.csv")
-        if float(row["density"]) == 0.1
-        and row["distribution"] == "erdos_renyi_kernel"
-    }
+    medians = engine_medians()
     for model, batch, name in CASES:
         theirs, ours = (
-            float(engines[model, batch, engine]["median_ms"])
+            medians[model, batch, 0.1, engine]
             for engine in ("openvino", "native")
         )
         lines.append(
@@ -298,9 +307,9 @@ def training_table():
         "|---|---|" + "---|" * len(densities),
     ]
     for folder, network in (
-        ("avx512", "WRN-22-2"),
-        ("avx512/resnet50", "ResNet-50 (32 x 32)"),
-        ("avx2", "WRN-22-2"),
+        ("avx512", "AVX-512, WRN-22-2"),
+        ("avx512/resnet50", "AVX-512, ResNet-50 (32 x 32)"),
+        ("avx2", "AVX2, WRN-22-2"),
     ):
         rows = [
             row
@@ -318,9 +327,8 @@ def training_table():
                 f"{float(found[d]['speed_up']):.1f}x" if d in found else ""
                 for d in densities
             )
-            kind = folder.partition("/")[0].upper().replace("AVX5", "AVX-5")
             lines.append(
-                f"| {kind}, {network}, {name} | {dense:.0f} ms | "
+                f"| {network}, {name} | {dense:.0f} ms | "
                 + " | ".join(ratios)
                 + " |"
             )
@@ -364,16 +372,7 @@ def serving_table():
         + " |",
         "|---|" + "---|" * len(densities),
     ]
-    medians = {
-        (
-            row["model"],
-            int(row["batch"]),
-            float(row["density"]),
-            row["engine"],
-        ): float(row["median_ms"])
-        for row in rows_of("engines/engines.csv")
-        if row["distribution"] == "erdos_renyi_kernel"
-    }
+    medians = engine_medians()
     for model, name in NETWORKS.items():
         for batch in (1, 16, 128):
             cells = []

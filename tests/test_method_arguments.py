@@ -1,4 +1,4 @@
-"""The arguments of methods, also of a class of one's own."""
+"""The arguments of methods, also of a custom class."""
 
 import dataclasses
 import inspect

@@ -36,8 +36,7 @@ __all__ = [
 
 # Seconds for comparing the plans of one batch size.
 _SECONDS = 2.0
-# Density of a recurrent layer above which TensorFlow's loop is faster for large
-# batches.
+# Density of a recurrent layer above which TensorFlow's loop may be faster.
 _DENSEST_LOOPS = 1 / 3
 _MOST_LINES = 8  # about operations that no network computes
 
