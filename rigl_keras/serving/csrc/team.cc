@@ -11,9 +11,11 @@
 namespace rigl_serving {
 namespace {
 
-// How long a thread without work stays awake: calls that follow one another
-// find it so.
-constexpr auto kAwake = std::chrono::microseconds(150);
+constexpr std::chrono::nanoseconds kShortest = std::chrono::microseconds(1);
+constexpr std::chrono::nanoseconds kLongest = std::chrono::microseconds(150);
+
+// For waits between layers, which are alike for all networks of a thread.
+thread_local Patience patience_between_layers;
 
 inline void Pause() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -33,20 +35,46 @@ int CoresOfProcess() {
 
 }  // namespace
 
-void Barrier::Wait() {
-  if (threads_ == 1) return;
-  const uint32_t round = round_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
-    arrived_.store(0, std::memory_order_relaxed);
-    round_.store(round + 1, std::memory_order_release);
+void Patience::InTime() { time_ = std::min(2 * time_, kLongest); }
+
+void Patience::InVain() {
+  time_ = ++in_vain_ % 128 == 0 ? kLongest : std::max(time_ / 2, kShortest);
+}
+
+void Count::Add() {
+  // Both sequentially consistent, as in WaitWhile: either this sees a sleeper,
+  // or that one sees the new number.
+  value_.fetch_add(1);
+  if (asleep_.load() == 0) return;
+  { std::lock_guard<std::mutex> lock(mutex_); }
+  wake_.notify_all();
+}
+
+void Count::WaitWhile(uint32_t value, Patience* patience) {
+  const auto begin = std::chrono::steady_clock::now();
+  for (int spins = 1; Read() == value; ++spins) {
+    Pause();
+    if (spins % 16 != 0 ||
+        std::chrono::steady_clock::now() - begin < patience->time())
+      continue;
+    patience->InVain();
+    std::unique_lock<std::mutex> lock(mutex_);
+    asleep_.fetch_add(1);
+    wake_.wait(lock, [&] { return value_.load() != value; });
+    asleep_.fetch_sub(1);
     return;
   }
-  for (int spins = 0; round_.load(std::memory_order_acquire) == round;
-       ++spins) {
-    if (spins < 4000)
-      Pause();
-    else
-      std::this_thread::yield();
+  patience->InTime();
+}
+
+void Barrier::Wait() {
+  if (threads_ == 1) return;
+  const uint32_t round = round_.Read();
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == threads_ - 1) {
+    arrived_.store(0, std::memory_order_relaxed);
+    round_.Add();
+  } else {
+    round_.WaitWhile(round, &patience_between_layers);
   }
 }
 
@@ -63,67 +91,39 @@ struct Team::Crew {
   }
 
   ~Crew() {
-    {
-      std::lock_guard<std::mutex> lock(mutex);
-      stop.store(true, std::memory_order_relaxed);
-      call.fetch_add(1, std::memory_order_release);
-    }
-    wake.notify_all();
+    stop.store(true, std::memory_order_relaxed);
+    calls.Add();
     for (std::thread& member : members) member.join();
   }
 
   int count() const { return static_cast<int>(members.size()) + 1; }
 
   void Work(int thread) {
-    uint32_t done = 0;
-    for (;;) {
-      const auto until = std::chrono::steady_clock::now() + kAwake;
-      for (int spins = 1; call.load(std::memory_order_acquire) == done;
-           ++spins) {
-        Pause();
-        if (spins % 64 == 0 && std::chrono::steady_clock::now() > until) {
-          std::unique_lock<std::mutex> lock(mutex);
-          asleep.fetch_add(1);
-          wake.wait(lock, [&] { return call.load() != done; });
-          asleep.fetch_sub(1);
-          break;
-        }
-      }
-      done = call.load(std::memory_order_acquire);
+    Patience patience;
+    for (uint32_t done = 0;; ++done) {  // no call begins before all have left
+      calls.WaitWhile(done, &patience);
       if (stop.load(std::memory_order_relaxed)) return;
       (*run)(thread, count());
-      working.fetch_sub(1, std::memory_order_acq_rel);
+      if (working.fetch_sub(1, std::memory_order_acq_rel) == 1) finished.Add();
     }
   }
 
   void Run(const std::function<void(int, int)>& what) {
     run = &what;
     working.store(count() - 1, std::memory_order_relaxed);
-    // Sequentially consistent, as is `asleep`: either this sees a sleeper, or
-    // that one sees the call.
-    call.fetch_add(1);
-    if (asleep.load() > 0) {
-      { std::lock_guard<std::mutex> lock(mutex); }
-      wake.notify_all();
-    }
+    const uint32_t before = finished.Read();
+    calls.Add();
     what(0, count());
-    for (int spins = 0; working.load(std::memory_order_acquire) > 0; ++spins) {
-      if (spins < 4000)
-        Pause();
-      else
-        std::this_thread::yield();
-    }
+    finished.WaitWhile(before, &patience_between_layers);
   }
 
   const pid_t process;
   std::vector<std::thread> members;
-  std::mutex mutex;
-  std::condition_variable wake;
   std::atomic<bool> stop{false};
   const std::function<void(int, int)>* run = nullptr;
-  alignas(64) std::atomic<uint32_t> call{0};
   alignas(64) std::atomic<int> working{0};
-  std::atomic<int> asleep{0};
+  Count calls;
+  Count finished;
 };
 
 Team::Team(int threads)

@@ -3,6 +3,7 @@
 #define RIGL_KERAS_TEAM_H_
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
@@ -13,8 +14,39 @@
 
 namespace rigl_serving {
 
-// A barrier for threads that arrive within microseconds of one another: they
-// spin, and give way only where a core has more than one of them.
+// How long a thread stays awake while it waits. A wait that ends in time makes
+// the next one longer, a vain one shorter. So threads with cores of their own
+// never sleep between layers, and where several processes share the cores, a
+// thread soon leaves its core to the one that it waits for. Now and then it
+// tries a long wait, as the other processes may have ended.
+class Patience {
+ public:
+  std::chrono::nanoseconds time() const { return time_; }
+  void InTime();
+  void InVain();
+
+ private:
+  std::chrono::nanoseconds time_ = std::chrono::microseconds(100);
+  uint32_t in_vain_ = 0;
+};
+
+// A number that threads wait for, awake at first and then asleep.
+class Count {
+ public:
+  uint32_t Read() const { return value_.load(std::memory_order_acquire); }
+  // Adds one and wakes those who wait.
+  void Add();
+  // Waits until the number is not `value`.
+  void WaitWhile(uint32_t value, Patience* patience);
+
+ private:
+  alignas(64) std::atomic<uint32_t> value_{0};
+  alignas(64) std::atomic<int> asleep_{0};
+  std::mutex mutex_;
+  std::condition_variable wake_;
+};
+
+// Lets no thread pass before all have arrived.
 class Barrier {
  public:
   explicit Barrier(int threads) : threads_(threads) {}
@@ -23,7 +55,7 @@ class Barrier {
  private:
   const int threads_;
   alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<uint32_t> round_{0};
+  Count round_;
 };
 
 // One for each network. Its threads start with the first call that needs them
