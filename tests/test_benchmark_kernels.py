@@ -24,6 +24,7 @@ from rigl_keras.experiments.benchmarks import (
     train_speed,
 )
 from rigl_keras.experiments.benchmarks.inference_command import MODELS
+from rigl_keras.experiments.benchmarks.networks import NETWORKS
 from rigl_keras.experiments.benchmarks.speed_tables import (
     Measurement,
     crossover,
@@ -240,6 +241,46 @@ def test_layers(tiny, tmp_path):
     assert all(m.seconds > 0 and m.dense_seconds > 0 for m in measured)
     assert kernels.instruction_set() in said[0]
     assert written("kernels", measured, tmp_path) == 12
+
+
+def tiny_sequences():
+    inputs = keras.Input((5, 6))
+    x = layers.LSTM(8, return_sequences=True)(inputs)
+    x = layers.Dense(12)(x)
+    return keras.Model(inputs, layers.Dense(4)(layers.GRU(8)(x)))
+
+
+@needs_kernels
+def test_matrices_and_recurrent_layers(monkeypatch):
+    monkeypatch.setitem(NETWORKS, "sequences", tiny_sequences)
+    monkeypatch.setattr(layer_speed, "TURN", 0.001)
+    options = {"batch_size": 3, "rounds": 1, "say": lambda line: None}
+    measured = layer_speed.measure_layers("sequences", [0.5, 0.1], **options)
+    assert {(m.layer, m.size) for m in measured} == {
+        ("lstm 5x6>8", "5 steps"),
+        ("matrix 15x8>12", "15 rows"),
+        ("gru 5x12>8", "5 steps"),
+    }
+    assert len(measured) == 3 * 2 * 2
+    with pytest.raises(ValueError, match="masks of single weights"):
+        layer_speed.measure_layers(
+            "sequences", [0.5], granularities=["element", "4x4"], **options
+        )
+
+
+def test_networks_that_are_no_convolutions():
+    """They are what docs/speed.md says of them."""
+    found = {
+        name: layer_speed.layer_problems(NETWORKS[name](), 128)
+        for name in ("vision_transformer", "lstm", "dense")
+    }
+    assert list(found["vision_transformer"]) == [
+        "4x4 32x32x3>384/4",
+        "matrix 8320x384>1536",
+        "matrix 8320x1536>384",
+    ]
+    assert list(found["lstm"]) == ["lstm 64x512>512"]
+    assert list(found["dense"]) == ["matrix 128x4096>4096"]
 
 
 @needs_kernels

@@ -12,6 +12,9 @@ __all__ = ["DEFINE", "KERNEL_PARTS"]
 Given = tuple[Mapping[str, flags.FlagHolder], flags.FlagHolder | None]
 KERNEL_PARTS = ("kernels", "train", "inference")
 _MODEL = "Network, one of wide_resnet, resnet50."
+_NETWORK = (
+    "Network, one of wide_resnet, resnet50, vision_transformer, lstm, dense."
+)
 _KEPT = "Fractions of the weights kept."
 _DISTRIBUTIONS = (
     "Distributions of density over layers: erdos_renyi_kernel, erdos_renyi, "
@@ -21,7 +24,9 @@ _DISTRIBUTIONS = (
 
 def _of_kernels(part: str) -> Given:
     given = {
-        "model": flags.DEFINE_string("model", "wide_resnet", _MODEL),
+        "model": flags.DEFINE_string(
+            "model", "wide_resnet", _MODEL if part == "inference" else _NETWORK
+        ),
         "densities": flags.DEFINE_list(
             "densities",
             "0.02,0.05,0.1,0.2,0.3,0.5"
@@ -39,7 +44,7 @@ def _of_kernels(part: str) -> Given:
         )
     else:
         given["batch_size"] = flags.DEFINE_integer(
-            "batch_size", 128, "Images in a call."
+            "batch_size", 128, "Examples in a call."
         )
     if part == "kernels":
         given["granularities"] = flags.DEFINE_list(

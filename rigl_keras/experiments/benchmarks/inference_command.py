@@ -43,7 +43,7 @@ __all__ = [
     "sparse_network",
 ]
 
-MODELS = {
+MODELS: dict[str, Callable[[], keras.Model]] = {
     "wide_resnet": functools.partial(rigl_keras.models.wide_resnet, 22, 2),
     "resnet50": functools.partial(rigl_keras.models.resnet50, 100),
 }

@@ -1,6 +1,6 @@
 """Measures sparse kernels: layer by layer, in training, at inference.
 
-    bin/benchmark kernels      each convolution of a network, dense and sparse
+    bin/benchmark kernels      each layer of a network, dense and sparse
     bin/benchmark train        training steps, dense and with RigL
     bin/benchmark inference    calls of the whole network
 
@@ -18,9 +18,11 @@ import tensorflow as tf
 
 from rigl_keras import _extras, _figure_style, kernels
 from rigl_keras.experiments import exits
+from rigl_keras.experiments.benchmarks.inference_command import MODELS
 from rigl_keras.experiments.benchmarks.inference_speed import measure_inference
 from rigl_keras.experiments.benchmarks.kernel_comparison import UPDATE, check
 from rigl_keras.experiments.benchmarks.layer_speed import measure_layers
+from rigl_keras.experiments.benchmarks.networks import NETWORKS
 from rigl_keras.experiments.benchmarks.speed_tables import lines_of, write_csv
 from rigl_keras.experiments.benchmarks.train_speed import measure_training
 from rigl_keras.experiments.progress_bar import say
@@ -78,6 +80,7 @@ def run(
         values["rounds"],
         values.get("distributions", ("uniform",)),
         batch_sizes=values.get("batch_sizes") or [values["batch_size"]],
+        networks=MODELS if part == "inference" else NETWORKS,
     )
     folder = output.value and prepared_folder(output.value)
     why = _why_no_kernels() if part == "kernels" else None

@@ -2,6 +2,8 @@
 
     bin/benchmark kernels                     the layers of WRN-22-2
     bin/benchmark kernels --model=resnet50    those of ResNet-50
+    bin/benchmark kernels --model=lstm        an LSTM; or vision_transformer,
+                                              or dense, one layer
     bin/benchmark kernels --granularities=element,kernel,4x16,fan_in
                                               masks of several patterns
     bin/benchmark train                       a training step, by density
@@ -154,9 +156,10 @@ def check(
     names: Sequence[str] = ("uniform",),
     *,
     batch_sizes: Sequence[int],
+    networks: Mapping[str, object] = MODELS,
 ) -> None:
     """Raises ValueError for arguments that cannot be measured."""
-    _checks.choice("model", model, tuple(MODELS))
+    _checks.choice("model", model, tuple(networks))
     check_each_once(
         {
             "densities": densities,

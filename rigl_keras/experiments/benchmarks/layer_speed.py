@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,10 +12,7 @@ import tensorflow as tf
 
 from rigl_keras import _keras, kernels
 from rigl_keras._timing import warm_turns
-from rigl_keras.experiments.benchmarks.inference_command import (
-    MODELS,
-    check_each_once,
-)
+from rigl_keras.experiments.benchmarks.inference_command import check_each_once
 from rigl_keras.experiments.benchmarks.kernel_comparison import (
     BOTH,
     FORWARD,
@@ -26,11 +24,13 @@ from rigl_keras.experiments.benchmarks.kernel_comparison import (
     machine,
     measurements,
 )
+from rigl_keras.experiments.benchmarks.networks import NETWORKS
 from rigl_keras.experiments.benchmarks.speed_tables import (
     Measurement,
     table_head,
 )
 from rigl_keras.experiments.progress_bar import ProgressBar
+from rigl_keras.kernels.problems import AnyProblem
 from rigl_keras.masking.drawing import draw_mask
 from rigl_keras.patterns import NM, Element, as_pattern
 
@@ -39,39 +39,62 @@ __all__ = ["layer_problems", "measure_layers"]
 
 def layer_problems(
     model: keras.Model, batch_size: int
-) -> dict[str, kernels.Problem]:
-    """Returns the distinct convolutions of a model.
+) -> dict[str, AnyProblem]:
+    """Returns what the distinct layers of a model compute.
+
+    These are `Conv2D` without groups, `Dense`, `LSTM` and `GRU`, but not the
+    layer of the logits, unless there is no other.
 
     Args:
-        model: A dense model with a fixed image size.
-        batch_size: Images in a batch.
+        model: A dense Functional model whose inputs have a fixed size.
+        batch_size: Examples in a batch.
 
     Returns:
-        `{"3x3 16x16x64>64": problem}`, in the order of the model. A name has
-        rows and columns of the kernel, rows, columns and channels of its input
-        images (after padding by the model), filters, and `/2` for a stride of
-        2.
+        `{"3x3 16x16x64>64": problem}`, in the order of the model. The name of
+        a convolution has rows and columns of the kernel, rows, columns and
+        channels of its input images (after padding by the model), filters, and
+        `/2` for a stride of 2. That of a product of matrices is
+        `"matrix 8320x384>1536"`, with rows, inputs and units, that of a
+        recurrent layer `"lstm 64x512>512"`, with steps, inputs and units.
     """
-    found = {}
-    for layer in _keras.flatten_layers(model):
-        if type(layer) is not keras.layers.Conv2D:
-            continue
-        conv: Any = layer  # Keras's annotations lack attributes of built layers
-        rows, columns, channels, filters = conv.kernel.shape
-        images = tuple(conv.input.shape[1:3])
-        stride = f"/{conv.strides[0]}" if max(conv.strides) > 1 else ""
-        name = (
-            f"{rows}x{columns} {images[0]}x{images[1]}x{channels}>{filters}"
-            f"{stride}"
-        )
-        found[name] = kernels.Problem(
+    network = _keras.flatten_layers(model)
+    found = [f for f in (_named_problem(n, batch_size) for n in network) if f]
+    if len(found) > 1 and type(network[-1]) is keras.layers.Dense:
+        found.pop()
+    return dict(found)
+
+
+def _named_problem(layer: Any, batch_size) -> tuple[str, AnyProblem] | None:
+    # Any: Keras's annotations lack attributes of built layers.
+    kind = type(layer)
+    if kind is keras.layers.Conv2D:
+        rows, columns, channels, filters = layer.kernel.shape
+        images = tuple(layer.input.shape[1:3])
+        stride = f"/{layer.strides[0]}" if max(layer.strides) > 1 else ""
+        size = f"{images[0]}x{images[1]}x{channels}>{filters}{stride}"
+        return f"{rows}x{columns} {size}", kernels.Problem(
             kernel=(rows, columns, channels, filters),
             images=(batch_size, *images),
-            strides=tuple(conv.strides),
-            padding=conv.padding.upper(),
-            dilations=tuple(conv.dilation_rate),
+            strides=tuple(layer.strides),
+            padding=layer.padding.upper(),
+            dilations=tuple(layer.dilation_rate),
         )
-    return found
+    if kind is keras.layers.Dense:
+        rows = batch_size * math.prod(layer.input.shape[1:-1])
+        inputs, units = layer.kernel.shape
+        return f"matrix {rows}x{inputs}>{units}", kernels.Problem(
+            kernel=(1, 1, inputs, units), images=(rows, 1, 1), matrix=True
+        )
+    if kind in (keras.layers.LSTM, keras.layers.GRU):
+        name = kind.__name__.lower()
+        _, steps, inputs = layer.input.shape
+        return f"{name} {steps}x{inputs}>{layer.units}", kernels.Recurrence(
+            name,
+            (batch_size, steps, inputs),
+            layer.units,
+            returns=layer.return_sequences,
+        )
+    return None
 
 
 def measure_layers(
@@ -84,13 +107,13 @@ def measure_layers(
     say: Say = print,
     keep: Keep | None = None,
 ) -> list[Measurement]:
-    """Measures each convolution of a network, dense and sparse.
+    """Measures each layer of a network, dense and sparse.
 
     Args:
-        model: One of `inference_command.MODELS`.
+        model: One of `networks.NETWORKS`.
         densities: Densities of random masks.
         granularities: Names of the masks' patterns.
-        batch_size: Images in a call.
+        batch_size: Examples in a call.
         rounds: Turns of each side.
         say: Called with each line of the table as it is measured.
         keep: Called with all measurements so far, each time new ones come.
@@ -103,11 +126,17 @@ def measure_layers(
             disagree.
         RuntimeError: There are no sparse kernels.
     """
-    check(model, densities, rounds, batch_sizes=[batch_size])
+    check(model, densities, rounds, batch_sizes=[batch_size], networks=NETWORKS)
     densities = sorted(densities)
     patterns = _patterns(granularities)
     about = machine()
-    found = layer_problems(MODELS[model](), batch_size)
+    found = layer_problems(NETWORKS[model](), batch_size)
+    if patterns != [Element()] and any(map(_is_recurrent, found.values())):
+        raise ValueError(
+            "Recurrent layers are measured with masks of single weights. "
+            f"Received: granularities={list(granularities)!r}. Leave them out, "
+            "or choose a model without recurrent layers."
+        )
     say(
         table_head(f"Layers of {model}, batch {batch_size}: {about}", densities)
     )
@@ -134,6 +163,10 @@ def measure_layers(
             if keep:
                 keep(measured)
     return measured
+
+
+def _is_recurrent(problem):
+    return isinstance(problem, kernels.Recurrence)
 
 
 def _patterns(granularities):
@@ -163,55 +196,72 @@ def _drawn(draw, shape, density, pattern):
 
 def _layer_sides(problem, densities, patterns):
     """Returns `{(side, density or None): call}`, and the size of the output."""
+    if _is_recurrent(problem):
+        return _recurrent_sides(problem, densities)
     draw = np.random.default_rng(0)
 
     def normal(*shape):
         return tf.constant(draw.standard_normal(shape, np.float32))
 
-    images = normal(*problem.images, problem.kernel[2])
-    kernel = normal(*problem.kernel)
-    settings = {
-        "strides": problem.strides,
-        "padding": problem.padding,
-        "dilations": problem.dilations,
-    }
-
-    def dense(images, kernel):
-        return tf.nn.convolution(images, kernel, **settings)
-
-    outputs = dense(images, kernel)
+    if problem.matrix:
+        shape, inputs = problem.kernel[2:], problem.images[:1]
+        dense, sparse = tf.matmul, kernels.sparse_dense
+    else:
+        shape, inputs = problem.kernel, problem.images
+        settings = {
+            "strides": problem.strides,
+            "padding": problem.padding,
+            "dilations": problem.dilations,
+        }
+        dense = functools.partial(tf.nn.convolution, **settings)
+        sparse = functools.partial(kernels.sparse_conv2d, **settings)
+    inputs, kernel = normal(*inputs, shape[-2]), normal(*shape)
+    outputs = dense(inputs, kernel)
     upstream = normal(*outputs.shape)
 
     def calls(product):
         @tf.function(autograph=False)
-        def forward(images, kernel):
-            return product(images, kernel)
+        def forward(inputs, kernel):
+            return product(inputs, kernel)
 
         @tf.function(autograph=False)
-        def both(images, kernel, upstream):
+        def both(inputs, kernel, upstream):
             with tf.GradientTape() as tape:
-                tape.watch([images, kernel])
-                outputs = product(images, kernel)
+                tape.watch([inputs, kernel])
+                outputs = product(inputs, kernel)
             return outputs, tape.gradient(
-                outputs, [images, kernel], output_gradients=upstream
+                outputs, [inputs, kernel], output_gradients=upstream
             )
 
         return {
-            FORWARD: lambda: forward(images, kernel),
-            BOTH: lambda: both(images, kernel, upstream),
+            FORWARD: lambda: forward(inputs, kernel),
+            BOTH: lambda: both(inputs, kernel, upstream),
         }
 
     sides: dict[tuple[str, float | None], Callable] = {
         (side, None): call for side, call in calls(dense).items()
     }
     for pattern, density in itertools.product(patterns, densities):
-        kept = _drawn(draw, problem.kernel, density, pattern)
-        mask = tf.constant(kept)
-        sparse = functools.partial(kernels.sparse_conv2d, mask=mask, **settings)
+        mask = tf.constant(_drawn(draw, shape, density, pattern))
+        product = functools.partial(sparse, mask=mask)
         check_same_outputs(
-            sparse(images, kernel), dense(images, tf.where(mask, kernel, 0.0))
+            product(inputs, kernel), dense(inputs, tf.where(mask, kernel, 0.0))
         )
-        for side, call in calls(sparse).items():
+        for side, call in calls(product).items():
             sides[_named(side, pattern), density] = call
+    if problem.matrix:
+        return sides, f"{problem.batch} rows"
     rows, columns = outputs.shape[1:3]
     return sides, f"{rows}x{columns} outputs"
+
+
+def _recurrent_sides(problem, densities):
+    """The same of a recurrent layer. Keras's dense one multiplies by masks."""
+    sides = {}
+    for side, density in itertools.product((FORWARD, BOTH), densities):
+        made = problem.sides(density, backward=side == BOTH, in_lanes=False)
+        if side == FORWARD:
+            check_same_outputs(made["sparse"](), made["dense"]())
+        sides[side, density] = made["sparse"]
+        sides[side, None] = made["dense"]
+    return sides, f"{problem.sequences[1]} steps"

@@ -8,7 +8,6 @@ import tensorflow as tf
 
 import rigl_keras
 from rigl_keras.experiments.benchmarks import torch_network
-from rigl_keras.experiments.benchmarks.inference_command import MODELS
 from rigl_keras.experiments.benchmarks.kernel_comparison import (
     AMORTISED,
     AUTO,
@@ -24,6 +23,7 @@ from rigl_keras.experiments.benchmarks.kernel_comparison import (
     measurements,
     timed_in_turns,
 )
+from rigl_keras.experiments.benchmarks.networks import NETWORKS
 from rigl_keras.experiments.benchmarks.speed_tables import (
     Measurement,
     table_head,
@@ -52,11 +52,11 @@ def measure_training(
     hundred steps is computed. Another side has masks, but dense products.
 
     Args:
-        model: One of `inference_command.MODELS`.
+        model: One of `networks.NETWORKS`.
         densities: Fractions of the masked weights kept.
         distributions: How density is spread over layers. All sides of a
             distribution take turns.
-        batch_size: Images in a step.
+        batch_size: Examples in a step.
         rounds: Turns of each side.
         torch: Whether to measure PyTorch (`torch_training_step`).
         say: Called with each line of the tables.
@@ -68,7 +68,14 @@ def measure_training(
     Raises:
         ValueError: An argument is out of range.
     """
-    check(model, densities, rounds, distributions, batch_sizes=[batch_size])
+    check(
+        model,
+        densities,
+        rounds,
+        distributions,
+        batch_sizes=[batch_size],
+        networks=NETWORKS,
+    )
     densities = sorted(densities)
     about = machine()
     if torch and not torch_network.is_installed():
@@ -113,13 +120,13 @@ def measure_training(
 
 def _train_sides(name, densities, distribution, batch_size, torch):
     """Returns `{(side, density or None): call}`."""
-    dense = MODELS[name]()
+    dense = NETWORKS[name]()
     draw = np.random.default_rng(0)
-    images = draw.standard_normal(
+    inputs = draw.standard_normal(
         (batch_size, *dense.input_shape[1:]), np.float32
     )
     labels = np.arange(batch_size) % dense.output_shape[-1]
-    batches = tf.data.Dataset.from_tensors((images, labels)).repeat()
+    batches = tf.data.Dataset.from_tensors((inputs, labels)).repeat()
 
     def sparse(density, product):
         return rigl_keras.sparsify(
@@ -143,6 +150,6 @@ def _train_sides(name, densities, distribution, batch_size, torch):
         step = torch_network.torch_training_step(
             sparse(min(densities), "dense")
         )
-        sides[TORCH, None] = functools.partial(step, images, labels)
+        sides[TORCH, None] = functools.partial(step, inputs, labels)
     sides[DENSE] = stepper(dense, batches, None, {})
     return sides
