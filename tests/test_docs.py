@@ -357,26 +357,29 @@ def matrix_table():
     return "\n".join(lines)
 
 
+def speed_up(rows, side, density):
+    """Returns that of all layers together."""
+    found = [
+        row
+        for row in rows
+        if (row["side"], float(row["density"])) == (side, density)
+    ]
+    dense, sparse = (
+        sum(float(row[column]) for row in found)
+        for column in ("dense_seconds", "seconds")
+    )
+    return f"{dense / sparse:.1f}x"
+
+
 def struct_table():
     """Returns the table of whole kernels in docs/results.md."""
     lines = [
         "| density | single weights | whole kernels |",
         "|---|---|---|",
     ]
-    rows = rows_of("kernels/struct/kernels.csv")
+    rows, side = rows_of("kernels/struct/kernels.csv"), "forward + backward"
     for density in (0.1, 0.2):
-        cells = []
-        for side in ("forward + backward", "forward + backward, kernel"):
-            found = [
-                row
-                for row in rows
-                if (row["side"], float(row["density"])) == (side, density)
-            ]
-            dense, sparse = (
-                sum(float(row[column]) for row in found)
-                for column in ("dense_seconds", "seconds")
-            )
-            cells.append(f"{dense / sparse:.1f}x")
+        cells = (speed_up(rows, s, density) for s in (side, f"{side}, kernel"))
         lines.append(f"| {density:g} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -389,16 +392,13 @@ def pattern_table():
     ]
     rows = rows_of("kernels/patterns/kernels.csv")
     for name in ("element", "kernel", "4x16", "fan_in"):
-        ratios = []
-        for side in ("forward", "forward + backward"):
-            wanted = side if name == "element" else f"{side}, {name}"
-            found = [row for row in rows if row["side"] == wanted]
-            dense, sparse = (
-                sum(float(row[column]) for row in found)
-                for column in ("dense_seconds", "seconds")
+        cells = (
+            speed_up(
+                rows, side if name == "element" else f"{side}, {name}", 0.1
             )
-            ratios.append(f"{dense / sparse:.1f}x")
-        lines.append(f'| `"{name}"` | {" | ".join(ratios)} |')
+            for side in ("forward", "forward + backward")
+        )
+        lines.append(f'| `"{name}"` | {" | ".join(cells)} |')
     return "\n".join(lines)
 
 
