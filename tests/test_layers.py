@@ -456,3 +456,18 @@ def test_keras_mask_passes_through():
     model = keras.Model(inputs, [outputs, pooled])
     y, mean = model(np.array([[1, 2, 0]]))
     np.testing.assert_allclose(mean, np.mean(y[:, :2], axis=1), rtol=1e-6)
+
+
+def test_masks_are_named_after_their_kernels():
+    """They are the names in `model.summary()` and in files of weights."""
+    dense = Masked(layers.Dense(2))
+    dense.build((None, 3))
+    assert [m.mask.name for m in dense.masked_kernels()] == ["mask"]
+    lstm = Masked(
+        layers.LSTM(2), kernels=("cell.kernel", "cell.recurrent_kernel")
+    )
+    lstm.build((None, 4, 3))
+    assert [m.mask.name for m in lstm.masked_kernels()] == [
+        "cell_kernel_mask",
+        "cell_recurrent_kernel_mask",
+    ]

@@ -395,6 +395,9 @@ def test_gradients_that_may_be_zero():
     small = tf.eye(3)
     assert seems((small, small), (mask, tf.ones((8, 8)))) == [False, False]
     assert seems((small, small)) == [True]
+    # One gradient is expected where this kernel has no weight.
+    corner = np.array([[1, 1], [1, 0]], np.float32)
+    assert seems((corner, corner)) == [True]
     # If a third of the kept have a gradient, so would a third of the removed.
     assert seems((tf.eye(3), tf.zeros((3, 3)))) == [False]
 
