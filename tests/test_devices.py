@@ -28,18 +28,19 @@ LIMIT = 600  # seconds after which a process is taken to hang
 
 ALONE = "a_run_on_two_devices"
 FIRST, REFUSED = "RigL", "what_does_not_work_is_refused"
+TRAVEL = "active_gradients_alone_travel"
 
 
 @pytest.mark.slow_but("a method")
 @pytest.mark.parametrize(
     "names",
     [
-        [FIRST, REFUSED],
+        [FIRST, REFUSED, TRAVEL],
         [name for name in two_devices.METHODS if name != FIRST],
         [
             name
             for name in two_devices.CHECKS
-            if name not in (*two_devices.METHODS, REFUSED, ALONE)
+            if name not in (*two_devices.METHODS, REFUSED, TRAVEL, ALONE)
         ],
         [ALONE],
     ],

@@ -356,6 +356,30 @@ def test_masks_depend_on_layer_names_and_seed_alone():
     assert len(set(keys)) == 4
 
 
+class Counting(layers.Dense):
+    """Counts its calls."""
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        self.calls = self.add_weight(name="calls", trainable=False)
+
+    def call(self, inputs):
+        self.calls.assign(self.calls + 1.0)
+        return super().call(inputs)
+
+
+def test_a_stateless_call_returns_what_a_layer_assigns():
+    model = keras.Sequential([keras.Input((6,)), Counting(4)])
+    model = sparsify(model, 0.5)
+    names = [variable.name for variable in model.non_trainable_variables]
+    values = [v.value for v in model.non_trainable_variables]
+    trainable = [v.value for v in model.trainable_variables]
+    _, after = model.stateless_call(trainable, values, tf.ones((2, 6)))
+    at = names.index("calls")
+    assert float(after[at]) == float(values[at]) + 1
+    assert float(model.non_trainable_variables[at]) == float(values[at])
+
+
 # Whether gradients are dense.
 
 
