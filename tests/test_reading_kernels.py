@@ -361,7 +361,9 @@ class Counting(layers.Dense):
 
     def build(self, input_shape):
         super().build(input_shape)
-        self.calls = self.add_weight(name="calls", trainable=False)
+        self.calls = self.add_weight(
+            name="calls", initializer="zeros", trainable=False
+        )
 
     def call(self, inputs):
         self.calls.assign(self.calls + 1.0)
