@@ -48,16 +48,35 @@ def test_a_finished_duplicate_counts_before_a_failed_one(results):
     assert "set_erk_wrn-density0.1-seed0 (no result)" in found.notes[0]
 
 
-def test_runs_from_before_growth_had_a_divisor(results):
-    """Their files lack it, and they are averaged with later runs."""
-    for seed, more in enumerate(({}, {"grow_divisor": 1.0})):
+def test_runs_of_earlier_versions_are_averaged_with_later_ones(results):
+    """Their files lack settings that have come since."""
+    early = {
+        "grow_init": "zeros",
+        "decay_power": 3.0,
+        "conventions": (
+            "Conventions(first_update='frequency', sampling='exact')"
+        ),
+    }
+    late = {
+        **early,
+        "grow_divisor": 1.0,
+        "final_drop_fraction": 0.0,
+        "conventions": early["conventions"].replace(
+            ")", ", unit_score='mean_of_magnitudes')"
+        ),
+    }
+    other = {**late, "final_drop_fraction": 0.1}
+    odd = {**late, "conventions": late["conventions"].replace("exact", "drawn")}
+    for seed, settings in enumerate((early, early, late, other, odd)):
         path = made(results, "set_erk_wrn", 0.1, seed, 0.9) / "run"
         result = json.loads((path / "result.json").read_text())
-        result["settings"]["method"] |= {"grow_init": "zeros", **more}
+        result["settings"]["method"] |= settings
         (path / "result.json").write_text(json.dumps(result))
     found = reading.read(results)
-    assert not found.notes
-    assert summaries.of(found, "set_erk_wrn", 0.1).n == 2
+    assert summaries.of(found, "set_erk_wrn", 0.1).n == 3
+    (fraction, sampling) = found.notes
+    assert "final_drop_fraction 0.1 where the others have 0.0" in fraction
+    assert "conventions.sampling" in sampling and "'drawn'" in sampling
 
 
 def test_other_settings_are_not_averaged(results):

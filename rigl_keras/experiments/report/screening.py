@@ -2,6 +2,7 @@
 
 import collections
 import json
+import re
 from collections.abc import Callable, Sequence
 
 from rigl_keras._reading import is_number
@@ -28,6 +29,16 @@ _FREE_OF_METHOD = {
     "frequency",
     "density",  # of ACDC
     "final_density",  # of GraNet
+}
+# Settings of methods that earlier versions lack: what they had in their place,
+# by a setting that comes with it.
+_LATER = {
+    "grow_init": ("grow_divisor", 1.0),
+    "decay_power": ("final_drop_fraction", 0.0),
+    "conventions.first_update": (
+        "conventions.unit_score",
+        "'mean_of_magnitudes'",
+    ),
 }
 
 
@@ -225,8 +236,12 @@ def _settings(run):
         for name, value in (method if isinstance(method, dict) else {}).items()
         if name not in _FREE_OF_METHOD
     }
-    if "grow_init" in found:  # earlier runs, without a divisor
-        found.setdefault("grow_divisor", 1.0)
+    choices = found.pop("conventions", None)
+    for name, choice in re.findall(r"(\w+)=([^,()]+)", str(choices)):
+        found[f"conventions.{name}"] = choice
+    for name, (later, value) in _LATER.items():
+        if name in found:
+            found.setdefault(later, value)
     for name in ("model", "dataset", "parameters", "steps"):
         found[name] = run.result.get(name)
     return json.loads(json.dumps(found))
