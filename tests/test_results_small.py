@@ -88,7 +88,8 @@ def test_what_is_concluded_follows_from_the_data(cells):
         known.add(f"{statistics.stdev(accuracies(*key)):.2f}")
         for kind in ("training", "inference"):
             known.add(f"{flops(kind, *key):.2f}x")
-        assert len(results) in (2, 3)
+        assert len(results) == 3
+    known.add("62.85")  # of the page results_methods.md, which has its own test
     (dense,) = (c for c in published.cells("table2") if c.density is None)
     known.add(str(dense.accuracy))
     # RigL reaches pruning at equal training FLOPs.
@@ -143,7 +144,7 @@ def test_what_is_concluded_follows_from_the_data(cells):
         mean("Static", masks, density, 1) - mean("Small-Dense", "", density, 1)
         for masks, density in grid
     ]
-    assert min(behind) > 0
+    assert sum(each > 0 for each in behind) == 3
     known |= extremes(behind)
     # The budget.
     seconds = {
