@@ -48,8 +48,8 @@ TESTS = {
         "growth custom_loops resumed_window"
     ),
     "methods/": (
-        "mask_updates callbacks method_arguments pruning one_shot setups "
-        "growth contract parity"
+        "methods mask_updates callbacks method_arguments pruning one_shot "
+        "setups growth contract parity"
     ),
 }
 

@@ -471,3 +471,24 @@ def test_masks_are_named_after_their_kernels():
         "cell_kernel_mask",
         "cell_recurrent_kernel_mask",
     ]
+
+
+@keras.saving.register_keras_serializable("tests")
+class ByInputs(layers.Dense):
+    """Saves the number of its inputs, not their shape."""
+
+    def get_build_config(self):
+        return {"inputs": self.kernel.shape[0]}
+
+    def build_from_config(self, config):
+        self.build((None, config["inputs"]))
+
+
+@pytest.mark.parametrize("kind", [layers.Dense, ByInputs])
+def test_a_layer_made_from_what_keras_serializes_is_built(kind):
+    masked = Masked(kind(2))
+    masked.build((None, 3))
+    config = keras.saving.serialize_keras_object(masked)
+    again = keras.saving.deserialize_keras_object(config)
+    assert again.layer.built
+    assert again.kernel.shape == again.mask.shape == (3, 2)
