@@ -237,6 +237,15 @@ def test_the_sparse_saved_model_is_loaded(tmp_path):
     )
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_tables_end_before_the_text(page):
+    """Without an empty line, the next line would be a row."""
+    lines = text_of(page).splitlines()
+    for line, after in zip(lines, lines[1:], strict=False):
+        if line.startswith("|"):
+            assert after.startswith("|") or not after, after
+
+
 # Tables of speeds, from the files of the benchmarks.
 
 CASES = [
