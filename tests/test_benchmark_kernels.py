@@ -329,17 +329,17 @@ def test_train(tiny, tmp_path):
         say=said.append,
     )
     sides = {
-        "kernels=auto",
-        "kernels=auto, a mask update",
-        "kernels=auto, 1 update in 100",
-        "kernels=dense",
+        "product=auto",
+        "product=auto, a mask update",
+        "product=auto, 1 update in 100",
+        "product=dense",
     }
     found = {(m.side, m.density): m.seconds for m in measured}
     torch = {kernel_comparison.TORCH} if with_torch else set()
     assert {side for side, _ in found} == sides | torch
     assert len({m.dense_seconds for m in measured}) == 1
     plain, update, mixed = (
-        found["kernels=auto" + step, 0.2]
+        found["product=auto" + step, 0.2]
         for step in ("", ", a mask update", ", 1 update in 100")
     )
     assert mixed == pytest.approx(0.99 * plain + 0.01 * update)

@@ -282,7 +282,7 @@ def speed_table():
     (step,) = [
         row
         for row in rows_of("kernels/avx512/train.csv")
-        if row["side"] == "kernels=auto"
+        if row["side"] == "product=auto"
         and (row["model"], row["distribution"], float(row["density"]))
         == ("wide_resnet", "erdos_renyi_kernel", 0.1)
     ]
@@ -325,7 +325,7 @@ def training_table():
         rows = [
             row
             for row in rows_of(f"kernels/{folder}/train.csv")
-            if row["side"] == "kernels=auto"
+            if row["side"] == "product=auto"
         ]
         for distribution, name in names.items():
             if folder == "avx512/lstm" and distribution == "uniform":

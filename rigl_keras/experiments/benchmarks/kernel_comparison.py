@@ -52,7 +52,7 @@ __all__ = [
 ]
 
 FORWARD, BOTH = "forward", "forward + backward"
-AUTO, MASKED = "kernels=auto", "kernels=dense"
+AUTO, MASKED = "product=auto", "product=dense"
 UPDATE, AMORTISED = f"{AUTO}, a mask update", f"{AUTO}, 1 update in 100"
 TORCH = "PyTorch, dense and masked"
 CALLED, SERVED = "masked model", "served"

@@ -27,7 +27,7 @@ from rigl_keras.experiments.report.method_figures import LOOKS
 __all__ = ["front_figure"]
 
 # Sides of `bin/benchmark train`; distributions and how they are drawn.
-_SPARSE, _TORCH = "kernels=auto", "PyTorch, dense and masked"
+_SPARSE, _TORCH = "product=auto", "PyTorch, dense and masked"
 _DISTRIBUTIONS = {
     "erdos_renyi_kernel": ("RigL, ERK masks", VERMILION, "o", "-"),
     "uniform": ("RigL, uniform masks", BLUE, "s", "--"),
