@@ -188,7 +188,8 @@ def test_each_item_can_be_made(results):
 def test_the_table_of_coverage_is_that_of_the_data():
     found = sorted(DOCS.glob("results_*/results.jsonl"))
     table = coverage.coverage(found)
-    text = (DOCS / "results.md").read_text()
+    # The page's first table.
+    text = (DOCS / "results.md").read_text().split("## ")[0]
     written = [line for line in text.splitlines() if line.startswith("|")]
     assert written == table
     assert len(table) == 2 + len(journal.ITEMS)
