@@ -13,6 +13,7 @@ from rigl_keras.experiments.benchmarks import (
     runtime_tables,
     torch_network,
 )
+from rigl_keras.experiments.benchmarks.networks import MODELS
 from rigl_keras.experiments.benchmarks.runtime_tables import (
     DENSE,
     SIDES,
@@ -38,7 +39,7 @@ def tiny_network():
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setitem(inference_command.MODELS, "tiny", tiny_network)
+    monkeypatch.setitem(MODELS, "tiny", tiny_network)
     monkeypatch.setattr(inference_command, "_TURN", 0.001)
 
 
@@ -156,8 +157,8 @@ def test_refuses(tiny, changes, message):
 COMMAND = """
 import sys
 from rigl_keras import models
-from rigl_keras.experiments.benchmarks import inference_command, runtime_command
-inference_command.MODELS["tiny"] = lambda: models.lenet5(num_classes=4)
+from rigl_keras.experiments.benchmarks import networks, runtime_command
+networks.MODELS["tiny"] = lambda: models.lenet5(num_classes=4)
 runtime_command.main()
 """
 

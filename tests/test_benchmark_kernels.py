@@ -23,8 +23,7 @@ from rigl_keras.experiments.benchmarks import (
     torch_network,
     train_speed,
 )
-from rigl_keras.experiments.benchmarks.inference_command import MODELS
-from rigl_keras.experiments.benchmarks.networks import NETWORKS
+from rigl_keras.experiments.benchmarks.networks import MODELS, NETWORKS
 from rigl_keras.experiments.benchmarks.speed_tables import (
     Measurement,
     crossover,
@@ -476,8 +475,8 @@ COMMAND = """
 import sys
 from rigl_keras import models
 from rigl_keras.experiments.benchmarks import benchmark_command
-from rigl_keras.experiments.benchmarks import inference_command
-inference_command.MODELS["tiny"] = lambda: models.lenet5(num_classes=4)
+from rigl_keras.experiments.benchmarks import networks
+networks.MODELS["tiny"] = lambda: models.lenet5(num_classes=4)
 benchmark_command.main()
 """
 

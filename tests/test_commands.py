@@ -131,9 +131,7 @@ def test_help_names_what_there_is(helps):
     """Help lists the same names as modules that need TensorFlow."""
     from rigl_keras.distributions import DISTRIBUTIONS
     from rigl_keras.experiments.benchmarks.engines.network_files import MODELS
-    from rigl_keras.experiments.benchmarks.inference_command import (
-        MODELS as TWO,
-    )
+    from rigl_keras.experiments.benchmarks.networks import NETWORKS
     from rigl_keras.experiments.benchmarks.worker_process import SIDES
     from rigl_keras.experiments.runs.devices import STRATEGIES
     from rigl_keras.experiments.tuning import search
@@ -146,7 +144,7 @@ def test_help_names_what_there_is(helps):
         ("export --help", [", ".join(map(str, BATCH_SIZES))]),
         ("tune --help", search.DISTRIBUTIONS),
         ("benchmark engines -h", MODELS),
-        ("benchmark train -h", [*TWO, *DISTRIBUTIONS]),
+        ("benchmark train -h", [*NETWORKS, *DISTRIBUTIONS]),
         ("benchmark workers -h", SIDES),
     ):
         for name in names:

@@ -18,6 +18,7 @@ from rigl_keras._timing import interleaved, rounds_within
 from rigl_keras.compaction.dead_units import remove_dead_units
 from rigl_keras.compaction.folding import fold_batch_norm
 from rigl_keras.experiments.benchmarks import torch_network
+from rigl_keras.experiments.benchmarks.networks import MODELS
 from rigl_keras.experiments.benchmarks.runtime_tables import (
     COMPACT,
     DENSE,
@@ -34,7 +35,6 @@ from rigl_keras.exporting.export_report import size_of
 from rigl_keras.exporting.formats import FORMATS
 
 __all__ = [
-    "MODELS",
     "check_densities",
     "check_each_once",
     "compare",
@@ -43,10 +43,6 @@ __all__ = [
     "sparse_network",
 ]
 
-MODELS: dict[str, Callable[[], keras.Model]] = {
-    "wide_resnet": functools.partial(rigl_keras.models.wide_resnet, 22, 2),
-    "resnet50": functools.partial(rigl_keras.models.resnet50, 100),
-}
 _TOLERANCE = 1e-4  # difference of outputs, in units of the largest
 _TURN = 0.1  # the least seconds of a turn
 _PART = 16  # examples in a call of the Keras model

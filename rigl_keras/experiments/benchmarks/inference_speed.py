@@ -10,7 +10,6 @@ import numpy as np
 import tensorflow as tf
 
 import rigl_keras
-from rigl_keras.experiments.benchmarks.inference_command import MODELS
 from rigl_keras.experiments.benchmarks.kernel_comparison import (
     CALLED,
     DENSE,
@@ -24,6 +23,7 @@ from rigl_keras.experiments.benchmarks.kernel_comparison import (
     measurements,
     timed_in_turns,
 )
+from rigl_keras.experiments.benchmarks.networks import MODELS
 from rigl_keras.experiments.benchmarks.speed_tables import (
     Measurement,
     table_head,
@@ -48,7 +48,7 @@ def measure_inference(
     """Times calls of a network at inference, dense and sparse.
 
     Args:
-        model: One of `inference_command.MODELS`.
+        model: One of `networks.MODELS`.
         densities: Fractions of the masked weights kept.
         distributions: How density is spread over layers.
         batch_sizes: Images in a call. All sides of a batch size take turns.

@@ -18,11 +18,10 @@ import tensorflow as tf
 
 from rigl_keras import _extras, _figure_style, kernels
 from rigl_keras.experiments import exits
-from rigl_keras.experiments.benchmarks.inference_command import MODELS
 from rigl_keras.experiments.benchmarks.inference_speed import measure_inference
 from rigl_keras.experiments.benchmarks.kernel_comparison import UPDATE, check
 from rigl_keras.experiments.benchmarks.layer_speed import measure_layers
-from rigl_keras.experiments.benchmarks.networks import NETWORKS
+from rigl_keras.experiments.benchmarks.networks import MODELS, NETWORKS
 from rigl_keras.experiments.benchmarks.speed_tables import lines_of, write_csv
 from rigl_keras.experiments.benchmarks.train_speed import measure_training
 from rigl_keras.experiments.progress_bar import say

@@ -27,10 +27,10 @@ from rigl_keras import _checks, kernels
 from rigl_keras._timing import warm_turns
 from rigl_keras.distributions import DISTRIBUTIONS
 from rigl_keras.experiments.benchmarks.inference_command import (
-    MODELS,
     check_densities,
     check_each_once,
 )
+from rigl_keras.experiments.benchmarks.networks import MODELS
 from rigl_keras.experiments.benchmarks.speed_tables import (
     Measurement,
     lines_of,

@@ -1,16 +1,25 @@
-"""The networks whose layers and training steps are measured."""
+"""The networks that benchmarks measure."""
 
 import collections
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import keras
 from keras import layers
 
-from rigl_keras.experiments.benchmarks.inference_command import MODELS
 from rigl_keras.models.gpt import LearnedPositions
+from rigl_keras.models.resnet import resnet50
+from rigl_keras.models.wide_resnet import wide_resnet
 
-__all__ = ["NETWORKS"]
+__all__ = ["MODELS", "NETWORKS"]
 
+# Functions that make a network, by its name: those of images, which all
+# benchmarks take, and all whose layers and training steps are measured.
+MODELS: dict[str, Callable[[], keras.Model]] = {
+    "wide_resnet": functools.partial(wide_resnet, 22, 2),
+    "resnet50": functools.partial(resnet50, 100),
+}
 _CLASSES = 10
 
 
@@ -51,7 +60,6 @@ def _dense() -> keras.Model:
     return keras.Model(inputs, layers.Dense(4096, use_bias=False)(inputs))
 
 
-# Functions that make a network, by its name.
 NETWORKS = collections.ChainMap(
     {
         "vision_transformer": _vision_transformer,

@@ -17,7 +17,7 @@ import tensorflow as tf
 
 import rigl_keras
 from rigl_keras.experiments.benchmarks import worker_hosts
-from rigl_keras.experiments.benchmarks.inference_command import MODELS
+from rigl_keras.experiments.benchmarks.networks import MODELS
 from rigl_keras.replicas import MultiWorkerMirroredStrategy
 
 __all__ = ["ACTIVE", "ALL", "DENSE", "MEASURING", "SIDES", "main"]

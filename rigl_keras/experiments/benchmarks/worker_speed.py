@@ -32,10 +32,10 @@ from rigl_keras.experiments import exits
 from rigl_keras.experiments.benchmarks import worker_hosts
 from rigl_keras.experiments.benchmarks.csv_files import write_rows
 from rigl_keras.experiments.benchmarks.inference_command import (
-    MODELS,
     check_densities,
 )
 from rigl_keras.experiments.benchmarks.kernel_comparison import machine
+from rigl_keras.experiments.benchmarks.networks import MODELS
 from rigl_keras.experiments.benchmarks.worker_process import (
     ACTIVE,
     ALL,
@@ -59,7 +59,7 @@ class Exchange:
     """A training step of two workers.
 
     Attributes:
-        model: One of `inference_command.MODELS`.
+        model: One of `networks.MODELS`.
         distribution: How density is spread over layers.
         density: Fraction of the masked weights kept.
         batch_size: Images in a step, over both workers together.
@@ -104,7 +104,7 @@ def measure_exchange(
     All sides of a density take turns, in one pair of processes.
 
     Args:
-        model: One of `inference_command.MODELS`.
+        model: One of `networks.MODELS`.
         densities: Fractions of the masked weights kept.
         distribution: How density is spread over layers.
         batch_size: Images in a step, over both workers together.

@@ -21,11 +21,11 @@ from rigl_keras.experiments.benchmarks.engines.processes import (
     Process,
 )
 from rigl_keras.experiments.benchmarks.inference_command import (
-    MODELS as SMALL_MODELS,
-)
-from rigl_keras.experiments.benchmarks.inference_command import (
     outputs_in_parts,
     set_batch_norms,
+)
+from rigl_keras.experiments.benchmarks.networks import (
+    MODELS as SMALL_MODELS,
 )
 from rigl_keras.exporting.base_format import WriteOptions
 from rigl_keras.exporting.formats import FORMATS, check_available
