@@ -37,7 +37,8 @@ TESTS = {
     ),
     "distributions.py": "distributions sparsify parity",
     "masking/masked.py": (
-        "layers reading_kernels kinds custom_models sparsify density_one"
+        "layers reading_kernels kinds custom_models masked_in_place sparsify "
+        "density_one"
     ),
     "masking/tracing.py": (
         "reading_kernels layers callbacks method_arguments mask_updates "
