@@ -67,16 +67,18 @@ def test_runs_of_earlier_versions_are_averaged_with_later_ones(results):
     }
     other = {**late, "final_drop_fraction": 0.1}
     odd = {**late, "conventions": late["conventions"].replace("exact", "drawn")}
-    for seed, settings in enumerate((early, early, late, other, odd)):
+    text = {**late, "conventions": "those of a paper"}
+    for seed, settings in enumerate((early, early, late, other, odd, text)):
         path = made(results, "set_erk_wrn", 0.1, seed, 0.9) / "run"
         result = json.loads((path / "result.json").read_text())
         result["settings"]["method"] |= settings
         (path / "result.json").write_text(json.dumps(result))
     found = reading.read(results)
     assert summaries.of(found, "set_erk_wrn", 0.1).n == 3
-    (fraction, sampling) = found.notes
+    (fraction, sampling, unread) = found.notes
     assert "final_drop_fraction 0.1 where the others have 0.0" in fraction
     assert "conventions.sampling" in sampling and "'drawn'" in sampling
+    assert "those of a paper" in unread
 
 
 def test_other_settings_are_not_averaged(results):

@@ -24,7 +24,7 @@ class Measurement:
     """One side at one density, and the dense side that took turns with it.
 
     Attributes:
-        model: One of `networks.MODELS`.
+        model: One of `networks.NETWORKS`.
         layer: Shape of a layer; empty for a whole model.
         size: Size of the images that the layer returns.
         distribution: How density is spread over layers; empty for one layer.

@@ -236,9 +236,10 @@ def _settings(run):
         for name, value in (method if isinstance(method, dict) else {}).items()
         if name not in _FREE_OF_METHOD
     }
-    choices = found.pop("conventions", None)
-    for name, choice in re.findall(r"(\w+)=([^,()]+)", str(choices)):
-        found[f"conventions.{name}"] = choice
+    choices = re.findall(r"(\w+)=([^,()]+)", str(found.get("conventions")))
+    if choices:  # text that is no list of them stays as it is
+        del found["conventions"]
+    found |= {f"conventions.{name}": choice for name, choice in choices}
     for name, (later, value) in _LATER.items():
         if name in found:
             found.setdefault(later, value)
