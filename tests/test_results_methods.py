@@ -2,32 +2,20 @@
 
 import csv
 import itertools
-import json
-import pathlib
-import re
 import statistics
 
 import pytest
+from support import result_pages
 
 from rigl_keras.experiments.protocol import rows
-from rigl_keras.experiments.report import page, reading, sections
-
-DOCS = pathlib.Path(__file__).parents[1] / "docs"
-PAGE = DOCS / "results_methods.md"
-DATA = DOCS / "results_methods" / "results.jsonl"
-
-
-@pytest.fixture(scope="module")
-def made():
-    return sections.report(reading.read(DATA, "small"))
+from rigl_keras.experiments.report import page
 
 
 @pytest.fixture(scope="module")
 def cells():
     """Returns finished runs by method, with its masks, and density."""
     found = {}
-    for line in DATA.read_text().splitlines():
-        run = json.loads(line)
+    for run in result_pages.runs("methods"):
         key = rows.row(run["row"]).label, run["density"]
         found.setdefault(key, []).append(run["result"])
     return found
@@ -35,7 +23,8 @@ def cells():
 
 def steady(folder):
     """Returns a run's validation accuracies in its last four epochs."""
-    path = DATA.parent / folder / "run" / "metrics.csv"
+    data = result_pages.data("methods")
+    path = data.parent / folder / "run" / "metrics.csv"
     lines = list(csv.DictReader(path.read_text().splitlines()))
     return [100 * float(line["val_accuracy"]) for line in lines[-4:]]
 
@@ -43,8 +32,7 @@ def steady(folder):
 def last_epochs():
     """Returns accuracies in the last epochs, by method and density."""
     found = {}
-    for line in DATA.read_text().splitlines():
-        run = json.loads(line)
+    for run in result_pages.runs("methods"):
         key = rows.row(run["row"]).label, run["density"]
         found.setdefault(key, []).append(steady(run["folder"]))
     return found
@@ -69,22 +57,21 @@ def steady_table():
     return "\n".join(lines)
 
 
-def tables(text):
-    """Returns the tables of a Markdown page, as lines."""
-    return {line for line in text.splitlines() if line.startswith("|")}
-
-
-def test_the_page_has_the_numbers_of_its_data(made):
-    shown = tables(PAGE.read_text())
+def test_the_page_has_the_numbers_of_its_data():
+    made = result_pages.made("methods", "small")
+    text, steady = result_pages.text("methods"), steady_table()
+    assert steady in text
+    shown = set(result_pages.tables(text))
     assert len(shown) > 30
-    steady = steady_table()
-    assert steady in PAGE.read_text()
-    assert shown <= tables(page.as_markdown(made.page)) | tables(steady)
+    shown -= set(result_pages.tables(steady))
+    assert shown <= set(result_pages.tables(page.as_markdown(made.page)))
 
 
-def test_the_data_is_as_it_was_written(made):
-    assert made.results == DATA.read_text()
-    written = (DATA.parent / "report.md").read_text()
+def test_the_data_is_as_it_was_written():
+    made = result_pages.made("methods", "small")
+    data = result_pages.data("methods")
+    assert made.results == data.read_text()
+    written = (data.parent / "report.md").read_text()
     assert written == page.as_markdown(made.page)
 
 
@@ -117,19 +104,16 @@ def test_numbers_in_the_text_follow_from_the_data(cells):
     known |= {f"{each:.1f}" for each in (min(minutes), max(minutes))}
     known.add(f"{statistics.median(minutes):.1f}")
     known.add(f"{sum(minutes) / 60:.1f}")
-    text = PAGE.read_text()
+    text = result_pages.text("methods")
     assert f"{sum(map(len, cells.values()))} runs" in text
-    prose = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)", "", text, flags=re.S)
-    prose = [ln for ln in prose.splitlines() if not ln.startswith("|")]
-    said = re.findall(r"(?<![\w.])\d+\.\d+x?", "\n".join(prose))
+    said = result_pages.numbers(text)
     assert len(said) > 15
     assert [each for each in said if each not in known] == []
 
 
 def test_links_are_there():
-    for link in re.findall(r"\]\(([^)#]+)\)", PAGE.read_text()):
-        if not link.startswith("http"):
-            assert (PAGE.parent / link).exists(), link
+    for link in result_pages.links(result_pages.text("methods")):
+        assert (result_pages.DOCS / link).exists(), link
 
 
 if __name__ == "__main__":

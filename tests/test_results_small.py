@@ -1,50 +1,36 @@
 """The published page of small results has the numbers of its data."""
 
-import json
-import pathlib
-import re
 import statistics
 
 import pytest
+from support import result_pages
 
 import gin
 from rigl_keras.experiments.protocol import published, rows
-from rigl_keras.experiments.report import page, reading, sections
+from rigl_keras.experiments.report import page
 from rigl_keras.experiments.reproduction import plans
 from rigl_keras.experiments.runs import config
 
-DOCS = pathlib.Path(__file__).parents[1] / "docs"
-DATA = DOCS / "results_small" / "results.jsonl"
 
-
-@pytest.fixture(scope="module")
-def made():
-    return sections.report(reading.read(DATA, "small"))
-
-
-def tables(text):
-    """Returns the tables of a Markdown page, as lines."""
-    return [line for line in text.splitlines() if line.startswith("|")]
-
-
-def test_the_page_has_the_numbers_of_its_data(made):
-    shown = tables((DOCS / "results_small.md").read_text())
+def test_the_page_has_the_numbers_of_its_data():
+    made = result_pages.made("small", "small")
+    shown = result_pages.tables(result_pages.text("small"))
     assert len(shown) > 20
-    assert set(shown) <= set(tables(page.as_markdown(made.page)))
+    assert set(shown) <= set(result_pages.tables(page.as_markdown(made.page)))
 
 
-def test_the_data_is_as_it_was_written(made):
+def test_the_data_is_as_it_was_written():
     """The data gives the same page again, and the CSV has the same runs."""
-    folder = DATA.parent
-    assert made.results == DATA.read_text()
-    written = (folder / "report.md").read_text()
+    made, data = result_pages.made("small", "small"), result_pages.data("small")
+    assert made.results == data.read_text()
+    written = (data.parent / "report.md").read_text()
     assert written == page.as_markdown(made.page)
 
 
 def test_the_runs_are_of_the_preset_in_the_repository():
     """Their epochs and steps are those of the preset's file."""
     preset = plans.Preset("small")
-    runs = [json.loads(line) for line in DATA.read_text().splitlines()]
+    runs = result_pages.runs("small")
     assert len(runs) > 40
     for run in runs:
         config.parse([f"gin/{run['row']}.gin", str(preset.path)], [])
@@ -59,8 +45,7 @@ def test_the_runs_are_of_the_preset_in_the_repository():
 def cells():
     """Returns finished runs by method, masks, density and length."""
     found = {}
-    for line in DATA.read_text().splitlines():
-        run = json.loads(line)
+    for run in result_pages.runs("small"):
         row = rows.row(run["row"])
         length = run["changes"].get("train.length", 1)
         key = row.method, row.distribution, run["density"], length
@@ -157,17 +142,15 @@ def test_what_is_concluded_follows_from_the_data(cells):
         known |= extremes([s / 60 for s in each], "{:.1f}")
     known.add(f"{statistics.median(seconds[1]) / 60:.1f}")
     known.add(f"{sum(map(sum, seconds.values())) / 3600:.1f}")
-    text = (DOCS / "results_small.md").read_text()
+    text = result_pages.text("small")
     assert f"{sum(map(len, seconds.values()))} runs" in text
-    prose = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)", "", text, flags=re.S)
-    prose = [ln for ln in prose.splitlines() if not ln.startswith("|")]
-    said = re.findall(r"(?<![\w.])\d+\.\d+x?", "\n".join(prose))
+    said = result_pages.numbers(text)
     assert len(said) > 30
     assert [each for each in said if each not in known] == ["1.1"]  # million
 
 
 def test_updates_of_a_run_are_as_many_as_the_page_says():
-    text = (DOCS / "results_small.md").read_text()
+    text = result_pages.text("small")
     preset = str(plans.Preset("small").path)
     config.parse(["gin/rigl_erk_wrn.gin", preset], [])
     updates = gin.get_bindings("RigL")
@@ -179,7 +162,6 @@ def test_updates_of_a_run_are_as_many_as_the_page_says():
 
 def test_figures_and_links_are_there():
     for name in ("results_small.md", "../README.md"):
-        file = (DOCS / name).resolve()
-        for link in re.findall(r"\]\(([^)#]+)\)", file.read_text()):
-            if not link.startswith("http"):
-                assert (file.parent / link).exists(), (name, link)
+        file = (result_pages.DOCS / name).resolve()
+        for link in result_pages.links(file.read_text()):
+            assert (file.parent / link).exists(), (name, link)
