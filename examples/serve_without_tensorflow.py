@@ -5,7 +5,7 @@
 # from a process that has NumPy and no TensorFlow.
 #
 # Gradual magnitude pruning starts dense and removes the smallest weights along
-# a ramp. The export is a network and a library of less than a megabyte, and its
+# a ramp. The export is a network and a library of about a megabyte, and its
 # products leave out what the masks remove.
 
 # %% [markdown]

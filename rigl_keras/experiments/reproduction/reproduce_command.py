@@ -59,8 +59,8 @@ def _define_flags():
     flags.DEFINE_string(
         "preset",
         variations.FULL,
-        "full (the report's setting), small, or the path of a gin file that "
-        "is read after each row's own.",
+        "full (the report's setting), small, fifth, or the path of a gin file "
+        "that is read after each row's own.",
     )
     flags.DEFINE_list("densities", [], "Densities, instead of the report's.")
     flags.DEFINE_list("seeds", [], "Seeds, instead of 0,1,2.")

@@ -44,8 +44,8 @@ def _define_flags():
     flags.DEFINE_string(
         "preset",
         variations.FULL,
-        "full (the report's setting), small, or the path of a gin file that "
-        "is read after the row's own.",
+        "full (the report's setting), small, fifth, or the path of a gin file "
+        "that is read after the row's own.",
     )
     flags.DEFINE_string(
         "distribution",
