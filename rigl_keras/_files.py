@@ -199,7 +199,7 @@ def whole(
     Args:
         path: The file. Its folder must exist.
         advice: What to do, for the error that names the file if the disk is
-            full. Empty: the original error is raised.
+            full. None: the original error is raised.
 
     Yields:
         A path of the same name in another folder, on the same disk.

@@ -9,7 +9,7 @@ __all__ = [
     "exact",
     "first_line",
     "grouped",
-    "last_line",
+    "telling_line",
     "printable",
     "roughly",
     "wrapped",
@@ -91,8 +91,8 @@ def grouped(reasons: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
     ]
 
 
-def last_line(error):
-    """Returns Keras's message about the first layer that does not fit."""
+def telling_line(error: Exception) -> str:
+    """Returns the line of a message of Keras that says what does not fit."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if "shape" in line or "expected" in line]
     return (telling or lines or [type(error).__name__])[0]

@@ -11,7 +11,7 @@ including its quirks, so that its runs can be replayed.
 import dataclasses
 from typing import Literal
 
-from rigl_keras._checks import choice, integer
+from rigl_keras._checks import boolean, choice, integer
 
 __all__ = ["Conventions", "ORIGINAL", "REPORT", "check_conventions"]
 
@@ -127,12 +127,8 @@ class Conventions:
         for field, choices in _CHOICES.items():
             choice(f"Conventions.{field}", getattr(self, field), choices)
         for field in _SWITCHES:
-            value = getattr(self, field)
-            if not isinstance(value, bool):
-                raise ValueError(
-                    f"Conventions.{field} must be True or False. Received: "
-                    f"{field}={value!r}."
-                )
+            value = boolean(f"Conventions.{field}", getattr(self, field))
+            object.__setattr__(self, field, value)
         lag = integer(
             "Conventions.drop_fraction_lag",
             self.drop_fraction_lag,

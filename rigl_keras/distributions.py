@@ -113,6 +113,7 @@ def layer_budgets(
     exact = density * weights
     if group_sizes is not None:
         sizes = _checked_groups(group_sizes, sizes)
+    if group_sizes is not None or apart:
         exact = sum(
             solved[n] * size for n, size in sizes.items() if n not in apart
         )

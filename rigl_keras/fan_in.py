@@ -9,7 +9,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from rigl_keras._checks import fraction as checked_number
+from rigl_keras._checks import fraction
 from rigl_keras._tensor_checks import (
     Number,
     TensorLike,
@@ -111,7 +111,7 @@ def update_fan_in(
             _per_unit(salient),
             budget,
             inputs=inputs,
-            ablation=checked_number("ablation", ablation),
+            ablation=fraction("ablation", ablation),
         )
     each = tf.clip_by_value(
         budget // tf.maximum(count_true(left), 1), 1, inputs

@@ -80,7 +80,7 @@ def grown_values(
         zeros:          0
         initial_dist:   one of the weights that training started from / d
         random_normal:  a draw from N(0, s^2) / d
-        random_uniform: a draw from [-m, m) / d
+        random_uniform: a draw from (-m, m) / d
         grad_scale:     g / d
         grad_sign:      sign(g) / d
 

@@ -302,10 +302,10 @@ def _vector(name, values):
 
 def _counts(name, values):
     counts = _vector(name, values)
-    whole = tf.executing_eagerly() and not bool(
-        tf.reduce_all(counts == tf.floor(counts))
+    broken = tf.executing_eagerly() and bool(
+        tf.reduce_any(counts != tf.floor(counts))
     )
-    if whole:
+    if broken:
         raise ValueError(
             f"{name} must be whole numbers. Received: {name}={values!r}."
         )

@@ -211,7 +211,7 @@ def choosing(
         make_train_function: The model's method, which compiles
             `model.train_step`.
         ordinary: The step that runs when no update is due, a function of the
-        data.
+            data.
         update: The step that runs when one is due.
         is_due: Returns whether an update is due at a step.
         stepping: Makes the context in which a step runs, given whether it is an

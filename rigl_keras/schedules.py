@@ -111,6 +111,7 @@ def is_gathered_step(
     [8, 9, 10, 18, 19, 20]
     """
     t = _checked_step(step)
+    frequency = integer("frequency", frequency, at_least=1)
     ahead = -(t + _ahead(conventions)) % frequency
     due = is_update_step(
         t + ahead,
@@ -330,23 +331,25 @@ class SparsityRamp:
     power: float = 3.0
 
     def __post_init__(self):
-        for name in ("begin_step", "end_step", "frequency"):
-            rule = "counts optimizer steps and must be an int"
-            value = integer(name, getattr(self, name), rule=rule)
+        rule = "counts optimizer steps and must be an int"
+        smallest = {"begin_step": 0, "end_step": 1, "frequency": 1}
+        for name, least in smallest.items():
+            value = integer(
+                name,
+                getattr(self, name),
+                at_least=least,
+                rule=f"{rule} of at least {least}",
+            )
             object.__setattr__(self, name, value)
         for name in ("final_density", "initial_density"):
             value = fraction(name, getattr(self, name))
             object.__setattr__(self, name, value)
         power = number("power", self.power, above=0, rule=_POSITIVE)
         object.__setattr__(self, "power", power)
-        if not 0 <= self.begin_step < self.end_step:
+        if self.begin_step >= self.end_step:
             raise ValueError(
-                "A ramp needs 0 <= begin_step < end_step. Received: "
+                "A ramp needs begin_step < end_step. Received: "
                 f"begin_step={self.begin_step}, end_step={self.end_step}."
-            )
-        if self.frequency < 1:
-            raise ValueError(
-                f"frequency must be at least 1. Received: {self.frequency}."
             )
         if not 0 < self.final_density <= self.initial_density:
             raise ValueError(

@@ -504,7 +504,10 @@ def layer_drop_fractions(
     several = isinstance(drop_fraction, (list, tuple))
     each: Any = drop_fraction if several else [drop_fraction] * len(masks)
     if len(each) != len(masks):
-        raise ValueError(f"{len(masks)} masks, and drop_fraction={each!r}.")
+        raise ValueError(
+            "drop_fraction must be a number, or a list of one for each of "
+            f"{len(masks)} masks. Received: drop_fraction={drop_fraction!r}."
+        )
     each = [checked_fraction(fraction) for fraction in each]
     if shares is None or not conventions.spare_dense_layers:
         return each

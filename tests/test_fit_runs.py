@@ -476,3 +476,32 @@ def test_a_kernel_that_is_not_finite_is_refused():
     with pytest.raises(ValueError, match="step 1: the gradient.*or the kernel"):
         fit(model, [SET(frequency=1, end_step=9)], DATA)
     assert equal_masks(before, masks(model))
+
+
+@pytest.mark.parametrize("lengths", [(0, 0), (3, 3)])
+def test_a_fit_without_an_epoch_changes_nothing(lengths):
+    epochs, initial = lengths
+    model, method = network(), RigL(**EVERY_SECOND)
+    before = masks(model)
+    fit(model, [method], DATA, epochs=epochs, initial_epoch=initial)
+    assert equal_masks(before, masks(model))
+    fit(model, [method], DATA)
+    assert not equal_masks(before, masks(model))
+
+
+def test_a_refused_update_counts_the_steps_before_a_compile():
+    """6 steps, a compile, 6 more, and NaN from step 12 on."""
+    model = network()
+
+    def begins(epoch, logs=None):
+        if epoch == 1:
+            model.compile("sgd", "mse")
+        if epoch == 2:
+            hidden = model.get_layer("hidden")
+            kernel = hidden.kernel.numpy()
+            kernel[hidden.mask.numpy() > 0] = np.nan
+            hidden.kernel.assign(kernel)
+
+    changes = keras.callbacks.LambdaCallback(on_epoch_begin=begins)
+    with pytest.raises(ValueError, match="refused the update at step 12:"):
+        fit(model, [changes, RigL(**EVERY_SECOND)], DATA, epochs=3)

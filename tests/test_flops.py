@@ -440,3 +440,36 @@ def test_steps_of_a_trajectory_do_not_go_back():
         flops.training_curve(
             cost, [(100, {}), (50, {})], steps=3, dense_gradients="never"
         )
+
+
+@pytest.mark.parametrize(
+    "shape, layer, rows",
+    [
+        ((8, 8, 16), lambda: layers.Conv2DTranspose(4, 3, use_bias=False), 4),
+        (
+            (8, 16),
+            lambda: layers.EinsumDense("abc,cde->abde", (None, 4, 6)),
+            24,
+        ),
+    ],
+    ids=["transposed", "einsum"],
+)
+def test_rows_of_csr_are_output_units(shape, layer, rows):
+    inputs = keras.Input(shape)
+    model = sparsify(keras.Model(inputs, layer()(inputs)), 0.5)
+    cost = count(model)
+    (each,) = cost.layers
+    assert cost.csr_bits == 32 * (2 * each.nonzeros + rows + 1)
+
+
+def test_names_and_bad_costs_of_training():
+    costs = dict(sparse_flops=1, dense_flops=5)
+    for name in ("magnitude pruning", "SNFS-SG", "SNFS"):
+        assert flops.training_flops(name, **costs) == 7
+    with pytest.raises(ValueError, match="number of at least 0.*=-1"):
+        flops.training_flops("SET", sparse_flops=-1, dense_flops=5)
+    for batches in ("2", 1.5, 4):
+        with pytest.raises(ValueError, match="int from 1 to frequency=3"):
+            flops.training_flops(
+                "RigL", **costs, frequency=3, gradient_batches=batches
+            )

@@ -343,3 +343,28 @@ def test_keras_hub(tmp_path):
     np.testing.assert_allclose(
         loaded(tokens), model(tokens), rtol=1e-5, atol=1e-6
     )
+
+
+class Hidden(keras.Model):
+    """A model that keeps a layer where it cannot be replaced."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = layers.Dense(8, name="first")
+        self.others = {layers.Dense(8, name="second")}
+
+    def call(self, x):
+        x = self.first(x)
+        for layer in self.others:
+            x = layer(x)
+        return x
+
+
+def test_a_refused_model_is_left_as_it_was():
+    model = Hidden()
+    model(np.zeros((1, 4)))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="'second'.* Make it an attribute"):
+            sparsify(model, 0.5)
+    assert model.first.kernel.constraint is None
+    assert not masked_layers(model)

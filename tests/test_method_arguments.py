@@ -169,3 +169,23 @@ def test_the_fields_of_a_method_are_its_arguments():
         Seldom(frequency=0)
     with pytest.raises(TypeError, match="positional"):
         Seldom(500)
+
+
+def test_a_lengthened_method_is_not_attached():
+    model = compiled(sparsify(two_layers(), 0.2))
+    method = RigL(end_step=50, frequency=2)
+    method.attach(model, model.optimizer)
+    longer = method.lengthened(2)
+    assert longer.optimizer is None and method.optimizer is model.optimizer
+    longer.attach(model, model.optimizer)
+    train(model, [longer])
+    assert len(longer.trajectory) > 1 == len(method.trajectory)
+
+
+def test_steps_that_are_no_list():
+    with pytest.raises(ValueError, match="list of steps.*switch_steps=5"):
+        rigl_keras.ACDC(density=0.1, switch_steps=5)
+    with pytest.raises(ValueError, match="above prune_begin_step=3.*=3"):
+        rigl_keras.GraNet(
+            final_density=0.1, prune_begin_step=3, prune_end_step=3
+        )

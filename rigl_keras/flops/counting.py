@@ -236,15 +236,15 @@ def count(model: keras.Model, *, convention: str = "micronet") -> Count:
     counted = {id(named.kernel.variable) for named in kernels} & set(positions)
     parameters = sum(math.prod(v.shape) for v in trained_weights(model))
     masked = [
-        (named.mask.shape, int(np.count_nonzero(named.mask.numpy())))
+        (named.kernel, int(np.count_nonzero(named.mask.numpy())))
         for named in kernels
         if named.mask is not None
     ]
-    weights = sum(math.prod(shape) for shape, _ in masked)
+    weights = sum(kernel.size for kernel, _ in masked)
     removed = weights - sum(ones for _, ones in masked)
-    sparse = [(s, ones) for s, ones in masked if ones < math.prod(s)]
-    bitmasks = sum(math.prod(shape) for shape, _ in sparse)
-    indices = sum(ones + shape[-1] + 1 for shape, ones in sparse)
+    sparse = [(k, ones) for k, ones in masked if ones < k.size]
+    bitmasks = sum(kernel.size for kernel, _ in sparse)
+    indices = sum(ones + kernel.units + 1 for kernel, ones in sparse)
     return Count(
         parameters=parameters,
         nonzeros=parameters - removed,

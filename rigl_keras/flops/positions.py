@@ -100,17 +100,16 @@ def applied(
                 f"on {specs} it fails, with {type(error).__name__}: "
                 f"{first_line(error)}"
             ) from error
-    return Applied(
-        positions={
-            key: sum(
+    positions = {}
+    for kernel in kernels:
+        caller = callers.get(id(kernel.variable))
+        if caller is not None:
+            positions[id(kernel.variable)] = sum(
                 _applied(kernel, caller, inputs[0], outputs)
                 for inputs, outputs in calls[id(caller)]
             )
-            for kernel in kernels
-            for key in [id(kernel.variable)]
-            if key in callers
-            for caller in [callers[key]]
-        },
+    return Applied(
+        positions=positions,
         products={
             id(layer): sum(
                 _products(layer, *inputs[:2]) for inputs, _ in calls[id(layer)]

@@ -69,7 +69,7 @@ def training_flops(
     5.0
     """
     name = str(method).lower()
-    for mark in "_-/":
+    for mark in "_-/ ":
         name = name.replace(mark, "")
     if name not in _GRADIENTS:
         raise ValueError(
@@ -79,9 +79,11 @@ def training_flops(
         )
     gradients = _GRADIENTS[name]
     sparse_flops = number(
-        "sparse_flops", sparse_flops, at_least=0, at_most=1e300
+        "sparse_flops", sparse_flops, at_least=0, at_most=1e300, rule=_FLOPS
     )
-    dense_flops = number("dense_flops", dense_flops, at_least=0, at_most=1e300)
+    dense_flops = number(
+        "dense_flops", dense_flops, at_least=0, at_most=1e300, rule=_FLOPS
+    )
     if name == "dense":
         return 3 * dense_flops
     if weight_gradient_flops is None:
@@ -105,16 +107,19 @@ def training_flops(
         at_least=1,
         rule=f"of {method} must be the steps between updates",
     )
-    if not 1 <= gradient_batches <= frequency:
-        raise ValueError(
-            "gradient_batches must be at least 1 and at most frequency. "
-            f"Received: gradient_batches={gradient_batches!r}, "
-            f"frequency={frequency!r}."
-        )
+    gradient_batches = integer(
+        "gradient_batches",
+        gradient_batches,
+        at_least=1,
+        at_most=frequency,
+        rule=f"must be an int from 1 to frequency={frequency}",
+    )
     steps = frequency + 1
     expensive = gradient_batches * dense
     return (sparse * (steps - gradient_batches) + expensive) / steps
 
+
+_FLOPS = "must be a number of at least 0"
 
 # When a method needs dense gradients, in its closed form.
 _GRADIENTS = {
@@ -136,6 +141,8 @@ _GRADIENTS = {
     "topkast": "always",
     "srste": "always",
     "snfs": "always",
+    "snfssg": "always",
+    "snfssm": "always",
     "magnitudepruning": "always",
 }
 

@@ -117,10 +117,11 @@ def _call_separable(layer, inputs):
 
 
 def _loop(layer, sequences, initial_state, mask, training=False):
-    densely = functools.partial(
-        *(type(layer).inner_loop, layer, sequences, initial_state),
-        *(mask, training),
-    )
+    def densely():
+        return type(layer).inner_loop(
+            layer, sequences, initial_state, mask, training
+        )
+
     found = _masked([layer.cell.recurrent_kernel])
     if (
         found is not None

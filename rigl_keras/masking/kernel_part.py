@@ -17,7 +17,7 @@ class _Entries(NamedTuple):
 
 
 class KernelPart(KernelMask):
-    """Some entries of a kernel and of its mask, active ones among them all.
+    """Some entries of a kernel and of its mask, including all active ones.
 
     For a mask of single weights that all compete: what has one value for each
     entry of a kernel has one for each of the places here, in the same order,

@@ -6,6 +6,7 @@ attention, the cell of an LSTM, the blocks of a custom layer.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import keras
@@ -119,6 +120,16 @@ class Kernel:
             _, of_kernel, of_outputs = einsum_axes(self.owner.equation)
             return tuple(i for i, a in enumerate(of_kernel) if a in of_outputs)
         return (axes - 1,)
+
+    @property
+    def size(self) -> int:
+        """How many weights it has."""
+        return math.prod(self.variable.shape)
+
+    @property
+    def units(self) -> int:
+        """How many output units it has, the rows of a sparse matrix."""
+        return math.prod(self.variable.shape[a] for a in self.output_axes)
 
     @property
     def input_axes(self) -> tuple[int, ...]:

@@ -288,6 +288,11 @@ class Masked(KernelMask, keras.layers.Wrapper):
         # outside the mask).
         layer = vars(self).get("layer")
         if name in _OF_ONE_KERNEL:
+            if not vars(self).get("built"):
+                raise AttributeError(
+                    f"Layer {vars(self).get('name')!r} is not built yet, and "
+                    f"so has no {name!r}: call it or the model on a batch."
+                )
             raise AttributeError(
                 f"Layer {vars(self).get('name')!r} has no single `kernel`, and "
                 f"so no {name!r}: see its masked_kernels()."

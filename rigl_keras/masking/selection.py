@@ -1,6 +1,6 @@
 """Chooses the kernels of a model to mask."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import keras
 import numpy as np
@@ -288,6 +288,11 @@ def _predicate(selector):
         )
     if callable(selector):
         return selector
+    if isinstance(selector, Iterator):
+        raise ValueError(
+            "`layers` is read more than once. Received an iterator: layers="
+            f"{selector!r}. Pass a list of the layers."
+        )
     if isinstance(selector, Iterable):
         tests = [_predicate(item) for item in selector]
         return lambda layer: any(test(layer) for test in tests)

@@ -226,16 +226,29 @@ def _check_class(model, copy):
 
 
 def _exchange_in_place(model, change):
-    pairs, done = [], {}
-    for layer in leaf_layers(model):
-        if id(layer) not in done:
-            new = change(layer, layer)
-            if isinstance(new, Masked) and not new.built:
-                new.build()  # the wrapped layer is built
-            done[id(layer)] = (layer, new)
-            pairs.append((layer, new))
-    _replace(model, done.values())
+    leaves = {id(leaf): leaf for leaf in leaf_layers(model)}.values()
+    pairs = [(layer, change(layer, layer)) for layer in leaves]
+    _check_replaceable(model, pairs)
+    for _, new in pairs:
+        if isinstance(new, Masked) and not new.built:
+            new.build()  # the wrapped layer is built
+    _replace(model, pairs)
     return model, pairs
+
+
+def _check_replaceable(model, pairs):
+    """Checks, before anything changes, that layers can be replaced."""
+    changes = {id(old): old for old, new in pairs if old is not new}
+    for owner in _owners(model, changes, set()):
+        if is_graph(owner):
+            continue
+        for path, layer in sublayers(owner):
+            if id(layer) in changes and path.startswith("_layers."):
+                raise ValueError(
+                    f"Layer {layer.name!r} of {owner.name!r} is kept in an "
+                    "object that is not a layer, list or dict, where it cannot "
+                    "be replaced. Make it an attribute of the model."
+                )
 
 
 def _at(model, path):
@@ -290,13 +303,6 @@ def _owners(layer, changes, seen):
 
 
 def _replace_in_attributes(owner, changes):
-    for path, layer in list(sublayers(owner)) if not is_graph(owner) else ():
-        if id(layer) in changes and path.startswith("_layers."):
-            raise ValueError(
-                f"Layer {layer.name!r} of {owner.name!r} is kept in an object "
-                "that is not a layer, list or dict, where it cannot be "
-                "replaced. Make it an attribute of the model."
-            )
     _keras.replace_tracked(owner, changes)
     for name in {path.split(".")[0] for path, _ in layers_in(owner, changes)}:
         # New containers: TensorFlow does not save changed ones.

@@ -109,17 +109,25 @@ def left_dense(
         for name, variable in matrices(_keras.direct_weights(inner)).items():
             if id(variable) in masked or (table and name == "embeddings"):
                 continue
-            left[name if inner is layer else f"{inner.name}/{name}"] = variable
+            path = name if inner is layer else f"{inner.name}/{name}"
+            left[_unused(path, left)] = variable
     return left
 
 
 def matrices(variables: Iterable[keras.Variable]) -> dict[str, keras.Variable]:
     """Returns variables with at least two axes, except biases, by name."""
-    return {
-        variable.name: variable
-        for variable in variables
-        if len(variable.shape) > 1 and not variable.name.endswith("bias")
-    }
+    found = {}
+    for variable in variables:
+        if len(variable.shape) > 1 and not variable.name.endswith("bias"):
+            found[_unused(variable.name, found)] = variable
+    return found
+
+
+def _unused(name, taken):
+    """Returns a name with as many primes as make it a new one."""
+    while name in taken:
+        name += "'"
+    return name
 
 
 def listed(variables: Mapping[str, keras.Variable]) -> str:

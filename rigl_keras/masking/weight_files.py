@@ -8,7 +8,7 @@ from collections.abc import Callable
 import keras
 import numpy as np
 
-from rigl_keras._text import first_line, last_line
+from rigl_keras._text import first_line, telling_line
 from rigl_keras._warn import warn
 from rigl_keras.masking.layer_kernels import kernel_at
 from rigl_keras.masking.layer_state import copy_state
@@ -82,6 +82,11 @@ def load_weights(model: keras.Model, path: str | os.PathLike) -> None:
                 warning.category,
             )
         return
+    _load_dense(model, plain, path)
+
+
+def _load_dense(model, plain, path):
+    """Loads a file of dense weights, through the model's plain copy."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -91,7 +96,7 @@ def load_weights(model: keras.Model, path: str | os.PathLike) -> None:
         raise ValueError(
             f"{str(path)!r} holds the weights of a network other than "
             f"{model.name!r}, masked or dense, or cannot be read: "
-            f"{last_line(error)} The model is unchanged."
+            f"{telling_line(error)} The model is unchanged."
         ) from error
     removed = 0
     for layer, loaded in zip(
@@ -152,9 +157,11 @@ def _check_no_masks(model, plain):
 def weight_loader(model: keras.Model) -> Callable[..., None]:
     """Returns the `load_weights` method of a masked model."""
 
-    def loading(filepath, **options):
-        if options:  # options of Keras, unknown here
-            return type(model).load_weights(model, filepath, **options)
+    def loading(filepath, *arguments, **options):
+        if arguments or options:  # of Keras, unknown here
+            return type(model).load_weights(
+                model, filepath, *arguments, **options
+            )
         return load_weights(model, filepath)
 
     return loading

@@ -2,7 +2,7 @@
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 import keras
@@ -176,6 +176,11 @@ class ACDC(StepUpdate):
 
 
 def _checked(received):
+    if not isinstance(received, Iterable):
+        raise ValueError(
+            "switch_steps must be a list of steps. Received: "
+            f"switch_steps={received!r}."
+        )
     steps = tuple(
         _checks.integer("A switch step", step, at_least=0) for step in received
     )

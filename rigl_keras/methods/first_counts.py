@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import keras
 import tensorflow as tf
 
 from rigl_keras._tensor_checks import count_true
@@ -25,6 +26,7 @@ class FirstCounts(MaskUpdate):
     def __post_init__(self):
         super().__post_init__()
         self._first: tf.Variable | None = None  # until it is attached
+        self._first_of: list[keras.Variable] = []
 
     def first_count(self, layer: KernelMask) -> tf.Tensor:
         """Returns the number of units in a mask when the run began.
@@ -50,7 +52,8 @@ class FirstCounts(MaskUpdate):
 
     def set_up(self) -> None:
         super().set_up()
-        if self._first is None or self._first.shape[0] != len(self.masked):
+        if not self._attached.has_kernels(self._first_of):
+            self._first_of = [m.kernel for m in self.masked]
             self._first = tf.Variable(self._counts_now(), trainable=False)
 
     def forget(self) -> None:

@@ -82,9 +82,15 @@ class GraNet(RigL):
         self.prune_begin_step = _checks.integer(
             "prune_begin_step", self.prune_begin_step, at_least=0
         )
-        last = self.prune_end_step
-        if last is None:
-            last = self.prune_begin_step + 1
+        last = self.prune_begin_step + 1
+        if self.prune_end_step is not None:
+            last = self.prune_end_step = _checks.integer(
+                "prune_end_step",
+                self.prune_end_step,
+                at_least=last,
+                rule=f"must be an int above prune_begin_step="
+                f"{self.prune_begin_step}",
+            )
         made = self._ramp_until(last)
         self.final_density = made.final_density
         self.initial_density = made.initial_density
@@ -146,7 +152,10 @@ class GraNet(RigL):
         ramp = self._ramp_until(
             max(steps // 2 if last is None else last, self.prune_begin_step + 1)
         )
-        return min(density, 1 - float(ramp.sparsity(step)))
+        update = (step - 1) // self.frequency * self.frequency
+        if update < max(self.begin_step, 1):
+            return density
+        return min(density, 1 - float(ramp.sparsity(update)))
 
     def before_drop(
         self,

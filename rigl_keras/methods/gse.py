@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from rigl_keras import _checks, _keras
 from rigl_keras._random import random_bits
+from rigl_keras._tensor_checks import count_true
 from rigl_keras.masking.kernel_part import KernelPart
 from rigl_keras.masking.masked import KernelMask
 from rigl_keras.methods.mask_update import MaskUpdate
@@ -29,9 +30,9 @@ class GSE(MaskUpdate):
 
     Heddes et al., 2024, Always-sparse training by growing connections with
     guided stochastic exploration, arXiv:2401.06898, Algorithm 2, with its
-    uniform sampling, which is of each layer for itself. Gradients are needed
-    at the active connections and at S alone, a number in proportion to n.
-    Sparse products compute no others (`sparsify(product="sparse")`, or
+    uniform sampling, in each layer separately. Gradients are needed at the
+    active connections and at S alone, a number in proportion to n. Sparse
+    products compute no others (`sparsify(product="sparse")`, or
     `"auto"` where they are faster), on one device without XLA, for gradients
     of one batch: so an update costs about what a step does. Masks are the
     same either way.
@@ -46,8 +47,8 @@ class GSE(MaskUpdate):
     Args:
         subset: gamma, how many positions are drawn for each active
             connection, positive.
-        others: As in `MaskUpdate`, but that
-            `end_step=None` is three fifths of the run.
+        others: As in `MaskUpdate`, but `end_step=None` is three fifths of the
+            run.
 
     Raises:
         ValueError: As in `MaskUpdate`, or `subset` is not positive.
@@ -87,9 +88,10 @@ class GSE(MaskUpdate):
     def _drawn(self, layer, kept, step):
         if isinstance(layer, KernelPart):
             return tf.ones_like(kept)  # the rest is not in it
+        positions = self.positions(layer, step)
         drawn = tf.scatter_nd(
-            self.positions(layer, step)[:, tf.newaxis],
-            tf.ones([self._draws(layer)], tf.int32),
+            positions[:, tf.newaxis],
+            tf.ones_like(positions, tf.int32),
             [math.prod(layer.layout.unit_shape)],
         )
         return tf.reshape(drawn > 0, kept.shape)
@@ -144,15 +146,20 @@ class GSE(MaskUpdate):
         )
 
     def _draws(self, layer):
-        """Returns ceil(subset x n) as an int, which XLA needs."""
-        with tf.init_scope():
-            mask = tf.convert_to_tensor(_keras.stored_value(layer.mask))
-            active = int(np.count_nonzero(layer.units(mask)))
-        return max(math.ceil(self.subset * active), 1)
+        """Returns ceil(subset x n)."""
+        if getattr(self._attached.model, "jit_compile", False):
+            # XLA needs an int: that of the time of tracing.
+            with tf.init_scope():
+                mask = tf.convert_to_tensor(_keras.stored_value(layer.mask))
+                active = int(np.count_nonzero(layer.units(mask)))
+            return max(math.ceil(self.subset * active), 1)
+        active = count_true(layer.units(tf.convert_to_tensor(layer.mask.value)))
+        drawn = tf.math.ceil(self.subset * tf.cast(active, tf.float64))
+        return tf.maximum(tf.cast(drawn, tf.int32), 1)
 
 
 def drawn_positions(
-    size: int, draws: int, *, key: int, step: tf.Tensor
+    size: int, draws: int | tf.Tensor, *, key: int, step: tf.Tensor
 ) -> tf.Tensor:
     """Returns uniform draws of positions, with replacement.
 

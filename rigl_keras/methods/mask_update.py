@@ -8,7 +8,6 @@ training loop.
 import copy
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import keras
@@ -134,7 +133,8 @@ class MaskUpdate(StepUpdate):
             "seed", self.seed, at_least=0, at_most=2**32 - 1
         )
         self._span: dict[str, int] = {}  # set when a run is planned
-        self._initial = []
+        self._initial: list[tf.Variable] = []
+        self._initial_of: list[keras.Variable] = []
 
     def _check_window(self):
         self.frequency = _whole("frequency", self.frequency, at_least=1)
@@ -320,12 +320,12 @@ class MaskUpdate(StepUpdate):
             self._check_momentum()
         # A run that resumes without its `variables` uses its weights as the
         # initial ones.
-        if self.grow_init == "initial_dist" and [
-            v.shape[0] for v in self._initial
-        ] != [math.prod(m.kernel.shape) for m in self.masked]:
+        draws = self.grow_init == "initial_dist"
+        if draws and not self._attached.has_kernels(self._initial_of):
+            self._initial_of = [m.kernel for m in self.masked]
             self._initial = [
-                tf.Variable(_repeated_nonzeros(m.kernel), trainable=False)
-                for m in self.masked
+                tf.Variable(_repeated_nonzeros(kernel), trainable=False)
+                for kernel in self._initial_of
             ]
         if self._correction[3] < 0:
             self._begin_correction()

@@ -82,6 +82,13 @@ class MEST(FirstCounts):
         # The last update brings layers back to their bound.
         return due | (step == self._window["end_step"])
 
+    def is_gathered(self, step: int | tf.Tensor) -> bool | tf.Tensor:
+        gathered = super().is_gathered(step)
+        if not self.soft:
+            return gathered
+        ahead = self._window["end_step"] - step
+        return gathered | ((ahead >= 0) & (ahead < self.gradient_batches))
+
     def planned_density(self, step: int, steps: int, density: float) -> float:
         """Returns the density that a run will have at a step.
 

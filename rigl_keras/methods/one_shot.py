@@ -232,14 +232,15 @@ def magnitude(
     granularity: PatternOf = "element",
     seed: int = 0,
 ) -> keras.Model:
-    """Returns a masked copy of a trained model that keeps its largest weights.
+    """Returns a masked model that keeps a trained model's largest weights.
 
     The round(density x weights) weights of largest |w| are kept: over all
     layers together, or in each layer by a distribution. The result can be
     trained further, or exported.
 
     Args:
-        model: A built dense model. It is not changed.
+        model: A built dense model. It is copied, or masked in place, as in
+            `sparsify`.
         density: As in `snip`.
         scope, distribution, densities, layers, granularity, seed: As in
             `snip`.

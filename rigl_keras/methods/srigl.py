@@ -40,8 +40,9 @@ class SRigL(FirstCounts):
         ablation: gamma, in [0, 1]: a unit stays if its number of salient
             connections is at least this share of the mean fan-in. None: all
             units stay.
-        others: As in `MaskUpdate`; of the conventions, only `drop_rounding`
-            applies.
+        others: As in `MaskUpdate`; of the conventions, `drop_rounding` and
+            those that say when updates come apply: `first_update`,
+            `end_is_included`, `drop_fraction_lag`, `update_replaces_step`.
 
     Raises:
         ValueError: As in `MaskUpdate`, or masks keep whole kernels or blocks.
@@ -68,7 +69,7 @@ class SRigL(FirstCounts):
         other = [
             m.name
             for m in self.masked
-            if str(m.granularity) not in ("element", "fan_in")
+            if m.granularity not in ("element", "fan_in")
         ]
         if other:
             raise ValueError(
@@ -78,7 +79,7 @@ class SRigL(FirstCounts):
             )
         warn_of_single_weights(
             self.name,
-            [m.name for m in self.masked if str(m.granularity) == "element"],
+            [m.name for m in self.masked if m.granularity == "element"],
             "gives each unit of a layer the same number of inputs",
             "The first update will move connections between units and round "
             "the number of each down, so that density falls. Sparsify with "

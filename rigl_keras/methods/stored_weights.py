@@ -128,15 +128,12 @@ class StoredWeights(MaskUpdate):
                 f"{self.name} trains weights outside the masks, on one device "
                 "only. Make the model outside the scope of the strategy."
             )
-        if not self._is_of([m.kernel for m in self.masked]):
+        if not self._attached.has_kernels(self._hidden_of):
             self._hidden_of = [m.kernel for m in self.masked]
             self._hidden = [
                 tf.Variable(tf.zeros_like(kernel.value), trainable=False)
                 for kernel in self._hidden_of
             ]
-
-    def _is_of(self, kernels):
-        return [*map(id, kernels)] == [*map(id, self._hidden_of)]
 
     def forget(self) -> None:
         super().forget()
@@ -176,12 +173,12 @@ class StoredWeights(MaskUpdate):
         gradients = [
             g
             if layer is None or g is None
-            else self.step_gradient(layer, g, self.hidden(layer).value())
+            else self.step_gradient(layer, g, self._outside(layer))
             for g, layer in zip(gradients, moved, strict=True)
         ]
         moved = [layer for layer in moved if layer is not None]
         for layer in moved:
-            layer.kernel.assign_add(self.hidden(layer).value())
+            layer.kernel.assign_add(self._outside(layer))
         with whole_kernels():
             apply(gradients, variables)
         for layer in moved:
@@ -243,7 +240,12 @@ class StoredWeights(MaskUpdate):
         return joined
 
     def _weights(self, layer):
-        return tf.convert_to_tensor(layer.kernel.value) + self.hidden(layer)
+        return tf.convert_to_tensor(layer.kernel.value) + self._outside(layer)
+
+    def _outside(self, layer):
+        # Others (`set_weights`) may have changed the mask since.
+        hidden = self.hidden(layer).value()
+        return tf.where(layer.mask.value, tf.zeros_like(hidden), hidden)
 
     def _fraction_at(self, step):
         return tf.constant(self.drop_fraction, tf.float64)
@@ -402,7 +404,7 @@ class SRSTE(StoredWeights):
     def set_up(self) -> None:
         super().set_up()
         names = [m.name for m in self.masked]
-        if all(str(m.granularity) == "element" for m in self.masked):
+        if all(m.granularity == "element" for m in self.masked):
             warn_of_single_weights(
                 self.name,
                 names,

@@ -1,5 +1,6 @@
 """What a method trains: a model, its optimizer and its masked layers."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import keras
@@ -57,6 +58,10 @@ class Attachment:
         """Returns the masked layers that are not frozen now."""
         trainable = {variable_key(v) for v in self.model.trainable_variables}
         return [m for m in self.masked if variable_key(m.kernel) in trainable]
+
+    def has_kernels(self, kernels: Sequence[keras.Variable]) -> bool:
+        """Returns whether these variables are the masked kernels, in order."""
+        return [*map(id, kernels)] == [id(m.kernel) for m in self.masked]
 
     def is_of(self, model: keras.Model, applied: keras.Optimizer) -> bool:
         """Returns whether this belongs to a model and an optimizer."""

@@ -17,8 +17,8 @@ from rigl_keras.training.attachment import Attachment, variable_key
 
 __all__ = [
     "GradientBuffers",
-    "kernel_gradients",
     "check_unread",
+    "kernel_gradients",
     "masked_gradients",
     "seem_masked",
 ]
@@ -120,6 +120,8 @@ def kernel_gradients(
     Raises:
         ValueError: No masked layer has a gradient, though some are trainable.
     """
+    if not attached.trainable():
+        return [], []
     of = {variable_key(v): g for v, g in zip(variables, gradients, strict=True)}
     found = [
         (m, gradient)
@@ -128,8 +130,6 @@ def kernel_gradients(
         if gradient is not None
     ]
     layers = [m for m, _ in found]
-    if not attached.trainable():
-        return [], []
     if not layers:
         raise ValueError(
             f"{method} needs the gradient of a masked kernel. Received "

@@ -527,7 +527,7 @@ class GraphUpdates:
         tf.cond(accepted, change, lambda: None)
 
     def _looked_at_alone(self, layers, gradients):
-        """Returns layers and gradients, of some their parts that count."""
+        """Returns layers and gradients, of some only the entries that count."""
         if not self._changes_parts:
             return layers, gradients
         parts, values = [], []

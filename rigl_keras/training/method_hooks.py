@@ -116,9 +116,9 @@ class MethodHooks(keras.callbacks.Callback):
         """Returns where an update looks at the gradient of a kernel.
 
         Where a layer's product is sparse, the gradient is computed there
-        alone, and zero elsewhere. It is called before the training step, and
-        not where several batches or devices, or XLA, have a part in it: there
-        the gradient is that of every entry.
+        alone, and zero elsewhere. It is called before the training step, but
+        not under XLA, on several devices, or if an update uses several
+        batches: then the gradient is computed at every entry.
 
         Args:
             layer: A masked layer.

@@ -100,6 +100,8 @@ class StepUpdate(MethodHooks):
 
     def __init__(self, *, conventions: Conventions = ORIGINAL):
         super().__init__(conventions=conventions)
+        for name in ("_attached", "_record", "_updates"):
+            vars(self).pop(name, None)  # of what `lengthened` copies
         self.run_start = 0
         self._buffers: GradientBuffers | None = None
         self._fit: fit_runs.FitRun | None = None
@@ -460,12 +462,13 @@ class StepUpdate(MethodHooks):
     def on_train_end(self, logs=None):
         if self._fit is None:
             return
-        fit_runs.note_end(
-            self._attached.model,
-            begin=self._first_step,
-            end=self._attached.steps_taken() - self._attached.steps_before,
-            epochs=self._epochs,
-        )
+        if self._planned:  # a fit of no epoch, or no step, plans nothing
+            fit_runs.note_end(
+                self._attached.model,
+                begin=self._first_step,
+                end=self._attached.steps_taken() - self._attached.steps_before,
+                epochs=self._epochs,
+            )
         self._fit.end()
         self._fit = None
         self._warn_of_dead_units()

@@ -250,6 +250,7 @@ class UpdateRecord:
         """
         step, reason = self._refused.numpy().tolist()
         if step >= 0:
+            step += self._attached.steps_before
             seem = self._seem_masked.numpy()
             names = [
                 repr(m.name)
@@ -264,6 +265,7 @@ class UpdateRecord:
             )
         step = int(self._differ_at.numpy())
         if step >= 0:
+            step += self._attached.steps_before
             raise ValueError(
                 f"After the update at step {step} the replicas hold different "
                 "masks. Every process must make the model with the same seed, "
@@ -273,9 +275,9 @@ class UpdateRecord:
 
     def _add(self, step, counts):
         # A checkpoint may have undone this and later steps.
-        first, *rows = self.trajectory
-        earlier = [row for row in rows if row[0] < step]
-        self.trajectory = [first, *earlier, (step, counts)]
+        while len(self.trajectory) > 1 and self.trajectory[-1][0] >= step:
+            self.trajectory.pop()
+        self.trajectory.append((step, counts))
 
     def _counts_now(self):
         counts = self._counts()
