@@ -6,6 +6,7 @@ changes in this file alone.
 """
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -348,15 +349,29 @@ class CheckpointedAsFloats(keras.Variable):
     """A bool variable that `tf.train.Checkpoint` writes and reads as float32.
 
     TensorFlow only reads values of the variable's present type. Without this
-    class checkpoints of versions that had float masks are lost.
+    class checkpoints of versions that had float masks are lost. A SavedModel,
+    which is read into a plain bool variable, has bools.
     """
 
     def _serialize_to_tensors(self):
-        return {"VARIABLE_VALUE": tf.cast(self.value, tf.float32)}
+        written = tf.bool if _is_writing_saved_model() else tf.float32
+        return {"VARIABLE_VALUE": tf.cast(self.value, written)}
 
     def _restore_from_tensors(self, restored_tensors):
         self.assign(restored_tensors["VARIABLE_VALUE"] != 0)
         return self.value
+
+
+def _is_writing_saved_model():
+    """Returns whether TensorFlow is writing a SavedModel.
+
+    It writes the values outside its `save_context`: only the calls tell.
+    """
+    writer = "tensorflow.python.saved_model.save"
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__") != writer:
+        frame = frame.f_back
+    return frame is not None
 
 
 def stored_value(variable: keras.Variable) -> tf.Variable:

@@ -5,13 +5,14 @@ from collections.abc import Iterable, Sequence
 
 __all__ = [
     "aligned",
+    "as_sentence",
     "brief",
     "exact",
     "first_line",
     "grouped",
-    "telling_line",
     "printable",
     "roughly",
+    "telling_line",
     "wrapped",
 ]
 
@@ -66,6 +67,18 @@ def first_line(error: Exception) -> str:
     """Returns the first line of an error, or its type if it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def as_sentence(error: Exception, *, most: int = 200) -> str:
+    """Returns the first line of an error, with a full stop.
+
+    Args:
+        error: The error.
+        most: Characters that are kept of it.
+    """
+    line = first_line(error)
+    line = line if len(line) <= most else f"{line[:most]} ..."
+    return line if line.endswith((".", "!", "?", "...")) else f"{line}."
 
 
 def grouped(reasons: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:

@@ -109,7 +109,7 @@ def test_a_batch_size_fixed_by_mistake_is_noticed(tmp_path, monkeypatch):
         return lambda x: {n: y[:1] for n, y in run(x).items()}
 
     monkeypatch.setattr(FORMATS["saved_model"], "load", load_for_one)
-    with pytest.raises(ValueError, match="differ by inf"):
+    with pytest.raises(ValueError, match="has the shape .1, 10. instead"):
         export(model, tmp_path / "exported", measure=False)
 
 
@@ -205,3 +205,64 @@ def test_nonsense(name, tmp_path, monkeypatch):
             assert value is None or name in ("tolerance", "path"), value
             shutil.rmtree(written)
         assert not list(tmp_path.iterdir()), value
+
+
+class Unregistered(layers.Layer):
+    def call(self, x):
+        return x + 1
+
+
+def unregistered():
+    inputs = keras.Input((6,))
+    return keras.Model(inputs, layers.Dense(3)(Unregistered()(inputs)))
+
+
+def grouped():
+    inputs = keras.Input((8, 8, 4))
+    x = layers.Conv2D(8, 3, groups=2, name="pair")(inputs)
+    return keras.Model(inputs, layers.Dense(3)(layers.Flatten()(x)))
+
+
+def free_images():
+    """Upsampling that needs the size of the images, which is free."""
+    inputs = keras.Input((None, None, 4))
+    x = layers.Conv2D(4, 3)(inputs)
+    return keras.Model(inputs, layers.UpSampling2D(interpolation="bilinear")(x))
+
+
+def free_steps():
+    """TimeDistributed, which Keras computes otherwise in a free length."""
+    inputs = keras.Input((None, 6))
+    x = layers.Conv1D(8, 3, padding="same")(layers.Dense(8)(inputs))
+    return keras.Model(inputs, layers.TimeDistributed(layers.Dense(3))(x))
+
+
+@pytest.mark.parametrize(
+    "make, format, said",
+    [
+        (unregistered, "keras", "register_keras_serializable.*saved_model"),
+        (grouped, "onnx", "ONNX has no operation for .*pair.*'saved_model'"),
+        (
+            free_images,
+            "saved_model",
+            "cannot trace it.*are free: give keras",
+        ),
+        (free_steps, "saved_model", "has the shape.*keras.Input a fixed shape"),
+        (free_steps, "native", "in time_distributed.*Pass format="),
+    ],
+)
+def test_what_others_refuse_is_told_in_one_line(make, format, said, tmp_path):
+    model = rigl_keras.sparsify(make(), 0.5)
+    with pytest.raises(ValueError, match=said) as raised:
+        export(model, tmp_path / "out", format=format, measure=False)
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_folder_is_replaced(tmp_path):
+    model = rigl_keras.sparsify(grouped(), 0.5)
+    (tmp_path / "out").mkdir()
+    export(
+        model, tmp_path / "out", format="keras", measure=False, overwrite=True
+    )
+    assert (tmp_path / "out" / "model.keras").exists()

@@ -505,3 +505,44 @@ def test_a_refused_update_counts_the_steps_before_a_compile():
     changes = keras.callbacks.LambdaCallback(on_epoch_begin=begins)
     with pytest.raises(ValueError, match="refused the update at step 12:"):
         fit(model, [changes, RigL(**EVERY_SECOND)], DATA, epochs=3)
+
+
+# What would fail without a word.
+
+
+class TrainsItself(keras.Model):
+    """A model that applies an optimizer which compile does not know."""
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((self(x, training=True) - y) ** 2)
+        gradients = tape.gradient(loss, self.trainable_variables)
+        self.own.apply(gradients, self.trainable_variables)
+        return {"loss": loss}
+
+
+def test_an_optimizer_that_takes_no_step():
+    model = network(cls=TrainsItself)
+    model.own = keras.optimizers.SGD(0.1)
+    before = masks(model)
+    with pytest.warns(UserWarning, match="'sgd.*took none in this epoch") as w:
+        fit(model, [RigL(**EVERY_SECOND)], DATA, epochs=2)
+    assert equal_masks(before, masks(model))
+    assert len([each for each in w if "took none" in str(each.message)]) == 1
+
+
+def test_full_masks_cannot_move():
+    model = network()
+    for layer in masked_layers(model):
+        layer.assign_mask(np.ones(layer.mask.shape))
+    with pytest.warns(UserWarning, match="can move no .*hidden, d keep all"):
+        fit(model, [RigL(**EVERY_SECOND)], DATA)
+
+
+def test_images_of_all_weights_are_refused(tmp_path):
+    board = keras.callbacks.TensorBoard(
+        tmp_path, histogram_freq=1, write_images=True
+    )
+    with pytest.raises(ValueError, match="write_images=False"):
+        fit(network(), [board, RigL(**EVERY_SECOND)], DATA)

@@ -7,6 +7,7 @@ from keras import layers
 from support.copied_kinds import Backbone, Task, X, encoder, networks
 from support.small_models import masks
 
+import rigl_keras
 from rigl_keras.flops.counting import count
 from rigl_keras.masking.masked import Masked
 from rigl_keras.masking.masked_layers import masked_layers
@@ -368,3 +369,52 @@ def test_a_refused_model_is_left_as_it_was():
             sparsify(model, 0.5)
     assert model.first.kernel.constraint is None
     assert not masked_layers(model)
+
+
+def test_quantization_is_refused_before_any_layer_is_changed():
+    def made():
+        inputs = keras.Input((6,), dtype="int32")
+        x = layers.Embedding(30, 8, name="table")(inputs)
+        x = layers.GlobalAveragePooling1D()(x)
+        return keras.Model(inputs, layers.Dense(16, name="head")(x))
+
+    model = sparsify(made(), 0.3)
+    with pytest.raises(ValueError, match="'head', which is masked"):
+        model.quantize("int8")
+    assert model.get_layer("table").quantization_mode is None
+    model.quantize("int8", filters="table")
+    assert model.get_layer("table").quantization_mode == "int8"
+
+
+class Matrix(layers.Layer):
+    def build(self, shape):
+        self.w = self.add_weight(shape=(shape[-1], 8), name="w")
+        self.scale = self.add_weight(shape=(8,), name="scale")
+
+    def call(self, x):
+        return x @ self.w * self.scale
+
+
+class Absent(layers.Layer):
+    pass
+
+
+@pytest.mark.parametrize(
+    "kernels, said",
+    [
+        ({Matrix: "wieght"}, "'wieght' of Matrix.*It has: w \\(6x8\\)"),
+        ({Matrix: ["w", "wieght"]}, "'wieght' of Matrix"),
+        ({Matrix: "scale"}, "'scale' of Matrix.*two axes"),
+        ({Absent: "w"}, "Absent, which fits no layer"),
+    ],
+)
+def test_kernels_that_fit_nothing(kernels, said):
+    inputs = keras.Input((6,))
+    model = keras.Model(inputs, layers.Dense(3)(Matrix(name="m")(inputs)))
+    with pytest.raises(ValueError, match=said):
+        sparsify(model, 0.5, kernels=kernels)
+    with pytest.raises(ValueError, match=said):
+        rigl_keras.with_masks(
+            model, {"dense": np.ones((8, 3))}, kernels=kernels
+        )
+    assert len(masked_layers(sparsify(model, 0.5, kernels={Matrix: "w"}))) == 2

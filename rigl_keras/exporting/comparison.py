@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 from rigl_keras import _keras
+from rigl_keras._text import as_sentence
 from rigl_keras.exporting.base_format import Concession, Runner
 from rigl_keras.exporting.signatures import Signature
 
@@ -96,6 +97,9 @@ def usual_tolerance(
     return max(TOLERANCES["float32"], rounding * math.sqrt(layers + folded))
 
 
+_DISAGREES = "the artefact, loaded back, disagrees with the model:"
+
+
 class DisagreesError(ValueError):
     """An artefact does not compute what the model does."""
 
@@ -127,30 +131,62 @@ def write_and_compare(
         try:
             load = write(**concession.changes)
             # Loaded for each batch, so that its states begin as the model's do.
-            # Python's max may pass over a NaN.
-            largest = float(
-                np.max(
-                    [
-                        difference(load()(arrays), outputs)
-                        for arrays, outputs in zip(
-                            examples, wanted, strict=True
-                        )
-                    ]
-                )
-            )
+            largest = 0.0
+            for arrays, outputs in zip(examples, wanted, strict=True):
+                got = load()(arrays)
+                why = _why_not_compared(got, outputs)
+                if why is not None:
+                    raise ValueError(f"{_DISAGREES} {why}.")
+                # Python's max may pass over a NaN.
+                largest = float(np.maximum(largest, difference(got, outputs)))
             if not largest <= tolerance:
                 raise DisagreesError(
-                    "the artefact, loaded back, disagrees with the model: its "
-                    f"outputs differ by {largest:.1e} of their spread, "
-                    f"more than {tolerance:.0e}."
+                    f"{_DISAGREES} its outputs differ by {largest:.1e} of "
+                    f"their spread, more than {tolerance:.0e}."
                 )
         except ValueError as error:
             failures.append(error)
+        except Exception as error:  # Keras, TensorFlow, ONNX runtimes, ...
+            if not _is_foreign(error):
+                raise
+            failures.append(_as_value_error(error))
         else:
             if not failures:
                 return largest, []
             return largest, [f"{concession.note}: otherwise {failures[0]}"]
     raise failures[0]
+
+
+def _is_foreign(error):
+    """Returns whether another package raised an error that it defines.
+
+    Those of Python (a full disk, no memory) and of this one say enough.
+    """
+    package = type(error).__module__.partition(".")[0]
+    return package not in ("builtins", "rigl_keras") or isinstance(
+        error, (TypeError, AttributeError, NotImplementedError)
+    )
+
+
+def _as_value_error(error):
+    told = ValueError(f"{type(error).__name__}: {as_sentence(error)}")
+    told.__cause__ = error
+    return told
+
+
+def _why_not_compared(got, wanted):
+    """Returns which output is missing or has another shape, or None."""
+    for name, want in wanted.items():
+        if name not in got:
+            return f"it has no output {name!r}"
+        if got[name].shape != want.shape:
+            return (
+                f"its output {name!r} has the shape {got[name].shape} instead "
+                f"of {want.shape}. If the model's input has free axes (None), "
+                "Keras may compute something else with them: give keras.Input "
+                "a fixed shape"
+            )
+    return None
 
 
 def difference(

@@ -350,8 +350,9 @@ def foreign_files(path: Path) -> list[str]:
         path: A folder, or anything else.
 
     Returns:
-        Names of files. Without a report, all files. What Python compiles of a
-        module that is part of it, as it is imported, is left out.
+        Names of files. Without a report, all files; none in an empty folder.
+        What Python compiles of a module that is part of it, as it is imported,
+        is left out.
     """
     try:
         content = _reading.json_object(path / REPORT)
@@ -364,6 +365,8 @@ def foreign_files(path: Path) -> list[str]:
         compiled = path.glob(f"__pycache__/{Path(module).stem}.*.pyc")
         known |= {str(entry.relative_to(path)) for entry in compiled}
     found = [str(entry.relative_to(path)) for entry in _entries(path)]
+    if not any(path.iterdir()):
+        return []
     return [name for name in found if name not in known] or (
         [] if known else ["no export.json"]
     )

@@ -7,6 +7,7 @@ from typing import cast
 import keras
 import tensorflow as tf
 
+from rigl_keras._text import as_sentence
 from rigl_keras.compaction.graphs import unmasked_copy
 from rigl_keras.exporting.base_format import (
     Format,
@@ -42,10 +43,16 @@ class KerasFile(Format):
     def load(
         self, folder: Path, signature: Signature, outputs: Sequence[str]
     ) -> Runner:
-        model = cast(
-            keras.Model,
-            keras.models.load_model(self.path(folder), compile=False),
-        )
+        try:
+            loaded = keras.models.load_model(self.path(folder), compile=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"Keras cannot load it back: {as_sentence(error)} Register "
+                "each custom class with "
+                "@keras.saving.register_keras_serializable(), or pass "
+                "format='saved_model', which needs none."
+            ) from error
+        model = cast(keras.Model, loaded)
 
         @tf.function(reduce_retracing=True)
         def serve(**arrays):

@@ -1,6 +1,5 @@
 """A model as networks, for the formats that serve them."""
 
-import collections
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -82,16 +81,17 @@ def whole_network(model: keras.Model, signature: Signature) -> Network:
         return imported.network
     # Small known parts would be in one network with the rest.
     needed = [one for one in imported.unknown if one.reason != SMALL]
+    has_networks = imported.segments or imported.has_sparse_loops
+    other = "sparse_saved_model" if has_networks else "saved_model"
+    way_out = f"Pass format={other!r}, where TensorFlow computes them."
     layers = [f"{layer}, because {reason}" for layer, reason in served.unmarked]
     if layers:  # their operations would say less
         raise ValueError(
-            f"these layers need TensorFlow: {'; '.join(layers)}. Pass "
-            "format='sparse_saved_model', where TensorFlow computes them."
+            f"these layers need TensorFlow: {'; '.join(layers)}. {way_out}"
         )
     raise ValueError(
         "these operations need TensorFlow: "
-        f"{_listed(needed) or 'a value is not float32'}. Pass "
-        "format='sparse_saved_model', where TensorFlow computes them."
+        f"{_listed(needed) or 'a value is not float32'}. {way_out}"
     )
 
 
@@ -142,16 +142,30 @@ def lines_about(unknown: Sequence[Unknown]) -> list[str]:
         unknown: The operations.
 
     Returns:
-        `"Einsum (2): two operands that are not constant"`; the first of many.
+        `"Einsum (2) in attention: two operands that are not constant"`; the
+        first of many. Those that compute shapes come last.
     """
-    kinds = collections.Counter((one.operation, one.reason) for one in unknown)
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for one in unknown:
+        kinds.setdefault((one.operation, one.reason), []).append(one.name)
     lines = [
-        f"{operation} ({count}): {reason}"
-        for (operation, reason), count in kinds.items()
+        f"{operation} ({len(names)}){_places(names)}: {reason}"
+        for (operation, reason), names in sorted(
+            kinds.items(), key=lambda kind: "computes int" in kind[0][1]
+        )
     ]
     if len(lines) > _MOST_LINES:
         lines[_MOST_LINES:] = [f"and {len(lines) - _MOST_LINES} more kinds"]
     return lines
+
+
+def _places(names):
+    """Returns " in LAYER" for names such as "model/layer/MatMul"."""
+    layers = [name.split("/")[1] for name in names if name.count("/") > 1]
+    found = list(dict.fromkeys(layers))
+    if not found:
+        return ""
+    return f" in {found[0]}" + (", ..." if len(found) > 1 else "")
 
 
 def output_shapes(network: Network) -> list[tf.TensorShape]:

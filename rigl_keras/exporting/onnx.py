@@ -56,6 +56,8 @@ class Onnx(Format):
                     f"Keras's ONNX exporter fails: {first_line(error)}"
                 ) from error
         written = onnx.load(path)
+        _replace_erfc(written.graph)
+        _check_known(written)
         _rename(written.graph, list(signature.inputs), [*named_outputs(called)])
         if options.sparse:
             _make_sparse(written.graph)
@@ -81,6 +83,39 @@ class Onnx(Format):
             return dict(zip(outputs, session.run(None, feed), strict=True))
 
         return run
+
+
+def _replace_erfc(graph):
+    """Replaces erfc(x), which ONNX lacks, by 1 - erf(x), as in GELU."""
+    from onnx import helper, numpy_helper
+
+    for i, node in reversed([*enumerate(graph.node)]):
+        if node.op_type != "Erfc":
+            continue
+        one, erf = f"{node.name}/one", f"{node.name}/erf"
+        value = np.ones([], np.float32)
+        graph.initializer.append(numpy_helper.from_array(value, one))
+        graph.node.remove(node)
+        graph.node.insert(i, helper.make_node("Sub", [one, erf], node.output))
+        graph.node.insert(i, helper.make_node("Erf", node.input, [erf]))
+
+
+def _check_known(written):
+    """Refuses operations of TensorFlow that tf2onnx left as they are."""
+    from onnx import defs
+
+    unknown = [
+        f"{node.op_type} ({node.name})"
+        for node in written.graph.node
+        if not node.domain and not defs.has(node.op_type)
+    ]
+    if unknown:
+        raise ValueError(
+            f"ONNX has no operation for {', '.join(unknown[:3])}"
+            f"{', ...' if len(unknown) > 3 else ''}. A grouped convolution is "
+            "such a StatefulPartitionedCall. Pass format='tflite' or "
+            "'saved_model'."
+        )
 
 
 def _rename(graph, inputs, outputs):

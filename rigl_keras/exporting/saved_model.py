@@ -9,6 +9,7 @@ import keras
 import tensorflow as tf
 
 from rigl_keras import _keras
+from rigl_keras._text import as_sentence
 from rigl_keras.exporting.base_format import (
     Format,
     Runner,
@@ -137,7 +138,23 @@ class Served(tf.Module):
                 outputs = call_model(model, signature.pack(inputs))
             return named_outputs(outputs)
 
-        self.function = serve.get_concrete_function(**signature.inputs)
+        try:
+            self.function = serve.get_concrete_function(**signature.inputs)
+        except (TypeError, ValueError) as error:  # of Keras, in a user's model
+            raise ValueError(
+                f"TensorFlow cannot trace it: {as_sentence(error)}"
+                f"{_advice_about_free_axes(signature)}"
+            ) from error
         self.unmarked = tuple(unmarked.items())
         self._weights = list(self.function.variables)
         self._tables = lookup_tables(model)
+
+
+def _advice_about_free_axes(signature):
+    free = [n for n, spec in signature.inputs.items() if None in spec.shape[1:]]
+    if not free:
+        return ""
+    return (
+        f" The axes of {', '.join(free)} are free: give keras.Input a fixed "
+        "shape if a layer needs it."
+    )

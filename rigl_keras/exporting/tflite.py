@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from rigl_keras._text import first_line
+from rigl_keras._text import as_sentence, first_line
 from rigl_keras.exporting.base_format import (
     Concession,
     Format,
@@ -120,9 +120,8 @@ def _converted(served, options):
     except Exception as error:  # the converter's classes are private
         # The traceback comes first, then the error.
         reasons = re.findall(r"error: (.*)", str(error)) or [str(error)]
-        raise ValueError(
-            f"LiteRT's converter fails: {reasons[0][:200]}"
-        ) from error
+        reason = as_sentence(ValueError(reasons[0]))
+        raise ValueError(f"LiteRT's converter fails: {reason}") from error
 
 
 def _check_no_loop(function):

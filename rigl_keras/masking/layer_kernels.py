@@ -8,6 +8,7 @@ attention, the cell of an LSTM, the blocks of a custom layer.
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import keras
 
@@ -20,6 +21,7 @@ __all__ = [
     "Kernel",
     "einsum_axes",
     "find_kernels",
+    "is_kernel",
     "is_normalisation",
     "kernel_at",
 ]
@@ -182,16 +184,27 @@ def find_kernels(
     found, seen = [], set()
     for path, owner in within(layer, "", set()):
         for name in _names(owner, kernels):
-            variable = _read(owner, name)
-            if not isinstance(variable, keras.Variable):
-                continue
-            if len(variable.shape) < 2 or id(variable) in seen:
-                continue
-            if not keras.backend.is_float_dtype(variable.dtype):
+            variable: Any = _read(owner, name)
+            if not is_kernel(owner, name) or id(variable) in seen:
                 continue
             seen.add(id(variable))
             found.append(Kernel(layer, path + name, owner, variable))
     return found
+
+
+def is_kernel(owner: keras.layers.Layer, name: str) -> bool:
+    """Returns whether an attribute is a float variable with two axes or more.
+
+    Args:
+        owner: A built layer.
+        name: Name of the attribute.
+    """
+    variable = _read(owner, name)
+    return (
+        isinstance(variable, keras.Variable)
+        and len(variable.shape) > 1
+        and keras.backend.is_float_dtype(variable.dtype)
+    )
 
 
 def _read(owner, name):

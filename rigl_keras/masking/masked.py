@@ -33,6 +33,7 @@ __all__ = [
     "MaskProjection",
     "Masked",
     "allow_again",
+    "refuse",
     "show_to_tensorflow",
 ]
 
@@ -311,7 +312,7 @@ class Masked(KernelMask, keras.layers.Wrapper):
         return self.layer.compute_mask(inputs, previous_mask)
 
     def quantize(self, mode=None, type_check=True, config=None):
-        _Refusal(self.name, "quantize", None)()
+        refuse("quantize", self.name)
 
     def get_build_config(self):
         # As in Keras, a call builds a layer without `build`.
@@ -390,10 +391,20 @@ class _Refusal:
         self.before = before
 
     def __call__(self, *args, **kwargs):
-        raise ValueError(
-            f"{self.method}() would replace the kernel of layer "
-            f"{self.layer_name!r}, which is masked. {_REFUSED[self.method]}"
-        )
+        refuse(self.method, self.layer_name)
+
+
+def refuse(method: str, layer_name: str) -> None:
+    """Raises the error about a method that would replace a masked kernel.
+
+    Args:
+        method: `"quantize"` or `"enable_lora"`.
+        layer_name: Name of the masked layer.
+    """
+    raise ValueError(
+        f"{method}() would replace the kernel of layer {layer_name!r}, which "
+        f"is masked. {_REFUSED[method]}"
+    )
 
 
 def allow_again(owner) -> None:

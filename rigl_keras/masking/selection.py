@@ -7,7 +7,7 @@ import numpy as np
 
 from rigl_keras import _checks, _keras, _warn
 from rigl_keras.kernels.layer_products import PRODUCTS
-from rigl_keras.masking.layer_kernels import Kernel, find_kernels
+from rigl_keras.masking.layer_kernels import Kernel, find_kernels, is_kernel
 from rigl_keras.masking.leaves import containers, named_layers
 from rigl_keras.masking.masked import Masked, MaskProjection
 from rigl_keras.masking.masked_layers import masked_layers
@@ -22,6 +22,7 @@ from rigl_keras.patterns import Pattern
 
 __all__ = [
     "by_name",
+    "check_kernels_fit",
     "check_mask",
     "check_model",
     "chosen_kernels",
@@ -120,6 +121,7 @@ def chosen_kernels(
     """
     check_model(model)
     kernels, _ = names_and_product(kernels)
+    check_kernels_fit(model, kernels)
     matches = _predicate(selector)
     if selector is not None:
         # Embeddings are masked on request only.
@@ -217,6 +219,40 @@ def _check_kernels(kernels):
     )
     if kernels is not None and not named:
         raise ValueError(f"{_KERNELS}. Received: kernels={kernels!r}.")
+
+
+def check_kernels_fit(model: keras.Model, kernels: Mapping | None) -> None:
+    """Refuses keys and names of `kernels` that fit nothing in a model.
+
+    Args:
+        model: A built model.
+        kernels: As in `sparsify`.
+
+    Raises:
+        ValueError: It has no such layer, or the layer no such kernel.
+    """
+    every = _keras.flatten_layers(model)
+    for key, names in (kernels or {}).items():
+        if isinstance(key, type):
+            layers = [layer for layer in every if isinstance(layer, key)]
+            what = key.__name__
+        else:
+            layers = [layer for layer in every if layer is key]
+            what = repr(key.name)
+        if not layers:
+            raise ValueError(
+                f"kernels names {what}, which fits no layer of model "
+                f"{model.name!r}."
+            )
+        for name in [names] if isinstance(names, str) else names:
+            if not any(is_kernel(layer, name) for layer in layers):
+                has = listed(matrices(_keras.direct_weights(layers[0])))
+                raise ValueError(
+                    f"kernels names {name!r} of {what}, but layer "
+                    f"{layers[0].name!r} has no such attribute that is a "
+                    "float variable with two axes or more. It has: "
+                    f"{has or 'none'}."
+                )
 
 
 def _check_all_masked(model, chosen, matches):

@@ -16,7 +16,8 @@ from rigl_keras.masking.mask_drawing import (
     drawing_key,
     fan_in_scale,
 )
-from rigl_keras.masking.masked import Masked
+from rigl_keras.masking.masked import Masked, refuse
+from rigl_keras.masking.masked_layers import masked_layers
 from rigl_keras.masking.pattern_choice import (
     PatternOf,
     layer_granularity,
@@ -26,6 +27,7 @@ from rigl_keras.masking.pattern_choice import (
 from rigl_keras.masking.selection import (
     Selector,
     by_name,
+    check_kernels_fit,
     check_mask,
     check_model,
     chosen_kernels,
@@ -225,6 +227,7 @@ def with_masks(
             f"{masks!r}."
         )
     kernels, product = names_and_product(kernels, product)
+    check_kernels_fit(model, kernels)
     named = named_kernels(model, with_embeddings(kernels))
     patterns = patterns_of(
         granularity, {name: named[name] for name in masks if name in named}
@@ -273,7 +276,24 @@ def with_masks(
     if model is not given:
         # Keras's method would load the weights of a dense file in part.
         model.load_weights = weight_loader(model)
+    model.quantize = _quantizer(model)
     return model
+
+
+def _quantizer(model):
+    """Returns the `quantize` method of a masked model.
+
+    Keras's method quantizes layers up to the first masked one, which refuses.
+    """
+
+    def quantize(*arguments, **options):
+        masked = masked_layers(model)
+        # With filters, which may leave masked layers out, each layer decides.
+        if masked and options.get("filters") is None:
+            refuse("quantize", masked[0].name)
+        return type(model).quantize(model, *arguments, **options)
+
+    return quantize
 
 
 # Smaller kernels have dense products at usual batch sizes.

@@ -75,6 +75,7 @@ class GraNet(RigL):
     final_drop_fraction: float = 0.005
 
     end_share = 1.0
+    _prunes = True
 
     def __post_init__(self):
         super().__post_init__()

@@ -22,7 +22,10 @@ from rigl_keras.masking.masked import KernelMask
 from rigl_keras.redistribution import CRITERIA
 from rigl_keras.training import optimizer_state
 from rigl_keras.training.dense_gradients import check_unread
-from rigl_keras.training.fit_runs import warn_of_no_update
+from rigl_keras.training.fit_runs import (
+    warn_of_full_masks,
+    warn_of_no_update,
+)
 from rigl_keras.training.step_update import StepUpdate
 
 __all__ = ["MaskUpdate"]
@@ -372,6 +375,8 @@ class MaskUpdate(StepUpdate):
 
     # When.
 
+    _prunes = False  # whether full masks lose connections
+
     def plan(self, epoch: int, epochs: int | None, steps: int | None) -> None:
         """Sets the update window, once the run is known."""
         end_step = self.end_step
@@ -393,6 +398,8 @@ class MaskUpdate(StepUpdate):
                     f"begin_step={self.begin_step} to end_step={end_step}. "
                     "Lower frequency, or train for more steps",
                 )
+        if type(self).grow_count is MaskUpdate.grow_count and not self._prunes:
+            warn_of_full_masks(self.name, self._attached.trainable())
 
     def step_at(
         self,

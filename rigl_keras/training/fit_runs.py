@@ -15,12 +15,15 @@ import keras
 
 from rigl_keras import _keras
 from rigl_keras._warn import warn
+from rigl_keras.masking.masked import KernelMask
 
 __all__ = [
     "FitRun",
     "note_end",
     "start_of",
     "warn_of_a_loop",
+    "warn_of_an_idle_optimizer",
+    "warn_of_full_masks",
     "warn_of_no_update",
 ]
 
@@ -140,12 +143,10 @@ class FitRun:
             method: Name of the method.
             variables: What it keeps beside the model and its optimizer.
         """
-        callbacks: Any = self._callbacks and self._callbacks()
-        if callbacks is None or not variables:
-            return
-        if any(
+        others = self._other_callbacks()
+        if variables and any(
             isinstance(each, keras.callbacks.BackupAndRestore)
-            for each in callbacks.callbacks
+            for each in others
         ):
             warn(
                 f"BackupAndRestore keeps the model and its optimizer, but not "
@@ -154,6 +155,26 @@ class FitRun:
                 f"save the `variables` of the {method} callback as well, such "
                 "as with tf.train.Checkpoint.",
             )
+
+    def check_drawn(self) -> None:
+        """Refuses images of all weights, which the masks are among.
+
+        Raises:
+            ValueError: TensorBoard would draw bools, which TensorFlow cannot.
+        """
+        for each in self._other_callbacks():
+            if not isinstance(each, keras.callbacks.TensorBoard):
+                continue
+            if each.write_images and each.histogram_freq:
+                raise ValueError(
+                    "TensorBoard(write_images=True) draws all weights, but "
+                    "TensorFlow cannot draw masks, which are bools. Pass "
+                    "write_images=False; TopologyDiagnostics draws masks."
+                )
+
+    def _other_callbacks(self):
+        callbacks: Any = self._callbacks and self._callbacks()
+        return [] if callbacks is None else callbacks.callbacks
 
     def guard(self, check: Callable[[], None]) -> None:
         """Makes `model.train_function` check, too, whether the run lasts.
@@ -299,6 +320,23 @@ def warn_of_a_loop(method: str, model: keras.Model, *, begin: int) -> None:
     )
 
 
+def warn_of_an_idle_optimizer(method: str, optimizer: str) -> None:
+    """Warns that a model is trained by another optimizer than a method's.
+
+    Args:
+        method: Name of the method.
+        optimizer: Name of its optimizer.
+    """
+    warn(
+        f"{method} changes masks in steps of {optimizer!r}, the optimizer of "
+        "compile, but the training step took none in this epoch: the masks "
+        "will not change. Compile the model with the optimizer that it "
+        "applies. If there are several, give each a separate method by "
+        "attach(model, optimizer), and call update(gradients, variables) "
+        "instead of its apply.",
+    )
+
+
 def warn_of_no_update(method: str, steps: int, first: int, rule: str) -> None:
     """Warns that masks will not change in a run.
 
@@ -312,3 +350,20 @@ def warn_of_no_update(method: str, steps: int, first: int, rule: str) -> None:
         f"{method} plans 0 updates in the {steps} steps of this run from step "
         f"{first} on: {rule}. The masks will not change.",
     )
+
+
+def warn_of_full_masks(method: str, trained: Sequence[KernelMask]) -> None:
+    """Warns if no mask that is trained has connections to move.
+
+    Args:
+        method: Name of the method.
+        trained: The masked layers that are not frozen.
+    """
+    if trained and {m.density for m in trained} <= {0.0, 1.0}:
+        names = ", ".join(m.name for m in trained[:3])
+        warn(
+            f"{method} can move no connection: the masks of {names}"
+            f"{', ...' if len(trained) > 3 else ''} keep all weights or none, "
+            "and no other masked layer is trained. Sparsify with a lower "
+            "density, or train more layers.",
+        )

@@ -106,7 +106,7 @@ class StepUpdate(MethodHooks):
         self._buffers: GradientBuffers | None = None
         self._fit: fit_runs.FitRun | None = None
         self._prepared: Attachment | None = None
-        self._said_dead = False
+        self._said_dead = self._said_idle = False
         # The logged variables of the last update, by name. They last as long as
         # the callback, because a checkpoint may hold them.
         self._last: dict[str, tf.Variable] = {}
@@ -374,6 +374,7 @@ class StepUpdate(MethodHooks):
             self._record.follow_masks(self.steps_taken())
         if self._fit is None:
             self._updates.warn_of_unreached()
+        self._warn_of_an_idle_optimizer()
         self._record.check(self.name)
         if self._fit is None and self.trajectory[1:]:
             self._warn_of_dead_units()
@@ -417,6 +418,7 @@ class StepUpdate(MethodHooks):
         self._calls = 0
         self._fit = fit_runs.FitRun(model)
         self._fit.log_first(self.last_logs)
+        self._fit.check_drawn()
         self._fit.warn_of_what_is_lost(self.name, self.variables)
         StepExchange(
             self._fit,
@@ -430,6 +432,8 @@ class StepUpdate(MethodHooks):
         self._looks = True
         if not self._planned:
             self._begin(epoch)
+        optimizer = self._attached.optimizer
+        self._epoch_start = optimizer, self._batches(), self._calls
 
     def on_train_batch_begin(self, batch, logs=None):
         if not self._planned:  # a custom loop without epochs
@@ -473,6 +477,18 @@ class StepUpdate(MethodHooks):
         self._fit = None
         self._warn_of_dead_units()
 
+    def _batches(self):
+        return int(optimizer_state.batches(self.optimizer).numpy())
+
+    def _warn_of_an_idle_optimizer(self):
+        optimizer, batches, calls = self._epoch_start
+        took_steps = self._attached.optimizer is not optimizer or (
+            self._batches() != batches or self._attached.scales_loss
+        )
+        if not took_steps and self._calls > calls and not self._said_idle:
+            self._said_idle = True
+            fit_runs.warn_of_an_idle_optimizer(self.name, optimizer.name)
+
     def _warn_of_dead_units(self):
         if not self._said_dead and not self._ablates_units:
             layers = masked_layers(self._attached.model).named
@@ -498,7 +514,7 @@ class StepUpdate(MethodHooks):
             if self._prepared is None:
                 self.run_start = fit_runs.start_of(
                     model,
-                    int(optimizer_state.batches(self.optimizer).numpy()),
+                    self._batches(),
                     each=self._attached.batches_per_step,
                     epoch=epoch,
                     steps=steps,
