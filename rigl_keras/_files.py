@@ -37,6 +37,10 @@ __all__ = [
 UNFINISHED = ".unfinished-"
 
 
+# Seconds between attempts to lock a file.
+_PAUSES = (0.01, 0.02, 0.04)
+
+
 class DiskFullError(OSError):
     """A file could not be written because the disk is full.
 
@@ -119,6 +123,7 @@ def _locked(path, *, shared, wait):
     import fcntl  # not on every platform that exports
 
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    pauses = iter(_PAUSES)
     while True:
         # The umask decides who may write the file: a group may share a folder.
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -131,7 +136,11 @@ def _locked(path, *, shared, wait):
             os.close(descriptor)
         except BlockingIOError:
             os.close(descriptor)
-            return None
+            # Another process may hold it for an instant, in `is_locked`.
+            pause = next(pauses, None)
+            if pause is None:
+                return None
+            time.sleep(pause)
         except BaseException:  # Ctrl-C as well
             os.close(descriptor)
             raise

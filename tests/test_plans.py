@@ -153,6 +153,37 @@ def test_some_rows_and_bindings_of_ones_own():
     assert costs.planned().epochs == 12
 
 
+def test_bindings_of_the_user_are_over_those_of_a_target():
+    """Also if they are what the row has anyway; others have no frequency."""
+    one = dict(preset=plans.Preset("full"), densities=[0.1], seeds=[0])
+    one["rows"] = ["rigl_erk_wrn"]
+    row, tuned = names("table4", **one)
+    assert tuned == row.replace(
+        "-seed0", "-update_fraction0.416-update_frequency200-seed0"
+    )
+    assert names("table4", **one, changes=(("UPDATE_FRACTION", 0.3),)) == [
+        row,
+        row.replace("-seed0", "-update_frequency200-seed0"),
+    ]
+    every = dict(preset=plans.Preset("full"), seeds=[0])
+    changed = names("figure1", **every, changes=(("UPDATE_FREQUENCY", 200),))
+    assert {
+        "dense_wrn-seed0",
+        "rigl_erk_wrn-density0.1-update_frequency200-seed0",
+    } <= set(changed)
+
+
+def test_files_of_rows_are_those_of_the_package(tmp_path, monkeypatch):
+    run = plans.Run("rigl_erk_wrn", SMALL, 0.1, 0)
+    before = run.configure()
+    (tmp_path / "gin/includes").mkdir(parents=True)
+    for name in ("gin/rigl_erk_wrn.gin", "includes/wrn_cifar10.gin"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("train.epochs = 1")
+    monkeypatch.chdir(tmp_path)
+    assert run.configure() == before
+
+
 def test_runs_that_differ_have_other_names():
     """Runs have separate folders even if they differ in the seventh digit."""
 

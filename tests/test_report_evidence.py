@@ -229,3 +229,21 @@ def test_flops_over_density_are_those_that_are_planned(network):
             assert float(line[name]) == pytest.approx(
                 getattr(cost, name), abs=6e-5
             )
+
+
+def test_a_reference_that_failed_hides_no_difference(tmp_path):
+    """Others are compared with uniform masks if ERK has no result."""
+    folder = tmp_path / "results"
+    for seed in range(2):
+        made(folder, "rigl_uniform_wrn", 0.1, seed, 0.90)
+        made(folder, "pruning_wrn", 0.1, seed, 0.92)
+    shown = "| Pruning | +2.00 |"
+    for failed in (False, True):
+        if failed:
+            made(folder, "rigl_erk_wrn", 0.1, 0, 0.91)
+            (run,) = folder.glob("full/rigl_erk_wrn*")
+            (run / "run/result.json").unlink()
+            (run / "failure.txt").write_text("no luck")
+        found = reading.read(folder)
+        text = page.as_markdown(sections.report(found, ["differences"]).page)
+        assert shown in text

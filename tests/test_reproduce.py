@@ -287,6 +287,31 @@ def test_a_process_that_is_killed_has_failed(tmp_path, quick, monkeypatch):
     )  # a real-time signal without a name
 
 
+def test_a_crash_is_told_by_its_last_line(tmp_path, quick, monkeypatch):
+    """Lines before it begin as those about errors that bin/train catches."""
+    lines = {
+        "train: Tracing ...\n 1/50\nTraceback (most recent call last):\n"
+        "  File x\nKeyError: 'y'": "KeyError: 'y'",
+        "train: Tracing ...\ntrain: density must be\nmore": (
+            "train: density must be\nmore"
+        ),
+    }
+    (run, *_) = some_runs()
+    for said, reason in lines.items():
+        monkeypatch.setattr(
+            workers,
+            "command_of",
+            lambda run, said=said, **o: [
+                "sh",
+                "-c",
+                'printf "%s\\n" "$0"; exit 1',
+                said,
+            ],
+        )
+        failed = workers.train_missing([run], Results(tmp_path, "full"))
+        assert failed == {run: reason}
+
+
 def test_claimed_runs_are_left_to_others_and_taken_over(tmp_path, quick):
     runs, told = some_runs([0]), Told()
     results = Results(tmp_path, "full")
@@ -331,7 +356,8 @@ def test_the_command_is_that_of_bin_train(tmp_path):
     run = plans.Run("rigl_erk_wrn", plans.Preset("small"), 0.1, 1)
     command = workers.command_of(run, data_dir=tmp_path, parent=7)
     assert command[1:3] == ["-m", "rigl_keras.experiments.runs.train_command"]
-    assert command[3] == "--gin_file=gin/rigl_erk_wrn.gin"
+    assert command[3].startswith("--gin_file=/")
+    assert command[3].endswith("/gin/rigl_erk_wrn.gin")
     assert command[4].endswith("gin/presets/small.gin")
     assert command[5:] == [
         "--seed=1",

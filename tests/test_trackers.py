@@ -215,3 +215,27 @@ def wandb_records(folder):
             if kind in (1, 4):  # a whole record, or its last part
                 yield wandb_internal_pb2.Record.FromString(whole)
                 whole = b""
+
+
+def test_a_tracker_that_fails_at_the_end_hides_nothing(
+    tmp_path, caplog, blank_figures
+):
+    class Lost(Recorder):
+        def end(self, *, finished):
+            raise ConnectionError("no route")
+
+    bindings = [
+        "train.model = @mlp",
+        "mlp.hidden = (8,)",
+        "train.batch_size = 512",
+        "train.epochs = 3",
+        "RigL.frequency = 2",
+    ]
+    with pytest.raises(exits.StopRequest):
+        train_command.run(
+            bindings=bindings,
+            run_dir=tmp_path / "run",
+            tracker=Lost(),
+            callbacks=[Stop()],
+        )
+    assert "failed to mark the run as interrupted: no route" in caplog.text

@@ -124,6 +124,27 @@ def test_locks(tmp_path):
             assert third is None
 
 
+def test_a_look_at_a_lock_refuses_it_to_nobody(tmp_path):
+    """`is_locked` holds the lock for an instant, as `--status` does."""
+    path, over = tmp_path / "lock", threading.Event()
+    path.touch()
+
+    def look():
+        while not over.is_set():
+            _files.is_locked(path)
+            time.sleep(0.001)
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        for _ in range(300):
+            with _files.lock(path, wait=False) as held:
+                assert held is not None
+    finally:
+        over.set()
+        looking.join()
+
+
 def test_a_lock_is_of_the_file_that_is_there(tmp_path):
     """Waiting for the lock of a removed file ends with one on a new file."""
     path = tmp_path / "lock"

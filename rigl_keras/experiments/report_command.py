@@ -124,7 +124,7 @@ def main() -> None:
         "Folder of all results, or a results.jsonl that this command wrote.",
     )
     preset = flags.DEFINE_string(
-        "preset", None, "Whose runs. Default: the only preset there is."
+        "preset", None, "Preset to show. Default: the only one found."
     )
     output = flags.DEFINE_string("output", "report", "Folder to write.")
     with_published = flags.DEFINE_bool(
@@ -158,13 +158,21 @@ def main() -> None:
             argv[1:],
             folder=folder,
             with_published=with_published.value,
-            planned=planned_flops(found.preset) if with_planned.value else None,
+            planned=planned_flops(_preset_of(found, preset.value))
+            if with_planned.value
+            else None,
         )
         written = write(made, output.value)
         print("\n".join(printable(str(path)) for path in written))
         _tell(found, made.notes)
 
     exits.run_command("report", run, about=__doc__, library=False)
+
+
+def _preset_of(found, received):
+    """Returns the name of the preset, or the path of a user's own file."""
+    own = received is not None and received.endswith(".gin")
+    return received if own else found.preset
 
 
 def _tell(found, notes):

@@ -329,8 +329,8 @@ def warn_of_an_idle_optimizer(method: str, optimizer: str) -> None:
     """
     warn(
         f"{method} changes masks in steps of {optimizer!r}, the optimizer of "
-        "compile, but the training step took none in this epoch: the masks "
-        "will not change. Compile the model with the optimizer that it "
+        "compile, but the training step took none in this epoch, so no mask "
+        "can change. Compile the model with the optimizer that it "
         "applies. If there are several, give each a separate method by "
         "attach(model, optimizer), and call update(gradients, variables) "
         "instead of its apply.",

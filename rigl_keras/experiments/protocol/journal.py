@@ -1,8 +1,8 @@
 """Each table and figure of the report, and what reproduces it here.
 
-The report has two versions that number figures differently: the one of the ML
-Reproducibility Challenge (arXiv:2103.15767), after which `bin/reproduce` names
-its targets, and that of the journal (ReScience C, 2021), which has more.
+The report has two versions, which number figures differently. `bin/reproduce`
+names its targets after the version of the ML Reproducibility Challenge
+(arXiv:2103.15767). The journal version (ReScience C, 2021) has more figures.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ class Item:
         title: What it shows, in a few words.
         challenge: Its number in the version of the challenge, `""` for none.
         journal: Its number in the version of the journal, `""` for none.
-        command: What trains its runs; `""` where it has none, and is counted.
+        command: The command that trains its runs. `""`: it needs no run.
     """
 
     target: str
@@ -67,7 +67,7 @@ def as_list() -> str:
         [
             *lines,
             "",
-            "bin/reproduce trains the runs of one, bin/report draws it. tuning "
-            "is of\nbin/tune updates; flops is counted, without a run.",
+            "bin/reproduce trains the runs of an item, bin/report draws it.\n"
+            "bin/tune updates trains those of tuning; flops needs no run.",
         ]
     )

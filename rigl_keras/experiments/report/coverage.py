@@ -119,7 +119,8 @@ def _ours(target, found: Sequence[Records], gin, density):
         of_methods = {changes for changes in variants if changes}
         for changes in of_methods if target == "methods" else variants & {()}:
             summary = summaries.of(records, gin, density, changes)
-            label = f" ({records.preset}, {summary.n} seeds)"
+            seeds = "1 seed" if summary.n == 1 else f"{summary.n} seeds"
+            label = f" ({records.preset}, {seeds})"
             yield percent_cell(summary.mean, summary.std) + label
 
 

@@ -110,8 +110,9 @@ def _against(found, method, network, density, changes):
             if gin == reference.row or row.all_data:
                 continue
             has = row.distribution if row.distribution in _MASKS else "ERK"
-            if has != masks and _has(found, method, has, network, density):
-                continue
+            other = f"{method}_{_MASKS[has]}_{network}"
+            if has != masks and summaries.of(found, other, density, changes).n:
+                continue  # it is compared with that one
             summary = summaries.of(
                 found, gin, None if row.dense else density, changes
             )
@@ -121,11 +122,6 @@ def _against(found, method, network, density, changes):
         if own:
             lines += [f"minus {summaries.label(reference.row)}", *own]
     return lines
-
-
-def _has(found, method, masks, network, density):
-    gin = f"{method}_{_MASKS[masks]}_{network}"
-    return any(run.row == gin and run.density == density for run in found.runs)
 
 
 def _line(summary, difference):

@@ -95,9 +95,9 @@ class Record:
     @property
     def training_flops_ratio(self) -> float:
         """Relative to training the dense model; tickets include Pruning's."""
-        of_ticket = rows.row(self.gin).method == "Lottery"
-        name = "training_flops_ratio" + "_with_sources" * of_ticket
-        return self.finished_result[name]
+        if rows.row(self.gin).method == "Lottery":
+            return self.finished_result["training_flops_ratio_with_sources"]
+        return self.finished_result["training_flops_ratio"]
 
     @property
     def inference_flops_ratio(self) -> float:

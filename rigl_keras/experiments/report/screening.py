@@ -42,10 +42,8 @@ _LATER = {
 }
 
 
-# The part of it that counts.
-
-
 def selected(preset, found, broken):
+    """Returns the records that count, with notes on those left out."""
     notes = list(broken)
     known = set(rows.known())
     runs = []

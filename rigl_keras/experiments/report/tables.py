@@ -104,10 +104,10 @@ def table_section(context: Context, name: str) -> Section:
     for network in networks:
         of_network = [c for c in cells if rows.row(c.gin).network == network]
         gins = {cell.gin for cell in of_network}
-        some = any(run.row in gins for run in context.records.runs)
-        if not some and not (context.asked and context.comparable):
-            if len(networks) > 1:
-                continue
+        trained = any(run.row in gins for run in context.records.runs)
+        wanted = trained or (context.asked and context.comparable)
+        if len(networks) > 1 and not wanted:
+            continue
         dense = [cell for cell in of_network if cell.density is None]
         masked = [cell for cell in of_network if cell.density is not None]
         at = [(masked, d) for d in _densities(context, of_network, gins)]

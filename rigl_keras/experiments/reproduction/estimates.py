@@ -86,7 +86,7 @@ def plan_table(runs: Sequence[Run], estimates: Estimate) -> str:
     groups: dict[tuple, list[Run]] = {}
     for run in runs:
         groups.setdefault((run.row, run.density, run.changes), []).append(run)
-    rows: list[tuple[str, ...]] = [
+    table: list[tuple[str, ...]] = [
         ("run", "density", "seeds", "left", "train", "test", "FLOPs", "time")
     ]
     headings: dict[int, str] = {}  # by the row that follows
@@ -95,7 +95,7 @@ def plan_table(runs: Sequence[Run], estimates: Estimate) -> str:
         left = [estimates[run] for run in group if run in estimates]
         if changes != before:
             before = changes
-            headings[len(rows)] = "with " + (
+            headings[len(table)] = "with " + (
                 ", ".join(f"{name} = {exact(value)}" for name, value in changes)
                 or "no change"
             )
@@ -111,7 +111,7 @@ def plan_table(runs: Sequence[Run], estimates: Estimate) -> str:
                 f"{sum(c.total_flops for c, _ in left):.1e}".replace("+", ""),
                 roughly(sum(s for _, s in left)),
             )
-        rows.append(
+        table.append(
             (
                 row,
                 "-" if density is None else exact(density),
@@ -138,7 +138,7 @@ def plan_table(runs: Sequence[Run], estimates: Estimate) -> str:
             "initial masks."
         )
     lines: list[str] = []
-    for number, line in enumerate(aligned(rows, left=1)):
+    for number, line in enumerate(aligned(table, left=1)):
         if number in headings:
             lines += wrapped(headings[number])
         lines.append(line)

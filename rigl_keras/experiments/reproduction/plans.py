@@ -140,7 +140,7 @@ class Run:
     @property
     def arguments(self) -> dict:
         """The arguments for `train_command.configure`."""
-        files = [f"gin/{self.row}.gin"]
+        files = [_file_of(self.row)]
         if self.preset.path is not None:
             files.append(str(self.preset.path))
         bindings = [f"{name} = {value!r}" for name, value in self.changes]
@@ -162,7 +162,7 @@ class Run:
     @property
     def source(self) -> "Run | None":
         """The run whose masks this one starts with, or None."""
-        config.parse([f"gin/{self.row}.gin"], [])
+        config.parse([_file_of(self.row)], [])
         folder = gin.get_bindings("train").get("masks_from")
         if folder is None:
             return None
@@ -379,9 +379,8 @@ def runs(
         wanted = [each for each in wanted if each[0] in chosen]
     ordered: dict[Run, None] = {}
     for seed in seeds or SEEDS:
-        for row, density, changes in wanted:
-            run = Run(row, preset, density, seed)
-            run = with_changes(run, changes)
+        for row, density, changed in wanted:
+            run = with_changes(Run(row, preset, density, seed), changed)
             if run.source is not None:
                 ordered[run.source] = None
             ordered[run] = None
@@ -403,8 +402,13 @@ def with_changes(run: Run, changes: Changes) -> Run:
     return dataclasses.replace(run, changes=_different(run, changes))
 
 
+def _file_of(row):
+    """Returns the path of a row's file, whatever the current folder holds."""
+    return str(variations.GIN_FOLDER / f"{row}.gin")
+
+
 def _is_dense(row):
-    config.parse([f"gin/{row}.gin"], [])
+    config.parse([_file_of(row)], [])
     return gin.get_bindings("train").get("density", 0) is None
 
 
@@ -415,9 +419,11 @@ def _different(run, changes):
     """
     run.configure()
     found = []
-    for name, value in changes:
+    for name, value in dict(changes).items():  # the last of a name counts
         own = _own_value(name)
         if name == "UPDATE_FREQUENCY":
+            if own is None:  # the row has no such updates
+                continue
             value = round(value * own / 100)
         if value != own:
             found.append((name, value))

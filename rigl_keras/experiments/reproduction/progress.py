@@ -104,7 +104,9 @@ class Bar(Lines):
     def epoch(self, run: Run, epochs: int) -> None:
         if epochs != self._epoch:
             self._epoch = epochs
-            self._left(f"{run.name}: epoch {epochs + 1}")
+            last = self._estimates[run][0].epochs
+            now = min(epochs + 1, last)
+            self._left(f"{run.name}: epoch {now} of {last}")
 
     def finish(self, run: Run, *, seconds: float, failure: str | None) -> None:
         super().finish(run, seconds=seconds, failure=failure)

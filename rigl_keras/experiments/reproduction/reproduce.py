@@ -1,7 +1,7 @@
 """Trains the missing runs of a table or figure of the report."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import gin
 from rigl_keras.experiments import data
@@ -11,7 +11,7 @@ from rigl_keras.experiments.reproduction.progress import Bar, Lines
 from rigl_keras.experiments.reproduction.results import Results
 from rigl_keras.experiments.reproduction.workers import train_missing
 
-__all__ = ["check_data", "reproduce"]
+__all__ = ["check_data", "print_failures", "reproduce"]
 
 
 def check_data(runs: Sequence[Run], *, data_dir: str | None = None) -> None:
@@ -82,12 +82,17 @@ def reproduce(
             )
         finally:
             bar.close()
-    for run, reason in failed.items():
-        print(
-            f"{run.name} failed: {reason}\n"
-            f"  log: {results.folder(run) / 'log.txt'}",
-            file=sys.stderr,
-        )
+    print_failures(failed, results)
     done = sum(results.finished(run) for run in runs)
     print(f"{done} of {len(runs)} runs are finished, {len(failed)} failed.")
     return failed
+
+
+def print_failures(failed: Mapping[Run, str], results: Results) -> None:
+    """Prints why runs failed, and where their logs are."""
+    for run, reason in failed.items():
+        print(
+            f"{run.name} failed: {reason.strip()}\n"
+            f"  log: {results.folder(run) / 'log.txt'}",
+            file=sys.stderr,
+        )

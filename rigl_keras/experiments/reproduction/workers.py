@@ -144,7 +144,7 @@ def _trained(run, results, claim, progress, data_dir):
     """Trains a run in a new process; returns why it failed, or None."""
     path = results.folder(run) / "log.txt"
     with path.open("ab") as log:
-        begins = log.tell()
+        start_of_log = log.tell()
         child = subprocess.Popen(
             command_of(run, data_dir=data_dir, parent=os.getpid()),
             stdin=subprocess.DEVNULL,
@@ -173,12 +173,13 @@ def _trained(run, results, claim, progress, data_dir):
     if child.returncode < 0:
         return f"its process was killed by {_signal_name(-child.returncode)}"
     with path.open("rb") as log:
-        log.seek(begins)
+        log.seek(start_of_log)
         said = log.read().decode(errors="replace").splitlines()
     said = [line for line in said if line.strip()]
-    # The last lines that bin/train prints describe the error.
-    errors = [line for line in said if line.startswith("train: ")]
-    last = said[said.index(errors[-1]) :] if errors else said[-1:]
+    # The last lines that bin/train prints describe the error, if it caught it.
+    crashed = any(line.startswith("Traceback (most recent") for line in said)
+    begins = [i for i, line in enumerate(said) if line.startswith("train: ")]
+    last = said[begins[-1] :] if begins and not crashed else said[-1:]
     return "\n".join(last) or (
         f"its process ended with status {child.returncode}"
     )

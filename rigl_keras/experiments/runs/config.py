@@ -102,7 +102,7 @@ def parse(gin_files: Sequence[str], bindings: Sequence[str]) -> None:
 
     Args:
         gin_files: Paths, as `find` takes them. Included files are looked up
-            in the folder of the file.
+            in the folders of these, and among those of the package.
         bindings: Lines such as `train.epochs = 2`.
 
     Raises:
@@ -111,11 +111,9 @@ def parse(gin_files: Sequence[str], bindings: Sequence[str]) -> None:
     """
     configured()
     gin.clear_config()
-    paths = [find(gin_file) for gin_file in gin_files]
-    for path in paths:
-        gin.add_config_file_search_path(path.parent)
+    paths = [find(gin_file).absolute() for gin_file in gin_files]
     try:
-        with _quiet():
+        with _quiet(), _including_from(path.parent for path in paths):
             gin.parse_config_files_and_bindings(
                 [str(path) for path in paths],
                 list(bindings),
@@ -129,6 +127,21 @@ def parse(gin_files: Sequence[str], bindings: Sequence[str]) -> None:
             f"Not gin: {error.text or '; '.join(bindings)!s} ({error.msg}). "
             "A binding reads `train.epochs = 2`; strings need quotes."
         ) from error
+
+
+@contextlib.contextmanager
+def _including_from(folders):
+    """Has gin look up included files in these folders and in the package's.
+
+    gin itself begins in the current folder, and forgets no other.
+    """
+    prefixes = gin.config._LOCATION_PREFIXES
+    before = list(prefixes)
+    prefixes[:] = dict.fromkeys(map(str, [*folders, GIN_FOLDER]))
+    try:
+        yield
+    finally:
+        prefixes[:] = before
 
 
 def settings() -> dict[str, str | float]:

@@ -126,9 +126,10 @@ class Exports:
             quantization = None
             if self._quantizes(format):
                 quantization = self.quantization
-            if self._is_calibrated(format) and examples is None:
-                examples = _training_inputs(source, data_dir)
+            given = examples
             try:
+                if given is None and self._is_calibrated(format):
+                    given = _training_inputs(source, data_dir)
                 report = rigl_keras.export(
                     model,
                     target,
@@ -136,7 +137,7 @@ class Exports:
                     fold_batch_norm=self.fold_batch_norm,
                     remove_dead_units=self.remove_dead_units,
                     quantization=quantization,
-                    inputs=examples,
+                    inputs=given,
                     batch_sizes=self.batch_sizes,
                     measure=self.measure,
                     overwrite=overwrite,

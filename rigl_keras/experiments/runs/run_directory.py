@@ -59,7 +59,7 @@ class RunDirectory:
     topology/             how the masks moved: topology.csv, a row for each
                           layer and update, figures (density, exploration,
                           churn, dead_units, loss), TensorBoard events
-    checkpoints/          the last three epochs, and the start
+    checkpoints/          the last three epochs; at first the start is one
     result.json           written last: a run that has it is finished
     model.keras           the trained model, masks included
     .lock                 locked while a process trains the run

@@ -243,7 +243,15 @@ class Tracking(keras.callbacks.Callback):
         """Tells the tracker that the run is interrupted, if it has begun."""
         if self._begun:
             self._begun = False
-            self._tracker.end(finished=False)
+            try:
+                self._tracker.end(finished=False)
+            except Exception as error:  # each tracker has its own
+                # What ended the run is what the user must see.
+                _log.warning(
+                    "--tracker=%s failed to mark the run as interrupted: %s",
+                    self._tracker.module,
+                    first_line(error),
+                )
 
     @property
     def _state(self):

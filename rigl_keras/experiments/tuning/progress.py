@@ -101,10 +101,10 @@ class Bar(TrialProgress):
         say(f"trial {trial.number}: {self._setting(trial.params)}")
 
     def end(self, trial: Trial, failure: str | None = None) -> None:
-        (ended,) = [t for t in self._study.trials() if t.number == trial.number]
         if failure is not None:
             say(f"trial {trial.number} FAILED: {failure}")
             return
+        (ended,) = [t for t in self._study.trials() if t.number == trial.number]
         says = "cut" if ended.state == TrialState.PRUNED else "complete"
         say(
             f"trial {trial.number} {says}: validation accuracy "

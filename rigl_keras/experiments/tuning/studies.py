@@ -154,8 +154,9 @@ class Study:
         if failure is not None:
             state = TrialState.FAIL
             trial.set_user_attr("failure", failure)
-        self._opened.tell(trial, value, state)
-        self._claim_of(trial.number).unlink(missing_ok=True)
+        with self._locked():  # `_next` must not see half of this
+            self._opened.tell(trial, value, state)
+            self._claim_of(trial.number).unlink(missing_ok=True)
 
     @property
     def _opened(self) -> optuna.Study:
@@ -203,6 +204,18 @@ class Study:
 
     def _next(self, trials):
         """Returns the next trial. The caller must have the study's lock."""
+        self._recover_abandoned()
+        now = self.trials()
+        waiting = sum(trial.state == TrialState.WAITING for trial in now)
+        if len(now) - waiting >= trials:
+            return None
+        # The sampler is seeded by the number of settings. Unlike a trial's
+        # number, it does not depend on which processes were killed.
+        self._opened.sampler = _sampler(self._seed, len(now))
+        return self._opened.ask(self._space)
+
+    def _recover_abandoned(self):
+        """Queues trials of killed processes again, and removes their files."""
         for trial in self.trials():
             if trial.state == TrialState.RUNNING and not self._claimed(
                 trial.number
@@ -217,14 +230,6 @@ class Study:
             number = path.name.removeprefix("trial-")
             if number.isdecimal() and not self._claimed(int(number)):
                 path.unlink(missing_ok=True)
-        now = self.trials()
-        waiting = sum(trial.state == TrialState.WAITING for trial in now)
-        if len(now) - waiting >= trials:
-            return None
-        # The sampler is seeded by the number of settings. Unlike a trial's
-        # number, it does not depend on which processes were killed.
-        self._opened.sampler = _sampler(self._seed, len(now))
-        return self._opened.ask(self._space)
 
     def _queue(self, trial):
         self._opened.enqueue_trial(

@@ -1,14 +1,16 @@
 """What bin/tune runs and prints: a search, or the grid of Figure 2."""
 
 import statistics
-import sys
 from collections.abc import Callable, Mapping, Sequence
 
 from rigl_keras._text import aligned
 from rigl_keras.experiments.protocol import variations
 from rigl_keras.experiments.reproduction import plans
 from rigl_keras.experiments.reproduction.plans import Preset, Run
-from rigl_keras.experiments.reproduction.reproduce import reproduce
+from rigl_keras.experiments.reproduction.reproduce import (
+    print_failures,
+    reproduce,
+)
 from rigl_keras.experiments.reproduction.results import Results
 from rigl_keras.experiments.reproduction.workers import train_missing
 from rigl_keras.experiments.tuning.progress import Bar, plan
@@ -80,7 +82,7 @@ def updates(
             )
         finally:
             bar.close()
-        _tell_failures(failed, results)
+        print_failures(failed, results)
     if study.trials():
         print(f"\n{trial_table(searched, study, results)}")
         print(f"\n{table_4(searched, study, results)}")
@@ -140,6 +142,12 @@ def learning_rate(
     failed = reproduce(
         by_seed(grid), results, data_dir=data_dir, dry_run=dry_run
     )
+    _print_grid(grid, results, seeds)
+    return failed
+
+
+def _print_grid(grid, results, seeds):
+    """Prints the settings of a grid that have results, the best first."""
     rows = []
     for setting, group in grid.items():
         validation, test, known = accuracies_of(group, results)
@@ -171,7 +179,6 @@ def learning_rate(
                 f"accuracy, {accuracy:.2%}: learning rate {rate}, with drop "
                 f"fraction {fraction} and frequency {frequency}."
             )
-    return failed
 
 
 def grid_of(
@@ -194,12 +201,3 @@ def grid_of(
 def by_seed(grid: Mapping[tuple, Sequence[Run]]) -> list[Run]:
     """Returns all runs of a grid, ordered by seed."""
     return [run for same in zip(*grid.values(), strict=True) for run in same]
-
-
-def _tell_failures(failed, results):
-    for run, reason in failed.items():
-        print(
-            f"{run.name} failed: {reason.strip()}\n"
-            f"  log: {results.folder(run) / 'log.txt'}",
-            file=sys.stderr,
-        )
