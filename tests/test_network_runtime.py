@@ -3,6 +3,7 @@
 import copy
 import ctypes.util
 import gc
+import math
 import os
 import pathlib
 import pickle
@@ -224,8 +225,8 @@ def test_a_file(tmp_path):
     for given, why in (
         (name, "network.rigl' cannot be loaded: the file is cut off"),
         (tmp_path / "none", "none' cannot be loaded: .*No such file"),
-        (tmp_path, "cannot be loaded: .* is no file"),
-        ("/dev/null", "cannot be loaded: .* is no file"),
+        (tmp_path, "cannot be loaded: .* is not a regular file"),
+        ("/dev/null", "cannot be loaded: .* is not a regular file"),
         ("a\0b", r"must not have a NUL. Received: 'a\\x00b'"),
     ):
         with pytest.raises(ValueError, match=why):
@@ -372,6 +373,36 @@ def test_closed_while_it_runs():
     raised = in_threads([call, call, call, close])
     assert len(raised) == 3 and set(done) == {40}
     assert all("is closed" in str(error) for error in raised)
+
+
+def test_arguments_that_are_missing_in_c(free):
+    """Each is an error with a message, and none ends the process."""
+    shapes = (ctypes.c_int64 * 3)(1, 2, 3)
+    place = (ctypes.c_int64 * 3)()
+    x = (ctypes.c_float * 6)()
+    arrays = (ctypes.POINTER(ctypes.c_float) * 1)(x)
+    missing = (ctypes.POINTER(ctypes.c_float) * 1)()
+    network = free._network
+    for function, arguments, said in (
+        ("run", (None, arrays, shapes, arrays), "the network is missing"),
+        ("run", (network, None, shapes, arrays), "the inputs are missing"),
+        ("run", (network, missing, shapes, arrays), "one of the inputs"),
+        ("run", (network, arrays, shapes, missing), "one of the outputs"),
+        ("output_shapes", (network, shapes, None), "the place for shapes"),
+        ("output_shapes", (None, shapes, place), "the network is missing"),
+        ("tune", (network, shapes, math.inf), "seconds must be from 0"),
+        ("tune", (network, shapes, math.nan), "seconds must be from 0"),
+    ):
+        given = [
+            ctypes.cast(a, taken) if isinstance(a, ctypes.Array) else a
+            for a, taken in zip(
+                arguments, runtime._FUNCTIONS[function][1], strict=False
+            )
+        ]
+        failed, error = free._ask(function, *given)
+        assert failed and said in error
+    assert free._c["input_count"](None) == 0
+    assert free._c["output_count"](None) == 0
 
 
 def test_tuned(tmp_path):

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 from keras import layers
+from support import network_library
 from support.imported import check_imported, compare, operations, rebuilt
 from support.random_networks import draw_weights
 
@@ -12,6 +13,8 @@ from rigl_keras.exporting.networks import import_model
 from rigl_keras.exporting.signatures import outputs_of, signature_of
 from rigl_keras.serving.importer import import_function
 from rigl_keras.serving.network import Activation, Node, Operation, Padding
+from rigl_keras.serving.network_file import to_bytes
+from rigl_keras.serving.partition import SMALL
 from rigl_keras.serving.shapes import shape_of
 
 
@@ -291,6 +294,41 @@ def test_gelu_as_other_code_writes_it():
 
     model = of_layers((7, 4), layers.Lambda(gelu))
     assert operations(check_imported(model).network) == "gelu"
+
+
+@pytest.mark.parametrize("factor", [2.0, -3.0, 0.25])
+def test_gelu_of_a_scaled_value(factor):
+    model = of_layers(
+        (7, 4), layers.Lambda(lambda x: keras.activations.gelu(factor * x))
+    )
+    assert "gelu" in operations(check_imported(model).network)
+
+
+def test_a_bound_on_one_side_leaves_infinity():
+    """NaN stays as well; a bound of infinity changes nothing else."""
+    x = np.float32([[np.inf, -np.inf, np.nan, 0.5]])
+    for change in (
+        lambda x: tf.maximum(x, 1.0),
+        lambda x: tf.minimum(x, 1.0),
+        lambda x: tf.maximum(tf.nn.relu(x), 1.0),
+        lambda x: tf.maximum(x, -np.inf),
+    ):
+        model = of_layers((4,), layers.Lambda(change))
+        network = check_imported(model).network
+        with network_library.loaded(to_bytes(network)) as run:
+            np.testing.assert_array_equal(run(x)["output_0"], change(x))
+
+
+def test_what_lies_within_a_pattern_is_not_unknown():
+    """Softsign alone needs TensorFlow, and not the Erfc of the GELU."""
+    model = of_layers(
+        (4,),
+        layers.Dense(4, activation="gelu"),
+        layers.Dense(4, activation="softsign"),
+    )
+    imported = import_model(model, signature_of(model))
+    foreign = [one for one in imported.unknown if one.reason != SMALL]
+    assert [one.operation for one in foreign] == ["Softsign"]
 
 
 def test_numbers_of_a_dilated_convolution():

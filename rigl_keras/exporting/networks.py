@@ -154,8 +154,9 @@ def lines_about(unknown: Sequence[Unknown]) -> list[str]:
             kinds.items(), key=lambda kind: "computes int" in kind[0][1]
         )
     ]
-    if len(lines) > _MOST_LINES:
-        lines[_MOST_LINES:] = [f"and {len(lines) - _MOST_LINES} more kinds"]
+    more = len(lines) - _MOST_LINES
+    if more > 1:  # one more line takes no more room than saying so
+        lines[_MOST_LINES:] = [f"and {more} more kinds"]
     return lines
 
 

@@ -15,8 +15,6 @@ from rigl_keras.serving.translation import Rows, Translation, UnknownError
 
 __all__ = ["ELEMENTWISE"]
 
-_LARGEST = float(np.finfo(np.float32).max)
-
 
 def _activation(kind: Activation, **numbers):
     """Returns a translator for an activation of one operation."""
@@ -42,18 +40,21 @@ def _softmax(t, operation):
 
 
 def _maximum(t, operation):
-    return _clipped(t, operation, lambda bound: (bound, _LARGEST))
+    return _clipped(t, operation, lambda bound: (bound, math.inf))
 
 
 def _minimum(t, operation):
-    return _clipped(t, operation, lambda bound: (-_LARGEST, bound))
+    return _clipped(t, operation, lambda bound: (-math.inf, bound))
 
 
 def _clipped(t, operation, bounds):
     tensor, constant, _ = _value_and_constant(t, operation)
     if constant is None or constant.size != 1:
         raise UnknownError("it compares two values")
-    a, b = bounds(float(constant.ravel()[0]))
+    bound = float(constant.ravel()[0])
+    if math.isnan(bound):
+        raise UnknownError("it compares with NaN")
+    a, b = bounds(bound)
     return t.each(
         tensor,
         lambda x: t.make(
@@ -268,16 +269,18 @@ def _step_of(t, tensor):
 
 def _gelu(t, operation):
     """Returns the GELU that ends in this product, or None."""
-    (one, a), (other, b) = (_unscaled(t, tensor) for tensor in operation.inputs)
-    for x, gate in ((one, other), (other, one)):
-        kind = _gate_of_gelu(t, x, gate, a * b)
-        if kind is not None:
-            return t.each(
-                x,
-                lambda step, kind=kind: t.make(
-                    Operation.ACTIVATION, step, activation=kind
-                ),
-            )
+    one, other = operation.inputs
+    for value, scaled in ((one, other), (other, one)):
+        gate, b = _unscaled(t, scaled)
+        for x, a in _scalings(t, value):
+            kind = _gate_of_gelu(t, x, gate, a * b)
+            if kind is not None:
+                return t.each(
+                    x,
+                    lambda step, kind=kind: t.make(
+                        Operation.ACTIVATION, step, activation=kind
+                    ),
+                )
     return None
 
 
@@ -287,15 +290,13 @@ def _gate_of_gelu(t, x, gate, factor):
         return None
     operation = gate.op
     if operation.type == "Erfc":
-        inner, scale = _unscaled(t, operation.inputs[0])
-        if inner is x and _close(scale, -math.sqrt(0.5)):
+        if _is_times(t, operation.inputs[0], x, -math.sqrt(0.5)):
             return Activation.GELU
     gate = _less(t, gate, 1)
     if gate is None:
         return None
     if gate.op.type == "Erf":
-        inner, scale = _unscaled(t, gate.op.inputs[0])
-        if inner is x and _close(scale, math.sqrt(0.5)):
+        if _is_times(t, gate.op.inputs[0], x, math.sqrt(0.5)):
             return Activation.GELU
     if gate.op.type == "Tanh":
         total, scale = _unscaled(t, gate.op.inputs[0])
@@ -332,26 +333,41 @@ def _less(t, tensor, number):
     return _unaliased(inner)
 
 
+def _is_times(t, tensor, x, number):
+    """Returns whether a tensor is x times a number."""
+    return any(
+        inner is x and _close(factor, number)
+        for inner, factor in _scalings(t, tensor)
+    )
+
+
 def _unscaled(t, tensor):
-    """Returns a tensor and a factor whose product is the given tensor."""
+    """Returns the last of `_scalings`, which is no product with a number."""
+    *_, last = _scalings(t, tensor)
+    return last
+
+
+def _scalings(t, tensor):
+    """Yields tensors and factors whose product is the given tensor."""
     factor = 1.0
     while True:
         tensor = _unaliased(tensor)
+        yield tensor, factor
         operation = tensor.op
         if operation.type == "Neg":
             factor, tensor = -factor, operation.inputs[0]
         elif operation.type in ("Mul", "RealDiv"):
             inner, constant, first = _value_and_constant(t, operation)
             if constant is None or constant.size != 1:
-                return tensor, factor
+                return
             number = float(constant.ravel()[0])
             if operation.type == "RealDiv":
                 if first or number == 0:
-                    return tensor, factor
+                    return
                 number = 1 / number
             factor, tensor = factor * number, inner
         else:
-            return tensor, factor
+            return
 
 
 def _unaliased(tensor):

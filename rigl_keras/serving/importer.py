@@ -12,7 +12,12 @@ from rigl_keras.serving.elementwise_operations import ELEMENTWISE
 from rigl_keras.serving.frozen_graph import freeze
 from rigl_keras.serving.layer_operations import LAYERS
 from rigl_keras.serving.network import Network, Operation, Output
-from rigl_keras.serving.partition import Segment, parts_of, segment_of
+from rigl_keras.serving.partition import (
+    SMALL,
+    Segment,
+    parts_of,
+    segment_of,
+)
 from rigl_keras.serving.passes import simplify
 from rigl_keras.serving.recurrent_operations import RECURRENT
 from rigl_keras.serving.remainder import (
@@ -129,14 +134,21 @@ def import_function(function: Any, *, least_work: int = LEAST_WORK) -> Imported:
     )
     graph.session.close()
     ends = [translation.step(tensor) for tensor in graph.outputs.values()]
-    if all(step.node is not None for step in sorted_steps(ends)):
+    # Before small parts are given up: what is within their patterns, such as
+    # the Erfc of a GELU, would be known with the rest.
+    foreign = {
+        step.tensor.partition(":")[0]
+        for step in sorted_steps(ends)
+        if step.node is None
+    }
+    if not foreign:
         network, segments = _whole(graph, translation, ends)
     else:
         network = None
         segments = _parts(graph, translation, ends, least_work)
     return Imported(
         network=network,
-        unknown=_unknown(graph, translation, segments) if not network else (),
+        unknown=_unknown(graph, translation, segments, foreign),
         segments=segments,
         # A graph is large as a message: it holds its weights.
         has_sparse_loops=network is None
@@ -206,13 +218,14 @@ def _parts(graph, translation, ends, least_work):
     return tuple(segment_of(part) for part in parts if part.outputs)
 
 
-def _unknown(graph, translation, segments):
+def _unknown(graph, translation, segments, foreign):
+    """Returns foreign operations, and the last ones of small known parts."""
     made = {name for segment in segments for name in segment.outputs}
     wanted = [tensor.name for tensor in graph.outputs.values()]
     wanted += [name for segment in segments for name in segment.inputs]
     found = []
     for operation in operations_until(graph, wanted, made):
         reason = translation.reasons.get(operation.name)
-        if reason is not None:
+        if reason == SMALL or (reason and operation.name in foreign):
             found.append(Unknown(operation.name, operation.type, reason))
     return tuple(found)

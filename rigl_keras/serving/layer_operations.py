@@ -99,9 +99,11 @@ def _padding(operation):
 
 def _around_images(numbers):
     """Returns the padding from eight numbers, two for each axis."""
+    if len(numbers) != 8:
+        raise UnknownError("it pads or crops neither images nor sequences")
     *batch, top, bottom, left, right, before, after = numbers
     if any(batch) or before or after:
-        raise UnknownError("it pads more than rows and columns")
+        raise UnknownError("it pads or crops more than rows and columns")
     return Padding(False, top, bottom, left, right)
 
 

@@ -392,10 +392,11 @@ def _recurrent(node):
 
 
 def _activation(node):
-    if not (math.isfinite(node.a) and math.isfinite(node.b)):
+    if node.activation == Activation.CLIP:
+        if not node.a <= node.b:  # or one of them is NaN
+            return f"must clip to a <= b. Received: {node.a} and {node.b}."
+    elif not (math.isfinite(node.a) and math.isfinite(node.b)):
         return f"must have finite numbers. Received: {node.a} and {node.b}."
-    if node.activation == Activation.CLIP and node.a > node.b:
-        return f"must clip to a <= b. Received: {node.a} and {node.b}."
     return ""
 
 

@@ -5,6 +5,7 @@ weights are computed in float64.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -271,7 +272,6 @@ def _clip_of_clip(step, is_read_once):
     limits = _limits(step)
     if limits is None:
         return False
-    largest = float(np.finfo(np.float32).max)
     a, b = limits
     (source,) = step.reads
     inner = _limits(source)
@@ -279,7 +279,7 @@ def _clip_of_clip(step, is_read_once):
         a, b = (min(max(n, a), b) for n in inner)
         (source,) = source.reads
     kind = Activation.CLIP
-    if a == 0 and b >= largest:
+    if a == 0 and b == math.inf:
         kind, b = Activation.RELU, 0.0
     node = dataclasses.replace(step.node, activation=kind, a=a, b=b)
     if inner is None and kind == step.node.activation:
@@ -293,7 +293,7 @@ def _limits(step):
     if not step.is_a(Operation.ACTIVATION):
         return None
     if step.node.activation == Activation.RELU:
-        return 0.0, float(np.finfo(np.float32).max)
+        return 0.0, math.inf
     if step.node.activation == Activation.CLIP:
         return step.node.a, step.node.b
     return None

@@ -58,7 +58,7 @@ class File {
     struct stat about;
     if (fstat(number_, &about) != 0) Fail();
     if (!S_ISREG(about.st_mode))
-      throw Error(std::string("'") + path_ + "' is no file");
+      throw Error(std::string("'") + path_ + "' is not a regular file");
     const size_t size = static_cast<size_t>(about.st_size);
     // What is no network gets no memory, however large it is.
     char header[rigl_serving::kHeader] = {};
@@ -111,6 +111,25 @@ bool Guarded(char* error, size_t error_size, const Run& run) {
     Say(e.what(), error, error_size);
   }
   return false;
+}
+
+constexpr double kMostSeconds = 1e6;  // of measuring
+
+template <typename Network>  // const or not
+auto& ModelOf(Network* network) {
+  if (!network) throw Error("the network is missing");
+  return network->model;
+}
+
+// Arrays that nothing is read from or written to may be missing.
+template <typename Pointer>
+void CheckArrays(Pointer const* arrays, size_t count, int64_t batch,
+                 const char* what) {
+  if (batch == 0) return;
+  if (!arrays) throw Error(std::string("the ") + what + " are missing");
+  for (size_t i = 0; i < count; ++i)
+    if (!arrays[i])
+      throw Error(std::string("one of the ") + what + " is missing");
 }
 
 // The shapes of a call, without the batch, and the batch.
@@ -184,10 +203,12 @@ rigl_network* rigl_network_load_memory(const void* bytes, size_t size,
 void rigl_network_free(rigl_network* network) { delete network; }
 
 int rigl_network_input_count(const rigl_network* network) {
+  if (!network) return 0;
   return static_cast<int>(network->model.inputs().size());
 }
 
 int rigl_network_output_count(const rigl_network* network) {
+  if (!network) return 0;
   return static_cast<int>(network->model.network().outputs.size());
 }
 
@@ -213,8 +234,10 @@ int rigl_network_output_shapes(const rigl_network* network,
                                int64_t* output_shapes, char* error,
                                size_t error_size) {
   return !Guarded(error, error_size, [&] {
-    const Call call(network->model, input_shapes);
-    for (const Shape& shape : network->model.OutputShapes(call.shapes)) {
+    const auto& model = ModelOf(network);
+    const Call call(model, input_shapes);
+    if (!output_shapes) throw Error("the place for shapes is missing");
+    for (const Shape& shape : model.OutputShapes(call.shapes)) {
       *output_shapes++ = call.batch;
       for (int64_t length : shape) *output_shapes++ = length;
     }
@@ -225,21 +248,30 @@ int rigl_network_run(rigl_network* network, const float* const* inputs,
                      const int64_t* input_shapes, float* const* outputs,
                      char* error, size_t error_size) {
   return !Guarded(error, error_size, [&] {
-    const Call call(network->model, input_shapes);
-    network->model.Run(inputs, call.shapes, call.batch, outputs);
+    auto& model = ModelOf(network);
+    const Call call(model, input_shapes);
+    CheckArrays(inputs, model.inputs().size(), call.batch, "inputs");
+    CheckArrays(outputs, model.network().outputs.size(), call.batch,
+                "outputs");
+    model.Run(inputs, call.shapes, call.batch, outputs);
   });
 }
 
 int rigl_network_tune(rigl_network* network, const int64_t* input_shapes,
                       double seconds, char* error, size_t error_size) {
   return !Guarded(error, error_size, [&] {
-    const Call call(network->model, input_shapes);
+    auto& model = ModelOf(network);
+    const Call call(model, input_shapes);
     if (call.batch < 1) throw Error("a batch of one or more is needed");
-    network->model.Tune(call.shapes, call.batch, seconds);
+    if (!(seconds >= 0 && seconds <= kMostSeconds))  // not a NaN
+      throw Error("seconds must be from 0 to a million. Received: " +
+                  std::to_string(seconds));
+    model.Tune(call.shapes, call.batch, seconds);
   });
 }
 
 const char* rigl_network_hints(rigl_network* network) {
+  if (!network) return "";
   Guarded(nullptr, 0, [&] { network->hints = network->model.Hints(); });
   return network->hints.c_str();
 }
@@ -248,8 +280,9 @@ const char* rigl_network_profile(rigl_network* network,
                                  const int64_t* input_shapes, char* error,
                                  size_t error_size) {
   const bool done = Guarded(error, error_size, [&] {
-    const Call call(network->model, input_shapes);
-    network->profile = network->model.Profile(call.shapes, call.batch);
+    auto& model = ModelOf(network);
+    const Call call(model, input_shapes);
+    network->profile = model.Profile(call.shapes, call.batch);
   });
   return done ? network->profile.c_str() : nullptr;
 }

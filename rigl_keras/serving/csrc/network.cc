@@ -254,6 +254,10 @@ void ReadActivation(Bytes& bytes, Node& node) {
   node.activation = static_cast<Activation>(activation);
   node.a = bytes.Read<float>("its activation");
   node.b = bytes.Read<float>("its activation");
+  // A bound may be infinite. Not `a > b`: NaNs are refused, too.
+  if (node.activation == Activation::kClip && !(node.a <= node.b))
+    throw Error("it clips to a range from " + std::to_string(node.a) + " to " +
+                std::to_string(node.b));
 }
 
 void ReadPool(Bytes& bytes, Node& node) {

@@ -27,8 +27,8 @@ typedef struct {
   int64_t shape[RIGL_NETWORK_MOST_AXES]; /* -1: free */
 } rigl_network_value;
 
-/* Reads a file. `threads` of them run it, the caller's included; 0: one for
- * each core that the process may use. */
+/* Reads a file. A call runs on `threads` threads, the caller's included; 0:
+ * one for each core that the process may use. */
 rigl_network* rigl_network_load(const char* path, int threads, char* error,
                                 size_t error_size);
 
@@ -56,7 +56,7 @@ int rigl_network_run(rigl_network* network, const float* const* inputs,
                      const int64_t* input_shapes, float* const* outputs,
                      char* error, size_t error_size);
 
-/* Measures for `seconds` how calls of this batch size (the first number of
+/* Measures for `seconds`, at most a million, how calls of this batch size (the first number of
  * each shape) are computed fastest on this machine, and follows it from now
  * on. No other call may run meanwhile. */
 int rigl_network_tune(rigl_network* network, const int64_t* input_shapes,

@@ -81,6 +81,7 @@ void Barrier::Wait() {
 // The threads themselves. A forked child has none of them.
 struct Team::Crew {
   explicit Crew(int threads) : process(getpid()) {
+    members.reserve(static_cast<size_t>(threads));  // before any of them runs
     for (int i = 1; i < threads; ++i) {
       try {
         members.emplace_back([this, i] { Work(i); });
