@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from rigl_keras import _keras
 from rigl_keras._warn import warn
@@ -359,7 +360,9 @@ def warn_of_full_masks(method: str, trained: Sequence[KernelMask]) -> None:
         method: Name of the method.
         trained: The masked layers that are not frozen.
     """
-    if trained and {m.density for m in trained} <= {0.0, 1.0}:
+    with tf.init_scope():  # a user's loop may be tracing
+        densities = {m.density for m in trained}
+    if trained and densities <= {0.0, 1.0}:
         names = ", ".join(m.name for m in trained[:3])
         warn(
             f"{method} can move no connection: the masks of {names}"
