@@ -171,8 +171,9 @@ def main() -> None:
 
 def _preset_of(found, received):
     """Returns the name of the preset, or the path of a user's own file."""
-    own = received is not None and received.endswith(".gin")
-    return received if own else found.preset
+    if received is not None and received.endswith(".gin"):
+        return received
+    return found.preset or ""
 
 
 def _tell(found, notes):

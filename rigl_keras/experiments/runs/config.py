@@ -15,6 +15,7 @@ from pathlib import Path
 
 import gin
 import rigl_keras
+from gin import config as gin_config
 from rigl_keras.experiments.protocol.variations import GIN_FOLDER
 from rigl_keras.experiments.runs import exports, optimizers, train
 from rigl_keras.methods import one_shot
@@ -135,7 +136,7 @@ def _including_from(folders):
 
     gin itself begins in the current folder, and forgets no other.
     """
-    prefixes = gin.config._LOCATION_PREFIXES
+    prefixes = gin_config._LOCATION_PREFIXES
     before = list(prefixes)
     prefixes[:] = dict.fromkeys(map(str, [*folders, GIN_FOLDER]))
     try:
