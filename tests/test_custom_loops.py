@@ -170,7 +170,10 @@ def test_forgotten_dense_gradients_are_noticed():
     assert not equal_masks(before, masks(model))
     for layer in masked_layers(model):
         layer.assign_mask(np.ones(layer.mask.shape))
-    by_hand(model, RigL(frequency=2, end_step=99), examples(), dense=Nothing)
+    with pytest.warns(UserWarning, match="can move no connection"):
+        by_hand(
+            model, RigL(frequency=2, end_step=99), examples(), dense=Nothing
+        )
 
 
 def test_update_needs_to_know():

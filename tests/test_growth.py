@@ -265,7 +265,7 @@ def test_what_several_batches_cost():
     options = dict(sparse_flops=1, dense_flops=5, frequency=3)
     cost = rigl_keras.training_flops("rigl", **options, gradient_batches=2)
     assert cost == 5.0
-    with pytest.raises(ValueError, match="at most frequency"):
+    with pytest.raises(ValueError, match="from 1 to frequency=3"):
         rigl_keras.training_flops("rigl", **options, gradient_batches=4)
 
 

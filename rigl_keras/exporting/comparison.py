@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 from rigl_keras import _keras
+from rigl_keras._files import disk_is_full
 from rigl_keras._text import as_sentence
 from rigl_keras.exporting.base_format import Concession, Runner
 from rigl_keras.exporting.signatures import Signature
@@ -147,7 +148,7 @@ def write_and_compare(
         except ValueError as error:
             failures.append(error)
         except Exception as error:  # Keras, TensorFlow, ONNX runtimes, ...
-            if not _is_foreign(error):
+            if not _is_foreign(error) or disk_is_full(error):
                 raise
             failures.append(_as_value_error(error))
         else:

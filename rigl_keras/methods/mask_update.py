@@ -20,12 +20,8 @@ from rigl_keras.conventions import ORIGINAL, Conventions
 from rigl_keras.initial_values import checked_grow_init, grown_values
 from rigl_keras.masking.masked import KernelMask
 from rigl_keras.redistribution import CRITERIA
-from rigl_keras.training import optimizer_state
+from rigl_keras.training import fit_runs, optimizer_state
 from rigl_keras.training.dense_gradients import check_unread
-from rigl_keras.training.fit_runs import (
-    warn_of_full_masks,
-    warn_of_no_update,
-)
 from rigl_keras.training.step_update import StepUpdate
 
 __all__ = ["MaskUpdate"]
@@ -390,7 +386,7 @@ class MaskUpdate(StepUpdate):
             left = self.steps_in((epochs - epoch) * steps)
             first, rhythm = self._counted(self.trajectory[0][0])
             if schedules.planned_updates(first, left, **rhythm) == 0:
-                warn_of_no_update(
+                fit_runs.warn_of_no_update(
                     self.name,
                     left,
                     self.trajectory[0][0] - self.run_start,
@@ -399,7 +395,7 @@ class MaskUpdate(StepUpdate):
                     "Lower frequency, or train for more steps",
                 )
         if type(self).grow_count is MaskUpdate.grow_count and not self._prunes:
-            warn_of_full_masks(self.name, self._attached.trainable())
+            fit_runs.warn_of_full_masks(self.name, self._attached.trainable())
 
     def step_at(
         self,

@@ -107,6 +107,8 @@ class StepUpdate(MethodHooks):
         self._fit: fit_runs.FitRun | None = None
         self._prepared: Attachment | None = None
         self._said_dead = self._said_idle = False
+        # Of the epoch that runs: the optimizer, its batches, calls of the step.
+        self._epoch_start: tuple[keras.Optimizer, int, int] | None = None
         # The logged variables of the last update, by name. They last as long as
         # the callback, because a checkpoint may hold them.
         self._last: dict[str, tf.Variable] = {}
@@ -481,6 +483,8 @@ class StepUpdate(MethodHooks):
         return int(optimizer_state.batches(self.optimizer).numpy())
 
     def _warn_of_an_idle_optimizer(self):
+        if self._epoch_start is None:  # a custom loop without epochs
+            return
         optimizer, batches, calls = self._epoch_start
         took_steps = self._attached.optimizer is not optimizer or (
             self._batches() != batches or self._attached.scales_loss

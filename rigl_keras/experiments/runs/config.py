@@ -15,7 +15,6 @@ from pathlib import Path
 
 import gin
 import rigl_keras
-from gin import config as gin_config
 from rigl_keras.experiments.protocol.variations import GIN_FOLDER
 from rigl_keras.experiments.runs import exports, optimizers, train
 from rigl_keras.methods import one_shot
@@ -103,7 +102,7 @@ def parse(gin_files: Sequence[str], bindings: Sequence[str]) -> None:
 
     Args:
         gin_files: Paths, as `find` takes them. Included files are looked up
-            in the folders of these, and among those of the package.
+            in the current folder, then in the folders of these.
         bindings: Lines such as `train.epochs = 2`.
 
     Raises:
@@ -113,8 +112,10 @@ def parse(gin_files: Sequence[str], bindings: Sequence[str]) -> None:
     configured()
     gin.clear_config()
     paths = [find(gin_file).absolute() for gin_file in gin_files]
+    for path in paths:
+        _include_from(path.parent)
     try:
-        with _quiet(), _including_from(path.parent for path in paths):
+        with _quiet():
             gin.parse_config_files_and_bindings(
                 [str(path) for path in paths],
                 list(bindings),
@@ -130,19 +131,10 @@ def parse(gin_files: Sequence[str], bindings: Sequence[str]) -> None:
         ) from error
 
 
-@contextlib.contextmanager
-def _including_from(folders):
-    """Has gin look up included files in these folders and in the package's.
-
-    gin itself begins in the current folder, and forgets no other.
-    """
-    prefixes = gin_config._LOCATION_PREFIXES
-    before = list(prefixes)
-    prefixes[:] = dict.fromkeys(map(str, [*folders, GIN_FOLDER]))
-    try:
-        yield
-    finally:
-        prefixes[:] = before
+@functools.cache  # gin would keep a folder as often as it is added
+def _include_from(folder):
+    """Has gin look up included files in a folder, too."""
+    gin.add_config_file_search_path(folder)
 
 
 def settings() -> dict[str, str | float]:
