@@ -1,7 +1,7 @@
 """Text for people: aligned tables, and the first line of an error."""
 
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 
 __all__ = [
     "aligned",
@@ -13,6 +13,7 @@ __all__ = [
     "printable",
     "roughly",
     "telling_line",
+    "unused_name",
     "wrapped",
 ]
 
@@ -67,6 +68,18 @@ def first_line(error: Exception) -> str:
     """Returns the first line of an error, or its type if it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def unused_name(name: str, taken: Container[str]) -> str:
+    """Returns a name with as many primes as make it a new one.
+
+    Args:
+        name: The name.
+        taken: Names that others have.
+    """
+    while name in taken:
+        name += "'"
+    return name
 
 
 def as_sentence(error: Exception, *, most: int = 200) -> str:

@@ -8,7 +8,6 @@ attention, the cell of an LSTM, the blocks of a custom layer.
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
 
 import keras
 
@@ -21,9 +20,9 @@ __all__ = [
     "Kernel",
     "einsum_axes",
     "find_kernels",
-    "is_kernel",
     "is_normalisation",
     "kernel_at",
+    "kernel_variable",
 ]
 
 KERNEL_NAMES = (
@@ -184,27 +183,30 @@ def find_kernels(
     found, seen = [], set()
     for path, owner in within(layer, "", set()):
         for name in _names(owner, kernels):
-            variable: Any = _read(owner, name)
-            if not is_kernel(owner, name) or id(variable) in seen:
+            variable = kernel_variable(owner, name)
+            if variable is None or id(variable) in seen:
                 continue
             seen.add(id(variable))
             found.append(Kernel(layer, path + name, owner, variable))
     return found
 
 
-def is_kernel(owner: keras.layers.Layer, name: str) -> bool:
-    """Returns whether an attribute is a float variable with two axes or more.
+def kernel_variable(
+    owner: keras.layers.Layer, name: str
+) -> keras.Variable | None:
+    """Returns an attribute, if it is a float variable with two axes or more.
 
     Args:
         owner: A built layer.
         name: Name of the attribute.
     """
     variable = _read(owner, name)
-    return (
+    fits = (
         isinstance(variable, keras.Variable)
         and len(variable.shape) > 1
         and keras.backend.is_float_dtype(variable.dtype)
     )
+    return variable if fits else None
 
 
 def _read(owner, name):

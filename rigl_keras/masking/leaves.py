@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import keras
 
 from rigl_keras import _keras
+from rigl_keras._text import unused_name
 from rigl_keras.masking.masked import Masked
 from rigl_keras.masking.model_tree import is_graph, sublayers
 
@@ -52,10 +53,7 @@ def named_layers(model: keras.Model) -> dict[str, keras.layers.Layer]:
     # A layer that is used twice is listed twice.
     leaves = {id(leaf): leaf for leaf in leaf_layers(model) if leaf.weights}
     for leaf in leaves.values():
-        name = leaf.name
-        while name in named:
-            name += "'"
-        named[name] = leaf
+        named[unused_name(leaf.name, named)] = leaf
     return named
 
 

@@ -7,7 +7,11 @@ import numpy as np
 
 from rigl_keras import _checks, _keras, _warn
 from rigl_keras.kernels.layer_products import PRODUCTS
-from rigl_keras.masking.layer_kernels import Kernel, find_kernels, is_kernel
+from rigl_keras.masking.layer_kernels import (
+    Kernel,
+    find_kernels,
+    kernel_variable,
+)
 from rigl_keras.masking.leaves import containers, named_layers
 from rigl_keras.masking.masked import Masked, MaskProjection
 from rigl_keras.masking.masked_layers import masked_layers
@@ -245,7 +249,7 @@ def check_kernels_fit(model: keras.Model, kernels: Mapping | None) -> None:
                 f"{model.name!r}."
             )
         for name in [names] if isinstance(names, str) else names:
-            if not any(is_kernel(layer, name) for layer in layers):
+            if all(kernel_variable(layer, name) is None for layer in layers):
                 has = listed(matrices(_keras.direct_weights(layers[0])))
                 raise ValueError(
                     f"kernels names {name!r} of {what}, but layer "

@@ -5,6 +5,7 @@ from collections.abc import Container, Iterable, Mapping
 import keras
 
 from rigl_keras import _keras
+from rigl_keras._text import unused_name
 from rigl_keras.masking.layer_kernels import (
     Kernel,
     find_kernels,
@@ -110,7 +111,7 @@ def left_dense(
             if id(variable) in masked or (table and name == "embeddings"):
                 continue
             path = name if inner is layer else f"{inner.name}/{name}"
-            left[_unused(path, left)] = variable
+            left[unused_name(path, left)] = variable
     return left
 
 
@@ -119,15 +120,8 @@ def matrices(variables: Iterable[keras.Variable]) -> dict[str, keras.Variable]:
     found = {}
     for variable in variables:
         if len(variable.shape) > 1 and not variable.name.endswith("bias"):
-            found[_unused(variable.name, found)] = variable
+            found[unused_name(variable.name, found)] = variable
     return found
-
-
-def _unused(name, taken):
-    """Returns a name with as many primes as make it a new one."""
-    while name in taken:
-        name += "'"
-    return name
 
 
 def listed(variables: Mapping[str, keras.Variable]) -> str:

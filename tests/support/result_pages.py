@@ -5,9 +5,22 @@ import json
 import pathlib
 import re
 
+import gin
 from rigl_keras.experiments.report import reading, sections
+from rigl_keras.experiments.reproduction import plans
+from rigl_keras.experiments.runs import config
 
-__all__ = ["DOCS", "data", "links", "made", "numbers", "runs", "tables", "text"]
+__all__ = [
+    "DOCS",
+    "data",
+    "links",
+    "made",
+    "numbers",
+    "planned_updates",
+    "runs",
+    "tables",
+    "text",
+]
 
 DOCS = pathlib.Path(__file__).parents[2] / "docs"
 
@@ -31,6 +44,15 @@ def runs(name):
 def made(name, preset, **settings):
     """Returns the report that is made from the data of a page."""
     return sections.report(reading.read(data(name), preset), **settings)
+
+
+def planned_updates(row, preset):
+    """Returns how many updates a run of RigL has, and the last step of one."""
+    path = str(plans.Preset(preset).path)
+    config.parse([f"gin/{row}.gin", path], [])
+    updates = gin.get_bindings("RigL")
+    gin.clear_config()
+    return updates["end_step"] // updates["frequency"], updates["end_step"]
 
 
 def tables(text):
