@@ -74,9 +74,11 @@ class LanesConv2DBackpropFilter : public KernelGradient {
 
  protected:
   int64_t Chunks(const RiglPlan& plan) const override {
-    // Weights whose sums are kept at once: in a core's own cache.
-    constexpr int64_t kMostSums = 12'000;
-    return std::min(plan.out_channels, CeilDivide(CountOf(plan), kMostSums));
+    if (HasFew(plan)) return 1;
+    // A micro-tile of so many floats of outputs stays in a core's own cache.
+    constexpr int64_t kMostFloats = 1 << 16;
+    return std::min(plan.out_channels,
+                    CeilDivide(plan.micro_floats, kMostFloats));
   }
 
   bool SumUp(const RiglPlan& plan, const float* x, const float* dy,
@@ -84,27 +86,33 @@ class LanesConv2DBackpropFilter : public KernelGradient {
     const RiglLaneConvolutions& lanes = BestLaneConvolutions();
     const int64_t begin = plan.out_channels * share.chunk / share.chunks;
     const int64_t end = plan.out_channels * (share.chunk + 1) / share.chunks;
-    // Its weights, block by block.
-    const auto rows = [&](int b, int64_t o) {
-      return plan.rows[b * plan.out_channels + o];
-    };
-    int64_t own = 0;
-    for (int b = 0; b < plan.blocks; ++b) own += rows(b, end) - rows(b, begin);
-    const Scratch memory(plan.packed_floats + plan.micro_floats +
-                         own * (lanes.width + 1));
+    const bool few = HasFew(plan);
+    const int64_t count = CountOf(plan);
+    const int64_t own = plan.packed_floats + plan.micro_floats;
+    const Scratch memory(own + (few ? count * lanes.width : 0));
     if (!memory.data) return false;
-    float* vectors = memory.data + plan.packed_floats + plan.micro_floats;
-    std::fill_n(vectors, own * lanes.width, 0.0f);
-    for (int64_t group = share.begin; group < share.end; ++group)
-      lanes.correlate_weights(&plan, x, dy, vectors, begin, end, group,
-                              memory.data);
-    for (int b = 0; b < plan.blocks; ++b) {
-      const int64_t some = rows(b, end) - rows(b, begin);
-      lanes.sums(vectors, some, sums + rows(b, begin));
-      vectors += some * lanes.width;
+    float* const vectors = memory.data + own;
+    if (few) {
+      std::fill_n(vectors, count * lanes.width, 0.0f);
+    } else {
+      for (int b = 0; b < plan.blocks; ++b) {
+        const int32_t* rows = plan.rows + b * plan.out_channels;
+        std::fill(sums + rows[begin], sums + rows[end], 0.0f);
+      }
     }
+    const auto correlate =
+        few ? lanes.correlate_vectors : lanes.correlate_weights;
+    for (int64_t group = share.begin; group < share.end; ++group)
+      correlate(&plan, x, dy, few ? vectors : sums, begin, end, group,
+                memory.data);
+    if (few) lanes.sums(vectors, count, sums);
     return true;
   }
+
+ private:
+  // Whether a core's own cache holds a vector for each weight: it is cheaper to
+  // keep one than to sum it up after each micro-tile.
+  static bool HasFew(const RiglPlan& plan) { return CountOf(plan) <= 12'000; }
 };
 
 // As OutputOf, of images in lanes.

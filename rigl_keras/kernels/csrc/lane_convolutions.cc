@@ -11,6 +11,9 @@ namespace {
 using namespace vectors;
 
 constexpr int kOutputsAhead = 3;
+constexpr int kChannelsAhead = 6;
+// Outputs of more floats are written past the caches: 8 MB.
+constexpr int64_t kCachedOutputs = 1 << 21;
 
 // The line of micro-tiles that a group of a plan is.
 struct Line {
@@ -22,9 +25,15 @@ RIGL_INLINE Line LineOf(const RiglPlan& plan, int64_t group) {
   return {group / plan.tiles[0], group % plan.tiles[0] * plan.micro[0]};
 }
 
+// Asks for vectors that are read soon.
+RIGL_INLINE void Fetch(const float* from, int64_t count, int64_t step) {
+  for (int64_t j = 0; j < count; ++j)
+    __builtin_prefetch(from + j * step, 0, 3);
+}
+
 // Copies what a micro-tile takes of a block of channels: [channel, phase, row,
-// column, lane], zero where the image ends.
-template <int R, int C>
+// column, lane], zero where the image ends. `cold`: nobody has fetched it.
+template <int R, int C, bool cold = false>
 RIGL_INLINE void CopyBlock(const RiglPlan& plan, const Line& line,
                            int64_t column, int block, const float* x,
                            float* packed) {
@@ -54,15 +63,21 @@ RIGL_INLINE void CopyBlock(const RiglPlan& plan, const Line& line,
       const int64_t last = inside ? end : 0, head = inside ? begin : 0;
       if (inside && begin == 0 && end == C + 2 && stride == 1 &&
           plan.packed[1] == C + 2) {
-        for (int64_t c = 0; c < channels; ++c)
+        for (int64_t c = 0; c < channels; ++c) {
+          if (cold && c + kChannelsAhead < channels)
+            Fetch(at + (c + kChannelsAhead) * plane, C + 2, L);
 #pragma GCC unroll 10
           for (int j = 0; j < C + 2; ++j)
             At(to + c * each + j * L) = At(at + c * plane + j * L);
+        }
         continue;
       }
       for (int64_t c = 0; c < channels; ++c) {
         float* own = to + c * each;
         const float* theirs = at + c * plane;
+        if (cold && inside && c + kChannelsAhead < channels)
+          Fetch(theirs + kChannelsAhead * plane + head * stride * L,
+                last - head, stride * L);
         int64_t j = 0;
         for (; j < head; ++j) At(own + j * L) = Vector{};
         for (; j < last; ++j) At(own + j * L) = At(theirs + j * stride * L);
@@ -129,6 +144,14 @@ RIGL_INLINE Ahead AheadOf(const RiglPlan& plan, const float* x, Line line,
   return ahead;
 }
 
+// Whether a whole micro-tile is whole lines of 64 bytes.
+template <int C>
+RIGL_INLINE bool FillsLines(const RiglPlan& plan) {
+  constexpr int kVectors = 64 / (L * 4);  // in a line
+  return kVectors == 1 || (C % kVectors == 0 && plan.out_stride[1] == 1 &&
+                           plan.out_width % kVectors == 0);
+}
+
 template <int R, int C>
 void Correlate(const RiglPlan& plan, bool add, const float* x,
                const float* weights, float* y, int64_t unit, float* memory) {
@@ -140,6 +163,9 @@ void Correlate(const RiglPlan& plan, bool add, const float* x,
   const int64_t out_plane = plan.out_height * plan.out_width * L;
   const int64_t out_row = plan.out_stride[0] * plan.out_width * L;
   const int64_t out_column = plan.out_stride[1] * L;
+  const int64_t groups = (plan.images + L - 1) / L;
+  const bool past = groups * kept * out_plane > kCachedOutputs &&
+                    FillsLines<C>(plan);
   for (int64_t j = 0; j < plan.width; j += C) {
     for (int b = 0; b < plan.blocks; ++b) {
       CopyBlock<R, C>(plan, line, j, b, x, packed);
@@ -173,7 +199,7 @@ void Correlate(const RiglPlan& plan, bool add, const float* x,
               for (int c = 0; c < C && c < width; ++c)
                 At(own + (r * C + c) * L) =
                     At(to + o * out_plane + r * out_row + c * out_column);
-          if (direct && o + kOutputsAhead < kept)
+          if (direct && !past && o + kOutputsAhead < kept)
             for (int r = 0; r < R; ++r)
               for (int c = 0; c < C; ++c)
                 __builtin_prefetch(to + (o + kOutputsAhead) * out_plane +
@@ -184,7 +210,7 @@ void Correlate(const RiglPlan& plan, bool add, const float* x,
                            b || add ? own : nullptr,
                            direct ? to + o * out_plane : own,
                            direct ? out_row : C * L,
-                           direct ? out_column : L);
+                           direct ? out_column : L, direct && past);
           if (last && !whole)
             for (int r = 0; r < R && r < height; ++r)
               for (int c = 0; c < C && c < width; ++c)
@@ -194,10 +220,29 @@ void Correlate(const RiglPlan& plan, bool add, const float* x,
       }
     }
   }
+  if (past) WrittenPast();
 }
 
-// Adds the gradients of the weights of one output channel over a micro-tile.
-template <int R, int C>
+// Adds an output channel's gradient times what each of K weights takes.
+template <int K, int R, int C>
+RIGL_INLINE void AddProducts(const Vector (&upstream)[R][C],
+                             const float* const (&lines)[R],
+                             const int32_t* offsets, Vector* sums) {
+  int64_t from[K];
+#pragma GCC unroll 4
+  for (int k = 0; k < K; ++k) from[k] = offsets[k];
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+    for (int c = 0; c < C; ++c)
+#pragma GCC unroll 4
+      for (int k = 0; k < K; ++k)
+        sums[k] += upstream[r][c] * At(lines[r] + from[k] + c * L);
+}
+
+// Adds the gradients of the weights of one output channel over a micro-tile:
+// to a vector for each, or to a number.
+template <int R, int C, bool vectors>
 RIGL_INLINE void AccumulateWeights(const float* packed, int64_t pitch,
                                    const int32_t* offsets, int count,
                                    const float* dy, float* dw) {
@@ -213,36 +258,36 @@ RIGL_INLINE void AccumulateWeights(const float* packed, int64_t pitch,
   constexpr int kChains = 4;
   int e = 0;
   for (; e + kChains <= count; e += kChains) {
-    Vector sums[kChains];
-    int64_t from[kChains];
+    Vector sums[kChains] = {};
+    if (vectors)
 #pragma GCC unroll 4
-    for (int k = 0; k < kChains; ++k) {
-      from[k] = offsets[e + k];
-      sums[k] = At(dw + (e + k) * L);
-    }
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 16
-      for (int c = 0; c < C; ++c)
+      for (int k = 0; k < kChains; ++k) sums[k] = At(dw + (e + k) * L);
+    AddProducts<kChains>(upstream, lines, offsets + e, sums);
+    if (vectors)
 #pragma GCC unroll 4
-        for (int k = 0; k < kChains; ++k)
-          sums[k] += upstream[r][c] * At(lines[r] + from[k] + c * L);
-#pragma GCC unroll 4
-    for (int k = 0; k < kChains; ++k) At(dw + (e + k) * L) = sums[k];
+      for (int k = 0; k < kChains; ++k) At(dw + (e + k) * L) = sums[k];
+    else
+      AddSums(sums, dw + e);
   }
-  for (; e < count; ++e) {
-    const int64_t from = offsets[e];
-    Vector sum = At(dw + e * L);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 16
-      for (int c = 0; c < C; ++c)
-        sum += upstream[r][c] * At(lines[r] + from + c * L);
-    At(dw + e * L) = sum;
+  const int left = count - e;
+  if (!left) return;
+  Vector sums[kChains] = {};
+  if (left == 1)
+    AddProducts<1>(upstream, lines, offsets + e, sums);
+  else if (left == 2)
+    AddProducts<2>(upstream, lines, offsets + e, sums);
+  else
+    AddProducts<3>(upstream, lines, offsets + e, sums);
+  if (vectors) {
+    for (int k = 0; k < left; ++k) At(dw + (e + k) * L) += sums[k];
+  } else {
+    float some[kChains] = {};
+    AddSums(sums, some);
+    for (int k = 0; k < left; ++k) dw[e + k] += some[k];
   }
 }
 
-template <int R, int C>
+template <int R, int C, bool vectors>
 void CorrelateWeights(const RiglPlan& plan, const float* x, const float* dy,
                       float* dw, int64_t begin, int64_t end, int64_t group,
                       float* memory) {
@@ -259,6 +304,10 @@ void CorrelateWeights(const RiglPlan& plan, const float* x, const float* dy,
                           (line.group * plan.out_channels + o) * out_plane +
                           (line.row * plan.out_width + j) * L;
       float* to = upstream + (o - begin) * R * C * L;
+      if (o + kChannelsAhead < end)
+        for (int r = 0; r < R && r < height; ++r)
+          Fetch(from + kChannelsAhead * out_plane + r * plan.out_width * L, C,
+                L);
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r)
 #pragma GCC unroll 16
@@ -270,21 +319,13 @@ void CorrelateWeights(const RiglPlan& plan, const float* x, const float* dy,
     }
     float* own = dw;
     for (int b = 0; b < plan.blocks; ++b) {
-      CopyBlock<R, C>(plan, line, j, b, x, packed);
-      const Ahead ahead = AheadOf<R, C>(plan, x, line, j, b);
+      CopyBlock<R, C, true>(plan, line, j, b, x, packed);
       const int32_t* rows = plan.rows + int64_t{b} * plan.out_channels;
       for (int64_t o = begin; o < end; ++o) {
-        ahead.Fetch(o - begin, end - begin);
-        if (b == 0)
-          for (int r = 0; r < R; ++r)
-            for (int c = 0; c < C; ++c)
-              __builtin_prefetch(
-                  dy + (line.group * plan.out_channels + o) * out_plane +
-                      ((line.row + r) * plan.out_width + j + C + c) * L,
-                  0, 2);
         const int count = rows[o + 1] - rows[o];
-        AccumulateWeights<R, C>(packed, pitch, plan.offsets + rows[o], count,
-                                upstream + (o - begin) * R * C * L, own);
+        AccumulateWeights<R, C, vectors>(
+            packed, pitch, plan.offsets + rows[o], count,
+            upstream + (o - begin) * R * C * L, vectors ? own : dw + rows[o]);
         own += int64_t{count} * L;
       }
     }
@@ -301,22 +342,33 @@ void CorrelateAny(const RiglPlan* plan, int add, const float* x,
 #undef RIGL_CASE
 }
 
+template <bool vectors>
 void CorrelateWeightsAny(const RiglPlan* plan, const float* x, const float* dy,
                          float* dw, int64_t begin, int64_t end, int64_t group,
                          float* memory) {
 #define RIGL_CASE(R, C)                           \
   if (plan->micro[0] == R && plan->micro[1] == C) \
-    return CorrelateWeights<R, C>(*plan, x, dy, dw, begin, end, group, memory);
+    return CorrelateWeights<R, C, vectors>(*plan, x, dy, dw, begin, end, group, \
+                                           memory);
   RIGL_MICRO_TILES(RIGL_CASE)
 #undef RIGL_CASE
 }
 
 void Sums(const float* vectors, int64_t count, float* sums) {
-  for (int64_t e = 0; e < count; ++e) sums[e] = Sum(At(vectors + e * L));
+  for (int64_t e = 0; e < count; ++e) sums[e] = 0;
+  int64_t e = 0;
+  for (; e + 4 <= count; e += 4)
+    AddSums((const Vector*)(vectors + e * L), sums + e);
+  for (; e < count; ++e) sums[e] = Sum(At(vectors + e * L));
 }
 
 }  // namespace
 
 extern "C" const RiglLaneConvolutions RIGL_JOIN(rigl_lane_convolutions_,
                                                 RIGL_ISA) = {
-    RIGL_TEXT(RIGL_ISA), L, CorrelateAny, CorrelateWeightsAny, Sums};
+    RIGL_TEXT(RIGL_ISA),
+    L,
+    CorrelateAny,
+    CorrelateWeightsAny<true>,
+    Sums,
+    CorrelateWeightsAny<false>};

@@ -16,12 +16,17 @@ struct RiglLaneConvolutions {
                     const float* weights, float* y, int64_t unit,
                     float* memory);
   // Adds a vector of dL/dw for each weight of the output channels [begin,
-  // end), block by block.
-  void (*correlate_weights)(const RiglPlan* plan, const float* x,
+  // end), block by block. For few weights, whose vectors the caches hold.
+  void (*correlate_vectors)(const RiglPlan* plan, const float* x,
                             const float* dy, float* dw, int64_t begin,
                             int64_t end, int64_t group, float* memory);
   // Sums up each vector.
   void (*sums)(const float* vectors, int64_t count, float* sums);
+  // Adds dL/dw of each weight of the output channels [begin, end), in the order
+  // of the plan.
+  void (*correlate_weights)(const RiglPlan* plan, const float* x,
+                            const float* dy, float* dw, int64_t begin,
+                            int64_t end, int64_t group, float* memory);
 };
 
 extern "C" {

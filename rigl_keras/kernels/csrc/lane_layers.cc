@@ -2,10 +2,6 @@
 
 #include "lane_layers.h"
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
 #include "isa.h"
 #include "philox.h"
 #include "vectors.h"
@@ -183,7 +179,7 @@ void Keep(int64_t height, int64_t width, int64_t channels, int64_t group,
 
 template <bool relu, bool dropout>
 void NormaliseAs(const float* x, RiglPlane plane, RiglNorm norm,
-                 uint16_t* passed, float* y) {
+                 uint16_t* passed, bool past, float* y) {
   const Vector mean = All(norm.mean), scale = All(norm.scale),
                shift = All(norm.shift), kept = All(norm.kept);
   const unsigned used = Used(plane.used);
@@ -196,14 +192,19 @@ void NormaliseAs(const float* x, RiglPlane plane, RiglNorm norm,
     }
     if (relu) value = Relu(value);
     if (dropout) value *= kept;
-    At(y + v * L) = dropout || used != Used(L) ? Where(bits, value) : value;
+    if (dropout || used != Used(L)) value = Where(bits, value);
+    if (past)
+      WritePast(y + v * L, value);
+    else
+      At(y + v * L) = value;
   }
+  if (past) WrittenPast();
 }
 
 void Normalise(const float* x, RiglPlane plane, RiglNorm norm,
-               uint16_t* passed, float* y) {
+               uint16_t* passed, int past, float* y) {
 #define RIGL_RUN(relu, dropout) \
-  NormaliseAs<relu, dropout>(x, plane, norm, passed, y)
+  NormaliseAs<relu, dropout>(x, plane, norm, passed, past, y)
   RIGL_FOR_NORM(RIGL_RUN);
 #undef RIGL_RUN
 }

@@ -44,9 +44,9 @@ struct RiglLaneLayers {
                int64_t channel, const uint64_t* counter, uint64_t key,
                uint32_t least, uint16_t* bits);
   // `passed`: what dropout keeps, and then what is not 0 after all; null:
-  // there is no dropout.
+  // there is no dropout. Written `past` the caches, or into them.
   void (*normalise)(const float* x, RiglPlane plane, RiglNorm norm,
-                    uint16_t* passed, float* y);
+                    uint16_t* passed, int past, float* y);
   // The sums of dz and of dz * (x - mean), dz being the gradient of what ReLU
   // and dropout take.
   void (*upstream_sums)(const float* x, const float* dy, RiglPlane plane,

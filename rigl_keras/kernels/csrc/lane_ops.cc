@@ -82,6 +82,17 @@ void ForPlanes(OpKernelContext* context, const Lanes& lanes, const Run& run,
       std::min(least, CeilDivide(units, Threads(context))));
 }
 
+// Calls run(channel) for each channel: its planes of all groups.
+template <typename Run>
+void ForChannels(OpKernelContext* context, const Lanes& lanes,
+                 const Run& run) {
+  // 64 KB at least, for a thread to begin.
+  const int64_t least = CeilDivide(
+      1 << 14, std::max<int64_t>(1, lanes.groups * lanes.plane()));
+  ForEach(context, lanes.channels, run,
+          std::min(least, CeilDivide(lanes.channels, Threads(context))));
+}
+
 class ToLanes : public OpKernel {
  public:
   using OpKernel::OpKernel;
@@ -258,6 +269,8 @@ class LanesNormalise : public OverNorm {
     // Numbers k / 2^23 of at least the rate.
     const uint32_t least = std::ceil(double{rate_} * (1 << 23));
     const int64_t step = dropout ? 4 : 1;
+    // What is larger than the caches, is written past them.
+    const bool past = x.TotalBytes() > 8 << 20;
     ForPlanes(
         context, lanes,
         [&](const Plane& first) {
@@ -270,7 +283,7 @@ class LanesNormalise : public OverNorm {
             layers.normalise(from + plane.begin(), plane.lanes,
                              norms[plane.channel],
                              dropout ? bits + plane.first() : nullptr,
-                             to + plane.begin());
+                             past, to + plane.begin());
           }
         },
         step);
@@ -319,35 +332,32 @@ class LanesNormaliseGrad : public OverNorm {
     const auto bits_of = [&](const Plane& plane) {
       return dropout ? bits + plane.first() : nullptr;
     };
-    std::vector<float> sums(2 * lanes.groups * lanes.channels);
-    ForPlanes(context, lanes, [&](const Plane& plane) {
-      float* mine = sums.data() + 2 * plane.number;
-      layers.upstream_sums(from + plane.begin(), upstream + plane.begin(),
-                           plane.lanes, norms[plane.channel], bits_of(plane),
-                           mine, mine + 1);
-    });
-    std::vector<float> slope(lanes.channels), constant(lanes.channels);
     const double n = double(lanes.images) * lanes.vectors();
-    for (int64_t c = 0; c < lanes.channels; ++c) {
+    float* to = Write(dx);
+    // Channel by channel, so that caches still hold what the sums were of.
+    ForChannels(context, lanes, [&](int64_t c) {
       double sum = 0, product = 0;
       for (int64_t g = 0; g < lanes.groups; ++g) {
-        const float* one = sums.data() + 2 * lanes.PlaneOf(g, c).number;
-        sum += one[0], product += one[1];
+        const Plane plane = lanes.PlaneOf(g, c);
+        float one, other;
+        layers.upstream_sums(from + plane.begin(), upstream + plane.begin(),
+                             plane.lanes, norms[c], bits_of(plane), &one,
+                             &other);
+        sum += one, product += other;
       }
       const double inverse =
           1 / std::sqrt(double{Read(variance)[c]} + epsilon_);
       const double a = Read(gamma)[c] * inverse;
-      slope[c] = -a * inverse * inverse * product / n;
-      constant[c] = -a * sum / n;
+      const float slope = -a * inverse * inverse * product / n;
+      const float constant = -a * sum / n;
       Write(dgamma)[c] = product * inverse;
       Write(dbeta)[c] = sum;
-    }
-    float* to = Write(dx);
-    ForPlanes(context, lanes, [&](const Plane& plane) {
-      const int64_t c = plane.channel;
-      layers.combine(from + plane.begin(), upstream + plane.begin(),
-                     plane.lanes, norms[c], bits_of(plane), slope[c],
-                     constant[c], to + plane.begin());
+      for (int64_t g = lanes.groups; g-- > 0;) {
+        const Plane plane = lanes.PlaneOf(g, c);
+        layers.combine(from + plane.begin(), upstream + plane.begin(),
+                       plane.lanes, norms[c], bits_of(plane), slope, constant,
+                       to + plane.begin());
+      }
     });
     return tensorflow::OkStatus();
   }

@@ -76,21 +76,12 @@ class MaskedKernel : public OpKernel {
  private:
   // Run eagerly, all layers of a model may share a kernel of an operation.
   static constexpr size_t kMostKernels = 256;
-  static constexpr int64_t kPiece = 1 << 15;
 
   struct Kept {
     Tensor kernel, mask;
     bool masked;  // it is the product
     Tensor product;
   };
-
-  template <typename Run>
-  static void ForPieces(OpKernelContext* context, int64_t size,
-                        const Run& run) {
-    ForEach(context, CeilDivide(size, kPiece), [&](int64_t i) {
-      run(i * kPiece, std::min(size, (i + 1) * kPiece));
-    });
-  }
 
   // Whether the product would be the kernel, bit for bit.
   static bool IsMasked(OpKernelContext* context, const Tensor& kernel,

@@ -29,12 +29,14 @@ RIGL_INLINE const float* Hidden(const float* pointer) {
   return pointer;
 }
 
-// Adds the products of some weights of one output channel to a micro-tile.
+// Adds the products of some weights of one output channel to a micro-tile;
+// `past` the caches, where it is whole lines of them.
 template <int R, int C>
 RIGL_INLINE void Accumulate(const float* packed, int64_t pitch,
                             const int32_t* offsets, const float* weights,
                             int count, const float* before, float* out,
-                            int64_t out_row, int64_t out_column) {
+                            int64_t out_row, int64_t out_column,
+                            bool past = false) {
   Vector sums[R][C];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)
@@ -52,6 +54,14 @@ RIGL_INLINE void Accumulate(const float* packed, int64_t pitch,
 #pragma GCC unroll 16
       for (int c = 0; c < C; ++c)
         sums[r][c] += weight * At(lines[r] + from + c * L);
+  }
+  if (past) {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 16
+      for (int c = 0; c < C; ++c)
+        WritePast(out + r * out_row + c * out_column, sums[r][c]);
+    return;
   }
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r)

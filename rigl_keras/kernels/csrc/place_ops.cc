@@ -20,16 +20,6 @@ namespace {
 // Before any operation is registered below.
 const bool first_copy = FirstCopyOf("RiglKerasPlaces");
 
-constexpr int64_t kPiece = 1 << 16;
-
-// Calls run(piece, begin, end) for pieces of [0, size).
-template <typename Run>
-void ForPieces(OpKernelContext* context, int64_t size, const Run& run) {
-  ForEach(context, CeilDivide(size, kPiece), [&](int64_t i) {
-    run(i, i * kPiece, std::min(size, (i + 1) * kPiece));
-  });
-}
-
 tensorflow::Status CheckPlaces(OpKernelContext* context, const Tensor& places,
                                int64_t size) {
   if (places.dims() != 1)
@@ -38,7 +28,7 @@ tensorflow::Status CheckPlaces(OpKernelContext* context, const Tensor& places,
   const int64_t* at = Read<int64_t>(places);
   std::atomic<bool> inside{true};
   ForPieces(context, places.NumElements(),
-            [&](int64_t, int64_t begin, int64_t end) {
+            [&](int64_t begin, int64_t end) {
               for (int64_t i = begin; i < end; ++i)
                 if (at[i] < 0 || at[i] >= size) inside = false;
             });
@@ -50,7 +40,7 @@ void Copy(OpKernelContext* context, const Tensor& from, Tensor* to) {
   const char* source = static_cast<const char*>(from.data());
   char* target = static_cast<char*>(to->data());
   ForPieces(context, from.TotalBytes(),
-            [=](int64_t, int64_t begin, int64_t end) {
+            [=](int64_t begin, int64_t end) {
               std::memcpy(target + begin, source + begin, end - begin);
             });
 }
@@ -86,8 +76,15 @@ class PlacesOf : public OpKernel {
     const Tensor& marked = context->input(0);
     const uint8_t* marks = Read<uint8_t>(marked);
     const int64_t size = marked.NumElements();
-    std::vector<int64_t> first(CeilDivide(size, kPiece) + 1);
-    ForPieces(context, size, [&](int64_t i, int64_t begin, int64_t end) {
+    constexpr int64_t kPiece = 1 << 16;
+    const int64_t pieces = CeilDivide(size, kPiece);
+    const auto for_pieces = [&](const auto& run) {
+      ForEach(context, pieces, [&](int64_t i) {
+        run(i, i * kPiece, std::min(size, (i + 1) * kPiece));
+      });
+    };
+    std::vector<int64_t> first(pieces + 1);
+    for_pieces([&](int64_t i, int64_t begin, int64_t end) {
       int32_t count = 0;
       for (int64_t e = begin; e < end; ++e) count += marks[e] != 0;
       first[i + 1] = count;
@@ -97,7 +94,7 @@ class PlacesOf : public OpKernel {
     TF_RETURN_IF_ERROR(context->allocate_output(
         0, TensorShape({first.back()}), &places));
     int64_t* to = Write<int64_t>(places);
-    ForPieces(context, size, [&](int64_t i, int64_t begin, int64_t end) {
+    for_pieces([&](int64_t i, int64_t begin, int64_t end) {
       int64_t next = first[i];
       // What was counted: somebody may write to what is not theirs.
       ForMarked(marks, 0xff, begin, end, [&](int64_t e) {
@@ -142,7 +139,7 @@ class WithValues : public OpKernel {
     const T* from = Read<T>(values);
     T* to = Write<T>(written);
     ForPieces(context, places.NumElements(),
-              [=](int64_t, int64_t begin, int64_t end) {
+              [=](int64_t begin, int64_t end) {
                 for (int64_t i = begin; i < end; ++i) to[at[i]] = from[i];
               });
   }

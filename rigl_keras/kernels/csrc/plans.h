@@ -13,6 +13,8 @@
 #include <unordered_map>
 #include <vector>
 
+#include <unistd.h>
+
 #include "lanes.h"
 
 namespace rigl_keras {
@@ -220,6 +222,20 @@ inline bool ChooseTile(RiglPlan* plan, const RiglLanes& lanes,
   return least < std::numeric_limits<double>::infinity();
 }
 
+// What a core's first cache holds beside what streams through it, in floats.
+inline int64_t FirstCacheFloats() {
+  static const int64_t floats = [] {
+    int64_t bytes = 0;
+#ifdef _SC_LEVEL1_DCACHE_SIZE
+    bytes = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+#endif
+    constexpr int64_t kLeast = 32 << 10, kMost = 128 << 10;
+    return std::min(std::max(bytes, kLeast), kMost) / 16 * 15 /
+           static_cast<int64_t>(sizeof(float));
+  }();
+  return floats;
+}
+
 // Chooses the micro-tile of a plan whose images are in lanes already
 // (lane_layers.h): what one takes of a block of channels is copied to where the
 // first cache has it. A unit is a line of micro-tiles; false: none is within
@@ -230,7 +246,7 @@ inline bool ChooseLine(RiglPlan* p, const RiglLanes& lanes, int64_t weights,
   static const int micro[][2] = {{2, 4}, {2, 8}, {4, 4}, {1, 8}, {2, 2},
                                  {1, 4}, {1, 2}, {1, 1}};
   const int64_t l = lanes.width;
-  constexpr int64_t kCached = 7'500;  // floats of the first cache
+  const int64_t cached = FirstCacheFloats();
   double least = std::numeric_limits<double>::infinity();
   RiglPlan best = *p;
   for (const auto& m : micro) {
@@ -245,7 +261,7 @@ inline bool ChooseLine(RiglPlan* p, const RiglLanes& lanes, int64_t weights,
     const double area =
         std::max(1.0, 1.0 * p->packed[0] * p->packed[1] * p->in_phases);
     p->channel_block = std::max<int64_t>(
-        1, std::min<int64_t>(p->in_channels, kCached / (area * l)));
+        1, std::min<int64_t>(p->in_channels, cached / (area * l)));
     p->blocks =
         std::max<int64_t>(1, CeilDivide(p->in_channels, p->channel_block));
     const double planes = double(p->out_phases) * p->out_channels;

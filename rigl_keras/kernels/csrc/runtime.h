@@ -228,6 +228,15 @@ inline void ForEach(OpKernelContext* context, int64_t count,
   InOrder();
 }
 
+// Calls run(begin, end) for pieces of [0, size).
+template <typename Run>
+void ForPieces(OpKernelContext* context, int64_t size, const Run& run) {
+  constexpr int64_t kPiece = 1 << 15;
+  ForEach(context, (size + kPiece - 1) / kPiece, [&](int64_t i) {
+    run(i * kPiece, std::min(size, (i + 1) * kPiece));
+  });
+}
+
 // What TensorFlow calls: it fails where there is no memory, and the process
 // goes on. It is destroyed after all calls.
 template <class Kernel>

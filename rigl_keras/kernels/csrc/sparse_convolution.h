@@ -303,7 +303,9 @@ class KernelGradient : public SparseConvolution {
     Tensor* dw = nullptr;
     TF_RETURN_IF_ERROR(context->allocate_output(0, mask.shape(), &dw));
     float* gradient = Write(dw);
-    std::fill_n(gradient, dw->NumElements(), 0.0f);
+    ForPieces(context, dw->NumElements(), [=](int64_t begin, int64_t end) {
+      std::fill(gradient + begin, gradient + end, 0.0f);
+    });
     if (dy.NumElements() == 0 || x.NumElements() == 0)
       return tensorflow::OkStatus();
     std::shared_ptr<const Plans::Made> made;
@@ -326,11 +328,11 @@ class KernelGradient : public SparseConvolution {
     // Each part adds the same groups, whichever thread computes it, so that
     // the order of additions, and with it the result, is always the same.
     // There are fewer parts where their sums would take too much memory.
-    int64_t parts = std::max(8, Threads(context));
+    const int64_t chunks = Chunks(plan);
+    int64_t parts = CeilDivide(std::max(8, Threads(context)), chunks);
     parts = std::max<int64_t>(
         1, std::min<int64_t>(parts, parts * MostFloats() / count));
     parts = std::min(parts, plan.groups);
-    const int64_t chunks = Chunks(plan);
     Tensor sums;
     TF_RETURN_IF_ERROR(context->allocate_temp(
         tensorflow::DT_FLOAT, TensorShape({parts, count}), &sums));
@@ -345,10 +347,12 @@ class KernelGradient : public SparseConvolution {
         short_of_memory = true;
     });
     if (short_of_memory) return NoMemory(plan);
-    for (int64_t part = 1; part < parts; ++part)
-      for (int64_t e = 0; e < count; ++e)
-        partial[e] += partial[part * count + e];
-    for (int64_t e = 0; e < count; ++e) gradient[places[e]] = partial[e];
+    ForPieces(context, count, [&](int64_t begin, int64_t end) {
+      for (int64_t part = 1; part < parts; ++part)
+        for (int64_t e = begin; e < end; ++e)
+          partial[e] += partial[part * count + e];
+      for (int64_t e = begin; e < end; ++e) gradient[places[e]] = partial[e];
+    });
     return tensorflow::OkStatus();
   }
 };

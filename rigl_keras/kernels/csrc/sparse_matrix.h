@@ -32,15 +32,6 @@ inline const RiglPanels& BestPanels() {
   return *best;
 }
 
-// Calls run(begin, end) for pieces of [0, size).
-template <typename Run>
-void ForPieces(OpKernelContext* context, int64_t size, const Run& run) {
-  constexpr int64_t kPiece = 1 << 15;
-  ForEach(context, CeilDivide(size, kPiece), [&](int64_t i) {
-    run(i * kPiece, std::min(size, (i + 1) * kPiece));
-  });
-}
-
 // The weights in the order of a product: those of a forward one, or with
 // `transposed` of that by which the gradient of the input is computed.
 class SortedWeights {

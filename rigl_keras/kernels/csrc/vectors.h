@@ -3,6 +3,10 @@
 #ifndef RIGL_KERAS_VECTORS_H_
 #define RIGL_KERAS_VECTORS_H_
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include "isa.h"
 
 namespace {
@@ -15,6 +19,26 @@ RIGL_INLINE Vector All(float value) { return value - Vector{}; }
 // The vector at an aligned address.
 RIGL_INLINE Vector& At(float* to) { return *(Vector*)to; }
 RIGL_INLINE Vector At(const float* from) { return *(const Vector*)from; }
+
+// Writes a vector past the caches: a line that is not read before others have
+// replaced it need not be fetched to be written.
+template <typename V>
+RIGL_INLINE void WritePast(float* to, V v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) return _mm512_stream_ps(to, (__m512)v);
+#endif
+#if defined(__AVX2__)
+  if constexpr (sizeof(V) == 32) return _mm256_stream_ps(to, (__m256)v);
+#endif
+  At(to) = v;
+}
+
+// After WritePast, before another thread reads.
+RIGL_INLINE void WrittenPast() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
 
 // The values of two vectors in turn, by runs of `run`: of their first halves,
 // or of the second ones.
