@@ -90,6 +90,9 @@ def test_images_are_turned_into_lanes_and_back(shape):
         ((4, 5, 5, 2), (3, 3, 2, 3), (1, 1), "VALID", (0, 2, 1, 0)),
         ((1, 2, 2, 40), (1, 1, 40, 33), (1, 1), "VALID", (0, 0, 0, 0)),
         ((18, 5, 4, 12), (3, 3, 4, 6), (2, 1), "SAME", (0, 0, 0, 0)),
+        # More weights than sums are kept as vectors of, and shared out.
+        ((20, 5, 3, 70), (3, 3, 70, 41), (1, 1), "SAME", (0, 0, 0, 0)),
+        ((20, 5, 5, 61), (1, 1, 61, 600), (1, 1), "SAME", (0, 0, 0, 0)),
     ],
 )
 @pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
@@ -117,6 +120,31 @@ def test_convolutions_are_those_of_images_that_are_not_in_lanes(
     found, wanted = everything(ours, x, w), everything(plain, x, w)
     for got, want in zip(found, wanted, strict=True):
         close(got, want, 1e-4)
+
+
+@pytest.mark.parametrize("columns", [30, 31])
+def test_outputs_that_are_larger_than_caches(columns):
+    x, w = normal(40, 32, columns, 64), normal(1, 1, 64, 64, seed=1)
+    mask = random_mask(w.shape, 0.2)
+    with tf.GradientTape(persistent=True) as tape:
+        tape.watch([x, w])
+        got = in_lanes(
+            x,
+            lambda values: lane_operations.conv2d(
+                values, w, mask, strides=(1, 1), padding="SAME"
+            ),
+        )
+        want = tf.nn.conv2d(x, tf.where(mask, w, 0), 1, "SAME")
+        losses = [tf.reduce_sum(tf.sin(y)) for y in (got, want)]
+    close(got, want)
+    got, want = (tape.gradient(loss, [x, w]) for loss in losses)
+    close(got[0], want[0])
+    close(got[1], want[1])
+    lanes = lane_operations.to_lanes(x)
+    norm = tf.ones(64), tf.ones(64) * 4, tf.ones(64), tf.zeros(64)
+    got = lane_operations.normalise(lanes, *norm, epsilon=0.0, relu=True)
+    got = lane_operations.from_lanes(Lanes(got, lanes.count))
+    close(got, tf.nn.relu((x - 1) / 2))
 
 
 @pytest.mark.parametrize("dense_gradient", [False, True])
