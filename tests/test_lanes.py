@@ -339,6 +339,45 @@ def test_batch_norm_and_what_follows_it(shape, relu, rate):
         close(got, want, 1e-4)
 
 
+@pytest.mark.parametrize("shape", [(16, 3, 2, 4), (37, 4, 5, 8)])
+def test_batch_norm_an_addend_and_relu(shape):
+    x, addend = normal(*shape) * 3 + 1, normal(*shape, seed=3)
+    gamma = 1 + normal(shape[-1], seed=1) / 4
+    beta = normal(shape[-1], seed=2)
+
+    def plain(x, gamma, beta, addend):
+        mean, variance = tf.nn.moments(x, [0, 1, 2])
+        y = tf.nn.batch_normalization(x, mean, variance, beta, gamma, 1e-3)
+        return tf.nn.relu(y + addend)
+
+    def ours(x, gamma, beta, addend):
+        lanes = lane_operations.to_lanes(x)
+        y = lane_operations.normalise_and_add(
+            lanes,
+            *lane_operations.moments(lanes),
+            gamma,
+            beta,
+            lane_operations.to_lanes(addend).values,
+            epsilon=1e-3,
+        )
+        return lane_operations.from_lanes(Lanes(y, lanes.count))
+
+    found = {}
+    inputs = [x, gamma, beta, addend]
+    for end in (plain, ours):
+        with tf.GradientTape() as second:
+            second.watch(inputs)
+            with tf.GradientTape() as first:
+                first.watch(inputs)
+                y = end(*inputs)
+                loss = tf.reduce_sum(tf.sin(y) * y)
+            gradients = first.gradient(loss, inputs)
+            steepness = tf.add_n([tf.reduce_sum(g**2) for g in gradients])
+        found[end] = [y, *gradients, *second.gradient(steepness, inputs)]
+    for got, want in zip(found[ours], found[plain], strict=True):
+        close(got, want, 1e-4)
+
+
 def test_moments_have_gradients():
     x = normal(21, 3, 3, 4)
     weights = normal(4, seed=1)
@@ -389,8 +428,29 @@ def trained(model, product, batches):
     return model, history.history["loss"]
 
 
-def test_a_network_that_stays_in_lanes_trains_alike():
-    model = blocks()
+def residual_blocks():
+    """Returns blocks that end with a sum and ReLU, as ResNet-50's."""
+
+    def convolved(x, channels, size, strides=1):
+        conv = layers.Conv2D(
+            channels, size, strides, padding="same", use_bias=False
+        )
+        return layers.BatchNormalization()(conv(x))
+
+    inputs = keras.Input((10, 10, 3))
+    x = layers.ReLU()(convolved(inputs, 8, 3))
+    for strides in (1, 2):
+        y = layers.ReLU()(convolved(x, 8, 3, strides))
+        y = convolved(y, 8, 1)
+        x = x if strides == 1 else convolved(x, 8, 1, 2)
+        x = layers.ReLU()(layers.Add()([y, x]))
+    x = layers.GlobalAveragePooling2D()(x)
+    return keras.Model(inputs, layers.Dense(3)(x))
+
+
+@pytest.mark.parametrize("made", [blocks, residual_blocks])
+def test_a_network_that_stays_in_lanes_trains_alike(made):
+    model = made()
     x, y = normal(50, 10, 10, 3), np.arange(50) % 3
     batches = tf.data.Dataset.from_tensor_slices((x, y)).batch(20)
     dense, want = trained(model, "dense", batches)
@@ -435,6 +495,24 @@ def test_layers_become_one_operation():
     # The classifier.
     assert sum(op.type == "RiglKerasMatMul" for op in found) == 1
     assert "RiglKerasConv2D" not in {op.type for op in found}
+
+
+def test_residual_blocks_end_with_one_operation():
+    model = rigl_keras.sparsify(residual_blocks(), 0.4, product="sparse")
+
+    @tf.function(autograph=False)
+    def outputs(x):
+        return model(x, training=True)
+
+    graph = outputs.get_concrete_function(tf.TensorSpec((None, 8, 8, 3))).graph
+    read = {
+        t.op.type
+        for op in graph.get_operations()
+        for t in op.inputs
+        if op.type in ("RiglKerasLanesConv2D", "Mean")
+    }
+    assert "RiglKerasLanesNormaliseAdd" in read
+    assert not read & {"AddV2", "Relu"}
 
 
 def test_other_layers_find_their_images():

@@ -178,8 +178,42 @@ def _relu(layer, inputs):
     op = lanes.values.op
     if _is_normalise(op) and not op.get_attr("rate"):
         return _normalised_again(op, inputs, relu=True)
-    outputs = tf.nn.relu(lanes.values)
+    ends = _end_of_block(op)
+    if ends is not None:
+        outputs = _normalised_and_added(*ends)
+    else:
+        outputs = tf.nn.relu(lanes.values)
     return from_lanes(Lanes(outputs, lanes.count), inputs.shape[0])
+
+
+def _end_of_block(op):
+    """Returns the batch norm and the other addend of a sum, or None."""
+    if op.type != "AddV2" or op.graph is not tf.compat.v1.get_default_graph():
+        return None
+    for values, addend in (op.inputs, op.inputs[::-1]):
+        norm = values.op
+        if (
+            _is_normalise(norm)
+            and not norm.get_attr("relu")
+            and not norm.get_attr("rate")
+            and values.shape[1:] == addend.shape[1:]
+        ):
+            return norm, addend
+    return None
+
+
+def _normalised_and_added(norm, addend):
+    """Returns ReLU of the sum of a batch norm and an addend."""
+    values, count, mean, variance, gamma, beta, *_ = norm.inputs
+    return lane_operations.normalise_and_add(
+        Lanes(values, count),
+        mean,
+        variance,
+        gamma,
+        beta,
+        addend,
+        epsilon=norm.get_attr("epsilon"),
+    )
 
 
 def _is_relu(layer):

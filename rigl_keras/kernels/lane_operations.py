@@ -22,6 +22,7 @@ __all__ = [
     "in_lanes",
     "moments",
     "normalise",
+    "normalise_and_add",
     "to_lanes",
 ]
 
@@ -179,6 +180,44 @@ def normalise(
     )
 
 
+def normalise_and_add(
+    lanes: Lanes,
+    mean: tf.Tensor,
+    variance: tf.Tensor,
+    gamma: tf.Tensor,
+    beta: tf.Tensor,
+    addend: tf.Tensor,
+    *,
+    epsilon: float,
+) -> tf.Tensor:
+    """Returns ReLU of the sum of batch norm and an addend.
+
+    This is how a residual block ends: one operation reads and writes images
+    once, where batch norm, sum and ReLU do so three times.
+
+    Args:
+        lanes, mean, variance, gamma, beta, epsilon: As in `normalise`.
+        addend: Values in lanes, of the same shape.
+
+    Returns:
+        Images in lanes.
+    """
+    return (
+        library.required()
+        .rigl_keras_lanes_normalise_add(
+            lanes=lanes.values,
+            count=lanes.count,
+            mean=mean,
+            variance=variance,
+            gamma=gamma,
+            beta=beta,
+            addend=addend,
+            epsilon=epsilon,
+        )
+        .y
+    )
+
+
 def _norm_attributes(op):
     return {name: op.get_attr(name) for name in ("epsilon", "relu", "rate")}
 
@@ -245,16 +284,43 @@ def _normalise_gradient(op, upstream, _):
     return to_values, None, None, None, to_gamma, to_beta, None, None
 
 
+@tf.RegisterGradient("RiglKerasLanesNormaliseAdd")
+def _normalise_and_add_gradient(op, upstream, _):
+    values, count, mean, variance, gamma, beta, _ = op.inputs
+    to_values, to_gamma, to_beta, to_addend = (
+        library.required().rigl_keras_lanes_normalise_add_grad(
+            dy=upstream,
+            lanes=values,
+            count=count,
+            mean=mean,
+            variance=variance,
+            gamma=gamma,
+            beta=beta,
+            passed=op.outputs[1],
+            epsilon=op.get_attr("epsilon"),
+        )
+    )
+    return to_values, None, None, None, to_gamma, to_beta, to_addend
+
+
 @tf.RegisterGradient("RiglKerasLanesNormaliseGrad")
 def _normalise_second_gradient(op, *upstream):
+    return _second_gradient(op, upstream, **_norm_attributes(op))
+
+
+@tf.RegisterGradient("RiglKerasLanesNormaliseAddGrad")
+def _normalise_and_add_second_gradient(op, *upstream):
+    return _second_gradient(op, upstream, epsilon=op.get_attr("epsilon"))
+
+
+def _second_gradient(op, upstream, **attributes):
     # Rare: TensorFlow's operations are fast enough.
     dy, values, count, _, _, gamma, beta, passed = op.inputs
     watched = [tf.identity(t) for t in (dy, values, gamma, beta)]
     with tf.GradientTape() as tape:
         tape.watch(watched)
-        outputs = _gradients_of_norm(
-            count, passed, *watched, **_norm_attributes(op)
-        )
+        outputs = _gradients_of_norm(count, passed, *watched, **attributes)
+        outputs = outputs[: len(upstream)]
     to_dy, to_values, to_gamma, to_beta = tape.gradient(
         outputs, watched, output_gradients=list(upstream)
     )
@@ -262,9 +328,21 @@ def _normalise_second_gradient(op, *upstream):
 
 
 def _gradients_of_norm(
-    count, passed, upstream, values, gamma, beta, *, epsilon, relu, rate
+    count,
+    passed,
+    upstream,
+    values,
+    gamma,
+    beta,
+    *,
+    epsilon,
+    relu=False,
+    rate=None,
 ):
-    """Returns the operation's results, differentiable in everything."""
+    """Returns the operation's results, differentiable in everything.
+
+    Without a rate, those of `normalise_and_add`.
+    """
     axes = [0, 2, 3, 4]
     size = _numbers_of_a_channel(values, count)
     used = _used(values, count)
@@ -272,13 +350,13 @@ def _gradients_of_norm(
     apart = used * (values - _of_channels(mean))
     variance = tf.reduce_sum(apart**2, axes) / size
     inverse = tf.math.rsqrt(variance + epsilon)
-    if rate:
+    if rate or rate is None:
         lanes = tf.bitwise.left_shift(
             tf.constant(1, tf.int32), tf.range(values.shape[4])
         )
         bits = tf.cast(passed, tf.int32)[..., None]
         kept = tf.bitwise.bitwise_and(bits, lanes) > 0
-        upstream = tf.where(kept, upstream / (1 - rate), 0.0)
+        upstream = tf.where(kept, upstream / (1 - (rate or 0.0)), 0.0)
     elif relu:
         positive = (
             apart * _of_channels(gamma * inverse) + _of_channels(beta) > 0
@@ -291,7 +369,7 @@ def _gradients_of_norm(
         _of_channels(gamma * inverse) * (upstream - _of_channels(total) / size)
         - apart * _of_channels(gamma * inverse**3 * product) / size
     )
-    return to_values, product * inverse, total
+    return to_values, product * inverse, total, upstream
 
 
 def _of_channels(vector):

@@ -209,6 +209,25 @@ void Normalise(const float* x, RiglPlane plane, RiglNorm norm,
 #undef RIGL_RUN
 }
 
+void NormaliseAdd(const float* x, const float* addend, RiglPlane plane,
+                  RiglNorm norm, uint16_t* passed, int past, float* y) {
+  const Vector mean = All(norm.mean), scale = All(norm.scale),
+               shift = All(norm.shift);
+  const unsigned used = Used(plane.used);
+  for (int64_t v = 0; v < plane.vectors; ++v) {
+    Vector value =
+        (At(x + v * L) - mean) * scale + shift + At(addend + v * L);
+    passed[v] = used & Positive(value);
+    value = Relu(value);
+    if (used != Used(L)) value = Where(used, value);
+    if (past)
+      WritePast(y + v * L, value);
+    else
+      At(y + v * L) = value;
+  }
+  if (past) WrittenPast();
+}
+
 // The gradient of what ReLU and dropout take; `left` is x - mean.
 template <bool relu, bool dropout>
 RIGL_INLINE Vector Upstream(Vector left, Vector dy, unsigned passed,
@@ -252,26 +271,34 @@ void UpstreamSums(const float* x, const float* dy, RiglPlane plane,
 
 template <bool relu, bool dropout>
 void CombineAs(const float* x, const float* dy, RiglPlane plane, RiglNorm norm,
-               const uint16_t* passed, float slope, float constant,
-               float* dx) {
+               const uint16_t* passed, float slope, float constant, bool past,
+               float* dx, float* dz) {
   const Vector mean = All(norm.mean), scale = All(norm.scale),
                shift = All(norm.shift), kept = All(norm.kept);
   const Vector steep = All(slope), more = All(constant);
   const unsigned used = Used(plane.used);
   for (int64_t v = 0; v < plane.vectors; ++v) {
     const Vector left = At(x + v * L) - mean;
-    const Vector dz =
+    const Vector taken =
         Upstream<relu, dropout>(left, At(dy + v * L),
                                 dropout ? passed[v] : 0, scale, shift, kept);
-    const Vector value = dz * scale + left * steep + more;
-    At(dx + v * L) = used != Used(L) ? Where(used, value) : value;
+    Vector value = taken * scale + left * steep + more;
+    if (used != Used(L)) value = Where(used, value);
+    if (dz) At(dz + v * L) = taken;
+    if (past)
+      WritePast(dx + v * L, value);
+    else
+      At(dx + v * L) = value;
   }
+  if (past) WrittenPast();
 }
 
 void Combine(const float* x, const float* dy, RiglPlane plane, RiglNorm norm,
-             const uint16_t* passed, float slope, float constant, float* dx) {
-#define RIGL_RUN(relu, dropout) \
-  CombineAs<relu, dropout>(x, dy, plane, norm, passed, slope, constant, dx)
+             const uint16_t* passed, float slope, float constant, int past,
+             float* dx, float* dz) {
+#define RIGL_RUN(relu, dropout)                                             \
+  CombineAs<relu, dropout>(x, dy, plane, norm, passed, slope, constant, past, \
+                           dx, dz)
   RIGL_FOR_NORM(RIGL_RUN);
 #undef RIGL_RUN
 }
@@ -286,5 +313,6 @@ extern "C" const RiglLaneLayers RIGL_JOIN(rigl_lane_layers_, RIGL_ISA) = {
     Moments,
     Keep,
     Normalise,
+    NormaliseAdd,
     UpstreamSums,
     Combine};

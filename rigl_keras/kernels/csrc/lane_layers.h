@@ -47,15 +47,19 @@ struct RiglLaneLayers {
   // there is no dropout. Written `past` the caches, or into them.
   void (*normalise)(const float* x, RiglPlane plane, RiglNorm norm,
                     uint16_t* passed, int past, float* y);
+  // max(addend + (x - mean) * scale + shift, 0); `passed`: what is not 0.
+  void (*normalise_add)(const float* x, const float* addend, RiglPlane plane,
+                        RiglNorm norm, uint16_t* passed, int past, float* y);
   // The sums of dz and of dz * (x - mean), dz being the gradient of what ReLU
   // and dropout take.
   void (*upstream_sums)(const float* x, const float* dy, RiglPlane plane,
                         RiglNorm norm, const uint16_t* passed, float* sum,
                         float* product);
-  // dx = dz * scale + (x - mean) * slope + constant
+  // dx = dz * scale + (x - mean) * slope + constant; and dz, unless null. Each
+  // of them may be where dy is.
   void (*combine)(const float* x, const float* dy, RiglPlane plane,
                   RiglNorm norm, const uint16_t* passed, float slope,
-                  float constant, float* dx);
+                  float constant, int past, float* dx, float* dz);
 };
 
 extern "C" {

@@ -201,11 +201,17 @@ class LanesMoments : public OpKernel {
   }
 };
 
-// Batch norm, with ReLU and dropout after it, or without.
+// What is larger than caches, is written past them.
+bool IsLarge(const Tensor& tensor) { return tensor.TotalBytes() > 8 << 20; }
+
+// Batch norm, with ReLU and dropout after it, or without; or with `adds`,
+// always with an addend and ReLU.
+template <bool adds>
 class OverNorm : public OpKernel {
  public:
   explicit OverNorm(OpKernelConstruction* context) : OpKernel(context) {
     OP_REQUIRES_OK(context, context->GetAttr("epsilon", &epsilon_));
+    if (adds) return;
     OP_REQUIRES_OK(context, context->GetAttr("relu", &relu_));
     OP_REQUIRES_OK(context, context->GetAttr("rate", &rate_));
     OP_REQUIRES(context, rate_ >= 0 && rate_ < 1,
@@ -226,13 +232,13 @@ class OverNorm : public OpKernel {
     return norms;
   }
 
-  float epsilon_, rate_;
-  bool relu_;
+  float epsilon_, rate_ = 0;
+  bool relu_ = true;
 };
 
-class LanesNormalise : public OverNorm {
+class LanesNormalise : public OverNorm<false> {
  public:
-  explicit LanesNormalise(OpKernelConstruction* context) : OverNorm(context) {}
+  using OverNorm::OverNorm;
 
  protected:
   tensorflow::Status Run(OpKernelContext* context) {
@@ -269,8 +275,7 @@ class LanesNormalise : public OverNorm {
     // Numbers k / 2^23 of at least the rate.
     const uint32_t least = std::ceil(double{rate_} * (1 << 23));
     const int64_t step = dropout ? 4 : 1;
-    // What is larger than the caches, is written past them.
-    const bool past = x.TotalBytes() > 8 << 20;
+    const bool past = IsLarge(*y);
     ForPlanes(
         context, lanes,
         [&](const Plane& first) {
@@ -291,11 +296,56 @@ class LanesNormalise : public OverNorm {
   }
 };
 
-// The gradients of x, gamma and beta, the mean and variance being those of x.
-class LanesNormaliseGrad : public OverNorm {
+class LanesNormaliseAdd : public OverNorm<true> {
  public:
-  explicit LanesNormaliseGrad(OpKernelConstruction* context)
-      : OverNorm(context) {}
+  using OverNorm::OverNorm;
+
+ protected:
+  tensorflow::Status Run(OpKernelContext* context) {
+    const Tensor& x = context->input(0);
+    const Tensor& mean = context->input(2);
+    const Tensor& variance = context->input(3);
+    const Tensor& gamma = context->input(4);
+    const Tensor& beta = context->input(5);
+    const Tensor& addend = context->input(6);
+    Lanes lanes;
+    TF_RETURN_IF_ERROR(Describe(x, context->input(1), &lanes));
+    TF_RETURN_IF_ERROR(
+        CheckChannels(lanes, {&mean, &variance, &gamma, &beta}));
+    if (addend.shape() != x.shape())
+      return InvalidArgument("the addend must be of shape ",
+                             x.shape().DebugString(), ". Received: ",
+                             addend.shape().DebugString());
+    Tensor *y, *passed;
+    TF_RETURN_IF_ERROR(context->allocate_output(0, x.shape(), &y));
+    TF_RETURN_IF_ERROR(context->allocate_output(
+        1,
+        TensorShape(
+            {lanes.groups, lanes.channels, lanes.height, lanes.width}),
+        &passed));
+    if (!x.NumElements()) return tensorflow::OkStatus();
+    const RiglLaneLayers& layers = BestLaneLayers();
+    const std::vector<RiglNorm> norms = NormsOf(mean, variance, gamma, beta);
+    const float* from = Read(x);
+    const float* more = Read(addend);
+    float* to = Write(y);
+    uint16_t* bits = Write<uint16_t>(passed);
+    const bool past = IsLarge(*y);
+    ForPlanes(context, lanes, [&](const Plane& plane) {
+      layers.normalise_add(from + plane.begin(), more + plane.begin(),
+                           plane.lanes, norms[plane.channel],
+                           bits + plane.first(), past, to + plane.begin());
+    });
+    return tensorflow::OkStatus();
+  }
+};
+
+// The gradients of x, gamma and beta, the mean and variance being those of x;
+// and that of the addend.
+template <bool adds>
+class LanesNormaliseGrad : public OverNorm<adds> {
+ public:
+  using OverNorm<adds>::OverNorm;
 
  protected:
   tensorflow::Status Run(OpKernelContext* context) {
@@ -310,30 +360,35 @@ class LanesNormaliseGrad : public OverNorm {
     TF_RETURN_IF_ERROR(Describe(x, context->input(2), &lanes));
     TF_RETURN_IF_ERROR(
         CheckChannels(lanes, {&mean, &variance, &gamma, &beta}));
-    const bool dropout = rate_ > 0;
+    const bool marked = adds || this->rate_ > 0;
     if (dy.shape() != x.shape() ||
-        (dropout && passed.NumElements() !=
+        (marked && passed.NumElements() !=
                         lanes.groups * lanes.channels * lanes.vectors()))
       return InvalidArgument("the gradient must be of shape ",
                              x.shape().DebugString(), ". Received: ",
                              dy.shape().DebugString());
-    Tensor *dx, *dgamma, *dbeta;
+    Tensor *dx, *dgamma, *dbeta, *dz = nullptr;
+    if (adds)
+      TF_RETURN_IF_ERROR(context->allocate_output(0, x.shape(), &dx));
     TF_RETURN_IF_ERROR(context->forward_input_or_allocate_output(
-        {0}, 0, x.shape(), &dx));
+        {0}, adds ? 3 : 0, x.shape(), adds ? &dz : &dx));
     TF_RETURN_IF_ERROR(
         context->allocate_output(1, TensorShape({lanes.channels}), &dgamma));
     TF_RETURN_IF_ERROR(
         context->allocate_output(2, TensorShape({lanes.channels}), &dbeta));
     const RiglLaneLayers& layers = BestLaneLayers();
-    const std::vector<RiglNorm> norms = NormsOf(mean, variance, gamma, beta);
+    const std::vector<RiglNorm> norms =
+        this->NormsOf(mean, variance, gamma, beta);
     const float* from = Read(x);
     const float* upstream = Read(dy);
-    const uint16_t* bits = dropout ? Read<uint16_t>(passed) : nullptr;
+    const uint16_t* bits = marked ? Read<uint16_t>(passed) : nullptr;
     const auto bits_of = [&](const Plane& plane) {
-      return dropout ? bits + plane.first() : nullptr;
+      return marked ? bits + plane.first() : nullptr;
     };
     const double n = double(lanes.images) * lanes.vectors();
     float* to = Write(dx);
+    float* taken = adds ? Write(dz) : nullptr;
+    const bool past = to != upstream && IsLarge(*dx);
     // Channel by channel, so that caches still hold what the sums were of.
     ForChannels(context, lanes, [&](int64_t c) {
       double sum = 0, product = 0;
@@ -346,7 +401,7 @@ class LanesNormaliseGrad : public OverNorm {
         sum += one, product += other;
       }
       const double inverse =
-          1 / std::sqrt(double{Read(variance)[c]} + epsilon_);
+          1 / std::sqrt(double{Read(variance)[c]} + this->epsilon_);
       const double a = Read(gamma)[c] * inverse;
       const float slope = -a * inverse * inverse * product / n;
       const float constant = -a * sum / n;
@@ -356,7 +411,8 @@ class LanesNormaliseGrad : public OverNorm {
         const Plane plane = lanes.PlaneOf(g, c);
         layers.combine(from + plane.begin(), upstream + plane.begin(),
                        plane.lanes, norms[c], bits_of(plane), slope, constant,
-                       to + plane.begin());
+                       past, to + plane.begin(),
+                       adds ? taken + plane.begin() : nullptr);
       }
     });
     return tensorflow::OkStatus();
@@ -454,6 +510,56 @@ REGISTER_OP("RiglKerasLanesNormalise")
       return tensorflow::OkStatus();
     });
 
+REGISTER_OP("RiglKerasLanesNormaliseAdd")
+    .Input("lanes: float")
+    .Input("count: int32")
+    .Input("mean: float")
+    .Input("variance: float")
+    .Input("gamma: float")
+    .Input("beta: float")
+    .Input("addend: float")
+    .Output("y: float")
+    .Output("passed: uint16")
+    .Attr("epsilon: float")
+    .SetShapeFn([](InferenceContext* context) {
+      ShapeHandle x;
+      DimensionHandle channels;
+      TF_RETURN_IF_ERROR(Channels(context, 0, {2, 3, 4, 5}, &x, &channels));
+      TF_RETURN_IF_ERROR(context->Merge(context->input(6), x, &x));
+      context->set_output(0, x);
+      context->set_output(1, context->UnknownShape());
+      return tensorflow::OkStatus();
+    });
+
+// Of both gradients of batch norm.
+tensorflow::Status GradientShapes(InferenceContext* context) {
+  ShapeHandle x;
+  DimensionHandle channels;
+  TF_RETURN_IF_ERROR(Channels(context, 1, {3, 4, 5, 6}, &x, &channels));
+  TF_RETURN_IF_ERROR(context->Merge(context->input(0), x, &x));
+  context->set_output(0, x);
+  context->set_output(1, context->Vector(channels));
+  context->set_output(2, context->Vector(channels));
+  if (context->num_outputs() > 3) context->set_output(3, x);
+  return tensorflow::OkStatus();
+}
+
+REGISTER_OP("RiglKerasLanesNormaliseAddGrad")
+    .Input("dy: float")
+    .Input("lanes: float")
+    .Input("count: int32")
+    .Input("mean: float")
+    .Input("variance: float")
+    .Input("gamma: float")
+    .Input("beta: float")
+    .Input("passed: uint16")
+    .Output("dx: float")
+    .Output("dgamma: float")
+    .Output("dbeta: float")
+    .Output("daddend: float")
+    .Attr("epsilon: float")
+    .SetShapeFn(GradientShapes);
+
 REGISTER_OP("RiglKerasLanesNormaliseGrad")
     .Input("dy: float")
     .Input("lanes: float")
@@ -469,17 +575,7 @@ REGISTER_OP("RiglKerasLanesNormaliseGrad")
     .Attr("epsilon: float")
     .Attr("relu: bool = false")
     .Attr("rate: float = 0.0")
-    .SetShapeFn([](InferenceContext* context) {
-      ShapeHandle x;
-      DimensionHandle channels;
-      TF_RETURN_IF_ERROR(
-          Channels(context, 1, {3, 4, 5, 6}, &x, &channels));
-      TF_RETURN_IF_ERROR(context->Merge(context->input(0), x, &x));
-      context->set_output(0, x);
-      context->set_output(1, context->Vector(channels));
-      context->set_output(2, context->Vector(channels));
-      return tensorflow::OkStatus();
-    });
+    .SetShapeFn(GradientShapes);
 
 [[maybe_unused]] const bool registered = [] {
   if (!first_copy) return false;
@@ -487,7 +583,9 @@ REGISTER_OP("RiglKerasLanesNormaliseGrad")
   Register<FromLanes>("RiglKerasFromLanes");
   Register<LanesMoments>("RiglKerasLanesMoments");
   Register<LanesNormalise>("RiglKerasLanesNormalise");
-  Register<LanesNormaliseGrad>("RiglKerasLanesNormaliseGrad");
+  Register<LanesNormaliseGrad<false>>("RiglKerasLanesNormaliseGrad");
+  Register<LanesNormaliseAdd>("RiglKerasLanesNormaliseAdd");
+  Register<LanesNormaliseGrad<true>>("RiglKerasLanesNormaliseAddGrad");
   return true;
 }();
 
