@@ -504,7 +504,9 @@ def test_residual_blocks_end_with_one_operation():
     def outputs(x):
         return model(x, training=True)
 
-    graph = outputs.get_concrete_function(tf.TensorSpec((None, 8, 8, 3))).graph
+    graph = outputs.get_concrete_function(
+        tf.TensorSpec((None, 10, 10, 3))
+    ).graph
     read = {
         t.op.type
         for op in graph.get_operations()
