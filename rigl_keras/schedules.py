@@ -23,6 +23,7 @@ __all__ = [
     "is_gathered_step",
     "is_update_step",
     "last_update_step",
+    "lengthened",
     "planned_sparsity",
     "planned_updates",
 ]
@@ -289,6 +290,19 @@ def checked_final_drop_fraction(value: float, drop_fraction: float) -> float:
     )
 
 
+def lengthened(count: int, factor: float) -> int:
+    """Returns the steps or epochs of a run that is `factor` times as long.
+
+    The product is rounded down, except for rounding errors: 90 epochs times 0.7
+    are 63, though `90 * 0.7` is 62.99999999999999.
+
+    Args:
+        count: Steps or epochs.
+        factor: Positive number.
+    """
+    return math.floor(round(count * factor, 6))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SparsityRamp:
     """A cubic rise of sparsity, for gradual magnitude pruning.
@@ -382,7 +396,9 @@ class SparsityRamp:
     def lengthened(self, factor: float) -> "SparsityRamp":
         """Returns the ramp of a run that is `factor` times as long."""
         factor = number("factor", factor, above=0, rule=_POSITIVE)
-        return dataclasses.replace(self, end_step=int(self.end_step * factor))
+        return dataclasses.replace(
+            self, end_step=lengthened(self.end_step, factor)
+        )
 
 
 def planned_sparsity(

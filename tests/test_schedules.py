@@ -196,3 +196,16 @@ def test_decay_power():
         decay_power=2.0,
     )
     assert float(got) == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    "count, factor, expected",
+    [(90, 0.7, 63), (250, 0.2, 50), (98, 0.5, 49), (99, 0.5, 49), (3, 2, 6)],
+)
+def test_runs_of_other_lengths(count, factor, expected):
+    """90 * 0.7 is a little below 63."""
+    assert schedules.lengthened(count, factor) == expected
+    ramp = schedules.SparsityRamp(
+        final_density=0.1, begin_step=0, end_step=count, frequency=1
+    )
+    assert ramp.lengthened(factor).end_step == expected

@@ -8,7 +8,7 @@ from typing import ClassVar
 import keras
 import tensorflow as tf
 
-from rigl_keras import _checks
+from rigl_keras import _checks, schedules
 from rigl_keras.conventions import ORIGINAL, Conventions
 from rigl_keras.masking.masked import KernelMask
 from rigl_keras.methods.pruning import largest
@@ -100,7 +100,7 @@ class ACDC(StepUpdate):
         longer = copy.copy(self)
         if self.switch_steps is not None:
             longer.switch_steps = tuple(
-                int(step * factor) for step in self.switch_steps
+                schedules.lengthened(step, factor) for step in self.switch_steps
             )
         longer.__post_init__()  # without the state of an earlier run
         return longer

@@ -108,7 +108,9 @@ class GraNet(RigL):
     def lengthened(self, factor: float) -> MaskUpdate:
         longer = copy.copy(self)
         if self.prune_end_step is not None:
-            longer.prune_end_step = int(self.prune_end_step * factor)
+            longer.prune_end_step = schedules.lengthened(
+                self.prune_end_step, factor
+            )
         return super(GraNet, longer).lengthened(factor)
 
     def plan(self, epoch: int, epochs: int | None, steps: int | None) -> None:

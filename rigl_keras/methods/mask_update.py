@@ -303,7 +303,7 @@ class MaskUpdate(StepUpdate):
         # A copy: a subclass may have more arguments than fields.
         longer = copy.copy(self)
         if self.end_step is not None:
-            longer.end_step = int(self.end_step * factor)
+            longer.end_step = schedules.lengthened(self.end_step, factor)
         for name in ("_correction", "_peak_rate"):
             vars(longer).pop(name, None)
         longer.__post_init__()  # without the state of an earlier run

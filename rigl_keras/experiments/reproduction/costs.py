@@ -24,6 +24,7 @@ from rigl_keras.conventions import ORIGINAL, Conventions
 from rigl_keras.experiments import data
 from rigl_keras.experiments.runs import optimizers, train
 from rigl_keras.experiments.runs.argument_checks import check_length
+from rigl_keras.schedules import lengthened
 from rigl_keras.training.step_update import StepUpdate
 
 __all__ = ["Cost", "Step", "planned", "planned_epochs", "seconds_of_step"]
@@ -193,7 +194,7 @@ def planned_epochs() -> int:
     """Returns the epochs of the run that gin is configured for."""
     settings = _settings()
     check_length(settings["length"], settings["epochs"])
-    return int(settings["epochs"] * settings["length"])
+    return lengthened(settings["epochs"], settings["length"])
 
 
 @functools.cache

@@ -1,11 +1,13 @@
 """Checks of the arguments of `train`."""
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Sequence
 
 from rigl_keras.experiments.runs import devices
 from rigl_keras.experiments.runs.starting_point import Initialization
 from rigl_keras.patterns import as_pattern
+from rigl_keras.schedules import lengthened
 
 __all__ = [
     "check_batches",
@@ -145,7 +147,7 @@ def check_length(length: float, epochs: int) -> None:
         length: Factor on the epochs.
         epochs: Epochs of a run of length 1.
     """
-    if not length > 0 or int(epochs * length) < 1:
+    if not 0 < length < math.inf or lengthened(epochs, length) < 1:
         raise ValueError(
             "length is a factor on the epochs of the run and must leave at "
             f"least one. Received: length={length!r} of epochs={epochs}."

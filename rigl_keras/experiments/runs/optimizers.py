@@ -5,6 +5,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from rigl_keras.schedules import lengthened
+
 __all__ = ["WarmUpAndSteps", "adamw", "sgd"]
 
 
@@ -104,7 +106,7 @@ def sgd(
     schedule: Any = WarmUpAndSteps(
         learning_rate=learning_rate,
         decay_factor=decay_factor,
-        decay_every=decay_every and int(decay_every * length),
+        decay_every=decay_every and lengthened(decay_every, length),
         warmup_steps=warmup_steps,
     )
     return keras.optimizers.SGD(schedule, momentum=momentum, nesterov=nesterov)
@@ -184,7 +186,7 @@ def adamw(
     # Any: Keras annotates learning rates as numbers, but takes schedules too.
     schedule: Any = keras.optimizers.schedules.CosineDecay(
         0.0 if warmup_steps else learning_rate,
-        max(1, int(decay_steps * length)),
+        max(1, lengthened(decay_steps, length)),
         alpha=final_fraction,
         warmup_target=learning_rate if warmup_steps else None,
         warmup_steps=warmup_steps,

@@ -34,6 +34,7 @@ from rigl_keras.experiments.runs.starting_point import (
     Initialization,
     starting_point,
 )
+from rigl_keras.schedules import lengthened
 from rigl_keras.training.step_update import StepUpdate
 
 __all__ = ["train"]
@@ -208,7 +209,7 @@ def train(
     if operative_config is not None:
         run.write_operative_config(operative_config())
     checkpoints = _checkpoints(run, network, update, topology)
-    last = int(epochs * length)
+    last = lengthened(epochs, length)
     left = range(_first_epoch(run, start, checkpoints, epochs=last), last)
     log = RunLog(
         run, start, update, batches=batches, epochs=left, length=last / epochs
