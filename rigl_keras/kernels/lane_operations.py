@@ -265,20 +265,26 @@ def _moments_gradient(op, to_mean, to_variance):
     return _used(values, count) * to_values / size, None
 
 
+def _inputs_of_gradient(op, upstream):
+    """Returns what both gradients of batch norm are computed from."""
+    values, count, mean, variance, gamma, beta, *_ = op.inputs
+    return {
+        "dy": upstream,
+        "lanes": values,
+        "count": count,
+        "mean": mean,
+        "variance": variance,
+        "gamma": gamma,
+        "beta": beta,
+        "passed": op.outputs[1],
+    }
+
+
 @tf.RegisterGradient("RiglKerasLanesNormalise")
 def _normalise_gradient(op, upstream, _):
-    values, count, mean, variance, gamma, beta, *_ = op.inputs
     to_values, to_gamma, to_beta = (
         library.required().rigl_keras_lanes_normalise_grad(
-            dy=upstream,
-            lanes=values,
-            count=count,
-            mean=mean,
-            variance=variance,
-            gamma=gamma,
-            beta=beta,
-            passed=op.outputs[1],
-            **_norm_attributes(op),
+            **_inputs_of_gradient(op, upstream), **_norm_attributes(op)
         )
     )
     return to_values, None, None, None, to_gamma, to_beta, None, None
@@ -286,18 +292,9 @@ def _normalise_gradient(op, upstream, _):
 
 @tf.RegisterGradient("RiglKerasLanesNormaliseAdd")
 def _normalise_and_add_gradient(op, upstream, _):
-    values, count, mean, variance, gamma, beta, _ = op.inputs
     to_values, to_gamma, to_beta, to_addend = (
         library.required().rigl_keras_lanes_normalise_add_grad(
-            dy=upstream,
-            lanes=values,
-            count=count,
-            mean=mean,
-            variance=variance,
-            gamma=gamma,
-            beta=beta,
-            passed=op.outputs[1],
-            epsilon=op.get_attr("epsilon"),
+            **_inputs_of_gradient(op, upstream), epsilon=op.get_attr("epsilon")
         )
     )
     return to_values, None, None, None, to_gamma, to_beta, to_addend

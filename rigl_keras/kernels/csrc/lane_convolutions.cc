@@ -12,8 +12,6 @@ using namespace vectors;
 
 constexpr int kOutputsAhead = 3;
 constexpr int kChannelsAhead = 6;
-// Outputs of more floats are written past the caches: 8 MB.
-constexpr int64_t kCachedOutputs = 1 << 21;
 
 // The line of micro-tiles that a group of a plan is.
 struct Line {
@@ -164,7 +162,7 @@ void Correlate(const RiglPlan& plan, bool add, const float* x,
   const int64_t out_row = plan.out_stride[0] * plan.out_width * L;
   const int64_t out_column = plan.out_stride[1] * L;
   const int64_t groups = (plan.images + L - 1) / L;
-  const bool past = groups * kept * out_plane > kCachedOutputs &&
+  const bool past = groups * kept * out_plane > kRiglCachedFloats &&
                     FillsLines<C>(plan);
   for (int64_t j = 0; j < plan.width; j += C) {
     for (int b = 0; b < plan.blocks; ++b) {

@@ -64,6 +64,14 @@ tensorflow::Status Describe(const Tensor& x, const Tensor& images,
   return tensorflow::OkStatus();
 }
 
+// How many units a thread takes at once, each of so many numbers: 64 KB of them
+// at least, but not more than the thread's share.
+int64_t UnitsAtOnce(OpKernelContext* context, int64_t units,
+                    int64_t numbers) {
+  return std::min(CeilDivide(1 << 14, std::max<int64_t>(1, numbers)),
+                  CeilDivide(units, Threads(context)));
+}
+
 // Calls run(plane) for each plane, or for that of each `step`-th channel.
 template <typename Run>
 void ForPlanes(OpKernelContext* context, const Lanes& lanes, const Run& run,
@@ -71,26 +79,20 @@ void ForPlanes(OpKernelContext* context, const Lanes& lanes, const Run& run,
   if (!lanes.vectors()) return;
   const int64_t each = CeilDivide(lanes.channels, step);
   const int64_t units = lanes.groups * each;
-  // 64 KB at least, for a thread to begin.
-  const int64_t least =
-      CeilDivide(1 << 14, std::max<int64_t>(1, lanes.plane() * step));
   ForEach(
       context, units,
       [&](int64_t unit) {
         run(lanes.PlaneOf(unit / each, unit % each * step));
       },
-      std::min(least, CeilDivide(units, Threads(context))));
+      UnitsAtOnce(context, units, lanes.plane() * step));
 }
 
 // Calls run(channel) for each channel: its planes of all groups.
 template <typename Run>
 void ForChannels(OpKernelContext* context, const Lanes& lanes,
                  const Run& run) {
-  // 64 KB at least, for a thread to begin.
-  const int64_t least = CeilDivide(
-      1 << 14, std::max<int64_t>(1, lanes.groups * lanes.plane()));
   ForEach(context, lanes.channels, run,
-          std::min(least, CeilDivide(lanes.channels, Threads(context))));
+          UnitsAtOnce(context, lanes.channels, lanes.groups * lanes.plane()));
 }
 
 class ToLanes : public OpKernel {
@@ -202,7 +204,9 @@ class LanesMoments : public OpKernel {
 };
 
 // What is larger than caches, is written past them.
-bool IsLarge(const Tensor& tensor) { return tensor.TotalBytes() > 8 << 20; }
+bool IsLarge(const Tensor& tensor) {
+  return tensor.NumElements() > kRiglCachedFloats;
+}
 
 // Batch norm, with ReLU and dropout after it, or without; or with `adds`,
 // always with an addend and ReLU.
@@ -232,6 +236,20 @@ class OverNorm : public OpKernel {
     return norms;
   }
 
+  // Of an operation whose inputs are x, how many images, mean, variance, gamma
+  // and beta, from input `first` on.
+  tensorflow::Status Prepare(OpKernelContext* context, int first, Lanes* lanes,
+                             std::vector<RiglNorm>* norms) const {
+    const auto input = [&](int i) -> const Tensor& {
+      return context->input(first + i);
+    };
+    TF_RETURN_IF_ERROR(Describe(input(0), input(1), lanes));
+    TF_RETURN_IF_ERROR(CheckChannels(
+        *lanes, {&input(2), &input(3), &input(4), &input(5)}));
+    *norms = NormsOf(input(2), input(3), input(4), input(5));
+    return tensorflow::OkStatus();
+  }
+
   float epsilon_, rate_ = 0;
   bool relu_ = true;
 };
@@ -243,16 +261,11 @@ class LanesNormalise : public OverNorm<false> {
  protected:
   tensorflow::Status Run(OpKernelContext* context) {
     const Tensor& x = context->input(0);
-    const Tensor& mean = context->input(2);
-    const Tensor& variance = context->input(3);
-    const Tensor& gamma = context->input(4);
-    const Tensor& beta = context->input(5);
     const Tensor& key = context->input(6);
     const Tensor& counter = context->input(7);
     Lanes lanes;
-    TF_RETURN_IF_ERROR(Describe(x, context->input(1), &lanes));
-    TF_RETURN_IF_ERROR(
-        CheckChannels(lanes, {&mean, &variance, &gamma, &beta}));
+    std::vector<RiglNorm> norms;
+    TF_RETURN_IF_ERROR(Prepare(context, 0, &lanes, &norms));
     const bool dropout = rate_ > 0;
     if (dropout && (key.NumElements() != 1 || counter.NumElements() != 2 ||
                     lanes.channels % 4))
@@ -268,7 +281,6 @@ class LanesNormalise : public OverNorm<false> {
         &passed));
     if (!x.NumElements()) return tensorflow::OkStatus();
     const RiglLaneLayers& layers = BestLaneLayers();
-    const std::vector<RiglNorm> norms = NormsOf(mean, variance, gamma, beta);
     const float* from = Read(x);
     float* to = Write(y);
     uint16_t* bits = dropout ? Write<uint16_t>(passed) : nullptr;
@@ -303,15 +315,10 @@ class LanesNormaliseAdd : public OverNorm<true> {
  protected:
   tensorflow::Status Run(OpKernelContext* context) {
     const Tensor& x = context->input(0);
-    const Tensor& mean = context->input(2);
-    const Tensor& variance = context->input(3);
-    const Tensor& gamma = context->input(4);
-    const Tensor& beta = context->input(5);
     const Tensor& addend = context->input(6);
     Lanes lanes;
-    TF_RETURN_IF_ERROR(Describe(x, context->input(1), &lanes));
-    TF_RETURN_IF_ERROR(
-        CheckChannels(lanes, {&mean, &variance, &gamma, &beta}));
+    std::vector<RiglNorm> norms;
+    TF_RETURN_IF_ERROR(Prepare(context, 0, &lanes, &norms));
     if (addend.shape() != x.shape())
       return InvalidArgument("the addend must be of shape ",
                              x.shape().DebugString(), ". Received: ",
@@ -325,7 +332,6 @@ class LanesNormaliseAdd : public OverNorm<true> {
         &passed));
     if (!x.NumElements()) return tensorflow::OkStatus();
     const RiglLaneLayers& layers = BestLaneLayers();
-    const std::vector<RiglNorm> norms = NormsOf(mean, variance, gamma, beta);
     const float* from = Read(x);
     const float* more = Read(addend);
     float* to = Write(y);
@@ -351,15 +357,12 @@ class LanesNormaliseGrad : public OverNorm<adds> {
   tensorflow::Status Run(OpKernelContext* context) {
     const Tensor& dy = context->input(0);
     const Tensor& x = context->input(1);
-    const Tensor& mean = context->input(3);
     const Tensor& variance = context->input(4);
     const Tensor& gamma = context->input(5);
-    const Tensor& beta = context->input(6);
     const Tensor& passed = context->input(7);
     Lanes lanes;
-    TF_RETURN_IF_ERROR(Describe(x, context->input(2), &lanes));
-    TF_RETURN_IF_ERROR(
-        CheckChannels(lanes, {&mean, &variance, &gamma, &beta}));
+    std::vector<RiglNorm> norms;
+    TF_RETURN_IF_ERROR(this->Prepare(context, 1, &lanes, &norms));
     const bool marked = adds || this->rate_ > 0;
     if (dy.shape() != x.shape() ||
         (marked && passed.NumElements() !=
@@ -377,8 +380,6 @@ class LanesNormaliseGrad : public OverNorm<adds> {
     TF_RETURN_IF_ERROR(
         context->allocate_output(2, TensorShape({lanes.channels}), &dbeta));
     const RiglLaneLayers& layers = BestLaneLayers();
-    const std::vector<RiglNorm> norms =
-        this->NormsOf(mean, variance, gamma, beta);
     const float* from = Read(x);
     const float* upstream = Read(dy);
     const uint16_t* bits = marked ? Read<uint16_t>(passed) : nullptr;

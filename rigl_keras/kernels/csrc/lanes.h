@@ -13,6 +13,10 @@
 
 #include <stdint.h>
 
+// What is of more floats, 8 MB, no cache holds until it is read: it is written
+// past the caches.
+constexpr int64_t kRiglCachedFloats = 1 << 21;
+
 // One correlation: y[g, o] = sum of w * x[f, c] shifted by q, over the weights
 // that are left. Strides are taken apart into phases f of the input (every
 // s-th row and column from f on) and g of the output, which leaves a stride
