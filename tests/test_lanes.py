@@ -12,7 +12,7 @@ from keras import layers
 
 import rigl_keras
 from rigl_keras import kernels
-from rigl_keras.kernels import fast_calls, lane_operations
+from rigl_keras.kernels import fast_calls, lane_operations, library
 from rigl_keras.kernels.lane_operations import Lanes
 
 pytestmark = pytest.mark.skipif(
@@ -378,6 +378,40 @@ def test_batch_norm_an_addend_and_relu(shape):
         close(got, want, 1e-4)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_gradient_of_several_terms_is_that_of_their_sum(count):
+    shape = (37, 3, 2, 4)
+    lanes = lane_operations.to_lanes(normal(*shape))
+    terms = [
+        lane_operations.to_lanes(normal(*shape, seed=i)).values
+        for i in range(count)
+    ]
+    addend = lane_operations.to_lanes(normal(*shape, seed=9)).values
+    moments = lane_operations.moments(lanes)
+    gamma, beta = normal(4, seed=1), normal(4, seed=2)
+    norm = library.required().rigl_keras_lanes_normalise_add(
+        *(lanes.values, lanes.count, *moments, gamma, beta, addend),
+        epsilon=1e-3,
+    )
+
+    def gradients(dy):
+        return library.required().rigl_keras_lanes_normalise_add_grad(
+            *(dy, lanes.values, lanes.count, *moments, gamma, beta),
+            norm.passed,
+            epsilon=1e-3,
+        )
+
+    @tf.function(autograph=False)
+    def in_place(terms):
+        # Nobody else reads these, so the sum takes the place of the last one.
+        return gradients([*terms[:-1], terms[-1] * 1.0])
+
+    want = gradients([tf.add_n(terms)])
+    for got in (gradients(terms), in_place(terms)):
+        for one, other in zip(got, want, strict=True):
+            close(one, other, 1e-6)
+
+
 def test_moments_have_gradients():
     x = normal(21, 3, 3, 4)
     weights = normal(4, seed=1)
@@ -515,6 +549,28 @@ def test_residual_blocks_end_with_one_operation():
     }
     assert "RiglKerasLanesNormaliseAdd" in read
     assert not read & {"AddV2", "Relu"}
+
+
+def test_gradients_of_a_block_and_its_shortcut_are_added_by_batch_norm():
+    model = rigl_keras.sparsify(residual_blocks(), 0.4, product="sparse")
+
+    @tf.function(autograph=False)
+    def gradients(x):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(model(x, training=True) ** 2)
+        return tape.gradient(loss, model.trainable_variables)
+
+    graph = gradients.get_concrete_function(
+        tf.TensorSpec((None, 10, 10, 3))
+    ).graph
+    ends = [
+        op
+        for op in graph.get_operations()
+        if op.type == "RiglKerasLanesNormaliseAddGrad"
+    ]
+    # The last block has no shortcut after it.
+    assert sorted(op.get_attr("terms") for op in ends) == [1, 2]
+    assert not [op for end in ends for op in end.inputs if op.op.type == "AddN"]
 
 
 def test_other_layers_find_their_images():

@@ -294,10 +294,26 @@ def _normalise_gradient(op, upstream, _):
 def _normalise_and_add_gradient(op, upstream, _):
     to_values, to_gamma, to_beta, to_addend = (
         library.required().rigl_keras_lanes_normalise_add_grad(
-            **_inputs_of_gradient(op, upstream), epsilon=op.get_attr("epsilon")
+            **_inputs_of_gradient(op, _terms(upstream)),
+            epsilon=op.get_attr("epsilon"),
         )
     )
     return to_values, None, None, None, to_gamma, to_beta, to_addend
+
+
+def _terms(upstream):
+    """Returns the gradients that TensorFlow adds up for an upstream gradient.
+
+    Images that a block and its shortcut read have two. If nobody else uses
+    their sum, TensorFlow removes it.
+    """
+    if (
+        tf.is_symbolic_tensor(upstream)
+        and upstream.op.type == "AddN"
+        and upstream.op.graph is tf.compat.v1.get_default_graph()
+    ):
+        return list(upstream.op.inputs)
+    return [upstream]
 
 
 @tf.RegisterGradient("RiglKerasLanesNormaliseGrad")
@@ -312,7 +328,8 @@ def _normalise_and_add_second_gradient(op, *upstream):
 
 def _second_gradient(op, upstream, **attributes):
     # Rare: TensorFlow's operations are fast enough.
-    dy, values, count, _, _, gamma, beta, passed = op.inputs
+    *terms, values, count, _, _, gamma, beta, passed = op.inputs
+    dy = tf.add_n(terms)
     watched = [tf.identity(t) for t in (dy, values, gamma, beta)]
     with tf.GradientTape() as tape:
         tape.watch(watched)
@@ -321,7 +338,8 @@ def _second_gradient(op, upstream, **attributes):
     to_dy, to_values, to_gamma, to_beta = tape.gradient(
         outputs, watched, output_gradients=list(upstream)
     )
-    return to_dy, to_values, None, None, None, to_gamma, to_beta, None
+    to_terms = [to_dy] * len(terms)
+    return *to_terms, to_values, None, None, None, to_gamma, to_beta, None
 
 
 def _gradients_of_norm(

@@ -228,6 +228,11 @@ void NormaliseAdd(const float* x, const float* addend, RiglPlane plane,
   if (past) WrittenPast();
 }
 
+void Add(const float* a, const float* b, RiglPlane plane, float* sum) {
+  for (int64_t v = 0; v < plane.vectors; ++v)
+    At(sum + v * L) = At(a + v * L) + At(b + v * L);
+}
+
 // The gradient of what ReLU and dropout take; `left` is x - mean.
 template <bool relu, bool dropout>
 RIGL_INLINE Vector Upstream(Vector left, Vector dy, unsigned passed,
@@ -314,5 +319,6 @@ extern "C" const RiglLaneLayers RIGL_JOIN(rigl_lane_layers_, RIGL_ISA) = {
     Keep,
     Normalise,
     NormaliseAdd,
+    Add,
     UpstreamSums,
     Combine};

@@ -50,6 +50,8 @@ struct RiglLaneLayers {
   // max(addend + (x - mean) * scale + shift, 0); `passed`: what is not 0.
   void (*normalise_add)(const float* x, const float* addend, RiglPlane plane,
                         RiglNorm norm, uint16_t* passed, int past, float* y);
+  // a + b, which may be where one of them is.
+  void (*add)(const float* a, const float* b, RiglPlane plane, float* sum);
   // The sums of dz and of dz * (x - mean), dz being the gradient of what ReLU
   // and dropout take.
   void (*upstream_sums)(const float* x, const float* dy, RiglPlane plane,

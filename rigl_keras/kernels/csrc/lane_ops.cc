@@ -347,7 +347,8 @@ class LanesNormaliseAdd : public OverNorm<true> {
 };
 
 // The gradients of x, gamma and beta, the mean and variance being those of x;
-// and that of the addend.
+// and that of the addend. With one, the upstream gradient may be the sum of
+// several terms.
 template <bool adds>
 class LanesNormaliseGrad : public OverNorm<adds> {
  public:
@@ -355,33 +356,42 @@ class LanesNormaliseGrad : public OverNorm<adds> {
 
  protected:
   tensorflow::Status Run(OpKernelContext* context) {
-    const Tensor& dy = context->input(0);
-    const Tensor& x = context->input(1);
-    const Tensor& variance = context->input(4);
-    const Tensor& gamma = context->input(5);
-    const Tensor& passed = context->input(7);
+    const int first = context->num_inputs() - 7;  // after dy
+    const Tensor& x = context->input(first);
+    const Tensor& variance = context->input(first + 3);
+    const Tensor& gamma = context->input(first + 4);
+    const Tensor& passed = context->input(first + 6);
     Lanes lanes;
     std::vector<RiglNorm> norms;
-    TF_RETURN_IF_ERROR(this->Prepare(context, 1, &lanes, &norms));
+    TF_RETURN_IF_ERROR(this->Prepare(context, first, &lanes, &norms));
     const bool marked = adds || this->rate_ > 0;
-    if (dy.shape() != x.shape() ||
-        (marked && passed.NumElements() !=
-                        lanes.groups * lanes.channels * lanes.vectors()))
-      return InvalidArgument("the gradient must be of shape ",
-                             x.shape().DebugString(), ". Received: ",
-                             dy.shape().DebugString());
+    if (marked && passed.NumElements() !=
+                      lanes.groups * lanes.channels * lanes.vectors())
+      return InvalidArgument("one number for each vector of the images is "
+                             "needed. Received: ",
+                             passed.shape().DebugString());
+    std::vector<int> places;
+    std::vector<const float*> terms;
+    for (int i = 0; i < first; ++i) {
+      const Tensor& dy = context->input(i);
+      if (dy.shape() != x.shape())
+        return InvalidArgument("the gradient must be of shape ",
+                               x.shape().DebugString(), ". Received: ",
+                               dy.shape().DebugString());
+      places.push_back(i);
+      terms.push_back(Read(dy));
+    }
     Tensor *dx, *dgamma, *dbeta, *dz = nullptr;
     if (adds)
       TF_RETURN_IF_ERROR(context->allocate_output(0, x.shape(), &dx));
     TF_RETURN_IF_ERROR(context->forward_input_or_allocate_output(
-        {0}, adds ? 3 : 0, x.shape(), adds ? &dz : &dx));
+        places, adds ? 3 : 0, x.shape(), adds ? &dz : &dx));
     TF_RETURN_IF_ERROR(
         context->allocate_output(1, TensorShape({lanes.channels}), &dgamma));
     TF_RETURN_IF_ERROR(
         context->allocate_output(2, TensorShape({lanes.channels}), &dbeta));
     const RiglLaneLayers& layers = BestLaneLayers();
     const float* from = Read(x);
-    const float* upstream = Read(dy);
     const uint16_t* bits = marked ? Read<uint16_t>(passed) : nullptr;
     const auto bits_of = [&](const Plane& plane) {
       return marked ? bits + plane.first() : nullptr;
@@ -389,12 +399,20 @@ class LanesNormaliseGrad : public OverNorm<adds> {
     const double n = double(lanes.images) * lanes.vectors();
     float* to = Write(dx);
     float* taken = adds ? Write(dz) : nullptr;
+    // The sum takes the place of one of its terms, which is added first.
+    const auto place = std::find(terms.begin(), terms.end(), taken);
+    if (place != terms.end()) std::iter_swap(terms.begin(), place);
+    const float* upstream = first > 1 ? taken : terms[0];
     const bool past = to != upstream && IsLarge(*dx);
     // Channel by channel, so that caches still hold what the sums were of.
     ForChannels(context, lanes, [&](int64_t c) {
       double sum = 0, product = 0;
       for (int64_t g = 0; g < lanes.groups; ++g) {
         const Plane plane = lanes.PlaneOf(g, c);
+        for (int i = 1; i < first; ++i)
+          layers.add((i > 1 ? taken : terms[0]) + plane.begin(),
+                     terms[i] + plane.begin(), plane.lanes,
+                     taken + plane.begin());
         float one, other;
         layers.upstream_sums(from + plane.begin(), upstream + plane.begin(),
                              plane.lanes, norms[c], bits_of(plane), &one,
@@ -536,8 +554,12 @@ REGISTER_OP("RiglKerasLanesNormaliseAdd")
 tensorflow::Status GradientShapes(InferenceContext* context) {
   ShapeHandle x;
   DimensionHandle channels;
-  TF_RETURN_IF_ERROR(Channels(context, 1, {3, 4, 5, 6}, &x, &channels));
-  TF_RETURN_IF_ERROR(context->Merge(context->input(0), x, &x));
+  const int first = context->num_inputs() - 7;
+  TF_RETURN_IF_ERROR(
+      Channels(context, first, {first + 2, first + 3, first + 4, first + 5},
+               &x, &channels));
+  for (int i = 0; i < first; ++i)
+    TF_RETURN_IF_ERROR(context->Merge(context->input(i), x, &x));
   context->set_output(0, x);
   context->set_output(1, context->Vector(channels));
   context->set_output(2, context->Vector(channels));
@@ -546,7 +568,7 @@ tensorflow::Status GradientShapes(InferenceContext* context) {
 }
 
 REGISTER_OP("RiglKerasLanesNormaliseAddGrad")
-    .Input("dy: float")
+    .Input("dy: terms * float")
     .Input("lanes: float")
     .Input("count: int32")
     .Input("mean: float")
@@ -558,6 +580,7 @@ REGISTER_OP("RiglKerasLanesNormaliseAddGrad")
     .Output("dgamma: float")
     .Output("dbeta: float")
     .Output("daddend: float")
+    .Attr("terms: int >= 1")
     .Attr("epsilon: float")
     .SetShapeFn(GradientShapes);
 

@@ -102,18 +102,50 @@ RIGL_INLINE float Sum(Vector v) {
   return sum;
 }
 
-// Adds the sums of four vectors to four numbers: [0 1 0 1 ...] + [2 3 2 3
-// ...], halved until four values are left.
+typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
+
+// The values at some places of two vectors, one after the other.
+RIGL_INLINE Vector Shuffled(Vector a, Vector b, Indices places) {
+#if defined(__clang__)
+  Vector both;
+#pragma unroll
+  for (int i = 0; i < L; ++i)
+    both[i] = (places[i] < L ? a : b)[places[i] % L];
+  return both;
+#else
+  return __builtin_shuffle(a, b, places);
+#endif
+}
+
+// As Interleaved, of each four values apart: no value leaves its four.
+template <int run, bool second>
+RIGL_INLINE Vector InterleavedFours(Vector a, Vector b) {
+  Indices places{};
+  for (int i = 0; i < L; ++i)
+    places[i] = i / 4 * 4 + i % 4 / (2 * run) * run + i % run +
+                (second ? 2 : 0) + i % 4 / run % 2 * L;
+  return Shuffled(a, b, places);
+}
+
+// Adds to each value the one that is `step` further on.
+template <int step>
+RIGL_INLINE Vector AddedToItself(Vector v) {
+  Indices places{};
+  for (int i = 0; i < L; ++i) places[i] = (i + step) % L;
+  return v + Shuffled(v, v, places);
+}
+
+// Adds the sums of four vectors to four numbers.
 RIGL_INLINE void AddSums(const Vector* four, float* to) {
-  const Vector a = Interleaved<1, false>(four[0], four[1]) +
-                   Interleaved<1, true>(four[0], four[1]);
-  const Vector b = Interleaved<1, false>(four[2], four[3]) +
-                   Interleaved<1, true>(four[2], four[3]);
-  const Vector both = Interleaved<2, false>(a, b) + Interleaved<2, true>(a, b);
-  float sums[4] = {};
-#pragma GCC unroll 16
-  for (int l = 0; l < L; ++l) sums[l % 4] += both[l];
-  for (int k = 0; k < 4; ++k) to[k] += sums[k];
+  const Vector a = InterleavedFours<1, false>(four[0], four[1]) +
+                   InterleavedFours<1, true>(four[0], four[1]);
+  const Vector b = InterleavedFours<1, false>(four[2], four[3]) +
+                   InterleavedFours<1, true>(four[2], four[3]);
+  Vector sums = InterleavedFours<2, false>(a, b) +
+                InterleavedFours<2, true>(a, b);
+  if constexpr (L > 8) sums = AddedToItself<8>(sums);
+  if constexpr (L > 4) sums = AddedToItself<4>(sums);
+  *(Four*)to += *(const Four*)&sums;
 }
 
 }  // namespace vectors
