@@ -246,6 +246,7 @@ class Guarded final : public Kernel {
   ~Guarded() override { InOrder(); }
 
   void Compute(OpKernelContext* context) override {
+    InOrder();
     try {
       context->SetStatus(Kernel::Run(context));
     } catch (const std::exception& error) {  // of vectors
