@@ -211,7 +211,7 @@ def one_stack():
     """Gives every operation of a graph the same stack of calls.
 
     TensorFlow notes for each where it was made. Stacks are deep under pytest,
-    so this takes a tenth of the time of all tests. Only errors show it.
+    so this takes a tenth of the time where tests trace. Only errors show it.
     """
     if "tensorflow" not in sys.modules:
         yield

@@ -40,43 +40,36 @@ RIGL_INLINE void WrittenPast() {
 #endif
 }
 
-// The values of two vectors in turn, by runs of `run`: of their first halves,
-// or of the second ones.
-template <int run, bool second>
-RIGL_INLINE Vector Interleaved(Vector a, Vector b) {
+// The values at some places of two vectors, one after the other.
+RIGL_INLINE Vector Shuffled(Vector a, Vector b, Indices places) {
 #if defined(__clang__)
   Vector both;
 #pragma unroll
   for (int i = 0; i < L; ++i)
-    both[i] = ((i / run) % 2 ? b : a)[(i / (2 * run)) * run + i % run +
-                                      (second ? L / 2 : 0)];
+    both[i] = (places[i] < L ? a : b)[places[i] % L];
   return both;
 #else
-  Indices at{};
-  for (int i = 0; i < L; ++i)
-    at[i] = (i / (2 * run)) * run + i % run + (second ? L / 2 : 0) +
-            (i / run) % 2 * L;
-  return __builtin_shuffle(a, b, at);
+  return __builtin_shuffle(a, b, places);
 #endif
+}
+
+// The values of two vectors in turn: of their first halves, or of the second
+// ones.
+template <bool second>
+RIGL_INLINE Vector Interleaved(Vector a, Vector b) {
+  Indices places{};
+  for (int i = 0; i < L; ++i)
+    places[i] = i / 2 + (second ? L / 2 : 0) + i % 2 * L;
+  return Shuffled(a, b, places);
 }
 
 // Every other value of two vectors that follow one another: the first, the
 // third, ...; or with `second` the others.
 template <bool second>
 RIGL_INLINE Vector EveryOther(Vector a, Vector b) {
-#if defined(__clang__)
-  Vector both;
-#pragma unroll
-  for (int i = 0; i < L; ++i) {
-    const int at = 2 * i + second;
-    both[i] = at < L ? a[at % L] : b[at % L];
-  }
-  return both;
-#else
-  Indices at{};
-  for (int i = 0; i < L; ++i) at[i] = 2 * i + second;
-  return __builtin_shuffle(a, b, at);
-#endif
+  Indices places{};
+  for (int i = 0; i < L; ++i) places[i] = 2 * i + second;
+  return Shuffled(a, b, places);
 }
 
 // Turns L vectors of L values on their diagonal. Each pass interleaves row i
@@ -87,8 +80,8 @@ RIGL_INLINE void Transpose(Vector* rows) {
     Vector next[L];
 #pragma GCC unroll 16
     for (int i = 0; i < L / 2; ++i) {
-      next[2 * i] = Interleaved<1, false>(rows[i], rows[i + L / 2]);
-      next[2 * i + 1] = Interleaved<1, true>(rows[i], rows[i + L / 2]);
+      next[2 * i] = Interleaved<false>(rows[i], rows[i + L / 2]);
+      next[2 * i + 1] = Interleaved<true>(rows[i], rows[i + L / 2]);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < L; ++i) rows[i] = next[i];
@@ -104,20 +97,8 @@ RIGL_INLINE float Sum(Vector v) {
 
 typedef float Four __attribute__((vector_size(16), aligned(4), may_alias));
 
-// The values at some places of two vectors, one after the other.
-RIGL_INLINE Vector Shuffled(Vector a, Vector b, Indices places) {
-#if defined(__clang__)
-  Vector both;
-#pragma unroll
-  for (int i = 0; i < L; ++i)
-    both[i] = (places[i] < L ? a : b)[places[i] % L];
-  return both;
-#else
-  return __builtin_shuffle(a, b, places);
-#endif
-}
-
-// As Interleaved, of each four values apart: no value leaves its four.
+// As Interleaved by runs of `run`, of each four values apart: no value leaves
+// its four.
 template <int run, bool second>
 RIGL_INLINE Vector InterleavedFours(Vector a, Vector b) {
   Indices places{};
